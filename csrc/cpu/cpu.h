@@ -1,0 +1,147 @@
+/* cpu.h --- what every CPU kernel stands on: the vector of this instruction set, rows of any dtype to float32 and back,
+ * parallel loops, scratch memory.
+ *
+ * Every file of this folder but parallel.c is compiled once for each ISA of ops.h, with -DISA=<name> and that ISA's flags.
+ * Kernels are plain C on `vf`, a vector of VW floats (GCC vector extension, also clang's): one source, every width. */
+#ifndef LONGLORA_CPU_H
+#define LONGLORA_CPU_H
+
+#include "../ops.h"
+
+#include <math.h>
+#include <stddef.h>
+#include <string.h>
+
+#ifndef ISA
+#define ISA portable                   /* for editors; setup.py always says which */
+#endif
+#define PASTE_(name, isa) name##_##isa
+#define PASTE(name, isa) PASTE_(name, isa)
+/* CPU(rms_norm_forward) is rms_norm_forward_avx512 in the AVX-512 build of a file. Every non-static name goes through it. */
+#define CPU(name) PASTE(name, ISA)
+
+/* ---- vectors ---------------------------------------------------------------------------------------------------- */
+
+#if defined __AVX512F__
+enum { VW = 16 };
+#elif defined __AVX2__
+enum { VW = 8 };
+#else
+enum { VW = 4 };
+#endif
+typedef float vf __attribute__((vector_size(4 * VW), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * VW), may_alias));
+typedef uint32_t vu __attribute__((vector_size(4 * VW), may_alias));
+typedef uint16_t vh __attribute__((vector_size(2 * VW), may_alias));
+typedef _Float16 vf16 __attribute__((vector_size(2 * VW), may_alias));
+
+static inline vf vf_set1(float x) { return x - (vf){0}; }
+static inline vf vf_load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
+static inline void vf_store(float *p, vf x) { memcpy(p, &x, sizeof x); }
+static inline vf vf_select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
+static inline vf vf_max(vf a, vf b) { return vf_select(a > b, a, b); }
+
+/* Sum and maximum of the lanes, in a fixed tree. */
+static inline float vf_sum(vf x) {
+    for (int w = VW / 2; w; w /= 2) for (int i = 0; i < w; i++) x[i] += x[i + w];
+    return x[0];
+}
+static inline float vf_hmax(vf x) {
+    for (int w = VW / 2; w; w /= 2) for (int i = 0; i < w; i++) x[i] = x[i] > x[i + w] ? x[i] : x[i + w];
+    return x[0];
+}
+
+/* exp, relative error below 2 ulp; 0 under -87.3, +inf above 88.7, NaN stays NaN. x = n ln2 + r with |r| <= ln2/2, ln2 in
+ * two parts, a polynomial of degree 6 in r, then 2^n put together in two halves so that the ends do not overflow. */
+static inline vf vf_exp(vf x) {
+    const float magic = 12582912.0f;                                   /* 1.5 * 2^23: adding it rounds to an integer */
+    vf n = (x * 1.44269504088896341f + magic) - magic;
+    vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vf p = 1.3981999507e-3f + r * 1.9875691500e-4f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    vf c = vf_select(n > 254.0f, vf_set1(254.0f), n);
+    c = vf_select(c < -252.0f, vf_set1(-252.0f), c);
+    vi whole = __builtin_convertvector(c, vi), half = whole >> 1;
+    p = p * (vf)((half + 127) << 23) * (vf)((whole - half + 127) << 23);
+    p = vf_select(x > 88.72283f, vf_set1(INFINITY), p);
+    p = vf_select(x < -87.33654f, vf_set1(0.0f), p);
+    return vf_select(x == x, p, x);
+}
+
+/* ---- dtypes: the one place on the CPU that knows how elements are stored ------------------------------------------ */
+
+static inline int64_t dtype_size(int32_t dtype) {
+    switch (dtype) { case F32: case I32: return 4; case F64: case I64: return 8; case U8: return 1; default: return 2; }
+}
+
+static inline void *at(const Tensor *t, int64_t offset) { return (char *)t->data + offset * dtype_size(t->dtype); }
+
+static inline float bf16_to_float(uint16_t h) { uint32_t u = (uint32_t)h << 16; float x; memcpy(&x, &u, 4); return x; }
+static inline uint16_t float_to_bf16(float x) {                        /* to nearest even; a NaN stays a (quiet) NaN */
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    if (x != x) return (uint16_t)((u >> 16) | 0x40);
+    return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+/* One element, any of the three float dtypes. */
+static inline float load1(const void *p, int32_t dtype) {
+    if (dtype == F32) { float x; memcpy(&x, p, 4); return x; }
+    if (dtype == BF16) { uint16_t h; memcpy(&h, p, 2); return bf16_to_float(h); }
+    _Float16 h; memcpy(&h, p, 2); return (float)h;
+}
+static inline void store1(void *p, int32_t dtype, float x) {
+    if (dtype == F32) memcpy(p, &x, 4);
+    else if (dtype == BF16) { uint16_t h = float_to_bf16(x); memcpy(p, &h, 2); }
+    else { _Float16 h = (_Float16)x; memcpy(p, &h, 2); }
+}
+
+/* VW elements. */
+static inline vf vf_load_any(const void *p, int32_t dtype) {
+    if (dtype == F32) return vf_load(p);
+    if (dtype == BF16) { vh h; memcpy(&h, p, sizeof h); return (vf)(__builtin_convertvector(h, vu) << 16); }
+    vf16 h; memcpy(&h, p, sizeof h); return __builtin_convertvector(h, vf);
+}
+static inline void vf_store_any(void *p, int32_t dtype, vf x) {
+    if (dtype == F32) { vf_store(p, x); return; }
+    if (dtype == BF16) {
+        vu u = (vu)x, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16, nan = (u >> 16) | 0x40;
+        vu is_nan = (vu)(x != x);
+        vh h = __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), vh);
+        memcpy(p, &h, sizeof h);
+        return;
+    }
+    vf16 h = __builtin_convertvector(x, vf16);
+    memcpy(p, &h, sizeof h);
+}
+
+/* A row of n elements to float32 and back; n need not be a multiple of anything. */
+static inline void load_row(float *out, const void *row, int32_t dtype, int64_t n) {
+    int64_t i = 0, size = dtype_size(dtype);
+    for (; i + VW <= n; i += VW) vf_store(out + i, vf_load_any((const char *)row + i * size, dtype));
+    for (; i < n; i++) out[i] = load1((const char *)row + i * size, dtype);
+}
+static inline void store_row(void *row, int32_t dtype, const float *x, int64_t n) {
+    int64_t i = 0, size = dtype_size(dtype);
+    for (; i + VW <= n; i += VW) vf_store_any((char *)row + i * size, dtype, vf_load(x + i));
+    for (; i < n; i++) store1((char *)row + i * size, dtype, x[i]);
+}
+
+/* ---- loops and memory (parallel.c, compiled once) ------------------------------------------------------------------ */
+
+/* body(i, context) for i in 0..n-1, each exactly once, on the threads of set_threads(). What a body computes must not
+ * depend on the thread that runs it, so results are the same for any number of threads. A body that fails returns
+ * non-zero (after fail()); then the first such message is kept and -1 comes back. */
+int parallel_for(int64_t n, int (*body)(int64_t i, void *context), void *context);
+void set_threads(int n);
+int get_threads(void);
+
+/* 64-byte aligned; NULL and fail() when there is none. Freed by scratch_free before the op returns. */
+void *scratch(int64_t bytes);
+void scratch_free(void *p);
+
+#endif

@@ -1,0 +1,28 @@
+/* longlora.h --- what all C and CUDA of the project share: arrays as the kernels see them, dtypes, errors. No Python.
+ *
+ * A Tensor is borrowed: whoever made the call owns the memory and keeps it until the call returns. Kernels write
+ * results where they are told to and allocate nothing that outlives the call. */
+#ifndef LONGLORA_H
+#define LONGLORA_H
+
+#include <stdint.h>
+
+typedef enum { F32, BF16, F16, F64, I32, I64, U8, DTYPES } DType;
+
+enum { MAX_NDIM = 4 };
+
+typedef struct {
+    void *data;                        /* NULL when an optional argument is absent or the tensor is empty */
+    int64_t shape[MAX_NDIM];
+    int64_t stride[MAX_NDIM];          /* in elements; 0 for a broadcast input axis */
+    int32_t ndim;                      /* -1: an optional argument that was not given */
+    int32_t dtype;                     /* DType */
+} Tensor;
+
+static inline int given(const Tensor *t) { return t->ndim >= 0; }
+
+/* Records the message for the calling thread and returns -1. The binding turns it into an exception. */
+int fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
+const char *last_error(void);
+
+#endif

@@ -1,0 +1,95 @@
+/* ops.c --- the table of ops, and the choice of an instruction set. A new op is one row here. */
+#include "ops.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef LONGLORA_X86
+#define CPU(name) { name##_portable, name##_avx2, name##_avx512, name##_avx512_bf16 }
+#else
+#define CPU(name) { name##_portable, NULL, NULL, NULL }
+#endif
+#define OP(name, Args, spec) { #name, spec, CPU(name), NULL, sizeof(Args) }
+
+const Op ops[] = {
+    OP(cast, Cast, "out[M,N]:any <- x[M,N]:any"),
+    OP(accumulate, Accumulate, "out[M,N]:any+ <- x[M,N]:any | scale"),
+    OP(matmul, Matmul, "out[M,N]:any+ <- a[M,C]:any* b[C,N]:any* | alpha beta"),
+    OP(embedding_forward, EmbeddingForward, "out[M,C] <- weight[V,C] ids[M]:i32"),
+    OP(embedding_backward, EmbeddingBackward, "dweight[V,C]:f32+ <- dout[M,C] ids[M]:i32 order[M]:i32"),
+    OP(rms_norm_forward, RmsNormForward, "out[M,C] rstd[M]:f32 sum[M,C]? <- x[M,C] residual[M,C]?~ weight[C] | eps"),
+    OP(rms_norm_backward, RmsNormBackward,
+       "dx[M,C] dweight[C]:f32+? <- dout[M,C]~ x[M,C]~ rstd[M]:f32 weight[C] dresidual[M,C]?~"),
+    OP(rope_forward, Rope, "out[B,T,H,D] <- x[B,T,H,D]~ cos[P,E]:f32 sin[P,E]:f32 positions[B,T]:i32?"),
+    OP(rope_backward, Rope, "dx[B,T,H,D] <- dout[B,T,H,D]~ cos[P,E]:f32 sin[P,E]:f32 positions[B,T]:i32?"),
+    OP(lora_linear_forward, LoraLinearForward,
+       "out[M,N] u[M,R]:f32? <- x[M,C] weight[N,C] bias[N]? a[R,C]? b[N,R]? residual[M,N]?~ | scale"),
+    OP(lora_linear_backward, LoraLinearBackward,
+       "dx[M,C]+? da[R,C]:f32+? db[N,R]:f32+? dweight[N,C]:f32+? dbias[N]:f32+? <- dout[M,N] x[M,C]? weight[N,C] a[R,C]? "
+       "b[N,R]? u[M,R]:f32? | scale accumulate:int"),
+    OP(s2_attention_forward, S2AttentionForward,
+       "out[B,T,H,D] lse[B,H,T]:f32 <- q[B,T,H,D] k[B,T,K,D] v[B,T,K,D] cu_seqlens[S]:i32? | group_size:int boundary:int "
+       "shift:int scale"),
+    OP(s2_attention_backward, S2AttentionBackward,
+       "dq[B,T,H,D] dk[B,T,K,D] dv[B,T,K,D] <- dout[B,T,H,D] q[B,T,H,D] k[B,T,K,D] v[B,T,K,D] out[B,T,H,D] "
+       "lse[B,H,T]:f32 cu_seqlens[S]:i32? | group_size:int boundary:int shift:int scale"),
+    OP(swiglu_forward, SwigluForward, "out[M,F] <- gate[M,F]~ up[M,F]~"),
+    OP(swiglu_backward, SwigluBackward, "dgate[M,F] dup[M,F] <- dout[M,F] gate[M,F]~ up[M,F]~"),
+    OP(linear_cross_entropy_forward, LinearCrossEntropyForward,
+       "losses[M]:f32 lse[M]:f32 <- x[M,C] weight[V,C] targets[M]:i32 | ignore_index:int"),
+    OP(linear_cross_entropy_backward, LinearCrossEntropyBackward,
+       "losses[M]:f32 dx[M,C] dweight[V,C]:f32+? <- x[M,C] weight[V,C] targets[M]:i32 dlosses[M]:f32 | ignore_index:int"),
+    OP(adamw, Adamw,
+       "param[N]:f32+ m[N]:f32+ v[N]:f32+ copy[N]:any? <- grad[N]:f32 | lr beta1 beta2 eps weight_decay step:int grad_scale"),
+    OP(sum_squares, SumSquares, "out[1]:f64+ <- x[N]:any"),
+};
+const int op_count = sizeof ops / sizeof *ops;
+
+static _Thread_local char message[512];
+
+int fail(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(message, sizeof message, format, args);
+    va_end(args);
+    return -1;
+}
+
+const char *last_error(void) { return message; }
+
+#define NAME(isa) #isa,
+const char *const isa_names[ISA_COUNT] = { FOR_EACH_ISA(NAME) };
+
+int isa_supported(int isa) {
+#ifdef LONGLORA_X86
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    switch (isa) {
+        case 0: return 1;
+        case 1: return avx2;
+        case 2: return avx512;
+        case 3: return avx512 && __builtin_cpu_supports("avx512bf16");
+        default: return 0;
+    }
+#else
+    return isa == 0;
+#endif
+}
+
+int choose_isa(void) {
+    const char *wanted = getenv("LONGLORA_ISA");
+    if (!wanted || !*wanted) {
+        int best = 0;
+        for (int i = 1; i < ISA_COUNT; i++) if (isa_supported(i)) best = i;
+        return best;
+    }
+    for (int i = 0; i < ISA_COUNT; i++) {
+        if (strcmp(wanted, isa_names[i])) continue;
+        return isa_supported(i) ? i : fail("LONGLORA_ISA: this machine or build has no %s", wanted);
+    }
+    return fail("LONGLORA_ISA: wanted portable, avx2, avx512 or avx512_bf16, got %s", wanted);
+}
