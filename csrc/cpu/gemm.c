@@ -91,7 +91,7 @@ static void pack(float *out, Matrix b, int64_t k0, int64_t steps, int64_t K, int
     Matrix p = b;
     p.data = element(b, 0, j0);
     int32_t read = dot ? F32 : b.dtype;                                /* pairs travel as floats do */
-    if (p.row == 1 && (!dot || p.dtype == BF16) && scale == 1) {       /* k is dense: transpose blocks of VW x VW */
+    if (p.row == 1 && (!dot || (p.dtype == BF16 && scale == 1))) {       /* k is dense: transpose blocks of VW x VW */
         int64_t whole = min64(steps, (K - k0) / per) / VW * VW;
         for (; s < whole; s += VW)
             for (int64_t j = 0; j < width; j += VW) {
@@ -99,6 +99,7 @@ static void pack(float *out, Matrix b, int64_t k0, int64_t steps, int64_t K, int
 #pragma GCC unroll 16
                 for (int i = 0; i < VW; i++)
                     x[i] = j + i < n ? vf_load_any(element(p, k0 + s * per, j + i), read) : (vf){0};
+                if (scale != 1) for (int i = 0; i < VW; i++) x[i] *= scale;
                 transpose(x);
 #pragma GCC unroll 16
                 for (int i = 0; i < VW; i++) {                         /* a narrow panel: each store covers the last one's excess */
@@ -106,7 +107,7 @@ static void pack(float *out, Matrix b, int64_t k0, int64_t steps, int64_t K, int
                     else vf_store(out + (s + i) * width + j, x[i]);
                 }
             }
-    } else if (p.col == 1 && (!dot || p.dtype == BF16) && scale == 1) { /* columns are dense */
+    } else if (p.col == 1 && (!dot || (p.dtype == BF16 && scale == 1))) { /* columns are dense */
         int64_t whole = min64(steps, (K - k0) / per);
         for (; s < whole; s++) {
             int64_t j = 0;
@@ -117,11 +118,11 @@ static void pack(float *out, Matrix b, int64_t k0, int64_t steps, int64_t K, int
                     memcpy(&low, element(p, k0 + 2 * s, j), sizeof low);
                     memcpy(&high, element(p, k0 + 2 * s + 1, j), sizeof high);
                     x = (vf)(__builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16);
-                } else x = vf_load_any(element(p, k0 + s, j), read);
+                } else x = vf_load_any(element(p, k0 + s, j), read) * scale;
                 vf_store(out + s * width + j, x);
             }
             for (; j < width; j++) {
-                uint32_t u = step1(p, k0 + s * per, j, K, n, 1, dot);
+                uint32_t u = step1(p, k0 + s * per, j, K, n, scale, dot);
                 memcpy(out + s * width + j, &u, 4);
             }
         }
@@ -134,12 +135,12 @@ static void pack(float *out, Matrix b, int64_t k0, int64_t steps, int64_t K, int
 }
 
 /* The panel of columns from j0, steps s0 .. s1 of a product and its extension, one behind the other. */
-static void pack_panel(const Job *job, float *out, Matrix b, Matrix b2, int64_t j0, int64_t width, int64_t N) {
+static void pack_panel(const Job *job, float *out, Matrix b, Matrix b2, int64_t j0, int64_t width, int64_t N, float scale2) {
     int64_t first = min64(job->s1, job->steps) - job->s0, per = job->dot ? 2 : 1;
     if (first > 0) pack(out, b, job->s0 * per, first, job->K, j0, width, N, 1, job->dot);
     int64_t from = max64(job->s0, job->steps);
     if (job->s1 > from)
-        pack(out + (from - job->s0) * width, b2, (from - job->steps) * per, job->s1 - from, job->R, j0, width, N, 1, job->dot);
+        pack(out + (from - job->s0) * width, b2, (from - job->steps) * per, job->s1 - from, job->R, j0, width, N, scale2, job->dot);
 }
 
 /* Width of the panel of b from column n: whole vectors, no more than are needed. */
@@ -150,16 +151,17 @@ static int pack_task(int64_t i, void *context) {
     int64_t steps = job->s1 - job->s0, panels = ceil_div(job->n1 - job->n0, NR);
     if (i < panels) {
         int64_t n = job->n0 + i * NR;
-        pack_panel(job, job->pack_b + i * NR * steps, job->b, job->b2, n, panel_width(n, job->n1), job->N);
+        pack_panel(job, job->pack_b + i * NR * steps, job->b, job->b2, n, panel_width(n, job->n1), job->N, 1);
         return 0;
     }
     i -= panels;
     if (!job->direct)
         for (int64_t m = job->m0 + i * 8 * MR; m < min64(job->m1, job->m0 + (i + 1) * 8 * MR); m += MR)
-            pack_panel(job, job->pack_a + (m - job->m0) * steps, transposed(job->a), transposed(job->a2), m, MR, job->M);
+            pack_panel(job, job->pack_a + (m - job->m0) * steps, transposed(job->a), transposed(job->a2), m, MR, job->M, job->g->scale2);
     else
         for (int64_t m = job->m0 + i * 8 * MR; m < min64(job->m1, job->m0 + (i + 1) * 8 * MR); m += MR)
-            pack(job->ext + (m - job->m0) * job->steps2, transposed(job->a2), 0, job->steps2, job->R, m, MR, job->M, 1, job->dot);
+            pack(job->ext + (m - job->m0) * job->steps2, transposed(job->a2), 0, job->steps2, job->R, m, MR, job->M, job->g->scale2,
+                 job->dot);
     return 0;
 }
 
@@ -312,8 +314,9 @@ int CPU(gemm)(const Gemm *g) {
 #endif
     int32_t unit = job.dot ? BF16 : F32;
     int64_t per = job.dot ? 2 : 1;
-    /* Few rows: the transposed product reads the larger matrix where it lies instead of packing it for so little use. */
-    if (g->M <= 128 && g->M < g->N && g->b.row == 1 && g->b.dtype == unit) {
+    /* Few rows: the transposed product reads the larger matrix where it lies instead of packing it for so little use.
+     * Few columns and a dense along m: as rows they fill the vectors. */
+    if ((g->M <= 128 && g->M < g->N && g->b.row == 1 && g->b.dtype == unit) || (g->N <= 64 && g->N < g->M && g->a.row == 1)) {
         job.swapped = 1;
         job.M = g->N, job.N = g->M;
         job.a = transposed(g->b), job.b = transposed(g->a), job.a2 = transposed(g->b2), job.b2 = transposed(g->a2);

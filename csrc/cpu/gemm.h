@@ -7,7 +7,7 @@
 /* Borrowed; strides in elements, any of them, so a transposed matrix is the same memory with row and col swapped. */
 typedef struct { const void *data; int64_t row, col; int32_t dtype; } Matrix;
 
-/* c[M,N] = alpha (a[M,K] b[K,N] + a2[M,R] b2[R,N]) + beta c + bias[N] + residual[M,N].
+/* c[M,N] = alpha (a[M,K] b[K,N] + scale2 a2[M,R] b2[R,N]) + beta c + bias[N] + residual[M,N].
  * The second product continues the sums of the first: that is what LoRA is. R = 0 without one. c is not read when beta
  * is 0, and may be the memory of residual. Products of two bfloat16 matrices may round a2 and b2 to bfloat16 (where the
  * CPU multiplies bfloat16); everything else is float32. The order of each sum depends on K and R alone. */
@@ -17,7 +17,7 @@ typedef struct {
     void *c;
     int64_t c_row;
     int32_t c_dtype;
-    float alpha, beta;
+    float alpha, beta, scale2;
     const void *bias, *residual;       /* NULL without */
     int64_t residual_row;
     int32_t bias_dtype, residual_dtype;
