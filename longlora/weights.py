@@ -22,7 +22,8 @@ CHUNK = 1 << 22  # elements converted at a time
 class Checkpoint:
     """A model on disk: `.path`, `.kind` ("huggingface" or "gguf"), `.config` and the tensors under Hugging Face names.
 
-    Subclasses give `_shapes` (name -> shape), `dtype(name)`, `_rows(name)` (an array to read from) and `tokenizer()`.
+    Subclasses give `_shapes` (name -> shape), `dtype(name)`, `_part(name, start, stop)` (rows in float32), `_stored(name)`
+    (all its bytes) and `tokenizer()`.
     """
 
     def _check(self):
@@ -54,20 +55,20 @@ class Checkpoint:
 
         Converted in float32, rounded to nearest even. UserError if the weight holds NaN or infinity.
         """
-        rows = self._array(name)
+        shape = self.shape(name)
         if out is None:
-            out = np.empty(rows.shape, np.float32)
-        if tuple(out.shape) != tuple(rows.shape):
-            raise ValueError(f"{name}: out should have shape {rows.shape}, got {tuple(out.shape)}")
-        target = _bits(out)
-        step = max(1, CHUNK // max(1, int(np.prod(rows.shape[1:]))))
-        for start in range(0, rows.shape[0], step):
-            part = to_float32(rows[start:start + step], self.dtype(name))
+            out = np.empty(shape, np.float32)
+        if tuple(out.shape) != shape:
+            raise ValueError(f"{name}: out should have shape {shape}, got {tuple(out.shape)}")
+        target, dtype = _bits(out), _name(out)
+        step = max(1, CHUNK // max(1, int(np.prod(shape[1:]))))
+        for start in range(0, shape[0], step):
+            part = self._part(name, start, start + step)
             if not np.isfinite(part).all():
                 where = np.argwhere(~np.isfinite(part))[0]
                 where[0] += start
                 raise UserError(f"{self.path}: {name} is not finite at {where.tolist()}")
-            target[start:start + step] = from_float32(part, _name(out))
+            target[start:start + step] = from_float32(part, dtype)
         return out
 
     def fingerprint(self):
@@ -126,6 +127,9 @@ class HuggingFace(Checkpoint):
             raise UserError(f"{self.path}: {name} has dtype {self.dtype(name)}; supported are float32, bfloat16, float16, float64")
         return self._files[name].array(name)
 
+    def _part(self, name, start, stop):
+        return to_float32(self._array(name)[start:stop], self.dtype(name))
+
     def _stored(self, name):
         return self._array(name).reshape(-1).view(np.uint8)
 
@@ -170,7 +174,7 @@ def _bits(array):
         return array if isinstance(array, np.ndarray) else array.numpy()
     if isinstance(array, np.ndarray):
         return array.view(np.uint16)
-    return array.view(tuple(array.shape), "uint16").numpy()
+    return array.view((array.nbytes,), "uint8").numpy().view(np.uint16).reshape(tuple(array.shape))
 
 
 def _some(names):
