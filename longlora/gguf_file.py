@@ -259,6 +259,9 @@ class Gguf(Checkpoint):
             return rows.reshape(-1, dim // 2, 2).swapaxes(1, 2).reshape(-1)
         return rows
 
+    def has_tokenizer(self):
+        return "tokenizer.ggml.tokens" in self.metadata
+
     def tokenizer(self):
         from .tokenizer import Tokenizer
         return Tokenizer.from_gguf(self.metadata, self.path).check(self.config, self.path)

@@ -35,12 +35,12 @@ class Checkpoint:
         for name, shape in wanted.items():
             if name not in found:
                 missing = [name for name in wanted if name not in found]
-                raise UserError(f"{self.path}: {len(missing)} tensors of the config are missing: {_some(missing)}")
+                raise UserError(f"{self.path}: {len(missing)} tensors of the config are missing: {some(missing)}")
             if tuple(found[name]) != tuple(shape):
                 raise UserError(f"{self.path}: {name} should have shape {list(shape)} by the config, got {list(found[name])}")
         extra = [name for name in found if name not in wanted]
         if extra:
-            raise UserError(f"{self.path}: {len(extra)} tensors are not of a {self.config.family} model: {_some(extra)}")
+            raise UserError(f"{self.path}: {len(extra)} tensors are not of a {self.config.family} model: {some(extra)}")
         self._names = [name for name in wanted if name != head or not self.config.tie_word_embeddings]
 
     def names(self):
@@ -116,7 +116,7 @@ class HuggingFace(Checkpoint):
         for place, file in files.items():
             extra = [name for name in file.entries if places.get(name) != place]
             if extra:
-                raise UserError(f"{file.path}: {len(extra)} tensors are not in the index: {_some(extra)}")
+                raise UserError(f"{file.path}: {len(extra)} tensors are not in the index: {some(extra)}")
         return {name: files[place] for name, place in places.items()}
 
     def dtype(self, name):
@@ -132,6 +132,10 @@ class HuggingFace(Checkpoint):
 
     def _stored(self, name):
         return self._array(name).reshape(-1).view(np.uint8)
+
+    def has_tokenizer(self):
+        """Whether there is a tokenizer to read."""
+        return os.path.exists(os.path.join(self.path, "tokenizer.json"))
 
     def tokenizer(self):
         from .tokenizer import Tokenizer
@@ -177,5 +181,5 @@ def _bits(array):
     return array.view((array.nbytes,), "uint8").numpy().view(np.uint16).reshape(tuple(array.shape))
 
 
-def _some(names):
+def some(names):
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
