@@ -1,0 +1,5 @@
+"""Errors that are the user's to mend: the command line prints them as one line and exits with code 2."""
+
+
+class UserError(ValueError):
+    """Something given is wrong; the message says in one line what was found and what was wanted."""
