@@ -2,6 +2,7 @@
 
 Switches (environment): DEBUG=1 (-O0 -g, assertions), SANITIZE=address,undefined (instrumented build), CC.
 """
+import glob
 import os
 import platform
 import sysconfig
@@ -34,7 +35,7 @@ class BuildExt(build_ext):
         for isa, flags in ISAS.items():
             ext.extra_objects += self.compiler.compile(
                 sources, output_dir=os.path.join(self.build_temp, isa), macros=[*macros, ("ISA", isa)],
-                include_dirs=["csrc"], extra_postargs=[*FLAGS, "-fno-math-errno", "-fno-trapping-math", *flags],
+                include_dirs=["csrc"], extra_postargs=[*FLAGS, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", *flags],
                 depends=ext.depends)
         super().build_extension(ext)
 
@@ -45,7 +46,7 @@ extension = Extension(
     sources=["csrc/bind.c", "csrc/ops.c", "csrc/cpu/parallel.c"],
     include_dirs=["csrc", numpy.get_include()],
     define_macros=[("LONGLORA_X86", "1")] * X86 + [("Py_LIMITED_API", "0x030b0000")] * (not free_threaded),
-    depends=["csrc/longlora.h", "csrc/ops.h", "csrc/dlpack.h", "csrc/cpu/cpu.h", "csrc/cpu/gemm.h"],
+    depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/cpu/*.[ch]")),
     extra_compile_args=FLAGS,
     extra_link_args=["-fopenmp", "-lm", *SANITIZERS],
     py_limited_api=not free_threaded,

@@ -1,0 +1,28 @@
+"""matmul against torch.mm: the products of a SmolLM2 step (forward NT, dx NN, dW TN), big squares, skinny and odd shapes."""
+from benchmarks.harness import Bench
+from longlora import ops
+
+LAYER = [(2048, 576, 576), (2048, 192, 576), (2048, 1536, 576), (2048, 576, 1536)]
+NT = LAYER + [(2048, 49152, 576), (2048, 2048, 2048), (4096, 4096, 4096), (2048, 8, 576), (2048, 576, 8), (1, 2048, 2048),
+              (7, 576, 576), (100, 576, 576), (2048, 577, 576), (2047, 575, 577)]
+SHAPES = [("NT", shape) for shape in NT] + [(kind, shape) for kind in ("NN", "TN") for shape in LAYER + [(2048, 2048, 2048)]]
+
+
+def main(argv=None):
+    bench = Bench("gemm", argv)
+    for dtype in "float32", "bfloat16":
+        for kind, (m, n, k) in SHAPES:
+            name = f"{kind} M={m} N={n} K={k}"
+            if not bench.wants(name, dtype):
+                continue
+            a = bench.random(m, k, dtype=dtype) if kind[0] == "N" else bench.random(k, m, dtype=dtype).T
+            b = bench.random(k, n, dtype=dtype) if kind[1] == "N" else bench.random(n, k, dtype=dtype).T
+            at = bench.to_torch(a) if kind[0] == "N" else bench.to_torch(a.T).T
+            bt = bench.to_torch(b) if kind[1] == "N" else bench.to_torch(b.T).T
+            out, out_torch = bench.random(m, n, dtype=dtype), bench.torch.empty((m, n), dtype=at.dtype)
+            bench.row(name, lambda: ops._C.matmul(out, a, b, 1.0, 0.0), lambda: bench.torch.mm(at, bt, out=out_torch),
+                      dtype=dtype, flops=2 * m * n * k)
+
+
+if __name__ == "__main__":
+    main()

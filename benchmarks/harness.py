@@ -1,0 +1,211 @@
+"""One way to time things: warm-up, our call and the peer's in turn, medians; a line and a JSON object per row.
+
+    def main(argv=None):
+        bench = harness.Bench("rms_norm", argv)              # --json FILE, --threads N, --only TEXT, --seconds S
+        x, w = bench.random(2048, 576), bench.random(576)    # float32 NumPy, never zeros
+        bench.row("forward 2048x576", lambda: ops.rms_norm_forward(x, w), lambda: torch_rms_norm(xt, wt), bytes=2 * x.nbytes)
+        bench.row("forward 2048x576", ours, peer, dtype="bfloat16", bytes=x.nbytes)
+
+`flops` makes the row one of GF/s and `of_peak` a share of the machine's float32 FMA peak; `bytes` (read plus written) one
+of GB/s and a share of its copy bandwidth; neither: milliseconds. `peer` may be None. `ratio` above 1: we are ahead.
+torch and we get the same number of threads. `bench.torch` is torch with its threads set, imported when first used.
+"""
+import argparse
+import ctypes
+import functools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+
+import longlora
+
+PEAKS = r"""
+#include <string.h>
+#if defined __AVX512F__
+enum { W = 16, N = 24 };
+#elif defined __AVX__
+enum { W = 8, N = 12 };
+#else
+enum { W = 4, N = 12 };
+#endif
+typedef float v __attribute__((vector_size(4 * W)));
+/* N independent chains of fused multiply-adds, kept in registers. Returns the floating point operations done. */
+double fma_loop(long n, float *out) {
+    v a[N], x = (v){0} + 0.999f, y = (v){0} + 1e-3f;
+#pragma GCC unroll 32
+    for (int i = 0; i < N; i++) a[i] = x + (float)i;
+    for (long k = 0; k < n; k++) {
+#pragma GCC unroll 32
+        for (int i = 0; i < N; i++) a[i] = a[i] * x + y;
+    }
+    v s = a[0];
+#pragma GCC unroll 32
+    for (int i = 1; i < N; i++) s += a[i];
+    memcpy(out, &s, sizeof s);
+    return 2.0 * W * N * (double)n;
+}
+void copy(char *to, const char *from, long bytes) { memcpy(to, from, (size_t)bytes); }
+"""
+
+
+def _in_threads(count, body):
+    """Seconds until body(i) is done for every i < count, one thread each."""
+    workers = [threading.Thread(target=body, args=(i,)) for i in range(count)]
+    start = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return time.perf_counter() - start
+
+
+@functools.cache
+def peaks(threads):
+    """(float32 FMA GF/s, copy GB/s read plus written) of this machine on `threads` threads, measured once."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = pathlib.Path(folder, "peaks.c"), pathlib.Path(folder, "peaks.so")
+        source.write_text(PEAKS)
+        subprocess.run([os.environ.get("CC", "cc"), "-O3", "-march=native", "-ffp-contract=fast", "-mprefer-vector-width=512",
+                        "-w", "-shared", "-fPIC", source, "-o", library] if platform.machine() == "x86_64" else
+                       [os.environ.get("CC", "cc"), "-O3", "-ffp-contract=fast", "-w", "-shared", "-fPIC", source, "-o", library],
+                       check=True)
+        code = ctypes.CDLL(str(library))
+    code.fma_loop.restype = ctypes.c_double
+    code.fma_loop.argtypes = [ctypes.c_long, ctypes.c_void_p]
+    code.copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long]
+    size = 64 << 20
+    outs = [np.zeros(64, np.float32) for _ in range(threads)]
+    froms, tos = [np.ones(size, np.uint8) for _ in range(threads)], [np.ones(size, np.uint8) for _ in range(threads)]
+    flops = [0.0] * threads
+
+    def spin(i):
+        flops[i] = code.fma_loop(4_000_000, outs[i].ctypes.data)
+
+    def copy(i):
+        for _ in range(4):
+            code.copy(tos[i].ctypes.data, froms[i].ctypes.data, size)
+
+    def best(body, work):
+        return max(work() / seconds for seconds in (_in_threads(threads, body) for _ in range(7))) / 1e9
+
+    return best(spin, lambda: sum(flops)), best(copy, lambda: 8.0 * size * threads)
+
+
+def machine():
+    try:
+        for line in open("/proc/cpuinfo"):
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def commit():
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=pathlib.Path(__file__).parent, text=True,
+                          capture_output=True)
+    return done.stdout.strip() or None
+
+
+def versions(*names):
+    found = {"longlora": longlora.__version__, "python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    return found
+
+
+def interleaved(calls, seconds=1.0, least=5):
+    """Median seconds of each call, run in turn so that all see the same weather; at least `least` times, for ~`seconds`."""
+    repeats = []
+    for call in calls:
+        call()
+        start = time.perf_counter()
+        call()
+        repeats.append(max(1, int(0.005 / max(time.perf_counter() - start, 1e-7))))
+    times = [[] for _ in calls]
+    end = time.perf_counter() + seconds
+    while len(times[0]) < least or time.perf_counter() < end:
+        for call, repeat, samples in zip(calls, repeats, times):
+            start = time.perf_counter()
+            for _ in range(repeat):
+                call()
+            samples.append((time.perf_counter() - start) / repeat)
+    return [statistics.median(samples) for samples in times]
+
+
+class Bench:
+    """The rows of one benchmark."""
+
+    def __init__(self, benchmark, argv=None):
+        parser = argparse.ArgumentParser(prog=f"python -m benchmarks.bench_{benchmark}")
+        parser.add_argument("--json", metavar="FILE", help="append one JSON object a line")
+        parser.add_argument("--threads", type=int, default=os.cpu_count(), help="for both sides (default: %(default)s)")
+        parser.add_argument("--only", default="", help="only rows whose name or dtype contains this text")
+        parser.add_argument("--seconds", type=float, default=1.0, help="time per row (default: %(default)s)")
+        self.options = parser.parse_args(argv)
+        self.benchmark = benchmark
+        longlora.set_num_threads(self.options.threads)
+        self.flops_peak, self.copy_peak = peaks(self.options.threads)
+        self.rng = np.random.default_rng(0)
+        self.about = {"machine": machine(), "threads": self.options.threads, "commit": commit(),
+                      "versions": versions("numpy", "torch", "transformers", "peft")}
+        print(f"{benchmark}: {self.about['machine']}, {self.options.threads} threads, FMA {self.flops_peak:.0f} GF/s, "
+              f"copy {self.copy_peak:.0f} GB/s")
+
+    @functools.cached_property
+    def torch(self):
+        import torch
+        torch.set_num_threads(self.options.threads)
+        return torch
+
+    def random(self, *shape, dtype="float32", scale=1.0):
+        """Normally distributed NumPy array; bfloat16 through ml_dtypes."""
+        x = (self.rng.standard_normal(shape, np.float32) * scale)
+        if dtype == "bfloat16":
+            import ml_dtypes
+            return x.astype(ml_dtypes.bfloat16)
+        return x.astype(dtype)
+
+    def to_torch(self, x):
+        """A torch tensor with a NumPy array's values, bfloat16 included."""
+        if x.dtype.name == "bfloat16":
+            return self.torch.from_numpy(x.view(np.uint16).copy()).view(self.torch.bfloat16)
+        return self.torch.from_numpy(x.copy())
+
+    def wants(self, name, dtype="float32"):
+        """Whether --only lets this row through: ask before making big inputs."""
+        return self.options.only in f"{name} {dtype}"
+
+    def row(self, name, ours, peer=None, *, dtype="float32", flops=None, bytes=None, peer_name="torch"):
+        """Times ours() and peer(); prints and records the row. Returns the ratio peer time / our time (None without peer)."""
+        if not self.wants(name, dtype):
+            return None
+        times = interleaved([ours] if peer is None else [ours, peer], self.options.seconds)
+        work, unit, peak = ((flops, "GF/s", self.flops_peak) if flops else (bytes, "GB/s", self.copy_peak) if bytes else
+                            (None, "ms", None))
+        figures = [work / t / 1e9 if work else t * 1e3 for t in times]
+        row = {"benchmark": self.benchmark, "name": name, "dtype": dtype, "ours": figures[0],
+               "peer": figures[1] if peer else None, "peer_name": peer_name if peer else None, "unit": unit,
+               "ratio": times[1] / times[0] if peer else None, "of_peak": figures[0] / peak if peak else None, **self.about}
+        line = f"  {name:<44} {dtype:<9} {figures[0]:9.1f} {unit:<5}"
+        if peer:
+            line += f" {peer_name} {figures[1]:9.1f}  ratio {row['ratio']:5.2f}"
+        if peak:
+            line += f"  {row['of_peak']:4.0%} of peak"
+        print(line, flush=True)
+        if self.options.json:
+            with open(self.options.json, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        return row["ratio"]

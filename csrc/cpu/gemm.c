@@ -1,0 +1,365 @@
+/* gemm.c --- the matrix product: packed panels, a micro-kernel whose sums stay in registers. */
+#include "gemm.h"
+
+#if defined __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+/* The tile of the micro-kernel: MR rows by NV vectors. 8 x 48 floats fill 24 of the 32 registers of AVX-512, 6 x 16 fill
+ * 12 of the 16 of AVX2; what is left holds a row of b and one broadcast element of a. */
+#if defined __AVX512F__
+enum { MR = 8, NV = 3 };
+#elif defined __AVX2__
+enum { MR = 6, NV = 2 };
+#else
+enum { MR = 4, NV = 2 };
+#endif
+enum {
+    NR = NV * VW,
+    KC = 192,                          /* steps of k between which sums go to memory: a KC x NR panel of b fits the L1 cache */
+    KS = 1024,                         /* steps of k that are packed at once */
+    TASK_BYTES = 480 << 10,            /* rows of a that one task works on: half of an L2 cache */
+    PACK_BYTES = 4 << 20,              /* of b packed at once; twice that of a */
+};
+
+/* Packed elements are 32 bits: a float, or, in products of bfloat16, the pair of k and k + 1. A "step" is one of them. */
+typedef struct {
+    const Gemm *g;
+    int swapped, dot, direct;          /* computes the transpose; multiplies pairs of bfloat16; reads a where it lies */
+    int64_t M, N, K, R;                /* K and R in elements; after swapping */
+    Matrix a, b, a2, b2;
+    int64_t steps, steps2;             /* K and R in steps */
+    int64_t m0, m1, n0, n1, s0, s1;    /* what is packed now; s in steps, of K + R */
+    int64_t tile_m, tile_n, tiles_n;
+    float *pack_a, *pack_b, *ext, *sum;
+    int64_t sum_row;
+} Job;
+
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* ---- packing ------------------------------------------------------------------------------------------------------ */
+
+/* Columns of x become its rows: log2(VW) rounds of a perfect shuffle. */
+static inline __attribute__((always_inline)) void transpose(vf x[VW]) {
+#if defined __AVX512F__
+#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined __AVX2__
+#define LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LOW 0, 4, 1, 5
+#define HIGH 2, 6, 3, 7
+#endif
+#pragma GCC unroll 4
+    for (int round = 1; round < VW; round *= 2) {
+        vf y[VW];
+#pragma GCC unroll 8
+        for (int i = 0; i < VW / 2; i++) {
+            y[2 * i] = __builtin_shufflevector(x[i], x[i + VW / 2], LOW);
+            y[2 * i + 1] = __builtin_shufflevector(x[i], x[i + VW / 2], HIGH);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < VW; i++) x[i] = y[i];
+    }
+}
+
+static inline const void *element(Matrix m, int64_t row, int64_t col) {
+    return (const char *)m.data + (row * m.row + col * m.col) * dtype_size(m.dtype);
+}
+
+/* One step k (in elements) of column j, zero outside of [K, n]. */
+static inline uint32_t step1(Matrix b, int64_t k, int64_t j, int64_t K, int64_t n, float scale, int dot) {
+    uint32_t u = 0;
+    if (j >= n) return 0;
+    if (!dot) {
+        float x = k < K ? load1(element(b, k, j), b.dtype) * scale : 0;
+        memcpy(&u, &x, 4);
+    } else for (int i = 0; i < 2; i++) {
+        uint32_t h = k + i < K ? float_to_bf16(load1(element(b, k + i, j), b.dtype) * scale) : 0;
+        u |= h << (16 * i);
+    }
+    return u;
+}
+
+/* out[steps][width] = scale b[k0 .., j0 .. j0+width-1], zero where b ends. */
+static void pack(float *out, Matrix b, int64_t k0, int64_t steps, int64_t K, int64_t j0, int64_t width, int64_t N, float scale,
+                 int dot) {
+    int64_t per = dot ? 2 : 1, n = min64(width, N - j0), s = 0;
+    Matrix p = b;
+    p.data = element(b, 0, j0);
+    int32_t read = dot ? F32 : b.dtype;                                /* pairs travel as floats do */
+    if (p.row == 1 && (!dot || (p.dtype == BF16 && scale == 1))) {       /* k is dense: transpose blocks of VW x VW */
+        int64_t whole = min64(steps, (K - k0) / per) / VW * VW;
+        for (; s < whole; s += VW)
+            for (int64_t j = 0; j < width; j += VW) {
+                vf x[VW];
+#pragma GCC unroll 16
+                for (int i = 0; i < VW; i++)
+                    x[i] = j + i < n ? vf_load_any(element(p, k0 + s * per, j + i), read) : (vf){0};
+                if (scale != 1) for (int i = 0; i < VW; i++) x[i] *= scale;
+                transpose(x);
+#pragma GCC unroll 16
+                for (int i = 0; i < VW; i++) {                         /* a narrow panel: each store covers the last one's excess */
+                    if (width < VW && s + i == steps - 1) memcpy(out + (s + i) * width, &x[i], (size_t)width * 4);
+                    else vf_store(out + (s + i) * width + j, x[i]);
+                }
+            }
+    } else if (p.col == 1 && (!dot || (p.dtype == BF16 && scale == 1))) { /* columns are dense */
+        int64_t whole = min64(steps, (K - k0) / per);
+        for (; s < whole; s++) {
+            int64_t j = 0;
+            for (; j + VW <= n; j += VW) {
+                vf x;
+                if (dot) {
+                    vh low, high;
+                    memcpy(&low, element(p, k0 + 2 * s, j), sizeof low);
+                    memcpy(&high, element(p, k0 + 2 * s + 1, j), sizeof high);
+                    x = (vf)(__builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16);
+                } else x = vf_load_any(element(p, k0 + s, j), read) * scale;
+                vf_store(out + s * width + j, x);
+            }
+            for (; j < width; j++) {
+                uint32_t u = step1(p, k0 + s * per, j, K, n, scale, dot);
+                memcpy(out + s * width + j, &u, 4);
+            }
+        }
+    }
+    for (; s < steps; s++)
+        for (int64_t j = 0; j < width; j++) {
+            uint32_t u = step1(p, k0 + s * per, j, K, n, scale, dot);
+            memcpy(out + s * width + j, &u, 4);
+        }
+}
+
+/* The panel of columns from j0, steps s0 .. s1 of a product and its extension, one behind the other. */
+static void pack_panel(const Job *job, float *out, Matrix b, Matrix b2, int64_t j0, int64_t width, int64_t N, float scale2) {
+    int64_t first = min64(job->s1, job->steps) - job->s0, per = job->dot ? 2 : 1;
+    if (first > 0) pack(out, b, job->s0 * per, first, job->K, j0, width, N, 1, job->dot);
+    int64_t from = max64(job->s0, job->steps);
+    if (job->s1 > from)
+        pack(out + (from - job->s0) * width, b2, (from - job->steps) * per, job->s1 - from, job->R, j0, width, N, scale2, job->dot);
+}
+
+/* Width of the panel of b from column n: whole vectors, no more than are needed. */
+static inline int64_t panel_width(int64_t n, int64_t n1) { return min64(NR, ceil_div(n1 - n, VW) * VW); }
+
+static int pack_task(int64_t i, void *context) {
+    Job *job = context;
+    int64_t steps = job->s1 - job->s0, panels = ceil_div(job->n1 - job->n0, NR);
+    if (i < panels) {
+        int64_t n = job->n0 + i * NR;
+        pack_panel(job, job->pack_b + i * NR * steps, job->b, job->b2, n, panel_width(n, job->n1), job->N, 1);
+        return 0;
+    }
+    i -= panels;
+    if (!job->direct)
+        for (int64_t m = job->m0 + i * 8 * MR; m < min64(job->m1, job->m0 + (i + 1) * 8 * MR); m += MR)
+            pack_panel(job, job->pack_a + (m - job->m0) * steps, transposed(job->a), transposed(job->a2), m, MR, job->M, job->g->scale2);
+    else
+        for (int64_t m = job->m0 + i * 8 * MR; m < min64(job->m1, job->m0 + (i + 1) * 8 * MR); m += MR)
+            pack(job->ext + (m - job->m0) * job->steps2, transposed(job->a2), 0, job->steps2, job->R, m, MR, job->M, job->g->scale2,
+                 job->dot);
+    return 0;
+}
+
+/* ---- the micro-kernel --------------------------------------------------------------------------------------------- */
+
+static inline __attribute__((always_inline)) vf multiply_add(vf sum, vf a, vf b, int dot) {
+#if defined __AVX512BF16__
+    if (dot) return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)a);
+#else
+    (void)dot;
+#endif
+    return sum + a * b;
+}
+
+/* sum[MR][nv] += a[.., steps] b[steps, ..]: b packed; a packed (lda 0) or rows lda apart. */
+static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64_t steps, const float *a, const int64_t *row,
+                                                           const float *b, int nv, int dot) {
+    for (int64_t s = 0; s < steps; s++) {
+        vf bv[NV];
+#pragma GCC unroll 3
+        for (int j = 0; j < nv; j++) bv[j] = vf_load(b + j * VW);
+#pragma GCC unroll 8
+        for (int i = 0; i < MR; i++) {
+            vf av = vf_set1(a[row ? row[i] : i]);
+#pragma GCC unroll 3
+            for (int j = 0; j < nv; j++) sum[i][j] = multiply_add(sum[i][j], av, bv[j], dot);
+        }
+        b += nv * VW;
+        a += row ? 1 : MR;
+    }
+}
+
+/* out[MR][nv VW] (+)= the product of `steps` and then `steps2` steps; the second part of a is always packed. */
+static inline __attribute__((always_inline)) void tile(int64_t steps, const float *a, const int64_t *row, const float *b,
+                                                       int64_t steps2, const float *a2, float *out, int64_t out_row, int add,
+                                                       int nv, int dot) {
+    vf sum[MR][NV];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 3
+        for (int j = 0; j < nv; j++) {
+            sum[i][j] = (vf){0};
+            __builtin_prefetch(out + i * out_row + j * VW, 1);
+        }
+    multiply(sum, steps, a, row, b, nv, dot);
+    if (row) multiply(sum, steps2, a2, NULL, b + steps * nv * VW, nv, dot);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 3
+        for (int j = 0; j < nv; j++) {
+            float *p = out + i * out_row + j * VW;
+            if (add) sum[i][j] += vf_load(p);
+            vf_store(p, sum[i][j]);
+        }
+}
+
+#define TILE(name, direct, nv, dot) \
+    static __attribute__((noinline)) void name(int64_t steps, const float *a, const int64_t *row, const float *b, \
+                                               int64_t steps2, const float *a2, float *out, int64_t out_row, int add) { \
+        tile(steps, a, direct ? row : NULL, b, steps2, a2, out, out_row, add, nv, dot); \
+    }
+typedef void (*Tile)(int64_t, const float *, const int64_t *, const float *, int64_t, const float *, float *, int64_t, int);
+TILE(packed_1, 0, 1, 0) TILE(packed_2, 0, 2, 0) TILE(direct_1, 1, 1, 0) TILE(direct_2, 1, 2, 0)
+#if defined __AVX512F__
+TILE(packed_3, 0, 3, 0) TILE(direct_3, 1, 3, 0)
+#else
+enum { packed_3, direct_3 };
+#endif
+#if defined __AVX512BF16__
+TILE(packed_dot_1, 0, 1, 1) TILE(packed_dot_2, 0, 2, 1) TILE(packed_dot_3, 0, 3, 1)
+TILE(direct_dot_1, 1, 1, 1) TILE(direct_dot_2, 1, 2, 1) TILE(direct_dot_3, 1, 3, 1)
+#endif
+static const Tile tiles[2][2][3] = {
+    { { packed_1, packed_2, (Tile)packed_3 }, { direct_1, direct_2, (Tile)direct_3 } },
+#if defined __AVX512BF16__
+    { { packed_dot_1, packed_dot_2, packed_dot_3 }, { direct_dot_1, direct_dot_2, direct_dot_3 } },
+#endif
+};
+
+/* ---- what happens to a finished tile ------------------------------------------------------------------------------ */
+
+/* One row or column of c: out = alpha x + beta out + bias + residual, or sums so far added and kept. */
+static void finish(const Job *job, const float *x, int64_t x_row, int64_t m, int64_t n, int64_t rows, int64_t cols, int first,
+                   int last) {
+    const Gemm *g = job->g;
+    for (int64_t i = 0; i < rows; i++) {
+        for (int64_t j = 0; j < cols; j++) {
+            int64_t r = job->swapped ? n + j : m + i, c = job->swapped ? m + i : n + j;
+            float v = g->alpha * x[i * x_row + j];
+            float *sum = job->sum ? job->sum + (m + i - job->m0) * job->sum_row + n + j - job->n0 : NULL;
+            char *out = (char *)g->c + (r * g->c_row + c) * dtype_size(g->c_dtype);
+            if (!first) v += sum ? *sum : load1(out, g->c_dtype);
+            else {
+                if (g->beta != 0) v += g->beta * load1(out, g->c_dtype);
+                if (g->bias) v += load1((const char *)g->bias + c * dtype_size(g->bias_dtype), g->bias_dtype);
+                if (g->residual)
+                    v += load1((const char *)g->residual + (r * g->residual_row + c) * dtype_size(g->residual_dtype), g->residual_dtype);
+            }
+            if (sum && !last) *sum = v; else store1(out, g->c_dtype, v);
+        }
+    }
+}
+
+static int tile_task(int64_t i, void *context) {
+    const Job *job = context;
+    const Gemm *g = job->g;
+    int64_t m_begin = job->m0 + i / job->tiles_n * job->tile_m, m_end = min64(job->m1, m_begin + job->tile_m);
+    int64_t n_begin = job->n0 + i % job->tiles_n * job->tile_n, n_end = min64(job->n1, n_begin + job->tile_n);
+    int64_t steps = job->s1 - job->s0, all = job->steps + job->steps2, size = dtype_size(job->a.dtype);
+    float buffer[MR * NR] __attribute__((aligned(64)));
+    int plain = g->c_dtype == F32 && g->alpha == 1 && !job->swapped && !job->sum;
+    for (int64_t n = n_begin; n < n_end; n += NR) {
+        int64_t width = panel_width(n, job->n1), cols = min64(width, n_end - n);
+        const float *b = job->pack_b + (n - job->n0) * steps;
+        Tile run = tiles[job->dot][job->direct][width / VW - 1];
+        int64_t s = job->s0, next;
+        do {
+            next = job->s1 - s < 2 * KC ? job->s1 - s <= KC ? job->s1 : s + (job->s1 - s + 1) / 2 : s + KC;
+            int first = s == 0, last = next == all;
+            for (int64_t m = m_begin; m < m_end; m += MR) {
+                int64_t rows = min64(MR, m_end - m), row[MR];
+                const float *a = job->pack_a + (m - job->m0) * steps + (s - job->s0) * MR, *a2 = NULL;
+                int64_t part = next - s, part2 = 0;
+                if (job->direct) {
+                    a = (const float *)((const char *)job->a.data + (m * job->a.row) * size) + s;
+                    for (int64_t r = 0; r < MR; r++) row[r] = min64(r, rows - 1) * job->a.row * size / 4;
+                    part = max64(0, min64(next, job->steps) - s);
+                    part2 = next - s - part;
+                    a2 = job->ext + (m - job->m0) * job->steps2 + (max64(s, job->steps) - job->steps) * MR;
+                }
+                const float *panel = b + (s - job->s0) * width;
+                int extras = first && (g->bias || g->residual || (g->beta != 0 && g->beta != 1));
+                if (plain && !extras && rows == MR && cols == width)
+                    run(part, a, row, panel, part2, a2, (float *)g->c + m * g->c_row + n, g->c_row, !first || g->beta == 1);
+                else {
+                    run(part, a, row, panel, part2, a2, buffer, width, 0);
+                    finish(job, buffer, width, m, n, rows, cols, first, last);
+                }
+            }
+        } while ((s = next) < job->s1);
+    }
+    return 0;
+}
+
+int CPU(gemm)(const Gemm *g) {
+    Job job = { .g = g, .M = g->M, .N = g->N, .K = g->K, .R = g->R, .a = g->a, .b = g->b, .a2 = g->a2, .b2 = g->b2 };
+    if (g->M == 0 || g->N == 0) return 0;
+#if defined __AVX512BF16__
+    job.dot = g->a.dtype == BF16 && g->b.dtype == BF16;
+#endif
+    int32_t unit = job.dot ? BF16 : F32;
+    int64_t per = job.dot ? 2 : 1;
+    /* Few rows: the transposed product reads the larger matrix where it lies instead of packing it for so little use.
+     * Few columns and a dense along m: as rows they fill the vectors. */
+    if ((g->M <= 128 && g->M < g->N && g->b.row == 1 && g->b.dtype == unit) || (g->N <= 64 && g->N < g->M && g->a.row == 1)) {
+        job.swapped = 1;
+        job.M = g->N, job.N = g->M;
+        job.a = transposed(g->b), job.b = transposed(g->a), job.a2 = transposed(g->b2), job.b2 = transposed(g->a2);
+    }
+    job.direct = job.a.col == 1 && job.a.dtype == unit && job.K % per == 0 && job.a.row % per == 0;
+    job.steps = ceil_div(job.K, per), job.steps2 = ceil_div(job.R, per);
+    int64_t all = job.steps + job.steps2, depth = max64(1, ceil_div(all, max64(1, ceil_div(all, KS))));
+    int64_t wide_n = min64(ceil_div(job.N, NR) * NR, max64(1, PACK_BYTES / 4 / depth / NR) * NR);
+    int64_t wide_m = job.direct ? ceil_div(job.M, MR) * MR
+                                : min64(ceil_div(job.M, MR) * MR, max64(1, PACK_BYTES / 2 / depth / MR) * MR);
+    int64_t threads = get_threads();
+    int status = -1;
+    job.sum_row = wide_n;
+    float *memory = scratch(4 * (depth * (wide_n + VW) + (job.direct ? job.steps2 : depth) * wide_m + 4 * VW +
+                                 (g->c_dtype != F32 && all > KC ? wide_m * wide_n : 0)));
+    if (!memory) return -1;
+    job.pack_b = memory;
+    job.pack_a = job.ext = job.pack_b + depth * wide_n + VW;
+    if (g->c_dtype != F32 && all > KC) job.sum = job.pack_a + (job.direct ? job.steps2 : depth) * wide_m + VW;
+    for (job.m0 = 0; job.m0 < job.M; job.m0 = job.m1) {
+        job.m1 = min64(job.M, job.m0 + wide_m);
+        for (job.n0 = 0; job.n0 < job.N; job.n0 = job.n1) {
+            job.n1 = min64(job.N, job.n0 + wide_n);
+            job.s0 = 0;
+            do {
+                job.s1 = min64(all, job.s0 + depth);
+                int64_t panels = ceil_div(job.n1 - job.n0, NR), blocks = ceil_div(job.m1 - job.m0, 8 * MR);
+                if (job.direct && !job.steps2) blocks = 0;
+                if (parallel_for(panels + blocks, pack_task, &job)) goto done;
+                int64_t rows = job.m1 - job.m0, cols = job.n1 - job.n0;
+                job.tile_m = max64(1, TASK_BYTES / 4 / max64(1, job.s1 - job.s0) / MR) * MR;
+                job.tile_n = ceil_div(cols, NR) * NR;
+                while (job.tile_m > 4 * MR && ceil_div(rows, job.tile_m) * ceil_div(cols, job.tile_n) < 4 * threads)
+                    if (job.tile_n > 4 * NR) job.tile_n = ceil_div(job.tile_n / NR, 2) * NR;
+                    else job.tile_m = ceil_div(job.tile_m / MR, 2) * MR;
+                job.tiles_n = ceil_div(cols, job.tile_n);
+                if (parallel_for(ceil_div(rows, job.tile_m) * job.tiles_n, tile_task, &job)) goto done;
+                job.s0 = job.s1;
+            } while (job.s0 < all);
+        }
+    }
+    status = 0;
+done:
+    scratch_free(memory);
+    return status;
+}
