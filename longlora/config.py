@@ -91,13 +91,13 @@ def read_json(path):
     return found
 
 
-def read_config(source):
-    """`source`: a model directory, a config.json or its dict -> ModelConfig.
+def read_config(source, where="config"):
+    """`source`: a model directory, a config.json or its dict (then `where` says whose it is) -> ModelConfig.
 
     UserError names the field that is missing, absurd or asks for something that is not supported.
     """
     if isinstance(source, dict):
-        return _config(source, "config")
+        return _config(source, where)
     path = os.fspath(source)
     if os.path.isdir(path):
         path = os.path.join(path, "config.json")

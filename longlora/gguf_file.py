@@ -89,7 +89,7 @@ class Gguf(Checkpoint):
             raise UserError(f"{self.path}: damaged header: {error}") from None
         self._tensors = self._places(infos, base)
         self._shapes = {name: tensor[0] for name, tensor in self._tensors.items()}
-        self.config = read_config(self._config())
+        self.config = read_config(self._config(), self.path)
         self._check()
 
     def _header(self):

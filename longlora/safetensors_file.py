@@ -61,6 +61,8 @@ class SafetensorsFile:
         if not isinstance(header, dict):
             raise UserError(f"{self.path}: the header should be a JSON object, got {type(header).__name__}")
         metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise UserError(f"{self.path}: __metadata__ should be a JSON object, got {metadata!r}")
         entries = {name: self._entry(name, entry, base, size) for name, entry in header.items()}
         end = base
         for name, (_, _, start, stop) in sorted(entries.items(), key=lambda item: item[1][2:]):
@@ -80,7 +82,7 @@ class SafetensorsFile:
             return tuple(value)
 
         shape, offsets, dtype = integers("shape"), integers("data_offsets"), entry.get("dtype")
-        width = DTYPES[dtype][1] if dtype in DTYPES else OTHER_SIZES.get(dtype) if isinstance(dtype, str) else None
+        width = (OTHER_SIZES | {code: size for code, (_, size) in DTYPES.items()}).get(str(dtype))
         if width is None:
             raise UserError(f"{self.path}: {name}: dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
         if len(offsets) != 2 or offsets[1] < offsets[0]:
