@@ -16,7 +16,9 @@ enum { MR = 4, NV = 2 };
 #endif
 enum {
     NR = NV * VW,
-    KC = 192,                          /* steps of k between which sums go to memory: a KC x NR panel of b fits the L1 cache */
+#ifndef KC
+    KC = 288,                          /* steps of k between which sums go to memory: a KC x NR panel of b fits the L1 cache */
+#endif
     KS = 1024,                         /* steps of k that are packed at once */
     TASK_BYTES = 480 << 10,            /* rows of a that one task works on: half of an L2 cache */
     PACK_BYTES = 4 << 20,              /* of b packed at once; twice that of a */
@@ -111,7 +113,8 @@ static void pack(float *out, Matrix b, int64_t k0, int64_t steps, int64_t K, int
         int64_t whole = min64(steps, (K - k0) / per);
         for (; s < whole; s++) {
             int64_t j = 0;
-            for (; j + VW <= n; j += VW) {
+            int narrow = width < VW && s + 1 < steps && j0 + VW <= N;  /* each store covers the last one's excess */
+            for (; j + VW <= n || (narrow && j < n); j += VW) {
                 vf x;
                 if (dot) {
                     vh low, high;
@@ -134,34 +137,35 @@ static void pack(float *out, Matrix b, int64_t k0, int64_t steps, int64_t K, int
         }
 }
 
-/* The panel of columns from j0, steps s0 .. s1 of a product and its extension, one behind the other. */
-static void pack_panel(const Job *job, float *out, Matrix b, Matrix b2, int64_t j0, int64_t width, int64_t N, float scale2) {
-    int64_t first = min64(job->s1, job->steps) - job->s0, per = job->dot ? 2 : 1;
-    if (first > 0) pack(out, b, job->s0 * per, first, job->K, j0, width, N, 1, job->dot);
-    int64_t from = max64(job->s0, job->steps);
-    if (job->s1 > from)
-        pack(out + (from - job->s0) * width, b2, (from - job->steps) * per, job->s1 - from, job->R, j0, width, N, scale2, job->dot);
-}
-
 /* Width of the panel of b from column n: whole vectors, no more than are needed. */
 static inline int64_t panel_width(int64_t n, int64_t n1) { return min64(NR, ceil_div(n1 - n, VW) * VW); }
 
+/* Steps s0 .. s1 of the panel of `width` columns from j0, out of those of b and then those of b2. */
+static void pack_panel(const Job *job, float *out, Matrix b, Matrix b2, int64_t s0, int64_t s1, int64_t j0, int64_t width,
+                       int64_t N, float scale2) {
+    int64_t per = job->dot ? 2 : 1, first = min64(s1, job->steps) - s0, from = max64(s0, job->steps);
+    if (first > 0) pack(out, b, s0 * per, first, job->K, j0, width, N, 1, job->dot);
+    if (s1 > from)
+        pack(out + (from - s0) * width, b2, (from - job->steps) * per, s1 - from, job->R, j0, width, N, scale2, job->dot);
+}
+
+/* One task packs neighbouring panels side by side, SWEEP steps at a time: whole cache lines of a row are read together. */
+enum { SWEEP = 64, B_PANELS = 4, A_PANELS = 16 };
 static int pack_task(int64_t i, void *context) {
     Job *job = context;
-    int64_t steps = job->s1 - job->s0, panels = ceil_div(job->n1 - job->n0, NR);
-    if (i < panels) {
-        int64_t n = job->n0 + i * NR;
-        pack_panel(job, job->pack_b + i * NR * steps, job->b, job->b2, n, panel_width(n, job->n1), job->N, 1);
-        return 0;
-    }
-    i -= panels;
-    if (!job->direct)
-        for (int64_t m = job->m0 + i * 8 * MR; m < min64(job->m1, job->m0 + (i + 1) * 8 * MR); m += MR)
-            pack_panel(job, job->pack_a + (m - job->m0) * steps, transposed(job->a), transposed(job->a2), m, MR, job->M, job->g->scale2);
-    else
-        for (int64_t m = job->m0 + i * 8 * MR; m < min64(job->m1, job->m0 + (i + 1) * 8 * MR); m += MR)
-            pack(job->ext + (m - job->m0) * job->steps2, transposed(job->a2), 0, job->steps2, job->R, m, MR, job->M, job->g->scale2,
-                 job->dot);
+    int64_t steps = job->s1 - job->s0, tasks_b = ceil_div(job->n1 - job->n0, NR * B_PANELS);
+    int64_t j0 = i < tasks_b ? job->n0 + i * NR * B_PANELS : job->m0 + (i - tasks_b) * MR * A_PANELS;
+    int64_t j1 = i < tasks_b ? min64(job->n1, j0 + NR * B_PANELS) : min64(job->m1, j0 + MR * A_PANELS);
+    int64_t begin = i >= tasks_b && job->direct ? max64(job->s0, job->steps) : job->s0;
+    for (int64_t s = begin; s < job->s1; s += SWEEP)
+        for (int64_t j = j0, end = min64(job->s1, s + SWEEP); j < j1; j += i < tasks_b ? NR : MR)
+            if (i < tasks_b) {
+                int64_t width = panel_width(j, job->n1);
+                pack_panel(job, job->pack_b + (j - job->n0) * steps + (s - job->s0) * width, job->b, job->b2, s, end, j, width, job->N, 1);
+            } else
+                pack_panel(job, job->direct ? job->ext + (j - job->m0) * job->steps2 + (s - job->steps) * MR
+                                            : job->pack_a + (j - job->m0) * steps + (s - job->s0) * MR,
+                           transposed(job->a), transposed(job->a2), s, end, j, MR, job->M, job->g->scale2);
     return 0;
 }
 
@@ -243,25 +247,50 @@ static const Tile tiles[2][2][3] = {
 
 /* ---- what happens to a finished tile ------------------------------------------------------------------------------ */
 
-/* One row or column of c: out = alpha x + beta out + bias + residual, or sums so far added and kept. */
-static void finish(const Job *job, const float *x, int64_t x_row, int64_t m, int64_t n, int64_t rows, int64_t cols, int first,
-                   int last) {
-    const Gemm *g = job->g;
-    for (int64_t i = 0; i < rows; i++) {
-        for (int64_t j = 0; j < cols; j++) {
-            int64_t r = job->swapped ? n + j : m + i, c = job->swapped ? m + i : n + j;
-            float v = g->alpha * x[i * x_row + j];
-            float *sum = job->sum ? job->sum + (m + i - job->m0) * job->sum_row + n + j - job->n0 : NULL;
-            char *out = (char *)g->c + (r * g->c_row + c) * dtype_size(g->c_dtype);
-            if (!first) v += sum ? *sum : load1(out, g->c_dtype);
-            else {
-                if (g->beta != 0) v += g->beta * load1(out, g->c_dtype);
-                if (g->bias) v += load1((const char *)g->bias + c * dtype_size(g->bias_dtype), g->bias_dtype);
-                if (g->residual)
-                    v += load1((const char *)g->residual + (r * g->residual_row + c) * dtype_size(g->residual_dtype), g->residual_dtype);
-            }
-            if (sum && !last) *sum = v; else store1(out, g->c_dtype, v);
+/* out[cols] of c's row r from column c: alpha x + beta out + bias + residual, or alpha x + the sums so far; kept in `sum` until
+ * the last step where c cannot hold a float32. Whole vectors, then the rest one by one. */
+static inline __attribute__((always_inline)) void finish_row(const Gemm *g, const float *x, int64_t r, int64_t c, int64_t cols,
+                                                             float *sum, int first, int last) {
+    char *out = (char *)g->c + (r * g->c_row + c) * dtype_size(g->c_dtype);
+    const char *bias = (const char *)g->bias + c * dtype_size(g->bias_dtype);
+    const char *residual = (const char *)g->residual + (r * g->residual_row + c) * dtype_size(g->residual_dtype);
+    int64_t j = 0;
+    for (; j + VW <= cols; j += VW) {
+        vf v = g->alpha * vf_load(x + j);
+        if (!first) v += sum ? vf_load(sum + j) : vf_load((float *)out + j);
+        else {
+            if (g->beta != 0) v += g->beta * vf_load_any(out + j * dtype_size(g->c_dtype), g->c_dtype);
+            if (g->bias) v += vf_load_any(bias + j * dtype_size(g->bias_dtype), g->bias_dtype);
+            if (g->residual) v += vf_load_any(residual + j * dtype_size(g->residual_dtype), g->residual_dtype);
         }
+        if (sum && !last) vf_store(sum + j, v);
+        else vf_store_any(out + j * dtype_size(g->c_dtype), g->c_dtype, v);
+    }
+    for (; j < cols; j++) {
+        float v = g->alpha * x[j];
+        if (!first) v += sum ? sum[j] : ((float *)out)[j];
+        else {
+            if (g->beta != 0) v += g->beta * load1(out + j * dtype_size(g->c_dtype), g->c_dtype);
+            if (g->bias) v += load1(bias + j * dtype_size(g->bias_dtype), g->bias_dtype);
+            if (g->residual) v += load1(residual + j * dtype_size(g->residual_dtype), g->residual_dtype);
+        }
+        if (sum && !last) sum[j] = v;
+        else store1(out + j * dtype_size(g->c_dtype), g->c_dtype, v);
+    }
+}
+
+static void finish(const Job *job, const float *x, int64_t width, int64_t m, int64_t n, int64_t rows, int64_t cols, int first,
+                   int last) {
+    if (!job->swapped) {
+        float *sum = job->sum ? job->sum + (m - job->m0) * job->sum_row + n - job->n0 : NULL;
+        for (int64_t i = 0; i < rows; i++)
+            finish_row(job->g, x + i * width, m + i, n, cols, sum ? sum + i * job->sum_row : NULL, first, last);
+        return;
+    }
+    float turned[MR], *sum = job->sum ? job->sum + (n - job->n0) * job->sum_row + m - job->m0 : NULL;
+    for (int64_t j = 0; j < cols; j++) {
+        for (int64_t i = 0; i < rows; i++) turned[i] = x[i * width + j];
+        finish_row(job->g, turned, n + j, m, rows, sum ? sum + j * job->sum_row : NULL, first, last);
     }
 }
 
@@ -329,7 +358,7 @@ int CPU(gemm)(const Gemm *g) {
                                 : min64(ceil_div(job.M, MR) * MR, max64(1, PACK_BYTES / 2 / depth / MR) * MR);
     int64_t threads = get_threads();
     int status = -1;
-    job.sum_row = wide_n;
+    job.sum_row = job.swapped ? wide_m : wide_n;
     float *memory = scratch(4 * (depth * (wide_n + VW) + (job.direct ? job.steps2 : depth) * wide_m + 4 * VW +
                                  (g->c_dtype != F32 && all > KC ? wide_m * wide_n : 0)));
     if (!memory) return -1;
@@ -343,9 +372,9 @@ int CPU(gemm)(const Gemm *g) {
             job.s0 = 0;
             do {
                 job.s1 = min64(all, job.s0 + depth);
-                int64_t panels = ceil_div(job.n1 - job.n0, NR), blocks = ceil_div(job.m1 - job.m0, 8 * MR);
-                if (job.direct && !job.steps2) blocks = 0;
-                if (parallel_for(panels + blocks, pack_task, &job)) goto done;
+                int64_t tasks_b = ceil_div(job.n1 - job.n0, NR * B_PANELS), tasks_a = ceil_div(job.m1 - job.m0, MR * A_PANELS);
+                if (job.direct && job.s1 <= job.steps) tasks_a = 0;
+                if (parallel_for(tasks_b + tasks_a, pack_task, &job)) goto done;
                 int64_t rows = job.m1 - job.m0, cols = job.n1 - job.n0;
                 job.tile_m = max64(1, TASK_BYTES / 4 / max64(1, job.s1 - job.s0) / MR) * MR;
                 job.tile_n = ceil_div(cols, NR) * NR;
