@@ -49,7 +49,7 @@ class LoraConfig:
         for field, known in (("target_modules", LINEARS), ("modules_to_save", WHOLE)):
             value = getattr(self, field)
             value = () if value is None else LINEARS if value == "all-linear" and field == "target_modules" else value
-            if isinstance(value, str) or any(name not in known for name in value):
+            if not isinstance(value, (list, tuple, set)) or any(name not in known for name in value):
                 raise UserError(f"{field} should be a list of {', '.join(known)}, got {value!r}")
             object.__setattr__(self, field, tuple(value))
 
@@ -140,7 +140,8 @@ def load(directory, base=None):
     lora = read_lora(directory)
     path = os.path.join(directory, WEIGHTS)
     file = SafetensorsFile(path)
-    if base is not None and file.metadata.get("longlora_base", base.fingerprint()) != base.fingerprint():
+    made_for = file.metadata.get("longlora_base")
+    if base is not None and made_for is not None and made_for != base.fingerprint():
         raise UserError(f"{directory}: is an adapter for another base model than {base.path}")
     foreign = [name for name in file.entries if not name.startswith(PREFIX)]
     if foreign:
@@ -172,12 +173,20 @@ def read_lora(directory):
         if found.get(key) and found[key] != plain:
             raise UserError(f"{path}: {key} {found[key]!r} is not supported; supported is {plain!r}")
     given = {field.name: found[field.name] for field in fields(LoraConfig) if found.get(field.name) is not None}
-    # PEFT adds the full names of what it tied to the list.
-    names = [name.removeprefix("model.") if name == "model.embed_tokens" else name for name in found.get("modules_to_save") or ()]
+    # PEFT writes full names for what it tied and for "all-linear"; whether all layers have it shows in the tensors.
+    given["modules_to_save"] = _last(found.get("modules_to_save") or (), "model.embed_tokens")
+    given["target_modules"] = _last(found.get("target_modules") or (), "model.layers.")
     try:
-        return LoraConfig(**{**given, "modules_to_save": tuple(dict.fromkeys(names))})
+        return LoraConfig(**given)
     except (UserError, TypeError) as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _last(names, prefix):
+    """The last part of the names that start with `prefix`, the others as they are, each once."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return names
+    return tuple(dict.fromkeys(name.rpartition(".")[2] if name.startswith(prefix) else name for name in names))
 
 
 def _tie(lora, tensors, config, path):

@@ -248,8 +248,8 @@ class Gguf(Checkpoint):
         place = self._tensors[name]
         if len(place[0]) == 1:
             values = self._dequantise(place, None)
-            return values[self._rows(name, values.shape[0])][start:stop]
-        return self._dequantise(place, self._rows(name, place[0][0])[start:stop])
+            return values[self._rows(name, values.shape[0])][start:stop], "float32"
+        return self._dequantise(place, self._rows(name, place[0][0])[start:stop]), "float32"
 
     def _rows(self, name, count):
         """Which stored row is row 0, 1, ... of the tensor: llama.cpp keeps llama's q and k with interleaved pairs."""

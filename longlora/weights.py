@@ -22,7 +22,7 @@ CHUNK = 1 << 22  # elements converted at a time
 class Checkpoint:
     """A model on disk: `.path`, `.kind` ("huggingface" or "gguf"), `.config` and the tensors under Hugging Face names.
 
-    Subclasses give `_shapes` (name -> shape), `dtype(name)`, `_part(name, start, stop)` (rows in float32), `_stored(name)`
+    Subclasses give `_shapes` (name -> shape), `dtype(name)`, `_part(name, start, stop)` (rows and their dtype), `_stored(name)`
     (all its bytes) and `tokenizer()`.
     """
 
@@ -63,12 +63,14 @@ class Checkpoint:
         target, dtype = _bits(out), _name(out)
         step = max(1, CHUNK // max(1, int(np.prod(shape[1:]))))
         for start in range(0, shape[0], step):
-            part = self._part(name, start, start + step)
-            if not np.isfinite(part).all():
-                where = np.argwhere(~np.isfinite(part))[0]
+            part, stored = self._part(name, start, start + step)
+            # All exponent bits set is infinity or NaN; only this way is bfloat16 checked without being converted.
+            finite = (part & 0x7F80) != 0x7F80 if stored == "bfloat16" else np.isfinite(part)
+            if not finite.all():
+                where = np.argwhere(~finite)[0]
                 where[0] += start
                 raise UserError(f"{self.path}: {name} is not finite at {where.tolist()}")
-            target[start:start + step] = from_float32(part, dtype)
+            target[start:start + step] = part if stored == dtype else from_float32(to_float32(part, stored), dtype)
         return out
 
     def fingerprint(self):
@@ -128,7 +130,7 @@ class HuggingFace(Checkpoint):
         return self._files[name].array(name)
 
     def _part(self, name, start, stop):
-        return to_float32(self._array(name)[start:stop], self.dtype(name))
+        return self._array(name)[start:stop], self.dtype(name)
 
     def _stored(self, name):
         return self._array(name).reshape(-1).view(np.uint8)
