@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from . import adapter, checkpoint, data, options as options_, plan as plan_, plots, ppl, rope
-from .config import read_config, read_json
+from .config import read_config
 from .errors import UserError
 from .safetensors_file import write_json, write_text
 
@@ -67,6 +67,35 @@ def learning_rate(step, steps, peak, warmup, schedule):
     return peak * (0.5 * (1 + math.cos(math.pi * min(done, 1))) if schedule == "cosine" else max(0.0, 1 - done))
 
 
+def _planned(config, o):
+    """-> sequence length, attention, LoraConfig or None, Plan."""
+    length = o.sequence_length or o.target_length or config.max_position_embeddings
+    if length > config.max_position_embeddings:
+        raise UserError(f"sequence_length {length} is above the {config.max_position_embeddings} positions of the model; set target_length")
+    attention = _attention(o, length)
+    lora = None if o.full else adapter.LoraConfig(o.r, o.lora_alpha, o.target_modules, o.modules_to_save)
+    return length, attention, lora, plan_.plan(
+        config, dtype=o.dtype, batch_size=o.per_device_train_batch_size, sequence_length=length,
+        group_size=attention["group_size"] if attention else None, lora=lora, checkpointing=o.checkpointing)
+
+
+def plan_of(o):
+    """The Plan of a run with these options: from the config alone, no weight is read."""
+    if o.num_threads:
+        from ._C import set_num_threads
+        set_num_threads(o.num_threads)
+    return _planned(_extended(_config(o), o)[0], o)[3]
+
+
+def _config(o):
+    """The config of the options' model, without opening a Hugging Face model's weights."""
+    path = o.model or o.init
+    if os.path.isfile(path) and path.endswith(".gguf"):
+        from .weights import open_model
+        return open_model(path).config
+    return read_config(path)
+
+
 class Source:
     """Where weights and tokenizer come from: a base model, or a config with random weights."""
 
@@ -78,7 +107,7 @@ class Source:
             self.config, self.tokenizer, self.dtype = self.base.config, self.base.tokenizer(), None
             return
         directory = o.init if os.path.isdir(o.init) else os.path.dirname(o.init) or "."
-        self.config = read_config(read_json(os.path.join(o.init, "config.json")) if os.path.isdir(o.init) else read_json(o.init))
+        self.config = read_config(o.init)
         self.tokenizer = Tokenizer.from_directory(directory).check(self.config, directory)
         self.dtype = self.config.raw.get("torch_dtype") or self.config.raw.get("dtype") or "float32"
 
@@ -123,13 +152,7 @@ def run(o, say=print):
         raise UserError(f"{o.output_dir}: holds another run; resume it (resume_from_checkpoint) or choose another output_dir")
     source = Source(o)
     config, raw, rope_sentence = _extended(source.config, o)
-    length = o.sequence_length or o.target_length or config.max_position_embeddings
-    if length > config.max_position_embeddings:
-        raise UserError(f"sequence_length {length} is above the {config.max_position_embeddings} positions of the model; set target_length")
-    attention = _attention(o, length)
-    lora = None if o.full else adapter.LoraConfig(o.r, o.lora_alpha, o.target_modules, o.modules_to_save)
-    plan = plan_.plan(config, dtype=o.dtype, batch_size=o.per_device_train_batch_size, sequence_length=length,
-                      group_size=attention["group_size"] if attention else None, lora=lora, checkpointing=o.checkpointing)
+    length, attention, lora, plan = _planned(config, o)
     if not plan.fits:
         raise UserError(f"this run needs {plan.total / 2**30:.2f} GiB and there are {plan.memory / 2**30:.2f}; it would fit with: "
                         + ("; ".join(plan.changes) or "a smaller model"))
