@@ -1,16 +1,19 @@
 """LongLoRA (arXiv 2309.12307): extend the context of a pretrained decoder on one machine.
 
-ops, Tensor: the kernels, on NumPy, torch and other DLPack arrays. train, plan, ppl, merge, inspect, doctor, demo: the commands
-of the command line as functions; each is imported when it is first used.
+longlora.ops and Tensor: the kernels, on NumPy, torch and other DLPack arrays. The commands of the command line are functions of
+modules that are imported when they are first used: train.train, plan.plan, ppl.run, adapter.merge, inspect.describe,
+doctor.examine, demo.run.
 """
 from . import ops
 from ._C import Tensor, get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
-__all__ = ["Tensor", "demo", "doctor", "get_num_threads", "inspect", "merge", "ops", "plan", "ppl", "set_num_threads", "train"]
+_MODULES = ("adapter", "demo", "doctor", "inspect", "model", "plan", "ppl", "train", "weights")
+__all__ = ["Tensor", "get_num_threads", "ops", "set_num_threads", *_MODULES]
 
 
-def train(**options):
-    """Train with the options of longlora.options.TrainOptions as keywords -> train.Result. UserError for bad input."""
-    from .train import train as function
-    return function(**options)
+def __getattr__(name):
+    if name in _MODULES:
+        import importlib
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
