@@ -10,8 +10,7 @@ allocate what was not planned. The buffers are those of one pass over a layer:
 
 B, T, M = B T, C, H, K, D, F, R, V as in csrc/ops.h; Q = H D, P = K D, S = Q + 2 P. Sizes are bytes.
 """
-import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .errors import UserError
 
@@ -19,6 +18,7 @@ CHECKPOINTING = ("none", "minimal", "full")  # fastest first
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TILE = 2048  # tokens that the MLP handles at a time
 ALIGN = 64
+RUNTIME = 4 << 20  # threads, Python objects
 
 # The products of a layer: group -> (prefix of the modules' names, modules whose outputs lie side by side).
 GROUPS = {
@@ -184,7 +184,8 @@ def activations(config, dtype, batch_size, length, lora, checkpointing, start=0)
     H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     M, S, Q, f32 = B * T, (H + 2 * K) * D, H * D, "float32"
     tile = min(M, TILE)
-    us = [(f"u.{group}", (M, _rank(group, lora)), f32) for group in GROUPS if _rank(group, lora)]
+    # u = x A' of each product with LoRA but the last, whose x is computed again anyway
+    us = [(f"u.{group}", (M, _rank(group, lora)), f32) for group in GROUPS if group != "down" and _rank(group, lora)]
     attention = [("o", (M, Q), dtype), ("lse", (B, H, T), f32)]
     kept = {"none": [("qkv", (M, S), dtype), *attention, ("h", (M, C), dtype), ("rstd2", (M,), f32),
                      ("gp", (M, 2 * F), dtype), *us], "minimal": attention, "full": []}[checkpointing]
@@ -224,7 +225,7 @@ def evaluation(config, dtype, length, lora, start=0):
     layout.add("rstd2", (T,), f32)
     layout.add("lse", (1, H, T), f32)
     for group in GROUPS:
-        if _rank(group, lora):
+        if group != "down" and _rank(group, lora):
             layout.add(f"u.{group}", (T, _rank(group, lora)), f32)
     if config.qk_norm:
         layout.add("qk", (T, (H + K) * D), dtype)
@@ -235,3 +236,161 @@ def evaluation(config, dtype, length, lora, start=0):
     layout.add("head_lse", (T,), f32)
     layout.end_part("evaluation")
     return layout
+
+
+def _head_scratch(config, rows):
+    """What linear_cross_entropy takes while it runs: a chunk of logits, at most 48 MiB unless V is very large."""
+    V = config.vocab_size
+    most = max(48, (48 << 20) // 4 // V // 48 * 48)
+    chunks = -(-rows // most)
+    stride = -(-(-(-rows // chunks)) // 48) * 48
+    return 4 * stride * (V + 2 * -(-V // 256) + 2)
+
+
+def _attention_scratch(config, batch_size, length, group_size, threads):
+    """What s2_attention's backward takes: keys, values and their gradients of a segment per thread, in float32, and the sums of
+    the head that is plain and shifted both."""
+    pitch, segment = -(-config.head_dim // 32) * 32, -(-min(group_size, length) // 128) * 128
+    return 4 * (threads * ((5 * segment + 192) * pitch + 2 * 64 * 128) + batch_size * length * 2 * pitch)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes: parts (name -> bytes, in order), and what they follow from. `memory` is what there is, in bytes."""
+    config: object = field(repr=False)
+    dtype: str
+    batch_size: int
+    sequence_length: int
+    group_size: int | None
+    lora: object
+    checkpointing: str
+    memory: int
+    parts: dict
+    changes: tuple = ()
+
+    @property
+    def total(self):
+        return sum(self.parts.values())
+
+    @property
+    def fits(self):
+        return self.total <= self.memory
+
+    def activations(self, batch_size, length):
+        """The Layout of a pass over [batch_size, length] tokens by this plan's choices."""
+        return activations(self.config, self.dtype, batch_size, length, self.lora, self.checkpointing)
+
+    def to_json(self):
+        """A dict for json.dumps; sizes in bytes."""
+        return {"dtype": self.dtype, "batch_size": self.batch_size, "sequence_length": self.sequence_length,
+                "group_size": self.group_size, "training": "full" if self.lora is None else "lora",
+                "checkpointing": self.checkpointing, "parts": dict(self.parts), "total": self.total, "memory": self.memory,
+                "fits": self.fits, "changes": [{"change": text, "total": total} for text, total in self.changes]}
+
+    def text(self):
+        """A table in GiB, the verdict, and what would make it fit."""
+        width = max(len(name) for name in (*self.parts, "total")) + 2
+        lines = [f"{name:<{width}}{size / 2**30:9.3f} GiB" for name, size in (*self.parts.items(), ("total", self.total))]
+        there = f"{self.memory / 2**30:.3f} GiB are available"
+        lines.append(f"checkpointing {self.checkpointing}: {'fits' if self.fits else 'does not fit'}; {there}")
+        for text, total in self.changes:
+            lines.append(f"  {text}: {total / 2**30:.3f} GiB" + (", fits" if total <= self.memory else ""))
+        return "\n".join(lines)
+
+
+def available_memory():
+    """Bytes that a new process can have: MemAvailable, or less where a control group says so."""
+    with open("/proc/meminfo") as file:
+        found = {line.split(":")[0]: int(line.split()[1]) << 10 for line in file}
+    limits = [found["MemAvailable"]]
+    for limit, used in (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+                        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes")):
+        try:
+            with open(limit) as a, open(used) as b:
+                limits.append(max(0, int(a.read()) - int(b.read())))
+        except (OSError, ValueError):                  # no such group, or "max"
+            pass
+    return min(limits)
+
+
+def _parts(config, dtype, batch_size, length, group_size, lora, checkpointing):
+    from . import get_num_threads
+    passes = activations(config, dtype, batch_size, length, lora, checkpointing)
+    parts = parameters(config, dtype, lora, True).parts
+    parts.update(passes.parts)
+    M, D = batch_size * length, config.head_dim
+    parts["batch and tables"] += 2 * 4 * length * D // 2 + 4 * 4 * M
+    parts["scratch of the ops"] = max(_head_scratch(config, M),
+                                      _attention_scratch(config, batch_size, length, group_size or length, get_num_threads()))
+    parts["runtime"] = RUNTIME
+    return {name: size for name, size in parts.items() if size}
+
+
+def plan(config, *, dtype="float32", batch_size=1, sequence_length, group_size=None, lora=None, checkpointing="auto", memory=None):
+    """What training of `config` takes, from the config alone -> Plan.
+
+    lora None means full fine-tuning, group_size None dense attention. checkpointing "auto" is the fastest of none, minimal and
+    full that fits in `memory` (bytes; default: what is available now). Where nothing fits, .changes has the cheapest changes.
+    """
+    if checkpointing not in ("auto", *CHECKPOINTING):
+        raise UserError(f"checkpointing should be one of auto, {', '.join(CHECKPOINTING)}, got {checkpointing!r}")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype should be one of {', '.join(DTYPES)}, got {dtype!r}")
+    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
+        if value < 1:
+            raise UserError(f"{name} should be at least 1, got {value}")
+    memory = available_memory() if memory is None else memory
+
+    def parts(**changed):
+        given = dict(dtype=dtype, batch_size=batch_size, length=sequence_length, group_size=group_size, lora=lora,
+                     checkpointing=checkpointing)
+        return _parts(config, **{**given, **changed})
+
+    if checkpointing == "auto":
+        for checkpointing in CHECKPOINTING:
+            found = parts(checkpointing=checkpointing)
+            if sum(found.values()) <= memory:
+                break
+    else:
+        found = parts()
+    changes = () if sum(found.values()) <= memory else _changes(parts, checkpointing, dtype, batch_size, sequence_length, lora, memory)
+    return Plan(config, dtype, batch_size, sequence_length, group_size, lora, checkpointing, memory, found, changes)
+
+
+def _changes(parts, checkpointing, dtype, batch_size, length, lora, memory):
+    """The changes that would make it fit, cheapest first: those that cost time, then precision, batch, what is trained, length.
+
+    Each alone where one is enough; else one after the other, all together, until it fits."""
+    steps = [(f"--checkpointing {c}", dict(checkpointing=c)) for c in CHECKPOINTING[CHECKPOINTING.index(checkpointing) + 1:]]
+    if dtype == "float32":
+        steps.append(("--dtype bfloat16", dict(dtype="bfloat16")))
+    if batch_size > 1:
+        steps.append(("--per-device-train-batch-size 1, the rest by gradient accumulation", dict(batch_size=1)))
+    if lora is None:
+        from .adapter import LoraConfig
+        steps.append(("LoRA instead of --full", dict(lora=LoraConfig())))
+    elif {"embed_tokens", "lm_head"} & set(lora.modules_to_save):
+        rest = tuple(name for name in lora.modules_to_save if name not in ("embed_tokens", "lm_head"))
+        steps.append(("no training of the embedding", dict(lora=replace(lora, modules_to_save=rest))))
+    shorter = [(f"--sequence-length {length >> i}", dict(length=length >> i)) for i in range(1, 8) if length >> i >= 1]
+    alone = [(text, sum(parts(**change).values())) for text, change in steps]
+    fitting = [(text, total) for text, total in alone if total <= memory]
+    for text, change in shorter:
+        total = sum(parts(**change).values())
+        if total <= memory:
+            fitting.append((text, total))
+            break
+    if fitting:
+        return tuple(fitting)
+    together, sofar = [], {}
+    for text, change in steps + shorter:
+        sofar.update(change)
+        total = sum(parts(**sofar).values())
+        if change.get("length") and together and together[-1][0].startswith("and --sequence-length"):
+            together.pop()
+        if change.get("checkpointing") and together:
+            together.pop()
+        together.append((("and " if together else "") + text, total))
+        if total <= memory:
+            break
+    return tuple(together)
