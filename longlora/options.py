@@ -72,14 +72,16 @@ class TrainOptions:
     num_threads: int | None = option(None, "threads (default: OMP_NUM_THREADS, else all processors)", low=1)
     cache_dir: str | None = option(None, "where tokenised text is kept (default: beside output_dir's files)")
 
-    def check(self):
-        """Every value against its field and the fields against each other -> self; UserError names the option."""
+    def check(self, planning=False):
+        """Every value against its field and the fields against each other -> self; UserError names the option.
+
+        planning: data and output_dir are not asked for."""
         for f in fields(self):
             setattr(self, f.name, _checked(f, getattr(self, f.name)))
         if (self.model is None) == (self.init is None):
             raise UserError("wanted one of model and init, got " + ("both" if self.model else "neither"))
         for name in ("data", "output_dir"):
-            if getattr(self, name) is None:
+            if getattr(self, name) is None and not planning:
                 raise UserError(f"{name} is missing")
         if self.init is not None and not self.full:
             raise UserError("init needs full: LoRA on random weights trains nothing of use")
@@ -137,7 +139,7 @@ def aliases():
     return {alias: f.name for f in fields(TrainOptions) for alias in f.metadata["alias"]}
 
 
-def from_dict(values, where="options"):
+def from_dict(values, where="options", planning=False):
     """Keywords or YAML keys -> checked TrainOptions; an unknown key is an error that names the nearest one."""
     names, other, found = [f.name for f in fields(TrainOptions)], aliases(), {}
     for key, value in values.items():
@@ -148,7 +150,7 @@ def from_dict(values, where="options"):
         if name in found:
             raise UserError(f"{where}: {name} is given twice")
         found[name] = value
-    return TrainOptions(**found).check()
+    return TrainOptions(**found).check(planning)
 
 
 def add_flags(parser):
@@ -169,11 +171,11 @@ def add_flags(parser):
                                 metavar=None if f.metadata["choices"] else f.name.upper() if kind is str else kind.__name__.upper())
 
 
-def from_flags(namespace):
+def from_flags(namespace, planning=False):
     """The parsed flags, over the YAML file of --config -> checked TrainOptions."""
     given = {f.name: getattr(namespace, f.name) for f in fields(TrainOptions) if hasattr(namespace, f.name)}
     if not namespace.config:
-        return from_dict(given, "command line")
+        return from_dict(given, "command line", planning)
     import yaml
     try:
         with open(namespace.config, encoding="utf-8") as file:
@@ -185,4 +187,4 @@ def from_flags(namespace):
     if not isinstance(values, dict):
         raise UserError(f"{namespace.config}: should be a mapping of options, got {type(values).__name__}")
     known = aliases()
-    return from_dict({**{known.get(key, key): value for key, value in values.items()}, **given}, namespace.config)
+    return from_dict({**{known.get(key, key): value for key, value in values.items()}, **given}, namespace.config, planning)
