@@ -51,7 +51,7 @@ def _number(found, name, where, low, high=1e9):
 
 
 def read(raw, max_length, where):
-    """The Rope of a config.json read as `raw`, in the spelling of transformers 4 or 5; UserError names what is not supported."""
+    """The Rope of a config.json read as `raw`, spelled for transformers 4 or 5; UserError names what is not supported."""
     for key in ("rope_scaling", "rope_parameters"):
         if raw.get(key) is not None and not isinstance(raw[key], dict):
             raise UserError(f"{where}: {key} should be an object, got {raw[key]!r}")

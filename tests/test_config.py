@@ -75,7 +75,7 @@ WINDOWS = [
 ]
 
 
-@pytest.mark.parametrize("family, fields, window", WINDOWS, ids=[f"{family}-{index}" for index, (family, *_) in enumerate(WINDOWS)])
+@pytest.mark.parametrize("family, fields, window", WINDOWS, ids=[f"{case[0]}-{i}" for i, case in enumerate(WINDOWS)])
 def test_sliding_windows_by_the_rules_of_transformers(family, fields, window):
     raw = {**RAW, "model_type": family, **fields}
     if window is None:
@@ -144,12 +144,14 @@ def test_no_config(tmp_path):
         read_config(tmp_path)
 
 
-KEYS = [*RAW, "head_dim", "hidden_act", "architectures", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
-        "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "attention_bias", "mlp_bias", "eos_token_id",
+KEYS = [*RAW, "head_dim", "hidden_act", "architectures", "rope_theta", "rope_scaling", "rope_parameters",
+        "partial_rotary_factor", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "attention_bias",
+        "mlp_bias", "eos_token_id",
         "tie_word_embeddings", "initializer_range", "original_max_position_embeddings", "original_rope_theta", "num_experts"]
 ROPE_KEYS = ["rope_type", "type", "factor", "rope_theta", "original_max_position_embeddings", "beta_fast", "low_freq_factor",
              "high_freq_factor", "attention_factor", "truncate", "mscale"]
-SCALARS = st.none() | st.booleans() | st.integers(-3, 70) | st.integers() | st.floats() | st.sampled_from(["yarn", "linear", "x", ""])
+SCALARS = (st.none() | st.booleans() | st.integers(-3, 70) | st.integers() | st.floats()
+           | st.sampled_from(["yarn", "linear", "llama3", ""]))
 VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.sampled_from(ROPE_KEYS), SCALARS, max_size=6)
 
 
