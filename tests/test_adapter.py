@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from longlora import adapter, inspect, rope as rope_
 from longlora.adapter import LoraConfig
 from longlora.errors import UserError
@@ -169,6 +170,10 @@ def test_merged_in_shards(tmp_path, monkeypatch):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     np.testing.assert_allclose(logits(merged), reference(base, path, tensors, LoraConfig()), atol=1e-3)
     assert (tmp_path / "merged" / "generation_config.json").exists()
+    monkeypatch.undo()
+    adapter.save_merged(tmp_path / "merged", open_model(base).read, open_model(base).config.raw)
+    again = open_model(tmp_path / "merged")
+    np.testing.assert_array_equal(again.read("lm_head.weight"), open_model(base).read("lm_head.weight"))
 
 
 def test_tokenizer_goes_along(tmp_path):
@@ -260,6 +265,20 @@ def test_wrong_adapter_config(tmp_path, fields, message):
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
     with pytest.raises(UserError, match=message):
         adapter.load(path, open_model(base))
+
+
+@given(st.dictionaries(st.sampled_from([*adapter.PLAIN, "r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora",
+                                        "peft_type"]),
+                       st.none() | st.booleans() | st.integers() | st.floats() | st.lists(st.integers() | st.text(), max_size=2)
+                       | st.just("LORA") | st.dictionaries(st.text(), st.integers(), max_size=1), max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_whatever_an_adapter_config_says_is_read_or_refused_in_one_line(tmp_path_factory, fields):
+    path = tmp_path_factory.getbasetemp() / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"], **fields}))
+    try:
+        assert adapter.read_lora(path.parent).scale > 0
+    except UserError as error:
+        assert "\n" not in str(error)
 
 
 def test_not_an_adapter(tmp_path):

@@ -169,7 +169,7 @@ def test_tables(name):
     ({"rope_scaling": {**SCALINGS["yarn"], "original_max_position_embeddings": 1.5}}, "original_max_position_embeddings should be"),
     ({"rope_scaling": "linear"}, "rope_scaling should be an object"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": {}}}, "rope differs by layer type"),
-    ({"rope_theta": -1}, "rope_theta should be a number from 1"),
+    ({"rope_theta": -1}, "rope_theta should be a number from 2"),
     ({"rope_theta": "10000"}, "rope_theta should be a number"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported; supported is 1"),
 ])

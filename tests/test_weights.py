@@ -194,6 +194,7 @@ def entry(start, end, shape=None, dtype="F32"):
     ({"a": entry(0, 16, dtype="F31")}, 16, "dtype 'F31' is not supported"),
     ({"a": entry(0, 16, dtype=["F32"])}, 16, "dtype \\['F32'\\] is not supported"),
     ({"a": 3}, 0, "a: shape should be a list of integers from 0"),
+    ({"a\nb": entry(0, 16)}, 12, "truncated: a b ends at byte"),
     ({"__metadata__": [1]}, 0, "__metadata__ should be a JSON object"),
     ([], 0, "should be a JSON object, got list"),
     (b"{", 0, "the header is not JSON"),
