@@ -96,7 +96,7 @@ def save(directory, tensors, lora, base, raw, tokenizer=None):
     described = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": os.path.abspath(base.path),
                  "r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": 0.0, "target_modules": list(lora.target_modules),
                  "modules_to_save": modules or None, "use_rslora": lora.use_rslora, "init_lora_weights": True,
-                 "inference_mode": True, "revision": None, "peft_version": "0.18.0", "ensure_weight_tying": tied,
+                 "inference_mode": True, "revision": None, "ensure_weight_tying": tied,
                  **{key: PLAIN[key] for key in ("bias", "fan_in_fan_out", "use_dora", "rank_pattern", "alpha_pattern",
                                                 "layers_to_transform", "layers_pattern")}}
     _directory(directory)

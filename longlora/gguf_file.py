@@ -159,7 +159,8 @@ class Gguf(Checkpoint):
         raw = {"architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]],
                "model_type": family, "hidden_act": "silu", "initializer_range": 0.02, "use_cache": True,
                "tie_word_embeddings": "lm_head.weight" not in self._tensors,
-               "bos_token_id": get("tokenizer.ggml.bos_token_id"), "eos_token_id": get("tokenizer.ggml.eos_token_id")}
+               "bos_token_id": get("tokenizer.ggml.bos_token_id"), "eos_token_id": get("tokenizer.ggml.eos_token_id"),
+               "pad_token_id": get("tokenizer.ggml.padding_token_id")}
         for name, key in (("hidden_size", "embedding_length"), ("intermediate_size", "feed_forward_length"),
                           ("num_hidden_layers", "block_count"), ("num_attention_heads", "attention.head_count"),
                           ("max_position_embeddings", "context_length"), ("rms_norm_eps", "attention.layer_norm_rms_epsilon")):

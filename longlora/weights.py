@@ -76,7 +76,7 @@ class Checkpoint:
     def fingerprint(self):
         """A string that tells this base from another: config, names, shapes, and the first and last bytes of each tensor."""
         config = self.config
-        seen = [config.family, config.rms_norm_eps, config.tie_word_embeddings, config.rope.theta, config.num_attention_heads]
+        seen = [config.family, config.rms_norm_eps, config.tie_word_embeddings, config.num_attention_heads, repr(config.rope)]
         digest = hashlib.sha256(json.dumps(seen).encode())
         for name in self._names:
             digest.update(f"{name} {list(self.shape(name))} {self.dtype(name)}\n".encode())
@@ -91,6 +91,8 @@ class HuggingFace(Checkpoint):
 
     def __init__(self, path):
         self.path = os.fspath(path)
+        if os.path.exists(os.path.join(path, "adapter_config.json")):
+            raise UserError(f"{self.path}: is an adapter, wanted the model it was trained on (or merged into)")
         self.config = read_config(path)
         index = os.path.join(path, INDEX)
         if os.path.exists(index):

@@ -255,29 +255,30 @@ def test_empty_tensors_are_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    import resource
+    import signal
     path = tmp_path / "x.safetensors"
     safetensors_file.save(path, {"a": np.ones(4, np.float32)})
     before = path.read_bytes()
-
-    class Full:
-        def __init__(self, file):
-            self.file, self.left = file, 100
-
-        def write(self, data):
-            self.left -= len(data)
-            if self.left < 0:
-                raise OSError(28, "No space left on device")
-            return self.file.write(data)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-    monkeypatch.setattr(safetensors_file, "open", lambda *a, **k: Full(open(*a, **k)), raising=False)
-    with pytest.raises(UserError, match="x.safetensors: cannot be written: No space left on device; what was there is untouched"):
-        safetensors_file.save(path, {"a": np.ones(4000, np.float32)})
-    monkeypatch.undo()
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(UserError, match="x.safetensors: cannot be written: .*; what was there is untouched"):
+            safetensors_file.save(path, {"a": np.ones(4000, np.float32)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written: File exists"):
+        safetensors_file.write_text(tmp_path / "file" / "x.json", "{}")
+
+
+def test_an_adapter_is_not_a_model(tmp_path):
+    build(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "is an adapter, wanted the model it was trained on" in failure(tmp_path)
