@@ -57,8 +57,8 @@ class TrainOptions:
     gradient_accumulation_steps: int = option(1, "such batches in a step", low=1)
     max_steps: int = option(-1, "steps to train (-1: by num_train_epochs)", low=-1)
     num_train_epochs: float = option(1.0, "passes over the data when max_steps is -1", above=0)
-    learning_rate: float = option(2e-4, "peak rate of LoRA (of everything with --full)", above=0)
-    embedding_learning_rate: float | None = option(None, "peak rate of embedding and norms (default: learning_rate)", above=0)
+    learning_rate: float = option(2e-4, "peak rate of LoRA; with full, of everything but embedding and norms", above=0)
+    embedding_learning_rate: float | None = option(None, "peak rate of embedding, head and norms (default: learning_rate)", above=0)
     lr_scheduler_type: str = option("constant", "after the warm-up (constant_with_warmup is another name of constant)", choices=("constant", "cosine", "linear"))
     warmup_steps: float = option(0, "steps of linear warm-up; below 1 a share of the run", low=0, alias=("warmup_ratio",))
     weight_decay: float = option(0.0, "AdamW's, on matrices only", low=0)
@@ -80,17 +80,22 @@ class TrainOptions:
     max_memory: float | None = option(None, "GiB that the run may use (default: what the machine has available)", above=0)
     cache_dir: str | None = option(None, "where tokenised text is kept (default: the folder cache in output_dir)")
 
-    def check(self, wanted=("data", "output_dir")):
-        """Every value against its field and the fields against each other -> self; UserError names the option."""
+    def check(self, planning=False):
+        """Every value against its field and the fields against each other -> self; UserError names the option.
+
+        planning: data and output_dir are not asked for.
+        """
         for f in fields(self):
             setattr(self, f.name, _checked(f, getattr(self, f.name)))
         if (self.model is None) == (self.init is None):
             raise UserError("wanted one of model and init, got " + ("both" if self.model else "neither"))
-        for name in wanted:
+        for name in () if planning else ("data", "output_dir"):
             if getattr(self, name) is None:
                 raise UserError(f"{name} is missing")
         if self.group_size is not None and self.group_size % 2:
             raise UserError(f"group_size should be even, half of it is the shift, got {self.group_size}")
+        if self.group_size is not None and self.attention == "dense":
+            raise UserError("group_size is of s2 attention, got attention dense")
         if self.init is not None and self.target_length is not None:
             raise UserError("target_length extends a pretrained model; with init the length is the config's")
         if None not in (self.sequence_length, self.target_length) and self.sequence_length > self.target_length:
@@ -111,7 +116,7 @@ class TrainOptions:
         if self.target_length is None and length > config.max_position_embeddings:
             raise UserError(f"sequence_length should be at most the {config.max_position_embeddings} tokens of the base model "
                             f"unless target_length extends it, got {length}")
-        if self.group_size is None:
+        if self.group_size is None and self.attention == "s2":
             self.group_size = max(2, length // 8 * 2)
         if self.attention == "s2" and self.group_size > length:
             raise UserError(f"group_size should be at most sequence_length {length}, got {self.group_size}")
@@ -182,7 +187,7 @@ def aliases():
     return {alias: f.name for f in fields(TrainOptions) for alias in f.metadata["alias"]}
 
 
-def from_dict(values, where="options", wanted=("data", "output_dir")):
+def from_dict(values, where="options", planning=False):
     """Keywords or YAML keys -> checked TrainOptions; an unknown key is an error that names the nearest one."""
     names, other, found = [f.name for f in fields(TrainOptions)], aliases(), {}
     for key, value in values.items():
@@ -193,7 +198,7 @@ def from_dict(values, where="options", wanted=("data", "output_dir")):
         if name in found:
             raise UserError(f"{where}: {name} is given twice")
         found[name] = value
-    return TrainOptions(**found).check(wanted)
+    return TrainOptions(**found).check(planning)
 
 
 def add_flags(parser):
@@ -216,11 +221,11 @@ def add_flags(parser):
                                 metavar="NAME" if choices or kind is tuple else {int: "N", float: "X"}.get(kind, "PATH"))
 
 
-def from_flags(namespace, wanted=("data", "output_dir")):
+def from_flags(namespace, planning=False):
     """The parsed flags, over the YAML file of --config -> checked TrainOptions."""
     given = {f.name: getattr(namespace, f.name) for f in fields(TrainOptions) if hasattr(namespace, f.name)}
     if not namespace.config:
-        return from_dict(given, "command line", wanted)
+        return from_dict(given, "command line", planning)
     import yaml
     try:
         with open(namespace.config, encoding="utf-8") as file:
@@ -235,4 +240,4 @@ def from_flags(namespace, wanted=("data", "output_dir")):
     for name in given:
         for key in [key for key in values if known.get(key, key) == name]:
             del values[key]
-    return from_dict({**values, **given}, namespace.config, wanted)
+    return from_dict({**values, **given}, namespace.config, planning)
