@@ -182,26 +182,29 @@ def run(o, say=print):
         model.init_random(o.seed)
     optimizer = AdamW(model.parameters, beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_epsilon, weight_decay=o.weight_decay,
                       max_grad_norm=o.max_grad_norm)
+    trained = {p.name: p.value.numpy() for p in model.parameters}
+    kinds = sorted({p.kind for p in model.parameters})
     order, step, history = data.Order(kept, o.seed), 0, []
     if resumed is not None:
         state, tensors = checkpoint.load(resumed)
         _same_run(state["options"], o, resumed)
-        optimizer.load_state_dict(tensors, state["global_step"])
-        model.refresh()
+        values = {name.removeprefix("value."): tensors.pop(name) for name in list(tensors) if name.startswith("value.")}
+        model.load_adapter(values)
+        optimizer.load_state_dict(tensors)
         step, order.position, history = state["global_step"], state["position"], state["log_history"]
 
     def write_model(directory):
         if lora is not None:
-            adapter.save(directory, model.tensors(), lora, source.base, raw, source.tokenizer)
+            adapter.save(directory, trained, lora, source.base, raw, source.tokenizer)
         else:
-            found = model.tensors()
             dtype = source.dtype or {name: source.base.dtype(name) for name in source.base.names()}
-            adapter.save_merged(directory, found.__getitem__, raw, source.tokenizer, dtype)
+            adapter.save_merged(directory, trained.__getitem__, raw, source.tokenizer, dtype)
 
     def save():
         state = {"global_step": step, "position": order.position, "log_history": history, "options": o.to_dict(),
                  "max_steps": steps}
-        return checkpoint.save(o.output_dir, step, state, optimizer.state_dict(), write_model, o.save_total_limit)
+        tensors = {**{f"value.{name}": array for name, array in trained.items()}, **optimizer.state_dict()}
+        return checkpoint.save(o.output_dir, step, state, tensors, write_model, o.save_total_limit)
 
     write_json(os.path.join(o.output_dir, "options.json"), o.to_dict())
     write_text(os.path.join(o.output_dir, METRICS), "".join(json.dumps(m) + "\n" for m in history))
@@ -230,7 +233,7 @@ def run(o, say=print):
             micro = [data.batch(corpus, order.take(o.per_device_train_batch_size), length)
                      for _ in range(o.gradient_accumulation_steps)]
             count = sum(int((targets != -100).sum()) for _, targets in micro)
-            optimizer.zero_grad()
+            model.zero_grad()
             loss = sum(model.train_microbatch(ids, targets, loss_scale=1 / count) for ids, targets in micro) / count
             if not math.isfinite(loss):
                 raise UserError(f"step {step + 1}: the loss is {loss}; nothing was saved of this step"
@@ -238,9 +241,7 @@ def run(o, say=print):
             rate = learning_rate(step + 1, steps, o.learning_rate, warmup, o.lr_scheduler_type)
             other = learning_rate(step + 1, steps, o.embedding_learning_rate, warmup, o.lr_scheduler_type)
             norm = optimizer.step({kind: other if not o.full and kind in ("embedding", "norm", "head") else rate
-                                   for kind in model.kinds})
-            if not math.isfinite(norm):
-                raise UserError(f"step {step + 1}: the norm of the gradient is {norm}; nothing was saved of this step")
+                                   for kind in kinds})["grad_norm"]
             step += 1
             if before is not None:
                 _moved(before, _sizes(model), step, o)
