@@ -729,20 +729,25 @@ static int same_memory(const Tensor *a, const Tensor *b) {
     return 1;
 }
 
-/* Rows of a common larger matrix interleave without touching: [M, .] views whose rows are disjoint column ranges. */
+/* Whether a and b take turns in a common larger array without touching, as q, k and v do in the rows of one matrix: they
+ * walk their first axes alike, and within one step of those, modulo its stride, they lie apart. */
 static int interleaved(const Tensor *a, const Tensor *b) {
-    if (a->ndim < 2 || a->ndim != b->ndim || a->dtype != b->dtype) return 0;
-    int64_t row = a->stride[0], size = dtype_size(a->dtype), inner[2] = { 1, 1 };
-    for (int i = 0; i + 1 < a->ndim; i++) if (a->stride[i] != b->stride[i] && i == 0) return 0;
-    for (int i = 1; i < a->ndim; i++) {
-        inner[0] += (a->shape[i] - 1) * (a->stride[i] < 0 ? -a->stride[i] : a->stride[i]);
-        inner[1] += (b->shape[i] - 1) * (b->stride[i] < 0 ? -b->stride[i] : b->stride[i]);
+    if (a->ndim != b->ndim || a->dtype != b->dtype) return 0;
+    int64_t apart = ((char *)b->data - (char *)a->data) / dtype_size(a->dtype);
+    for (int n = 0; n + 1 < a->ndim; n++) {
+        int64_t row = a->stride[n], reach[2] = { 1, 1 };
+        if (a->shape[n] != b->shape[n] || row != b->stride[n] || row <= 0) return 0;
+        int whole = 1;
+        for (int i = 0; i < n; i++) if (a->shape[i] > 1 && a->stride[i] % row) whole = 0;
+        for (int i = n + 1; i < a->ndim; i++) {
+            if (a->stride[i] < 0 || b->stride[i] < 0) return 0;
+            reach[0] += (a->shape[i] - 1) * a->stride[i];
+            reach[1] += (b->shape[i] - 1) * b->stride[i];
+        }
+        int64_t offset = (apart % row + row) % row;
+        if (whole && offset >= reach[0] && offset + reach[1] <= row) return 1;
     }
-    int64_t offset = ((char *)b->data - (char *)a->data) / size;
-    if (row <= 0) return 0;
-    offset %= row;
-    if (offset < 0) offset += row;
-    return offset >= inner[0] && offset + inner[1] <= row;
+    return 0;
 }
 
 static int check_overlap(const char *op, const Spec *spec, const Tensor *t) {
