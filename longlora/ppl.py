@@ -80,7 +80,7 @@ def open_for_evaluation(model, adapter=None, rope_type=None, target_length=None,
     if rope_type is not None:
         new, _ = rope.extend(config, rope_type, target_length)
         config = read_config(rope.to_config(config.raw, new, target_length))
-    made = Model(config, dtype=dtype, lora=lora, training=False)
+    made = Model(config, dtype=dtype, lora=lora)
     made.load(base)
     if tensors is not None:
         made.load_adapter(tensors)

@@ -230,7 +230,7 @@ def run(o, say=print):
             micro = [data.batch(corpus, order.take(o.per_device_train_batch_size), length)
                      for _ in range(o.gradient_accumulation_steps)]
             count = sum(int((targets != -100).sum()) for _, targets in micro)
-            optimizer.zero_grad()
+            model.zero_grad()
             loss = sum(model.train_microbatch(ids, targets, loss_scale=1 / count) for ids, targets in micro) / count
             if not math.isfinite(loss):
                 raise UserError(f"step {step + 1}: the loss is {loss}; nothing was saved of this step"
