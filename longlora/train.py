@@ -263,7 +263,7 @@ def _run(o, source, setup, say):
             with _step_named(step + 1, checkpoint.found(o.output_dir)):
                 model.zero_grad()
                 loss = sum(model.train_microbatch(ids, targets, loss_scale=1 / tokens) for ids, targets in micro) / tokens
-                norm = optimizer.step(rates)["grad_norm"]
+                norm = optimizer.step(rates)
             step += 1
             if moved.waiting:
                 moved.check(step, step < warmup)
