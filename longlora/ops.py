@@ -7,7 +7,7 @@ All raise TypeError for a wrong dtype or object and ValueError for a wrong shape
 import math
 
 from . import _C
-from .arrays import dtype_name, empty, empty_like, zeros
+from .arrays import dtype_name, empty, empty_like, returned, zeros
 
 BOUNDARIES = {"split": 0, "wrap": 1, "swap": 2}
 SHIFTS = {"half": 0, "none": 1, "all": 2}
@@ -19,6 +19,7 @@ def _choice(op, name, value, choices):
     return choices[value]
 
 
+@returned
 def cast(x, dtype):
     """x [M,N] -> out [M,N] of `dtype` ("float32", "bfloat16", "float16"), rounded to nearest even."""
     out = empty(tuple(x.shape), dtype, x)
@@ -32,6 +33,7 @@ def accumulate(out, x, scale=1.0):
     return out
 
 
+@returned
 def matmul(a, b, alpha=1.0, dtype=None):
     """a [M,C], b [C,N], any strides and float dtypes -> alpha a b [M,N], of dtype (by default a's)."""
     if len(a.shape) != 2 or len(b.shape) != 2:
@@ -41,6 +43,7 @@ def matmul(a, b, alpha=1.0, dtype=None):
     return out
 
 
+@returned
 def embedding_forward(weight, ids):
     """weight [V,C], ids [M] int32 -> out [M,C]. ValueError for an id outside 0..V-1."""
     out = empty((ids.shape[0], weight.shape[1]), dtype_name(weight), weight)
@@ -48,6 +51,7 @@ def embedding_forward(weight, ids):
     return out
 
 
+@returned
 def embedding_backward(dout, ids, order, rows):
     """dout [M,C], ids [M] int32, order [M] int32 = argsort(ids), stable -> dweight [rows,C] float32."""
     dweight = zeros((rows, dout.shape[1]), "float32", dout)
@@ -55,6 +59,7 @@ def embedding_backward(dout, ids, order, rows):
     return dweight
 
 
+@returned
 def rms_norm_forward(x, weight, eps=1e-6, residual=None):
     """x [M,C], weight [C], residual [M,C] or None -> out [M,C], rstd [M] float32, sum [M,C] (x itself without residual).
 
@@ -66,6 +71,7 @@ def rms_norm_forward(x, weight, eps=1e-6, residual=None):
     return out, rstd, x if total is None else total
 
 
+@returned
 def rms_norm_backward(dout, x, rstd, weight, dresidual=None):
     """dout [M,C], x [M,C] (the forward's sum), rstd [M], dresidual [M,C] or None -> dx [M,C], dweight [C] float32."""
     dx, dweight = empty_like(x), zeros(tuple(weight.shape), "float32", x)
@@ -73,6 +79,7 @@ def rms_norm_backward(dout, x, rstd, weight, dresidual=None):
     return dx, dweight
 
 
+@returned
 def rope_forward(x, cos, sin, positions=None):
     """x [B,T,H,D], cos and sin [P,D/2] float32, positions [B,T] int32 or None (0..T-1) -> out [B,T,H,D]. Rotate-half form."""
     out = empty_like(x)
@@ -80,6 +87,7 @@ def rope_forward(x, cos, sin, positions=None):
     return out
 
 
+@returned
 def rope_backward(dout, cos, sin, positions=None):
     """dout [B,T,H,D] -> dx [B,T,H,D], the inverse rotation."""
     dx = empty_like(dout)
@@ -87,6 +95,7 @@ def rope_backward(dout, cos, sin, positions=None):
     return dx
 
 
+@returned
 def lora_linear_forward(x, weight, bias=None, a=None, b=None, scale=1.0, residual=None):
     """x [M,C], weight [N,C], bias [N], a [R,C], b [N,R], residual [M,N] -> out [M,N], u [M,R] float32 (None without a).
 
@@ -98,6 +107,7 @@ def lora_linear_forward(x, weight, bias=None, a=None, b=None, scale=1.0, residua
     return out, u
 
 
+@returned
 def lora_linear_backward(dout, x, weight, a=None, b=None, scale=1.0, u=None, train_weight=False, train_bias=False):
     """dout [M,N] and the forward's inputs -> dx [M,C], da [R,C], db [N,R], dweight [N,C], dbias [N]; None where not asked.
 
@@ -112,6 +122,7 @@ def lora_linear_backward(dout, x, weight, a=None, b=None, scale=1.0, u=None, tra
     return dx, da, db, dweight, dbias
 
 
+@returned
 def s2_attention_forward(q, k, v, *, group_size, boundary="split", shift="half", cu_seqlens=None, scale=None):
     """q [B,T,H,D], k and v [B,T,K,D] -> out [B,T,H,D], lse [B,H,T] float32. LongLoRA section 3.2; exact rule in csrc/ops.h.
 
@@ -128,6 +139,7 @@ def s2_attention_forward(q, k, v, *, group_size, boundary="split", shift="half",
     return out, lse
 
 
+@returned
 def s2_attention_backward(dout, q, k, v, out, lse, *, group_size, boundary="split", shift="half", cu_seqlens=None, scale=None):
     """dout [B,T,H,D], the forward's inputs and results -> dq [B,T,H,D], dk and dv [B,T,K,D]."""
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
@@ -141,6 +153,7 @@ def _attention_scalars(op, q, group_size, boundary, shift, scale):
             1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale)
 
 
+@returned
 def swiglu_forward(gate, up):
     """gate and up [M,F] -> silu(gate) up [M,F]."""
     out = empty_like(gate)
@@ -148,6 +161,7 @@ def swiglu_forward(gate, up):
     return out
 
 
+@returned
 def swiglu_backward(dout, gate, up):
     """dout, gate, up [M,F] -> dgate, dup [M,F]."""
     dgate, dup = empty_like(gate), empty_like(up)
@@ -155,6 +169,7 @@ def swiglu_backward(dout, gate, up):
     return dgate, dup
 
 
+@returned
 def linear_cross_entropy_forward(x, weight, targets, ignore_index=-100):
     """x [M,C], weight [V,C], targets [M] int32 -> losses [M], lse [M] float32; the logits never exist whole.
 
@@ -165,6 +180,7 @@ def linear_cross_entropy_forward(x, weight, targets, ignore_index=-100):
     return losses, lse
 
 
+@returned
 def linear_cross_entropy_backward(x, weight, targets, dlosses, ignore_index=-100, train_weight=False):
     """As forward, and dlosses [M] float32, the gradient of each row's loss -> losses [M], dx [M,C], dweight [V,C] or None.
 
