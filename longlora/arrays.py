@@ -1,14 +1,11 @@
-"""Results in the caller's own kind: NumPy in, NumPy out; torch in, torch out. Imports none of the other libraries.
-
-Arrays that cannot be written to (JAX) or that we do not allocate (CuPy and whatever else speaks DLPack) get longlora.Tensors
-for outputs, which `returned` hands over without a copy.
-"""
-import functools
+"""Results in the caller's own kind: NumPy in, NumPy out; torch in, torch out; imports none of the others."""
 import sys
 
 import numpy as np
 
 from ._C import Tensor
+
+DTYPES = ("float32", "bfloat16", "float16", "float64", "int32", "int64", "uint8")
 
 
 def dtype_name(x):
@@ -16,30 +13,35 @@ def dtype_name(x):
     return str(x.dtype).rpartition(".")[2]
 
 
+def _is_torch(x):
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
 def empty(shape, dtype, like):
-    """An uninitialised array of `shape`, of the kind and on the device of `like`; dtype is a name: "float32", "bfloat16", ..."""
+    """An uninitialised array of `shape` that ops can write to, of the kind and on the device of `like`; dtype a name of DTYPES.
+
+    A Tensor for kinds other than NumPy and torch, whose arrays may be immutable (JAX): `give_back` makes it theirs.
+    """
     if isinstance(like, np.ndarray):
         if dtype == "bfloat16":
             import ml_dtypes
             return np.empty(shape, ml_dtypes.bfloat16)
         return np.empty(shape, dtype)
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(like, torch.Tensor):
-        return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=like.device)
+    if _is_torch(like):
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
     if isinstance(like, Tensor) or hasattr(like, "__dlpack__"):
-        return Tensor(tuple(shape), dtype)
-    raise TypeError(f"wanted an array of NumPy, torch, longlora.Tensor or another library with DLPack, got {type(like).__name__}")
+        return Tensor(shape, dtype)
+    raise TypeError(f"wanted an array (NumPy, torch, longlora.Tensor or another that speaks DLPack), got {type(like).__name__}")
 
 
 def zeros(shape, dtype, like):
-    """As empty, filled with 0."""
     out = empty(shape, dtype, like)
-    if isinstance(out, np.ndarray):
-        out.fill(0)
-    elif isinstance(out, Tensor):
+    if isinstance(out, Tensor):
         out.fill(0)
     else:
-        out.zero_()
+        out[...] = 0
     return out
 
 
@@ -47,21 +49,9 @@ def empty_like(x):
     return empty(tuple(x.shape), dtype_name(x), x)
 
 
-def returned(op):
-    """Decorates an op: Tensors made on behalf of another library's array come back as that library's, by its from_dlpack."""
-    @functools.wraps(op)
-    def call(first, *args, **kwargs):
-        out = op(first, *args, **kwargs)
-        if isinstance(first, (np.ndarray, Tensor)):
-            return out
-        return tuple(_handed_over(x, first) for x in out) if isinstance(out, tuple) else _handed_over(out, first)
-    return call
-
-
-def _handed_over(x, like):
-    if not isinstance(x, Tensor):
-        return x
-    library = type(like).__module__.partition(".")[0]
-    library = {"jaxlib": "jax"}.get(library, library)
-    module = sys.modules.get("jax.numpy" if library == "jax" else library)
-    return module.from_dlpack(x) if hasattr(module, "from_dlpack") else x
+def give_back(like, *results):
+    """The results, each None or made by `empty(..., like)`, as arrays of like's own kind, without a copy; one alone is not a tuple."""
+    if not isinstance(like, (np.ndarray, Tensor)) and not _is_torch(like):
+        library = like.__array_namespace__()
+        results = tuple(library.from_dlpack(x) if isinstance(x, Tensor) else x for x in results)
+    return results if len(results) > 1 else results[0]

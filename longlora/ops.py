@@ -7,7 +7,7 @@ All raise TypeError for a wrong dtype or object and ValueError for a wrong shape
 import math
 
 from . import _C
-from .arrays import dtype_name, empty, empty_like, returned, zeros
+from .arrays import dtype_name, empty, empty_like, give_back, zeros
 
 BOUNDARIES = {"split": 0, "wrap": 1, "swap": 2}
 SHIFTS = {"half": 0, "none": 1, "all": 2}
@@ -19,12 +19,11 @@ def _choice(op, name, value, choices):
     return choices[value]
 
 
-@returned
 def cast(x, dtype):
     """x [M,N] -> out [M,N] of `dtype` ("float32", "bfloat16", "float16"), rounded to nearest even."""
     out = empty(tuple(x.shape), dtype, x)
     _C.cast(out, x)
-    return out
+    return give_back(x, out)
 
 
 def accumulate(out, x, scale=1.0):
@@ -33,33 +32,29 @@ def accumulate(out, x, scale=1.0):
     return out
 
 
-@returned
 def matmul(a, b, alpha=1.0, dtype=None):
     """a [M,C], b [C,N], any strides and float dtypes -> alpha a b [M,N], of dtype (by default a's)."""
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise ValueError(f"matmul: a and b should have 2 axes, got {len(a.shape)} and {len(b.shape)}")
     out = empty((a.shape[0], b.shape[1]), dtype or dtype_name(a), a)
     _C.matmul(out, a, b, alpha, 0.0)
-    return out
+    return give_back(a, out)
 
 
-@returned
 def embedding_forward(weight, ids):
     """weight [V,C], ids [M] int32 -> out [M,C]. ValueError for an id outside 0..V-1."""
     out = empty((ids.shape[0], weight.shape[1]), dtype_name(weight), weight)
     _C.embedding_forward(out, weight, ids)
-    return out
+    return give_back(weight, out)
 
 
-@returned
 def embedding_backward(dout, ids, order, rows):
     """dout [M,C], ids [M] int32, order [M] int32 = argsort(ids), stable -> dweight [rows,C] float32."""
     dweight = zeros((rows, dout.shape[1]), "float32", dout)
     _C.embedding_backward(dweight, dout, ids, order)
-    return dweight
+    return give_back(dout, dweight)
 
 
-@returned
 def rms_norm_forward(x, weight, eps=1e-6, residual=None):
     """x [M,C], weight [C], residual [M,C] or None -> out [M,C], rstd [M] float32, sum [M,C] (x itself without residual).
 
@@ -68,34 +63,30 @@ def rms_norm_forward(x, weight, eps=1e-6, residual=None):
     out, rstd = empty_like(x), empty((x.shape[0],), "float32", x)
     total = None if residual is None else empty_like(x)
     _C.rms_norm_forward(out, rstd, total, x, residual, weight, eps)
-    return out, rstd, x if total is None else total
+    return give_back(x, out, rstd, x if total is None else total)
 
 
-@returned
 def rms_norm_backward(dout, x, rstd, weight, dresidual=None):
     """dout [M,C], x [M,C] (the forward's sum), rstd [M], dresidual [M,C] or None -> dx [M,C], dweight [C] float32."""
     dx, dweight = empty_like(x), zeros(tuple(weight.shape), "float32", x)
     _C.rms_norm_backward(dx, dweight, dout, x, rstd, weight, dresidual)
-    return dx, dweight
+    return give_back(x, dx, dweight)
 
 
-@returned
 def rope_forward(x, cos, sin, positions=None):
     """x [B,T,H,D], cos and sin [P,D/2] float32, positions [B,T] int32 or None (0..T-1) -> out [B,T,H,D]. Rotate-half form."""
     out = empty_like(x)
     _C.rope_forward(out, x, cos, sin, positions)
-    return out
+    return give_back(x, out)
 
 
-@returned
 def rope_backward(dout, cos, sin, positions=None):
     """dout [B,T,H,D] -> dx [B,T,H,D], the inverse rotation."""
     dx = empty_like(dout)
     _C.rope_backward(dx, dout, cos, sin, positions)
-    return dx
+    return give_back(dout, dx)
 
 
-@returned
 def lora_linear_forward(x, weight, bias=None, a=None, b=None, scale=1.0, residual=None):
     """x [M,C], weight [N,C], bias [N], a [R,C], b [N,R], residual [M,N] -> out [M,N], u [M,R] float32 (None without a).
 
@@ -104,10 +95,9 @@ def lora_linear_forward(x, weight, bias=None, a=None, b=None, scale=1.0, residua
     out = empty((x.shape[0], weight.shape[0]), dtype_name(x), x)
     u = None if a is None else empty((x.shape[0], a.shape[0]), "float32", x)
     _C.lora_linear_forward(out, u, x, weight, bias, a, b, residual, scale)
-    return out, u
+    return give_back(x, out, u)
 
 
-@returned
 def lora_linear_backward(dout, x, weight, a=None, b=None, scale=1.0, u=None, train_weight=False, train_bias=False):
     """dout [M,N] and the forward's inputs -> dx [M,C], da [R,C], db [N,R], dweight [N,C], dbias [N]; None where not asked.
 
@@ -119,10 +109,9 @@ def lora_linear_backward(dout, x, weight, a=None, b=None, scale=1.0, u=None, tra
     dweight = zeros(tuple(weight.shape), "float32", x) if train_weight else None
     dbias = zeros((weight.shape[0],), "float32", x) if train_bias else None
     _C.lora_linear_backward(dx, da, db, dweight, dbias, dout, x, weight, a, b, u, scale, 0)
-    return dx, da, db, dweight, dbias
+    return give_back(x, dx, da, db, dweight, dbias)
 
 
-@returned
 def s2_attention_forward(q, k, v, *, group_size, boundary="split", shift="half", cu_seqlens=None, scale=None):
     """q [B,T,H,D], k and v [B,T,K,D] -> out [B,T,H,D], lse [B,H,T] float32. LongLoRA section 3.2; exact rule in csrc/ops.h.
 
@@ -136,16 +125,15 @@ def s2_attention_forward(q, k, v, *, group_size, boundary="split", shift="half",
     out, lse = empty_like(q), empty((q.shape[0], q.shape[2], q.shape[1]), "float32", q)
     _C.s2_attention_forward(out, lse, q, k, v, cu_seqlens, *_attention_scalars("s2_attention_forward", q, group_size, boundary,
                                                                               shift, scale))
-    return out, lse
+    return give_back(q, out, lse)
 
 
-@returned
 def s2_attention_backward(dout, q, k, v, out, lse, *, group_size, boundary="split", shift="half", cu_seqlens=None, scale=None):
     """dout [B,T,H,D], the forward's inputs and results -> dq [B,T,H,D], dk and dv [B,T,K,D]."""
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     _C.s2_attention_backward(dq, dk, dv, dout, q, k, v, out, lse, cu_seqlens,
                              *_attention_scalars("s2_attention_backward", q, group_size, boundary, shift, scale))
-    return dq, dk, dv
+    return give_back(q, dq, dk, dv)
 
 
 def _attention_scalars(op, q, group_size, boundary, shift, scale):
@@ -153,23 +141,20 @@ def _attention_scalars(op, q, group_size, boundary, shift, scale):
             1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale)
 
 
-@returned
 def swiglu_forward(gate, up):
     """gate and up [M,F] -> silu(gate) up [M,F]."""
     out = empty_like(gate)
     _C.swiglu_forward(out, gate, up)
-    return out
+    return give_back(gate, out)
 
 
-@returned
 def swiglu_backward(dout, gate, up):
     """dout, gate, up [M,F] -> dgate, dup [M,F]."""
     dgate, dup = empty_like(gate), empty_like(up)
     _C.swiglu_backward(dgate, dup, dout, gate, up)
-    return dgate, dup
+    return give_back(gate, dgate, dup)
 
 
-@returned
 def linear_cross_entropy_forward(x, weight, targets, ignore_index=-100):
     """x [M,C], weight [V,C], targets [M] int32 -> losses [M], lse [M] float32; the logits never exist whole.
 
@@ -177,10 +162,9 @@ def linear_cross_entropy_forward(x, weight, targets, ignore_index=-100):
     """
     losses, lse = empty((x.shape[0],), "float32", x), empty((x.shape[0],), "float32", x)
     _C.linear_cross_entropy_forward(losses, lse, x, weight, targets, ignore_index)
-    return losses, lse
+    return give_back(x, losses, lse)
 
 
-@returned
 def linear_cross_entropy_backward(x, weight, targets, dlosses, ignore_index=-100, train_weight=False):
     """As forward, and dlosses [M] float32, the gradient of each row's loss -> losses [M], dx [M,C], dweight [V,C] or None.
 
@@ -189,7 +173,7 @@ def linear_cross_entropy_backward(x, weight, targets, dlosses, ignore_index=-100
     losses, dx = empty((x.shape[0],), "float32", x), empty_like(x)
     dweight = zeros(tuple(weight.shape), "float32", x) if train_weight else None
     _C.linear_cross_entropy_backward(losses, dx, dweight, x, weight, targets, dlosses, ignore_index)
-    return losses, dx, dweight
+    return give_back(x, losses, dx, dweight)
 
 
 def adamw(param, m, v, grad, *, lr, step, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, grad_scale=1.0, copy=None):

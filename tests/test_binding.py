@@ -52,7 +52,7 @@ def test_torch_parameters_and_capsules_give_the_same():
     assert torch.equal(torch.as_tensor(got), want)
 
 
-def test_another_library_gets_its_own_arrays_back(monkeypatch):
+def test_another_library_gets_its_own_arrays_back():
     """A stand-in for JAX or CuPy: immutable arrays that speak DLPack, and a from_dlpack."""
     class Array:
         def __init__(self, data):
@@ -60,10 +60,9 @@ def test_another_library_gets_its_own_arrays_back(monkeypatch):
 
         def __dlpack__(self, **kwargs):
             return self.data.__dlpack__(**kwargs)
-    module = types.ModuleType("elsewhere")
-    module.from_dlpack = lambda t: Array(np.from_dlpack(t))
-    monkeypatch.setitem(sys.modules, "elsewhere", module)
-    Array.__module__ = "elsewhere.core"
+
+        def __array_namespace__(self):
+            return types.SimpleNamespace(from_dlpack=lambda t: Array(np.from_dlpack(t)))
     gate, up = rows(3, 5), rows(3, 5, seed=1)
     out = ops.swiglu_forward(Array(gate), Array(up))
     assert isinstance(out, Array)
@@ -115,8 +114,8 @@ BAD = [
     (lambda o, x: (o,), TypeError, r"cast: takes 2 arguments"),
     (lambda o, x: (o, o), ValueError, r"cast: output out overlaps x"),
     (lambda o, x: (o, np.zeros((1, 1, 1, 1, 1), np.float32)), ValueError, r"x should have 2 axes, got 5"),
-    (lambda o, x: (o, torch.zeros(3, 4, device="meta")), (BufferError, RuntimeError, TypeError, ValueError, NotImplementedError), ""),
-    (lambda o, x: (o, torch.zeros(3, 4).to_sparse()), (BufferError, RuntimeError, TypeError, ValueError), ""),
+    (lambda o, x: (o, torch.zeros(3, 4, device="meta")), (BufferError, RuntimeError, TypeError, ValueError, NotImplementedError), None),
+    (lambda o, x: (o, torch.zeros(3, 4).to_sparse()), (BufferError, RuntimeError, TypeError, ValueError), None),
 ]
 
 
@@ -211,7 +210,7 @@ def test_tensor_out_and_in():
     assert not np.asarray(locked).flags.writeable and not np.from_dlpack(locked).flags.writeable
     with pytest.raises(BufferError):
         locked.__dlpack__()
-    for bad in (dict(stream=1), dict(copy=True), dict(dl_device=(2, 0))):
+    for bad in (dict(stream=1), dict(dl_device=(2, 0))):
         with pytest.raises(BufferError):
             t.__dlpack__(**bad)
     assert t.__dlpack_device__() == (1, 0)
@@ -280,6 +279,7 @@ def test_references_are_given_back():
                 _C.cast(things[3][:2], x)
         np.from_dlpack(things[2]), torch.from_dlpack(things[2]), memoryview(things[2]), things[2][0], things[2].numpy()
         things[2].__dlpack__(), things[2].__dlpack__(max_version=(1, 0))
+    del x
     gc.collect()
     assert [sys.getrefcount(x) for x in things] == before
 
