@@ -267,7 +267,8 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
     assert "model.layers.1.mlp.up_proj.weight is not finite at [3, 4]" in failure(tmp_path)
 
 
-@pytest.mark.parametrize("fields, kind", [(dict(learning_rate=1e-30, embedding_learning_rate=0.01), "lora_B"), (dict(embedding_learning_rate=1e-30), "embedding")])
+@pytest.mark.parametrize("fields, kind", [(dict(learning_rate=1e-30, embedding_learning_rate=0.01), "lora_A"),
+                                          (dict(embedding_learning_rate=1e-30), "embedding")])
 def test_updates_lost_in_rounding_are_named(tmp_path, fields, kind):
     message = failure(tmp_path, **fields)
     assert f"{kind} does not train" in message and "below the rounding" in message and message.startswith("step ")
