@@ -181,8 +181,9 @@ def test_torch_exchange_api_and_capsules_agree():
         ops.cast(Behind(torch.ones(2, 2, requires_grad=True)), "float32")
     with pytest.raises(TypeError, match="cast: x has DLPack dtype"):
         _C.cast(torch.empty(2, 2), torch.zeros(2, 2, dtype=torch.complex64))
-    with pytest.raises((BufferError, TypeError), match="^cast: x"):
-        _C.cast(torch.empty(2, 2), torch.zeros(2, 2, device="meta"))
+    for unusual in (torch.zeros(2, 2, device="meta"), torch.zeros(2, 2).to_sparse()):
+        with pytest.raises((BufferError, TypeError), match="^cast: x"):
+            _C.cast(torch.empty(2, 2), unusual)
 
 
 # ---- NumPy -------------------------------------------------------------------------------------------------------------------
