@@ -514,25 +514,27 @@ def test_references_are_given_back():
 def test_calls_leak_nothing():
     import tracemalloc
     x, t, u = f32(8, 8), tensor(f32(8, 8)), torch.from_numpy(f32(8, 8))
+    producers = Producer(x), Producer(x, old=True)
 
     def rounds(count):
         for _ in range(count):
-            for a in (x, t, u, Producer(x), Producer(x, old=True)):
-                ops.cast(a, "float16")
-                for bad in ((x[:3], a), (a, None), (a, x[:3])):
+            for a in (x, t, u, *producers):
+                for arguments in ((np.empty((8, 8), np.float16), a), (x[:3], a), (a, None), (a, x[:3])):
                     try:
-                        _C.cast(*bad)
+                        _C.cast(*arguments)
                     except (ValueError, TypeError, BufferError):
                         pass
             np.from_dlpack(t, copy=True)
             memoryview(t), t[1:, 2:].numpy(), t.__dlpack__(), torch.from_dlpack(t)
         gc.collect()
         return tracemalloc.get_traced_memory()[0]
+    before = [sys.getrefcount(p) for p in producers]
     tracemalloc.start()
-    held = [rounds(50) for _ in range(7)]
+    held = [rounds(50) for _ in range(4)]
     tracemalloc.stop()
     grown = min(b - a for a, b in zip(held, held[1:]))                 # caches fill once; what leaks grows every time
     assert grown < 50 * 32, f"{grown} bytes more after 50 rounds: an object for each is leaked"
+    assert [sys.getrefcount(p) for p in producers] == before and all(p.deleted == p.capsules for p in producers)
 
 
 def test_memory_of_a_large_tensor_is_committed_late_and_returned():
