@@ -7,9 +7,11 @@
 #include <numpy/arrayobject.h>
 
 #include "cpu/cpu.h"
+#include "dlpack.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 enum { MAX_ARGS = 24 };
 static const char *const dtype_names[] = { "float32", "bfloat16", "float16", "float64", "int32", "int64", "uint8" };
@@ -72,18 +74,527 @@ static int parse_spec(const char *text, Spec *spec) {
     return 0;
 }
 
+/* ---- longlora.Tensor ---------------------------------------------------------------------------------------------- */
+
+/* Owns its memory, or borrows a foreign buffer's, or is a view; a view keeps the Tensor that owns or borrows (never another
+ * view) alive, so memory goes when the last view does. */
+typedef struct {
+    PyObject_HEAD
+    Tensor t;
+    int readonly, has_buffer;
+    PyObject *base;                                                    /* of a view */
+    Py_buffer buffer;                                                  /* of wrap() */
+    void *memory;                                                      /* of an owner, and its size */
+    size_t bytes;
+    Py_ssize_t shape[MAX_NDIM], strides[MAX_NDIM];                     /* what the buffer protocol hands out, in bytes */
+} TensorObject;
+static PyTypeObject *TensorType;
+
+static int is_tensor(PyObject *object) { return Py_TYPE(object) == TensorType; }
+
+static int find_dtype(PyObject *name) {
+    for (int i = 0; PyUnicode_Check(name) && i < DTYPES; i++)
+        if (!PyUnicode_CompareWithASCIIString(name, dtype_names[i])) return i;
+    PyErr_Format(PyExc_TypeError, "Tensor: dtype should be float32, bfloat16, float16, float64, int32, int64 or uint8, got %R", name);
+    return -1;
+}
+
+static int64_t elements_of(const Tensor *t) {
+    int64_t n = 1;
+    for (int i = 0; i < t->ndim; i++) n *= t->shape[i];
+    return n;
+}
+
+static int is_contiguous(const Tensor *t) {
+    int64_t stride = 1;
+    for (int i = t->ndim - 1; i >= 0; i--) {
+        if (t->shape[i] != 1 && t->stride[i] != stride) return elements_of(t) == 0;
+        stride *= t->shape[i];
+    }
+    return 1;
+}
+
+/* The bytes from the lowest to one past the highest element. */
+static void extent(const Tensor *t, char **low, char **high) {
+    int64_t below = 0, above = 0, size = dtype_size(t->dtype);
+    for (int i = 0; i < t->ndim; i++) {
+        if (t->shape[i] == 0) { *low = *high = t->data; return; }
+        int64_t reach = (t->shape[i] - 1) * t->stride[i];
+        if (reach < 0) below += reach; else above += reach;
+    }
+    *low = (char *)t->data + below * size;
+    *high = (char *)t->data + (above + 1) * size;
+}
+
+static int overlap(const Tensor *a, const Tensor *b) {
+    char *low[2], *high[2];
+    extent(a, &low[0], &high[0]);
+    extent(b, &low[1], &high[1]);
+    return low[0] < high[0] && low[1] < high[1] && low[0] < high[1] && low[1] < high[0];
+}
+
+/* Memory of an owner. Large blocks come straight from the system: pages are committed when first touched, and all go back
+ * at once when the Tensor dies, which malloc does not promise. */
+enum { LARGE = 1 << 20 };
+static void *take_memory(size_t bytes) {
+    if (bytes < LARGE) return scratch((int64_t)bytes);
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+static void free_memory(void *p, size_t bytes) {
+    if (bytes < LARGE) scratch_free(p);
+    else munmap(p, bytes);
+}
+
+/* Shape from an int or a sequence of ints, strides dense; 0, or -1 with an exception. */
+static int read_shape(PyObject *shape, Tensor *t) {
+    PyObject *list = PyIndex_Check(shape) ? Py_BuildValue("(O)", shape) : PySequence_Tuple(shape);
+    if (!list) return -1;
+    Py_ssize_t n = PyTuple_Size(list);
+    int64_t total = 1;
+    if (n > MAX_NDIM) PyErr_Format(PyExc_ValueError, "Tensor: shape should have at most %d axes, got %R", MAX_NDIM, shape);
+    for (Py_ssize_t i = 0; i < n && !PyErr_Occurred(); i++) {
+        t->shape[i] = PyLong_AsLongLong(PyTuple_GetItem(list, i));
+        if (!PyErr_Occurred() && t->shape[i] < 0) PyErr_Format(PyExc_ValueError, "Tensor: shape should not be negative, got %R", shape);
+        else if (!PyErr_Occurred() && __builtin_mul_overflow(total, t->shape[i] ? t->shape[i] : 1, &total))
+            PyErr_Format(PyExc_ValueError, "Tensor: shape %R is too large", shape);
+    }
+    Py_DECREF(list);
+    if (PyErr_Occurred()) return -1;
+    t->ndim = (int32_t)n;
+    int64_t stride = 1;
+    for (int i = t->ndim - 1; i >= 0; i--) {
+        t->stride[i] = stride;
+        stride *= t->shape[i];
+    }
+    if (total > INT64_MAX / 16) return PyErr_Format(PyExc_ValueError, "Tensor: shape %R is too large", shape), -1;
+    return 0;
+}
+
+static TensorObject *new_view(PyObject *base, const Tensor *t, int readonly) {
+    TensorObject *view = (TensorObject *)PyType_GenericAlloc(TensorType, 0);
+    if (!view) return NULL;
+    view->t = *t;
+    view->readonly = readonly;
+    view->base = Py_NewRef(((TensorObject *)base)->base ? ((TensorObject *)base)->base : base);
+    return view;
+}
+
+static PyObject *tensor_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    static char *names[] = { "shape", "dtype", NULL };
+    PyObject *shape, *dtype = NULL;
+    Tensor t = {0};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|U:Tensor", names, &shape, &dtype) || read_shape(shape, &t)) return NULL;
+    t.dtype = dtype ? find_dtype(dtype) : F32;
+    if (t.dtype < 0) return NULL;
+    TensorObject *self = (TensorObject *)PyType_GenericAlloc(type, 0);
+    if (!self) return NULL;
+    self->bytes = (size_t)(elements_of(&t) * dtype_size(t.dtype));
+    self->memory = t.data = take_memory(self->bytes);
+    self->t = t;
+    if (self->memory) return (PyObject *)self;
+    PyErr_Format(PyExc_MemoryError, "Tensor: %zu bytes cannot be had", self->bytes);
+    Py_DECREF(self);
+    return NULL;
+}
+
+static void tensor_dealloc(PyObject *object) {
+    TensorObject *self = (TensorObject *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    if (self->memory) free_memory(self->memory, self->bytes);
+    if (self->has_buffer) PyBuffer_Release(&self->buffer);
+    Py_XDECREF(self->base);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(object);
+    Py_DECREF(type);
+}
+
+static PyObject *tensor_wrap(PyObject *type, PyObject *args, PyObject *kwargs) {
+    static char *names[] = { "buffer", "shape", "dtype", "offset", NULL };
+    PyObject *source, *shape, *dtype;
+    Py_ssize_t offset = 0;
+    Tensor t = {0};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOU|n:wrap", names, &source, &shape, &dtype, &offset) || read_shape(shape, &t) ||
+        (t.dtype = find_dtype(dtype)) < 0) return NULL;
+    TensorObject *self = (TensorObject *)PyType_GenericAlloc((PyTypeObject *)type, 0);
+    if (!self) return NULL;
+    self->readonly = PyObject_GetBuffer(source, &self->buffer, PyBUF_WRITABLE) != 0;
+    if (self->readonly) {
+        PyErr_Clear();
+        if (PyObject_GetBuffer(source, &self->buffer, PyBUF_SIMPLE)) { Py_DECREF(self); return NULL; }
+    }
+    self->has_buffer = 1;
+    int64_t bytes = elements_of(&t) * dtype_size(t.dtype);
+    if (offset < 0 || bytes > self->buffer.len - offset)
+        PyErr_Format(PyExc_ValueError, "Tensor.wrap: %lld bytes at offset %zd should lie in a buffer of %zd", (long long)bytes, offset,
+                     self->buffer.len);
+    else if (((uintptr_t)self->buffer.buf + (size_t)offset) % (size_t)dtype_size(t.dtype))
+        PyErr_Format(PyExc_ValueError, "Tensor.wrap: offset %zd is not aligned to %s", offset, dtype_names[t.dtype]);
+    if (PyErr_Occurred()) { Py_DECREF(self); return NULL; }
+    t.data = (char *)self->buffer.buf + offset;
+    self->t = t;
+    return (PyObject *)self;
+}
+
+static PyObject *tensor_view(PyObject *object, PyObject *args, PyObject *kwargs) {
+    static char *names[] = { "shape", "dtype", "offset", NULL };
+    TensorObject *self = (TensorObject *)object;
+    PyObject *shape, *dtype = NULL;
+    Py_ssize_t offset = 0;
+    Tensor t = {0};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|Un:view", names, &shape, &dtype, &offset) || read_shape(shape, &t)) return NULL;
+    if ((t.dtype = dtype ? find_dtype(dtype) : self->t.dtype) < 0) return NULL;
+    int64_t have = elements_of(&self->t) * dtype_size(self->t.dtype), want = elements_of(&t) * dtype_size(t.dtype);
+    if (!is_contiguous(&self->t)) return PyErr_Format(PyExc_ValueError, "Tensor.view: the tensor should be contiguous");
+    if (offset < 0 || want > have - offset)
+        return PyErr_Format(PyExc_ValueError, "Tensor.view: %lld bytes at offset %zd should lie in %lld", (long long)want, offset, (long long)have);
+    t.data = (char *)self->t.data + offset;
+    if ((uintptr_t)t.data % (size_t)dtype_size(t.dtype))
+        return PyErr_Format(PyExc_ValueError, "Tensor.view: offset %zd is not aligned to %s", offset, dtype_names[t.dtype]);
+    return (PyObject *)new_view(object, &t, self->readonly);
+}
+
+static PyObject *tensor_reshape(PyObject *object, PyObject *shape) {
+    TensorObject *self = (TensorObject *)object;
+    Tensor t = {0};
+    if (read_shape(shape, &t)) return NULL;
+    t.dtype = self->t.dtype;
+    t.data = self->t.data;
+    if (!is_contiguous(&self->t)) return PyErr_Format(PyExc_ValueError, "Tensor.reshape: the tensor should be contiguous");
+    if (elements_of(&t) != elements_of(&self->t))
+        return PyErr_Format(PyExc_ValueError, "Tensor.reshape: %R should have %lld elements, has %lld", shape,
+                            (long long)elements_of(&self->t), (long long)elements_of(&t));
+    return (PyObject *)new_view(object, &t, self->readonly);
+}
+
+/* Integers and slices without a step, one for each of the first axes. */
+static PyObject *tensor_getitem(PyObject *object, PyObject *key) {
+    TensorObject *self = (TensorObject *)object;
+    PyObject *keys = PyTuple_Check(key) ? Py_NewRef(key) : Py_BuildValue("(O)", key);
+    if (!keys) return NULL;
+    Tensor t = self->t;
+    Py_ssize_t count = PyTuple_Size(keys);
+    int kept = 0;
+    if (count > self->t.ndim) PyErr_Format(PyExc_IndexError, "Tensor: %zd indices for %d axes", count, self->t.ndim);
+    for (int axis = 0; axis < self->t.ndim && !PyErr_Occurred(); axis++) {
+        int64_t size = self->t.shape[axis], stride = self->t.stride[axis], first = 0, length = size;
+        PyObject *k = axis < count ? PyTuple_GetItem(keys, axis) : NULL;
+        int drop = k && PyIndex_Check(k);
+        if (drop) {
+            first = PyLong_AsLongLong(k);
+            if (first < 0 && !PyErr_Occurred()) first += size;
+            if (!PyErr_Occurred() && (first < 0 || first >= size))
+                PyErr_Format(PyExc_IndexError, "Tensor: index %R is out of axis %d of size %lld", k, axis, (long long)size);
+        } else if (k && PySlice_Check(k)) {
+            Py_ssize_t start, stop, step;
+            if (!PySlice_Unpack(k, &start, &stop, &step)) {
+                length = PySlice_AdjustIndices((Py_ssize_t)size, &start, &stop, step);
+                first = length ? start : 0;
+                if (step != 1) PyErr_SetString(PyExc_IndexError, "Tensor: a slice with a step is not a view that ops take");
+            }
+        } else if (k) PyErr_Format(PyExc_TypeError, "Tensor: an index should be an integer or a slice, got %R", k);
+        if (PyErr_Occurred()) break;
+        t.data = (char *)t.data + first * stride * dtype_size(t.dtype);
+        if (!drop) { t.shape[kept] = length; t.stride[kept++] = stride; }
+    }
+    t.ndim = kept;
+    Py_DECREF(keys);
+    return PyErr_Occurred() ? NULL : (PyObject *)new_view(object, &t, self->readonly);
+}
+
+static PyObject *tensor_numpy(PyObject *object, PyObject *unused) {
+    (void)unused;
+    static const int nums[] = { NPY_FLOAT32, -1, NPY_FLOAT16, NPY_FLOAT64, NPY_INT32, NPY_INT64, NPY_UINT8 };
+    TensorObject *self = (TensorObject *)object;
+    const Tensor *t = &self->t;
+    PyArray_Descr *descr = NULL;
+    if (t->dtype == BF16) {
+        PyObject *module = PyImport_ImportModule("ml_dtypes"), *type = module ? PyObject_GetAttrString(module, "bfloat16") : NULL;
+        if (type) PyArray_DescrConverter(type, &descr);
+        else PyErr_SetString(PyExc_TypeError, "Tensor.numpy: NumPy has no bfloat16 of its own; install ml_dtypes");
+        Py_XDECREF(module); Py_XDECREF(type);
+    } else descr = PyArray_DescrFromType(nums[t->dtype]);
+    if (!descr) return NULL;
+    npy_intp shape[MAX_NDIM], strides[MAX_NDIM];
+    for (int i = 0; i < t->ndim; i++) { shape[i] = t->shape[i]; strides[i] = t->stride[i] * dtype_size(t->dtype); }
+    PyObject *array = PyArray_NewFromDescr(&PyArray_Type, descr, t->ndim, shape, strides, t->data,
+                                           self->readonly ? 0 : NPY_ARRAY_WRITEABLE, NULL);
+    if (array && PyArray_SetBaseObject((PyArrayObject *)array, Py_NewRef(object))) { Py_DECREF(array); return NULL; }
+    return array;
+}
+
+/* np.asarray() comes here for bfloat16, which the buffer protocol cannot say; NumPy itself converts to `dtype`. */
+static PyObject *tensor_array(PyObject *object, PyObject *args, PyObject *kwargs) {
+    static char *names[] = { "dtype", "copy", NULL };
+    PyObject *dtype = Py_None, *copy = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OO:__array__", names, &dtype, &copy)) return NULL;
+    PyObject *array = tensor_numpy(object, NULL);
+    if (!array || copy != Py_True) return array;
+    PyObject *copied = PyObject_CallMethod(array, "copy", NULL);
+    Py_DECREF(array);
+    return copied;
+}
+
+typedef struct { Tensor out, x; char value[8]; int fill; } Copy;
+
+/* One row of the last axis, by its place among all rows. Fill: the bytes of value; the same dtype: the bytes of x; between
+ * floats: through float32. */
+static int copy_row(int64_t row, void *context) {
+    const Copy *c = context;
+    int last = c->out.ndim - 1;
+    int64_t out_at = 0, x_at = 0, n = last < 0 ? 1 : c->out.shape[last], size = dtype_size(c->out.dtype);
+    for (int axis = last - 1; axis >= 0; axis--) {
+        int64_t i = row % c->out.shape[axis];
+        row /= c->out.shape[axis];
+        out_at += i * c->out.stride[axis];
+        x_at += i * c->x.stride[axis];
+    }
+    int64_t out_step = last < 0 ? 1 : c->out.stride[last], x_step = last < 0 ? 1 : c->x.stride[last];
+    char *out = at(&c->out, out_at);
+    if (c->fill) {
+        for (int64_t i = 0; i < n; i++) memcpy(out + i * out_step * size, c->value, (size_t)size);
+        return 0;
+    }
+    const char *x = at(&c->x, x_at);
+    int64_t x_size = dtype_size(c->x.dtype), same = c->out.dtype == c->x.dtype;
+    if (out_step == 1 && x_step == 1) {
+        float block[1024];
+        if (same) memcpy(out, x, (size_t)(n * size));
+        else for (int64_t i = 0; i < n; i += 1024) {
+            int64_t m = n - i < 1024 ? n - i : 1024;
+            load_row(block, x + i * x_size, c->x.dtype, m);
+            store_row(out + i * size, c->out.dtype, block, m);
+        }
+        return 0;
+    }
+    for (int64_t i = 0; i < n; i++, out += out_step * size, x += x_step * x_size)
+        if (same) memcpy(out, x, (size_t)size);
+        else store1(out, c->out.dtype, load1(x, c->x.dtype));
+    return 0;
+}
+
+static void copy_all(const Copy *c) {
+    int64_t n = elements_of(&c->out), last = c->out.ndim ? c->out.shape[c->out.ndim - 1] : 1;
+    if (!n) return;
+    Py_BEGIN_ALLOW_THREADS
+    parallel_for(n / last, copy_row, (void *)c);
+    Py_END_ALLOW_THREADS
+}
+
+static PyObject *tensor_fill(PyObject *object, PyObject *number) {
+    static const double lowest[] = { -2147483648.0, -9007199254740992.0, 0 }, highest[] = { 2147483647.0, 9007199254740992.0, 255 };
+    TensorObject *self = (TensorObject *)object;
+    Copy c = { .out = self->t, .fill = 1 };
+    double value = PyFloat_AsDouble(number);
+    int dtype = self->t.dtype;
+    if (PyErr_Occurred()) return NULL;
+    if (self->readonly) return PyErr_Format(PyExc_ValueError, "Tensor.fill: the tensor is read-only");
+    if (dtype >= I32 && !(value >= lowest[dtype - I32] && value <= highest[dtype - I32] && value == (double)(int64_t)value))
+        return PyErr_Format(PyExc_ValueError, "Tensor.fill: %R is no %s", number, dtype_names[dtype]);
+    switch (dtype) {
+        case F64: memcpy(c.value, &value, 8); break;
+        case I32: memcpy(c.value, &(int32_t){ (int32_t)value }, 4); break;
+        case I64: memcpy(c.value, &(int64_t){ (int64_t)value }, 8); break;
+        case U8: c.value[0] = (char)(uint8_t)value; break;
+        default: store1(c.value, dtype, (float)value);
+    }
+    copy_all(&c);
+    Py_RETURN_NONE;
+}
+
+static PyObject *tensor_copy(PyObject *object, PyObject *source);      /* needs borrow(), below */
+
+static PyObject *get_shape(PyObject *object, void *unused) {
+    (void)unused;
+    const Tensor *t = &((TensorObject *)object)->t;
+    PyObject *shape = PyTuple_New(t->ndim);
+    for (int i = 0; shape && i < t->ndim; i++) PyTuple_SetItem(shape, i, PyLong_FromLongLong(t->shape[i]));
+    return shape;
+}
+static PyObject *get_dtype(PyObject *object, void *unused) {
+    (void)unused;
+    return PyUnicode_FromString(dtype_names[((TensorObject *)object)->t.dtype]);
+}
+static PyObject *get_device(PyObject *object, void *unused) { (void)object; (void)unused; return PyUnicode_FromString("cpu"); }
+static PyObject *get_ndim(PyObject *object, void *unused) { (void)unused; return PyLong_FromLong(((TensorObject *)object)->t.ndim); }
+static PyObject *get_nbytes(PyObject *object, void *unused) {
+    (void)unused;
+    const Tensor *t = &((TensorObject *)object)->t;
+    return PyLong_FromLongLong(elements_of(t) * dtype_size(t->dtype));
+}
+static PyObject *tensor_repr(PyObject *object) {
+    PyObject *shape = get_shape(object, NULL), *text = NULL;
+    if (shape) text = PyUnicode_FromFormat("longlora.Tensor(shape=%R, dtype='%s')", shape, dtype_names[((TensorObject *)object)->t.dtype]);
+    Py_XDECREF(shape);
+    return text;
+}
+
+static int tensor_getbuffer(PyObject *object, Py_buffer *view, int flags) {
+    static const char *const formats[] = { "f", NULL, "e", "d", "i", "q", "B" };
+    TensorObject *self = (TensorObject *)object;
+    const Tensor *t = &self->t;
+    view->obj = NULL;
+    if (!formats[t->dtype])
+        return PyErr_SetString(PyExc_BufferError, "Tensor: the buffer protocol has no bfloat16; use view(shape, 'uint8'), numpy() or DLPack"), -1;
+    if ((flags & PyBUF_WRITABLE) && self->readonly) return PyErr_SetString(PyExc_BufferError, "Tensor: the tensor is read-only"), -1;
+    int rows = (flags & PyBUF_STRIDES) != PyBUF_STRIDES || (flags & (PyBUF_C_CONTIGUOUS | PyBUF_ANY_CONTIGUOUS) & ~PyBUF_STRIDES);
+    int columns = flags & PyBUF_F_CONTIGUOUS & ~PyBUF_STRIDES;
+    if (((rows || columns) && !is_contiguous(t)) || (columns && t->ndim > 1))
+        return PyErr_SetString(PyExc_BufferError, "Tensor: the tensor is not contiguous in the order asked for"), -1;
+    for (int i = 0; i < t->ndim; i++) {
+        self->shape[i] = (Py_ssize_t)t->shape[i];
+        self->strides[i] = (Py_ssize_t)(t->stride[i] * dtype_size(t->dtype));
+    }
+    *view = (Py_buffer){ .buf = t->data, .obj = Py_NewRef(object), .len = (Py_ssize_t)(elements_of(t) * dtype_size(t->dtype)),
+                         .itemsize = (Py_ssize_t)dtype_size(t->dtype), .readonly = self->readonly, .ndim = t->ndim,
+                         .format = flags & PyBUF_FORMAT ? (char *)formats[t->dtype] : NULL,
+                         .shape = flags & PyBUF_ND ? self->shape : NULL,
+                         .strides = (flags & PyBUF_STRIDES) == PyBUF_STRIDES ? self->strides : NULL };
+    return 0;
+}
+
+/* ---- DLPack out ---------------------------------------------------------------------------------------------------- */
+
+static const struct { uint8_t code, bits; } dl_types[] = {
+    { kDLFloat, 32 }, { kDLBfloat, 16 }, { kDLFloat, 16 }, { kDLFloat, 64 }, { kDLInt, 32 }, { kDLInt, 64 }, { kDLUInt, 8 } };
+
+/* One allocation holds whichever managed tensor was asked for, its shape and strides; the context is the Tensor. */
+typedef struct {
+    union { DLManagedTensorVersioned versioned; DLManagedTensor old; } managed;
+    int64_t shape[MAX_NDIM], strides[MAX_NDIM];
+    PyObject *owner;
+} Export;
+
+static void release_export(Export *e) {
+    if (!Py_IsInitialized()) return;                                   /* after the interpreter there is nobody to tell */
+    PyGILState_STATE state = PyGILState_Ensure();
+    Py_DECREF(e->owner);
+    PyMem_Free(e);
+    PyGILState_Release(state);
+}
+static void delete_versioned(DLManagedTensorVersioned *m) { release_export(m->manager_ctx); }
+static void delete_old(DLManagedTensor *m) { release_export(m->manager_ctx); }
+
+static void drop_capsule(PyObject *capsule) {                          /* a capsule that nobody took */
+    if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
+        DLManagedTensorVersioned *m = PyCapsule_GetPointer(capsule, "dltensor_versioned");
+        m->deleter(m);
+    } else if (PyCapsule_IsValid(capsule, "dltensor")) {
+        DLManagedTensor *m = PyCapsule_GetPointer(capsule, "dltensor");
+        m->deleter(m);
+    }
+}
+
+/* A pair of ints, as max_version and dl_device are; 1, 0 for None, -1 with an exception. */
+static int read_pair(PyObject *pair, const char *name, int *first, int *second) {
+    if (pair == Py_None) return 0;
+    if (PyTuple_Check(pair) && PyArg_ParseTuple(pair, "ii", first, second)) return 1;
+    PyErr_Format(PyExc_TypeError, "Tensor.__dlpack__: %s should be two integers, got %R", name, pair);
+    return -1;
+}
+
+static PyObject *tensor_dlpack(PyObject *object, PyObject *args, PyObject *kwargs) {
+    static char *names[] = { "stream", "max_version", "dl_device", "copy", NULL };
+    PyObject *stream = Py_None, *max_version = Py_None, *device = Py_None, *copy = Py_None;
+    TensorObject *self = (TensorObject *)object;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$OOOO:__dlpack__", names, &stream, &max_version, &device, &copy)) return NULL;
+    if (stream != Py_None) return PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: stream should be None on the CPU, got %R", stream);
+    int type = kDLCPU, id = 0, major = 0, minor = 0;
+    if (read_pair(device, "dl_device", &type, &id) < 0 || read_pair(max_version, "max_version", &major, &minor) < 0) return NULL;
+    if (type != kDLCPU || id) return PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: dl_device should be (1, 0), got %R", device);
+    int versioned = major >= 1;
+    if (copy == Py_True) {
+        Copy c = { .out = self->t, .x = self->t };
+        PyObject *shape = get_shape(object, NULL), *twin = NULL;
+        if (shape) twin = PyObject_CallFunction((PyObject *)TensorType, "Os", shape, dtype_names[self->t.dtype]);
+        Py_XDECREF(shape);
+        if (!twin) return NULL;
+        object = twin;
+        self = (TensorObject *)twin;
+        c.out = self->t;
+        copy_all(&c);
+    } else Py_INCREF(object);
+    Export *e = self->readonly && !versioned ? NULL : PyMem_Malloc(sizeof *e);
+    if (!e) {
+        if (versioned || !self->readonly) PyErr_NoMemory();
+        else PyErr_SetString(PyExc_BufferError, "Tensor.__dlpack__: a read-only tensor needs max_version of at least (1, 0)");
+        Py_DECREF(object);
+        return NULL;
+    }
+    for (int i = 0; i < self->t.ndim; i++) { e->shape[i] = self->t.shape[i]; e->strides[i] = self->t.stride[i]; }
+    e->owner = object;                                                 /* the reference taken above */
+    DLTensor t = { self->t.data, { kDLCPU, 0 }, self->t.ndim, { dl_types[self->t.dtype].code, dl_types[self->t.dtype].bits, 1 },
+                   e->shape, e->strides, 0 };
+    uint64_t flags = (self->readonly ? DLPACK_FLAG_BITMASK_READ_ONLY : 0) | (copy == Py_True ? DLPACK_FLAG_BITMASK_IS_COPIED : 0);
+    if (versioned) e->managed.versioned = (DLManagedTensorVersioned){ { 1, 0 }, e, delete_versioned, flags, t };
+    else e->managed.old = (DLManagedTensor){ t, e, delete_old };
+    PyObject *capsule = PyCapsule_New(&e->managed, versioned ? "dltensor_versioned" : "dltensor", drop_capsule);
+    if (!capsule) release_export(e);
+    return capsule;
+}
+
+static PyObject *tensor_dlpack_device(PyObject *object, PyObject *unused) {
+    (void)object; (void)unused;
+    return Py_BuildValue("(ii)", kDLCPU, 0);
+}
+
+static PyMethodDef tensor_methods[] = {
+    { "wrap", (PyCFunction)(void (*)(void))tensor_wrap, METH_VARARGS | METH_KEYWORDS | METH_CLASS,
+      "wrap(buffer, shape, dtype, offset=0)\n--\n\nThe bytes of any buffer from offset on, without a copy; read-only if the buffer is." },
+    { "view", (PyCFunction)(void (*)(void))tensor_view, METH_VARARGS | METH_KEYWORDS,
+      "view($self, shape, dtype=None, offset=0)\n--\n\nThe same memory from `offset` bytes on, in another shape and dtype." },
+    { "reshape", tensor_reshape, METH_O, "reshape($self, shape, /)\n--\n\nThe same elements in another shape; never a copy." },
+    { "numpy", tensor_numpy, METH_NOARGS, "numpy($self, /)\n--\n\nAn ndarray on the same memory. bfloat16 needs ml_dtypes." },
+    { "__array__", (PyCFunction)(void (*)(void))tensor_array, METH_VARARGS | METH_KEYWORDS,
+      "__array__($self, dtype=None, copy=None)\n--\n\n" },
+    { "fill", tensor_fill, METH_O, "fill($self, value, /)\n--\n\nSets every element." },
+    { "copy_", tensor_copy, METH_O, "copy_($self, source, /)\n--\n\nCopies an array of the same shape; float dtypes are converted." },
+    { "__dlpack__", (PyCFunction)(void (*)(void))tensor_dlpack, METH_VARARGS | METH_KEYWORDS,
+      "__dlpack__($self, *, stream=None, max_version=None, dl_device=None, copy=None)\n--\n\n" },
+    { "__dlpack_device__", tensor_dlpack_device, METH_NOARGS, "__dlpack_device__($self, /)\n--\n\n" },
+    { NULL, NULL, 0, NULL },
+};
+static PyGetSetDef tensor_getset[] = {
+    { "shape", get_shape, NULL, "Sizes of the axes.", NULL }, { "dtype", get_dtype, NULL, "The dtype's name.", NULL },
+    { "device", get_device, NULL, "\"cpu\".", NULL }, { "ndim", get_ndim, NULL, "Number of axes.", NULL },
+    { "nbytes", get_nbytes, NULL, "Bytes of the elements.", NULL }, { NULL, NULL, NULL, NULL, NULL } };
+static PyType_Slot tensor_slots[] = {
+    { Py_tp_doc, "Tensor(shape, dtype=\"float32\")\n--\n\nUninitialised memory with a shape: allocate, view, copy, export; not an array library.\n"
+                 "dtype float32, bfloat16, float16, float64, int32, int64 or uint8; at most 4 axes. Speaks DLPack and the buffer protocol." },
+    { Py_tp_new, tensor_new }, { Py_tp_dealloc, tensor_dealloc }, { Py_tp_methods, tensor_methods }, { Py_tp_getset, tensor_getset },
+    { Py_tp_repr, tensor_repr }, { Py_mp_subscript, tensor_getitem }, { Py_bf_getbuffer, tensor_getbuffer }, { 0, NULL } };
+static PyType_Spec tensor_spec = { "longlora.Tensor", sizeof(TensorObject), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE, tensor_slots };
+
 /* ---- borrowing --------------------------------------------------------------------------------------------------- */
+
+/* What must be given back when the call is over: nothing for NumPy and Tensor, a managed tensor or a capsule else. */
+typedef struct { PyObject *capsule; DLManagedTensorVersioned *managed; } Loan;
+
+static void give_back(Loan *loans, int count) {
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);                            /* deleters may run Python, which wants no exception set */
+    for (int i = 0; i < count; i++) {
+        Py_XDECREF(loans[i].capsule);                                  /* still named as it came: its destructor frees it */
+        if (loans[i].managed && loans[i].managed->deleter) loans[i].managed->deleter(loans[i].managed);
+    }
+    PyErr_Restore(type, value, traceback);
+}
+
+static int refuse_read_only(const char *op, const Arg *arg) {
+    return PyErr_Format(PyExc_ValueError, "%s: output %s is read-only", op, arg->name), -1;
+}
 
 static int borrow_numpy(PyArrayObject *array, Tensor *t, const char *op, const Arg *arg) {
     static const struct { int num, dtype; } nums[] = {
         { NPY_FLOAT32, F32 }, { NPY_FLOAT16, F16 }, { NPY_FLOAT64, F64 }, { NPY_INT32, I32 }, { NPY_INT64, I64 }, { NPY_UINT8, U8 } };
+    static atomic_int bfloat16 = NPY_NOTYPE;                           /* the number ml_dtypes was given, once it was seen */
     int num = PyArray_TYPE(array);
-    t->dtype = -1;
+    t->dtype = num == bfloat16 ? BF16 : -1;
     for (size_t i = 0; i < sizeof nums / sizeof *nums; i++) if (nums[i].num == num) t->dtype = nums[i].dtype;
     if (t->dtype < 0) {
         PyObject *name = PyObject_GetAttrString((PyObject *)PyArray_DESCR(array), "name");
         if (!name) return -1;
-        if (!PyUnicode_CompareWithASCIIString(name, "bfloat16")) t->dtype = BF16;
+        if (!PyUnicode_CompareWithASCIIString(name, "bfloat16")) { t->dtype = BF16; bfloat16 = num; }
         else PyErr_Format(PyExc_TypeError, "%s: %s has dtype %U, which no op takes", op, arg->name, name);
         Py_DECREF(name);
         if (t->dtype < 0) return -1;
@@ -97,10 +608,7 @@ static int borrow_numpy(PyArrayObject *array, Tensor *t, const char *op, const A
         PyErr_Format(PyExc_TypeError, "%s: %s is not in the machine's byte order", op, arg->name);
         return -1;
     }
-    if (arg->output && !PyArray_ISWRITEABLE(array)) {
-        PyErr_Format(PyExc_ValueError, "%s: output %s is read-only", op, arg->name);
-        return -1;
-    }
+    if (arg->output && !PyArray_ISWRITEABLE(array)) return refuse_read_only(op, arg);
     int64_t size = dtype_size(t->dtype);
     for (int i = 0; i < t->ndim; i++) {
         t->shape[i] = PyArray_DIM(array, i);
@@ -114,16 +622,131 @@ static int borrow_numpy(PyArrayObject *array, Tensor *t, const char *op, const A
     return 0;
 }
 
-static int borrow(PyObject *object, Tensor *t, const char *op, const Arg *arg) {
+static int borrow_dltensor(const DLTensor *d, Tensor *t, const char *op, const Arg *arg) {
+    if (d->device.device_type != kDLCPU && d->device.device_type != kDLCUDAHost && d->device.device_type != kDLCUDAManaged) {
+        PyErr_Format(PyExc_BufferError, "%s: %s should be on the CPU, got DLPack device type %d", op, arg->name, (int)d->device.device_type);
+        return -1;
+    }
+    t->dtype = -1;
+    for (int i = 0; i < DTYPES; i++)
+        if (dl_types[i].code == d->dtype.code && dl_types[i].bits == d->dtype.bits && d->dtype.lanes == 1) t->dtype = i;
+    if (t->dtype < 0) {
+        PyErr_Format(PyExc_TypeError, "%s: %s has DLPack dtype (%d, %d, %d), which no op takes", op, arg->name, d->dtype.code, d->dtype.bits,
+                     d->dtype.lanes);
+        return -1;
+    }
+    if (d->ndim < 0 || d->ndim > MAX_NDIM) {
+        PyErr_Format(PyExc_ValueError, "%s: %s should have %d axes, got %d", op, arg->name, arg->ndim, d->ndim);
+        return -1;
+    }
+    t->ndim = d->ndim;
+    int64_t dense = 1;
+    for (int i = d->ndim - 1; i >= 0; i--) {
+        if (d->shape[i] < 0) return PyErr_Format(PyExc_BufferError, "%s: %s has a negative size in its capsule", op, arg->name), -1;
+        t->shape[i] = d->shape[i];
+        t->stride[i] = d->strides ? d->strides[i] : dense;
+        dense *= d->shape[i];
+    }
+    t->data = (char *)d->data + d->byte_offset;
+    return 0;
+}
+
+/* The C exchange API of an object's type, or NULL. Looked up anew each call: one attribute of a type, about 50 ns. */
+static const DLPackExchangeAPI *exchange_api(PyObject *object) {
+    PyObject *capsule = PyObject_GetAttrString((PyObject *)Py_TYPE(object), "__dlpack_c_exchange_api__");
+    if (!capsule) { PyErr_Clear(); return NULL; }
+    const DLPackExchangeAPIHeader *header = NULL;
+    if (PyCapsule_IsValid(capsule, "dlpack_exchange_api")) header = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+    Py_DECREF(capsule);
+    while (header && header->version.major > 1) header = header->prev_api;
+    return header && header->version.major == 1 ? (const DLPackExchangeAPI *)header : NULL;
+}
+
+/* A producer's own words, as a BufferError that says whose argument it was. */
+static int producer_failed(const char *op, const Arg *arg) {
+    if (!PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError)) return -1;
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    PyErr_Format(PyExc_BufferError, "%s: %s cannot be borrowed: %S", op, arg->name, value);
+    Py_XDECREF(type); Py_XDECREF(value); Py_XDECREF(traceback);
+    return -1;
+}
+
+static int borrow_managed(const DLManagedTensorVersioned *m, Tensor *t, const char *op, const Arg *arg) {
+    if (m->version.major != 1)
+        return PyErr_Format(PyExc_BufferError, "%s: %s speaks DLPack %u, wanted 1", op, arg->name, (unsigned)m->version.major), -1;
+    if (arg->output && (m->flags & DLPACK_FLAG_BITMASK_READ_ONLY)) return refuse_read_only(op, arg);
+    return borrow_dltensor(&m->dl_tensor, t, op, arg);
+}
+
+static int borrow_capsule(PyObject *object, Tensor *t, Loan *loan, const char *op, const Arg *arg) {
+    PyObject *method = PyObject_GetAttrString(object, "__dlpack__");
+    if (!method) {
+        PyErr_Clear();
+        PyErr_Format(PyExc_TypeError, "%s: %s must be an array (NumPy or DLPack), got %R", op, arg->name, (PyObject *)Py_TYPE(object));
+        return -1;
+    }
+    PyObject *none = PyTuple_New(0), *kwargs = Py_BuildValue("{s(ii)}", "max_version", 1, 0);
+    PyObject *capsule = none && kwargs ? PyObject_Call(method, none, kwargs) : NULL;
+    if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {         /* a producer from before max_version */
+        PyErr_Clear();
+        capsule = PyObject_Call(method, none, NULL);
+    }
+    Py_DECREF(method); Py_XDECREF(none); Py_XDECREF(kwargs);
+    if (!capsule) return producer_failed(op, arg);
+    loan->capsule = capsule;
+    if (PyCapsule_IsValid(capsule, "dltensor_versioned"))
+        return borrow_managed(PyCapsule_GetPointer(capsule, "dltensor_versioned"), t, op, arg);
+    if (!PyCapsule_IsValid(capsule, "dltensor"))
+        return PyErr_Format(PyExc_TypeError, "%s: %s gave %R instead of a DLPack capsule", op, arg->name, capsule), -1;
+    if (arg->output)                                                   /* an old capsule cannot say that it is read-only */
+        return PyErr_Format(PyExc_BufferError, "%s: output %s should speak DLPack 1 (max_version), got an old capsule", op, arg->name), -1;
+    return borrow_dltensor(&((DLManagedTensor *)PyCapsule_GetPointer(capsule, "dltensor"))->dl_tensor, t, op, arg);
+}
+
+static int borrow(PyObject *object, Tensor *t, Loan *loan, const char *op, const Arg *arg) {
     if (object == Py_None) {
         t->ndim = -1;
         if (arg->optional) return 0;
         PyErr_Format(PyExc_TypeError, "%s: %s must be an array, got None", op, arg->name);
         return -1;
     }
+    if (is_tensor(object)) {
+        *t = ((TensorObject *)object)->t;
+        return arg->output && ((TensorObject *)object)->readonly ? refuse_read_only(op, arg) : 0;
+    }
     if (PyArray_Check(object)) return borrow_numpy((PyArrayObject *)object, t, op, arg);
-    PyErr_Format(PyExc_TypeError, "%s: %s must be an array (NumPy or DLPack), got %R", op, arg->name, (PyObject *)Py_TYPE(object));
-    return -1;
+    const DLPackExchangeAPI *api = exchange_api(object);
+    if (!api) return borrow_capsule(object, t, loan, op, arg);
+    if (api->dltensor_from_py_object_no_sync && !arg->output) {        /* the cheaper way; it has no read-only flag */
+        DLTensor d;
+        if (api->dltensor_from_py_object_no_sync(object, &d)) return producer_failed(op, arg);
+        return borrow_dltensor(&d, t, op, arg);
+    }
+    if (api->managed_tensor_from_py_object_no_sync(object, &loan->managed)) return producer_failed(op, arg);
+    return borrow_managed(loan->managed, t, op, arg);
+}
+
+static PyObject *tensor_copy(PyObject *object, PyObject *source) {
+    static const Arg arg = { .name = "source", .ndim = MAX_NDIM };
+    TensorObject *self = (TensorObject *)object;
+    Copy c = { .out = self->t };
+    Loan loan = {0};
+    if (self->readonly) return PyErr_Format(PyExc_ValueError, "Tensor.copy_: the tensor is read-only");
+    int status = borrow(source, &c.x, &loan, "Tensor.copy_", &arg);
+    for (int i = 0; !status && i < c.out.ndim && c.x.ndim == c.out.ndim; i++) if (c.x.shape[i] != c.out.shape[i])
+        status = (PyErr_Format(PyExc_ValueError, "Tensor.copy_: source axis %d should be %lld, got %lld", i, (long long)c.out.shape[i],
+                               (long long)c.x.shape[i]), -1);
+    if (status) {}
+    else if (c.x.ndim != c.out.ndim)
+        PyErr_Format(PyExc_ValueError, "Tensor.copy_: source should have %d axes, got %d", c.out.ndim, c.x.ndim);
+    else if (c.x.dtype != c.out.dtype && (c.x.dtype > F16 || c.out.dtype > F16))
+        PyErr_Format(PyExc_TypeError, "Tensor.copy_: source should be %s, got %s", dtype_names[c.out.dtype], dtype_names[c.x.dtype]);
+    else if (overlap(&c.out, &c.x)) PyErr_Format(PyExc_ValueError, "Tensor.copy_: source overlaps the tensor");
+    else copy_all(&c);
+    give_back(&loan, 1);
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
 /* ---- checks ------------------------------------------------------------------------------------------------------ */
@@ -177,18 +800,6 @@ static int check(const char *op, const Spec *spec, const Tensor *t) {
     return 0;
 }
 
-/* The bytes from the lowest to one past the highest element. */
-static void extent(const Tensor *t, char **low, char **high) {
-    int64_t below = 0, above = 0, size = dtype_size(t->dtype);
-    for (int i = 0; i < t->ndim; i++) {
-        if (t->shape[i] == 0) { *low = *high = t->data; return; }
-        int64_t reach = (t->shape[i] - 1) * t->stride[i];
-        if (reach < 0) below += reach; else above += reach;
-    }
-    *low = (char *)t->data + below * size;
-    *high = (char *)t->data + (above + 1) * size;
-}
-
 static int same_memory(const Tensor *a, const Tensor *b) {
     if (a->data != b->data || a->ndim != b->ndim || a->dtype != b->dtype) return 0;
     for (int i = 0; i < a->ndim; i++)
@@ -196,32 +807,57 @@ static int same_memory(const Tensor *a, const Tensor *b) {
     return 1;
 }
 
-/* Rows of a common larger matrix interleave without touching: [M, .] views whose rows are disjoint column ranges. */
-static int interleaved(const Tensor *a, const Tensor *b) {
-    if (a->ndim < 2 || a->ndim != b->ndim || a->dtype != b->dtype) return 0;
-    int64_t row = a->stride[0], size = dtype_size(a->dtype), inner[2] = { 1, 1 };
-    for (int i = 0; i + 1 < a->ndim; i++) if (a->stride[i] != b->stride[i] && i == 0) return 0;
-    for (int i = 1; i < a->ndim; i++) {
-        inner[0] += (a->shape[i] - 1) * (a->stride[i] < 0 ? -a->stride[i] : a->stride[i]);
-        inner[1] += (b->shape[i] - 1) * (b->stride[i] < 0 ? -b->stride[i] : b->stride[i]);
+/* The bytes that t touches in each period of `pitch` bytes, from its first on; 0 if it does not keep to such periods. */
+static int64_t reach_within(const Tensor *t, int64_t pitch) {
+    int64_t size = dtype_size(t->dtype), reach = size;
+    for (int i = 0; i < t->ndim; i++) {
+        int64_t stride = t->stride[i] * size;
+        if (t->shape[i] == 1 || stride % pitch == 0) continue;
+        if (stride < 0 || stride > pitch) return 0;
+        reach += (t->shape[i] - 1) * stride;
     }
-    int64_t offset = ((char *)b->data - (char *)a->data) / size;
-    if (row <= 0) return 0;
-    offset %= row;
-    if (offset < 0) offset += row;
-    return offset >= inner[0] && offset + inner[1] <= row;
+    return reach;
+}
+
+/* Whether a and b lie side by side in the rows of one matrix, as q, k and v do: modulo the row's length, which is one of
+ * their strides, they do not meet. */
+static int interleaved(const Tensor *a, const Tensor *b) {
+    for (int i = 0; i < a->ndim; i++) {
+        int64_t pitch = a->stride[i] * dtype_size(a->dtype);
+        if (a->shape[i] == 1 || pitch <= 0) continue;
+        int64_t reach[2] = { reach_within(a, pitch), reach_within(b, pitch) };
+        int64_t offset = (((char *)b->data - (char *)a->data) % pitch + pitch) % pitch;
+        if (reach[0] && reach[1] && offset >= reach[0] && offset + reach[1] <= pitch) return 1;
+    }
+    return 0;
+}
+
+/* Whether two elements of t share memory. Axes in the order of their strides: each must step over all below it. */
+static int overlaps_itself(const Tensor *t) {
+    int done[MAX_NDIM] = {0};
+    int64_t reach = 1;
+    if (elements_of(t) == 0) return 0;
+    for (int n = 0; n < t->ndim; n++) {
+        int least = -1;
+        for (int i = 0; i < t->ndim; i++) if (!done[i] && (least < 0 || llabs(t->stride[i]) < llabs(t->stride[least]))) least = i;
+        done[least] = 1;
+        if (t->shape[least] == 1) continue;
+        if (llabs(t->stride[least]) < reach) return 1;
+        reach += (t->shape[least] - 1) * llabs(t->stride[least]);
+    }
+    return 0;
 }
 
 static int check_overlap(const char *op, const Spec *spec, const Tensor *t) {
-    for (int i = 0; i < spec->outputs; i++) for (int j = i + 1; j < spec->tensors; j++) {
-        if (!given(&t[i]) || !given(&t[j])) continue;
-        char *low[2], *high[2];
-        extent(&t[i], &low[0], &high[0]);
-        extent(&t[j], &low[1], &high[1]);
-        if (low[0] == high[0] || low[1] == high[1] || high[0] <= low[1] || high[1] <= low[0]) continue;
-        if (spec->args[j].may_alias && same_memory(&t[i], &t[j])) continue;
-        if (interleaved(&t[i], &t[j])) continue;
-        return PyErr_Format(PyExc_ValueError, "%s: output %s overlaps %s", op, spec->args[i].name, spec->args[j].name), -1;
+    for (int i = 0; i < spec->outputs; i++) {
+        if (!given(&t[i])) continue;
+        if (overlaps_itself(&t[i]))
+            return PyErr_Format(PyExc_ValueError, "%s: output %s has elements that share memory", op, spec->args[i].name), -1;
+        for (int j = i + 1; j < spec->tensors; j++) {
+            if (!given(&t[j]) || !overlap(&t[i], &t[j]) || interleaved(&t[i], &t[j])) continue;
+            if (spec->args[j].may_alias && same_memory(&t[i], &t[j])) continue;
+            return PyErr_Format(PyExc_ValueError, "%s: output %s overlaps %s", op, spec->args[i].name, spec->args[j].name), -1;
+        }
     }
     return 0;
 }
@@ -240,23 +876,30 @@ static PyObject *call(PyObject *self, PyObject *const *args, Py_ssize_t count) {
                             ops[index].spec, count);
     struct { Tensor tensors[MAX_ARGS]; double scalars[MAX_ARGS]; } all = {0};
     double *scalars = (double *)&all.tensors[spec->tensors];           /* the op's struct: tensors, then doubles */
-    for (int i = 0; i < spec->tensors; i++) if (borrow(args[i], &all.tensors[i], op, &spec->args[i])) return NULL;
+    Loan loans[MAX_ARGS] = {0};
+    PyObject *result = NULL;
+    for (int i = 0; i < spec->tensors; i++) if (borrow(args[i], &all.tensors[i], &loans[i], op, &spec->args[i])) goto done;
     for (int i = 0; i < spec->scalars; i++) {
         const Arg *arg = &spec->args[spec->tensors + i];
         PyObject *value = args[spec->tensors + i];
         scalars[i] = PyFloat_AsDouble(value);
-        if (PyErr_Occurred() || (arg->is_int && scalars[i] != (double)(int64_t)scalars[i]))
-            return PyErr_Format(PyExc_TypeError, "%s: %s should be %s, got %R", op, arg->name,
-                                arg->is_int ? "an integer" : "a number", value);
+        if (PyErr_Occurred() || (arg->is_int && !(fabs(scalars[i]) < 9e15 && scalars[i] == (double)(int64_t)scalars[i]))) {
+            PyErr_Format(PyExc_TypeError, "%s: %s should be %s, got %R", op, arg->name, arg->is_int ? "an integer" : "a number", value);
+            goto done;
+        }
     }
-    if (check(op, spec, all.tensors) || check_overlap(op, spec, all.tensors)) return NULL;
+    if (check(op, spec, all.tensors) || check_overlap(op, spec, all.tensors)) goto done;
     int status;
     Py_BEGIN_ALLOW_THREADS
     status = ops[index].cpu[isa](&all, NULL);
     Py_END_ALLOW_THREADS
     calls[index]++;
-    if (status) return PyErr_Format(PyExc_ValueError, "%s", last_error());
-    Py_RETURN_NONE;
+    if (status)                                                        /* scratch() has one way to fail, the kernels another */
+        PyErr_SetString(strncmp(last_error(), "out of memory", 13) ? PyExc_ValueError : PyExc_MemoryError, last_error());
+    else result = Py_NewRef(Py_None);
+done:
+    give_back(loans, spec->tensors);
+    return result;
 }
 
 /* ---- the module -------------------------------------------------------------------------------------------------- */
@@ -287,29 +930,46 @@ static PyObject *py_get_isa(PyObject *self, PyObject *unused) {
     return PyLong_FromLong(isa);
 }
 
-static PyMethodDef call_def = { "op", (PyCFunction)(void (*)(void))call, METH_FASTCALL, NULL };
+static PyObject *py_calls(PyObject *self, PyObject *unused) {
+    (void)self; (void)unused;
+    PyObject *counts = PyDict_New();
+    for (int i = 0; counts && i < op_count; i++) {
+        PyObject *n = PyLong_FromLong(calls[i]);
+        if (!n || PyDict_SetItemString(counts, ops[i].name, n)) Py_CLEAR(counts);
+        Py_XDECREF(n);
+    }
+    return counts;
+}
+
 static PyMethodDef methods[] = {
     { "set_num_threads", py_set_threads, METH_O, "set_num_threads($module, n, /)\n--\n\nThreads that each op may use." },
     { "get_num_threads", py_get_threads, METH_NOARGS, "get_num_threads($module, /)\n--\n\n" },
     { "set_isa", py_set_isa, METH_O, "set_isa($module, index, /)\n--\n\nIndex into isa_names." },
     { "get_isa", py_get_isa, METH_NOARGS, "get_isa($module, /)\n--\n\n" },
+    { "calls", py_calls, METH_NOARGS, "calls($module, /)\n--\n\nHow often each op has run in this process." },
     { NULL, NULL, 0, NULL },
 };
 
 static int exec_module(PyObject *module) {
+    static PyMethodDef *functions;
+    if (functions) return PyErr_SetString(PyExc_ImportError, "longlora._C can be loaded once in a process"), -1;
     import_array1(-1);
     isa = choose_isa();
     if (isa < 0) return PyErr_SetString(PyExc_ImportError, last_error()), -1;
+    TensorType = (PyTypeObject *)PyType_FromModuleAndSpec(module, &tensor_spec, NULL);
+    if (!TensorType || PyModule_AddObjectRef(module, "Tensor", (PyObject *)TensorType)) return -1;
     specs = calloc((size_t)op_count, sizeof *specs);
     calls = calloc((size_t)op_count, sizeof *calls);
+    functions = calloc((size_t)op_count, sizeof *functions);
     PyObject *table = PyDict_New();
-    if (!specs || !calls || !table) return PyErr_NoMemory(), -1;
+    if (!specs || !calls || !functions || !table) return PyErr_NoMemory(), -1;
     for (int i = 0; i < op_count; i++) {
         size_t size = 0;
         if (parse_spec(ops[i].spec, &specs[i]) ||
             (size = (size_t)specs[i].tensors * sizeof(Tensor) + (size_t)specs[i].scalars * sizeof(double)) != (size_t)ops[i].args_size)
             return PyErr_Format(PyExc_SystemError, "%s: its spec and its struct disagree: %s", ops[i].name, ops[i].spec), -1;
-        PyObject *index = PyLong_FromLong(i), *function = index ? PyCFunction_New(&call_def, index) : NULL;
+        functions[i] = (PyMethodDef){ ops[i].name, (PyCFunction)(void (*)(void))call, METH_FASTCALL, ops[i].spec };
+        PyObject *index = PyLong_FromLong(i), *function = index ? PyCFunction_New(&functions[i], index) : NULL;
         PyObject *text = PyUnicode_FromString(ops[i].spec);
         if (!function || !text || PyModule_AddObjectRef(module, ops[i].name, function) ||
             PyDict_SetItemString(table, ops[i].name, text)) return -1;

@@ -1,3 +1,35 @@
+/* adamw.c --- AdamW (arXiv 1711.05101, algorithm 2) on float32 masters and moments, in place, one pass.
+ *
+ * What depends on the step alone is taken in float64 once: param = param (1 - lr wd) - (lr / c1) m / (sqrt(v) / sqrt(c2) + eps),
+ * c = 1 - beta^step. */
 #include "cpu.h"
 
-int CPU(adamw)(const void *args, void *stream) { (void)args; (void)stream; return fail("adamw: not written yet"); }
+enum { BLOCK = 8192 };
+
+typedef struct { const Adamw *a; float decay, rate, root, keep1, keep2, add1, add2, eps, scale; } Step;
+
+static int update_block(int64_t block, void *context) {
+    const Step *s = context;
+    const Adamw *a = s->a;
+    int64_t first = block * BLOCK, n = a->grad.shape[0] - first < BLOCK ? a->grad.shape[0] - first : BLOCK;
+    float *param = (float *)a->param.data + first, *m = (float *)a->m.data + first, *v = (float *)a->v.data + first;
+    const float *grad = (const float *)a->grad.data + first;
+    for (int64_t i = 0; i < n; i++) {
+        float g = grad[i] * s->scale;
+        m[i] = s->keep1 * m[i] + s->add1 * g;
+        v[i] = s->keep2 * v[i] + s->add2 * (g * g);
+        param[i] = param[i] * s->decay - s->rate * m[i] / (sqrtf(v[i]) * s->root + s->eps);
+    }
+    if (given(&a->copy)) store_row(at(&a->copy, first), a->copy.dtype, param, n);
+    return 0;
+}
+
+int CPU(adamw)(const void *args, void *stream) {
+    const Adamw *a = args;
+    (void)stream;
+    if (a->step < 1) return fail("adamw: step should be at least 1, got %g", a->step);
+    double c1 = 1 - pow(a->beta1, a->step), c2 = 1 - pow(a->beta2, a->step);
+    Step s = { a, (float)(1 - a->lr * a->weight_decay), (float)(a->lr / c1), (float)(1 / sqrt(c2)), (float)a->beta1,
+               (float)a->beta2, (float)(1 - a->beta1), (float)(1 - a->beta2), (float)a->eps, (float)a->grad_scale };
+    return parallel_for((a->grad.shape[0] + BLOCK - 1) / BLOCK, update_block, &s);
+}

@@ -1,4 +1,64 @@
+/* embedding.c --- rows of a table by token id, and their gradients summed back without atomics: the ids come sorted, so
+ * each row of the table is summed by one task, in the order of the tokens. */
 #include "cpu.h"
 
-int CPU(embedding_forward)(const void *args, void *stream) { (void)args; (void)stream; return fail("embedding_forward: not written yet"); }
-int CPU(embedding_backward)(const void *args, void *stream) { (void)args; (void)stream; return fail("embedding_backward: not written yet"); }
+enum { ROWS = 16 };                    /* tokens of a task */
+
+static int check_ids(const char *op, const Tensor *ids, int64_t rows) {
+    for (int64_t m = 0; m < ids->shape[0]; m++) {
+        int32_t id = ((const int32_t *)ids->data)[m];
+        if (id < 0 || id >= rows)
+            return fail("%s: ids[%lld] should be in 0..%lld, got %d", op, (long long)m, (long long)rows - 1, id);
+    }
+    return 0;
+}
+
+static int forward_rows(int64_t task, void *context) {
+    const EmbeddingForward *a = context;
+    int64_t first = task * ROWS, last = first + ROWS, C = a->out.shape[1];
+    if (last > a->ids.shape[0]) last = a->ids.shape[0];
+    for (int64_t m = first; m < last; m++)
+        memcpy(at(&a->out, m * a->out.stride[0]), at(&a->weight, ((const int32_t *)a->ids.data)[m] * a->weight.stride[0]),
+               (size_t)(C * dtype_size(a->out.dtype)));
+    return 0;
+}
+
+int CPU(embedding_forward)(const void *args, void *stream) {
+    const EmbeddingForward *a = args;
+    (void)stream;
+    if (check_ids("embedding_forward", &a->ids, a->weight.shape[0])) return -1;
+    return parallel_for((a->ids.shape[0] + ROWS - 1) / ROWS, forward_rows, (void *)a);
+}
+
+/* A task owns the runs of equal ids that begin in its ROWS places of `order`, to their ends. */
+static int backward_runs(int64_t task, void *context) {
+    const EmbeddingBackward *a = context;
+    const int32_t *ids = a->ids.data, *order = a->order.data;
+    int64_t first = task * ROWS, last = first + ROWS, M = a->ids.shape[0], C = a->dout.shape[1];
+    if (last > M) last = M;
+    if (first) while (first < last && ids[order[first]] == ids[order[first - 1]]) first++;
+    if (first == last) return 0;
+    for (int64_t i = first; i < M && (i < last || ids[order[i]] == ids[order[i - 1]]); i++) {
+        float *row = at(&a->dweight, ids[order[i]] * a->dweight.stride[0]);
+        const char *dout = at(&a->dout, order[i] * a->dout.stride[0]);
+        int64_t c = 0, size = dtype_size(a->dout.dtype);
+        for (; c + VW <= C; c += VW) vf_store(row + c, vf_load(row + c) + vf_load_any(dout + c * size, a->dout.dtype));
+        for (; c < C; c++) row[c] += load1(dout + c * size, a->dout.dtype);
+    }
+    return 0;
+}
+
+int CPU(embedding_backward)(const void *args, void *stream) {
+    const EmbeddingBackward *a = args;
+    (void)stream;
+    const int32_t *ids = a->ids.data, *order = a->order.data;
+    if (check_ids("embedding_backward", &a->ids, a->dweight.shape[0])) return -1;
+    for (int64_t i = 0; i < a->order.shape[0]; i++) {
+        if (order[i] < 0 || order[i] >= a->ids.shape[0])
+            return fail("embedding_backward: order[%lld] should be in 0..%lld, got %d", (long long)i,
+                        (long long)a->ids.shape[0] - 1, order[i]);
+        if (i && (ids[order[i - 1]] > ids[order[i]] || (ids[order[i - 1]] == ids[order[i]] && order[i - 1] >= order[i])))
+            return fail("embedding_backward: order should be argsort(ids), stable, but is not at place %lld", (long long)i);
+    }
+    return parallel_for((a->ids.shape[0] + ROWS - 1) / ROWS, backward_runs, (void *)a);
+}

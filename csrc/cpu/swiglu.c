@@ -1,4 +1,82 @@
+/* swiglu.c --- out = silu(gate) * up, forward and backward; backward may write over its inputs. */
 #include "cpu.h"
 
-int CPU(swiglu_forward)(const void *args, void *stream) { (void)args; (void)stream; return fail("swiglu_forward: not written yet"); }
-int CPU(swiglu_backward)(const void *args, void *stream) { (void)args; (void)stream; return fail("swiglu_backward: not written yet"); }
+enum { BLOCK = 2048 };                 /* elements of a row in a task */
+
+static inline vf sigmoid(vf x) { return 1.0f / (1.0f + vf_exp(-x)); }
+
+static inline void forward_vector(char *out, const char *gate, const char *up, int32_t dtype) {
+    vf g = vf_load_any(gate, dtype);
+    vf_store_any(out, dtype, g * sigmoid(g) * vf_load_any(up, dtype));
+}
+
+/* d silu(g)/dg = s (1 + g (1 - s)), s = sigmoid(g). */
+static inline void backward_vector(char *dgate, char *dup, const char *dout, const char *gate, const char *up, int32_t dtype) {
+    vf g = vf_load_any(gate, dtype), u = vf_load_any(up, dtype), d = vf_load_any(dout, dtype), s = sigmoid(g);
+    vf_store_any(dgate, dtype, d * u * s * (1.0f + g * (1.0f - s)));
+    vf_store_any(dup, dtype, d * g * s);
+}
+
+/* The last, shorter vector goes through buffers of a whole one. */
+static inline void forward_block(const SwigluForward *a, int64_t m, int64_t first, int64_t last, int32_t dtype) {
+    int64_t size = dtype_size(dtype), i = first;
+    char *out = at(&a->out, m * a->out.stride[0]);
+    const char *gate = at(&a->gate, m * a->gate.stride[0]), *up = at(&a->up, m * a->up.stride[0]);
+    for (; i + VW <= last; i += VW) forward_vector(out + i * size, gate + i * size, up + i * size, dtype);
+    if (i == last) return;
+    char g[4 * VW] = {0}, u[4 * VW] = {0}, o[4 * VW];
+    size_t rest = (size_t)((last - i) * size);
+    memcpy(g, gate + i * size, rest);
+    memcpy(u, up + i * size, rest);
+    forward_vector(o, g, u, dtype);
+    memcpy(out + i * size, o, rest);
+}
+
+static inline void backward_block(const SwigluBackward *a, int64_t m, int64_t first, int64_t last, int32_t dtype) {
+    int64_t size = dtype_size(dtype), i = first;
+    char *dgate = at(&a->dgate, m * a->dgate.stride[0]), *dup = at(&a->dup, m * a->dup.stride[0]);
+    const char *dout = at(&a->dout, m * a->dout.stride[0]), *gate = at(&a->gate, m * a->gate.stride[0]);
+    const char *up = at(&a->up, m * a->up.stride[0]);
+    for (; i + VW <= last; i += VW)
+        backward_vector(dgate + i * size, dup + i * size, dout + i * size, gate + i * size, up + i * size, dtype);
+    if (i == last) return;
+    char g[4 * VW] = {0}, u[4 * VW] = {0}, d[4 * VW] = {0}, dg[4 * VW], du[4 * VW];
+    size_t rest = (size_t)((last - i) * size);
+    memcpy(g, gate + i * size, rest);
+    memcpy(u, up + i * size, rest);
+    memcpy(d, dout + i * size, rest);
+    backward_vector(dg, du, d, g, u, dtype);
+    memcpy(dgate + i * size, dg, rest);
+    memcpy(dup + i * size, du, rest);
+}
+
+#define EACH_DTYPE(dtype, block, ...) switch (dtype) { \
+    case F32: block(__VA_ARGS__, F32); break; case BF16: block(__VA_ARGS__, BF16); break; default: block(__VA_ARGS__, F16); }
+
+static int forward_task(int64_t task, void *context) {
+    const SwigluForward *a = context;
+    int64_t F = a->gate.shape[1], blocks = (F + BLOCK - 1) / BLOCK, m = task / blocks, first = task % blocks * BLOCK;
+    int64_t last = first + BLOCK < F ? first + BLOCK : F;
+    EACH_DTYPE(a->gate.dtype, forward_block, a, m, first, last)
+    return 0;
+}
+
+static int backward_task(int64_t task, void *context) {
+    const SwigluBackward *a = context;
+    int64_t F = a->gate.shape[1], blocks = (F + BLOCK - 1) / BLOCK, m = task / blocks, first = task % blocks * BLOCK;
+    int64_t last = first + BLOCK < F ? first + BLOCK : F;
+    EACH_DTYPE(a->gate.dtype, backward_block, a, m, first, last)
+    return 0;
+}
+
+int CPU(swiglu_forward)(const void *args, void *stream) {
+    const SwigluForward *a = args;
+    (void)stream;
+    return parallel_for(a->gate.shape[0] * ((a->gate.shape[1] + BLOCK - 1) / BLOCK), forward_task, (void *)a);
+}
+
+int CPU(swiglu_backward)(const void *args, void *stream) {
+    const SwigluBackward *a = args;
+    (void)stream;
+    return parallel_for(a->gate.shape[0] * ((a->gate.shape[1] + BLOCK - 1) / BLOCK), backward_task, (void *)a);
+}

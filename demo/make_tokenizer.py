@@ -1,0 +1,28 @@
+"""The demo's tokenizer: byte-level BPE trained on the pretraining text.
+
+    python demo/make_tokenizer.py CACHE/train.txt DIRECTORY     -> DIRECTORY/tokenizer.json, tokenizer_config.json
+"""
+import json
+import sys
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+VOCAB = 2048
+END = "<|endoftext|>"
+
+
+def main(text, directory):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  show_progress=False)
+    tokenizer.train([text], trainer)
+    tokenizer.save(f"{directory}/tokenizer.json")
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "model_max_length": 256}
+    Path(directory, "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,71 @@
+"""Pictures of a run: the loss, perplexity along the text, the attention pattern. PNG files, drawn without a display."""
+
+
+def _figure(width=7, height=4, columns=1):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot.subplots(1, columns, figsize=(width, height), dpi=100, layout="constrained", squeeze=False)
+
+
+def _save(figure, path):
+    from matplotlib import pyplot
+
+    from .safetensors_file import replacing
+    with replacing(path) as aside:
+        figure.savefig(aside, format="png")
+    pyplot.close(figure)
+
+
+def loss(path, metrics, title="training loss"):
+    """metrics: dicts with step and loss, or step and eval_loss, as metrics.jsonl has them."""
+    figure, ((axes,),) = _figure()
+    train = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
+    held_out = [(m["step"], m["eval_loss"]) for m in metrics if "eval_loss" in m]
+    axes.plot(*zip(*train), color="#9ecae1" if len(train) > 20 else "#2171b5", linewidth=1, label="each step")
+    if len(train) > 20:
+        smooth, mean = [], train[0][1]
+        for _, value in train:
+            mean = 0.9 * mean + 0.1 * value
+            smooth.append(mean)
+        axes.plot([step for step, _ in train], smooth, color="#2171b5", label="smoothed (0.9)")
+    if held_out:
+        axes.plot(*zip(*held_out), "o-", color="#d94801", label="held out, dense attention")
+    axes.set(xlabel="step", ylabel="loss per token (nats)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
+def perplexity(path, curves, native=None, title="perplexity by position"):
+    """curves: dict of label -> (positions, perplexities); native: the length of pretraining, drawn as a line."""
+    figure, ((axes,),) = _figure()
+    for (label, (x, y)), colour in zip(curves.items(), ("#969696", "#d94801", "#2171b5", "#238b45")):
+        axes.plot(x, y, label=label, color=colour, marker="o" if len(x) < 20 else None)
+    if native:
+        axes.axvline(native, color="black", linestyle=":", linewidth=1)
+        axes.text(native, axes.get_ylim()[1], " native length", va="top", fontsize=8)
+    axes.set(xlabel="tokens", ylabel="perplexity", title=title, yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    _save(figure, path)
+
+
+def attention(path, length, group_size, boundary="split", shift="half"):
+    """Which keys a query sees, in a plain and in a shifted head: the rule of S2-Attn (LongLoRA section 3.2), drawn."""
+    import numpy as np
+    scale = max(1, length // 64)
+    L, G = length // scale, max(1, group_size // scale)
+    half, t, key = G // 2, np.arange(L)[:, None], np.arange(L)[None]
+    plain = (key >= t // G * G) & (key <= t)
+    shifted = (key >= np.where(t < half, 0, half + (t - half) // G * G)) & (key <= t)
+    if boundary == "wrap":
+        shifted |= (t < half) & (key >= L - half)
+    if boundary == "swap":
+        shifted |= (t >= L - half) & (key < half)
+    figure, ((left, right),) = _figure(8, 4.2, 2)
+    for axes, name, mask in ((left, "plain heads", plain if shift != "all" else shifted),
+                             (right, "shifted heads", shifted if shift != "none" else plain)):
+        axes.imshow(mask, cmap="Blues", extent=(0, length, length, 0), vmin=0, vmax=1.4)
+        axes.set(xlabel="key", ylabel="query", title=f"{name}, group {group_size}")
+    _save(figure, path)
