@@ -7,15 +7,14 @@ SHAPES = [(2048, 576, 576, 8), (2048, 576, 192, 8), (2048, 2048, 2048, 8), (2048
 
 def peft_layer(torch, weight, a, b, scale):
     """PEFT's LoRA linear holding these weights; only a and b are trained."""
-    from peft.tuners.lora import Linear
-    base = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
-    base.weight.data = weight
+    from peft import LoraConfig, inject_adapter_in_model
+    model = torch.nn.Sequential(torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype))
+    model[0].weight.data = weight
     rank = a.shape[0]
-    layer = Linear(base, "default", r=rank, lora_alpha=scale * rank, lora_dropout=0.0)
-    layer.lora_A["default"].weight.data = a
-    layer.lora_B["default"].weight.data = b
-    base.weight.requires_grad_(False)
-    return layer
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=scale * rank, lora_dropout=0.0, target_modules=["0"]), model)
+    model[0].lora_A["default"].weight.data = a
+    model[0].lora_B["default"].weight.data = b
+    return model
 
 
 def main(argv=None):
