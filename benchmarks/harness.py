@@ -196,16 +196,23 @@ class Bench:
         work, unit, peak = ((flops, "GF/s", self.flops_peak) if flops else (bytes, "GB/s", self.copy_peak) if bytes else
                             (None, "ms", None))
         figures = [work / t / 1e9 if work else t * 1e3 for t in times]
-        row = {"benchmark": self.benchmark, "name": name, "dtype": dtype, "ours": figures[0],
-               "peer": figures[1] if peer else None, "peer_name": peer_name if peer else None, "unit": unit,
-               "ratio": times[1] / times[0] if peer else None, "of_peak": figures[0] / peak if peak else None, **self.about}
-        line = f"  {name:<44} {dtype:<9} {figures[0]:9.1f} {unit:<5}"
-        if peer:
-            line += f" {peer_name} {figures[1]:9.1f}  ratio {row['ratio']:5.2f}"
+        return self.record(name, figures[0], figures[1] if peer else None, unit, dtype=dtype, peer_name=peer_name,
+                           ratio=times[1] / times[0] if peer else None, peak=peak)
+
+    def record(self, name, ours, peer, unit, *, dtype="float32", peer_name="torch", ratio=None, peak=None):
+        """Prints and records a row measured elsewhere. `ratio` is by default that of two costs, peer / ours. Returns it."""
+        if peer is not None and ratio is None:
+            ratio = peer / ours
+        row = {"benchmark": self.benchmark, "name": name, "dtype": dtype, "ours": ours, "peer": peer,
+               "peer_name": peer_name if peer is not None else None, "unit": unit, "ratio": ratio,
+               "of_peak": ours / peak if peak else None, **self.about}
+        line = f"  {name:<44} {dtype:<9} {ours:9.1f} {unit:<5}"
+        if peer is not None:
+            line += f" {peer_name} {peer:9.1f}  ratio {ratio:5.2f}"
         if peak:
             line += f"  {row['of_peak']:4.0%} of peak"
         print(line, flush=True)
         if self.options.json:
             with open(self.options.json, "a") as file:
                 file.write(json.dumps(row) + "\n")
-        return row["ratio"]
+        return ratio

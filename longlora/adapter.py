@@ -14,7 +14,7 @@ import numpy as np
 
 from .config import read_config, read_json
 from .errors import UserError
-from .safetensors_file import SafetensorsFile, flush, save as save_tensors, write, write_json, write_text
+from .safetensors_file import WIDTHS, SafetensorsFile, flush, save as save_tensors, write, write_json, write_text
 from .weights import INDEX, SINGLE, from_float32, open_model, some, to_float32
 
 PREFIX = "base_model.model."
@@ -22,9 +22,9 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WHOLE = ("embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm", "model.norm")
 # What PEFT can have switched on that changes the function, and the value that leaves it off.
-PLAIN = {"bias": "none", "fan_in_fan_out": False, "use_dora": False, "use_qalora": False, "lora_bias": False, "rank_pattern": {},
-         "alpha_pattern": {}, "layers_to_transform": None, "layers_pattern": None, "layer_replication": None,
-         "trainable_token_indices": None, "target_parameters": None, "exclude_modules": None, "megatron_config": None,
+PLAIN = {"bias": "none", "fan_in_fan_out": False, "use_dora": False, "use_qalora": False, "lora_bias": False,
+         "rank_pattern": {}, "alpha_pattern": {}, "layers_to_transform": None, "layers_pattern": None,
+         "layer_replication": None, "trainable_token_indices": None, "target_parameters": None, "exclude_modules": None, "megatron_config": None,
          "use_bdlora": None, "alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None}
 SHARD = 5_000_000_000  # bytes; a smaller model is one file
 
@@ -260,7 +260,7 @@ def save_merged(directory, read, raw, tokenizer=None, dtype="float32"):
     dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(shapes, dtype)
     shards, total = [[]], 0
     for name, shape in shapes.items():
-        size = math.prod(shape) * (4 if dtypes[name] == "float32" else 2)
+        size = math.prod(shape) * WIDTHS[dtypes[name]]
         if shards[-1] and sum(known for _, known in shards[-1]) + size > SHARD:
             shards.append([])
         shards[-1].append((name, size))
@@ -276,6 +276,8 @@ def save_merged(directory, read, raw, tokenizer=None, dtype="float32"):
     if len(shards) > 1:
         places = {name: file for file, shard in zip(files, shards) for name, _ in shard}
         write_json(os.path.join(directory, INDEX), {"metadata": {"total_size": total}, "weight_map": places})
+    elif os.path.exists(os.path.join(directory, INDEX)):
+        os.unlink(os.path.join(directory, INDEX))  # of an earlier model: readers would follow it
     kept = dtypes["model.embed_tokens.weight"]
     raw = {key: value for key, value in raw.items() if key != "dtype"} | {"torch_dtype": kept}
     write_json(os.path.join(directory, "config.json"), raw)

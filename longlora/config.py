@@ -188,8 +188,8 @@ def _refuse_window(raw, known, layers, where):
     rule = known["sliding_window"]
     if rule is None or types and rule == "use_sliding_window":
         return
-    window = raw.get("sliding_window", 4096)
-    if rule == "use_sliding_window" and (not raw.get(rule) or raw.get("max_window_layers", 28) >= layers):
+    window, first = raw.get("sliding_window", 4096), raw.get("max_window_layers", 28)
+    if rule == "use_sliding_window" and (not raw.get(rule) or isinstance(first, int) and first >= layers):
         return
     if window is not None:
         raise UserError(f"{where}: an active sliding_window of {window!r} is not supported; supported is full attention "

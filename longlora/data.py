@@ -1,14 +1,19 @@
 """Text to sequences of token ids: read, checked, tokenised once to a mapped file, cut, and dealt out in a seeded order."""
+import copy
 import hashlib
 import json
 import os
 
 import numpy as np
 
+from .config import read_json
 from .errors import UserError
+from .plan import available_memory
 from .safetensors_file import replacing, write_json
 
-BLOCK = 1 << 20                        # characters of a .txt read at a time
+BLOCK = 1 << 20                        # bytes of a .txt that are read and tokenised at a time
+BYTES_PER_CHARACTER = 64               # what the tokenizers library needs while it works, measured on English text
+NEIGHBOURS = 256                       # characters on both sides of a cut that must tokenise as if it were not there
 
 
 def files_of(path):
@@ -26,56 +31,118 @@ def files_of(path):
     return [path]
 
 
-def read_text(path):
-    """A whole UTF-8 file; UserError with the byte offset of what is not UTF-8."""
+def _decoded(data, path, offset):
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 at byte {offset + error.start}") from None
+
+
+def _opened(path):
+    try:
+        return open(path, "rb")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except MemoryError:
-        raise UserError(f"{path}: {os.path.getsize(path):,} bytes in one document do not fit in memory; cut it into several "
-                        "files, or one document a line of .jsonl") from None
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 at byte {error.start}") from None
+
+
+def _blocks(path):
+    """The text of a .txt in pieces of about BLOCK bytes, cut after a line break, or else before a space."""
+    left, offset, some = b"", 0, False
+    with _opened(path) as file:
+        while left is not None:
+            data = file.read(BLOCK)
+            cut = max((left + data).rfind(b"\n") + 1 or (left + data).rfind(b" "), 0) if data else len(left)
+            block, left = (left + data)[:cut], (left + data)[cut:] if data else None
+            text = _decoded(block, path, offset)
+            if offset == 0:
+                text = text.removeprefix("\ufeff")
+            offset += cut
+            some = some or bool(text.strip())
+            if text:
+                yield text
+    if not some:
+        raise UserError(f"{path}: holds no text")
 
 
 def documents(path):
-    """The documents of a .txt (one) or a .jsonl (one a line), as text."""
+    """The documents of a .txt (one) or a .jsonl (one a line), each as an iterable of pieces of its text."""
     if path.endswith(".txt"):
-        text = read_text(path)
-        if not text.strip():
-            raise UserError(f"{path}: holds no text")
-        yield text
+        yield _blocks(path)
         return
     offset, count = 0, 0
-    with open(path, "rb") as file:
+    with _opened(path) as file:
         for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line.decode("utf-8")) if line.strip() else None
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}: is not UTF-8 at byte {offset + error.start}") from None
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}: line {number} is not JSON: {error.msg}") from None
+            text = _decoded(line, path, offset)
             offset += len(line)
-            if record is None:
+            if not text.strip():
                 continue
+            try:
+                record = json.loads(text.removeprefix("\ufeff") if number == 1 else text)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}: line {number} is not JSON: {getattr(error, 'msg', error)}") from None
             if not isinstance(record, dict) or not isinstance(record.get("text"), str):
                 raise UserError(f"{path}: line {number} should be an object with a string \"text\"")
             if record["text"]:
                 count += 1
-                yield record["text"]
+                yield (record["text"],)
     if not count:
         raise UserError(f"{path}: holds no text")
 
 
-class Tokens:
-    """Token ids of a corpus: `ids` int32 [N], mapped, and `borders` int64 [documents + 1]."""
+def encode_pieces(tokenizer, pieces):
+    """The ids of the joined pieces, block by block, as if the whole were tokenised at once.
 
-    def __init__(self, ids, borders):
-        self.ids, self.borders = ids, borders
+    A cut between two pieces is kept only where the text around it tokenises the same with and without it: the tokenizers of
+    our families split text by a regular expression or byte by byte, so what is far from a cut cannot feel it. Where no such
+    cut is found (a SentencePiece model that puts a space before a text's first word) the pieces are joined and memory
+    bounds the document.
+    """
+    def bare(text):
+        return np.array(tokenizer.backend.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def clean(left, right):
+        left, right = left[-NEIGHBOURS:], right[:NEIGHBOURS]
+        return np.array_equal(bare(left + right), np.concatenate([bare(left), bare(right)]))
+
+    front, back = _affixes(tokenizer)
+    held = ""
+    for piece in pieces:
+        at = _cut(held, piece, clean) if held else None
+        if at is not None:
+            yield np.concatenate([front, bare(held[:at])])
+            held, front = held[at:], front[:0]
+        held += piece
+        if len(held) * BYTES_PER_CHARACTER > available_memory():
+            raise UserError(f"a document of more than {len(held):,} characters does not fit in memory while it is tokenised; cut "
+                            "it into several files, or one document a line of .jsonl")
+    yield np.concatenate([front, bare(held), back])
+
+
+def _cut(held, piece, clean):
+    """Where to cut `held`, which `piece` follows: at the last line breaks that can be cut at, else None."""
+    at = len(held)
+    for _ in range(8):
+        if at <= 0:
+            return None
+        if clean(held[:at], (held[at:at + NEIGHBOURS] + piece)[:NEIGHBOURS]):
+            return at
+        at = held.rfind("\n", 0, at - 1) + 1
+    return None
+
+
+def _affixes(tokenizer):
+    """The special tokens that the tokenizer puts before and after a text."""
+    bare = tokenizer.backend.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a").tolist()
+    at = next(i for i in range(len(whole) - len(bare) + 1) if whole[i:i + len(bare)] == bare)
+    return np.array(whole[:at], np.int32), np.array(whole[at + len(bare):], np.int32)
+
+
+class Tokens:
+    """Token ids of a corpus: `ids` [N], integers, mapped; `borders` int64 [documents + 1]; `fingerprint`, a hash of both."""
+
+    def __init__(self, ids, borders, fingerprint):
+        self.ids, self.borders, self.fingerprint = ids, borders, fingerprint
 
     def document(self, i):
         return self.ids[self.borders[i]:self.borders[i + 1]]
@@ -88,20 +155,22 @@ def read_bin(path, vocab_size):
     """Token .bin files: headerless little-endian uint16 (uint32 for vocabularies above 65536), or llm.c's with its header."""
     size = os.path.getsize(path)
     head = np.fromfile(path, np.int32, 3) if size >= 1024 else np.zeros(3, np.int32)
-    dtype, start = (np.uint16 if vocab_size <= 1 << 16 else np.uint32), 0
+    dtype, start = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4"), 0
     if head[0] in (20240520, 20240801):
-        dtype, start = (np.uint16 if head[0] == 20240520 else np.uint32), 1024
-        if size - 1024 != int(head[2]) * np.dtype(dtype).itemsize:
-            raise UserError(f"{path}: should hold {int(head[2])} tokens by its header, holds {(size - 1024) // np.dtype(dtype).itemsize}")
-    if size == start or (size - start) % np.dtype(dtype).itemsize:
-        raise UserError(f"{path}: {size} bytes are no whole number of {np.dtype(dtype).name} tokens")
-    stored = np.memmap(path, dtype, "r", start)
-    for first in range(0, len(stored), 1 << 24):
-        part = stored[first:first + (1 << 24)]
+        dtype, start = np.dtype("<u2" if head[0] == 20240520 else "<u4"), 1024
+        count = (size - start) // dtype.itemsize
+        if count != head[2]:
+            raise UserError(f"{path}: should hold {head[2]} tokens by its header, holds {count}")
+    if size == start or (size - start) % dtype.itemsize:
+        raise UserError(f"{path}: {size - start} bytes are no whole number of {dtype.name} tokens")
+    ids, digest = np.memmap(path, dtype, "r", start), hashlib.sha256()
+    for first in range(0, len(ids), 1 << 22):
+        part = ids[first:first + (1 << 22)]
         if int(part.max()) >= vocab_size:
             at = first + int(np.argmax(part >= vocab_size))
-            raise UserError(f"{path}: token {at} is {int(stored[at])}, the model has {vocab_size}")
-    return Tokens(stored, np.array([0, len(stored)], np.int64))
+            raise UserError(f"{path}: token {at} is {ids[at]}, the model has {vocab_size}")
+        digest.update(part)
+    return Tokens(ids, np.array([0, len(ids)], np.int64), digest.hexdigest())
 
 
 def tokenise(path, tokenizer, vocab_size, cache_dir, say=print):
@@ -113,35 +182,49 @@ def tokenise(path, tokenizer, vocab_size, cache_dir, say=print):
     files = files_of(path)
     if files[0].endswith(".bin"):
         return read_bin(files[0], vocab_size)
+    if tokenizer is None:
+        raise UserError(f"{path}: the model has no tokenizer; wanted a token .bin")
     facts = [(os.path.abspath(f), os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files]
     key = hashlib.sha256(json.dumps([facts, tokenizer.fingerprint()]).encode()).hexdigest()[:16]
     stem = os.path.join(cache_dir, f"tokens-{key}")
     if not os.path.exists(stem + ".json"):
         _tokenise(files, tokenizer, stem, say)
-    with open(stem + ".json", encoding="utf-8") as file:
-        borders = np.array(json.load(file)["borders"], np.int64)
-    if os.path.getsize(stem + ".bin") != 4 * int(borders[-1]):
+    found = read_json(stem + ".json")
+    borders = np.array(found["borders"], np.int64)
+    if not os.path.exists(stem + ".bin") or os.path.getsize(stem + ".bin") != 4 * int(borders[-1]):
         raise UserError(f"{stem}.bin: is damaged; remove it and {stem}.json")
-    return Tokens(np.memmap(stem + ".bin", np.int32, "r"), borders)
+    return Tokens(np.memmap(stem + ".bin", "<i4", "r"), borders, found["fingerprint"])
 
 
 def _tokenise(files, tokenizer, stem, say):
     from tqdm import tqdm
-    eos, borders = tokenizer.eos_token_id, [0]
+    eos, borders, digest = tokenizer.eos_token_id, [0], hashlib.sha256()
     total = sum(os.path.getsize(f) for f in files)
+    # The .json goes last: with it the cache is complete.
     with replacing(stem + ".bin") as aside, open(aside, "wb") as out, \
             tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", leave=False, disable=None) as bar:
+        def put(ids):
+            ids = ids.astype("<i4", copy=False)
+            digest.update(ids)
+            out.write(ids)
+            return len(ids)
+
+        def counted(pieces):
+            for piece in pieces:
+                yield piece
+                bar.update(len(piece.encode()))
+
         for path in files:
-            for text in documents(path):
-                ids = tokenizer.encode(text)
-                if eos is not None:
-                    ids = np.append(ids, np.int32(eos))
-                ids.astype("<i4").tofile(out)
-                borders.append(borders[-1] + len(ids))
-                bar.update(len(text.encode()))
-    if borders[-1] == 0:
-        raise UserError(f"{files[0]}: gave no tokens")
-    write_json(stem + ".json", {"borders": borders, "files": files})
+            for pieces in documents(path):
+                size, last = 0, None
+                for ids in encode_pieces(tokenizer, counted(pieces)):
+                    size += put(ids)
+                    last = int(ids[-1]) if len(ids) else last
+                if eos is not None and last != eos:
+                    size += put(np.array([eos]))
+                borders.append(borders[-1] + size)
+    digest.update(np.array(borders))
+    write_json(stem + ".json", {"files": files, "fingerprint": digest.hexdigest(), "borders": borders})
     say(f"tokenised {len(borders) - 1:,} documents, {borders[-1]:,} tokens, {total / max(borders[-1], 1):.2f} bytes each")
 
 
@@ -149,7 +232,8 @@ class Sequences:
     """Pieces of documents, each at most `length` tokens and at least 2: what a training step is made of.
 
     long_documents says what becomes of longer ones; nothing happens to a document without being counted in `sentence`.
-    Documents shorter than a sequence are packed: joined to the next until the sequence is full.
+    Documents shorter than a sequence are packed: joined to the next until the sequence is full. A single token that is left
+    at the very end has no target and makes no sequence.
     """
 
     def __init__(self, tokens, length, long_documents="split", where="data"):
@@ -187,6 +271,15 @@ class Sequences:
 
     def __len__(self):
         return len(self.pieces)
+
+    def hold_out(self, fraction):
+        """Take the last share of the sequences, at least one, away -> Sequences of their own."""
+        count = max(1, round(fraction * len(self.pieces)))
+        if count >= len(self.pieces):
+            raise UserError(f"eval_fraction {fraction:g} of {len(self.pieces)} sequences leaves none to train on")
+        other = copy.copy(self)
+        self.pieces, other.pieces = self.pieces[:-count], self.pieces[-count:]
+        return other
 
     def get(self, i):
         """int32 ids [n], n <= length."""

@@ -2,4 +2,7 @@
 
 
 class UserError(ValueError):
-    """Something given is wrong; the message says in one line what was found and what was wanted."""
+    """Something given is wrong; the message says what was found and what was wanted, in one line whatever it quotes."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(str(message).splitlines()))

@@ -9,11 +9,13 @@ import struct
 
 import numpy as np
 
-from .config import read_config
+from .config import FAMILIES, read_config
 from .errors import UserError
+from .safetensors_file import release
 from .weights import Checkpoint
 
-FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+# Named as our families; Mistral is a llama here.
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
@@ -150,14 +152,14 @@ class Gguf(Checkpoint):
     def _config(self):
         """The config.json that transformers would have for this file."""
         get, arch = self.metadata.get, self.metadata.get("general.architecture")
-        if not isinstance(arch, str) or arch not in FAMILIES:
-            raise UserError(f"{self.path}: architecture {arch!r} is not supported; supported are {', '.join(FAMILIES)}")
+        if not isinstance(arch, str) or arch not in ARCHITECTURES:
+            raise UserError(f"{self.path}: architecture {arch!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
         for name in REFUSED:
             if get(f"{arch}.{name}"):
                 raise UserError(f"{self.path}: {arch}.{name} {get(f'{arch}.{name}')!r} is not supported")
-        family, layer = FAMILIES[arch], "model.layers.0.self_attn."
-        raw = {"architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]],
-               "model_type": family, "hidden_act": "silu", "initializer_range": 0.02, "use_cache": True,
+        family, layer = arch, "model.layers.0.self_attn."
+        raw = {"architectures": [FAMILIES[family]["architecture"]], "model_type": family, "hidden_act": "silu",
+               "initializer_range": 0.02, "use_cache": True,
                "tie_word_embeddings": "lm_head.weight" not in self._tensors,
                "bos_token_id": get("tokenizer.ggml.bos_token_id"), "eos_token_id": get("tokenizer.ggml.eos_token_id"),
                "pad_token_id": get("tokenizer.ggml.padding_token_id")}
@@ -217,11 +219,14 @@ class Gguf(Checkpoint):
             if np.allclose(plain / inverse_frequencies(rope, 2 * self._freqs.size)[0], self._freqs, rtol=1e-4):
                 return {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                         "original_max_position_embeddings": 1 << power}
-        raise UserError(f"{self.path}: rope_freqs.weight does not follow Llama 3's rule; other frequency factors are not supported")
+        raise UserError(f"{self.path}: rope_freqs.weight does not follow Llama 3's rule, no other is supported")
 
     def dtype(self, name):
         """The dtype that the tensor is kept in, "float32" for a quantised one."""
         return {"F16": "float16", "BF16": "bfloat16"}.get(self._tensors[name][1].name, "float32")
+
+    def _release(self, name):
+        release(self.buffer)
 
     def _stored(self, name):
         shape, _, start, row = self._tensors[name]

@@ -90,4 +90,5 @@ def text(described):
         return ", ".join(map(str, value)) if isinstance(value, list) else f"{value:,}" if type(value) is int else str(value)
 
     width = max(map(len, described))
-    return "\n".join(f"{key.replace('_', ' '):<{width}}  {shown(value)}" for key, value in described.items() if value is not None)
+    known = {key.replace("_", " "): value for key, value in described.items() if value is not None}
+    return "\n".join(f"{key:<{width}}  {shown(value)}" for key, value in known.items())

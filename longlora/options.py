@@ -4,10 +4,12 @@ Names are those of transformers' TrainingArguments and of PEFT's LoraConfig wher
 """
 import argparse
 import difflib
+import functools
+import math
 import os
 import types
 import typing
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 
 from .errors import UserError
 
@@ -24,7 +26,11 @@ def option(default, help, choices=None, low=None, above=None, high=None, alias=(
 
 @dataclass
 class TrainOptions:
-    """Everything a run can be told. `check` is called at the end of every way in."""
+    """Everything a run can be told; `check` is called at the end of every way in.
+
+    dtype is float32 unless told: a CPU without bfloat16 instructions is no faster in bfloat16, and float32 is what the
+    tests hold against other implementations. adam_beta2 is the paper's 0.95, not the 0.999 of TrainingArguments.
+    """
     model: str | None = option(None, "the base model: a Hugging Face directory or a .gguf file", alias=("model_name_or_path",))
     init: str | None = option(None, "start from random weights: a config.json, or a directory with one and a tokenizer.json")
     data: str | None = option(None, "training text: .txt, .jsonl with a text field, a directory of them, or token .bin")
@@ -34,7 +40,7 @@ class TrainOptions:
                                          alias=("model_max_length", "max_length"))
     rope_type: str = option("linear", "how positions are extended", choices=("linear", "ntk", "yarn", "llama3"))
     attention: str = option("s2", "attention in training; evaluation is always dense", choices=("s2", "dense"))
-    group_size: int | None = option(None, "tokens of an S2-Attn group, even (default: a quarter of the sequence)", low=1)
+    group_size: int | None = option(None, "tokens of an S2-Attn group, even (default: a quarter of the sequence)", low=2)
     boundary: str = option("split", "shifted groups at the ends: split (no leak), wrap (the paper's Algorithm 1, leaks), swap",
                            choices=("split", "wrap", "swap"))
     shift: str = option("half", "which heads are shifted", choices=("half", "none", "all"))
@@ -51,9 +57,9 @@ class TrainOptions:
     gradient_accumulation_steps: int = option(1, "such batches in a step", low=1)
     max_steps: int = option(-1, "steps to train (-1: by num_train_epochs)", low=-1)
     num_train_epochs: float = option(1.0, "passes over the data when max_steps is -1", above=0)
-    learning_rate: float = option(2e-4, "peak rate of LoRA (of everything with --full)", above=0)
-    embedding_learning_rate: float | None = option(None, "peak rate of embedding and norms (default: learning_rate)", low=0)
-    lr_scheduler_type: str = option("constant", "after the warm-up", choices=("constant", "cosine", "linear"))
+    learning_rate: float = option(2e-4, "peak rate of LoRA; with full, of everything but embedding and norms", above=0)
+    embedding_learning_rate: float | None = option(None, "peak rate of embedding, head and norms (default: learning_rate)", above=0)
+    lr_scheduler_type: str = option("constant", "after the warm-up (constant_with_warmup is another name of constant)", choices=("constant", "cosine", "linear"))
     warmup_steps: float = option(0, "steps of linear warm-up; below 1 a share of the run", low=0, alias=("warmup_ratio",))
     weight_decay: float = option(0.0, "AdamW's, on matrices only", low=0)
     adam_beta1: float = option(0.9, "AdamW's", low=0, high=1)
@@ -63,40 +69,77 @@ class TrainOptions:
     long_documents: str = option("split", "documents longer than a sequence", choices=("split", "refuse", "truncate", "drop"))
     eval_data: str | None = option(None, "held-out text, in the same forms as data")
     eval_fraction: float = option(0.0, "share of the sequences held out when there is no eval_data", low=0, high=0.5)
+    max_eval_samples: int | None = option(None, "evaluate no more than so many held-out sequences", low=1)
     eval_steps: int = option(0, "evaluate every so many steps (0: at the end only)", low=0)
     save_steps: int = option(0, "write checkpoint-N every so many steps (0: at the end only)", low=0)
     save_total_limit: int | None = option(None, "keep this many checkpoints", low=1)
     logging_steps: int = option(1, "a line of metrics every so many steps", low=1)
-    resume_from_checkpoint: str | None = option(None, "a checkpoint directory, or 'latest' of output_dir")
+    resume_from_checkpoint: str | None = option(None, "a checkpoint directory, or 'latest' of output_dir (which may hold none yet)")
     seed: int = option(42, "of the initial weights and of the order of the data", low=0)
     num_threads: int | None = option(None, "threads (default: OMP_NUM_THREADS, else all processors)", low=1)
-    cache_dir: str | None = option(None, "where tokenised text is kept (default: beside output_dir's files)")
+    max_memory: float | None = option(None, "GiB that the run may use (default: what the machine has available)", above=0)
+    cache_dir: str | None = option(None, "where tokenised text is kept (default: the folder cache in output_dir)")
 
     def check(self, planning=False):
         """Every value against its field and the fields against each other -> self; UserError names the option.
 
-        planning: data and output_dir are not asked for."""
+        planning: data and output_dir are not asked for.
+        """
         for f in fields(self):
             setattr(self, f.name, _checked(f, getattr(self, f.name)))
         if (self.model is None) == (self.init is None):
             raise UserError("wanted one of model and init, got " + ("both" if self.model else "neither"))
-        for name in ("data", "output_dir"):
-            if getattr(self, name) is None and not planning:
+        for name in () if planning else ("data", "output_dir"):
+            if getattr(self, name) is None:
                 raise UserError(f"{name} is missing")
+        if self.group_size is not None and self.group_size % 2:
+            raise UserError(f"group_size should be even, half of it is the shift, got {self.group_size}")
+        if self.group_size is not None and self.attention == "dense":
+            raise UserError("group_size is of s2 attention, got attention dense")
+        if self.init is not None and self.target_length is not None:
+            raise UserError("target_length extends a pretrained model; with init the length is the config's")
+        if None not in (self.sequence_length, self.target_length) and self.sequence_length > self.target_length:
+            raise UserError(f"sequence_length should be at most target_length {self.target_length}, got {self.sequence_length}")
         if self.init is not None and not self.full:
             raise UserError("init needs full: LoRA on random weights trains nothing of use")
-        if self.embedding_learning_rate is None:
-            self.embedding_learning_rate = self.learning_rate
+        if self.max_steps == 0:
+            raise UserError("max_steps should be at least 1, or -1 to go by num_train_epochs, got 0")
         if self.eval_data is not None and self.eval_fraction:
             raise UserError("wanted one of eval_data and eval_fraction, got both")
         return self
 
+    def resolve(self, config):
+        """What was left open is filled in for a base of `config` (a ModelConfig) -> self; UserError where they do not fit."""
+        if self.sequence_length is None:
+            self.sequence_length = self.target_length or config.max_position_embeddings
+        length = self.sequence_length
+        if self.target_length is None and length > config.max_position_embeddings:
+            raise UserError(f"sequence_length should be at most the {config.max_position_embeddings} tokens of the base model "
+                            f"unless target_length extends it, got {length}")
+        if self.group_size is None and self.attention == "s2":
+            self.group_size = max(2, length // 8 * 2)
+        if self.attention == "s2" and self.group_size > length:
+            raise UserError(f"group_size should be at most sequence_length {length}, got {self.group_size}")
+        if self.attention == "s2" and self.boundary != "split" and length % self.group_size:
+            raise UserError(f"boundary {self.boundary} needs sequence_length to be a multiple of group_size, "
+                            f"got {length} and {self.group_size}")
+        if self.embedding_learning_rate is None:
+            self.embedding_learning_rate = self.learning_rate
+        return self
+
     def to_dict(self):
-        return asdict(self)
+        """The options as YAML and JSON hold them: tuples are lists."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+@functools.cache
+def _hints():
+    return typing.get_type_hints(TrainOptions)
 
 
 def _types(f):
-    hint = typing.get_type_hints(TrainOptions)[f.name]
+    hint = _hints()[f.name]
     return [t for t in typing.get_args(hint)] if isinstance(hint, types.UnionType) else [hint]
 
 
@@ -108,8 +151,11 @@ def _checked(f, value):
         raise UserError(f"{name} is missing")
     kind = next(t for t in allowed if t is not type(None))
     if kind is tuple:
-        value = tuple(v for v in value.replace(",", " ").split() if v != "none") if isinstance(value, str) else tuple(value)
-        return value
+        if isinstance(value, str):
+            value = value.split(",")
+        if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+            raise UserError(f"{name} should be a list of names, got {value!r}")
+        return tuple(v for part in value for v in part.replace(",", " ").split() if v != "none")
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             value = float(value)                       # YAML reads 1e-4 as a string
@@ -119,13 +165,15 @@ def _checked(f, value):
         value = "constant"
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if kind is str and value is True and name == "resume_from_checkpoint":
-        value = "latest"
+    if name == "resume_from_checkpoint" and value in (True, "true", "True"):
+        value = "latest"                               # as transformers spells it
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise UserError(f"{name} should be {kind.__name__}, got {value!r}")
     if meta["choices"] and value not in meta["choices"]:
         raise UserError(f"{name} should be one of {', '.join(meta['choices'])}, got {value!r}")
-    if value != value or (meta["low"] is not None and value < meta["low"]):
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{name} should be finite, got {value!r}")
+    if (meta["low"] is not None and value < meta["low"]):
         raise UserError(f"{name} should be at least {meta['low']}, got {value!r}")
     if meta["above"] is not None and not value > meta["above"]:
         raise UserError(f"{name} should be above {meta['above']}, got {value!r}")
@@ -166,9 +214,11 @@ def add_flags(parser):
         if kind is bool:
             parser.add_argument(*flags, dest=f.name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
-            parser.add_argument(*flags, dest=f.name, default=argparse.SUPPRESS, help=text, choices=f.metadata["choices"],
+            choices = f.metadata["choices"]
+            text += f"; {', '.join(choices)}" if choices else ""
+            parser.add_argument(*flags, dest=f.name, default=argparse.SUPPRESS, help=text,
                                 type={int: int, float: float}.get(kind, str), nargs="+" if kind is tuple else None,
-                                metavar=None if f.metadata["choices"] else f.name.upper() if kind is str else kind.__name__.upper())
+                                metavar="NAME" if choices or kind is tuple else {int: "N", float: "X"}.get(kind, "PATH"))
 
 
 def from_flags(namespace, planning=False):
@@ -187,4 +237,7 @@ def from_flags(namespace, planning=False):
     if not isinstance(values, dict):
         raise UserError(f"{namespace.config}: should be a mapping of options, got {type(values).__name__}")
     known = aliases()
-    return from_dict({**{known.get(key, key): value for key, value in values.items()}, **given}, namespace.config, planning)
+    for name in given:
+        for key in [key for key in values if known.get(key, key) == name]:
+            del values[key]
+    return from_dict({**values, **given}, namespace.config, planning)

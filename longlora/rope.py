@@ -51,7 +51,7 @@ def _number(found, name, where, low, high=1e9):
 
 
 def read(raw, max_length, where):
-    """The Rope of a config.json read as `raw`, in the spelling of transformers 4 or 5; UserError names what is not supported."""
+    """The Rope of a config.json read as `raw`, spelled for transformers 4 or 5; UserError names what is not supported."""
     for key in ("rope_scaling", "rope_parameters"):
         if raw.get(key) is not None and not isinstance(raw[key], dict):
             raise UserError(f"{where}: {key} should be an object, got {raw[key]!r}")
@@ -70,11 +70,11 @@ def read(raw, max_length, where):
     original = raw.get("original_max_position_embeddings") or found.get("original_max_position_embeddings") or max_length
     if isinstance(original, bool) or not isinstance(original, int) or not 1 <= original <= 1 << 31:
         raise UserError(f"{where}: original_max_position_embeddings should be an integer above 0, got {original!r}")
-    theta = float(_number(found, "rope_theta", where, 1.0, 1e12))
+    theta = float(_number(found, "rope_theta", where, 2.0, 1e12))
     if kind == "default":
         if raw.get("original_rope_theta") is None:
             return Rope("default", theta, original)
-        before = float(_number(raw, "original_rope_theta", where, 1.0, 1e12))
+        before = float(_number(raw, "original_rope_theta", where, 2.0, 1e12))
         return Rope("ntk", theta, original, float(math.ceil(max_length / original)), original_theta=before)
     missing = [name for name in REQUIRED[kind] if found.get(name) is None]
     if missing:
@@ -83,7 +83,7 @@ def read(raw, max_length, where):
     truncate = values.pop("truncate", None)
     if truncate is not None and not isinstance(truncate, bool):
         raise UserError(f"{where}: truncate should be true or false, got {truncate!r}")
-    values = {name: float(_number(values, name, where, 1.0 if name == "factor" else 0.0)) for name in values}
+    values = {name: float(_number(values, name, where, 1.0 if name == "factor" else 1e-3)) for name in values}
     if kind == "llama3" and not 0 < values["low_freq_factor"] < values["high_freq_factor"]:
         raise UserError(f"{where}: high_freq_factor should be above low_freq_factor, got {values['high_freq_factor']:g} and "
                         f"{values['low_freq_factor']:g}")

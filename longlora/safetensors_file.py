@@ -20,6 +20,7 @@ MAX_HEADER = 100_000_000
 # safetensors' names -> (ours, bytes per element); the others are legal in a file but not in a model we read.
 DTYPES = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2), "F64": ("float64", 8), "I32": ("int32", 4),
           "I64": ("int64", 8), "U8": ("uint8", 1)}
+WIDTHS = dict(DTYPES.values())  # bytes per element, by our names
 OTHER_SIZES = {"BOOL": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "I16": 2,
                "U16": 2, "U32": 4, "U64": 8, "C64": 8}
 
@@ -39,8 +40,8 @@ class SafetensorsFile:
             raise UserError(f"{self.path}: {error.strerror or error}") from None
         (length,) = struct.unpack("<Q", self.buffer[:8])
         if length > min(size - 8, MAX_HEADER):
-            raise UserError(f"{self.path}: truncated or not a safetensors file: its header should have {length} bytes, the file "
-                            f"has {size}")
+            raise UserError(f"{self.path}: truncated or not a safetensors file: its header should have {length} bytes, the "
+                            f"file has {size}")
         self.metadata, self.entries = self._header(self.buffer[8:8 + length], 8 + length, size)
 
     def _header(self, text, base, size):
@@ -101,6 +102,12 @@ class SafetensorsFile:
             raise UserError(f"{self.path}: {name}: dtype {dtype} is not supported; supported are {', '.join(DTYPES)}")
         stored = np.dtype("uint16" if dtype == "bfloat16" else dtype)
         return np.frombuffer(self.buffer, stored, (end - start) // stored.itemsize, start).reshape(shape)
+
+
+def release(buffer):
+    """Let go of the pages of a mapped file that were read: they count as this process's memory until then."""
+    if hasattr(buffer, "madvise"):
+        buffer.madvise(mmap.MADV_DONTNEED)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Text <-> token ids by the `tokenizers` library, from tokenizer.json or rebuilt from the metadata of a GGUF.
 
-The ids are those of transformers 5's `AutoTokenizer.from_pretrained(...)(text).input_ids`, so a model trained here meets the same
-tokens when it is served there. Where transformers does not take tokenizer.json by the letter, neither does this file.
+The ids are those of transformers 5's `AutoTokenizer.from_pretrained(...)(text).input_ids`, so a model trained here meets the
+same tokens when it is served there. Where transformers does not take tokenizer.json by the letter, neither does this file.
 """
 import hashlib
 import json
@@ -17,7 +17,8 @@ from .safetensors_file import write_text
 # Everything transformers reads when it loads a tokenizer; copied as it is beside an adapter or a merged model.
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 # tokenizer.ggml.pre -> how words are split before BPE. "smollm" isolates digits in SmolLM2's own tokenizer.json, but
 # transformers splits it as GPT-2, and so do we: the ids differ only where spaces run up to a digit.

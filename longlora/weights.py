@@ -10,20 +10,20 @@ import numpy as np
 
 from .config import read_config, read_json
 from .errors import UserError
-from .safetensors_file import SafetensorsFile
+from .safetensors_file import SafetensorsFile, release
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Buffers that old files carry and that are computed here.
 IGNORED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 SAMPLE = 4096  # bytes at the start and at the end of a tensor that go into a fingerprint
-CHUNK = 1 << 22  # elements converted at a time
+CHUNK = 1 << 20  # elements converted at a time
 
 
 class Checkpoint:
     """A model on disk: `.path`, `.kind` ("huggingface" or "gguf"), `.config` and the tensors under Hugging Face names.
 
     Subclasses give `_shapes` (name -> shape), `dtype(name)`, `_part(name, start, stop)` (rows and their dtype), `_stored(name)`
-    (all its bytes) and `tokenizer()`.
+    (all its bytes), `_release(name)` (forget the pages read) and `tokenizer()`.
     """
 
     def _check(self):
@@ -71,6 +71,7 @@ class Checkpoint:
                 where[0] += start
                 raise UserError(f"{self.path}: {name} is not finite at {where.tolist()}")
             target[start:start + step] = part if stored == dtype else from_float32(to_float32(part, stored), dtype)
+        self._release(name)
         return out
 
     def fingerprint(self):
@@ -82,6 +83,7 @@ class Checkpoint:
             digest.update(f"{name} {list(self.shape(name))} {self.dtype(name)}\n".encode())
             data = self._stored(name)
             digest.update(data[:SAMPLE].tobytes() + data[-SAMPLE:].tobytes())
+            self._release(name)
         return digest.hexdigest()
 
 
@@ -128,11 +130,15 @@ class HuggingFace(Checkpoint):
 
     def _array(self, name):
         if self.dtype(name) not in ("float32", "bfloat16", "float16", "float64"):
-            raise UserError(f"{self.path}: {name} has dtype {self.dtype(name)}; supported are float32, bfloat16, float16, float64")
+            raise UserError(f"{self.path}: {name} has dtype {self.dtype(name)}; supported are float32, bfloat16, float16 and "
+                            "float64")
         return self._files[name].array(name)
 
     def _part(self, name, start, stop):
         return self._array(name)[start:stop], self.dtype(name)
+
+    def _release(self, name):
+        release(self._files[name].buffer)
 
     def _stored(self, name):
         return self._array(name).reshape(-1).view(np.uint8)
@@ -147,7 +153,7 @@ class HuggingFace(Checkpoint):
 
 
 def open_model(path):
-    """Open the model at `path`, a Hugging Face directory or a .gguf file -> Checkpoint. UserError says what is wrong with it."""
+    """Open the model at `path`, a Hugging Face directory or a .gguf file -> Checkpoint. UserError says what is wrong."""
     if os.path.isdir(path):
         return HuggingFace(path)
     if not os.path.exists(path):

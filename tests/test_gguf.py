@@ -1,5 +1,8 @@
 """GGUF files: the weights are transformers', bit by bit; metadata becomes the right config; a damaged file is one line."""
 import mmap
+import os
+import subprocess
+import sys
 
 import gguf
 import numpy as np
@@ -77,14 +80,16 @@ def tiny(path, family="llama", **fields):
 def test_every_family_and_storage(tmp_path, family, fields, kind):
     model = tiny(tmp_path / "hf", family, **fields)
     ours, state = write(tmp_path / "m.gguf", model, kind), model.state_dict()
-    assert ours.kind == "gguf" and set(ours.names()) == set(state) - ({"lm_head.weight"} if fields.get("tie_word_embeddings") else set())
+    assert ours.kind == "gguf"
+    assert set(ours.names()) == set(state) - ({"lm_head.weight"} if fields.get("tie_word_embeddings") else set())
     for name in ours.names():
         wanted, got = state[name].numpy(), ours.read(name)
         if kind == "F32" or wanted.ndim == 1:
             np.testing.assert_array_equal(got, wanted)
         else:
             assert np.abs(got - wanted).max() <= {"F16": 1e-3, "BF16": 8e-3, "Q8_0": 1e-2}[kind]
-        assert ours.dtype(name) == ({"F16": "float16", "BF16": "bfloat16"}.get(kind, "float32") if wanted.ndim == 2 else "float32")
+        stored = {"F16": "float16", "BF16": "bfloat16"} if wanted.ndim == 2 else {}
+        assert ours.dtype(name) == stored.get(kind, "float32")
     config = open_model(tmp_path / "hf").config
     assert {"mistral": "llama"}.get(config.family, config.family) == ours.config.family
     assert (config.rope, config.qkv_bias, config.o_bias, config.qk_norm, config.tie_word_embeddings, config.rms_norm_eps) == (
@@ -112,6 +117,30 @@ def test_smollm2_weights_are_those_of_transformers(smollm2):  # noqa: F811
     assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, config.hidden_size,
             config.intermediate_size, config.vocab_size, config.head_dim) == (30, 9, 3, 576, 1536, 49152, 64)
     assert config.rope == Rope("default", 100000.0, 8192) and config.tie_word_embeddings and config.rms_norm_eps == 1e-5
+
+
+def test_loading_needs_little_more_than_the_weights(smollm2):  # noqa: F811
+    """In a process of its own: the largest resident size, after all tensors were read into place, in float32.
+
+    Not by getrusage, whose figure a child inherits from its parent.
+    """
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("this system has no /proc/self/status to read the peak from")
+    script = """if True:
+        import sys
+        import gguf, numpy as np
+        from longlora.weights import open_model
+        def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+        before = peak()
+        model = open_model(sys.argv[1])
+        out = {name: np.empty(model.shape(name), np.float32) for name in model.names()}
+        for name in out:
+            model.read(name, out[name])
+        print((peak() - before) / sum(array.nbytes for array in out.values()))
+    """
+    done = subprocess.run([sys.executable, "-c", script, str(smollm2)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 0.99 < float(done.stdout) < 1.1
 
 
 def test_linear_and_yarn_metadata(tmp_path):
@@ -144,7 +173,8 @@ def test_llama3_frequencies_are_found_again(tmp_path, original):
     (dict(attention__sliding_window=64), "llama.attention.sliding_window 64 is not supported"),
     (dict(logit_scale=0.5), "llama.logit_scale 0.5 is not supported"),
     (dict(rope__scaling__type="longrope", rope__scaling__factor=2.0), "rope type 'longrope' is not supported"),
-    (dict(rope__scaling__type="yarn", rope__scaling__factor=2.0, rope__scaling__attn_factor=2.0), "rope scaling with attn_factor"),
+    (dict(rope__scaling__type="yarn", rope__scaling__factor=2.0, rope__scaling__attn_factor=2.0),
+     "rope scaling with attn_factor"),
 ])
 def test_unsupported_metadata(tmp_path, keys, message):
     with pytest.raises(UserError, match=message):

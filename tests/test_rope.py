@@ -1,4 +1,4 @@
-"""Frequencies are transformers'; extension counts from the length of pretraining; saved keys give transformers 4 and 5 the same."""
+"""Frequencies are transformers'; extension counts from the length of pretraining; saved keys serve transformers 4 and 5."""
 import json
 import math
 
@@ -17,8 +17,8 @@ SCALINGS = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "linear, old key": {"type": "linear", "factor": 2.5},
     "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 1024},
-    "yarn, all keys": {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 4096, "beta_fast": 20, "beta_slow": 2,
-                       "attention_factor": 1.3},
+    "yarn, all keys": {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 4096, "beta_fast": 20,
+                       "beta_slow": 2, "attention_factor": 1.3},
     "yarn, mscale": {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0,
                      "mscale_all_dim": 0.7, "truncate": False},
     "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -166,10 +166,11 @@ def test_tables(name):
     ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, "factor should be a number"),
     ({"rope_scaling": {**SCALINGS["llama3"], "high_freq_factor": 1.0}}, "high_freq_factor should be above low_freq_factor"),
     ({"rope_scaling": {**SCALINGS["yarn"], "truncate": 1}}, "truncate should be true or false"),
-    ({"rope_scaling": {**SCALINGS["yarn"], "original_max_position_embeddings": 1.5}}, "original_max_position_embeddings should be"),
+    ({"rope_scaling": {**SCALINGS["yarn"], "original_max_position_embeddings": 1.5}},
+     "original_max_position_embeddings should be"),
     ({"rope_scaling": "linear"}, "rope_scaling should be an object"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": {}}}, "rope differs by layer type"),
-    ({"rope_theta": -1}, "rope_theta should be a number from 1"),
+    ({"rope_theta": -1}, "rope_theta should be a number from 2"),
     ({"rope_theta": "10000"}, "rope_theta should be a number"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported; supported is 1"),
 ])

@@ -11,7 +11,8 @@ from smollm2 import smollm2  # noqa: F401 (a fixture)
 
 UGLY = [
     "", " ", "\n", "Hello world", "  two  spaces   three\t\ttabs", "don't WON'T I'll they've", "1234567890 3.14 1 22 333  4444",
-    "line\r\nbreaks\n\n\n  indented\n", "naïve café ÅÄÖ ﬁ e\u0301 \u1e9b\u0323", "日本語のテキスト 中文 한국어 עברית العربية", "🙂👩‍👩‍👧‍👦🇫🇷", "\u200b\u00a0\ufeff\u2028x",
+    "line\r\nbreaks\n\n\n  indented\n", "naïve café ÅÄÖ ﬁ e\u0301 \u1e9b\u0323", "日本語のテキスト 中文 한국어 עברית العربية", "🙂👩‍👩‍👧‍👦🇫🇷",
+    "\u200b\u00a0\ufeff\u2028x",
     "x" * 500, "<|im_start|>user\nhi<|im_end|>\n", "a<|endoftext|>b <|endoftext|> c", "<s>not</s> <unk>", "\x00\x01\x7f",
     "def f(x):\n    return x**2  # ∑\n", "▁under▁line", "\ud7ff\U0010ffff",
 ]
@@ -140,7 +141,8 @@ def test_byte_level_gguf(tmp_path, pre, bos):
 
 @pytest.mark.parametrize("keys", [{}, {"add_bos_token": False}], ids=["bos", "no-bos"])
 def test_sentence_piece_gguf(tmp_path, keys):
-    path = gguf_file(tmp_path / "model.gguf", trained("llama"), "llama", bos_token_id=1, eos_token_id=2, unknown_token_id=0, **keys)
+    path = gguf_file(tmp_path / "model.gguf", trained("llama"), "llama", bos_token_id=1, eos_token_id=2,
+                     unknown_token_id=0, **keys)
     equal(open_model(path).tokenizer(), auto(tmp_path, gguf_file="model.gguf"))
 
 
@@ -185,7 +187,8 @@ def test_more_tokens_than_rows(tmp_path):
     assert tokenizer.check(Config, path) is tokenizer
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": 3}', '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": 3}',
+                                  '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}'])
 def test_damaged_tokenizer(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match="tokenizer.json") as caught:

@@ -1,4 +1,4 @@
-"""Model directories as transformers writes them are read bit by bit; damaged ones are named, in one line, whatever the damage."""
+"""Model directories as transformers writes them are read bit by bit; whatever is wrong with one is named, in one line."""
 import json
 import os
 import re
@@ -108,8 +108,8 @@ def edit(path, change, file="model.safetensors"):
     (lambda t: t.pop("model.norm.weight"), "1 tensors of the config are missing: model.norm.weight"),
     (lambda t: [t.pop(name) for name in list(t) if "layers.1" in name], "9 tensors of the config are missing: .*, ..."),
     (lambda t: t.update({"model.extra": np.ones(1, np.float32)}), "1 tensors are not of a llama model: model.extra"),
-    (lambda t: t.update({"model.norm.weight": np.ones(15, np.float32)}), "model.norm.weight should have shape \\[16\\] by the config"),
-    (lambda t: t["model.layers.1.mlp.up_proj.weight"].__setitem__((3, 5), np.nan), "up_proj.weight is not finite at \\[3, 5\\]"),
+    (lambda t: t.update({"model.norm.weight": np.ones(15, np.float32)}), "should have shape \\[16\\] by the config"),
+    (lambda t: t["model.layers.1.mlp.up_proj.weight"].__setitem__((3, 5), np.nan), "weight is not finite at \\[3, 5\\]"),
     (lambda t: t["model.norm.weight"].__setitem__(4, -np.inf), "model.norm.weight is not finite at \\[4\\]"),
     (lambda t: t.update({"model.norm.weight": np.ones(16, np.int32)}), "model.norm.weight has dtype int32"),
     (lambda t: t.update({"model.norm.weight": np.ones(16, np.int8)}), "model.norm.weight has dtype I8"),
@@ -194,6 +194,7 @@ def entry(start, end, shape=None, dtype="F32"):
     ({"a": entry(0, 16, dtype="F31")}, 16, "dtype 'F31' is not supported"),
     ({"a": entry(0, 16, dtype=["F32"])}, 16, "dtype \\['F32'\\] is not supported"),
     ({"a": 3}, 0, "a: shape should be a list of integers from 0"),
+    ({"a\nb": entry(0, 16)}, 12, "truncated: a b ends at byte"),
     ({"__metadata__": [1]}, 0, "__metadata__ should be a JSON object"),
     ([], 0, "should be a JSON object, got list"),
     (b"{", 0, "the header is not JSON"),

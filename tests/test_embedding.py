@@ -1,0 +1,38 @@
+"""embedding against the reference; its gradient rows are summed in the order of the tokens."""
+import checks
+import numpy as np
+import pytest
+
+from longlora import ops
+
+
+def ids_of(M, V, seed=0):
+    ids = np.random.default_rng(seed).integers(0, V, M).astype(np.int32)
+    return ids, np.argsort(ids, kind="stable").astype(np.int32)
+
+
+@pytest.mark.parametrize("M,V,C", [(0, 3, 4), (1, 1, 1), (7, 3, 5), (123, 2, 33), (100, 1, 17), (65, 1000, 64)])
+def test_forward_and_backward(M, V, C, dtype, isa, poison):
+    ids, order = ids_of(M, V)
+    checks.check("embedding_forward", checks.random((V, C), dtype), ids, floor=0)
+    checks.check("embedding_backward", checks.strided(checks.random((M, C), dtype, 1)), ids, order, V)
+
+
+def test_same_bits_for_any_number_of_threads(each_thread_count):
+    ids, order = ids_of(500, 7)
+    dout = checks.random((500, 40))
+    results = each_thread_count(lambda: ops.embedding_backward(dout, ids, order, 7))
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_bad_ids_and_orders_are_named():
+    weight = checks.random((5, 4))
+    with pytest.raises(ValueError, match=r"ids\[1\] should be in 0..4, got 5"):
+        ops.embedding_forward(weight, np.array([0, 5], np.int32))
+    with pytest.raises(ValueError, match=r"ids\[0\] should be in 0..4, got -1"):
+        ops.embedding_forward(weight, np.array([-1], np.int32))
+    dout, ids = checks.random((3, 4)), np.array([2, 0, 2], np.int32)
+    for order in ([0, 1, 2], [1, 2, 0], [1, 0, 0], [1, 0, 7]):
+        with pytest.raises(ValueError, match="order"):
+            ops.embedding_backward(dout, ids, np.array(order, np.int32), 5)

@@ -1,0 +1,51 @@
+"""rms_norm against the reference: shapes, dtypes, instruction sets, the fused residual, threads."""
+import checks
+import numpy as np
+import pytest
+
+from longlora import _C, ops
+
+SHAPES = [(0, 8), (1, 1), (3, 7), (5, 123), (33, 64), (65, 576), (2, 0)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("residual", [False, True])
+def test_forward_and_backward(shape, residual, dtype, isa, poison):
+    x, weight = checks.strided(checks.random(shape, dtype)), checks.random(shape[1:], dtype, 1)
+    extra = checks.random(shape, dtype, 2) if residual else None
+    out, rstd, total = ops.rms_norm_forward(x, weight, 1e-5, extra)
+    want, low = checks.reference.rms_norm_forward(x, weight, 1e-5, extra), checks.plain("rms_norm_forward", x, weight, 1e-5, extra)
+    for name, got, w, p in zip(("out", "rstd", "sum"), (out, rstd, total), want, low):
+        if not (residual and dtype != "float32" and name != "sum"):    # there the statistics are of the sum as it is stored
+            checks.compare(got, w, p, name)
+    if residual:
+        checks.compare(out, *(r("rms_norm_forward", total, weight, 1e-5)[0] for r in (
+            lambda n, *a: getattr(checks.reference, n)(*a), checks.plain)), "out of the stored sum")
+    dout = checks.random(shape, dtype, 3)
+    checks.check("rms_norm_backward", dout, total, np.asarray(rstd), weight, extra, floor=4)
+
+
+def test_backward_in_place_and_accumulating():
+    x, weight, dout = checks.random((9, 40)), checks.random((40,), seed=1), checks.random((9, 40), seed=2)
+    _, rstd, _ = ops.rms_norm_forward(x, weight)
+    want, dweight = ops.rms_norm_backward(dout, x, rstd, weight, dout)
+    again, twice = dout.copy(), dweight.copy()
+    _C.rms_norm_backward(again, twice, again, x, rstd, weight, again)
+    np.testing.assert_array_equal(again, want)
+    np.testing.assert_array_equal(twice, 2 * dweight)
+
+
+def test_same_bits_for_any_number_of_threads(each_thread_count):
+    x, weight, dout = checks.random((301, 96)), checks.random((96,), seed=1), checks.random((301, 96), seed=2)
+    results = each_thread_count(lambda: ops.rms_norm_backward(dout, x, ops.rms_norm_forward(x, weight)[1], weight))
+    for result in results[1:]:
+        for a, b in zip(result, results[0]):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_residual_needs_a_sum():
+    x, weight = checks.random((2, 4)), checks.random((4,))
+    out = np.full((2, 4), np.nan, np.float32)
+    with pytest.raises(ValueError, match="sum must be given"):
+        _C.rms_norm_forward(out, np.empty(2, np.float32), None, x, x.copy(), weight, 1e-6)
+    assert np.isnan(out).all()

@@ -1,0 +1,45 @@
+"""The rope op against the reference (test_rope.py is about the frequencies)."""
+import checks
+import numpy as np
+import pytest
+
+from longlora import ops
+from longlora.rope import Rope, tables
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 1, 2), (1, 1, 1, 2), (2, 7, 3, 10), (1, 123, 2, 64), (2, 9, 5, 96)])
+def test_forward_and_backward(shape, dtype, isa, poison):
+    cos, sin = tables(Rope("default", 1e4, 2048), shape[3], 200)
+    x = checks.strided(checks.random(shape, dtype))
+    positions = np.random.default_rng(0).integers(0, 200, shape[:2]).astype(np.int32)
+    for where in (None, positions):
+        checks.check("rope_forward", x, cos, sin, where)
+        checks.check("rope_backward", x, cos, sin, where)
+
+
+def test_backward_undoes_forward():
+    cos, sin = tables(Rope("default", 1e4, 2048), 64, 50)
+    x = checks.random((2, 50, 3, 64))
+    np.testing.assert_allclose(ops.rope_backward(ops.rope_forward(x, cos, sin), cos, sin), x, atol=1e-6)
+
+
+def test_far_positions_are_exact():
+    D, far = 64, np.array([[15962, 131071, 1 << 20]], np.int32)
+    frequency = 1e4 ** -(np.arange(0, D, 2) / D)
+    angle = far[0][:, None] * frequency
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    x = checks.random((1, 3, 2, D))
+    got = ops.rope_forward(x, cos, sin)
+    first, second = x[..., :D // 2].astype(np.float64), x[..., D // 2:].astype(np.float64)
+    c, s = np.cos(angle)[None, :, None], np.sin(angle)[None, :, None]
+    np.testing.assert_allclose(got, np.concatenate([first * c - second * s, second * c + first * s], -1), atol=3e-7)
+
+
+def test_what_does_not_fit_is_named():
+    cos, sin = tables(Rope("default", 1e4, 2048), 8, 5)
+    with pytest.raises(ValueError, match="cos axis 0 should be at least T=6, got 5"):
+        ops.rope_forward(checks.random((1, 6, 1, 8)), cos, sin)
+    with pytest.raises(ValueError, match="D/2"):
+        ops.rope_forward(checks.random((1, 3, 1, 9)), cos, sin)
+    with pytest.raises(ValueError, match=r"positions\[0,1\] should be in 0..4, got 9"):
+        ops.rope_forward(checks.random((1, 2, 1, 8)), cos, sin, np.array([[0, 9]], np.int32))

@@ -1,0 +1,237 @@
+"""S2-Attn against the reference: every boundary and shift, GQA, odd everything, packed documents, causality, determinism."""
+import checks
+import numpy as np
+import pytest
+import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longlora import _C, ops
+
+BOUNDARIES, SHIFTS = ("split", "wrap", "swap"), ("half", "none", "all")
+
+
+def inputs(B, T, H, K, D, dtype="float32", scale=1.0):
+    return [checks.random((B, T, heads, D), dtype, seed, scale) for seed, heads in enumerate((H, K, K, H))]
+
+
+def both(q, k, v, dout, **kwargs):
+    """Forward and backward against the reference -> what the ops returned. The backward of both sees the op's own out and lse."""
+    out, lse = checks.check("s2_attention_forward", q, k, v, floor=4, **kwargs)
+    grads = ops.s2_attention_backward(dout, q, k, v, out, lse, **kwargs)
+    want = reference.s2_attention_backward(dout, q, k, v, out, lse, **kwargs)
+    low = checks.plain("s2_attention_backward", dout, q, k, v, out, lse, **kwargs)
+    for name, got, w, p in zip(("dq", "dk", "dv"), grads, want, low):
+        # The gradient of a query that sees one key is a difference of equals: its noise is that of the terms.
+        noise = np.abs(dout.astype(np.float64)).max(initial=0) * np.abs(v.astype(np.float64)).max(initial=0) * 2.0**-21
+        assert got.shape == w.shape
+        if w.size:
+            error, plain = (np.abs(x.astype(got.dtype).astype(np.float64) - w).max() for x in (got, p))
+            limit = 2 * plain + 4 * checks.EPS[got.dtype] * np.abs(w).max() + noise
+            assert error <= limit, f"{name}: {error:.3g} above {limit:.3g}"
+    return (out, lse, *grads)
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_every_pattern(boundary, shift, dtype, isa, poison):
+    for T, G in ((24, 8), (24, 24), (63, 7), (130, 65), (300, 2)):
+        q, k, v, dout = inputs(1, T, 5, 5, 9, dtype)
+        both(q, k, v, dout, group_size=G, boundary=boundary, shift=shift)
+
+
+@pytest.mark.parametrize("H,K", [(8, 8), (8, 2), (8, 1), (6, 3), (14, 2), (9, 3), (1, 1), (3, 1)])
+def test_the_rule_is_on_query_heads(H, K, isa):
+    q, k, v, dout = inputs(2, 37, H, K, 16)
+    both(q, k, v, dout, group_size=8)
+
+
+@pytest.mark.parametrize("G", [1, 2, 3, 8, 145])
+def test_every_length(G):
+    for T in (0, 1, 2, 7, G // 2, G // 2 + 1, G - 1, G, G + 1, 3 * G // 2, 5 * G // 2, 4 * G + 3):
+        q, k, v, dout = inputs(1, T, 2, 1, 8)
+        both(q, k, v, dout, group_size=G)
+
+
+def test_the_lengths_that_broke_others():
+    for T, G in ((4274, 2048), (8, 1024), (513, 512)):
+        q, k, v = (checks.random((1, T, 2, 8), seed=seed) for seed in range(3))
+        out, lse = ops.s2_attention_forward(q, k, v, group_size=G)
+        start = np.arange(T) // G * G
+        for t in (0, T // 2, T - 1):
+            s = (k[0, start[t]:t + 1, 0].astype(np.float64) @ q[0, t, 0]) / np.sqrt(8)
+            p = np.exp(s - s.max())
+            np.testing.assert_allclose(out[0, t, 0], p @ v[0, start[t]:t + 1, 0] / p.sum(), atol=1e-5)
+        assert np.isfinite(lse).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_anything(data):
+    draw = data.draw
+    B, K, D = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 7, 16, 33, 64, 80, 96, 128]))
+    H, G, boundary = K * draw(st.integers(1, 4)), draw(st.integers(1, 70)), draw(st.sampled_from(BOUNDARIES))
+    T = draw(st.integers(0, 150))
+    T = T // G * G if boundary != "split" else T
+    q, k, v, dout = inputs(B, T, H, K, D, draw(st.sampled_from(list(checks.DTYPES))))
+    if draw(st.booleans()):
+        q, k, v, dout = map(checks.strided, (q, k, v, dout))
+    before = _C.get_isa()
+    _C.set_isa(draw(st.sampled_from([i for i, there in enumerate(_C.isa_supported) if there])))
+    try:
+        both(q, k, v, dout, group_size=G, boundary=boundary, shift=draw(st.sampled_from(SHIFTS)))
+    finally:
+        _C.set_isa(before)
+
+
+@pytest.mark.parametrize("borders", [[0, 40], [0, 0, 1, 8, 40], [0, 13, 13, 27, 40, 40]])
+def test_packed_documents_are_separate_runs(borders, isa):
+    q, k, v, dout = inputs(1, 40, 4, 2, 16)
+    cu = np.array(borders, np.int32)
+    packed = both(q, k, v, dout, group_size=6, cu_seqlens=cu)
+    for first, last in zip(borders, borders[1:]):
+        piece = [x[:, first:last] for x in (q, k, v, dout)]
+        out, lse = ops.s2_attention_forward(*piece[:3], group_size=6)
+        alone = (out, lse, *ops.s2_attention_backward(piece[3], *piece[:3], out, lse, group_size=6))
+        for i, (a, b) in enumerate(zip(packed, alone)):
+            np.testing.assert_array_equal(a[:, :, first:last] if i == 1 else a[:, first:last], b)
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_causality(boundary, shift):
+    """Change token t and nothing before t moves, for every boundary but wrap, where the first h queries see the future."""
+    T, G = 32, 8
+    q, k, v, _ = inputs(1, T, 4, 2, 8)
+    before, _ = ops.s2_attention_forward(q, k, v, group_size=G, boundary=boundary, shift=shift)
+    leaked = False
+    for t in range(T):
+        other = [x.copy() for x in (q, k, v)]
+        for x in other:
+            x[:, t] += 1
+        after, _ = ops.s2_attention_forward(*other, group_size=G, boundary=boundary, shift=shift)
+        moved = (before != after).any(axis=(0, 2, 3))
+        assert moved[t]
+        early = np.flatnonzero(moved[:t])
+        # swap lets the last queries see the first keys, which is the past.
+        if boundary == "wrap" and shift != "none" and t >= T - G // 2:
+            assert early.tolist() == list(range(G // 2))
+            leaked = True
+        else:
+            assert early.size == 0
+    assert leaked == (boundary == "wrap" and shift != "none")
+
+
+def test_wrap_is_the_papers_algorithm():
+    """Roll half of the heads by -G/2, attend causally inside groups, roll back (LongLoRA, Algorithm 1)."""
+    B, T, H, D, G = 2, 48, 4, 8, 16
+    q, k, v, _ = (x.astype(np.float64) for x in inputs(B, T, H, H, D))
+    rolled = []
+    for x in (q, k, v):
+        x = x.copy()
+        x[:, :, H // 2:] = np.roll(x[:, :, H // 2:], -G // 2, 1)
+        rolled.append(x.reshape(B * T // G, G, H, D))
+    s = np.einsum("bthd,bshd->bhts", rolled[0], rolled[1]) / np.sqrt(D)
+    s = np.where(np.tril(np.ones((G, G), bool)), s, -np.inf)
+    p = np.exp(s - s.max(-1, keepdims=True))
+    want = np.einsum("bhts,bshd->bthd", p / p.sum(-1, keepdims=True), rolled[2]).reshape(B, T, H, D)
+    want[:, :, H // 2:] = np.roll(want[:, :, H // 2:], G // 2, 1)
+    got, _ = ops.s2_attention_forward(*(x.astype(np.float32) for x in (q, k, v)), group_size=G, boundary="wrap")
+    np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_one_key_moves_exactly_the_queries_that_see_it():
+    T, G, H = 40, 8, 4
+    q, k, v, _ = inputs(1, T, H, H, 8)
+    mask = reference.attention_mask(T, H, G)
+    before, _ = ops.s2_attention_forward(q, k, v, group_size=G)
+    for which in (1, 2):
+        for t in (0, 3, 4, 17, 39):
+            other = [q, k.copy(), v.copy()]
+            other[which][0, t] += 1
+            after, _ = ops.s2_attention_forward(*other, group_size=G)
+            seen = mask[:, :, t].copy()
+            if which == 1:
+                seen[mask.sum(-1) == 1] = False                        # a query with one key: its weight is 1 whatever the key
+            np.testing.assert_array_equal((before != after).any(-1)[0].T, seen)
+
+
+def test_dense_is_a_case_of_it():
+    q, k, v, dout = inputs(1, 200, 4, 2, 32)
+    both(q, k, v, dout, group_size=10**12, shift="none")
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+def test_larger_inputs(scale, isa):
+    q, k, v, dout = inputs(1, 40, 2, 2, 16)
+    both(q * np.float32(scale), k, v, dout, group_size=16)
+
+
+def test_logits_of_ten_thousands(isa):
+    """A score s is rounded by |s| 2^-24 or more, and a weight by that much relative to itself: no more than that is lost."""
+    q, k, v, dout = inputs(1, 40, 2, 2, 16)
+    q = q * np.float32(5e3)
+    out, lse = ops.s2_attention_forward(q, k, v, group_size=16)
+    want, want_lse = reference.s2_attention_forward(q, k, v, group_size=16)
+    largest = np.abs(np.einsum("bthd,bshd->bhts", q, k)).max() / 4
+    assert largest > 5e3
+    assert np.abs(out - want).max() <= 4 * largest * 2.0**-24 * np.abs(v).max()
+    assert np.abs(lse - want_lse).max() <= 4 * largest * 2.0**-24
+    assert all(np.isfinite(x).all() for x in ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=16))
+
+
+def test_views_of_one_matrix_and_broadcast_gradients():
+    B, T, H, K, D = 2, 30, 4, 2, 16
+    fused = checks.random((B, T, (H + 2 * K) * D))
+    q = fused[..., :H * D].reshape(B, T, H, D)
+    k = fused[..., H * D:(H + K) * D].reshape(B, T, K, D)
+    v = fused[..., (H + K) * D:].reshape(B, T, K, D)
+    dout = np.broadcast_to(np.float32([1] * D), (B, T, H, D))          # what y.sum().backward() hands over: strides 0
+    views = both(q, k, v, dout, group_size=8)
+    for a, b in zip(views, both(*(np.ascontiguousarray(x) for x in (q, k, v, dout)), group_size=8)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_offsets_beyond_2_to_the_31():
+    T, D, far = 3, 8, (1 << 31) // 2 + 64
+    memory = np.zeros(2 * far + D, np.float32)                         # committed only where it is touched
+    q = np.lib.stride_tricks.as_strided(memory, (1, T, 1, D), (0, 4 * far, 4 * D, 4))
+    q[...] = checks.random((1, T, 1, D))
+    k, v = checks.random((1, T, 1, D), seed=1), checks.random((1, T, 1, D), seed=2)
+    out, _ = ops.s2_attention_forward(q, k, v, group_size=4)
+    np.testing.assert_array_equal(out, ops.s2_attention_forward(q.copy(), k, v, group_size=4)[0])
+
+
+def test_equal_bits(each_thread_count):
+    q, k, v, dout = inputs(1, 700, 6, 2, 32)
+
+    def once():
+        out, lse = ops.s2_attention_forward(q, k, v, group_size=200)
+        return (out, lse, *ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=200))
+    results = each_thread_count(once) + [once() for _ in range(5)]
+    for result in results[1:]:
+        for a, b in zip(result, results[0]):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(group_size=0), "group_size should be at least 1, got 0"), (dict(group_size=1.5), "group_size should be an integer"),
+    (dict(boundary="roll"), "boundary should be one of split, wrap, swap, got 'roll'"),
+    (dict(shift="some"), "shift should be one of half, none, all"),
+    (dict(boundary="wrap", group_size=7), "multiple of group_size=7, got 24"),
+    (dict(cu_seqlens=np.array([0, 20], np.int32)), "begin with 0 and end with T=24"),
+    (dict(cu_seqlens=np.array([0, 9, 8, 24], np.int32)), "should not decrease, got 8 after 9"),
+    (dict(cu_seqlens=np.array([], np.int32)), "cu_seqlens"),
+])
+def test_bad_arguments_are_named_before_anything_is_written(change, message):
+    q, k, v, _ = inputs(1, 24, 4, 2, 8)
+    with pytest.raises((ValueError, TypeError), match=message):
+        ops.s2_attention_forward(q, k, v, **{"group_size": 8, **change})
+
+
+def test_heads_that_do_not_divide():
+    q, k, v = checks.random((1, 8, 4, 8)), checks.random((1, 8, 3, 8)), checks.random((1, 8, 3, 8))
+    with pytest.raises(ValueError, match="divide H=4, got 3"):
+        ops.s2_attention_forward(q, k, v, group_size=4)
+    with pytest.raises(ValueError, match="B=1, got B=2"):
+        ops.s2_attention_forward(*(np.concatenate([q, q]) for _ in range(3)), group_size=4, cu_seqlens=np.array([0, 8], np.int32))
