@@ -167,12 +167,14 @@ def test_train_merge_inspect_from_the_command_line(tmp_path):
 def test_plan_needs_a_config_only_and_is_quick(tmp_path):
     tiny.config(tmp_path / "model", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
                 num_key_value_heads=32, head_dim=128, vocab_size=32000, max_position_embeddings=4096)
-    began = time.perf_counter()
-    done = tiny.command("plan", "--model", tmp_path / "model", "--target-length", "32768", "--json")
-    taken = time.perf_counter() - began
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = tiny.command("plan", "--model", tmp_path / "model", "--target-length", "32768", "--json")
+        times.append(time.perf_counter() - began)
     found = json.loads(done.stdout)
     assert sum(found["parts"].values()) == found["total"] > 25 << 30 and isinstance(found["fits"], bool)
-    assert taken < 2.0, taken                          # a second, and as much again for a machine that does other things
+    assert min(times) < 1.0, times
     text = tiny.command("plan", "--model", tmp_path / "model", "--target-length", "32768", "--max-memory", "20").stdout
     assert "does not fit" in text and "20.000 GiB are available" in text
 
