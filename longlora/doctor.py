@@ -8,6 +8,7 @@ import sys
 def examine():
     """-> dict for JSON: versions, instruction sets, threads, memory, CUDA."""
     from . import _C, __version__
+    from .plan import available_memory
     versions = {}
     for name in ("numpy", "tokenizers", "safetensors", "gguf", "pyyaml", "tqdm", "matplotlib", "ml_dtypes", "torch", "transformers", "peft"):
         try:
@@ -18,7 +19,7 @@ def examine():
             "processor": _processor(), "instruction_set": _C.isa_names[_C.get_isa()],
             "instruction_sets": [name for name, there in zip(_C.isa_names, _C.isa_supported) if there],
             "forced_by": os.environ.get("LONGLORA_ISA"), "threads": _C.get_num_threads(), "processors": len(os.sched_getaffinity(0)),
-            "memory_available": _available(), "cuda": {"available": False, "reason": "this version has no CUDA kernels"},
+            "memory_available": available_memory(), "cuda": {"available": False, "reason": "this version has no CUDA kernels"},
             "versions": versions}
 
 
@@ -30,14 +31,6 @@ def _processor():
         return platform.processor()
 
 
-def _available():
-    try:
-        with open("/proc/meminfo", encoding="utf-8") as file:
-            return next((int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable")), None)
-    except OSError:
-        return None
-
-
 def text(found):
     """`examine`'s dict as lines."""
     memory = found["memory_available"]
@@ -46,7 +39,7 @@ def text(found):
              ("instruction set", f"{found['instruction_set']} of {', '.join(found['instruction_sets'])}"
               + (f" (LONGLORA_ISA={found['forced_by']})" if found["forced_by"] else "")),
              ("threads", f"{found['threads']} of {found['processors']} processors"),
-             ("memory", f"{memory / 2**30:.1f} GiB available" if memory else "unknown"),
+             ("memory", f"{memory / 2**30:.1f} GiB available"),
              ("CUDA", "available" if found["cuda"]["available"] else f"not available: {found['cuda']['reason']}"),
              ("libraries", ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)),
              ("not installed", ", ".join(name for name, version in found["versions"].items() if not version) or "-")]

@@ -252,7 +252,7 @@ def _run(o, source, setup, say):
         loss = evaluate()
         log.add(step=0, eval_loss=loss, eval_perplexity=ppl.perplexity(loss))
         say(f"before: held-out perplexity {ppl.perplexity(loss):.3f}, dense attention")
-    moved, began, first = Moved(model.parameters), time.perf_counter(), step
+    moved, began, first, evaluated = Moved(model.parameters), time.perf_counter(), step, ""
     with Stop() as stop, tqdm(total=steps, initial=step, desc="training", unit="step", disable=None) as bar:
         while step < steps and stop.signal is None:
             started = time.perf_counter()
@@ -278,7 +278,8 @@ def _run(o, source, setup, say):
                 row["eval_perplexity"] = ppl.perplexity(row["eval_loss"])
             row["peak_memory"] = metrics.peak_memory()
             bar.update(1)
-            bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s")
+            evaluated = evaluated if "eval_loss" not in row else f", held-out perplexity {row['eval_perplexity']:.3f}"
+            bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s{evaluated}")
             if step % o.logging_steps == 0 or step == steps or "eval_loss" in row:
                 log.add(**row)
                 left = (time.perf_counter() - began) / (step - first) * (steps - step)

@@ -18,7 +18,7 @@ GIVEN = dict(model="m", data="d", output_dir="o")
 def parsed(*arguments):
     parser = argparse.ArgumentParser()
     options.add_flags(parser)
-    return options.from_flags(parser.parse_args([*tiny.flags(GIVEN), *arguments]))
+    return options.from_flags(parser.parse_args(options.dashed([*tiny.flags(GIVEN), *arguments])))
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -29,7 +29,8 @@ def test_flags_yaml_and_keywords_are_the_same_words(tmp_path):
     keywords = options.from_dict({**GIVEN, **fields})
     assert parsed(*tiny.flags(fields)) == keywords
     dashed = [a.replace("_", "-") if a.startswith("--") else a for a in tiny.flags(fields)]
-    assert parsed(*dashed) == keywords
+    assert parsed(*dashed) == parsed(*(a.replace("--r", "--lora_r") if a == "--r" else a for a in dashed)) == keywords
+    assert parsed(*tiny.flags(fields), "--eval_data=a_file--b_c.txt").eval_data == "a_file--b_c.txt"
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({**fields, "learning_rate": "1e-4"}))     # as YAML 1.1 reads 1e-4
     assert parsed("--config", str(file)) == keywords
@@ -64,6 +65,7 @@ def test_a_flag_wins_over_the_yaml_under_any_name(tmp_path):
     (dict(group_size=16, attention="dense"), "group_size is of s2 attention"), (dict(max_steps=0), "max_steps should be"),
     (dict(max_steps=1.5), "max_steps should be int"), (dict(max_steps=True), "max_steps should be int"), (dict(full=1), "full should be bool"),
     (dict(rope_type="alibi"), "rope_type should be one of linear, ntk, yarn, llama3"), (dict(r=0), "r should be at least 1"),
+    (dict(warmup_steps=2.5), "warmup_steps should be a whole number"), (dict(adam_beta2=1), "adam_beta2 should be at most"),
     (dict(model=None), "wanted one of model and init"), (dict(init="x"), "wanted one of model and init"),
     (dict(model=None, init="x"), "init needs full"), (dict(model=None, init="x", full=True, target_length=9), "with init the length"),
     (dict(data=None), "data is missing"), (dict(output_dir=None), "output_dir is missing"), (dict(seed=None), "seed is missing"),
@@ -165,12 +167,14 @@ def test_train_merge_inspect_from_the_command_line(tmp_path):
 def test_plan_needs_a_config_only_and_is_quick(tmp_path):
     tiny.config(tmp_path / "model", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
                 num_key_value_heads=32, head_dim=128, vocab_size=32000, max_position_embeddings=4096)
-    began = time.perf_counter()
-    done = tiny.command("plan", "--model", tmp_path / "model", "--target-length", "32768", "--json")
-    taken = time.perf_counter() - began
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = tiny.command("plan", "--model", tmp_path / "model", "--target-length", "32768", "--json")
+        times.append(time.perf_counter() - began)
     found = json.loads(done.stdout)
     assert sum(found["parts"].values()) == found["total"] > 25 << 30 and isinstance(found["fits"], bool)
-    assert taken < 2.0, taken                          # a second, and as much again for a machine that does other things
+    assert min(times) < 1.0, times
     text = tiny.command("plan", "--model", tmp_path / "model", "--target-length", "32768", "--max-memory", "20").stdout
     assert "does not fit" in text and "20.000 GiB are available" in text
 

@@ -7,9 +7,18 @@ import pytest
 import tiny
 from hypothesis import given, settings, strategies as st
 
-from longlora import data, ppl, train
+from longlora import data, get_num_threads, ppl, set_num_threads, train
 from longlora.errors import UserError
 from longlora.weights import open_model
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small are only slowed down by a second thread."""
+    before = get_num_threads()
+    set_num_threads(1)
+    yield
+    set_num_threads(before)
 
 
 @given(count=st.integers(0, 60), length=st.integers(2, 20), stride=st.integers(1, 20))

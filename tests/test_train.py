@@ -103,6 +103,16 @@ def test_a_random_start_needs_only_a_config(tmp_path):
     assert numbers(run(tmp_path, **fields, output_dir=str(tmp_path / "again"))) == numbers(result)
 
 
+def test_tokens_need_no_tokenizer(tmp_path):
+    base = tiny.model(tmp_path / "base")
+    (base / "tokenizer.json").unlink()
+    assert "wanted a token .bin" in failure(tmp_path)
+    ids = np.frombuffer(tiny.text(tmp_path / "text.txt").read_bytes(), np.uint8).astype("<u2")
+    ids.tofile(tmp_path / "text.bin")
+    result = run(tmp_path, data=str(tmp_path / "text.bin"), max_steps=2)
+    assert result.step == 2 and not (tmp_path / "out" / "tokenizer.json").exists()
+
+
 def test_accumulation_changes_nothing_but_rounding(tmp_path):
     one = run(tmp_path, per_device_train_batch_size=4, output_dir=str(tmp_path / "one"))
     four = run(tmp_path, gradient_accumulation_steps=4, output_dir=str(tmp_path / "four"))
