@@ -14,9 +14,16 @@ def _lengths(text):
         raise argparse.ArgumentTypeError(f"wanted integers with commas between, got {text!r}") from None
 
 
+class Parser(argparse.ArgumentParser):
+    """What is wrong with the flags is one line, as any other error is."""
+
+    def error(self, message):
+        self.exit(2, f"longlora: error: {message} (see {self.prog} --help)\n")
+
+
 def parser():
     from . import __version__
-    p = argparse.ArgumentParser(prog="longlora", description="Extend the context of a pretrained language model (LongLoRA).",
+    p = Parser(prog="longlora", description="Extend the context of a pretrained language model (LongLoRA).",
                                 allow_abbrev=False)
     p.add_argument("--version", action="version", version=f"longlora {__version__}")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -35,10 +42,12 @@ def parser():
     c.add_argument("--data", required=True, help=".txt, .jsonl, a directory of them, or token .bin")
     c.add_argument("--lengths", required=True, type=_lengths, help="tokens of a window: 2048,4096,...")
     c.add_argument("--stride", type=int, help="sliding window: tokens between windows (default: windows side by side)")
-    c.add_argument("--rope-type", choices=options.TrainOptions.__dataclass_fields__["rope_type"].metadata["choices"],
+    c.add_argument("--rope-type", "--rope_type", choices=options.TrainOptions.__dataclass_fields__["rope_type"].metadata["choices"],
                    help="interpolate first, without training")
-    c.add_argument("--target-length", type=int, help="what --rope-type extends to (default: the largest length)")
-    c.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    c.add_argument("--target-length", "--target_length", type=int, help="what --rope-type extends to (default: the largest length)")
+    c.add_argument("--max-tokens", "--max_tokens", type=int, help="use no more of the data than so many tokens from its start")
+    c.add_argument("--bins", type=int, help="each length also by position in the window, in so many parts (with --json)")
+    c.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="storage; arithmetic is float32 [float32]")
     c.add_argument("--json", action="store_true", help="print JSON")
     c = command("merge", "write base and adapter as one model that any server takes")
     c.add_argument("--model", required=True, help="the base model")
@@ -62,7 +71,7 @@ def _train(args):
 
 
 def _plan(args):
-    from . import options, plan, train
+    from . import options, train
     made = train.plan_of(options.from_flags(args, planning=True))
     print(json.dumps(made.to_json(), indent=2) if args.json else made.text())
     return 0
@@ -71,7 +80,7 @@ def _plan(args):
 def _ppl(args):
     from . import ppl
     result = ppl.run(args.model, args.data, args.lengths, adapter=args.adapter, stride=args.stride, rope_type=args.rope_type,
-                     target_length=args.target_length, dtype=args.dtype)
+                     target_length=args.target_length, dtype=args.dtype, max_tokens=args.max_tokens, bins=args.bins)
     print(json.dumps(result) if args.json else ppl.text(result))
     return 0
 

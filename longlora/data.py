@@ -8,7 +8,7 @@ import numpy as np
 
 from .config import read_json
 from .errors import UserError
-from .metrics import available_memory
+from .plan import available_memory
 from .safetensors_file import replacing, write_json
 
 BLOCK = 1 << 20                        # bytes of a .txt that are read and tokenised at a time

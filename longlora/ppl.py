@@ -42,33 +42,61 @@ def score(model, ids, length, stride=None, positions=None):
     return tokens, total
 
 
-def read_ids(path, tokenizer, config):
-    """The token ids of a file, as the tokenizer gives them: each document of its own, nothing put between."""
+def read_ids(path, tokenizer, config, max_tokens=None):
+    """The token ids of the text at `path`, each document of its own, as transformers' tokenizer(text) gives them."""
     parts = []
     for file in data.files_of(path):
         if file.endswith(".bin"):
-            return [np.asarray(data.read_bin(file, config.vocab_size).ids, np.int32)]
-        parts += [tokenizer.encode(text) for text in data.documents(file)]
+            parts.append(np.asarray(data.read_bin(file, config.vocab_size).ids, np.int32))
+        elif tokenizer is None:
+            raise UserError(f"{file}: the model has no tokenizer; wanted a token .bin")
+        else:
+            parts += [np.concatenate(list(data.encode_pieces(tokenizer, pieces))) for pieces in data.documents(file)]
+    if max_tokens is not None:
+        room = max_tokens
+        for i, ids in enumerate(parts):
+            parts[i] = ids[:max(0, room)]
+            room -= len(ids)
     return parts
 
 
-def measure(model, parts, lengths, stride=None):
-    """-> one dict(length, tokens, loss, perplexity) for each length."""
+def perplexity(loss):
+    """exp of a mean loss in nats; infinity where that is above what a float holds."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def measure(model, parts, lengths, stride=None, bins=None):
+    """parts: list of int32 ids [N], the documents -> one dict(length, tokens, loss, perplexity) for each length.
+
+    bins: also by_position, a list of dict(first, last, tokens, loss, perplexity) over so many equal parts of the window.
+    """
     results = []
     for length in lengths:
-        tokens, total = map(sum, zip(*(score(model, ids, length, stride) for ids in parts)))
+        positions = np.zeros((2, length)) if bins else None
+        tokens, total = map(sum, zip(*(score(model, ids, length, stride, positions) for ids in parts)))
         if not tokens:
-            raise UserError("the data holds no two tokens to score")
-        loss = total / tokens
-        results.append({"length": length, "tokens": tokens, "loss": loss,
-                        "perplexity": math.exp(loss) if loss < 700 else math.inf})
+            raise UserError("the data should hold at least two tokens")
+        result = {"length": length, "tokens": tokens, "loss": total / tokens, "perplexity": perplexity(total / tokens)}
+        if bins:
+            result["by_position"] = _binned(positions, length, min(bins, length))
+        results.append(result)
     return results
 
 
+def _binned(positions, length, bins):
+    edges = [length * i // bins for i in range(bins + 1)]
+    found = []
+    for first, last in zip(edges, edges[1:]):
+        total, count = positions[:, first:last].sum(1)
+        if count:
+            found.append({"first": first, "last": last, "tokens": int(count), "loss": total / count,
+                          "perplexity": perplexity(total / count)})
+    return found
+
+
 def open_for_evaluation(model, adapter=None, rope_type=None, target_length=None, dtype="float32"):
-    """A Model with no training in it -> (Model, Checkpoint). With rope_type: interpolated to target_length, untrained."""
-    from . import adapter as adapter_
-    from . import rope
+    """A Model that evaluates only -> (Model, Checkpoint). With rope_type: interpolated to target_length, untrained."""
+    from . import adapter as adapter_, rope
     from .config import read_config
     from .model import Model
     from .weights import open_model
@@ -78,36 +106,41 @@ def open_for_evaluation(model, adapter=None, rope_type=None, target_length=None,
         lora, tensors, raw = adapter_.load(adapter, base)
         config = read_config(raw) if raw is not None else config
     if rope_type is not None:
-        new, _ = rope.extend(config, rope_type, target_length)
-        config = read_config(rope.to_config(config.raw, new, target_length))
-    made = Model(config, dtype=dtype, lora=lora, training=False)
-    made.load(base)
-    if tensors is not None:
-        made.load_adapter(tensors)
-    return made, base
+        extended, _ = rope.extend(config, rope_type, target_length)
+        config = read_config(rope.to_config(config.raw, extended, target_length))
+    made = Model(config, dtype=dtype, lora=lora).load(base)
+    return (made if tensors is None else made.load_adapter(tensors, lora)), base
 
 
-def run(model, data, lengths, adapter=None, stride=None, rope_type=None, target_length=None, dtype="float32"):
+def run(model, data, lengths, adapter=None, stride=None, rope_type=None, target_length=None, dtype="float32", max_tokens=None,
+        bins=None):
     """Perplexity of the model at path `model` (with an adapter) on the text at `data`, in windows of each of `lengths` tokens.
 
     Dense attention; memory does not grow with the vocabulary. -> {"results": [{"length", "tokens", "loss", "perplexity"}, ...]};
     loss in nats per token. stride: sliding window. rope_type and target_length: interpolate first, without training.
+    max_tokens: of the data, from its start. bins: each result also by_position, in so many parts.
     """
     lengths = [lengths] if isinstance(lengths, int) else list(lengths)
-    for length in lengths:
-        if isinstance(length, bool) or not isinstance(length, int) or length < 2:
-            raise UserError(f"lengths should be integers of at least 2, got {length!r}")
-    if stride is not None and not 1 <= stride <= min(lengths):
-        raise UserError(f"stride should be from 1 to the length, got {stride}")
+    for name, values, low in (("lengths", lengths or [None], 2), ("stride", [stride], 1), ("target_length", [target_length], 1),
+                              ("max_tokens", [max_tokens], 2), ("bins", [bins], 1)):
+        for value in values:
+            if (value is not None or name == "lengths") and (type(value) is not int or value < low):
+                raise UserError(f"{name} should be an integer of at least {low}, got {value!r}")
+    if stride is not None and stride > min(lengths):
+        raise UserError(f"stride should be at most the shortest length {min(lengths)}, got {stride}")
+    if rope_type is None and target_length is not None:
+        raise UserError("target_length needs rope_type: it interpolates the model before it is measured")
     if rope_type is not None and target_length is None:
         target_length = max(lengths)
     made, base = open_for_evaluation(model, adapter, rope_type, target_length, dtype)
-    parts = read_ids(os.fspath(data), base.tokenizer(), base.config)
-    return {"results": measure(made, parts, lengths, stride), "model": os.fspath(model), "adapter": adapter and os.fspath(adapter),
-            "attention": "dense", "stride": stride}
+    parts = read_ids(os.fspath(data), base.tokenizer() if base.has_tokenizer() else None, base.config, max_tokens)
+    return {"results": measure(made, parts, lengths, stride, bins), "model": os.fspath(model),
+            "adapter": None if adapter is None else os.fspath(adapter), "data": os.fspath(data), "attention": "dense",
+            "stride": stride, "rope": {"type": made.config.rope.type, "factor": made.config.rope.factor}}
 
 
 def text(results):
+    """`run`'s dict as a table."""
     lines = [f"{'length':>8} {'tokens':>10} {'loss':>8} {'perplexity':>11}"]
     for r in results["results"]:
         lines.append(f"{r['length']:>8} {r['tokens']:>10,} {r['loss']:>8.4f} {r['perplexity']:>11.3f}")

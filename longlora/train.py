@@ -2,22 +2,28 @@
 
 Nothing here computes on activations: a step is Model.train_microbatch for each batch and one optimizer step.
 """
-import json
+import contextlib
 import math
 import os
-import resource
 import signal
 import threading
 import time
+import zlib
 
-import numpy as np
-
-from . import adapter, checkpoint, data, options as options_, plan as plan_, plots, ppl, rope
+from . import __version__, adapter, checkpoint, data, metrics, options as options_, plan as plan_, ppl, rope
 from .config import read_config
 from .errors import UserError
-from .safetensors_file import write_json, write_text
+from .safetensors_file import write_text
 
-METRICS = "metrics.jsonl"
+OPTIONS = "options.yaml"
+# What a directory holds when something was trained there or a model lies in it: never written over.
+TAKEN = (metrics.FILE, OPTIONS, "adapter_config.json", "config.json")
+# The options that a resumed run may change: none of them is in the arithmetic of a step. Weights and data are compared by
+# what they hold, the length of the run where the schedule depends on it.
+FREE = {"model", "init", "data", "output_dir", "cache_dir", "resume_from_checkpoint", "checkpointing", "max_memory", "num_threads",
+        "max_steps", "num_train_epochs", "warmup_steps", "eval_data", "eval_steps", "max_eval_samples", "save_steps",
+        "save_total_limit", "logging_steps"}
+WHOLE = ("embedding", "head", "norm")  # the kinds that embedding_learning_rate is for
 
 
 class Result(dict):
@@ -26,105 +32,93 @@ class Result(dict):
 
 
 def train(say=print, **keywords):
-    """Train as the keywords say (the fields of options.TrainOptions) -> Result. UserError for what cannot be done."""
+    """Train as the keywords say (the fields of options.TrainOptions) -> Result. `say` is given the lines of the report.
+
+    SIGINT and SIGTERM end the step, save a checkpoint and return; a second one stops at once. UserError for what cannot be
+    done, and when a step goes wrong.
+    """
     return run(options_.from_dict(keywords), say)
 
 
-def _extended(config, o):
-    """The config with the rope that the options ask for -> (ModelConfig, raw dict, sentence)."""
-    if o.target_length is None or (o.init and o.target_length == config.max_position_embeddings):
-        return config, config.raw, f"rope: {config.rope.type}, unchanged ({config.max_position_embeddings} positions)"
-    new, sentence = rope.extend(config, o.rope_type, o.target_length)
-    raw = rope.to_config(config.raw, new, o.target_length)
-    return read_config(raw), raw, sentence
+def plan_of(o):
+    """The Plan of a run with these options: from the config alone, no weight is read."""
+    _threads(o)
+    path = o.model or o.init
+    if os.path.isfile(path) and path.endswith(".gguf"):
+        from .weights import open_model
+        config = open_model(path).config
+    else:
+        config = read_config(path)
+    return Setup(o, config).plan
 
 
-def _attention(o, length):
-    """The options' attention for sequences of `length` -> dict for Model, or None for dense."""
-    if o.attention == "dense":
-        if o.group_size is not None:
-            raise UserError("group_size is of s2 attention, got attention dense")
-        return None
-    group = o.group_size
-    if group is None:
-        group = max(2, length // 4 // 2 * 2)
-    if group % 2:
-        raise UserError(f"group_size should be even, since half of it is the shift, got {group}")
-    if group > length:
-        raise UserError(f"group_size should be at most the sequence length {length}, got {group}")
-    if o.boundary != "split" and length % group:
-        raise UserError(f"boundary {o.boundary} needs a sequence length that is a multiple of group_size, got {length} and {group}")
-    return {"group_size": group, "boundary": o.boundary, "shift": o.shift}
+def _threads(o):
+    if o.num_threads:
+        from ._C import set_num_threads
+        set_num_threads(o.num_threads)
+
+
+class Setup:
+    """What the options come to for a base of `base` (a ModelConfig): config, raw, rope (a sentence), attention, lora, plan."""
+
+    def __init__(self, o, base):
+        self.config, self.raw = base, base.raw
+        self.rope = f"rope: {base.rope.type}, as the base: {base.max_position_embeddings} positions"
+        if o.target_length is not None:
+            extended, self.rope = rope.extend(base, o.rope_type, o.target_length)
+            self.raw = rope.to_config(base.raw, extended, o.target_length)
+            self.config = read_config(self.raw)
+        o.resolve(self.config)
+        dense = o.attention == "dense"
+        self.attention = None if dense else {"group_size": o.group_size, "boundary": o.boundary, "shift": o.shift}
+        targets = "all-linear" if o.target_modules == ("all-linear",) else o.target_modules
+        self.lora = None if o.full else adapter.LoraConfig(o.r, o.lora_alpha, targets, o.modules_to_save)
+        self.plan = plan_.plan(
+            self.config, dtype=o.dtype, batch_size=o.per_device_train_batch_size, sequence_length=o.sequence_length,
+            group_size=o.group_size, lora=self.lora, checkpointing=o.checkpointing,
+            memory=None if o.max_memory is None else int(o.max_memory * 2**30))
+
+
+class Source:
+    """Where weights and tokenizer come from: a base model, or a config and random weights. dtype: of a whole model saved."""
+
+    def __init__(self, o):
+        if o.model:
+            from .weights import open_model
+            self.base = open_model(o.model)
+            self.config, self.fingerprint = self.base.config, self.base.fingerprint()
+            self.tokenizer = self.base.tokenizer() if self.base.has_tokenizer() else None
+            self.dtype = {name: self.base.dtype(name) for name in self.base.names()}
+            return
+        from .tokenizer import Tokenizer
+        directory = o.init if os.path.isdir(o.init) else os.path.dirname(o.init) or "."
+        self.base, self.config, self.tokenizer = None, read_config(o.init), None
+        self.fingerprint = f"random {o.seed}"
+        if os.path.exists(os.path.join(directory, "tokenizer.json")):
+            self.tokenizer = Tokenizer.from_directory(directory).check(self.config, directory)
+        self.dtype = self.config.raw.get("dtype") or self.config.raw.get("torch_dtype") or "float32"
 
 
 def learning_rate(step, steps, peak, warmup, schedule):
-    """The rate of step 1..steps: linear from 0 over `warmup` steps, then constant, cosine to 0, or linear to 0."""
+    """The rate of step 1..steps: linear from 0 over `warmup` steps, then constant, cosine to 0, or linear to 0.
+
+    Step 1 of a warm-up has peak / warmup, not 0 as in transformers: no step is wasted.
+    """
     if step <= warmup:
         return peak * step / warmup
     if schedule == "constant":
         return peak
     done = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.5 * (1 + math.cos(math.pi * min(done, 1))) if schedule == "cosine" else max(0.0, 1 - done))
-
-
-def _planned(config, o):
-    """-> sequence length, attention, LoraConfig or None, Plan."""
-    length = o.sequence_length or o.target_length or config.max_position_embeddings
-    if length > config.max_position_embeddings:
-        raise UserError(f"sequence_length {length} is above the {config.max_position_embeddings} positions of the model; set target_length")
-    attention = _attention(o, length)
-    lora = None if o.full else adapter.LoraConfig(o.r, o.lora_alpha, o.target_modules, o.modules_to_save)
-    return length, attention, lora, plan_.plan(
-        config, dtype=o.dtype, batch_size=o.per_device_train_batch_size, sequence_length=length,
-        group_size=attention["group_size"] if attention else None, lora=lora, checkpointing=o.checkpointing)
-
-
-def plan_of(o):
-    """The Plan of a run with these options: from the config alone, no weight is read."""
-    if o.num_threads:
-        from ._C import set_num_threads
-        set_num_threads(o.num_threads)
-    return _planned(_extended(_config(o), o)[0], o)[3]
-
-
-def _config(o):
-    """The config of the options' model, without opening a Hugging Face model's weights."""
-    path = o.model or o.init
-    if os.path.isfile(path) and path.endswith(".gguf"):
-        from .weights import open_model
-        return open_model(path).config
-    return read_config(path)
-
-
-class Source:
-    """Where weights and tokenizer come from: a base model, or a config with random weights."""
-
-    def __init__(self, o):
-        from .tokenizer import Tokenizer
-        from .weights import open_model
-        self.base = open_model(o.model) if o.model else None
-        if self.base is not None:
-            self.config, self.tokenizer, self.dtype = self.base.config, self.base.tokenizer(), None
-            return
-        directory = o.init if os.path.isdir(o.init) else os.path.dirname(o.init) or "."
-        self.config = read_config(o.init)
-        self.tokenizer = Tokenizer.from_directory(directory).check(self.config, directory)
-        self.dtype = self.config.raw.get("torch_dtype") or self.config.raw.get("dtype") or "float32"
-
-
-def peak_memory():
-    """The largest resident size of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak * (0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done)
 
 
 class Stop:
     """Remembers SIGINT and SIGTERM while it is entered, so that a step ends before the run does."""
 
     def __init__(self):
-        self.signal = None
+        self.signal, self.before = None, {}
 
     def __enter__(self):
-        self.before = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self._note)
@@ -140,190 +134,251 @@ class Stop:
             signal.signal(number, handler)
 
 
+class Moved:
+    """Stops a run that trains nothing: every kind of parameter has to change. Compared by checksums, so nothing is copied."""
+
+    def __init__(self, parameters):
+        self.waiting = {}
+        for p in parameters:
+            self.waiting.setdefault(p.kind, {})[p] = self._sum(p)
+        self.first = True
+
+    @staticmethod
+    def _sum(p):
+        return zlib.crc32(p.value.numpy())
+
+    def check(self, step, warming):
+        """Called after a step. LoRA's A may wait for the second: while B is zero it has no gradient. In a warm-up any kind
+        with a gradient may wait: the first rates can be below the rounding of float32."""
+        for kind, sums in list(self.waiting.items()):
+            still = [p for p, before in sums.items() if self._sum(p) == before]
+            # A bias of k has next to no gradient; of all others each tensor has one.
+            if not still or kind == "bias" and len(still) < len(sums):
+                del self.waiting[kind]
+                continue
+            flat = [p for p in still if not p.grad.numpy().any()]
+            if kind == "lora_A" and self.first or warming and not flat:
+                continue
+            why = "its gradient is zero" if flat else "its updates are below the rounding of float32; raise the learning rate"
+            names = ", ".join(p.name for p in (flat or still)[:2])
+            raise UserError(f"step {step}: {kind} does not train: {len(flat or still)} of {len(sums)} tensors have not moved "
+                            f"({names}): {why}")
+        self.first = False
+
+
 def run(o, say=print):
     """As `train`, with checked options."""
+    _threads(o)
+    source = Source(o)
+    setup = Setup(o, source.config)
+    plan = setup.plan
+    if not plan.fits:
+        raise UserError(f"this run needs {plan.total / 2**30:.2f} GiB, there are {plan.memory / 2**30:.2f}; what would make it fit: "
+                        + "; ".join(plan.changes))
+    _refuse(o)
+    with checkpoint.alone(o.output_dir):
+        return _run(o, source, setup, say)
+
+
+def _refuse(o):
+    """Stop where output_dir holds something that this run would write over."""
+    if os.path.exists(o.output_dir) and not os.path.isdir(o.output_dir):
+        raise UserError(f"{o.output_dir}: is not a directory")
+    if o.resume_from_checkpoint:
+        return
+    taken = [name for name in TAKEN if os.path.exists(os.path.join(o.output_dir, name))]
+    taken += [os.path.basename(path) for path in checkpoint.found(o.output_dir)]
+    if taken:
+        raise UserError(f"{o.output_dir}: holds another run or a model ({taken[0]}); resume it (resume_from_checkpoint latest) or "
+                        "choose another output_dir")
+
+
+def _run(o, source, setup, say):
+    from tqdm import tqdm
+
     from .model import Model
     from .optimizer import AdamW
-    if o.num_threads:
-        from ._C import set_num_threads
-        set_num_threads(o.num_threads)
+    checkpoint.sweep(o.output_dir)
     resumed = checkpoint.resolve(o.resume_from_checkpoint, o.output_dir) if o.resume_from_checkpoint else None
-    if resumed is None and os.path.exists(os.path.join(o.output_dir, METRICS)):
-        raise UserError(f"{o.output_dir}: holds another run; resume it (resume_from_checkpoint) or choose another output_dir")
-    source = Source(o)
-    config, raw, rope_sentence = _extended(source.config, o)
-    length, attention, lora, plan = _planned(config, o)
-    if not plan.fits:
-        raise UserError(f"this run needs {plan.total / 2**30:.2f} GiB and there are {plan.memory / 2**30:.2f}; it would fit with: "
-                        + ("; ".join(plan.changes) or "a smaller model"))
-
-    cache = o.cache_dir or os.path.join(o.output_dir, "cache")
-    _make(cache)
-    def sequences(path):
-        tokens = data.tokenise(path, source.tokenizer, config.vocab_size, cache, say)
-        return data.Sequences(tokens, length, o.long_documents, path)
-    corpus = sequences(o.data)
-    held_out = list(range(len(corpus) - int(len(corpus) * o.eval_fraction), len(corpus))) if o.eval_fraction else []
-    kept = len(corpus) - len(held_out)
-    if not kept:
-        raise UserError(f"{o.data}: {len(corpus)} sequences leave nothing to train on")
-    evaluation = [corpus.get(i) for i in held_out]
-    if o.eval_data:
-        other = sequences(o.eval_data)
-        evaluation = [other.get(i) for i in range(len(other))]
+    corpus, held_out, fingerprint = _data(o, source, setup, say)
     each = o.per_device_train_batch_size * o.gradient_accumulation_steps
-    steps = o.max_steps if o.max_steps > 0 else max(1, math.ceil(o.num_train_epochs * kept / each))
-    warmup = int(o.warmup_steps) if o.warmup_steps >= 1 else int(math.ceil(o.warmup_steps * steps))
+    steps = o.max_steps if o.max_steps > 0 else max(1, math.ceil(o.num_train_epochs * len(corpus) / each))
+    warmup = int(o.warmup_steps) if o.warmup_steps >= 1 else math.ceil(o.warmup_steps * steps)
+    identity = {"data": fingerprint, "base": source.fingerprint, "schedule": [warmup, steps if o.lr_scheduler_type != "constant"
+                                                                               else None]}
 
-    model = Model(config, dtype=o.dtype, lora=lora, attention=attention, plan=plan, seed=o.seed)
+    model = Model(setup.config, dtype=o.dtype, lora=setup.lora, attention=setup.attention, plan=setup.plan, seed=o.seed)
+    optimizer = AdamW(model.parameters, beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_epsilon, weight_decay=o.weight_decay,
+                      max_grad_norm=o.max_grad_norm)
+    order, step, history = data.Order(len(corpus), o.seed), 0, []
     if source.base is not None:
         model.load(source.base)
     else:
         model.init_random(o.seed)
-    optimizer = AdamW(model.parameters, beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_epsilon, weight_decay=o.weight_decay,
-                      max_grad_norm=o.max_grad_norm)
-    order, step, history = data.Order(kept, o.seed), 0, []
     if resumed is not None:
         state, tensors = checkpoint.load(resumed)
-        _same_run(state["options"], o, resumed)
-        optimizer.load_state_dict(tensors, state["global_step"])
-        model.refresh()
+        _same_run(state, identity, o, resumed)
         step, order.position, history = state["global_step"], state["position"], state["log_history"]
+        optimizer.load_state_dict(tensors, step)
+        if step >= steps:
+            raise UserError(f"{resumed}: has made all {steps} steps; raise max_steps to go on")
 
     def write_model(directory):
-        if lora is not None:
-            adapter.save(directory, model.tensors(), lora, source.base, raw, source.tokenizer)
+        tensors = {p.name: p.value.numpy() for p in model.parameters}
+        if setup.lora is not None:
+            adapter.save(directory, tensors, setup.lora, source.base, setup.raw, source.tokenizer)
         else:
-            found = model.tensors()
-            dtype = source.dtype or {name: source.base.dtype(name) for name in source.base.names()}
-            adapter.save_merged(directory, found.__getitem__, raw, source.tokenizer, dtype)
+            adapter.save_merged(directory, tensors.__getitem__, setup.raw, source.tokenizer, source.dtype)
 
     def save():
-        state = {"global_step": step, "position": order.position, "log_history": history, "options": o.to_dict(),
-                 "max_steps": steps}
-        return checkpoint.save(o.output_dir, step, state, optimizer.state_dict(), write_model, o.save_total_limit)
-
-    write_json(os.path.join(o.output_dir, "options.json"), o.to_dict())
-    write_text(os.path.join(o.output_dir, METRICS), "".join(json.dumps(m) + "\n" for m in history))
-    for line in describe(o, config, model, attention, rope_sentence, plan, corpus, len(evaluation), steps, each, length):
-        say(line)
-    if resumed:
-        say(f"resumed from {resumed}, step {step}")
+        state = {"global_step": step, "max_steps": steps, "epoch": order.position / len(corpus), "position": order.position,
+                 "seed": o.seed, **identity, "options": o.to_dict(), "log_history": log.rows, "version": __version__}
+        return checkpoint.save(o.output_dir, state, optimizer.state_dict(), write_model, o.save_total_limit)
 
     def evaluate():
-        tokens = total = 0
-        for ids in evaluation:
-            count, loss = ppl.score(model, ids, length)
-            tokens, total = tokens + count, total + loss
-        return total / tokens
+        """Mean loss of the held-out sequences, dense attention."""
+        pairs = [ppl.score(model, held_out.get(i), o.sequence_length) for i in held_out_indices]
+        return sum(loss for _, loss in pairs) / sum(tokens for tokens, _ in pairs)
 
-    def log(entry):
-        history.append(entry)
-        with open(os.path.join(o.output_dir, METRICS), "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    from tqdm import tqdm
-    eval_loss = None
+    held_out_indices = range(min(len(held_out), o.max_eval_samples or len(held_out))) if held_out is not None else ()
+    _write_options(o)
+    log = metrics.Log(o.output_dir, history)
+    for line in describe(o, setup, model, corpus, len(held_out_indices), steps, warmup):
+        say(line)
+    if o.resume_from_checkpoint:
+        say(f"resuming: {resumed}, after step {step}" if resumed else "resuming: no checkpoint yet, from the start")
+    if held_out_indices and step == 0:
+        loss = evaluate()
+        log.add(step=0, eval_loss=loss, eval_perplexity=ppl.perplexity(loss))
+        say(f"before: held-out perplexity {ppl.perplexity(loss):.3f}, dense attention")
+    moved, began, first = Moved(model.parameters), time.perf_counter(), step
     with Stop() as stop, tqdm(total=steps, initial=step, desc="training", unit="step", disable=None) as bar:
         while step < steps and stop.signal is None:
-            started, before = time.perf_counter(), _sizes(model) if step < 2 else None
-            micro = [data.batch(corpus, order.take(o.per_device_train_batch_size), length)
+            started = time.perf_counter()
+            micro = [data.batch(corpus, order.take(o.per_device_train_batch_size), o.sequence_length)
                      for _ in range(o.gradient_accumulation_steps)]
-            count = sum(int((targets != -100).sum()) for _, targets in micro)
-            optimizer.zero_grad()
-            loss = sum(model.train_microbatch(ids, targets, loss_scale=1 / count) for ids, targets in micro) / count
-            if not math.isfinite(loss):
-                raise UserError(f"step {step + 1}: the loss is {loss}; nothing was saved of this step"
-                                + ("; lower the learning rate" if step else "; the base model gives no finite loss on this data"))
-            rate = learning_rate(step + 1, steps, o.learning_rate, warmup, o.lr_scheduler_type)
-            other = learning_rate(step + 1, steps, o.embedding_learning_rate, warmup, o.lr_scheduler_type)
-            norm = optimizer.step({kind: other if not o.full and kind in ("embedding", "norm", "head") else rate
-                                   for kind in model.kinds})
-            if not math.isfinite(norm):
-                raise UserError(f"step {step + 1}: the norm of the gradient is {norm}; nothing was saved of this step")
+            tokens = sum(int((targets != -100).sum()) for _, targets in micro)
+            rates = {p.kind: learning_rate(step + 1, steps, o.embedding_learning_rate if p.kind in WHOLE else o.learning_rate,
+                                           warmup, o.lr_scheduler_type) for p in model.parameters}
+            with _step_named(step + 1, checkpoint.found(o.output_dir)):
+                model.zero_grad()
+                loss = sum(model.train_microbatch(ids, targets, loss_scale=1 / tokens) for ids, targets in micro) / tokens
+                norm = optimizer.step(rates)
             step += 1
-            if before is not None:
-                _moved(before, _sizes(model), step, o)
-            speed = count / (time.perf_counter() - started)
+            if moved.waiting:
+                moved.check(step, step < warmup)
+            speed = tokens / (time.perf_counter() - started)
+            row = {"step": step, "loss": loss, "grad_norm": norm, "tokens_per_s": round(speed, 1),
+                   "learning_rate": learning_rate(step, steps, o.learning_rate, warmup, o.lr_scheduler_type),
+                   "embedding_learning_rate": learning_rate(step, steps, o.embedding_learning_rate, warmup, o.lr_scheduler_type),
+                   "epoch": order.position / len(corpus), "num_input_tokens_seen": step * each * o.sequence_length}
+            if held_out_indices and (step == steps or o.eval_steps and step % o.eval_steps == 0):
+                row["eval_loss"] = evaluate()
+                row["eval_perplexity"] = ppl.perplexity(row["eval_loss"])
+            row["peak_memory"] = metrics.peak_memory()
             bar.update(1)
-            bar.set_postfix(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}")
-            entry = {"step": step, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens_per_s": round(speed, 1),
-                     "peak_memory": peak_memory(), "num_input_tokens_seen": step * each * length, "epoch": order.position / kept}
-            if evaluation and (step == steps or (o.eval_steps and step % o.eval_steps == 0)):
-                eval_loss = entry["eval_loss"] = evaluate()
-            if step % o.logging_steps == 0 or step == steps or "eval_loss" in entry:
-                log(entry)
+            bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s")
+            if step % o.logging_steps == 0 or step == steps or "eval_loss" in row:
+                log.add(**row)
+                left = (time.perf_counter() - began) / (step - first) * (steps - step)
                 if bar.disable:
-                    say(f"step {step}/{steps}  loss {loss:.4f}  lr {rate:.3g}  grad norm {norm:.3f}  {speed:.0f} tokens/s"
-                        + (f"  held-out perplexity {math.exp(entry['eval_loss']):.3f}" if "eval_loss" in entry else ""))
-            if step < steps and stop.signal is None and o.save_steps and step % o.save_steps == 0:
+                    say(_line(row, steps, left))
+            if o.save_steps and step % o.save_steps == 0 and step < steps and stop.signal is None:
                 save()
         saved = save()
-    plots.loss(os.path.join(o.output_dir, "loss.png"), history)
-    if stop.signal is not None and step < steps:
-        say(f"stopped by signal {stop.signal} after step {step}; go on with --resume-from-checkpoint {saved}")
+    _draw(o, log.rows)
+    stopped = stop.signal if step < steps else None
+    if stopped:
+        say(f"stopped by {signal.Signals(stopped).name} after step {step}; go on with --resume-from-checkpoint {saved}")
     else:
         write_model(o.output_dir)
-        say(f"saved {o.output_dir}" + (f"; held-out perplexity {math.exp(eval_loss):.3f}, dense attention" if eval_loss else ""))
-    return Result(output_dir=o.output_dir, step=step, loss=history[-1]["loss"] if history else None, eval_loss=eval_loss,
-                  stopped=stop.signal if step < steps else None, history=history)
+        say(_last(o, log.rows))
+    losses = [row for row in log.rows if "loss" in row]
+    return Result(output_dir=o.output_dir, step=step, loss=losses[-1]["loss"] if losses else None, stopped=stopped,
+                  eval_loss=next((row["eval_loss"] for row in reversed(log.rows) if "eval_loss" in row), None), history=log.rows)
 
 
-def describe(o, config, model, attention, rope_sentence, plan, corpus, evaluation, steps, each, length):
+def _data(o, source, setup, say):
+    """-> Sequences to train on, Sequences held out or None, and a string that tells the former from others."""
+    cache = o.cache_dir or os.path.join(o.output_dir, "cache")
+    if os.path.isdir(cache):
+        checkpoint.sweep(cache)
+
+    def sequences(path):
+        tokens = data.tokenise(path, source.tokenizer, setup.config.vocab_size, cache, say)
+        return data.Sequences(tokens, o.sequence_length, o.long_documents, path)
+
+    corpus, held_out = sequences(o.data), None
+    if o.eval_data:
+        held_out = sequences(o.eval_data)
+    elif o.eval_fraction:
+        held_out = corpus.hold_out(o.eval_fraction)
+    return corpus, held_out, f"{corpus.tokens.fingerprint} {len(corpus)}"
+
+
+def _same_run(state, identity, o, where):
+    """A resumed run must be the run that was stopped: what is in its arithmetic may not differ."""
+    what = {"data": "other data", "base": "another base model", "schedule": "a schedule of another warm-up or length"}
+    for key, words in what.items():
+        if state.get(key) != identity[key]:
+            raise UserError(f"{where}: was trained with {words}")
+    for name, value in o.to_dict().items():
+        if name not in FREE and state["options"].get(name) != value:
+            raise UserError(f"{where}: was trained with {name} {state['options'].get(name)!r}, got {value!r}")
+
+
+@contextlib.contextmanager
+def _step_named(step, checkpoints):
+    """What goes wrong in a step is said with its number and with what there is to go back to."""
+    try:
+        yield
+    except UserError as error:
+        left = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "nothing was saved"
+        raise UserError(f"step {step}: {error}; stopped, {left}") from None
+
+
+def _write_options(o):
+    import yaml
+    write_text(os.path.join(o.output_dir, OPTIONS), yaml.safe_dump(o.to_dict(), sort_keys=False))
+
+
+def _line(row, steps, left):
+    left = f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
+    text = (f"step {row['step']}/{steps}  loss {row['loss']:.4f}  learning rate {row['learning_rate']:.3g}  grad norm "
+            f"{row['grad_norm']:.3g}  {row['tokens_per_s']:,.0f} tokens/s  {left} left")
+    return text + (f"  held-out perplexity {row['eval_perplexity']:.3f}" if "eval_loss" in row else "")
+
+
+def _last(o, rows):
+    evaluated = [row["eval_perplexity"] for row in rows if "eval_perplexity" in row]
+    if not evaluated:
+        return f"saved {o.output_dir}"
+    return f"saved {o.output_dir}; held-out perplexity {evaluated[0]:.3f} -> {evaluated[-1]:.3f}, dense attention"
+
+
+def _draw(o, rows):
+    if any("loss" in row for row in rows):
+        from . import plots
+        plots.loss(os.path.join(o.output_dir, "loss.png"), rows)
+
+
+def describe(o, setup, model, corpus, held_out, steps, warmup):
     """What the run will do, line by line."""
-    H = config.num_attention_heads
-    if attention is None:
+    H, B, n = setup.config.num_attention_heads, o.per_device_train_batch_size, o.gradient_accumulation_steps
+    if setup.attention is None:
         yield f"attention: dense causal, {H} heads"
     else:
-        shifted = {"half": H - H // 2, "none": 0, "all": H}[attention["shift"]]
-        yield (f"attention: S2 {attention['boundary']}, group {attention['group_size']} tokens, {shifted}/{H} heads shifted by "
-               f"{attention['group_size'] // 2}; evaluation is dense")
+        shifted = {"half": H - H // 2, "none": 0, "all": H}[o.shift]
+        yield (f"attention: S2 {o.boundary}, group {o.group_size} of {o.sequence_length} tokens, {shifted}/{H} heads shifted by "
+               f"{o.group_size // 2}; evaluation is dense")
     counts = {}
     for p in model.parameters:
-        counts[p.kind] = counts.get(p.kind, 0) + int(np.prod(p.value.shape))
-    yield "trainable: " + ", ".join(f"{kind} {n:,}" for kind, n in counts.items()) + f"; total {sum(counts.values()):,}"
-    yield rope_sentence
-    yield f"data: {corpus.sentence}" + (f"; {evaluation} sequences held out" if evaluation else "")
-    yield f"steps: {steps} of {each} x {length} = {each * length:,} tokens; learning rate {o.learning_rate:g}, {o.lr_scheduler_type}"
-    yield f"memory: {plan.total / 2**30:.2f} GiB planned, checkpointing {plan.checkpointing}, {o.dtype}"
-
-
-def _make(directory):
-    try:
-        os.makedirs(directory, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be made: {error.strerror}") from None
-
-
-def _same_run(before, o, where):
-    """A resumed run must be the run that was stopped: only what does not change its arithmetic may differ."""
-    free = {"resume_from_checkpoint", "output_dir", "num_threads", "cache_dir", "save_steps", "save_total_limit", "logging_steps",
-            "checkpointing", "model", "init", "data", "eval_data"}
-    for name, value in o.to_dict().items():
-        old = before.get(name)
-        if name not in free and (list(old) if isinstance(old, (list, tuple)) else old) != (
-                list(value) if isinstance(value, tuple) else value):
-            raise UserError(f"{where}: was trained with {name} {old!r}, got {value!r}")
-
-
-def _sizes(model):
-    """Per parameter the sum of squares of its values: equal bits, equal sums."""
-    from . import _C
-    out = {}
-    for p in model.parameters:
-        total = np.zeros(1)
-        _C.sum_squares(total, p.value.reshape((int(np.prod(p.value.shape)),)))
-        out.setdefault(p.kind, []).append(total[0])
-    return out
-
-
-def _moved(before, after, step, o):
-    """Stops when a kind of parameter did not move. LoRA's A has no gradient while B is zero, so it is asked at step 2."""
-    for kind in after:
-        if before[kind] == after[kind] and not (kind == "lora_A" and step == 1):
-            if step == 2 and kind != "lora_A":
-                continue
-            rate = o.embedding_learning_rate if kind in ("embedding", "norm", "head") and not o.full else o.learning_rate
-            if rate == 0:
-                continue
-            raise UserError(f"step {step}: no {kind} parameter has moved; this would train nothing of that kind")
+        counts[p.kind] = counts.get(p.kind, 0) + math.prod(p.shape)
+    yield "trainable: " + ", ".join(f"{kind} {count:,}" for kind, count in counts.items()) + f"; total {sum(counts.values()):,}"
+    yield setup.rope
+    yield f"data: {corpus.sentence}" + (f"; {held_out:,} sequences are evaluated" if held_out else "")
+    yield (f"steps: {steps:,} of {B} x {n} x {o.sequence_length:,} = {B * n * o.sequence_length:,} tokens; learning rate "
+           f"{o.learning_rate:g}, embedding, head and norms {o.embedding_learning_rate:g}, {o.lr_scheduler_type}"
+           + (f" after {warmup} steps of warm-up" if warmup else ""))
+    yield (f"memory: {setup.plan.total / 2**30:.3f} GiB planned of {setup.plan.memory / 2**30:.3f} available, {o.dtype}, "
+           f"checkpointing {setup.plan.checkpointing}")
