@@ -11,6 +11,7 @@
 
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 enum { MAX_ARGS = 24 };
 static const char *const dtype_names[] = { "float32", "bfloat16", "float16", "float64", "int32", "int64", "uint8" };
@@ -75,15 +76,16 @@ static int parse_spec(const char *text, Spec *spec) {
 
 /* ---- longlora.Tensor ---------------------------------------------------------------------------------------------- */
 
-/* Owns its memory (base NULL), or is a view of another Tensor (base) or of a foreign buffer (buffer). Views keep their
- * owner alive, so memory goes when the last view does. */
+/* Owns its memory, or borrows a foreign buffer's, or is a view; a view keeps the Tensor that owns or borrows (never another
+ * view) alive, so memory goes when the last view does. */
 typedef struct {
     PyObject_HEAD
     Tensor t;
     int readonly, has_buffer;
-    PyObject *base;
-    Py_buffer buffer;
-    void *memory;
+    PyObject *base;                                                    /* of a view */
+    Py_buffer buffer;                                                  /* of wrap() */
+    void *memory;                                                      /* of an owner, and its size */
+    size_t bytes;
     Py_ssize_t shape[MAX_NDIM], strides[MAX_NDIM];                     /* what the buffer protocol hands out, in bytes */
 } TensorObject;
 static PyTypeObject *TensorType;
@@ -112,9 +114,41 @@ static int is_contiguous(const Tensor *t) {
     return 1;
 }
 
+/* The bytes from the lowest to one past the highest element. */
+static void extent(const Tensor *t, char **low, char **high) {
+    int64_t below = 0, above = 0, size = dtype_size(t->dtype);
+    for (int i = 0; i < t->ndim; i++) {
+        if (t->shape[i] == 0) { *low = *high = t->data; return; }
+        int64_t reach = (t->shape[i] - 1) * t->stride[i];
+        if (reach < 0) below += reach; else above += reach;
+    }
+    *low = (char *)t->data + below * size;
+    *high = (char *)t->data + (above + 1) * size;
+}
+
+static int overlap(const Tensor *a, const Tensor *b) {
+    char *low[2], *high[2];
+    extent(a, &low[0], &high[0]);
+    extent(b, &low[1], &high[1]);
+    return low[0] < high[0] && low[1] < high[1] && low[0] < high[1] && low[1] < high[0];
+}
+
+/* Memory of an owner. Large blocks come straight from the system: pages are committed when first touched, and all go back
+ * at once when the Tensor dies, which malloc does not promise. */
+enum { LARGE = 1 << 20 };
+static void *take_memory(size_t bytes) {
+    if (bytes < LARGE) return scratch((int64_t)bytes);
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+static void free_memory(void *p, size_t bytes) {
+    if (bytes < LARGE) scratch_free(p);
+    else munmap(p, bytes);
+}
+
 /* Shape from an int or a sequence of ints, strides dense; 0, or -1 with an exception. */
 static int read_shape(PyObject *shape, Tensor *t) {
-    PyObject *list = PyLong_Check(shape) ? Py_BuildValue("(O)", shape) : PySequence_Tuple(shape);
+    PyObject *list = PyIndex_Check(shape) ? Py_BuildValue("(O)", shape) : PySequence_Tuple(shape);
     if (!list) return -1;
     Py_ssize_t n = PyTuple_Size(list);
     int64_t total = 1;
@@ -142,7 +176,7 @@ static TensorObject *new_view(PyObject *base, const Tensor *t, int readonly) {
     if (!view) return NULL;
     view->t = *t;
     view->readonly = readonly;
-    view->base = Py_NewRef(base);
+    view->base = Py_NewRef(((TensorObject *)base)->base ? ((TensorObject *)base)->base : base);
     return view;
 }
 
@@ -153,19 +187,21 @@ static PyObject *tensor_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|U:Tensor", names, &shape, &dtype) || read_shape(shape, &t)) return NULL;
     t.dtype = dtype ? find_dtype(dtype) : F32;
     if (t.dtype < 0) return NULL;
-    int64_t bytes = elements_of(&t) * dtype_size(t.dtype);
-    if (!(t.data = scratch(bytes))) return PyErr_Format(PyExc_MemoryError, "Tensor: %lld bytes cannot be had", (long long)bytes);
     TensorObject *self = (TensorObject *)PyType_GenericAlloc(type, 0);
-    if (!self) { scratch_free(t.data); return NULL; }
+    if (!self) return NULL;
+    self->bytes = (size_t)(elements_of(&t) * dtype_size(t.dtype));
+    self->memory = t.data = take_memory(self->bytes);
     self->t = t;
-    self->memory = t.data;
-    return (PyObject *)self;
+    if (self->memory) return (PyObject *)self;
+    PyErr_Format(PyExc_MemoryError, "Tensor: %zu bytes cannot be had", self->bytes);
+    Py_DECREF(self);
+    return NULL;
 }
 
 static void tensor_dealloc(PyObject *object) {
     TensorObject *self = (TensorObject *)object;
     PyTypeObject *type = Py_TYPE(object);
-    if (self->memory) scratch_free(self->memory);
+    if (self->memory) free_memory(self->memory, self->bytes);
     if (self->has_buffer) PyBuffer_Release(&self->buffer);
     Py_XDECREF(self->base);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
@@ -243,7 +279,7 @@ static PyObject *tensor_getitem(PyObject *object, PyObject *key) {
     for (int axis = 0; axis < self->t.ndim && !PyErr_Occurred(); axis++) {
         int64_t size = self->t.shape[axis], stride = self->t.stride[axis], first = 0, length = size;
         PyObject *k = axis < count ? PyTuple_GetItem(keys, axis) : NULL;
-        int drop = k && PyLong_Check(k);
+        int drop = k && PyIndex_Check(k);
         if (drop) {
             first = PyLong_AsLongLong(k);
             if (first < 0 && !PyErr_Occurred()) first += size;
@@ -287,13 +323,26 @@ static PyObject *tensor_numpy(PyObject *object, PyObject *unused) {
     return array;
 }
 
-typedef struct { Tensor out, x; double value; int fill; } Copy;
+/* np.asarray() comes here for bfloat16, which the buffer protocol cannot say; NumPy itself converts to `dtype`. */
+static PyObject *tensor_array(PyObject *object, PyObject *args, PyObject *kwargs) {
+    static char *names[] = { "dtype", "copy", NULL };
+    PyObject *dtype = Py_None, *copy = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OO:__array__", names, &dtype, &copy)) return NULL;
+    PyObject *array = tensor_numpy(object, NULL);
+    if (!array || copy != Py_True) return array;
+    PyObject *copied = PyObject_CallMethod(array, "copy", NULL);
+    Py_DECREF(array);
+    return copied;
+}
 
-/* One row of the last axis, by its place among all rows. Same dtype: the bytes; between floats: through float32. */
+typedef struct { Tensor out, x; char value[8]; int fill; } Copy;
+
+/* One row of the last axis, by its place among all rows. Fill: the bytes of value; the same dtype: the bytes of x; between
+ * floats: through float32. */
 static int copy_row(int64_t row, void *context) {
     const Copy *c = context;
     int last = c->out.ndim - 1;
-    int64_t out_at = 0, x_at = 0, n = last < 0 ? 1 : c->out.shape[last];
+    int64_t out_at = 0, x_at = 0, n = last < 0 ? 1 : c->out.shape[last], size = dtype_size(c->out.dtype);
     for (int axis = last - 1; axis >= 0; axis--) {
         int64_t i = row % c->out.shape[axis];
         row /= c->out.shape[axis];
@@ -301,50 +350,54 @@ static int copy_row(int64_t row, void *context) {
         x_at += i * c->x.stride[axis];
     }
     int64_t out_step = last < 0 ? 1 : c->out.stride[last], x_step = last < 0 ? 1 : c->x.stride[last];
-    for (int64_t i = 0; i < n; i++) {
-        void *out = at(&c->out, out_at + i * out_step);
-        if (!c->fill && c->out.dtype == c->x.dtype) {
-            if (out_step == 1 && x_step == 1) {
-                memcpy(out, at(&c->x, x_at), (size_t)(n * dtype_size(c->out.dtype)));
-                return 0;
-            }
-            memcpy(out, at(&c->x, x_at + i * x_step), (size_t)dtype_size(c->out.dtype));
-            continue;
-        }
-        if (!c->fill && out_step == 1 && x_step == 1) {
-            float block[1024];
-            int64_t m = n - i < 1024 ? n - i : 1024;
-            load_row(block, at(&c->x, x_at + i), c->x.dtype, m);
-            store_row(out, c->out.dtype, block, m);
-            i += m - 1;
-            continue;
-        }
-        double value = c->fill ? c->value : load1(at(&c->x, x_at + i * x_step), c->x.dtype);
-        switch (c->out.dtype) {
-            case F64: *(double *)out = value; break;
-            case I32: *(int32_t *)out = (int32_t)value; break;
-            case I64: *(int64_t *)out = (int64_t)value; break;
-            case U8: *(uint8_t *)out = (uint8_t)value; break;
-            default: store1(out, c->out.dtype, (float)value);
-        }
+    char *out = at(&c->out, out_at);
+    if (c->fill) {
+        for (int64_t i = 0; i < n; i++) memcpy(out + i * out_step * size, c->value, (size_t)size);
+        return 0;
     }
+    const char *x = at(&c->x, x_at);
+    int64_t x_size = dtype_size(c->x.dtype), same = c->out.dtype == c->x.dtype;
+    if (out_step == 1 && x_step == 1) {
+        float block[1024];
+        if (same) memcpy(out, x, (size_t)(n * size));
+        else for (int64_t i = 0; i < n; i += 1024) {
+            int64_t m = n - i < 1024 ? n - i : 1024;
+            load_row(block, x + i * x_size, c->x.dtype, m);
+            store_row(out + i * size, c->out.dtype, block, m);
+        }
+        return 0;
+    }
+    for (int64_t i = 0; i < n; i++, out += out_step * size, x += x_step * x_size)
+        if (same) memcpy(out, x, (size_t)size);
+        else store1(out, c->out.dtype, load1(x, c->x.dtype));
     return 0;
 }
 
-static int copy_all(const Copy *c) {
-    int64_t n = elements_of(&c->out), last = c->out.ndim ? c->out.shape[c->out.ndim - 1] : 1, status;
-    if (!n) return 0;
+static void copy_all(const Copy *c) {
+    int64_t n = elements_of(&c->out), last = c->out.ndim ? c->out.shape[c->out.ndim - 1] : 1;
+    if (!n) return;
     Py_BEGIN_ALLOW_THREADS
-    status = parallel_for(n / last, copy_row, (void *)c);
+    parallel_for(n / last, copy_row, (void *)c);
     Py_END_ALLOW_THREADS
-    return (int)status;
 }
 
-static PyObject *tensor_fill(PyObject *object, PyObject *value) {
+static PyObject *tensor_fill(PyObject *object, PyObject *number) {
+    static const double lowest[] = { -2147483648.0, -9007199254740992.0, 0 }, highest[] = { 2147483647.0, 9007199254740992.0, 255 };
     TensorObject *self = (TensorObject *)object;
-    Copy c = { .out = self->t, .fill = 1, .value = PyFloat_AsDouble(value) };
+    Copy c = { .out = self->t, .fill = 1 };
+    double value = PyFloat_AsDouble(number);
+    int dtype = self->t.dtype;
     if (PyErr_Occurred()) return NULL;
     if (self->readonly) return PyErr_Format(PyExc_ValueError, "Tensor.fill: the tensor is read-only");
+    if (dtype >= I32 && !(value >= lowest[dtype - I32] && value <= highest[dtype - I32] && value == (double)(int64_t)value))
+        return PyErr_Format(PyExc_ValueError, "Tensor.fill: %R is no %s", number, dtype_names[dtype]);
+    switch (dtype) {
+        case F64: memcpy(c.value, &value, 8); break;
+        case I32: memcpy(c.value, &(int32_t){ (int32_t)value }, 4); break;
+        case I64: memcpy(c.value, &(int64_t){ (int64_t)value }, 8); break;
+        case U8: c.value[0] = (char)(uint8_t)value; break;
+        default: store1(c.value, dtype, (float)value);
+    }
     copy_all(&c);
     Py_RETURN_NONE;
 }
@@ -384,7 +437,10 @@ static int tensor_getbuffer(PyObject *object, Py_buffer *view, int flags) {
     if (!formats[t->dtype])
         return PyErr_SetString(PyExc_BufferError, "Tensor: the buffer protocol has no bfloat16; use view(shape, 'uint8'), numpy() or DLPack"), -1;
     if ((flags & PyBUF_WRITABLE) && self->readonly) return PyErr_SetString(PyExc_BufferError, "Tensor: the tensor is read-only"), -1;
-    if (!(flags & PyBUF_STRIDES) && !is_contiguous(t)) return PyErr_SetString(PyExc_BufferError, "Tensor: the tensor is not contiguous"), -1;
+    int rows = (flags & PyBUF_STRIDES) != PyBUF_STRIDES || (flags & (PyBUF_C_CONTIGUOUS | PyBUF_ANY_CONTIGUOUS) & ~PyBUF_STRIDES);
+    int columns = flags & PyBUF_F_CONTIGUOUS & ~PyBUF_STRIDES;
+    if (((rows || columns) && !is_contiguous(t)) || (columns && t->ndim > 1))
+        return PyErr_SetString(PyExc_BufferError, "Tensor: the tensor is not contiguous in the order asked for"), -1;
     for (int i = 0; i < t->ndim; i++) {
         self->shape[i] = (Py_ssize_t)t->shape[i];
         self->strides[i] = (Py_ssize_t)(t->stride[i] * dtype_size(t->dtype));
@@ -429,31 +485,47 @@ static void drop_capsule(PyObject *capsule) {                          /* a caps
     }
 }
 
+/* A pair of ints, as max_version and dl_device are; 1, 0 for None, -1 with an exception. */
+static int read_pair(PyObject *pair, const char *name, int *first, int *second) {
+    if (pair == Py_None) return 0;
+    if (PyTuple_Check(pair) && PyArg_ParseTuple(pair, "ii", first, second)) return 1;
+    PyErr_Format(PyExc_TypeError, "Tensor.__dlpack__: %s should be two integers, got %R", name, pair);
+    return -1;
+}
+
 static PyObject *tensor_dlpack(PyObject *object, PyObject *args, PyObject *kwargs) {
     static char *names[] = { "stream", "max_version", "dl_device", "copy", NULL };
     PyObject *stream = Py_None, *max_version = Py_None, *device = Py_None, *copy = Py_None;
     TensorObject *self = (TensorObject *)object;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$OOOO:__dlpack__", names, &stream, &max_version, &device, &copy)) return NULL;
     if (stream != Py_None) return PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: stream should be None on the CPU, got %R", stream);
-    if (copy == Py_True) return PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: copy=True is not offered");
-    int type = kDLCPU, id = 0, versioned = 0;
-    if (device != Py_None && (!PyArg_ParseTuple(device, "ii", &type, &id) || type != kDLCPU || id))
-        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: dl_device should be (1, 0), got %R", device);
-    if (max_version != Py_None) {
-        int major, minor;
-        if (!PyArg_ParseTuple(max_version, "ii", &major, &minor)) return NULL;
-        versioned = major >= 1;
+    int type = kDLCPU, id = 0, major = 0, minor = 0;
+    if (read_pair(device, "dl_device", &type, &id) < 0 || read_pair(max_version, "max_version", &major, &minor) < 0) return NULL;
+    if (type != kDLCPU || id) return PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: dl_device should be (1, 0), got %R", device);
+    int versioned = major >= 1;
+    if (copy == Py_True) {
+        Copy c = { .out = self->t, .x = self->t };
+        PyObject *shape = get_shape(object, NULL), *twin = NULL;
+        if (shape) twin = PyObject_CallFunction((PyObject *)TensorType, "Os", shape, dtype_names[self->t.dtype]);
+        Py_XDECREF(shape);
+        if (!twin) return NULL;
+        object = twin;
+        self = (TensorObject *)twin;
+        c.out = self->t;
+        copy_all(&c);
+    } else Py_INCREF(object);
+    Export *e = self->readonly && !versioned ? NULL : PyMem_Malloc(sizeof *e);
+    if (!e) {
+        Py_DECREF(object);
+        return versioned ? PyErr_NoMemory() :
+            PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: a read-only tensor needs max_version of at least (1, 0)");
     }
-    if (!versioned && self->readonly)
-        return PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: a read-only tensor needs max_version of at least (1, 0)");
-    Export *e = PyMem_Malloc(sizeof *e);
-    if (!e) return PyErr_NoMemory();
     for (int i = 0; i < self->t.ndim; i++) { e->shape[i] = self->t.shape[i]; e->strides[i] = self->t.stride[i]; }
-    e->owner = Py_NewRef(object);
+    e->owner = object;                                                 /* the reference taken above */
     DLTensor t = { self->t.data, { kDLCPU, 0 }, self->t.ndim, { dl_types[self->t.dtype].code, dl_types[self->t.dtype].bits, 1 },
                    e->shape, e->strides, 0 };
-    if (versioned) e->managed.versioned = (DLManagedTensorVersioned){ { 1, 0 }, e, delete_versioned,
-                                                                     self->readonly ? DLPACK_FLAG_BITMASK_READ_ONLY : 0, t };
+    uint64_t flags = (self->readonly ? DLPACK_FLAG_BITMASK_READ_ONLY : 0) | (copy == Py_True ? DLPACK_FLAG_BITMASK_IS_COPIED : 0);
+    if (versioned) e->managed.versioned = (DLManagedTensorVersioned){ { 1, 0 }, e, delete_versioned, flags, t };
     else e->managed.old = (DLManagedTensor){ t, e, delete_old };
     PyObject *capsule = PyCapsule_New(&e->managed, versioned ? "dltensor_versioned" : "dltensor", drop_capsule);
     if (!capsule) release_export(e);
@@ -472,6 +544,8 @@ static PyMethodDef tensor_methods[] = {
       "view($self, shape, dtype=None, offset=0)\n--\n\nThe same memory from `offset` bytes on, in another shape and dtype." },
     { "reshape", tensor_reshape, METH_O, "reshape($self, shape, /)\n--\n\nThe same elements in another shape; never a copy." },
     { "numpy", tensor_numpy, METH_NOARGS, "numpy($self, /)\n--\n\nAn ndarray on the same memory. bfloat16 needs ml_dtypes." },
+    { "__array__", (PyCFunction)(void (*)(void))tensor_array, METH_VARARGS | METH_KEYWORDS,
+      "__array__($self, dtype=None, copy=None)\n--\n\n" },
     { "fill", tensor_fill, METH_O, "fill($self, value, /)\n--\n\nSets every element." },
     { "copy_", tensor_copy, METH_O, "copy_($self, source, /)\n--\n\nCopies an array of the same shape; float dtypes are converted." },
     { "__dlpack__", (PyCFunction)(void (*)(void))tensor_dlpack, METH_VARARGS | METH_KEYWORDS,
@@ -496,23 +570,30 @@ static PyType_Spec tensor_spec = { "longlora.Tensor", sizeof(TensorObject), 0, P
 typedef struct { PyObject *capsule; DLManagedTensorVersioned *managed; } Loan;
 
 static void give_back(Loan *loans, int count) {
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);                            /* deleters may run Python, which wants no exception set */
     for (int i = 0; i < count; i++) {
-        Py_CLEAR(loans[i].capsule);                                    /* still named as it came: its destructor frees it */
+        Py_XDECREF(loans[i].capsule);                                  /* still named as it came: its destructor frees it */
         if (loans[i].managed && loans[i].managed->deleter) loans[i].managed->deleter(loans[i].managed);
-        loans[i].managed = NULL;
     }
+    PyErr_Restore(type, value, traceback);
+}
+
+static int refuse_read_only(const char *op, const Arg *arg) {
+    return PyErr_Format(PyExc_ValueError, "%s: output %s is read-only", op, arg->name), -1;
 }
 
 static int borrow_numpy(PyArrayObject *array, Tensor *t, const char *op, const Arg *arg) {
     static const struct { int num, dtype; } nums[] = {
         { NPY_FLOAT32, F32 }, { NPY_FLOAT16, F16 }, { NPY_FLOAT64, F64 }, { NPY_INT32, I32 }, { NPY_INT64, I64 }, { NPY_UINT8, U8 } };
+    static atomic_int bfloat16 = NPY_NOTYPE;                           /* the number ml_dtypes was given, once it was seen */
     int num = PyArray_TYPE(array);
-    t->dtype = -1;
+    t->dtype = num == bfloat16 ? BF16 : -1;
     for (size_t i = 0; i < sizeof nums / sizeof *nums; i++) if (nums[i].num == num) t->dtype = nums[i].dtype;
     if (t->dtype < 0) {
         PyObject *name = PyObject_GetAttrString((PyObject *)PyArray_DESCR(array), "name");
         if (!name) return -1;
-        if (!PyUnicode_CompareWithASCIIString(name, "bfloat16")) t->dtype = BF16;
+        if (!PyUnicode_CompareWithASCIIString(name, "bfloat16")) { t->dtype = BF16; bfloat16 = num; }
         else PyErr_Format(PyExc_TypeError, "%s: %s has dtype %U, which no op takes", op, arg->name, name);
         Py_DECREF(name);
         if (t->dtype < 0) return -1;
@@ -526,10 +607,7 @@ static int borrow_numpy(PyArrayObject *array, Tensor *t, const char *op, const A
         PyErr_Format(PyExc_TypeError, "%s: %s is not in the machine's byte order", op, arg->name);
         return -1;
     }
-    if (arg->output && !PyArray_ISWRITEABLE(array)) {
-        PyErr_Format(PyExc_ValueError, "%s: output %s is read-only", op, arg->name);
-        return -1;
-    }
+    if (arg->output && !PyArray_ISWRITEABLE(array)) return refuse_read_only(op, arg);
     int64_t size = dtype_size(t->dtype);
     for (int i = 0; i < t->ndim; i++) {
         t->shape[i] = PyArray_DIM(array, i);
@@ -583,6 +661,24 @@ static const DLPackExchangeAPI *exchange_api(PyObject *object) {
     return header && header->version.major == 1 ? (const DLPackExchangeAPI *)header : NULL;
 }
 
+/* A producer's own words, as a BufferError that says whose argument it was. */
+static int producer_failed(const char *op, const Arg *arg) {
+    if (!PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError)) return -1;
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    PyErr_Format(PyExc_BufferError, "%s: %s cannot be borrowed: %S", op, arg->name, value);
+    Py_XDECREF(type); Py_XDECREF(value); Py_XDECREF(traceback);
+    return -1;
+}
+
+static int borrow_managed(const DLManagedTensorVersioned *m, Tensor *t, const char *op, const Arg *arg) {
+    if (m->version.major != 1)
+        return PyErr_Format(PyExc_BufferError, "%s: %s speaks DLPack %u, wanted 1", op, arg->name, (unsigned)m->version.major), -1;
+    if (arg->output && (m->flags & DLPACK_FLAG_BITMASK_READ_ONLY)) return refuse_read_only(op, arg);
+    return borrow_dltensor(&m->dl_tensor, t, op, arg);
+}
+
 static int borrow_capsule(PyObject *object, Tensor *t, Loan *loan, const char *op, const Arg *arg) {
     PyObject *method = PyObject_GetAttrString(object, "__dlpack__");
     if (!method) {
@@ -597,19 +693,15 @@ static int borrow_capsule(PyObject *object, Tensor *t, Loan *loan, const char *o
         capsule = PyObject_Call(method, none, NULL);
     }
     Py_DECREF(method); Py_XDECREF(none); Py_XDECREF(kwargs);
-    if (!capsule) return -1;
+    if (!capsule) return producer_failed(op, arg);
     loan->capsule = capsule;
-    if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
-        DLManagedTensorVersioned *m = PyCapsule_GetPointer(capsule, "dltensor_versioned");
-        if (m->version.major != 1)
-            return PyErr_Format(PyExc_BufferError, "%s: %s speaks DLPack %u, wanted 1", op, arg->name, m->version.major), -1;
-        if (arg->output && (m->flags & DLPACK_FLAG_BITMASK_READ_ONLY))
-            return PyErr_Format(PyExc_ValueError, "%s: output %s is read-only", op, arg->name), -1;
-        return borrow_dltensor(&m->dl_tensor, t, op, arg);
-    }
-    if (PyCapsule_IsValid(capsule, "dltensor"))
-        return borrow_dltensor(&((DLManagedTensor *)PyCapsule_GetPointer(capsule, "dltensor"))->dl_tensor, t, op, arg);
-    return PyErr_Format(PyExc_TypeError, "%s: %s gave %R instead of a DLPack capsule", op, arg->name, capsule), -1;
+    if (PyCapsule_IsValid(capsule, "dltensor_versioned"))
+        return borrow_managed(PyCapsule_GetPointer(capsule, "dltensor_versioned"), t, op, arg);
+    if (!PyCapsule_IsValid(capsule, "dltensor"))
+        return PyErr_Format(PyExc_TypeError, "%s: %s gave %R instead of a DLPack capsule", op, arg->name, capsule), -1;
+    if (arg->output)                                                   /* an old capsule cannot say that it is read-only */
+        return PyErr_Format(PyExc_BufferError, "%s: output %s should speak DLPack 1 (max_version), got an old capsule", op, arg->name), -1;
+    return borrow_dltensor(&((DLManagedTensor *)PyCapsule_GetPointer(capsule, "dltensor"))->dl_tensor, t, op, arg);
 }
 
 static int borrow(PyObject *object, Tensor *t, Loan *loan, const char *op, const Arg *arg) {
@@ -621,22 +713,18 @@ static int borrow(PyObject *object, Tensor *t, Loan *loan, const char *op, const
     }
     if (is_tensor(object)) {
         *t = ((TensorObject *)object)->t;
-        if (arg->output && ((TensorObject *)object)->readonly)
-            return PyErr_Format(PyExc_ValueError, "%s: output %s is read-only", op, arg->name), -1;
-        return 0;
+        return arg->output && ((TensorObject *)object)->readonly ? refuse_read_only(op, arg) : 0;
     }
     if (PyArray_Check(object)) return borrow_numpy((PyArrayObject *)object, t, op, arg);
     const DLPackExchangeAPI *api = exchange_api(object);
     if (!api) return borrow_capsule(object, t, loan, op, arg);
-    if (api->dltensor_from_py_object_no_sync) {
+    if (api->dltensor_from_py_object_no_sync && !arg->output) {        /* the cheaper way; it has no read-only flag */
         DLTensor d;
-        if (api->dltensor_from_py_object_no_sync(object, &d)) return -1;
+        if (api->dltensor_from_py_object_no_sync(object, &d)) return producer_failed(op, arg);
         return borrow_dltensor(&d, t, op, arg);
     }
-    if (api->managed_tensor_from_py_object_no_sync(object, &loan->managed)) return -1;
-    if (arg->output && (loan->managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY))
-        return PyErr_Format(PyExc_ValueError, "%s: output %s is read-only", op, arg->name), -1;
-    return borrow_dltensor(&loan->managed->dl_tensor, t, op, arg);
+    if (api->managed_tensor_from_py_object_no_sync(object, &loan->managed)) return producer_failed(op, arg);
+    return borrow_managed(loan->managed, t, op, arg);
 }
 
 static PyObject *tensor_copy(PyObject *object, PyObject *source) {
@@ -646,17 +734,18 @@ static PyObject *tensor_copy(PyObject *object, PyObject *source) {
     Loan loan = {0};
     if (self->readonly) return PyErr_Format(PyExc_ValueError, "Tensor.copy_: the tensor is read-only");
     int status = borrow(source, &c.x, &loan, "Tensor.copy_", &arg);
-    if (!status && c.x.ndim != c.out.ndim) status = -1;
-    for (int i = 0; !status && i < c.out.ndim; i++) if (c.x.shape[i] != c.out.shape[i]) status = -1;
-    if (status && !PyErr_Occurred()) PyErr_Format(PyExc_ValueError, "Tensor.copy_: the shapes differ");
-    if (!status && c.x.dtype != c.out.dtype && (c.x.dtype > F16 || c.out.dtype > F16)) {
-        PyErr_Format(PyExc_TypeError, "Tensor.copy_: no conversion from %s to %s", dtype_names[c.x.dtype], dtype_names[c.out.dtype]);
-        status = -1;
-    }
-    if (!status) copy_all(&c);
+    for (int i = 0; !status && i < c.out.ndim && c.x.ndim == c.out.ndim; i++) if (c.x.shape[i] != c.out.shape[i])
+        status = (PyErr_Format(PyExc_ValueError, "Tensor.copy_: source axis %d should be %lld, got %lld", i, (long long)c.out.shape[i],
+                               (long long)c.x.shape[i]), -1);
+    if (status) {}
+    else if (c.x.ndim != c.out.ndim)
+        PyErr_Format(PyExc_ValueError, "Tensor.copy_: source should have %d axes, got %d", c.out.ndim, c.x.ndim);
+    else if (c.x.dtype != c.out.dtype && (c.x.dtype > F16 || c.out.dtype > F16))
+        PyErr_Format(PyExc_TypeError, "Tensor.copy_: source should be %s, got %s", dtype_names[c.out.dtype], dtype_names[c.x.dtype]);
+    else if (overlap(&c.out, &c.x)) PyErr_Format(PyExc_ValueError, "Tensor.copy_: source overlaps the tensor");
+    else copy_all(&c);
     give_back(&loan, 1);
-    if (status) return NULL;
-    Py_RETURN_NONE;
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
 /* ---- checks ------------------------------------------------------------------------------------------------------ */
@@ -710,18 +799,6 @@ static int check(const char *op, const Spec *spec, const Tensor *t) {
     return 0;
 }
 
-/* The bytes from the lowest to one past the highest element. */
-static void extent(const Tensor *t, char **low, char **high) {
-    int64_t below = 0, above = 0, size = dtype_size(t->dtype);
-    for (int i = 0; i < t->ndim; i++) {
-        if (t->shape[i] == 0) { *low = *high = t->data; return; }
-        int64_t reach = (t->shape[i] - 1) * t->stride[i];
-        if (reach < 0) below += reach; else above += reach;
-    }
-    *low = (char *)t->data + below * size;
-    *high = (char *)t->data + (above + 1) * size;
-}
-
 static int same_memory(const Tensor *a, const Tensor *b) {
     if (a->data != b->data || a->ndim != b->ndim || a->dtype != b->dtype) return 0;
     for (int i = 0; i < a->ndim; i++)
@@ -729,37 +806,57 @@ static int same_memory(const Tensor *a, const Tensor *b) {
     return 1;
 }
 
-/* Whether a and b take turns in a common larger array without touching, as q, k and v do in the rows of one matrix: they
- * walk their first axes alike, and within one step of those, modulo its stride, they lie apart. */
+/* The bytes that t touches in each period of `pitch` bytes, from its first on; 0 if it does not keep to such periods. */
+static int64_t reach_within(const Tensor *t, int64_t pitch) {
+    int64_t size = dtype_size(t->dtype), reach = size;
+    for (int i = 0; i < t->ndim; i++) {
+        int64_t stride = t->stride[i] * size;
+        if (t->shape[i] == 1 || stride % pitch == 0) continue;
+        if (stride < 0 || stride > pitch) return 0;
+        reach += (t->shape[i] - 1) * stride;
+    }
+    return reach;
+}
+
+/* Whether a and b lie side by side in the rows of one matrix, as q, k and v do: modulo the row's length, which is one of
+ * their strides, they do not meet. */
 static int interleaved(const Tensor *a, const Tensor *b) {
-    if (a->ndim != b->ndim || a->dtype != b->dtype) return 0;
-    int64_t apart = ((char *)b->data - (char *)a->data) / dtype_size(a->dtype);
-    for (int n = 0; n + 1 < a->ndim; n++) {
-        int64_t row = a->stride[n], reach[2] = { 1, 1 };
-        if (a->shape[n] != b->shape[n] || row != b->stride[n] || row <= 0) return 0;
-        int whole = 1;
-        for (int i = 0; i < n; i++) if (a->shape[i] > 1 && a->stride[i] % row) whole = 0;
-        for (int i = n + 1; i < a->ndim; i++) {
-            if (a->stride[i] < 0 || b->stride[i] < 0) return 0;
-            reach[0] += (a->shape[i] - 1) * a->stride[i];
-            reach[1] += (b->shape[i] - 1) * b->stride[i];
-        }
-        int64_t offset = (apart % row + row) % row;
-        if (whole && offset >= reach[0] && offset + reach[1] <= row) return 1;
+    for (int i = 0; i < a->ndim; i++) {
+        int64_t pitch = a->stride[i] * dtype_size(a->dtype);
+        if (a->shape[i] == 1 || pitch <= 0) continue;
+        int64_t reach[2] = { reach_within(a, pitch), reach_within(b, pitch) };
+        int64_t offset = (((char *)b->data - (char *)a->data) % pitch + pitch) % pitch;
+        if (reach[0] && reach[1] && offset >= reach[0] && offset + reach[1] <= pitch) return 1;
+    }
+    return 0;
+}
+
+/* Whether two elements of t share memory. Axes in the order of their strides: each must step over all below it. */
+static int overlaps_itself(const Tensor *t) {
+    int done[MAX_NDIM] = {0};
+    int64_t reach = 1;
+    if (elements_of(t) == 0) return 0;
+    for (int n = 0; n < t->ndim; n++) {
+        int least = -1;
+        for (int i = 0; i < t->ndim; i++) if (!done[i] && (least < 0 || llabs(t->stride[i]) < llabs(t->stride[least]))) least = i;
+        done[least] = 1;
+        if (t->shape[least] == 1) continue;
+        if (llabs(t->stride[least]) < reach) return 1;
+        reach += (t->shape[least] - 1) * llabs(t->stride[least]);
     }
     return 0;
 }
 
 static int check_overlap(const char *op, const Spec *spec, const Tensor *t) {
-    for (int i = 0; i < spec->outputs; i++) for (int j = i + 1; j < spec->tensors; j++) {
-        if (!given(&t[i]) || !given(&t[j])) continue;
-        char *low[2], *high[2];
-        extent(&t[i], &low[0], &high[0]);
-        extent(&t[j], &low[1], &high[1]);
-        if (low[0] == high[0] || low[1] == high[1] || high[0] <= low[1] || high[1] <= low[0]) continue;
-        if (spec->args[j].may_alias && same_memory(&t[i], &t[j])) continue;
-        if (interleaved(&t[i], &t[j])) continue;
-        return PyErr_Format(PyExc_ValueError, "%s: output %s overlaps %s", op, spec->args[i].name, spec->args[j].name), -1;
+    for (int i = 0; i < spec->outputs; i++) {
+        if (!given(&t[i])) continue;
+        if (overlaps_itself(&t[i]))
+            return PyErr_Format(PyExc_ValueError, "%s: output %s has elements that share memory", op, spec->args[i].name), -1;
+        for (int j = i + 1; j < spec->tensors; j++) {
+            if (!given(&t[j]) || !overlap(&t[i], &t[j]) || interleaved(&t[i], &t[j])) continue;
+            if (spec->args[j].may_alias && same_memory(&t[i], &t[j])) continue;
+            return PyErr_Format(PyExc_ValueError, "%s: output %s overlaps %s", op, spec->args[i].name, spec->args[j].name), -1;
+        }
     }
     return 0;
 }
@@ -796,7 +893,8 @@ static PyObject *call(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     status = ops[index].cpu[isa](&all, NULL);
     Py_END_ALLOW_THREADS
     calls[index]++;
-    if (status) PyErr_SetString(PyExc_ValueError, last_error());
+    if (status)                                                        /* scratch() has one way to fail, the kernels another */
+        PyErr_SetString(strncmp(last_error(), "out of memory", 13) ? PyExc_ValueError : PyExc_MemoryError, last_error());
     else result = Py_NewRef(Py_None);
 done:
     give_back(loans, spec->tensors);
@@ -842,7 +940,6 @@ static PyObject *py_calls(PyObject *self, PyObject *unused) {
     return counts;
 }
 
-static PyMethodDef call_def = { "op", (PyCFunction)(void (*)(void))call, METH_FASTCALL, NULL };
 static PyMethodDef methods[] = {
     { "set_num_threads", py_set_threads, METH_O, "set_num_threads($module, n, /)\n--\n\nThreads that each op may use." },
     { "get_num_threads", py_get_threads, METH_NOARGS, "get_num_threads($module, /)\n--\n\n" },
@@ -853,6 +950,8 @@ static PyMethodDef methods[] = {
 };
 
 static int exec_module(PyObject *module) {
+    static PyMethodDef *functions;
+    if (functions) return PyErr_SetString(PyExc_ImportError, "longlora._C can be loaded once in a process"), -1;
     import_array1(-1);
     isa = choose_isa();
     if (isa < 0) return PyErr_SetString(PyExc_ImportError, last_error()), -1;
@@ -860,14 +959,16 @@ static int exec_module(PyObject *module) {
     if (!TensorType || PyModule_AddObjectRef(module, "Tensor", (PyObject *)TensorType)) return -1;
     specs = calloc((size_t)op_count, sizeof *specs);
     calls = calloc((size_t)op_count, sizeof *calls);
+    functions = calloc((size_t)op_count, sizeof *functions);
     PyObject *table = PyDict_New();
-    if (!specs || !calls || !table) return PyErr_NoMemory(), -1;
+    if (!specs || !calls || !functions || !table) return PyErr_NoMemory(), -1;
     for (int i = 0; i < op_count; i++) {
         size_t size = 0;
         if (parse_spec(ops[i].spec, &specs[i]) ||
             (size = (size_t)specs[i].tensors * sizeof(Tensor) + (size_t)specs[i].scalars * sizeof(double)) != (size_t)ops[i].args_size)
             return PyErr_Format(PyExc_SystemError, "%s: its spec and its struct disagree: %s", ops[i].name, ops[i].spec), -1;
-        PyObject *index = PyLong_FromLong(i), *function = index ? PyCFunction_New(&call_def, index) : NULL;
+        functions[i] = (PyMethodDef){ ops[i].name, (PyCFunction)(void (*)(void))call, METH_FASTCALL, ops[i].spec };
+        PyObject *index = PyLong_FromLong(i), *function = index ? PyCFunction_New(&functions[i], index) : NULL;
         PyObject *text = PyUnicode_FromString(ops[i].spec);
         if (!function || !text || PyModule_AddObjectRef(module, ops[i].name, function) ||
             PyDict_SetItemString(table, ops[i].name, text)) return -1;

@@ -1,6 +1,7 @@
 """The command line: `longlora train|plan|ppl|merge|inspect|doctor|demo`. Parses, calls the Python function of the same name,
 prints. What is the user's to mend is one line and exit code 2, never a traceback."""
 import argparse
+import difflib
 import json
 import sys
 
@@ -112,8 +113,19 @@ def _demo(args):
     return 0
 
 
+def _parsed(argv):
+    p = parser()
+    args, unknown = p.parse_known_args(argv)
+    if unknown:
+        commands = next(action.choices for action in p._actions if action.dest == "command")
+        known = [flag for action in commands[args.command]._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
+        p.error(f"{args.command}: unknown option {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    return args
+
+
 def main(argv=None):
-    args = parser().parse_args(argv)
+    args = _parsed(argv)
     try:
         return {"train": _train, "plan": _plan, "ppl": _ppl, "merge": _merge, "inspect": _inspect, "doctor": _doctor,
                 "demo": _demo}[args.command](args)

@@ -223,9 +223,20 @@ class Model:
         else:
             fill(self._view(s.key)[rows])
 
-    def _publish(self):
+    def refresh(self):
+        """Writes every working copy, after the masters (Parameter.value) were changed."""
         for p in self.parameters:
             p.publish()
+
+    @property
+    def kinds(self):
+        """The kinds of what is trained, in a fixed order."""
+        found = {p.kind for p in self.parameters}
+        return [kind for kind in plan_.KINDS if kind in found]
+
+    def tensors(self):
+        """-> dict of what is trained, Hugging Face name -> float32 ndarray, a view of the master."""
+        return {p.name: p.value.numpy() for p in self.parameters}
 
     def load(self, checkpoint):
         """Reads every weight of `checkpoint` (weights.open_model) into place -> self. UserError if it is another model's."""
@@ -235,7 +246,7 @@ class Model:
             raise UserError(f"{checkpoint.path}: is not of the model's config: {odd[0]}")
         for name in checkpoint.names():
             self._write(name, lambda out: checkpoint.read(name, out))
-        self._publish()
+        self.refresh()
         return self
 
     def load_adapter(self, tensors, lora=None):
@@ -254,7 +265,7 @@ class Model:
                 raise UserError(f"adapter: {name} should have shape {list(shape)}, got {list(array.shape)}")
         for name, array in tensors.items():
             self._write(name, lambda out: out.copy_(array))
-        self._publish()
+        self.refresh()
         return self
 
     def init_random(self, seed=None):
@@ -266,7 +277,7 @@ class Model:
                 self._write(name, lambda out: out.fill(1 if s.kind == "norm" else 0))
             else:
                 self._write(name, lambda out: self._draw(name, seed, out, self.config.initializer_range, normal=True))
-        self._publish()
+        self.refresh()
         return self
 
     def _init_lora(self):
@@ -276,7 +287,7 @@ class Model:
                 self._write(name, lambda out: self._draw(name, self.seed, out, 1 / math.sqrt(s.shape[1])))
             elif s.kind == "lora_B":
                 self._write(name, lambda out: out.fill(0))
-        self._publish()
+        self.refresh()
 
     @staticmethod
     def _draw(name, seed, out, width, normal=False):

@@ -32,7 +32,7 @@ class AdamW:
         return p.value.reshape((size,)), p.m.reshape((size,)), p.v.reshape((size,)), copy, p.grad.reshape((size,))
 
     def step(self, learning_rates):
-        """One step with learning_rates (kind -> rate) -> {"grad_norm": the norm before clipping}.
+        """One step with learning_rates (kind -> rate) -> the global norm of the gradient, before clipping.
 
         max_grad_norm 0 clips never. UserError if the norm is not finite; then nothing was changed.
         """
@@ -52,25 +52,23 @@ class AdamW:
             _C.adamw(value, m, v, copy, grad, learning_rates[p.kind], self.beta1, self.beta2, self.eps, decay, self.steps, scale)
             if p.copy is not None and copy is None:
                 p.publish()
-        return {"grad_norm": norm}
+        return norm
 
     def state_dict(self):
-        """-> dict name -> float32 ndarray: "step", and "m." and "v." of each parameter's name. Views of m and v, not copies."""
-        state = {"step": np.array([self.steps], np.float32)}
-        for p in self.parameters:
-            state["m." + p.name], state["v." + p.name] = p.m.numpy(), p.v.numpy()
-        return state
+        """-> dict of float32 ndarrays: "value.", "m." and "v." before each parameter's name. Views, not copies."""
+        return {f"{what}.{p.name}": getattr(p, what).numpy() for p in self.parameters for what in ("value", "m", "v")}
 
-    def load_state_dict(self, state):
-        """Puts back what state_dict gave; after that, steps give the same bits as if there had been no stop."""
-        wanted = {"step": (1,), **{f"{what}.{p.name}": p.shape for p in self.parameters for what in "mv"}}
+    def load_state_dict(self, state, steps):
+        """Puts back what state_dict gave after `steps` steps; the next ones give the same bits as if there had been no stop."""
+        wanted = {f"{what}.{p.name}": p.shape for p in self.parameters for what in ("value", "m", "v")}
         if set(state) != set(wanted):
             odd = sorted(set(state) ^ set(wanted))
             raise UserError(f"optimizer state: it is of other parameters: {odd[0]}")
         for name, shape in wanted.items():
-            if tuple(state[name].shape) != tuple(shape):
+            if tuple(state[name].shape) != shape:
                 raise UserError(f"optimizer state: {name} should have shape {list(shape)}, got {list(state[name].shape)}")
-        self.steps = int(state["step"][0])
+        self.steps = int(steps)
         for p in self.parameters:
-            p.m.copy_(state["m." + p.name])
-            p.v.copy_(state["v." + p.name])
+            for what in ("value", "m", "v"):
+                getattr(p, what).copy_(state[f"{what}.{p.name}"])
+            p.publish()

@@ -285,7 +285,7 @@ class Plan:
         return {"dtype": self.dtype, "batch_size": self.batch_size, "sequence_length": self.sequence_length,
                 "group_size": self.group_size, "training": "full" if self.lora is None else "lora",
                 "checkpointing": self.checkpointing, "parts": dict(self.parts), "total": self.total, "memory": self.memory,
-                "fits": self.fits, "changes": [{"change": text, "total": total} for text, total in self.changes]}
+                "fits": self.fits, "changes": list(self.changes)}
 
     def text(self):
         """A table in GiB, the verdict, and what would make it fit."""
@@ -293,9 +293,7 @@ class Plan:
         lines = [f"{name:<{width}}{size / 2**30:9.3f} GiB" for name, size in (*self.parts.items(), ("total", self.total))]
         there = f"{self.memory / 2**30:.3f} GiB are available"
         lines.append(f"checkpointing {self.checkpointing}: {'fits' if self.fits else 'does not fit'}; {there}")
-        for text, total in self.changes:
-            lines.append(f"  {text}: {total / 2**30:.3f} GiB" + (", fits" if total <= self.memory else ""))
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {change}" for change in self.changes)])
 
 
 def available_memory():
@@ -373,24 +371,16 @@ def _changes(parts, checkpointing, dtype, batch_size, length, lora, memory):
         rest = tuple(name for name in lora.modules_to_save if name not in ("embed_tokens", "lm_head"))
         steps.append(("no training of the embedding", dict(lora=replace(lora, modules_to_save=rest))))
     shorter = [(f"--sequence-length {length >> i}", dict(length=length >> i)) for i in range(1, 8) if length >> i >= 1]
-    alone = [(text, sum(parts(**change).values())) for text, change in steps]
+    alone = [(text, sum(parts(**change).values())) for text, change in steps + shorter]
     fitting = [(text, total) for text, total in alone if total <= memory]
-    for text, change in shorter:
-        total = sum(parts(**change).values())
-        if total <= memory:
-            fitting.append((text, total))
-            break
+    lengths = [found for found in fitting if found[0].startswith("--sequence-length")]
     if fitting:
-        return tuple(fitting)
-    together, sofar = [], {}
-    for text, change in steps + shorter:
+        return tuple(f"{text}: {total / 2**30:.3f} GiB" for text, total in fitting if (text, total) not in lengths[1:])
+    sofar, done = {}, {}
+    for text, change in steps + shorter:               # a later choice of the same thing takes the place of the earlier
         sofar.update(change)
+        done[next(iter(change))] = text
         total = sum(parts(**sofar).values())
-        if change.get("length") and together and together[-1][0].startswith("and --sequence-length"):
-            together.pop()
-        if change.get("checkpointing") and together:
-            together.pop()
-        together.append((("and " if together else "") + text, total))
         if total <= memory:
-            break
-    return tuple(together)
+            return (f"{' and '.join(done.values())}: {total / 2**30:.3f} GiB",)
+    return (f"nothing: {' and '.join(done.values())} still need {total / 2**30:.3f} GiB",)
