@@ -22,7 +22,7 @@ GROUP = 512
 STEPS = 120
 # AdamW's rates for LoRA, and for embedding and norms: small models take, and need, larger ones than the paper's 2e-5.
 SETTINGS = dict(target_length=TARGET, group_size=GROUP, learning_rate=2e-3, embedding_learning_rate=5e-4,
-                lr_scheduler_type="cosine", warmup_steps=10)
+                lr_scheduler_type="cosine", warmup_steps=10, logging_steps=5)
 POINTS = 32  # of the curve of perplexity by position
 NEXT = """Next, a model of your own: a Hugging Face directory or a .gguf of the Llama, Mistral, Qwen2 or Qwen3 family.
     longlora inspect MODEL
@@ -67,7 +67,7 @@ def run(output_dir="longlora-demo", steps=None, say=print):
                                                  "after": curve_after}, native=native)
     plots.attention(output / "attention.png", TARGET, GROUP)
     report = {"lengths": list(LENGTHS), "before": before, "interpolated": interpolated, "after": after, "native_length": native,
-              "steps": steps, "tokens_trained": steps * TARGET, "loss": [m["loss"] for m in result.history],
+              "steps": steps, "tokens_trained": steps * TARGET, "loss": [[row["step"], row["loss"]] for row in result.history],
               "seconds": round(time.perf_counter() - started, 1)}
     write_json(output / "report.json", report)
 

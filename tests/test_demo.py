@@ -60,7 +60,7 @@ def test_what_it_leaves(done, report):
     for name in ("loss.png", "perplexity.png", "attention.png"):
         data = (output / name).read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 5000
-    assert len(report["loss"]) == STEPS == report["steps"]
+    assert report["steps"] == STEPS and report["loss"][-1][0] == STEPS and len(report["loss"]) >= STEPS // 5
     assert demo.table(report) in printed and demo.NEXT in printed and str(output) in printed
     lora, tensors, raw = adapter.load(output / "adapter", open_model(demo.MODEL))
     assert lora.r == 8 and "model.embed_tokens.weight" in tensors
