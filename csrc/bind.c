@@ -516,9 +516,10 @@ static PyObject *tensor_dlpack(PyObject *object, PyObject *args, PyObject *kwarg
     } else Py_INCREF(object);
     Export *e = self->readonly && !versioned ? NULL : PyMem_Malloc(sizeof *e);
     if (!e) {
+        if (versioned || !self->readonly) PyErr_NoMemory();
+        else PyErr_SetString(PyExc_BufferError, "Tensor.__dlpack__: a read-only tensor needs max_version of at least (1, 0)");
         Py_DECREF(object);
-        return versioned ? PyErr_NoMemory() :
-            PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: a read-only tensor needs max_version of at least (1, 0)");
+        return NULL;
     }
     for (int i = 0; i < self->t.ndim; i++) { e->shape[i] = self->t.shape[i]; e->strides[i] = self->t.stride[i]; }
     e->owner = object;                                                 /* the reference taken above */

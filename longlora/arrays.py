@@ -1,5 +1,9 @@
 """Results in the caller's own kind: NumPy in, NumPy out; torch in, torch out; imports none of the others."""
+import sys
+
 import numpy as np
+
+from ._C import Tensor
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "int32", "int64", "uint8")
 
@@ -9,21 +13,45 @@ def dtype_name(x):
     return str(x.dtype).rpartition(".")[2]
 
 
+def _is_torch(x):
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
 def empty(shape, dtype, like):
-    """An uninitialised array of `shape`, of the kind and on the device of `like`; dtype a name of DTYPES."""
+    """An uninitialised array of `shape` that ops can write to, of the kind and on the device of `like`; dtype a name of DTYPES.
+
+    A Tensor for kinds other than NumPy and torch, whose arrays may be immutable (JAX): `give_back` makes it theirs.
+    """
     if isinstance(like, np.ndarray):
         if dtype == "bfloat16":
             import ml_dtypes
             return np.empty(shape, ml_dtypes.bfloat16)
         return np.empty(shape, dtype)
-    raise TypeError(f"wanted an array of NumPy, torch, CuPy, JAX or longlora.Tensor, got {type(like).__name__}")
+    if _is_torch(like):
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+    if isinstance(like, Tensor) or hasattr(like, "__dlpack__"):
+        return Tensor(shape, dtype)
+    raise TypeError(f"wanted an array (NumPy, torch, longlora.Tensor or another that speaks DLPack), got {type(like).__name__}")
 
 
 def zeros(shape, dtype, like):
     out = empty(shape, dtype, like)
-    out[...] = 0
+    if isinstance(out, Tensor):
+        out.fill(0)
+    else:
+        out[...] = 0
     return out
 
 
 def empty_like(x):
     return empty(tuple(x.shape), dtype_name(x), x)
+
+
+def give_back(like, *results):
+    """The results, each None or made by `empty(..., like)`, as arrays of like's own kind, without a copy; one alone is not a tuple."""
+    if not isinstance(like, (np.ndarray, Tensor)) and not _is_torch(like):
+        library = like.__array_namespace__()
+        results = tuple(library.from_dlpack(x) if isinstance(x, Tensor) else x for x in results)
+    return results if len(results) > 1 else results[0]

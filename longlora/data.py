@@ -102,6 +102,8 @@ def encode_pieces(tokenizer, pieces):
 
     def clean(left, right):
         left, right = left[-NEIGHBOURS:], right[:NEIGHBOURS]
+        if not left.strip() or not right[:2].strip():  # a long run of spaces can be cut in step with its own tokens
+            return False
         return np.array_equal(bare(left + right), np.concatenate([bare(left), bare(right)]))
 
     front, back = _affixes(tokenizer)

@@ -7,7 +7,7 @@ All raise TypeError for a wrong dtype or object and ValueError for a wrong shape
 import math
 
 from . import _C
-from .arrays import dtype_name, empty, empty_like, zeros
+from .arrays import dtype_name, empty, empty_like, give_back, zeros
 
 BOUNDARIES = {"split": 0, "wrap": 1, "swap": 2}
 SHIFTS = {"half": 0, "none": 1, "all": 2}
@@ -23,7 +23,7 @@ def cast(x, dtype):
     """x [M,N] -> out [M,N] of `dtype` ("float32", "bfloat16", "float16"), rounded to nearest even."""
     out = empty(tuple(x.shape), dtype, x)
     _C.cast(out, x)
-    return out
+    return give_back(x, out)
 
 
 def accumulate(out, x, scale=1.0):
@@ -38,21 +38,21 @@ def matmul(a, b, alpha=1.0, dtype=None):
         raise ValueError(f"matmul: a and b should have 2 axes, got {len(a.shape)} and {len(b.shape)}")
     out = empty((a.shape[0], b.shape[1]), dtype or dtype_name(a), a)
     _C.matmul(out, a, b, alpha, 0.0)
-    return out
+    return give_back(a, out)
 
 
 def embedding_forward(weight, ids):
     """weight [V,C], ids [M] int32 -> out [M,C]. ValueError for an id outside 0..V-1."""
     out = empty((ids.shape[0], weight.shape[1]), dtype_name(weight), weight)
     _C.embedding_forward(out, weight, ids)
-    return out
+    return give_back(weight, out)
 
 
 def embedding_backward(dout, ids, order, rows):
     """dout [M,C], ids [M] int32, order [M] int32 = argsort(ids), stable -> dweight [rows,C] float32."""
     dweight = zeros((rows, dout.shape[1]), "float32", dout)
     _C.embedding_backward(dweight, dout, ids, order)
-    return dweight
+    return give_back(dout, dweight)
 
 
 def rms_norm_forward(x, weight, eps=1e-6, residual=None):
@@ -63,28 +63,28 @@ def rms_norm_forward(x, weight, eps=1e-6, residual=None):
     out, rstd = empty_like(x), empty((x.shape[0],), "float32", x)
     total = None if residual is None else empty_like(x)
     _C.rms_norm_forward(out, rstd, total, x, residual, weight, eps)
-    return out, rstd, x if total is None else total
+    return give_back(x, out, rstd, x if total is None else total)
 
 
 def rms_norm_backward(dout, x, rstd, weight, dresidual=None):
     """dout [M,C], x [M,C] (the forward's sum), rstd [M], dresidual [M,C] or None -> dx [M,C], dweight [C] float32."""
     dx, dweight = empty_like(x), zeros(tuple(weight.shape), "float32", x)
     _C.rms_norm_backward(dx, dweight, dout, x, rstd, weight, dresidual)
-    return dx, dweight
+    return give_back(x, dx, dweight)
 
 
 def rope_forward(x, cos, sin, positions=None):
     """x [B,T,H,D], cos and sin [P,D/2] float32, positions [B,T] int32 or None (0..T-1) -> out [B,T,H,D]. Rotate-half form."""
     out = empty_like(x)
     _C.rope_forward(out, x, cos, sin, positions)
-    return out
+    return give_back(x, out)
 
 
 def rope_backward(dout, cos, sin, positions=None):
     """dout [B,T,H,D] -> dx [B,T,H,D], the inverse rotation."""
     dx = empty_like(dout)
     _C.rope_backward(dx, dout, cos, sin, positions)
-    return dx
+    return give_back(dout, dx)
 
 
 def lora_linear_forward(x, weight, bias=None, a=None, b=None, scale=1.0, residual=None):
@@ -95,7 +95,7 @@ def lora_linear_forward(x, weight, bias=None, a=None, b=None, scale=1.0, residua
     out = empty((x.shape[0], weight.shape[0]), dtype_name(x), x)
     u = None if a is None else empty((x.shape[0], a.shape[0]), "float32", x)
     _C.lora_linear_forward(out, u, x, weight, bias, a, b, residual, scale)
-    return out, u
+    return give_back(x, out, u)
 
 
 def lora_linear_backward(dout, x, weight, a=None, b=None, scale=1.0, u=None, train_weight=False, train_bias=False):
@@ -109,7 +109,7 @@ def lora_linear_backward(dout, x, weight, a=None, b=None, scale=1.0, u=None, tra
     dweight = zeros(tuple(weight.shape), "float32", x) if train_weight else None
     dbias = zeros((weight.shape[0],), "float32", x) if train_bias else None
     _C.lora_linear_backward(dx, da, db, dweight, dbias, dout, x, weight, a, b, u, scale, 0)
-    return dx, da, db, dweight, dbias
+    return give_back(x, dx, da, db, dweight, dbias)
 
 
 def s2_attention_forward(q, k, v, *, group_size, boundary="split", shift="half", cu_seqlens=None, scale=None):
@@ -125,7 +125,7 @@ def s2_attention_forward(q, k, v, *, group_size, boundary="split", shift="half",
     out, lse = empty_like(q), empty((q.shape[0], q.shape[2], q.shape[1]), "float32", q)
     _C.s2_attention_forward(out, lse, q, k, v, cu_seqlens, *_attention_scalars("s2_attention_forward", q, group_size, boundary,
                                                                               shift, scale))
-    return out, lse
+    return give_back(q, out, lse)
 
 
 def s2_attention_backward(dout, q, k, v, out, lse, *, group_size, boundary="split", shift="half", cu_seqlens=None, scale=None):
@@ -133,7 +133,7 @@ def s2_attention_backward(dout, q, k, v, out, lse, *, group_size, boundary="spli
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     _C.s2_attention_backward(dq, dk, dv, dout, q, k, v, out, lse, cu_seqlens,
                              *_attention_scalars("s2_attention_backward", q, group_size, boundary, shift, scale))
-    return dq, dk, dv
+    return give_back(q, dq, dk, dv)
 
 
 def _attention_scalars(op, q, group_size, boundary, shift, scale):
@@ -145,14 +145,14 @@ def swiglu_forward(gate, up):
     """gate and up [M,F] -> silu(gate) up [M,F]."""
     out = empty_like(gate)
     _C.swiglu_forward(out, gate, up)
-    return out
+    return give_back(gate, out)
 
 
 def swiglu_backward(dout, gate, up):
     """dout, gate, up [M,F] -> dgate, dup [M,F]."""
     dgate, dup = empty_like(gate), empty_like(up)
     _C.swiglu_backward(dgate, dup, dout, gate, up)
-    return dgate, dup
+    return give_back(gate, dgate, dup)
 
 
 def linear_cross_entropy_forward(x, weight, targets, ignore_index=-100):
@@ -162,7 +162,7 @@ def linear_cross_entropy_forward(x, weight, targets, ignore_index=-100):
     """
     losses, lse = empty((x.shape[0],), "float32", x), empty((x.shape[0],), "float32", x)
     _C.linear_cross_entropy_forward(losses, lse, x, weight, targets, ignore_index)
-    return losses, lse
+    return give_back(x, losses, lse)
 
 
 def linear_cross_entropy_backward(x, weight, targets, dlosses, ignore_index=-100, train_weight=False):
@@ -173,7 +173,7 @@ def linear_cross_entropy_backward(x, weight, targets, dlosses, ignore_index=-100
     losses, dx = empty((x.shape[0],), "float32", x), empty_like(x)
     dweight = zeros(tuple(weight.shape), "float32", x) if train_weight else None
     _C.linear_cross_entropy_backward(losses, dx, dweight, x, weight, targets, dlosses, ignore_index)
-    return losses, dx, dweight
+    return give_back(x, losses, dx, dweight)
 
 
 def adamw(param, m, v, grad, *, lr, step, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, grad_scale=1.0, copy=None):

@@ -100,15 +100,15 @@ class Source:
 
 
 def learning_rate(step, steps, peak, warmup, schedule):
-    """The rate of step 1..steps: linear from 0 over `warmup` steps, then constant, cosine to 0, or linear to 0.
+    """The rate of step 1..steps: linear over `warmup` steps up to the peak, then constant, or down by a cosine or a line.
 
-    Step 1 of a warm-up has peak / warmup, not 0 as in transformers: no step is wasted.
+    The line goes from 0 at step 0 to 0 at step `steps` + 1, so that no step is wasted at 0.
     """
     if step <= warmup:
         return peak * step / warmup
     if schedule == "constant":
         return peak
-    done = (step - warmup) / max(1, steps - warmup)
+    done = (step - warmup) / (steps - warmup + 1)
     return peak * (0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done)
 
 
@@ -147,9 +147,10 @@ class Moved:
     def _sum(p):
         return zlib.crc32(p.value.numpy())
 
-    def check(self, step, warming):
-        """Called after a step. LoRA's A may wait for the second: while B is zero it has no gradient. In a warm-up any kind
-        with a gradient may wait: the first rates can be below the rounding of float32."""
+    def check(self, step, low):
+        """Called after a step. LoRA's A may wait for the second: while B is zero it has no gradient. low: the rate is far
+        below its peak, so it may be the schedule that keeps an update below the rounding of float32; then a gradient is enough.
+        """
         for kind, sums in list(self.waiting.items()):
             still = [p for p, before in sums.items() if self._sum(p) == before]
             # A bias of k has next to no gradient; of all others each tensor has one.
@@ -157,7 +158,7 @@ class Moved:
                 del self.waiting[kind]
                 continue
             flat = [p for p in still if not p.grad.numpy().any()]
-            if kind == "lora_A" and self.first or warming and not flat:
+            if kind == "lora_A" and self.first or low and not flat:
                 continue
             why = "its gradient is zero" if flat else "its updates are below the rounding of float32; raise the learning rate"
             names = ", ".join(p.name for p in (flat or still)[:2])
@@ -266,7 +267,7 @@ def _run(o, source, setup, say):
                 norm = optimizer.step(rates)
             step += 1
             if moved.waiting:
-                moved.check(step, step < warmup)
+                moved.check(step, learning_rate(step, steps, 1.0, warmup, o.lr_scheduler_type) < 0.5)
             speed = tokens / (time.perf_counter() - started)
             row = {"step": step, "loss": loss, "grad_norm": norm, "tokens_per_s": round(speed, 1),
                    "learning_rate": learning_rate(step, steps, o.learning_rate, warmup, o.lr_scheduler_type),

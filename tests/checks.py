@@ -6,6 +6,7 @@ import numpy as np
 import longlora.ops as ops
 import reference
 
+f64 = reference.f64
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 EPS = {np.dtype(np.float32): 2.0**-24, np.dtype(ml_dtypes.bfloat16): 2.0**-9, np.dtype(np.float16): 2.0**-12, np.dtype(np.float64): 2.0**-53}
 GUARD = 12345.0

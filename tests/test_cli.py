@@ -1,0 +1,200 @@
+"""The command line: the same words as flags, YAML and keywords; what is wrong is one line, exit code 2, and nothing is touched."""
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+import yaml
+
+from longlora import cli, options, train
+from longlora.errors import UserError
+
+GIVEN = dict(model="m", data="d", output_dir="o")
+
+
+def parsed(*arguments):
+    parser = argparse.ArgumentParser()
+    options.add_flags(parser)
+    return options.from_flags(parser.parse_args([*tiny.flags(GIVEN), *arguments]))
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+def test_flags_yaml_and_keywords_are_the_same_words(tmp_path):
+    fields = dict(learning_rate=1e-4, group_size=64, target_modules=["q_proj", "v_proj"], full=True, rope_type="yarn",
+                  gradient_accumulation_steps=3, warmup_steps=0.1, save_total_limit=2)
+    keywords = options.from_dict({**GIVEN, **fields})
+    assert parsed(*tiny.flags(fields)) == keywords
+    dashed = [a.replace("_", "-") if a.startswith("--") else a for a in tiny.flags(fields)]
+    assert parsed(*dashed) == keywords
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({**fields, "learning_rate": "1e-4"}))     # as YAML 1.1 reads 1e-4
+    assert parsed("--config", str(file)) == keywords
+    assert parsed("--config", str(file), "--learning-rate", "2e-4", "--no-full").learning_rate == 2e-4
+    file.write_text(yaml.safe_dump(keywords.to_dict()))                      # what a run writes can be read back
+    assert options.from_flags(argparse.Namespace(config=str(file))) == keywords
+
+
+def test_other_spellings_of_transformers_and_upstream():
+    assert parsed("--model_max_length", "512").sequence_length == 512
+    assert parsed("--lr_scheduler_type", "constant_with_warmup").lr_scheduler_type == "constant"
+    assert parsed("--lora_r", "4").r == 4 and parsed("--batch-size", "2").per_device_train_batch_size == 2
+    assert options.from_dict({**GIVEN, "resume_from_checkpoint": True}).resume_from_checkpoint == "latest"
+    assert parsed("--target_modules", "q_proj,k_proj").target_modules == ("q_proj", "k_proj")
+    assert parsed("--modules-to-save", "none").modules_to_save == ()
+
+
+def test_a_flag_wins_over_the_yaml_under_any_name(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("lora_r: 4\nmodel: n\n")
+    assert parsed("--config", str(file), "--r", "16").r == 16
+    file.write_text("lora_r: 4\nr: 5\n")
+    with pytest.raises(UserError, match="r is given twice"):
+        parsed("--config", str(file))
+
+
+@pytest.mark.parametrize("fields, words", [
+    (dict(lerning_rate=1), "unknown option 'lerning_rate'; did you mean learning_rate?"), (dict(zzz=1), "unknown option 'zzz'"),
+    (dict(learning_rate=0), "learning_rate should be above 0"), (dict(learning_rate="fast"), "should be a number"),
+    (dict(learning_rate=float("nan")), "should be finite"), (dict(learning_rate=float("inf")), "should be finite"),
+    (dict(group_size=0), "group_size should be at least 2"), (dict(group_size=33), "group_size should be even"),
+    (dict(group_size=16, attention="dense"), "group_size is of s2 attention"), (dict(max_steps=0), "max_steps should be"),
+    (dict(max_steps=1.5), "max_steps should be int"), (dict(max_steps=True), "max_steps should be int"), (dict(full=1), "full should be bool"),
+    (dict(rope_type="alibi"), "rope_type should be one of linear, ntk, yarn, llama3"), (dict(r=0), "r should be at least 1"),
+    (dict(model=None), "wanted one of model and init"), (dict(init="x"), "wanted one of model and init"),
+    (dict(model=None, init="x"), "init needs full"), (dict(model=None, init="x", full=True, target_length=9), "with init the length"),
+    (dict(data=None), "data is missing"), (dict(output_dir=None), "output_dir is missing"), (dict(seed=None), "seed is missing"),
+    (dict(eval_data="x", eval_fraction=0.1), "one of eval_data and eval_fraction"), (dict(eval_fraction=0.9), "at most 0.5"),
+    (dict(sequence_length=100, target_length=50), "sequence_length should be at most target_length 50"),
+    (dict(target_modules=[3]), "target_modules should be a list of names"), (dict(lora_r=3, r=4), "r is given twice"),
+])
+def test_options_that_cannot_be_are_named(fields, words):
+    with pytest.raises(UserError) as caught:
+        options.from_dict({**GIVEN, **fields})
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_option_is_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    shown = capsys.readouterr().out
+    for name in options.TrainOptions.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in shown
+
+
+# ---- bad input, from the command line --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("fields, words", [
+    (dict(group_size=0), ["group_size", "at least 2"]), (dict(group_size=7), ["group_size", "even"]),
+    (dict(group_size=130), ["group_size should be at most sequence_length 128, got 130"]),
+    (dict(target_length=64), ["target length should be above the 64 tokens"]), (dict(target_length=32), ["above the 64 tokens"]),
+    (dict(sequence_length=300), ["sequence_length should be at most target_length 128"]),
+    (dict(boundary="wrap", group_size=48), ["wrap needs sequence_length to be a multiple of group_size"]),
+    (dict(max_steps="many"), ["--max-steps", "invalid int value: 'many'"]), (dict(typo=1), ["unknown option '--typo'"]),
+    (dict(targetlength=1), ["did you mean --target"]), (dict(rope_type="x"), ["rope_type should be one of"]),
+    (dict(model="missing"), ["missing: no such file"]), (dict(data="missing.txt"), ["missing.txt: no such file"]),
+    (dict(data="empty.txt"), ["empty.txt: holds no text"]), (dict(data="latin.txt"), ["latin.txt: is not UTF-8 at byte 3"]),
+    (dict(data="short.txt", long_documents="drop"), ["leaves no sequence of 128 tokens"]),
+    (dict(long_documents="refuse"), ["long_documents can be split, truncate or drop"]),
+    (dict(target_modules="attention"), ["target_modules should be a list of"]), (dict(model="large"), ["is a directory of no model"]),
+    (dict(config="missing.yaml"), ["missing.yaml: cannot be read"]), (dict(config="bad.yaml"), ["bad.yaml: is not YAML"]),
+    (dict(config="list.yaml"), ["should be a mapping of options"]), (dict(config="typo.yaml"), ["did you mean learning_rate?"]),
+    (dict(max_memory=1e-5), ["this run needs", "what would make it fit"]),
+], ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "")
+def test_bad_input_is_one_line_and_touches_nothing(tmp_path, monkeypatch, capsys, fields, words):
+    monkeypatch.chdir(tmp_path)
+    given = tiny.options(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "short.txt").write_text("x" * 200)
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    (tmp_path / "list.yaml").write_text("- a")
+    (tmp_path / "typo.yaml").write_text("learning_rat: 1")
+    if fields.get("model") == "large":
+        (tmp_path / "large").mkdir()
+        words = ["config.json"]
+    before = tiny.listing(tmp_path)
+    try:
+        code = cli.main(["train", *tiny.flags({**given, **fields})])
+    except SystemExit as stop:
+        code = stop.code
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and line.startswith("longlora: error: ")
+    assert all(word in line for word in words), line
+    after = tiny.listing(tmp_path)
+    # the text may have been tokenised; nothing else is new, and what was there is as it was
+    assert {name for name in after if "/cache/" not in name} == set(before)
+    assert all(after[name] == content for name, content in before.items())
+
+
+def test_an_adapter_for_another_base_is_refused(tmp_path):
+    train.train(lambda line: None, **tiny.options(tmp_path, max_steps=1))
+    other = tiny.model(tmp_path / "other", seed=9)
+    before = tiny.listing(tmp_path)
+    for arguments in (["ppl", "--data", tmp_path / "text.txt", "--lengths", "64"], ["merge", "--output-dir", tmp_path / "merged"]):
+        tiny.refused(tiny.command(*arguments, "--model", other, "--adapter", tmp_path / "out"), "an adapter for another base model")
+    assert tiny.listing(tmp_path) == before
+
+
+def test_the_process_says_it_in_one_line_too(tmp_path):
+    """Once as users have it: a process of its own, its exit code, its standard error."""
+    tiny.refused(tiny.command("train", *tiny.flags(tiny.options(tmp_path, group_size=5))), "group_size should be even")
+    tiny.refused(tiny.command("ppl", "--model", "x"), "--data")
+    tiny.refused(tiny.command("tarin"), "tarin")
+    tiny.refused(tiny.command("inspect", tmp_path), "is neither a model")
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+def test_train_merge_inspect_from_the_command_line(tmp_path):
+    done = tiny.command("train", *tiny.flags(tiny.options(tmp_path)))
+    assert done.returncode == 0 and "step 4/4" in done.stdout and done.stderr == ""
+    merged = tmp_path / "merged"
+    done = tiny.command("merge", "--model", tmp_path / "base", "--adapter", tmp_path / "out", "--output-dir", merged)
+    assert done.returncode == 0 and str(merged) in done.stdout
+    losses = [json.loads(tiny.command("ppl", *how, "--data", tmp_path / "text.txt", "--lengths", "100", "--json").stdout)["results"][0]["loss"]
+              for how in (["--model", merged], ["--model", tmp_path / "base", "--adapter", tmp_path / "out"])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for path, kind in ((merged, "model"), (tmp_path / "out", "adapter"), (tmp_path / "out" / "checkpoint-4", "checkpoint")):
+        assert json.loads(tiny.command("inspect", path, "--json").stdout)["kind"] == kind
+
+
+def test_plan_needs_a_config_only_and_is_quick(tmp_path):
+    tiny.config(tmp_path / "model", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+                num_key_value_heads=32, head_dim=128, vocab_size=32000, max_position_embeddings=4096)
+    began = time.perf_counter()
+    done = tiny.command("plan", "--model", tmp_path / "model", "--target-length", "32768", "--json")
+    taken = time.perf_counter() - began
+    found = json.loads(done.stdout)
+    assert sum(found["parts"].values()) == found["total"] > 25 << 30 and isinstance(found["fits"], bool)
+    assert taken < 2.0, taken                          # a second, and as much again for a machine that does other things
+    text = tiny.command("plan", "--model", tmp_path / "model", "--target-length", "32768", "--max-memory", "20").stdout
+    assert "does not fit" in text and "20.000 GiB are available" in text
+
+
+def test_doctor_names_what_is_in_use():
+    found = json.loads(tiny.command("doctor", "--json").stdout)
+    assert found["instruction_set"] in found["instruction_sets"] and found["threads"] >= 1 and found["cuda"]["reason"]
+    text = tiny.command("doctor").stdout
+    assert found["instruction_set"] in text and "CUDA" in text and "numpy" in text
+
+
+def test_help_is_quick_and_imports_little():
+    script = ("import sys; from longlora.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+              "heavy = {'torch', 'transformers', 'matplotlib', 'tokenizers', 'gguf', 'tqdm', 'yaml'} & set(sys.modules)\n"
+              "print('heavy', heavy, file=sys.stderr)")
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        times.append(time.perf_counter() - began)
+        assert "heavy set()" in done.stderr and "train" in done.stdout
+    assert min(times) < 0.6, times                     # 0.1 s here; the rest is for machines under load
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    done = subprocess.run(f"{sys.executable} -m longlora doctor | true", shell=True, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr

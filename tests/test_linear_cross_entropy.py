@@ -1,0 +1,78 @@
+"""linear_cross_entropy against the reference; its memory is a chunk of logits."""
+import subprocess
+import sys
+
+import checks
+import numpy as np
+import pytest
+
+from longlora import ops
+
+
+def targets_of(M, V, ignored=0.2):
+    random = np.random.default_rng(0)
+    return np.where(random.random(M) < ignored, -100, random.integers(0, V, M)).astype(np.int32)
+
+
+@pytest.mark.parametrize("M,C,V", [(0, 4, 5), (1, 1, 1), (7, 33, 123), (65, 64, 1000), (100, 16, 257)])
+def test_forward_and_backward(M, C, V, dtype, isa, poison):
+    x, w, targets = checks.strided(checks.random((M, C), dtype)), checks.strided(checks.random((V, C), dtype, 1)), targets_of(M, V)
+    checks.check("linear_cross_entropy_forward", x, w, targets, floor=16)
+    # Plain: float32, and the gradient of the logits rounded to the dtype between the two products.
+    d = checks.random((M,), seed=2)
+    losses, dx, dw = ops.linear_cross_entropy_backward(x, w, targets, d, train_weight=True)
+    want = checks.reference.linear_cross_entropy_backward(x, w, targets, d, train_weight=True)
+    x32, w32 = x.astype(np.float32), w.astype(np.float32)
+    low, lse = checks.plain("linear_cross_entropy_forward", x, w, targets)
+    g, kept = np.exp(x32 @ w32.T - lse[:, None]), targets != -100
+    g[np.arange(M)[kept], targets[kept]] -= 1
+    g = (g * np.where(kept, d, 0)[:, None]).astype(checks.DTYPES[dtype]).astype(np.float32)
+    checks.compare(losses, want[0], low, "losses", 16)
+    checks.compare(dx, want[1], g @ w32, "dx", 8)
+    checks.compare(dw, want[2], g.T @ x32, "dweight", 8)
+    assert (dx[~kept].astype(np.float32) == 0).all() and (losses[~kept] == 0).all()
+
+
+def test_dweight_accumulates():
+    x, w, targets, d = checks.random((9, 8)), checks.random((20, 8), seed=1), targets_of(9, 20), checks.random((9,), seed=2)
+    losses, dx, dw = ops.linear_cross_entropy_backward(x, w, targets, d, train_weight=True)
+    twice = dw.copy()
+    ops._C.linear_cross_entropy_backward(losses, dx, twice, x, w, targets, d, -100)
+    np.testing.assert_allclose(twice, 2 * dw, rtol=1e-5, atol=1e-6)
+
+
+def test_large_logits(isa):
+    x, w = checks.random((5, 8), scale=300), checks.random((50, 8), seed=1, scale=30)
+    checks.check("linear_cross_entropy_forward", x, w, targets_of(5, 50, 0), floor=16)
+
+
+def test_same_bits_for_any_number_of_threads(dtype, each_thread_count):
+    x, w, targets, d = checks.random((77, 40), dtype), checks.random((999, 40), dtype, 1), targets_of(77, 999), checks.random((77,), seed=2)
+    results = each_thread_count(lambda: ops.linear_cross_entropy_backward(x, w, targets, d, train_weight=True))
+    for result in results[1:]:
+        for got, want in zip(result, results[0]):
+            np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("bad", [5, -1, -101])
+def test_a_target_out_of_range_is_named(bad):
+    with pytest.raises(ValueError, match=rf"targets\[1\].*{bad}"):
+        ops.linear_cross_entropy_forward(checks.random((2, 3)), checks.random((5, 3)), np.array([0, bad], np.int32))
+
+
+def test_memory_does_not_grow_with_the_rows():
+    code = """
+import numpy as np
+from longlora import ops
+def high():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+V, C = 128256, 16
+w = np.random.default_rng(0).standard_normal((V, C), np.float32)
+for M in (128, 512):
+    x, t = np.ones((M, C), np.float32), np.zeros(M, np.int32)
+    d = np.ones(M, np.float32)
+    before = high()
+    ops.linear_cross_entropy_backward(x, w, t, d)
+    assert high() - before < 64 * 1024 + 4096 * (M == 128), high() - before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

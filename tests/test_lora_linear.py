@@ -1,0 +1,78 @@
+"""lora_linear against the reference: every optional part, ugly shapes, dtypes, instruction sets, threads."""
+import checks
+import numpy as np
+import pytest
+
+from longlora import _C, ops
+
+SHAPES = [(0, 4, 3, 2), (1, 1, 1, 1), (3, 7, 5, 2), (17, 123, 33, 8), (64, 64, 96, 16), (70, 300, 129, 7), (5, 0, 3, 2), (129, 576, 50, 24)]
+
+
+def parts(M, C, N, R, dtype):
+    return [checks.random(shape, dtype, seed) for seed, shape in enumerate(((M, C), (N, C), (N,), (R, C), (N, R), (M, N), (M, N)))]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_backward(shape, dtype, isa, poison):
+    x, w, bias, a, b, residual, dout = parts(*shape, dtype)
+    x, w, dout = map(checks.strided, (x, w, dout))
+    checks.check("lora_linear_forward", x, w, floor=4)
+    checks.check("lora_linear_forward", x, w, bias, floor=4)
+    checks.check("lora_linear_forward", x, w, None, a, b, 2.0, floor=4)
+    _, u = checks.check("lora_linear_forward", x, w, bias, a, b, 0.5, residual, floor=4)
+    checks.check("lora_linear_backward", dout, x, w, floor=4)
+    checks.check("lora_linear_backward", dout, x, w, a, b, 2.0, floor=4)
+    checks.check("lora_linear_backward", dout, x, w, a, b, 2.0, np.asarray(u), train_weight=True, train_bias=True, floor=4)
+
+
+def test_u_may_be_kept_or_made_again():
+    x, w, _, a, b, _, dout = parts(33, 40, 50, 8, "float32")
+    _, u = ops.lora_linear_forward(x, w, None, a, b, 2.0)
+    for kept, again in zip(ops.lora_linear_backward(dout, x, w, a, b, 2.0, u), ops.lora_linear_backward(dout, x, w, a, b, 2.0)):
+        if kept is not None:
+            np.testing.assert_array_equal(kept, again)
+
+
+def test_gradients_of_parameters_accumulate_and_dx_when_asked():
+    x, w, _, a, b, _, dout = parts(9, 12, 10, 4, "float32")
+    dx, da, db, dw, dbias = ops.lora_linear_backward(dout, x, w, a, b, 2.0, train_weight=True, train_bias=True)
+    out = [g.copy() for g in (dx, da, db, dw, dbias)]
+    _C.lora_linear_backward(*out, dout, x, w, a, b, None, 2.0, 1)
+    for twice, once in zip(out, (dx, da, db, dw, dbias)):
+        np.testing.assert_allclose(twice, 2 * once, rtol=1e-5, atol=1e-5)
+    poisoned = np.full_like(dx, np.nan)
+    _C.lora_linear_backward(poisoned, None, None, None, None, dout, None, w, a, b, None, 2.0, 0)
+    np.testing.assert_allclose(poisoned, dx, rtol=1e-5, atol=1e-5)
+
+
+def test_residual_may_be_the_output():
+    x, w, bias, a, b, residual, _ = parts(9, 12, 10, 4, "float32")
+    want, _ = ops.lora_linear_forward(x, w, bias, a, b, 2.0, residual)
+    _C.lora_linear_forward(residual, None, x, w, bias, a, b, residual, 2.0)
+    np.testing.assert_array_equal(residual, want)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_same_bits_for_any_number_of_threads(dtype, each_thread_count):
+    x, w, bias, a, b, residual, dout = parts(301, 200, 150, 8, dtype)
+
+    def once():
+        return (*ops.lora_linear_forward(x, w, bias, a, b, 2.0, residual),
+                *ops.lora_linear_backward(dout, x, w, a, b, 2.0, train_weight=True, train_bias=True))
+    results = each_thread_count(once)
+    for result in results[1:]:
+        for got, want in zip(result, results[0]):
+            np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(a=None), "a"), (dict(b=None), "b"), (dict(x=None, da=1), "x"), (dict(x=None, dweight=1), "x"),
+])
+def test_what_is_missing_is_named_before_anything_is_written(change, message):
+    x, w, _, a, b, _, dout = parts(5, 6, 7, 2, "float32")
+    given = dict(x=x, a=a, b=b) | {k: v for k, v in change.items() if k in "xab"}
+    dx, da, dw = np.full((5, 6), np.nan, np.float32), np.zeros((2, 6), np.float32), np.zeros((7, 6), np.float32)
+    with pytest.raises(ValueError, match=f"lora_linear_backward: .*{message}"):
+        _C.lora_linear_backward(dx, da if given["a"] is not None else None, None, dw if "dweight" in change else None, None, dout, given["x"], w,
+                                given["a"], given["b"], None, 1.0, 0)
+    assert np.isnan(dx).all()
