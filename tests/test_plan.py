@@ -18,6 +18,7 @@ MIDDLE = dict(model_type="llama", vocab_size=16000, hidden_size=512, intermediat
 LLAMA_70B = dict(MIDDLE, vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
                  num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=131072, tie_word_embeddings=False)
 LORA = LoraConfig()
+PACKAGE = os.path.dirname(os.path.dirname(plan_.__file__))         # the one under test, installed or not
 
 CASES = [dict(dtype=dtype, checkpointing=c, sequence_length=length, batch_size=1, full=full)
          for dtype in ("float32", "bfloat16") for c in plan_.CHECKPOINTING for length, full in ((1600, False), (512, True))]
@@ -58,8 +59,7 @@ print(json.dumps({"planned": plan.total, "measured": status("VmHWM") - before, "
 def test_total_is_the_measured_peak(case):
     """Within 5 % of the growth of the resident size from after the import to the highest point of a step and an evaluation."""
     done = subprocess.run([sys.executable, "-c", STEP, json.dumps(case), json.dumps(MIDDLE)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_WAIT_POLICY": "passive"},  # kind to what else runs here
-                          cwd=os.path.dirname(os.path.dirname(__file__)), timeout=300)
+                          env={**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": PACKAGE}, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert abs(found["planned"] / found["measured"] - 1) <= 0.05, found
