@@ -247,6 +247,13 @@ def _head_scratch(config, rows):
     return 4 * stride * (V + 2 * -(-V // 256) + 2)
 
 
+def _gemm_scratch(config, rows, dtype, lora):
+    """What a matrix product packs (of both factors, where the gradient of a weight is one), and, where its result is not float32,
+    the sums of one that is cut along its inner axis."""
+    (C, _), (Q, _), (_, (F, _)) = (widths(config)[group] for group in ("qkv", "o", "gate_up"))
+    return ((12 if lora is None else 6) << 20) + (0 if dtype == "float32" else 4 * max(min(rows, TILE) * min(2 * F, 1024), rows * max(C, Q)))
+
+
 def _attention_scratch(config, batch_size, length, group_size, threads):
     """What s2_attention's backward takes: keys, values and their gradients of a segment per thread, in float32, and the sums of
     the head that is plain and shifted both."""
@@ -318,8 +325,8 @@ def _parts(config, dtype, batch_size, length, group_size, lora, checkpointing):
     parts.update(passes.parts)
     M, D = batch_size * length, config.head_dim
     parts["batch and tables"] += 2 * 4 * length * D // 2 + 4 * 4 * M
-    parts["scratch of the ops"] = max(_head_scratch(config, M),
-                                      _attention_scratch(config, batch_size, length, group_size or length, get_num_threads()))
+    attention = _attention_scratch(config, batch_size, length, group_size or length, get_num_threads())
+    parts["scratch of the ops"] = _gemm_scratch(config, M, dtype, lora) + max(_head_scratch(config, M), attention)
     parts["runtime"] = RUNTIME
     return {name: size for name, size in parts.items() if size}
 
