@@ -134,7 +134,7 @@ def main(argv=None):
         print(f"longlora: error: {error}", file=sys.stderr)
         return 2
     except MemoryError:
-        print("longlora: error: out of memory; `longlora plan` says what a run needs and what would make it fit", file=sys.stderr)
+        print("longlora: error: out of memory; `longlora plan` says what would make a run fit", file=sys.stderr)
         return 2
     except BrokenPipeError:
         sys.stderr.close()             # the reader has gone; so do we, without another word

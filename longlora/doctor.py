@@ -23,7 +23,8 @@ def examine():
             "extension": _C.__file__, "processor": _processor(), "instruction_set": _C.isa_names[_C.get_isa()],
             "instruction_sets": [name for name, there in zip(_C.isa_names, _C.isa_supported) if there],
             "forced_by": os.environ.get("LONGLORA_ISA"), "threads": _C.get_num_threads(),
-            "processors": len(os.sched_getaffinity(0)), "memory_available": available_memory(), "cuda": {"available": False, "reason": "this version has no CUDA kernels"},
+            "processors": len(os.sched_getaffinity(0)), "memory_available": available_memory(),
+            "cuda": {"available": False, "reason": "this version has no CUDA kernels"},
             "versions": versions}
 
 

@@ -206,7 +206,8 @@ def from_dict(values, where="options", planning=False):
 
 # Where a section of --help starts, and what it is called.
 SECTIONS = {"model": "model and data", "target_length": "context and attention", "r": "what is trained",
-            "dtype": "memory and batches", "max_steps": "optimisation", "long_documents": "data and evaluation", "save_steps": "run"}
+            "dtype": "memory and batches", "max_steps": "optimisation", "long_documents": "data and evaluation",
+            "save_steps": "run"}
 
 
 def dashed(arguments):

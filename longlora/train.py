@@ -21,8 +21,8 @@ TAKEN = (metrics.FILE, OPTIONS, "adapter_config.json", "config.json")
 # The options that a resumed run may change: none of them is in the arithmetic of a step. Weights and data are compared by
 # what they hold, the length of the run where the schedule depends on it.
 FREE = {"model", "init", "data", "output_dir", "cache_dir", "resume_from_checkpoint", "checkpointing", "max_memory",
-        "num_threads", "max_steps", "num_train_epochs", "warmup_steps", "eval_data", "eval_steps", "max_eval_samples", "save_steps",
-        "save_total_limit", "logging_steps"}
+        "num_threads", "max_steps", "num_train_epochs", "warmup_steps", "eval_data", "eval_steps", "max_eval_samples",
+        "save_steps", "save_total_limit", "logging_steps"}
 WHOLE = ("embedding", "head", "norm")  # the kinds that embedding_learning_rate is for
 
 
@@ -211,6 +211,7 @@ def _run(o, source, setup, say):
     model = Model(setup.config, dtype=o.dtype, lora=setup.lora, attention=setup.attention, plan=setup.plan, seed=o.seed)
     optimizer = AdamW(model.parameters, beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_epsilon, weight_decay=o.weight_decay,
                       max_grad_norm=o.max_grad_norm)
+    kinds = {p.kind for p in model.parameters}
     order, step, history = data.Order(len(corpus), o.seed), 0, []
     if source.base is not None:
         model.load(source.base)
@@ -260,7 +261,7 @@ def _run(o, source, setup, say):
                      for _ in range(o.gradient_accumulation_steps)]
             tokens = sum(int((targets != -100).sum()) for _, targets in micro)
             share = learning_rate(step + 1, steps, 1.0, warmup, o.lr_scheduler_type)
-            rates = {p.kind: (o.embedding_learning_rate if p.kind in WHOLE else o.learning_rate) * share for p in model.parameters}
+            rates = {kind: (o.embedding_learning_rate if kind in WHOLE else o.learning_rate) * share for kind in kinds}
             with _step_named(step + 1, checkpoint.found(o.output_dir)):
                 model.zero_grad()
                 loss = sum(model.train_microbatch(ids, targets, loss_scale=1 / tokens) for ids, targets in micro) / tokens

@@ -139,7 +139,8 @@ def test_an_adapter_for_another_base_is_refused(tmp_path):
     other = tiny.model(tmp_path / "other", seed=9)
     before = tiny.listing(tmp_path)
     both = ["--model", other, "--adapter", tmp_path / "out"]
-    for arguments in (["ppl", "--data", tmp_path / "text.txt", "--lengths", "64"], ["merge", "--output-dir", tmp_path / "merged"]):
+    for arguments in (["ppl", "--data", tmp_path / "text.txt", "--lengths", "64"],
+                      ["merge", "--output-dir", tmp_path / "merged"]):
         tiny.refused(tiny.command(*arguments, *both), "an adapter for another base model")
     assert tiny.listing(tmp_path) == before
 

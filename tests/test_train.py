@@ -83,7 +83,8 @@ def test_a_run_says_what_it_does_and_leaves_what_is_needed(tmp_path):
 
 @pytest.mark.parametrize("fields", [dict(full=True), dict(dtype="bfloat16"), dict(attention="dense"), dict(rope_type="yarn"),
                                     dict(target_modules=["all-linear"], modules_to_save=[]),
-                                    dict(boundary="wrap", group_size=64), dict(checkpointing="full", per_device_train_batch_size=2), dict(shift="all")],
+                                    dict(boundary="wrap", group_size=64), dict(shift="all"),
+                                    dict(checkpointing="full", per_device_train_batch_size=2)],
                          ids=lambda fields: next(iter(fields)))
 def test_every_kind_of_run_learns(tmp_path, fields):
     result = run(tmp_path, **fields)
@@ -322,7 +323,8 @@ def test_what_is_evaluated_can_be_limited(tmp_path):
 
 def in_process(script, fields):
     """A run in a process of its own, by `script`."""
-    return subprocess.run([sys.executable, "-c", script, "train", *tiny.flags(fields)], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", script, "train", *tiny.flags(fields)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def test_a_full_disk_leaves_the_older_checkpoints(tmp_path):

@@ -11,8 +11,9 @@ from longlora.adapter import save_merged
 from longlora.config import read_config
 
 CONFIG = dict(model_type="llama", vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-              num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=0.02,
-              hidden_act="silu", rope_theta=1000.0, bos_token_id=None, eos_token_id=256, tie_word_embeddings=True)
+              num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-5,
+              initializer_range=0.02, hidden_act="silu", rope_theta=1000.0, bos_token_id=None, eos_token_id=256,
+              tie_word_embeddings=True)
 ALPHABET = [*range(33, 127), *range(161, 173), *range(174, 256)]
 
 
