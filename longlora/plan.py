@@ -239,7 +239,8 @@ def evaluation(config, dtype, length, lora, start=0):
 
 
 def _head_scratch(config, rows):
-    """What linear_cross_entropy takes while it runs: a chunk of logits, at most 48 MiB unless V is very large."""
+    """What linear_cross_entropy takes while it runs: a chunk of logits, at most 48 MiB unless V is very large (the sizes are those
+    at the top of its C file)."""
     V = config.vocab_size
     most = max(48, (48 << 20) // 4 // V // 48 * 48)
     chunks = -(-rows // most)
@@ -325,8 +326,11 @@ def _parts(config, dtype, batch_size, length, group_size, lora, checkpointing):
     parts.update(passes.parts)
     M, D = batch_size * length, config.head_dim
     parts["batch and tables"] += 2 * 4 * length * D // 2 + 4 * 4 * M
-    attention = _attention_scratch(config, batch_size, length, group_size or length, get_num_threads())
-    parts["scratch of the ops"] = _gemm_scratch(config, M, dtype, lora) + max(_head_scratch(config, M), attention)
+    head, threads = _head_scratch(config, M), get_num_threads()
+    attention = _attention_scratch(config, batch_size, length, group_size or length, threads)
+    # the C library returns blocks above 32 MiB at once, and keeps smaller ones for the next call
+    both = head + attention if attention <= threads * (32 << 20) else max(head, attention)
+    parts["scratch of the ops"] = _gemm_scratch(config, M, dtype, lora) + both
     parts["runtime"] = RUNTIME
     return {name: size for name, size in parts.items() if size}
 
