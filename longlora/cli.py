@@ -48,7 +48,7 @@ def parser():
     c.add_argument("--target-length", type=int, help="what --rope-type extends to (default: the largest length)")
     c.add_argument("--max-tokens", type=int, help="use no more of the data than so many tokens from its start")
     c.add_argument("--bins", type=int, help="each length also by position in the window, in so many parts (with --json)")
-    c.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="storage; arithmetic is float32 [float32]")
+    c.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="storage [float32]")
     c.add_argument("--json", action="store_true", help="print JSON")
     c = command("merge", "write base and adapter as one model that any server takes")
     c.add_argument("--model", required=True, help="the base model")
@@ -134,7 +134,7 @@ def main(argv=None):
         print(f"longlora: error: {error}", file=sys.stderr)
         return 2
     except MemoryError:
-        print("longlora: error: out of memory; `longlora plan` says what the run needs and what would make it fit", file=sys.stderr)
+        print("longlora: error: out of memory; `longlora plan` says what would make a run fit", file=sys.stderr)
         return 2
     except BrokenPipeError:
         sys.stderr.close()             # the reader has gone; so do we, without another word

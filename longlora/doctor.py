@@ -5,21 +5,26 @@ import platform
 import sys
 
 
+LIBRARIES = ("numpy", "tokenizers", "safetensors", "gguf", "pyyaml", "tqdm", "matplotlib", "ml_dtypes", "torch", "transformers",
+             "peft")
+
+
 def examine():
     """-> dict for JSON: versions, instruction sets, threads, memory, CUDA."""
     from . import _C, __version__
     from .plan import available_memory
     versions = {}
-    for name in ("numpy", "tokenizers", "safetensors", "gguf", "pyyaml", "tqdm", "matplotlib", "ml_dtypes", "torch", "transformers", "peft"):
+    for name in LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    return {"longlora": __version__, "python": sys.version.split()[0], "platform": platform.platform(), "extension": _C.__file__,
-            "processor": _processor(), "instruction_set": _C.isa_names[_C.get_isa()],
+    return {"longlora": __version__, "python": sys.version.split()[0], "platform": platform.platform(),
+            "extension": _C.__file__, "processor": _processor(), "instruction_set": _C.isa_names[_C.get_isa()],
             "instruction_sets": [name for name, there in zip(_C.isa_names, _C.isa_supported) if there],
-            "forced_by": os.environ.get("LONGLORA_ISA"), "threads": _C.get_num_threads(), "processors": len(os.sched_getaffinity(0)),
-            "memory_available": available_memory(), "cuda": {"available": False, "reason": "this version has no CUDA kernels"},
+            "forced_by": os.environ.get("LONGLORA_ISA"), "threads": _C.get_num_threads(),
+            "processors": len(os.sched_getaffinity(0)), "memory_available": available_memory(),
+            "cuda": {"available": False, "reason": "this version has no CUDA kernels"},
             "versions": versions}
 
 
@@ -34,8 +39,8 @@ def _processor():
 def text(found):
     """`examine`'s dict as lines."""
     memory = found["memory_available"]
-    lines = [("longlora", f"{found['longlora']}, Python {found['python']}, {found['platform']}"), ("extension", found["extension"]),
-             ("processor", found["processor"]),
+    lines = [("longlora", f"{found['longlora']}, Python {found['python']}, {found['platform']}"),
+             ("extension", found["extension"]), ("processor", found["processor"]),
              ("instruction set", f"{found['instruction_set']} of {', '.join(found['instruction_sets'])}"
               + (f" (LONGLORA_ISA={found['forced_by']})" if found["forced_by"] else "")),
              ("threads", f"{found['threads']} of {found['processors']} processors"),

@@ -16,7 +16,7 @@ from smollm2 import smollm2  # noqa: F401 (a fixture)
 
 torch = pytest.importorskip("torch", reason="transformers on torch is the peer compared with")
 transformers = pytest.importorskip("transformers", reason="the peer compared with")
-TEXT = Path("/work/wt/demo/longlora/assets")
+TEXT = Path(longlora.__file__).parent / "assets"
 TRAIN, HELD_OUT = TEXT / "train" / "kjv-01-genesis.txt", TEXT / "held_out" / "kjv-44-acts.txt"
 
 
