@@ -271,7 +271,7 @@ class Model:
         return self
 
     def init_random(self, seed=None):
-        """Weights as transformers starts them, normal(0, initializer_range), biases 0, norms 1 -> self; by seed and name alone."""
+        """Weights as in transformers, normal(0, initializer_range), biases 0, norms 1 -> self; by seed and name alone."""
         seed = self.seed if seed is None else seed
         for name in self.config.tensor_shapes():
             s, _ = self._places[name]

@@ -41,7 +41,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Stored:
-    """A parameter as it is stored: tensors of one product lie under each other; members (Hugging Face name, first row, last)."""
+    """A parameter as stored: tensors of one product lie under each other; members (Hugging Face name, first row, last)."""
     key: str
     kind: str
     shape: tuple
