@@ -51,7 +51,7 @@ model.zero_grad()
 model.train_microbatch(ids, ids, 1 / ids.size)
 optimizer.step(dict.fromkeys(model.kinds, 1e-3))
 model.losses(ids[0, :256], ids[0, :256])
-print(json.dumps({"planned": plan.total, "measured": status("VmHWM") - before, "arena": model.arena.nbytes, "parts": plan.parts}))
+print(json.dumps({"planned": plan.total, "measured": status("VmHWM") - before, "parts": plan.parts}))
 """
 
 
@@ -99,7 +99,8 @@ def test_a_shorter_batch_needs_no_more(checkpointing):
 
 def test_under_a_second_for_the_largest():
     started = time.perf_counter()
-    plan = plan_.plan(read_config(LLAMA_70B), dtype="bfloat16", sequence_length=32768, group_size=8192, lora=LORA, memory=64 << 30)
+    plan = plan_.plan(read_config(LLAMA_70B), dtype="bfloat16", sequence_length=32768, group_size=8192, lora=LORA,
+                      memory=64 << 30)
     assert time.perf_counter() - started < 1
     assert not plan.fits and plan.changes and plan.checkpointing == "full"
     assert plan.parts["frozen weights"] == pytest.approx(2 * 69.5e9, rel=0.01)   # 70.6e9 less the trained embedding
@@ -131,15 +132,18 @@ def test_changes_that_would_make_it_fit():
     smaller = plan_.plan(config, memory=180 << 20, **given)
     assert len(smaller.changes) == 1 and " and " in smaller.changes[0]
     assert plan_.plan(config, memory=1 << 20, **given).changes[0].startswith("nothing: ")
-    assert any(change.startswith("LoRA instead") for change in plan_.plan(config, memory=420 << 20, sequence_length=1024).changes)
+    full = plan_.plan(config, memory=420 << 20, sequence_length=1024)
+    assert any(change.startswith("LoRA instead") for change in full.changes)
 
 
 def test_what_it_prints():
-    plan = plan_.plan(read_config(MIDDLE), sequence_length=4096, group_size=1024, lora=LORA, memory=1 << 29, checkpointing="none")
+    plan = plan_.plan(read_config(MIDDLE), sequence_length=4096, group_size=1024, lora=LORA, memory=1 << 29,
+                      checkpointing="none")
     found = json.loads(json.dumps(plan.to_json()))
     assert found["total"] == sum(found["parts"].values()) == plan.total and found["fits"] is plan.fits
     lines = plan.text().splitlines()
-    assert lines[0].startswith("frozen weights") and lines[0].endswith("GiB") and any(line.startswith("total") for line in lines)
+    assert lines[0].startswith("frozen weights") and lines[0].endswith("GiB")
+    assert any(line.startswith("total") for line in lines)
     assert "checkpointing none: does not fit; 0.500 GiB are available" in lines
     assert lines[-1].strip() == plan.changes[-1]
 

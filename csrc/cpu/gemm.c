@@ -27,12 +27,14 @@ enum {
 /* Packed elements are 32 bits: a float, or, in products of bfloat16, the pair of k and k + 1. A "step" is one of them. */
 typedef struct {
     const Gemm *g;
-    int swapped, dot, direct;          /* computes the transpose; multiplies pairs of bfloat16; reads a where it lies */
+    int swapped, dot;                  /* computes the transpose; multiplies pairs of bfloat16 */
+    int direct, direct_b;              /* reads a, or the whole panels of b, where they lie */
     int64_t M, N, K, R;                /* K and R in elements; after swapping */
     Matrix a, b, a2, b2;
     int64_t steps, steps2;             /* K and R in steps */
     int64_t m0, m1, n0, n1, s0, s1;    /* what is packed now; s in steps, of K + R */
-    int64_t tile_m, tile_n, tiles_n;
+    int64_t tile_m, tile_n, tiles_n, packed_n; /* columns from packed_n on are packed */
+    int64_t step_a, ahead;             /* floats from step to step of a in place, and to what comes next */
     float *pack_a, *pack_b, *ext, *sum;
     int64_t sum_row;
 } Job;
@@ -86,53 +88,75 @@ static inline uint32_t step1(Matrix b, int64_t k, int64_t j, int64_t K, int64_t 
     return u;
 }
 
+/* VW steps of `width` columns at a time where k is dense: transposed in blocks. line: bytes from column to column. A narrow
+ * panel (of a) is written in whole vectors too: each store covers the excess of the one before; the last is `whole`. */
+static inline __attribute__((always_inline)) void pack_turned(float *out, const char *p, int64_t line, int64_t steps, int64_t n,
+                                                              int64_t width, float scale, int32_t dtype, int64_t element_size) {
+    for (int64_t s = 0; s + VW <= steps; s += VW)
+        for (int64_t j = 0; j < width; j += VW) {
+            vf x[VW];
+#pragma GCC unroll 16
+            for (int i = 0; i < VW; i++) {
+                x[i] = (vf){0};
+                if (j + i < n) x[i] = vf_load_any(p + s * element_size + (j + i) * line, dtype) * scale;
+            }
+            transpose(x);
+            int last = s + 2 * VW > steps && width < VW ? VW - 1 : VW;
+#pragma GCC unroll 16
+            for (int i = 0; i < VW; i++)
+                if (i < last) vf_store(out + (s + i) * width + j, x[i]);
+                else memcpy(out + (s + i) * width, &x[i], (size_t)width * 4);
+        }
+}
+
+/* Whole vectors of columns where those are dense; line: bytes from k to k + 1. `steps` of them, n a multiple of VW or, if
+ * there is something to read and to overwrite behind them, less. */
+static inline __attribute__((always_inline)) void pack_rows(float *out, const char *p, int64_t line, int64_t steps, int64_t n,
+                                                            int64_t width, float scale, int32_t dtype, int dot) {
+    int64_t size = dtype == F32 ? 4 : 2;
+    for (int64_t s = 0; s < steps; s++) {
+#pragma GCC unroll 3
+        for (int64_t j = 0; j < n; j += VW) {
+            vf x;
+            if (dot) {
+                vh low, high;
+                memcpy(&low, p + 2 * s * line + j * 2, sizeof low);
+                memcpy(&high, p + (2 * s + 1) * line + j * 2, sizeof high);
+                x = (vf)(__builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16);
+            } else x = vf_load_any(p + s * line + j * size, dtype) * scale;
+            vf_store(out + s * width + j, x);
+        }
+    }
+}
+
 /* out[steps][width] = scale b[k0 .., j0 .. j0+width-1], zero where b ends. */
 static void pack(float *out, Matrix b, int64_t k0, int64_t steps, int64_t K, int64_t j0, int64_t width, int64_t N, float scale,
                  int dot) {
-    int64_t per = dot ? 2 : 1, n = min64(width, N - j0), s = 0;
-    Matrix p = b;
-    p.data = element(b, 0, j0);
-    int32_t read = dot ? F32 : b.dtype;                                /* pairs travel as floats do */
-    if (p.row == 1 && (!dot || (p.dtype == BF16 && scale == 1))) {       /* k is dense: transpose blocks of VW x VW */
-        int64_t whole = min64(steps, (K - k0) / per) / VW * VW;
-        for (; s < whole; s += VW)
-            for (int64_t j = 0; j < width; j += VW) {
-                vf x[VW];
-#pragma GCC unroll 16
-                for (int i = 0; i < VW; i++)
-                    x[i] = j + i < n ? vf_load_any(element(p, k0 + s * per, j + i), read) : (vf){0};
-                if (scale != 1) for (int i = 0; i < VW; i++) x[i] *= scale;
-                transpose(x);
-#pragma GCC unroll 16
-                for (int i = 0; i < VW; i++) {                         /* a narrow panel: each store covers the last one's excess */
-                    if (width < VW && s + i == steps - 1) memcpy(out + (s + i) * width, &x[i], (size_t)width * 4);
-                    else vf_store(out + (s + i) * width + j, x[i]);
-                }
-            }
-    } else if (p.col == 1 && (!dot || (p.dtype == BF16 && scale == 1))) { /* columns are dense */
-        int64_t whole = min64(steps, (K - k0) / per);
-        for (; s < whole; s++) {
-            int64_t j = 0;
-            int narrow = width < VW && s + 1 < steps && j0 + VW <= N;  /* each store covers the last one's excess */
-            for (; j + VW <= n || (narrow && j < n); j += VW) {
-                vf x;
-                if (dot) {
-                    vh low, high;
-                    memcpy(&low, element(p, k0 + 2 * s, j), sizeof low);
-                    memcpy(&high, element(p, k0 + 2 * s + 1, j), sizeof high);
-                    x = (vf)(__builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16);
-                } else x = vf_load_any(element(p, k0 + s, j), read) * scale;
-                vf_store(out + s * width + j, x);
-            }
-            for (; j < width; j++) {
-                uint32_t u = step1(p, k0 + s * per, j, K, n, scale, dot);
-                memcpy(out + s * width + j, &u, 4);
-            }
+    int64_t per = dot ? 2 : 1, n = min64(width, N - j0), whole = min64(steps, (K - k0) / per), from = 0, done = 0;
+    const char *p = element(b, k0, j0);
+    if (!dot || (b.dtype == BF16 && scale == 1)) {
+        if (b.row == 1) {                                              /* pairs travel as floats do */
+            int64_t line = b.col * dtype_size(b.dtype);
+            done = width, from = whole / VW * VW;
+            if (dot || b.dtype == F32) {
+                if (scale == 1) pack_turned(out, p, line, whole, n, width, 1, F32, 4);
+                else pack_turned(out, p, line, whole, n, width, scale, F32, 4);
+            } else if (b.dtype == BF16) pack_turned(out, p, line, whole, n, width, scale, BF16, 2);
+            else pack_turned(out, p, line, whole, n, width, scale, F16, 2);
+        } else if (b.col == 1) {
+            int64_t line = b.row * dtype_size(b.dtype);
+            done = n / VW * VW, from = whole;
+            if (width < VW && n == width && j0 + VW <= N && whole > 0) done = width, from = whole - 1;
+            if (dot) pack_rows(out, p, line, from, done, width, 1, BF16, 1);
+            else if (b.dtype == F32 && done == NR) pack_rows(out, p, line, from, NR, NR, scale, F32, 0);
+            else if (b.dtype == F32) pack_rows(out, p, line, from, done, width, scale, F32, 0);
+            else if (b.dtype == BF16) pack_rows(out, p, line, from, done, width, scale, BF16, 0);
+            else pack_rows(out, p, line, from, done, width, scale, F16, 0);
         }
     }
-    for (; s < steps; s++)
-        for (int64_t j = 0; j < width; j++) {
-            uint32_t u = step1(p, k0 + s * per, j, K, n, scale, dot);
+    for (int64_t s = done == width ? from : 0; s < steps; s++)
+        for (int64_t j = s < from ? done : 0; j < width; j++) {
+            uint32_t u = step1(b, k0 + s * per, j0 + j, K, N, scale, dot);
             memcpy(out + s * width + j, &u, 4);
         }
 }
@@ -153,15 +177,15 @@ static void pack_panel(const Job *job, float *out, Matrix b, Matrix b2, int64_t 
 enum { SWEEP = 64, B_PANELS = 4, A_PANELS = 16 };
 static int pack_task(int64_t i, void *context) {
     Job *job = context;
-    int64_t steps = job->s1 - job->s0, tasks_b = ceil_div(job->n1 - job->n0, NR * B_PANELS);
-    int64_t j0 = i < tasks_b ? job->n0 + i * NR * B_PANELS : job->m0 + (i - tasks_b) * MR * A_PANELS;
+    int64_t steps = job->s1 - job->s0, tasks_b = ceil_div(job->n1 - job->packed_n, NR * B_PANELS);
+    int64_t j0 = i < tasks_b ? job->packed_n + i * NR * B_PANELS : job->m0 + (i - tasks_b) * MR * A_PANELS;
     int64_t j1 = i < tasks_b ? min64(job->n1, j0 + NR * B_PANELS) : min64(job->m1, j0 + MR * A_PANELS);
     int64_t begin = i >= tasks_b && job->direct ? max64(job->s0, job->steps) : job->s0;
     for (int64_t s = begin; s < job->s1; s += SWEEP)
         for (int64_t j = j0, end = min64(job->s1, s + SWEEP); j < j1; j += i < tasks_b ? NR : MR)
             if (i < tasks_b) {
                 int64_t width = panel_width(j, job->n1);
-                pack_panel(job, job->pack_b + (j - job->n0) * steps + (s - job->s0) * width, job->b, job->b2, s, end, j, width, job->N, 1);
+                pack_panel(job, job->pack_b + (j - job->packed_n) * steps + (s - job->s0) * width, job->b, job->b2, s, end, j, width, job->N, 1);
             } else
                 pack_panel(job, job->direct ? job->ext + (j - job->m0) * job->steps2 + (s - job->steps) * MR
                                             : job->pack_a + (j - job->m0) * steps + (s - job->s0) * MR,
@@ -180,28 +204,41 @@ static inline __attribute__((always_inline)) vf multiply_add(vf sum, vf a, vf b,
     return sum + a * b;
 }
 
-/* sum[MR][nv] += a[.., steps] b[steps, ..]: b packed; a packed (lda 0) or rows lda apart. */
-static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64_t steps, const float *a, const int64_t *row,
-                                                           const float *b, int nv, int dot) {
+/* One side of a tile: packed, or in place, with the offsets of MR rows of a. `ahead` is where the next tile will read. */
+typedef struct { const float *data; int64_t step, ahead, row[MR]; } Side;
+
+/* sum[MR][nv] += a[.., steps] b[steps, ..]. What is read in place is fetched ahead: a line of each of the next MR rows where
+ * k is dense, else the lines of AHEAD steps later. */
+enum { AHEAD = 8 };
+static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64_t steps, const Side *a, const Side *b, int direct,
+                                                           int direct_b, int nv, int dot) {
+    const float *pa = a->data, *pb = b->data;
+    int64_t step_a = direct ? a->step : MR, step_b = direct_b ? b->step : nv * VW;
     for (int64_t s = 0; s < steps; s++) {
         vf bv[NV];
+        if (direct && s % 16 == 0)
+#pragma GCC unroll 8
+            for (int i = 0; i < MR; i++) __builtin_prefetch(pa + a->row[i] + a->ahead);
 #pragma GCC unroll 3
-        for (int j = 0; j < nv; j++) bv[j] = vf_load(b + j * VW);
+        for (int j = 0; j < nv; j++) {
+            bv[j] = vf_load(pb + j * VW);
+            if (direct_b) __builtin_prefetch(pb + AHEAD * step_b + j * VW);
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < MR; i++) {
-            vf av = vf_set1(a[row ? row[i] : i]);
+            vf av = vf_set1(pa[direct ? a->row[i] : i]);
 #pragma GCC unroll 3
             for (int j = 0; j < nv; j++) sum[i][j] = multiply_add(sum[i][j], av, bv[j], dot);
         }
-        b += nv * VW;
-        a += row ? 1 : MR;
+        pa += step_a;
+        pb += step_b;
     }
 }
 
-/* out[MR][nv VW] (+)= the product of `steps` and then `steps2` steps; the second part of a is always packed. */
-static inline __attribute__((always_inline)) void tile(int64_t steps, const float *a, const int64_t *row, const float *b,
-                                                       int64_t steps2, const float *a2, float *out, int64_t out_row, int add,
-                                                       int nv, int dot) {
+/* out[MR][nv VW] (+)= a b, of `steps` steps, + a2 b2, of `steps2` packed ones. */
+static inline __attribute__((always_inline)) void tile(int64_t steps, const Side *a, const Side *b, int64_t steps2, const Side *a2,
+                                                       const Side *b2, float *out, int64_t out_row, int add, int direct,
+                                                       int direct_b, int nv, int dot) {
     vf sum[MR][NV];
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++)
@@ -210,8 +247,8 @@ static inline __attribute__((always_inline)) void tile(int64_t steps, const floa
             sum[i][j] = (vf){0};
             __builtin_prefetch(out + i * out_row + j * VW, 1);
         }
-    multiply(sum, steps, a, row, b, nv, dot);
-    if (row) multiply(sum, steps2, a2, NULL, b + steps * nv * VW, nv, dot);
+    multiply(sum, steps, a, b, direct, direct_b, nv, dot);
+    if (direct) multiply(sum, steps2, a2, b2, 0, 0, nv, dot);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 3
@@ -222,28 +259,28 @@ static inline __attribute__((always_inline)) void tile(int64_t steps, const floa
         }
 }
 
-#define TILE(name, direct, nv, dot) \
-    static __attribute__((noinline)) void name(int64_t steps, const float *a, const int64_t *row, const float *b, \
-                                               int64_t steps2, const float *a2, float *out, int64_t out_row, int add) { \
-        tile(steps, a, direct ? row : NULL, b, steps2, a2, out, out_row, add, nv, dot); \
+typedef void (*Tile)(int64_t steps, const Side *a, const Side *b, int64_t steps2, const Side *a2, const Side *b2, float *out,
+                     int64_t out_row, int add);
+#define TILE(name, direct, direct_b, nv, dot) \
+    static __attribute__((noinline)) void name(int64_t steps, const Side *a, const Side *b, int64_t steps2, const Side *a2, \
+                                               const Side *b2, float *out, int64_t out_row, int add) { \
+        tile(steps, a, b, steps2, a2, b2, out, out_row, add, direct, direct_b, nv, dot); \
     }
-typedef void (*Tile)(int64_t, const float *, const int64_t *, const float *, int64_t, const float *, float *, int64_t, int);
-TILE(packed_1, 0, 1, 0) TILE(packed_2, 0, 2, 0) TILE(direct_1, 1, 1, 0) TILE(direct_2, 1, 2, 0)
 #if defined __AVX512F__
-TILE(packed_3, 0, 3, 0) TILE(direct_3, 1, 3, 0)
+#define TILES(name, direct, dot) TILE(name##_1, direct, 0, 1, dot) TILE(name##_2, direct, 0, 2, dot) TILE(name##_3, direct, 0, 3, dot)
+#define NAMES(name) { name##_1, name##_2, name##_3 }
 #else
-enum { packed_3, direct_3 };
+#define TILES(name, direct, dot) TILE(name##_1, direct, 0, 1, dot) TILE(name##_2, direct, 0, 2, dot)
+#define NAMES(name) { name##_1, name##_2 }
 #endif
+TILES(packed, 0, 0) TILES(direct, 1, 0) TILE(packed_in_place, 0, 1, NV, 0) TILE(direct_in_place, 1, 1, NV, 0)
+static const Tile in_place[2] = { packed_in_place, direct_in_place };
 #if defined __AVX512BF16__
-TILE(packed_dot_1, 0, 1, 1) TILE(packed_dot_2, 0, 2, 1) TILE(packed_dot_3, 0, 3, 1)
-TILE(direct_dot_1, 1, 1, 1) TILE(direct_dot_2, 1, 2, 1) TILE(direct_dot_3, 1, 3, 1)
+TILES(packed_dot, 0, 1) TILES(direct_dot, 1, 1)
+static const Tile tiles[2][2][NV] = { { NAMES(packed), NAMES(direct) }, { NAMES(packed_dot), NAMES(direct_dot) } };
+#else
+static const Tile tiles[1][2][NV] = { { NAMES(packed), NAMES(direct) } };
 #endif
-static const Tile tiles[2][2][3] = {
-    { { packed_1, packed_2, (Tile)packed_3 }, { direct_1, direct_2, (Tile)direct_3 } },
-#if defined __AVX512BF16__
-    { { packed_dot_1, packed_dot_2, packed_dot_3 }, { direct_dot_1, direct_dot_2, direct_dot_3 } },
-#endif
-};
 
 /* ---- what happens to a finished tile ------------------------------------------------------------------------------ */
 
@@ -303,30 +340,28 @@ static int tile_task(int64_t i, void *context) {
     float buffer[MR * NR] __attribute__((aligned(64)));
     int plain = g->c_dtype == F32 && g->alpha == 1 && !job->swapped && !job->sum;
     for (int64_t n = n_begin; n < n_end; n += NR) {
-        int64_t width = panel_width(n, job->n1), cols = min64(width, n_end - n);
-        const float *b = job->pack_b + (n - job->n0) * steps;
-        Tile run = tiles[job->dot][job->direct][width / VW - 1];
-        int64_t s = job->s0, next;
+        int64_t width = panel_width(n, job->n1), cols = min64(width, n_end - n), s = job->s0, next;
+        int there = n < job->packed_n;
+        Tile run = there ? in_place[job->direct] : tiles[job->dot][job->direct][width / VW - 1];
         do {
             next = job->s1 - s < 2 * KC ? job->s1 - s <= KC ? job->s1 : s + (job->s1 - s + 1) / 2 : s + KC;
-            int first = s == 0, last = next == all;
+            int first = s == 0, last = next == all, extras = first && (g->bias || g->residual || (g->beta != 0 && g->beta != 1));
+            int64_t part = job->direct ? max64(0, min64(next, job->steps) - s) : next - s;
+            Side a = { .step = job->step_a, .ahead = job->ahead }, a2 = { 0 }, b, b2;
+            b = (Side){ there ? (const float *)job->b.data + s * job->b.row + n
+                              : job->pack_b + (n - job->packed_n) * steps + (s - job->s0) * width, job->b.row, 0, {0} };
+            b2 = (Side){ b.data + part * width, 0, 0, {0} };
             for (int64_t m = m_begin; m < m_end; m += MR) {
-                int64_t rows = min64(MR, m_end - m), row[MR];
-                const float *a = job->pack_a + (m - job->m0) * steps + (s - job->s0) * MR, *a2 = NULL;
-                int64_t part = next - s, part2 = 0;
+                int64_t rows = min64(MR, m_end - m);
                 if (job->direct) {
-                    a = (const float *)((const char *)job->a.data + (m * job->a.row) * size) + s;
-                    for (int64_t r = 0; r < MR; r++) row[r] = min64(r, rows - 1) * job->a.row * size / 4;
-                    part = max64(0, min64(next, job->steps) - s);
-                    part2 = next - s - part;
-                    a2 = job->ext + (m - job->m0) * job->steps2 + (max64(s, job->steps) - job->steps) * MR;
-                }
-                const float *panel = b + (s - job->s0) * width;
-                int extras = first && (g->bias || g->residual || (g->beta != 0 && g->beta != 1));
+                    a.data = (const float *)((const char *)job->a.data + m * job->a.row * size) + s * job->step_a;
+                    for (int64_t r = 0; r < MR; r++) a.row[r] = min64(r, rows - 1) * job->a.row * size / 4;
+                    a2.data = job->ext + (m - job->m0) * job->steps2 + (max64(s, job->steps) - job->steps) * MR;
+                } else a.data = job->pack_a + (m - job->m0) * steps + (s - job->s0) * MR;
                 if (plain && !extras && rows == MR && cols == width)
-                    run(part, a, row, panel, part2, a2, (float *)g->c + m * g->c_row + n, g->c_row, !first || g->beta == 1);
+                    run(part, &a, &b, next - s - part, &a2, &b2, (float *)g->c + m * g->c_row + n, g->c_row, !first || g->beta == 1);
                 else {
-                    run(part, a, row, panel, part2, a2, buffer, width, 0);
+                    run(part, &a, &b, next - s - part, &a2, &b2, buffer, width, 0);
                     finish(job, buffer, width, m, n, rows, cols, first, last);
                 }
             }
@@ -351,6 +386,10 @@ int CPU(gemm)(const Gemm *g) {
         job.a = transposed(g->b), job.b = transposed(g->a), job.a2 = transposed(g->b2), job.b2 = transposed(g->a2);
     }
     job.direct = job.a.col == 1 && job.a.dtype == unit && job.K % per == 0 && job.a.row % per == 0;
+    job.step_a = 1, job.ahead = MR * job.a.row / per;
+    if (!job.dot && job.a.row == 1 && job.a.dtype == F32 && job.M <= 256) /* the other way round; too few rows to pack them */
+        job.direct = 1, job.step_a = job.a.col, job.ahead = AHEAD * job.a.col;
+    job.direct_b = !job.dot && job.b.col == 1 && job.b.dtype == F32 && job.M <= 256 && job.R == 0;
     job.steps = ceil_div(job.K, per), job.steps2 = ceil_div(job.R, per);
     int64_t all = job.steps + job.steps2, depth = max64(1, ceil_div(all, max64(1, ceil_div(all, KS))));
     int64_t wide_n = min64(ceil_div(job.N, NR) * NR, max64(1, PACK_BYTES / 4 / depth / NR) * NR);
@@ -372,7 +411,8 @@ int CPU(gemm)(const Gemm *g) {
             job.s0 = 0;
             do {
                 job.s1 = min64(all, job.s0 + depth);
-                int64_t tasks_b = ceil_div(job.n1 - job.n0, NR * B_PANELS), tasks_a = ceil_div(job.m1 - job.m0, MR * A_PANELS);
+                job.packed_n = job.direct_b ? job.n0 + (job.n1 - job.n0) / NR * NR : job.n0;
+                int64_t tasks_b = ceil_div(job.n1 - job.packed_n, NR * B_PANELS), tasks_a = ceil_div(job.m1 - job.m0, MR * A_PANELS);
                 if (job.direct && job.s1 <= job.steps) tasks_a = 0;
                 if (parallel_for(tasks_b + tasks_a, pack_task, &job)) goto done;
                 int64_t rows = job.m1 - job.m0, cols = job.n1 - job.n0;
