@@ -1,11 +1,14 @@
 """Builds longlora._C: one abi3 extension, the CPU kernels compiled once per instruction set.
 
-Switches (environment): DEBUG=1 (-O0 -g, assertions), SANITIZE=address,undefined (instrumented build), CC.
+Switches (environment): DEBUG=1 (-O0 -g, assertions), SANITIZE=address,undefined (instrumented build; tests/sanitize.sh runs
+the op tests on one), CC, MAX_JOBS (compilers at a time, by default one per processor).
 """
 import glob
 import os
 import platform
 import sysconfig
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 from setuptools import Extension, setup
@@ -17,36 +20,47 @@ V4 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-wi
 V3 = ["-mavx2", "-mfma", "-mf16c"]
 # The same names as FOR_EACH_ISA in csrc/ops.h.
 ISAS = {"portable": [], "avx2": V3, "avx512": V3 + V4, "avx512_bf16": V3 + V4 + ["-mavx512bf16"]} if X86 else {"portable": []}
-KERNELS = ["adamw", "cast", "embedding", "gemm", "linear_cross_entropy", "lora_linear", "matmul", "rms_norm", "rope",
-           "s2_attention", "swiglu"]
+ONCE = ["csrc/bind.c", "csrc/ops.c", "csrc/cpu/parallel.c"]            # all other .c files are kernels
+KERNELS = sorted(set(glob.glob("csrc/cpu/*.c")) - set(ONCE))
+INPUTS = ["setup.py", *glob.glob("csrc/*.h"), *glob.glob("csrc/cpu/*.h")]
 
 WARN = ["-std=c11", "-Wall", "-Wextra", "-fvisibility=hidden", "-fopenmp"]
-OPTIMISE = ["-O0", "-g"] if DEBUG else ["-O3", "-g1"] if SANITIZE else ["-O3", "-DNDEBUG"]
+OPTIMISE = ["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O1", "-g1"] if SANITIZE else ["-O3", "-g0", "-DNDEBUG"]
 SANITIZERS = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"] if SANITIZE else []
 FLAGS = WARN + OPTIMISE + SANITIZERS
+MATH = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 
 
 class BuildExt(build_ext):
-    """Each kernel file becomes one object per instruction set, named apart by -DISA."""
+    """Each kernel file becomes one object per instruction set, named apart by -DISA. All objects are compiled side by side;
+    one that is newer than its source and every header, made with the same flags, is kept."""
 
     def build_extension(self, ext):
-        macros = [*ext.define_macros]
-        sources = [f"csrc/cpu/{name}.c" for name in KERNELS if os.path.exists(f"csrc/cpu/{name}.c")]
-        for isa, flags in ISAS.items():
-            ext.extra_objects += self.compiler.compile(
-                sources, output_dir=os.path.join(self.build_temp, isa), macros=[*macros, ("ISA", isa)],
-                include_dirs=["csrc"], extra_postargs=[*FLAGS, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", *flags],
-                depends=ext.depends)
+        jobs = [(source, [], []) for source in ext.sources]
+        jobs += [(source, [("ISA", isa)], MATH + flags) for isa, flags in ISAS.items() for source in KERNELS]
+
+        def build(job):
+            source, macros, flags = job
+            macros, flags = [*ext.define_macros, *macros], [*ext.extra_compile_args, *flags]
+            folder = os.path.join(self.build_temp, f"{zlib.crc32(repr((macros, flags, self.compiler.compiler_so)).encode()):08x}")
+            made, = self.compiler.object_filenames([source], output_dir=folder)
+            if not os.path.exists(made) or os.path.getmtime(made) <= max(map(os.path.getmtime, [source, *INPUTS])):
+                self.compiler.compile([source], output_dir=folder, macros=macros, include_dirs=ext.include_dirs, extra_postargs=flags)
+            return made
+
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            ext.extra_objects = list(pool.map(build, jobs))
+        ext.sources = []
+        self.force = True                                              # link anew: the switches may differ from the last build's
         super().build_extension(ext)
 
 
 free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 extension = Extension(
     "longlora._C",
-    sources=["csrc/bind.c", "csrc/ops.c", "csrc/cpu/parallel.c"],
+    sources=ONCE,
     include_dirs=["csrc", numpy.get_include()],
     define_macros=[("LONGLORA_X86", "1")] * X86 + [("Py_LIMITED_API", "0x030b0000")] * (not free_threaded),
-    depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/cpu/*.[ch]")),
     extra_compile_args=FLAGS,
     extra_link_args=["-fopenmp", "-lm", *SANITIZERS],
     py_limited_api=not free_threaded,

@@ -38,16 +38,17 @@ def our_step(length, group, dtype):
     from longlora.plan import plan
     config = read_config(CONFIG)
     about = plan(config, dtype=dtype, sequence_length=length, group_size=group, lora=LoraConfig())
-    model = Model(config, dtype=dtype, lora=LoraConfig(), rope=config.rope, plan=about,
-                  attention={"group_size": group, "boundary": "split", "shift": "half"}, seed=0)
+    model = Model(config, dtype=dtype, lora=LoraConfig(), plan=about,
+                  attention={"group_size": group, "boundary": "split", "shift": "half"})
     model.init_random(0)
-    optimizer = AdamW(model.parameters)
+    optimizer = AdamW(model.parameters, max_grad_norm=1.0)
+    rates = dict.fromkeys((p.kind for p in model.parameters), RATE)
     ids = tokens(length)
 
     def step():
         model.zero_grad()
-        loss = model.train_microbatch(ids[None, :-1], ids[None, 1:], 1 / length)
-        optimizer.step(RATE)
+        loss = model.train_microbatch(ids[None, :-1], ids[None, 1:], loss_scale=1 / length)
+        optimizer.step(rates)
         return loss / length
 
     return step, about.checkpointing

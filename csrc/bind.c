@@ -908,7 +908,7 @@ static PyObject *py_set_threads(PyObject *self, PyObject *arg) {
     (void)self;
     long n = PyLong_AsLong(arg);
     if (n == -1 && PyErr_Occurred()) return NULL;
-    if (n < 1) return PyErr_Format(PyExc_ValueError, "set_num_threads: wanted at least 1, got %ld", n);
+    if (n < 1 || n > 4096) return PyErr_Format(PyExc_ValueError, "set_num_threads: n should be from 1 to 4096, got %ld", n);
     set_threads((int)n);
     Py_RETURN_NONE;
 }

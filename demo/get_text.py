@@ -2,8 +2,8 @@
 
     python demo/get_text.py CACHE     (calls apt-get download and dpkg-deb; nothing is installed, root is not needed)
 
-Writes one document a book, UTF-8, one verse or one paragraph a line: CACHE/kjv/01-genesis.txt ... and CACHE/austen/emma.txt ...;
-and what the other scripts read: CACHE/train.txt, all books but HELD_OUT, and CACHE/held_out.txt.
+Writes one document a book, UTF-8, one verse or one paragraph a line: CACHE/train/kjv-01-genesis.txt ..., and the books of
+HELD_OUT into CACHE/held_out/.
 """
 import os
 import re
@@ -16,7 +16,7 @@ from pathlib import Path
 
 PACKAGES = ("bible-kjv", "bible-kjv-text", "r-cran-janeaustenr")
 # The model never sees these. The novel is like the other five and no part of them; Acts repeats no other book of the Bible.
-HELD_OUT = ("austen/persuasion", "kjv/44-acts")
+HELD_OUT = ("austen-persuasion", "kjv-44-acts")
 NOVELS = {"emma": "Emma", "mansfieldpark": "Mansfield Park", "northangerabbey": "Northanger Abbey", "persuasion": "Persuasion",
           "prideprejudice": "Pride and Prejudice", "sensesensibility": "Sense and Sensibility"}
 BOOKS = [name.replace("_", " ") for name in """Genesis Exodus Leviticus Numbers Deuteronomy Joshua Judges Ruth 1_Samuel 2_Samuel
@@ -34,7 +34,7 @@ def unpack(folder):
 
 
 def bible(folder):
-    """-> {"kjv/01-genesis": text}: a heading for each chapter, then a verse a line."""
+    """-> {"kjv-01-genesis": text}: a heading for each chapter, then a verse a line."""
     printed = subprocess.run([f"{folder}/usr/bin/bible", "-p", f"{folder}/usr/lib", "-f", "Gen1:1-Rev22:21"], check=True,
                              capture_output=True, encoding="ascii").stdout
     verses = [re.fullmatch(r"(\w+?)(\d+):(\d+) (.+)", line).groups() for line in printed.splitlines()]
@@ -47,7 +47,7 @@ def bible(folder):
             if verse == "1":
                 lines += ["", f"{book} {chapter}", ""]
             lines.append(words.strip())
-        texts[f"kjv/{number:02}-{book.lower().replace(' ', '-')}"] = "\n".join(lines[1:]) + "\n"
+        texts[f"kjv-{number:02}-{book.lower().replace(' ', '-')}"] = "\n".join(lines[1:]) + "\n"
     return texts
 
 
@@ -73,7 +73,7 @@ def strings(entry):
 
 
 def novels(folder):
-    """-> {"austen/emma": text}: a paragraph a line, paragraphs and headings apart by an empty line."""
+    """-> {"austen-emma": text}: a paragraph a line, paragraphs and headings apart by an empty line."""
     data = Path(folder, "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
     texts, at = {}, 0
     for name, title in NOVELS.items():
@@ -84,7 +84,7 @@ def novels(folder):
         assert lines[0].upper() == title.upper(), f"{lines[0]} found where {title} was expected"
         paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", "\n".join(lines))]
         text = "\n\n".join(part for part in paragraphs if part) + "\n"
-        texts[f"austen/{name}"] = text.replace("_", "")  # italics
+        texts[f"austen-{name}"] = text.replace("_", "")  # italics
     assert at == len(data)
     return texts
 
@@ -94,14 +94,11 @@ def main(cache):
         os.chmod(folder, 0o755)
         unpack(folder)
         texts = bible(folder) | novels(folder)
+    for folder in ("train", "held_out"):
+        Path(cache, folder).mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        path = Path(cache, name + ".txt")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    for name, keep in ("train", lambda book: book not in HELD_OUT), ("held_out", lambda book: book in HELD_OUT):
-        text = "\n\n\n".join(text for book, text in texts.items() if keep(book))
-        Path(cache, name + ".txt").write_text(text, encoding="utf-8")
-        print(f"{cache}/{name}.txt: {len(text.encode()):,} bytes")
+        Path(cache, "held_out" if name in HELD_OUT else "train", name + ".txt").write_text(text, encoding="utf-8")
+    print(f"{cache}: {len(texts)} books, {sum(len(text) for text in texts.values()):,} characters, held out {', '.join(HELD_OUT)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The demo's tokenizer: byte-level BPE trained on the pretraining text.
 
-    python demo/make_tokenizer.py CACHE/train.txt DIRECTORY     -> DIRECTORY/tokenizer.json, tokenizer_config.json
+    python demo/make_tokenizer.py CACHE/train DIRECTORY     -> DIRECTORY/tokenizer.json, tokenizer_config.json
 """
 import json
 import sys
@@ -18,7 +18,7 @@ def main(text, directory):
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
                                   show_progress=False)
-    tokenizer.train([text], trainer)
+    tokenizer.train(sorted(map(str, Path(text).glob("*.txt"))), trainer)
     tokenizer.save(f"{directory}/tokenizer.json")
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "model_max_length": 256}
     Path(directory, "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")

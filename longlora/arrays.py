@@ -50,8 +50,11 @@ def empty_like(x):
 
 
 def give_back(like, *results):
-    """The results, each None or made by `empty(..., like)`, as arrays of like's own kind, without a copy; one alone is not a tuple."""
-    if not isinstance(like, (np.ndarray, Tensor)) and not _is_torch(like):
+    """The results, each None or made by `empty(..., like)`, as arrays of like's own kind, without a copy; one alone is not a tuple.
+
+    The way back is from_dlpack of the array API that `like` belongs to; without one the results stay Tensors.
+    """
+    if not isinstance(like, (np.ndarray, Tensor)) and not _is_torch(like) and hasattr(like, "__array_namespace__"):
         library = like.__array_namespace__()
         results = tuple(library.from_dlpack(x) if isinstance(x, Tensor) else x for x in results)
     return results if len(results) > 1 else results[0]

@@ -43,24 +43,24 @@ def parser():
     c.add_argument("--data", required=True, help=".txt, .jsonl, a directory of them, or token .bin")
     c.add_argument("--lengths", required=True, type=_lengths, help="tokens of a window: 2048,4096,...")
     c.add_argument("--stride", type=int, help="sliding window: tokens between windows (default: windows side by side)")
-    c.add_argument("--rope-type", "--rope_type", choices=options.TrainOptions.__dataclass_fields__["rope_type"].metadata["choices"],
+    c.add_argument("--rope-type", choices=options.TrainOptions.__dataclass_fields__["rope_type"].metadata["choices"],
                    help="interpolate first, without training")
-    c.add_argument("--target-length", "--target_length", type=int, help="what --rope-type extends to (default: the largest length)")
-    c.add_argument("--max-tokens", "--max_tokens", type=int, help="use no more of the data than so many tokens from its start")
+    c.add_argument("--target-length", type=int, help="what --rope-type extends to (default: the largest length)")
+    c.add_argument("--max-tokens", type=int, help="use no more of the data than so many tokens from its start")
     c.add_argument("--bins", type=int, help="each length also by position in the window, in so many parts (with --json)")
-    c.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="storage; arithmetic is float32 [float32]")
+    c.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="storage [float32]")
     c.add_argument("--json", action="store_true", help="print JSON")
     c = command("merge", "write base and adapter as one model that any server takes")
     c.add_argument("--model", required=True, help="the base model")
     c.add_argument("--adapter", required=True)
-    c.add_argument("--output-dir", "--output_dir", required=True)
+    c.add_argument("--output-dir", required=True)
     c = command("inspect", "what is this model, adapter or checkpoint")
     c.add_argument("path")
     c.add_argument("--json", action="store_true", help="print JSON")
     c = command("doctor", "build, instruction set, threads, versions, CUDA and why not")
     c.add_argument("--json", action="store_true", help="print JSON")
     c = command("demo", "extend a small model that ships with the package, and show by perplexity that it worked")
-    c.add_argument("--output-dir", "--output_dir", default="longlora-demo", help="where its files go [longlora-demo]")
+    c.add_argument("--output-dir", default="longlora-demo", help="where its files go [longlora-demo]")
     c.add_argument("--steps", type=int, help="training steps")
     return p
 
@@ -114,8 +114,9 @@ def _demo(args):
 
 
 def _parsed(argv):
+    from . import options
     p = parser()
-    args, unknown = p.parse_known_args(argv)
+    args, unknown = p.parse_known_args(options.dashed(sys.argv[1:] if argv is None else argv))
     if unknown:
         commands = next(action.choices for action in p._actions if action.dest == "command")
         known = [flag for action in commands[args.command]._actions for flag in action.option_strings]
@@ -133,7 +134,7 @@ def main(argv=None):
         print(f"longlora: error: {error}", file=sys.stderr)
         return 2
     except MemoryError:
-        print("longlora: error: out of memory; `longlora plan` says what the run needs and what would make it fit", file=sys.stderr)
+        print("longlora: error: out of memory; `longlora plan` says what would make a run fit", file=sys.stderr)
         return 2
     except BrokenPipeError:
         sys.stderr.close()             # the reader has gone; so do we, without another word

@@ -115,8 +115,8 @@ def encode_pieces(tokenizer, pieces):
             held, front = held[at:], front[:0]
         held += piece
         if len(held) * BYTES_PER_CHARACTER > available_memory():
-            raise UserError(f"a document of more than {len(held):,} characters does not fit in memory while it is tokenised; cut "
-                            "it into several files, or one document a line of .jsonl")
+            raise UserError(f"a document of more than {len(held):,} characters does not fit in memory while it is tokenised; "
+                            "cut it into several files, or one document a line of .jsonl")
     yield np.concatenate([front, bare(held), back])
 
 

@@ -5,20 +5,26 @@ import platform
 import sys
 
 
+LIBRARIES = ("numpy", "tokenizers", "safetensors", "gguf", "pyyaml", "tqdm", "matplotlib", "ml_dtypes", "torch", "transformers",
+             "peft")
+
+
 def examine():
     """-> dict for JSON: versions, instruction sets, threads, memory, CUDA."""
     from . import _C, __version__
+    from .plan import available_memory
     versions = {}
-    for name in ("numpy", "tokenizers", "safetensors", "gguf", "pyyaml", "tqdm", "matplotlib", "ml_dtypes", "torch", "transformers", "peft"):
+    for name in LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    return {"longlora": __version__, "python": sys.version.split()[0], "platform": platform.platform(), "extension": _C.__file__,
-            "processor": _processor(), "instruction_set": _C.isa_names[_C.get_isa()],
+    return {"longlora": __version__, "python": sys.version.split()[0], "platform": platform.platform(),
+            "extension": _C.__file__, "processor": _processor(), "instruction_set": _C.isa_names[_C.get_isa()],
             "instruction_sets": [name for name, there in zip(_C.isa_names, _C.isa_supported) if there],
-            "forced_by": os.environ.get("LONGLORA_ISA"), "threads": _C.get_num_threads(), "processors": len(os.sched_getaffinity(0)),
-            "memory_available": _available(), "cuda": {"available": False, "reason": "this version has no CUDA kernels"},
+            "forced_by": os.environ.get("LONGLORA_ISA"), "threads": _C.get_num_threads(),
+            "processors": len(os.sched_getaffinity(0)), "memory_available": available_memory(),
+            "cuda": {"available": False, "reason": "this version has no CUDA kernels"},
             "versions": versions}
 
 
@@ -30,23 +36,15 @@ def _processor():
         return platform.processor()
 
 
-def _available():
-    try:
-        with open("/proc/meminfo", encoding="utf-8") as file:
-            return next((int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable")), None)
-    except OSError:
-        return None
-
-
 def text(found):
     """`examine`'s dict as lines."""
     memory = found["memory_available"]
-    lines = [("longlora", f"{found['longlora']}, Python {found['python']}, {found['platform']}"), ("extension", found["extension"]),
-             ("processor", found["processor"]),
+    lines = [("longlora", f"{found['longlora']}, Python {found['python']}, {found['platform']}"),
+             ("extension", found["extension"]), ("processor", found["processor"]),
              ("instruction set", f"{found['instruction_set']} of {', '.join(found['instruction_sets'])}"
               + (f" (LONGLORA_ISA={found['forced_by']})" if found["forced_by"] else "")),
              ("threads", f"{found['threads']} of {found['processors']} processors"),
-             ("memory", f"{memory / 2**30:.1f} GiB available" if memory else "unknown"),
+             ("memory", f"{memory / 2**30:.1f} GiB available"),
              ("CUDA", "available" if found["cuda"]["available"] else f"not available: {found['cuda']['reason']}"),
              ("libraries", ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)),
              ("not installed", ", ".join(name for name, version in found["versions"].items() if not version) or "-")]

@@ -24,7 +24,7 @@ IGNORE = -100
 
 
 class Parameter:
-    """A trained tensor: float32 views `value`, `grad`, `m`, `v` of [shape]; `copy` is what the ops read, None if it is `value`."""
+    """A trained tensor: float32 views value, grad, m, v of [shape]; copy is what the ops read, None if that is value."""
 
     def __init__(self, name, kind, value, grad, m, v, copy):
         self.name, self.kind, self.shape = name, kind, tuple(value.shape)
@@ -210,7 +210,8 @@ class Model:
                 copy = None if shared else self._block(s)
             else:
                 copy = None if self.dtype == "float32" else self._view(s.key)[rows]
-            yield Parameter(name, s.kind, value[rows], *(self._view(f"{what}.{s.key}")[rows] for what in ("grad", "m", "v")), copy)
+            grad, m, v = (self._view(f"{what}.{s.key}")[rows] for what in ("grad", "m", "v"))
+            yield Parameter(name, s.kind, value[rows], grad, m, v, copy)
 
     def _write(self, name, fill):
         """Has `fill(out)` write the tensor `name` where it belongs, out a Tensor of its shape: the master if it is trained."""
@@ -255,7 +256,8 @@ class Model:
         UserError for a rank or a tensor that this model does not have.
         """
         if lora is not None and self.lora is not None and (lora.r, lora.scale) != (self.lora.r, self.lora.scale):
-            raise UserError(f"adapter: r and scale should be {self.lora.r} and {self.lora.scale:g}, got {lora.r} and {lora.scale:g}")
+            raise UserError(f"adapter: r and scale should be {self.lora.r} and {self.lora.scale:g}, got {lora.r} and "
+                            f"{lora.scale:g}")
         for name, array in tensors.items():
             if name not in self._places:
                 raise UserError(f"adapter: the model has no {name}")
@@ -269,7 +271,7 @@ class Model:
         return self
 
     def init_random(self, seed=None):
-        """Weights as transformers starts them: normal(0, initializer_range), biases 0, norms 1; by seed and name alone -> self."""
+        """Weights as in transformers, normal(0, initializer_range), biases 0, norms 1 -> self; by seed and name alone."""
         seed = self.seed if seed is None else seed
         for name in self.config.tensor_shapes():
             s, _ = self._places[name]
@@ -356,8 +358,8 @@ class Model:
     def _queries(self, layer, i, v, cos, sin):
         """3, 4: norms of heads, then rope in place on q and k."""
         for j, columns in enumerate(v.head_columns):
-            weight = layer.q_norm if j < self.config.num_attention_heads else layer.k_norm
-            _C.rms_norm_forward(v.qk[:, columns], v.qk_rstd[j], None, v.qkv[i][:, columns], None, weight, self.config.rms_norm_eps)
+            weight, x = layer.q_norm if j < self.config.num_attention_heads else layer.k_norm, v.qkv[i][:, columns]
+            _C.rms_norm_forward(v.qk[:, columns], v.qk_rstd[j], None, x, None, weight, self.config.rms_norm_eps)
         _C.rope_forward(v.qk4[i], v.qk4[i], cos, sin, None)
 
     def _attention_forward(self, layer, i, v, tables, scalars, attend=True):
@@ -409,21 +411,22 @@ class Model:
             layer.gate_up.backward(dn, gp, n2, u)   # 8'
             _C.rms_norm_backward(d, layer.dw2, dn, h, rstd2, layer.w2, d)     # 7': d is now the gradient of h
         layer.o.backward(v.do, v.d, v.o[i], v.u["o"][i])                      # 6'
-        if keeps == "none":                            # n1 again; rotated q, k too where only what went into their norms is kept
+        if keeps == "none":                            # n1 again; and q, k where what was kept is what went into their norms
             _C.rms_norm_forward(v.n, v.rstd, None, v.x[i], None, layer.w1, eps)
             if v.qk is not None:
                 self._queries(layer, i, v, *tables)
-        _C.s2_attention_backward(v.dq4, v.dk4, v.dv4, v.do4, v.q4[i], v.k4[i], v.v4[i], v.o4[i], v.lse[i], None, *scalars)   # 5'
+        _C.s2_attention_backward(v.dq4, v.dk4, v.dv4, v.do4, v.q4[i], v.k4[i], v.v4[i], v.o4[i], v.lse[i], None, *scalars)  # 5'
         _C.rope_backward(v.dqk4, v.dqk4, *tables, None)                       # 4'
         for j, columns in enumerate(v.head_columns):                          # 3'
             query = j < self.config.num_attention_heads
             weight, dweight = (layer.q_norm, layer.dq_norm) if query else (layer.k_norm, layer.dk_norm)
-            _C.rms_norm_backward(v.dqkv[:, columns], dweight, v.dqkv[:, columns], v.qkv[i][:, columns], v.qk_rstd[j], weight, None)
+            d, x = v.dqkv[:, columns], v.qkv[i][:, columns]
+            _C.rms_norm_backward(d, dweight, d, x, v.qk_rstd[j], weight, None)
         layer.qkv.backward(v.dn, v.dqkv, v.n, v.u["qkv"][i])                  # 2'
-        _C.rms_norm_backward(v.d, layer.dw1, v.dn, v.x[i], v.rstd, layer.w1, v.d)                                            # 1'
+        _C.rms_norm_backward(v.d, layer.dw1, v.dn, v.x[i], v.rstd, layer.w1, v.d)             # 1'
 
     def train_microbatch(self, ids, targets, loss_scale):
-        """ids, targets [B,T] int32 (targets -100: not scored) -> the sum of the losses; adds the gradients of loss_scale times it.
+        """ids, targets [B,T] int32 (targets -100: not scored) -> the sum of the losses; adds the gradients of loss_scale x sum.
 
         loss_scale is 1 over the target tokens of the whole optimizer step, so accumulation changes nothing. UserError if the
         sum is not finite; the gradients are then of no use.

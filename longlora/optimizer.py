@@ -49,7 +49,8 @@ class AdamW:
         self.steps += 1
         for p, (value, m, v, copy, grad) in zip(self.parameters, self._flat):
             decay = 0.0 if p.kind in NO_DECAY else self.weight_decay
-            _C.adamw(value, m, v, copy, grad, learning_rates[p.kind], self.beta1, self.beta2, self.eps, decay, self.steps, scale)
+            _C.adamw(value, m, v, copy, grad, learning_rates[p.kind], self.beta1, self.beta2, self.eps, decay, self.steps,
+                     scale)
             if p.copy is not None and copy is None:
                 p.publish()
         return norm

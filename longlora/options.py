@@ -35,7 +35,7 @@ class TrainOptions:
     init: str | None = option(None, "start from random weights: a config.json, or a directory with one and a tokenizer.json")
     data: str | None = option(None, "training text: .txt, .jsonl with a text field, a directory of them, or token .bin")
     output_dir: str | None = option(None, "where the adapter, the checkpoints and the metrics go")
-    target_length: int | None = option(None, "tokens the model shall read: what the rope is set for (default: as the base)", low=1)
+    target_length: int | None = option(None, "tokens the model shall read, for the rope (default: as the base)", low=1)
     sequence_length: int | None = option(None, "tokens of a training sequence (default: the target length)", low=2,
                                          alias=("model_max_length", "max_length"))
     rope_type: str = option("linear", "how positions are extended", choices=("linear", "ntk", "yarn", "llama3"))
@@ -58,23 +58,24 @@ class TrainOptions:
     max_steps: int = option(-1, "steps to train (-1: by num_train_epochs)", low=-1)
     num_train_epochs: float = option(1.0, "passes over the data when max_steps is -1", above=0)
     learning_rate: float = option(2e-4, "peak rate of LoRA; with full, of everything but embedding and norms", above=0)
-    embedding_learning_rate: float | None = option(None, "peak rate of embedding, head and norms (default: learning_rate)", above=0)
-    lr_scheduler_type: str = option("constant", "after the warm-up (constant_with_warmup is another name of constant)", choices=("constant", "cosine", "linear"))
+    embedding_learning_rate: float | None = option(None, "peak rate of embedding, head, norms (default: the same)", above=0)
+    lr_scheduler_type: str = option("constant", "the rate after the warm-up; constant_with_warmup is constant",
+                                    choices=("constant", "cosine", "linear"))
     warmup_steps: float = option(0, "steps of linear warm-up; below 1 a share of the run", low=0, alias=("warmup_ratio",))
     weight_decay: float = option(0.0, "AdamW's, on matrices only", low=0)
-    adam_beta1: float = option(0.9, "AdamW's", low=0, high=1)
-    adam_beta2: float = option(0.95, "AdamW's; 0.95 is the paper's", low=0, high=1)
+    adam_beta1: float = option(0.9, "AdamW's", low=0, high=0.99999)
+    adam_beta2: float = option(0.95, "AdamW's; 0.95 is the paper's", low=0, high=0.99999)
     adam_epsilon: float = option(1e-8, "AdamW's", above=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this global norm (0: never)", low=0)
     long_documents: str = option("split", "documents longer than a sequence", choices=("split", "refuse", "truncate", "drop"))
     eval_data: str | None = option(None, "held-out text, in the same forms as data")
     eval_fraction: float = option(0.0, "share of the sequences held out when there is no eval_data", low=0, high=0.5)
     max_eval_samples: int | None = option(None, "evaluate no more than so many held-out sequences", low=1)
-    eval_steps: int = option(0, "evaluate every so many steps (0: at the end only)", low=0)
+    eval_steps: int = option(0, "evaluate every so many steps, besides at the start and the end", low=0)
     save_steps: int = option(0, "write checkpoint-N every so many steps (0: at the end only)", low=0)
     save_total_limit: int | None = option(None, "keep this many checkpoints", low=1)
     logging_steps: int = option(1, "a line of metrics every so many steps", low=1)
-    resume_from_checkpoint: str | None = option(None, "a checkpoint directory, or 'latest' of output_dir (which may hold none yet)")
+    resume_from_checkpoint: str | None = option(None, "a checkpoint directory, or latest: the newest in output_dir, if any")
     seed: int = option(42, "of the initial weights and of the order of the data", low=0)
     num_threads: int | None = option(None, "threads (default: OMP_NUM_THREADS, else all processors)", low=1)
     max_memory: float | None = option(None, "GiB that the run may use (default: what the machine has available)", above=0)
@@ -102,6 +103,8 @@ class TrainOptions:
             raise UserError(f"sequence_length should be at most target_length {self.target_length}, got {self.sequence_length}")
         if self.init is not None and not self.full:
             raise UserError("init needs full: LoRA on random weights trains nothing of use")
+        if self.warmup_steps > 1 and self.warmup_steps % 1:
+            raise UserError(f"warmup_steps should be a whole number of steps or a share below 1, got {self.warmup_steps:g}")
         if self.max_steps == 0:
             raise UserError("max_steps should be at least 1, or -1 to go by num_train_epochs, got 0")
         if self.eval_data is not None and self.eval_fraction:
@@ -201,24 +204,39 @@ def from_dict(values, where="options", planning=False):
     return TrainOptions(**found).check(planning)
 
 
+# Where a section of --help starts, and what it is called.
+SECTIONS = {"model": "model and data", "target_length": "context and attention", "r": "what is trained",
+            "dtype": "memory and batches", "max_steps": "optimisation", "long_documents": "data and evaluation",
+            "save_steps": "run"}
+
+
+def dashed(arguments):
+    """Command-line arguments with every --some_flag spelled --some-flag."""
+    return [name.replace("_", "-") + equals + value if name.startswith("--") else name + equals + value
+            for name, equals, value in (argument.partition("=") for argument in arguments)]
+
+
 def add_flags(parser):
-    """--learning-rate and --learning_rate for every option; what was not given is absent from the namespace."""
+    """A flag for every option, --learning-rate for learning_rate; what was not given is absent from the namespace."""
     parser.add_argument("--config", metavar="FILE", help="a YAML file of these options; flags win over it")
     for f in fields(TrainOptions):
+        if f.name in SECTIONS:
+            section = parser.add_argument_group(SECTIONS[f.name])
         kind = next(t for t in _types(f) if t is not type(None))
-        flags = [spelling for name in (f.name, *f.metadata["alias"])
-                 for spelling in dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))]
+        flag, *other = (f"--{name.replace('_', '-')}" for name in (f.name, *f.metadata["alias"]))
         default = f.default if f.default is not MISSING else f.default_factory()
         shown = " ".join(default) if isinstance(default, tuple) else default
         text = f.metadata["help"].replace("%", "%%") + (f" [{shown}]" if default not in (None, False) else "")
+        how = dict(dest=f.name, default=argparse.SUPPRESS)
         if kind is bool:
-            parser.add_argument(*flags, dest=f.name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        else:
-            choices = f.metadata["choices"]
-            text += f"; {', '.join(choices)}" if choices else ""
-            parser.add_argument(*flags, dest=f.name, default=argparse.SUPPRESS, help=text,
-                                type={int: int, float: float}.get(kind, str), nargs="+" if kind is tuple else None,
-                                metavar="NAME" if choices or kind is tuple else {int: "N", float: "X"}.get(kind, "PATH"))
+            section.add_argument(flag, action=argparse.BooleanOptionalAction, help=text, **how)
+            continue
+        choices, shown = f.metadata["choices"], {int: "N", float: "X", str: "PATH", tuple: "NAME"}[kind]
+        how.update(type={int: int, float: float}.get(kind, str), nargs="+" if kind is tuple else None,
+                   metavar="|".join(choices) if choices else shown)
+        section.add_argument(flag, help=text, **how)
+        if other:
+            section.add_argument(*other, help=argparse.SUPPRESS, **how)
 
 
 def from_flags(namespace, planning=False):

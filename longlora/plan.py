@@ -41,7 +41,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Stored:
-    """A parameter as it is stored: tensors of one product lie under each other. members: (Hugging Face name, first row, last)."""
+    """A parameter as stored: tensors of one product lie under each other; members (Hugging Face name, first row, last)."""
     key: str
     kind: str
     shape: tuple
@@ -239,12 +239,21 @@ def evaluation(config, dtype, length, lora, start=0):
 
 
 def _head_scratch(config, rows):
-    """What linear_cross_entropy takes while it runs: a chunk of logits, at most 48 MiB unless V is very large."""
+    """What linear_cross_entropy takes while it runs: a chunk of logits, at most 48 MiB unless V is very large; the sizes are
+    those at the top of its C file."""
     V = config.vocab_size
     most = max(48, (48 << 20) // 4 // V // 48 * 48)
     chunks = -(-rows // most)
     stride = -(-(-(-rows // chunks)) // 48) * 48
     return 4 * stride * (V + 2 * -(-V // 256) + 2)
+
+
+def _gemm_scratch(config, rows, dtype, lora):
+    """What a matrix product packs (of both factors where the gradient of a weight is one) and, where its result is not
+    float32, the sums of one that is cut along its inner axis."""
+    (C, _), (Q, _), (_, (F, _)) = (widths(config)[group] for group in ("qkv", "o", "gate_up"))
+    sums = 0 if dtype == "float32" else 4 * max(min(rows, TILE) * min(2 * F, 1024), rows * max(C, Q))
+    return ((12 if lora is None else 6) << 20) + sums
 
 
 def _attention_scratch(config, batch_size, length, group_size, threads):
@@ -318,13 +327,17 @@ def _parts(config, dtype, batch_size, length, group_size, lora, checkpointing):
     parts.update(passes.parts)
     M, D = batch_size * length, config.head_dim
     parts["batch and tables"] += 2 * 4 * length * D // 2 + 4 * 4 * M
-    parts["scratch of the ops"] = max(_head_scratch(config, M),
-                                      _attention_scratch(config, batch_size, length, group_size or length, get_num_threads()))
+    head, threads = _head_scratch(config, M), get_num_threads()
+    attention = _attention_scratch(config, batch_size, length, group_size or length, threads)
+    # the C library returns blocks above 32 MiB at once, and keeps smaller ones for the next call
+    both = head + attention if attention <= threads * (32 << 20) else max(head, attention)
+    parts["scratch of the ops"] = _gemm_scratch(config, M, dtype, lora) + both
     parts["runtime"] = RUNTIME
     return {name: size for name, size in parts.items() if size}
 
 
-def plan(config, *, dtype="float32", batch_size=1, sequence_length, group_size=None, lora=None, checkpointing="auto", memory=None):
+def plan(config, *, dtype="float32", batch_size=1, sequence_length, group_size=None, lora=None, checkpointing="auto",
+         memory=None):
     """What training of `config` takes, from the config alone -> Plan.
 
     lora None means full fine-tuning, group_size None dense attention. checkpointing "auto" is the fastest of none, minimal and
@@ -351,7 +364,9 @@ def plan(config, *, dtype="float32", batch_size=1, sequence_length, group_size=N
                 break
     else:
         found = parts()
-    changes = () if sum(found.values()) <= memory else _changes(parts, checkpointing, dtype, batch_size, sequence_length, lora, memory)
+    changes = ()
+    if sum(found.values()) > memory:
+        changes = _changes(parts, checkpointing, dtype, batch_size, sequence_length, lora, memory)
     return Plan(config, dtype, batch_size, sequence_length, group_size, lora, checkpointing, memory, found, changes)
 
 

@@ -24,10 +24,10 @@ def loss(path, metrics, title="training loss"):
     held_out = [(m["step"], m["eval_loss"]) for m in metrics if "eval_loss" in m]
     axes.plot(*zip(*train), color="#9ecae1" if len(train) > 20 else "#2171b5", linewidth=1, label="each step")
     if len(train) > 20:
-        smooth, mean = [], train[0][1]
+        smooth, mean, weight = [], 0.0, 0.0
         for _, value in train:
-            mean = 0.9 * mean + 0.1 * value
-            smooth.append(mean)
+            mean, weight = 0.9 * mean + 0.1 * value, 0.9 * weight + 0.1
+            smooth.append(mean / weight)               # else the first values would weigh on all that follow
         axes.plot([step for step, _ in train], smooth, color="#2171b5", label="smoothed (0.9)")
     if held_out:
         axes.plot(*zip(*held_out), "o-", color="#d94801", label="held out, dense attention")
@@ -46,6 +46,8 @@ def perplexity(path, curves, native=None, title="perplexity by position"):
         axes.axvline(native, color="black", linestyle=":", linewidth=1)
         axes.text(native, axes.get_ylim()[1], " native length", va="top", fontsize=8)
     axes.set(xlabel="tokens", ylabel="perplexity", title=title, yscale="log")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis(lambda value, _: f"{value:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     _save(figure, path)
@@ -54,7 +56,7 @@ def perplexity(path, curves, native=None, title="perplexity by position"):
 def attention(path, length, group_size, boundary="split", shift="half"):
     """Which keys a query sees, in a plain and in a shifted head: the rule of S2-Attn (LongLoRA section 3.2), drawn."""
     import numpy as np
-    scale = max(1, length // 64)
+    scale = max(1, length // 256)
     L, G = length // scale, max(1, group_size // scale)
     half, t, key = G // 2, np.arange(L)[:, None], np.arange(L)[None]
     plain = (key >= t // G * G) & (key <= t)

@@ -116,8 +116,8 @@ def run(model, data, lengths, adapter=None, stride=None, rope_type=None, target_
         bins=None):
     """Perplexity of the model at path `model` (with an adapter) on the text at `data`, in windows of each of `lengths` tokens.
 
-    Dense attention; memory does not grow with the vocabulary. -> {"results": [{"length", "tokens", "loss", "perplexity"}, ...]};
-    loss in nats per token. stride: sliding window. rope_type and target_length: interpolate first, without training.
+    -> {"results": [{"length", "tokens", "loss", "perplexity"}, ...]}, loss in nats per token. Dense attention; memory does not
+    grow with the vocabulary. stride: sliding window. rope_type and target_length: interpolate first, without training.
     max_tokens: of the data, from its start. bins: each result also by_position, in so many parts.
     """
     lengths = [lengths] if isinstance(lengths, int) else list(lengths)

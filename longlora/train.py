@@ -20,9 +20,9 @@ OPTIONS = "options.yaml"
 TAKEN = (metrics.FILE, OPTIONS, "adapter_config.json", "config.json")
 # The options that a resumed run may change: none of them is in the arithmetic of a step. Weights and data are compared by
 # what they hold, the length of the run where the schedule depends on it.
-FREE = {"model", "init", "data", "output_dir", "cache_dir", "resume_from_checkpoint", "checkpointing", "max_memory", "num_threads",
-        "max_steps", "num_train_epochs", "warmup_steps", "eval_data", "eval_steps", "max_eval_samples", "save_steps",
-        "save_total_limit", "logging_steps"}
+FREE = {"model", "init", "data", "output_dir", "cache_dir", "resume_from_checkpoint", "checkpointing", "max_memory",
+        "num_threads", "max_steps", "num_train_epochs", "warmup_steps", "eval_data", "eval_steps", "max_eval_samples",
+        "save_steps", "save_total_limit", "logging_steps"}
 WHOLE = ("embedding", "head", "norm")  # the kinds that embedding_learning_rate is for
 
 
@@ -174,8 +174,8 @@ def run(o, say=print):
     setup = Setup(o, source.config)
     plan = setup.plan
     if not plan.fits:
-        raise UserError(f"this run needs {plan.total / 2**30:.2f} GiB, there are {plan.memory / 2**30:.2f}; what would make it fit: "
-                        + "; ".join(plan.changes))
+        raise UserError(f"this run needs {plan.total / 2**30:.2f} GiB, there are {plan.memory / 2**30:.2f}; what would make it "
+                        "fit: " + "; ".join(plan.changes))
     _refuse(o)
     with checkpoint.alone(o.output_dir):
         return _run(o, source, setup, say)
@@ -190,8 +190,8 @@ def _refuse(o):
     taken = [name for name in TAKEN if os.path.exists(os.path.join(o.output_dir, name))]
     taken += [os.path.basename(path) for path in checkpoint.found(o.output_dir)]
     if taken:
-        raise UserError(f"{o.output_dir}: holds another run or a model ({taken[0]}); resume it (resume_from_checkpoint latest) or "
-                        "choose another output_dir")
+        raise UserError(f"{o.output_dir}: holds another run or a model ({taken[0]}); resume it (resume_from_checkpoint latest) "
+                        "or choose another output_dir")
 
 
 def _run(o, source, setup, say):
@@ -211,6 +211,7 @@ def _run(o, source, setup, say):
     model = Model(setup.config, dtype=o.dtype, lora=setup.lora, attention=setup.attention, plan=setup.plan, seed=o.seed)
     optimizer = AdamW(model.parameters, beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_epsilon, weight_decay=o.weight_decay,
                       max_grad_norm=o.max_grad_norm)
+    kinds = {p.kind for p in model.parameters}
     order, step, history = data.Order(len(corpus), o.seed), 0, []
     if source.base is not None:
         model.load(source.base)
@@ -252,33 +253,33 @@ def _run(o, source, setup, say):
         loss = evaluate()
         log.add(step=0, eval_loss=loss, eval_perplexity=ppl.perplexity(loss))
         say(f"before: held-out perplexity {ppl.perplexity(loss):.3f}, dense attention")
-    moved, began, first = Moved(model.parameters), time.perf_counter(), step
+    moved, began, first, evaluated = Moved(model.parameters), time.perf_counter(), step, ""
     with Stop() as stop, tqdm(total=steps, initial=step, desc="training", unit="step", disable=None) as bar:
         while step < steps and stop.signal is None:
             started = time.perf_counter()
             micro = [data.batch(corpus, order.take(o.per_device_train_batch_size), o.sequence_length)
                      for _ in range(o.gradient_accumulation_steps)]
             tokens = sum(int((targets != -100).sum()) for _, targets in micro)
-            rates = {p.kind: learning_rate(step + 1, steps, o.embedding_learning_rate if p.kind in WHOLE else o.learning_rate,
-                                           warmup, o.lr_scheduler_type) for p in model.parameters}
+            share = learning_rate(step + 1, steps, 1.0, warmup, o.lr_scheduler_type)
+            rates = {kind: (o.embedding_learning_rate if kind in WHOLE else o.learning_rate) * share for kind in kinds}
             with _step_named(step + 1, checkpoint.found(o.output_dir)):
                 model.zero_grad()
                 loss = sum(model.train_microbatch(ids, targets, loss_scale=1 / tokens) for ids, targets in micro) / tokens
                 norm = optimizer.step(rates)
             step += 1
             if moved.waiting:
-                moved.check(step, learning_rate(step, steps, 1.0, warmup, o.lr_scheduler_type) < 0.5)
+                moved.check(step, share < 0.5)
             speed = tokens / (time.perf_counter() - started)
             row = {"step": step, "loss": loss, "grad_norm": norm, "tokens_per_s": round(speed, 1),
-                   "learning_rate": learning_rate(step, steps, o.learning_rate, warmup, o.lr_scheduler_type),
-                   "embedding_learning_rate": learning_rate(step, steps, o.embedding_learning_rate, warmup, o.lr_scheduler_type),
+                   "learning_rate": o.learning_rate * share, "embedding_learning_rate": o.embedding_learning_rate * share,
                    "epoch": order.position / len(corpus), "num_input_tokens_seen": step * each * o.sequence_length}
             if held_out_indices and (step == steps or o.eval_steps and step % o.eval_steps == 0):
                 row["eval_loss"] = evaluate()
                 row["eval_perplexity"] = ppl.perplexity(row["eval_loss"])
             row["peak_memory"] = metrics.peak_memory()
             bar.update(1)
-            bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s")
+            evaluated = evaluated if "eval_loss" not in row else f", held-out perplexity {row['eval_perplexity']:.3f}"
+            bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s{evaluated}")
             if step % o.logging_steps == 0 or step == steps or "eval_loss" in row:
                 log.add(**row)
                 left = (time.perf_counter() - began) / (step - first) * (steps - step)
@@ -294,9 +295,9 @@ def _run(o, source, setup, say):
     else:
         write_model(o.output_dir)
         say(_last(o, log.rows))
-    losses = [row for row in log.rows if "loss" in row]
-    return Result(output_dir=o.output_dir, step=step, loss=losses[-1]["loss"] if losses else None, stopped=stopped,
-                  eval_loss=next((row["eval_loss"] for row in reversed(log.rows) if "eval_loss" in row), None), history=log.rows)
+    last = {key: value for row in log.rows for key, value in row.items()}
+    return Result(output_dir=o.output_dir, step=step, loss=last.get("loss"), eval_loss=last.get("eval_loss"), stopped=stopped,
+                  history=log.rows)
 
 
 def _data(o, source, setup, say):
@@ -370,8 +371,8 @@ def describe(o, setup, model, corpus, held_out, steps, warmup):
         yield f"attention: dense causal, {H} heads"
     else:
         shifted = {"half": H - H // 2, "none": 0, "all": H}[o.shift]
-        yield (f"attention: S2 {o.boundary}, group {o.group_size} of {o.sequence_length} tokens, {shifted}/{H} heads shifted by "
-               f"{o.group_size // 2}; evaluation is dense")
+        yield (f"attention: S2 {o.boundary}, group {o.group_size} of {o.sequence_length} tokens, {shifted}/{H} heads shifted "
+               f"by {o.group_size // 2}; evaluation is dense")
     counts = {}
     for p in model.parameters:
         counts[p.kind] = counts.get(p.kind, 0) + math.prod(p.shape)

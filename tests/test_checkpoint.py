@@ -35,7 +35,8 @@ def test_saved_is_what_is_loaded_and_the_oldest_go_last(tmp_path):
     assert len(os.listdir(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), UserError("x: cannot be written: disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), UserError("x: cannot be written: disk full"),
+                                   KeyboardInterrupt()])
 def test_what_fails_in_the_middle_leaves_the_older_ones(tmp_path, error):
     save(tmp_path, 1, limit=1)
     before = tiny.listing(tmp_path)
@@ -43,7 +44,7 @@ def test_what_fails_in_the_middle_leaves_the_older_ones(tmp_path, error):
     def fail(directory):
         write_text(os.path.join(directory, "model"), "half")
         raise error
-    with pytest.raises(UserError if not isinstance(error, KeyboardInterrupt) else KeyboardInterrupt, match=".* cannot be written: |^$"):
+    with pytest.raises((UserError, KeyboardInterrupt), match="cannot be written: |^$"):
         save(tmp_path, 2, limit=1, write_model=fail)
     assert tiny.listing(tmp_path) == before and os.listdir(tmp_path) == ["checkpoint-1"]
 
@@ -90,7 +91,8 @@ def test_a_checkpoint_is_an_adapter_of_its_own(tmp_path):
 def test_a_run_killed_at_any_moment_goes_on_from_its_newest_checkpoint(tmp_path, full):
     """kill -9 again and again at random moments; in the end the bits are those of a run that nobody touched."""
     steps, moments = 40, random.Random(7 + full)
-    fields = tiny.options(tmp_path, max_steps=steps, save_steps=1, save_total_limit=2, full=full, resume_from_checkpoint="latest")
+    fields = tiny.options(tmp_path, max_steps=steps, save_steps=1, save_total_limit=2, full=full,
+                          resume_from_checkpoint="latest")
     arguments = [sys.executable, "-m", "longlora", "train", *tiny.flags({k: v for k, v in fields.items() if v is not False})]
     out, kills = tmp_path / "out", 0
     for _ in range(8):

@@ -1,4 +1,4 @@
-"""The command line: the same words as flags, YAML and keywords; what is wrong is one line, exit code 2, and nothing is touched."""
+"""The command line: the same words as flags, YAML and keywords; what is wrong is one line, exit code 2, nothing is touched."""
 import argparse
 import json
 import subprocess
@@ -18,7 +18,7 @@ GIVEN = dict(model="m", data="d", output_dir="o")
 def parsed(*arguments):
     parser = argparse.ArgumentParser()
     options.add_flags(parser)
-    return options.from_flags(parser.parse_args([*tiny.flags(GIVEN), *arguments]))
+    return options.from_flags(parser.parse_args(options.dashed([*tiny.flags(GIVEN), *arguments])))
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -29,7 +29,8 @@ def test_flags_yaml_and_keywords_are_the_same_words(tmp_path):
     keywords = options.from_dict({**GIVEN, **fields})
     assert parsed(*tiny.flags(fields)) == keywords
     dashed = [a.replace("_", "-") if a.startswith("--") else a for a in tiny.flags(fields)]
-    assert parsed(*dashed) == keywords
+    assert parsed(*dashed) == parsed(*(a.replace("--r", "--lora_r") if a == "--r" else a for a in dashed)) == keywords
+    assert parsed(*tiny.flags(fields), "--eval_data=a_file--b_c.txt").eval_data == "a_file--b_c.txt"
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({**fields, "learning_rate": "1e-4"}))     # as YAML 1.1 reads 1e-4
     assert parsed("--config", str(file)) == keywords
@@ -62,11 +63,15 @@ def test_a_flag_wins_over_the_yaml_under_any_name(tmp_path):
     (dict(learning_rate=float("nan")), "should be finite"), (dict(learning_rate=float("inf")), "should be finite"),
     (dict(group_size=0), "group_size should be at least 2"), (dict(group_size=33), "group_size should be even"),
     (dict(group_size=16, attention="dense"), "group_size is of s2 attention"), (dict(max_steps=0), "max_steps should be"),
-    (dict(max_steps=1.5), "max_steps should be int"), (dict(max_steps=True), "max_steps should be int"), (dict(full=1), "full should be bool"),
+    (dict(max_steps=1.5), "max_steps should be int"), (dict(max_steps=True), "max_steps should be int"),
+    (dict(full=1), "full should be bool"),
     (dict(rope_type="alibi"), "rope_type should be one of linear, ntk, yarn, llama3"), (dict(r=0), "r should be at least 1"),
+    (dict(warmup_steps=2.5), "warmup_steps should be a whole number"), (dict(adam_beta2=1), "adam_beta2 should be at most"),
     (dict(model=None), "wanted one of model and init"), (dict(init="x"), "wanted one of model and init"),
-    (dict(model=None, init="x"), "init needs full"), (dict(model=None, init="x", full=True, target_length=9), "with init the length"),
-    (dict(data=None), "data is missing"), (dict(output_dir=None), "output_dir is missing"), (dict(seed=None), "seed is missing"),
+    (dict(model=None, init="x"), "init needs full"),
+    (dict(model=None, init="x", full=True, target_length=9), "with init the length"),
+    (dict(data=None), "data is missing"), (dict(output_dir=None), "output_dir is missing"),
+    (dict(seed=None), "seed is missing"),
     (dict(eval_data="x", eval_fraction=0.1), "one of eval_data and eval_fraction"), (dict(eval_fraction=0.9), "at most 0.5"),
     (dict(sequence_length=100, target_length=50), "sequence_length should be at most target_length 50"),
     (dict(target_modules=[3]), "target_modules should be a list of names"), (dict(lora_r=3, r=4), "r is given twice"),
@@ -90,7 +95,8 @@ def test_every_option_is_in_the_help(capsys):
 @pytest.mark.parametrize("fields, words", [
     (dict(group_size=0), ["group_size", "at least 2"]), (dict(group_size=7), ["group_size", "even"]),
     (dict(group_size=130), ["group_size should be at most sequence_length 128, got 130"]),
-    (dict(target_length=64), ["target length should be above the 64 tokens"]), (dict(target_length=32), ["above the 64 tokens"]),
+    (dict(target_length=64), ["target length should be above the 64 tokens"]),
+    (dict(target_length=32), ["above the 64 tokens"]),
     (dict(sequence_length=300), ["sequence_length should be at most target_length 128"]),
     (dict(boundary="wrap", group_size=48), ["wrap needs sequence_length to be a multiple of group_size"]),
     (dict(max_steps="many"), ["--max-steps", "invalid int value: 'many'"]), (dict(typo=1), ["unknown option '--typo'"]),
@@ -99,7 +105,7 @@ def test_every_option_is_in_the_help(capsys):
     (dict(data="empty.txt"), ["empty.txt: holds no text"]), (dict(data="latin.txt"), ["latin.txt: is not UTF-8 at byte 3"]),
     (dict(data="short.txt", long_documents="drop"), ["leaves no sequence of 128 tokens"]),
     (dict(long_documents="refuse"), ["long_documents can be split, truncate or drop"]),
-    (dict(target_modules="attention"), ["target_modules should be a list of"]), (dict(model="large"), ["is a directory of no model"]),
+    (dict(target_modules="attention"), ["target_modules should be a list of"]), (dict(model="hollow"), ["hollow/config.json"]),
     (dict(config="missing.yaml"), ["missing.yaml: cannot be read"]), (dict(config="bad.yaml"), ["bad.yaml: is not YAML"]),
     (dict(config="list.yaml"), ["should be a mapping of options"]), (dict(config="typo.yaml"), ["did you mean learning_rate?"]),
     (dict(max_memory=1e-5), ["this run needs", "what would make it fit"]),
@@ -113,9 +119,7 @@ def test_bad_input_is_one_line_and_touches_nothing(tmp_path, monkeypatch, capsys
     (tmp_path / "bad.yaml").write_text("a: [1")
     (tmp_path / "list.yaml").write_text("- a")
     (tmp_path / "typo.yaml").write_text("learning_rat: 1")
-    if fields.get("model") == "large":
-        (tmp_path / "large").mkdir()
-        words = ["config.json"]
+    (tmp_path / "hollow").mkdir()
     before = tiny.listing(tmp_path)
     try:
         code = cli.main(["train", *tiny.flags({**given, **fields})])
@@ -134,8 +138,10 @@ def test_an_adapter_for_another_base_is_refused(tmp_path):
     train.train(lambda line: None, **tiny.options(tmp_path, max_steps=1))
     other = tiny.model(tmp_path / "other", seed=9)
     before = tiny.listing(tmp_path)
-    for arguments in (["ppl", "--data", tmp_path / "text.txt", "--lengths", "64"], ["merge", "--output-dir", tmp_path / "merged"]):
-        tiny.refused(tiny.command(*arguments, "--model", other, "--adapter", tmp_path / "out"), "an adapter for another base model")
+    both = ["--model", other, "--adapter", tmp_path / "out"]
+    for arguments in (["ppl", "--data", tmp_path / "text.txt", "--lengths", "64"],
+                      ["merge", "--output-dir", tmp_path / "merged"]):
+        tiny.refused(tiny.command(*arguments, *both), "an adapter for another base model")
     assert tiny.listing(tmp_path) == before
 
 
@@ -155,8 +161,10 @@ def test_train_merge_inspect_from_the_command_line(tmp_path):
     merged = tmp_path / "merged"
     done = tiny.command("merge", "--model", tmp_path / "base", "--adapter", tmp_path / "out", "--output-dir", merged)
     assert done.returncode == 0 and str(merged) in done.stdout
-    losses = [json.loads(tiny.command("ppl", *how, "--data", tmp_path / "text.txt", "--lengths", "100", "--json").stdout)["results"][0]["loss"]
-              for how in (["--model", merged], ["--model", tmp_path / "base", "--adapter", tmp_path / "out"])]
+    losses = []
+    for how in (["--model", merged], ["--model", tmp_path / "base", "--adapter", tmp_path / "out"]):
+        done = tiny.command("ppl", *how, "--data", tmp_path / "text.txt", "--lengths", "100", "--json")
+        losses.append(json.loads(done.stdout)["results"][0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for path, kind in ((merged, "model"), (tmp_path / "out", "adapter"), (tmp_path / "out" / "checkpoint-4", "checkpoint")):
         assert json.loads(tiny.command("inspect", path, "--json").stdout)["kind"] == kind
@@ -165,12 +173,14 @@ def test_train_merge_inspect_from_the_command_line(tmp_path):
 def test_plan_needs_a_config_only_and_is_quick(tmp_path):
     tiny.config(tmp_path / "model", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
                 num_key_value_heads=32, head_dim=128, vocab_size=32000, max_position_embeddings=4096)
-    began = time.perf_counter()
-    done = tiny.command("plan", "--model", tmp_path / "model", "--target-length", "32768", "--json")
-    taken = time.perf_counter() - began
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = tiny.command("plan", "--model", tmp_path / "model", "--target-length", "32768", "--json")
+        times.append(time.perf_counter() - began)
     found = json.loads(done.stdout)
     assert sum(found["parts"].values()) == found["total"] > 25 << 30 and isinstance(found["fits"], bool)
-    assert taken < 2.0, taken                          # a second, and as much again for a machine that does other things
+    assert min(times) < 1.0, times
     text = tiny.command("plan", "--model", tmp_path / "model", "--target-length", "32768", "--max-memory", "20").stdout
     assert "does not fit" in text and "20.000 GiB are available" in text
 

@@ -1,4 +1,4 @@
-"""Text to sequences: the ids are those of the whole text however it is read, no token is lost unsaid, what is wrong is named."""
+"""Text to sequences: the ids are those of the whole text however it is read, no token is lost unsaid, errors are named."""
 import json
 import os
 import resource
@@ -50,7 +50,8 @@ def failure(function, *arguments):
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(parts=st.lists(st.sampled_from([*UGLY, " ", "\n", "\n\n", "the quick", "don't", "  x\n y", "12 34\n", ".\n", "é\r\n"]), max_size=30),
+@given(parts=st.lists(st.sampled_from([*UGLY, " ", "\n", "\n\n", "the quick", "don't", "  x\n y", "12 34\n", ".\n", "é\r\n"]),
+                      max_size=30),
        block=st.integers(1, 60))
 @settings(max_examples=60, deadline=None)
 def test_a_text_read_in_blocks_has_the_ids_of_the_whole(tmp_path_factory, kind, parts, block):
@@ -191,7 +192,8 @@ def test_a_tokenisation_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 def test_token_files_of_both_kinds(tmp_path):
     ids = np.array([1, 2, 65535, 7] * 300)
-    small, large = write(tmp_path / "s.bin", ids.astype("<u2").tobytes()), write(tmp_path / "l.bin", ids.astype("<u4").tobytes())
+    small = write(tmp_path / "s.bin", ids.astype("<u2").tobytes())
+    large = write(tmp_path / "l.bin", ids.astype("<u4").tobytes())
     np.testing.assert_array_equal(data.read_bin(small, 1 << 16).ids, ids)
     np.testing.assert_array_equal(data.read_bin(large, 1 << 17).ids, ids)
     for magic, kind in ((20240520, "<u2"), (20240801, "<u4")):

@@ -1,8 +1,10 @@
 """`longlora demo`: what ships, what it leaves, and that a context does get longer. A few steps here; the whole run is the user's."""
 import itertools
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,7 +62,7 @@ def test_what_it_leaves(done, report):
     for name in ("loss.png", "perplexity.png", "attention.png"):
         data = (output / name).read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 5000
-    assert len(report["loss"]) == STEPS == report["steps"]
+    assert report["steps"] == STEPS and report["loss"][-1][0] == STEPS and len(report["loss"]) >= STEPS // 5
     assert demo.table(report) in printed and demo.NEXT in printed and str(output) in printed
     lora, tensors, raw = adapter.load(output / "adapter", open_model(demo.MODEL))
     assert lora.r == 8 and "model.embed_tokens.weight" in tensors
@@ -91,3 +93,13 @@ def test_only_an_earlier_demo_is_replaced(tmp_path):
     with pytest.raises(UserError, match="steps should be at least 1, got 0"):
         demo.run(tmp_path / "new", steps=0)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_python_of_the_readme(tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "merged" / "model.safetensors").exists() and "perplexity" in capsys.readouterr().out

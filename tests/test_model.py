@@ -9,7 +9,7 @@ from longlora.adapter import LoraConfig
 from longlora.config import read_config
 from longlora.errors import UserError
 from longlora.optimizer import AdamW
-from tests import reference
+import reference
 
 SMALL = dict(vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, initializer_range=0.15, hidden_act="silu",

@@ -7,9 +7,18 @@ import pytest
 import tiny
 from hypothesis import given, settings, strategies as st
 
-from longlora import data, ppl, train
+from longlora import data, get_num_threads, ppl, set_num_threads, train
 from longlora.errors import UserError
 from longlora.weights import open_model
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small are only slowed down by a second thread."""
+    before = get_num_threads()
+    set_num_threads(1)
+    yield
+    set_num_threads(before)
 
 
 @given(count=st.integers(0, 60), length=st.integers(2, 20), stride=st.integers(1, 20))
@@ -35,7 +44,8 @@ def losses_of(base, config=None):
     """Per-token losses of transformers on ids: [N - 1] float64."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(base, config=config and AutoConfig.from_pretrained(config), dtype=torch.float32).eval()
+    config = config and AutoConfig.from_pretrained(config)
+    model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float32).eval()
 
     def losses(ids):
         with torch.no_grad():
@@ -127,9 +137,12 @@ def test_memory_does_not_grow_with_the_vocabulary(tmp_path):
 @pytest.mark.parametrize("fields, words", [
     (dict(lengths=1), "lengths should be an integer of at least 2"), (dict(lengths=[]), "lengths should be"),
     (dict(lengths=[64, "x"]), "lengths should be"), (dict(stride=0), "stride should be"),
-    (dict(stride=65), "stride should be at most the shortest length 64"), (dict(target_length=128), "target_length needs rope_type"),
-    (dict(rope_type="linear", target_length=64), "target length should be above the 64 tokens"), (dict(rope_type="x"), "rope type"),
-    (dict(max_tokens=0), "max_tokens should be"), (dict(adapter="base"), "is not an adapter"), (dict(model="no"), "no such file"),
+    (dict(stride=65), "stride should be at most the shortest length 64"),
+    (dict(target_length=128), "target_length needs rope_type"),
+    (dict(rope_type="linear", target_length=64), "target length should be above the 64 tokens"),
+    (dict(rope_type="x"), "rope type"),
+    (dict(max_tokens=0), "max_tokens should be"), (dict(adapter="base"), "is not an adapter"),
+    (dict(model="no"), "no such file"),
     (dict(data="no.txt"), "no such file"), (dict(data="one.txt"), "at least two tokens")])
 def test_what_is_wrong_is_named(tmp_path, fields, words):
     tiny.model(tmp_path / "base")

@@ -10,9 +10,10 @@ import numpy as np
 from longlora.adapter import save_merged
 from longlora.config import read_config
 
-CONFIG = dict(model_type="llama", vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-              num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=0.02,
-              hidden_act="silu", rope_theta=1000.0, bos_token_id=None, eos_token_id=256, tie_word_embeddings=True)
+CONFIG = dict(model_type="llama", vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+              num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-5,
+              initializer_range=0.02, hidden_act="silu", rope_theta=1000.0, bos_token_id=None, eos_token_id=256,
+              tie_word_embeddings=True)
 ALPHABET = [*range(33, 127), *range(161, 173), *range(174, 256)]
 
 
@@ -22,9 +23,9 @@ def tokenizer_json():
     letters = {byte: chr(byte) for byte in ALPHABET} | {byte: chr(256 + i) for i, byte in enumerate(other)}
     end = dict(id=256, content="<|end|>", single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     plain = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-    return json.dumps({"version": "1.0", "added_tokens": [end], "normalizer": None, "pre_tokenizer": plain, "post_processor": None,
-                       "decoder": plain, "model": {"type": "BPE", "vocab": {letters[byte]: byte for byte in range(256)} | {
-                           "<|end|>": 256}, "merges": []}})
+    vocab = {letters[byte]: byte for byte in range(256)} | {"<|end|>": 256}
+    return json.dumps({"version": "1.0", "added_tokens": [end], "normalizer": None, "pre_tokenizer": plain,
+                       "post_processor": None, "decoder": plain, "model": {"type": "BPE", "vocab": vocab, "merges": []}})
 
 
 def config(path, **fields):
@@ -73,7 +74,8 @@ def flags(keywords):
     """Keywords as the command line takes them."""
     out = []
     for name, value in keywords.items():
-        out += [f"--{name}"] if value is True else [f"--{name}", *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
+        values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
+        out += [f"--{name}", *map(str, values)]
     return out
 
 

@@ -11,6 +11,9 @@
 #include <math.h>
 #include <stddef.h>
 #include <string.h>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 #ifndef ISA
 #define ISA portable                   /* for editors; setup.py always says which */
@@ -33,7 +36,6 @@ typedef float vf __attribute__((vector_size(4 * VW), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * VW), may_alias));
 typedef uint32_t vu __attribute__((vector_size(4 * VW), may_alias));
 typedef uint16_t vh __attribute__((vector_size(2 * VW), may_alias));
-typedef _Float16 vf16 __attribute__((vector_size(2 * VW), may_alias));
 
 static inline vf vf_set1(float x) { return x - (vf){0}; }
 static inline vf vf_load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
@@ -88,23 +90,70 @@ static inline uint16_t float_to_bf16(float x) {                        /* to nea
     return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
+/* float16 in plain C, bit for bit what F16C does: _Float16 is not in clang before 15, nor in the C library of all others. */
+static inline float f16_to_float(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, u = (uint32_t)(h & 0x7fff) << 13;
+    float x;
+    if (u >= 0x0f800000) u |= u > 0x0f800000 ? 0x7fc00000 : 0x7f800000;
+    else { memcpy(&x, &u, 4); x *= 0x1p112f; memcpy(&u, &x, 4); }      /* the exponents' difference, right for subnormals too */
+    u |= sign;
+    memcpy(&x, &u, 4);
+    return x;
+}
+static inline uint16_t float_to_f16(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    uint16_t sign = (uint16_t)(u >> 16 & 0x8000);
+    u &= 0x7fffffff;
+    if (u > 0x7f800000) return (uint16_t)(sign | 0x7e00 | (u >> 13 & 0x3ff));
+    if (u >= 0x477ff000) return (uint16_t)(sign | 0x7c00);                        /* 65520 and above round to infinity */
+    if (u < 0x38800000) {                                              /* subnormal: the sum with 1/2 is rounded at 2^-24 */
+        x = fabsf(x) + 0.5f;
+        memcpy(&u, &x, 4);
+        return (uint16_t)(sign | (u - 0x3f000000));
+    }
+    return (uint16_t)(sign | ((u + 0xfff + (u >> 13 & 1) - (112u << 23)) >> 13));
+}
+
 /* One element, any of the three float dtypes. */
 static inline float load1(const void *p, int32_t dtype) {
     if (dtype == F32) { float x; memcpy(&x, p, 4); return x; }
     if (dtype == BF16) { uint16_t h; memcpy(&h, p, 2); return bf16_to_float(h); }
-    _Float16 h; memcpy(&h, p, 2); return (float)h;
+    uint16_t h; memcpy(&h, p, 2); return f16_to_float(h);
 }
 static inline void store1(void *p, int32_t dtype, float x) {
     if (dtype == F32) memcpy(p, &x, 4);
     else if (dtype == BF16) { uint16_t h = float_to_bf16(x); memcpy(p, &h, 2); }
-    else { _Float16 h = (_Float16)x; memcpy(p, &h, 2); }
+    else { uint16_t h = float_to_f16(x); memcpy(p, &h, 2); }
 }
 
 /* VW elements. */
+static inline vf vf_from_f16(vh h) {
+#if defined __AVX512F__
+    return (vf)_mm512_cvtph_ps((__m256i)h);
+#elif defined __F16C__
+    return (vf)_mm256_cvtph_ps((__m128i)h);
+#else
+    vf x;
+    for (int i = 0; i < VW; i++) x[i] = f16_to_float(h[i]);
+    return x;
+#endif
+}
+static inline vh vf_to_f16(vf x) {
+#if defined __AVX512F__
+    return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined __F16C__
+    return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    vh h;
+    for (int i = 0; i < VW; i++) h[i] = float_to_f16(x[i]);
+    return h;
+#endif
+}
 static inline vf vf_load_any(const void *p, int32_t dtype) {
     if (dtype == F32) return vf_load(p);
     if (dtype == BF16) { vh h; memcpy(&h, p, sizeof h); return (vf)(__builtin_convertvector(h, vu) << 16); }
-    vf16 h; memcpy(&h, p, sizeof h); return __builtin_convertvector(h, vf);
+    vh h; memcpy(&h, p, sizeof h); return vf_from_f16(h);
 }
 static inline void vf_store_any(void *p, int32_t dtype, vf x) {
     if (dtype == F32) { vf_store(p, x); return; }
@@ -115,7 +164,7 @@ static inline void vf_store_any(void *p, int32_t dtype, vf x) {
         memcpy(p, &h, sizeof h);
         return;
     }
-    vf16 h = __builtin_convertvector(x, vf16);
+    vh h = vf_to_f16(x);
     memcpy(p, &h, sizeof h);
 }
 

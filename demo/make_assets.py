@@ -1,0 +1,35 @@
+"""What ships with the package, out of what get_text.py and pretrain.sh left in CACHE -> longlora/assets.
+
+    python demo/make_assets.py CACHE
+"""
+import shutil
+import sys
+from pathlib import Path
+
+ASSETS = Path(__file__).parent.parent / "longlora" / "assets"
+MODEL = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+# To extend the model on: a part of what it was pretrained on. Novel and Bible in about equal parts.
+TRAIN = ("austen-prideprejudice", "kjv-01-genesis", "kjv-02-exodus", "kjv-40-matthew", "kjv-42-luke")
+HELD_OUT = {"austen-persuasion": "Chapter 7", "kjv-44-acts": "Acts 16"}  # to evaluate on: up to this heading
+
+
+def main(cache):
+    cache = Path(cache)
+    for folder in ("model", "train", "held_out"):
+        shutil.rmtree(ASSETS / folder, ignore_errors=True)
+        (ASSETS / folder).mkdir(parents=True)
+    for name in MODEL:
+        shutil.copyfile(cache / "model" / name, ASSETS / "model" / name)
+    for name in TRAIN:
+        shutil.copyfile(cache / "train" / f"{name}.txt", ASSETS / "train" / f"{name}.txt")
+    for name, heading in HELD_OUT.items():
+        text = (cache / "held_out" / f"{name}.txt").read_text(encoding="utf-8")
+        end = text.index(f"\n\n{heading}\n")
+        (ASSETS / "held_out" / f"{name}.txt").write_text(text[:end + 1], encoding="utf-8")
+    for path in sorted(ASSETS.rglob("*")):
+        if path.is_file():
+            print(f"{path.stat().st_size:>9,} {path.relative_to(ASSETS)}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,141 @@
+"""The house rules that a machine can check: every op in every folder, one file with Python.h, no warning, a light import."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy
+import pytest
+import reference
+from longlora import _C, ops
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted(ROOT.glob("csrc/**/*.[ch]"))
+OPS_H = (ROOT / "csrc/ops.h").read_text()
+# Ops that users have under another name, and small ones that share a file.
+PYTHON_NAME = {"sum_squares": "global_norm"}
+STEM = {"accumulate": "cast", "sum_squares": "cast"}
+
+
+def stem(op):
+    return STEM.get(op, re.sub("_(forward|backward)$", "", op))
+
+
+@pytest.mark.parametrize("op", _C.specs)
+def test_one_op_one_stem(op):
+    """An op is declared and explained in ops.h, implemented in csrc/cpu, callable, in the reference and tested."""
+    assert f"DECLARE_OP({op})" in OPS_H
+    code = (ROOT / f"csrc/cpu/{stem(op)}.c").read_text()
+    assert f"CPU({op})(" in code
+    name = PYTHON_NAME.get(op, op)
+    assert len(getattr(ops, name).__doc__) > 20
+    assert hasattr(reference, name) or hasattr(reference, op)
+    tests = [p for p in ROOT.glob("tests/test_*.py") if p.name not in ("test_sources.py", "test_threads.py", "test_binding.py")]
+    assert any(re.search(rf"\b({name}|{op}|{stem(op)})\b", p.read_text()) for p in tests), f"no test file has {name}"
+
+
+def test_every_declared_op_is_in_the_table():
+    assert sorted(re.findall(r"^DECLARE_OP\((\w+)\)", OPS_H, re.M)) == sorted(_C.specs)
+
+
+def test_every_struct_has_a_comment():
+    for before in re.findall(r"(.*)\n(?:typedef struct \{.*\n)+(?:DECLARE_OP\(.*\)\n)+", OPS_H):
+        assert before.rstrip().endswith("*/"), f"a struct of ops.h without a comment: {before!r}"
+
+
+def test_only_the_binding_knows_python():
+    assert [p.name for p in SOURCES if "Python.h" in re.findall(r"#include *[<\"]([^>\"]*)", p.read_text())] == ["bind.c"]
+
+
+def test_nothing_below_the_binding_prints_or_ends_the_process():
+    for path in SOURCES:
+        if path.name != "dlpack.h":
+            assert not re.search(r"(?<![\w.])(printf|puts|exit|abort|assert)\s*\(", path.read_text()), path
+
+
+def test_files_say_what_they_are():
+    for path in SOURCES:
+        if path.name != "dlpack.h":
+            assert path.read_text().startswith(f"/* {path.name} --- "), path
+    for path in ROOT.glob("longlora/*.py"):
+        if path.name != "__main__.py":
+            assert path.read_text().startswith('"""'), path
+
+
+def test_lines_are_not_long_and_nothing_is_left_to_do():
+    files = [p for p in SOURCES if p.name != "dlpack.h"]
+    for folder in ("longlora", "tests", "benchmarks", "demo"):
+        files += ROOT.glob(f"{folder}/*.py")
+    for path in [*files, ROOT / "setup.py"]:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            where = f"{path.relative_to(ROOT)}:{number}"
+            assert len(line) <= 150, f"{where} has {len(line)} columns"
+            assert not re.search(r"\b(TODO" r"|FIXME" r"|XXX)\b", line), where
+
+
+# ---- the import -------------------------------------------------------------------------------------------------------------
+
+def best(script, n=5):
+    times = []
+    for _ in range(n):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", script], check=True)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def test_import_is_light():
+    script = "import sys, numpy; before = set(sys.modules); import longlora; print(*sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"
+    loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
+    outside = [m for m in loaded if m not in sys.stdlib_module_names and m != "longlora"]
+    assert outside == [], f"import longlora also imports {outside}"
+
+
+def test_import_is_quick():
+    """Under 0.2 s; on a machine too busy to start NumPy alone in that time, little more than that takes."""
+    theirs, ours = best("import numpy"), best("import longlora")
+    assert ours < max(0.2, 1.5 * theirs), f"import longlora takes {ours:.3f} s, import numpy {theirs:.3f} s"
+
+
+# ---- the compilers ----------------------------------------------------------------------------------------------------------
+
+def headers_of_python():
+    import sysconfig
+    return sysconfig.get_paths()["include"]
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_no_warning(compiler, tmp_path):
+    """Every file by both compilers at -Wall -Wextra: all by the flags of setup.py, the kernels portable and with AVX-512."""
+    if not shutil.which(compiler):
+        pytest.skip(f"{compiler} is not installed")
+    if not (ROOT / "csrc").is_dir():
+        pytest.skip("the sources are not here, only the installed package is")
+    include = headers_of_python()
+    if not os.path.exists(os.path.join(include, "Python.h")):
+        pytest.skip("Python's headers are not installed")
+    x86 = os.uname().machine == "x86_64"
+    avx512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq".split()
+    common = [compiler, "-std=c11", "-Wall", "-Wextra", "-Werror", "-O1", "-fPIC", "-fopenmp", "-Icsrc", "-c"] + ["-DLONGLORA_X86"] * x86
+    jobs = []
+    for source in ROOT.glob("csrc/*.c"):
+        jobs.append([source, "-DPy_LIMITED_API=0x030b0000", "-I" + include, "-I" + numpy.get_include()])
+    for source in ROOT.glob("csrc/cpu/*.c"):
+        jobs.append([source, "-DISA=portable"])
+        if x86 and source.name != "parallel.c":
+            jobs.append([source, "-DISA=avx512", *avx512])
+
+    def compile_(numbered):
+        number, (source, *flags) = numbered
+        done = subprocess.run([*common, *flags, str(source), "-o", str(tmp_path / f"{number}.o")], cwd=ROOT, capture_output=True, text=True)
+        return done.stderr if done.returncode else ""
+    if compiler == "clang":                                            # Debian's clang comes without its OpenMP header
+        probe = subprocess.run([compiler, "-fopenmp", "-fsyntax-only", "-x", "c", "-"], input="#include <omp.h>\n", capture_output=True, text=True)
+        if probe.returncode:
+            pytest.skip("clang has no omp.h here (package libomp-dev)")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        assert "".join(pool.map(compile_, enumerate(jobs))) == ""

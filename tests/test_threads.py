@@ -1,0 +1,151 @@
+"""Threads: equal bits for any number of them, calls from several at once, and forked children."""
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from longlora import _C, ops
+
+
+def f32(*shape):
+    return np.random.default_rng(list(shape)).standard_normal(shape).astype(np.float32)
+
+
+def work():
+    """One call or more of every op -> bytes of all results. Sizes that leave no kernel without a second thread."""
+    x, w, ids = f32(96, 130), f32(200, 130), np.arange(96, dtype=np.int32) * 7 % 200
+    a, b, dout = f32(8, 130), f32(200, 8), f32(96, 200)
+    q, k = f32(1, 96, 4, 16), f32(1, 96, 2, 16)
+    cos, sin = f32(96, 8), f32(96, 8)
+    out, lse = ops.s2_attention_forward(q, k, k, group_size=16)
+    param, m, v = f32(1000), f32(1000), np.abs(f32(1000))
+    ops.adamw(param, m, v, f32(1000), lr=1e-3, step=2)
+    results = [
+        ops.cast(x, "float16"), ops.accumulate(f32(96, 130), x, 0.5), ops.matmul(x, w.T), ops.embedding_forward(w, ids),
+        ops.embedding_backward(x, ids, np.argsort(ids, kind="stable").astype(np.int32), 200),
+        *ops.rms_norm_forward(x, f32(130), residual=x + 1), *ops.rms_norm_backward(x, x, f32(96), f32(130)),
+        ops.rope_forward(q, cos, sin), ops.rope_backward(q, cos, sin), out, lse,
+        *ops.lora_linear_forward(x, w, a=a, b=b, scale=2.0),
+        *ops.lora_linear_backward(dout, x, w, a=a, b=b, scale=2.0, train_weight=True, train_bias=True),
+        *ops.s2_attention_backward(f32(1, 96, 4, 16), q, k, k, out, lse, group_size=16),
+        ops.swiglu_forward(x, x + 1), *ops.swiglu_backward(x, x + 1, x + 2),
+        *ops.linear_cross_entropy_forward(x, w, ids),
+        *ops.linear_cross_entropy_backward(x, w, ids, f32(96), train_weight=True),
+        param, m, v, np.array(ops.global_norm([f32(100_000), x.ravel()])),
+    ]
+    return [r.tobytes() for r in results]
+
+
+def test_work_is_all_ops():
+    before = _C.calls()
+    work()
+    assert not [name for name, n in _C.calls().items() if n == before[name]]
+
+
+def test_equal_bits_for_any_number_of_threads(each_thread_count):
+    one, two, three = each_thread_count(work)
+    assert one == two == three
+
+
+def test_equal_bits_from_several_python_threads_at_once():
+    want, got = work(), [None] * 8
+    start = threading.Barrier(8)
+
+    def run(i):
+        start.wait()
+        got[i] = [work() for _ in range(2)]
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(g == want for pair in got for g in pair)
+
+
+def test_errors_of_several_threads_are_their_own():
+    wrong = {}
+
+    def run(i):
+        for _ in range(50):
+            with pytest.raises(ValueError) as error:
+                ops.embedding_forward(f32(4, 4), np.array([100 + i], np.int32))
+            wrong.setdefault(i, set()).add(str(error.value))
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(len(messages) == 1 and str(100 + i) in next(iter(messages)) for i, messages in wrong.items()), wrong
+
+
+def python(script, **environment):
+    return subprocess.run([sys.executable, "-c", script], env={**os.environ, **environment}, timeout=60, check=True, text=True,
+                          capture_output=True).stdout.split()
+
+
+BODY = """
+import os, numpy as np, longlora
+from longlora import ops
+longlora.set_num_threads(3)
+x = np.random.default_rng(0).standard_normal((300, 300)).astype(np.float32)
+want = ops.matmul(x, x).tobytes()
+"""
+
+
+def test_forked_child_after_the_parent_used_threads():
+    out = python(BODY + """
+children = []
+for _ in range(3):
+    child = os.fork()
+    if not child:
+        ok = ops.matmul(x, x).tobytes() == want and longlora.get_num_threads() == 1
+        if not os.fork():
+            os._exit(0 if ok and ops.matmul(x, x).tobytes() == want else 1)
+        os._exit(0 if ok and os.wait()[1] == 0 else 1)
+    children.append(child)
+    assert ops.matmul(x, x).tobytes() == want
+print([os.waitpid(child, 0)[1] for child in children] == [0, 0, 0], longlora.get_num_threads())
+""")
+    assert out == ["True", "3"]
+
+
+def test_multiprocessing_by_fork():
+    out = python(BODY + """
+import multiprocessing
+def run(i): return ops.matmul(x, x).tobytes() == want
+with multiprocessing.get_context("fork").Pool(2) as pool: print(all(pool.map(run, range(4))))
+""")
+    assert out == ["True"]
+
+
+def test_number_of_threads():
+    show = "import longlora; print(longlora.get_num_threads())"
+    assert python(show, OMP_NUM_THREADS="3") == ["3"] and python(show, OMP_NUM_THREADS="1") == ["1"]
+    unset = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    assert subprocess.run([sys.executable, "-c", show], env=unset, capture_output=True, text=True, check=True).stdout.split() == [
+        str(len(os.sched_getaffinity(0)))]
+    before = _C.get_num_threads()
+    try:
+        _C.set_num_threads(5)
+        assert _C.get_num_threads() == 5
+        for wrong, error in ((0, ValueError), (-1, ValueError), (2**40, ValueError), ("2", TypeError), (1.5, TypeError)):
+            with pytest.raises(error):
+                _C.set_num_threads(wrong)
+        assert _C.get_num_threads() == 5
+    finally:
+        _C.set_num_threads(before)
+
+
+def test_threads_really_run():
+    """More than one thread of this process has used the processor: counted in the kernel's own book of threads."""
+    out = python(BODY + """
+import glob
+def used():
+    return sum(int(open(f).read().rsplit(")", 1)[1].split()[11]) > 0 for f in glob.glob("/proc/self/task/*/stat"))
+big = np.ones((1500, 1500), np.float32)
+for _ in range(20): ops.matmul(big, big)
+print(len(os.listdir("/proc/self/task")) >= 3, used() >= 2)
+""", OPENBLAS_NUM_THREADS="1")
+    assert out == ["True", "True"]
