@@ -1,20 +1,22 @@
 /* linear_cross_entropy.c --- the head's matrix product and the loss, a chunk of rows at a time.
  *
  * A chunk of logits is held transposed, [V, rows]: then weight is read where it lies (it is the broadcast side of the
- * product, too big to pack again for every chunk), the softmax runs down columns in whole vectors, and dweight reads the
- * same chunk where it lies. One exponential per logit: a block of V keeps exp(logit - the block's maximum), and
- * the gradient is that times one factor per block and column. */
+ * product, too big to pack again for every chunk), the softmax runs down columns in whole vectors, and both gradients
+ * read the same chunk where it lies, a few thousand rows of weight at a time. One exponential per logit: a block of V
+ * keeps exp(logit - the block's maximum), and the gradient is that times one factor per block and column. */
 #include "gemm.h"
 
 enum {
     CHUNK_BYTES = 48 << 20,            /* of logits; with what gemm packs, below 64 MiB */
     BLOCK = 256,                       /* rows of V that one task reduces, in fixed order */
     ROUND = 48,                        /* rows of a chunk come in whole tiles of gemm */
+    VECTORS = ROUND / VW,
+    WEIGHT_BYTES = 6 << 20,            /* of float32 weight that one step of the backward works on, while it is in the cache */
 };
 
 typedef struct {
     const Tensor *x, *weight, *targets, *dlosses;                      /* dlosses NULL in forward */
-    int64_t V, row0, rows, stride, ignore;
+    int64_t V, row0, rows, stride, block0, ignore;
     float *logits, *max, *sum;         /* [V, stride], [blocks, stride] each */
     float *lse, *picked;               /* [stride]; the target's logit */
     int32_t dtype;                     /* of the gradient of the logits, written over them */
@@ -32,24 +34,30 @@ static int reduce_block(int64_t block, void *context) {
         int64_t t = target(c, i);
         if (t >= v0 && t < v1) c->picked[i] = c->logits[t * c->stride + i];
     }
-    for (int64_t i = 0; i < c->stride; i += VW) {
+    for (int64_t i = 0; i < c->stride; i += ROUND) {
         float *x = c->logits + i;
-        vf max = vf_load(x + v0 * c->stride), sum = {0};
-        for (int64_t v = v0 + 1; v < v1; v++) max = vf_max(vf_load(x + v * c->stride), max);
-        for (int64_t v = v0; v < v1; v++) {
-            vf e = vf_exp(vf_load(x + v * c->stride) - max);
-            if (c->dlosses) vf_store(x + v * c->stride, e);
-            sum += e;
+        vf max[VECTORS], sum[VECTORS];
+        for (int j = 0; j < VECTORS; j++) max[j] = vf_load(x + v0 * c->stride + j * VW), sum[j] = (vf){0};
+        for (int64_t v = v0 + 1; v < v1; v++)
+            for (int j = 0; j < VECTORS; j++) max[j] = vf_max(vf_load(x + v * c->stride + j * VW), max[j]);
+        for (int64_t v = v0; v < v1; v++)
+            for (int j = 0; j < VECTORS; j++) {
+                vf e = vf_exp(vf_load(x + v * c->stride + j * VW) - max[j]);
+                if (c->dlosses) vf_store(x + v * c->stride + j * VW, e);
+                sum[j] += e;
+            }
+        for (int j = 0; j < VECTORS; j++) {
+            vf_store(c->max + block * c->stride + i + j * VW, max[j]);
+            vf_store(c->sum + block * c->stride + i + j * VW, sum[j]);
         }
-        vf_store(c->max + block * c->stride + i, max);
-        vf_store(c->sum + block * c->stride + i, sum);
     }
     return 0;
 }
 
 /* Exponentials to gradients: e exp(max - lse) dloss, less dloss at the target. */
-static int gradient_block(int64_t block, void *context) {
+static int gradient_block(int64_t index, void *context) {
     const Chunk *c = context;
+    int64_t block = c->block0 + index;
     int64_t v0 = block * BLOCK, v1 = v0 + BLOCK < c->V ? v0 + BLOCK : c->V, size = dtype_size(c->dtype);
     const float *factor = c->sum + block * c->stride;
     for (int64_t v = v0; v < v1; v++) {
@@ -78,16 +86,19 @@ static int run(const char *op, const Tensor *losses, const Tensor *lse, const Te
     if (M == 0) return 0;
     int64_t most = CHUNK_BYTES / 4 / (c.V > 0 ? c.V : 1) / ROUND * ROUND;
     if (most < ROUND) most = ROUND;
-    int64_t chunks = (M + most - 1) / most, rows = (M + chunks - 1) / chunks;
-    c.stride = (rows + ROUND - 1) / ROUND * ROUND;
+    int64_t chunks = (M + most - 1) / most, rows = ((M + chunks - 1) / chunks + ROUND - 1) / ROUND * ROUND;
+    c.stride = rows;
     c.dtype = F32;
 #if defined __AVX512BF16__
     if (c.x->dtype == BF16) c.dtype = BF16;                            /* then its products run at twice the speed */
 #endif
-    float *memory = scratch(4 * c.stride * (c.V + 2 * blocks + 2));
+    int keep = c.dlosses && dx->dtype != F32;                          /* dx is summed in float32 */
+    float *memory = scratch(4 * rows * (c.V + 2 * blocks + 2 + (keep ? C : 0)));
     if (!memory) return -1;
-    c.logits = memory, c.max = c.logits + c.V * c.stride, c.sum = c.max + blocks * c.stride;
-    c.lse = c.sum + blocks * c.stride, c.picked = c.lse + c.stride;
+    c.logits = memory, c.max = c.logits + c.V * rows, c.sum = c.max + blocks * rows;
+    c.lse = c.sum + blocks * rows, c.picked = c.lse + rows;
+    int64_t step = WEIGHT_BYTES / 4 / (C > 0 ? C : 1) / BLOCK;
+    if (step < 1) step = 1;
     Matrix x = matrix(c.x), weight = matrix(c.weight);
     int status = 0;
     for (c.row0 = 0; c.row0 < M && !status; c.row0 += rows) {
@@ -112,14 +123,20 @@ static int run(const char *op, const Tensor *losses, const Tensor *lse, const Te
             if (lse) ((float *)lse->data)[m * lse->stride[0]] = c.lse[i];
         }
         if (!c.dlosses) continue;
-        if ((status = parallel_for(blocks, gradient_block, &c))) break;
-        int64_t stride = c.stride * 4 / dtype_size(c.dtype);
-        Matrix dlogits = { c.logits, stride, 1, c.dtype };             /* [V, rows] */
-        if ((status = CPU(gemm)(&(Gemm){ .M = c.rows, .N = C, .K = c.V, .a = transposed(dlogits), .b = weight, .alpha = 1,
-                                         .c = at(dx, c.row0 * dx->stride[0]), .c_row = dx->stride[0], .c_dtype = dx->dtype }))) break;
-        if (given(dweight))
-            status = CPU(gemm)(&(Gemm){ .M = c.V, .N = C, .K = c.rows, .a = dlogits, .b = xc, .alpha = 1, .beta = 1,
-                                        .c = dweight->data, .c_row = dweight->stride[0], .c_dtype = F32 });
+        float *sums = keep ? c.picked + rows : at(dx, c.row0 * dx->stride[0]);
+        int64_t sums_row = keep ? C : dx->stride[0];
+        if (c.V == 0) for (int64_t i = 0; i < c.rows; i++) memset(sums + i * sums_row, 0, (size_t)(4 * C));
+        for (c.block0 = 0; c.block0 < blocks && !status; c.block0 += step) {
+            int64_t v0 = c.block0 * BLOCK, v1 = v0 + step * BLOCK < c.V ? v0 + step * BLOCK : c.V;
+            Matrix dlogits = { c.logits + v0 * rows, rows * 4 / dtype_size(c.dtype), 1, c.dtype };           /* [v1 - v0, rows] */
+            if ((status = parallel_for((v1 - v0 + BLOCK - 1) / BLOCK, gradient_block, &c))) break;
+            if ((status = CPU(gemm)(&(Gemm){ .M = c.rows, .N = C, .K = v1 - v0, .a = transposed(dlogits), .b = rows_from(weight, v0),
+                                             .alpha = 1, .beta = v0 > 0, .c = sums, .c_row = sums_row, .c_dtype = F32 }))) break;
+            if (given(dweight))
+                status = CPU(gemm)(&(Gemm){ .M = v1 - v0, .N = C, .K = c.rows, .a = dlogits, .b = xc, .alpha = 1, .beta = 1,
+                                            .c = at(dweight, v0 * dweight->stride[0]), .c_row = dweight->stride[0], .c_dtype = F32 });
+        }
+        if (keep) for (int64_t i = 0; i < c.rows; i++) store_row(at(dx, (c.row0 + i) * dx->stride[0]), dx->dtype, sums + i * C, C);
     }
     scratch_free(memory);
     return status;

@@ -2,12 +2,14 @@
  *
  * OpenMP runtimes keep a pool of threads that does not survive fork(): a child that enters a parallel region after its
  * parent did waits for ever for threads that do not exist. So a forked child runs its loops on the calling thread only. */
+#define _DEFAULT_SOURCE                /* madvise */
 #include "cpu.h"
 
 #include <omp.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 static atomic_int threads;             /* 0: what OpenMP says (OMP_NUM_THREADS, else the processors) */
 static atomic_int forked;
@@ -38,8 +40,13 @@ int parallel_for(int64_t n, int (*body)(int64_t i, void *context), void *context
     return failed ? fail("%s", first) : 0;
 }
 
+/* Large blocks in huge pages: a thousandth of the page faults, which would cost as much as packing a matrix. */
 void *scratch(int64_t bytes) {
-    void *p = bytes < 0 ? NULL : aligned_alloc(64, ((size_t)bytes + 127) / 64 * 64);
+    const size_t huge = 2 << 20, align = bytes < (int64_t)huge ? 64 : huge;
+    void *p = bytes < 0 ? NULL : aligned_alloc(align, ((size_t)bytes + 127) / 64 * 64);
+#ifdef MADV_HUGEPAGE
+    if (p && align == huge) madvise(p, (size_t)bytes, MADV_HUGEPAGE);
+#endif
     if (!p) fail("out of memory: %lld bytes of scratch", (long long)bytes);
     return p;
 }
