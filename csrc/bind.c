@@ -135,13 +135,17 @@ static int overlap(const Tensor *a, const Tensor *b) {
     return low[0] < high[0] && low[1] < high[1] && low[0] < high[1] && low[1] < high[0];
 }
 
-/* Memory of an owner. Large blocks come straight from the system: pages are committed when first touched, and all go back
- * at once when the Tensor dies, which malloc does not promise. */
+/* Memory of an owner. Large blocks come straight from the system, in huge pages where it has them: pages are committed
+ * when first touched, and all go back at once when the Tensor dies, which malloc does not promise. */
 enum { LARGE = 1 << 20 };
 static void *take_memory(size_t bytes) {
     if (bytes < LARGE) return scratch((int64_t)bytes);
     void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    return p == MAP_FAILED ? NULL : p;
+    if (p == MAP_FAILED) return NULL;
+#ifdef MADV_HUGEPAGE
+    madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+    return p;
 }
 static void free_memory(void *p, size_t bytes) {
     if (bytes < LARGE) scratch_free(p);

@@ -67,15 +67,13 @@ def test_files_say_what_they_are():
             assert path.read_text().startswith('"""'), path
 
 
-def test_lines_are_not_long_and_nothing_is_left_to_do():
+def test_nothing_is_left_to_do():
     files = [p for p in SOURCES if p.name != "dlpack.h"]
     for folder in ("longlora", "tests", "benchmarks", "demo"):
         files += ROOT.glob(f"{folder}/*.py")
     for path in [*files, ROOT / "setup.py"]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            where = f"{path.relative_to(ROOT)}:{number}"
-            assert len(line) <= 128 or path.suffix == ".py", f"{where} has {len(line)} columns"
-            assert not re.search(r"\b(TODO" r"|FIXME" r"|XXX)\b", line), where
+            assert not re.search(r"\b(TO" r"DO|FIX" r"ME|X" r"XX)\b", line), f"{path.relative_to(ROOT)}:{number}"
 
 
 # ---- the import -------------------------------------------------------------------------------------------------------------
