@@ -20,7 +20,9 @@ enum {
     KC = 288,                          /* steps of k between which sums go to memory: a KC x NR panel of b fits the L1 cache */
 #endif
     KS = 1024,                         /* steps of k that are packed at once */
+    ROWS = 480,                        /* of a in one task, at most */
     TASK_BYTES = 480 << 10,            /* rows of a that one task works on: half of an L2 cache */
+    SUM_BYTES = 8 << 20,               /* of sums kept in float32 */
     PACK_BYTES = 4 << 20,              /* of b packed at once; twice that of a */
 };
 
@@ -34,9 +36,11 @@ typedef struct {
     int64_t steps, steps2;             /* K and R in steps */
     int64_t m0, m1, n0, n1, s0, s1;    /* what is packed now; s in steps, of K + R */
     int64_t tile_m, tile_n, tiles_n, packed_n; /* columns from packed_n on are packed */
+    int64_t nr;                        /* columns of a panel: NR, or less where that divides better */
     int64_t step_a, ahead;             /* floats from step to step of a in place, and to what comes next */
-    float *pack_a, *pack_b, *ext, *sum;
-    int64_t sum_row;
+    float *pack_a, *pack_b, *ext;
+    float *sum;                        /* float32 sums of all that is packed, where c cannot hold them between two depths */
+    int64_t wide_m, wide_n;            /* rows and columns packed at once */
 } Job;
 
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -162,7 +166,7 @@ static void pack(float *out, Matrix b, int64_t k0, int64_t steps, int64_t K, int
 }
 
 /* Width of the panel of b from column n: whole vectors, no more than are needed. */
-static inline int64_t panel_width(int64_t n, int64_t n1) { return min64(NR, ceil_div(n1 - n, VW) * VW); }
+static inline int64_t panel_width(const Job *job, int64_t n) { return min64(job->nr, ceil_div(job->n1 - n, VW) * VW); }
 
 /* Steps s0 .. s1 of the panel of `width` columns from j0, out of those of b and then those of b2. */
 static void pack_panel(const Job *job, float *out, Matrix b, Matrix b2, int64_t s0, int64_t s1, int64_t j0, int64_t width,
@@ -177,14 +181,14 @@ static void pack_panel(const Job *job, float *out, Matrix b, Matrix b2, int64_t 
 enum { SWEEP = 64, B_PANELS = 4, A_PANELS = 16 };
 static int pack_task(int64_t i, void *context) {
     Job *job = context;
-    int64_t steps = job->s1 - job->s0, tasks_b = ceil_div(job->n1 - job->packed_n, NR * B_PANELS);
-    int64_t j0 = i < tasks_b ? job->packed_n + i * NR * B_PANELS : job->m0 + (i - tasks_b) * MR * A_PANELS;
-    int64_t j1 = i < tasks_b ? min64(job->n1, j0 + NR * B_PANELS) : min64(job->m1, j0 + MR * A_PANELS);
+    int64_t steps = job->s1 - job->s0, tasks_b = ceil_div(job->n1 - job->packed_n, job->nr * B_PANELS);
+    int64_t j0 = i < tasks_b ? job->packed_n + i * job->nr * B_PANELS : job->m0 + (i - tasks_b) * MR * A_PANELS;
+    int64_t j1 = i < tasks_b ? min64(job->n1, j0 + job->nr * B_PANELS) : min64(job->m1, j0 + MR * A_PANELS);
     int64_t begin = i >= tasks_b && job->direct ? max64(job->s0, job->steps) : job->s0;
     for (int64_t s = begin; s < job->s1; s += SWEEP)
-        for (int64_t j = j0, end = min64(job->s1, s + SWEEP); j < j1; j += i < tasks_b ? NR : MR)
+        for (int64_t j = j0, end = min64(job->s1, s + SWEEP); j < j1; j += i < tasks_b ? job->nr : MR)
             if (i < tasks_b) {
-                int64_t width = panel_width(j, job->n1);
+                int64_t width = panel_width(job, j);
                 pack_panel(job, job->pack_b + (j - job->packed_n) * steps + (s - job->s0) * width, job->b, job->b2, s, end, j, width, job->N, 1);
             } else
                 pack_panel(job, job->direct ? job->ext + (j - job->m0) * job->steps2 + (s - job->steps) * MR
@@ -316,18 +320,17 @@ static inline __attribute__((always_inline)) void finish_row(const Gemm *g, cons
     }
 }
 
-static void finish(const Job *job, const float *x, int64_t width, int64_t m, int64_t n, int64_t rows, int64_t cols, int first,
-                   int last) {
+static void finish(const Job *job, const float *x, int64_t width, int64_t m, int64_t n, int64_t rows, int64_t cols, float *sum,
+                   int64_t sum_row, int first, int last) {
     if (!job->swapped) {
-        float *sum = job->sum ? job->sum + (m - job->m0) * job->sum_row + n - job->n0 : NULL;
         for (int64_t i = 0; i < rows; i++)
-            finish_row(job->g, x + i * width, m + i, n, cols, sum ? sum + i * job->sum_row : NULL, first, last);
+            finish_row(job->g, x + i * width, m + i, n, cols, sum ? sum + i * sum_row : NULL, first, last);
         return;
     }
-    float turned[MR], *sum = job->sum ? job->sum + (n - job->n0) * job->sum_row + m - job->m0 : NULL;
+    float turned[MR];
     for (int64_t j = 0; j < cols; j++) {
         for (int64_t i = 0; i < rows; i++) turned[i] = x[i * width + j];
-        finish_row(job->g, turned, n + j, m, rows, sum ? sum + j * job->sum_row : NULL, first, last);
+        finish_row(job->g, turned, n + j, m, rows, sum ? sum + j * sum_row : NULL, first, last);
     }
 }
 
@@ -337,10 +340,10 @@ static int tile_task(int64_t i, void *context) {
     int64_t m_begin = job->m0 + i / job->tiles_n * job->tile_m, m_end = min64(job->m1, m_begin + job->tile_m);
     int64_t n_begin = job->n0 + i % job->tiles_n * job->tile_n, n_end = min64(job->n1, n_begin + job->tile_n);
     int64_t steps = job->s1 - job->s0, all = job->steps + job->steps2, size = dtype_size(job->a.dtype);
-    float buffer[MR * NR] __attribute__((aligned(64)));
-    int plain = g->c_dtype == F32 && g->alpha == 1 && !job->swapped && !job->sum;
-    for (int64_t n = n_begin; n < n_end; n += NR) {
-        int64_t width = panel_width(n, job->n1), cols = min64(width, n_end - n), s = job->s0, next;
+    float buffer[MR * NR] __attribute__((aligned(64))), near[ROWS * NR];
+    int plain = g->c_dtype == F32 && g->alpha == 1 && !job->swapped;
+    for (int64_t n = n_begin; n < n_end; n += job->nr) {
+        int64_t width = panel_width(job, n), cols = min64(width, n_end - n), s = job->s0, next;
         int there = n < job->packed_n;
         Tile run = there ? in_place[job->direct] : tiles[job->dot][job->direct][width / VW - 1];
         do {
@@ -362,12 +365,89 @@ static int tile_task(int64_t i, void *context) {
                     run(part, &a, &b, next - s - part, &a2, &b2, (float *)g->c + m * g->c_row + n, g->c_row, !first || g->beta == 1);
                 else {
                     run(part, &a, &b, next - s - part, &a2, &b2, buffer, width, 0);
-                    finish(job, buffer, width, m, n, rows, cols, first, last);
+                    int64_t i = job->sum ? m - job->m0 : m - m_begin, j = job->sum ? n - job->n0 : 0;
+                    float *sum = job->sum ? job->sum : near;
+                    int64_t sum_row = job->swapped ? job->sum ? job->wide_m : ROWS : job->sum ? job->wide_n : NR;
+                    sum += job->swapped ? j * sum_row + i : i * sum_row + j;
+                    finish(job, buffer, width, m, n, rows, cols, g->c_dtype == F32 ? NULL : sum, sum_row, first, last);
                 }
             }
         } while ((s = next) < job->s1);
     }
     return 0;
+}
+
+/* ---- a few columns: u = x a^T of LoRA ------------------------------------------------------------------------------ */
+
+/* Here the vectors run along k, so that no lane is idle: two rows of a times VW/2 columns of b, VW sums of VW lanes each,
+ * which one transposition brings together. b is copied with k dense and zeros at its end. */
+enum { NARROW_ROWS = 128, COLUMNS = VW / 2 };
+
+static inline __attribute__((always_inline)) int narrow_rows(int64_t block, const Job *job, int dot) {
+    int64_t bytes = job->K * dtype_size(job->a.dtype), whole = bytes / (4 * VW), depth = ceil_div(bytes, 4 * VW) * VW;
+    int64_t columns = ceil_div(job->N, COLUMNS) * COLUMNS, end = min64(job->M, (block + 1) * NARROW_ROWS);
+    float buffer[2][16];
+    for (int64_t m = block * NARROW_ROWS; m < end; m += 2) {
+        const char *x0 = element(job->a, m, 0), *x1 = m + 1 < end ? element(job->a, m + 1, 0) : x0;
+        int64_t ahead = 8 * job->a.row * dtype_size(job->a.dtype);
+        float rest[2][VW] = {0};
+        memcpy(rest[0], x0 + whole * 4 * VW, (size_t)(bytes - whole * 4 * VW));
+        memcpy(rest[1], x1 + whole * 4 * VW, (size_t)(bytes - whole * 4 * VW));
+        for (int64_t n = 0; n < columns; n += COLUMNS) {
+            const float *b = job->pack_b + n * depth;
+            vf sum[VW];
+#pragma GCC unroll 16
+            for (int j = 0; j < VW; j++) sum[j] = (vf){0};
+            for (int64_t k = 0; k < whole; k++) {
+                vf a0 = vf_load((const float *)(x0 + k * 4 * VW)), a1 = vf_load((const float *)(x1 + k * 4 * VW));
+                __builtin_prefetch(x0 + ahead + k * 4 * VW);
+                __builtin_prefetch(x1 + ahead + k * 4 * VW);
+#pragma GCC unroll 8
+                for (int j = 0; j < COLUMNS; j++) {
+                    vf bv = vf_load(b + j * depth + k * VW);
+                    sum[j] = multiply_add(sum[j], a0, bv, dot);
+                    sum[COLUMNS + j] = multiply_add(sum[COLUMNS + j], a1, bv, dot);
+                }
+            }
+            if (depth > whole * VW)
+#pragma GCC unroll 8
+                for (int j = 0; j < COLUMNS; j++) {
+                    vf bv = vf_load(b + j * depth + whole * VW);
+                    sum[j] = multiply_add(sum[j], vf_load(rest[0]), bv, dot);
+                    sum[COLUMNS + j] = multiply_add(sum[COLUMNS + j], vf_load(rest[1]), bv, dot);
+                }
+            transpose(sum);
+#pragma GCC unroll 16
+            for (int j = 1; j < VW; j++) sum[0] += sum[j];
+            memcpy(buffer[0] + n, &sum[0], sizeof(float) * COLUMNS);
+            memcpy(buffer[1] + n, (float *)&sum[0] + COLUMNS, sizeof(float) * COLUMNS);
+        }
+        finish(job, buffer[0], 16, m, 0, min64(2, end - m), job->N, NULL, 0, 1, 1);
+    }
+    return 0;
+}
+
+static int narrow_task(int64_t block, void *context) {
+    const Job *job = context;
+    return job->dot ? narrow_rows(block, job, 1) : narrow_rows(block, job, 0);
+}
+
+static int narrow_pack(int64_t n, void *context) {
+    const Job *job = context;
+    int64_t depth = ceil_div(job->steps, VW) * VW, per = job->dot ? 2 : 1;
+    for (int64_t s = 0; s < depth; s++) {
+        uint32_t u = step1(job->b, s * per, n, job->K, job->N, 1, job->dot);
+        memcpy(job->pack_b + n * depth + s, &u, 4);
+    }
+    return 0;
+}
+
+static int narrow(Job *job) {
+    int64_t columns = ceil_div(job->N, COLUMNS) * COLUMNS;
+    if (!(job->pack_b = scratch(4 * columns * ceil_div(job->steps, VW) * VW))) return -1;
+    int status = parallel_for(columns, narrow_pack, job) || parallel_for(ceil_div(job->M, NARROW_ROWS), narrow_task, job) ? -1 : 0;
+    scratch_free(job->pack_b);
+    return status;
 }
 
 int CPU(gemm)(const Gemm *g) {
@@ -389,34 +469,37 @@ int CPU(gemm)(const Gemm *g) {
     job.step_a = 1, job.ahead = MR * job.a.row / per;
     if (!job.dot && job.a.row == 1 && job.a.dtype == F32 && job.M <= 256) /* the other way round; too few rows to pack them */
         job.direct = 1, job.step_a = job.a.col, job.ahead = AHEAD * job.a.col;
-    job.direct_b = !job.dot && job.b.col == 1 && job.b.dtype == F32 && job.M <= 256 && job.R == 0;
+    job.nr = NV == 3 && ceil_div(job.N, VW) == 4 ? 2 * VW : NR;
+    /* Rows of b a power of two apart would all fall into the same few lines of a cache, so nothing could be used again. */
+    job.direct_b = !job.dot && job.b.col == 1 && job.b.dtype == F32 && job.R == 0 && job.nr == NR &&
+                   (job.M <= MR || (job.M <= 256 && job.b.row % 256));
     job.steps = ceil_div(job.K, per), job.steps2 = ceil_div(job.R, per);
+    if (g->N <= 16 && !job.swapped && job.direct && job.step_a == 1 && job.R == 0 && job.K) return narrow(&job);
     int64_t all = job.steps + job.steps2, depth = max64(1, ceil_div(all, max64(1, ceil_div(all, KS))));
-    int64_t wide_n = min64(ceil_div(job.N, NR) * NR, max64(1, PACK_BYTES / 4 / depth / NR) * NR);
-    int64_t wide_m = job.direct ? ceil_div(job.M, MR) * MR
-                                : min64(ceil_div(job.M, MR) * MR, max64(1, PACK_BYTES / 2 / depth / MR) * MR);
-    int64_t threads = get_threads();
+    int keep = g->c_dtype != F32 && depth < all;
+    job.wide_n = min64(ceil_div(job.N, NR) * NR, max64(1, PACK_BYTES / 4 / depth / NR) * NR);
+    job.wide_m = ceil_div(job.M, MR) * MR;
+    if (!job.direct) job.wide_m = min64(job.wide_m, max64(1, PACK_BYTES / 2 / depth / MR) * MR);
+    if (keep) job.wide_m = min64(job.wide_m, max64(1, SUM_BYTES / 4 / job.wide_n / MR) * MR);
+    int64_t size_b = depth * job.wide_n, size_a = (job.direct ? job.steps2 : depth) * job.wide_m + VW, threads = get_threads();
     int status = -1;
-    job.sum_row = job.swapped ? wide_m : wide_n;
-    float *memory = scratch(4 * (depth * (wide_n + VW) + (job.direct ? job.steps2 : depth) * wide_m + 4 * VW +
-                                 (g->c_dtype != F32 && all > KC ? wide_m * wide_n : 0)));
+    float *memory = scratch(4 * (size_b + size_a + (keep ? job.wide_m * job.wide_n : 0)));
     if (!memory) return -1;
-    job.pack_b = memory;
-    job.pack_a = job.ext = job.pack_b + depth * wide_n + VW;
-    if (g->c_dtype != F32 && all > KC) job.sum = job.pack_a + (job.direct ? job.steps2 : depth) * wide_m + VW;
+    job.pack_b = memory, job.pack_a = job.ext = memory + size_b;
+    if (keep) job.sum = job.pack_a + size_a;
     for (job.m0 = 0; job.m0 < job.M; job.m0 = job.m1) {
-        job.m1 = min64(job.M, job.m0 + wide_m);
+        job.m1 = min64(job.M, job.m0 + job.wide_m);
         for (job.n0 = 0; job.n0 < job.N; job.n0 = job.n1) {
-            job.n1 = min64(job.N, job.n0 + wide_n);
+            job.n1 = min64(job.N, job.n0 + job.wide_n);
             job.s0 = 0;
             do {
                 job.s1 = min64(all, job.s0 + depth);
                 job.packed_n = job.direct_b ? job.n0 + (job.n1 - job.n0) / NR * NR : job.n0;
-                int64_t tasks_b = ceil_div(job.n1 - job.packed_n, NR * B_PANELS), tasks_a = ceil_div(job.m1 - job.m0, MR * A_PANELS);
+                int64_t tasks_b = ceil_div(job.n1 - job.packed_n, job.nr * B_PANELS), tasks_a = ceil_div(job.m1 - job.m0, MR * A_PANELS);
                 if (job.direct && job.s1 <= job.steps) tasks_a = 0;
                 if (parallel_for(tasks_b + tasks_a, pack_task, &job)) goto done;
                 int64_t rows = job.m1 - job.m0, cols = job.n1 - job.n0;
-                job.tile_m = max64(1, TASK_BYTES / 4 / max64(1, job.s1 - job.s0) / MR) * MR;
+                job.tile_m = min64(ROWS, max64(1, TASK_BYTES / 4 / max64(1, job.s1 - job.s0) / MR) * MR);
                 job.tile_n = ceil_div(cols, NR) * NR;
                 while (job.tile_m > 4 * MR && ceil_div(rows, job.tile_m) * ceil_div(cols, job.tile_n) < 4 * threads)
                     if (job.tile_n > 4 * NR) job.tile_n = ceil_div(job.tile_n / NR, 2) * NR;
