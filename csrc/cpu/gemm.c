@@ -19,7 +19,7 @@ enum {
 #ifndef KC
     KC = 288,                          /* steps of k between which sums go to memory: a KC x NR panel of b fits the L1 cache */
 #endif
-    KS = 1024,                         /* steps of k that are packed at once */
+    KS = 1280,                         /* steps of k that are packed at once, at most */
     ROWS = 480,                        /* of a in one task, at most */
     TASK_BYTES = 480 << 10,            /* rows of a that one task works on: half of an L2 cache */
     SUM_BYTES = 8 << 20,               /* of sums kept in float32 */
@@ -30,6 +30,7 @@ enum {
 typedef struct {
     const Gemm *g;
     int swapped, dot;                  /* computes the transpose; multiplies pairs of bfloat16 */
+    int plain;                         /* sums are kept in c itself */
     int direct, direct_b;              /* reads a, or the whole panels of b, where they lie */
     int64_t M, N, K, R;                /* K and R in elements; after swapping */
     Matrix a, b, a2, b2;
@@ -39,7 +40,7 @@ typedef struct {
     int64_t nr;                        /* columns of a panel: NR, or less where that divides better */
     int64_t step_a, ahead;             /* floats from step to step of a in place, and to what comes next */
     float *pack_a, *pack_b, *ext;
-    float *sum;                        /* float32 sums of all that is packed, where c cannot hold them between two depths */
+    float *sum;                        /* float32 sums of all rows and columns in work, where c cannot hold them from one depth to the next */
     int64_t wide_m, wide_n;            /* rows and columns packed at once */
 } Job;
 
@@ -92,24 +93,33 @@ static inline uint32_t step1(Matrix b, int64_t k, int64_t j, int64_t K, int64_t 
     return u;
 }
 
-/* VW steps of `width` columns at a time where k is dense: transposed in blocks. line: bytes from column to column. A narrow
- * panel (of a) is written in whole vectors too: each store covers the excess of the one before; the last is `whole`. */
+/* Steps of `width` columns where k is dense: transposed in blocks. line: bytes from column to column. A narrow panel (of a)
+ * is written in whole vectors too: each store covers the excess of the one before, and the last has none. */
 static inline __attribute__((always_inline)) void pack_turned(float *out, const char *p, int64_t line, int64_t steps, int64_t n,
-                                                              int64_t width, float scale, int32_t dtype, int64_t element_size) {
-    for (int64_t s = 0; s + VW <= steps; s += VW)
+                                                              int64_t width, float scale, int32_t dtype) {
+    int64_t size = dtype == F32 ? 4 : 2;
+    for (int64_t s = 0; s < steps; s += VW)
         for (int64_t j = 0; j < width; j += VW) {
             vf x[VW];
+            int64_t count = min64(VW, steps - s);
 #pragma GCC unroll 16
             for (int i = 0; i < VW; i++) {
                 x[i] = (vf){0};
-                if (j + i < n) x[i] = vf_load_any(p + s * element_size + (j + i) * line, dtype) * scale;
+                const char *q = p + s * size + (j + i) * line;
+                if (j + i >= n) continue;
+                if (count == VW) x[i] = vf_load_any(q, dtype) * scale;
+                else {
+                    char part[4 * VW] = {0};
+                    memcpy(part, q, (size_t)(count * size));
+                    x[i] = vf_load_any(part, dtype) * scale;
+                }
             }
             transpose(x);
-            int last = s + 2 * VW > steps && width < VW ? VW - 1 : VW;
+            int64_t wide = width < VW && s + VW >= steps ? count - 1 : count;
 #pragma GCC unroll 16
             for (int i = 0; i < VW; i++)
-                if (i < last) vf_store(out + (s + i) * width + j, x[i]);
-                else memcpy(out + (s + i) * width, &x[i], (size_t)width * 4);
+                if (i < wide) vf_store(out + (s + i) * width + j, x[i]);
+                else if (i < count) memcpy(out + (s + i) * width, &x[i], (size_t)width * 4);
         }
 }
 
@@ -141,12 +151,12 @@ static void pack(float *out, Matrix b, int64_t k0, int64_t steps, int64_t K, int
     if (!dot || (b.dtype == BF16 && scale == 1)) {
         if (b.row == 1) {                                              /* pairs travel as floats do */
             int64_t line = b.col * dtype_size(b.dtype);
-            done = width, from = whole / VW * VW;
+            done = width, from = whole;
             if (dot || b.dtype == F32) {
-                if (scale == 1) pack_turned(out, p, line, whole, n, width, 1, F32, 4);
-                else pack_turned(out, p, line, whole, n, width, scale, F32, 4);
-            } else if (b.dtype == BF16) pack_turned(out, p, line, whole, n, width, scale, BF16, 2);
-            else pack_turned(out, p, line, whole, n, width, scale, F16, 2);
+                if (scale == 1) pack_turned(out, p, line, whole, n, width, 1, F32);
+                else pack_turned(out, p, line, whole, n, width, scale, F32);
+            } else if (b.dtype == BF16) pack_turned(out, p, line, whole, n, width, scale, BF16);
+            else pack_turned(out, p, line, whole, n, width, scale, F16);
         } else if (b.col == 1) {
             int64_t line = b.row * dtype_size(b.dtype);
             done = n / VW * VW, from = whole;
@@ -288,49 +298,42 @@ static const Tile tiles[1][2][NV] = { { NAMES(packed), NAMES(direct) } };
 
 /* ---- what happens to a finished tile ------------------------------------------------------------------------------ */
 
-/* out[cols] of c's row r from column c: alpha x + beta out + bias + residual, or alpha x + the sums so far; kept in `sum` until
- * the last step where c cannot hold a float32. Whole vectors, then the rest one by one. */
+/* out[cols], c's row r from column c: alpha x + beta out + bias + residual. Whole vectors, then the rest one by one. */
 static inline __attribute__((always_inline)) void finish_row(const Gemm *g, const float *x, int64_t r, int64_t c, int64_t cols,
-                                                             float *sum, int first, int last) {
-    char *out = (char *)g->c + (r * g->c_row + c) * dtype_size(g->c_dtype);
-    const char *bias = (const char *)g->bias + c * dtype_size(g->bias_dtype);
-    const char *residual = (const char *)g->residual + (r * g->residual_row + c) * dtype_size(g->residual_dtype);
+                                                             float beta, int32_t out_dtype) {
+    int64_t size = dtype_size(out_dtype), bias_size = dtype_size(g->bias_dtype), residual_size = dtype_size(g->residual_dtype);
+    char *out = (char *)g->c + (r * g->c_row + c) * size;
+    const char *bias = (const char *)g->bias + c * bias_size;
+    const char *residual = (const char *)g->residual + (r * g->residual_row + c) * residual_size;
     int64_t j = 0;
     for (; j + VW <= cols; j += VW) {
         vf v = g->alpha * vf_load(x + j);
-        if (!first) v += sum ? vf_load(sum + j) : vf_load((float *)out + j);
-        else {
-            if (g->beta != 0) v += g->beta * vf_load_any(out + j * dtype_size(g->c_dtype), g->c_dtype);
-            if (g->bias) v += vf_load_any(bias + j * dtype_size(g->bias_dtype), g->bias_dtype);
-            if (g->residual) v += vf_load_any(residual + j * dtype_size(g->residual_dtype), g->residual_dtype);
-        }
-        if (sum && !last) vf_store(sum + j, v);
-        else vf_store_any(out + j * dtype_size(g->c_dtype), g->c_dtype, v);
+        if (beta != 0) v += beta * vf_load_any(out + j * size, out_dtype);
+        if (g->bias) v += vf_load_any(bias + j * bias_size, g->bias_dtype);
+        if (g->residual) v += vf_load_any(residual + j * residual_size, g->residual_dtype);
+        vf_store_any(out + j * size, out_dtype, v);
     }
     for (; j < cols; j++) {
         float v = g->alpha * x[j];
-        if (!first) v += sum ? sum[j] : ((float *)out)[j];
-        else {
-            if (g->beta != 0) v += g->beta * load1(out + j * dtype_size(g->c_dtype), g->c_dtype);
-            if (g->bias) v += load1(bias + j * dtype_size(g->bias_dtype), g->bias_dtype);
-            if (g->residual) v += load1(residual + j * dtype_size(g->residual_dtype), g->residual_dtype);
-        }
-        if (sum && !last) sum[j] = v;
-        else store1(out + j * dtype_size(g->c_dtype), g->c_dtype, v);
+        if (beta != 0) v += beta * load1(out + j * size, out_dtype);
+        if (g->bias) v += load1(bias + j * bias_size, g->bias_dtype);
+        if (g->residual) v += load1(residual + j * residual_size, g->residual_dtype);
+        store1(out + j * size, out_dtype, v);
     }
 }
 
-static void finish(const Job *job, const float *x, int64_t width, int64_t m, int64_t n, int64_t rows, int64_t cols, float *sum,
-                   int64_t sum_row, int first, int last) {
+static void finish(const Job *job, const float *x, int64_t x_row, int64_t m, int64_t n, int64_t rows, int64_t cols, float beta) {
+    const Gemm *g = job->g;
     if (!job->swapped) {
         for (int64_t i = 0; i < rows; i++)
-            finish_row(job->g, x + i * width, m + i, n, cols, sum ? sum + i * sum_row : NULL, first, last);
+            if (g->c_dtype == BF16) finish_row(g, x + i * x_row, m + i, n, cols, beta, BF16);
+            else finish_row(g, x + i * x_row, m + i, n, cols, beta, g->c_dtype);
         return;
     }
     float turned[MR];
     for (int64_t j = 0; j < cols; j++) {
-        for (int64_t i = 0; i < rows; i++) turned[i] = x[i * width + j];
-        finish_row(job->g, turned, n + j, m, rows, sum ? sum + j * sum_row : NULL, first, last);
+        for (int64_t i = 0; i < rows; i++) turned[i] = x[i * x_row + j];
+        finish_row(g, turned, n + j, m, rows, beta, g->c_dtype);
     }
 }
 
@@ -340,15 +343,13 @@ static int tile_task(int64_t i, void *context) {
     int64_t m_begin = job->m0 + i / job->tiles_n * job->tile_m, m_end = min64(job->m1, m_begin + job->tile_m);
     int64_t n_begin = job->n0 + i % job->tiles_n * job->tile_n, n_end = min64(job->n1, n_begin + job->tile_n);
     int64_t steps = job->s1 - job->s0, all = job->steps + job->steps2, size = dtype_size(job->a.dtype);
-    float buffer[MR * NR] __attribute__((aligned(64))), near[ROWS * NR];
-    int plain = g->c_dtype == F32 && g->alpha == 1 && !job->swapped;
+    float near[ROWS * NR] __attribute__((aligned(64)));
     for (int64_t n = n_begin; n < n_end; n += job->nr) {
         int64_t width = panel_width(job, n), cols = min64(width, n_end - n), s = job->s0, next;
         int there = n < job->packed_n;
         Tile run = there ? in_place[job->direct] : tiles[job->dot][job->direct][width / VW - 1];
         do {
             next = job->s1 - s < 2 * KC ? job->s1 - s <= KC ? job->s1 : s + (job->s1 - s + 1) / 2 : s + KC;
-            int first = s == 0, last = next == all, extras = first && (g->bias || g->residual || (g->beta != 0 && g->beta != 1));
             int64_t part = job->direct ? max64(0, min64(next, job->steps) - s) : next - s;
             Side a = { .step = job->step_a, .ahead = job->ahead }, a2 = { 0 }, b, b2;
             b = (Side){ there ? (const float *)job->b.data + s * job->b.row + n
@@ -361,16 +362,15 @@ static int tile_task(int64_t i, void *context) {
                     for (int64_t r = 0; r < MR; r++) a.row[r] = min64(r, rows - 1) * job->a.row * size / 4;
                     a2.data = job->ext + (m - job->m0) * job->steps2 + (max64(s, job->steps) - job->steps) * MR;
                 } else a.data = job->pack_a + (m - job->m0) * steps + (s - job->s0) * MR;
-                if (plain && !extras && rows == MR && cols == width)
-                    run(part, &a, &b, next - s - part, &a2, &b2, (float *)g->c + m * g->c_row + n, g->c_row, !first || g->beta == 1);
-                else {
-                    run(part, &a, &b, next - s - part, &a2, &b2, buffer, width, 0);
-                    int64_t i = job->sum ? m - job->m0 : m - m_begin, j = job->sum ? n - job->n0 : 0;
-                    float *sum = job->sum ? job->sum : near;
-                    int64_t sum_row = job->swapped ? job->sum ? job->wide_m : ROWS : job->sum ? job->wide_n : NR;
-                    sum += job->swapped ? j * sum_row + i : i * sum_row + j;
-                    finish(job, buffer, width, m, n, rows, cols, g->c_dtype == F32 ? NULL : sum, sum_row, first, last);
+                if (job->plain && rows == MR && cols == width) {
+                    run(part, &a, &b, next - s - part, &a2, &b2, (float *)g->c + m * g->c_row + n, g->c_row, s > 0 || g->beta == 1);
+                    continue;
                 }
+                float *sum = job->sum ? job->sum + (m - job->m0) * job->wide_n + n - job->n0 : near + (m - m_begin) * NR;
+                int64_t sum_row = job->sum ? job->wide_n : NR;
+                run(part, &a, &b, next - s - part, &a2, &b2, sum, sum_row, !job->plain && s > 0);
+                if (job->plain) finish(job, sum, sum_row, m, n, rows, cols, s > 0 ? 1 : g->beta);
+                else if (next == all) finish(job, sum, sum_row, m, n, rows, cols, g->beta);
             }
         } while ((s = next) < job->s1);
     }
@@ -422,7 +422,7 @@ static inline __attribute__((always_inline)) int narrow_rows(int64_t block, cons
             memcpy(buffer[0] + n, &sum[0], sizeof(float) * COLUMNS);
             memcpy(buffer[1] + n, (float *)&sum[0] + COLUMNS, sizeof(float) * COLUMNS);
         }
-        finish(job, buffer[0], 16, m, 0, min64(2, end - m), job->N, NULL, 0, 1, 1);
+        finish(job, buffer[0], 16, m, 0, min64(2, end - m), job->N, job->g->beta);
     }
     return 0;
 }
@@ -476,7 +476,8 @@ int CPU(gemm)(const Gemm *g) {
     job.steps = ceil_div(job.K, per), job.steps2 = ceil_div(job.R, per);
     if (g->N <= 16 && !job.swapped && job.direct && job.step_a == 1 && job.R == 0 && job.K) return narrow(&job);
     int64_t all = job.steps + job.steps2, depth = max64(1, ceil_div(all, max64(1, ceil_div(all, KS))));
-    int keep = g->c_dtype != F32 && depth < all;
+    job.plain = g->c_dtype == F32 && !job.swapped && g->alpha == 1 && (g->beta == 0 || g->beta == 1) && !g->bias && !g->residual;
+    int keep = !job.plain && depth < all;
     job.wide_n = min64(ceil_div(job.N, NR) * NR, max64(1, PACK_BYTES / 4 / depth / NR) * NR);
     job.wide_m = ceil_div(job.M, MR) * MR;
     if (!job.direct) job.wide_m = min64(job.wide_m, max64(1, PACK_BYTES / 2 / depth / MR) * MR);
