@@ -256,11 +256,16 @@ def _gemm_scratch(config, rows, dtype, lora):
     return ((12 if lora is None else 6) << 20) + sums
 
 
-def _attention_scratch(config, batch_size, length, group_size, threads):
-    """What s2_attention's backward takes: keys, values and their gradients of a segment per thread, in float32, and the sums of
-    the head that is plain and shifted both."""
-    pitch, segment = -(-config.head_dim // 32) * 32, -(-min(group_size, length) // 128) * 128
-    return 4 * (threads * ((5 * segment + 192) * pitch + 2 * 64 * 128) + batch_size * length * 2 * pitch)
+def _attention_scratch(config, dtype, batch_size, length, threads):
+    """What s2_attention's backward takes: per thread a chunk of keys, values and their gradients and a block of queries; where
+    the gradients are narrower than float32 also their sums, for as many KV heads at once as stay below 64 MiB."""
+    H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    pitch = -(-D // 16) * 16
+    tasks = 4 * threads * ((4 * 1024 + 5 * 64) * pitch + 2 * 96 * 64 + 2 * 64)
+    if dtype == "float32":
+        return tasks
+    sums = 4 * (H // K + 2) * length * D
+    return tasks + sums * min(batch_size * K, max(1, (64 << 20) // sums))
 
 
 @dataclass(frozen=True)
@@ -328,7 +333,7 @@ def _parts(config, dtype, batch_size, length, group_size, lora, checkpointing):
     M, D = batch_size * length, config.head_dim
     parts["batch and tables"] += 2 * 4 * length * D // 2 + 4 * 4 * M
     head, threads = _head_scratch(config, M), get_num_threads()
-    attention = _attention_scratch(config, batch_size, length, group_size or length, threads)
+    attention = _attention_scratch(config, dtype, batch_size, length, threads)
     # the C library returns blocks above 32 MiB at once, and keeps smaller ones for the next call
     both = head + attention if attention <= threads * (32 << 20) else max(head, attention)
     parts["scratch of the ops"] = _gemm_scratch(config, M, dtype, lora) + both

@@ -28,7 +28,8 @@ enum {
     MR = 6,
     BQ = 64,                           /* query rows of a block */
     BK = 96,                           /* keys of a block */
-    CHUNK = 256,                       /* rows of a task: forward, all heads together; backward, queries and keys */
+    ROWS = 512,                        /* query rows of a forward task, all heads together */
+    CHUNK = 1024,                      /* rows of a backward task, queries and keys */
     SUMS = 64 << 20,                   /* bytes of float32 sums that a backward pass wants to stay below */
 };
 
@@ -250,7 +251,7 @@ static void transpose(float *out, const float *rows, int64_t pitch) {
 #pragma GCC unroll 16
         for (int r = 0; r < VW; r++) x[r] = vf_load(rows + (i + r) * pitch + d);
 #pragma GCC unroll 4
-        for (int step = 1; step < VW; step *= 2) {
+        for (int step = 0; step < (VW == 16 ? 4 : VW == 8 ? 3 : 2); step++) {
 #pragma GCC unroll 8
             for (int r = 0; r < VW / 2; r++) {
                 y[2 * r] = LOW(x[r], x[r + VW / 2]);
@@ -308,8 +309,8 @@ static int64_t forward_tasks(const Pattern *p, const Segment *segments, int64_t 
         int64_t from, to, n = rows_of(s);
         heads_of(p, k, s->shifted, &from, &to);
         for (int64_t h = from, heads; h < to; h += heads) {
-            heads = min64(to - h, CHUNK / BQ);
-            int64_t size = CHUNK / heads / BQ * BQ;
+            heads = min64(to - h, ROWS / BQ);
+            int64_t size = ROWS / heads / BQ * BQ;
             for (int64_t first = (n - 1) / size * size; first >= 0; first -= size, count++)   /* those with most keys first */
                 if (tasks) tasks[count] = (Task){ s, k, h, h + heads, first, min64(first + size, n) };
         }
@@ -452,7 +453,7 @@ int CPU(s2_attention_forward)(const void *args, void *stream) {
         make_work(&f.p, forward_tasks, &f.w)) return -1;
     int64_t threads = min64(get_threads(), f.w.count);
     f.pitch = round_up(f.p.D, VW);
-    f.floats = round_up(2 * (CHUNK + BK) * f.pitch + 2 * CHUNK + BQ + BK * BQ, VW);
+    f.floats = round_up(2 * (ROWS + BK) * f.pitch + 2 * ROWS + BQ + BK * BQ, VW);
     f.memory = scratch(threads * f.floats * (int64_t)sizeof(float));
     int status = f.memory ? parallel_for(threads, forward_thread, &f) : -1;
     scratch_free(f.memory);
