@@ -19,8 +19,10 @@ enum {
 #ifndef KC
     KC = 288,                          /* steps of k between which sums go to memory: a KC x NR panel of b fits the L1 cache */
 #endif
-    KS = 1024,                         /* steps of k that are packed at once */
+    KS = 1280,                         /* steps of k that are packed at once, at most */
+    ROWS = 480,                        /* of a in one task, at most */
     TASK_BYTES = 480 << 10,            /* rows of a that one task works on: half of an L2 cache */
+    SUM_BYTES = 8 << 20,               /* of sums kept in float32 */
     PACK_BYTES = 4 << 20,              /* of b packed at once; twice that of a */
 };
 
@@ -28,15 +30,18 @@ enum {
 typedef struct {
     const Gemm *g;
     int swapped, dot;                  /* computes the transpose; multiplies pairs of bfloat16 */
+    int plain;                         /* sums are kept in c itself */
     int direct, direct_b;              /* reads a, or the whole panels of b, where they lie */
     int64_t M, N, K, R;                /* K and R in elements; after swapping */
     Matrix a, b, a2, b2;
     int64_t steps, steps2;             /* K and R in steps */
     int64_t m0, m1, n0, n1, s0, s1;    /* what is packed now; s in steps, of K + R */
     int64_t tile_m, tile_n, tiles_n, packed_n; /* columns from packed_n on are packed */
+    int64_t nr;                        /* columns of a panel: NR, or less where that divides better */
     int64_t step_a, ahead;             /* floats from step to step of a in place, and to what comes next */
-    float *pack_a, *pack_b, *ext, *sum;
-    int64_t sum_row;
+    float *pack_a, *pack_b, *ext;
+    float *sum;                        /* float32 sums of all rows and columns in work, where c cannot hold them from one depth to the next */
+    int64_t wide_m, wide_n;            /* rows and columns packed at once */
 } Job;
 
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -88,24 +93,33 @@ static inline uint32_t step1(Matrix b, int64_t k, int64_t j, int64_t K, int64_t 
     return u;
 }
 
-/* VW steps of `width` columns at a time where k is dense: transposed in blocks. line: bytes from column to column. A narrow
- * panel (of a) is written in whole vectors too: each store covers the excess of the one before; the last is `whole`. */
+/* Steps of `width` columns where k is dense: transposed in blocks. line: bytes from column to column. A narrow panel (of a)
+ * is written in whole vectors too: each store covers the excess of the one before, and the last has none. */
 static inline __attribute__((always_inline)) void pack_turned(float *out, const char *p, int64_t line, int64_t steps, int64_t n,
-                                                              int64_t width, float scale, int32_t dtype, int64_t element_size) {
-    for (int64_t s = 0; s + VW <= steps; s += VW)
+                                                              int64_t width, float scale, int32_t dtype) {
+    int64_t size = dtype == F32 ? 4 : 2;
+    for (int64_t s = 0; s < steps; s += VW)
         for (int64_t j = 0; j < width; j += VW) {
             vf x[VW];
+            int64_t count = min64(VW, steps - s);
 #pragma GCC unroll 16
             for (int i = 0; i < VW; i++) {
                 x[i] = (vf){0};
-                if (j + i < n) x[i] = vf_load_any(p + s * element_size + (j + i) * line, dtype) * scale;
+                const char *q = p + s * size + (j + i) * line;
+                if (j + i >= n) continue;
+                if (count == VW) x[i] = vf_load_any(q, dtype) * scale;
+                else {
+                    char part[4 * VW] = {0};
+                    memcpy(part, q, (size_t)(count * size));
+                    x[i] = vf_load_any(part, dtype) * scale;
+                }
             }
             transpose(x);
-            int last = s + 2 * VW > steps && width < VW ? VW - 1 : VW;
+            int64_t wide = width < VW && s + VW >= steps ? count - 1 : count;
 #pragma GCC unroll 16
             for (int i = 0; i < VW; i++)
-                if (i < last) vf_store(out + (s + i) * width + j, x[i]);
-                else memcpy(out + (s + i) * width, &x[i], (size_t)width * 4);
+                if (i < wide) vf_store(out + (s + i) * width + j, x[i]);
+                else if (i < count) memcpy(out + (s + i) * width, &x[i], (size_t)width * 4);
         }
 }
 
@@ -137,12 +151,12 @@ static void pack(float *out, Matrix b, int64_t k0, int64_t steps, int64_t K, int
     if (!dot || (b.dtype == BF16 && scale == 1)) {
         if (b.row == 1) {                                              /* pairs travel as floats do */
             int64_t line = b.col * dtype_size(b.dtype);
-            done = width, from = whole / VW * VW;
+            done = width, from = whole;
             if (dot || b.dtype == F32) {
-                if (scale == 1) pack_turned(out, p, line, whole, n, width, 1, F32, 4);
-                else pack_turned(out, p, line, whole, n, width, scale, F32, 4);
-            } else if (b.dtype == BF16) pack_turned(out, p, line, whole, n, width, scale, BF16, 2);
-            else pack_turned(out, p, line, whole, n, width, scale, F16, 2);
+                if (scale == 1) pack_turned(out, p, line, whole, n, width, 1, F32);
+                else pack_turned(out, p, line, whole, n, width, scale, F32);
+            } else if (b.dtype == BF16) pack_turned(out, p, line, whole, n, width, scale, BF16);
+            else pack_turned(out, p, line, whole, n, width, scale, F16);
         } else if (b.col == 1) {
             int64_t line = b.row * dtype_size(b.dtype);
             done = n / VW * VW, from = whole;
@@ -162,7 +176,7 @@ static void pack(float *out, Matrix b, int64_t k0, int64_t steps, int64_t K, int
 }
 
 /* Width of the panel of b from column n: whole vectors, no more than are needed. */
-static inline int64_t panel_width(int64_t n, int64_t n1) { return min64(NR, ceil_div(n1 - n, VW) * VW); }
+static inline int64_t panel_width(const Job *job, int64_t n) { return min64(job->nr, ceil_div(job->n1 - n, VW) * VW); }
 
 /* Steps s0 .. s1 of the panel of `width` columns from j0, out of those of b and then those of b2. */
 static void pack_panel(const Job *job, float *out, Matrix b, Matrix b2, int64_t s0, int64_t s1, int64_t j0, int64_t width,
@@ -177,14 +191,14 @@ static void pack_panel(const Job *job, float *out, Matrix b, Matrix b2, int64_t 
 enum { SWEEP = 64, B_PANELS = 4, A_PANELS = 16 };
 static int pack_task(int64_t i, void *context) {
     Job *job = context;
-    int64_t steps = job->s1 - job->s0, tasks_b = ceil_div(job->n1 - job->packed_n, NR * B_PANELS);
-    int64_t j0 = i < tasks_b ? job->packed_n + i * NR * B_PANELS : job->m0 + (i - tasks_b) * MR * A_PANELS;
-    int64_t j1 = i < tasks_b ? min64(job->n1, j0 + NR * B_PANELS) : min64(job->m1, j0 + MR * A_PANELS);
+    int64_t steps = job->s1 - job->s0, tasks_b = ceil_div(job->n1 - job->packed_n, job->nr * B_PANELS);
+    int64_t j0 = i < tasks_b ? job->packed_n + i * job->nr * B_PANELS : job->m0 + (i - tasks_b) * MR * A_PANELS;
+    int64_t j1 = i < tasks_b ? min64(job->n1, j0 + job->nr * B_PANELS) : min64(job->m1, j0 + MR * A_PANELS);
     int64_t begin = i >= tasks_b && job->direct ? max64(job->s0, job->steps) : job->s0;
     for (int64_t s = begin; s < job->s1; s += SWEEP)
-        for (int64_t j = j0, end = min64(job->s1, s + SWEEP); j < j1; j += i < tasks_b ? NR : MR)
+        for (int64_t j = j0, end = min64(job->s1, s + SWEEP); j < j1; j += i < tasks_b ? job->nr : MR)
             if (i < tasks_b) {
-                int64_t width = panel_width(j, job->n1);
+                int64_t width = panel_width(job, j);
                 pack_panel(job, job->pack_b + (j - job->packed_n) * steps + (s - job->s0) * width, job->b, job->b2, s, end, j, width, job->N, 1);
             } else
                 pack_panel(job, job->direct ? job->ext + (j - job->m0) * job->steps2 + (s - job->steps) * MR
@@ -284,50 +298,42 @@ static const Tile tiles[1][2][NV] = { { NAMES(packed), NAMES(direct) } };
 
 /* ---- what happens to a finished tile ------------------------------------------------------------------------------ */
 
-/* out[cols] of c's row r from column c: alpha x + beta out + bias + residual, or alpha x + the sums so far; kept in `sum` until
- * the last step where c cannot hold a float32. Whole vectors, then the rest one by one. */
+/* out[cols], c's row r from column c: alpha x + beta out + bias + residual. Whole vectors, then the rest one by one. */
 static inline __attribute__((always_inline)) void finish_row(const Gemm *g, const float *x, int64_t r, int64_t c, int64_t cols,
-                                                             float *sum, int first, int last) {
-    char *out = (char *)g->c + (r * g->c_row + c) * dtype_size(g->c_dtype);
-    const char *bias = (const char *)g->bias + c * dtype_size(g->bias_dtype);
-    const char *residual = (const char *)g->residual + (r * g->residual_row + c) * dtype_size(g->residual_dtype);
+                                                             float beta, int32_t out_dtype) {
+    int64_t size = dtype_size(out_dtype), bias_size = dtype_size(g->bias_dtype), residual_size = dtype_size(g->residual_dtype);
+    char *out = (char *)g->c + (r * g->c_row + c) * size;
+    const char *bias = (const char *)g->bias + c * bias_size;
+    const char *residual = (const char *)g->residual + (r * g->residual_row + c) * residual_size;
     int64_t j = 0;
     for (; j + VW <= cols; j += VW) {
         vf v = g->alpha * vf_load(x + j);
-        if (!first) v += sum ? vf_load(sum + j) : vf_load((float *)out + j);
-        else {
-            if (g->beta != 0) v += g->beta * vf_load_any(out + j * dtype_size(g->c_dtype), g->c_dtype);
-            if (g->bias) v += vf_load_any(bias + j * dtype_size(g->bias_dtype), g->bias_dtype);
-            if (g->residual) v += vf_load_any(residual + j * dtype_size(g->residual_dtype), g->residual_dtype);
-        }
-        if (sum && !last) vf_store(sum + j, v);
-        else vf_store_any(out + j * dtype_size(g->c_dtype), g->c_dtype, v);
+        if (beta != 0) v += beta * vf_load_any(out + j * size, out_dtype);
+        if (g->bias) v += vf_load_any(bias + j * bias_size, g->bias_dtype);
+        if (g->residual) v += vf_load_any(residual + j * residual_size, g->residual_dtype);
+        vf_store_any(out + j * size, out_dtype, v);
     }
     for (; j < cols; j++) {
         float v = g->alpha * x[j];
-        if (!first) v += sum ? sum[j] : ((float *)out)[j];
-        else {
-            if (g->beta != 0) v += g->beta * load1(out + j * dtype_size(g->c_dtype), g->c_dtype);
-            if (g->bias) v += load1(bias + j * dtype_size(g->bias_dtype), g->bias_dtype);
-            if (g->residual) v += load1(residual + j * dtype_size(g->residual_dtype), g->residual_dtype);
-        }
-        if (sum && !last) sum[j] = v;
-        else store1(out + j * dtype_size(g->c_dtype), g->c_dtype, v);
+        if (beta != 0) v += beta * load1(out + j * size, out_dtype);
+        if (g->bias) v += load1(bias + j * bias_size, g->bias_dtype);
+        if (g->residual) v += load1(residual + j * residual_size, g->residual_dtype);
+        store1(out + j * size, out_dtype, v);
     }
 }
 
-static void finish(const Job *job, const float *x, int64_t width, int64_t m, int64_t n, int64_t rows, int64_t cols, int first,
-                   int last) {
+static void finish(const Job *job, const float *x, int64_t x_row, int64_t m, int64_t n, int64_t rows, int64_t cols, float beta) {
+    const Gemm *g = job->g;
     if (!job->swapped) {
-        float *sum = job->sum ? job->sum + (m - job->m0) * job->sum_row + n - job->n0 : NULL;
         for (int64_t i = 0; i < rows; i++)
-            finish_row(job->g, x + i * width, m + i, n, cols, sum ? sum + i * job->sum_row : NULL, first, last);
+            if (g->c_dtype == BF16) finish_row(g, x + i * x_row, m + i, n, cols, beta, BF16);
+            else finish_row(g, x + i * x_row, m + i, n, cols, beta, g->c_dtype);
         return;
     }
-    float turned[MR], *sum = job->sum ? job->sum + (n - job->n0) * job->sum_row + m - job->m0 : NULL;
+    float turned[MR];
     for (int64_t j = 0; j < cols; j++) {
-        for (int64_t i = 0; i < rows; i++) turned[i] = x[i * width + j];
-        finish_row(job->g, turned, n + j, m, rows, sum ? sum + j * job->sum_row : NULL, first, last);
+        for (int64_t i = 0; i < rows; i++) turned[i] = x[i * x_row + j];
+        finish_row(g, turned, n + j, m, rows, beta, g->c_dtype);
     }
 }
 
@@ -337,15 +343,13 @@ static int tile_task(int64_t i, void *context) {
     int64_t m_begin = job->m0 + i / job->tiles_n * job->tile_m, m_end = min64(job->m1, m_begin + job->tile_m);
     int64_t n_begin = job->n0 + i % job->tiles_n * job->tile_n, n_end = min64(job->n1, n_begin + job->tile_n);
     int64_t steps = job->s1 - job->s0, all = job->steps + job->steps2, size = dtype_size(job->a.dtype);
-    float buffer[MR * NR] __attribute__((aligned(64)));
-    int plain = g->c_dtype == F32 && g->alpha == 1 && !job->swapped && !job->sum;
-    for (int64_t n = n_begin; n < n_end; n += NR) {
-        int64_t width = panel_width(n, job->n1), cols = min64(width, n_end - n), s = job->s0, next;
+    float near[ROWS * NR] __attribute__((aligned(64)));
+    for (int64_t n = n_begin; n < n_end; n += job->nr) {
+        int64_t width = panel_width(job, n), cols = min64(width, n_end - n), s = job->s0, next;
         int there = n < job->packed_n;
         Tile run = there ? in_place[job->direct] : tiles[job->dot][job->direct][width / VW - 1];
         do {
             next = job->s1 - s < 2 * KC ? job->s1 - s <= KC ? job->s1 : s + (job->s1 - s + 1) / 2 : s + KC;
-            int first = s == 0, last = next == all, extras = first && (g->bias || g->residual || (g->beta != 0 && g->beta != 1));
             int64_t part = job->direct ? max64(0, min64(next, job->steps) - s) : next - s;
             Side a = { .step = job->step_a, .ahead = job->ahead }, a2 = { 0 }, b, b2;
             b = (Side){ there ? (const float *)job->b.data + s * job->b.row + n
@@ -358,16 +362,92 @@ static int tile_task(int64_t i, void *context) {
                     for (int64_t r = 0; r < MR; r++) a.row[r] = min64(r, rows - 1) * job->a.row * size / 4;
                     a2.data = job->ext + (m - job->m0) * job->steps2 + (max64(s, job->steps) - job->steps) * MR;
                 } else a.data = job->pack_a + (m - job->m0) * steps + (s - job->s0) * MR;
-                if (plain && !extras && rows == MR && cols == width)
-                    run(part, &a, &b, next - s - part, &a2, &b2, (float *)g->c + m * g->c_row + n, g->c_row, !first || g->beta == 1);
-                else {
-                    run(part, &a, &b, next - s - part, &a2, &b2, buffer, width, 0);
-                    finish(job, buffer, width, m, n, rows, cols, first, last);
+                if (job->plain && rows == MR && cols == width) {
+                    run(part, &a, &b, next - s - part, &a2, &b2, (float *)g->c + m * g->c_row + n, g->c_row, s > 0 || g->beta == 1);
+                    continue;
                 }
+                float *sum = job->sum ? job->sum + (m - job->m0) * job->wide_n + n - job->n0 : near + (m - m_begin) * NR;
+                int64_t sum_row = job->sum ? job->wide_n : NR;
+                run(part, &a, &b, next - s - part, &a2, &b2, sum, sum_row, !job->plain && s > 0);
+                if (job->plain) finish(job, sum, sum_row, m, n, rows, cols, s > 0 ? 1 : g->beta);
+                else if (next == all) finish(job, sum, sum_row, m, n, rows, cols, g->beta);
             }
         } while ((s = next) < job->s1);
     }
     return 0;
+}
+
+/* ---- a few columns: u = x a^T of LoRA ------------------------------------------------------------------------------ */
+
+/* Here the vectors run along k, so that no lane is idle: two rows of a times VW/2 columns of b, VW sums of VW lanes each,
+ * which one transposition brings together. b is copied with k dense and zeros at its end. */
+enum { NARROW_ROWS = 128, COLUMNS = VW / 2 };
+
+static inline __attribute__((always_inline)) int narrow_rows(int64_t block, const Job *job, int dot) {
+    int64_t bytes = job->K * dtype_size(job->a.dtype), whole = bytes / (4 * VW), depth = ceil_div(bytes, 4 * VW) * VW;
+    int64_t columns = ceil_div(job->N, COLUMNS) * COLUMNS, end = min64(job->M, (block + 1) * NARROW_ROWS);
+    float buffer[2][16];
+    for (int64_t m = block * NARROW_ROWS; m < end; m += 2) {
+        const char *x0 = element(job->a, m, 0), *x1 = m + 1 < end ? element(job->a, m + 1, 0) : x0;
+        int64_t ahead = 8 * job->a.row * dtype_size(job->a.dtype);
+        float rest[2][VW] = {0};
+        memcpy(rest[0], x0 + whole * 4 * VW, (size_t)(bytes - whole * 4 * VW));
+        memcpy(rest[1], x1 + whole * 4 * VW, (size_t)(bytes - whole * 4 * VW));
+        for (int64_t n = 0; n < columns; n += COLUMNS) {
+            const float *b = job->pack_b + n * depth;
+            vf sum[VW];
+#pragma GCC unroll 16
+            for (int j = 0; j < VW; j++) sum[j] = (vf){0};
+            for (int64_t k = 0; k < whole; k++) {
+                vf a0 = vf_load((const float *)(x0 + k * 4 * VW)), a1 = vf_load((const float *)(x1 + k * 4 * VW));
+                __builtin_prefetch(x0 + ahead + k * 4 * VW);
+                __builtin_prefetch(x1 + ahead + k * 4 * VW);
+#pragma GCC unroll 8
+                for (int j = 0; j < COLUMNS; j++) {
+                    vf bv = vf_load(b + j * depth + k * VW);
+                    sum[j] = multiply_add(sum[j], a0, bv, dot);
+                    sum[COLUMNS + j] = multiply_add(sum[COLUMNS + j], a1, bv, dot);
+                }
+            }
+            if (depth > whole * VW)
+#pragma GCC unroll 8
+                for (int j = 0; j < COLUMNS; j++) {
+                    vf bv = vf_load(b + j * depth + whole * VW);
+                    sum[j] = multiply_add(sum[j], vf_load(rest[0]), bv, dot);
+                    sum[COLUMNS + j] = multiply_add(sum[COLUMNS + j], vf_load(rest[1]), bv, dot);
+                }
+            transpose(sum);
+#pragma GCC unroll 16
+            for (int j = 1; j < VW; j++) sum[0] += sum[j];
+            memcpy(buffer[0] + n, &sum[0], sizeof(float) * COLUMNS);
+            memcpy(buffer[1] + n, (float *)&sum[0] + COLUMNS, sizeof(float) * COLUMNS);
+        }
+        finish(job, buffer[0], 16, m, 0, min64(2, end - m), job->N, job->g->beta);
+    }
+    return 0;
+}
+
+static int narrow_task(int64_t block, void *context) {
+    const Job *job = context;
+    return job->dot ? narrow_rows(block, job, 1) : narrow_rows(block, job, 0);
+}
+
+static int narrow_pack(int64_t n, void *context) {
+    const Job *job = context;
+    int64_t depth = ceil_div(job->steps, VW) * VW, per = job->dot ? 2 : 1;
+    for (int64_t s = 0; s < depth; s++) {
+        uint32_t u = step1(job->b, s * per, n, job->K, job->N, 1, job->dot);
+        memcpy(job->pack_b + n * depth + s, &u, 4);
+    }
+    return 0;
+}
+
+static int narrow(Job *job) {
+    int64_t columns = ceil_div(job->N, COLUMNS) * COLUMNS;
+    if (!(job->pack_b = scratch(4 * columns * ceil_div(job->steps, VW) * VW))) return -1;
+    int status = parallel_for(columns, narrow_pack, job) || parallel_for(ceil_div(job->M, NARROW_ROWS), narrow_task, job) ? -1 : 0;
+    scratch_free(job->pack_b);
+    return status;
 }
 
 int CPU(gemm)(const Gemm *g) {
@@ -389,34 +469,38 @@ int CPU(gemm)(const Gemm *g) {
     job.step_a = 1, job.ahead = MR * job.a.row / per;
     if (!job.dot && job.a.row == 1 && job.a.dtype == F32 && job.M <= 256) /* the other way round; too few rows to pack them */
         job.direct = 1, job.step_a = job.a.col, job.ahead = AHEAD * job.a.col;
-    job.direct_b = !job.dot && job.b.col == 1 && job.b.dtype == F32 && job.M <= 256 && job.R == 0;
+    job.nr = NV == 3 && ceil_div(job.N, VW) == 4 ? 2 * VW : NR;
+    /* Rows of b a power of two apart would all fall into the same few lines of a cache, so nothing could be used again. */
+    job.direct_b = !job.dot && job.b.col == 1 && job.b.dtype == F32 && job.R == 0 && job.nr == NR &&
+                   (job.M <= MR || (job.M <= 256 && job.b.row % 256));
     job.steps = ceil_div(job.K, per), job.steps2 = ceil_div(job.R, per);
+    if (g->N <= 16 && !job.swapped && job.direct && job.step_a == 1 && job.R == 0 && job.K) return narrow(&job);
     int64_t all = job.steps + job.steps2, depth = max64(1, ceil_div(all, max64(1, ceil_div(all, KS))));
-    int64_t wide_n = min64(ceil_div(job.N, NR) * NR, max64(1, PACK_BYTES / 4 / depth / NR) * NR);
-    int64_t wide_m = job.direct ? ceil_div(job.M, MR) * MR
-                                : min64(ceil_div(job.M, MR) * MR, max64(1, PACK_BYTES / 2 / depth / MR) * MR);
-    int64_t threads = get_threads();
+    job.plain = g->c_dtype == F32 && !job.swapped && g->alpha == 1 && (g->beta == 0 || g->beta == 1) && !g->bias && !g->residual;
+    int keep = !job.plain && depth < all;
+    job.wide_n = min64(ceil_div(job.N, NR) * NR, max64(1, PACK_BYTES / 4 / depth / NR) * NR);
+    job.wide_m = ceil_div(job.M, MR) * MR;
+    if (!job.direct) job.wide_m = min64(job.wide_m, max64(1, PACK_BYTES / 2 / depth / MR) * MR);
+    if (keep) job.wide_m = min64(job.wide_m, max64(1, SUM_BYTES / 4 / job.wide_n / MR) * MR);
+    int64_t size_b = depth * job.wide_n, size_a = (job.direct ? job.steps2 : depth) * job.wide_m + VW, threads = get_threads();
     int status = -1;
-    job.sum_row = job.swapped ? wide_m : wide_n;
-    float *memory = scratch(4 * (depth * (wide_n + VW) + (job.direct ? job.steps2 : depth) * wide_m + 4 * VW +
-                                 (g->c_dtype != F32 && all > KC ? wide_m * wide_n : 0)));
+    float *memory = scratch(4 * (size_b + size_a + (keep ? job.wide_m * job.wide_n : 0)));
     if (!memory) return -1;
-    job.pack_b = memory;
-    job.pack_a = job.ext = job.pack_b + depth * wide_n + VW;
-    if (g->c_dtype != F32 && all > KC) job.sum = job.pack_a + (job.direct ? job.steps2 : depth) * wide_m + VW;
+    job.pack_b = memory, job.pack_a = job.ext = memory + size_b;
+    if (keep) job.sum = job.pack_a + size_a;
     for (job.m0 = 0; job.m0 < job.M; job.m0 = job.m1) {
-        job.m1 = min64(job.M, job.m0 + wide_m);
+        job.m1 = min64(job.M, job.m0 + job.wide_m);
         for (job.n0 = 0; job.n0 < job.N; job.n0 = job.n1) {
-            job.n1 = min64(job.N, job.n0 + wide_n);
+            job.n1 = min64(job.N, job.n0 + job.wide_n);
             job.s0 = 0;
             do {
                 job.s1 = min64(all, job.s0 + depth);
                 job.packed_n = job.direct_b ? job.n0 + (job.n1 - job.n0) / NR * NR : job.n0;
-                int64_t tasks_b = ceil_div(job.n1 - job.packed_n, NR * B_PANELS), tasks_a = ceil_div(job.m1 - job.m0, MR * A_PANELS);
+                int64_t tasks_b = ceil_div(job.n1 - job.packed_n, job.nr * B_PANELS), tasks_a = ceil_div(job.m1 - job.m0, MR * A_PANELS);
                 if (job.direct && job.s1 <= job.steps) tasks_a = 0;
                 if (parallel_for(tasks_b + tasks_a, pack_task, &job)) goto done;
                 int64_t rows = job.m1 - job.m0, cols = job.n1 - job.n0;
-                job.tile_m = max64(1, TASK_BYTES / 4 / max64(1, job.s1 - job.s0) / MR) * MR;
+                job.tile_m = min64(ROWS, max64(1, TASK_BYTES / 4 / max64(1, job.s1 - job.s0) / MR) * MR);
                 job.tile_n = ceil_div(cols, NR) * NR;
                 while (job.tile_m > 4 * MR && ceil_div(rows, job.tile_m) * ceil_div(cols, job.tile_n) < 4 * threads)
                     if (job.tile_n > 4 * NR) job.tile_n = ceil_div(job.tile_n / NR, 2) * NR;
