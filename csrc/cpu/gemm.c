@@ -19,6 +19,7 @@ enum {
 #ifndef KC
     KC = 288,                          /* steps of k between which sums go to memory: a KC x NR panel of b fits the L1 cache */
 #endif
+    AHEAD = 8,                         /* steps that what is read with a stride is fetched ahead */
     KS = 1280,                         /* steps of k that are packed at once, at most */
     ROWS = 480,                        /* of a in one task, at most */
     TASK_BYTES = 480 << 10,            /* rows of a that one task works on: half of an L2 cache */
@@ -32,13 +33,14 @@ typedef struct {
     int swapped, dot;                  /* computes the transpose; multiplies pairs of bfloat16 */
     int plain;                         /* sums are kept in c itself */
     int direct, direct_b;              /* reads a, or the whole panels of b, where they lie */
+    int copied, local_b;               /* a in rows, converted to float32; each tile packs its own part of b */
     int64_t M, N, K, R;                /* K and R in elements; after swapping */
     Matrix a, b, a2, b2;
     int64_t steps, steps2;             /* K and R in steps */
     int64_t m0, m1, n0, n1, s0, s1;    /* what is packed now; s in steps, of K + R */
     int64_t tile_m, tile_n, tiles_n, packed_n; /* columns from packed_n on are packed */
     int64_t nr;                        /* columns of a panel: NR, or less where that divides better */
-    int64_t step_a, ahead;             /* floats from step to step of a in place, and to what comes next */
+    int64_t a_row, step_a, ahead;      /* floats from row to row, from step to step of a in place, and to what comes next */
     float *pack_a, *pack_b, *ext;
     float *sum;                        /* float32 sums of all rows and columns in work, where c cannot hold them from one depth to the next */
     int64_t wide_m, wide_n;            /* rows and columns packed at once */
@@ -137,7 +139,10 @@ static inline __attribute__((always_inline)) void pack_rows(float *out, const ch
                 memcpy(&low, p + 2 * s * line + j * 2, sizeof low);
                 memcpy(&high, p + (2 * s + 1) * line + j * 2, sizeof high);
                 x = (vf)(__builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16);
-            } else x = vf_load_any(p + s * line + j * size, dtype) * scale;
+            } else {
+                __builtin_prefetch(p + (s + AHEAD) * line + j * size);
+                x = vf_load_any(p + s * line + j * size, dtype) * scale;
+            }
             vf_store(out + s * width + j, x);
         }
     }
@@ -195,6 +200,9 @@ static int pack_task(int64_t i, void *context) {
     int64_t j0 = i < tasks_b ? job->packed_n + i * job->nr * B_PANELS : job->m0 + (i - tasks_b) * MR * A_PANELS;
     int64_t j1 = i < tasks_b ? min64(job->n1, j0 + job->nr * B_PANELS) : min64(job->m1, j0 + MR * A_PANELS);
     int64_t begin = i >= tasks_b && job->direct ? max64(job->s0, job->steps) : job->s0;
+    if (i >= tasks_b && job->copied)
+        for (int64_t m = j0, n = min64(job->s1, job->steps) - job->s0; m < min64(j1, job->M) && n > 0; m++)
+            load_row(job->pack_a + (m - job->m0) * job->a_row, element(job->a, m, job->s0), job->a.dtype, n);
     for (int64_t s = begin; s < job->s1; s += SWEEP)
         for (int64_t j = j0, end = min64(job->s1, s + SWEEP); j < j1; j += i < tasks_b ? job->nr : MR)
             if (i < tasks_b) {
@@ -223,7 +231,6 @@ typedef struct { const float *data; int64_t step, ahead, row[MR]; } Side;
 
 /* sum[MR][nv] += a[.., steps] b[steps, ..]. What is read in place is fetched ahead: a line of each of the next MR rows where
  * k is dense, else the lines of AHEAD steps later. */
-enum { AHEAD = 8 };
 static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64_t steps, const Side *a, const Side *b, int direct,
                                                            int direct_b, int nv, int dot) {
     const float *pa = a->data, *pb = b->data;
@@ -342,11 +349,11 @@ static int tile_task(int64_t i, void *context) {
     const Gemm *g = job->g;
     int64_t m_begin = job->m0 + i / job->tiles_n * job->tile_m, m_end = min64(job->m1, m_begin + job->tile_m);
     int64_t n_begin = job->n0 + i % job->tiles_n * job->tile_n, n_end = min64(job->n1, n_begin + job->tile_n);
-    int64_t steps = job->s1 - job->s0, all = job->steps + job->steps2, size = dtype_size(job->a.dtype);
-    float near[ROWS * NR] __attribute__((aligned(64)));
+    int64_t steps = job->s1 - job->s0, all = job->steps + job->steps2;
+    float near[ROWS * NR] __attribute__((aligned(64))), near_b[KC * NR] __attribute__((aligned(64)));
     for (int64_t n = n_begin; n < n_end; n += job->nr) {
         int64_t width = panel_width(job, n), cols = min64(width, n_end - n), s = job->s0, next;
-        int there = n < job->packed_n;
+        int there = job->direct_b && n < job->packed_n;
         Tile run = there ? in_place[job->direct] : tiles[job->dot][job->direct][width / VW - 1];
         do {
             next = job->s1 - s < 2 * KC ? job->s1 - s <= KC ? job->s1 : s + (job->s1 - s + 1) / 2 : s + KC;
@@ -354,12 +361,17 @@ static int tile_task(int64_t i, void *context) {
             Side a = { .step = job->step_a, .ahead = job->ahead }, a2 = { 0 }, b, b2;
             b = (Side){ there ? (const float *)job->b.data + s * job->b.row + n
                               : job->pack_b + (n - job->packed_n) * steps + (s - job->s0) * width, job->b.row, 0, {0} };
+            if (job->local_b && !there) {
+                pack_panel(job, near_b, job->b, job->b2, s, next, n, width, job->N, 1);
+                b.data = near_b;
+            }
             b2 = (Side){ b.data + part * width, 0, 0, {0} };
             for (int64_t m = m_begin; m < m_end; m += MR) {
                 int64_t rows = min64(MR, m_end - m);
                 if (job->direct) {
-                    a.data = (const float *)((const char *)job->a.data + m * job->a.row * size) + s * job->step_a;
-                    for (int64_t r = 0; r < MR; r++) a.row[r] = min64(r, rows - 1) * job->a.row * size / 4;
+                    a.data = job->copied ? job->pack_a + (m - job->m0) * job->a_row + s - job->s0
+                                         : (const float *)job->a.data + m * job->a_row + s * job->step_a;
+                    for (int64_t r = 0; r < MR; r++) a.row[r] = min64(r, rows - 1) * job->a_row;
                     a2.data = job->ext + (m - job->m0) * job->steps2 + (max64(s, job->steps) - job->steps) * MR;
                 } else a.data = job->pack_a + (m - job->m0) * steps + (s - job->s0) * MR;
                 if (job->plain && rows == MR && cols == width) {
@@ -466,27 +478,30 @@ int CPU(gemm)(const Gemm *g) {
         job.a = transposed(g->b), job.b = transposed(g->a), job.a2 = transposed(g->b2), job.b2 = transposed(g->a2);
     }
     job.direct = job.a.col == 1 && job.a.dtype == unit && job.K % per == 0 && job.a.row % per == 0;
-    job.step_a = 1, job.ahead = MR * job.a.row / per;
+    job.step_a = 1, job.a_row = job.a.row / per, job.ahead = MR * job.a_row;
     if (!job.dot && job.a.row == 1 && job.a.dtype == F32 && job.M <= 256) /* the other way round; too few rows to pack them */
         job.direct = 1, job.step_a = job.a.col, job.ahead = AHEAD * job.a.col;
+    if (!job.dot && !job.direct && job.a.col == 1) job.direct = job.copied = 1;
     job.nr = NV == 3 && ceil_div(job.N, VW) == 4 ? 2 * VW : NR;
-    /* Rows of b a power of two apart would all fall into the same few lines of a cache, so nothing could be used again. */
     job.direct_b = !job.dot && job.b.col == 1 && job.b.dtype == F32 && job.R == 0 && job.nr == NR &&
-                   (job.M <= MR || (job.M <= 256 && job.b.row % 256));
+                   job.M <= MR;
+    job.local_b = !job.direct_b && job.M <= ROWS && job.N > 4 * NR;
     job.steps = ceil_div(job.K, per), job.steps2 = ceil_div(job.R, per);
-    if (g->N <= 16 && !job.swapped && job.direct && job.step_a == 1 && job.R == 0 && job.K) return narrow(&job);
+    if (g->N <= 16 && !job.swapped && job.direct && !job.copied && job.step_a == 1 && job.R == 0 && job.K) return narrow(&job);
     int64_t all = job.steps + job.steps2, depth = max64(1, ceil_div(all, max64(1, ceil_div(all, KS))));
     job.plain = g->c_dtype == F32 && !job.swapped && g->alpha == 1 && (g->beta == 0 || g->beta == 1) && !g->bias && !g->residual;
     int keep = !job.plain && depth < all;
     job.wide_n = min64(ceil_div(job.N, NR) * NR, max64(1, PACK_BYTES / 4 / depth / NR) * NR);
     job.wide_m = ceil_div(job.M, MR) * MR;
-    if (!job.direct) job.wide_m = min64(job.wide_m, max64(1, PACK_BYTES / 2 / depth / MR) * MR);
+    if (!job.direct || job.copied) job.wide_m = min64(job.wide_m, max64(1, PACK_BYTES / 2 / depth / MR) * MR);
     if (keep) job.wide_m = min64(job.wide_m, max64(1, SUM_BYTES / 4 / job.wide_n / MR) * MR);
-    int64_t size_b = depth * job.wide_n, size_a = (job.direct ? job.steps2 : depth) * job.wide_m + VW, threads = get_threads();
+    if (job.copied) job.a_row = depth + VW, job.ahead = MR * job.a_row;
+    int64_t size_b = job.local_b ? 0 : depth * job.wide_n, size_ext = job.direct ? job.steps2 * job.wide_m + VW : 0;
+    int64_t size_a = job.copied ? job.a_row * job.wide_m : job.direct ? 0 : depth * job.wide_m + VW, threads = get_threads();
     int status = -1;
-    float *memory = scratch(4 * (size_b + size_a + (keep ? job.wide_m * job.wide_n : 0)));
+    float *memory = scratch(4 * (size_b + size_ext + size_a + (keep ? job.wide_m * job.wide_n : 0)));
     if (!memory) return -1;
-    job.pack_b = memory, job.pack_a = job.ext = memory + size_b;
+    job.pack_b = memory, job.ext = memory + size_b, job.pack_a = job.ext + size_ext;
     if (keep) job.sum = job.pack_a + size_a;
     for (job.m0 = 0; job.m0 < job.M; job.m0 = job.m1) {
         job.m1 = min64(job.M, job.m0 + job.wide_m);
@@ -496,14 +511,16 @@ int CPU(gemm)(const Gemm *g) {
             do {
                 job.s1 = min64(all, job.s0 + depth);
                 job.packed_n = job.direct_b ? job.n0 + (job.n1 - job.n0) / NR * NR : job.n0;
+                if (job.local_b) job.packed_n = job.n1;
                 int64_t tasks_b = ceil_div(job.n1 - job.packed_n, job.nr * B_PANELS), tasks_a = ceil_div(job.m1 - job.m0, MR * A_PANELS);
-                if (job.direct && job.s1 <= job.steps) tasks_a = 0;
+                if (job.direct && !job.copied && job.s1 <= job.steps) tasks_a = 0;
                 if (parallel_for(tasks_b + tasks_a, pack_task, &job)) goto done;
                 int64_t rows = job.m1 - job.m0, cols = job.n1 - job.n0;
                 job.tile_m = min64(ROWS, max64(1, TASK_BYTES / 4 / max64(1, job.s1 - job.s0) / MR) * MR);
                 job.tile_n = ceil_div(cols, NR) * NR;
-                while (job.tile_m > 4 * MR && ceil_div(rows, job.tile_m) * ceil_div(cols, job.tile_n) < 4 * threads)
-                    if (job.tile_n > 4 * NR) job.tile_n = ceil_div(job.tile_n / NR, 2) * NR;
+                if (job.local_b) job.tile_m = ROWS / MR * MR;
+                while ((job.local_b ? job.tile_n > NR : job.tile_m > 4 * MR) && ceil_div(rows, job.tile_m) * ceil_div(cols, job.tile_n) < 4 * threads)
+                    if (job.tile_n > 4 * NR || job.local_b) job.tile_n = ceil_div(job.tile_n / NR, 2) * NR;
                     else job.tile_m = ceil_div(job.tile_m / MR, 2) * MR;
                 job.tiles_n = ceil_div(cols, job.tile_n);
                 if (parallel_for(ceil_div(rows, job.tile_m) * job.tiles_n, tile_task, &job)) goto done;
