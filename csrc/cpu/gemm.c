@@ -1,20 +1,20 @@
-/* gemm.c --- the matrix product: panels of b packed (as in BLIS and Goto's papers), a micro-kernel whose sums stay in registers.
+/* gemm.c --- the matrix product: packed panels of b (as in BLIS), a micro-kernel whose sums stay in registers.
  *
- * A tile of c, MR rows by one panel, is a sum over k in blocks of KC; the panel of b stays in the first cache while all MR rows
- * of a task pass by. What is read once is not packed: rows of a are read where they lie, eight streams at a time; a few rows
+ * A tile of c, MR rows by one panel, is a sum over k in blocks of KC; the panel of b stays in the first cache while the rows
+ * of a task pass by. What is read once is not packed: rows of a are read where they lie, MR streams at a time; a few rows
  * of output read b where it lies; a few columns (LoRA's u) run their vectors along k instead. The extension by a2 b2
- * goes on in the same registers. Which sums are made in which order depends on the sizes alone, so every number of threads
- * gives the same bits; how many tiles there are depends on the threads.
+ * goes on in the same registers. The order of each sum depends on the sizes alone, so every number of threads gives the
+ * same bits; how many tiles there are depends on the threads.
  *
- * The ladder, on one core of a Zen 5 (FMA peak 240 GF/s), in GF/s, M = 2048, N = K = 576 unless said:
- *   float32: a packed too, KC 192                                    217      (two cores: 434; torch with MKL: 195)
- *            a in place, KC 144 / 192 / 288 / 576                    - / 227 / 232 / 220
- *   bfloat16 converted to float32: both sides turned while packing   175; rows of a converted, not turned: 195
- *   bfloat16 dot products: 165 while tiles were finished one by one; finished in vectors: 420; KC 288: 460 (torch: 395)
- *   TN 576x576, K = 2048: 155; panels of a packed side by side: 200
- *   u, N = 8: as a panel of 16 columns 66, rows fetched ahead 80, vectors along k 135
- *   da, M = 8, K = 2048: b packed 72, b in place 220
- *   M = 192 rows, K = N = 2048: b in place 160 (its rows fall into the same lines of the cache), packed by each tile 199 */
+ * The ladder, in GF/s on a Zen 5 (FMA peak 240 a core), NT, M = 2048, N = K = 576 unless said:
+ *   two cores, float32: KC 192 / 288 / 576: 454 / 465 / 441           (torch with MKL: 195)
+ *   two cores, bfloat16 dot products: 326 while tiles were finished one element at a time, then KC 192 / 288 / 576:
+ *   860 / 929 / 880                                                   (torch with oneDNN: 790)
+ *   one core, bfloat16 converted to float32: rows of a turned while they are packed 175, only converted 194
+ *   one core, TN 576x576, K = 2048: panels of a packed one by one 178, side by side with the dtype decided outside 200
+ *   one core, u, N = 8: as a panel of 16 columns 66, with rows fetched ahead 80, vectors along k 128..144
+ *   one core, da, M = 8, K = 2048: b packed 72, b in place 220
+ *   one core, M = 192, N = 576, K = 8192 (dx of the loss): b in place 180, packed by each tile for itself 196 */
 #include "gemm.h"
 
 #if defined __AVX512BF16__
@@ -273,8 +273,8 @@ static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64
 
 /* out[MR][nv VW] (+)= a b, of `steps` steps, + a2 b2, of `steps2` packed ones. */
 static inline __attribute__((always_inline)) void tile(int64_t steps, const Side *a, const Side *b, int64_t steps2,
-                                                       const Side *a2, const Side *b2, float *out, int64_t out_row, int add, int direct,
-                                                       int direct_b, int nv, int dot) {
+                                                       const Side *a2, const Side *b2, float *out, int64_t out_row, int add,
+                                                       int direct, int direct_b, int nv, int dot) {
     vf sum[MR][NV];
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++)

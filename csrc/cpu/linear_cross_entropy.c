@@ -132,8 +132,8 @@ static int run(const char *op, const Tensor *losses, const Tensor *lse, const Te
             Matrix dlogits = { c.logits + v0 * rows, rows * 4 / dtype_size(c.dtype), 1, c.dtype };    /* [v1 - v0, rows] */
             if ((status = parallel_for((v1 - v0 + BLOCK - 1) / BLOCK, gradient_block, &c))) break;
             if ((status = CPU(gemm)(&(Gemm){
-                .M = c.rows, .N = C, .K = v1 - v0, .a = transposed(dlogits), .b = rows_from(weight, v0), .alpha = 1, .beta = v0 > 0,
-                .c = sums, .c_row = sums_row, .c_dtype = F32 }))) break;
+                .M = c.rows, .N = C, .K = v1 - v0, .a = transposed(dlogits), .b = rows_from(weight, v0), .alpha = 1,
+                .beta = v0 > 0, .c = sums, .c_row = sums_row, .c_dtype = F32 }))) break;
             if (given(dweight))
                 status = CPU(gemm)(&(Gemm){
                     .M = v1 - v0, .N = C, .K = c.rows, .a = dlogits, .b = xc, .alpha = 1, .beta = 1,
