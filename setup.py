@@ -42,16 +42,18 @@ class BuildExt(build_ext):
         def build(job):
             source, macros, flags = job
             macros, flags = [*ext.define_macros, *macros], [*ext.extra_compile_args, *flags]
-            folder = os.path.join(self.build_temp, f"{zlib.crc32(repr((macros, flags, self.compiler.compiler_so)).encode()):08x}")
+            how = repr((macros, flags, self.compiler.compiler_so))
+            folder = os.path.join(self.build_temp, f"{zlib.crc32(how.encode()):08x}")
             made, = self.compiler.object_filenames([source], output_dir=folder)
             if not os.path.exists(made) or os.path.getmtime(made) <= max(map(os.path.getmtime, [source, *INPUTS])):
-                self.compiler.compile([source], output_dir=folder, macros=macros, include_dirs=ext.include_dirs, extra_postargs=flags)
+                self.compiler.compile([source], output_dir=folder, macros=macros, include_dirs=ext.include_dirs,
+                                      extra_postargs=flags)
             return made
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             ext.extra_objects = list(pool.map(build, jobs))
         ext.sources = []
-        self.force = True                                              # link anew: the switches may differ from the last build's
+        self.force = True                                              # link anew: the switches may have changed
         super().build_extension(ext)
 
 

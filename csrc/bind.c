@@ -9,6 +9,7 @@
 #include "cpu/cpu.h"
 #include "dlpack.h"
 
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -95,7 +96,8 @@ static int is_tensor(PyObject *object) { return Py_TYPE(object) == TensorType; }
 static int find_dtype(PyObject *name) {
     for (int i = 0; PyUnicode_Check(name) && i < DTYPES; i++)
         if (!PyUnicode_CompareWithASCIIString(name, dtype_names[i])) return i;
-    PyErr_Format(PyExc_TypeError, "Tensor: dtype should be float32, bfloat16, float16, float64, int32, int64 or uint8, got %R", name);
+    PyErr_Format(PyExc_TypeError,
+                 "Tensor: dtype should be float32, bfloat16, float16, float64, int32, int64 or uint8, got %R", name);
     return -1;
 }
 
@@ -133,13 +135,17 @@ static int overlap(const Tensor *a, const Tensor *b) {
     return low[0] < high[0] && low[1] < high[1] && low[0] < high[1] && low[1] < high[0];
 }
 
-/* Memory of an owner. Large blocks come straight from the system: pages are committed when first touched, and all go back
- * at once when the Tensor dies, which malloc does not promise. */
+/* Memory of an owner. Large blocks come straight from the system, in huge pages where it has them: pages are committed
+ * when first touched, and all go back at once when the Tensor dies, which malloc does not promise. */
 enum { LARGE = 1 << 20 };
 static void *take_memory(size_t bytes) {
     if (bytes < LARGE) return scratch((int64_t)bytes);
     void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    return p == MAP_FAILED ? NULL : p;
+    if (p == MAP_FAILED) return NULL;
+#ifdef MADV_HUGEPAGE
+    madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+    return p;
 }
 static void free_memory(void *p, size_t bytes) {
     if (bytes < LARGE) scratch_free(p);
@@ -154,9 +160,10 @@ static int read_shape(PyObject *shape, Tensor *t) {
     int64_t total = 1;
     if (n > MAX_NDIM) PyErr_Format(PyExc_ValueError, "Tensor: shape should have at most %d axes, got %R", MAX_NDIM, shape);
     for (Py_ssize_t i = 0; i < n && !PyErr_Occurred(); i++) {
-        t->shape[i] = PyLong_AsLongLong(PyTuple_GetItem(list, i));
-        if (!PyErr_Occurred() && t->shape[i] < 0) PyErr_Format(PyExc_ValueError, "Tensor: shape should not be negative, got %R", shape);
-        else if (!PyErr_Occurred() && __builtin_mul_overflow(total, t->shape[i] ? t->shape[i] : 1, &total))
+        int64_t size = t->shape[i] = PyLong_AsLongLong(PyTuple_GetItem(list, i));
+        if (PyErr_Occurred()) break;
+        if (size < 0) PyErr_Format(PyExc_ValueError, "Tensor: shape should not be negative, got %R", shape);
+        else if (__builtin_mul_overflow(total, size ? size : 1, &total))
             PyErr_Format(PyExc_ValueError, "Tensor: shape %R is too large", shape);
     }
     Py_DECREF(list);
@@ -214,8 +221,8 @@ static PyObject *tensor_wrap(PyObject *type, PyObject *args, PyObject *kwargs) {
     PyObject *source, *shape, *dtype;
     Py_ssize_t offset = 0;
     Tensor t = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOU|n:wrap", names, &source, &shape, &dtype, &offset) || read_shape(shape, &t) ||
-        (t.dtype = find_dtype(dtype)) < 0) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOU|n:wrap", names, &source, &shape, &dtype, &offset) ||
+        read_shape(shape, &t) || (t.dtype = find_dtype(dtype)) < 0) return NULL;
     TensorObject *self = (TensorObject *)PyType_GenericAlloc((PyTypeObject *)type, 0);
     if (!self) return NULL;
     self->readonly = PyObject_GetBuffer(source, &self->buffer, PyBUF_WRITABLE) != 0;
@@ -226,8 +233,8 @@ static PyObject *tensor_wrap(PyObject *type, PyObject *args, PyObject *kwargs) {
     self->has_buffer = 1;
     int64_t bytes = elements_of(&t) * dtype_size(t.dtype);
     if (offset < 0 || bytes > self->buffer.len - offset)
-        PyErr_Format(PyExc_ValueError, "Tensor.wrap: %lld bytes at offset %zd should lie in a buffer of %zd", (long long)bytes, offset,
-                     self->buffer.len);
+        PyErr_Format(PyExc_ValueError, "Tensor.wrap: %lld bytes at offset %zd should lie in a buffer of %zd", (long long)bytes,
+                     offset, self->buffer.len);
     else if (((uintptr_t)self->buffer.buf + (size_t)offset) % (size_t)dtype_size(t.dtype))
         PyErr_Format(PyExc_ValueError, "Tensor.wrap: offset %zd is not aligned to %s", offset, dtype_names[t.dtype]);
     if (PyErr_Occurred()) { Py_DECREF(self); return NULL; }
@@ -242,12 +249,14 @@ static PyObject *tensor_view(PyObject *object, PyObject *args, PyObject *kwargs)
     PyObject *shape, *dtype = NULL;
     Py_ssize_t offset = 0;
     Tensor t = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|Un:view", names, &shape, &dtype, &offset) || read_shape(shape, &t)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|Un:view", names, &shape, &dtype, &offset) || read_shape(shape, &t))
+        return NULL;
     if ((t.dtype = dtype ? find_dtype(dtype) : self->t.dtype) < 0) return NULL;
     int64_t have = elements_of(&self->t) * dtype_size(self->t.dtype), want = elements_of(&t) * dtype_size(t.dtype);
     if (!is_contiguous(&self->t)) return PyErr_Format(PyExc_ValueError, "Tensor.view: the tensor should be contiguous");
     if (offset < 0 || want > have - offset)
-        return PyErr_Format(PyExc_ValueError, "Tensor.view: %lld bytes at offset %zd should lie in %lld", (long long)want, offset, (long long)have);
+        return PyErr_Format(PyExc_ValueError, "Tensor.view: %lld bytes at offset %zd should lie in %lld", (long long)want,
+                            offset, (long long)have);
     t.data = (char *)self->t.data + offset;
     if ((uintptr_t)t.data % (size_t)dtype_size(t.dtype))
         return PyErr_Format(PyExc_ValueError, "Tensor.view: offset %zd is not aligned to %s", offset, dtype_names[t.dtype]);
@@ -309,7 +318,8 @@ static PyObject *tensor_numpy(PyObject *object, PyObject *unused) {
     const Tensor *t = &self->t;
     PyArray_Descr *descr = NULL;
     if (t->dtype == BF16) {
-        PyObject *module = PyImport_ImportModule("ml_dtypes"), *type = module ? PyObject_GetAttrString(module, "bfloat16") : NULL;
+        PyObject *module = PyImport_ImportModule("ml_dtypes");
+        PyObject *type = module ? PyObject_GetAttrString(module, "bfloat16") : NULL;
         if (type) PyArray_DescrConverter(type, &descr);
         else PyErr_SetString(PyExc_TypeError, "Tensor.numpy: NumPy has no bfloat16 of its own; install ml_dtypes");
         Py_XDECREF(module); Py_XDECREF(type);
@@ -382,7 +392,7 @@ static void copy_all(const Copy *c) {
 }
 
 static PyObject *tensor_fill(PyObject *object, PyObject *number) {
-    static const double lowest[] = { -2147483648.0, -9007199254740992.0, 0 }, highest[] = { 2147483647.0, 9007199254740992.0, 255 };
+    static const double lowest[] = { INT32_MIN, -0x1p53, 0 }, highest[] = { INT32_MAX, 0x1p53, UINT8_MAX };  /* from I32 on */
     TensorObject *self = (TensorObject *)object;
     Copy c = { .out = self->t, .fill = 1 };
     double value = PyFloat_AsDouble(number);
@@ -416,7 +426,10 @@ static PyObject *get_dtype(PyObject *object, void *unused) {
     return PyUnicode_FromString(dtype_names[((TensorObject *)object)->t.dtype]);
 }
 static PyObject *get_device(PyObject *object, void *unused) { (void)object; (void)unused; return PyUnicode_FromString("cpu"); }
-static PyObject *get_ndim(PyObject *object, void *unused) { (void)unused; return PyLong_FromLong(((TensorObject *)object)->t.ndim); }
+static PyObject *get_ndim(PyObject *object, void *unused) {
+    (void)unused;
+    return PyLong_FromLong(((TensorObject *)object)->t.ndim);
+}
 static PyObject *get_nbytes(PyObject *object, void *unused) {
     (void)unused;
     const Tensor *t = &((TensorObject *)object)->t;
@@ -424,7 +437,8 @@ static PyObject *get_nbytes(PyObject *object, void *unused) {
 }
 static PyObject *tensor_repr(PyObject *object) {
     PyObject *shape = get_shape(object, NULL), *text = NULL;
-    if (shape) text = PyUnicode_FromFormat("longlora.Tensor(shape=%R, dtype='%s')", shape, dtype_names[((TensorObject *)object)->t.dtype]);
+    const char *dtype = dtype_names[((TensorObject *)object)->t.dtype];
+    if (shape) text = PyUnicode_FromFormat("longlora.Tensor(shape=%R, dtype='%s')", shape, dtype);
     Py_XDECREF(shape);
     return text;
 }
@@ -433,14 +447,15 @@ static int tensor_getbuffer(PyObject *object, Py_buffer *view, int flags) {
     static const char *const formats[] = { "f", NULL, "e", "d", "i", "q", "B" };
     TensorObject *self = (TensorObject *)object;
     const Tensor *t = &self->t;
+    int asked = flags & ~PyBUF_STRIDES, strides = (flags & PyBUF_STRIDES) == PyBUF_STRIDES;
+    int rows = !strides || (asked & (PyBUF_C_CONTIGUOUS | PyBUF_ANY_CONTIGUOUS)), columns = asked & PyBUF_F_CONTIGUOUS;
+    const char *why = NULL;
+    if (!formats[t->dtype]) why = "Tensor: the buffer protocol has no bfloat16; use view(shape, 'uint8'), numpy() or DLPack";
+    else if ((flags & PyBUF_WRITABLE) && self->readonly) why = "Tensor: the tensor is read-only";
+    else if (((rows || columns) && !is_contiguous(t)) || (columns && t->ndim > 1))
+        why = "Tensor: the tensor is not contiguous in the order asked for";
     view->obj = NULL;
-    if (!formats[t->dtype])
-        return PyErr_SetString(PyExc_BufferError, "Tensor: the buffer protocol has no bfloat16; use view(shape, 'uint8'), numpy() or DLPack"), -1;
-    if ((flags & PyBUF_WRITABLE) && self->readonly) return PyErr_SetString(PyExc_BufferError, "Tensor: the tensor is read-only"), -1;
-    int rows = (flags & PyBUF_STRIDES) != PyBUF_STRIDES || (flags & (PyBUF_C_CONTIGUOUS | PyBUF_ANY_CONTIGUOUS) & ~PyBUF_STRIDES);
-    int columns = flags & PyBUF_F_CONTIGUOUS & ~PyBUF_STRIDES;
-    if (((rows || columns) && !is_contiguous(t)) || (columns && t->ndim > 1))
-        return PyErr_SetString(PyExc_BufferError, "Tensor: the tensor is not contiguous in the order asked for"), -1;
+    if (why) return PyErr_SetString(PyExc_BufferError, why), -1;
     for (int i = 0; i < t->ndim; i++) {
         self->shape[i] = (Py_ssize_t)t->shape[i];
         self->strides[i] = (Py_ssize_t)(t->stride[i] * dtype_size(t->dtype));
@@ -449,7 +464,7 @@ static int tensor_getbuffer(PyObject *object, Py_buffer *view, int flags) {
                          .itemsize = (Py_ssize_t)dtype_size(t->dtype), .readonly = self->readonly, .ndim = t->ndim,
                          .format = flags & PyBUF_FORMAT ? (char *)formats[t->dtype] : NULL,
                          .shape = flags & PyBUF_ND ? self->shape : NULL,
-                         .strides = (flags & PyBUF_STRIDES) == PyBUF_STRIDES ? self->strides : NULL };
+                         .strides = strides ? self->strides : NULL };
     return 0;
 }
 
@@ -497,11 +512,14 @@ static PyObject *tensor_dlpack(PyObject *object, PyObject *args, PyObject *kwarg
     static char *names[] = { "stream", "max_version", "dl_device", "copy", NULL };
     PyObject *stream = Py_None, *max_version = Py_None, *device = Py_None, *copy = Py_None;
     TensorObject *self = (TensorObject *)object;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$OOOO:__dlpack__", names, &stream, &max_version, &device, &copy)) return NULL;
-    if (stream != Py_None) return PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: stream should be None on the CPU, got %R", stream);
     int type = kDLCPU, id = 0, major = 0, minor = 0;
-    if (read_pair(device, "dl_device", &type, &id) < 0 || read_pair(max_version, "max_version", &major, &minor) < 0) return NULL;
-    if (type != kDLCPU || id) return PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: dl_device should be (1, 0), got %R", device);
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$OOOO:__dlpack__", names, &stream, &max_version, &device, &copy) ||
+        read_pair(device, "dl_device", &type, &id) < 0 || read_pair(max_version, "max_version", &major, &minor) < 0)
+        return NULL;
+    if (stream != Py_None)
+        return PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: stream should be None on the CPU, got %R", stream);
+    if (type != kDLCPU || id)
+        return PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: dl_device should be (1, 0), got %R", device);
     int versioned = major >= 1;
     if (copy == Py_True) {
         Copy c = { .out = self->t, .x = self->t };
@@ -525,7 +543,7 @@ static PyObject *tensor_dlpack(PyObject *object, PyObject *args, PyObject *kwarg
     e->owner = object;                                                 /* the reference taken above */
     DLTensor t = { self->t.data, { kDLCPU, 0 }, self->t.ndim, { dl_types[self->t.dtype].code, dl_types[self->t.dtype].bits, 1 },
                    e->shape, e->strides, 0 };
-    uint64_t flags = (self->readonly ? DLPACK_FLAG_BITMASK_READ_ONLY : 0) | (copy == Py_True ? DLPACK_FLAG_BITMASK_IS_COPIED : 0);
+    uint64_t flags = copy == Py_True ? DLPACK_FLAG_BITMASK_IS_COPIED : self->readonly ? DLPACK_FLAG_BITMASK_READ_ONLY : 0;
     if (versioned) e->managed.versioned = (DLManagedTensorVersioned){ { 1, 0 }, e, delete_versioned, flags, t };
     else e->managed.old = (DLManagedTensor){ t, e, delete_old };
     PyObject *capsule = PyCapsule_New(&e->managed, versioned ? "dltensor_versioned" : "dltensor", drop_capsule);
@@ -540,7 +558,8 @@ static PyObject *tensor_dlpack_device(PyObject *object, PyObject *unused) {
 
 static PyMethodDef tensor_methods[] = {
     { "wrap", (PyCFunction)(void (*)(void))tensor_wrap, METH_VARARGS | METH_KEYWORDS | METH_CLASS,
-      "wrap(buffer, shape, dtype, offset=0)\n--\n\nThe bytes of any buffer from offset on, without a copy; read-only if the buffer is." },
+      "wrap(buffer, shape, dtype, offset=0)\n--\n\n"
+      "The bytes of any buffer from offset on, without a copy; read-only if the buffer is." },
     { "view", (PyCFunction)(void (*)(void))tensor_view, METH_VARARGS | METH_KEYWORDS,
       "view($self, shape, dtype=None, offset=0)\n--\n\nThe same memory from `offset` bytes on, in another shape and dtype." },
     { "reshape", tensor_reshape, METH_O, "reshape($self, shape, /)\n--\n\nThe same elements in another shape; never a copy." },
@@ -548,7 +567,8 @@ static PyMethodDef tensor_methods[] = {
     { "__array__", (PyCFunction)(void (*)(void))tensor_array, METH_VARARGS | METH_KEYWORDS,
       "__array__($self, dtype=None, copy=None)\n--\n\n" },
     { "fill", tensor_fill, METH_O, "fill($self, value, /)\n--\n\nSets every element." },
-    { "copy_", tensor_copy, METH_O, "copy_($self, source, /)\n--\n\nCopies an array of the same shape; float dtypes are converted." },
+    { "copy_", tensor_copy, METH_O,
+      "copy_($self, source, /)\n--\n\nCopies an array of the same shape; float dtypes are converted." },
     { "__dlpack__", (PyCFunction)(void (*)(void))tensor_dlpack, METH_VARARGS | METH_KEYWORDS,
       "__dlpack__($self, *, stream=None, max_version=None, dl_device=None, copy=None)\n--\n\n" },
     { "__dlpack_device__", tensor_dlpack_device, METH_NOARGS, "__dlpack_device__($self, /)\n--\n\n" },
@@ -559,11 +579,26 @@ static PyGetSetDef tensor_getset[] = {
     { "device", get_device, NULL, "\"cpu\".", NULL }, { "ndim", get_ndim, NULL, "Number of axes.", NULL },
     { "nbytes", get_nbytes, NULL, "Bytes of the elements.", NULL }, { NULL, NULL, NULL, NULL, NULL } };
 static PyType_Slot tensor_slots[] = {
-    { Py_tp_doc, "Tensor(shape, dtype=\"float32\")\n--\n\nUninitialised memory with a shape: allocate, view, copy, export; not an array library.\n"
-                 "dtype float32, bfloat16, float16, float64, int32, int64 or uint8; at most 4 axes. Speaks DLPack and the buffer protocol." },
-    { Py_tp_new, tensor_new }, { Py_tp_dealloc, tensor_dealloc }, { Py_tp_methods, tensor_methods }, { Py_tp_getset, tensor_getset },
+    { Py_tp_doc, "Tensor(shape, dtype=\"float32\")\n--\n\n"
+                 "Uninitialised memory with a shape: allocate, view, copy, export; not an array library.\n"
+                 "dtype float32, bfloat16, float16, float64, int32, int64 or uint8; at most 4 axes.\n"
+                 "Speaks DLPack and the buffer protocol, both ways." },
+    { Py_tp_new, tensor_new }, { Py_tp_dealloc, tensor_dealloc }, { Py_tp_methods, tensor_methods },
+    { Py_tp_getset, tensor_getset },
     { Py_tp_repr, tensor_repr }, { Py_mp_subscript, tensor_getitem }, { Py_bf_getbuffer, tensor_getbuffer }, { 0, NULL } };
-static PyType_Spec tensor_spec = { "longlora.Tensor", sizeof(TensorObject), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE, tensor_slots };
+static PyType_Spec tensor_spec = { "longlora.Tensor", sizeof(TensorObject), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+                                   tensor_slots };
+
+/* Raises "op: argument ..."; -1. */
+static int refuse(PyObject *type, const char *op, const Arg *arg, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    PyObject *words = PyUnicode_FromFormatV(format, args);
+    va_end(args);
+    if (words) PyErr_Format(type, "%s: %s %U", op, arg->name, words);
+    Py_XDECREF(words);
+    return -1;
+}
 
 /* ---- borrowing --------------------------------------------------------------------------------------------------- */
 
@@ -572,7 +607,7 @@ typedef struct { PyObject *capsule; DLManagedTensorVersioned *managed; } Loan;
 
 static void give_back(Loan *loans, int count) {
     PyObject *type, *value, *traceback;
-    PyErr_Fetch(&type, &value, &traceback);                            /* deleters may run Python, which wants no exception set */
+    PyErr_Fetch(&type, &value, &traceback);                            /* deleters may run Python, without an exception set */
     for (int i = 0; i < count; i++) {
         Py_XDECREF(loans[i].capsule);                                  /* still named as it came: its destructor frees it */
         if (loans[i].managed && loans[i].managed->deleter) loans[i].managed->deleter(loans[i].managed);
@@ -580,13 +615,11 @@ static void give_back(Loan *loans, int count) {
     PyErr_Restore(type, value, traceback);
 }
 
-static int refuse_read_only(const char *op, const Arg *arg) {
-    return PyErr_Format(PyExc_ValueError, "%s: output %s is read-only", op, arg->name), -1;
-}
 
 static int borrow_numpy(PyArrayObject *array, Tensor *t, const char *op, const Arg *arg) {
     static const struct { int num, dtype; } nums[] = {
-        { NPY_FLOAT32, F32 }, { NPY_FLOAT16, F16 }, { NPY_FLOAT64, F64 }, { NPY_INT32, I32 }, { NPY_INT64, I64 }, { NPY_UINT8, U8 } };
+        { NPY_FLOAT32, F32 }, { NPY_FLOAT16, F16 }, { NPY_FLOAT64, F64 }, { NPY_INT32, I32 }, { NPY_INT64, I64 },
+        { NPY_UINT8, U8 } };
     static atomic_int bfloat16 = NPY_NOTYPE;                           /* the number ml_dtypes was given, once it was seen */
     int num = PyArray_TYPE(array);
     t->dtype = num == bfloat16 ? BF16 : -1;
@@ -595,54 +628,43 @@ static int borrow_numpy(PyArrayObject *array, Tensor *t, const char *op, const A
         PyObject *name = PyObject_GetAttrString((PyObject *)PyArray_DESCR(array), "name");
         if (!name) return -1;
         if (!PyUnicode_CompareWithASCIIString(name, "bfloat16")) { t->dtype = BF16; bfloat16 = num; }
-        else PyErr_Format(PyExc_TypeError, "%s: %s has dtype %U, which no op takes", op, arg->name, name);
+        else refuse(PyExc_TypeError, op, arg, "has dtype %U, which no op takes", name);
         Py_DECREF(name);
         if (t->dtype < 0) return -1;
     }
     t->ndim = PyArray_NDIM(array);
-    if (t->ndim > MAX_NDIM) {
-        PyErr_Format(PyExc_ValueError, "%s: %s should have %d axes, got %d", op, arg->name, arg->ndim, t->ndim);
-        return -1;
-    }
-    if (!PyArray_ISNOTSWAPPED(array)) {
-        PyErr_Format(PyExc_TypeError, "%s: %s is not in the machine's byte order", op, arg->name);
-        return -1;
-    }
-    if (arg->output && !PyArray_ISWRITEABLE(array)) return refuse_read_only(op, arg);
+    if (t->ndim > MAX_NDIM)
+        return refuse(PyExc_ValueError, op, arg, "should have %d axes, got %d", arg->ndim, t->ndim);
+    if (!PyArray_ISNOTSWAPPED(array))
+        return refuse(PyExc_TypeError, op, arg, "is not in the machine's byte order");
+    if (arg->output && !PyArray_ISWRITEABLE(array)) return refuse(PyExc_ValueError, op, arg, "is an output and read-only");
     int64_t size = dtype_size(t->dtype);
     for (int i = 0; i < t->ndim; i++) {
         t->shape[i] = PyArray_DIM(array, i);
         t->stride[i] = PyArray_STRIDE(array, i) / size;
-        if (PyArray_STRIDE(array, i) % size && t->shape[i] > 1) {
-            PyErr_Format(PyExc_ValueError, "%s: %s axis %d has a stride that is no multiple of its element", op, arg->name, i);
-            return -1;
-        }
+        if (PyArray_STRIDE(array, i) % size && t->shape[i] > 1)
+            return refuse(PyExc_ValueError, op, arg, "axis %d has a stride that is no multiple of its element", i);
     }
     t->data = PyArray_DATA(array);
     return 0;
 }
 
 static int borrow_dltensor(const DLTensor *d, Tensor *t, const char *op, const Arg *arg) {
-    if (d->device.device_type != kDLCPU && d->device.device_type != kDLCUDAHost && d->device.device_type != kDLCUDAManaged) {
-        PyErr_Format(PyExc_BufferError, "%s: %s should be on the CPU, got DLPack device type %d", op, arg->name, (int)d->device.device_type);
-        return -1;
-    }
+    int device = (int)d->device.device_type;
+    if (device != kDLCPU && device != kDLCUDAHost && device != kDLCUDAManaged)
+        return refuse(PyExc_BufferError, op, arg, "should be on the CPU, got DLPack device type %d", device);
     t->dtype = -1;
     for (int i = 0; i < DTYPES; i++)
         if (dl_types[i].code == d->dtype.code && dl_types[i].bits == d->dtype.bits && d->dtype.lanes == 1) t->dtype = i;
-    if (t->dtype < 0) {
-        PyErr_Format(PyExc_TypeError, "%s: %s has DLPack dtype (%d, %d, %d), which no op takes", op, arg->name, d->dtype.code, d->dtype.bits,
-                     d->dtype.lanes);
-        return -1;
-    }
-    if (d->ndim < 0 || d->ndim > MAX_NDIM) {
-        PyErr_Format(PyExc_ValueError, "%s: %s should have %d axes, got %d", op, arg->name, arg->ndim, d->ndim);
-        return -1;
-    }
+    if (t->dtype < 0)
+        return refuse(PyExc_TypeError, op, arg, "has DLPack dtype (%d, %d, %d), which no op takes", d->dtype.code,
+                      d->dtype.bits, d->dtype.lanes);
+    if (d->ndim < 0 || d->ndim > MAX_NDIM)
+        return refuse(PyExc_ValueError, op, arg, "should have %d axes, got %d", arg->ndim, d->ndim);
     t->ndim = d->ndim;
     int64_t dense = 1;
     for (int i = d->ndim - 1; i >= 0; i--) {
-        if (d->shape[i] < 0) return PyErr_Format(PyExc_BufferError, "%s: %s has a negative size in its capsule", op, arg->name), -1;
+        if (d->shape[i] < 0) return refuse(PyExc_BufferError, op, arg, "has a negative size in its capsule");
         t->shape[i] = d->shape[i];
         t->stride[i] = d->strides ? d->strides[i] : dense;
         dense *= d->shape[i];
@@ -668,15 +690,16 @@ static int producer_failed(const char *op, const Arg *arg) {
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
     PyErr_NormalizeException(&type, &value, &traceback);
-    PyErr_Format(PyExc_BufferError, "%s: %s cannot be borrowed: %S", op, arg->name, value);
+    refuse(PyExc_BufferError, op, arg, "cannot be borrowed: %S", value);
     Py_XDECREF(type); Py_XDECREF(value); Py_XDECREF(traceback);
     return -1;
 }
 
 static int borrow_managed(const DLManagedTensorVersioned *m, Tensor *t, const char *op, const Arg *arg) {
     if (m->version.major != 1)
-        return PyErr_Format(PyExc_BufferError, "%s: %s speaks DLPack %u, wanted 1", op, arg->name, (unsigned)m->version.major), -1;
-    if (arg->output && (m->flags & DLPACK_FLAG_BITMASK_READ_ONLY)) return refuse_read_only(op, arg);
+        return refuse(PyExc_BufferError, op, arg, "speaks DLPack %u, wanted 1", (unsigned)m->version.major);
+    if (arg->output && (m->flags & DLPACK_FLAG_BITMASK_READ_ONLY))
+        return refuse(PyExc_ValueError, op, arg, "is an output and read-only");
     return borrow_dltensor(&m->dl_tensor, t, op, arg);
 }
 
@@ -684,7 +707,7 @@ static int borrow_capsule(PyObject *object, Tensor *t, Loan *loan, const char *o
     PyObject *method = PyObject_GetAttrString(object, "__dlpack__");
     if (!method) {
         PyErr_Clear();
-        PyErr_Format(PyExc_TypeError, "%s: %s must be an array (NumPy or DLPack), got %R", op, arg->name, (PyObject *)Py_TYPE(object));
+        refuse(PyExc_TypeError, op, arg, "must be an array (NumPy or DLPack), got %R", (PyObject *)Py_TYPE(object));
         return -1;
     }
     PyObject *none = PyTuple_New(0), *kwargs = Py_BuildValue("{s(ii)}", "max_version", 1, 0);
@@ -699,9 +722,9 @@ static int borrow_capsule(PyObject *object, Tensor *t, Loan *loan, const char *o
     if (PyCapsule_IsValid(capsule, "dltensor_versioned"))
         return borrow_managed(PyCapsule_GetPointer(capsule, "dltensor_versioned"), t, op, arg);
     if (!PyCapsule_IsValid(capsule, "dltensor"))
-        return PyErr_Format(PyExc_TypeError, "%s: %s gave %R instead of a DLPack capsule", op, arg->name, capsule), -1;
+        return refuse(PyExc_TypeError, op, arg, "gave %R instead of a DLPack capsule", capsule);
     if (arg->output)                                                   /* an old capsule cannot say that it is read-only */
-        return PyErr_Format(PyExc_BufferError, "%s: output %s should speak DLPack 1 (max_version), got an old capsule", op, arg->name), -1;
+        return refuse(PyExc_BufferError, op, arg, "is an output and should speak DLPack 1, got an old capsule");
     return borrow_dltensor(&((DLManagedTensor *)PyCapsule_GetPointer(capsule, "dltensor"))->dl_tensor, t, op, arg);
 }
 
@@ -709,12 +732,13 @@ static int borrow(PyObject *object, Tensor *t, Loan *loan, const char *op, const
     if (object == Py_None) {
         t->ndim = -1;
         if (arg->optional) return 0;
-        PyErr_Format(PyExc_TypeError, "%s: %s must be an array, got None", op, arg->name);
+        refuse(PyExc_TypeError, op, arg, "must be an array, got None");
         return -1;
     }
     if (is_tensor(object)) {
-        *t = ((TensorObject *)object)->t;
-        return arg->output && ((TensorObject *)object)->readonly ? refuse_read_only(op, arg) : 0;
+        const TensorObject *tensor = (TensorObject *)object;
+        *t = tensor->t;
+        return arg->output && tensor->readonly ? refuse(PyExc_ValueError, op, arg, "is an output and read-only") : 0;
     }
     if (PyArray_Check(object)) return borrow_numpy((PyArrayObject *)object, t, op, arg);
     const DLPackExchangeAPI *api = exchange_api(object);
@@ -734,19 +758,19 @@ static PyObject *tensor_copy(PyObject *object, PyObject *source) {
     Copy c = { .out = self->t };
     Loan loan = {0};
     if (self->readonly) return PyErr_Format(PyExc_ValueError, "Tensor.copy_: the tensor is read-only");
-    int status = borrow(source, &c.x, &loan, "Tensor.copy_", &arg);
-    for (int i = 0; !status && i < c.out.ndim && c.x.ndim == c.out.ndim; i++) if (c.x.shape[i] != c.out.shape[i])
-        status = (PyErr_Format(PyExc_ValueError, "Tensor.copy_: source axis %d should be %lld, got %lld", i, (long long)c.out.shape[i],
-                               (long long)c.x.shape[i]), -1);
-    if (status) {}
-    else if (c.x.ndim != c.out.ndim)
-        PyErr_Format(PyExc_ValueError, "Tensor.copy_: source should have %d axes, got %d", c.out.ndim, c.x.ndim);
-    else if (c.x.dtype != c.out.dtype && (c.x.dtype > F16 || c.out.dtype > F16))
-        PyErr_Format(PyExc_TypeError, "Tensor.copy_: source should be %s, got %s", dtype_names[c.out.dtype], dtype_names[c.x.dtype]);
-    else if (overlap(&c.out, &c.x)) PyErr_Format(PyExc_ValueError, "Tensor.copy_: source overlaps the tensor");
-    else copy_all(&c);
+    static const char op[] = "Tensor.copy_";
+    int status = borrow(source, &c.x, &loan, op, &arg);
+    if (!status && c.x.ndim != c.out.ndim)
+        status = refuse(PyExc_ValueError, op, &arg, "should have %d axes, got %d", c.out.ndim, c.x.ndim);
+    for (int i = 0; !status && i < c.out.ndim; i++) if (c.x.shape[i] != c.out.shape[i])
+        status = refuse(PyExc_ValueError, op, &arg, "axis %d should be %lld, got %lld", i, (long long)c.out.shape[i],
+                        (long long)c.x.shape[i]);
+    if (!status && c.x.dtype != c.out.dtype && (c.x.dtype > F16 || c.out.dtype > F16))
+        status = refuse(PyExc_TypeError, op, &arg, "should be %s, got %s", dtype_names[c.out.dtype], dtype_names[c.x.dtype]);
+    if (!status && overlap(&c.out, &c.x)) status = refuse(PyExc_ValueError, op, &arg, "overlaps the tensor");
+    if (!status) copy_all(&c);
     give_back(&loan, 1);
-    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+    return status ? NULL : Py_NewRef(Py_None);
 }
 
 /* ---- checks ------------------------------------------------------------------------------------------------------ */
@@ -762,18 +786,18 @@ static int check(const char *op, const Spec *spec, const Tensor *t) {
         if (arg->dtype == COMMON) {
             if (common < 0) { common = t[i].dtype; common_name = arg->name; }
             if (t[i].dtype != F32 && t[i].dtype != BF16 && t[i].dtype != F16)
-                return PyErr_Format(PyExc_TypeError, "%s: %s should be float32, bfloat16 or float16, got %s", op, arg->name,
-                                    dtype_names[t[i].dtype]), -1;
+                return refuse(PyExc_TypeError, op, arg, "should be float32, bfloat16 or float16, got %s",
+                              dtype_names[t[i].dtype]);
             if (t[i].dtype != common)
-                return PyErr_Format(PyExc_TypeError, "%s: %s should be %s as %s is, got %s", op, arg->name,
-                                    dtype_names[common], common_name, dtype_names[t[i].dtype]), -1;
+                return refuse(PyExc_TypeError, op, arg, "should be %s as %s is, got %s",
+                              dtype_names[common], common_name, dtype_names[t[i].dtype]);
         } else if (arg->dtype == ANY ? t[i].dtype > F16 : t[i].dtype != arg->dtype) {
-            return PyErr_Format(PyExc_TypeError, "%s: %s should be %s, got %s", op, arg->name,
-                                arg->dtype == ANY ? "float32, bfloat16 or float16" : dtype_names[arg->dtype],
-                                dtype_names[t[i].dtype]), -1;
+            return refuse(PyExc_TypeError, op, arg, "should be %s, got %s",
+                          arg->dtype == ANY ? "float32, bfloat16 or float16" : dtype_names[arg->dtype],
+                          dtype_names[t[i].dtype]);
         }
         if (t[i].ndim != arg->ndim)
-            return PyErr_Format(PyExc_ValueError, "%s: %s should have %d axes, got %d", op, arg->name, arg->ndim, t[i].ndim), -1;
+            return refuse(PyExc_ValueError, op, arg, "should have %d axes, got %d", arg->ndim, t[i].ndim);
     }
     for (int input = 1; input >= 0; input--)                           /* inputs say what the letters are, outputs follow */
         for (int i = 0; i < spec->tensors; i++) {
@@ -785,17 +809,17 @@ static int check(const char *op, const Spec *spec, const Tensor *t) {
                 if (letter >= '0' && letter <= '9') *size = letter - '0';
                 if (*size < 0) *size = t[i].shape[axis];
                 if (*size != t[i].shape[axis])
-                    return PyErr_Format(PyExc_ValueError, "%s: %s axis %d should be %c=%lld, got %lld", op, arg->name, axis,
-                                        letter, (long long)*size, (long long)t[i].shape[axis]), -1;
+                    return refuse(PyExc_ValueError, op, arg, "axis %d should be %c=%lld, got %lld", axis,
+                                  letter, (long long)*size, (long long)t[i].shape[axis]);
             }
             int64_t elements = 1;
             for (int axis = 0; axis < arg->ndim; axis++) elements *= t[i].shape[axis];
             int last = arg->ndim - 1;
             if (elements && last >= 0 && !arg->free_strides && t[i].shape[last] > 1 && t[i].stride[last] != 1)
-                return PyErr_Format(PyExc_ValueError, "%s: %s axis %d should be dense (stride 1), got stride %lld", op,
-                                    arg->name, last, (long long)t[i].stride[last]), -1;
+                return refuse(PyExc_ValueError, op, arg, "axis %d should be dense (stride 1), got stride %lld", last,
+                              (long long)t[i].stride[last]);
             if (elements && (uintptr_t)t[i].data % (uintptr_t)dtype_size(t[i].dtype))
-                return PyErr_Format(PyExc_ValueError, "%s: %s is not aligned to its element size", op, arg->name), -1;
+                return refuse(PyExc_ValueError, op, arg, "is not aligned to its element size");
         }
     return 0;
 }
@@ -839,7 +863,8 @@ static int overlaps_itself(const Tensor *t) {
     if (elements_of(t) == 0) return 0;
     for (int n = 0; n < t->ndim; n++) {
         int least = -1;
-        for (int i = 0; i < t->ndim; i++) if (!done[i] && (least < 0 || llabs(t->stride[i]) < llabs(t->stride[least]))) least = i;
+        for (int i = 0; i < t->ndim; i++)
+            if (!done[i] && (least < 0 || llabs(t->stride[i]) < llabs(t->stride[least]))) least = i;
         done[least] = 1;
         if (t->shape[least] == 1) continue;
         if (llabs(t->stride[least]) < reach) return 1;
@@ -852,11 +877,11 @@ static int check_overlap(const char *op, const Spec *spec, const Tensor *t) {
     for (int i = 0; i < spec->outputs; i++) {
         if (!given(&t[i])) continue;
         if (overlaps_itself(&t[i]))
-            return PyErr_Format(PyExc_ValueError, "%s: output %s has elements that share memory", op, spec->args[i].name), -1;
+            return refuse(PyExc_ValueError, op, &spec->args[i], "is an output and has elements that share memory");
         for (int j = i + 1; j < spec->tensors; j++) {
             if (!given(&t[j]) || !overlap(&t[i], &t[j]) || interleaved(&t[i], &t[j])) continue;
             if (spec->args[j].may_alias && same_memory(&t[i], &t[j])) continue;
-            return PyErr_Format(PyExc_ValueError, "%s: output %s overlaps %s", op, spec->args[i].name, spec->args[j].name), -1;
+            return refuse(PyExc_ValueError, op, &spec->args[i], "is an output and overlaps %s", spec->args[j].name);
         }
     }
     return 0;
@@ -884,7 +909,7 @@ static PyObject *call(PyObject *self, PyObject *const *args, Py_ssize_t count) {
         PyObject *value = args[spec->tensors + i];
         scalars[i] = PyFloat_AsDouble(value);
         if (PyErr_Occurred() || (arg->is_int && !(fabs(scalars[i]) < 9e15 && scalars[i] == (double)(int64_t)scalars[i]))) {
-            PyErr_Format(PyExc_TypeError, "%s: %s should be %s, got %R", op, arg->name, arg->is_int ? "an integer" : "a number", value);
+            refuse(PyExc_TypeError, op, arg, "should be %s, got %R", arg->is_int ? "an integer" : "a number", value);
             goto done;
         }
     }
@@ -964,9 +989,9 @@ static int exec_module(PyObject *module) {
     PyObject *table = PyDict_New();
     if (!specs || !calls || !functions || !table) return PyErr_NoMemory(), -1;
     for (int i = 0; i < op_count; i++) {
-        size_t size = 0;
+        const Spec *spec = &specs[i];
         if (parse_spec(ops[i].spec, &specs[i]) ||
-            (size = (size_t)specs[i].tensors * sizeof(Tensor) + (size_t)specs[i].scalars * sizeof(double)) != (size_t)ops[i].args_size)
+            spec->tensors * (int64_t)sizeof(Tensor) + spec->scalars * (int64_t)sizeof(double) != ops[i].args_size)
             return PyErr_Format(PyExc_SystemError, "%s: its spec and its struct disagree: %s", ops[i].name, ops[i].spec), -1;
         functions[i] = (PyMethodDef){ ops[i].name, (PyCFunction)(void (*)(void))call, METH_FASTCALL, ops[i].spec };
         PyObject *index = PyLong_FromLong(i), *function = index ? PyCFunction_New(&functions[i], index) : NULL;

@@ -11,8 +11,7 @@ mkdir -p "$cache/start"
 cp "$here/config.json" "$cache/start/"
 resume=()
 [ -d "$cache/model" ] && resume=(--resume-from-checkpoint latest)
-# Threads that wait asleep: on a machine that has other work, spinning ones cost more than they save.
-OMP_WAIT_POLICY=passive python -m longlora train --init "$cache/start" --full --data "$cache/train" \
+python -m longlora train --init "$cache/start" --full --data "$cache/train" \
     --output-dir "$cache/model" --cache-dir "$cache/tokens" --attention dense --sequence-length 256 \
     --per-device-train-batch-size 16 --max-steps 2000 --learning-rate 6e-3 --lr-scheduler-type cosine --warmup-steps 100 \
     --weight-decay 0.1 --logging-steps 20 --save-steps 250 --save-total-limit 2 --seed 1 "${resume[@]}"

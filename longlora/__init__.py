@@ -4,8 +4,19 @@ longlora.ops and Tensor: the kernels, on NumPy, torch and other DLPack arrays. T
 modules that are imported when they are first used: train.train, plan.plan, ppl.run, adapter.merge, inspect.describe,
 doctor.examine, demo.run.
 """
-from . import ops
+import os
+
+# The OpenMP runtime reads this once, when _C brings it in: threads that wait for work sleep. Spinning ones, the default, make a
+# training step several times slower as soon as anything else runs on the machine. What the user has set wins; nothing that is
+# loaded later sees it.
+_given = "OMP_WAIT_POLICY" in os.environ
+if not _given:
+    os.environ["OMP_WAIT_POLICY"] = "passive"
 from ._C import Tensor, get_num_threads, set_num_threads
+get_num_threads()
+if not _given:
+    del os.environ["OMP_WAIT_POLICY"]
+from . import ops
 
 __version__ = "0.1.0"
 _MODULES = ("adapter", "demo", "doctor", "inspect", "model", "plan", "ppl", "train", "weights")

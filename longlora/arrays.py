@@ -50,7 +50,7 @@ def empty_like(x):
 
 
 def give_back(like, *results):
-    """The results, each None or made by `empty(..., like)`, as arrays of like's own kind, without a copy; one alone is not a tuple.
+    """The results, each None or made by `empty(..., like)`, as arrays of like's own kind, without a copy; one alone as itself.
 
     The way back is from_dlpack of the array API that `like` belongs to; without one the results stay Tensors.
     """

@@ -19,10 +19,10 @@ MODEL, TEXT, HELD_OUT = ASSETS / "model", ASSETS / "train", ASSETS / "held_out"
 LENGTHS = (256, 512, 1024, 2048)
 TARGET = LENGTHS[-1]
 GROUP = 512
-STEPS = 120
+STEPS = 240
 # AdamW's rates for LoRA, and for embedding and norms: a small model takes, and needs, far larger ones than the 2e-5 of the paper.
-SETTINGS = dict(target_length=TARGET, group_size=GROUP, learning_rate=4e-3, embedding_learning_rate=2e-3,
-                lr_scheduler_type="cosine", warmup_steps=10, logging_steps=5)
+SETTINGS = dict(target_length=TARGET, group_size=GROUP, learning_rate=1e-3, embedding_learning_rate=2e-3,
+                lr_scheduler_type="cosine", warmup_steps=10, logging_steps=10)
 POINTS = 32  # of the curve of perplexity by position
 NEXT = """Next, a model of your own: a Hugging Face directory or a .gguf of the Llama, Mistral, Qwen2 or Qwen3 family.
     longlora inspect MODEL

