@@ -5,62 +5,115 @@
  * masked but the diagonal, and dense attention is one long segment. (With an odd G the last segment is one token longer
  * than h; `low` of a row keeps that token out of the other run's sight.)
  *
- * Forward: a task is a chunk of a segment's query rows, for all query heads of one KV head that have the segment; it walks
- * the keys in blocks, packs each block once (K transposed, V as rows, float32) and updates an online softmax per row.
- * Backward: a task is a whole segment of one KV head. Keys and values are packed once, query tiles walk over them, dk and
- * dv are summed in scratch in the order of heads and tiles, dq per tile. A KV head that serves plain and shifted heads
- * (there is at most one) has its plain sums kept in float32 and continued by the shifted pass. No sum depends on the
- * number of threads. */
+ * Scores are kept transposed, [keys, queries], the vector along the queries. Then all five products read their left factor
+ * one number at a time from rows as they lie in memory and their right factor in whole vectors: only q and dout are
+ * transposed, a block of BQ rows at a time; keys and values never are. Maximum and sum of the softmax need nothing across lanes.
+ *
+ * Forward: a task is a chunk of a segment's query rows for the query heads of one KV head; it walks the keys in blocks of
+ * BK with an online softmax. Backward: a segment is cut in chunks of rows, at most CHUNK long. A task is a pair of chunks
+ * (i, i - phase), queries and keys; within a phase no two tasks share a row of dq, dk or dv, so they run side by side and
+ * add to float32 sums, phase after phase: the outputs themselves, or scratch when those are narrower. First the plain heads,
+ * then the shifted, which may share a KV head. No sum depends on the number of threads. */
 #include "cpu.h"
 
+#include <stdatomic.h>
+
+/* Vectors of a register tile of MR rows: 24 sums, 4 + 1 operands with 32 registers, 12 and 2 + 1 with 16. */
+#if defined __AVX512F__ || defined __aarch64__
+#define NV 4
+#else
+#define NV 2
+#endif
 enum {
-    MR = VW == 16 ? 8 : 4,             /* the register tile: MR rows by NR columns */
-    NR = 2 * VW,
-    BQ = 64,                           /* query rows of a tile */
-    BK = 128,                          /* keys of a block */
-    CHUNK = 768,                       /* query rows of a forward task, all heads together */
+    MR = 6,
+    BQ = 64,                           /* query rows of a block */
+    BK = 96,                           /* keys of a block */
+    CHUNK = 256,                       /* rows of a task: forward, all heads together; backward, queries and keys */
+    SUMS = 64 << 20,                   /* bytes of float32 sums that a backward pass wants to stay below */
 };
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* c[MR,NR] (+)= a[MR,n] b[n,NR]; a by any strides. */
-static inline void multiply_tile(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t ldb,
-                                 int64_t n, int add) {
-    vf sum[MR][2];
+/* ---- products ---------------------------------------------------------------------------------------------------- */
+
+typedef void Tile(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t n, int add);
+
+/* c[rows,vecs*VW] (+)= a b[n,vecs*VW], a[rows,n] or, `across`, a[n,rows]. */
+static inline __attribute__((always_inline)) void tile(int rows, int vecs, int across, float *c, int64_t ldc, const float *a,
+                                                       int64_t lda, const float *b, int64_t ldb, int64_t n, int add) {
+    vf sum[MR][NV];
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; i++) {
-        sum[i][0] = add ? vf_load(c + i * ldc) : (vf){0};
-        sum[i][1] = add ? vf_load(c + i * ldc + VW) : (vf){0};
+    for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 8
+        for (int j = 0; j < vecs; j++) sum[i][j] = add ? vf_load(c + i * ldc + j * VW) : (vf){0};
     }
     for (int64_t k = 0; k < n; k++) {
-        vf b0 = vf_load(b + k * ldb), b1 = vf_load(b + k * ldb + VW);
+        vf x[NV];
 #pragma GCC unroll 8
-        for (int i = 0; i < MR; i++) {
-            vf x = vf_set1(a[i * a_row + k * a_col]);
-            sum[i][0] += x * b0;
-            sum[i][1] += x * b1;
+        for (int j = 0; j < vecs; j++) x[j] = vf_load(b + k * ldb + j * VW);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+            vf y = vf_set1(across ? a[k * lda + i] : a[i * lda + k]);
+#pragma GCC unroll 8
+            for (int j = 0; j < vecs; j++) sum[i][j] += y * x[j];
         }
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; i++) {
-        vf_store(c + i * ldc, sum[i][0]);
-        vf_store(c + i * ldc + VW, sum[i][1]);
+    for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 8
+        for (int j = 0; j < vecs; j++) vf_store(c + i * ldc + j * VW, sum[i][j]);
     }
 }
 
-/* c[M,N] (+)= a[M,n] b[n,N], M and N rounded up to whole tiles: buffers are that large. A column panel of b stays in L1. */
-static void multiply(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t M, int64_t N,
-                     int64_t n, int add) {
-    for (int64_t j = 0; j < N; j += NR) for (int64_t i = 0; i < M; i += MR)
-        multiply_tile(c + i * ldc + j, ldc, a + i * lda, lda, 1, b + j, ldb, n, add);
+#define TILE(rows, vecs) \
+    static void down_##rows##_##vecs(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t n, \
+                                     int add) { tile(rows, vecs, 0, c, ldc, a, lda, b, ldb, n, add); } \
+    static void across_##rows##_##vecs(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t n, \
+                                       int add) { tile(rows, vecs, 1, c, ldc, a, lda, b, ldb, n, add); }
+#define TILES(vecs) TILE(1, vecs) TILE(2, vecs) TILE(3, vecs) TILE(4, vecs) TILE(5, vecs) TILE(6, vecs)
+#define ROW(way, vecs) { way##_1_##vecs, way##_2_##vecs, way##_3_##vecs, way##_4_##vecs, way##_5_##vecs, way##_6_##vecs }
+TILES(1) TILES(2)
+#if NV == 4
+TILES(3) TILES(4)
+#define TABLE(way) { ROW(way, 1), ROW(way, 2), ROW(way, 3), ROW(way, 4) }
+#else
+#define TABLE(way) { ROW(way, 1), ROW(way, 2) }
+#endif
+static Tile *const tiles[2][NV][MR] = { TABLE(down), TABLE(across) };
+enum { DOWN, ACROSS };
+#define FAR (INT64_MAX / 2)
+
+/* c[M,vecs*VW] (+)= a b[n,vecs*VW]: a[M,n], or a[n,M] when ACROSS. Columns in nearly equal strips of at most NV vectors.
+ * A triangle of a is zero and left out: row i has nothing before from + i, nothing from to + i + 1 on. */
+static void multiply(int way, float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t M,
+                     int64_t vecs, int64_t n, int add, int64_t from, int64_t to) {
+    for (int64_t strips = (vecs + NV - 1) / NV, j = 0; strips; strips--) {
+        int64_t width = (vecs - j + strips - 1) / strips;
+        for (int64_t i = 0; i < M; i += MR) {
+            int64_t rows = min64(MR, M - i), first = max64(0, from + i), last = min64(n, to + i + rows);
+            const float *ai = way == ACROSS ? a + first * lda + i : a + i * lda + first;
+            tiles[way][width - 1][rows - 1](c + i * ldc + j * VW, ldc, ai, lda, b + first * ldb + j * VW, ldb, last - first, add);
+        }
+        j += width;
+    }
 }
 
-/* c[M,N] += a^T b with a[n,M]. */
-static void multiply_transposed(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t M,
-                                int64_t N, int64_t n) {
-    for (int64_t j = 0; j < N; j += NR) for (int64_t i = 0; i < M; i += MR)
-        multiply_tile(c + i * ldc + j, ldc, a + i, 1, lda, b + j, ldb, n, 1);
+/* exp for x <= 0 or little above, relative error below 2^-22: as vf_exp, n straight into the exponent. 0 from -87.7 down, NaN
+ * stays NaN. */
+static inline vf exp_below(vf x) {
+    const float magic = 12582912.0f;                                   /* 1.5 * 2^23: adding it rounds to an integer */
+    x = vf_max(vf_set1(-88.0f), x);
+    vf t = x * 1.44269504088896341f + magic, n = t - magic;
+    vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vf p = 8.36878084e-3f + r * 1.38144672e-3f;
+    p = p * r + 4.16683927e-2f;
+    p = p * r + 0.166665196f;
+    p = p * r + 0.49999994f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p * (vf)(((vu)t << 23) + (127u << 23));
 }
 
 /* ---- segments ---------------------------------------------------------------------------------------------------- */
@@ -156,33 +209,141 @@ static int64_t all_segments(const Pattern *p, Segment *list) {
     return count;
 }
 
-/* A unit of parallel work: query rows first .. last-1 of a segment, for one KV head. */
-typedef struct { const Segment *segment; int64_t kv_head, first, last; } Task;
-typedef struct { Segment *segments; Task *tasks; int64_t count; } Work;
+/* ---- rows in and out ---------------------------------------------------------------------------------------------- */
 
-/* chunk 0: whole segments. Later chunks of a segment see more keys; they come first so that threads end together. */
-static int64_t fill_tasks(const Pattern *p, const Segment *segments, int64_t segment_count, int64_t chunk, Task *tasks) {
+static inline void *row_at(const Tensor *x, const Segment *s, int64_t row, int64_t head) {
+    return at(x, s->b * x->stride[0] + token(s, row) * x->stride[1] + head * x->stride[2]);
+}
+static inline float *lse_at(const Tensor *lse, const Segment *s, int64_t row, int64_t head) {
+    return at(lse, s->b * lse->stride[0] + head * lse->stride[1] + token(s, row));
+}
+
+/* Rows first .. first+n-1 of a segment as float32 [padded,pitch], times scale; what lies beyond n and D is zero. */
+static void load_rows(float *out, int64_t pitch, const Tensor *x, const Segment *s, int64_t head, int64_t first, int64_t n,
+                      int64_t padded, float scale) {
+    int64_t D = x->shape[3];
+    for (int64_t i = 0; i < n; i++) {
+        float *row = out + i * pitch;
+        load_row(row, row_at(x, s, first + i, head), x->dtype, D);
+        for (int64_t d = D; d < pitch; d++) row[d] = 0;
+        if (scale != 1.0f) for (int64_t d = 0; d < pitch; d += VW) vf_store(row + d, vf_load(row + d) * scale);
+    }
+    memset(out + n * pitch, 0, (size_t)((padded - n) * pitch) * sizeof(float));
+}
+
+/* Of two vectors, element by element in turn: the first halves, the second halves. */
+#if defined __AVX512F__
+#define LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#elif defined __AVX2__
+#define LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#else
+#define LOW(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
+#define HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#endif
+
+/* out[pitch,BQ] = rows[BQ,pitch] transposed, in squares of VW: dealing out the rows log2(VW) times transposes a square. */
+static void transpose(float *out, const float *rows, int64_t pitch) {
+    for (int64_t d = 0; d < pitch; d += VW) for (int64_t i = 0; i < BQ; i += VW) {
+        vf x[VW], y[VW];
+#pragma GCC unroll 16
+        for (int r = 0; r < VW; r++) x[r] = vf_load(rows + (i + r) * pitch + d);
+#pragma GCC unroll 4
+        for (int step = 1; step < VW; step *= 2) {
+#pragma GCC unroll 8
+            for (int r = 0; r < VW / 2; r++) {
+                y[2 * r] = LOW(x[r], x[r + VW / 2]);
+                y[2 * r + 1] = HIGH(x[r], x[r + VW / 2]);
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < VW; r++) x[r] = y[r];
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < VW; r++) vf_store(out + (d + r) * BQ + i, x[r]);
+    }
+}
+
+/* ---- scores ------------------------------------------------------------------------------------------------------- */
+
+/* A block of rows (queries) against a block of keys, by their numbers in the segment. */
+typedef struct { const Segment *segment; int64_t row, rows, key, keys; } Block;
+
+/* out[keys,BQ] = k[keys,D] qt[D,BQ], less the vectors of queries that all come before the key. */
+static void scores(float *out, const Block *b, const float *k, int64_t pitch, const float *qt, int64_t D) {
+    int64_t vecs = (b->rows + VW - 1) / VW;
+    for (int64_t j = 0; j < b->keys; j += MR) {
+        int64_t skip = max64(0, b->key + j - b->row) / VW;
+        multiply(DOWN, out + j * BQ + skip * VW, BQ, k + j * pitch, pitch, qt + skip * VW, BQ, min64(MR, b->keys - j), vecs - skip,
+                 D, 0, -FAR, FAR);
+    }
+}
+
+/* Whether key j of the block is hidden from any of its rows, and from which lanes of vector v. */
+static inline int any_hidden(const Block *b, int64_t j) {
+    const Segment *s = b->segment;
+    return b->key + j > b->row || (b->key + j < s->low && s->low_from < b->row + b->rows && s->low_to > b->row);
+}
+static inline vi hidden(const Block *b, int64_t j, int64_t v) {
+    const Segment *s = b->segment;
+    int64_t row = b->row + v * VW, key = b->key + j;
+    vi lane;
+    for (int i = 0; i < VW; i++) lane[i] = i;
+    vi mask = lane < (int32_t)min64(max64(key - row, 0), VW);
+    if (key < s->low)
+        mask |= (lane >= (int32_t)min64(max64(s->low_from - row, 0), VW)) & (lane < (int32_t)min64(max64(s->low_to - row, 0), VW));
+    return mask;
+}
+
+/* ---- tasks -------------------------------------------------------------------------------------------------------- */
+
+/* Rows first .. last-1 of a segment for the query heads from .. to-1, which share a KV head. */
+typedef struct { const Segment *segment; int64_t kv_head, from, to, first, last; } Task;
+typedef struct { Segment *segments; Task *tasks; int64_t segment_count, count; } Work;
+
+static int64_t forward_tasks(const Pattern *p, const Segment *segments, int64_t segment_count, Task *tasks) {
     int64_t count = 0;
-    for (int64_t s = 0; s < segment_count; s++) for (int64_t k = 0; k < p->K; k++) {
-        int64_t from, to, n = rows_of(&segments[s]);
-        heads_of(p, k, segments[s].shifted, &from, &to);
-        if (from == to) continue;
-        int64_t size = chunk ? round_up(chunk / (to - from) + 1, BQ) : n;
-        for (int64_t first = (n - 1) / size * size; first >= 0; first -= size, count++)
-            if (tasks) tasks[count] = (Task){ &segments[s], k, first, min64(first + size, n) };
+    for (int64_t i = 0; i < segment_count; i++) for (int64_t k = 0; k < p->K; k++) {
+        const Segment *s = &segments[i];
+        int64_t from, to, n = rows_of(s);
+        heads_of(p, k, s->shifted, &from, &to);
+        for (int64_t h = from, heads; h < to; h += heads) {
+            heads = min64(to - h, CHUNK / BQ);
+            int64_t size = CHUNK / heads / BQ * BQ;
+            for (int64_t first = (n - 1) / size * size; first >= 0; first -= size, count++)   /* those with most keys first */
+                if (tasks) tasks[count] = (Task){ s, k, h, h + heads, first, min64(first + size, n) };
+        }
     }
     return count;
 }
 
-static int make_work(const Pattern *p, int64_t chunk, Work *w) {
-    int64_t segment_count = all_segments(p, NULL);
-    w->segments = scratch(segment_count * (int64_t)sizeof(Segment));
+/* The rows of a segment in as many chunks as it takes, all but the last one equal. */
+static inline int64_t chunk_of(const Segment *s) {
+    int64_t n = rows_of(s), chunks = (n + CHUNK - 1) / CHUNK;
+    return round_up((n + chunks - 1) / chunks, BQ);
+}
+
+static int64_t backward_tasks(const Pattern *p, const Segment *segments, int64_t segment_count, Task *tasks) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < segment_count; i++) for (int64_t k = 0; k < p->K; k++) {
+        const Segment *s = &segments[i];
+        int64_t from, to, n = rows_of(s), size = chunk_of(s);
+        heads_of(p, k, s->shifted, &from, &to);
+        if (from < to) for (int64_t first = 0; first < n; first += size, count++)
+            if (tasks) tasks[count] = (Task){ s, k, from, to, first, min64(first + size, n) };
+    }
+    return count;
+}
+
+static int make_work(const Pattern *p, int64_t (*list)(const Pattern *, const Segment *, int64_t, Task *), Work *w) {
+    w->segment_count = all_segments(p, NULL);
+    w->segments = scratch(w->segment_count * (int64_t)sizeof(Segment));
     if (!w->segments) return -1;
     all_segments(p, w->segments);
-    w->count = fill_tasks(p, w->segments, segment_count, chunk, NULL);
+    w->count = list(p, w->segments, w->segment_count, NULL);
     w->tasks = scratch(w->count * (int64_t)sizeof(Task));
     if (!w->tasks) { scratch_free(w->segments); return -1; }
-    fill_tasks(p, w->segments, segment_count, chunk, w->tasks);
+    list(p, w->segments, w->segment_count, w->tasks);
     return 0;
 }
 
@@ -191,116 +352,95 @@ static void free_work(Work *w) {
     scratch_free(w->segments);
 }
 
-/* ---- rows in and out ---------------------------------------------------------------------------------------------- */
-
-static inline void *row_at(const Tensor *x, const Segment *s, int64_t row, int64_t head) {
-    return at(x, s->b * x->stride[0] + token(s, row) * x->stride[1] + head * x->stride[2]);
-}
-
-/* Rows first .. first+n-1 of a segment as float32 [padded, pitch], times scale; what lies beyond n and D is zero. */
-static void load_rows(float *out, int64_t pitch, const Tensor *x, const Segment *s, int64_t head, int64_t first, int64_t n,
-                      int64_t padded, float scale) {
-    int64_t D = x->shape[3];
-    for (int64_t i = 0; i < n; i++) {
-        float *row = out + i * pitch;
-        load_row(row, row_at(x, s, first + i, head), x->dtype, D);
-        if (scale != 1.0f) for (int64_t d = 0; d < D; d++) row[d] *= scale;
-        for (int64_t d = D; d < pitch; d++) row[d] = 0;
-    }
-    memset(out + n * pitch, 0, (size_t)((padded - n) * pitch) * sizeof(float));
-}
-
-/* out[D,BK] = rows[n,pitch] transposed, zero beyond n. */
-static void transpose(float *out, const float *rows, int64_t pitch, int64_t n, int64_t D) {
-    for (int64_t d0 = 0; d0 < D; d0 += 16) for (int64_t i = 0; i < n; i++) {
-        const float *row = rows + i * pitch;
-        for (int64_t d = d0; d < d0 + 16 && d < D; d++) out[d * BK + i] = row[d];
-    }
-    for (int64_t d = 0; d < D && n < BK; d++) memset(out + d * BK + n, 0, (size_t)(BK - n) * sizeof(float));
-}
-
-/* Columns of a tile's row that the query may see, of a block of n keys beginning at `block`: from .. to-1. */
-static inline void visible(const Segment *s, int64_t row, int64_t block, int64_t n, int64_t *from, int64_t *to) {
-    *from = low_of(s, row) - block;
-    *to = row + 1 - block;
-    if (*from < 0) *from = 0;
-    if (*to > n) *to = n;
-    if (*to < *from) *to = *from;
-}
-
 /* ---- forward ------------------------------------------------------------------------------------------------------ */
 
-typedef struct { const S2AttentionForward *a; Pattern p; Work w; } Forward;
+typedef struct {
+    const S2AttentionForward *a;
+    Pattern p;
+    Work w;
+    atomic_llong next;                 /* task that nobody has taken yet */
+    float *memory;                     /* `floats` for each thread */
+    int64_t pitch, floats;
+} Forward;
 
-/* One tile row: turns scores into exp(score - maximum) in place, 0 outside from .. to-1 up to width; corrects the running
- * maximum and sum and returns by how much what was summed before must shrink. */
-static float softmax_row(float *row, int64_t from, int64_t to, int64_t width, float *maximum, float *sum) {
-    for (int64_t j = 0; j < from; j++) row[j] = -INFINITY;
-    for (int64_t j = to; j < width; j++) row[j] = -INFINITY;
-    vf top = vf_set1(-INFINITY), total = {0};
-    for (int64_t j = 0; j < width; j += VW) top = vf_max(vf_load(row + j), top);
-    float highest = vf_hmax(top), old = *maximum;
-    if (!(highest > old)) highest = old;
-    if (highest == -INFINITY) {
-        memset(row, 0, (size_t)width * sizeof(float));
-        return 1;
-    }
-    for (int64_t j = 0; j < width; j += VW) {
-        vf e = vf_exp(vf_load(row + j) - highest);
-        vf_store(row + j, e);
-        total += e;
-    }
-    float shrink = old == highest ? 1.0f : expf(old - highest);
-    *maximum = highest;
-    *sum = *sum * shrink + vf_sum(total);
-    return shrink;
-}
-
-static int forward_task(int64_t index, void *context) {
-    const Forward *f = context;
-    const S2AttentionForward *a = f->a;
-    const Task *task = &f->w.tasks[index];
-    const Segment *s = task->segment;
-    int64_t D = f->p.D, pitch = round_up(D ? D : 1, NR), from, to, n = task->last - task->first;
-    heads_of(&f->p, task->kv_head, s->shifted, &from, &to);
-    int64_t padded = round_up(n, MR), rows = (to - from) * padded;
-    float *memory = scratch((2 * rows * pitch + 2 * rows + 2 * BK * pitch + BQ * BK) * (int64_t)sizeof(float));
-    if (!memory) return -1;
-    float *q = memory, *out = q + rows * pitch, *v = out + rows * pitch, *kt = v + BK * pitch, *tile = kt + BK * pitch;
-    float *maximum = tile + BQ * BK, *sum = maximum + rows;
-    memset(out, 0, (size_t)(rows * pitch) * sizeof(float));
-    for (int64_t i = 0; i < rows; i++) { maximum[i] = -INFINITY; sum[i] = 0; }
-    for (int64_t h = from; h < to; h++)
-        load_rows(q + (h - from) * padded * pitch, pitch, &a->q, s, h, task->first, n, padded, (float)a->scale);
-    for (int64_t block = 0; block < task->last; block += BK) {
-        int64_t keys = min64(BK, task->last - block);
-        load_rows(v, pitch, &a->k, s, task->kv_head, block, keys, keys, 1);
-        transpose(kt, v, pitch, keys, D);
-        load_rows(v, pitch, &a->v, s, task->kv_head, block, keys, keys, 1);
-        for (int64_t h = 0; h < to - from; h++) for (int64_t i0 = 0; i0 < n; i0 += BQ) {
-            int64_t count = min64(BQ, n - i0), first = task->first + i0, at = h * padded + i0;
-            int64_t seen = min64(keys, first + count - block);                  /* columns that any row of the tile sees */
-            if (seen <= 0) continue;
-            int64_t width = round_up(seen, NR);
-            multiply(tile, BK, q + at * pitch, pitch, kt, BK, count, width, D, 0);
-            for (int64_t i = 0; i < count; i++) {
-                int64_t low, high;
-                visible(s, first + i, block, keys, &low, &high);
-                float shrink = softmax_row(tile + i * BK, low, high, width, &maximum[at + i], &sum[at + i]);
-                if (shrink != 1.0f) for (int64_t d = 0; d < pitch; d++) out[(at + i) * pitch + d] *= shrink;
-            }
-            for (int64_t i = count; i < round_up(count, MR); i++) memset(tile + i * BK, 0, BK * sizeof(float));
-            multiply(out + at * pitch, pitch, tile, BK, v, pitch, count, pitch, seen, 1);
+/* Turns scores [keys,BQ] into exp(score - maximum) in place, 0 where hidden; corrects the running maximum and sum of each
+ * row. shrink: by how much what was summed before must shrink. */
+static void softmax(float *p, const Block *b, float *maximum, float *sum, float *shrink) {
+    for (int64_t v = 0; v * VW < b->rows; v += NV) {
+        float *column = p + v * VW;
+        for (int64_t j = 0; j < b->keys; j++) if (any_hidden(b, j)) for (int i = 0; i < NV; i++) {
+            float *x = column + j * BQ + i * VW;
+            vf_store(x, vf_select(hidden(b, j, v + i), vf_set1(-INFINITY), vf_load(x)));
+        }
+        vf old[NV], top[NV], total[NV];
+        for (int i = 0; i < NV; i++) {
+            top[i] = old[i] = vf_load(maximum + (v + i) * VW);
+            total[i] = (vf){0};
+        }
+        for (int64_t j = 0; j < b->keys; j++) for (int i = 0; i < NV; i++)
+            top[i] = vf_max(top[i], vf_load(column + j * BQ + i * VW));
+        for (int i = 0; i < NV; i++) {
+            vf_store(maximum + (v + i) * VW, top[i]);
+            top[i] = vf_select(top[i] == -INFINITY, (vf){0}, top[i]);  /* nothing seen yet: exp(-inf - 0), not exp(-inf + inf) */
+        }
+        for (int64_t j = 0; j < b->keys; j++) for (int i = 0; i < NV; i++) {
+            float *x = column + j * BQ + i * VW;
+            vf e = exp_below(vf_load(x) - top[i]);
+            vf_store(x, e);
+            total[i] += e;
+        }
+        for (int i = 0; i < NV; i++) {
+            vf less = exp_below(old[i] - top[i]);
+            vf_store(shrink + (v + i) * VW, less);
+            vf_store(sum + (v + i) * VW, vf_load(sum + (v + i) * VW) * less + total[i]);
         }
     }
-    for (int64_t h = from; h < to; h++) for (int64_t i = 0; i < n; i++) {
-        int64_t at_row = (h - from) * padded + i, t = token(s, task->first + i);
-        float *row = out + at_row * pitch, scale = 1.0f / sum[at_row];
-        for (int64_t d = 0; d < D; d++) row[d] *= scale;
-        store_row(row_at(&a->out, s, task->first + i, h), a->out.dtype, row, D);
-        *(float *)at(&a->lse, s->b * a->lse.stride[0] + h * a->lse.stride[1] + t) = maximum[at_row] + logf(sum[at_row]);
+}
+
+static void forward_task(const Forward *f, const Task *task, float *memory) {
+    const S2AttentionForward *a = f->a;
+    const Segment *s = task->segment;
+    int64_t D = f->p.D, pitch = f->pitch, n = task->last - task->first, size = round_up(n, BQ), all = (task->to - task->from) * size;
+    float *qt = memory, *out = qt + all * pitch, *maximum = out + all * pitch, *sum = maximum + all, *shrink = sum + all;
+    float *k = shrink + BQ, *v = k + BK * pitch, *p = v + BK * pitch;
+    for (int64_t i = 0; i < all; i += BQ) {
+        int64_t first = i % size;
+        load_rows(out, pitch, &a->q, s, task->from + i / size, task->first + first, min64(BQ, n - first), BQ, (float)a->scale);
+        transpose(qt + i * pitch, out, pitch);
     }
-    scratch_free(memory);
+    memset(out, 0, (size_t)(all * pitch) * sizeof(float));
+    for (int64_t i = 0; i < all; i++) { maximum[i] = -INFINITY; sum[i] = 0; }
+    for (int64_t key = 0; key < task->last; key += BK) {
+        int64_t keys = min64(BK, task->last - key);
+        load_rows(k, pitch, &a->k, s, task->kv_head, key, keys, keys, 1);
+        load_rows(v, pitch, &a->v, s, task->kv_head, key, keys, keys, 1);
+        for (int64_t i = 0; i < all; i += BQ) {
+            int64_t row = task->first + i % size, rows = min64(BQ, task->last - row);
+            Block b = { s, row, rows, key, min64(keys, row + rows - key) };
+            if (b.keys <= 0) continue;
+            scores(p, &b, k, pitch, qt + i * pitch, D);
+            softmax(p, &b, maximum + i, sum + i, shrink);
+            for (int64_t r = 0; r < rows; r++) if (shrink[r] != 1.0f) {
+                float *x = out + (i + r) * pitch;
+                for (int64_t d = 0; d < pitch; d += VW) vf_store(x + d, vf_load(x + d) * shrink[r]);
+            }
+            multiply(ACROSS, out + i * pitch, pitch, p, BQ, v, pitch, rows, pitch / VW, b.keys, 1, -FAR, row - key);
+        }
+    }
+    for (int64_t i = 0; i < all; i++) {
+        int64_t row = task->first + i % size, head = task->from + i / size;
+        if (row >= task->last) continue;
+        float *x = out + i * pitch, scale = sum[i] == 0 ? 0 : 1.0f / sum[i];
+        for (int64_t d = 0; d < pitch; d += VW) vf_store(x + d, vf_load(x + d) * scale);
+        store_row(row_at(&a->out, s, row, head), a->out.dtype, x, D);
+        *lse_at(&a->lse, s, row, head) = maximum[i] + logf(sum[i]);
+    }
+}
+
+static int forward_thread(int64_t index, void *context) {
+    Forward *f = context;
+    for (int64_t i; (i = atomic_fetch_add(&f->next, 1)) < f->w.count;)
+        forward_task(f, &f->w.tasks[i], f->memory + index * f->floats);
     return 0;
 }
 
@@ -309,116 +449,166 @@ int CPU(s2_attention_forward)(const void *args, void *stream) {
     (void)stream;
     Forward f = { .a = a };
     if (check_pattern("s2_attention_forward", &f.p, &a->q, &a->k, &a->cu_seqlens, a->group_size, a->boundary, a->shift) ||
-        make_work(&f.p, CHUNK, &f.w)) return -1;
-    int status = parallel_for(f.w.count, forward_task, &f);
+        make_work(&f.p, forward_tasks, &f.w)) return -1;
+    int64_t threads = min64(get_threads(), f.w.count);
+    f.pitch = round_up(f.p.D, VW);
+    f.floats = round_up(2 * (CHUNK + BK) * f.pitch + 2 * CHUNK + BQ + BK * BQ, VW);
+    f.memory = scratch(threads * f.floats * (int64_t)sizeof(float));
+    int status = f.memory ? parallel_for(threads, forward_thread, &f) : -1;
+    scratch_free(f.memory);
     free_work(&f.w);
     return status;
 }
 
 /* ---- backward ----------------------------------------------------------------------------------------------------- */
 
-typedef struct { const S2AttentionBackward *a; Pattern p; Work w; float *kept; int shifted; } Backward;
+typedef struct {
+    const S2AttentionBackward *a;
+    Pattern p;
+    Work w;
+    int shifted;                       /* the heads, */
+    int64_t phase;                     /* the distance of key chunks from query chunks, */
+    int64_t begin, end;                /* and the pairs (b, KV head), b K + KV head, that are being worked on */
+    atomic_llong next;
+    float *sums;                       /* [pairs, heads of a KV head + 2, T, D]: dq, dk, dv; NULL when the outputs are float32 */
+    float *memory;                     /* `floats` for each thread */
+    int64_t pitch, floats;
+} Backward;
 
-/* Both kinds of query heads on this KV head: the plain pass leaves its dk and dv in `kept` [B,T,2,pitch]. */
-static int mixed(const Pattern *p, int64_t kv_head) {
-    int64_t from, middle, to;
-    heads_of(p, kv_head, 0, &from, &middle);
-    heads_of(p, kv_head, 1, &middle, &to);
-    return from < middle && middle < to;
+/* Where a row of dq, dk or dv is summed; `slot` is the head's number within its KV head, or H/K for dk, H/K + 1 for dv. */
+static inline float *sum_at(const Backward *b, const Tensor *x, const Task *task, int64_t row, int64_t head, int64_t slot) {
+    const Segment *s = task->segment;
+    if (!b->sums) return row_at(x, s, row, head);
+    int64_t pair = s->b * b->p.K + task->kv_head - b->begin;
+    return b->sums + ((pair * (b->p.H / b->p.K + 2) + slot) * b->p.T + token(s, row)) * b->p.D;
 }
 
-static int backward_task(int64_t index, void *context) {
-    const Backward *b = context;
+static inline void add_row(float *to, const float *x, float scale, int64_t D, int add) {
+    if (add) for (int64_t d = 0; d < D; d++) to[d] += scale * x[d];
+    else for (int64_t d = 0; d < D; d++) to[d] = scale * x[d];
+}
+
+static void backward_task(const Backward *b, const Task *task, float *memory) {
     const S2AttentionBackward *a = b->a;
-    const Task *task = &b->w.tasks[index];
     const Segment *s = task->segment;
-    if (s->shifted != b->shifted) return 0;
-    int64_t D = b->p.D, pitch = round_up(D ? D : 1, NR), n = task->last, from, to;
-    int64_t blocks = (n + BK - 1) / BK, padded = blocks * BK;
-    heads_of(&b->p, task->kv_head, s->shifted, &from, &to);
-    int64_t floats = (3 * padded + 3 * BQ) * pitch + 2 * padded * pitch + 2 * BQ * BK + 2 * BQ;
-    float *memory = scratch(floats * (int64_t)sizeof(float));
-    if (!memory) return -1;
-    float *k = memory, *kt = k + padded * pitch, *vt = kt + padded * pitch, *dk = vt + padded * pitch, *dv = dk + padded * pitch;
-    float *q = dv + padded * pitch, *dout = q + BQ * pitch, *dq = dout + BQ * pitch, *p = dq + BQ * pitch, *ds = p + BQ * BK;
-    float *lse = ds + BQ * BK, *delta = lse + BQ;
-    for (int64_t j = 0; j < blocks; j++) {
-        int64_t keys = min64(BK, n - j * BK);
-        load_rows(k + j * BK * pitch, pitch, &a->v, s, task->kv_head, j * BK, keys, BK, 1);
-        transpose(vt + j * BK * pitch, k + j * BK * pitch, pitch, keys, D);
-        load_rows(k + j * BK * pitch, pitch, &a->k, s, task->kv_head, j * BK, keys, BK, 1);
-        transpose(kt + j * BK * pitch, k + j * BK * pitch, pitch, keys, D);
-    }
-    int is_mixed = mixed(&b->p, task->kv_head);
-    memset(dk, 0, (size_t)(2 * padded * pitch) * sizeof(float));
-    if (is_mixed && s->shifted) for (int64_t i = 0; i < n; i++) {
-        const float *kept = b->kept + (s->b * b->p.T + token(s, i)) * 2 * pitch;
-        memcpy(dk + i * pitch, kept, (size_t)pitch * sizeof(float));
-        memcpy(dv + i * pitch, kept + pitch, (size_t)pitch * sizeof(float));
-    }
-    for (int64_t h = from; h < to; h++) for (int64_t first = 0; first < n; first += BQ) {
-        int64_t count = min64(BQ, n - first), rows = round_up(count, MR);
-        load_rows(q, pitch, &a->out, s, h, first, count, rows, 1);
-        load_rows(dout, pitch, &a->dout, s, h, first, count, rows, 1);
-        for (int64_t i = 0; i < rows; i++) {
+    int64_t D = b->p.D, pitch = b->pitch, vecs = pitch / VW, each = b->p.H / b->p.K, pair = s->b * b->p.K + task->kv_head;
+    int64_t key0 = task->first - b->phase * chunk_of(s), keys = min64(chunk_of(s), task->last - key0);
+    if (key0 < 0 || s->shifted != b->shifted || pair < b->begin || pair >= b->end) return;
+    float *k = memory, *v = k + CHUNK * pitch, *dk = v + CHUNK * pitch, *dv = dk + CHUNK * pitch;
+    float *q = dv + CHUNK * pitch, *g = q + BQ * pitch, *dq = g + BQ * pitch, *qt = dq + BQ * pitch, *gt = qt + BQ * pitch;
+    float *p = gt + BQ * pitch, *ds = p + BK * BQ, *lse = ds + BK * BQ, *delta = lse + BQ;
+    load_rows(k, pitch, &a->k, s, task->kv_head, key0, keys, keys, 1);
+    load_rows(v, pitch, &a->v, s, task->kv_head, key0, keys, keys, 1);
+    memset(dk, 0, (size_t)(keys * pitch) * sizeof(float));
+    memset(dv, 0, (size_t)(keys * pitch) * sizeof(float));
+    for (int64_t h = task->from; h < task->to; h++) for (int64_t row = task->first; row < task->last; row += BQ) {
+        int64_t rows = min64(BQ, task->last - row);
+        load_rows(g, pitch, &a->dout, s, h, row, rows, BQ, 1);
+        load_rows(q, pitch, &a->out, s, h, row, rows, BQ, 1);
+        for (int64_t i = 0; i < BQ; i++) {
             vf sum = {0};
-            for (int64_t d = 0; d < pitch; d += VW) sum += vf_load(q + i * pitch + d) * vf_load(dout + i * pitch + d);
+            for (int64_t d = 0; d < pitch; d += VW) sum += vf_load(q + i * pitch + d) * vf_load(g + i * pitch + d);
             delta[i] = vf_sum(sum);
-            lse[i] = INFINITY;
-            if (i < count) lse[i] = *(const float *)at(&a->lse, s->b * a->lse.stride[0] + h * a->lse.stride[1] + token(s, first + i));
+            lse[i] = i < rows ? *lse_at(&a->lse, s, row + i, h) : 0;
+            if (lse[i] == -INFINITY) lse[i] = 0;                       /* all scores are -inf: weights exp(-inf - 0) */
         }
-        load_rows(q, pitch, &a->q, s, h, first, count, rows, (float)a->scale);
-        memset(dq, 0, (size_t)(BQ * pitch) * sizeof(float));
-        for (int64_t block = 0; block < first + count; block += BK) {
-            int64_t keys = min64(BK, n - block), seen = min64(keys, first + count - block), width = round_up(seen, NR);
-            multiply(p, BK, q, pitch, kt + block * pitch, BK, count, width, D, 0);
-            multiply(ds, BK, dout, pitch, vt + block * pitch, BK, count, width, D, 0);
-            for (int64_t i = 0; i < rows; i++) {
-                int64_t low = 0, high = 0;
-                if (i < count) visible(s, first + i, block, keys, &low, &high);
-                float *pi = p + i * BK, *dsi = ds + i * BK;
-                for (int64_t j = 0; j < width; j += VW) vf_store(pi + j, vf_exp(vf_load(pi + j) - lse[i]));
-                for (int64_t j = 0; j < low; j++) pi[j] = 0;
-                for (int64_t j = high; j < width; j++) pi[j] = 0;
-                for (int64_t j = 0; j < width; j += VW) vf_store(dsi + j, vf_load(pi + j) * (vf_load(dsi + j) - delta[i]));
+        load_rows(q, pitch, &a->q, s, h, row, rows, BQ, (float)a->scale);
+        transpose(qt, q, pitch);
+        transpose(gt, g, pitch);
+        for (int64_t key = 0; key < keys && key0 + key < row + rows; key += BK) {
+            Block block = { s, row, rows, key0 + key, min64(min64(BK, keys - key), row + rows - key0 - key) };
+            int64_t below = block.key - row;
+            scores(p, &block, k + key * pitch, pitch, qt, D);
+            scores(ds, &block, v + key * pitch, pitch, gt, D);
+            for (int64_t j = 0; j < block.keys; j++) {
+                int any = any_hidden(&block, j);
+                for (int64_t i = 0; i < BQ / VW; i++) {
+                    float *pj = p + j * BQ + i * VW, *dsj = ds + j * BQ + i * VW;
+                    vf e = exp_below(vf_load(pj) - vf_load(lse + i * VW)), d = e * (vf_load(dsj) - vf_load(delta + i * VW));
+                    if (any) {
+                        vi mask = hidden(&block, j, i);
+                        e = vf_select(mask, (vf){0}, e);
+                        d = vf_select(mask, (vf){0}, d);
+                    }
+                    vf_store(pj, e);
+                    vf_store(dsj, d);
+                }
             }
-            multiply_transposed(dv + block * pitch, pitch, p, BK, dout, pitch, seen, pitch, count);
-            multiply_transposed(dk + block * pitch, pitch, ds, BK, q, pitch, seen, pitch, count);
-            multiply(dq, pitch, ds, BK, k + block * pitch, pitch, count, pitch, seen, 1);
+            multiply(DOWN, dv + key * pitch, pitch, p, BQ, g, pitch, block.keys, vecs, rows, 1, below, FAR);
+            multiply(DOWN, dk + key * pitch, pitch, ds, BQ, q, pitch, block.keys, vecs, rows, 1, below, FAR);
+            multiply(ACROSS, dq, pitch, ds, BQ, k + key * pitch, pitch, rows, vecs, block.keys, key > 0, -FAR, -below);
         }
-        for (int64_t i = 0; i < count; i++) {
-            for (int64_t d = 0; d < D; d++) dq[i * pitch + d] *= (float)a->scale;
-            store_row(row_at(&a->dq, s, first + i, h), a->dq.dtype, dq + i * pitch, D);
-        }
+        for (int64_t i = 0; i < rows; i++)
+            add_row(sum_at(b, &a->dq, task, row + i, h, h - task->kv_head * each), dq + i * pitch, (float)a->scale, D, b->phase > 0);
     }
-    for (int64_t i = 0; i < n; i++) {
-        if (is_mixed && !s->shifted) {
-            float *kept = b->kept + (s->b * b->p.T + token(s, i)) * 2 * pitch;
-            memcpy(kept, dk + i * pitch, (size_t)pitch * sizeof(float));
-            memcpy(kept + pitch, dv + i * pitch, (size_t)pitch * sizeof(float));
-            continue;
-        }
-        store_row(row_at(&a->dk, s, i, task->kv_head), a->dk.dtype, dk + i * pitch, D);
-        store_row(row_at(&a->dv, s, i, task->kv_head), a->dv.dtype, dv + i * pitch, D);
+    int64_t plain_from, plain_to;
+    heads_of(&b->p, task->kv_head, 0, &plain_from, &plain_to);
+    int add = b->phase > 0 || (b->shifted && plain_from < plain_to);
+    for (int64_t j = 0; j < keys; j++) {
+        add_row(sum_at(b, &a->dk, task, key0 + j, task->kv_head, each), dk + j * pitch, 1, D, add);
+        add_row(sum_at(b, &a->dv, task, key0 + j, task->kv_head, each + 1), dv + j * pitch, 1, D, add);
     }
-    scratch_free(memory);
+}
+
+static int backward_thread(int64_t index, void *context) {
+    Backward *b = context;
+    for (int64_t i; (i = atomic_fetch_add(&b->next, 1)) < b->w.count;)
+        backward_task(b, &b->w.tasks[i], b->memory + index * b->floats);
     return 0;
+}
+
+/* Rounds the sums of one slot of one pair to the outputs. */
+static int store_sums(int64_t index, void *context) {
+    const Backward *b = context;
+    int64_t each = b->p.H / b->p.K, slot = index % (each + 2), pair = b->begin + index / (each + 2), kv_head = pair % b->p.K;
+    const Tensor *x = slot < each ? &b->a->dq : slot == each ? &b->a->dk : &b->a->dv;
+    int64_t head = slot < each ? kv_head * each + slot : kv_head, start = pair / b->p.K * x->stride[0] + head * x->stride[2];
+    for (int64_t t = 0; t < b->p.T; t++)
+        store_row(at(x, start + t * x->stride[1]), x->dtype, b->sums + (index * b->p.T + t) * b->p.D, b->p.D);
+    return 0;
+}
+
+/* All phases of all heads on the pairs begin .. end-1. */
+static int backward_pairs(Backward *b, int64_t threads) {
+    int64_t phases[2] = { 0, 0 };
+    for (int64_t i = 0; i < b->w.segment_count; i++) {
+        const Segment *s = &b->w.segments[i];
+        phases[s->shifted] = max64(phases[s->shifted], (rows_of(s) + chunk_of(s) - 1) / chunk_of(s));
+    }
+    for (b->shifted = 0; b->shifted < 2; b->shifted++) for (b->phase = 0; b->phase < phases[b->shifted]; b->phase++) {
+        b->next = 0;
+        if (parallel_for(threads, backward_thread, b)) return -1;
+    }
+    return b->sums ? parallel_for((b->end - b->begin) * (b->p.H / b->p.K + 2), store_sums, b) : 0;
 }
 
 int CPU(s2_attention_backward)(const void *args, void *stream) {
     const S2AttentionBackward *a = args;
     (void)stream;
     Backward b = { .a = a };
+    const Pattern *p = &b.p;
     if (check_pattern("s2_attention_backward", &b.p, &a->q, &a->k, &a->cu_seqlens, a->group_size, a->boundary, a->shift)) return -1;
-    int any = 0;
-    for (int64_t k = 0; k < b.p.K; k++) any |= mixed(&b.p, k);
-    int64_t pitch = round_up(b.p.D ? b.p.D : 1, NR);
-    if (any && !(b.kept = scratch(b.p.B * b.p.T * 2 * pitch * (int64_t)sizeof(float)))) return -1;
-    int status = make_work(&b.p, 0, &b.w);
-    if (!status) {
-        for (b.shifted = 0; b.shifted < 2 && !status; b.shifted++) status = parallel_for(b.w.count, backward_task, &b);
-        free_work(&b.w);
+    for (int64_t i = 0; i < 2 && !p->H; i++) {                         /* keys that no query sees */
+        const Tensor *x = i ? &a->dv : &a->dk;
+        for (int64_t j = 0; j < p->B * p->T * p->K; j++)
+            memset(at(x, j / p->K / p->T * x->stride[0] + j / p->K % p->T * x->stride[1] + j % p->K * x->stride[2]), 0,
+                   (size_t)(p->D * dtype_size(x->dtype)));
     }
-    if (b.kept) scratch_free(b.kept);
+    if (!p->H || make_work(p, backward_tasks, &b.w)) return p->H ? -1 : 0;
+    int64_t threads = min64(get_threads(), b.w.count), pairs = p->B * p->K, each = (p->H / p->K + 2) * p->T * p->D, at_once = pairs;
+    b.pitch = round_up(p->D, VW);
+    b.floats = round_up((4 * CHUNK + 5 * BQ) * b.pitch + 2 * BK * BQ + 2 * BQ, VW);
+    int narrow = a->q.dtype != F32, status = 0;
+    if (narrow) at_once = min64(pairs, max64(1, SUMS / 4 / max64(each, 1)));
+    b.memory = scratch(threads * b.floats * (int64_t)sizeof(float));
+    if (narrow) b.sums = scratch(at_once * each * (int64_t)sizeof(float));
+    if (!b.memory || (narrow && !b.sums)) status = -1;
+    for (; b.begin < pairs && !status; b.begin = b.end) {
+        b.end = min64(pairs, b.begin + at_once);
+        status = backward_pairs(&b, threads);
+    }
+    scratch_free(b.sums);
+    scratch_free(b.memory);
+    free_work(&b.w);
     return status;
 }
