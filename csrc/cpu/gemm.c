@@ -506,7 +506,7 @@ int CPU(gemm)(const Gemm *g) {
                    job.M <= MR;
     job.local_b = !job.direct_b && job.M <= ROWS && job.N > 4 * NR;
     job.steps = ceil_div(job.K, per), job.steps2 = ceil_div(job.R, per);
-    if (g->N <= 16 && !job.swapped && job.direct && !job.copied && job.step_a == 1 && job.R == 0 && job.K) return narrow(&job);
+    if (job.N <= 16 && job.direct && !job.copied && job.step_a == 1 && job.R == 0 && job.K) return narrow(&job);
     int64_t all = job.steps + job.steps2, depth = max64(1, ceil_div(all, max64(1, ceil_div(all, KS))));
     job.plain = g->c_dtype == F32 && !job.swapped && g->alpha == 1 && (g->beta == 0 || g->beta == 1) && !g->bias &&
                 !g->residual;
