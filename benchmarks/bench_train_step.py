@@ -150,3 +150,7 @@ def main(argv=None):
                 for what, unit in (("seconds", "s"), ("gib", "GiB")):
                     bench.record(f"{name} {'step' if unit == 's' else 'memory'}", ours[what], peer[what], unit, dtype=dtype,
                                  peer_name=side.replace("peer", "transformers+peft"))
+
+
+if __name__ == "__main__":
+    main()

@@ -74,10 +74,9 @@ def peaks(threads):
     with tempfile.TemporaryDirectory() as folder:
         source, library = pathlib.Path(folder, "peaks.c"), pathlib.Path(folder, "peaks.so")
         source.write_text(PEAKS)
-        subprocess.run([os.environ.get("CC", "cc"), "-O3", "-march=native", "-ffp-contract=fast", "-mprefer-vector-width=512",
-                        "-w", "-shared", "-fPIC", source, "-o", library] if platform.machine() == "x86_64" else
-                       [os.environ.get("CC", "cc"), "-O3", "-ffp-contract=fast", "-w", "-shared", "-fPIC", source, "-o", library],
-                       check=True)
+        native = ["-march=native", "-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
+        subprocess.run([os.environ.get("CC", "cc"), "-O3", *native, "-ffp-contract=fast", "-w", "-shared", "-fPIC", source,
+                        "-o", library], check=True)
         code = ctypes.CDLL(str(library))
     code.fma_loop.restype = ctypes.c_double
     code.fma_loop.argtypes = [ctypes.c_long, ctypes.c_void_p]

@@ -19,6 +19,23 @@ def test_every_layout(shape, transposed, dtype, isa, poison):
     checks.check("matmul", a, b, 0.5, floor=4)
 
 
+# More than one depth of k (1280 floats, 2560 bfloat16), more rows than a task has, more columns than are packed at once, a
+# few rows of output over a long k, 16 columns and fewer, four vectors of columns.
+BIG = [("NT", 500, 2700, 70), ("NN", 501, 1300, 100), ("TN", 490, 2700, 130), ("NT", 20, 2700, 300), ("NT", 9, 700, 5000), ("TN", 6, 3000, 130),
+       ("TN", 130, 3000, 6), ("TN", 300, 1400, 250), ("NT", 300, 1301, 13), ("NN", 40, 300, 61), ("NN", 70, 1300, 4000)]
+
+
+@pytest.mark.parametrize("transposed,M,C,N", BIG, ids=str)
+def test_more_than_one_block(transposed, M, C, N, dtype, isa, poison):
+    a = checks.random((M, C), dtype) if transposed[0] == "N" else checks.random((C, M), dtype).T
+    b = checks.random((C, N), dtype, 1) if transposed[1] == "N" else checks.random((N, C), dtype, 1).T
+    checks.check("matmul", a, b, floor=4)
+    out = ops.zeros((M, N), "float32", a)
+    _C.matmul(out, a, b, 1.0, 0.0)
+    _C.matmul(out, a, b, 2.0, 1.0)
+    checks.compare(out, 3 * checks.reference.matmul(a, b), 3 * checks.plain("matmul", a, b)[0], floor=4)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 90), st.integers(0, 90), st.integers(0, 90), st.sampled_from(list(checks.DTYPES)), st.sampled_from(list(checks.DTYPES)),
        st.sampled_from(list(checks.DTYPES)))

@@ -1,4 +1,20 @@
-/* gemm.c --- the matrix product: packed panels, a micro-kernel whose sums stay in registers. */
+/* gemm.c --- the matrix product: packed panels of b (as in BLIS), a micro-kernel whose sums stay in registers.
+ *
+ * A tile of c, MR rows by one panel, is a sum over k in blocks of KC; the panel of b stays in the first cache while the rows
+ * of a task pass by. What is read once is not packed: rows of a are read where they lie, MR streams at a time; a few rows
+ * of output read b where it lies; a few columns (LoRA's u) run their vectors along k instead. The extension by a2 b2
+ * goes on in the same registers. The order of each sum depends on the sizes alone, so every number of threads gives the
+ * same bits; how many tiles there are depends on the threads.
+ *
+ * The ladder, in GF/s on a Zen 5 (FMA peak 240 a core), NT, M = 2048, N = K = 576 unless said:
+ *   two cores, float32: KC 192 / 288 / 576: 454 / 465 / 441           (torch with MKL: 195)
+ *   two cores, bfloat16 dot products: 326 while tiles were finished one element at a time, then KC 192 / 288 / 576:
+ *   860 / 929 / 880                                                   (torch with oneDNN: 790)
+ *   one core, bfloat16 converted to float32: rows of a turned while they are packed 175, only converted 194
+ *   one core, TN 576x576, K = 2048: panels of a packed one by one 178, side by side with the dtype decided outside 200
+ *   one core, u, N = 8: as a panel of 16 columns 66, with rows fetched ahead 80, vectors along k 128..144
+ *   one core, da, M = 8, K = 2048: b packed 72, b in place 220
+ *   one core, M = 192, N = 576, K = 8192 (dx of the loss): b in place 180, packed by each tile for itself 196 */
 #include "gemm.h"
 
 #if defined __AVX512BF16__
@@ -16,9 +32,8 @@ enum { MR = 4, NV = 2 };
 #endif
 enum {
     NR = NV * VW,
-#ifndef KC
     KC = 288,                          /* steps of k between which sums go to memory: a KC x NR panel of b fits the L1 cache */
-#endif
+    AHEAD = 8,                         /* steps that what is read with a stride is fetched ahead */
     KS = 1280,                         /* steps of k that are packed at once, at most */
     ROWS = 480,                        /* of a in one task, at most */
     TASK_BYTES = 480 << 10,            /* rows of a that one task works on: half of an L2 cache */
@@ -32,15 +47,16 @@ typedef struct {
     int swapped, dot;                  /* computes the transpose; multiplies pairs of bfloat16 */
     int plain;                         /* sums are kept in c itself */
     int direct, direct_b;              /* reads a, or the whole panels of b, where they lie */
+    int copied, local_b;               /* a in rows, converted to float32; each tile packs its own part of b */
     int64_t M, N, K, R;                /* K and R in elements; after swapping */
     Matrix a, b, a2, b2;
     int64_t steps, steps2;             /* K and R in steps */
     int64_t m0, m1, n0, n1, s0, s1;    /* what is packed now; s in steps, of K + R */
     int64_t tile_m, tile_n, tiles_n, packed_n; /* columns from packed_n on are packed */
     int64_t nr;                        /* columns of a panel: NR, or less where that divides better */
-    int64_t step_a, ahead;             /* floats from step to step of a in place, and to what comes next */
+    int64_t a_row, step_a, ahead;      /* floats from row to row, from step to step of a in place, and to what comes next */
     float *pack_a, *pack_b, *ext;
-    float *sum;                        /* float32 sums of all rows and columns in work, where c cannot hold them from one depth to the next */
+    float *sum;                        /* sums of all rows and columns in work, where c cannot hold them between depths */
     int64_t wide_m, wide_n;            /* rows and columns packed at once */
 } Job;
 
@@ -137,7 +153,10 @@ static inline __attribute__((always_inline)) void pack_rows(float *out, const ch
                 memcpy(&low, p + 2 * s * line + j * 2, sizeof low);
                 memcpy(&high, p + (2 * s + 1) * line + j * 2, sizeof high);
                 x = (vf)(__builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16);
-            } else x = vf_load_any(p + s * line + j * size, dtype) * scale;
+            } else {
+                __builtin_prefetch(p + (s + AHEAD) * line + j * size);
+                x = vf_load_any(p + s * line + j * size, dtype) * scale;
+            }
             vf_store(out + s * width + j, x);
         }
     }
@@ -195,11 +214,15 @@ static int pack_task(int64_t i, void *context) {
     int64_t j0 = i < tasks_b ? job->packed_n + i * job->nr * B_PANELS : job->m0 + (i - tasks_b) * MR * A_PANELS;
     int64_t j1 = i < tasks_b ? min64(job->n1, j0 + job->nr * B_PANELS) : min64(job->m1, j0 + MR * A_PANELS);
     int64_t begin = i >= tasks_b && job->direct ? max64(job->s0, job->steps) : job->s0;
+    if (i >= tasks_b && job->copied)
+        for (int64_t m = j0, n = min64(job->s1, job->steps) - job->s0; m < min64(j1, job->M) && n > 0; m++)
+            load_row(job->pack_a + (m - job->m0) * job->a_row, element(job->a, m, job->s0), job->a.dtype, n);
     for (int64_t s = begin; s < job->s1; s += SWEEP)
         for (int64_t j = j0, end = min64(job->s1, s + SWEEP); j < j1; j += i < tasks_b ? job->nr : MR)
             if (i < tasks_b) {
                 int64_t width = panel_width(job, j);
-                pack_panel(job, job->pack_b + (j - job->packed_n) * steps + (s - job->s0) * width, job->b, job->b2, s, end, j, width, job->N, 1);
+                pack_panel(job, job->pack_b + (j - job->packed_n) * steps + (s - job->s0) * width, job->b, job->b2, s, end,
+                           j, width, job->N, 1);
             } else
                 pack_panel(job, job->direct ? job->ext + (j - job->m0) * job->steps2 + (s - job->steps) * MR
                                             : job->pack_a + (j - job->m0) * steps + (s - job->s0) * MR,
@@ -223,9 +246,8 @@ typedef struct { const float *data; int64_t step, ahead, row[MR]; } Side;
 
 /* sum[MR][nv] += a[.., steps] b[steps, ..]. What is read in place is fetched ahead: a line of each of the next MR rows where
  * k is dense, else the lines of AHEAD steps later. */
-enum { AHEAD = 8 };
-static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64_t steps, const Side *a, const Side *b, int direct,
-                                                           int direct_b, int nv, int dot) {
+static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64_t steps, const Side *a, const Side *b,
+                                                           int direct, int direct_b, int nv, int dot) {
     const float *pa = a->data, *pb = b->data;
     int64_t step_a = direct ? a->step : MR, step_b = direct_b ? b->step : nv * VW;
     for (int64_t s = 0; s < steps; s++) {
@@ -250,9 +272,9 @@ static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64
 }
 
 /* out[MR][nv VW] (+)= a b, of `steps` steps, + a2 b2, of `steps2` packed ones. */
-static inline __attribute__((always_inline)) void tile(int64_t steps, const Side *a, const Side *b, int64_t steps2, const Side *a2,
-                                                       const Side *b2, float *out, int64_t out_row, int add, int direct,
-                                                       int direct_b, int nv, int dot) {
+static inline __attribute__((always_inline)) void tile(int64_t steps, const Side *a, const Side *b, int64_t steps2,
+                                                       const Side *a2, const Side *b2, float *out, int64_t out_row, int add,
+                                                       int direct, int direct_b, int nv, int dot) {
     vf sum[MR][NV];
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++)
@@ -281,7 +303,8 @@ typedef void (*Tile)(int64_t steps, const Side *a, const Side *b, int64_t steps2
         tile(steps, a, b, steps2, a2, b2, out, out_row, add, direct, direct_b, nv, dot); \
     }
 #if defined __AVX512F__
-#define TILES(name, direct, dot) TILE(name##_1, direct, 0, 1, dot) TILE(name##_2, direct, 0, 2, dot) TILE(name##_3, direct, 0, 3, dot)
+#define TILES(name, direct, dot) \
+    TILE(name##_1, direct, 0, 1, dot) TILE(name##_2, direct, 0, 2, dot) TILE(name##_3, direct, 0, 3, dot)
 #define NAMES(name) { name##_1, name##_2, name##_3 }
 #else
 #define TILES(name, direct, dot) TILE(name##_1, direct, 0, 1, dot) TILE(name##_2, direct, 0, 2, dot)
@@ -322,7 +345,8 @@ static inline __attribute__((always_inline)) void finish_row(const Gemm *g, cons
     }
 }
 
-static void finish(const Job *job, const float *x, int64_t x_row, int64_t m, int64_t n, int64_t rows, int64_t cols, float beta) {
+static void finish(const Job *job, const float *x, int64_t x_row, int64_t m, int64_t n, int64_t rows, int64_t cols,
+                   float beta) {
     const Gemm *g = job->g;
     if (!job->swapped) {
         for (int64_t i = 0; i < rows; i++)
@@ -342,11 +366,11 @@ static int tile_task(int64_t i, void *context) {
     const Gemm *g = job->g;
     int64_t m_begin = job->m0 + i / job->tiles_n * job->tile_m, m_end = min64(job->m1, m_begin + job->tile_m);
     int64_t n_begin = job->n0 + i % job->tiles_n * job->tile_n, n_end = min64(job->n1, n_begin + job->tile_n);
-    int64_t steps = job->s1 - job->s0, all = job->steps + job->steps2, size = dtype_size(job->a.dtype);
-    float near[ROWS * NR] __attribute__((aligned(64)));
+    int64_t steps = job->s1 - job->s0, all = job->steps + job->steps2;
+    float near[ROWS * NR] __attribute__((aligned(64))), near_b[KC * NR] __attribute__((aligned(64)));
     for (int64_t n = n_begin; n < n_end; n += job->nr) {
         int64_t width = panel_width(job, n), cols = min64(width, n_end - n), s = job->s0, next;
-        int there = n < job->packed_n;
+        int there = job->direct_b && n < job->packed_n;
         Tile run = there ? in_place[job->direct] : tiles[job->dot][job->direct][width / VW - 1];
         do {
             next = job->s1 - s < 2 * KC ? job->s1 - s <= KC ? job->s1 : s + (job->s1 - s + 1) / 2 : s + KC;
@@ -354,16 +378,22 @@ static int tile_task(int64_t i, void *context) {
             Side a = { .step = job->step_a, .ahead = job->ahead }, a2 = { 0 }, b, b2;
             b = (Side){ there ? (const float *)job->b.data + s * job->b.row + n
                               : job->pack_b + (n - job->packed_n) * steps + (s - job->s0) * width, job->b.row, 0, {0} };
+            if (job->local_b && !there) {
+                pack_panel(job, near_b, job->b, job->b2, s, next, n, width, job->N, 1);
+                b.data = near_b;
+            }
             b2 = (Side){ b.data + part * width, 0, 0, {0} };
             for (int64_t m = m_begin; m < m_end; m += MR) {
                 int64_t rows = min64(MR, m_end - m);
                 if (job->direct) {
-                    a.data = (const float *)((const char *)job->a.data + m * job->a.row * size) + s * job->step_a;
-                    for (int64_t r = 0; r < MR; r++) a.row[r] = min64(r, rows - 1) * job->a.row * size / 4;
+                    a.data = job->copied ? job->pack_a + (m - job->m0) * job->a_row + s - job->s0
+                                         : (const float *)job->a.data + m * job->a_row + s * job->step_a;
+                    for (int64_t r = 0; r < MR; r++) a.row[r] = min64(r, rows - 1) * job->a_row;
                     a2.data = job->ext + (m - job->m0) * job->steps2 + (max64(s, job->steps) - job->steps) * MR;
                 } else a.data = job->pack_a + (m - job->m0) * steps + (s - job->s0) * MR;
                 if (job->plain && rows == MR && cols == width) {
-                    run(part, &a, &b, next - s - part, &a2, &b2, (float *)g->c + m * g->c_row + n, g->c_row, s > 0 || g->beta == 1);
+                    run(part, &a, &b, next - s - part, &a2, &b2, (float *)g->c + m * g->c_row + n, g->c_row,
+                        s > 0 || g->beta == 1);
                     continue;
                 }
                 float *sum = job->sum ? job->sum + (m - job->m0) * job->wide_n + n - job->n0 : near + (m - m_begin) * NR;
@@ -445,7 +475,8 @@ static int narrow_pack(int64_t n, void *context) {
 static int narrow(Job *job) {
     int64_t columns = ceil_div(job->N, COLUMNS) * COLUMNS;
     if (!(job->pack_b = scratch(4 * columns * ceil_div(job->steps, VW) * VW))) return -1;
-    int status = parallel_for(columns, narrow_pack, job) || parallel_for(ceil_div(job->M, NARROW_ROWS), narrow_task, job) ? -1 : 0;
+    int status = parallel_for(columns, narrow_pack, job);
+    if (!status) status = parallel_for(ceil_div(job->M, NARROW_ROWS), narrow_task, job);
     scratch_free(job->pack_b);
     return status;
 }
@@ -466,27 +497,31 @@ int CPU(gemm)(const Gemm *g) {
         job.a = transposed(g->b), job.b = transposed(g->a), job.a2 = transposed(g->b2), job.b2 = transposed(g->a2);
     }
     job.direct = job.a.col == 1 && job.a.dtype == unit && job.K % per == 0 && job.a.row % per == 0;
-    job.step_a = 1, job.ahead = MR * job.a.row / per;
+    job.step_a = 1, job.a_row = job.a.row / per, job.ahead = MR * job.a_row;
     if (!job.dot && job.a.row == 1 && job.a.dtype == F32 && job.M <= 256) /* the other way round; too few rows to pack them */
         job.direct = 1, job.step_a = job.a.col, job.ahead = AHEAD * job.a.col;
+    if (!job.dot && !job.direct && job.a.col == 1) job.direct = job.copied = 1;
     job.nr = NV == 3 && ceil_div(job.N, VW) == 4 ? 2 * VW : NR;
-    /* Rows of b a power of two apart would all fall into the same few lines of a cache, so nothing could be used again. */
     job.direct_b = !job.dot && job.b.col == 1 && job.b.dtype == F32 && job.R == 0 && job.nr == NR &&
-                   (job.M <= MR || (job.M <= 256 && job.b.row % 256));
+                   job.M <= MR;
+    job.local_b = !job.direct_b && job.M <= ROWS && job.N > 4 * NR;
     job.steps = ceil_div(job.K, per), job.steps2 = ceil_div(job.R, per);
-    if (g->N <= 16 && !job.swapped && job.direct && job.step_a == 1 && job.R == 0 && job.K) return narrow(&job);
+    if (job.N <= 16 && job.direct && !job.copied && job.step_a == 1 && job.R == 0 && job.K) return narrow(&job);
     int64_t all = job.steps + job.steps2, depth = max64(1, ceil_div(all, max64(1, ceil_div(all, KS))));
-    job.plain = g->c_dtype == F32 && !job.swapped && g->alpha == 1 && (g->beta == 0 || g->beta == 1) && !g->bias && !g->residual;
+    job.plain = g->c_dtype == F32 && !job.swapped && g->alpha == 1 && (g->beta == 0 || g->beta == 1) && !g->bias &&
+                !g->residual;
     int keep = !job.plain && depth < all;
     job.wide_n = min64(ceil_div(job.N, NR) * NR, max64(1, PACK_BYTES / 4 / depth / NR) * NR);
     job.wide_m = ceil_div(job.M, MR) * MR;
-    if (!job.direct) job.wide_m = min64(job.wide_m, max64(1, PACK_BYTES / 2 / depth / MR) * MR);
+    if (!job.direct || job.copied) job.wide_m = min64(job.wide_m, max64(1, PACK_BYTES / 2 / depth / MR) * MR);
     if (keep) job.wide_m = min64(job.wide_m, max64(1, SUM_BYTES / 4 / job.wide_n / MR) * MR);
-    int64_t size_b = depth * job.wide_n, size_a = (job.direct ? job.steps2 : depth) * job.wide_m + VW, threads = get_threads();
+    if (job.copied) job.a_row = depth + VW, job.ahead = MR * job.a_row;
+    int64_t size_b = job.local_b ? 0 : depth * job.wide_n, size_ext = job.direct ? job.steps2 * job.wide_m + VW : 0;
+    int64_t size_a = job.copied ? job.a_row * job.wide_m : job.direct ? 0 : depth * job.wide_m + VW, threads = get_threads();
     int status = -1;
-    float *memory = scratch(4 * (size_b + size_a + (keep ? job.wide_m * job.wide_n : 0)));
+    float *memory = scratch(4 * (size_b + size_ext + size_a + (keep ? job.wide_m * job.wide_n : 0)));
     if (!memory) return -1;
-    job.pack_b = memory, job.pack_a = job.ext = memory + size_b;
+    job.pack_b = memory, job.ext = memory + size_b, job.pack_a = job.ext + size_ext;
     if (keep) job.sum = job.pack_a + size_a;
     for (job.m0 = 0; job.m0 < job.M; job.m0 = job.m1) {
         job.m1 = min64(job.M, job.m0 + job.wide_m);
@@ -496,14 +531,18 @@ int CPU(gemm)(const Gemm *g) {
             do {
                 job.s1 = min64(all, job.s0 + depth);
                 job.packed_n = job.direct_b ? job.n0 + (job.n1 - job.n0) / NR * NR : job.n0;
-                int64_t tasks_b = ceil_div(job.n1 - job.packed_n, job.nr * B_PANELS), tasks_a = ceil_div(job.m1 - job.m0, MR * A_PANELS);
-                if (job.direct && job.s1 <= job.steps) tasks_a = 0;
+                if (job.local_b) job.packed_n = job.n1;
+                int64_t tasks_b = ceil_div(job.n1 - job.packed_n, job.nr * B_PANELS);
+                int64_t tasks_a = ceil_div(job.m1 - job.m0, MR * A_PANELS);
+                if (job.direct && !job.copied && job.s1 <= job.steps) tasks_a = 0;
                 if (parallel_for(tasks_b + tasks_a, pack_task, &job)) goto done;
                 int64_t rows = job.m1 - job.m0, cols = job.n1 - job.n0;
                 job.tile_m = min64(ROWS, max64(1, TASK_BYTES / 4 / max64(1, job.s1 - job.s0) / MR) * MR);
                 job.tile_n = ceil_div(cols, NR) * NR;
-                while (job.tile_m > 4 * MR && ceil_div(rows, job.tile_m) * ceil_div(cols, job.tile_n) < 4 * threads)
-                    if (job.tile_n > 4 * NR) job.tile_n = ceil_div(job.tile_n / NR, 2) * NR;
+                if (job.local_b) job.tile_m = ROWS / MR * MR;
+                while ((job.local_b ? job.tile_n > NR : job.tile_m > 4 * MR) &&
+                       ceil_div(rows, job.tile_m) * ceil_div(cols, job.tile_n) < 4 * threads)
+                    if (job.tile_n > 4 * NR || job.local_b) job.tile_n = ceil_div(job.tile_n / NR, 2) * NR;
                     else job.tile_m = ceil_div(job.tile_m / MR, 2) * MR;
                 job.tiles_n = ceil_div(cols, job.tile_n);
                 if (parallel_for(ceil_div(rows, job.tile_m) * job.tiles_n, tile_task, &job)) goto done;

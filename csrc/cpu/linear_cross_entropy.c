@@ -63,14 +63,15 @@ static int gradient_block(int64_t index, void *context) {
     for (int64_t v = v0; v < v1; v++) {
         const float *e = c->logits + v * c->stride;
         char *out = (char *)c->logits + v * c->stride * 4;
-        for (int64_t i = 0; i < c->stride; i += VW) vf_store_any(out + i * size, c->dtype, vf_load(e + i) * vf_load(factor + i));
+        for (int64_t i = 0; i < c->stride; i += VW)
+            vf_store_any(out + i * size, c->dtype, vf_load(e + i) * vf_load(factor + i));
     }
     for (int64_t i = 0; i < c->rows; i++) {
         int64_t t = target(c, i);
         if (t < v0 || t >= v1 || t == c->ignore) continue;
         float dloss = ((const float *)c->dlosses->data)[(c->row0 + i) * c->dlosses->stride[0]];
         char *out = (char *)c->logits + t * c->stride * 4 + i * size;
-        store1(out, c->dtype, dloss * (expf(c->picked[i] - c->lse[i]) - 1));
+        store1(out, c->dtype, dloss * expm1f(c->picked[i] - c->lse[i]));
     }
     return 0;
 }
@@ -80,8 +81,8 @@ static int run(const char *op, const Tensor *losses, const Tensor *lse, const Te
     for (int64_t m = 0; m < M; m++) {
         int64_t t = target(&c, m);
         if (t != c.ignore && (t < 0 || t >= c.V))
-            return fail("%s: targets[%lld] should be 0..%lld or ignore_index=%lld, got %lld", op, (long long)m, (long long)c.V - 1,
-                        (long long)c.ignore, (long long)t);
+            return fail("%s: targets[%lld] should be 0..%lld or ignore_index=%lld, got %lld", op, (long long)m,
+                        (long long)c.V - 1, (long long)c.ignore, (long long)t);
     }
     if (M == 0) return 0;
     int64_t most = CHUNK_BYTES / 4 / (c.V > 0 ? c.V : 1) / ROUND * ROUND;
@@ -128,15 +129,18 @@ static int run(const char *op, const Tensor *losses, const Tensor *lse, const Te
         if (c.V == 0) for (int64_t i = 0; i < c.rows; i++) memset(sums + i * sums_row, 0, (size_t)(4 * C));
         for (c.block0 = 0; c.block0 < blocks && !status; c.block0 += step) {
             int64_t v0 = c.block0 * BLOCK, v1 = v0 + step * BLOCK < c.V ? v0 + step * BLOCK : c.V;
-            Matrix dlogits = { c.logits + v0 * rows, rows * 4 / dtype_size(c.dtype), 1, c.dtype };           /* [v1 - v0, rows] */
+            Matrix dlogits = { c.logits + v0 * rows, rows * 4 / dtype_size(c.dtype), 1, c.dtype };    /* [v1 - v0, rows] */
             if ((status = parallel_for((v1 - v0 + BLOCK - 1) / BLOCK, gradient_block, &c))) break;
-            if ((status = CPU(gemm)(&(Gemm){ .M = c.rows, .N = C, .K = v1 - v0, .a = transposed(dlogits), .b = rows_from(weight, v0),
-                                             .alpha = 1, .beta = v0 > 0, .c = sums, .c_row = sums_row, .c_dtype = F32 }))) break;
+            if ((status = CPU(gemm)(&(Gemm){
+                .M = c.rows, .N = C, .K = v1 - v0, .a = transposed(dlogits), .b = rows_from(weight, v0), .alpha = 1,
+                .beta = v0 > 0, .c = sums, .c_row = sums_row, .c_dtype = F32 }))) break;
             if (given(dweight))
-                status = CPU(gemm)(&(Gemm){ .M = v1 - v0, .N = C, .K = c.rows, .a = dlogits, .b = xc, .alpha = 1, .beta = 1,
-                                            .c = at(dweight, v0 * dweight->stride[0]), .c_row = dweight->stride[0], .c_dtype = F32 });
+                status = CPU(gemm)(&(Gemm){
+                    .M = v1 - v0, .N = C, .K = c.rows, .a = dlogits, .b = xc, .alpha = 1, .beta = 1,
+                    .c = at(dweight, v0 * dweight->stride[0]), .c_row = dweight->stride[0], .c_dtype = F32 });
         }
-        if (keep) for (int64_t i = 0; i < c.rows; i++) store_row(at(dx, (c.row0 + i) * dx->stride[0]), dx->dtype, sums + i * C, C);
+        for (int64_t i = 0; keep && i < c.rows; i++)
+            store_row(at(dx, (c.row0 + i) * dx->stride[0]), dx->dtype, sums + i * C, C);
     }
     scratch_free(memory);
     return status;

@@ -77,8 +77,9 @@ int CPU(lora_linear_backward)(const void *args, void *stream) {
     if (!status && R && given(&f->da)) status = CPU(gemm)(&(Gemm){
         .M = R, .N = C, .K = M, .a = transposed(du), .b = x, .alpha = 1, .beta = 1,
         .c = f->da.data, .c_row = f->da.stride[0], .c_dtype = F32 });
-    if (!status && needs_u) status = CPU(gemm)(&(Gemm){ .M = M, .N = R, .K = C, .a = x, .b = transposed(matrix(&f->a)), .alpha = 1,
-                                                        .c = (void *)u.data, .c_row = R, .c_dtype = F32 });
+    if (!status && needs_u) status = CPU(gemm)(&(Gemm){
+        .M = M, .N = R, .K = C, .a = x, .b = transposed(matrix(&f->a)), .alpha = 1,
+        .c = (void *)u.data, .c_row = R, .c_dtype = F32 });
     if (!status && R && given(&f->db)) status = CPU(gemm)(&(Gemm){
         .M = N, .N = R, .K = M, .a = transposed(dout), .b = u, .alpha = scale, .beta = 1,
         .c = f->db.data, .c_row = f->db.stride[0], .c_dtype = F32 });

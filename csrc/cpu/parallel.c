@@ -43,7 +43,7 @@ int parallel_for(int64_t n, int (*body)(int64_t i, void *context), void *context
 /* Large blocks in huge pages: a thousandth of the page faults, which would cost as much as packing a matrix. */
 void *scratch(int64_t bytes) {
     const size_t huge = 2 << 20, align = bytes < (int64_t)huge ? 64 : huge;
-    void *p = bytes < 0 ? NULL : aligned_alloc(align, ((size_t)bytes + 127) / 64 * 64);
+    void *p = bytes < 0 ? NULL : aligned_alloc(align, ((size_t)bytes + align) / align * align);        /* whole units, never 0 */
 #ifdef MADV_HUGEPAGE
     if (p && align == huge) madvise(p, (size_t)bytes, MADV_HUGEPAGE);
 #endif

@@ -129,7 +129,6 @@ static inline int64_t rows_of(const Segment *s) { return s->length[0] + s->lengt
 static inline int64_t token(const Segment *s, int64_t row) {
     return row < s->length[0] ? s->start[0] + row : s->start[1] + row - s->length[0];
 }
-static inline int64_t low_of(const Segment *s, int64_t row) { return row >= s->low_from && row < s->low_to ? s->low : 0; }
 
 typedef struct { int64_t G; int boundary, shift; const Tensor *cu_seqlens; int64_t B, T, H, K, D; } Pattern;
 enum { SPLIT, WRAP, SWAP };
