@@ -257,15 +257,12 @@ def _gemm_scratch(config, rows, dtype, lora):
 
 
 def _attention_scratch(config, dtype, batch_size, length, threads):
-    """What s2_attention's backward takes: per thread a chunk of keys, values and their gradients and a block of queries; where
-    the gradients are narrower than float32 also their sums, for as many KV heads at once as stay below 64 MiB."""
+    """What s2_attention's backward takes: for its threads, each a chunk of keys, values and their gradients and a block of
+    queries; and for the sums of gradients narrower than float32, of as many KV heads at once as stay below 64 MiB."""
     H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    pitch = -(-D // 16) * 16
-    tasks = 4 * threads * ((4 * 1024 + 5 * 64) * pitch + 2 * 96 * 64 + 2 * 64)
-    if dtype == "float32":
-        return tasks
-    sums = 4 * (H // K + 2) * length * D
-    return tasks + sums * min(batch_size * K, max(1, (64 << 20) // sums))
+    each, pitch = 4 * (H // K + 2) * length * D, -(-D // 16) * 16
+    sums = 0 if dtype == "float32" else each * min(batch_size * K, max(1, (64 << 20) // each))
+    return 4 * threads * ((4 * 1024 + 5 * 64) * pitch + 2 * 96 * 64 + 2 * 64), sums
 
 
 @dataclass(frozen=True)
@@ -325,7 +322,7 @@ def available_memory():
     return min(limits)
 
 
-def _parts(config, dtype, batch_size, length, group_size, lora, checkpointing):
+def _parts(config, dtype, batch_size, length, lora, checkpointing):
     from . import get_num_threads
     passes = activations(config, dtype, batch_size, length, lora, checkpointing)
     parts = parameters(config, dtype, lora, True).parts
@@ -333,10 +330,9 @@ def _parts(config, dtype, batch_size, length, group_size, lora, checkpointing):
     M, D = batch_size * length, config.head_dim
     parts["batch and tables"] += 2 * 4 * length * D // 2 + 4 * 4 * M
     head, threads = _head_scratch(config, M), get_num_threads()
-    attention = _attention_scratch(config, dtype, batch_size, length, threads)
-    # the C library returns blocks above 32 MiB at once, and keeps smaller ones for the next call
-    both = head + attention if attention <= threads * (32 << 20) else max(head, attention)
-    parts["scratch of the ops"] = _gemm_scratch(config, M, dtype, lora) + both
+    of_threads, sums = _attention_scratch(config, dtype, batch_size, length, threads)
+    # the head's scratch and the sums are large and short-lived: they take turns; what a thread takes the C library keeps
+    parts["scratch of the ops"] = _gemm_scratch(config, M, dtype, lora) + of_threads + max(head, sums)
     parts["runtime"] = RUNTIME
     return {name: size for name, size in parts.items() if size}
 
@@ -358,8 +354,7 @@ def plan(config, *, dtype="float32", batch_size=1, sequence_length, group_size=N
     memory = available_memory() if memory is None else memory
 
     def parts(**changed):
-        given = dict(dtype=dtype, batch_size=batch_size, length=sequence_length, group_size=group_size, lora=lora,
-                     checkpointing=checkpointing)
+        given = dict(dtype=dtype, batch_size=batch_size, length=sequence_length, lora=lora, checkpointing=checkpointing)
         return _parts(config, **{**given, **changed})
 
     if checkpointing == "auto":
