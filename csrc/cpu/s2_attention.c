@@ -7,7 +7,7 @@
  *
  * Scores are kept transposed, [keys, queries], the vector along the queries. Then all five products read their left factor
  * one number at a time from rows as they lie in memory and their right factor in whole vectors: only q and dout are
- * transposed, a block of BQ rows at a time; keys and values never are. Maximum and sum of the softmax need nothing across lanes.
+ * transposed, a block of BQ rows at a time; keys and values never are. The softmax needs nothing across lanes.
  *
  * Forward: a task is a chunk of a segment's query rows for the query heads of one KV head; it walks the keys in blocks of
  * BK with an online softmax. Backward: a segment is cut in chunks of rows, at most CHUNK long. A task is a pair of chunks
@@ -76,11 +76,10 @@ static inline __attribute__((always_inline)) void tile(int rows, int vecs, int a
     }
 }
 
-#define TILE(rows, vecs) \
-    static void down_##rows##_##vecs(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t n, \
-                                     int add) { tile(rows, vecs, 0, c, ldc, a, lda, b, ldb, n, add); } \
-    static void across_##rows##_##vecs(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t n, \
-                                       int add) { tile(rows, vecs, 1, c, ldc, a, lda, b, ldb, n, add); }
+#define WAY(name, across, rows, vecs) \
+    static void name##_##rows##_##vecs(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, \
+                                       int64_t n, int add) { tile(rows, vecs, across, c, ldc, a, lda, b, ldb, n, add); }
+#define TILE(rows, vecs) WAY(down, 0, rows, vecs) WAY(across, 1, rows, vecs)
 #define TILES(vecs) TILE(1, vecs) TILE(2, vecs) TILE(3, vecs) TILE(4, vecs) TILE(5, vecs) TILE(6, vecs)
 #define ROW(way, vecs) { way##_1_##vecs, way##_2_##vecs, way##_3_##vecs, way##_4_##vecs, way##_5_##vecs, way##_6_##vecs }
 TILES(1) TILES(2)
@@ -103,7 +102,8 @@ static void multiply(int way, float *c, int64_t ldc, const float *a, int64_t lda
         for (int64_t i = 0; i < M; i += MR) {
             int64_t rows = min64(MR, M - i), first = max64(0, from + i), last = min64(n, to + i + rows);
             const float *ai = way == ACROSS ? a + first * lda + i : a + i * lda + first;
-            tiles[way][width - 1][rows - 1](c + i * ldc + j * VW, ldc, ai, lda, b + first * ldb + j * VW, ldb, last - first, add);
+            tiles[way][width - 1][rows - 1](c + i * ldc + j * VW, ldc, ai, lda, b + first * ldb + j * VW, ldb, last - first,
+                                            add);
         }
         j += width;
     }
@@ -152,12 +152,13 @@ static void heads_of(const Pattern *p, int64_t k, int shifted, int64_t *first, i
     *last = shifted ? to : border;
 }
 
-static int check_pattern(const char *op, Pattern *p, const Tensor *q, const Tensor *k, const Tensor *cu_seqlens, double group_size,
-                         double boundary, double shift) {
-    *p = (Pattern){ (int64_t)group_size, (int)boundary, (int)shift, cu_seqlens, q->shape[0], q->shape[1], q->shape[2], k->shape[2],
-                    q->shape[3] };
+static int check_pattern(const char *op, Pattern *p, const Tensor *q, const Tensor *k, const Tensor *cu_seqlens,
+                         double group_size, double boundary, double shift) {
+    *p = (Pattern){ (int64_t)group_size, (int)boundary, (int)shift, cu_seqlens,
+                    q->shape[0], q->shape[1], q->shape[2], k->shape[2], q->shape[3] };
     if (p->G < 1) return fail("%s: group_size should be at least 1, got %lld", op, (long long)p->G);
-    if (boundary < SPLIT || boundary > SWAP) return fail("%s: boundary should be 0 (split), 1 (wrap) or 2 (swap), got %g", op, boundary);
+    if (boundary < SPLIT || boundary > SWAP)
+        return fail("%s: boundary should be 0 (split), 1 (wrap) or 2 (swap), got %g", op, boundary);
     if (shift < HALF || shift > ALL) return fail("%s: shift should be 0 (half), 1 (none) or 2 (all), got %g", op, shift);
     if (p->K ? p->H % p->K : p->H)
         return fail("%s: k axis 2 should divide H=%lld, got %lld", op, (long long)p->H, (long long)p->K);
@@ -170,7 +171,8 @@ static int check_pattern(const char *op, Pattern *p, const Tensor *q, const Tens
         if (documents < 0 || border[0] != 0 || border[documents] != p->T)
             return fail("%s: cu_seqlens should begin with 0 and end with T=%lld", op, (long long)p->T);
         for (int64_t i = 0; i < documents; i++) if (border[i + 1] < border[i])
-            return fail("%s: cu_seqlens should not decrease, got %d after %d at %lld", op, border[i + 1], border[i], (long long)i + 1);
+            return fail("%s: cu_seqlens should not decrease, got %d after %d at %lld", op, border[i + 1], border[i],
+                        (long long)i + 1);
     }
     if (p->boundary != SPLIT && p->shift != NONE) for (int64_t i = 0; i < documents; i++) {
         int64_t L = border ? border[i + 1] - border[i] : p->T;
@@ -282,8 +284,8 @@ static void scores(float *out, const Block *b, const float *k, int64_t pitch, co
     int64_t vecs = (b->rows + VW - 1) / VW;
     for (int64_t j = 0; j < b->keys; j += MR) {
         int64_t skip = max64(0, b->key + j - b->row) / VW;
-        multiply(DOWN, out + j * BQ + skip * VW, BQ, k + j * pitch, pitch, qt + skip * VW, BQ, min64(MR, b->keys - j), vecs - skip,
-                 D, 0, -FAR, FAR);
+        multiply(DOWN, out + j * BQ + skip * VW, BQ, k + j * pitch, pitch, qt + skip * VW, BQ, min64(MR, b->keys - j),
+                 vecs - skip, D, 0, -FAR, FAR);
     }
 }
 
@@ -298,8 +300,10 @@ static inline vi hidden(const Block *b, int64_t j, int64_t v) {
     vi lane;
     for (int i = 0; i < VW; i++) lane[i] = i;
     vi mask = lane < (int32_t)min64(max64(key - row, 0), VW);
-    if (key < s->low)
-        mask |= (lane >= (int32_t)min64(max64(s->low_from - row, 0), VW)) & (lane < (int32_t)min64(max64(s->low_to - row, 0), VW));
+    if (key < s->low) {
+        int32_t from = (int32_t)min64(max64(s->low_from - row, 0), VW), to = (int32_t)min64(max64(s->low_to - row, 0), VW);
+        mask |= (lane >= from) & (lane < to);
+    }
     return mask;
 }
 
@@ -389,7 +393,7 @@ static void softmax(float *p, const Block *b, float *maximum, float *sum, float 
             top[i] = vf_max(top[i], vf_load(column + j * BQ + i * VW));
         for (int i = 0; i < NV; i++) {
             vf_store(maximum + (v + i) * VW, top[i]);
-            top[i] = vf_select(top[i] == -INFINITY, (vf){0}, top[i]);  /* nothing seen yet: exp(-inf - 0), not exp(-inf + inf) */
+            top[i] = vf_select(top[i] == -INFINITY, (vf){0}, top[i]);  /* nothing seen: exp(-inf - 0), not exp(-inf + inf) */
         }
         for (int64_t j = 0; j < b->keys; j++) for (int i = 0; i < NV; i++) {
             float *x = column + j * BQ + i * VW;
@@ -408,7 +412,8 @@ static void softmax(float *p, const Block *b, float *maximum, float *sum, float 
 static void forward_task(const Forward *f, const Task *task, float *memory) {
     const S2AttentionForward *a = f->a;
     const Segment *s = task->segment;
-    int64_t D = f->p.D, pitch = f->pitch, n = task->last - task->first, size = round_up(n, BQ), all = (task->to - task->from) * size;
+    int64_t D = f->p.D, pitch = f->pitch, n = task->last - task->first, size = round_up(n, BQ);
+    int64_t all = (task->to - task->from) * size;
     float *qt = memory, *out = qt + all * pitch, *maximum = out + all * pitch, *sum = maximum + all, *shrink = sum + all;
     float *k = shrink + BQ, *v = k + BK * pitch, *p = v + BK * pitch;
     for (int64_t i = 0; i < all; i += BQ) {
@@ -478,7 +483,7 @@ typedef struct {
     int64_t phase;                     /* the distance of key chunks from query chunks, */
     int64_t begin, end;                /* and the pairs (b, KV head), b K + KV head, that are being worked on */
     atomic_llong next;
-    float *sums;                       /* [pairs, heads of a KV head + 2, T, D]: dq, dk, dv; NULL when the outputs are float32 */
+    float *sums;                       /* [pairs, heads of a KV head + 2, T, D], dq dk dv; NULL: the outputs are float32 */
     float *memory;                     /* `floats` for each thread */
     int64_t pitch, floats;
 } Backward;
@@ -547,7 +552,8 @@ static void backward_task(const Backward *b, const Task *task, float *memory) {
             multiply(ACROSS, dq, pitch, ds, BQ, k + key * pitch, pitch, rows, vecs, block.keys, key > 0, -FAR, -below);
         }
         for (int64_t i = 0; i < rows; i++)
-            add_row(sum_at(b, &a->dq, task, row + i, h, h - task->kv_head * each), dq + i * pitch, (float)a->scale, D, b->phase > 0);
+            add_row(sum_at(b, &a->dq, task, row + i, h, h - task->kv_head * each), dq + i * pitch, (float)a->scale, D,
+                    b->phase > 0);
     }
     int64_t plain_from, plain_to;
     heads_of(&b->p, task->kv_head, 0, &plain_from, &plain_to);
@@ -595,15 +601,18 @@ int CPU(s2_attention_backward)(const void *args, void *stream) {
     (void)stream;
     Backward b = { .a = a };
     const Pattern *p = &b.p;
-    if (check_pattern("s2_attention_backward", &b.p, &a->q, &a->k, &a->cu_seqlens, a->group_size, a->boundary, a->shift)) return -1;
+    if (check_pattern("s2_attention_backward", &b.p, &a->q, &a->k, &a->cu_seqlens, a->group_size, a->boundary, a->shift))
+        return -1;
     for (int64_t i = 0; i < 2 && !p->H; i++) {                         /* keys that no query sees */
         const Tensor *x = i ? &a->dv : &a->dk;
         for (int64_t j = 0; j < p->B * p->T * p->K; j++)
             memset(at(x, j / p->K / p->T * x->stride[0] + j / p->K % p->T * x->stride[1] + j % p->K * x->stride[2]), 0,
                    (size_t)(p->D * dtype_size(x->dtype)));
     }
-    if (!p->H || make_work(p, backward_tasks, &b.w)) return p->H ? -1 : 0;
-    int64_t threads = min64(get_threads(), b.w.count), pairs = p->B * p->K, each = (p->H / p->K + 2) * p->T * p->D, at_once = pairs;
+    if (!p->H) return 0;
+    if (make_work(p, backward_tasks, &b.w)) return -1;
+    int64_t threads = min64(get_threads(), b.w.count), pairs = p->B * p->K, at_once = pairs;
+    int64_t each = (p->H / p->K + 2) * p->T * p->D;
     b.pitch = round_up(p->D, VW);
     b.floats = round_up((4 * CHUNK + 5 * BQ) * b.pitch + 2 * BK * BQ + 2 * BQ, VW);
     int narrow = a->q.dtype != F32, status = 0;
