@@ -161,6 +161,47 @@ def test_dense_is_a_case_of_it():
     both(q, k, v, dout, group_size=10**12, shift="none")
 
 
+@pytest.mark.parametrize("G,kwargs", [(1400, {}), (1500, dict(boundary="wrap")), (1500, dict(boundary="swap")),
+                                      (1501, dict(shift="none"))])
+def test_groups_longer_than_a_chunk(G, kwargs, dtype):
+    """Longer than the 1024 rows that the backward takes at a time; one KV head for a plain and a shifted head."""
+    both(*inputs(1, 1500, 2, 1, 8, dtype), group_size=G, **kwargs)
+
+
+def test_more_sums_than_are_kept_at_once():
+    """The backward of narrow dtypes sums 64 MiB of float32 at a time; here are 92, of a batch of equal rows."""
+    q, k, v, dout = (np.broadcast_to(x, (3000, *x.shape[1:])) for x in inputs(1, 20, 2, 1, 96, "bfloat16"))
+    out, lse = ops.s2_attention_forward(q, k, v, group_size=6)
+    for x in (out, lse, *ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=6)):
+        assert np.isfinite(x[0].astype(np.float32)).all() and (x == x[:1]).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 2, 2, 4), (2, 0, 2, 2, 4), (2, 5, 0, 2, 4), (2, 5, 0, 0, 4), (2, 5, 2, 2, 0)])
+def test_sizes_of_zero(shape, poison, isa):
+    """No heads: the gradients of the keys are zero. No elements in a head: all scores are zero."""
+    q, k, v, dout = inputs(*shape)
+    out, lse = ops.s2_attention_forward(q, k, v, group_size=2, shift="none")
+    assert np.array_equal(lse, np.broadcast_to(np.log(np.arange(shape[1]) % 2 + 1).astype(np.float32), lse.shape))
+    for got, x in zip(ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=2, shift="none"), (q, k, v)):
+        assert np.array_equal(got, np.zeros_like(x))
+
+
+def test_infinities_and_nan_stay_where_they_are(isa):
+    """A query whose scores are all -inf gives 0 and lse -inf; NaN in a key reaches the queries that see it and no other."""
+    q, k, v, dout = inputs(1, 40, 2, 2, 8)
+    q, other = np.abs(q) + 0.1, k.copy()
+    other[0, 8] = -np.inf
+    out, lse = ops.s2_attention_forward(q, other, v, group_size=8, shift="none")
+    assert (out[0, 8] == 0).all() and np.isneginf(lse[0, :, 8]).all()
+    assert np.isfinite(out).all() and np.isfinite(np.delete(lse, 8, 2)).all()
+    assert all(np.isfinite(x).all() for x in ops.s2_attention_backward(dout, q, k, v, out, np.where(lse > -1e30, 9, lse),
+                                                                       group_size=8, shift="none"))
+    other = k.copy()
+    other[0, 20] = np.nan
+    out, _ = ops.s2_attention_forward(q, other, v, group_size=8, shift="none")
+    assert np.flatnonzero(np.isnan(out).any(axis=(0, 2, 3))).tolist() == [20, 21, 22, 23]
+
+
 @pytest.mark.parametrize("scale", [0.3, 3.0])
 def test_larger_inputs(scale, isa):
     q, k, v, dout = inputs(1, 40, 2, 2, 16)
@@ -202,12 +243,13 @@ def test_offsets_beyond_2_to_the_31():
     np.testing.assert_array_equal(out, ops.s2_attention_forward(q.copy(), k, v, group_size=4)[0])
 
 
-def test_equal_bits(each_thread_count):
-    q, k, v, dout = inputs(1, 700, 6, 2, 32)
+@pytest.mark.parametrize("T,G", [(700, 200), (2500, 2300)])
+def test_equal_bits(T, G, each_thread_count):
+    q, k, v, dout = inputs(1, T, 6, 2, 32)
 
     def once():
-        out, lse = ops.s2_attention_forward(q, k, v, group_size=200)
-        return (out, lse, *ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=200))
+        out, lse = ops.s2_attention_forward(q, k, v, group_size=G)
+        return (out, lse, *ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=G))
     results = each_thread_count(once) + [once() for _ in range(5)]
     for result in results[1:]:
         for a, b in zip(result, results[0]):
