@@ -222,8 +222,8 @@ def _run(o, source, setup, say):
         _same_run(state, identity, o, resumed)
         step, order.position, history = state["global_step"], state["position"], state["log_history"]
         optimizer.load_state_dict(tensors, step)
-        if step >= steps:
-            raise UserError(f"{resumed}: has made all {steps} steps; raise max_steps to go on")
+        if step > steps:
+            raise UserError(f"{resumed}: has made {step} steps, which is more than the {steps} of max_steps")
 
     def write_model(directory):
         tensors = {p.name: p.value.numpy() for p in model.parameters}
@@ -287,7 +287,7 @@ def _run(o, source, setup, say):
                     say(_line(row, steps, left))
             if o.save_steps and step % o.save_steps == 0 and step < steps and stop.signal is None:
                 save()
-        saved = save()
+        saved = save() if step > first or resumed is None else resumed
     _draw(o, log.rows)
     stopped = stop.signal if step < steps else None
     if stopped:

@@ -176,12 +176,22 @@ def test_resuming_gives_the_bits_of_never_having_stopped(tmp_path, fields):
 
 def test_resume_latest_goes_on_in_place_and_may_go_further(tmp_path):
     run(tmp_path, max_steps=2)
-    assert "has made all 2 steps" in failure(tmp_path, max_steps=2, resume_from_checkpoint="latest")
+    assert "has made 2 steps, which is more than the 1 of max_steps" in failure(tmp_path, max_steps=1, resume_from_checkpoint="latest")
     said = []
     result = run(tmp_path, said, max_steps=4, resume_from_checkpoint="latest", checkpointing="full", num_threads=2)
     whole = run(tmp_path, max_steps=4, output_dir=str(tmp_path / "whole"))
     assert numbers(result.history) == numbers(whole.history) and any("checkpoint-2, after step 2" in line for line in said)
     equal(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_finished_by_resuming(tmp_path):
+    first = run(tmp_path, max_steps=2)
+    before = weights(tmp_path / "out")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / "out" / name).unlink()
+    again = run(tmp_path, max_steps=2, resume_from_checkpoint="latest")
+    assert again.step == 2 and again.loss == first.loss and numbers(again.history) == numbers(first.history)
+    equal(weights(tmp_path / "out"), before)
 
 
 def test_resume_latest_without_a_checkpoint_starts(tmp_path):
