@@ -310,8 +310,11 @@ class _Attention(torch.autograd.Function):
         buffers = _buffers(plan, B, D, k)
         sends = []
         for m in plan.sends:
-            rows = slice(m.first - plan.begin, m.last - plan.begin), slice(m.kv.first, m.kv.last)
-            sends.append((torch.stack([x[:, *rows] for x in (k, v)]).permute(2, 0, 1, 3, 4).contiguous(), m.target))
+            rows = k.new_empty(m.last - m.first, 2, B, m.kv.last - m.kv.first, D)
+            for which, x in enumerate((k, v)):
+                part = x[:, m.first - plan.begin:m.last - plan.begin, m.kv.first:m.kv.last]
+                rows[:, which] = part.transpose(0, 1)
+            sends.append((rows, m.target))
         pending = _post(group, sends, [(rows, m.source) for rows, m in _arrivals(plan, buffers)])
         for c in plan.local:
             _C.s2_attention_forward(_part(c, out), lse[:, c.h0:c.h1, c.first:c.last], _part(c, q), _part(c, k, True),
