@@ -190,15 +190,22 @@ static inline void store_row(void *row, int32_t dtype, const float *x, int64_t n
 
 /* ---- loops and memory (parallel.c, compiled once) ------------------------------------------------------------------ */
 
-/* body(i, context) for i in 0..n-1, each exactly once, on the threads of set_threads(). What a body computes must not
- * depend on the thread that runs it, so results are the same for any number of threads. A body that fails returns
+/* body(i, context) for i in 0..n-1, each exactly once, on the threads of set_threads(), but on no more of them than have
+ * set_grain() nanoseconds of work each (0: on all): `cost` is about how many a body takes on one core. What a body computes
+ * must not depend on the thread that runs it, so results are the same for any number of threads. A body that fails returns
  * non-zero (after fail()); then the first such message is kept and -1 comes back. */
-int parallel_for(int64_t n, int (*body)(int64_t i, void *context), void *context);
+int parallel_for(int64_t n, int64_t cost, int (*body)(int64_t i, void *context), void *context);
 void set_threads(int n);
 int get_threads(void);
+void set_grain(int64_t nanoseconds);
+int64_t get_grain(void);
 
 /* 64-byte aligned; NULL and fail() when there is none. Freed by scratch_free before the op returns. */
 void *scratch(int64_t bytes);
 void scratch_free(void *p);
+
+/* Zeroed pages of the system, for what lives longer than a call; NULL when there are none. */
+void *map_memory(int64_t bytes);
+void unmap_memory(void *p, int64_t bytes);
 
 #endif
