@@ -123,7 +123,7 @@ def s2_attention_forward(q, k, v, *, group_size, boundary="split", shift="half",
     if len(q.shape) != 4:
         raise ValueError(f"s2_attention_forward: q should have 4 axes, got {len(q.shape)}")
     out, lse = empty_like(q), empty((q.shape[0], q.shape[2], q.shape[1]), "float32", q)
-    _C.s2_attention_forward(out, lse, q, k, v, cu_seqlens, *_attention_scalars("s2_attention_forward", q, group_size, boundary,
+    _C.s2_attention_forward(out, lse, q, k, v, cu_seqlens, *attention_scalars("s2_attention_forward", q, group_size, boundary,
                                                                               shift, scale))
     return give_back(q, out, lse)
 
@@ -132,11 +132,11 @@ def s2_attention_backward(dout, q, k, v, out, lse, *, group_size, boundary="spli
     """dout [B,T,H,D], the forward's inputs and results -> dq [B,T,H,D], dk and dv [B,T,K,D]."""
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     _C.s2_attention_backward(dq, dk, dv, dout, q, k, v, out, lse, cu_seqlens,
-                             *_attention_scalars("s2_attention_backward", q, group_size, boundary, shift, scale))
+                             *attention_scalars("s2_attention_backward", q, group_size, boundary, shift, scale))
     return give_back(q, dq, dk, dv)
 
 
-def _attention_scalars(op, q, group_size, boundary, shift, scale):
+def attention_scalars(op, q, group_size, boundary, shift, scale):
     return (group_size, _choice(op, "boundary", boundary, BOUNDARIES), _choice(op, "shift", shift, SHIFTS),
             1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale)
 
