@@ -135,9 +135,14 @@ static int overlap(const Tensor *a, const Tensor *b) {
     return low[0] < high[0] && low[1] < high[1] && low[0] < high[1] && low[1] < high[0];
 }
 
-/* Memory of an owner: large blocks go back to the system when the Tensor dies, which malloc does not promise. */
+/* Memory of an owner, zero: large blocks come from the system, which has cleared them, and go back to it when the Tensor dies,
+ * which malloc does not promise. */
 enum { LARGE = 1 << 20 };
-static void *take_memory(size_t bytes) { return bytes < LARGE ? scratch((int64_t)bytes) : map_memory((int64_t)bytes); }
+static void *take_memory(size_t bytes) {
+    if (bytes >= LARGE) return map_memory((int64_t)bytes);
+    void *p = scratch((int64_t)bytes);
+    return p ? memset(p, 0, bytes) : NULL;
+}
 static void free_memory(void *p, size_t bytes) {
     if (bytes < LARGE) scratch_free(p);
     else unmap_memory(p, (int64_t)bytes);
@@ -336,10 +341,10 @@ static PyObject *tensor_array(PyObject *object, PyObject *args, PyObject *kwargs
     return copied;
 }
 
-typedef struct { Tensor out, x; char value[8]; int fill; } Copy;
+typedef struct { Tensor out, x; char value[8]; int fill, zero; } Copy;
 
-/* One row of the last axis, by its place among all rows. Fill: the bytes of value; the same dtype: the bytes of x; between
- * floats: through float32. */
+/* One row of the last axis, by its place among all rows. Fill: zeros, or the bytes of value; the same dtype: the bytes of x;
+ * between floats: through float32. */
 static int copy_row(int64_t row, void *context) {
     const Copy *c = context;
     int last = c->out.ndim - 1;
@@ -353,7 +358,8 @@ static int copy_row(int64_t row, void *context) {
     int64_t out_step = last < 0 ? 1 : c->out.stride[last], x_step = last < 0 ? 1 : c->x.stride[last];
     char *out = at(&c->out, out_at);
     if (c->fill) {
-        for (int64_t i = 0; i < n; i++) memcpy(out + i * out_step * size, c->value, (size_t)size);
+        if (c->zero && out_step == 1) memset(out, 0, (size_t)(n * size));
+        else for (int64_t i = 0; i < n; i++) memcpy(out + i * out_step * size, c->value, (size_t)size);
         return 0;
     }
     const char *x = at(&c->x, x_at);
@@ -398,6 +404,14 @@ static PyObject *tensor_fill(PyObject *object, PyObject *number) {
         case I64: memcpy(c.value, &(int64_t){ (int64_t)value }, 8); break;
         case U8: c.value[0] = (char)(uint8_t)value; break;
         default: store1(c.value, dtype, (float)value);
+    }
+    c.zero = !memcmp(c.value, (char[8]){0}, 8);
+    enum { ROW = 1 << 18 };                                            /* of one that is contiguous: many rows for many threads */
+    if (is_contiguous(&c.out)) {
+        int64_t n = elements_of(&c.out);
+        c.out = (Tensor){ c.out.data, { n / ROW, ROW }, { ROW, 1 }, 2, dtype };
+        copy_all(&c);
+        c.out = (Tensor){ at(&c.out, n / ROW * ROW), { n % ROW }, { 1 }, 1, dtype };
     }
     copy_all(&c);
     Py_RETURN_NONE;
@@ -571,7 +585,7 @@ static PyGetSetDef tensor_getset[] = {
     { "nbytes", get_nbytes, NULL, "Bytes of the elements.", NULL }, { NULL, NULL, NULL, NULL, NULL } };
 static PyType_Slot tensor_slots[] = {
     { Py_tp_doc, "Tensor(shape, dtype=\"float32\")\n--\n\n"
-                 "Uninitialised memory with a shape: allocate, view, copy, export; not an array library.\n"
+                 "Zeros with a shape: allocate, view, copy, export; not an array library.\n"
                  "dtype float32, bfloat16, float16, float64, int32, int64 or uint8; at most 4 axes.\n"
                  "Speaks DLPack and the buffer protocol, both ways." },
     { Py_tp_new, tensor_new }, { Py_tp_dealloc, tensor_dealloc }, { Py_tp_methods, tensor_methods },

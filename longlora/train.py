@@ -54,7 +54,7 @@ def plan_of(o):
 
 def _threads(o):
     if o.num_threads:
-        from ._C import set_num_threads
+        from . import set_num_threads
         set_num_threads(o.num_threads)
 
 
