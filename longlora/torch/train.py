@@ -77,7 +77,7 @@ def arguments(o):
         gradient_accumulation_steps=o.gradient_accumulation_steps, max_steps=1, max_grad_norm=o.max_grad_norm or math.inf,
         learning_rate=o.learning_rate, weight_decay=o.weight_decay, adam_beta1=o.adam_beta1, adam_beta2=o.adam_beta2,
         adam_epsilon=o.adam_epsilon, lr_scheduler_type="constant", bf16=o.dtype == "bfloat16", seed=o.seed, logging_steps=1,
-        logging_strategy="steps", save_strategy="no", eval_strategy="no", report_to=[], disable_tqdm=True,
+        logging_strategy="steps", use_cpu=not torch.cuda.is_available(), save_strategy="no", eval_strategy="no", report_to=[], disable_tqdm=True,
         remove_unused_columns=False, average_tokens_across_devices=True, ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         **({checkpointing: True, f"{checkpointing}_kwargs": {"use_reentrant": False}} if o.checkpointing == "full" else {}))
@@ -312,6 +312,9 @@ class Run:
                 data_collator=lambda places: batch(self.corpus, places, o.sequence_length))
             self.trainer.remove_callback(transformers.PrinterCallback)
             self._check_engine()
+            if o.dtype == "bfloat16" and self.trainer.is_fsdp_enabled:     # the loss is float32, and so it stays
+                sharding = self.trainer.accelerator.state.fsdp_plugin
+                sharding.mixed_precision_policy = replace(sharding.mixed_precision_policy, output_dtype=None)
         if args.process_index == 0:
             driver.write_options(o)
             self.log = metrics.Log(o.output_dir, self.rows)
