@@ -1,0 +1,219 @@
+"""attn_implementation="longlora_s2" on tiny random models of many families: dense is sdpa, S2-Attn is the reference, padding and
+packing are the unpadded runs, generate gives sdpa's tokens; on the transformers installed here and, in a process, on 4.53."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+
+torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
+transformers = pytest.importorskip("transformers", reason="transformers is what is extended here")
+import longlora.torch  # noqa: E402
+from longlora.torch import attention  # noqa: E402
+
+OLDEST = "4.53.3"
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+SMALL = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+FAMILIES = {
+    "llama": {}, "mistral": dict(sliding_window=None), "qwen2": {}, "qwen3": dict(head_dim=8), "phi3": {}, "olmo2": {}, "olmo": {},
+    "gpt_neox": dict(num_key_value_heads=None), "smollm3": dict(no_rope_layers=[1, 0]), "granite": dict(attention_multiplier=0.3),
+    "starcoder2": dict(sliding_window=None), "cohere": {}, "gemma": dict(head_dim=8), "glm": dict(head_dim=8), "stablelm": {},
+    "helium": dict(head_dim=8),
+}
+G = 6
+
+
+def tiny(family, implementation, **changes):
+    """A model of the family; the same weights for every implementation."""
+    given = {**SMALL, **FAMILIES[family], **changes}
+    config = transformers.AutoConfig.for_model(family, **{key: value for key, value in given.items() if value is not None
+                                                          or key == "sliding_window"})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    with torch.no_grad():
+        for p in model.parameters():                           # far enough from uniform that attention matters
+            p.mul_(3 if p.ndim > 1 else 1)
+    return model.eval()
+
+
+def by_mask(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **unused):
+    """S2-Attn by the reference's mask, document by document: what `attention` must equal."""
+    H, T = query.shape[1:3]
+    key, value = (x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
+    borders = [[0, T]] * len(query) if attention_mask is None else attention_mask.tolist()
+    mask = torch.from_numpy(np.stack([reference.attention_mask(T, H, G, cu_seqlens=row) for row in borders]))
+    scores = (query.double() @ key.double().transpose(2, 3)) * (scaling or query.shape[-1] ** -0.5)
+    p = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return (p @ value.double()).to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+transformers.AttentionInterface.register("s2_by_mask", by_mask)
+attention.AttentionMaskInterface.register("s2_by_mask", attention.mask)
+
+
+def ids_of(B, T, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(3, SMALL["vocab_size"], (B, T)))
+
+
+def close(a, b, factor=1.0):
+    torch.testing.assert_close(a, b, rtol=2e-4 * factor, atol=2e-5 * factor * b.abs().max().item())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family(family):
+    ours, sdpa = tiny(family, "longlora_s2"), tiny(family, "sdpa")
+    ids = ids_of(2, 23)
+    close(ours(ids).logits, sdpa(ids).logits)                                          # dense
+    assert torch.equal(*(m.generate(ids[:, :9], attention_mask=torch.ones_like(ids[:, :9]), max_new_tokens=6, do_sample=False)
+                         for m in (ours, sdpa)))
+    longlora.torch.configure(ours, group_size=G)
+    ours.train()
+    whole = ours(ids, use_cache=False).logits
+    close(whole, tiny(family, "s2_by_mask").train()(ids, use_cache=False).logits)      # S2-Attn
+    assert (whole - sdpa(ids).logits).abs().max() > 1e-3 * whole.abs().max()
+    loss = ours(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in ours.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt_neox", "smollm3", "cohere"])
+@pytest.mark.parametrize("training", [False, True])
+def test_padding_and_packing_are_the_unpadded_runs(family, training):
+    model = longlora.torch.configure(tiny(family, "longlora_s2"), group_size=G).train(training)
+    lengths, T = (23, 14, 9), 23
+    rows = [ids_of(1, n, seed=n) for n in lengths]
+    with torch.no_grad():
+        want = [model(row, use_cache=False).logits[0] for row in rows]
+        for side in ("right", "left"):
+            ids, seen = torch.zeros(3, T, dtype=torch.long), torch.zeros(3, T, dtype=torch.long)
+            places = [slice(0, n) if side == "right" else slice(T - n, T) for n in lengths]
+            for i, (row, place) in enumerate(zip(rows, places)):
+                ids[i, place], seen[i, place] = row[0], 1
+            position_ids = (seen.cumsum(-1) - 1).clamp(min=0)
+            got = model(ids, attention_mask=seen, position_ids=position_ids, use_cache=False).logits
+            for i, place in enumerate(places):
+                close(got[i, place], want[i])
+        packed = torch.cat(rows, 1)
+        position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
+        got = model(packed, position_ids=position_ids, use_cache=False).logits[0]
+        close(got, torch.cat(want))
+        documents = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+        mask = (documents[:, None] == documents) & torch.ones(len(documents), len(documents), dtype=torch.bool).tril()
+        for given in (mask, torch.where(mask, 0.0, torch.finfo(torch.float32).min)):   # the same as a 4-D mask
+            got = model(packed, attention_mask=given[None, None], position_ids=position_ids, use_cache=False).logits[0]
+            close(got, torch.cat(want))
+
+
+def test_the_default_group_is_a_quarter():
+    model = tiny("llama", "longlora_s2").train()
+    ids = ids_of(1, 4 * G)
+    close(model(ids).logits, longlora.torch.configure(tiny("llama", "longlora_s2"), G).train()(ids).logits)
+    assert attention.group_size_of(model.config, 3) == 2
+
+
+def test_settings_are_saved(tmp_path):
+    model = longlora.torch.configure(tiny("llama", "sdpa"), group_size=4, boundary="swap", shift="all")
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="longlora_s2")
+    ids = ids_of(1, 16)
+    assert loaded.config.longlora_group_size == 4
+    close(loaded.train()(ids).logits, model.train()(ids).logits)
+
+
+@pytest.mark.parametrize("kwargs", [dict(use_reentrant=False), dict(use_reentrant=True)])
+def test_activation_checkpointing(kwargs):
+    ids, grads = ids_of(2, 17), []
+    for checkpointing in (False, True):
+        model = longlora.torch.configure(tiny("llama", "longlora_s2"), G).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+            model.enable_input_require_grads()
+        mask = torch.ones_like(ids)
+        mask[0, 12:] = 0
+        model(ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4 does not trace its own masks without a graph break")
+def test_a_model_compiles_in_one_graph():
+    torch._dynamo.reset()
+    model, ids = longlora.torch.configure(tiny("llama", "longlora_s2"), G).train(), ids_of(2, 17)
+    want = model(ids, labels=ids, use_cache=False).loss
+    got = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, labels=ids, use_cache=False).loss
+    torch.testing.assert_close(got, want)
+
+
+def test_generate_with_left_padding_and_a_static_cache():
+    ours, sdpa = tiny("llama", "longlora_s2"), tiny("llama", "sdpa")
+    ids, mask = ids_of(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    for kwargs in (dict(), dict(cache_implementation="static", disable_compile=True), dict(use_cache=False), dict(num_beams=2)):
+        assert torch.equal(*(m.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False, **kwargs) for m in (ours, sdpa)))
+
+
+def bidirectional():
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    return dict(attention_mask=mask)
+
+
+@pytest.mark.parametrize("family, changes, inputs, words", [
+    ("mistral", dict(sliding_window=4), dict, "sliding window of 4 tokens is active at 8"),
+    ("llama", dict(attention_dropout=0.1), dict, "dropout of attention weights is not supported, got 0.1"),
+    ("llama", {}, bidirectional, "not causal attention within documents"),
+    ("llama", {}, lambda: dict(attention_mask=torch.ones(1, 1, 8, 9, dtype=torch.bool)), "should be"),
+    ("llama", {}, lambda: dict(attention_mask=torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1]])), "not causal attention within documents"),
+])
+def test_what_cannot_be_trained_is_refused(family, changes, inputs, words):
+    model = tiny(family, "longlora_s2", **changes).train()
+    with pytest.raises(ValueError, match=words):
+        model(ids_of(1, 8), use_cache=False, **inputs())
+
+
+@pytest.mark.parametrize("asked, words", [(dict(s_aux=torch.zeros(4)), "attention sinks"), (dict(softcap=30.0), "soft-capped"),
+                                          (dict(is_causal=False), "not causal")])
+def test_what_the_kernel_does_not_do_is_refused(asked, words):
+    module = tiny("llama", "longlora_s2").model.layers[0].self_attn
+    x = torch.randn(1, 4, 8, 8)
+    with pytest.raises(ValueError, match=words):
+        attention.attention(module, x, x, x, None, **asked)
+
+
+def test_in_evaluation_a_sliding_window_and_a_gap_are_sdpas():
+    ids = ids_of(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, 3:5] = 0
+    for family, changes, kwargs in (("mistral", dict(sliding_window=4), {}), ("llama", {}, dict(attention_mask=mask))):
+        ours, sdpa = (tiny(family, name, **changes)(ids, use_cache=False, **kwargs).logits for name in ("longlora_s2", "sdpa"))
+        close(ours[mask.bool()], sdpa[mask.bool()])
+
+
+@pytest.mark.parametrize("asked, words", [(dict(group_size=0), "above 0, got 0"), (dict(group_size=True), "got True"),
+                                          (dict(boundary="warp"), "split, wrap, swap"), (dict(shift="most"), "half, none, all")])
+def test_configure_names_what_is_wrong(asked, words):
+    with pytest.raises(ValueError, match=words):
+        longlora.torch.configure(tiny("llama", "sdpa"), **asked)
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="this is the run on the oldest transformers")
+def test_on_the_oldest_transformers(tmp_path):
+    """The same tests in a process that imports transformers 4.53, installed beside everything else for it alone."""
+    cache = Path(os.environ.get("LONGLORA_TEST_CACHE") or Path.home() / ".cache" / "longlora-tests") / f"transformers-{OLDEST}"
+    if not (cache / "complete").exists():
+        done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", cache,
+                               f"transformers=={OLDEST}", "tokenizers==0.21.4", "huggingface_hub==0.36.0"], capture_output=True,
+                              text=True, timeout=600)
+        if done.returncode:
+            pytest.skip(f"transformers {OLDEST} cannot be installed: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
+        (cache / "complete").touch()
+    paths = os.pathsep.join([str(cache), os.environ["PYTHONPATH"]])
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", tmp_path / "old",
+                           "--rootdir", here.parent, here / "test_torch_transformers.py"], capture_output=True, text=True,
+                          cwd=tmp_path, timeout=900, env={**os.environ, "PYTHONPATH": paths})
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout
