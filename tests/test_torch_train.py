@@ -236,7 +236,7 @@ def test_accelerates_configuration_is_heeded_or_refused(tmp_path, monkeypatch):
     assert "mixed_precision is bf16, dtype is float32" in failure(tmp_path)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert "asks for FSDP, but here accelerate does not shard" in failure(tmp_path)
+    assert "asks for FSDP, but here accelerate does not do it" in failure(tmp_path)
 
 
 def test_a_run_is_never_written_over_and_numbers_stay_finite(tmp_path):
@@ -266,7 +266,7 @@ FSDP2 = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "ma
                          "fsdp_reshard_after_forward": True, "fsdp_cpu_ram_efficient_loading": True,
                          "fsdp_state_dict_type": "SHARDED_STATE_DICT"}}
 DEEPSPEED = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "machine_rank": 0, "num_machines": 1,
-             "num_processes": 2, "main_process_port": 0, "mixed_precision": "no", "use_cpu": True}
+             "num_processes": 2, "main_process_port": 0, "mixed_precision": "no", "use_cpu": False}
 
 
 def launched(tmp_path, output, config=None, **fields):

@@ -77,7 +77,8 @@ def arguments(o):
         gradient_accumulation_steps=o.gradient_accumulation_steps, max_steps=1, max_grad_norm=o.max_grad_norm or math.inf,
         learning_rate=o.learning_rate, weight_decay=o.weight_decay, adam_beta1=o.adam_beta1, adam_beta2=o.adam_beta2,
         adam_epsilon=o.adam_epsilon, lr_scheduler_type="constant", bf16=o.dtype == "bfloat16", seed=o.seed, logging_steps=1,
-        logging_strategy="steps", use_cpu=not torch.cuda.is_available(), save_strategy="no", eval_strategy="no", report_to=[], disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        logging_strategy="steps", save_strategy="no", eval_strategy="no", report_to=[], disable_tqdm=True,
         remove_unused_columns=False, average_tokens_across_devices=True, ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         **({checkpointing: True, f"{checkpointing}_kwargs": {"use_reentrant": False}} if o.checkpointing == "full" else {}))
@@ -97,8 +98,11 @@ def once(args, function):
         raise UserError(said[0])
 
 
-def build(o, setup):
-    """The base model at o.model with rope, S2-Attn and LoRA as the options say; A as the driver draws it -> PeftModel."""
+def build(o, setup, saved=None):
+    """The base model at o.model with rope, S2-Attn and LoRA as the options say -> PeftModel.
+
+    What is trained starts as in the driver, or as a checkpoint's tensors, `saved`, have it.
+    """
     gguf = os.path.isfile(o.model)
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     model = AutoModelForCausalLM.from_pretrained(
@@ -117,13 +121,26 @@ def build(o, setup):
         model = extend(model, o.target_length, rope=o.rope_type, lora=lora, **attention)
     else:
         model = ExtendedModel(configure(model, **attention), lora)
+    shapes = setup.lora.tensor_shapes(setup.config)
     for name, parameter in named(model, setup):
         parameter.data = parameter.data.float()        # masters, as the driver's; under bfloat16 autocast does the rest
-        if name.endswith("lora_A.weight"):
-            start = _C.Tensor(tuple(parameter.shape), "float32")
-            Model.draw(name, o.seed, start, 1 / math.sqrt(parameter.shape[1]))
-            parameter.data.copy_(torch.from_numpy(start.numpy()))
+        if saved is not None:
+            put(parameter, saved[f"value.{name}"])
+        elif name.endswith("lora_A.weight"):
+            start = _C.Tensor(shapes[name], "float32")
+            Model.draw(name, o.seed, start, 1 / math.sqrt(shapes[name][1]))
+            put(parameter, start.numpy())
     return model
+
+
+def put(parameter, array):
+    """array into a parameter that no engine has yet, but that ZeRO-3 may have parted as it was read."""
+    whole = contextlib.nullcontext()
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.zero import GatheredParameters
+        whole = GatheredParameters([parameter], modifier_rank=0)
+    with whole:
+        parameter.data.copy_(torch.from_numpy(np.array(array)))
 
 
 def named(model, setup):
@@ -166,8 +183,8 @@ class Trained:
         return found.reshape(self.shape).to("cpu", torch.float32)
 
     @torch.no_grad()
-    def write(self, value, m, v, step):
-        """float32 ndarrays, as they were after `step` steps."""
+    def restore(self, value, m, v, step):
+        """The optimizer's part, float32 ndarrays, as it was after `step` steps; the parameter itself has `value` already."""
         p, arrays = self._parameter, {"value": value, "m": m, "v": v}
         tensors = {what: torch.from_numpy(np.array(array)).to(p.device) for what, array in arrays.items()}
         if self._trainer.is_deepspeed_enabled:
@@ -179,7 +196,6 @@ class Trained:
         if isinstance(p, DTensor):
             where = dict(device_mesh=p.device_mesh, placements=p.placements, src_data_rank=None)
             tensors = {what: distribute_tensor(x, **where) for what, x in tensors.items()}
-        p.copy_(tensors["value"])
         moments = {name: tensors[what] for what, name in MOMENTS.items()}
         self._trainer.optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
 
@@ -191,6 +207,16 @@ class Trained:
     def grad(self):
         """Zero where the gradients so far were: the optimizer's mean of them, for they are gone themselves."""
         return self.read("m")
+
+
+def made_steps(zero, step):
+    """Gives DeepSpeed's ZeRO optimizer, stage 1 to 3, the state that it would else make in its first step."""
+    flat = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
+    for x in flat:
+        moments = {name: torch.zeros_like(x) for name in MOMENTS.values()}
+        zero.optimizer.state[x] = {"step": torch.tensor(float(step)), **moments}
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 class Places(torch.utils.data.Dataset):
@@ -307,7 +333,7 @@ class Run:
             args.max_steps = left
             self.trainer = Steps(
                 o, self.share, lambda model: [(kinds[name], parameter) for name, parameter in named(model, self.setup)],
-                model=build(o, self.setup), args=args, callbacks=[Callback(self)],
+                model=build(o, self.setup, self.tensors), args=args, callbacks=[Callback(self)],
                 train_dataset=Places(self.corpus, o.seed, self.step * self.each, left * self.each),
                 data_collator=lambda places: batch(self.corpus, places, o.sequence_length))
             self.trainer.remove_callback(transformers.PrinterCallback)
@@ -352,9 +378,10 @@ class Run:
         if precision != ("bf16" if self.o.dtype == "bfloat16" else "no"):
             raise UserError(f"accelerate's mixed_precision is {precision}, dtype is {self.o.dtype}; wanted bf16 with bfloat16, "
                             "no with float32")
-        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true") and kind != DistributedType.FSDP:
-            raise UserError("accelerate's configuration asks for FSDP, but here accelerate does not shard (one process, or "
-                            f"{self.args.device.type})")
+        for name in ("FSDP", "DEEPSPEED"):
+            if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true") and kind != name:
+                raise UserError(f"accelerate's configuration asks for {name}, but here accelerate does not do it (one process, "
+                                f"or {self.args.device.type})")
         if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
             raise UserError("accelerate's fsdp_version is 1; wanted 2 (accelerate to-fsdp2 converts the configuration)")
         if kind == DistributedType.MEGATRON_LM or getattr(accelerator, "parallelism_config", None) is not None:
@@ -370,8 +397,10 @@ class Run:
         for p in self.trained:
             p.bind(parameters[p.name], self.trainer)
         if self.tensors is not None:
+            if self.trainer.is_deepspeed_enabled:
+                made_steps(self.trainer.model_wrapped.optimizer, self.step)
             for p in self.trained:
-                p.write(*(self.tensors[f"{what}.{p.name}"] for what in ("value", "m", "v")), self.step)
+                p.restore(*(self.tensors[f"{what}.{p.name}"] for what in ("value", "m", "v")), self.step)
         self.trainer.loss, self.heldout = 0.0, ""
         if self.evaluated and self.step == 0:
             loss = self._evaluate()
