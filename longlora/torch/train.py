@@ -69,17 +69,17 @@ def run(o, say=print):
 
 
 def arguments(o):
-    """The options as TrainingArguments; making them is what joins the group of processes."""
+    """The options as TrainingArguments, all but the number of steps; making them is what joins the group of processes."""
     checkpointing = next(name for name in ("activation_checkpointing", "gradient_checkpointing")
                          if name in TrainingArguments.__dataclass_fields__)
     return TrainingArguments(
         output_dir=o.output_dir, per_device_train_batch_size=o.per_device_train_batch_size,
         gradient_accumulation_steps=o.gradient_accumulation_steps, max_steps=1, max_grad_norm=o.max_grad_norm or math.inf,
         learning_rate=o.learning_rate, weight_decay=o.weight_decay, adam_beta1=o.adam_beta1, adam_beta2=o.adam_beta2,
-        adam_epsilon=o.adam_epsilon, lr_scheduler_type="constant", bf16=o.dtype == "bfloat16", seed=o.seed, logging_steps=1,
-        use_cpu=not torch.cuda.is_available(),
-        logging_strategy="steps", save_strategy="no", eval_strategy="no", report_to=[], disable_tqdm=True,
-        remove_unused_columns=False, average_tokens_across_devices=True, ddp_find_unused_parameters=False,
+        adam_epsilon=o.adam_epsilon, lr_scheduler_type="constant", bf16=o.dtype == "bfloat16", seed=o.seed,
+        logging_strategy="steps", logging_steps=1, save_strategy="no", eval_strategy="no", report_to=[], disable_tqdm=True,
+        remove_unused_columns=False, label_names=["labels"], average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False, use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         **({checkpointing: True, f"{checkpointing}_kwargs": {"use_reentrant": False}} if o.checkpointing == "full" else {}))
 
@@ -435,7 +435,7 @@ class Run:
             row["eval_loss"] = self._evaluate()
             row["eval_perplexity"] = ppl.perplexity(row["eval_loss"])
             self.heldout = f", held-out perplexity {row['eval_perplexity']:.3f}"
-        row["peak_memory"] = (torch.cuda.max_memory_allocated() if args.device.type == "cuda" else metrics.peak_memory())
+        row["peak_memory"] = torch.cuda.max_memory_allocated() if args.device.type == "cuda" else metrics.peak_memory()
         self.bar.update(1)
         self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s{self.heldout}")
         if self.step % o.logging_steps == 0 or self.step == self.steps or "eval_loss" in row:
@@ -457,7 +457,7 @@ class Run:
     def _evaluate(self):
         """Mean loss of the held-out sequences, dense attention. Every process makes as many passes: sharded, they have to."""
         model, args = self.trainer.model, self.args
-        training, total = model.training, torch.zeros(2, device=args.device)
+        training, total = model.training, torch.zeros(2, dtype=torch.float64, device=args.device)
         model.eval()
         for start in range(0, self.evaluated, args.world_size):
             i = start + args.process_index
@@ -465,9 +465,9 @@ class Run:
             inputs = {name: x.to(args.device) for name, x in inputs.items()}
             loss = model(**inputs, num_items_in_batch=1).loss
             if i < self.evaluated:
-                total += torch.stack([loss.float(), (inputs["labels"] != -100).sum().float()])
+                total += torch.stack([loss.double(), (inputs["labels"] != -100).sum().double()])
         model.train(training)
-        loss, tokens = self.trainer.accelerator.gather(total[None]).double().sum(0).tolist()
+        loss, tokens = self.trainer.accelerator.gather(total[None]).sum(0).tolist()
         return loss / tokens
 
     def _gather(self, *whats):
