@@ -19,7 +19,7 @@ VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 SMALL = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 FAMILIES = {
-    "llama": {}, "mistral": dict(sliding_window=None), "qwen2": {}, "qwen3": dict(head_dim=8), "phi3": {}, "olmo2": {}, "olmo": {},
+    "llama": {}, "mistral": dict(sliding_window=None), "qwen2": {}, "qwen3": dict(head_dim=8), "phi3": dict(original_max_position_embeddings=128), "olmo2": {}, "olmo": {},
     "gpt_neox": dict(num_key_value_heads=None), "smollm3": dict(no_rope_layers=[1, 0]), "granite": dict(attention_multiplier=0.3),
     "starcoder2": dict(sliding_window=None), "cohere": {}, "gemma": dict(head_dim=8), "glm": dict(head_dim=8), "stablelm": {},
     "helium": dict(head_dim=8),
@@ -65,6 +65,8 @@ def close(a, b, factor=1.0):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family(family):
+    if family == "stablelm" and VERSION < (5, 0):
+        pytest.skip("StableLM of transformers 4.53 does not use the attention interface")
     ours, sdpa = tiny(family, "longlora_s2"), tiny(family, "sdpa")
     ids = ids_of(2, 23)
     close(ours(ids).logits, sdpa(ids).logits)                                          # dense

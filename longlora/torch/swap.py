@@ -7,6 +7,7 @@ adapters, a merged weight) go PEFT's way, call by call.
 import functools
 import sys
 import types
+import weakref
 
 import torch
 
@@ -93,7 +94,7 @@ def _swap_rotary(name):
         if not same:
             return False
         module.apply_rotary_pos_emb = functools.partial(_apply_rotary_pos_emb, theirs)
-        _rotated[name] = (theirs, set())
+        _rotated[name] = (theirs, weakref.WeakSet())
     return True
 
 
@@ -164,7 +165,7 @@ def swap(model):
             counts[kind] += 1
         source = sys.modules[type(module).__module__]
         if type(module).__name__.endswith("Attention") and hasattr(source, "apply_rotary_pos_emb") and _swap_rotary(source.__name__):
-            _rotated[source.__name__][1].add(id(inner))
+            _rotated[source.__name__][1].add(inner)
             counts["rope"] += 1
     if _plain_loss(inner):
         _replace(inner, _loss(inner))
@@ -183,7 +184,7 @@ def unswap(model):
             else:
                 module.forward = before
     for name, (theirs, users) in list(_rotated.items()):
-        users.discard(id(inner))
+        users.discard(inner)
         if not users:
             sys.modules[name].apply_rotary_pos_emb = theirs
             del _rotated[name]
