@@ -86,7 +86,7 @@ def save(directory, tensors, lora, base, raw, tokenizer=None):
     UserError when it cannot be written; each file is whole or absent.
     """
     config = read_config(raw)
-    _check(tensors, lora.tensor_shapes(config), "tensors")
+    check(tensors, lora.tensor_shapes(config), "tensors")
     modules = list(lora.modules_to_save)
     out = {PREFIX + name: array for name, array in tensors.items()}
     tied = config.tie_word_embeddings and "model.embed_tokens.weight" in tensors
@@ -154,7 +154,7 @@ def load(directory, base=None):
         raise UserError(f"{directory}: is an adapter for another base model than {base.path}: its config has other shapes")
     if config is not None:
         lora = _tie(lora, tensors, config, path)
-        _check(tensors, lora.tensor_shapes(config), path)
+        check(tensors, lora.tensor_shapes(config), path)
     for name, array in tensors.items():
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {name} is not finite")
@@ -201,7 +201,7 @@ def _tie(lora, tensors, config, path):
     return replace(lora, modules_to_save=tuple(name for name in lora.modules_to_save if name != "lm_head"))
 
 
-def _check(tensors, wanted, where):
+def check(tensors, wanted, where):
     missing, extra = [name for name in wanted if name not in tensors], [name for name in tensors if name not in wanted]
     if missing:
         raise UserError(f"{where}: {len(missing)} tensors of the adapter are missing: {some(missing)}")

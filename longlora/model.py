@@ -293,7 +293,7 @@ class Model:
             if s.kind in ("norm", "bias"):
                 self._write(name, lambda out: out.fill(1 if s.kind == "norm" else 0))
             else:
-                self._write(name, lambda out: self._draw(name, seed, out, self.config.initializer_range, normal=True))
+                self._write(name, lambda out: self.draw(name, seed, out, self.config.initializer_range, normal=True))
         self.refresh()
         return self
 
@@ -301,13 +301,13 @@ class Model:
         """As PEFT: A kaiming-uniform with a = sqrt(5), that is uniform within 1/sqrt(features in); B zero, as the arena is."""
         for name, (s, _) in self._places.items():
             if s.kind == "lora_A":
-                self._write(name, lambda out: self._draw(name, self.seed, out, 1 / math.sqrt(s.shape[1])))
+                self._write(name, lambda out: self.draw(name, self.seed, out, 1 / math.sqrt(s.shape[1])))
         for p in self.parameters:
             if p.kind == "lora_A":
                 p.publish()
 
     @staticmethod
-    def _draw(name, seed, out, width, normal=False):
+    def draw(name, seed, out, width, normal=False):
         """Random rows of `out` [N,C]: normal(0, width), or uniform in -width .. width."""
         random = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
         rows, columns = out.shape

@@ -42,7 +42,7 @@ def train(say=print, **keywords):
 
 def plan_of(o):
     """The Plan of a run with these options: from the config alone, no weight is read."""
-    _threads(o)
+    use_threads(o)
     path = o.model or o.init
     if os.path.isfile(path) and path.endswith(".gguf"):
         from .weights import open_model
@@ -52,7 +52,7 @@ def plan_of(o):
     return Setup(o, config).plan
 
 
-def _threads(o):
+def use_threads(o):
     if o.num_threads:
         from . import set_num_threads
         set_num_threads(o.num_threads)
@@ -169,19 +169,19 @@ class Moved:
 
 def run(o, say=print):
     """As `train`, with checked options."""
-    _threads(o)
+    use_threads(o)
     source = Source(o)
     setup = Setup(o, source.config)
     plan = setup.plan
     if not plan.fits:
         raise UserError(f"this run needs {plan.total / 2**30:.2f} GiB, there are {plan.memory / 2**30:.2f}; what would make it "
                         "fit: " + "; ".join(plan.changes))
-    _refuse(o)
+    refuse_taken(o)
     with checkpoint.alone(o.output_dir):
         return _run(o, source, setup, say)
 
 
-def _refuse(o):
+def refuse_taken(o):
     """Stop where output_dir holds something that this run would write over."""
     if os.path.exists(o.output_dir) and not os.path.isdir(o.output_dir):
         raise UserError(f"{o.output_dir}: is not a directory")
@@ -201,7 +201,7 @@ def _run(o, source, setup, say):
     from .optimizer import AdamW
     checkpoint.sweep(o.output_dir)
     resumed = checkpoint.resolve(o.resume_from_checkpoint, o.output_dir) if o.resume_from_checkpoint else None
-    corpus, held_out, fingerprint = _data(o, source, setup, say)
+    corpus, held_out, fingerprint = read_data(o, source, setup, say)
     each = o.per_device_train_batch_size * o.gradient_accumulation_steps
     steps = o.max_steps if o.max_steps > 0 else max(1, math.ceil(o.num_train_epochs * len(corpus) / each))
     warmup = int(o.warmup_steps) if o.warmup_steps >= 1 else math.ceil(o.warmup_steps * steps)
@@ -223,7 +223,7 @@ def _run(o, source, setup, say):
         model.init_random(o.seed)
     if resumed is not None:
         state, tensors = checkpoint.load(resumed)
-        _same_run(state, identity, o, resumed)
+        same_run(state, identity, o, resumed)
         step, order.position, history = state["global_step"], state["position"], state["log_history"]
         optimizer.load_state_dict(tensors, step)
         if step > steps:
@@ -247,10 +247,12 @@ def _run(o, source, setup, say):
         return sum(loss for _, loss in pairs) / sum(tokens for tokens, _ in pairs)
 
     held_out_indices = range(min(len(held_out), o.max_eval_samples or len(held_out))) if held_out is not None else ()
-    _write_options(o)
+    write_options(o)
     log = metrics.Log(o.output_dir, history)
-    for line in describe(o, setup, model, corpus, len(held_out_indices), steps, warmup):
-        say(line)
+    for sentence in describe(o, setup, model.parameters, corpus, len(held_out_indices), steps, warmup):
+        say(sentence)
+    say(f"memory: {setup.plan.total / 2**30:.3f} GiB planned of {setup.plan.memory / 2**30:.3f} available, {o.dtype}, "
+        f"checkpointing {setup.plan.checkpointing}")
     if o.resume_from_checkpoint:
         say(f"resuming: {resumed}, after step {step}" if resumed else "resuming: no checkpoint yet, from the start")
     if held_out_indices and step == 0:
@@ -268,7 +270,7 @@ def _run(o, source, setup, say):
             rates = {kind: (o.embedding_learning_rate if kind in WHOLE else o.learning_rate) * share for kind in kinds}
             # the first step of a run also faults its memory in: it is recorded only where there is no other
             recorded = recorder if recorder is not None and (step > first or steps == step + 1) else contextlib.nullcontext()
-            with _step_named(step + 1, checkpoint.found(o.output_dir)), recorded:
+            with step_named(step + 1, checkpoint.found(o.output_dir)), recorded:
                 model.zero_grad()
                 loss = sum(model.train_microbatch(ids, targets, loss_scale=1 / tokens) for ids, targets in micro) / tokens
                 norm = optimizer.step(rates)
@@ -290,11 +292,11 @@ def _run(o, source, setup, say):
                 log.add(**row)
                 left = (time.perf_counter() - began) / (step - first) * (steps - step)
                 if bar.disable:
-                    say(_line(row, steps, left))
+                    say(line(row, steps, left))
             if o.save_steps and step % o.save_steps == 0 and step < steps and stop.signal is None:
                 save()
         saved = save() if step > first or resumed is None else resumed
-    _draw(o, log.rows)
+    draw(o, log.rows)
     if recorder is not None and recorder.steps:
         found = recorder.report()
         write_json(os.path.join(o.output_dir, PROFILE), found)
@@ -304,13 +306,13 @@ def _run(o, source, setup, say):
         say(f"stopped by {signal.Signals(stopped).name} after step {step}; go on with --resume-from-checkpoint {saved}")
     else:
         write_model(o.output_dir)
-        say(_last(o, log.rows))
+        say(last_line(o, log.rows))
     last = {key: value for row in log.rows for key, value in row.items()}
     return Result(output_dir=o.output_dir, step=step, loss=last.get("loss"), eval_loss=last.get("eval_loss"), stopped=stopped,
                   history=log.rows)
 
 
-def _data(o, source, setup, say):
+def read_data(o, source, setup, say):
     """-> Sequences to train on, Sequences held out or None, and a string that tells the former from others."""
     cache = o.cache_dir or os.path.join(o.output_dir, "cache")
     if os.path.isdir(cache):
@@ -328,7 +330,7 @@ def _data(o, source, setup, say):
     return corpus, held_out, f"{corpus.tokens.fingerprint} {len(corpus)}"
 
 
-def _same_run(state, identity, o, where):
+def same_run(state, identity, o, where):
     """A resumed run must be the run that was stopped: what is in its arithmetic may not differ."""
     what = {"data": "other data", "base": "another base model", "schedule": "a schedule of another warm-up or length"}
     for key, words in what.items():
@@ -340,7 +342,7 @@ def _same_run(state, identity, o, where):
 
 
 @contextlib.contextmanager
-def _step_named(step, checkpoints):
+def step_named(step, checkpoints):
     """What goes wrong in a step is said with its number and with what there is to go back to."""
     try:
         yield
@@ -349,33 +351,33 @@ def _step_named(step, checkpoints):
         raise UserError(f"step {step}: {error}; stopped, {left}") from None
 
 
-def _write_options(o):
+def write_options(o):
     import yaml
     write_text(os.path.join(o.output_dir, OPTIONS), yaml.safe_dump(o.to_dict(), sort_keys=False))
 
 
-def _line(row, steps, left):
+def line(row, steps, left):
     left = f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
     text = (f"step {row['step']}/{steps}  loss {row['loss']:.4f}  learning rate {row['learning_rate']:.3g}  grad norm "
             f"{row['grad_norm']:.3g}  {row['tokens_per_s']:,.0f} tokens/s  {left} left")
     return text + (f"  held-out perplexity {row['eval_perplexity']:.3f}" if "eval_loss" in row else "")
 
 
-def _last(o, rows):
+def last_line(o, rows):
     evaluated = [row["eval_perplexity"] for row in rows if "eval_perplexity" in row]
     if not evaluated:
         return f"saved {o.output_dir}"
     return f"saved {o.output_dir}; held-out perplexity {evaluated[0]:.3f} -> {evaluated[-1]:.3f}, dense attention"
 
 
-def _draw(o, rows):
+def draw(o, rows):
     if any("loss" in row for row in rows):
         from . import plots
         plots.loss(os.path.join(o.output_dir, "loss.png"), rows)
 
 
-def describe(o, setup, model, corpus, held_out, steps, warmup):
-    """What the run will do, line by line."""
+def describe(o, setup, parameters, corpus, held_out, steps, warmup, processes=None):
+    """What the run will do, line by line. processes: how many share a step, None when there is but one."""
     H, B, n = setup.config.num_attention_heads, o.per_device_train_batch_size, o.gradient_accumulation_steps
     if setup.attention is None:
         yield f"attention: dense causal, {H} heads"
@@ -384,13 +386,14 @@ def describe(o, setup, model, corpus, held_out, steps, warmup):
         yield (f"attention: S2 {o.boundary}, group {o.group_size} of {o.sequence_length} tokens, {shifted}/{H} heads shifted "
                f"by {o.group_size // 2}; evaluation is dense")
     counts = {}
-    for p in model.parameters:
+    for p in parameters:
         counts[p.kind] = counts.get(p.kind, 0) + math.prod(p.shape)
     yield "trainable: " + ", ".join(f"{kind} {count:,}" for kind, count in counts.items()) + f"; total {sum(counts.values()):,}"
     yield setup.rope
     yield f"data: {corpus.sentence}" + (f"; {held_out:,} sequences are evaluated" if held_out else "")
-    yield (f"steps: {steps:,} of {B} x {n} x {o.sequence_length:,} = {B * n * o.sequence_length:,} tokens; learning rate "
+    each, shared = f"{B} x {n} x {o.sequence_length:,}", ""
+    if processes is not None:
+        each, shared = f"{processes} x {each}", f" by {processes} processes"
+    yield (f"steps: {steps:,} of {each} = {(processes or 1) * B * n * o.sequence_length:,} tokens{shared}; learning rate "
            f"{o.learning_rate:g}, embedding, head and norms {o.embedding_learning_rate:g}, {o.lr_scheduler_type}"
            + (f" after {warmup} steps of warm-up" if warmup else ""))
-    yield (f"memory: {setup.plan.total / 2**30:.3f} GiB planned of {setup.plan.memory / 2**30:.3f} available, {o.dtype}, "
-           f"checkpointing {setup.plan.checkpointing}")

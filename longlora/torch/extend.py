@@ -17,6 +17,20 @@ class ExtendedModel(PeftModelForCausalLM):
         if is_main_process:
             self.get_base_model().config.save_pretrained(save_directory)
 
+    def tie_weights(self, *args, **kwargs):
+        """As transformers has it, also where PEFT wraps embedding and head: their frozen weights, and their trained ones.
+
+        accelerate calls it after it moved the parameters.
+        """
+        base = self.get_base_model()
+        embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+        if not (hasattr(embedding, "modules_to_save") and hasattr(head, "modules_to_save")):
+            base.tie_weights(*args, **kwargs)
+        elif base.config.tie_word_embeddings:
+            head.original_module.weight = embedding.original_module.weight
+            for name, module in head.modules_to_save.items():
+                module.weight = embedding.modules_to_save[name].weight
+
 
 def set_rope(model, type, target_length):
     """Extend the positions of `model` in place to `target_length` tokens -> one sentence with the arithmetic.

@@ -1,0 +1,26 @@
+"""One process of the groups in test_torch_train.py: longlora.torch.train, with the arguments of the command line.
+
+accelerate shards over processes that have a GPU each and over no others: this one says that it has one. What follows, FSDP2 and
+DeepSpeed themselves, runs on the CPU over gloo.
+"""
+import os
+import sys
+
+from accelerate.state import DistributedType, PartialState
+
+from longlora.torch.train import main
+
+start = PartialState.__init__
+
+
+def as_if_on_a_gpu(self, *args, **kwargs):
+    start(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        self.distributed_type = DistributedType.DEEPSPEED if deepspeed else DistributedType.MULTI_GPU
+
+
+PartialState.__init__ = as_if_on_a_gpu
+
+if __name__ == "__main__":
+    sys.exit(main())
