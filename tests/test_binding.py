@@ -548,7 +548,7 @@ def test_calls_leak_nothing():
 
 def test_memory_of_a_large_tensor_is_committed_late_and_returned():
     script = """
-import longlora
+import longlora.ops
 def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096
 before = resident()
 t = longlora.Tensor(256 << 20, "uint8")
