@@ -72,7 +72,8 @@ def s2_attention(module, query, key, value, attention_mask, scaling=None, group=
     return out.transpose(0, 1)[None], None
 
 
-def peer_step(length, group, dtype, checkpointing):
+def torch_step(length, group, dtype, checkpointing=False, swapped=False):
+    """transformers + peft, as people train; `swapped`: with longlora.torch's attention and layers in it."""
     import functools
 
     import torch
@@ -88,6 +89,9 @@ def peer_step(length, group, dtype, checkpointing):
     for name, parameter in model.named_parameters():
         if "embed_tokens" in name or "norm" in name:
             parameter.requires_grad_(True)
+    if swapped:
+        import longlora.torch
+        longlora.torch.swap(longlora.torch.configure(model, group))
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -111,7 +115,7 @@ def one_side(side, length, group, dtype, repeats):
     if side == "ours":
         step, kept = our_step(length, group, dtype)
     else:
-        step = peer_step(length, group, dtype, side == "peer checkpointing")
+        step = torch_step(length, group, dtype, side == "peer checkpointing", side == "torch")
     losses, times = [step()], []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -119,6 +123,32 @@ def one_side(side, length, group, dtype, repeats):
         times.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({"seconds": statistics.median(times), "gib": peak, "losses": losses, "checkpointing": kept}))
+
+
+def measured(bench, sides, length, group, dtype):
+    """Each side in a process of its own -> dict of what they printed."""
+    figures, repeats = {}, max(2, round(bench.options.seconds * 2))
+    for side in sides:
+        command = [sys.executable, "-m", "benchmarks.bench_train_step", "--side", side, "--length", str(length), "--group", str(group),
+                   "--dtype", dtype, "--repeats", str(repeats)]
+        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(bench.options.threads)}, check=True,
+                              stdout=subprocess.PIPE, text=True)
+        figures[side] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def compare(bench, ours, peers, cases):
+    """Rows of time and memory: side `ours` against each of `peers`."""
+    for length, group in cases:
+        for dtype in ("float32", "bfloat16"):
+            name = f"T={length} G={group}"
+            if not bench.wants(name, dtype):
+                continue
+            figures = measured(bench, (ours, *peers), length, group, dtype)
+            for side in peers:
+                for what, unit in (("seconds", "s"), ("gib", "GiB")):
+                    bench.record(f"{name} {'step' if unit == 's' else 'memory'}", figures[ours][what], figures[side][what], unit,
+                                 dtype=dtype, peer_name=side.replace("peer", "transformers+peft"))
 
 
 def main(argv=None):
@@ -131,25 +161,7 @@ def main(argv=None):
             parser.add_argument(f"--{name}", type=int)
         parser.add_argument("--dtype")
         return one_side(**vars(parser.parse_args(argv)))
-    bench = harness.Bench("train_step", argv)
-    repeats = max(2, round(bench.options.seconds * 2))
-    environment = os.environ | {"OMP_NUM_THREADS": str(bench.options.threads)}
-    for length, group in CASES:
-        for dtype in ("float32", "bfloat16"):
-            name = f"T={length} G={group}"
-            if not bench.wants(name, dtype):
-                continue
-            figures = {}
-            for side in ("ours", "peer", "peer checkpointing"):
-                command = [sys.executable, "-m", "benchmarks.bench_train_step", "--side", side, "--length", str(length), "--group",
-                           str(group), "--dtype", dtype, "--repeats", str(repeats)]
-                done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-                figures[side] = json.loads(done.stdout.splitlines()[-1])
-            ours = figures.pop("ours")
-            for side, peer in figures.items():
-                for what, unit in (("seconds", "s"), ("gib", "GiB")):
-                    bench.record(f"{name} {'step' if unit == 's' else 'memory'}", ours[what], peer[what], unit, dtype=dtype,
-                                 peer_name=side.replace("peer", "transformers+peft"))
+    compare(harness.Bench("train_step", argv), "ours", ("peer", "peer checkpointing"), CASES)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ of GB/s and a share of its copy bandwidth; neither: milliseconds. `peer` may be 
 torch and we get the same number of threads. `bench.torch` is torch with its threads set, imported when first used.
 """
 import argparse
-import ctypes
 import functools
 import json
 import os
@@ -19,85 +18,13 @@ import pathlib
 import platform
 import statistics
 import subprocess
-import tempfile
-import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 
 import longlora
-
-PEAKS = r"""
-#include <string.h>
-#if defined __AVX512F__
-enum { W = 16, N = 24 };
-#elif defined __AVX__
-enum { W = 8, N = 12 };
-#else
-enum { W = 4, N = 12 };
-#endif
-typedef float v __attribute__((vector_size(4 * W)));
-/* N independent chains of fused multiply-adds, kept in registers. Returns the floating point operations done. */
-double fma_loop(long n, float *out) {
-    v a[N], x = (v){0} + 0.999f, y = (v){0} + 1e-3f;
-#pragma GCC unroll 32
-    for (int i = 0; i < N; i++) a[i] = x + (float)i;
-    for (long k = 0; k < n; k++) {
-#pragma GCC unroll 32
-        for (int i = 0; i < N; i++) a[i] = a[i] * x + y;
-    }
-    v s = a[0];
-#pragma GCC unroll 32
-    for (int i = 1; i < N; i++) s += a[i];
-    memcpy(out, &s, sizeof s);
-    return 2.0 * W * N * (double)n;
-}
-void copy(char *to, const char *from, long bytes) { memcpy(to, from, (size_t)bytes); }
-"""
-
-
-def _in_threads(count, body):
-    """Seconds until body(i) is done for every i < count, one thread each."""
-    workers = [threading.Thread(target=body, args=(i,)) for i in range(count)]
-    start = time.perf_counter()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return time.perf_counter() - start
-
-
-@functools.cache
-def peaks(threads):
-    """(float32 FMA GF/s, copy GB/s read plus written) of this machine on `threads` threads, measured once."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = pathlib.Path(folder, "peaks.c"), pathlib.Path(folder, "peaks.so")
-        source.write_text(PEAKS)
-        native = ["-march=native", "-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
-        subprocess.run([os.environ.get("CC", "cc"), "-O3", *native, "-ffp-contract=fast", "-w", "-shared", "-fPIC", source,
-                        "-o", library], check=True)
-        code = ctypes.CDLL(str(library))
-    code.fma_loop.restype = ctypes.c_double
-    code.fma_loop.argtypes = [ctypes.c_long, ctypes.c_void_p]
-    code.copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long]
-    size = 64 << 20
-    outs = [np.zeros(64, np.float32) for _ in range(threads)]
-    froms, tos = [np.ones(size, np.uint8) for _ in range(threads)], [np.ones(size, np.uint8) for _ in range(threads)]
-    flops = [0.0] * threads
-
-    def spin(i):
-        flops[i] = code.fma_loop(4_000_000, outs[i].ctypes.data)
-
-    def copy(i):
-        for _ in range(4):
-            code.copy(tos[i].ctypes.data, froms[i].ctypes.data, size)
-
-    def best(body, work):
-        return max(work() / seconds for seconds in (_in_threads(threads, body) for _ in range(7))) / 1e9
-
-    return best(spin, lambda: sum(flops)), best(copy, lambda: 8.0 * size * threads)
-
+from longlora.profile import peaks
 
 def machine():
     try:

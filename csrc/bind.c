@@ -7,12 +7,12 @@
 #include <numpy/arrayobject.h>
 
 #include "cpu/cpu.h"
+#include "cpu/scratch.h"
 #include "dlpack.h"
 
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <sys/mman.h>
 
 enum { MAX_ARGS = 24 };
 static const char *const dtype_names[] = { "float32", "bfloat16", "float16", "float64", "int32", "int64", "uint8" };
@@ -135,21 +135,17 @@ static int overlap(const Tensor *a, const Tensor *b) {
     return low[0] < high[0] && low[1] < high[1] && low[0] < high[1] && low[1] < high[0];
 }
 
-/* Memory of an owner. Large blocks come straight from the system, in huge pages where it has them: pages are committed
- * when first touched, and all go back at once when the Tensor dies, which malloc does not promise. */
+/* Memory of an owner, zero: large blocks come from the system, which has cleared them, and go back to it when the Tensor dies,
+ * which malloc does not promise. */
 enum { LARGE = 1 << 20 };
 static void *take_memory(size_t bytes) {
-    if (bytes < LARGE) return scratch((int64_t)bytes);
-    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED) return NULL;
-#ifdef MADV_HUGEPAGE
-    madvise(p, bytes, MADV_HUGEPAGE);
-#endif
-    return p;
+    if (bytes >= LARGE) return map_memory((int64_t)bytes);
+    void *p = scratch((int64_t)bytes);
+    return p ? memset(p, 0, bytes) : NULL;
 }
 static void free_memory(void *p, size_t bytes) {
     if (bytes < LARGE) scratch_free(p);
-    else munmap(p, bytes);
+    else unmap_memory(p, (int64_t)bytes);
 }
 
 /* Shape from an int or a sequence of ints, strides dense; 0, or -1 with an exception. */
@@ -345,10 +341,10 @@ static PyObject *tensor_array(PyObject *object, PyObject *args, PyObject *kwargs
     return copied;
 }
 
-typedef struct { Tensor out, x; char value[8]; int fill; } Copy;
+typedef struct { Tensor out, x; char value[8]; int fill, zero; } Copy;
 
-/* One row of the last axis, by its place among all rows. Fill: the bytes of value; the same dtype: the bytes of x; between
- * floats: through float32. */
+/* One row of the last axis, by its place among all rows. Fill: zeros, or the bytes of value; the same dtype: the bytes of x;
+ * between floats: through float32. */
 static int copy_row(int64_t row, void *context) {
     const Copy *c = context;
     int last = c->out.ndim - 1;
@@ -362,7 +358,8 @@ static int copy_row(int64_t row, void *context) {
     int64_t out_step = last < 0 ? 1 : c->out.stride[last], x_step = last < 0 ? 1 : c->x.stride[last];
     char *out = at(&c->out, out_at);
     if (c->fill) {
-        for (int64_t i = 0; i < n; i++) memcpy(out + i * out_step * size, c->value, (size_t)size);
+        if (c->zero && out_step == 1) memset(out, 0, (size_t)(n * size));
+        else for (int64_t i = 0; i < n; i++) memcpy(out + i * out_step * size, c->value, (size_t)size);
         return 0;
     }
     const char *x = at(&c->x, x_at);
@@ -387,7 +384,7 @@ static void copy_all(const Copy *c) {
     int64_t n = elements_of(&c->out), last = c->out.ndim ? c->out.shape[c->out.ndim - 1] : 1;
     if (!n) return;
     Py_BEGIN_ALLOW_THREADS
-    parallel_for(n / last, copy_row, (void *)c);
+    parallel_for(n / last, last / 4 + 1, copy_row, (void *)c);
     Py_END_ALLOW_THREADS
 }
 
@@ -407,6 +404,14 @@ static PyObject *tensor_fill(PyObject *object, PyObject *number) {
         case I64: memcpy(c.value, &(int64_t){ (int64_t)value }, 8); break;
         case U8: c.value[0] = (char)(uint8_t)value; break;
         default: store1(c.value, dtype, (float)value);
+    }
+    c.zero = !memcmp(c.value, (char[8]){0}, 8);
+    enum { ROW = 1 << 18 };                                            /* of one that is contiguous: many rows for many threads */
+    if (is_contiguous(&c.out)) {
+        int64_t n = elements_of(&c.out);
+        c.out = (Tensor){ c.out.data, { n / ROW, ROW }, { ROW, 1 }, 2, dtype };
+        copy_all(&c);
+        c.out = (Tensor){ at(&c.out, n / ROW * ROW), { n % ROW }, { 1 }, 1, dtype };
     }
     copy_all(&c);
     Py_RETURN_NONE;
@@ -580,7 +585,7 @@ static PyGetSetDef tensor_getset[] = {
     { "nbytes", get_nbytes, NULL, "Bytes of the elements.", NULL }, { NULL, NULL, NULL, NULL, NULL } };
 static PyType_Slot tensor_slots[] = {
     { Py_tp_doc, "Tensor(shape, dtype=\"float32\")\n--\n\n"
-                 "Uninitialised memory with a shape: allocate, view, copy, export; not an array library.\n"
+                 "Zeros with a shape: allocate, view, copy, export; not an array library.\n"
                  "dtype float32, bfloat16, float16, float64, int32, int64 or uint8; at most 4 axes.\n"
                  "Speaks DLPack and the buffer protocol, both ways." },
     { Py_tp_new, tensor_new }, { Py_tp_dealloc, tensor_dealloc }, { Py_tp_methods, tensor_methods },
@@ -941,6 +946,18 @@ static PyObject *py_get_threads(PyObject *self, PyObject *unused) {
     (void)self; (void)unused;
     return PyLong_FromLong(get_threads());
 }
+static PyObject *py_set_grain(PyObject *self, PyObject *arg) {
+    (void)self;
+    long long n = PyLong_AsLongLong(arg);
+    if (n == -1 && PyErr_Occurred()) return NULL;
+    if (n < 0) return PyErr_Format(PyExc_ValueError, "set_grain: nanoseconds should be at least 0, got %lld", n);
+    set_grain(n);
+    Py_RETURN_NONE;
+}
+static PyObject *py_get_grain(PyObject *self, PyObject *unused) {
+    (void)self; (void)unused;
+    return PyLong_FromLongLong(get_grain());
+}
 static PyObject *py_set_isa(PyObject *self, PyObject *arg) {
     (void)self;
     long n = PyLong_AsLong(arg);
@@ -953,6 +970,39 @@ static PyObject *py_set_isa(PyObject *self, PyObject *arg) {
 static PyObject *py_get_isa(PyObject *self, PyObject *unused) {
     (void)self; (void)unused;
     return PyLong_FromLong(isa);
+}
+
+static PyObject *py_peak(PyObject *self, PyObject *arg) {
+    (void)self;
+    double (*peak)(int64_t, float *) = NULL, flops;
+    float unused;
+    long long n = PyLong_AsLongLong(arg);
+    if (n == -1 && PyErr_Occurred()) return NULL;
+    for (int i = 0; i < ISA_COUNT; i++) if (isa_supported(i)) peak = peaks[i];
+    Py_BEGIN_ALLOW_THREADS
+    flops = peak(n, &unused);
+    Py_END_ALLOW_THREADS
+    return PyFloat_FromDouble(flops);
+}
+
+static PyObject *py_matmul_scratch(PyObject *self, PyObject *unused) {
+    (void)self; (void)unused;
+    return Py_BuildValue("(LL)", (long long)PACK_BYTES, 2 * (long long)PACK_BYTES);
+}
+static PyObject *py_head_scratch(PyObject *self, PyObject *args) {
+    (void)self;
+    long long M, C, V;
+    int narrow;
+    if (!PyArg_ParseTuple(args, "LLLp:head_scratch", &M, &C, &V, &narrow)) return NULL;
+    return PyLong_FromLongLong(head_scratch(M, C, V, narrow));
+}
+static PyObject *py_attention_scratch(PyObject *self, PyObject *args) {
+    (void)self;
+    long long B, T, H, K, D;
+    int narrow;
+    if (!PyArg_ParseTuple(args, "LLLLLp:attention_scratch", &B, &T, &H, &K, &D, &narrow)) return NULL;
+    int64_t sums = narrow ? attention_heads_at_once(B, T, H, K, D) * attention_head_sums(T, H, K, D) : 0;
+    return Py_BuildValue("(LL)", (long long)attention_thread_scratch((D + 15) / 16 * 16), (long long)sums);
 }
 
 static PyObject *py_calls(PyObject *self, PyObject *unused) {
@@ -969,8 +1019,19 @@ static PyObject *py_calls(PyObject *self, PyObject *unused) {
 static PyMethodDef methods[] = {
     { "set_num_threads", py_set_threads, METH_O, "set_num_threads($module, n, /)\n--\n\nThreads that each op may use." },
     { "get_num_threads", py_get_threads, METH_NOARGS, "get_num_threads($module, /)\n--\n\n" },
+    { "set_grain", py_set_grain, METH_O,
+      "set_grain($module, nanoseconds, /)\n--\n\nWork that is worth a thread of its own; 0: every call uses all threads." },
+    { "get_grain", py_get_grain, METH_NOARGS, "get_grain($module, /)\n--\n\n" },
     { "set_isa", py_set_isa, METH_O, "set_isa($module, index, /)\n--\n\nIndex into isa_names." },
     { "get_isa", py_get_isa, METH_NOARGS, "get_isa($module, /)\n--\n\n" },
+    { "peak", py_peak, METH_O,
+      "peak($module, n, /)\n--\n\nn rounds of multiply-adds in registers on this thread -> floating point operations." },
+    { "matmul_scratch", py_matmul_scratch, METH_NOARGS,
+      "matmul_scratch($module, /)\n--\n\nBytes that a product packs at most: of b, of a." },
+    { "head_scratch", py_head_scratch, METH_VARARGS,
+      "head_scratch($module, M, C, V, narrow, /)\n--\n\nBytes of linear_cross_entropy_backward; narrow: x is not float32." },
+    { "attention_scratch", py_attention_scratch, METH_VARARGS,
+      "attention_scratch($module, B, T, H, K, D, narrow, /)\n--\n\nBytes of s2_attention_backward: of a thread, of sums." },
     { "calls", py_calls, METH_NOARGS, "calls($module, /)\n--\n\nHow often each op has run in this process." },
     { NULL, NULL, 0, NULL },
 };

@@ -47,6 +47,8 @@ const Op ops[] = {
 };
 const int op_count = sizeof ops / sizeof *ops;
 
+double (*const peaks[ISA_COUNT])(int64_t n, float *out) = CPU(peak);
+
 static _Thread_local char message[512];
 
 int fail(const char *format, ...) {

@@ -127,6 +127,11 @@ typedef struct {
 extern const Op ops[];
 extern const int op_count;
 
+/* The machine's peak, for profiles: n rounds of multiply-adds in registers -> floating point operations; NULL as in Op. */
+#define DECLARE_PEAK(isa) double peak_##isa(int64_t n, float *out);
+FOR_EACH_ISA(DECLARE_PEAK)
+extern double (*const peaks[ISA_COUNT])(int64_t n, float *out);
+
 /* The ISA in use: LONGLORA_ISA if it is set, else the best that CPUID reports. NULL and a message in fail() when the
  * variable names one that this machine or build does not have. */
 extern const char *const isa_names[ISA_COUNT];

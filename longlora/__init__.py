@@ -1,30 +1,52 @@
 """LongLoRA (arXiv 2309.12307): extend the context of a pretrained decoder on one machine.
 
 longlora.ops and Tensor: the kernels, on NumPy, torch and other DLPack arrays. The commands of the command line are functions of
-modules that are imported when they are first used: train.train, plan.plan, ppl.run, adapter.merge, inspect.describe,
-doctor.examine, demo.run.
+modules: train.train, plan.plan, ppl.run, adapter.merge, inspect.describe, doctor.examine, demo.run. Everything is imported when
+it is first used, so that `longlora --help` waits for nothing, not even for NumPy.
 """
+import importlib
 import os
 
-# The OpenMP runtime reads this once, when _C brings it in: threads that wait for work sleep. Spinning ones, the default, make a
-# training step several times slower as soon as anything else runs on the machine. What the user has set wins; nothing that is
-# loaded later sees it.
-_given = "OMP_WAIT_POLICY" in os.environ
-if not _given:
-    os.environ["OMP_WAIT_POLICY"] = "passive"
-from ._C import Tensor, get_num_threads, set_num_threads
-get_num_threads()
-if not _given:
-    del os.environ["OMP_WAIT_POLICY"]
-from . import ops
+TYPE_CHECKING = False                  # as typing has it, which takes longer to import than all of this
+if TYPE_CHECKING:
+    from . import _C, adapter, demo, doctor, inspect, model, ops, plan, ppl, train, weights
+    from ._C import Tensor, get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
-_MODULES = ("adapter", "demo", "doctor", "inspect", "model", "plan", "ppl", "train", "weights")
-__all__ = ["Tensor", "get_num_threads", "ops", "set_num_threads", *_MODULES]
+_COMPILED = ("Tensor", "get_num_threads", "set_num_threads")
+_MODULES = ("adapter", "demo", "doctor", "inspect", "model", "ops", "plan", "ppl", "train", "weights")
+__all__ = [*_COMPILED, *_MODULES]
+
+
+def _compiled():
+    """The extension. Modules here import it by `from . import _C`, never from it, and so come this way.
+
+    The OpenMP runtime reads OMP_WAIT_POLICY once, when the extension brings it in: threads that wait for work sleep. Spinning
+    ones, the default, make a training step several times slower as soon as anything else runs on the machine. What the user has
+    set wins; nothing that is loaded later sees it.
+    """
+    given = "OMP_WAIT_POLICY" in os.environ
+    if not given:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+    try:
+        extension = importlib.import_module("._C", __name__)
+        extension.get_num_threads()
+    finally:
+        if not given:
+            os.environ.pop("OMP_WAIT_POLICY", None)
+    return extension
+
+
+def __dir__():
+    return [*globals(), *__all__]
 
 
 def __getattr__(name):
+    if name == "_C":
+        return _compiled()
+    if name in _COMPILED:
+        value = globals()[name] = getattr(_compiled(), name)
+        return value
     if name in _MODULES:
-        import importlib
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,7 @@ import sys
 
 import numpy as np
 
-from ._C import Tensor
+from . import Tensor
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "int32", "int64", "uint8")
 

@@ -65,9 +65,23 @@ class _Header:
             return np.frombuffer(self.buffer, dtype, count, start).tolist()
         if kind != STRING:
             raise ValueError(f"an array of type {kind}")
-        if count * 8 > len(self.buffer):
+        return self.strings(count)
+
+    def strings(self, count):
+        """As `string` so often: a vocabulary has a hundred thousand of them."""
+        buffer, at, end, length, found = self.buffer, self.at, len(self.buffer), struct.Struct("<Q").unpack_from, []
+        if count * 8 > end:
             raise EOFError
-        return [self.string() for _ in range(count)]
+        for _ in range(count):
+            start = at + 8
+            if start > end:
+                raise EOFError
+            at = start + length(buffer, at)[0]
+            if at > end:
+                raise EOFError
+            found.append(buffer[start:at].decode("utf-8"))
+        self.at = at
+        return found
 
 
 class Gguf(Checkpoint):
@@ -225,45 +239,37 @@ class Gguf(Checkpoint):
         """The dtype that the tensor is kept in, "float32" for a quantised one."""
         return {"F16": "float16", "BF16": "bfloat16"}.get(self._tensors[name][1].name, "float32")
 
-    def _release(self, name):
-        release(self.buffer)
-
-    def _stored(self, name):
+    def _span(self, name):
         shape, _, start, row = self._tensors[name]
-        size = row * int(np.prod(shape[:-1])) if len(shape) > 1 else row
-        return np.frombuffer(self.buffer, np.uint8, size, start)
+        return self.buffer, start, start + (row * int(np.prod(shape[:-1])) if len(shape) > 1 else row)
 
     def _dequantise(self, place, rows):
-        """-> float32 [len(rows), ...] of the given rows of a matrix, or the whole of a vector."""
+        """-> float32 [len(rows), ...] of the given rows (a slice or indices) of a matrix, or the whole of a vector."""
         import gguf
 
         shape, kind, start, row = place
         count = int(np.prod(shape[:-1])) if len(shape) > 1 else 1
         data = np.frombuffer(self.buffer, np.uint8, row * count, start).reshape(count, row)
-        data = data if rows is None or len(shape) == 1 else data[rows]
+        data = data if len(shape) == 1 else data[rows]
         try:
             if kind.name in ("F32", "F16"):
                 values = data.view("<f4" if kind.name == "F32" else "<f2").astype(np.float32, copy=False)
             else:
-                values = gguf.quants.dequantize(np.ascontiguousarray(data), kind)
+                # as one row: the library goes through rows by sixteens, which takes longer than the arithmetic
+                values = gguf.quants.dequantize(np.ascontiguousarray(data).reshape(1, -1), kind)
         except NotImplementedError:
             raise UserError(f"{self.path}: weights of type {kind.name} cannot be dequantised") from None
         return values.reshape(-1, *shape[1:])
 
     def _part(self, name, start, stop):
         place = self._tensors[name]
-        if len(place[0]) == 1:
-            values = self._dequantise(place, None)
-            return values[self._rows(name, values.shape[0])][start:stop], "float32"
-        return self._dequantise(place, self._rows(name, place[0][0])[start:stop]), "float32"
-
-    def _rows(self, name, count):
-        """Which stored row is row 0, 1, ... of the tensor: llama.cpp keeps llama's q and k with interleaved pairs."""
-        rows = np.arange(count)
+        rows = slice(start, stop)
         if self.metadata["general.architecture"] == "llama" and ("q_proj" in name or "k_proj" in name):
-            dim = self.config.head_dim
-            return rows.reshape(-1, dim // 2, 2).swapaxes(1, 2).reshape(-1)
-        return rows
+            pairs = np.arange(place[0][0]).reshape(-1, self.config.head_dim // 2, 2)    # llama.cpp keeps their rows interleaved
+            rows = pairs.swapaxes(1, 2).reshape(-1)[start:stop]
+        if len(place[0]) == 1:
+            return self._dequantise(place, None)[rows], "float32"
+        return self._dequantise(place, rows), "float32"
 
     def has_tokenizer(self):
         return "tokenizer.ggml.tokens" in self.metadata

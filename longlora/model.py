@@ -11,6 +11,7 @@ kept is computed again by the same calls, so every choice of checkpointing gives
 """
 import math
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -62,6 +63,11 @@ class Linears:
             _C.lora_linear_backward(None, None, db, None, None, dout[:, rows], None, weight, a, b, u[:, columns], self.scale, 0)
 
 
+# The parts of a layer that can learn, in the order of the backward. Where nothing below a layer learns, its backward ends after
+# the last part that does; ALL goes through to the gradient of the layer's input.
+DOWN, GATE_UP, W2, O, QKV, W1, ALL = range(7)
+
+
 class Layer:
     """The parameters of one layer as the ops read them, and the gradients of its norms (None where frozen)."""
 
@@ -81,6 +87,10 @@ class Layer:
                 view(f"{group}.weight.{i}"), view(f"{group}.bias.{i}"), view(f"{group}.A.{i}"), view(f"{group}.B.{i}"),
                 model.lora.scale if blocks else 1.0, view(f"grad.{group}.weight.{i}"), view(f"grad.{group}.bias.{i}"),
                 view(f"grad.{group}.A.{i}"), blocks))
+        heads = self.dq_norm is not None or self.dk_norm is not None
+        learns = {W1: self.dw1 is not None, QKV: self.qkv.learns or heads, O: self.o.learns, W2: self.dw2 is not None,
+                  GATE_UP: self.gate_up.learns, DOWN: self.down.learns}
+        self.last = next((part for part, there in learns.items() if there), None)      # the last one that learns
 
 
 class Batch:
@@ -162,16 +172,14 @@ class Model:
         self._head = self._embedding if config.tie_word_embeddings else self._view("head")
         self._dembedding, self._dnorm = self._view("grad.embedding"), self._view("grad.norm")
         self._dhead = self._dembedding if config.tie_word_embeddings else self._view("grad.head")
+        # the backward's last layer, and the part of it where it ends
+        self._end = 0, ALL
+        if self._dembedding is None:
+            self._end = next(((i, layer.last) for i, layer in enumerate(self._layers) if layer.last is not None),
+                             (len(self._layers), ALL))
         self._places = self._name_places()
         self.parameters = list(self._trained(layout))
         self._batches, self._tables = {}, None
-        for what in ("m", "v", "grad"):
-            if what in self._views:
-                self._views[what].numpy().fill(0)
-        for i in range(config.num_hidden_layers):      # B's blocks off the diagonal stay 0
-            for group in plan_.GROUPS:
-                if plan_.adapted(group, lora):
-                    self._view(f"{group}.B.{i}").fill(0)
         self._init_lora()
 
     # ---- parameters --------------------------------------------------------------------------------------------------
@@ -240,13 +248,20 @@ class Model:
         return {p.name: p.value.numpy() for p in self.parameters}
 
     def load(self, checkpoint):
-        """Reads every weight of `checkpoint` (weights.open_model) into place -> self. UserError if it is another model's."""
+        """Reads every weight of `checkpoint` (weights.open_model) into place -> self. UserError if it is another model's.
+
+        Copied even where the file has the run's dtype: q, k and v, gate and up lie under each other here and not in the file,
+        and a mapped file that somebody truncates or writes over would end or change the run hours later.
+        """
         wanted = self.config.tensor_shapes()
         if set(checkpoint.names()) != set(wanted):
             odd = sorted(set(checkpoint.names()) ^ set(wanted))
             raise UserError(f"{checkpoint.path}: is not of the model's config: {odd[0]}")
-        for name in checkpoint.names():
-            self._write(name, lambda out: checkpoint.read(name, out))
+        names = checkpoint.names()
+        np.empty(16 << 20, np.uint8)                   # freed again: now the C library keeps smaller arrays' memory for the next
+        with ThreadPoolExecutor(_C.get_num_threads()) as pool:         # NumPy, which converts, lets go of the interpreter
+            for _ in pool.map(lambda name: self._write(name, lambda out: checkpoint.read(name, out)), names):
+                pass
         self.refresh()
         return self
 
@@ -283,13 +298,13 @@ class Model:
         return self
 
     def _init_lora(self):
-        """As PEFT: A kaiming-uniform with a = sqrt(5), that is uniform within 1/sqrt(features in); B zero."""
+        """As PEFT: A kaiming-uniform with a = sqrt(5), that is uniform within 1/sqrt(features in); B zero, as the arena is."""
         for name, (s, _) in self._places.items():
             if s.kind == "lora_A":
                 self._write(name, lambda out: self.draw(name, self.seed, out, 1 / math.sqrt(s.shape[1])))
-            elif s.kind == "lora_B":
-                self._write(name, lambda out: out.fill(0))
-        self.refresh()
+        for p in self.parameters:
+            if p.kind == "lora_A":
+                p.publish()
 
     @staticmethod
     def draw(name, seed, out, width, normal=False):
@@ -307,7 +322,7 @@ class Model:
 
     def zero_grad(self):
         """Gradients to 0; every micro-batch adds to them."""
-        self._views["grad"].numpy().fill(0)
+        self._views["grad"].fill(0)
 
     # ---- buffers -----------------------------------------------------------------------------------------------------
 
@@ -391,8 +406,8 @@ class Model:
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
-    def _layer_backward(self, layer, i, v, tables, scalars, keeps):
-        """d: gradient of x' -> gradient of x."""
+    def _layer_backward(self, layer, i, v, tables, scalars, keeps, last):
+        """d: gradient of x' -> gradient of x; less where the part `last` is the last one that is needed."""
         eps = self.config.rms_norm_eps
         if keeps != "none":
             self._attention_forward(layer, i, v, tables, scalars, attend=keeps == "full")
@@ -405,12 +420,19 @@ class Model:
             if layer.down.learns:                      # 10': a again from g and p; then da takes its place
                 _C.swiglu_forward(f, g, p)
                 layer.down.backward(None, d, f, None)
+            if last == DOWN:
+                continue
             _C.lora_linear_backward(f, None, None, None, None, d, None, layer.down.weight, layer.down.a, layer.down.b, None,
                                     layer.down.scale, 0)
             _C.swiglu_backward(g, p, f, g, p)          # 9', dg and dp over g and p
-            layer.gate_up.backward(dn, gp, n2, u)   # 8'
-            _C.rms_norm_backward(d, layer.dw2, dn, h, rstd2, layer.w2, d)     # 7': d is now the gradient of h
-        layer.o.backward(v.do, v.d, v.o[i], v.u["o"][i])                      # 6'
+            layer.gate_up.backward(dn if last > GATE_UP else None, gp, n2, u)  # 8'
+            if last > GATE_UP:
+                _C.rms_norm_backward(d, layer.dw2, dn, h, rstd2, layer.w2, d)  # 7': d is now the gradient of h
+        if last <= W2:
+            return
+        layer.o.backward(v.do if last > O else None, v.d, v.o[i], v.u["o"][i])  # 6'
+        if last == O:
+            return
         if keeps == "none":                            # n1 again; and q, k where what was kept is what went into their norms
             _C.rms_norm_forward(v.n, v.rstd, None, v.x[i], None, layer.w1, eps)
             if v.qk is not None:
@@ -422,8 +444,9 @@ class Model:
             weight, dweight = (layer.q_norm, layer.dq_norm) if query else (layer.k_norm, layer.dk_norm)
             d, x = v.dqkv[:, columns], v.qkv[i][:, columns]
             _C.rms_norm_backward(d, dweight, d, x, v.qk_rstd[j], weight, None)
-        layer.qkv.backward(v.dn, v.dqkv, v.n, v.u["qkv"][i])                  # 2'
-        _C.rms_norm_backward(v.d, layer.dw1, v.dn, v.x[i], v.rstd, layer.w1, v.d)             # 1'
+        layer.qkv.backward(v.dn if last > QKV else None, v.dqkv, v.n, v.u["qkv"][i])          # 2'
+        if last > QKV:
+            _C.rms_norm_backward(v.d, layer.dw1, v.dn, v.x[i], v.rstd, layer.w1, v.d)         # 1'
 
     def train_microbatch(self, ids, targets, loss_scale):
         """ids, targets [B,T] int32 (targets -100: not scored) -> the sum of the losses; adds the gradients of loss_scale x sum.
@@ -446,8 +469,9 @@ class Model:
         if not math.isfinite(total):
             raise UserError(f"the loss is not finite: {total}")
         _C.rms_norm_backward(v.d, self._dnorm, v.dn, v.d, v.rstd, self._norm, None)
-        for i in reversed(range(len(self._layers))):
-            self._layer_backward(self._layers[i], i, v, tables, scalars, keeps)
+        lowest, last = self._end
+        for i in range(len(self._layers) - 1, lowest - 1, -1):
+            self._layer_backward(self._layers[i], i, v, tables, scalars, keeps, ALL if i > lowest else last)
         if self._dembedding is not None:
             order = np.argsort(ids, kind="stable").astype(np.int32)
             _C.embedding_backward(self._dembedding, v.d, ids, order)

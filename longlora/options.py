@@ -75,6 +75,7 @@ class TrainOptions:
     save_steps: int = option(0, "write checkpoint-N every so many steps (0: at the end only)", low=0)
     save_total_limit: int | None = option(None, "keep this many checkpoints", low=1)
     logging_steps: int = option(1, "a line of metrics every so many steps", low=1)
+    profile: bool = option(False, "say where the time of a step goes, op by op: a table at the end, profile.json in output_dir")
     resume_from_checkpoint: str | None = option(None, "a checkpoint directory, or latest: the newest in output_dir, if any")
     seed: int = option(42, "of the initial weights and of the order of the data", low=0)
     num_threads: int | None = option(None, "threads (default: OMP_NUM_THREADS, else all processors)", low=1)

@@ -238,31 +238,20 @@ def evaluation(config, dtype, length, lora, start=0):
     return layout
 
 
-def _head_scratch(config, rows):
-    """What linear_cross_entropy takes while it runs: a chunk of logits, at most 48 MiB unless V is very large; the sizes are
-    those at the top of its C file."""
-    V = config.vocab_size
-    most = max(48, (48 << 20) // 4 // V // 48 * 48)
-    chunks = -(-rows // most)
-    stride = -(-(-(-rows // chunks)) // 48) * 48
-    return 4 * stride * (V + 2 * -(-V // 256) + 2)
-
-
-def _gemm_scratch(config, rows, dtype, lora):
-    """What a matrix product packs (of both factors where the gradient of a weight is one) and, where its result is not
-    float32, the sums of one that is cut along its inner axis."""
-    (C, _), (Q, _), (_, (F, _)) = (widths(config)[group] for group in ("qkv", "o", "gate_up"))
-    sums = 0 if dtype == "float32" else 4 * max(min(rows, TILE) * min(2 * F, 1024), rows * max(C, Q))
-    return ((12 if lora is None else 6) << 20) + sums
-
-
-def _attention_scratch(config, dtype, batch_size, length, threads):
-    """What s2_attention's backward takes: for its threads, each a chunk of keys, values and their gradients and a block of
-    queries; and for the sums of gradients narrower than float32, of as many KV heads at once as stay below 64 MiB."""
-    H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    each, pitch = 4 * (H // K + 2) * length * D, -(-D // 16) * 16
-    sums = 0 if dtype == "float32" else each * min(batch_size * K, max(1, (64 << 20) // each))
-    return 4 * threads * ((4 * 1024 + 5 * 64) * pitch + 2 * 96 * 64 + 2 * 64), sums
+def _scratch(config, dtype, batch_size, length, lora):
+    """What the ops take while they run. They keep large blocks for the next call, so what comes one after the other shares them:
+    one block for the head's logits and the attention's sums, one for what a product packs and the attention's threads; and the
+    sums of a product that is cut along its inner axis, where its result is not float32."""
+    from . import _C
+    M, narrow, F = batch_size * length, dtype != "float32", config.intermediate_size
+    head = _C.head_scratch(M, config.hidden_size, config.vocab_size, narrow)
+    thread, sums = _C.attention_scratch(batch_size, length, config.num_attention_heads, config.num_key_value_heads,
+                                        config.head_dim, narrow)
+    of_b, of_a = _C.matmul_scratch()
+    width = max(config.hidden_size, config.num_attention_heads * config.head_dim)
+    cut = 4 * max(min(M, TILE) * min(2 * F, 1024), M * width) if narrow else 0
+    # of a there is little to pack unless the gradient of a weight is a product
+    return of_b + (of_a if lora is None else of_a // 4) + cut + _C.get_num_threads() * thread + max(head, sums)
 
 
 @dataclass(frozen=True)
@@ -323,16 +312,12 @@ def available_memory():
 
 
 def _parts(config, dtype, batch_size, length, lora, checkpointing):
-    from . import get_num_threads
     passes = activations(config, dtype, batch_size, length, lora, checkpointing)
     parts = parameters(config, dtype, lora, True).parts
     parts.update(passes.parts)
     M, D = batch_size * length, config.head_dim
     parts["batch and tables"] += 2 * 4 * length * D // 2 + 4 * 4 * M
-    head, threads = _head_scratch(config, M), get_num_threads()
-    of_threads, sums = _attention_scratch(config, dtype, batch_size, length, threads)
-    # the head's scratch and the sums are large and short-lived: they take turns; what a thread takes the C library keeps
-    parts["scratch of the ops"] = _gemm_scratch(config, M, dtype, lora) + of_threads + max(head, sums)
+    parts["scratch of the ops"] = _scratch(config, dtype, batch_size, length, lora)
     parts["runtime"] = RUNTIME
     return {name: size for name, size in parts.items() if size}
 

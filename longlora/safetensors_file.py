@@ -104,10 +104,11 @@ class SafetensorsFile:
         return np.frombuffer(self.buffer, stored, (end - start) // stored.itemsize, start).reshape(shape)
 
 
-def release(buffer):
-    """Let go of the pages of a mapped file that were read: they count as this process's memory until then."""
-    if hasattr(buffer, "madvise"):
-        buffer.madvise(mmap.MADV_DONTNEED)
+def release(buffer, start, end):
+    """Let go of the pages of a mapped file that were read: bytes start .. end, which count as this process's memory until then."""
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > first and hasattr(buffer, "madvise"):
+        buffer.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 @contextlib.contextmanager

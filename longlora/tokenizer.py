@@ -29,7 +29,8 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
 
 
 class Tokenizer:
-    """`backend` is the tokenizers.Tokenizer, `special` maps "bos_token", ... to their text, `files` name -> text or Path."""
+    """`backend` is the tokenizers.Tokenizer, `special` maps "bos_token", ... to their text, `files` name -> Path, or a function
+    that makes its text."""
 
     def __init__(self, backend, special, files):
         self.backend, self.special, self._files = backend, special, files
@@ -79,7 +80,8 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
         if isinstance(metadata.get("tokenizer.chat_template"), str):
             config["chat_template"] = metadata["tokenizer.chat_template"]
-        files = {"tokenizer.json": backend.to_str(pretty=True), "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
+        files = {"tokenizer.json": lambda: backend.to_str(pretty=True),
+                 "tokenizer_config.json": lambda: json.dumps(config, indent=2) + "\n"}
         return cls(backend, special, files)
 
     def check(self, config, path):
@@ -114,7 +116,7 @@ class Tokenizer:
     def save(self, directory):
         """Write the tokenizer's files into `directory`, for transformers to load."""
         for name, content in self._files.items():
-            write_text(os.path.join(directory, name), content.read_text("utf-8") if isinstance(content, Path) else content)
+            write_text(os.path.join(directory, name), content.read_text("utf-8") if isinstance(content, Path) else content())
 
     def fingerprint(self):
         """A string that tells this tokenizer from another: equal strings, equal ids for every text."""

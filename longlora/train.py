@@ -13,16 +13,16 @@ import zlib
 from . import __version__, adapter, checkpoint, data, metrics, options as options_, plan as plan_, ppl, rope
 from .config import read_config
 from .errors import UserError
-from .safetensors_file import write_text
+from .safetensors_file import write_json, write_text
 
-OPTIONS = "options.yaml"
+OPTIONS, PROFILE = "options.yaml", "profile.json"
 # What a directory holds when something was trained there or a model lies in it: never written over.
 TAKEN = (metrics.FILE, OPTIONS, "adapter_config.json", "config.json")
 # The options that a resumed run may change: none of them is in the arithmetic of a step. Weights and data are compared by
 # what they hold, the length of the run where the schedule depends on it.
 FREE = {"model", "init", "data", "output_dir", "cache_dir", "resume_from_checkpoint", "checkpointing", "max_memory",
         "num_threads", "max_steps", "num_train_epochs", "warmup_steps", "eval_data", "eval_steps", "max_eval_samples",
-        "save_steps", "save_total_limit", "logging_steps"}
+        "save_steps", "save_total_limit", "logging_steps", "profile"}
 WHOLE = ("embedding", "head", "norm")  # the kinds that embedding_learning_rate is for
 
 
@@ -54,7 +54,7 @@ def plan_of(o):
 
 def use_threads(o):
     if o.num_threads:
-        from ._C import set_num_threads
+        from . import set_num_threads
         set_num_threads(o.num_threads)
 
 
@@ -208,6 +208,10 @@ def _run(o, source, setup, say):
     identity = {"data": fingerprint, "base": source.fingerprint, "schedule": [warmup, steps if o.lr_scheduler_type != "constant"
                                                                                else None]}
 
+    recorder = None
+    if o.profile:                                      # the peaks first: what they take is free again before the model is made
+        from . import get_num_threads, profile
+        recorder = profile.Recorder(profile.peaks(get_num_threads()))
     model = Model(setup.config, dtype=o.dtype, lora=setup.lora, attention=setup.attention, plan=setup.plan, seed=o.seed)
     optimizer = AdamW(model.parameters, beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_epsilon, weight_decay=o.weight_decay,
                       max_grad_norm=o.max_grad_norm)
@@ -264,7 +268,9 @@ def _run(o, source, setup, say):
             tokens = sum(int((targets != -100).sum()) for _, targets in micro)
             share = learning_rate(step + 1, steps, 1.0, warmup, o.lr_scheduler_type)
             rates = {kind: (o.embedding_learning_rate if kind in WHOLE else o.learning_rate) * share for kind in kinds}
-            with step_named(step + 1, checkpoint.found(o.output_dir)):
+            # the first step of a run also faults its memory in: it is recorded only where there is no other
+            recorded = recorder if recorder is not None and (step > first or steps == step + 1) else contextlib.nullcontext()
+            with step_named(step + 1, checkpoint.found(o.output_dir)), recorded:
                 model.zero_grad()
                 loss = sum(model.train_microbatch(ids, targets, loss_scale=1 / tokens) for ids, targets in micro) / tokens
                 norm = optimizer.step(rates)
@@ -291,6 +297,10 @@ def _run(o, source, setup, say):
                 save()
         saved = save() if step > first or resumed is None else resumed
     draw(o, log.rows)
+    if recorder is not None and recorder.steps:
+        found = recorder.report()
+        write_json(os.path.join(o.output_dir, PROFILE), found)
+        say(profile.text(found))
     stopped = stop.signal if step < steps else None
     if stopped:
         say(f"stopped by {signal.Signals(stopped).name} after step {step}; go on with --resume-from-checkpoint {saved}")

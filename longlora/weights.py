@@ -16,14 +16,14 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Buffers that old files carry and that are computed here.
 IGNORED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 SAMPLE = 4096  # bytes at the start and at the end of a tensor that go into a fingerprint
-CHUNK = 1 << 20  # elements converted at a time
+CHUNK = 1 << 17  # elements converted at a time: in float32 half of an L2 cache
 
 
 class Checkpoint:
     """A model on disk: `.path`, `.kind` ("huggingface" or "gguf"), `.config` and the tensors under Hugging Face names.
 
-    Subclasses give `_shapes` (name -> shape), `dtype(name)`, `_part(name, start, stop)` (rows and their dtype), `_stored(name)`
-    (all its bytes), `_release(name)` (forget the pages read) and `tokenizer()`.
+    Subclasses give `_shapes` (name -> shape), `dtype(name)`, `_part(name, start, stop)` (rows and their dtype), `_span(name)`
+    (the mapped file and the tensor's first and last byte in it) and `tokenizer()`. Tensors may be read by several threads.
     """
 
     def _check(self):
@@ -60,7 +60,7 @@ class Checkpoint:
             out = np.empty(shape, np.float32)
         if tuple(out.shape) != shape:
             raise ValueError(f"{name}: out should have shape {shape}, got {tuple(out.shape)}")
-        target, dtype = _bits(out), _name(out)
+        target, dtype, place = _bits(out), _name(out), self._span(name)
         step = max(1, CHUNK // max(1, int(np.prod(shape[1:]))))
         for start in range(0, shape[0], step):
             part, stored = self._part(name, start, start + step)
@@ -71,7 +71,7 @@ class Checkpoint:
                 where[0] += start
                 raise UserError(f"{self.path}: {name} is not finite at {where.tolist()}")
             target[start:start + step] = part if stored == dtype else from_float32(to_float32(part, stored), dtype)
-        self._release(name)
+        release(*place)
         return out
 
     def fingerprint(self):
@@ -81,9 +81,10 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps(seen).encode())
         for name in self._names:
             digest.update(f"{name} {list(self.shape(name))} {self.dtype(name)}\n".encode())
-            data = self._stored(name)
-            digest.update(data[:SAMPLE].tobytes() + data[-SAMPLE:].tobytes())
-            self._release(name)
+            buffer, start, end = self._span(name)
+            size = min(SAMPLE, end - start)
+            digest.update(buffer[start:start + size] + buffer[end - size:end])
+            release(buffer, start, end)
         return digest.hexdigest()
 
 
@@ -128,20 +129,14 @@ class HuggingFace(Checkpoint):
     def dtype(self, name):
         return self._files[name].entries[name][0]
 
-    def _array(self, name):
-        if self.dtype(name) not in ("float32", "bfloat16", "float16", "float64"):
-            raise UserError(f"{self.path}: {name} has dtype {self.dtype(name)}; supported are float32, bfloat16, float16 and "
-                            "float64")
-        return self._files[name].array(name)
-
     def _part(self, name, start, stop):
-        return self._array(name)[start:stop], self.dtype(name)
+        return self._files[name].array(name)[start:stop], self.dtype(name)
 
-    def _release(self, name):
-        release(self._files[name].buffer)
-
-    def _stored(self, name):
-        return self._array(name).reshape(-1).view(np.uint8)
+    def _span(self, name):
+        dtype, _, start, end = self._files[name].entries[name]
+        if dtype not in ("float32", "bfloat16", "float16", "float64"):
+            raise UserError(f"{self.path}: {name} has dtype {dtype}; supported are float32, bfloat16, float16 and float64")
+        return self._files[name].buffer, start, end
 
     def has_tokenizer(self):
         """Whether there is a tokenizer to read."""

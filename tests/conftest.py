@@ -34,8 +34,9 @@ def poison(monkeypatch):
 
 @pytest.fixture
 def each_thread_count():
-    """Calls a function with 1, 2 and 3 threads -> list of what came back."""
-    before = _C.get_num_threads()
+    """Calls a function with 1, 2 and 3 threads, which all take part however small the work -> list of what came back."""
+    before, grain = _C.get_num_threads(), _C.get_grain()
+    _C.set_grain(0)
 
     def call(function):
         results = []
@@ -45,3 +46,4 @@ def each_thread_count():
         return results
     yield call
     _C.set_num_threads(before)
+    _C.set_grain(grain)

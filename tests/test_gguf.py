@@ -143,6 +143,29 @@ def test_loading_needs_little_more_than_the_weights(smollm2):  # noqa: F811
     assert 0.99 < float(done.stdout) < 1.1
 
 
+def test_loading_is_quick(smollm2):  # noqa: F811
+    """From the file to a model that can be trained: seconds of the processor in user mode, and page faults, of which only the
+    first reading, into fresh memory, has many."""
+    script = """if True:
+        import resource, sys
+        from longlora import adapter, model, plan, weights
+        def used(): found = resource.getrusage(resource.RUSAGE_SELF); return found.ru_utime, found.ru_minflt
+        first = used()
+        base = weights.open_model(sys.argv[1])
+        base.tokenizer()
+        lora = adapter.LoraConfig()
+        made = model.Model(base.config, lora=lora, plan=plan.plan(base.config, sequence_length=512, lora=lora, memory=1 << 40))
+        made.load(base)
+        loaded = used()
+        made.load(base)
+        print(loaded[0] - first[0], used()[1] - loaded[1])
+    """
+    done = subprocess.run([sys.executable, "-c", script, str(smollm2)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds, faults = map(float, done.stdout.split())
+    assert seconds < 2.5 and faults < 40_000           # 0.6 and 2,000 here; the file itself has 24,000 pages
+
+
 def test_linear_and_yarn_metadata(tmp_path):
     model = tiny(tmp_path / "hf")
     config = write(tmp_path / "a.gguf", model, rope__scaling__type="linear", rope__scaling__factor=4.0).config

@@ -209,10 +209,12 @@ def test_gradients_accumulate():
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_equal_bits_for_any_number_of_threads(name):
     ids, targets = tokens(2, 37)
-    found = []
+    found, grain = [], _C.get_grain()
+    _C.set_grain(0)                                    # all threads take part
     for threads in (1, 2, 3):
         set_num_threads(threads)
         found.append(gradients(build(name, LORAS["paper"]), ids, targets))
+    _C.set_grain(grain)
     for loss, other in found[1:]:
         assert loss == found[0][0]
         for n, gradient in found[0][1].items():
@@ -383,6 +385,33 @@ def test_what_is_wrong_is_named():
         optimizer.step({k: 1.0 for k in made.kinds if k != "lora_A"})
     with pytest.raises(UserError, match="of other parameters"):
         optimizer.load_state_dict({}, 1)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("targets, last", [
+    (("down_proj",), "DOWN"), (("up_proj", "down_proj"), "GATE_UP"), (("o_proj",), "O"), (("v_proj",), "QKV")])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_the_backward_ends_where_nothing_below_learns(name, targets, last, checkpointing):
+    """The gradients are, bit for bit, those of a backward down to the embedding; calls of ops are saved in the lowest layer."""
+    made = build(name, LoraConfig(r=2, target_modules=targets, modules_to_save=()), checkpointing=checkpointing)
+    assert made._end == (0, getattr(model_, last))
+    ids, targets = tokens(2, 37)
+    counts, found = [], []
+    for end in (made._end, (0, model_.ALL)):
+        made._end = end
+        before = sum(_C.calls().values())
+        found.append(gradients(made, ids, targets))
+        counts.append(sum(_C.calls().values()) - before)
+    assert found[0][0] == found[1][0] and counts[0] < counts[1]
+    for n, gradient in found[1][1].items():
+        np.testing.assert_array_equal(found[0][1][n], gradient, n)
+
+
+@pytest.mark.parametrize("lora, end", [
+    (None, (0, "ALL")), (LoraConfig(), (0, "ALL")), (LoraConfig(modules_to_save=("norm",)), (0, "W1")),
+    (LoraConfig(modules_to_save=()), (0, "QKV")), (LoraConfig(target_modules=(), modules_to_save=("model.norm",)), (2, "ALL"))])
+def test_where_the_backward_ends(lora, end):
+    assert build("qwen2", lora)._end == (end[0], getattr(model_, end[1]))
 
 
 def test_a_step_is_made_of_ops():

@@ -85,6 +85,13 @@ def test_import_is_light():
     assert not outside, f"import longlora also imports {outside}"
 
 
+def test_the_extension_is_imported_by_one_way_only():
+    """From the package, which first says how the threads of OpenMP shall wait."""
+    for path in ROOT.glob("longlora/**/*.py"):
+        if path != ROOT / "longlora/__init__.py":
+            assert not re.search(r"\b_C import|import .*longlora\._C|import_module\(.*_C", path.read_text()), path
+
+
 def test_import_is_quick():
     """Under 0.2 s of the processor; on a machine where NumPy alone takes most of that, little more than NumPy."""
     def seconds(script):

@@ -9,6 +9,15 @@ import pytest
 from longlora import _C, ops
 
 
+@pytest.fixture(autouse=True)
+def no_work_too_small():
+    """All threads take part in everything here; without this the tests' sizes would mostly stay on one."""
+    before = _C.get_grain()
+    _C.set_grain(0)
+    yield
+    _C.set_grain(before)
+
+
 def f32(*shape):
     return np.random.default_rng(list(shape)).standard_normal(shape).astype(np.float32)
 
@@ -118,6 +127,70 @@ def run(i): return ops.matmul(x, x).tobytes() == want
 with multiprocessing.get_context("fork").Pool(2) as pool: print(all(pool.map(run, range(4))))
 """)
     assert out == ["True"]
+
+
+def test_small_work_starts_no_threads():
+    """A call of a few microseconds stays on the thread that makes it; with a grain of 0 it does not."""
+    out = python("""
+import os, numpy as np, longlora
+from longlora import _C, ops
+longlora.set_num_threads(3)
+x = np.ones((64, 64), np.float32)
+def small():
+    ops.rms_norm_forward(x, x[0]); ops.matmul(x, x); ops.swiglu_forward(x, x); ops.cast(x, "float16")
+    q = x.reshape(1, 64, 1, 64)
+    out, lse = ops.s2_attention_forward(q, q, q, group_size=32)
+    ops.s2_attention_backward(out, q, q, q, out, lse, group_size=32)
+    ops.linear_cross_entropy_backward(x, x, np.zeros(64, np.int32), x[0])
+    return len(os.listdir("/proc/self/task"))
+print(small())
+_C.set_grain(0)
+print(small())
+""", OPENBLAS_NUM_THREADS="1")
+    assert out[0] == "1" and int(out[1]) > 1
+
+
+def test_large_scratch_is_not_faulted_in_anew():
+    """Calls that take megabytes of scratch cost hardly a page fault once they have run; without the blocks that are kept, each
+    costs hundreds (or, where there are huge pages, several). A fork in between takes none of it away."""
+    out = python("""
+import os, resource, numpy as np
+from longlora import ops
+x, w = np.ones((700, 1100), np.float32), np.ones((1000, 1100), np.float32)
+q = np.ones((1, 512, 2, 64), np.float16)
+o, lse = ops.s2_attention_forward(q, q, q, group_size=256)
+out, dq = np.empty((700, 1000), np.float32), [np.empty_like(q) for _ in range(3)]
+def calls():
+    ops._C.matmul(out, x, w.T, 1.0, 0.0)
+    ops._C.s2_attention_backward(*dq, o, q, q, q, o, lse, None, 256, 0, 0, 0.125)
+calls(), calls()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50): calls()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+if not os.fork():
+    calls()
+    os._exit(0)
+print(os.wait()[1])
+calls()
+""", OPENBLAS_NUM_THREADS="1")
+    assert int(out[0]) < 25 and out[1] == "0"
+
+
+def test_scratch_that_is_kept_is_bounded():
+    """One call takes 280 MB; it goes back to the system with the call."""
+    out = python("""
+import numpy as np
+from longlora import ops
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+q, k = np.ones((1, 16384, 64, 64), np.float16), np.ones((1, 16384, 1, 64), np.float16)
+o, lse = ops.s2_attention_forward(q, k, k, group_size=4, shift="none")
+dq, dk, dv = np.ones_like(q), np.ones_like(k), np.ones_like(k)
+before = resident()
+ops._C.s2_attention_backward(dq, dk, dv, o, q, k, k, o, lse, None, 4, 0, 1, 0.125)
+peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) >> 10
+print(peak - before > 250, resident() - before < 128)
+""")
+    assert out == ["True", "True"]
 
 
 def test_number_of_threads():

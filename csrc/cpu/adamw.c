@@ -31,5 +31,6 @@ int CPU(adamw)(const void *args, void *stream) {
     double c1 = 1 - pow(a->beta1, a->step), c2 = 1 - pow(a->beta2, a->step);
     Step s = { a, (float)(1 - a->lr * a->weight_decay), (float)(a->lr / c1), (float)(1 / sqrt(c2)), (float)a->beta1,
                (float)a->beta2, (float)(1 - a->beta1), (float)(1 - a->beta2), (float)a->eps, (float)a->grad_scale };
-    return parallel_for((a->grad.shape[0] + BLOCK - 1) / BLOCK, update_block, &s);
+    int64_t N = a->grad.shape[0];
+    return parallel_for((N + BLOCK - 1) / BLOCK, N < BLOCK ? N / 2 : BLOCK / 2, update_block, &s);
 }

@@ -23,7 +23,8 @@ static int row_block(int64_t task, void *context) {
 
 static int rows(Tensor out, Tensor x, float scale, int add) {
     Rows r = { out, x, scale, add };
-    return parallel_for(x.shape[0] * ((x.shape[1] + BLOCK - 1) / BLOCK), row_block, &r);
+    int64_t N = x.shape[1];
+    return parallel_for(x.shape[0] * ((N + BLOCK - 1) / BLOCK), (N < BLOCK ? N : BLOCK) / 4 + 1, row_block, &r);
 }
 
 int CPU(cast)(const void *args, void *stream) {
@@ -60,7 +61,7 @@ int CPU(sum_squares)(const void *args, void *stream) {
     int64_t blocks = (a->x.shape[0] + BLOCK - 1) / BLOCK;
     Sums s = { a, scratch(blocks * (int64_t)sizeof(double)) };
     if (!s.partial) return -1;
-    int status = parallel_for(blocks, sum_block, &s);
+    int status = parallel_for(blocks, BLOCK / 4, sum_block, &s);
     double sum = 0;
     for (int64_t i = 0; i < blocks; i++) sum += s.partial[i];
     *(double *)a->out.data += sum;

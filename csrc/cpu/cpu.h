@@ -43,14 +43,22 @@ static inline void vf_store(float *p, vf x) { memcpy(p, &x, sizeof x); }
 static inline vf vf_select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
 static inline vf vf_max(vf a, vf b) { return vf_select(a > b, a, b); }
 
-/* Sum and maximum of the lanes, in a fixed tree. */
+/* Sum of the lanes, in a fixed tree: halves, quarters, ... In shuffles, because gcc makes a loop through memory of indices. */
 static inline float vf_sum(vf x) {
-    for (int w = VW / 2; w; w /= 2) for (int i = 0; i < w; i++) x[i] += x[i + w];
-    return x[0];
-}
-static inline float vf_hmax(vf x) {
-    for (int w = VW / 2; w; w /= 2) for (int i = 0; i < w; i++) x[i] = x[i] > x[i + w] ? x[i] : x[i + w];
-    return x[0];
+#define HALF(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#if defined __AVX512F__
+    __typeof__(HALF(x, 0, 1, 2, 3, 4, 5, 6, 7)) y = HALF(x, 0, 1, 2, 3, 4, 5, 6, 7) + HALF(x, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    vf y = x;
+#endif
+#if defined __AVX2__
+    __typeof__(HALF(y, 0, 1, 2, 3)) z = HALF(y, 0, 1, 2, 3) + HALF(y, 4, 5, 6, 7);
+#else
+    vf z = y;
+#endif
+    __typeof__(HALF(z, 0, 1)) sum = HALF(z, 0, 1) + HALF(z, 2, 3);
+#undef HALF
+    return sum[0] + sum[1];
 }
 
 /* exp, relative error below 2 ulp; 0 under -87.3, +inf above 88.7, NaN stays NaN. x = n ln2 + r with |r| <= ln2/2, ln2 in
@@ -182,15 +190,22 @@ static inline void store_row(void *row, int32_t dtype, const float *x, int64_t n
 
 /* ---- loops and memory (parallel.c, compiled once) ------------------------------------------------------------------ */
 
-/* body(i, context) for i in 0..n-1, each exactly once, on the threads of set_threads(). What a body computes must not
- * depend on the thread that runs it, so results are the same for any number of threads. A body that fails returns
+/* body(i, context) for i in 0..n-1, each exactly once, on the threads of set_threads(), but on no more of them than have
+ * set_grain() nanoseconds of work each (0: on all): `cost` is about how many a body takes on one core. What a body computes
+ * must not depend on the thread that runs it, so results are the same for any number of threads. A body that fails returns
  * non-zero (after fail()); then the first such message is kept and -1 comes back. */
-int parallel_for(int64_t n, int (*body)(int64_t i, void *context), void *context);
+int parallel_for(int64_t n, int64_t cost, int (*body)(int64_t i, void *context), void *context);
 void set_threads(int n);
 int get_threads(void);
+void set_grain(int64_t nanoseconds);
+int64_t get_grain(void);
 
 /* 64-byte aligned; NULL and fail() when there is none. Freed by scratch_free before the op returns. */
 void *scratch(int64_t bytes);
 void scratch_free(void *p);
+
+/* Zeroed pages of the system, for what lives longer than a call; NULL when there are none. */
+void *map_memory(int64_t bytes);
+void unmap_memory(void *p, int64_t bytes);
 
 #endif

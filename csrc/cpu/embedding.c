@@ -27,7 +27,7 @@ int CPU(embedding_forward)(const void *args, void *stream) {
     const EmbeddingForward *a = args;
     (void)stream;
     if (check_ids("embedding_forward", &a->ids, a->weight.shape[0])) return -1;
-    return parallel_for((a->ids.shape[0] + ROWS - 1) / ROWS, forward_rows, (void *)a);
+    return parallel_for((a->ids.shape[0] + ROWS - 1) / ROWS, ROWS * (a->out.shape[1] / 4 + 1), forward_rows, (void *)a);
 }
 
 /* A task owns the runs of equal ids that begin in its ROWS places of `order`, to their ends. */
@@ -60,5 +60,5 @@ int CPU(embedding_backward)(const void *args, void *stream) {
         if (i && (ids[order[i - 1]] > ids[order[i]] || (ids[order[i - 1]] == ids[order[i]] && order[i - 1] >= order[i])))
             return fail("embedding_backward: order should be argsort(ids), stable, but is not at place %lld", (long long)i);
     }
-    return parallel_for((a->ids.shape[0] + ROWS - 1) / ROWS, backward_runs, (void *)a);
+    return parallel_for((a->ids.shape[0] + ROWS - 1) / ROWS, ROWS * (a->dout.shape[1] / 2 + 1), backward_runs, (void *)a);
 }

@@ -16,6 +16,7 @@
  *   one core, da, M = 8, K = 2048: b packed 72, b in place 220
  *   one core, M = 192, N = 576, K = 8192 (dx of the loss): b in place 180, packed by each tile for itself 196 */
 #include "gemm.h"
+#include "scratch.h"
 
 #if defined __AVX512BF16__
 #include <immintrin.h>
@@ -38,7 +39,6 @@ enum {
     ROWS = 480,                        /* of a in one task, at most */
     TASK_BYTES = 480 << 10,            /* rows of a that one task works on: half of an L2 cache */
     SUM_BYTES = 8 << 20,               /* of sums kept in float32 */
-    PACK_BYTES = 4 << 20,              /* of b packed at once; twice that of a */
 };
 
 /* Packed elements are 32 bits: a float, or, in products of bfloat16, the pair of k and k + 1. A "step" is one of them. */
@@ -475,8 +475,9 @@ static int narrow_pack(int64_t n, void *context) {
 static int narrow(Job *job) {
     int64_t columns = ceil_div(job->N, COLUMNS) * COLUMNS;
     if (!(job->pack_b = scratch(4 * columns * ceil_div(job->steps, VW) * VW))) return -1;
-    int status = parallel_for(columns, narrow_pack, job);
-    if (!status) status = parallel_for(ceil_div(job->M, NARROW_ROWS), narrow_task, job);
+    int status = parallel_for(columns, job->steps, narrow_pack, job);
+    int64_t cost = NARROW_ROWS * columns * (job->steps / 32 + 1);
+    if (!status) status = parallel_for(ceil_div(job->M, NARROW_ROWS), cost, narrow_task, job);
     scratch_free(job->pack_b);
     return status;
 }
@@ -535,7 +536,7 @@ int CPU(gemm)(const Gemm *g) {
                 int64_t tasks_b = ceil_div(job.n1 - job.packed_n, job.nr * B_PANELS);
                 int64_t tasks_a = ceil_div(job.m1 - job.m0, MR * A_PANELS);
                 if (job.direct && !job.copied && job.s1 <= job.steps) tasks_a = 0;
-                if (parallel_for(tasks_b + tasks_a, pack_task, &job)) goto done;
+                if (parallel_for(tasks_b + tasks_a, (job.s1 - job.s0) * job.nr * B_PANELS / 4, pack_task, &job)) goto done;
                 int64_t rows = job.m1 - job.m0, cols = job.n1 - job.n0;
                 job.tile_m = min64(ROWS, max64(1, TASK_BYTES / 4 / max64(1, job.s1 - job.s0) / MR) * MR);
                 job.tile_n = ceil_div(cols, NR) * NR;
@@ -545,7 +546,8 @@ int CPU(gemm)(const Gemm *g) {
                     if (job.tile_n > 4 * NR || job.local_b) job.tile_n = ceil_div(job.tile_n / NR, 2) * NR;
                     else job.tile_m = ceil_div(job.tile_m / MR, 2) * MR;
                 job.tiles_n = ceil_div(cols, job.tile_n);
-                if (parallel_for(ceil_div(rows, job.tile_m) * job.tiles_n, tile_task, &job)) goto done;
+                int64_t tasks = ceil_div(rows, job.tile_m) * job.tiles_n;
+                if (parallel_for(tasks, rows * cols * (job.s1 - job.s0) / 32 / tasks, tile_task, &job)) goto done;
                 job.s0 = job.s1;
             } while (job.s0 < all);
         }

@@ -5,11 +5,11 @@
  * read the same chunk where it lies, a few thousand rows of weight at a time. One exponential per logit: a block of V
  * keeps exp(logit - the block's maximum), and the gradient is that times one factor per block and column. */
 #include "gemm.h"
+#include "scratch.h"
 
 enum {
-    CHUNK_BYTES = 48 << 20,            /* of logits; with what gemm packs, below 64 MiB */
-    BLOCK = 256,                       /* rows of V that one task reduces, in fixed order */
-    ROUND = 48,                        /* rows of a chunk come in whole tiles of gemm */
+    BLOCK = HEAD_BLOCK,                /* rows of V that one task reduces, in fixed order */
+    ROUND = HEAD_ROUND,                /* rows of a chunk come in whole tiles of gemm */
     VECTORS = ROUND / VW,
     WEIGHT_BYTES = 6 << 20,            /* of float32 weight that one step of the backward works on, while it is in the cache */
 };
@@ -85,16 +85,14 @@ static int run(const char *op, const Tensor *losses, const Tensor *lse, const Te
                         (long long)c.V - 1, (long long)c.ignore, (long long)t);
     }
     if (M == 0) return 0;
-    int64_t most = CHUNK_BYTES / 4 / (c.V > 0 ? c.V : 1) / ROUND * ROUND;
-    if (most < ROUND) most = ROUND;
-    int64_t chunks = (M + most - 1) / most, rows = ((M + chunks - 1) / chunks + ROUND - 1) / ROUND * ROUND;
+    int64_t rows = head_rows(M, c.V);
     c.stride = rows;
     c.dtype = F32;
 #if defined __AVX512BF16__
     if (c.x->dtype == BF16) c.dtype = BF16;                            /* then its products run at twice the speed */
 #endif
     int keep = c.dlosses && dx->dtype != F32;                          /* dx is summed in float32 */
-    float *memory = scratch(4 * rows * (c.V + 2 * blocks + 2 + (keep ? C : 0)));
+    float *memory = scratch(head_scratch(M, C, c.V, keep));
     if (!memory) return -1;
     c.logits = memory, c.max = c.logits + c.V * rows, c.sum = c.max + blocks * rows;
     c.lse = c.sum + blocks * rows, c.picked = c.lse + rows;
@@ -108,7 +106,7 @@ static int run(const char *op, const Tensor *losses, const Tensor *lse, const Te
         memset(c.picked, 0, (size_t)c.stride * 4);
         if ((status = CPU(gemm)(&(Gemm){ .M = c.V, .N = c.rows, .K = C, .a = weight, .b = transposed(xc), .alpha = 1,
                                          .c = c.logits, .c_row = c.stride, .c_dtype = F32 }))) break;
-        if ((status = parallel_for(blocks, reduce_block, &c))) break;
+        if ((status = parallel_for(blocks, BLOCK * rows / 2, reduce_block, &c))) break;
         for (int64_t i = 0; i < c.stride; i++) {
             float max = -INFINITY, sum = 0;
             for (int64_t b = 0; b < blocks; b++) max = c.max[b * c.stride + i] > max ? c.max[b * c.stride + i] : max;
@@ -130,7 +128,7 @@ static int run(const char *op, const Tensor *losses, const Tensor *lse, const Te
         for (c.block0 = 0; c.block0 < blocks && !status; c.block0 += step) {
             int64_t v0 = c.block0 * BLOCK, v1 = v0 + step * BLOCK < c.V ? v0 + step * BLOCK : c.V;
             Matrix dlogits = { c.logits + v0 * rows, rows * 4 / dtype_size(c.dtype), 1, c.dtype };    /* [v1 - v0, rows] */
-            if ((status = parallel_for((v1 - v0 + BLOCK - 1) / BLOCK, gradient_block, &c))) break;
+            if ((status = parallel_for((v1 - v0 + BLOCK - 1) / BLOCK, BLOCK * rows / 8, gradient_block, &c))) break;
             if ((status = CPU(gemm)(&(Gemm){
                 .M = c.rows, .N = C, .K = v1 - v0, .a = transposed(dlogits), .b = rows_from(weight, v0), .alpha = 1,
                 .beta = v0 > 0, .c = sums, .c_row = sums_row, .c_dtype = F32 }))) break;

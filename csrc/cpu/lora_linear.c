@@ -86,7 +86,8 @@ int CPU(lora_linear_backward)(const void *args, void *stream) {
     if (!status && given(&f->dweight)) status = CPU(gemm)(&(Gemm){
         .M = N, .N = C, .K = M, .a = transposed(dout), .b = x, .alpha = 1, .beta = 1,
         .c = f->dweight.data, .c_row = f->dweight.stride[0], .c_dtype = F32 });
-    if (!status && given(&f->dbias)) status = parallel_for((N + COLUMNS - 1) / COLUMNS, dbias_block, (void *)f);
+    if (!status && given(&f->dbias))
+        status = parallel_for((N + COLUMNS - 1) / COLUMNS, M * COLUMNS / 8, dbias_block, (void *)f);
     scratch_free(memory);
     return status;
 }

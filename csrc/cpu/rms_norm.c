@@ -59,7 +59,7 @@ int CPU(rms_norm_forward)(const void *args, void *stream) {
     const RmsNormForward *a = args;
     (void)stream;
     if (given(&a->residual) && !given(&a->sum)) return fail("rms_norm_forward: sum must be given with residual, got None");
-    return parallel_for((a->x.shape[0] + ROWS - 1) / ROWS, forward_rows, (void *)a);
+    return parallel_for((a->x.shape[0] + ROWS - 1) / ROWS, ROWS * (a->x.shape[1] / 4 + 1), forward_rows, (void *)a);
 }
 
 /* out_i = x_i r w_i with r = (mean x^2 + eps)^-1/2, so dx_i = r g_i - x_i r^3 mean(g x), g = dout w. */
@@ -105,7 +105,7 @@ int CPU(rms_norm_backward)(const void *args, void *stream) {
     int64_t C = a->x.shape[1], tasks = (a->x.shape[0] + ROWS - 1) / ROWS;
     Backward b = { a, NULL, (C + VW - 1) / VW * VW };
     if (given(&a->dweight) && tasks && !(b.partial = scratch(tasks * b.pitch * (int64_t)sizeof(float)))) return -1;
-    int status = parallel_for(tasks, backward_rows, &b);
+    int status = parallel_for(tasks, ROWS * (C / 2 + 1), backward_rows, &b);
     if (b.partial) {
         float *dweight = a->dweight.data;
         for (int64_t task = 1; task < tasks; task++)

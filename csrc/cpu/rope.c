@@ -55,7 +55,7 @@ static int rotate(const char *op, const Rope *a, float sign) {
                         position);
     }
     Rotation r = { a, sign };
-    return parallel_for((B * T + ROWS - 1) / ROWS, rotate_rows, &r);
+    return parallel_for((B * T + ROWS - 1) / ROWS, ROWS * a->x.shape[2] * (D / 4 + 1), rotate_rows, &r);
 }
 
 int CPU(rope_forward)(const void *args, void *stream) { (void)stream; return rotate("rope_forward", args, 1); }

@@ -23,6 +23,7 @@
  * No gain: BK from 48 to 192, chunks of 2048 (+2 %, and fewer tasks). Not kept: keys and values of float32 used where they
  * lie (+3 %, but rows a power of two apart fall into the same cache sets), prefetch between the products (+2 %). */
 #include "cpu.h"
+#include "scratch.h"
 
 #include <stdatomic.h>
 
@@ -34,12 +35,8 @@
 #endif
 enum {
     MR = 6,
-    BQ = 64,                           /* query rows of a block */
-    BK = 96,                           /* keys of a block */
-    ROWS = 512,                        /* query rows of a forward task, all heads together */
-    CHUNK = 1024,                      /* rows of a backward task, queries and keys */
-    SUMS = 64 << 20,                   /* bytes of float32 sums that a backward pass wants to stay below */
-};
+    ROWS = 512,                        /* query rows of a forward task, all heads together; of a backward task CHUNK */
+};                                     /* a block is BQ queries and BK keys */
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -359,6 +356,14 @@ static int make_work(const Pattern *p, int64_t (*list)(const Pattern *, const Se
     return 0;
 }
 
+/* All tasks, in nanoseconds of one core: multiply-adds of two products, 32 a nanosecond. */
+static int64_t work_of(const Work *w, int64_t D) {
+    int64_t pairs = 0;
+    for (int64_t i = 0; i < w->count; i++)
+        pairs += (w->tasks[i].to - w->tasks[i].from) * (w->tasks[i].last - w->tasks[i].first) * w->tasks[i].last;
+    return pairs / 16 * (D + 1);
+}
+
 static void free_work(Work *w) {
     scratch_free(w->tasks);
     scratch_free(w->segments);
@@ -467,7 +472,7 @@ int CPU(s2_attention_forward)(const void *args, void *stream) {
     f.pitch = round_up(f.p.D, VW);
     f.floats = round_up(2 * (ROWS + BK) * f.pitch + 2 * ROWS + BQ + BK * BQ, VW);
     f.memory = scratch(threads * f.floats * (int64_t)sizeof(float));
-    int status = f.memory ? parallel_for(threads, forward_thread, &f) : -1;
+    int status = f.memory ? parallel_for(threads, work_of(&f.w, f.p.D) / max64(threads, 1), forward_thread, &f) : -1;
     scratch_free(f.memory);
     free_work(&f.w);
     return status;
@@ -584,16 +589,16 @@ static int store_sums(int64_t index, void *context) {
 
 /* All phases of all heads on the pairs begin .. end-1. */
 static int backward_pairs(Backward *b, int64_t threads) {
-    int64_t phases[2] = { 0, 0 };
+    int64_t phases[2] = { 0, 0 }, cost = work_of(&b->w, b->p.D) / max64(threads, 1);
     for (int64_t i = 0; i < b->w.segment_count; i++) {
         const Segment *s = &b->w.segments[i];
         phases[s->shifted] = max64(phases[s->shifted], (rows_of(s) + chunk_of(s) - 1) / chunk_of(s));
     }
     for (b->shifted = 0; b->shifted < 2; b->shifted++) for (b->phase = 0; b->phase < phases[b->shifted]; b->phase++) {
         b->next = 0;
-        if (parallel_for(threads, backward_thread, b)) return -1;
+        if (parallel_for(threads, cost, backward_thread, b)) return -1;
     }
-    return b->sums ? parallel_for((b->end - b->begin) * (b->p.H / b->p.K + 2), store_sums, b) : 0;
+    return b->sums ? parallel_for((b->end - b->begin) * (b->p.H / b->p.K + 2), b->p.T * (b->p.D / 4 + 1), store_sums, b) : 0;
 }
 
 int CPU(s2_attention_backward)(const void *args, void *stream) {
@@ -611,14 +616,13 @@ int CPU(s2_attention_backward)(const void *args, void *stream) {
     }
     if (!p->H) return 0;
     if (make_work(p, backward_tasks, &b.w)) return -1;
-    int64_t threads = min64(get_threads(), b.w.count), pairs = p->B * p->K, at_once = pairs;
-    int64_t each = (p->H / p->K + 2) * p->T * p->D;
-    b.pitch = round_up(p->D, VW);
-    b.floats = round_up((4 * CHUNK + 5 * BQ) * b.pitch + 2 * BK * BQ + 2 * BQ, VW);
     int narrow = a->q.dtype != F32, status = 0;
-    if (narrow) at_once = min64(pairs, max64(1, SUMS / 4 / max64(each, 1)));
+    int64_t threads = min64(get_threads(), b.w.count), pairs = p->B * p->K;
+    int64_t at_once = narrow ? attention_heads_at_once(p->B, p->T, p->H, p->K, p->D) : pairs;
+    b.pitch = round_up(p->D, VW);
+    b.floats = attention_thread_scratch(b.pitch) / (int64_t)sizeof(float);
     b.memory = scratch(threads * b.floats * (int64_t)sizeof(float));
-    if (narrow) b.sums = scratch(at_once * each * (int64_t)sizeof(float));
+    if (narrow) b.sums = scratch(at_once * attention_head_sums(p->T, p->H, p->K, p->D));
     if (!b.memory || (narrow && !b.sums)) status = -1;
     for (; b.begin < pairs && !status; b.begin = b.end) {
         b.end = min64(pairs, b.begin + at_once);

@@ -69,14 +69,18 @@ static int backward_task(int64_t task, void *context) {
     return 0;
 }
 
+static int64_t cost_of(int64_t F) { return (F < BLOCK ? F : BLOCK) / 2 + 1; }
+
 int CPU(swiglu_forward)(const void *args, void *stream) {
     const SwigluForward *a = args;
     (void)stream;
-    return parallel_for(a->gate.shape[0] * ((a->gate.shape[1] + BLOCK - 1) / BLOCK), forward_task, (void *)a);
+    int64_t M = a->gate.shape[0], F = a->gate.shape[1];
+    return parallel_for(M * ((F + BLOCK - 1) / BLOCK), cost_of(F), forward_task, (void *)a);
 }
 
 int CPU(swiglu_backward)(const void *args, void *stream) {
     const SwigluBackward *a = args;
     (void)stream;
-    return parallel_for(a->gate.shape[0] * ((a->gate.shape[1] + BLOCK - 1) / BLOCK), backward_task, (void *)a);
+    int64_t M = a->gate.shape[0], F = a->gate.shape[1];
+    return parallel_for(M * ((F + BLOCK - 1) / BLOCK), cost_of(F), backward_task, (void *)a);
 }

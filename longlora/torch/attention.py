@@ -141,6 +141,7 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     if not module.training and (T != S or attention_mask is not None and not borders):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, is_causal=is_causal,
                                       **how)
+    parallel = getattr(module, "_longlora_cp", None)           # context_parallel.enable's, which refuses by itself
     cu_seqlens, group_size, boundary, shift = attention_mask, max(T, 1), "split", "none"
     if module.training:
         window = how.get("sliding_window")
@@ -155,6 +156,9 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
         group_size, boundary = group_size_of(config, T), getattr(config, "longlora_boundary", "split")
         shift = getattr(config, "longlora_shift", "half")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if parallel is not None:
+        return parallel(module, q, k, v, group_size=getattr(config, "longlora_group_size", None), boundary=boundary, shift=shift,
+                        scale=scaling), None
     return ops.s2_attention(q, k, v, group_size=group_size, boundary=boundary, shift=shift, cu_seqlens=cu_seqlens, scale=scaling), None
 
 

@@ -3,19 +3,34 @@
 One table: schema, kernel, shapes of the results (for torch.compile), backward, autocast. A kernel's results are new tensors of
 torch's allocator; inputs are read where they lie, but one whose last axis is not dense is copied first. Gradients can be taken
 once: no formula is given for the gradient of a gradient, and asking for it says so.
+
+The dispatcher enters Python twice for an operator written in Python, which costs 7 us a call and 13 with a gradient, several
+times what a tiny kernel takes. So the functions go to the same kernel and backward without it where it would decide nothing:
+plain tensors, no compiler, no autocast, no mode and no transform looking on.
 """
 import math
+from types import SimpleNamespace
 
 import torch
 
 from .. import _C, ops
 
 _library = torch.library.Library("longlora", "DEF")
-_CALL = torch.ops.longlora
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_contiguous = torch.contiguous_format
+_call = SimpleNamespace()              # name of an operator -> the function that calls it
 
 
 def _dense(*tensors):
-    return tuple(x if x is None or x.ndim == 0 or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in tensors)
+    return tuple(x if x is None or x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in tensors)
+
+
+def _like(x):
+    return torch.empty_like(x, memory_format=_contiguous)
+
+
+def _floats(x, *shape):
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 def _once(name):
@@ -32,23 +47,58 @@ def _autocast(name, dtype):
             args = [x.to(to) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
                     for x in args]
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-                return getattr(_CALL, name).default(*args)
+                return getattr(torch.ops.longlora, name).default(*args)
         _library.impl(name, call, key, with_keyset=True)
     rule("cpu", "AutocastCPU")
     rule("cuda", "AutocastCUDA")
 
 
+def _undecided(tensors):
+    """Whether the dispatcher would come to the kernel whatever it looked at."""
+    if torch.compiler.is_compiling():
+        return False
+    for x in tensors:
+        if type(x) not in _PLAIN:
+            return False
+    device = "cpu" if tensors[0].is_cpu else "cuda"
+    return ((tensors[0].is_cpu or tensors[0].is_cuda) and not torch.is_autocast_enabled(device)
+            and not torch._C._len_torch_dispatch_stack() and not torch._C._len_torch_function_stack()
+            and torch._C._functorch.peek_interpreter_stack() is None)
+
+
 def _register(schema, kernel, shapes, backward=None, save=None, autocast=()):
-    """schema "name(...) -> ..."; shapes: the fake kernel; save(ctx, inputs, output) and backward(ctx, *grads): autograd's."""
+    """Register an operator, and put the function that calls it into _call.
+
+    schema "name(...) -> ..."; shapes: the fake kernel; save(ctx, inputs, output) and backward(ctx, *grads): autograd's.
+    """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         _library.impl(name, kernel, key)
     torch.library.register_fake(f"longlora::{name}", shapes, lib=_library)
-    if "!" not in schema:
-        torch.library.register_autograd(f"longlora::{name}", backward or _once(name), setup_context=save, lib=_library)
     if autocast != ():
         _autocast(name, autocast)
+    operator = getattr(torch.ops.longlora, name).default
+    if "!" in schema:
+        return
+    backward = backward or _once(name)
+    torch.library.register_autograd(f"longlora::{name}", backward, setup_context=save, lib=_library)
+
+    def forward(ctx, *args):
+        output = kernel(*args)
+        if save is not None:
+            save(ctx, args, output)
+        return output
+    function = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+
+    def call(*args):
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        if not _undecided(tensors):
+            return operator(*args)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return function.apply(*args)
+        return kernel(*args)
+    setattr(_call, name, call)
 
 
 def _wanted(ctx, index, grad, like):
@@ -58,30 +108,29 @@ def _wanted(ctx, index, grad, like):
 
 # ---- S2-Attn
 
-def _batches(q, cu_seqlens):
-    """The parts of a batch that are one call each: all, or with borders of its own for each sequence, every sequence."""
+def _each(kernel, arrays, cu_seqlens, how):
+    """The kernel on a whole batch, or sequence by sequence when each has borders of its own."""
     if cu_seqlens is None or cu_seqlens.ndim == 1:
-        return [(slice(None), cu_seqlens)]
-    if cu_seqlens.shape[0] != q.shape[0]:
-        raise ValueError(f"s2_attention: cu_seqlens axis 0 should be B={q.shape[0]}, got {cu_seqlens.shape[0]}")
-    return [(slice(b, b + 1), cu_seqlens[b]) for b in range(q.shape[0])]
+        return kernel(*arrays, cu_seqlens, *how)
+    if cu_seqlens.shape[0] != arrays[0].shape[0]:
+        raise ValueError(f"s2_attention: cu_seqlens axis 0 should be B={arrays[0].shape[0]}, got {cu_seqlens.shape[0]}")
+    for b, borders in enumerate(cu_seqlens):
+        kernel(*(x[b:b + 1] for x in arrays), borders, *how)
 
 
 def _s2_attention_forward(q, k, v, cu_seqlens, group_size, boundary, shift, scale):
     q, k, v = _dense(q, k, v)
-    out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    how = ops.attention_scalars("s2_attention", q, group_size, boundary, shift, scale)
-    for part, borders in _batches(q, cu_seqlens):
-        _C.s2_attention_forward(out[part], lse[part], q[part], k[part], v[part], borders, *how)
+    out, lse = _like(q), _floats(q, q.shape[0], q.shape[2], q.shape[1])
+    _each(_C.s2_attention_forward, (out, lse, q, k, v), cu_seqlens,
+          ops.attention_scalars("s2_attention", q, group_size, boundary, shift, scale))
     return out, lse
 
 
 def _s2_attention_backward(dout, q, k, v, out, lse, cu_seqlens, group_size, boundary, shift, scale):
     dout, q, k, v = _dense(dout, q, k, v)
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    how = ops.attention_scalars("s2_attention", q, group_size, boundary, shift, scale)
-    for part, borders in _batches(q, cu_seqlens):
-        _C.s2_attention_backward(*(x[part] for x in (*grads, dout, q, k, v, out, lse)), borders, *how)
+    grads = _like(q), _like(k), _like(v)
+    _each(_C.s2_attention_backward, (*grads, dout, q, k, v, out, lse), cu_seqlens,
+          ops.attention_scalars("s2_attention", q, group_size, boundary, shift, scale))
     return grads
 
 
@@ -93,7 +142,7 @@ def _save_attention(ctx, inputs, output):
 
 def _grad_attention(ctx, dout, dlse):
     q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-    grads = _CALL.s2_attention_backward(dout.to(q.dtype), q, k, v, out, lse, cu_seqlens, *ctx.how)
+    grads = _call.s2_attention_backward(dout.to(q.dtype), q, k, v, out, lse, cu_seqlens, *ctx.how)
     return *grads, None, None, None, None, None
 
 
@@ -110,7 +159,7 @@ def s2_attention_with_lse(q, k, v, *, group_size, boundary="split", shift="half"
     """As s2_attention -> out [B,T,H,D], lse [B,H,T] float32, the logarithm of each softmax's sum; it has no gradient."""
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[-1], 1))
-    return _CALL.s2_attention_forward(q, k, v, cu_seqlens, group_size, boundary, shift, scale)
+    return _call.s2_attention_forward(q, k, v, cu_seqlens, group_size, boundary, shift, scale)
 
 
 def s2_attention(q, k, v, *, group_size, boundary="split", shift="half", cu_seqlens=None, scale=None):
@@ -126,18 +175,22 @@ def s2_attention(q, k, v, *, group_size, boundary="split", shift="half", cu_seql
 # ---- RMSNorm
 
 def _rms_norm_forward(x, weight, eps):
-    out, rstd, _ = ops.rms_norm_forward(*_dense(x, weight), eps)
+    x, weight = _dense(x, weight)
+    out, rstd = _like(x), _floats(x, x.shape[0])
+    _C.rms_norm_forward(out, rstd, None, x, None, weight, eps)
     return out, rstd
 
 
 def _add_rms_norm_forward(x, residual, weight, eps):
     x, residual, weight = _dense(x, residual, weight)
-    return ops.rms_norm_forward(x, weight, eps, residual)
+    out, rstd, total = _like(x), _floats(x, x.shape[0]), _like(x)
+    _C.rms_norm_forward(out, rstd, total, x, residual, weight, eps)
+    return out, rstd, total
 
 
 def _rms_norm_backward(dout, x, rstd, weight, dresidual, train_weight):
     dout, x, weight, dresidual = _dense(dout, x, weight, dresidual)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = _like(x)
     dweight = x.new_zeros(weight.shape if train_weight else 0, dtype=torch.float32)
     _C.rms_norm_backward(dx, dweight if train_weight else None, dout, x, rstd, weight, dresidual)
     return dx, dweight
@@ -154,7 +207,7 @@ def _grad_norm(ctx, dout, drstd):
     if dout is None:
         return None, None, None
     x, rstd, weight = ctx.saved_tensors
-    dx, dweight = _CALL.rms_norm_backward(dout, x, rstd, weight, None, ctx.needs_input_grad[1])
+    dx, dweight = _call.rms_norm_backward(dout, x, rstd, weight, None, ctx.needs_input_grad[1])
     return dx, _wanted(ctx, 1, dweight, weight), None
 
 
@@ -162,7 +215,7 @@ def _grad_add_norm(ctx, dout, drstd, dsum):
     x, rstd, weight = ctx.saved_tensors
     if dout is None:
         return dsum, dsum, None, None
-    dx, dweight = _CALL.rms_norm_backward(dout, x, rstd, weight, dsum, ctx.needs_input_grad[2])
+    dx, dweight = _call.rms_norm_backward(dout, x, rstd, weight, dsum, ctx.needs_input_grad[2])
     return dx, dx, _wanted(ctx, 2, dweight, weight), None
 
 
@@ -184,8 +237,8 @@ def rms_norm(x, weight, eps=1e-6, residual=None):
     """x [...,C], weight [C] -> x / sqrt(mean(x^2) + eps) weight; with residual [...,C] of x + residual, and that sum as well."""
     C = x.shape[-1]
     if residual is None:
-        return _CALL.rms_norm_forward(x.reshape(-1, C), weight, eps)[0].view(x.shape)
-    out, _, total = _CALL.add_rms_norm_forward(x.reshape(-1, C), residual.reshape(-1, C), weight, eps)
+        return _call.rms_norm_forward(x.reshape(-1, C), weight, eps)[0].view(x.shape)
+    out, _, total = _call.add_rms_norm_forward(x.reshape(-1, C), residual.reshape(-1, C), weight, eps)
     return out.view(x.shape), total.view(x.shape)
 
 
@@ -197,27 +250,29 @@ def _save_rope(ctx, inputs, output):
 
 _register("rope_forward(Tensor x, Tensor cos, Tensor sin, Tensor? positions) -> Tensor",
           lambda x, *tables: ops.rope_forward(*_dense(x, *tables)), lambda x, *tables: x.new_empty(x.shape),
-          lambda ctx, dout: (_CALL.rope_backward(dout, *ctx.saved_tensors), None, None, None), _save_rope, torch.float32)
+          lambda ctx, dout: (_call.rope_backward(dout, *ctx.saved_tensors), None, None, None), _save_rope, torch.float32)
 _register("rope_backward(Tensor dout, Tensor cos, Tensor sin, Tensor? positions) -> Tensor",
           lambda dout, *tables: ops.rope_backward(*_dense(dout, *tables)), lambda dout, *tables: dout.new_empty(dout.shape),
-          lambda ctx, ddx: (_CALL.rope_forward(ddx, *ctx.saved_tensors), None, None, None), _save_rope)
+          lambda ctx, ddx: (_call.rope_forward(ddx, *ctx.saved_tensors), None, None, None), _save_rope)
 
 
 def rope(x, cos, sin, positions=None):
     """x [B,T,H,D], cos and sin [P,D/2] float32, positions [B,T] int32 or None (0..T-1) -> out [B,T,H,D]. Rotate-half form."""
-    return _CALL.rope_forward(x, cos, sin, positions)
+    return _call.rope_forward(x, cos, sin, positions)
 
 
 # ---- linear with LoRA
 
 def _lora_linear_forward(x, weight, bias, a, b, scale):
-    out, u = ops.lora_linear_forward(*_dense(x, weight, bias, a, b), scale)
-    return out, x.new_empty(0, dtype=torch.float32) if u is None else u
+    x, weight, bias, a, b = _dense(x, weight, bias, a, b)
+    out, u = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device), _floats(x, 0) if a is None else _floats(x, x.shape[0], a.shape[0])
+    _C.lora_linear_forward(out, None if a is None else u, x, weight, bias, a, b, None, scale)
+    return out, u
 
 
 def _lora_linear_backward(dout, x, weight, a, b, u, scale, wanted):
     dout, x, weight, a, b = _dense(dout, x, weight, a, b)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted[0] else None
+    dx = _like(x) if wanted[0] else None
     da, db, dweight, dbias = (x.new_zeros(shape, dtype=torch.float32) if want and shape is not None else None
                               for want, shape in zip(wanted[1:], (None if a is None else a.shape, None if b is None else b.shape,
                                                                   weight.shape, weight.shape[:1])))
@@ -241,7 +296,7 @@ def _save_lora_linear(ctx, inputs, output):
 def _grad_lora_linear(ctx, dout, du):
     x, weight, a, b, u = ctx.saved_tensors
     need = ctx.needs_input_grad
-    dx, da, db, dweight, dbias = _CALL.lora_linear_backward(dout, x, weight, a, b, u, ctx.scale,
+    dx, da, db, dweight, dbias = _call.lora_linear_backward(dout, x, weight, a, b, u, ctx.scale,
                                                             [need[0], need[3], need[4], need[1], need[2]])
     return (dx if need[0] else None, _wanted(ctx, 1, dweight, weight), dbias.to(ctx.bias) if need[2] else None,
             _wanted(ctx, 3, da, a), _wanted(ctx, 4, db, b), None)
@@ -261,24 +316,38 @@ def lora_linear(x, weight, bias=None, a=None, b=None, scale=1.0):
 
     Of weight and bias a gradient is computed only when they require one.
     """
-    out = _CALL.lora_linear_forward(x.reshape(-1, x.shape[-1]), weight, bias, a, b, scale)[0]
+    out = _call.lora_linear_forward(x.reshape(-1, x.shape[-1]), weight, bias, a, b, scale)[0]
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
 # ---- SwiGLU
 
-_register("swiglu_forward(Tensor gate, Tensor up) -> Tensor", lambda gate, up: ops.swiglu_forward(*_dense(gate, up)),
-          lambda gate, up: gate.new_empty(gate.shape), lambda ctx, dout: _CALL.swiglu_backward(dout, *ctx.saved_tensors),
+def _swiglu_forward(gate, up):
+    gate, up = _dense(gate, up)
+    out = _like(gate)
+    _C.swiglu_forward(out, gate, up)
+    return out
+
+
+def _swiglu_backward(dout, gate, up):
+    dout, gate, up = _dense(dout, gate, up)
+    dgate, dup = _like(gate), _like(gate)
+    _C.swiglu_backward(dgate, dup, dout, gate, up)
+    return dgate, dup
+
+
+_register("swiglu_forward(Tensor gate, Tensor up) -> Tensor", _swiglu_forward,
+          lambda gate, up: gate.new_empty(gate.shape), lambda ctx, dout: _call.swiglu_backward(dout, *ctx.saved_tensors),
           lambda ctx, inputs, output: ctx.save_for_backward(*inputs), None)
 _register("swiglu_backward(Tensor dout, Tensor gate, Tensor up) -> (Tensor, Tensor)",
-          lambda dout, gate, up: ops.swiglu_backward(*_dense(dout, gate, up)),
+          _swiglu_backward,
           lambda dout, gate, up: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)))
 
 
 def swiglu(gate, up):
     """gate and up [...,F] -> silu(gate) up."""
     F = gate.shape[-1]
-    return _CALL.swiglu_forward(gate.reshape(-1, F), up.reshape(-1, F)).view(gate.shape)
+    return _call.swiglu_forward(gate.reshape(-1, F), up.reshape(-1, F)).view(gate.shape)
 
 
 # ---- linear layer and cross entropy
@@ -289,7 +358,7 @@ def _loss_forward(x, weight, targets, ignore_index):
 
 def _loss_backward(x, weight, targets, dlosses, ignore_index, train_weight):
     x, weight, dlosses = _dense(x, weight, dlosses)
-    losses, dx = x.new_empty(x.shape[0], dtype=torch.float32), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    losses, dx = _floats(x, x.shape[0]), _like(x)
     dweight = x.new_zeros(weight.shape if train_weight else 0, dtype=torch.float32)
     _C.linear_cross_entropy_backward(losses, dx, dweight if train_weight else None, x, weight, targets, dlosses, ignore_index)
     return losses, dx, dweight
@@ -310,7 +379,7 @@ def _save_losses(ctx, inputs, output):
 
 def _grad_losses(ctx, dlosses, dlse):
     x, weight, targets = ctx.saved_tensors
-    _, dx, dweight = _CALL.linear_cross_entropy_backward(x, weight, targets, dlosses, ctx.ignore_index, ctx.needs_input_grad[1])
+    _, dx, dweight = _call.linear_cross_entropy_backward(x, weight, targets, dlosses, ctx.ignore_index, ctx.needs_input_grad[1])
     return dx, _wanted(ctx, 1, dweight, weight), None, None
 
 
@@ -352,8 +421,8 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-100, reduction="mean"
     rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1).to(torch.int32)
     if (reduction != "none" and x.dtype != torch.float16         # whose gradients want the loss scale first
             and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-        return _CALL.linear_cross_entropy_step(rows, weight, flat, ignore_index, reduction == "mean", weight.requires_grad)[0]
-    losses = _CALL.linear_cross_entropy_forward(rows, weight, flat, ignore_index)[0]
+        return _call.linear_cross_entropy_step(rows, weight, flat, ignore_index, reduction == "mean", weight.requires_grad)[0]
+    losses = _call.linear_cross_entropy_forward(rows, weight, flat, ignore_index)[0]
     if reduction == "none":
         return losses.view(targets.shape)
     return losses.sum() / (flat != ignore_index).sum() if reduction == "mean" else losses.sum()
@@ -368,7 +437,7 @@ def _save_embedding(ctx, inputs, output):
 
 def _grad_embedding(ctx, dout):
     ids, = ctx.saved_tensors
-    return _CALL.embedding_backward(dout, ids, ctx.rows).to(ctx.dtype), None
+    return _call.embedding_backward(dout, ids, ctx.rows).to(ctx.dtype), None
 
 
 _register("embedding_forward(Tensor weight, Tensor ids) -> Tensor", lambda weight, ids: ops.embedding_forward(*_dense(weight), ids),
@@ -380,7 +449,7 @@ _register("embedding_backward(Tensor dout, Tensor ids, SymInt rows) -> Tensor", 
 
 def embedding(weight, ids):
     """weight [V,C], ids [...] integers -> rows [...,C]. The gradient adds the rows of one id in a fixed order."""
-    return _CALL.embedding_forward(weight, ids.reshape(-1).to(torch.int32)).view(*ids.shape, weight.shape[1])
+    return _call.embedding_forward(weight, ids.reshape(-1).to(torch.int32)).view(*ids.shape, weight.shape[1])
 
 
 # ---- matrix product, conversion, sums, the optimizer
@@ -393,7 +462,7 @@ def _save_matmul(ctx, inputs, output):
 def _grad_matmul(ctx, dout):
     a, b = ctx.saved_tensors
     need = ctx.needs_input_grad
-    return (_CALL.matmul(dout, b.t(), ctx.alpha) if need[0] else None, _CALL.matmul(a.t(), dout, ctx.alpha) if need[1] else None,
+    return (_call.matmul(dout, b.t(), ctx.alpha) if need[0] else None, _call.matmul(a.t(), dout, ctx.alpha) if need[1] else None,
             None)
 
 
@@ -408,7 +477,7 @@ def _name(dtype):
 _register("matmul(Tensor a, Tensor b, float alpha) -> Tensor", lambda a, b, alpha: ops.matmul(a, b, alpha),
           lambda a, b, alpha: a.new_empty((a.shape[0], b.shape[1])), _grad_matmul, _save_matmul, None)
 _register("cast(Tensor x, ScalarType dtype) -> Tensor", lambda x, dtype: ops.cast(*_dense(x), _name(dtype)),
-          lambda x, dtype: x.new_empty(x.shape, dtype=dtype), lambda ctx, dout: (_CALL.cast(dout, ctx.dtype), None), _save_dtype)
+          lambda x, dtype: x.new_empty(x.shape, dtype=dtype), lambda ctx, dout: (_call.cast(dout, ctx.dtype), None), _save_dtype)
 _register("accumulate_(Tensor(a!) out, Tensor x, float scale) -> ()", lambda out, x, scale: _C.accumulate(out, *_dense(x), scale),
           lambda out, x, scale: None)
 _register("adamw_(Tensor(a!) param, Tensor(b!) m, Tensor(c!) v, Tensor grad, float lr, float beta1, float beta2, float eps, "

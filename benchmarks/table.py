@@ -1,0 +1,31 @@
+"""Markdown of what the benchmarks wrote: python -m benchmarks.table FILE.json. Ratios above 1: we are ahead; memory and time are costs."""
+import json
+import sys
+
+
+def cell(row):
+    """'243 GF/s, 1.02x (95 % of peak)', with the peer's figure where there is one."""
+    text = f"{row['ours']:.3g} {row['unit']}"
+    if row["ratio"] is not None:
+        text += f", **{row['ratio']:.2f}x** of {row['peer']:.3g}"
+    return text + (f", {row['of_peak']:.0%} of peak" if row["of_peak"] else "")
+
+
+def table(rows):
+    """A line for each benchmark, name and peer, a column for each dtype."""
+    lines = {}
+    for row in rows:
+        lines.setdefault((row["benchmark"], row["name"], row["peer_name"] or ""), {})[row["dtype"]] = cell(row)
+    yield "| benchmark | case | against | float32 | bfloat16 |"
+    yield "|---|---|---|---|---|"
+    for (benchmark, name, peer), cells in lines.items():
+        yield f"| {benchmark} | {name} | {peer} | {cells.get('float32', '')} | {cells.get('bfloat16', '')} |"
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1]) as file:
+        found = [json.loads(line) for line in file]
+    about = found[0]
+    print(f"{about['machine']}, {about['threads']} threads, commit {about['commit']}, " + ", ".join(
+        f"{name} {version}" for name, version in about["versions"].items()) + "\n")
+    print("\n".join(table(found)))

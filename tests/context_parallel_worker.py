@@ -1,0 +1,493 @@
+"""One rank of the context parallel tests: python context_parallel_worker.py RANK WORLD DIRECTORY.
+
+Runs every case of this number of ranks in one process group (gloo) and writes DIRECTORY/RANK.json, case -> what went wrong.
+"""
+import json
+import re
+import sys
+import traceback
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import checks
+import ml_dtypes
+import numpy as np
+import reference
+import torch
+import torch.distributed as dist
+from longlora import ops
+from longlora.torch import context_parallel as cp
+from torch.distributed.device_mesh import init_device_mesh
+
+RANK = WORLD = None
+GROUP = None
+
+# ---- attention: (lengths, G, H, K, further arguments) by name ---------------------------------------------------------------
+
+FIXED = {
+    2: {
+        "whole groups": ([32, 32], 16, 4, 2, {}),
+        "one group each": ([16, 16], 16, 4, 4, {"B": 3}),
+        "cut": ([13, 24], 8, 4, 2, {"B": 2}),
+        "unequal, odd group": ([50, 3], 7, 6, 3, {}),
+        "group longer than everything": ([10, 11], 64, 4, 2, {}),
+        "group of one": ([3, 4], 1, 2, 1, {}),
+        "group of two": ([5, 6], 2, 2, 2, {}),
+        "SmolLM2's heads": ([20, 31], 12, 9, 3, {}),
+        "one KV head of three": ([20, 31], 12, 3, 1, {"B": 2}),
+        "one head": ([20, 31], 12, 1, 1, {}),
+        "one token": ([1, 0], 4, 2, 2, {}),
+        "first piece empty": ([0, 19], 8, 4, 2, {}),
+        "last piece empty": ([19, 0], 8, 4, 2, {}),
+        "nothing": ([0, 0], 8, 4, 2, {}),
+        "no batch": ([8, 9], 8, 4, 2, {"B": 0}),
+        "bfloat16": ([61, 70], 32, 6, 2, {"dtype": "bfloat16"}),
+        "float16": ([61, 70], 32, 6, 2, {"dtype": "float16", "B": 2}),
+        "nobody shifts": ([21, 22], 8, 4, 2, {"shift": "none"}),
+        "all shift": ([21, 22], 8, 4, 2, {"shift": "all"}),
+        "a scale": ([21, 22], 8, 4, 2, {"scale": 0.3}),
+        "long": ([512, 700], 256, 2, 1, {"D": 64}),
+    },
+    3: {
+        "whole groups": ([16, 32, 16], 16, 4, 2, {}),
+        "a group over three pieces": ([5, 6, 7], 24, 4, 2, {"B": 2}),
+        "middle empty": ([9, 0, 14], 8, 4, 2, {}),
+        "tiny": ([1, 1, 1], 8, 9, 3, {}),
+        "bfloat16": ([20, 3, 41], 48, 9, 3, {"dtype": "bfloat16"}),
+    },
+    4: {
+        "whole groups": ([16] * 4, 16, 8, 2, {}),
+        "several groups each": ([24, 48, 24, 72], 24, 4, 4, {"dtype": "bfloat16"}),
+        "a group over all pieces": ([7, 3, 9, 2], 40, 6, 3, {"B": 2}),
+        "empty ones": ([0, 30, 0, 11], 12, 3, 1, {}),
+        "everything at the end": ([0, 0, 0, 29], 8, 4, 2, {}),
+    },
+}
+
+
+def attention_cases(world):
+    cases, draw = dict(FIXED[world]), np.random.default_rng(world)
+    for number in range(12):
+        K = int(draw.integers(1, 4))
+        H, G, B = K * int(draw.integers(1, 5)), int(draw.integers(1, 50)), int(draw.integers(1, 3))
+        lengths = [int(x) for x in draw.integers(0, draw.choice([4, 30, 70]), world)]
+        dtype, shift = str(draw.choice(list(checks.DTYPES))), str(draw.choice(["half", "half", "half", "all", "none"]))
+        cases[f"random {number}"] = lengths, G, H, K, {"B": B, "D": int(draw.integers(1, 20)), "dtype": dtype, "shift": shift}
+    return cases
+
+
+def to_torch(x):
+    x = np.ascontiguousarray(x)
+    return torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16) if x.dtype == ml_dtypes.bfloat16 else torch.from_numpy(x)
+
+
+def to_numpy(x):
+    x = x.detach().contiguous()
+    return x.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def needed(lengths, G, H, K, shift):
+    """{(source, target): (key, KV head) pairs that target's queries see and source owns}, by looking at the mask."""
+    borders = np.cumsum([0, *lengths])
+    mask = reference.attention_mask(borders[-1], H, G, shift=shift)
+    pairs = {}
+    for target, (a, b) in enumerate(zip(borders, borders[1:])):
+        seen = mask[:, a:b].any(1).reshape(K, H // K, -1).any(1)
+        for source in range(target):
+            n = int(seen[:, borders[source]:borders[source + 1]].sum())
+            if n:
+                pairs[source, target] = n
+    return pairs
+
+
+def everywhere(x):
+    """A list of every rank's x."""
+    every = [None] * WORLD
+    dist.all_gather_object(every, x)
+    return every
+
+
+def run_attention(lengths, G, H, K, B=1, D=9, dtype="float32", shift="half", scale=None, wide=True):
+    kwargs, T = {"group_size": G, "shift": shift, "scale": scale}, sum(lengths)
+    whole = [checks.random((B, T, heads, D), dtype, seed) for seed, heads in enumerate((H, K, K, H))]
+    a = sum(lengths[:RANK])
+    q, k, v, dout = (x[:, a:a + lengths[RANK]] for x in whole)
+
+    def once(give_lengths):
+        leaves = [to_torch(x).requires_grad_() for x in (q, k, v)]
+        # Rows of a wider tensor, and K and V as transposed views, as transformers has them.
+        views = [torch.cat([x, x], -1)[..., :D] if wide else x for x in leaves]
+        views[1:] = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in views[1:]]
+        before = cp.bytes_sent()
+        out = cp.s2_attention(*views, group=GROUP, lengths=lengths if give_lengths else None, **kwargs)
+        forward = cp.bytes_sent()
+        out.backward(to_torch(dout))
+        return [to_numpy(x) for x in (out, *(x.grad for x in leaves))], forward - before, cp.bytes_sent() - forward
+    got, *sent = once(False)
+    again, *sent_again = once(True)
+    assert [x.tobytes() for x in got] == [x.tobytes() for x in again], "another run, other bits"
+    assert sent == sent_again
+
+    itemsize = whole[0].dtype.itemsize
+    formula = cp.exchange(lengths, G, H, K, D, itemsize, batch=B, shift=shift)
+    by_mask = {pair: 2 * B * n * D * itemsize for pair, n in needed(lengths, G, H, K, shift).items()}
+    assert formula == by_mask, f"exchange {formula}, what the mask needs {by_mask}"
+    assert sent[0] == sum(n for (source, _), n in formula.items() if source == RANK)
+    assert sent[1] == sum(n for (_, target), n in formula.items() if target == RANK)
+
+    everything = [np.concatenate(x, 1) for x in zip(*everywhere(got))]
+    if RANK == 0:
+        judge(everything, whole, kwargs)
+
+
+def judge(got, whole, kwargs):
+    """out, dq, dk, dv from pieces, against one process and the reference; whole: q, k, v, dout."""
+    out, lse = ops.s2_attention_forward(*whole[:3], **kwargs)
+    one = [out, *ops.s2_attention_backward(whole[3], *whole[:3], out, lse, **kwargs)]
+    backward = whole[3], *whole[:3], out, lse
+    want = reference.s2_attention_forward(*whole[:3], **kwargs)[0], *reference.s2_attention_backward(*backward, **kwargs)
+    low = (checks.plain("s2_attention_forward", *whole[:3], **kwargs)[0],
+           *checks.plain("s2_attention_backward", *backward, **kwargs))
+    # The gradient of a query that sees one key is a difference of equals: its noise is that of the terms.
+    noise = np.abs(reference.f64(whole[3])).max(initial=0) * np.abs(reference.f64(whole[2])).max(initial=0) * 2.0**-21
+    for name, x, y, w, p in zip(("out", "dq", "dk", "dv"), got, one, want, low):
+        assert x.shape == w.shape and x.dtype == whole[0].dtype
+        if w.size:
+            plain = np.abs(p.astype(x.dtype).astype(np.float64) - w).max()
+            limit = 2 * plain + 4 * checks.EPS[x.dtype] * np.abs(w).max() + noise
+            for who, other in (("the reference", w), ("one process", y.astype(np.float64))):
+                error = np.abs(x.astype(np.float64) - other).max()
+                assert error <= limit, f"{name}: {error:.3g} from {who}, limit {limit:.3g}"
+
+
+def aligned_pieces_talk_to_one_neighbour():
+    """Plain heads send nothing, shifted ones h rows, posted before the first kernel and awaited when only the cut group is left."""
+    G, H, K, D = 16, 8, 4, 8
+    lengths = [2 * G] * WORLD
+    each = 2 * (G // 2) * (K // 2) * D * 4
+    assert cp.exchange(lengths, G, H, K, D, 4) == {(r, r + 1): each for r in range(WORLD - 1)}
+    assert cp.exchange(lengths, G, H, K, D, 4, shift="none") == {}
+    q, k, v = (torch.randn(1, 2 * G, heads, D) for heads in (H, K, K))
+    events = []
+    saved = cp._post, cp._wait, cp._C, cp.s2_attention_forward
+
+    class Recorded:
+        def s2_attention_forward(self, *args):
+            events.append("local")
+            return saved[2].s2_attention_forward(*args)
+    try:
+        cp._post = lambda *args: events.append("post") or saved[0](*args)
+        cp._wait = lambda *args: events.append("wait") or saved[1](*args)
+        cp.s2_attention_forward = lambda *args, **kwargs: events.append("cut") or saved[3](*args, **kwargs)
+        cp._C = Recorded()
+        before = cp.bytes_sent()
+        cp.s2_attention(q, k, v, group_size=G, group=GROUP)
+    finally:
+        cp._post, cp._wait, cp._C, cp.s2_attention_forward = saved
+    assert cp.bytes_sent() - before == (each if RANK < WORLD - 1 else 0)
+    assert events == ["post", "local", "wait"] if RANK == 0 else ["post", "local", "local", "wait", "cut"], events
+
+
+# ---- what is refused --------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def refusal(kind, pattern):
+    try:
+        yield
+    except kind as error:
+        assert re.search(pattern, str(error)), error
+    else:
+        raise AssertionError(f"no {kind.__name__}")
+
+
+def qkv(T=8, H=4, K=2, D=8, B=1, dtype=torch.float32):
+    return [torch.randn(B, T, heads, D, dtype=dtype) for heads in (H, K, K)]
+
+
+def bad_arguments_stop_every_rank():
+    last = RANK == WORLD - 1
+
+    def call(tensors, group=None, **kwargs):
+        return cp.s2_attention(*tensors, group=GROUP if group is None else group, **{"group_size": 4, **kwargs})
+    for boundary in ("wrap", "swap", "none"):
+        with refusal(ValueError, f"boundary.*'split'.*{boundary}"):
+            call(qkv(), boundary=boundary)
+    with refusal(ValueError, "same H"):
+        call(qkv(H=8 if last else 4))
+    with refusal(ValueError, "same K"):
+        call(qkv(K=4 if last else 2))
+    with refusal(ValueError, "same D"):
+        call(qkv(D=6 if last else 8))
+    with refusal(ValueError, "same B"):
+        call(qkv(B=1 + last))
+    with refusal(ValueError, "same group_size, got 4, .*5"):
+        call(qkv(), group_size=5 if last else 4)
+    with refusal(ValueError, "same shift, got half, .*all"):
+        call(qkv(), shift="all" if last else "half")
+    with refusal(ValueError, "same scale, got 0.5, .*0.25"):
+        call(qkv(), scale=0.25 if last else 0.5)
+    with refusal(ValueError, "same dtype, got torch.float32, .*torch.bfloat16"):
+        call(qkv(dtype=torch.bfloat16 if last else torch.float32))
+    with refusal(ValueError, "same requires_grad"):
+        call([x.requires_grad_(last) for x in qkv()])
+    refused = f"rank {WORLD - 1} of the group refused"
+    with refusal(TypeError if last else ValueError, "v should be a float32.*got torch.float64" if last else refused):
+        call([*qkv()[:2], torch.zeros(1, 8, 2, 8, dtype=torch.float64 if last else torch.float32)])
+    with refusal(TypeError if last else ValueError, "k should be.*got ndarray" if last else refused):
+        call([qkv()[0], np.zeros((1, 8, 2, 8), np.float32) if last else qkv()[1], qkv()[2]])
+    with refusal(ValueError, r"k should be.*with q's B, T and D, got \[1, 9, 2, 8\]" if last else refused):
+        call([qkv()[0], *qkv(T=9 if last else 8)[1:]])
+    with refusal(ValueError, "K that divides H=4, got 3 and 3" if last else refused):
+        call(qkv(K=3 if last else 2))
+    with refusal(ValueError, "v should be|got 2 and 4" if last else refused):
+        call([*qkv()[:2], qkv(K=4 if last else 2)[2]])
+    for group_size in (0, -3, 2.5):
+        with refusal(ValueError, "group_size should be an integer"):
+            call(qkv(), group_size=group_size)
+    with refusal(ValueError, "shift should be one of half, none, all, got 'full'"):
+        call(qkv(), shift="full")
+    with refusal(ValueError, f"lengths should have {WORLD} entries"):
+        call(qkv(), lengths=[8] * (WORLD + 1))
+    with refusal(ValueError, "being T=8"):
+        call(qkv(), lengths=[7] * WORLD)
+    with refusal(ValueError, "boundary"):
+        call(qkv(), lengths=[8] * WORLD, boundary="wrap")
+    with refusal(TypeError, "group should be"):
+        call(qkv(), group="cp")
+    with refusal(ValueError, 'one named "cp"'):
+        call(qkv(), group=init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("dp", "tp")))
+    only_first = dist.new_group([0])
+    if RANK:
+        with refusal((TypeError, ValueError), "not in the group|group should be"):
+            call(qkv(), group=only_first)
+    call(qkv())                                          # all that left the ranks in step
+
+
+def modes_of_torch():
+    tensors = qkv()
+    with torch.no_grad():
+        assert not cp.s2_attention(*tensors, group_size=4, group=GROUP).requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = cp.s2_attention(*tensors, group_size=4, group=GROUP)
+    low = cp.s2_attention(*(x.bfloat16() for x in tensors), group_size=4, group=GROUP)
+    assert mixed.dtype == torch.bfloat16 and torch.equal(mixed, low)
+    mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("dp", "cp"))
+    for group in (mesh, mesh["cp"]):
+        one, other = (cp.s2_attention(*tensors, group_size=4, group=x) for x in (group, GROUP))
+        assert torch.equal(one, other)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    cp.s2_attention(*leaves, group_size=5, group=GROUP).sum().backward()              # a gradient of strides 0
+    dense = [x.clone().requires_grad_() for x in tensors]
+    out = cp.s2_attention(*dense, group_size=5, group=GROUP)
+    out.backward(torch.ones_like(out))
+    assert all(torch.equal(x.grad, y.grad) for x, y in zip(leaves, dense))
+    compiled = [x.clone().requires_grad_() for x in tensors]
+    torch.compile(lambda *x: cp.s2_attention(*x, group_size=5, group=GROUP) * 1, backend="eager")(*compiled).sum().backward()
+    assert all(torch.equal(x.grad, y.grad) for x, y in zip(compiled, dense))
+
+
+# ---- helpers and the loss ---------------------------------------------------------------------------------------------------
+
+def helpers():
+    ids = torch.arange(2 * 23).reshape(2, 23)
+    mine = cp.split(ids, 1, GROUP)
+    sizes = cp.lengths(mine.shape[1], GROUP)
+    assert list(sizes) == cp.pieces(23, WORLD)
+    assert torch.equal(torch.cat(everywhere(mine), 1), ids)
+    assert torch.equal(torch.cat(everywhere(cp.positions(sizes, GROUP))), torch.arange(23))
+    assert mine.data_ptr() == ids[:, sum(sizes[:RANK]):].data_ptr()
+    assert all(x.shape[1] % 4 == 0 for x in everywhere(cp.split(ids, 1, GROUP, multiple=4))[:-1])
+
+
+def loss_is_the_mean_over_all_targets():
+    draw = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(2, 19, 6, generator=draw), torch.randn(11, 6, generator=draw)
+    targets = cp.next_tokens(torch.randint(11, (2, 19), generator=draw))
+    targets[0, 3:12] = -100
+    whole = weight.clone().requires_grad_()
+    want = torch.nn.functional.cross_entropy((x @ whole.T).flatten(0, 1), targets.flatten())
+    want.backward()
+    for gradients in ("mean", "sum"):
+        mine = weight.clone().requires_grad_()
+        local = cp.split(targets, 1, GROUP)
+        total = total_of(cp.split(x, 1, GROUP) @ mine.T, local)
+        loss = cp.loss(total, local, GROUP, gradients=gradients)
+        loss.backward()
+        dist.all_reduce(mine.grad)
+        mine.grad /= WORLD if gradients == "mean" else 1
+        assert abs(loss - want) <= 1e-6 * abs(want)
+        assert (mine.grad - whole.grad).abs().max() <= 1e-6 * whole.grad.abs().max()
+    mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("dp", "cp"))
+    assert torch.equal(cp.loss(total, local, mesh), loss)
+    assert torch.isnan(cp.loss(total.detach() * 0, torch.full_like(local, -100), GROUP))
+    with refusal(ValueError, "gradients should be"):
+        cp.loss(total, local, GROUP, gradients="average")
+    with refusal(ValueError, "total should be a sum"):
+        cp.loss(x, local, GROUP)
+
+
+# ---- transformers -----------------------------------------------------------------------------------------------------------
+
+G = 12
+
+
+class Whole(torch.autograd.Function):
+    """The op on a whole sequence in one process."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale):
+        out, lse = ops.s2_attention_forward(q, k, v, group_size=G, scale=scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        return *ops.s2_attention_backward(dout.contiguous(), *ctx.saved_tensors, group_size=G, scale=ctx.scale), None
+
+
+def attention_function(module, q, k, v, mask, scaling=None, **kwargs):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if hasattr(module, "_longlora_cp"):
+        return module._longlora_cp(module, q, k, v, group_size=G, scale=scaling), None
+    return Whole.apply(q, k, v, scaling), None
+
+
+def tiny_llama():
+    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+    AttentionInterface.register("longlora_s2", attention_function)
+    torch.manual_seed(3)
+    config = LlamaConfig(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
+                         num_key_value_heads=1, head_dim=8, max_position_embeddings=128, attn_implementation="longlora_s2",
+                         initializer_range=0.3)
+    return LlamaForCausalLM(config).train()
+
+
+def total_of(logits, targets):
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def text(rows, length):
+    return torch.randint(61, (rows, length), generator=torch.Generator().manual_seed(length))
+
+
+def one_process(ids):
+    """Loss and gradients of the whole batch in this process."""
+    model = tiny_llama()
+    targets = cp.next_tokens(ids)
+    loss = total_of(model(input_ids=ids).logits, targets) / (targets != -100).sum()
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def same_gradients(model, want, scale=1.0):
+    for (name, p), (_, w) in zip(model.named_parameters(), want.items(), strict=True):
+        grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        error, limit = (grad * scale - w).abs().max(), 2e-5 * w.abs().max()
+        assert error <= limit, f"{name}: {error:.3g} above {limit:.3g}"
+
+
+def transformers_model():
+    """DDP over four pieces, and the layers checkpointed with two forward passes of different lengths before the backward."""
+    ids = text(2, 50)
+    want, grads = one_process(ids)
+    model = torch.nn.parallel.DistributedDataParallel(cp.enable(tiny_llama(), GROUP))
+    mine, targets = (cp.split(x, 1, GROUP) for x in (ids, cp.next_tokens(ids)))
+    loss = cp.loss(total_of(model(input_ids=mine).logits, targets), targets, GROUP)
+    loss.backward()
+    assert abs(loss - want) <= 1e-5 * want
+    same_gradients(model, grads)
+
+    model = cp.enable(tiny_llama(), GROUP)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    sums = dict.fromkeys(grads, 0)
+    losses = []
+    # Pieces of 13 on all ranks but the last: only the whole of the lengths tells the two apart.
+    for length in (52, 49):
+        ids = text(1, length)
+        sums = {name: sums[name] + g for name, g in one_process(ids)[1].items()}
+        mine, targets = (x[:, 13 * RANK:13 * RANK + 13] for x in (ids, cp.next_tokens(ids)))
+        losses.append(cp.loss(total_of(model(input_ids=mine).logits, targets), targets, GROUP, gradients="sum"))
+    sum(losses).backward()
+    for p in model.parameters():
+        dist.all_reduce(p.grad)
+    same_gradients(model, sums)
+
+    last = RANK == WORLD - 1
+    refused = f"rank {WORLD - 1} of the group refused"
+    ones = torch.ones_like(mine)
+    model(input_ids=mine, attention_mask=ones, position_ids=torch.arange(13 * RANK, 13 * RANK + mine.shape[1])[None])
+    mask = ones.clone()
+    mask[:, -1] = not last
+    with refusal(ValueError, "attention_mask should be None or all ones" if last else refused):
+        model(input_ids=mine, attention_mask=mask)
+    with refusal(ValueError, "position_ids should be those of the piece" if RANK else "rank 1 of the group refused"):
+        model(input_ids=mine, position_ids=torch.arange(mine.shape[1])[None])
+    with refusal(ValueError, "labels would be shifted inside each piece"):
+        model(input_ids=mine, labels=mine)
+    with refusal(ValueError, "same B, got 1, 1, 1, 2"):
+        model(input_ids=mine.repeat(1 + last, 1))
+    with refusal(TypeError, "all arguments but the first by name"):
+        model(mine, ones)
+    with refusal(NotImplementedError, "only training"):
+        model.eval()(input_ids=mine)
+    cp.disable(model)
+    whole = tiny_llama().eval()
+    assert torch.equal(model(input_ids=mine).logits, whole(input_ids=mine).logits)
+    whole.set_attn_implementation("sdpa")
+    with refusal(ValueError, "longlora_s2"):
+        cp.enable(whole, GROUP)
+
+
+def fsdp():
+    """Two sequences, two pieces of each: FSDP2 over a mesh dp x cp."""
+    from torch.distributed.fsdp import fully_shard
+    ids = text(2, 45)
+    want, grads = one_process(ids)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    model = cp.enable(tiny_llama(), mesh)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    row = mesh.get_local_rank("dp")
+    mine, targets = (cp.split(x[row:row + 1], 1, mesh) for x in (ids, cp.next_tokens(ids)))
+    loss = cp.loss(total_of(model(input_ids=mine).logits, targets), targets, mesh)
+    loss.backward()
+    assert abs(loss - want) <= 1e-5 * want
+    same_gradients(model, grads)
+
+
+OTHERS = {"aligned": aligned_pieces_talk_to_one_neighbour, "bad": bad_arguments_stop_every_rank,
+          "modes": modes_of_torch, "helpers": helpers, "loss": loss_is_the_mean_over_all_targets}
+FOUR = {"transformers": transformers_model, "fsdp": fsdp}
+
+
+def case_names(world):
+    return [*attention_cases(world), *OTHERS, *(FOUR if world == 4 else ())]
+
+
+def main(rank, world, directory):
+    global RANK, WORLD, GROUP
+    RANK, WORLD = rank, world
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/init", rank=rank, world_size=world,
+                            timeout=timedelta(seconds=60))
+    GROUP = dist.group.WORLD
+    attention, report = attention_cases(world), {}
+    for name in case_names(world):
+        try:
+            if name in attention:
+                *arguments, kwargs = attention[name]
+                run_attention(*arguments, **kwargs)
+            else:
+                {**OTHERS, **FOUR}[name]()
+            report[name] = ""
+        except Exception:
+            report[name] = traceback.format_exc()
+    Path(directory, f"{rank}.json").write_text(json.dumps(report))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

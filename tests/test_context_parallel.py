@@ -1,0 +1,140 @@
+"""S²-Attn over ranks of torch.distributed. The cases that need processes are in context_parallel_worker.py, which is started once
+for each number of ranks."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import checks
+import context_parallel_worker as worker
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longlora.torch import context_parallel as cp
+
+HERE = Path(__file__).resolve().parent
+REPORTS = {}
+
+
+def report(world, directory):
+    """Case -> what went wrong on each rank."""
+    if world not in REPORTS:
+        path = os.pathsep.join([str(HERE), os.environ["PYTHONPATH"]])
+        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, str(HERE / "context_parallel_worker.py")]
+        ranks = [subprocess.Popen([*command, str(rank), str(world), str(directory)], env=env, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT, text=True) for rank in range(world)]
+        try:
+            printed = [process.communicate(timeout=240)[0] for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+        assert [process.returncode for process in ranks] == [0] * world, "\n".join(printed)
+        REPORTS[world] = [json.loads((directory / f"{rank}.json").read_text()) for rank in range(world)]
+    return REPORTS[world]
+
+
+@pytest.mark.parametrize("world,case", [(world, case) for world in (2, 3, 4) for case in worker.case_names(world)])
+def test_ranks(world, case, tmp_path_factory):
+    for rank, cases in enumerate(report(world, tmp_path_factory.mktemp("ranks"))):
+        assert not cases[case], f"rank {rank}:\n{cases[case]}"
+
+
+# ---- without processes ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("length,ranks,multiple", [(0, 3, 1), (1, 3, 1), (23, 4, 1), (64, 4, 16), (65, 4, 16), (7, 4, 16),
+                                                   (80, 3, 16)])
+def test_pieces(length, ranks, multiple):
+    sizes = cp.pieces(length, ranks, multiple)
+    assert len(sizes) == ranks and sum(sizes) == length
+    begins = [sum(sizes[:r]) for r in range(ranks)]
+    assert all(a % multiple == 0 for a, n in zip(begins, sizes) if n)
+    assert max(sizes) - min(sizes) <= 2 * multiple - 1
+
+
+def test_pieces_refuses():
+    for arguments in ((-1, 2), (4, 0), (4, 2, 0)):
+        with pytest.raises(ValueError, match="pieces: wanted"):
+            cp.pieces(*arguments)
+
+
+def test_next_tokens():
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    assert cp.next_tokens(ids).tolist() == [[2, 3, -100], [5, 6, -100]]
+    assert cp.next_tokens(ids, dim=0, ignore_index=-1).tolist() == [[4, 5, 6], [-1, -1, -1]]
+    assert cp.next_tokens(ids[:, :0]).shape == (2, 0)
+
+
+def one_after_the_other(lengths, G, shift, scale, q, k, v, dout):
+    """Forward and backward of every rank's piece in this process -> out, dq, dk, dv of the whole, bytes of each pass by pair.
+
+    Rows travel to the right in the forward pass and to the left in the backward pass, so the ranks can take turns.
+    """
+    boxes, totals = ({}, {}), ({}, {})
+    turn = {}
+
+    def post(group, sends, receives):
+        for x, peer in sends:
+            pair = turn["rank"], peer
+            boxes[turn["pass"]].setdefault(pair, []).append(x.clone())
+            totals[turn["pass"]][pair] = totals[turn["pass"]].get(pair, 0) + x.nbytes
+        return receives
+
+    def wait(receives):
+        for x, peer in receives:
+            x.copy_(boxes[turn["pass"]][peer, turn["rank"]].pop(0))
+    H, K, ranks = q.shape[2], k.shape[2], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cp, "_post", post)
+        patch.setattr(cp, "_wait", wait)
+        for rank, T in enumerate(lengths):
+            a = sum(lengths[:rank])
+            turn.update({"rank": rank, "pass": 0})
+            leaves = [worker.to_torch(x[:, a:a + T]).requires_grad_() for x in (q, k, v)]
+            plan = cp._plan(tuple(lengths), rank, G, H, K, shift)
+            ranks.append((leaves, cp._Attention.apply(*leaves, plan, G, scale, None), worker.to_torch(dout[:, a:a + T])))
+        for rank, (_, out, gradient) in reversed(list(enumerate(ranks))):
+            turn.update({"rank": rank, "pass": 1})
+            out.backward(gradient)
+    assert not any(left for box in boxes for left in box.values())
+    results = zip(*((out, *(x.grad for x in leaves)) for leaves, out, _ in ranks))
+    return [np.concatenate([worker.to_numpy(x) for x in pieces], 1) for pieces in results], totals
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_any_pieces(data):
+    draw = data.draw
+    lengths = draw(st.lists(st.integers(0, 40), min_size=1, max_size=7))
+    K, B, D = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 20))
+    H, G, T = K * draw(st.integers(1, 5)), draw(st.integers(1, 60)), sum(lengths)
+    dtype, shift = draw(st.sampled_from(list(checks.DTYPES))), draw(st.sampled_from(["half", "all", "none"]))
+    whole = [checks.random((B, T, heads, D), dtype, seed) for seed, heads in enumerate((H, K, K, H))]
+    got, (there, back) = one_after_the_other(lengths, G, shift, D**-0.5, *whole)
+    worker.judge(got, whole, {"group_size": G, "shift": shift})
+    sent = cp.exchange(lengths, G, H, K, D, whole[0].dtype.itemsize, batch=B, shift=shift)
+    assert there == sent == {(a, b): n for (b, a), n in back.items()}
+
+
+def test_what_is_sent_does_not_grow_with_the_length_or_the_ranks():
+    for tokens, ranks in ((2**13, 1), (2**13, 2), (2**14, 32), (2**16, 1024)):
+        sent = cp.exchange([tokens] * ranks, 2**13, 32, 8, 128, 2)
+        assert sent == {(r, r + 1): 2 * 2**12 * 4 * 128 * 2 for r in range(ranks - 1)}
+
+
+def test_the_table_of_the_docs_is_the_one_that_is_computed():
+    assert cp.table() in (HERE.parent / "docs/context_parallel.md").read_text()
+
+
+def test_the_peers_formulas():
+    """Step by step for four ranks: what ring attention and all-to-all send for one layer, forward and backward."""
+    L, N, H, K, D = 4096, 4, 8, 4, 16
+    piece = L // N * D * 2
+    ring = (N - 1) * 2 * K * piece + (N - 1) * 2 * K * piece + N * 2 * K * piece
+    assert cp.ring_bytes(L, N, K, D, 2) == ring
+    assert cp.all_to_all_bytes(L, N, H, K, D, 2) == 2 * (H + K + K + H) * piece * (N - 1) // N
+    assert cp.all_to_all_bytes(L, 16, H, K, D, 2) is None

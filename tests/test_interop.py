@@ -1,0 +1,60 @@
+"""The raw ops on JAX arrays: in by DLPack without a copy, out as JAX arrays, the immutable ones never written to."""
+import checks
+import numpy as np
+import pytest
+import reference
+
+from longlora import Tensor, ops
+
+jax = pytest.importorskip("jax", reason="JAX arrays are what is passed here")
+jnp = jax.numpy
+
+
+def arrays(*shapes, dtype="float32"):
+    made = [checks.random(shape, dtype, seed) for seed, shape in enumerate(shapes)]
+    return made, [jnp.asarray(x) for x in made]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_on_jax(dtype):
+    (q, k, v), given = arrays((1, 37, 4, 8), (1, 37, 2, 8), (1, 37, 2, 8), dtype=dtype)
+    out, lse = ops.s2_attention_forward(*given, group_size=8)
+    assert isinstance(out, jax.Array) and out.dtype == given[0].dtype and lse.dtype == jnp.float32
+    want, _ = reference.s2_attention_forward(q, k, v, group_size=8)
+    low, _ = checks.plain("s2_attention_forward", q, k, v, group_size=8)
+    checks.compare(np.asarray(out), want, low, floor=4)
+    grads = ops.s2_attention_backward(out, *given, out, lse, group_size=8)
+    assert all(isinstance(g, jax.Array) and g.shape == x.shape for g, x in zip(grads, given))
+    assert all(np.array_equal(np.asarray(g), x) for g, x in zip(given, (q, k, v))), "an input was written to"
+
+
+def test_other_ops_on_jax():
+    (x, weight, other), (jx, jweight, jother) = arrays((9, 16), (16,), (5, 16))
+    out, rstd, total = ops.rms_norm_forward(jx, jweight)
+    assert total is jx and isinstance(out, jax.Array)
+    checks.compare(np.asarray(out), *(f("rms_norm_forward", x, weight)[0] for f in (named, checks.plain)))
+    y, _ = ops.lora_linear_forward(jx, jother)
+    assert isinstance(y, jax.Array)
+    checks.compare(np.asarray(y), *(f("lora_linear_forward", x, other)[0] for f in (named, checks.plain)))
+
+
+def named(name, *inputs):
+    return getattr(reference, name)(*inputs)
+
+
+def test_results_share_their_memory():
+    """What comes back is the memory that the kernel wrote, not a copy of it."""
+    _, (x,) = arrays((64, 64))
+    gate = ops.swiglu_forward(x, x)
+    assert isinstance(gate, jax.Array)
+    there = Tensor((64, 64), "float32")
+    there.fill(2)
+    assert jnp.from_dlpack(there).unsafe_buffer_pointer() == np.from_dlpack(there).ctypes.data
+
+
+def test_an_immutable_output_is_refused():
+    _, (x,) = arrays((4, 4))
+    before = np.array(x)
+    with pytest.raises((BufferError, ValueError, TypeError), match="out"):
+        ops.accumulate(x, x)
+    assert np.array_equal(np.asarray(x), before)
