@@ -4,11 +4,10 @@ accelerate shards over processes that have a GPU each and over no others: this o
 DeepSpeed themselves, runs on the CPU over gloo.
 """
 import os
-import sys
 
 from accelerate.state import DistributedType, PartialState
 
-from longlora.torch.train import main
+from longlora.torch.train import leave, main
 
 start = PartialState.__init__
 
@@ -23,4 +22,4 @@ def as_if_on_a_gpu(self, *args, **kwargs):
 PartialState.__init__ = as_if_on_a_gpu
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

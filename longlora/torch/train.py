@@ -34,7 +34,7 @@ def train(say=print, **keywords):
     """Train as the keywords say (the fields of options.TrainOptions) -> longlora.train.Result. `say` is given the report.
 
     As longlora.train.train, in every process of a group that torchrun or accelerate launched, or in one. UserError for what
-    cannot be done, which is also what the options init, full, max_memory and checkpointing minimal are here.
+    cannot be done, which is also what the options init, full, max_memory, profile and checkpointing minimal are here.
     """
     return run(options_.from_dict(keywords), say)
 
@@ -44,6 +44,7 @@ def run(o, say=print):
     for name, given, why in (("init", o.init, "a pretrained model is extended"),
                              ("full", o.full, "LoRA, embedding and norms are trained"),
                              ("max_memory", o.max_memory, "the memory of torch is not planned"),
+                             ("profile", o.profile, "torch.profiler tells"),
                              ("checkpointing minimal", o.checkpointing == "minimal", "wanted none (auto is none) or full")):
         if given:
             raise UserError(f"{name} is not available with torch: {why}")
@@ -505,6 +506,8 @@ def main(argv=None):
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"longlora: error: {error}", file=sys.stderr)
+        else:
+            time.sleep(2)                              # the first to end is the end of all: rank 0 shall have said why
         return 2
     finally:
         if torch.distributed.is_initialized():
@@ -512,5 +515,15 @@ def main(argv=None):
     return 0 if result.stopped is None else 128 + result.stopped
 
 
+def leave(code):
+    """Ends the process. In a group at once: gloo's threads let go of their tensors late, and while the interpreter ends, that
+    aborts it (seen with torch 2.13)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "RANK" in os.environ:
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
