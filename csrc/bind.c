@@ -406,7 +406,7 @@ static PyObject *tensor_fill(PyObject *object, PyObject *number) {
         default: store1(c.value, dtype, (float)value);
     }
     c.zero = !memcmp(c.value, (char[8]){0}, 8);
-    enum { ROW = 1 << 18 };                                            /* of one that is contiguous: many rows for many threads */
+    enum { ROW = 1 << 18 };                                            /* if it is contiguous: many rows for many threads */
     if (is_contiguous(&c.out)) {
         int64_t n = elements_of(&c.out);
         c.out = (Tensor){ c.out.data, { n / ROW, ROW }, { ROW, 1 }, 2, dtype };

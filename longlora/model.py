@@ -258,7 +258,7 @@ class Model:
             odd = sorted(set(checkpoint.names()) ^ set(wanted))
             raise UserError(f"{checkpoint.path}: is not of the model's config: {odd[0]}")
         names = checkpoint.names()
-        np.empty(16 << 20, np.uint8)                   # freed again: now the C library keeps smaller arrays' memory for the next
+        np.empty(16 << 20, np.uint8)                   # freed again: now the C library keeps the memory of smaller arrays
         with ThreadPoolExecutor(_C.get_num_threads()) as pool:         # NumPy, which converts, lets go of the interpreter
             for _ in pool.map(lambda name: self._write(name, lambda out: checkpoint.read(name, out)), names):
                 pass

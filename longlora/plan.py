@@ -239,7 +239,7 @@ def evaluation(config, dtype, length, lora, start=0):
 
 
 def _scratch(config, dtype, batch_size, length, lora):
-    """What the ops take while they run. They keep large blocks for the next call, so what comes one after the other shares them:
+    """What the ops take while they run. They keep large blocks for the next call, which what comes one after the other shares:
     one block for the head's logits and the attention's sums, one for what a product packs and the attention's threads; and the
     sums of a product that is cut along its inner axis, where its result is not float32."""
     from . import _C

@@ -476,7 +476,7 @@ static int narrow(Job *job) {
     int64_t columns = ceil_div(job->N, COLUMNS) * COLUMNS;
     if (!(job->pack_b = scratch(4 * columns * ceil_div(job->steps, VW) * VW))) return -1;
     int status = parallel_for(columns, job->steps, narrow_pack, job);
-    int64_t cost = NARROW_ROWS * columns * (job->steps / 32 + 1);
+    int64_t cost = NARROW_ROWS * columns * (job->steps / 64 + 1);
     if (!status) status = parallel_for(ceil_div(job->M, NARROW_ROWS), cost, narrow_task, job);
     scratch_free(job->pack_b);
     return status;
@@ -547,7 +547,7 @@ int CPU(gemm)(const Gemm *g) {
                     else job.tile_m = ceil_div(job.tile_m / MR, 2) * MR;
                 job.tiles_n = ceil_div(cols, job.tile_n);
                 int64_t tasks = ceil_div(rows, job.tile_m) * job.tiles_n;
-                if (parallel_for(tasks, rows * cols * (job.s1 - job.s0) / 32 / tasks, tile_task, &job)) goto done;
+                if (parallel_for(tasks, rows * cols * (job.s1 - job.s0) / 64 / tasks, tile_task, &job)) goto done;
                 job.s0 = job.s1;
             } while (job.s0 < all);
         }

@@ -1,7 +1,13 @@
 /* parallel.c --- the one place that starts threads and takes memory.
  *
  * OpenMP runtimes keep a pool of threads that does not survive fork(): a child that enters a parallel region after its
- * parent did waits for ever for threads that do not exist. So a forked child runs its loops on the calling thread only. */
+ * parent did waits for ever for threads that do not exist. So a forked child runs its loops on the calling thread only.
+ *
+ * The ladder, on two cores of a Zen 5 in a virtual machine:
+ *   to start a second thread that sleeps costs 5 us: rms_norm of 64x256 3.0 us alone, 8.3 in two; matmul 64x64x64 2.9, 7.9
+ *   a step of SmolLM2, T 4096, bfloat16: with scratch from malloc 8,480 page faults, 0.11 to 0.28 s of system time; with large
+ *   blocks kept none, 0.02 to 0.09 s
+ *   memory that the host has to find first costs 2 s a GiB there, memory used a moment ago 0.06 in huge pages, 0.6 in small */
 #define _DEFAULT_SOURCE                /* madvise, MAP_ANONYMOUS */
 #include "cpu.h"
 
@@ -16,7 +22,7 @@
 
 static atomic_int threads;             /* 0: what OpenMP says (OMP_NUM_THREADS, else the processors) */
 static atomic_int forked;
-static atomic_llong grain = 20000;     /* nanoseconds of work that are worth a thread: to wake one takes about half of that */
+static atomic_llong grain = 20000;     /* nanoseconds of work that are worth a thread: four times what it costs to wake one */
 
 void set_threads(int n) { threads = n; }
 int get_threads(void) { return forked ? 1 : threads ? threads : omp_get_max_threads(); }
