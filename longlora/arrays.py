@@ -1,4 +1,5 @@
 """Results in the caller's own kind: NumPy in, NumPy out; torch in, torch out; imports none of the others."""
+import functools
 import sys
 
 import numpy as np
@@ -8,9 +9,14 @@ from . import Tensor
 DTYPES = ("float32", "bfloat16", "float16", "float64", "int32", "int64", "uint8")
 
 
+@functools.cache
+def _name(dtype):
+    return str(dtype).rpartition(".")[2]
+
+
 def dtype_name(x):
     """The name of x's dtype in our words, whatever library x comes from."""
-    return str(x.dtype).rpartition(".")[2]
+    return _name(x.dtype)
 
 
 def _is_torch(x):
@@ -46,6 +52,8 @@ def zeros(shape, dtype, like):
 
 
 def empty_like(x):
+    if type(x) is np.ndarray:
+        return np.empty(x.shape, x.dtype)
     return empty(tuple(x.shape), dtype_name(x), x)
 
 

@@ -288,11 +288,15 @@ class Sequences:
         return np.concatenate([np.asarray(self.tokens.ids[a:b], np.int32) for a, b in self.pieces[i]])
 
 
-def batch(sequences, indices, length):
-    """ids and targets [B, length] int32: targets are the next token, -100 where there is none. Short rows end in padding."""
-    ids, targets = np.zeros((len(indices), length), np.int32), np.full((len(indices), length), -100, np.int32)
-    for row, i in enumerate(indices):
-        found = sequences.get(i)
+def batch(sequences, indices, multiple=1):
+    """ids and targets [B,T] int32: targets are the next token, -100 where there is none.
+
+    T is the longest row's, rounded up to `multiple`: the rest of a document costs what it is long. Shorter rows end in padding.
+    """
+    rows = [sequences.get(i) for i in indices]
+    length = -(-max(map(len, rows)) // multiple) * multiple
+    ids, targets = np.zeros((len(rows), length), np.int32), np.full((len(rows), length), -100, np.int32)
+    for row, found in enumerate(rows):
         ids[row, :len(found)] = found
         targets[row, :len(found) - 1] = found[1:]
     return ids, targets

@@ -59,7 +59,7 @@ def use_threads(o):
 
 
 class Setup:
-    """What the options come to for a base of `base` (a ModelConfig): config, raw, rope (a sentence), attention, lora, plan."""
+    """What the options come to for a base of `base` (a ModelConfig): config, raw, rope (a sentence), attention, multiple, lora, plan."""
 
     def __init__(self, o, base):
         self.config, self.raw = base, base.raw
@@ -71,6 +71,7 @@ class Setup:
         o.resolve(self.config)
         dense = o.attention == "dense"
         self.attention = None if dense else {"group_size": o.group_size, "boundary": o.boundary, "shift": o.shift}
+        self.multiple = 1 if dense or o.boundary == "split" else o.group_size      # of the length of every batch
         targets = "all-linear" if o.target_modules == ("all-linear",) else o.target_modules
         self.lora = None if o.full else adapter.LoraConfig(o.r, o.lora_alpha, targets, o.modules_to_save)
         self.plan = plan_.plan(
@@ -263,7 +264,7 @@ def _run(o, source, setup, say):
     with Stop() as stop, tqdm(total=steps, initial=step, desc="training", unit="step", disable=None) as bar:
         while step < steps and stop.signal is None:
             started = time.perf_counter()
-            micro = [data.batch(corpus, order.take(o.per_device_train_batch_size), o.sequence_length)
+            micro = [data.batch(corpus, order.take(o.per_device_train_batch_size), setup.multiple)
                      for _ in range(o.gradient_accumulation_steps)]
             tokens = sum(int((targets != -100).sum()) for _, targets in micro)
             share = learning_rate(step + 1, steps, 1.0, warmup, o.lr_scheduler_type)

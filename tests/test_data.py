@@ -251,11 +251,12 @@ def test_holding_out_takes_the_last_sequences():
 
 def test_a_batch_has_the_next_tokens_as_targets_and_no_target_in_padding():
     found = data.Sequences(tokens_of([17]), 10)
-    ids, targets = data.batch(found, [1, 0], 10)
+    ids, targets = data.batch(found, [1, 0])
     assert ids.dtype == targets.dtype == np.int32 and ids.shape == targets.shape == (2, 10)
     np.testing.assert_array_equal(targets[1], [*range(1, 10), -100])
     np.testing.assert_array_equal(ids[0], [*range(10, 17), 0, 0, 0])
     np.testing.assert_array_equal(targets[0], [*range(11, 17), -100, -100, -100, -100])
+    assert data.batch(found, [1])[0].shape == (1, 7) and data.batch(found, [1], 5)[0].shape == (1, 10)
 
 
 @given(n=st.integers(1, 20), seed=st.integers(0, 5), takes=st.lists(st.integers(0, 9), max_size=12), stop=st.integers(0, 12))

@@ -150,6 +150,7 @@ print(small())
     assert out[0] == "1" and int(out[1]) > 1
 
 
+@pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="the sanitizer's allocator has its own idea of memory")
 def test_large_scratch_is_not_faulted_in_anew():
     """Calls that take megabytes of scratch cost hardly a page fault once they have run; without the blocks that are kept, each
     costs hundreds (or, where there are huge pages, several). A fork in between takes none of it away."""

@@ -235,9 +235,9 @@ class Places(torch.utils.data.Dataset):
         return self.places[i]
 
 
-def batch(sequences, indices, length):
+def batch(sequences, indices, multiple):
     """As data.batch, in the words of transformers, whose losses shift the labels themselves: the first is no one's target."""
-    ids, targets = data.batch(sequences, indices, length)
+    ids, targets = data.batch(sequences, indices, multiple)
     labels = np.full_like(targets, -100)
     labels[:, 1:] = targets[:, :-1]
     return {"input_ids": torch.from_numpy(ids).long(), "labels": torch.from_numpy(labels).long()}
@@ -337,7 +337,7 @@ class Run:
                 o, self.share, lambda model: [(kinds[name], parameter) for name, parameter in named(model, self.setup)],
                 model=build(o, self.setup, self.tensors), args=args, callbacks=[Callback(self)],
                 train_dataset=Places(self.corpus, o.seed, self.step * self.each, left * self.each),
-                data_collator=lambda places: batch(self.corpus, places, o.sequence_length))
+                data_collator=lambda places: batch(self.corpus, places, self.setup.multiple))
             self.trainer.remove_callback(transformers.PrinterCallback)
             self._check_engine()
             if o.dtype == "bfloat16" and self.trainer.is_fsdp_enabled:     # the loss is float32, and so it stays
@@ -463,7 +463,7 @@ class Run:
         model.eval()
         for start in range(0, self.evaluated, args.world_size):
             i = start + args.process_index
-            inputs = batch(self.held_out, [min(i, self.evaluated - 1)], self.o.sequence_length)
+            inputs = batch(self.held_out, [min(i, self.evaluated - 1)], self.setup.multiple)
             inputs = {name: x.to(args.device) for name, x in inputs.items()}
             loss = model(**inputs, num_items_in_batch=1).loss
             if i < self.evaluated:
