@@ -104,12 +104,13 @@ def build(o, setup, saved=None):
 
     What is trained starts as in the driver, or as a checkpoint's tensors, `saved`, have it.
     """
-    gguf = os.path.isfile(o.model)
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    model = AutoModelForCausalLM.from_pretrained(
-        os.path.dirname(os.path.abspath(o.model)) if gguf else o.model, attn_implementation=NAME,
-        **{"dtype" if version >= (4, 56) else "torch_dtype": getattr(torch, o.dtype)},
-        **({"gguf_file": os.path.basename(o.model)} if gguf else {}))
+    version, path, how = tuple(int(part) for part in transformers.__version__.split(".")[:2]), o.model, {}
+    if os.path.isfile(path):
+        path, how["gguf_file"] = os.path.split(os.path.abspath(path))
+        if hasattr(transformers, "GgufConfig"):        # else it may stay packed, and Trainer takes it for that in any case
+            how["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    how["dtype" if version >= (4, 56) else "torch_dtype"] = getattr(torch, o.dtype)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=NAME, **how)
     # A head that is tied to the embedding is the embedding.
     tied, whole = setup.config.tie_word_embeddings, list(setup.lora.modules_to_save)
     whole = ["embed_tokens" if tied and name == "lm_head" else name for name in whole]
