@@ -212,7 +212,10 @@ class Trained:
 
 
 def made_steps(zero, step):
-    """Gives DeepSpeed's ZeRO optimizer, stage 1 to 3, the state that it would else make in its first step."""
+    """Gives DeepSpeed's ZeRO optimizer, stage 1 to 3, the state that it would else make in its first step.
+
+    Stages 1 and 2 would then find the moments of the first group of parameters only (seen with DeepSpeed 0.19).
+    """
     flat = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
     for x in flat:
         moments = {name: torch.zeros_like(x) for name in MOMENTS.values()}
@@ -398,9 +401,9 @@ class Run:
         parameters = dict(named(self.trainer.model, self.setup))
         for p in self.trained:
             p.bind(parameters[p.name], self.trainer)
+        if self.trainer.is_deepspeed_enabled:
+            made_steps(self.trainer.model_wrapped.optimizer, self.step)
         if self.tensors is not None:
-            if self.trainer.is_deepspeed_enabled:
-                made_steps(self.trainer.model_wrapped.optimizer, self.step)
             for p in self.trained:
                 p.restore(*(self.tensors[f"{what}.{p.name}"] for what in ("value", "m", "v")), self.step)
         self.trainer.loss, self.heldout = 0.0, ""
