@@ -25,6 +25,14 @@ def isa(request):
     _C.set_isa(before)
 
 
+@pytest.fixture(autouse=True)
+def _threads_as_before():
+    """A run's num_threads is the process's: the next test has its own again."""
+    before = _C.get_num_threads()
+    yield
+    _C.set_num_threads(before)
+
+
 @pytest.fixture
 def poison(monkeypatch):
     outputs = checks.poisoned(monkeypatch)
