@@ -207,6 +207,12 @@ def test_two_swapped_models_of_a_family():
     assert source.apply_rotary_pos_emb is not theirs
     longlora.torch.unswap(two)
     assert source.apply_rotary_pos_emb is theirs
+    longlora.torch.swap(one)
+    exact = tiny("llama", "sdpa").double()                 # the kernels have no float64: others of the family go their own way
+    assert exact(IDS).logits.dtype == torch.float64
+    del one
+    gc.collect()
+    assert source.apply_rotary_pos_emb is theirs, "a swapped model that is gone still decides for its family"
 
 
 def test_bfloat16_within_its_noise():

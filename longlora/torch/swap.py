@@ -14,7 +14,8 @@ import torch
 from . import ops
 
 _MARK = "longlora_original_forward"
-_rotated = {}                          # module of transformers -> (its own apply_rotary_pos_emb, models that use ours)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_rotated = {}                          # module of transformers -> (its own apply_rotary_pos_emb, id of each model that uses ours)
 
 
 def _equal(ours, theirs):
@@ -28,7 +29,7 @@ def _replace(module, forward):
 
 
 def _parameters_ready(*tensors):
-    return all(x.device.type != "meta" and x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in tensors)
+    return all(x.device.type != "meta" and x.dtype in _DTYPES for x in tensors)
 
 
 def _norm(module):
@@ -71,8 +72,8 @@ def _lora(module):
 
 
 def _apply_rotary_pos_emb(theirs, q, k, cos, sin, *args, unsqueeze_dim=1, **kwargs):
-    """Ours for q [B,H,T,D], k [B,K,T,D], cos and sin [B or 1,T,D]; theirs for any other call."""
-    if args or kwargs or unsqueeze_dim != 1 or q.ndim != 4 or cos.ndim != 3 or cos.shape[-1] != q.shape[-1]:
+    """Ours for q [B,H,T,D], k [B,K,T,D], cos and sin [B or 1,T,D] in the kernels' dtypes; theirs for any other call."""
+    if args or kwargs or q.dtype not in _DTYPES or k.dtype != q.dtype or unsqueeze_dim != 1 or q.ndim != 4 or cos.ndim != 3 or cos.shape[-1] != q.shape[-1]:
         return theirs(q, k, cos, sin, *args, **({} if args else {"unsqueeze_dim": unsqueeze_dim}), **kwargs)
     B, T, E = q.shape[0], q.shape[2], q.shape[3] // 2
     cos, sin = (x[..., :E].reshape(-1, E).float() for x in (cos, sin))
@@ -82,7 +83,16 @@ def _apply_rotary_pos_emb(theirs, q, k, cos, sin, *args, unsqueeze_dim=1, **kwar
     return tuple(ops.rope(x.transpose(1, 2), cos, sin, positions).transpose(1, 2) for x in (q, k))
 
 
-def _swap_rotary(name):
+def _release(name, user):
+    """The model `user` is unswapped or gone: without another one the family has its own function again."""
+    theirs, users = _rotated.get(name, (None, set()))
+    users.discard(user)
+    if theirs is not None and not users:
+        sys.modules[name].apply_rotary_pos_emb = theirs
+        del _rotated[name]
+
+
+def _swap_rotary(name, model):
     module = sys.modules[name]
     if name not in _rotated:
         theirs = module.apply_rotary_pos_emb
@@ -94,7 +104,10 @@ def _swap_rotary(name):
         if not same:
             return False
         module.apply_rotary_pos_emb = functools.partial(_apply_rotary_pos_emb, theirs)
-        _rotated[name] = (theirs, weakref.WeakSet())
+        _rotated[name] = (theirs, set())
+    if id(model) not in _rotated[name][1]:
+        _rotated[name][1].add(id(model))
+        weakref.finalize(model, _release, name, id(model))
     return True
 
 
@@ -164,8 +177,7 @@ def swap(model):
             _replace(module, forward)
             counts[kind] += 1
         source = sys.modules[type(module).__module__]
-        if type(module).__name__.endswith("Attention") and hasattr(source, "apply_rotary_pos_emb") and _swap_rotary(source.__name__):
-            _rotated[source.__name__][1].add(inner)
+        if type(module).__name__.endswith("Attention") and hasattr(source, "apply_rotary_pos_emb") and _swap_rotary(source.__name__, inner):
             counts["rope"] += 1
     if _plain_loss(inner):
         _replace(inner, _loss(inner))
@@ -183,9 +195,6 @@ def unswap(model):
                 del module.forward
             else:
                 module.forward = before
-    for name, (theirs, users) in list(_rotated.items()):
-        users.discard(inner)
-        if not users:
-            sys.modules[name].apply_rotary_pos_emb = theirs
-            del _rotated[name]
+    for name in list(_rotated):
+        _release(name, id(inner))
     return model
