@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+if __name__ == "__main__" and sys.argv[2] != "4":
+    sys.modules["transformers"] = None                   # longlora.torch would import it: seconds, and only four ranks use it
+
 import checks
 import ml_dtypes
 import numpy as np
@@ -162,7 +165,7 @@ def judge(got, whole, kwargs):
 
 
 def aligned_pieces_talk_to_one_neighbour():
-    """Plain heads send nothing, shifted ones h rows, posted before the first kernel and awaited when only the cut group is left."""
+    """Plain heads send nothing, shifted ones h rows, posted before the first kernel, awaited when only the cut group is left."""
     G, H, K, D = 16, 8, 4, 8
     lengths = [2 * G] * WORLD
     each = 2 * (G // 2) * (K // 2) * D * 4
@@ -329,39 +332,14 @@ def loss_is_the_mean_over_all_targets():
 
 # ---- transformers -----------------------------------------------------------------------------------------------------------
 
-G = 12
-
-
-class Whole(torch.autograd.Function):
-    """The op on a whole sequence in one process."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, scale):
-        out, lse = ops.s2_attention_forward(q, k, v, group_size=G, scale=scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    def backward(ctx, dout):
-        return *ops.s2_attention_backward(dout.contiguous(), *ctx.saved_tensors, group_size=G, scale=ctx.scale), None
-
-
-def attention_function(module, q, k, v, mask, scaling=None, **kwargs):
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if hasattr(module, "_longlora_cp"):
-        return module._longlora_cp(module, q, k, v, group_size=G, scale=scaling), None
-    return Whole.apply(q, k, v, scaling), None
-
-
-def tiny_llama():
-    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
-    AttentionInterface.register("longlora_s2", attention_function)
+def tiny(family="Llama", group_size=12, **config):
+    import transformers
+    from longlora.torch import configure
     torch.manual_seed(3)
-    config = LlamaConfig(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
-                         num_key_value_heads=1, head_dim=8, max_position_embeddings=128, attn_implementation="longlora_s2",
-                         initializer_range=0.3)
-    return LlamaForCausalLM(config).train()
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
+        head_dim=8, max_position_embeddings=128, initializer_range=0.3, **config)
+    return configure(getattr(transformers, f"{family}ForCausalLM")(config).train(), group_size)
 
 
 def total_of(logits, targets):
@@ -372,9 +350,9 @@ def text(rows, length):
     return torch.randint(61, (rows, length), generator=torch.Generator().manual_seed(length))
 
 
-def one_process(ids):
+def one_process(ids, model=None):
     """Loss and gradients of the whole batch in this process."""
-    model = tiny_llama()
+    model = model or tiny()
     targets = cp.next_tokens(ids)
     loss = total_of(model(input_ids=ids).logits, targets) / (targets != -100).sum()
     loss.backward()
@@ -391,15 +369,15 @@ def same_gradients(model, want, scale=1.0):
 def transformers_model():
     """DDP over four pieces, and the layers checkpointed with two forward passes of different lengths before the backward."""
     ids = text(2, 50)
-    want, grads = one_process(ids)
-    model = torch.nn.parallel.DistributedDataParallel(cp.enable(tiny_llama(), GROUP))
+    want, grads = one_process(ids, tiny(group_size=None))
+    model = torch.nn.parallel.DistributedDataParallel(cp.enable(tiny(group_size=None), GROUP))
     mine, targets = (cp.split(x, 1, GROUP) for x in (ids, cp.next_tokens(ids)))
     loss = cp.loss(total_of(model(input_ids=mine).logits, targets), targets, GROUP)
     loss.backward()
     assert abs(loss - want) <= 1e-5 * want
     same_gradients(model, grads)
 
-    model = cp.enable(tiny_llama(), GROUP)
+    model = cp.enable(tiny(), GROUP)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     sums = dict.fromkeys(grads, 0)
     losses = []
@@ -433,11 +411,35 @@ def transformers_model():
     with refusal(NotImplementedError, "only training"):
         model.eval()(input_ids=mine)
     cp.disable(model)
-    whole = tiny_llama().eval()
+    whole = tiny().eval()
     assert torch.equal(model(input_ids=mine).logits, whole(input_ids=mine).logits)
+    windowed = cp.enable(tiny("Mistral", sliding_window=40), GROUP)
+    with refusal(ValueError, "a sliding window of 40 tokens is active at 49"):
+        windowed(input_ids=mine)
     whole.set_attn_implementation("sdpa")
     with refusal(ValueError, "longlora_s2"):
         cp.enable(whole, GROUP)
+
+
+def peft_model():
+    """LoRA on a model over four pieces."""
+    from peft import LoraConfig, get_peft_model
+
+    def lora(model):
+        torch.manual_seed(4)
+        return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "k_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    ids = text(1, 50)
+    targets = cp.next_tokens(ids)
+    want = lora(tiny())
+    (total_of(want(input_ids=ids).logits, targets) / 49).backward()
+    mine, targets = (cp.split(x, 1, GROUP) for x in (ids, targets))
+    model = cp.enable(lora(tiny()), GROUP)
+    cp.loss(total_of(model(input_ids=mine).logits, targets), targets, GROUP, gradients="sum").backward()
+    trained = [(p, w) for p, w in zip(model.parameters(), want.parameters()) if w.requires_grad]
+    assert len(trained) == 8
+    for p, w in trained:
+        dist.all_reduce(p.grad)
+        assert (p.grad - w.grad).abs().max() <= 2e-5 * w.grad.abs().max()
 
 
 def fsdp():
@@ -446,7 +448,7 @@ def fsdp():
     ids = text(2, 45)
     want, grads = one_process(ids)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
-    model = cp.enable(tiny_llama(), mesh)
+    model = cp.enable(tiny(), mesh)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -460,7 +462,7 @@ def fsdp():
 
 OTHERS = {"aligned": aligned_pieces_talk_to_one_neighbour, "bad": bad_arguments_stop_every_rank,
           "modes": modes_of_torch, "helpers": helpers, "loss": loss_is_the_mean_over_all_targets}
-FOUR = {"transformers": transformers_model, "fsdp": fsdp}
+FOUR = {"transformers": transformers_model, "peft": peft_model, "fsdp": fsdp}
 
 
 def case_names(world):

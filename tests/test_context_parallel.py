@@ -1,5 +1,5 @@
-"""S²-Attn over ranks of torch.distributed. The cases that need processes are in context_parallel_worker.py, which is started once
-for each number of ranks."""
+"""S²-Attn over ranks of torch.distributed. What needs processes is in context_parallel_worker.py, started once for each number of
+ranks; what does not is here."""
 import json
 import os
 import subprocess

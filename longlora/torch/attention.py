@@ -157,8 +157,8 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
         shift = getattr(config, "longlora_shift", "half")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if parallel is not None:
-        return parallel(module, q, k, v, group_size=getattr(config, "longlora_group_size", None), boundary=boundary, shift=shift,
-                        scale=scaling), None
+        return parallel(module, q, k, v, cu_seqlens=cu_seqlens, boundary=boundary, shift=shift, scale=scaling,
+                        window=how.get("sliding_window")), None
     return ops.s2_attention(q, k, v, group_size=group_size, boundary=boundary, shift=shift, cu_seqlens=cu_seqlens, scale=scaling), None
 
 

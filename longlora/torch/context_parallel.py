@@ -536,18 +536,24 @@ class _Model:
     def after(self, *_):
         self.lengths = None
 
-    def __call__(self, module, q, k, v, *, group_size=None, boundary="split", shift="half", scale=None):
-        """q [B,T,H,D], k and v [B,T,K,D] of a piece -> out [B,T,H,D]. group_size None: a quarter of the whole length."""
+    def __call__(self, module, q, k, v, *, cu_seqlens, boundary, shift, scale, window):
+        """What longlora.torch.attention calls: q [B,T,H,D], k and v [B,T,K,D] of a module's piece -> out [B,T,H,D]."""
+        from .attention import group_size_of
         if not module.training:
             raise NotImplementedError("context parallel: only training is done over several ranks, got a module in eval mode")
         sizes = self.lengths
         if sizes is None:
-            # Recomputation of a checkpointed layer in the backward pass: all ranks have seen the same set.
+            # Outside of the model's forward only to recompute checkpointed layers in the backward pass.
+            if torch._C._current_graph_task_id() < 0:
+                raise RuntimeError("context parallel: call the very model that enable() was given (not one around it, as PEFT's)")
+            # All ranks have seen the same set, so that they all ask or all do not.
             sizes = next(iter(self.seen)) if len(self.seen) == 1 else lengths(q.shape[1], self.group, q.device)
-        if group_size is None:
-            group_size = max(sum(sizes) // 4, 1)
-        out = s2_attention(q, k, v, group_size=group_size, group=self.group, boundary=boundary, shift=shift, scale=scale,
-                           lengths=sizes if self.compared else None)
+        if cu_seqlens is not None:
+            raise ValueError("context parallel: packed documents and padding are not supported, got an attention mask")
+        if window is not None and sum(sizes) > window:
+            raise ValueError(f"context parallel: a sliding window of {window} tokens is active at {sum(sizes)}")
+        out = s2_attention(q, k, v, group_size=group_size_of(module.config, sum(sizes)), group=self.group, boundary=boundary,
+                           shift=shift, scale=scale, lengths=sizes if self.compared else None)
         self.compared = True
         return out
 
@@ -555,10 +561,11 @@ class _Model:
 def enable(model, mesh):
     """From now on the transformers model attends over the ranks of mesh in training; each rank gives it its own piece.
 
-    model: one with attn_implementation="longlora_s2", or a PeftModel of one; before DDP or FSDP2 wrap it. mesh: as `group` of
-    s2_attention. Each call of the model takes input_ids [B,T] of this rank's piece: the ranks tell each other their lengths
-    once, position_ids become those of the whole sequence. A mask that hides tokens, labels to be shifted inside the piece,
-    packed documents, a cache and evaluation are refused. The loss is `loss`. Returns model.
+    model: one with attn_implementation="longlora_s2", or the PeftModel around it; before DDP or FSDP2 wrap it. The group size is
+    configure()'s, or a quarter of the whole sequence. mesh: as `group` of s2_attention. Each call of the model takes input_ids
+    [B,T] of this rank's piece: the ranks tell each other their lengths once, position_ids become those of the whole sequence.
+    A mask that hides tokens, labels to be shifted inside the piece, packed documents, a cache and evaluation are refused. The
+    loss is `loss`. Returns model.
     """
     name = model.config._attn_implementation
     if name != "longlora_s2":
