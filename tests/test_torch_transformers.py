@@ -51,8 +51,8 @@ def by_mask(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     return (p @ value.double()).to(query.dtype).transpose(1, 2).contiguous(), None
 
 
-transformers.AttentionInterface.register("s2_by_mask", by_mask)
-attention.AttentionMaskInterface.register("s2_by_mask", attention.mask)
+transformers.AttentionInterface.register("s2_by_the_reference", by_mask)
+attention.AttentionMaskInterface.register("s2_by_the_reference", attention.mask)
 
 
 def ids_of(B, T, seed=0):
@@ -75,7 +75,7 @@ def test_a_family(family):
     longlora.torch.configure(ours, group_size=G)
     ours.train()
     whole = ours(ids, use_cache=False).logits
-    close(whole, tiny(family, "s2_by_mask").train()(ids, use_cache=False).logits)      # S2-Attn
+    close(whole, tiny(family, "s2_by_the_reference").train()(ids, use_cache=False).logits)      # S2-Attn
     assert (whole - sdpa(ids).logits).abs().max() > 1e-3 * whole.abs().max()
     loss = ours(ids, labels=ids, use_cache=False).loss
     loss.backward()
