@@ -23,13 +23,12 @@ def choose(wanted):
     if wanted == CPU:
         return CPU, f"device: {_cpu()}"
     from . import cuda
-    if not cuda.is_available():
-        if wanted == "auto":
-            return CPU, f"device: {_cpu()}; no GPU: {cuda.reason()}"
-        raise UserError(f"device {wanted}: CUDA cannot be used: {cuda.reason()}")
-    number = int(wanted.partition(":")[2] or 0)
-    if number >= cuda.device_count():
-        raise UserError(f"device {wanted}: there are {cuda.device_count()} GPUs, counted from 0")
+    usable = [i for i in range(cuda.device_count()) if _C.cuda_refusal(i) is None]
+    if wanted == "auto" and not usable:
+        return CPU, f"device: {_cpu()}; no GPU: {cuda.reason()}"
+    number = int(wanted.partition(":")[2] or 0) if wanted != "auto" else usable[0]
+    if number not in usable:
+        raise UserError(f"device {wanted} cannot be used: {_C.cuda_refusal(number)}")
     free, total = cuda.memory_info(number)
     return f"cuda:{number}", (f"device: cuda:{number}, {cuda.properties(number)['name']}, {free / 2**30:.1f} of "
                               f"{total / 2**30:.1f} GiB free")
