@@ -707,6 +707,10 @@ cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_
     for (size_t i = 0; i < height; i++) cudaMemcpy((char *)to + i * to_pitch, (const char *)from + i * from_pitch, width, kind);
     return cudaSuccess;
 }
+cudaError_t cudaMemcpyPeerAsync(void *to, int to_device, const void *from, int from_device, size_t bytes, cudaStream_t) {
+    if (to_device < 0 || to_device >= devices() || from_device < 0 || from_device >= devices()) return note(cudaErrorInvalidDevice);
+    return cudaMemcpy(to, from, bytes, cudaMemcpyDefault);
+}
 cudaError_t cudaMemset(void *p, int value, size_t bytes) {
     if (bytes) memset(p, value, bytes);
     return cudaSuccess;

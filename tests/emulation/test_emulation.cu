@@ -1,4 +1,4 @@
-/* test_emulation.cpp --- the emulation itself: small kernels whose answers are known, and kernels that are wrong, each of which
+/* test_emulation.cu --- the emulation itself: small kernels whose answers are known, and kernels that are wrong, each of which
  * must be found out. Prints a line for each test; the exit code is the number of those that failed. */
 #include "common.cuh"
 
@@ -336,7 +336,7 @@ __global__ void switch_kernel(float *out, int rounds) {
 __global__ void barrier_kernel(int rounds) { for (int i = 0; i < rounds; i++) __syncthreads(); }
 static double seconds() {
     timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
