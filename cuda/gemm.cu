@@ -133,7 +133,8 @@ static lt::DataType type_of(int32_t dtype) {
 
 static void forget(Plan *p) {
     if (p->desc) lib.desc_destroy(p->desc);
-    for (lt::Layout layout : {p->a, p->b, p->c, p->d}) if (layout) lib.layout_destroy(layout);
+    const lt::Layout layouts[] = {p->a, p->b, p->c, p->d};
+    for (lt::Layout layout : layouts) if (layout) lib.layout_destroy(layout);
     memset(p, 0, sizeof *p);
 }
 
