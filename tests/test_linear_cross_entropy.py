@@ -41,6 +41,17 @@ def test_dweight_accumulates(place):
     np.testing.assert_allclose(twice, 2 * dw, rtol=1e-5, atol=1e-6)
 
 
+def test_more_than_one_chunk(isa):
+    M, C, V = 2050, 8, 5
+    x, w, targets, d = checks.random((M, C)), checks.random((V, C), seed=1), targets_of(M, V), checks.random((M,), seed=2)
+    losses, _ = checks.check("linear_cross_entropy_forward", x, w, targets, floor=16)
+    again, dx, dw = ops.linear_cross_entropy_backward(x, w, targets, d, train_weight=True)
+    want = checks.reference.linear_cross_entropy_backward(x, w, targets, d, train_weight=True)
+    np.testing.assert_array_equal(again, losses)
+    np.testing.assert_allclose(dx, want[1], atol=1e-5)
+    np.testing.assert_allclose(dw, want[2], atol=1e-4)
+
+
 def test_large_logits(isa):
     x, w = checks.random((5, 8), scale=300), checks.random((50, 8), seed=1, scale=30)
     checks.check("linear_cross_entropy_forward", x, w, targets_of(5, 50, 0), floor=16)

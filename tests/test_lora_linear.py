@@ -25,6 +25,27 @@ def test_forward_and_backward(shape, dtype, isa, poison):
     checks.check("lora_linear_backward", dout, x, w, a, b, 2.0, np.asarray(u), train_weight=True, train_bias=True, floor=4)
 
 
+# Rows that start on 16 bytes, more rows than one piece of a sum over them, more ranks than one block of it, one rank.
+@pytest.mark.parametrize("shape", [(300, 136, 264, 72), (257, 64, 40, 8), (33, 512, 256, 64), (600, 40, 24, 1)], ids=str)
+def test_dense_rows(shape, dtype, isa):
+    x, w, bias, a, b, residual, dout = parts(*shape, dtype)
+    _, u = checks.check("lora_linear_forward", x, w, bias, a, b, 0.5, residual, floor=4)
+    checks.check("lora_linear_forward", x, w, bias, None, None, 1.0, residual, floor=4)
+    checks.check("lora_linear_backward", dout, x, w, a, b, 2.0, np.asarray(u), train_weight=True, train_bias=True, floor=4)
+    dx = checks.random(x.shape, dtype, 9)
+    want = dx.astype(float) + checks.reference.lora_linear_backward(dout, x, w, a, b, 2.0)[0]
+    _C.lora_linear_backward(dx, None, None, None, None, dout, None, w, a, b, None, 2.0, 1)
+    checks.compare(dx, want, want, "dx", floor=6)
+
+
+def test_u_may_be_beyond_float16(isa):
+    """u is float32, whatever the dtype of the rest."""
+    x, w, _, a, b, _, _ = parts(40, 64, 72, 8, "float16")
+    a, b = a * np.float16(9000), b * np.float16(2**-10)
+    out, u = checks.check("lora_linear_forward", x, w, None, a, b, 2.0**-7, floor=4)
+    assert np.abs(u).max() > 65504 and np.isfinite(out.astype(np.float32)).all()
+
+
 def test_u_may_be_kept_or_made_again(place):
     x, w, _, a, b, _, dout = parts(33, 40, 50, 8, "float32")
     _, u = ops.lora_linear_forward(x, w, None, a, b, 2.0)

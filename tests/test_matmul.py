@@ -44,6 +44,13 @@ def test_any_shape_and_dtypes(place, M, C, N, a, b, out):
     checks.compare(ops.matmul(a, b, dtype=out), checks.reference.matmul(a, b), checks.plain("matmul", a, b)[0], floor=4)
 
 
+def test_any_strides(isa):
+    a, b = checks.random((40, 60)), checks.random((60, 50), seed=1)
+    for x, y in [(a[::-1], b), (a[:, ::-1], b[::-1]), (a[::2, ::3], b[::3, ::2]), (np.broadcast_to(a[:1], (7, 60)), b),
+                 (a, np.broadcast_to(b[:, :1], (60, 9))), (a[:1, ::2], b[::2]), (a[:, :1], b[:1, ::3])]:
+        checks.check("matmul", x, y, floor=4)
+
+
 def test_beta(place):
     a, b, out = checks.random((5, 6)), checks.random((6, 7), seed=1), checks.random((5, 7), seed=2)
     want = 2 * a.astype(float) @ b + 0.5 * out
