@@ -1,6 +1,7 @@
 """A digest of each result of every op on CUDA, every dtype, shapes that leave rests everywhere: what test_cuda_emulation.py compares
 between orders of threads, and what two runs on a GPU must agree on."""
 import hashlib
+import itertools
 
 import checks
 import numpy as np
@@ -11,13 +12,13 @@ import mirror
 from longlora import _C, ops
 
 
-def results(dtype):
-    """-> (name, result of an op) for every op."""
+def results(dtype, M):
+    """-> (name, result of an op) for every op, of M rows."""
     def random(*shape, seed=0, kind=dtype):
         return checks.random(shape, kind, seed)
-    x, y, w = random(70, 136), random(70, 136, seed=1), random(200, 136, seed=2)
-    a, b, dout = random(8, 136), random(200, 8), random(70, 200)
-    ids, M = (np.arange(70) * 7 % 50).astype(np.int32), 70
+    x, y, w = random(M, 136), random(M, 136, seed=1), random(200, 136, seed=2)
+    a, b, dout = random(8, 136), random(200, 8), random(M, 200)
+    ids = (np.arange(M) * 7 % 50).astype(np.int32)
     order = np.argsort(ids, kind="stable").astype(np.int32)
     cos, sin = random(150, 32, kind="float32"), random(150, 32, seed=1, kind="float32")
     losses = random(M, kind="float32")
@@ -25,7 +26,7 @@ def results(dtype):
     copy = np.empty(1000, checks.DTYPES[dtype])
     yield "cast", ops.cast(x, "float16")
     yield "accumulate", ops.accumulate(x.copy(), y, 0.5)
-    yield "global_norm", np.array(ops.global_norm([random(10_001), x.ravel()]))
+    yield "global_norm", np.array(ops.global_norm([random(1000 * M + 1), x.ravel()]))
     yield "matmul", ops.matmul(x, w.T)
     yield "embedding_forward", ops.embedding_forward(w, ids)
     yield "embedding_backward", ops.embedding_backward(x, ids, order, 200)
@@ -55,9 +56,9 @@ if __name__ == "__main__":
         mirror.install(patch, "cuda:0")
         before = _C.calls()
         for dtype in checks.DTYPES:
-            for name, result in results(dtype):
+            for name, result in itertools.chain(results(dtype, 70), results(dtype, 601)):
                 arrays = [x for x in checks.as_tuple(result) if x is not None]
                 assert all(np.isfinite(x.astype(np.float64)).all() for x in arrays), name
                 digest = hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in arrays)).hexdigest()[:16]
-                print(f"{dtype} {name} {sum(x.size for x in arrays)} {digest}")
+                print(dtype, name, *(x.shape for x in arrays), digest)
         assert not [op for op, n in _C.calls().items() if n == before[op]], "an op that was not called"

@@ -86,8 +86,10 @@ def test_the_border_and_the_driver(package, tmp_path):
 
 def test_results_do_not_depend_on_the_order_of_threads_and_blocks(package):
     """Bit for bit; a missing barrier shows as a difference between two orders."""
+    def digests(order):
+        return run([sys.executable, "tests/cuda_digests.py"], order, PYTHONPATH=os.pathsep.join([str(package), "tests"]))
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda order: run([sys.executable, "tests/cuda_digests.py"], order, PYTHONPATH=str(package)), ORDERS))
+        results = list(pool.map(digests, ORDERS))
     print(len(results[0].splitlines()), "results in", *ORDERS, "order")
     for result in results[1:]:
         assert result.splitlines() == results[0].splitlines()
