@@ -85,8 +85,8 @@ template<> __device__ __forceinline__ f16 from_float<f16>(float x) { return __fl
 
 /* ---- vectors ----------------------------------------------------------------------------------------------------- */
 
-/* N elements that are loaded and stored at once. */
-template<class T, int N> struct alignas(sizeof(T) * N) Vector { T x[N]; };
+/* N elements that are loaded and stored at once, by 16 bytes where there are more. */
+template<class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector { T x[N]; };
 
 template<int N, class T> static __device__ __forceinline__ void load(float (&x)[N], const T *from) {
     Vector<T, N> v = *(const Vector<T, N> *)from;
@@ -179,10 +179,20 @@ static __device__ __forceinline__ void cp_async_16(void *to, const void *from, b
 static __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template<int N> __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 
+/* Asks for the 32 bytes around p to be brought to the second-level cache, and goes on. */
+static __device__ __forceinline__ void prefetch_l2(const void *p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+
 /* 2^x, relative error 2^-22; exact 0 for -inf. */
 static __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* 1/x, error 1 ulp; 0 above 2^126. */
+static __device__ __forceinline__ float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
