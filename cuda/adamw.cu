@@ -8,37 +8,41 @@ enum { N = 4 };                        /* parameters of a thread */
 
 struct Step { float decay, rate, root, keep1, keep2, add1, add2, eps, scale; };
 
-template<bool ALIGNED, class T> static __device__ __forceinline__ void put_copy(void *copy, const Vector<float, N> &x, int64_t c, int64_t C) {
-    Vector<T, N> y;
-#pragma unroll
-    for (int j = 0; j < N; j++) y.x[j] = from_float<T>(x.x[j]);
-    put<ALIGNED>((T *)copy, y, c, C);
+template<bool ALIGNED, class T> static __device__ __forceinline__ void put_as(void *to, const float (&x)[N], int64_t c, int64_t C) {
+    Raw<T, N> y;
+    narrow<T>(y, x);
+    put<ALIGNED>((T *)to, y, c, C);
 }
 
 template<bool ALIGNED> __global__ void __launch_bounds__(BLOCK) adamw_kernel(
     float *param, float *m, float *v, void *copy, int copy_dtype, const float *grad, int64_t C, Step s) {
     int64_t c = ((int64_t)blockIdx.x * BLOCK + threadIdx.x) * N;
     if (c >= C) return;
-    Vector<float, N> g, a, b, p;
-    get<ALIGNED>(g, grad, c, C);
-    get<ALIGNED>(a, m, c, C);
-    get<ALIGNED>(b, v, c, C);
-    get<ALIGNED>(p, param, c, C);
+    Raw<float, N> grads, ms, vs, params;
+    get<ALIGNED>(grads, grad, c, C);
+    get<ALIGNED>(ms, m, c, C);
+    get<ALIGNED>(vs, v, c, C);
+    get<ALIGNED>(params, param, c, C);
+    float g[N], a[N], b[N], p[N];
+    widen<float>(g, grads);
+    widen<float>(a, ms);
+    widen<float>(b, vs);
+    widen<float>(p, params);
 #pragma unroll
     for (int j = 0; j < N; j++) {
-        float x = g.x[j] * s.scale;
-        a.x[j] = s.keep1 * a.x[j] + s.add1 * x;
-        b.x[j] = s.keep2 * b.x[j] + s.add2 * (x * x);
-        p.x[j] = p.x[j] * s.decay - s.rate * a.x[j] / (sqrtf(b.x[j]) * s.root + s.eps);
+        float x = g[j] * s.scale;
+        a[j] = s.keep1 * a[j] + s.add1 * x;
+        b[j] = s.keep2 * b[j] + s.add2 * (x * x);
+        p[j] = p[j] * s.decay - s.rate * a[j] / (sqrtf(b[j]) * s.root + s.eps);
     }
-    put<ALIGNED>(m, a, c, C);
-    put<ALIGNED>(v, b, c, C);
-    put<ALIGNED>(param, p, c, C);
+    put_as<ALIGNED, float>(m, a, c, C);
+    put_as<ALIGNED, float>(v, b, c, C);
+    put_as<ALIGNED, float>(param, p, c, C);
     if (!copy) return;
     switch (copy_dtype) {
-        case F32: put_copy<ALIGNED, float>(copy, p, c, C); break;
-        case BF16: put_copy<ALIGNED, bf16>(copy, p, c, C); break;
-        default: put_copy<ALIGNED, f16>(copy, p, c, C);
+        case F32: put_as<ALIGNED, float>(copy, p, c, C); break;
+        case BF16: put_as<ALIGNED, bf16>(copy, p, c, C); break;
+        default: put_as<ALIGNED, f16>(copy, p, c, C);
     }
 }
 

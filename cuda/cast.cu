@@ -6,27 +6,30 @@
 
 template<class To, class From> constexpr int elements = 16 / (sizeof(To) > sizeof(From) ? sizeof(To) : sizeof(From));
 
-/* One kernel for both: a cast is scale 1, and out not read. */
+/* out = x, or out += scale x. */
 template<class To, class From, bool ALIGNED> __global__ void __launch_bounds__(BLOCK) rows_kernel(
     To *out, int64_t out_row, const From *x, int64_t x_row, int64_t M, int64_t C, float scale, bool add, unsigned shift) {
     constexpr int N = elements<To, From>, U = 16 / N;
     Part p = part<N, U>(shift);
     for (int64_t m = p.m; m < M; m += p.rows) {
-        Vector<From, N> v[U];
-        Vector<To, N> sum[U];
+        Raw<From, N> xs[U];
+        Raw<To, N> outs[U];
 #pragma unroll
-        for (int u = 0; u < U; u++) get<ALIGNED>(v[u], x + m * x_row, p.c + u * p.step, C);
+        for (int u = 0; u < U; u++) get<ALIGNED>(xs[u], x + m * x_row, p.c + u * p.step, C);
         if (add)
 #pragma unroll
-            for (int u = 0; u < U; u++) get<ALIGNED>(sum[u], (const To *)out + m * out_row, p.c + u * p.step, C);
+            for (int u = 0; u < U; u++) get<ALIGNED>(outs[u], (const To *)out + m * out_row, p.c + u * p.step, C);
 #pragma unroll
         for (int u = 0; u < U; u++) {
+            float y[N], sum[N];
+            widen<From>(y, xs[u]);
+            if (add) {
+                widen<To>(sum, outs[u]);
 #pragma unroll
-            for (int j = 0; j < N; j++) {
-                float y = scale * to_float(v[u].x[j]);
-                sum[u].x[j] = from_float<To>(add ? to_float(sum[u].x[j]) + y : y);
+                for (int j = 0; j < N; j++) y[j] = sum[j] + scale * y[j];
             }
-            put<ALIGNED>(out + m * out_row, sum[u], p.c + u * p.step, C);
+            narrow<To>(outs[u], y);
+            put<ALIGNED>(out + m * out_row, outs[u], p.c + u * p.step, C);
         }
     }
 }
@@ -81,16 +84,16 @@ template<class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK) squares
     constexpr int N = 16 / sizeof(T);
     double sum[2] = { 0, 0 };
     for (int64_t c = ((int64_t)blockIdx.x * UNROLL * BLOCK + threadIdx.x) * N; c < C; c += (int64_t)gridDim.x * UNROLL * BLOCK * N) {
-        Vector<T, N> v[UNROLL];
+        Raw<T, N> xs[UNROLL];
 #pragma unroll
-        for (int u = 0; u < UNROLL; u++) get<ALIGNED>(v[u], x, c + u * (BLOCK * N), C);
+        for (int u = 0; u < UNROLL; u++) get<ALIGNED>(xs[u], x, c + u * (BLOCK * N), C);
 #pragma unroll
-        for (int u = 0; u < UNROLL; u++)
+        for (int u = 0; u < UNROLL; u++) {
+            float y[N];
+            widen<T>(y, xs[u]);
 #pragma unroll
-            for (int j = 0; j < N; j++) {
-                double y = to_float(v[u].x[j]);
-                sum[j % 2] += y * y;
-            }
+            for (int j = 0; j < N; j++) sum[j % 2] += (double)y[j] * y[j];
+        }
     }
     double total = sum_of_block(sum[0] + sum[1]);
     if (threadIdx.x == 0) partial[blockIdx.x] = total;
@@ -104,8 +107,7 @@ __global__ void __launch_bounds__(BLOCK) partials_kernel(double *out, const doub
 }
 
 static unsigned partials(const Tensor *x) {
-    int64_t n = ceil_div(x->shape[0] * size_of(x->dtype), 16 * UNROLL * BLOCK);
-    return (unsigned)(n < PARTIALS ? n : (int64_t)PARTIALS);
+    return (unsigned)least(ceil_div(x->shape[0] * size_of(x->dtype), 16 * UNROLL * BLOCK), PARTIALS);
 }
 
 extern "C" int64_t sum_squares_cuda_workspace(const void *args) {

@@ -180,6 +180,14 @@ static __device__ __forceinline__ void cp_async_16(void *to, const void *from, b
 static __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template<int N> __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 
+/* One store of 16 or 8 bytes to global memory: the compiler at times makes four of the plain assignment. */
+static __device__ __forceinline__ void store_whole(uint4 *to, uint4 x) {
+    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" :: "l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+static __device__ __forceinline__ void store_whole(uint2 *to, uint2 x) {
+    asm volatile("st.global.v2.u32 [%0], {%1,%2};" :: "l"(to), "r"(x.x), "r"(x.y) : "memory");
+}
+
 /* Asks for the 32 bytes around p to be brought to the second-level cache, and goes on. */
 static __device__ __forceinline__ void prefetch_l2(const void *p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 

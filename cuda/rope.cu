@@ -24,31 +24,40 @@ template<class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK, 2) rota
     x.data += b * x.b + t * x.t;
 #pragma unroll 1
     for (int64_t e = (threadIdx.x & ((1 << lanes) - 1)) * N; e < E; e += (int64_t)N << lanes) {
-        Vector<float, N> c, s;
+        float c[N], s[N];
         if (there) {
-            get<ALIGNED>(c, cos + position * cos_row, e, E);
-            get<ALIGNED>(s, sin + position * sin_row, e, E);
-        }
+            Raw<float, N> raw[2];
+            get<ALIGNED>(raw[0], cos + position * cos_row, e, E);
+            get<ALIGNED>(raw[1], sin + position * sin_row, e, E);
+            widen<float>(c, raw[0]);
+            widen<float>(s, raw[1]);
+        } else {
 #pragma unroll
-        for (int j = 0; j < N; j++) if (!there) c.x[j] = s.x[j] = NAN;
+            for (int j = 0; j < N; j++) c[j] = s[j] = NAN;
+        }
 #pragma unroll 1
         for (int64_t h = (threadIdx.x >> lanes & ((1 << groups) - 1)) * HEADS; h < H; h += (int64_t)HEADS << groups) {
-            Vector<T, N> first[HEADS], second[HEADS];
+            Raw<T, N> first[HEADS], second[HEADS];
 #pragma unroll
-            for (int i = 0; i < HEADS; i++) if (h + i < H) {
-                get<ALIGNED>(first[i], x.data + (h + i) * x.h, e, E);
-                get<ALIGNED>(second[i], x.data + (h + i) * x.h + E, e, E);
+            for (int i = 0; i < HEADS; i++) {
+                get<ALIGNED>(first[i], x.data + (h + i) * x.h, e, h + i < H ? E : 0);
+                get<ALIGNED>(second[i], x.data + (h + i) * x.h + E, e, h + i < H ? E : 0);
             }
 #pragma unroll
-            for (int i = 0; i < HEADS; i++) if (h + i < H) {
+            for (int i = 0; i < HEADS; i++) {
+                float one[N], two[N];
+                widen<T>(one, first[i]);
+                widen<T>(two, second[i]);
 #pragma unroll
                 for (int j = 0; j < N; j++) {
-                    float one = to_float(first[i].x[j]), two = to_float(second[i].x[j]), sine = sign * s.x[j];
-                    first[i].x[j] = from_float<T>(one * c.x[j] - two * sine);
-                    second[i].x[j] = from_float<T>(two * c.x[j] + one * sine);
+                    float x1 = one[j], x2 = two[j], sine = sign * s[j];
+                    one[j] = x1 * c[j] - x2 * sine;
+                    two[j] = x2 * c[j] + x1 * sine;
                 }
-                put<ALIGNED>(out.data + (h + i) * out.h, first[i], e, E);
-                put<ALIGNED>(out.data + (h + i) * out.h + E, second[i], e, E);
+                narrow<T>(first[i], one);
+                narrow<T>(second[i], two);
+                put<ALIGNED>(out.data + (h + i) * out.h, first[i], e, h + i < H ? E : 0);
+                put<ALIGNED>(out.data + (h + i) * out.h + E, second[i], e, h + i < H ? E : 0);
             }
         }
     }

@@ -8,20 +8,60 @@
 
 #include "common.cuh"
 
+#include <initializer_list>
+
 enum { BLOCK = 256 };
 
-/* Elements c .. c+N-1 of a row of C; zeros past its end. */
-template<bool ALIGNED, class T, int N> static __device__ __forceinline__ void get(Vector<T, N> &v, const T *row, int64_t c, int64_t C) {
-    if (ALIGNED && c < C) v = *(const Vector<T, N> *)(row + c);
-    else
+static inline __host__ __device__ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* N elements as they lie in memory. Kept as words until they are used: were they elements of 16 bits at once, the compiler would
+ * wait for each load to take them apart before it issues the next. */
+template<int BYTES> struct Words { uint4 word[BYTES / 16]; } __attribute__((may_alias));
+template<> struct Words<8> { uint2 word[1]; } __attribute__((may_alias));
+template<class T, int N> using Raw = Words<sizeof(T) * N>;
+
+template<class T, int N> static __device__ __forceinline__ void widen(float (&x)[N], const Raw<T, N> &raw) {
+    Vector<T, N> v;
+    memcpy(&v, &raw, sizeof v);
 #pragma unroll
-        for (int j = 0; j < N; j++) v.x[j] = !ALIGNED && c + j < C ? row[c + j] : from_float<T>(0.0f);
+    for (int j = 0; j < N; j++) x[j] = to_float(v.x[j]);
 }
-template<bool ALIGNED, class T, int N> static __device__ __forceinline__ void put(T *row, const Vector<T, N> &v, int64_t c, int64_t C) {
-    if (ALIGNED) { if (c < C) *(Vector<T, N> *)(row + c) = v; }
-    else
+template<class T, int N> static __device__ __forceinline__ void narrow(Raw<T, N> &raw, const float (&x)[N]) {
+    Vector<T, N> v;
 #pragma unroll
-        for (int j = 0; j < N; j++) if (c + j < C) row[c + j] = v.x[j];
+    for (int j = 0; j < N; j++) v.x[j] = from_float<T>(x[j]);
+    memcpy(&raw, &v, sizeof v);
+}
+
+/* What is not ALIGNED goes through calls: inlined in so many places it would take all registers. */
+template<class T, int N> static __device__ __attribute__((noinline)) Raw<T, N> get_single(const T *from, int64_t n) {
+    Vector<T, N> v;
+    Raw<T, N> raw;
+#pragma unroll
+    for (int j = 0; j < N; j++) v.x[j] = j < n ? from[j] : from_float<T>(0.0f);
+    memcpy(&raw, &v, sizeof v);
+    return raw;
+}
+template<class T, int N> static __device__ __attribute__((noinline)) void put_single(T *to, Raw<T, N> raw, int64_t n) {
+    Vector<T, N> v;
+    memcpy(&v, &raw, sizeof v);
+#pragma unroll
+    for (int j = 0; j < N; j++) if (j < n) to[j] = v.x[j];
+}
+
+/* Elements c .. c+N-1 of a row of C; zeros past its end. */
+template<bool ALIGNED, class T, int BYTES> static __device__ __forceinline__ void get(Words<BYTES> &raw, const T *row, int64_t c, int64_t C) {
+    raw = {};
+    if (c >= C) return;
+    if (ALIGNED) raw = *(const Words<BYTES> *)(row + c);
+    else raw = get_single<T, BYTES / sizeof(T)>(row + c, C - c);
+}
+template<bool ALIGNED, class T, int BYTES> static __device__ __forceinline__ void put(T *row, const Words<BYTES> &raw, int64_t c, int64_t C) {
+    if (c >= C) return;
+    if (ALIGNED)
+#pragma unroll
+        for (int k = 0; k < (int)(sizeof raw / sizeof *raw.word); k++) store_whole(((Words<BYTES> *)(row + c))->word + k, raw.word[k]);
+    else put_single<T, BYTES / sizeof(T)>(row + c, raw, C - c);
 }
 
 /* Whether rows of C elements of each tensor can be moved ALIGNED in vectors of N. Absent tensors can. */
@@ -55,8 +95,7 @@ template<int N, int U> Deal deal(int64_t M, int64_t C) {
     int64_t vectors = ceil_div(C, N);
     unsigned shift = 0;
     while (1 << shift < BLOCK && (int64_t)U << shift < vectors) shift++;
-    int64_t down = ceil_div(M, BLOCK >> shift);
-    return { dim3((unsigned)ceil_div(vectors, (int64_t)U << shift), (unsigned)(down < 65535 ? down : 65535)), shift };
+    return { dim3((unsigned)ceil_div(vectors, (int64_t)U << shift), (unsigned)least(ceil_div(M, BLOCK >> shift), 65535)), shift };
 }
 
 /* A thread's part of a Deal: rows m, m + rows, ... below M, and of each the vectors at column c + u * step, u < U. */

@@ -13,20 +13,21 @@ template<class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK) forward
     constexpr int N = 16 / sizeof(T), U = FORWARD;
     Part p = part<N, U>(shift);
     for (int64_t m = p.m; m < M; m += p.rows) {
-        Vector<T, N> g[U], x[U];
+        Raw<T, N> gates[U], ups[U];
 #pragma unroll
         for (int u = 0; u < U; u++) {
-            get<ALIGNED>(g[u], gate + m * gate_row, p.c + u * p.step, F);
-            get<ALIGNED>(x[u], up + m * up_row, p.c + u * p.step, F);
+            get<ALIGNED>(gates[u], gate + m * gate_row, p.c + u * p.step, F);
+            get<ALIGNED>(ups[u], up + m * up_row, p.c + u * p.step, F);
         }
 #pragma unroll
         for (int u = 0; u < U; u++) {
+            float g[N], x[N];
+            widen<T>(g, gates[u]);
+            widen<T>(x, ups[u]);
 #pragma unroll
-            for (int j = 0; j < N; j++) {
-                float y = to_float(g[u].x[j]);
-                g[u].x[j] = from_float<T>(y * sigmoid(y) * to_float(x[u].x[j]));
-            }
-            put<ALIGNED>(out + m * out_row, g[u], p.c + u * p.step, F);
+            for (int j = 0; j < N; j++) g[j] = g[j] * sigmoid(g[j]) * x[j];
+            narrow<T>(gates[u], g);
+            put<ALIGNED>(out + m * out_row, gates[u], p.c + u * p.step, F);
         }
     }
 }
@@ -38,18 +39,24 @@ template<class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK) backwar
     constexpr int N = 16 / sizeof(T);
     Part p = part<N, BACKWARD>(shift);
     for (int64_t m = p.m; m < M; m += p.rows) {
-        Vector<T, N> g, x, d;
-        get<ALIGNED>(g, gate + m * gate_row, p.c, F);
-        get<ALIGNED>(x, up + m * up_row, p.c, F);
-        get<ALIGNED>(d, dout + m * dout_row, p.c, F);
+        Raw<T, N> gates, ups, douts;
+        float g[N], x[N], d[N];
+        get<ALIGNED>(gates, gate + m * gate_row, p.c, F);
+        get<ALIGNED>(ups, up + m * up_row, p.c, F);
+        get<ALIGNED>(douts, dout + m * dout_row, p.c, F);
+        widen<T>(g, gates);
+        widen<T>(x, ups);
+        widen<T>(d, douts);
 #pragma unroll
         for (int j = 0; j < N; j++) {
-            float y = to_float(g.x[j]), dy = to_float(d.x[j]), s = sigmoid(y);
-            g.x[j] = from_float<T>(dy * to_float(x.x[j]) * s * (1.0f + y * (1.0f - s)));
-            x.x[j] = from_float<T>(dy * y * s);
+            float s = sigmoid(g[j]), y = g[j];
+            g[j] = d[j] * x[j] * s * (1.0f + y * (1.0f - s));
+            x[j] = d[j] * y * s;
         }
-        put<ALIGNED>(dgate + m * dgate_row, g, p.c, F);
-        put<ALIGNED>(dup + m * dup_row, x, p.c, F);
+        narrow<T>(gates, g);
+        narrow<T>(ups, x);
+        put<ALIGNED>(dgate + m * dgate_row, gates, p.c, F);
+        put<ALIGNED>(dup + m * dup_row, ups, p.c, F);
     }
 }
 
