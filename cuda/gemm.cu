@@ -18,6 +18,7 @@
 #include "cublaslt.h"
 
 #include <dlfcn.h>
+#include <initializer_list>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
