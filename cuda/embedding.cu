@@ -165,7 +165,8 @@ template<bool ALIGNED> __global__ void __launch_bounds__(BLOCK) carry_kernel(
 /* At most 1024 pieces, so the partial rows stay few and short, of at least 32 tokens. */
 struct Pieces { int64_t length, count, pitch; };
 static Pieces pieces(const EmbeddingBackward *a) {
-    int64_t M = a->dout.shape[0], C = a->dout.shape[1], length = ceil_div(M, least(1024, ceil_div(M, 32)) + !M);
+    int64_t M = a->dout.shape[0], C = a->dout.shape[1], length = ceil_div(M, 1024);
+    if (length < 32) length = 32;
     return { length, ceil_div(M, length), ceil_div(C, N) * N };
 }
 
