@@ -93,7 +93,7 @@ static DeviceName device_name(int device) {
 
 /* 0 when the CUDA device of this index can be used; -1 and why in last_error(). */
 static int usable(int index) {
-    return cuda ? cuda->usable(index) : fail("this build has no CUDA: pip install finds nvcc in PATH, CUDA_HOME or /usr/local/cuda");
+    return cuda ? cuda->usable(index) : fail("this build has no CUDA kernels; installing again where nvcc is found makes one that has");
 }
 
 /* The failure of a call on a device (counted as in Tensor) as an exception, and the error forgotten where it can be; NULL. */
@@ -1512,7 +1512,7 @@ static PyObject *py_cuda_properties(PyObject *self, PyObject *index) {
     int device = (int)PyLong_AsLong(index);
     if (PyErr_Occurred()) return NULL;
     if (!cuda || cuda->properties(device, &p))
-        return PyErr_Format(PyExc_RuntimeError, "properties: cuda:%d: %s", device, cuda ? last_error() : "this build has no CUDA");
+        return PyErr_Format(PyExc_RuntimeError, "properties: cuda:%d: %s", device, cuda ? last_error() : "this build has no CUDA kernels");
     return Py_BuildValue("{s:s,s:i,s:i,s:s}", "name", p.name, "sm", p.sm, "multiprocessors", p.multiprocessors, "bus", p.bus);
 }
 
@@ -1555,7 +1555,7 @@ static PyObject *py_cublas_paths(PyObject *self, PyObject *paths) {
 static PyObject *py_cublas_version(PyObject *self, PyObject *unused) {
     (void)self; (void)unused;
     const char *path = "";
-    if (!cuda) return PyErr_Format(PyExc_RuntimeError, "this build has no CUDA");
+    if (!cuda) return PyErr_Format(PyExc_RuntimeError, "this build has no CUDA kernels");
     int64_t version = cuda->cublas_version(&path);
     if (version < 0) return PyErr_SetString(PyExc_RuntimeError, last_error()), NULL;
     return Py_BuildValue("(Ls)", (long long)version, path);

@@ -589,6 +589,8 @@ size_t number(const char *variable, size_t otherwise) {
 }
 int devices() { return (int)number("LONGLORA_EMULATION_DEVICES", 1); }
 size_t memory_of_device() { return number("LONGLORA_EMULATION_MEMORY", (size_t)8 << 30); }
+int compute_capability() { return (int)number("LONGLORA_EMULATION_SM", 86); }
+cudaError_t lost() { return number("LONGLORA_EMULATION_LOST", 0) ? note(cudaErrorIllegalAddress) : cudaSuccess; }
 
 Block **find(Block **list, const void *p) {
     for (; *list; list = &(*list)->next)
@@ -628,6 +630,7 @@ cudaError_t give(Block **list, void *p) {
 
 cudaError_t cudaGetDeviceCount(int *count) {
     *count = devices();
+    if (number("LONGLORA_EMULATION_DRIVER", 13000) < 13000) return note(cudaErrorInsufficientDriver);
     return *count ? cudaSuccess : note(cudaErrorNoDevice);
 }
 cudaError_t cudaGetDevice(int *device) { *device = the_device; return cudaSuccess; }
@@ -647,8 +650,8 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int dev
         case cudaDevAttrClockRate: case cudaDevAttrMemoryClockRate: *value = 1000000; break;
         case cudaDevAttrMultiProcessorCount: *value = 4; break;
         case cudaDevAttrL2CacheSize: *value = 40 << 20; break;
-        case cudaDevAttrComputeCapabilityMajor: *value = 8; break;
-        case cudaDevAttrComputeCapabilityMinor: *value = 6; break;
+        case cudaDevAttrComputeCapabilityMajor: *value = compute_capability() / 10; break;
+        case cudaDevAttrComputeCapabilityMinor: *value = compute_capability() % 10; break;
         case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = 100 << 10; break;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 99 << 10; break;
         default: return note(cudaErrorInvalidValue);
@@ -665,7 +668,7 @@ cudaError_t cudaDeviceGetPCIBusId(char *id, int length, int device) {
     snprintf(id, (size_t)length, "0000:%02x:00.0", device);
     return cudaSuccess;
 }
-cudaError_t cudaDriverGetVersion(int *version) { *version = 13000; return cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int *version) { *version = (int)number("LONGLORA_EMULATION_DRIVER", 13000); return cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int *version) { *version = 13000; return cudaSuccess; }
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
@@ -725,8 +728,8 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) {
 }
 cudaError_t cudaStreamCreate(cudaStream_t *stream) { return cudaStreamCreateWithFlags(stream, 0); }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) { free(stream); return cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return lost(); }
+cudaError_t cudaStreamQuery(cudaStream_t) { return lost(); }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 cudaError_t cudaStreamGetDevice(cudaStream_t stream, int *device) {
     *device = stream == nullptr || stream == cudaStreamLegacy || stream == cudaStreamPerThread ? the_device : stream->device;
@@ -760,6 +763,7 @@ const char *cudaGetErrorName(cudaError_t error) {
         case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
         case cudaErrorInvalidResourceHandle: return "cudaErrorInvalidResourceHandle";
         case cudaErrorNotReady: return "cudaErrorNotReady";
+        case cudaErrorIllegalAddress: return "cudaErrorIllegalAddress";
     }
     return "unrecognized error code";
 }
@@ -773,6 +777,7 @@ const char *cudaGetErrorString(cudaError_t error) {
         case cudaErrorInvalidDevice: return "invalid device ordinal";
         case cudaErrorInvalidResourceHandle: return "invalid resource handle";
         case cudaErrorNotReady: return "device not ready";
+        case cudaErrorIllegalAddress: return "an illegal memory access was encountered";
     }
     return "unrecognized error code";
 }
