@@ -188,8 +188,15 @@ static __device__ __forceinline__ void store_whole(uint2 *to, uint2 x) {
     asm volatile("st.global.v2.u32 [%0], {%1,%2};" :: "l"(to), "r"(x.x), "r"(x.y) : "memory");
 }
 
-/* Asks for the 32 bytes around p to be brought to the second-level cache, and goes on. */
-static __device__ __forceinline__ void prefetch_l2(const void *p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+/* Asks for `bytes` from p on, both multiples of 16, to be brought to the second-level cache, and goes on. Before sm_90, which
+ * does it in one instruction, nothing. */
+static __device__ __forceinline__ void prefetch_l2(const void *p, unsigned bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(p), "r"(bytes));
+#else
+    (void)p, (void)bytes;
+#endif
+}
 
 /* 2^x, relative error 2^-22; exact 0 for -inf. */
 static __device__ __forceinline__ float exp2_fast(float x) {

@@ -77,13 +77,16 @@ template<class T, bool ALIGNED> __global__ void __launch_bounds__(MOST) forward_
     const T *source = sum ? sum : x;
     for (int64_t base = last; base >= 0; base -= piece) {
         int64_t c = base + lane * N;
+        Raw<T, N> ws[U];
 #pragma unroll
         for (int u = 0; u < U; u++) {
-            Raw<T, N> ws;
-            float v[N], w[N];
-            get<ALIGNED>(ws, weight, c + u * step, C);
+            get<ALIGNED>(ws[u], weight, c + u * step, C);
             if (base < last) get<ALIGNED>(xs[u], source, c + u * step, end);
-            widen<T>(w, ws);
+        }
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            float v[N], w[N];
+            widen<T>(w, ws[u]);
             widen<T>(v, xs[u]);
 #pragma unroll
             for (int j = 0; j < N; j++) v[j] = v[j] * r * w[j];
@@ -115,7 +118,7 @@ enum { VECTORS = 4 };                  /* of a thread: 16 bytes each of x, dout,
 
 /* out_i = x_i r w_i with r = (mean x^2 + eps)^-1/2, so dx_i = r g_i - x_i r^3 mean(g x), g = dout w. A block takes the rows
  * blockIdx.x, blockIdx.x + gridDim.x, ... (as many at once as it has teams) and asks for the next ones ahead of time. */
-template<class T, bool ALIGNED> __global__ void __launch_bounds__(MOST) backward_kernel(
+template<class T, bool ALIGNED> __global__ void __launch_bounds__(MOST, 1) backward_kernel(
     T *dx, int64_t dx_row, float *partial, int64_t pitch, const T *dout, int64_t dout_row, const T *x, int64_t x_row,
     const float *rstd, const T *weight, const T *dresidual, int64_t dresidual_row, int64_t M, int64_t C, unsigned width) {
     constexpr int N = 16 / sizeof(T), U = VECTORS;
@@ -127,6 +130,12 @@ template<class T, bool ALIGNED> __global__ void __launch_bounds__(MOST) backward
     for (int64_t first = (int64_t)blockIdx.x * teams; first < M; first += (int64_t)gridDim.x * teams) {
         int64_t m = first + team, next = m + (int64_t)gridDim.x * teams, end = m < M ? C : 0;
         if (m >= M) m = 0;
+        if (ALIGNED && lane == 0 && next < M) {
+            unsigned bytes = (unsigned)(C * sizeof(T));
+            prefetch_l2(x + next * x_row, bytes);
+            prefetch_l2(dout + next * dout_row, bytes);
+            if (dresidual) prefetch_l2(dresidual + next * dresidual_row, bytes);
+        }
         float r = rstd[m], dot = 0;
         Raw<T, N> xs[U], ds[U], more[U];
         for (int64_t base = 0; base <= last; base += piece) {
@@ -139,13 +148,6 @@ template<class T, bool ALIGNED> __global__ void __launch_bounds__(MOST) backward
             if (dresidual && base == last)
 #pragma unroll
                 for (int u = 0; u < U; u++) get<ALIGNED>(more[u], dresidual + m * dresidual_row, c + u * step, end);
-            if (next < M && lane % 8 == 0)                             /* 8 vectors are 128 bytes, what is fetched at once */
-#pragma unroll
-                for (int u = 0; u < U; u++) if (c + u * step < C) {
-                    prefetch_l2(x + next * x_row + c + u * step);
-                    prefetch_l2(dout + next * dout_row + c + u * step);
-                    if (dresidual) prefetch_l2(dresidual + next * dresidual_row + c + u * step);
-                }
 #pragma unroll
             for (int u = 0; u < U; u++) {
                 Raw<T, N> ws;
@@ -161,11 +163,11 @@ template<class T, bool ALIGNED> __global__ void __launch_bounds__(MOST) backward
         float k = team_sum(dot, width, shared) * r * r * r / (float)C;
         for (int64_t base = last; base >= 0; base -= piece) {
             int64_t c = base + lane * N;
+            Raw<T, N> ws;
+            get<ALIGNED>(ws, weight, c, C);
 #pragma unroll
             for (int u = 0; u < U; u++) {
-                Raw<T, N> ws;
                 float w[N], d[N], v[N], g[N];
-                get<ALIGNED>(ws, weight, c + u * step, C);
                 if (!ALIGNED || base < last) {
                     get<ALIGNED>(xs[u], x + m * x_row, c + u * step, end);
                     get<ALIGNED>(ds[u], dout + m * dout_row, c + u * step, end);
@@ -174,6 +176,7 @@ template<class T, bool ALIGNED> __global__ void __launch_bounds__(MOST) backward
                 widen<T>(w, ws);
                 widen<T>(d, ds[u]);
                 widen<T>(v, xs[u]);
+                if (u + 1 < U) get<ALIGNED>(ws, weight, c + (u + 1) * step, C);
 #pragma unroll
                 for (int j = 0; j < N; j++) g[j] = r * d[j] * w[j] - k * v[j];
                 if (dresidual) {

@@ -193,7 +193,7 @@ inline void cp_async_commit() { emulation::copy_commit(); }
 template<int N> void cp_async_wait() { emulation::copy_wait(N); }
 inline void store_whole(uint4 *to, uint4 x) { *to = x; }
 inline void store_whole(uint2 *to, uint2 x) { *to = x; }
-inline void prefetch_l2(const void *) {}
+inline void prefetch_l2(const void *, unsigned) {}
 inline float reciprocal_fast(float x) { return fabsf(x) > 0x1p126f ? 0.0f : 1.0f / x; }
 inline float exp2_fast(float x) { return exp2f(x); }
 template<class T> unsigned pack(float low, float high);
