@@ -32,7 +32,7 @@ static __device__ __forceinline__ float block_max(float x, float *shared) {
     __syncthreads();
     if (lane == 0) shared[warp] = x;
     __syncthreads();
-    return warp_max(lane < BLOCK / WARP ? shared[lane] : -FLT_MAX);
+    return warp_max(lane < (int)blockDim.x / WARP ? shared[lane] : -FLT_MAX);
 }
 
 /* ELEMENTS logits from i on; -inf beyond V. */
@@ -50,7 +50,7 @@ template<class T, bool GRADIENT> static __global__ void __launch_bounds__(BLOCK)
     int64_t target = c.targets[blockIdx.x * c.targets_step];
     bool ignored = target == c.ignore, used = !ignored && target >= 0 && target < c.V;
     float max = -FLT_MAX, sum = 0, picked = used ? row[target] : 0;
-    for (int64_t i = threadIdx.x * ELEMENTS; i < c.V; i += BLOCK * ELEMENTS) {
+    for (int64_t i = threadIdx.x * ELEMENTS; i < c.V; i += blockDim.x * ELEMENTS) {
         float x[ELEMENTS];
         load_logits(x, row, i, c.V);
         if (i < c.kept) store(kept + i, x);
@@ -72,7 +72,7 @@ template<class T, bool GRADIENT> static __global__ void __launch_bounds__(BLOCK)
     if (!GRADIENT) return;
     T *out = (T *)row;
     float dloss = used ? c.dlosses[blockIdx.x * c.dlosses_step] : 0;
-    for (int64_t start = 0; start < c.V; start += BLOCK * ELEMENTS) {
+    for (int64_t start = 0; start < c.V; start += blockDim.x * ELEMENTS) {
         int64_t i = start + threadIdx.x * ELEMENTS;
         float x[ELEMENTS] = {};
         if (used && i < c.V) {
@@ -119,6 +119,8 @@ static int64_t shared_floats(int device) {
 static int run(const CudaCall *call, const Tensor *losses, const Tensor *lse, const Tensor *dx, const Tensor *dweight, const Tensor *x,
                const Tensor *weight, const Tensor *targets, const Tensor *dlosses, int64_t ignore) {
     int64_t M = x->shape[0], C = x->shape[1], V = weight->shape[0], chunk = rows_of(M, V);
+    unsigned block = BLOCK;                                            /* no more threads than a row has work for */
+    while (block > WARP && block / 2 * ELEMENTS >= V) block /= 2;
     Chunk c = {};
     c.logits = (float *)((char *)call->workspace + GEMM_WORKSPACE), c.stride = stride_of(V), c.V = V, c.ignore = ignore;
     for (int64_t m = 0; m < M; m += chunk) {
@@ -131,14 +133,14 @@ static int run(const CudaCall *call, const Tensor *losses, const Tensor *lse, co
         c.targets_step = targets->stride[0], c.targets = (const int32_t *)targets->data + m * c.targets_step;
         if (lse) c.lse_step = lse->stride[0], c.lse = (float *)lse->data + m * c.lse_step;
         if (!dx) {
-            if (launch(call, row_kernel<float, false>, dim3((unsigned)rows), BLOCK, 0, c)) return -1;
+            if (launch(call, row_kernel<float, false>, dim3((unsigned)rows), block, 0, c)) return -1;
             continue;
         }
         c.dlosses_step = dlosses->stride[0], c.dlosses = (const float *)dlosses->data + m * c.dlosses_step;
         int64_t room = shared_floats(call->device);
         c.kept = room < c.stride ? room : c.stride;
         int status = for_dtype(x->dtype, [&](auto t) {
-            return launch(call, row_kernel<typename decltype(t)::is, true>, dim3((unsigned)rows), BLOCK, (size_t)c.kept * 4, c);
+            return launch(call, row_kernel<typename decltype(t)::is, true>, dim3((unsigned)rows), block, (size_t)c.kept * 4, c);
         });
         if (status) return status;
         Matrix dlogits = {c.logits, c.stride * 4 / size_of(x->dtype), 1, x->dtype};

@@ -167,9 +167,9 @@ static int update(const CudaCall *call, const Tensor *out, Matrix u, Matrix b, i
 
 /* q float32, or ones. A block takes SUM_COLS columns of x, up to SUM_RANKS of q and one piece of the rows, SUM_ROWS at a time; a
  * warp makes 16 columns. In shared memory x and q are bfloat16 numbers that add up to them: q three, x as many as its dtype needs.
- * Products of parts below 2^-24 are left out. Sums on the tensor cores are short: every FLUSH steps they are added up outside. */
+ * Products of parts below 2^-24 are left out. Sums on the tensor cores, which round worse than others, are as long as a step. */
 enum { PIECES = 16, PIECE_ROWS = 256, SUM_ROWS = 32, SUM_COLS = WARPS * 16, SUM_RANKS = 64, X_PITCH = SUM_COLS + 8,
-       Q_PITCH = SUM_RANKS + 8, Q_PARTS = 3, FLUSH = 4 };
+       Q_PITCH = SUM_RANKS + 8, Q_PARTS = 3 };
 
 static int64_t piece_rows(int64_t M) {
     int64_t rows = ceil_div(ceil_div(M, PIECES), SUM_ROWS) * SUM_ROWS;
@@ -235,20 +235,14 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK) sum
             for (int p = 0; p < Q_PARTS; p++) qs[p][at / width][at % width] = take(next_q[i]);
         }
     };
-    float sum[SUM_RANKS / 8][4] = {}, d[SUM_RANKS / 8][4] = {};
-    auto flush = [&] {
-#pragma unroll
-        for (int j = 0; j < SUM_RANKS / 8; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) sum[j][e] += d[j][e], d[j][e] = 0;
-    };
+    float sum[SUM_RANKS / 8][4] = {};
     fetch(first);
-    int step = 0;
     for (int64_t m0 = first; m0 < last; m0 += SUM_ROWS) {
         __syncthreads();
         put();
         __syncthreads();
         if (m0 + SUM_ROWS < last) fetch(m0 + SUM_ROWS);
+        float d[SUM_RANKS / 8][4] = {};
 #pragma unroll
         for (int k = 0; k < SUM_ROWS; k += 16) {
             unsigned a[PARTS][4];                                      /* columns of x are the rows of mma, rows of x its k */
@@ -271,9 +265,11 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK) sum
                 }
             }
         }
-        if (++step % FLUSH == 0) flush();
+#pragma unroll
+        for (int j = 0; j < SUM_RANKS / 8; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) sum[j][e] += d[j][e];
     }
-    flush();
 #pragma unroll
     for (int j = 0; j < SUM_RANKS / 8; j++)
 #pragma unroll
