@@ -409,9 +409,9 @@ static PyObject *tensor_fill(PyObject *object, PyObject *number) {
     enum { ROW = 1 << 18 };                                            /* if it is contiguous: many rows for many threads */
     if (is_contiguous(&c.out)) {
         int64_t n = elements_of(&c.out);
-        c.out = (Tensor){ c.out.data, { n / ROW, ROW }, { ROW, 1 }, 2, dtype };
+        c.out = (Tensor){ c.out.data, { n / ROW, ROW }, { ROW, 1 }, 2, dtype, 0 };
         copy_all(&c);
-        c.out = (Tensor){ at(&c.out, n / ROW * ROW), { n % ROW }, { 1 }, 1, dtype };
+        c.out = (Tensor){ at(&c.out, n / ROW * ROW), { n % ROW }, { 1 }, 1, dtype, 0 };
     }
     copy_all(&c);
     Py_RETURN_NONE;
