@@ -55,12 +55,12 @@ def _rows(function, b, q, k):
 
 
 def _borders(starts):
-    """starts [B,T] bool, true where a document begins -> cu_seqlens [B,S] int32 on the CPU; shorter rows repeat T."""
+    """starts [B,T] bool, true where a document begins -> cu_seqlens [B,S] int32; shorter rows repeat T."""
     B, T = starts.shape
     at = torch.where(starts, torch.arange(T, device=starts.device), T).sort(1).values
     if not torch.compiler.is_compiling():
         at = at[:, :int(starts.sum(1).max())]
-    return torch.cat([at, at.new_full((B, 1), T)], 1).to(torch.int32).cpu()
+    return torch.cat([at, at.new_full((B, 1), T)], 1).to(torch.int32)
 
 
 def _documents(function, padding, B, T, device):

@@ -173,14 +173,16 @@ def s2_attention_with_lse(q, k, v, *, group_size, boundary="split", shift="half"
     """As s2_attention -> out [B,T,H,D], lse [B,H,T] float32, the logarithm of each softmax's sum; it has no gradient."""
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[-1], 1))
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(q.device)
     return _call.s2_attention_forward(q, k, v, cu_seqlens, group_size, boundary, shift, scale)
 
 
 def s2_attention(q, k, v, *, group_size, boundary="split", shift="half", cu_seqlens=None, scale=None):
     """q [B,T,H,D], k and v [B,T,K,D], float32, bfloat16 or float16 -> out [B,T,H,D]. LongLoRA (arXiv 2309.12307) section 3.2.
 
-    group_size, boundary and shift as in longlora.ops.s2_attention_forward. cu_seqlens, int32 on the CPU, packs documents: [S]
-    for B = 1, or [B,S], rows 0, ..., T that may repeat T. ValueError names a wrong shape, TypeError a wrong dtype.
+    group_size, boundary and shift as in longlora.ops.s2_attention_forward. cu_seqlens, int32, packs documents: [S] for B = 1,
+    or [B,S], rows 0, ..., T that may repeat T. ValueError names a wrong shape, TypeError a wrong dtype.
     """
     return s2_attention_with_lse(q, k, v, group_size=group_size, boundary=boundary, shift=shift, cu_seqlens=cu_seqlens,
                                  scale=scale)[0]
