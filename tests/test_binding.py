@@ -108,7 +108,7 @@ def test_versioned_output_is_written():
 @pytest.mark.parametrize("kwargs, as_output, error, words", [
     (dict(flags=1), True, ValueError, "out is an output and read-only"),
     (dict(old=True), True, BufferError, "out is an output and should speak DLPack 1"),
-    (dict(device_type=2), False, BufferError, "x should be on the CPU, got DLPack device type 2"),
+    (dict(device_type=4), False, BufferError, "x should be on the CPU or a CUDA device, got DLPack device type 4"),
     (dict(lanes=2), False, TypeError, r"x has DLPack dtype \(2, 32, 2\)"),
     (dict(code=5, bits=64), False, TypeError, r"x has DLPack dtype \(5, 64, 1\)"),
     (dict(major=2), False, BufferError, "x speaks DLPack 2, wanted 1"),
