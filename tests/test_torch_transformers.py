@@ -116,6 +116,38 @@ def test_padding_and_packing_are_the_unpadded_runs(family, training):
             close(got, torch.cat(want))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("training", [False, True])
+def test_documents_that_transformers_leaves_out_of_its_mask(family, training):
+    """position_ids that start again beside a padding mask, which may have padding at either end."""
+    without_interface(family)
+    model = longlora.torch.configure(tiny(family, "longlora_s2"), group_size=G).train(training)
+    lengths, T = (14, 9), 26
+    rows = [ids_of(1, n, seed=n) for n in lengths]
+    packed, position_ids = torch.cat(rows, 1), put(torch.cat([torch.arange(n) for n in lengths]))[None]
+    with torch.no_grad():
+        want = torch.cat([model(row, use_cache=False).logits[0] for row in rows])
+        close(model(packed, attention_mask=torch.ones_like(packed), position_ids=position_ids, use_cache=False).logits[0], want)
+        for left in (0, 3):                                # padding on both ends, its positions all 1
+            ids, seen, positions = (torch.full((1, T), fill, device=packed.device) for fill in (0, 0, 1))
+            place = slice(left, left + 23)
+            ids[:, place], seen[:, place], positions[:, place] = packed, 1, position_ids
+            close(model(ids, attention_mask=seen, position_ids=positions, use_cache=False).logits[0, place], want)
+
+
+def test_documents_by_cu_seq_lens():
+    """As DataCollatorWithFlattening gives them; without position_ids the rotary embedding counts on, which only distances feel."""
+    model = longlora.torch.configure(tiny("llama", "longlora_s2"), group_size=G).train()
+    rows = [ids_of(1, n, seed=n) for n in (14, 9)]
+    borders = put(torch.tensor([0, 14, 23], dtype=torch.int32))
+    how = dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=14, max_length_k=14)
+    with torch.no_grad():
+        want = torch.cat([model(row, use_cache=False).logits[0] for row in rows])
+        for position_ids in (None, put(torch.cat([torch.arange(14), torch.arange(9)]))[None]):
+            got = model(torch.cat(rows, 1), position_ids=position_ids, use_cache=False, **how).logits[0]
+            close(got, want)
+
+
 def test_the_default_group_is_a_quarter():
     model = tiny("llama", "longlora_s2").train()
     ids = ids_of(1, 4 * G)
