@@ -13,7 +13,7 @@ from . import _C
 def reason():
     """Why no GPU can be used, None where one can."""
     count, why = _C.cuda_devices()
-    refusals = [_C.cuda_refusal(i) for i in range(count)]
+    refusals = [refusal(i) for i in range(count)]
     return why if not count else None if None in refusals else refusals[0]
 
 
@@ -31,10 +31,15 @@ def _index(device):
     """0 of 0, "cuda", "cuda:0" or torch's device."""
     if isinstance(device, int):
         return device
-    kind, _, index = str(device).partition(":")
-    if kind != "cuda" or not (index or "0").isdecimal():
+    kind, colon, index = str(device).partition(":")
+    if kind != "cuda" or (colon and not index.isdecimal()):
         raise ValueError(f"device should be cuda, cuda:N or N, got {device!r}")
     return int(index or 0)
+
+
+def refusal(device):
+    """Why this device cannot be used (it does not exist, is too old), None where it can."""
+    return _C.cuda_refusal(_index(device))
 
 
 def synchronize(device="cuda"):
@@ -105,7 +110,7 @@ def current_stream():
     return _C.cuda_get_stream()[0]
 
 
-# ---- what the extension asks for ------------------------------------------------------------------------------------------------
+# ---- what the extension asks for -------------------------------------------------------------------------------------------
 
 _arenas = threading.local()
 
@@ -141,7 +146,8 @@ def _cublas_files():
     driver = _C.cuda_versions()[0] // 1000
     folders = [(*name, folder) for name in ((13, "nvidia/cu13/lib"), (12, "nvidia/cublas/lib")) for folder in sys.path]
     folders += [(version, "lib", sys.prefix) for version in (13, 12)]
-    files = [os.path.join(folder, name, f"libcublasLt.so.{version}") for version, name, folder in folders if version <= driver]
+    files = [os.path.join(folder, name, f"libcublasLt.so.{version}") for version, name, folder in folders
+             if not driver or version <= driver]
     return tuple(file for file in files if os.path.exists(file))
 
 
