@@ -318,6 +318,24 @@ def test_two_processes_by_fsdp2_make_the_steps_of_one(tmp_path):
     two_equal_one(tmp_path, FSDP2)
 
 
+def test_swapped_layers_under_fsdp2(tmp_path):
+    command = [sys.executable, str(HERE / "swap_fsdp2_worker.py")]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+             for rank in range(2)]
+    try:
+        said = [process.communicate(timeout=120) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0], said
+    for out, _ in said:
+        for case in json.loads(out):
+            assert case["counts"] == dict(rms_norm=10, swiglu=2, lora_linear=8, rope=2, linear_cross_entropy=1)
+            assert case["losses"] == pytest.approx(case["alone"], rel=1e-5)
+            assert case["names"] == case["wanted"] and case["numbers"] > 0 and case["apart"] < 1e-4
+            assert "sharded already" in case["refusal"]
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_processes_by_deepspeed_make_the_steps_of_one(tmp_path, stage):
