@@ -34,6 +34,7 @@ template<class... P, class... A>
 int launch(const CudaCall *call, void (*kernel)(P...), dim3 grid, unsigned block, size_t shared, A... args) {
     if (!grid.x || !grid.y || !grid.z) return 0;
 #ifdef LONGLORA_EMULATION
+    (void)call;
     return emulation::run(grid, block, shared, [&] { kernel(static_cast<P>(args)...); });
 #else
     if (shared > 48 << 10)
