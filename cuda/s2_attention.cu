@@ -57,19 +57,24 @@ template<int D, int ROWS, class T> __device__ __forceinline__ void load_tile(
     static_assert(ROWS % STEP == 0, "a tile is loaded in whole steps");
     int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
     if (!x.vectors) {
-#pragma unroll 1
+#pragma unroll 4
         for (int i = threadIdx.x; i < ROWS * D; i += THREADS) {
             int r = i / D, d = i % D;
             bool there = first + r < s.rows && d < columns;
             tile[place<D>(r, d / 8) + d % 8] = there ? from[token(s, first + r) * x.token + d] : from_float<T>(0);
         }
-    } else if (row < STEP) {
+        return;
+    }
+    if (row >= STEP) return;
+    bool there = piece * 8 < columns;
+    if (first + ROWS <= s.rows && (s.turn <= first || s.turn >= first + ROWS)) {       /* all there, all of one run */
+        const T *at = from + token(s, first + row) * x.token + piece * 8;
 #pragma unroll
-        for (int i = 0; i < ROWS; i += STEP) {
-            int r = first + row + i;
-            cp_async_16(tile + place<D>(row + i, piece), from + token(s, r) * x.token + piece * 8,
-                        piece * 8 < columns && r < s.rows);
-        }
+        for (int i = 0; i < ROWS; i += STEP, at += STEP * x.token) cp_async_16(tile + place<D>(row + i, piece), at, there);
+    } else {
+#pragma unroll 1
+        for (int i = row; i < ROWS; i += STEP)
+            cp_async_16(tile + place<D>(i, piece), from + token(s, first + i) * x.token + piece * 8, there && first + i < s.rows);
     }
 }
 
@@ -162,9 +167,10 @@ static __device__ __forceinline__ float quad_max(float x) {
 
 /* 16-row pieces of a warp where rows are queries. */
 template<int D> constexpr int row_pieces = D <= 128 ? 2 : 1;
-/* Keys of a step of the forward; keys (dq) or queries (dk, dv) of a step of the backward. */
+/* Keys of a step of the forward and of dq, queries of a step of dk and dv. */
 template<int D> constexpr int forward_step = D <= 64 ? 64 : 32;
-template<int D> constexpr int backward_step = D <= 64 ? 64 : D <= 128 ? 32 : 16;
+template<int D> constexpr int dq_step = D <= 128 ? 32 : 16;
+template<int D> constexpr int dkdv_step = D <= 64 ? 64 : dq_step<D>;
 
 /* ---- forward, 16 bits --------------------------------------------------------------------------------------------- */
 
@@ -287,7 +293,7 @@ template<class T, int N> __global__ void __launch_bounds__(THREADS) delta_kernel
 static __device__ __forceinline__ float shift_of(float lse) { return lse == -INFINITY ? 0.0f : lse * LOG2E; }
 
 template<class T, int D> __global__ void __launch_bounds__(THREADS) dq_kernel(const Backward a) {
-    constexpr int M = row_pieces<D>, BM = 16 * M * WARPS, BN = backward_step<D>, N = BN / 8, C = D / 8;
+    constexpr int M = row_pieces<D>, BM = 16 * M * WARPS, BN = dq_step<D>, N = BN / 8, C = D / 8;
     const Pattern &p = a.p;
     int slot = a.slots - 1 - (int)(blockIdx.x % a.slots), head = blockIdx.x / a.slots % p.H, batch = blockIdx.x / a.slots / p.H;
     Segment s;
@@ -300,15 +306,12 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) dq_kernel(co
     int lane = threadIdx.x % WARP, group = lane / 4, pair = lane % 4 * 2, offset = threadIdx.x / WARP * 16 * M;
     int row = first + offset, end = min_of(row + 16 * M, s.rows);      /* of this warp; none if row >= end */
     const float *lse = head_of<const float>(a.lse, batch, head), *delta = a.delta + ((int64_t)batch * p.H + head) * p.T;
-    float c = s.wrong ? NAN : a.c, dq[M][C][4] = {}, shift[M][2], less[M][2];
-#pragma unroll
-    for (int m = 0; m < M; m++)
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            int at = row + 16 * m + 8 * r + group;
-            shift[m][r] = at < end ? shift_of(lse[token(s, at)]) : 0;
-            less[m][r] = at < end ? delta[token(s, at)] : 0;
-        }
+    __shared__ float shift[BM], less[BM];
+    float c = s.wrong ? NAN : a.c, dq[M][C][4] = {};
+    for (int i = threadIdx.x; i < min_of(BM, s.rows - first); i += THREADS) {
+        shift[i] = shift_of(lse[token(s, first + i)]);
+        less[i] = delta[token(s, first + i)];
+    }
 
     int n = (min_of(first + BM, s.rows) - 1) / BN;
     auto load_step = [&](int n) {
@@ -332,13 +335,15 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) dq_kernel(co
         for (int m = 0; m < M; m++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
+                int at = row + 16 * m + 8 * r + group;
+                float under = shift[at - first], minus = less[at - first];
 #pragma unroll
                 for (int j = 0; j < N; j++)
 #pragma unroll
                     for (int i = 2 * r; i < 2 * r + 2; i++)
-                        dx[m][j][i] = exp2_fast(x[m][j][i] * c - shift[m][r]) * (dx[m][j][i] - less[m][r]);
+                        dx[m][j][i] = exp2_fast(x[m][j][i] * c - under) * (dx[m][j][i] - minus);
                 if (!masked) continue;
-                int at = row + 16 * m + 8 * r + group, low = first_key(s, at), key = n * BN + pair - low;
+                int low = first_key(s, at), key = n * BN + pair - low;
 #pragma unroll
                 for (int j = 0; j < N; j++)
 #pragma unroll
@@ -368,7 +373,7 @@ static __device__ __forceinline__ bool heads_of(const Backward &a, int kv_head, 
 }
 
 template<class T, int D> __global__ void __launch_bounds__(THREADS) dkdv_kernel(const Backward a) {
-    constexpr int BM = 16 * WARPS, BN = backward_step<D>, N = BN / 8, COLUMNS = D < 128 ? D : 128, C = COLUMNS / 8;
+    constexpr int BM = 16 * WARPS, BN = dkdv_step<D>, N = BN / 8, COLUMNS = D < 128 ? D : 128, C = COLUMNS / 8;
     const Pattern &p = a.p;
     int kv_heads = a.second ? 1 : p.K, slot = blockIdx.x % a.slots, rest = blockIdx.x / a.slots;
     int kv_head = a.second ? a.mixed : rest % kv_heads, batch = rest / kv_heads, column = blockIdx.y * COLUMNS, head, to_head;
@@ -505,7 +510,7 @@ static __device__ __forceinline__ void dot_rows(float (&sum)[4][4], float *a, fl
         load_square(a, from_a, rows_a, s, first_a, column, D);
         load_square(b, from_b, rows_b, s, first_b, column, D);
         __syncthreads();
-        for (int d = 0; d < SIDE; d += 4) {
+        if (first_a + 4 * y < s.rows) for (int d = 0; d < min_of(SIDE, D - column); d += 4) {
             float u[4][4], v[4][4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -532,7 +537,7 @@ static __device__ __forceinline__ void add_rows(float (&sum)[MOST_SQUARES][4][4]
         __syncthreads();
         load_square(b, from, rows, s, first, c * SIDE, D);
         __syncthreads();
-        for (int k = 0; k < SIDE; k += 4) {
+        if (c * SIDE + 4 * x < D) for (int k = 0; k < min_of(SIDE, s.rows - first); k += 4) {
             float u[4][4], v[4][4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -852,10 +857,9 @@ extern "C" int s2_attention_backward_cuda(const void *args, const CudaCall *call
             size_t square = SQUARE * sizeof(float);
             return backward(a, call, dq_float_kernel, SIDE, 3 * square, dkdv_float_kernel, SIDE, 4 * square, 1, FLOAT_THREADS);
         } else return for_columns(p->D, [&](auto columns) {
-            constexpr int D = decltype(columns)::value, BM = 16 * row_pieces<D> * WARPS, BK = 16 * WARPS, BN = backward_step<D>;
-            size_t row = D * sizeof(T);
-            return backward(a, call, dq_kernel<T, D>, BM, (2 * BM + 4 * BN) * row, dkdv_kernel<T, D>, BK, (2 * BK + 4 * BN) * row,
-                            D > 128 ? 2 : 1, THREADS);
+            constexpr int D = decltype(columns)::value, BM = 16 * row_pieces<D> * WARPS, BK = 16 * WARPS;
+            size_t row = D * sizeof(T), dq_shared = (2 * BM + 4 * dq_step<D>) * row, dkdv_shared = (2 * BK + 4 * dkdv_step<D>) * row;
+            return backward(a, call, dq_kernel<T, D>, BM, dq_shared, dkdv_kernel<T, D>, BK, dkdv_shared, D > 128 ? 2 : 1, THREADS);
         });
     });
 }
