@@ -1,5 +1,6 @@
 /* ops.c --- the table of ops, and the choice of an instruction set. A new op is one row here. */
 #include "ops.h"
+#include "cuda.h"
 
 #include <stdarg.h>
 #include <stdio.h>
@@ -53,6 +54,7 @@ const Op ops[] = {
     OP_WITH_WORKSPACE(sum_squares, SumSquares, "out[1]:f64+ <- x[N]:any"),
 };
 const int op_count = sizeof ops / sizeof *ops;
+const CudaRuntime *const cuda = CUDA(&cuda_runtime);
 
 double (*const peaks[ISA_COUNT])(int64_t n, float *out) = CPU(peak);
 

@@ -18,6 +18,7 @@
 #include "cublaslt.h"
 
 #include <dlfcn.h>
+#include <initializer_list>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -61,6 +62,7 @@ static int open_library(const char *name, int flags, char (&why)[512]) {
 static int load_library() {
     static const char *const names[] = {"libcublasLt.so.13", "libcublasLt.so.12"};
     char why[512] = "";
+    int driver = 0;
     if (loaded) return 0;
     const char *wanted = getenv("LONGLORA_CUBLAS");
     if (wanted && *wanted)
@@ -71,7 +73,8 @@ static int load_library() {
 #endif
     for (const char *name : names) if (!open_library(name, RTLD_NOLOAD, why)) return 0;
     for (int i = 0; i < path_count; i++) if (!open_library(paths[i], 0, why)) return 0;
-    for (const char *name : names) if (!open_library(name, 0, why)) return 0;
+    CUDA_TRY(cudaDriverGetVersion(&driver));
+    for (int i = driver >= 13000 ? 0 : 1; i < 2; i++) if (!open_library(names[i], 0, why)) return 0;
     return fail("cuBLAS was not found: neither in the process, nor a pip package (pip install nvidia-cublas for CUDA 13, "
                 "nvidia-cublas-cu12 for CUDA 12), nor the system's; LONGLORA_CUBLAS=/path/libcublasLt.so.13 names one");
 }
@@ -133,7 +136,8 @@ static lt::DataType type_of(int32_t dtype) {
 
 static void forget(Plan *p) {
     if (p->desc) lib.desc_destroy(p->desc);
-    for (lt::Layout layout : {p->a, p->b, p->c, p->d}) if (layout) lib.layout_destroy(layout);
+    const lt::Layout layouts[] = {p->a, p->b, p->c, p->d};
+    for (lt::Layout layout : layouts) if (layout) lib.layout_destroy(layout);
     memset(p, 0, sizeof *p);
 }
 

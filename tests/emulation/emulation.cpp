@@ -2,6 +2,7 @@
 #include "emulation.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -463,10 +464,32 @@ static int run_grid(dim3 grid, dim3 block, size_t shared, void (*body)(const voi
     return 0;
 }
 
+/* A thread touched memory that is not there, its stack's guard page included. It stays in this handler for ever, as other threads
+ * that a failed launch leaves behind. */
+static void illegal_address(int signal, siginfo_t *info, void *) {
+    if (current) error("an illegal address: %p", info->si_addr);
+    struct sigaction usual = {};
+    usual.sa_handler = SIG_DFL;
+    sigaction(signal, &usual, nullptr);
+}
+
 int run(dim3 grid, dim3 block, size_t shared, void (*body)(const void *), const void *context) {
     static pthread_mutex_t one = PTHREAD_MUTEX_INITIALIZER;
+    static char stack[64 << 10];
     pthread_mutex_lock(&one);
+    stack_t mine = {}, former_stack;
+    mine.ss_sp = stack;
+    mine.ss_size = sizeof stack;
+    struct sigaction action = {}, former[2];
+    action.sa_sigaction = illegal_address;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    sigaltstack(&mine, &former_stack);
+    sigaction(SIGSEGV, &action, &former[0]);
+    sigaction(SIGBUS, &action, &former[1]);
     int result = run_grid(grid, block, shared, body, context);
+    sigaction(SIGSEGV, &former[0], nullptr);
+    sigaction(SIGBUS, &former[1], nullptr);
+    sigaltstack(&former_stack, nullptr);
     pthread_mutex_unlock(&one);
     return result;
 }
@@ -589,6 +612,8 @@ size_t number(const char *variable, size_t otherwise) {
 }
 int devices() { return (int)number("LONGLORA_EMULATION_DEVICES", 1); }
 size_t memory_of_device() { return number("LONGLORA_EMULATION_MEMORY", (size_t)8 << 30); }
+int compute_capability() { return (int)number("LONGLORA_EMULATION_SM", 86); }
+cudaError_t lost() { return number("LONGLORA_EMULATION_LOST", 0) ? note(cudaErrorIllegalAddress) : cudaSuccess; }
 
 Block **find(Block **list, const void *p) {
     for (; *list; list = &(*list)->next)
@@ -628,6 +653,7 @@ cudaError_t give(Block **list, void *p) {
 
 cudaError_t cudaGetDeviceCount(int *count) {
     *count = devices();
+    if (number("LONGLORA_EMULATION_DRIVER", 13000) < 13000) return note(cudaErrorInsufficientDriver);
     return *count ? cudaSuccess : note(cudaErrorNoDevice);
 }
 cudaError_t cudaGetDevice(int *device) { *device = the_device; return cudaSuccess; }
@@ -647,8 +673,8 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int dev
         case cudaDevAttrClockRate: case cudaDevAttrMemoryClockRate: *value = 1000000; break;
         case cudaDevAttrMultiProcessorCount: *value = 4; break;
         case cudaDevAttrL2CacheSize: *value = 40 << 20; break;
-        case cudaDevAttrComputeCapabilityMajor: *value = 8; break;
-        case cudaDevAttrComputeCapabilityMinor: *value = 6; break;
+        case cudaDevAttrComputeCapabilityMajor: *value = compute_capability() / 10; break;
+        case cudaDevAttrComputeCapabilityMinor: *value = compute_capability() % 10; break;
         case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = 100 << 10; break;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 99 << 10; break;
         default: return note(cudaErrorInvalidValue);
@@ -665,7 +691,7 @@ cudaError_t cudaDeviceGetPCIBusId(char *id, int length, int device) {
     snprintf(id, (size_t)length, "0000:%02x:00.0", device);
     return cudaSuccess;
 }
-cudaError_t cudaDriverGetVersion(int *version) { *version = 13000; return cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int *version) { *version = (int)number("LONGLORA_EMULATION_DRIVER", 13000); return cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int *version) { *version = 13000; return cudaSuccess; }
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
@@ -725,8 +751,8 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) {
 }
 cudaError_t cudaStreamCreate(cudaStream_t *stream) { return cudaStreamCreateWithFlags(stream, 0); }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) { free(stream); return cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return lost(); }
+cudaError_t cudaStreamQuery(cudaStream_t) { return lost(); }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 cudaError_t cudaStreamGetDevice(cudaStream_t stream, int *device) {
     *device = stream == nullptr || stream == cudaStreamLegacy || stream == cudaStreamPerThread ? the_device : stream->device;
@@ -760,6 +786,7 @@ const char *cudaGetErrorName(cudaError_t error) {
         case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
         case cudaErrorInvalidResourceHandle: return "cudaErrorInvalidResourceHandle";
         case cudaErrorNotReady: return "cudaErrorNotReady";
+        case cudaErrorIllegalAddress: return "cudaErrorIllegalAddress";
     }
     return "unrecognized error code";
 }
@@ -773,6 +800,7 @@ const char *cudaGetErrorString(cudaError_t error) {
         case cudaErrorInvalidDevice: return "invalid device ordinal";
         case cudaErrorInvalidResourceHandle: return "invalid resource handle";
         case cudaErrorNotReady: return "device not ready";
+        case cudaErrorIllegalAddress: return "an illegal memory access was encountered";
     }
     return "unrecognized error code";
 }

@@ -8,7 +8,10 @@
  * a thread wait. What a GPU leaves undefined is made visible: memory of cudaMalloc and dynamic shared memory begin as NaN, the
  * target of a cp.async is NaN until it is waited for, a misaligned access or one outside an array is an error (the compiler's
  * checks above, answered in emulation.cpp), a block that stands still is an error that says who waits where, and
- * LONGLORA_EMULATION_ORDER=forward|reversed|shuffled chooses the order of threads and blocks: results must not depend on it. */
+ * LONGLORA_EMULATION_ORDER=forward|reversed|shuffled chooses the order of threads and blocks: results must not depend on it.
+ *
+ * What a machine may have or lack: LONGLORA_EMULATION_DEVICES (1), _MEMORY (bytes of a device), _SM (86, the compute capability),
+ * _DRIVER (13000; 0: none), _LOST=1: what asks a stream hears of an illegal address, as after a kernel's. */
 #ifndef LONGLORA_EMULATION_H
 #define LONGLORA_EMULATION_H
 
@@ -202,6 +205,7 @@ template<> inline unsigned pack<__half>(float low, float high) {
 enum cudaError_t {
     cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInsufficientDriver = 35,
     cudaErrorNoDevice = 100, cudaErrorInvalidDevice = 101, cudaErrorInvalidResourceHandle = 400, cudaErrorNotReady = 600,
+    cudaErrorIllegalAddress = 700,
 };
 enum cudaMemcpyKind {
     cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault,
