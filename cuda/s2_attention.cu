@@ -1,4 +1,32 @@
-/* s2_attention.cu --- */
+/* s2_attention.cu --- shifted sparse attention on any GPU from sm_80 on, forward and backward. The rule is in csrc/ops.h; which
+ * rows a block works on, in s2_attention.cuh.
+ *
+ * A block of four warps has a tile of one segment: queries (forward, dq) or keys (dk and dv), 16 or 32 rows to each warp. It
+ * walks along the other kind in steps, from the diagonal on; two tiles of a step's operands are in shared memory, one used, one
+ * arriving by cp.async, so that there is one barrier in a step. All products are mma.sync with float32 sums. Sums lie in the
+ * registers as a left operand does, so weights and gradients of scores go from one product into the next rounded to 16 bits and
+ * never leave the registers. In dk and dv rows are keys (scores transposed) for the same reason. Only steps that cross the
+ * diagonal mask. Blocks are numbered head by head, those with most to do first, so that a group's keys and values stay in L2.
+ *
+ * Backward: delta = rowsum(dout * out); dq by tiles of queries; dk and dv by tiles of keys, over the query heads of the KV head
+ * in their order. Every row of a result is written once, by one block: no atomics, no float32 copies, equal bits. The KV head
+ * that has plain and shifted query heads, if there is one, is summed by two launches, since their segments differ.
+ *
+ * Rows of D elements are padded by zeros in shared memory to 64, 96, 128 or 256; of D = 256, dk and dv are two halves, with
+ * scores computed for each. Rows that are no whole 16-byte pieces are loaded element by element.
+ * float32 is multiplied by float32 multiply-adds, in kernels of their own at the end.
+ *
+ * Computed, for a head and a segment of G rows, D = 128. A product of the triangle has G^2 D FLOPs: forward 2, dq 3, dk and dv 4,
+ * so the backward has 7 where one kernel with atomics has 5. Of L2 the forward reads G^2 D / 64 bytes (128 FLOPs to a byte), dq as
+ * many (192), dk and dv twice as many (128). Of shared memory a right operand's fragment serves 32 rows in forward and dq: 32
+ * FLOPs to a byte; 16 rows in dk and dv: 16 FLOPs to a byte, 2048 a clock and SM at 128 bytes a clock.
+ *
+ * The ladder, by the compiler's report, not by time:
+ *   forward, steps of 64 keys at D = 128: 292 bytes of spills; of 32 keys: none
+ *   masked and unmasked steps compiled apart: twice the code, 23 s instead of 14 s to compile, and spills
+ *
+ * NaN and infinities: a key's spread to the queries that see it. A value's, or in the backward a query's, may also reach those
+ * within the same step of the diagonal, by a product with a weight of 0. */
 #include "s2_attention.cuh"
 
 enum { THREADS = 128, WARPS = THREADS / WARP };
