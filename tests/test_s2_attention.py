@@ -54,6 +54,19 @@ def test_every_length(G, place):
         both(q, k, v, dout, group_size=G)
 
 
+@pytest.mark.parametrize("D", [33, 80, 96, 104, 128, 192, 256])
+def test_every_head_size(D, dtype, isa, poison):
+    """Three query heads, one of them plain, on one KV head; then rows at odd places."""
+    for pad in (0, 1):
+        arrays = inputs(1, 70, 3, 1, D, dtype)
+        both(*([checks.strided(x, pad) for x in arrays] if pad else arrays), group_size=48)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_any_scale(scale, dtype, isa):
+    both(*inputs(1, 40, 2, 1, 16, dtype), group_size=16, scale=scale)
+
+
 def test_the_lengths_that_broke_others(place):
     for T, G in ((4274, 2048), (8, 1024), (513, 512)):
         q, k, v = (checks.random((1, T, 2, 8), seed=seed) for seed in range(3))
@@ -313,3 +326,31 @@ def test_heads_that_do_not_divide(place):
         ops.s2_attention_forward(q, k, v, group_size=4)
     with pytest.raises(ValueError, match="B=1, got B=2"):
         ops.s2_attention_forward(*(np.concatenate([q, q]) for _ in range(3)), group_size=4, cu_seqlens=np.array([0, 8], np.int32))
+
+
+def test_heads_that_are_too_wide_for_a_gpu(cuda):
+    q, k, v, dout = inputs(1, 8, 2, 2, 257)
+    with pytest.raises(ValueError, match="D should be at most 256 on a GPU, got 257"):
+        ops.s2_attention_forward(q, k, v, group_size=4)
+    with pytest.raises(ValueError, match="D should be at most 256 on a GPU, got 257"):
+        ops.s2_attention_backward(dout, q, k, v, q, np.zeros((1, 2, 8), np.float32), group_size=4)
+
+
+@pytest.mark.parametrize("borders", [[5, 1000000, -3, 24, 7], [30, 20, 10, 0], [-2**31, 2**31 - 1], [2**31 - 1, -2**31]])
+def test_borders_that_a_gpu_cannot_refuse(borders, cuda, poison):
+    """They are not read on the host: nothing outside of the outputs is touched, and the next call is right."""
+    q, k, v, dout = inputs(1, 40, 4, 2, 16, "bfloat16")
+    cu = np.array(borders, np.int64).astype(np.int32)
+    out, lse = ops.s2_attention_forward(q, k, v, group_size=6, cu_seqlens=cu)
+    ops.s2_attention_backward(dout, q, k, v, np.nan_to_num(out), np.nan_to_num(lse), group_size=6, cu_seqlens=cu)
+    both(q, k, v, dout, group_size=6, cu_seqlens=np.array([0, 13, 40], np.int32))
+
+
+@pytest.mark.parametrize("boundary", ["wrap", "swap"])
+def test_a_document_of_a_wrong_length_is_nan(boundary, cuda):
+    q, k, v, dout = inputs(1, 40, 2, 2, 16)
+    kwargs = dict(group_size=6, boundary=boundary, shift="all", cu_seqlens=np.array([0, 12, 28, 40], np.int32))
+    out, lse = ops.s2_attention_forward(q, k, v, **kwargs)
+    results = (out, np.moveaxis(lse, 1, 2), *ops.s2_attention_backward(dout, q, k, v, out, lse, **kwargs))
+    for x in results:
+        assert np.isnan(x[:, 12:28]).all() and np.isfinite(x[:, :12]).all() and np.isfinite(x[:, 28:]).all()
