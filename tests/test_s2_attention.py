@@ -296,22 +296,8 @@ def test_borders_of_documents_that_cannot_be_are_named(borders, message):
         ops.s2_attention_forward(q, k, v, group_size=8, cu_seqlens=np.array(borders, np.int32))
 
 
-@pytest.mark.parametrize("borders", [borders for borders, _ in BAD_BORDERS])
-def test_borders_that_cannot_be_touch_nothing_else_on_cuda(borders, dtype, cuda, poison):
-    """What comes out is not said, but nothing is written or read outside, and the next call is right."""
-    q, k, v, dout = inputs(1, 24, 4, 2, 8, dtype)
-    kwargs = dict(group_size=8, cu_seqlens=np.array(borders, np.int32))
-    out, lse = ops.s2_attention_forward(q, k, v, **kwargs)
-    ops.s2_attention_backward(dout, q, k, v, out, lse, **kwargs)
-    both(q, k, v, dout, group_size=8)
-
-
-@pytest.mark.parametrize("D", [256, 257])
-def test_heads_wider_than_256_are_refused_on_cuda(D, cuda, dtype):
-    q, k, v, dout = inputs(1, 9, 2, 1, D, dtype)
-    if D == 256:
-        both(q, k, v, dout, group_size=4)
-        return
+def test_heads_wider_than_256_are_refused_on_cuda(cuda, dtype):
+    q, k, v, dout = inputs(1, 9, 2, 1, 257, dtype)
     out, lse = np.full_like(q, np.nan), np.full((1, 2, 9), np.nan, np.float32)
     with pytest.raises(ValueError, match="s2_attention_forward: D should be at most 256 on a GPU, got 257"):
         _C.s2_attention_forward(out, lse, q, k, v, None, 4, 0, 0, 1.0)
@@ -328,18 +314,10 @@ def test_heads_that_do_not_divide(place):
         ops.s2_attention_forward(*(np.concatenate([q, q]) for _ in range(3)), group_size=4, cu_seqlens=np.array([0, 8], np.int32))
 
 
-def test_heads_that_are_too_wide_for_a_gpu(cuda):
-    q, k, v, dout = inputs(1, 8, 2, 2, 257)
-    with pytest.raises(ValueError, match="D should be at most 256 on a GPU, got 257"):
-        ops.s2_attention_forward(q, k, v, group_size=4)
-    with pytest.raises(ValueError, match="D should be at most 256 on a GPU, got 257"):
-        ops.s2_attention_backward(dout, q, k, v, q, np.zeros((1, 2, 8), np.float32), group_size=4)
-
-
 @pytest.mark.parametrize("borders", [[5, 1000000, -3, 24, 7], [30, 20, 10, 0], [-2**31, 2**31 - 1], [2**31 - 1, -2**31]])
-def test_borders_that_a_gpu_cannot_refuse(borders, cuda, poison):
+def test_borders_that_a_gpu_cannot_refuse(borders, dtype, cuda, poison):
     """They are not read on the host: nothing outside of the outputs is touched, and the next call is right."""
-    q, k, v, dout = inputs(1, 40, 4, 2, 16, "bfloat16")
+    q, k, v, dout = inputs(1, 40, 4, 2, 16, dtype)
     cu = np.array(borders, np.int64).astype(np.int32)
     out, lse = ops.s2_attention_forward(q, k, v, group_size=6, cu_seqlens=cu)
     ops.s2_attention_backward(dout, q, k, v, np.nan_to_num(out), np.nan_to_num(lse), group_size=6, cu_seqlens=cu)
