@@ -111,11 +111,12 @@ template<class T> static __global__ void __launch_bounds__(BLOCK) update_kernel(
     float (*rows)[STAGE_PITCH] = stage[warp];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
+        const float up[2] = {1.0f / down[i][0], 1.0f / down[i][1]};    /* exact */
         __syncwarp();
 #pragma unroll
         for (int j = 0; j < 8; j++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) rows[e / 2 * 8 + g][j * 8 + 2 * t + e % 2] = d[i][j][e] / down[i][e / 2] * f.scale;
+            for (int e = 0; e < 4; e++) rows[e / 2 * 8 + g][j * 8 + 2 * t + e % 2] = d[i][j][e] * up[e / 2] * f.scale;
         __syncwarp();
 #pragma unroll
         for (int q = 0; q < 4; q++) {
@@ -168,7 +169,7 @@ static int update(const CudaCall *call, const Tensor *out, Matrix u, Matrix b, i
 /* q float32, or ones. A block takes SUM_COLS columns of x, up to SUM_RANKS of q and one piece of the rows, SUM_ROWS at a time; a
  * warp makes 16 columns. In shared memory x and q are bfloat16 numbers that add up to them: q three, x as many as its dtype needs.
  * Products of parts below 2^-24 are left out. Sums on the tensor cores, which round worse than others, are as long as a step. */
-enum { PIECES = 16, PIECE_ROWS = 256, SUM_ROWS = 32, SUM_COLS = WARPS * 16, SUM_RANKS = 64, X_PITCH = SUM_COLS + 8,
+enum { PIECES = 16, PIECE_ROWS = 256, SUM_ROWS = 32, SUM_COLS = WARPS * 16, SUM_RANKS = 32, X_PITCH = SUM_COLS + 8,
        Q_PITCH = SUM_RANKS + 8, Q_PARTS = 3 };
 
 static int64_t piece_rows(int64_t M) {
@@ -183,7 +184,7 @@ static __device__ __forceinline__ bf16 take(float &x) {
     return part;
 }
 
-template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK) sum_kernel(
+template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK, PARTS == 1 ? 3 : 2) sum_kernel(
     float *partial, const T *x, int64_t x_row, const float *q, int64_t q_row, int64_t M, int64_t C, int R, int64_t rows_of_piece,
     bool vectors) {
     constexpr int N = 16 / sizeof(T), LOADS = SUM_ROWS * SUM_COLS / BLOCK / N;
@@ -193,7 +194,8 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK) sum
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int64_t c0 = (int64_t)blockIdx.x * SUM_COLS, first = blockIdx.z * rows_of_piece;
     int64_t last = first + rows_of_piece < M ? first + rows_of_piece : M;
-    int r0 = blockIdx.y * SUM_RANKS, ranks = R - r0 < SUM_RANKS ? R - r0 : SUM_RANKS, width = (ranks + 7) / 8 * 8;
+    int r0 = blockIdx.y * SUM_RANKS, ranks = R - r0 < SUM_RANKS ? R - r0 : SUM_RANKS;
+    int shift = ranks > 16 ? 5 : ranks > 8 ? 4 : 3;                    /* rows of q are read 8, 16 or 32 ranks wide */
     Vector<T, N> next[LOADS];
     float next_q[Q_LOADS];
     auto fetch = [&](int64_t m0) {
@@ -207,9 +209,9 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK) sum
         }
 #pragma unroll
         for (int i = 0; i < Q_LOADS; i++) {
-            int at = threadIdx.x + i * BLOCK, r = at % width;
-            int64_t m = m0 + at / width;
-            next_q[i] = at < SUM_ROWS * width && m < last && r < ranks ? (q ? q[m * q_row + r0 + r] : 1.0f) : 0.0f;
+            int at = threadIdx.x + i * BLOCK, r = at & ((1 << shift) - 1);
+            int64_t m = m0 + (at >> shift);
+            next_q[i] = at < SUM_ROWS << shift && m < last && r < ranks ? (q ? q[m * q_row + r0 + r] : 1.0f) : 0.0f;
         }
     };
     auto put = [&] {
@@ -230,9 +232,9 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK) sum
 #pragma unroll
         for (int i = 0; i < Q_LOADS; i++) {
             int at = threadIdx.x + i * BLOCK;
-            if (at >= SUM_ROWS * width) continue;
+            if (at >= SUM_ROWS << shift) continue;
 #pragma unroll
-            for (int p = 0; p < Q_PARTS; p++) qs[p][at / width][at % width] = take(next_q[i]);
+            for (int p = 0; p < Q_PARTS; p++) qs[p][at >> shift][at & ((1 << shift) - 1)] = take(next_q[i]);
         }
     };
     float sum[SUM_RANKS / 8][4] = {};
@@ -250,7 +252,7 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK) sum
             for (int p = 0; p < PARTS; p++) ldmatrix_x4_trans(a[p], &xs[p][k + lane / 16 * 8 + lane % 8][warp * 16 + lane / 8 % 2 * 8]);
 #pragma unroll
             for (int j = 0; j < SUM_RANKS / 8; j += 2) {
-                if (j * 8 >= width) break;
+                if (j * 8 >= ranks) break;
 #pragma unroll
                 for (int s = 0; s < Q_PARTS; s++) {
                     unsigned b[4];
@@ -260,7 +262,7 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK) sum
                     for (int p = 0; p < PARTS; p++) {
                         if (p + s >= Q_PARTS) continue;
                         mma_16816<bf16>(d[j], a[p], left);
-                        if ((j + 1) * 8 < width) mma_16816<bf16>(d[j + 1], a[p], right);
+                        if ((j + 1) * 8 < ranks) mma_16816<bf16>(d[j + 1], a[p], right);
                     }
                 }
             }
