@@ -2,6 +2,7 @@
 #include "emulation.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -463,10 +464,32 @@ static int run_grid(dim3 grid, dim3 block, size_t shared, void (*body)(const voi
     return 0;
 }
 
+/* A thread touched memory that is not there, its stack's guard page included. It stays in this handler for ever, as other threads
+ * that a failed launch leaves behind. */
+static void illegal_address(int signal, siginfo_t *info, void *) {
+    if (current) error("an illegal address: %p", info->si_addr);
+    struct sigaction usual = {};
+    usual.sa_handler = SIG_DFL;
+    sigaction(signal, &usual, nullptr);
+}
+
 int run(dim3 grid, dim3 block, size_t shared, void (*body)(const void *), const void *context) {
     static pthread_mutex_t one = PTHREAD_MUTEX_INITIALIZER;
+    static char stack[64 << 10];
     pthread_mutex_lock(&one);
+    stack_t mine = {}, former_stack;
+    mine.ss_sp = stack;
+    mine.ss_size = sizeof stack;
+    struct sigaction action = {}, former[2];
+    action.sa_sigaction = illegal_address;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    sigaltstack(&mine, &former_stack);
+    sigaction(SIGSEGV, &action, &former[0]);
+    sigaction(SIGBUS, &action, &former[1]);
     int result = run_grid(grid, block, shared, body, context);
+    sigaction(SIGSEGV, &former[0], nullptr);
+    sigaction(SIGBUS, &former[1], nullptr);
+    sigaltstack(&former_stack, nullptr);
     pthread_mutex_unlock(&one);
     return result;
 }

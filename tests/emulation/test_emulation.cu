@@ -268,7 +268,13 @@ static bool a_missing_wait_shows() {
     return true;
 }
 
-enum Wrong { DEADLOCK, TWO_BARRIERS, NOT_IN_MASK, LANES_MISSING, MISALIGNED_ROW, MISALIGNED_COPY, MISALIGNED_VECTOR, OUTSIDE, OVERFLOW_SHARED };
+enum Wrong { DEADLOCK, TWO_BARRIERS, NOT_IN_MASK, LANES_MISSING, MISALIGNED_ROW, MISALIGNED_COPY, MISALIGNED_VECTOR, OUTSIDE, OVERFLOW_SHARED, ILLEGAL, STACK, OUTSIDE_MEMORY };
+static void deep(int n) {
+    volatile char much[4096];
+    much[n % 4096] = 1;
+    if (n) deep(n - 1);
+    much[0] = much[1];
+}
 __global__ void wrong_kernel(Wrong what, float *global) {
     __shared__ __align__(16) float x[64];
     DYNAMIC_SHARED(float, dynamic);
@@ -294,6 +300,9 @@ __global__ void wrong_kernel(Wrong what, float *global) {
         case MISALIGNED_VECTOR: { float y[4]; load(y, global + 2); x[0] = y[0]; break; }
         case OUTSIDE: x[i + 1] = 1; break;
         case OVERFLOW_SHARED: dynamic[i] = 1; break;
+        case ILLEGAL: if (i == 7) global[(int64_t)1 << 40] = 1; break;
+        case OUTSIDE_MEMORY: x[i] = global[i + 1]; break;
+        case STACK: deep(1 << 20); break;
     }
 }
 static bool wrong(Wrong what, const char *words) {
@@ -363,6 +372,13 @@ int main() {
     check("misaligned vector", [] { return wrong(MISALIGNED_VECTOR, "a misaligned access"); });
     check("outside an array", [] { return wrong(OUTSIDE, "outside its array"); });
     check("outside shared memory", [] { return wrong(OVERFLOW_SHARED, "past the end of its 252 bytes"); });
+    check("an illegal address", [] { return wrong(ILLEGAL, "illegal address"); });
+    check("a stack too deep", [] { return wrong(STACK, "illegal address"); });
+    check("memory behind an allocation", [] {
+        float *p;
+        bool found = !cudaMalloc(&p, 256) && said(launch(call, wrong_kernel, 1, 64, 252, OUTSIDE_MEMORY, p), "illegal address");
+        return cudaFree(p) == cudaSuccess && found;
+    });
     check("limits", limits);
     check("runtime", runtime);
     check("after all that", block_sums);
