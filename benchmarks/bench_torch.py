@@ -7,6 +7,8 @@ from longlora import ops as raw
 
 def main(argv=None):
     bench = Bench("torch", argv)
+    if bench.gpu is not None:
+        return print("  bench_host, bench_s2_attention and bench_train_step have what there is of this on a GPU")
     torch = bench.torch
     from longlora.torch import ops
     functional = torch.nn.functional

@@ -1338,37 +1338,44 @@ static int call_cuda(const Op *op, const void *all, int device, const Queue *que
     return status;
 }
 
-static PyObject *call(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    int index = (int)PyLong_AsLong(self);
+/* An op's struct: its tensors, then its doubles. */
+typedef struct { Tensor tensors[MAX_ARGS]; double scalars[MAX_ARGS]; } Struct;
+
+/* Fills the op's struct from its arguments and checks them; 0, or -1 with an exception. The loans are to be given back. */
+static int take(int index, PyObject *const *args, Py_ssize_t count, Struct *all, Loan *loans, Queue *queue) {
     const char *op = ops[index].name;
     const Spec *spec = &specs[index];
+    double *scalars = (double *)&all->tensors[spec->tensors];
+    uint32_t capsules = 0;
     if (count != spec->tensors + spec->scalars)
         return PyErr_Format(PyExc_TypeError, "%s: takes %d arguments (%s), got %zd", op, spec->tensors + spec->scalars,
-                            ops[index].spec, count);
-    struct { Tensor tensors[MAX_ARGS]; double scalars[MAX_ARGS]; } all = {0};
-    double *scalars = (double *)&all.tensors[spec->tensors];           /* the op's struct: tensors, then doubles */
-    Loan loans[MAX_ARGS] = {0};
-    PyObject *result = NULL;
-    Queue queue = {0};
-    uint32_t capsules = 0;
-    int device = 0, status = -1;
+                            ops[index].spec, count), -1;
     for (int i = 0; i < spec->tensors; i++) {
-        int borrowed = borrow(args[i], &all.tensors[i], &loans[i], &queue, op, &spec->args[i]);
-        if (borrowed < 0) goto done;
+        int borrowed = borrow(args[i], &all->tensors[i], &loans[i], queue, op, &spec->args[i]);
+        if (borrowed < 0) return -1;
         capsules |= (uint32_t)borrowed << i;
     }
     for (int i = 0; capsules >> i; i++)
-        if (capsules >> i & 1 && borrow_capsule(args[i], &all.tensors[i], &loans[i], &queue, op, &spec->args[i])) goto done;
+        if (capsules >> i & 1 && borrow_capsule(args[i], &all->tensors[i], &loans[i], queue, op, &spec->args[i])) return -1;
     for (int i = 0; i < spec->scalars; i++) {
         const Arg *arg = &spec->args[spec->tensors + i];
         PyObject *value = args[spec->tensors + i];
         scalars[i] = PyFloat_AsDouble(value);
-        if (PyErr_Occurred() || (arg->is_int && !(fabs(scalars[i]) < 9e15 && scalars[i] == (double)(int64_t)scalars[i]))) {
-            refuse(PyExc_TypeError, op, arg, "should be %s, got %R", arg->is_int ? "an integer" : "a number", value);
-            goto done;
-        }
+        if (PyErr_Occurred() || (arg->is_int && !(fabs(scalars[i]) < 9e15 && scalars[i] == (double)(int64_t)scalars[i])))
+            return refuse(PyExc_TypeError, op, arg, "should be %s, got %R", arg->is_int ? "an integer" : "a number", value);
     }
-    if (check(op, spec, all.tensors) || check_overlap(op, spec, all.tensors)) goto done;
+    return check(op, spec, all->tensors);
+}
+
+static PyObject *call(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    int index = (int)PyLong_AsLong(self);
+    const Spec *spec = &specs[index];
+    Struct all = {0};
+    Loan loans[MAX_ARGS] = {0};
+    PyObject *result = NULL;
+    Queue queue = {0};
+    int device = 0, status = -1;
+    if (take(index, args, count, &all, loans, &queue) || check_overlap(ops[index].name, spec, all.tensors)) goto done;
     for (int i = 0; i < spec->tensors && !device; i++) if (given(&all.tensors[i])) device = all.tensors[i].device;
     calls[index]++;
     if (device) {
@@ -1385,6 +1392,23 @@ static PyObject *call(PyObject *self, PyObject *const *args, Py_ssize_t count) {
 done:
     give_back(loans, spec->tensors, device && !status ? &queue : NULL);
     return result;
+}
+
+/* The workspace of a call on a GPU, asked with arrays of its shapes wherever they are; nothing is read or written. */
+static PyObject *py_workspace(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    Struct all = {0};
+    Loan loans[MAX_ARGS] = {0};
+    Queue queue = {0};
+    int index = 0;
+    if (!count || !PyUnicode_Check(args[0])) return PyErr_Format(PyExc_TypeError, "workspace: wanted an op's name and its arguments");
+    while (index < op_count && PyUnicode_CompareWithASCIIString(args[0], ops[index].name)) index++;
+    if (index == op_count) return PyErr_Format(PyExc_ValueError, "workspace: there is no op %R", args[0]);
+    int status = take(index, args + 1, count - 1, &all, loans, &queue);
+    int64_t bytes = status || !ops[index].workspace ? 0 : ops[index].workspace(&all);
+    give_back(loans, specs[index].tensors, NULL);
+    if (bytes < 0) PyErr_SetString(PyExc_ValueError, last_error());
+    return status || bytes < 0 ? NULL : PyLong_FromLongLong(bytes);
 }
 
 /* ---- the module -------------------------------------------------------------------------------------------------- */
@@ -1602,6 +1626,8 @@ static PyMethodDef methods[] = {
       "head_scratch($module, M, C, V, narrow, /)\n--\n\nBytes of linear_cross_entropy_backward; narrow: x is not float32." },
     { "attention_scratch", py_attention_scratch, METH_VARARGS,
       "attention_scratch($module, B, T, H, K, D, narrow, /)\n--\n\nBytes of s2_attention_backward: of a thread, of sums." },
+    { "workspace", (PyCFunction)(void (*)(void))py_workspace, METH_FASTCALL,
+      "workspace($module, op, /, *args)\n--\n\nBytes that the op takes for a call with these arguments on a GPU; 0 without CUDA." },
     { "cuda_hooks", py_cuda_hooks, METH_VARARGS, "cuda_hooks($module, workspace, stream, /)\n--\n\nSee longlora/cuda.py." },
     { "cuda_devices", py_cuda_devices, METH_NOARGS, "cuda_devices($module, /)\n--\n\n(count, why there is none or None)" },
     { "cuda_refusal", py_cuda_refusal, METH_O, "cuda_refusal($module, index, /)\n--\n\nWhy a device cannot be used, or None." },

@@ -45,6 +45,7 @@ def run(o, say=print):
                              ("full", o.full, "LoRA, embedding and norms are trained"),
                              ("max_memory", o.max_memory, "the memory of torch is not planned"),
                              ("profile", o.profile, "torch.profiler tells"),
+                             (f"device {o.device}", o.device not in ("auto", "cpu"), "wanted auto or cpu; CUDA_VISIBLE_DEVICES chooses"),
                              ("checkpointing minimal", o.checkpointing == "minimal", "wanted none (auto is none) or full")):
         if given:
             raise UserError(f"{name} is not available with torch: {why}")
@@ -80,8 +81,8 @@ def arguments(o):
         adam_epsilon=o.adam_epsilon, lr_scheduler_type="constant", bf16=o.dtype == "bfloat16", seed=o.seed,
         logging_strategy="steps", logging_steps=1, save_strategy="no", eval_strategy="no", report_to=[], disable_tqdm=True,
         remove_unused_columns=False, label_names=["labels"], average_tokens_across_devices=True,
-        ddp_find_unused_parameters=False, use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False, use_cpu=o.device == "cpu" or not torch.cuda.is_available(),
+        dataloader_pin_memory=o.device != "cpu" and torch.cuda.is_available(),
         **({checkpointing: True, f"{checkpointing}_kwargs": {"use_reentrant": False}} if o.checkpointing == "full" else {}))
 
 
