@@ -71,7 +71,8 @@ NVCC, EMULATION = find_nvcc(), os.environ.get("LONGLORA_CUDA") == "emulation"
 ARCHS = re.findall(r"\w+", os.environ.get("LONGLORA_CUDA_ARCH") or "80 90a 100 120")
 CUDA_SOURCES = sorted(glob.glob("cuda/*.cu"), key=os.path.getsize, reverse=True)       # the longest to compile first
 if NVCC:
-    CUDA_COMMAND = [NVCC, *CXX_FLAGS[:1], "-O3", "-DNDEBUG", "-Xcompiler", ",".join(CXX_FLAGS[1:])]
+    CUDA_COMMAND = [NVCC, *CXX_FLAGS[:1], "-O3", "-DNDEBUG", f"-DLONGLORA_CUDA_ARCHS={' '.join(ARCHS)}",
+                    "-Xcompiler", ",".join(CXX_FLAGS[1:])]
     for arch in ARCHS:
         CUDA_COMMAND += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     CUDA_COMMAND += ["-gencode", f"arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}"]
