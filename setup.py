@@ -1,11 +1,20 @@
-"""Builds longlora._C: one abi3 extension, the CPU kernels compiled once per instruction set.
+"""Builds longlora._C: one abi3 extension, the CPU kernels compiled once per instruction set, the CUDA kernels beside them.
 
-Switches (environment): DEBUG=1 (-O0 -g, assertions), SANITIZE=address,undefined (instrumented build; tests/sanitize.sh runs
-the op tests on one), CC, MAX_JOBS (compilers at a time, by default one per processor).
+Switches (environment):
+    LONGLORA_CUDA       auto (default): cuda/*.cu are built when nvcc is found; 0: never; 1: an error without nvcc;
+                        emulation: they are compiled as C++ against tests/emulation, for machines without a GPU
+    LONGLORA_CUDA_ARCH  the GPUs to build for instead of "80 90a 100 120"; of the last one PTX is kept too, for later GPUs
+    NVCC, CUDA_HOME, CUDA_PATH      where nvcc is; else the first of PATH, then /usr/local/cuda
+    CC, CXX, MAX_JOBS   compilers, and how many at a time, by default one per processor
+    DEBUG=1             -O0 -g, assertions
+    SANITIZE=address,undefined      instrumented build; tests/sanitize.sh runs the op tests on one
 """
 import glob
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sysconfig
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -22,31 +31,91 @@ V3 = ["-mavx2", "-mfma", "-mf16c"]
 ISAS = {"portable": [], "avx2": V3, "avx512": V3 + V4, "avx512_bf16": V3 + V4 + ["-mavx512bf16"]} if X86 else {"portable": []}
 ONCE = ["csrc/bind.c", "csrc/ops.c", "csrc/cpu/parallel.c"]            # all other .c files are kernels
 KERNELS = sorted(set(glob.glob("csrc/cpu/*.c")) - set(ONCE))
-INPUTS = ["setup.py", *glob.glob("csrc/*.h"), *glob.glob("csrc/cpu/*.h")]
+HEADERS = [*glob.glob("csrc/*.h"), *glob.glob("csrc/cpu/*.h")]
+CUDA_HEADERS = [*glob.glob("csrc/*.h"), *glob.glob("cuda/*.cuh"), *glob.glob("cuda/*.h"), *glob.glob("tests/emulation/*.h")]
 
-WARN = ["-std=c11", "-Wall", "-Wextra", "-fvisibility=hidden", "-fopenmp"]
+WARN = ["-Wall", "-Wextra", "-fvisibility=hidden"]
 OPTIMISE = ["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O1", "-g1"] if SANITIZE else ["-O3", "-g0", "-DNDEBUG"]
 SANITIZERS = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"] if SANITIZE else []
-FLAGS = WARN + OPTIMISE + SANITIZERS
+FLAGS = ["-std=c11", "-fopenmp", *WARN, *OPTIMISE, *SANITIZERS]
 MATH = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+# Without these three the C++ of the CUDA sources would need libstdc++ at run time.
+CXX_FLAGS = ["-std=c++17", "-fPIC", *WARN, "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
+
+
+def find_nvcc():
+    """-> the command, None where it is not wanted or not there."""
+    wanted = os.environ.get("LONGLORA_CUDA") or "auto"
+    if wanted not in ("auto", "0", "1", "emulation"):
+        raise SystemExit(f"LONGLORA_CUDA should be auto, 0, 1 or emulation, got {wanted}")
+    if wanted in ("0", "emulation"):
+        return None
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [os.environ.get("NVCC"), *(os.path.join(home, "bin", "nvcc") for home in homes if home), "nvcc",
+              "/usr/local/cuda/bin/nvcc"]
+    nvcc = next(filter(None, (shutil.which(place) for place in places if place)), None)
+    if wanted == "1" and not nvcc:
+        raise SystemExit("LONGLORA_CUDA=1, but there is no nvcc in NVCC, CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda")
+    return nvcc
+
+
+def cuda_libraries(nvcc):
+    """Where nvcc's own libraries are, as it says itself."""
+    says = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"#\$ TOP=(.*)", says)
+    folders = re.findall(r'"-L([^"]*)"', says) + [os.path.join(top[1].strip(), lib) for lib in ("lib64", "lib") if top]
+    return [folder for folder in folders if os.path.exists(os.path.join(folder, "libcudart_static.a"))][:1]
+
+
+NVCC, EMULATION = find_nvcc(), os.environ.get("LONGLORA_CUDA") == "emulation"
+ARCHS = re.findall(r"\w+", os.environ.get("LONGLORA_CUDA_ARCH") or "80 90a 100 120")
+CUDA_SOURCES = sorted(glob.glob("cuda/*.cu"), key=os.path.getsize, reverse=True)       # the longest to compile first
+if NVCC:
+    CUDA_COMMAND = [NVCC, *CXX_FLAGS[:1], "-O3", "-DNDEBUG", "-Xcompiler", ",".join(CXX_FLAGS[1:])]
+    for arch in ARCHS:
+        CUDA_COMMAND += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    CUDA_COMMAND += ["-gencode", f"arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}"]
+elif EMULATION:
+    CUDA_SOURCES += glob.glob("tests/emulation/*.cpp")
+    CUDA_COMMAND = [os.environ.get("CXX") or "c++", *CXX_FLAGS, *OPTIMISE, *SANITIZERS, "-Wno-unknown-pragmas",
+                    "-fsanitize=alignment,bounds,shift", "-DLONGLORA_EMULATION", "-Itests/emulation", "-Icuda", "-x", "c++"]
+# The CUDA runtime is part of the extension and hidden in it, apart from any other copy in the process.
+CUDA_LINK = ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+CUDA = bool(NVCC or EMULATION)
+
+
+def newer(made, *inputs):
+    return os.path.exists(made) and os.path.getmtime(made) > max(map(os.path.getmtime, ["setup.py", *inputs]))
 
 
 class BuildExt(build_ext):
-    """Each kernel file becomes one object per instruction set, named apart by -DISA. All objects are compiled side by side;
-    one that is newer than its source and every header, made with the same flags, is kept."""
+    """Each kernel file becomes one object per instruction set, named apart by -DISA, each .cu one for all GPUs. All objects are
+    compiled side by side; one that is newer than its source and every header, made with the same flags, is kept."""
 
     def build_extension(self, ext):
-        jobs = [(source, [], []) for source in ext.sources]
+        jobs = [(source, None, []) for source in CUDA_SOURCES if CUDA]
+        jobs += [(source, [], []) for source in ext.sources]
         jobs += [(source, [("ISA", isa)], MATH + flags) for isa, flags in ISAS.items() for source in KERNELS]
+
+        def folder(how):
+            return os.path.join(self.build_temp, f"{zlib.crc32(repr(how).encode()):08x}")
+
+        def build_cuda(source):
+            made = os.path.join(folder(CUDA_COMMAND), source + ".o")
+            if not newer(made, source, *CUDA_HEADERS):
+                os.makedirs(os.path.dirname(made), exist_ok=True)
+                self.spawn([*CUDA_COMMAND, "-c", source, "-o", made])
+            return made
 
         def build(job):
             source, macros, flags = job
+            if macros is None:
+                return build_cuda(source)
             macros, flags = [*ext.define_macros, *macros], [*ext.extra_compile_args, *flags]
-            how = repr((macros, flags, self.compiler.compiler_so))
-            folder = os.path.join(self.build_temp, f"{zlib.crc32(how.encode()):08x}")
-            made, = self.compiler.object_filenames([source], output_dir=folder)
-            if not os.path.exists(made) or os.path.getmtime(made) <= max(map(os.path.getmtime, [source, *INPUTS])):
-                self.compiler.compile([source], output_dir=folder, macros=macros, include_dirs=ext.include_dirs,
+            output_dir = folder((macros, flags, self.compiler.compiler_so))
+            made, = self.compiler.object_filenames([source], output_dir=output_dir)
+            if not newer(made, source, *HEADERS):
+                self.compiler.compile([source], output_dir=output_dir, macros=macros, include_dirs=ext.include_dirs,
                                       extra_postargs=flags)
             return made
 
@@ -62,9 +131,11 @@ extension = Extension(
     "longlora._C",
     sources=ONCE,
     include_dirs=["csrc", numpy.get_include()],
-    define_macros=[("LONGLORA_X86", "1")] * X86 + [("Py_LIMITED_API", "0x030b0000")] * (not free_threaded),
+    define_macros=([("LONGLORA_X86", "1")] * X86 + [("LONGLORA_CUDA", "1")] * CUDA +
+                   [("Py_LIMITED_API", "0x030b0000")] * (not free_threaded)),
     extra_compile_args=FLAGS,
-    extra_link_args=["-fopenmp", "-lm", *SANITIZERS],
+    extra_link_args=["-fopenmp", "-lm", *SANITIZERS] + (CUDA_LINK if NVCC else ["-lstdc++"] if EMULATION else []),
+    library_dirs=cuda_libraries(NVCC) if NVCC else [],
     py_limited_api=not free_threaded,
 )
 setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt},

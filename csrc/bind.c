@@ -8,10 +8,12 @@
 
 #include "cpu/cpu.h"
 #include "cpu/scratch.h"
+#include "cuda.h"
 #include "dlpack.h"
 
 #include <stdarg.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 enum { MAX_ARGS = 24 };
@@ -75,6 +77,58 @@ static int parse_spec(const char *text, Spec *spec) {
     return 0;
 }
 
+/* ---- CUDA -------------------------------------------------------------------------------------------------------- */
+
+/* Where work of this thread goes that has no stream of its own library: longlora.cuda.stream() sets it. */
+static _Thread_local struct { void *stream; int device; } current = { NULL, -1 };   /* device -1: any, as of the default stream */
+static PyObject *workspace_hook, *stream_hook;                         /* of longlora/cuda.py, which sets them */
+
+/* "cpu", "cuda:0"; as long as the caller's statement lives. */
+typedef struct { char text[16]; } DeviceName;
+static DeviceName device_name(int device) {
+    DeviceName name = { "cpu" };
+    if (device) PyOS_snprintf(name.text, sizeof name.text, "cuda:%d", device - 1);
+    return name;
+}
+
+/* 0 when the CUDA device of this index can be used; -1 and why in last_error(). */
+static int usable(int index) {
+    return cuda ? cuda->usable(index) : fail("this build has no CUDA kernels; installing again where nvcc is found makes one that has");
+}
+
+/* The failure of a call on a device (counted as in Tensor) as an exception, and the error forgotten where it can be; NULL. */
+static PyObject *cuda_failed(const char *op, int device) {
+    char words[512];
+    PyOS_snprintf(words, sizeof words, "%s", last_error());
+    if (cuda->recover(device - 1))
+        return PyErr_Format(PyExc_RuntimeError, "%s: %s. By this error, of this call or of work queued before it, the process has "
+                            "lost %s and must be started anew", op, words, device_name(device).text);
+    return PyErr_Format(strstr(words, "out of memory") ? PyExc_MemoryError : PyExc_RuntimeError, "%s: %s", op, words);
+}
+
+/* The thread's stream for a device; -1 and fail() if it is another device's. */
+static int own_stream(int device, void **stream) {
+    *stream = current.stream;
+    if (current.device < 0 || current.device == device - 1) return 0;
+    return fail("the stream set by longlora.cuda.stream is of cuda:%d, the call is on %s", current.device,
+                device_name(device).text);
+}
+
+/* Later work on `stream` of `device` waits for what is queued now on `other` of `other_device`. */
+static int order(int device, void *stream, int other_device, void *other) {
+    void *mark = NULL;
+    if (stream == other && device == other_device) return 0;
+    int entered = cuda->enter(other_device - 1), status = entered < 0 ? -1 : cuda->mark(other, &mark);
+    cuda->leave(entered);
+    if (!status) {
+        entered = cuda->enter(device - 1);
+        status = entered < 0 ? -1 : cuda->wait(stream, mark);
+        cuda->leave(entered);
+    }
+    if (mark) cuda->forget(mark);
+    return status;
+}
+
 /* ---- longlora.Tensor ---------------------------------------------------------------------------------------------- */
 
 /* Owns its memory, or borrows a foreign buffer's, or is a view; a view keeps the Tensor that owns or borrows (never another
@@ -82,7 +136,7 @@ static int parse_spec(const char *text, Spec *spec) {
 typedef struct {
     PyObject_HEAD
     Tensor t;
-    int readonly, has_buffer;
+    int readonly, has_buffer, pinned;
     PyObject *base;                                                    /* of a view */
     Py_buffer buffer;                                                  /* of wrap() */
     void *memory;                                                      /* of an owner, and its size */
@@ -179,32 +233,80 @@ static TensorObject *new_view(PyObject *base, const Tensor *t, int readonly) {
     if (!view) return NULL;
     view->t = *t;
     view->readonly = readonly;
+    view->pinned = ((TensorObject *)base)->pinned;
     view->base = Py_NewRef(((TensorObject *)base)->base ? ((TensorObject *)base)->base : base);
     return view;
 }
 
-static PyObject *tensor_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *names[] = { "shape", "dtype", NULL };
-    PyObject *shape, *dtype = NULL;
-    Tensor t = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|U:Tensor", names, &shape, &dtype) || read_shape(shape, &t)) return NULL;
-    t.dtype = dtype ? find_dtype(dtype) : F32;
-    if (t.dtype < 0) return NULL;
-    TensorObject *self = (TensorObject *)PyType_GenericAlloc(type, 0);
+/* An owner of zeros of t's shape, dtype and device. */
+static TensorObject *new_tensor(const Tensor *t, int pinned) {
+    TensorObject *self = (TensorObject *)PyType_GenericAlloc(TensorType, 0);
     if (!self) return NULL;
-    self->bytes = (size_t)(elements_of(&t) * dtype_size(t.dtype));
-    self->memory = t.data = take_memory(self->bytes);
-    self->t = t;
-    if (self->memory) return (PyObject *)self;
-    PyErr_Format(PyExc_MemoryError, "Tensor: %zu bytes cannot be had", self->bytes);
+    self->bytes = (size_t)(elements_of(t) * dtype_size(t->dtype));
+    self->t = *t;
+    self->pinned = pinned;
+    int status = 0, entered = 0;
+    Py_BEGIN_ALLOW_THREADS
+    if (pinned) status = cuda->allocate_pinned((int64_t)self->bytes, &self->memory);
+    else if (t->device) {
+        entered = cuda->enter(t->device - 1);
+        status = entered < 0 ? -1 : cuda->allocate((int64_t)self->bytes, &self->memory);
+        cuda->leave(entered);
+    } else if (!(self->memory = take_memory(self->bytes))) status = fail("out of memory: %zu bytes cannot be had", self->bytes);
+    Py_END_ALLOW_THREADS
+    self->t.data = self->memory;
+    if (!status) return self;
+    if (pinned || t->device) cuda_failed("Tensor", t->device ? t->device : 1);
+    else PyErr_Format(PyExc_MemoryError, "Tensor: %s", last_error());
     Py_DECREF(self);
     return NULL;
+}
+
+/* "cpu", "cuda" (the first), "cuda:1" -> as Tensor.device has it; -1 with an exception. */
+static int find_device(PyObject *name) {
+    Py_ssize_t length;
+    const char *text = PyUnicode_AsUTF8AndSize(name, &length);
+    if (!text) return -1;
+    if (!strcmp(text, "cpu")) return 0;
+    int index = 0, end = 0;
+    if (strcmp(text, "cuda") && (sscanf(text, "cuda:%3d%n", &index, &end) != 1 || text[end] || index < 0))
+        return PyErr_Format(PyExc_ValueError, "Tensor: device should be cpu, cuda or cuda:N, got %R", name), -1;
+    if (usable(index)) return PyErr_Format(PyExc_RuntimeError, "Tensor: %U cannot be used: %s", name, last_error()), -1;
+    return index + 1;
+}
+
+static PyObject *tensor_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    static char *names[] = { "shape", "dtype", "device", "pinned", NULL };
+    PyObject *shape, *dtype = NULL, *device = NULL;
+    int pinned = 0;
+    Tensor t = {0};
+    (void)type;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|UU$p:Tensor", names, &shape, &dtype, &device, &pinned) ||
+        read_shape(shape, &t) || (t.dtype = dtype ? find_dtype(dtype) : F32) < 0 ||
+        (t.device = device ? find_device(device) : 0) < 0) return NULL;
+    if (pinned && t.device)
+        return PyErr_Format(PyExc_ValueError, "Tensor: pinned memory is the CPU's, got device %R", device);
+    if (pinned && usable(0)) return PyErr_Format(PyExc_RuntimeError, "Tensor: memory cannot be pinned: %s", last_error());
+    return (PyObject *)new_tensor(&t, pinned);
+}
+
+/* Waits for the device when there is one, so others run meanwhile. */
+static void free_device_memory(TensorObject *self) {
+    Py_BEGIN_ALLOW_THREADS
+    if (self->pinned) cuda->release_pinned(self->memory);
+    else {
+        int entered = cuda->enter(self->t.device - 1);
+        cuda->release(self->memory);
+        cuda->leave(entered);
+    }
+    Py_END_ALLOW_THREADS
 }
 
 static void tensor_dealloc(PyObject *object) {
     TensorObject *self = (TensorObject *)object;
     PyTypeObject *type = Py_TYPE(object);
-    if (self->memory) free_memory(self->memory, self->bytes);
+    if (self->memory && (self->t.device || self->pinned)) free_device_memory(self);
+    else if (self->memory) free_memory(self->memory, self->bytes);
     if (self->has_buffer) PyBuffer_Release(&self->buffer);
     Py_XDECREF(self->base);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
@@ -254,6 +356,7 @@ static PyObject *tensor_view(PyObject *object, PyObject *args, PyObject *kwargs)
         return PyErr_Format(PyExc_ValueError, "Tensor.view: %lld bytes at offset %zd should lie in %lld", (long long)want,
                             offset, (long long)have);
     t.data = (char *)self->t.data + offset;
+    t.device = self->t.device;
     if ((uintptr_t)t.data % (size_t)dtype_size(t.dtype))
         return PyErr_Format(PyExc_ValueError, "Tensor.view: offset %zd is not aligned to %s", offset, dtype_names[t.dtype]);
     return (PyObject *)new_view(object, &t, self->readonly);
@@ -264,6 +367,7 @@ static PyObject *tensor_reshape(PyObject *object, PyObject *shape) {
     Tensor t = {0};
     if (read_shape(shape, &t)) return NULL;
     t.dtype = self->t.dtype;
+    t.device = self->t.device;
     t.data = self->t.data;
     if (!is_contiguous(&self->t)) return PyErr_Format(PyExc_ValueError, "Tensor.reshape: the tensor should be contiguous");
     if (elements_of(&t) != elements_of(&self->t))
@@ -313,6 +417,9 @@ static PyObject *tensor_numpy(PyObject *object, PyObject *unused) {
     TensorObject *self = (TensorObject *)object;
     const Tensor *t = &self->t;
     PyArray_Descr *descr = NULL;
+    if (t->device)
+        return PyErr_Format(PyExc_TypeError, "Tensor.numpy: the tensor is on %s, NumPy is on the CPU; use cpu().numpy()",
+                            device_name(t->device).text);
     if (t->dtype == BF16) {
         PyObject *module = PyImport_ImportModule("ml_dtypes");
         PyObject *type = module ? PyObject_GetAttrString(module, "bfloat16") : NULL;
@@ -382,10 +489,141 @@ static int copy_row(int64_t row, void *context) {
 
 static void copy_all(const Copy *c) {
     int64_t n = elements_of(&c->out), last = c->out.ndim ? c->out.shape[c->out.ndim - 1] : 1;
-    if (!n) return;
+    if (n) parallel_for(n / last, last / 4 + 1, copy_row, (void *)c);
+}
+
+static void make_dense(Tensor *t) {
+    int64_t stride = 1;
+    for (int i = t->ndim - 1; i >= 0; stride *= t->shape[i--]) t->stride[i] = stride;
+}
+
+/* Between the CPU and the entered device, through a piece of pinned memory that is kept for the next time. */
+enum { STAGE = 8 << 20 };
+static int copy_by_stage(const Tensor *out, const Tensor *x, void *stage, void *stream) {
+    Tensor middle = dtype_size(x->dtype) < dtype_size(out->dtype) ? *x : *out;         /* the fewer bytes */
+    if (elements_of(out) * dtype_size(middle.dtype) > STAGE) {         /* the two halves of the first axis that has two */
+        Tensor halves[2][2] = { { *out, *x }, { *out, *x } };
+        int axis = 0;
+        while (out->shape[axis] == 1) axis++;
+        int64_t first = out->shape[axis] / 2;
+        for (int i = 0; i < 2; i++) {
+            Tensor *last = &halves[1][i];
+            halves[0][i].shape[axis] = first;
+            last->shape[axis] -= first;
+            last->data = at(last, first * last->stride[axis]);
+        }
+        return copy_by_stage(&halves[0][0], &halves[0][1], stage, stream) ||
+               copy_by_stage(&halves[1][0], &halves[1][1], stage, stream) ? -1 : 0;
+    }
+    make_dense(&middle);
+    middle.data = stage;
+    if (out->device) {
+        copy_all(&(Copy){ .out = middle, .x = *x });
+        return cuda->copy(out, &middle, stream) || cuda->synchronize(stream) ? -1 : 0;
+    }
+    if (cuda->copy(&middle, x, stream) || cuda->synchronize(stream)) return -1;
+    copy_all(&(Copy){ .out = *out, .x = middle });
+    return 0;
+}
+
+/* x, whose former work is on x_stream, into out of the same shape on the CPU or on x's device or another; without the GIL.
+ * Waits for the copy where one side is the CPU's, unless that is pinned. */
+typedef struct { Tensor t; int pinned; void *stream; } Side;
+
+static int copy_with_cpu(const Side *out, const Side *x, void *stream) {
+    static _Atomic(void *) spare;
+    int64_t bytes = elements_of(&out->t) * dtype_size(out->t.dtype);
+    if (out->pinned || x->pinned) return cuda->copy(&out->t, &x->t, stream);
+    if (out->t.dtype == x->t.dtype && is_contiguous(&out->t) && is_contiguous(&x->t))
+        return cuda->copy_bytes(out->t.data, x->t.data, bytes, stream) || cuda->synchronize(stream) ? -1 : 0;
+    void *stage = atomic_exchange(&spare, NULL);
+    if (!stage && cuda->allocate_pinned(STAGE, &stage)) return -1;
+    int status = copy_by_stage(&out->t, &x->t, stage, stream);
+    stage = atomic_exchange(&spare, stage);
+    if (stage) cuda->release_pinned(stage);
+    return status;
+}
+
+/* Between two devices go dense bytes of one dtype: x is brought into that form on its own device, out from it on its. */
+static int copy_between_devices(const Side *out, const Side *x, void *stream) {
+    int64_t bytes = elements_of(&out->t) * dtype_size(out->t.dtype);
+    Tensor from = x->t, to = out->t;
+    void *memory[2] = { NULL, NULL };
+    int status = 0, entered;
+    if (!is_contiguous(&from) || from.dtype != to.dtype) {
+        from.dtype = to.dtype;
+        make_dense(&from);
+        status = (entered = cuda->enter(from.device - 1)) < 0 || cuda->allocate(bytes, &memory[0]);
+        from.data = memory[0];
+        status = status || cuda->copy(&from, &x->t, x->stream) ? -1 : 0;
+        cuda->leave(entered);
+    }
+    if (!status) status = order(to.device, stream, from.device, x->stream);
+    entered = cuda->enter(to.device - 1);
+    if (entered < 0) status = -1;
+    if (!status && !is_contiguous(&to)) {
+        make_dense(&to);
+        status = cuda->allocate(bytes, &memory[1]);
+        to.data = memory[1];
+    }
+    if (!status) status = cuda->copy_peer(to.data, to.device - 1, from.data, from.device - 1, bytes, stream);
+    if (!status && memory[1]) status = cuda->copy(&out->t, &to, stream);
+    if (!status && (memory[0] || memory[1])) status = cuda->synchronize(stream);
+    for (int i = 0; i < 2; i++) if (memory[i]) cuda->release(memory[i]);
+    cuda->leave(entered);
+    return status ? -1 : order(from.device, x->stream, to.device, stream);
+}
+
+/* *stream: where the copy was queued. */
+static int copy_between(const Side *out, const Side *x, void **stream) {
+    int device = out->t.device ? out->t.device : x->t.device, status = 0;
+    *stream = out->t.device ? out->stream : x->stream;
+    if (!device) return copy_all(&(Copy){ .out = out->t, .x = x->t }), 0;
+    if (!elements_of(&out->t)) return 0;
+    if (out->t.device && x->t.device && out->t.device != x->t.device) return copy_between_devices(out, x, *stream);
+    if (x->t.device) status = order(device, *stream, device, x->stream);
+    int entered = cuda->enter(device - 1);
+    if (entered < 0) return -1;
+    if (!status) status = out->t.device && x->t.device ? cuda->copy(&out->t, &x->t, *stream) : copy_with_cpu(out, x, *stream);
+    cuda->leave(entered);
+    if (!status && x->t.device) status = order(device, x->stream, device, *stream);
+    return status;
+}
+
+/* For Python: 0, or -1 with an exception. */
+static int copy_sides(const char *op, const Side *out, const Side *x, void **stream) {
+    int status;
     Py_BEGIN_ALLOW_THREADS
-    parallel_for(n / last, last / 4 + 1, copy_row, (void *)c);
+    status = copy_between(out, x, stream);
     Py_END_ALLOW_THREADS
+    if (status) cuda_failed(op, out->t.device ? out->t.device : x->t.device);
+    return status;
+}
+
+/* A Tensor's side; its work is on the thread's stream. -1 with an exception. */
+static int side_of(const TensorObject *self, const char *op, Side *side) {
+    *side = (Side){ self->t, self->pinned, NULL };
+    if (!self->t.device || !own_stream(self->t.device, &side->stream)) return 0;
+    PyErr_Format(PyExc_ValueError, "%s: %s", op, last_error());
+    return -1;
+}
+
+/* A new Tensor on `device` with what `self` has. */
+static TensorObject *copy_to(TensorObject *self, int device, const char *op) {
+    Tensor t = self->t;
+    Side out, x;
+    void *stream;
+    make_dense(&t);
+    t.device = device;
+    TensorObject *twin = new_tensor(&t, 0);
+    if (twin && (side_of(twin, op, &out) || side_of(self, op, &x) || copy_sides(op, &out, &x, &stream))) Py_CLEAR(twin);
+    return twin;
+}
+
+static PyObject *tensor_cpu(PyObject *object, PyObject *unused) {
+    (void)unused;
+    TensorObject *self = (TensorObject *)object;
+    return self->t.device ? (PyObject *)copy_to(self, 0, "Tensor.cpu") : Py_NewRef(object);
 }
 
 static PyObject *tensor_fill(PyObject *object, PyObject *number) {
@@ -406,15 +644,26 @@ static PyObject *tensor_fill(PyObject *object, PyObject *number) {
         default: store1(c.value, dtype, (float)value);
     }
     c.zero = !memcmp(c.value, (char[8]){0}, 8);
+    Side side;
+    if (side_of(self, "Tensor.fill", &side)) return NULL;
+    int status = 0;
     enum { ROW = 1 << 18 };                                            /* if it is contiguous: many rows for many threads */
-    if (is_contiguous(&c.out)) {
-        int64_t n = elements_of(&c.out);
-        c.out = (Tensor){ c.out.data, { n / ROW, ROW }, { ROW, 1 }, 2, dtype };
+    Py_BEGIN_ALLOW_THREADS
+    if (c.out.device) {
+        int entered = cuda->enter(c.out.device - 1);
+        status = entered < 0 ? -1 : cuda->fill(&c.out, c.value, side.stream);
+        cuda->leave(entered);
+    } else {
+        if (is_contiguous(&c.out)) {
+            int64_t n = elements_of(&c.out);
+            c.out = (Tensor){ c.out.data, { n / ROW, ROW }, { ROW, 1 }, 2, dtype, 0 };
+            copy_all(&c);
+            c.out = (Tensor){ at(&c.out, n / ROW * ROW), { n % ROW }, { 1 }, 1, dtype, 0 };
+        }
         copy_all(&c);
-        c.out = (Tensor){ at(&c.out, n / ROW * ROW), { n % ROW }, { 1 }, 1, dtype };
     }
-    copy_all(&c);
-    Py_RETURN_NONE;
+    Py_END_ALLOW_THREADS
+    return status ? cuda_failed("Tensor.fill", c.out.device) : Py_NewRef(Py_None);
 }
 
 static PyObject *tensor_copy(PyObject *object, PyObject *source);      /* needs borrow(), below */
@@ -430,7 +679,14 @@ static PyObject *get_dtype(PyObject *object, void *unused) {
     (void)unused;
     return PyUnicode_FromString(dtype_names[((TensorObject *)object)->t.dtype]);
 }
-static PyObject *get_device(PyObject *object, void *unused) { (void)object; (void)unused; return PyUnicode_FromString("cpu"); }
+static PyObject *get_device(PyObject *object, void *unused) {
+    (void)unused;
+    return PyUnicode_FromString(device_name(((TensorObject *)object)->t.device).text);
+}
+static PyObject *get_pinned(PyObject *object, void *unused) {
+    (void)unused;
+    return PyBool_FromLong(((TensorObject *)object)->pinned);
+}
 static PyObject *get_ndim(PyObject *object, void *unused) {
     (void)unused;
     return PyLong_FromLong(((TensorObject *)object)->t.ndim);
@@ -442,8 +698,11 @@ static PyObject *get_nbytes(PyObject *object, void *unused) {
 }
 static PyObject *tensor_repr(PyObject *object) {
     PyObject *shape = get_shape(object, NULL), *text = NULL;
-    const char *dtype = dtype_names[((TensorObject *)object)->t.dtype];
-    if (shape) text = PyUnicode_FromFormat("longlora.Tensor(shape=%R, dtype='%s')", shape, dtype);
+    const Tensor *t = &((TensorObject *)object)->t;
+    const char *dtype = dtype_names[t->dtype];
+    if (shape && t->device)
+        text = PyUnicode_FromFormat("longlora.Tensor(shape=%R, dtype='%s', device='%s')", shape, dtype, device_name(t->device).text);
+    else if (shape) text = PyUnicode_FromFormat("longlora.Tensor(shape=%R, dtype='%s')", shape, dtype);
     Py_XDECREF(shape);
     return text;
 }
@@ -455,7 +714,8 @@ static int tensor_getbuffer(PyObject *object, Py_buffer *view, int flags) {
     int asked = flags & ~PyBUF_STRIDES, strides = (flags & PyBUF_STRIDES) == PyBUF_STRIDES;
     int rows = !strides || (asked & (PyBUF_C_CONTIGUOUS | PyBUF_ANY_CONTIGUOUS)), columns = asked & PyBUF_F_CONTIGUOUS;
     const char *why = NULL;
-    if (!formats[t->dtype]) why = "Tensor: the buffer protocol has no bfloat16; use view(shape, 'uint8'), numpy() or DLPack";
+    if (t->device) why = "Tensor: the tensor is on a GPU, the buffer protocol is for the CPU's memory; use cpu()";
+    else if (!formats[t->dtype]) why = "Tensor: the buffer protocol has no bfloat16; use view(shape, 'uint8'), numpy() or DLPack";
     else if ((flags & PyBUF_WRITABLE) && self->readonly) why = "Tensor: the tensor is read-only";
     else if (((rows || columns) && !is_contiguous(t)) || (columns && t->ndim > 1))
         why = "Tensor: the tensor is not contiguous in the order asked for";
@@ -513,42 +773,59 @@ static int read_pair(PyObject *pair, const char *name, int *first, int *second) 
     return -1;
 }
 
+/* The consumer's stream, by the words of the array API, waits for the thread's; 0, or -1 with an exception. */
+static int join_stream(int device, PyObject *stream) {
+    static const char op[] = "Tensor.__dlpack__";
+    unsigned long long handle = 1;                                     /* None: the legacy default stream */
+    void *own;
+    int of;
+    if (stream != Py_None) {
+        long long given = PyLong_AsLongLong(stream);
+        if (given == -1 && !PyErr_Occurred()) return 0;                /* -1: the consumer sees to it */
+        if (given == -1 || given < -1 || given == 0)
+            return PyErr_Format(PyExc_BufferError, "%s: stream should be None, -1, 1 (legacy default), 2 (per thread) or a handle, got "
+                                "%R", op, stream), -1;
+        handle = (unsigned long long)given;
+    }
+    if (own_stream(device, &own)) return PyErr_Format(PyExc_ValueError, "%s: %s", op, last_error()), -1;
+    if (cuda->stream_device((void *)(uintptr_t)handle, &of)) return cuda_failed(op, device), -1;
+    if (of >= 0 && of != device - 1)
+        return PyErr_Format(PyExc_BufferError, "%s: stream is of cuda:%d, the tensor is on %s", op, of, device_name(device).text), -1;
+    if (!own) own = (void *)1;
+    return order(device, (void *)(uintptr_t)handle, device, own) ? (cuda_failed(op, device), -1) : 0;
+}
+
 static PyObject *tensor_dlpack(PyObject *object, PyObject *args, PyObject *kwargs) {
     static char *names[] = { "stream", "max_version", "dl_device", "copy", NULL };
     PyObject *stream = Py_None, *max_version = Py_None, *device = Py_None, *copy = Py_None;
     TensorObject *self = (TensorObject *)object;
-    int type = kDLCPU, id = 0, major = 0, minor = 0;
+    int type = self->t.device ? kDLCUDA : kDLCPU, id = self->t.device ? self->t.device - 1 : 0, major = 0, minor = 0;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$OOOO:__dlpack__", names, &stream, &max_version, &device, &copy) ||
         read_pair(device, "dl_device", &type, &id) < 0 || read_pair(max_version, "max_version", &major, &minor) < 0)
         return NULL;
-    if (stream != Py_None)
+    int target = type == kDLCUDA ? id + 1 : 0, versioned = major >= 1, copied = copy == Py_True || target != self->t.device;
+    if ((type != kDLCPU || id) && (type != kDLCUDA || usable(id)))
+        return PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: dl_device should be (1, 0) or (2, a CUDA device), got %R", device);
+    if (copied && copy == Py_False)
+        return PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: the tensor is on %s and cannot be had on %s without a copy",
+                            device_name(self->t.device).text, device_name(target).text);
+    if (!target && stream != Py_None)
         return PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: stream should be None on the CPU, got %R", stream);
-    if (type != kDLCPU || id)
-        return PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: dl_device should be (1, 0), got %R", device);
-    int versioned = major >= 1;
-    if (copy == Py_True) {
-        Copy c = { .out = self->t, .x = self->t };
-        PyObject *shape = get_shape(object, NULL), *twin = NULL;
-        if (shape) twin = PyObject_CallFunction((PyObject *)TensorType, "Os", shape, dtype_names[self->t.dtype]);
-        Py_XDECREF(shape);
-        if (!twin) return NULL;
-        object = twin;
-        self = (TensorObject *)twin;
-        c.out = self->t;
-        copy_all(&c);
-    } else Py_INCREF(object);
+    if (copied) self = copy_to(self, target, "Tensor.__dlpack__");
+    else Py_INCREF(object);
+    if (!self || (target && join_stream(target, stream))) { Py_XDECREF((PyObject *)self); return NULL; }
     Export *e = self->readonly && !versioned ? NULL : PyMem_Malloc(sizeof *e);
     if (!e) {
         if (versioned || !self->readonly) PyErr_NoMemory();
         else PyErr_SetString(PyExc_BufferError, "Tensor.__dlpack__: a read-only tensor needs max_version of at least (1, 0)");
-        Py_DECREF(object);
+        Py_DECREF(self);
         return NULL;
     }
     for (int i = 0; i < self->t.ndim; i++) { e->shape[i] = self->t.shape[i]; e->strides[i] = self->t.stride[i]; }
-    e->owner = object;                                                 /* the reference taken above */
-    DLTensor t = { self->t.data, { kDLCPU, 0 }, self->t.ndim, { dl_types[self->t.dtype].code, dl_types[self->t.dtype].bits, 1 },
+    e->owner = (PyObject *)self;                                       /* the reference taken above */
+    DLTensor t = { self->t.data, { type, id }, self->t.ndim, { dl_types[self->t.dtype].code, dl_types[self->t.dtype].bits, 1 },
                    e->shape, e->strides, 0 };
-    uint64_t flags = copy == Py_True ? DLPACK_FLAG_BITMASK_IS_COPIED : self->readonly ? DLPACK_FLAG_BITMASK_READ_ONLY : 0;
+    uint64_t flags = copied ? DLPACK_FLAG_BITMASK_IS_COPIED : self->readonly ? DLPACK_FLAG_BITMASK_READ_ONLY : 0;
     if (versioned) e->managed.versioned = (DLManagedTensorVersioned){ { 1, 0 }, e, delete_versioned, flags, t };
     else e->managed.old = (DLManagedTensor){ t, e, delete_old };
     PyObject *capsule = PyCapsule_New(&e->managed, versioned ? "dltensor_versioned" : "dltensor", drop_capsule);
@@ -557,8 +834,9 @@ static PyObject *tensor_dlpack(PyObject *object, PyObject *args, PyObject *kwarg
 }
 
 static PyObject *tensor_dlpack_device(PyObject *object, PyObject *unused) {
-    (void)object; (void)unused;
-    return Py_BuildValue("(ii)", kDLCPU, 0);
+    (void)unused;
+    int device = ((TensorObject *)object)->t.device;
+    return Py_BuildValue("(ii)", device ? kDLCUDA : kDLCPU, device ? device - 1 : 0);
 }
 
 static PyMethodDef tensor_methods[] = {
@@ -571,9 +849,12 @@ static PyMethodDef tensor_methods[] = {
     { "numpy", tensor_numpy, METH_NOARGS, "numpy($self, /)\n--\n\nAn ndarray on the same memory. bfloat16 needs ml_dtypes." },
     { "__array__", (PyCFunction)(void (*)(void))tensor_array, METH_VARARGS | METH_KEYWORDS,
       "__array__($self, dtype=None, copy=None)\n--\n\n" },
+    { "cpu", tensor_cpu, METH_NOARGS,
+      "cpu($self, /)\n--\n\nA copy in the CPU's memory, which it waits for; the tensor itself if it is there." },
     { "fill", tensor_fill, METH_O, "fill($self, value, /)\n--\n\nSets every element." },
     { "copy_", tensor_copy, METH_O,
-      "copy_($self, source, /)\n--\n\nCopies an array of the same shape; float dtypes are converted." },
+      "copy_($self, source, /)\n--\n\nCopies an array of the same shape, on any device; float dtypes are converted.\n"
+      "Between the CPU and a GPU it waits for the copy; if the CPU's side is a pinned Tensor, and between GPUs, it is queued." },
     { "__dlpack__", (PyCFunction)(void (*)(void))tensor_dlpack, METH_VARARGS | METH_KEYWORDS,
       "__dlpack__($self, *, stream=None, max_version=None, dl_device=None, copy=None)\n--\n\n" },
     { "__dlpack_device__", tensor_dlpack_device, METH_NOARGS, "__dlpack_device__($self, /)\n--\n\n" },
@@ -581,12 +862,14 @@ static PyMethodDef tensor_methods[] = {
 };
 static PyGetSetDef tensor_getset[] = {
     { "shape", get_shape, NULL, "Sizes of the axes.", NULL }, { "dtype", get_dtype, NULL, "The dtype's name.", NULL },
-    { "device", get_device, NULL, "\"cpu\".", NULL }, { "ndim", get_ndim, NULL, "Number of axes.", NULL },
+    { "device", get_device, NULL, "\"cpu\" or \"cuda:N\".", NULL },
+    { "pinned", get_pinned, NULL, "Whether GPUs copy from and to it in the background.", NULL }, { "ndim", get_ndim, NULL, "Number of axes.", NULL },
     { "nbytes", get_nbytes, NULL, "Bytes of the elements.", NULL }, { NULL, NULL, NULL, NULL, NULL } };
 static PyType_Slot tensor_slots[] = {
-    { Py_tp_doc, "Tensor(shape, dtype=\"float32\")\n--\n\n"
+    { Py_tp_doc, "Tensor(shape, dtype=\"float32\", device=\"cpu\", *, pinned=False)\n--\n\n"
                  "Zeros with a shape: allocate, view, copy, export; not an array library.\n"
                  "dtype float32, bfloat16, float16, float64, int32, int64 or uint8; at most 4 axes.\n"
+                 "device cpu, cuda or cuda:N; pinned: memory of the CPU that GPUs copy from and to in the background.\n"
                  "Speaks DLPack and the buffer protocol, both ways." },
     { Py_tp_new, tensor_new }, { Py_tp_dealloc, tensor_dealloc }, { Py_tp_methods, tensor_methods },
     { Py_tp_getset, tensor_getset },
@@ -608,13 +891,48 @@ static int refuse(PyObject *type, const char *op, const Arg *arg, const char *fo
 /* ---- borrowing --------------------------------------------------------------------------------------------------- */
 
 /* What must be given back when the call is over: nothing for NumPy and Tensor, a managed tensor or a capsule else. */
-typedef struct { PyObject *capsule; DLManagedTensorVersioned *managed; } Loan;
+typedef struct { PyObject *capsule; DLManagedTensorVersioned *managed; int device; } Loan;
 
-static void give_back(Loan *loans, int count) {
+/* Where a call's work goes: the current stream of the first argument whose library has one in the exchange API (torch), else the
+ * hook's answer for the first one (CuPy's current stream), else the thread's own. `like` is that argument. */
+typedef struct { PyObject *like; void *stream; enum { NOWHERE, OWN, THEIRS } whose; } Queue;
+
+/* Capsules whose memory queued work still reads or writes: a producer may use it again as soon as it has its capsule back.
+ * They go back when the work has run, which later calls look for. */
+enum { MOST_HELD = 64 };
+static struct { PyObject *capsule; void *mark; } held[MOST_HELD];
+static int held_count;
+
+static void release_held(int all) {
+    for (int i = 0; i < held_count;) {
+        if (all) cuda->await(held[i].mark);
+        if (!all && !cuda->passed(held[i].mark)) { i++; continue; }
+        PyObject *capsule = held[i].capsule;
+        cuda->forget(held[i].mark);
+        held[i] = held[--held_count];
+        Py_DECREF(capsule);                                            /* may run Python, which may come here again */
+    }
+}
+
+static void hold(PyObject *capsule, int device, void *stream) {
+    void *mark = NULL;
+    release_held(held_count == MOST_HELD);
+    int entered = cuda->enter(device - 1);
+    if (entered < 0 || cuda->mark(stream, &mark)) Py_DECREF(capsule);
+    else {
+        held[held_count].capsule = capsule;
+        held[held_count++].mark = mark;
+    }
+    cuda->leave(entered);
+}
+
+/* queue: where work on the loans is queued, NULL if nothing is. */
+static void give_back(Loan *loans, int count, const Queue *queue) {
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);                            /* deleters may run Python, without an exception set */
     for (int i = 0; i < count; i++) {
-        Py_XDECREF(loans[i].capsule);                                  /* still named as it came: its destructor frees it */
+        if (queue && loans[i].capsule && loans[i].device) hold(loans[i].capsule, loans[i].device, queue->stream);
+        else Py_XDECREF(loans[i].capsule);                             /* still named as it came: its destructor frees it */
         if (loans[i].managed && loans[i].managed->deleter) loans[i].managed->deleter(loans[i].managed);
     }
     PyErr_Restore(type, value, traceback);
@@ -656,8 +974,12 @@ static int borrow_numpy(PyArrayObject *array, Tensor *t, const char *op, const A
 
 static int borrow_dltensor(const DLTensor *d, Tensor *t, const char *op, const Arg *arg) {
     int device = (int)d->device.device_type;
-    if (device != kDLCPU && device != kDLCUDAHost && device != kDLCUDAManaged)
-        return refuse(PyExc_BufferError, op, arg, "should be on the CPU, got DLPack device type %d", device);
+    if (device == kDLCUDA) {
+        if (usable(d->device.device_id))
+            return refuse(PyExc_BufferError, op, arg, "is on cuda:%d, which cannot be used: %s", d->device.device_id, last_error());
+        t->device = d->device.device_id + 1;
+    } else if (device != kDLCPU && device != kDLCUDAHost && device != kDLCUDAManaged)
+        return refuse(PyExc_BufferError, op, arg, "should be on the CPU or a CUDA device, got DLPack device type %d", device);
     t->dtype = -1;
     for (int i = 0; i < DTYPES; i++)
         if (dl_types[i].code == d->dtype.code && dl_types[i].bits == d->dtype.bits && d->dtype.lanes == 1) t->dtype = i;
@@ -708,21 +1030,72 @@ static int borrow_managed(const DLManagedTensorVersioned *m, Tensor *t, const ch
     return borrow_dltensor(&m->dl_tensor, t, op, arg);
 }
 
-static int borrow_capsule(PyObject *object, Tensor *t, Loan *loan, const char *op, const Arg *arg) {
+/* The device of an object that says it, as Tensor counts: 0 the CPU and whatever borrow_dltensor refuses; -1 with an exception. */
+static int device_of(PyObject *object, const char *op, const Arg *arg) {
+    int type = kDLCPU, id = 0;
+    PyObject *pair = PyObject_CallMethod(object, "__dlpack_device__", NULL);
+    if (!pair && !PyErr_ExceptionMatches(PyExc_AttributeError)) return producer_failed(op, arg);
+    if (!pair) PyErr_Clear();                                          /* NumPy's consumers want it, so only odd ones lack it */
+    int status = pair && (!PyTuple_Check(pair) || !PyArg_ParseTuple(pair, "ii", &type, &id)) ? producer_failed(op, arg) : 0;
+    Py_XDECREF(pair);
+    if (status || type != kDLCUDA) return status;
+    return usable(id) ? refuse(PyExc_BufferError, op, arg, "is on cuda:%d, which cannot be used: %s", id, last_error()) : id + 1;
+}
+
+/* Brings longlora/cuda.py in, which sets the hooks. */
+static int ready(void) {
+    if (workspace_hook) return 0;
+    PyObject *module = PyImport_ImportModule("longlora.cuda");
+    Py_XDECREF(module);
+    return module ? 0 : -1;
+}
+
+/* An argument is on `device`: the queue may follow its stream. */
+static int join_queue(Queue *queue, PyObject *object, int device, const DLPackExchangeAPI *api, const char *op, const Arg *arg) {
+    if (queue->whose == THEIRS || (queue->whose == OWN && !api)) return 0;
+    queue->like = object;
+    queue->whose = api ? THEIRS : OWN;
+    if (api) return api->current_work_stream(kDLCUDA, device - 1, &queue->stream) ? producer_failed(op, arg) : 0;
+    if (!is_tensor(object)) {
+        PyObject *stream = ready() ? NULL : PyObject_CallFunction(stream_hook, "Oi", object, device - 1);
+        if (stream && stream != Py_None) queue->stream = (void *)(uintptr_t)PyLong_AsUnsignedLongLong(stream);
+        int own = stream == Py_None;
+        Py_XDECREF(stream);
+        if (PyErr_Occurred()) return -1;
+        if (!own) return 0;
+    }
+    return own_stream(device, &queue->stream) ? refuse(PyExc_ValueError, op, arg, "cannot be used: %s", last_error()) : 0;
+}
+
+static int borrow_capsule(PyObject *object, Tensor *t, Loan *loan, Queue *queue, const char *op, const Arg *arg) {
     PyObject *method = PyObject_GetAttrString(object, "__dlpack__");
     if (!method) {
         PyErr_Clear();
         refuse(PyExc_TypeError, op, arg, "must be an array (NumPy or DLPack), got %R", (PyObject *)Py_TYPE(object));
         return -1;
     }
-    PyObject *none = PyTuple_New(0), *kwargs = Py_BuildValue("{s(ii)}", "max_version", 1, 0);
-    PyObject *capsule = none && kwargs ? PyObject_Call(method, none, kwargs) : NULL;
+    PyObject *none = NULL, *kwargs = NULL, *capsule = NULL;
+    loan->device = device_of(object, op, arg);
+    if (loan->device < 0 || (loan->device && join_queue(queue, object, loan->device, NULL, op, arg))) goto failed;
+    none = PyTuple_New(0);
+    kwargs = Py_BuildValue("{s(ii)}", "max_version", 1, 0);
+    if (!none || !kwargs) goto failed;
+    if (loan->device) {                                                /* 0 is no word for the default stream there, 1 is */
+        PyObject *stream = PyLong_FromUnsignedLongLong(queue->stream ? (uintptr_t)queue->stream : 1);
+        int status = stream ? PyDict_SetItemString(kwargs, "stream", stream) : -1;
+        Py_XDECREF(stream);
+        if (status) goto failed;
+    }
+    capsule = PyObject_Call(method, none, kwargs);
     if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {         /* a producer from before max_version */
         PyErr_Clear();
-        capsule = PyObject_Call(method, none, NULL);
+        if (PyDict_DelItemString(kwargs, "max_version")) goto failed;
+        capsule = PyObject_Call(method, none, kwargs);
     }
+    if (!capsule) producer_failed(op, arg);
+failed:
     Py_DECREF(method); Py_XDECREF(none); Py_XDECREF(kwargs);
-    if (!capsule) return producer_failed(op, arg);
+    if (!capsule) return -1;
     loan->capsule = capsule;
     if (PyCapsule_IsValid(capsule, "dltensor_versioned"))
         return borrow_managed(PyCapsule_GetPointer(capsule, "dltensor_versioned"), t, op, arg);
@@ -733,7 +1106,9 @@ static int borrow_capsule(PyObject *object, Tensor *t, Loan *loan, const char *o
     return borrow_dltensor(&((DLManagedTensor *)PyCapsule_GetPointer(capsule, "dltensor"))->dl_tensor, t, op, arg);
 }
 
-static int borrow(PyObject *object, Tensor *t, Loan *loan, const char *op, const Arg *arg) {
+/* 0, -1 with an exception, or 1: borrow_capsule() is to be called when all other arguments of the call are borrowed, since it
+ * needs to know the stream. */
+static int borrow(PyObject *object, Tensor *t, Loan *loan, Queue *queue, const char *op, const Arg *arg) {
     if (object == Py_None) {
         t->ndim = -1;
         if (arg->optional) return 0;
@@ -743,38 +1118,49 @@ static int borrow(PyObject *object, Tensor *t, Loan *loan, const char *op, const
     if (is_tensor(object)) {
         const TensorObject *tensor = (TensorObject *)object;
         *t = tensor->t;
-        return arg->output && tensor->readonly ? refuse(PyExc_ValueError, op, arg, "is an output and read-only") : 0;
+        if (arg->output && tensor->readonly) return refuse(PyExc_ValueError, op, arg, "is an output and read-only");
+        return t->device ? join_queue(queue, object, t->device, NULL, op, arg) : 0;
     }
     if (PyArray_Check(object)) return borrow_numpy((PyArrayObject *)object, t, op, arg);
     const DLPackExchangeAPI *api = exchange_api(object);
-    if (!api) return borrow_capsule(object, t, loan, op, arg);
+    if (!api) return 1;
+    int status;
     if (api->dltensor_from_py_object_no_sync && !arg->output) {        /* the cheaper way; it has no read-only flag */
         DLTensor d;
         if (api->dltensor_from_py_object_no_sync(object, &d)) return producer_failed(op, arg);
-        return borrow_dltensor(&d, t, op, arg);
+        status = borrow_dltensor(&d, t, op, arg);
+    } else {
+        if (api->managed_tensor_from_py_object_no_sync(object, &loan->managed)) return producer_failed(op, arg);
+        status = borrow_managed(loan->managed, t, op, arg);
     }
-    if (api->managed_tensor_from_py_object_no_sync(object, &loan->managed)) return producer_failed(op, arg);
-    return borrow_managed(loan->managed, t, op, arg);
+    return !status && t->device ? join_queue(queue, object, t->device, api, op, arg) : status;
 }
 
 static PyObject *tensor_copy(PyObject *object, PyObject *source) {
     static const Arg arg = { .name = "source", .ndim = MAX_NDIM };
     TensorObject *self = (TensorObject *)object;
-    Copy c = { .out = self->t };
+    Side out, side = { .pinned = is_tensor(source) && ((TensorObject *)source)->pinned };
+    Tensor *x = &side.t;
     Loan loan = {0};
-    if (self->readonly) return PyErr_Format(PyExc_ValueError, "Tensor.copy_: the tensor is read-only");
+    Queue queue = {0};
     static const char op[] = "Tensor.copy_";
-    int status = borrow(source, &c.x, &loan, op, &arg);
-    if (!status && c.x.ndim != c.out.ndim)
-        status = refuse(PyExc_ValueError, op, &arg, "should have %d axes, got %d", c.out.ndim, c.x.ndim);
-    for (int i = 0; !status && i < c.out.ndim; i++) if (c.x.shape[i] != c.out.shape[i])
-        status = refuse(PyExc_ValueError, op, &arg, "axis %d should be %lld, got %lld", i, (long long)c.out.shape[i],
-                        (long long)c.x.shape[i]);
-    if (!status && c.x.dtype != c.out.dtype && (c.x.dtype > F16 || c.out.dtype > F16))
-        status = refuse(PyExc_TypeError, op, &arg, "should be %s, got %s", dtype_names[c.out.dtype], dtype_names[c.x.dtype]);
-    if (!status && overlap(&c.out, &c.x)) status = refuse(PyExc_ValueError, op, &arg, "overlaps the tensor");
-    if (!status) copy_all(&c);
-    give_back(&loan, 1);
+    if (self->readonly) return PyErr_Format(PyExc_ValueError, "Tensor.copy_: the tensor is read-only");
+    if (side_of(self, op, &out)) return NULL;
+    int status = borrow(source, x, &loan, &queue, op, &arg);
+    if (status > 0) status = borrow_capsule(source, x, &loan, &queue, op, &arg);
+    if (!status && x->ndim != self->t.ndim)
+        status = refuse(PyExc_ValueError, op, &arg, "should have %d axes, got %d", self->t.ndim, x->ndim);
+    for (int i = 0; !status && i < self->t.ndim; i++) if (x->shape[i] != self->t.shape[i])
+        status = refuse(PyExc_ValueError, op, &arg, "axis %d should be %lld, got %lld", i, (long long)self->t.shape[i],
+                        (long long)x->shape[i]);
+    if (!status && x->dtype != self->t.dtype && (x->dtype > F16 || self->t.dtype > F16))
+        status = refuse(PyExc_TypeError, op, &arg, "should be %s, got %s", dtype_names[self->t.dtype], dtype_names[x->dtype]);
+    if (!status && x->device && (uintptr_t)x->data % (uintptr_t)dtype_size(x->dtype))
+        status = refuse(PyExc_ValueError, op, &arg, "is not aligned to its element size");
+    if (!status && overlap(&self->t, x)) status = refuse(PyExc_ValueError, op, &arg, "overlaps the tensor");
+    side.stream = queue.stream;
+    if (!status) status = copy_sides(op, &out, &side, &queue.stream);
+    give_back(&loan, 1, status ? NULL : &queue);
     return status ? NULL : Py_NewRef(Py_None);
 }
 
@@ -783,11 +1169,15 @@ static PyObject *tensor_copy(PyObject *object, PyObject *source) {
 static int check(const char *op, const Spec *spec, const Tensor *t) {
     int64_t letters[128];
     memset(letters, -1, sizeof letters);
-    int common = -1;
+    int common = -1, first = -1;
     const char *common_name = NULL;
     for (int i = 0; i < spec->tensors; i++) {
         const Arg *arg = &spec->args[i];
         if (!given(&t[i])) continue;
+        if (first < 0) first = i;
+        if (t[i].device != t[first].device)
+            return refuse(PyExc_ValueError, op, arg, "should be on %s as %s is, got %s", device_name(t[first].device).text,
+                          spec->args[first].name, device_name(t[i].device).text);
         if (arg->dtype == COMMON) {
             if (common < 0) { common = t[i].dtype; common_name = arg->name; }
             if (t[i].dtype != F32 && t[i].dtype != BF16 && t[i].dtype != F16)
@@ -897,6 +1287,45 @@ static int check_overlap(const char *op, const Spec *spec, const Tensor *t) {
 static atomic_int_least32_t *calls;    /* how often each op ran, for tests that ask which kernels a step used */
 static int isa;
 
+/* Queues the op; 0, or -1 with an exception. */
+static int call_cuda(const Op *op, const void *all, int device, const Queue *queue) {
+    static const Arg room_arg = { .name = "workspace", .ndim = 1, .output = 1 };
+    CudaCall how = { .stream = queue->stream, .device = device - 1 };
+    PyObject *room = NULL;
+    Loan loan = {0};
+    Queue unused = {0};
+    if (!op->cuda) return PyErr_Format(PyExc_RuntimeError, "%s: this build has no CUDA kernel for it", op->name), -1;
+    if (ready()) return -1;
+    how.workspace_bytes = op->workspace ? op->workspace(all) : 0;
+    if (how.workspace_bytes < 0) return PyErr_SetString(PyExc_ValueError, last_error()), -1;
+    if (how.workspace_bytes) {
+        Tensor t = {0};
+        room = PyObject_CallFunction(workspace_hook, "LiKO", (long long)how.workspace_bytes, how.device,
+                                     (unsigned long long)(uintptr_t)how.stream, queue->like);
+        int status = room ? borrow(room, &t, &loan, &unused, op->name, &room_arg) : -1;
+        if (status > 0) status = borrow_capsule(room, &t, &loan, &unused, op->name, &room_arg);
+        if (!status && (t.device != device || elements_of(&t) * dtype_size(t.dtype) < how.workspace_bytes || (uintptr_t)t.data % 256))
+            status = refuse(PyExc_SystemError, op->name, &room_arg, "should be %lld bytes on %s, aligned to 256, got %R",
+                            (long long)how.workspace_bytes, device_name(device).text, room);
+        if (status) { give_back(&loan, 1, NULL); Py_XDECREF(room); return -1; }
+        how.workspace = t.data;
+    }
+    int status;
+    Py_BEGIN_ALLOW_THREADS
+    int entered = cuda->enter(how.device);
+    status = entered < 0 ? -1 : op->cuda(all, &how);
+    cuda->leave(entered);
+    Py_END_ALLOW_THREADS
+    if (status) {                                                      /* "op: ..." is the kernel's word on its arguments */
+        size_t n = strlen(op->name);
+        if (!strncmp(last_error(), op->name, n) && last_error()[n] == ':') PyErr_SetString(PyExc_ValueError, last_error());
+        else cuda_failed(op->name, device);
+    }
+    give_back(&loan, 1, queue);
+    Py_XDECREF(room);
+    return status;
+}
+
 static PyObject *call(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     int index = (int)PyLong_AsLong(self);
     const char *op = ops[index].name;
@@ -908,7 +1337,16 @@ static PyObject *call(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     double *scalars = (double *)&all.tensors[spec->tensors];           /* the op's struct: tensors, then doubles */
     Loan loans[MAX_ARGS] = {0};
     PyObject *result = NULL;
-    for (int i = 0; i < spec->tensors; i++) if (borrow(args[i], &all.tensors[i], &loans[i], op, &spec->args[i])) goto done;
+    Queue queue = {0};
+    uint32_t capsules = 0;
+    int device = 0, status = -1;
+    for (int i = 0; i < spec->tensors; i++) {
+        int borrowed = borrow(args[i], &all.tensors[i], &loans[i], &queue, op, &spec->args[i]);
+        if (borrowed < 0) goto done;
+        capsules |= (uint32_t)borrowed << i;
+    }
+    for (int i = 0; capsules >> i; i++)
+        if (capsules >> i & 1 && borrow_capsule(args[i], &all.tensors[i], &loans[i], &queue, op, &spec->args[i])) goto done;
     for (int i = 0; i < spec->scalars; i++) {
         const Arg *arg = &spec->args[spec->tensors + i];
         PyObject *value = args[spec->tensors + i];
@@ -919,16 +1357,21 @@ static PyObject *call(PyObject *self, PyObject *const *args, Py_ssize_t count) {
         }
     }
     if (check(op, spec, all.tensors) || check_overlap(op, spec, all.tensors)) goto done;
-    int status;
+    for (int i = 0; i < spec->tensors && !device; i++) if (given(&all.tensors[i])) device = all.tensors[i].device;
+    calls[index]++;
+    if (device) {
+        status = call_cuda(&ops[index], &all, device, &queue);
+        result = status ? NULL : Py_NewRef(Py_None);
+        goto done;
+    }
     Py_BEGIN_ALLOW_THREADS
     status = ops[index].cpu[isa](&all, NULL);
     Py_END_ALLOW_THREADS
-    calls[index]++;
     if (status)                                                        /* scratch() has one way to fail, the kernels another */
         PyErr_SetString(strncmp(last_error(), "out of memory", 13) ? PyExc_ValueError : PyExc_MemoryError, last_error());
     else result = Py_NewRef(Py_None);
 done:
-    give_back(loans, spec->tensors);
+    give_back(loans, spec->tensors, device && !status ? &queue : NULL);
     return result;
 }
 
@@ -1005,6 +1448,119 @@ static PyObject *py_attention_scratch(PyObject *self, PyObject *args) {
     return Py_BuildValue("(LL)", (long long)attention_thread_scratch((D + 15) / 16 * 16), (long long)sums);
 }
 
+/* ---- what longlora/cuda.py is made of ---- */
+
+static PyObject *py_cuda_hooks(PyObject *self, PyObject *args) {
+    (void)self;
+    PyObject *workspace, *stream;
+    if (!PyArg_ParseTuple(args, "OO:cuda_hooks", &workspace, &stream)) return NULL;
+    Py_XDECREF(workspace_hook); Py_XDECREF(stream_hook);
+    workspace_hook = Py_NewRef(workspace);
+    stream_hook = Py_NewRef(stream);
+    Py_RETURN_NONE;
+}
+
+/* -> (how many devices there are, why there is none or None). */
+static PyObject *py_cuda_devices(PyObject *self, PyObject *unused) {
+    (void)self; (void)unused;
+    int count = cuda ? cuda->count() : usable(0);
+    return count < 0 ? Py_BuildValue("(is)", 0, last_error()) : Py_BuildValue("(iO)", count, Py_None);
+}
+
+/* -> (why this one cannot be used or None). */
+static PyObject *py_cuda_refusal(PyObject *self, PyObject *index) {
+    (void)self;
+    int device = (int)PyLong_AsLong(index);
+    if (PyErr_Occurred()) return NULL;
+    return usable(device) ? PyUnicode_FromString(last_error()) : Py_NewRef(Py_None);
+}
+
+/* One function of the table on a device; NULL with an exception. */
+static PyObject *on_device(PyObject *index, const char *name, int (*what)(void *context), void *context) {
+    int device = (int)PyLong_AsLong(index), status;
+    if (PyErr_Occurred()) return NULL;
+    if (usable(device)) return PyErr_Format(PyExc_RuntimeError, "%s: cuda:%d cannot be used: %s", name, device, last_error());
+    Py_BEGIN_ALLOW_THREADS
+    int entered = cuda->enter(device);
+    status = entered < 0 ? -1 : what(context);
+    cuda->leave(entered);
+    Py_END_ALLOW_THREADS
+    return status ? cuda_failed(name, device + 1) : Py_NewRef(Py_None);
+}
+
+static int synchronize_device(void *unused) { (void)unused; return cuda->synchronize_device(); }
+static PyObject *py_cuda_synchronize(PyObject *self, PyObject *index) {
+    (void)self;
+    PyObject *result = on_device(index, "synchronize", synchronize_device, NULL);
+    if (result) release_held(0);
+    return result;
+}
+
+static int memory_info(void *context) { int64_t *m = context; return cuda->memory(&m[0], &m[1]); }
+static PyObject *py_cuda_memory(PyObject *self, PyObject *index) {
+    (void)self;
+    int64_t m[2];
+    PyObject *result = on_device(index, "memory_info", memory_info, m);
+    if (!result) return NULL;
+    Py_DECREF(result);
+    return Py_BuildValue("(LL)", (long long)m[0], (long long)m[1]);
+}
+
+static PyObject *py_cuda_properties(PyObject *self, PyObject *index) {
+    (void)self;
+    CudaProperties p;
+    int device = (int)PyLong_AsLong(index);
+    if (PyErr_Occurred()) return NULL;
+    if (!cuda || cuda->properties(device, &p))
+        return PyErr_Format(PyExc_RuntimeError, "properties: cuda:%d: %s", device, cuda ? last_error() : "this build has no CUDA kernels");
+    return Py_BuildValue("{s:s,s:i,s:i,s:s}", "name", p.name, "sm", p.sm, "multiprocessors", p.multiprocessors, "bus", p.bus);
+}
+
+static PyObject *py_cuda_versions(PyObject *self, PyObject *unused) {
+    (void)self; (void)unused;
+    int driver = 0, runtime = 0;
+    if (cuda) cuda->versions(&driver, &runtime);
+    return Py_BuildValue("(ii)", driver, runtime);
+}
+
+/* The thread's stream -> the former one, as (handle, device or -1). */
+static PyObject *py_cuda_set_stream(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long handle;
+    int device = current.device, of = -1;
+    void *before = current.stream;
+    if (!PyArg_ParseTuple(args, "K:cuda_set_stream", &handle)) return NULL;
+    if (usable(0)) return PyErr_Format(PyExc_RuntimeError, "stream: %s", last_error());
+    if (cuda->stream_device((void *)(uintptr_t)handle, &of)) return cuda_failed("stream", 1);
+    current.stream = (void *)(uintptr_t)handle;
+    current.device = of;
+    return Py_BuildValue("(Ki)", (unsigned long long)(uintptr_t)before, device);
+}
+static PyObject *py_cuda_get_stream(PyObject *self, PyObject *unused) {
+    (void)self; (void)unused;
+    return Py_BuildValue("(Ki)", (unsigned long long)(uintptr_t)current.stream, current.device);
+}
+
+static PyObject *py_cublas_paths(PyObject *self, PyObject *paths) {
+    (void)self;
+    const char *names[16];
+    int count = 0;
+    if (!cuda || !PyTuple_Check(paths)) return PyErr_Format(PyExc_TypeError, "cublas_paths: wanted a tuple, in a build with CUDA");
+    for (Py_ssize_t i = 0; i < PyTuple_Size(paths) && count < 16; i++)
+        if (!(names[count++] = PyUnicode_AsUTF8AndSize(PyTuple_GetItem(paths, i), NULL))) return NULL;
+    if (cuda->cublas_paths) cuda->cublas_paths(names, count);
+    Py_RETURN_NONE;
+}
+/* -> (version, file) of cuBLASLt, loaded if it is not yet; RuntimeError when there is none. */
+static PyObject *py_cublas_version(PyObject *self, PyObject *unused) {
+    (void)self; (void)unused;
+    const char *path = "";
+    if (!cuda) return PyErr_Format(PyExc_RuntimeError, "this build has no CUDA kernels");
+    int64_t version = cuda->cublas_version(&path);
+    if (version < 0) return PyErr_SetString(PyExc_RuntimeError, last_error()), NULL;
+    return Py_BuildValue("(Ls)", (long long)version, path);
+}
+
 static PyObject *py_calls(PyObject *self, PyObject *unused) {
     (void)self; (void)unused;
     PyObject *counts = PyDict_New();
@@ -1032,6 +1588,18 @@ static PyMethodDef methods[] = {
       "head_scratch($module, M, C, V, narrow, /)\n--\n\nBytes of linear_cross_entropy_backward; narrow: x is not float32." },
     { "attention_scratch", py_attention_scratch, METH_VARARGS,
       "attention_scratch($module, B, T, H, K, D, narrow, /)\n--\n\nBytes of s2_attention_backward: of a thread, of sums." },
+    { "cuda_hooks", py_cuda_hooks, METH_VARARGS, "cuda_hooks($module, workspace, stream, /)\n--\n\nSee longlora/cuda.py." },
+    { "cuda_devices", py_cuda_devices, METH_NOARGS, "cuda_devices($module, /)\n--\n\n(count, why there is none or None)" },
+    { "cuda_refusal", py_cuda_refusal, METH_O, "cuda_refusal($module, index, /)\n--\n\nWhy a device cannot be used, or None." },
+    { "cuda_properties", py_cuda_properties, METH_O, "cuda_properties($module, index, /)\n--\n\nname, sm, multiprocessors, bus." },
+    { "cuda_versions", py_cuda_versions, METH_NOARGS, "cuda_versions($module, /)\n--\n\n(driver, runtime), 13000 for 13.0." },
+    { "cuda_synchronize", py_cuda_synchronize, METH_O, "cuda_synchronize($module, index, /)\n--\n\n" },
+    { "cuda_memory", py_cuda_memory, METH_O, "cuda_memory($module, index, /)\n--\n\n(free, total) bytes." },
+    { "cuda_set_stream", py_cuda_set_stream, METH_VARARGS,
+      "cuda_set_stream($module, handle, /)\n--\n\nThe thread's stream -> the former one: (handle, device or -1)." },
+    { "cuda_get_stream", py_cuda_get_stream, METH_NOARGS, "cuda_get_stream($module, /)\n--\n\n(handle, device or -1)" },
+    { "cublas_paths", py_cublas_paths, METH_O, "cublas_paths($module, paths, /)\n--\n\nWhere to look for cuBLASLt." },
+    { "cublas_version", py_cublas_version, METH_NOARGS, "cublas_version($module, /)\n--\n\n(version, file), loading it." },
     { "calls", py_calls, METH_NOARGS, "calls($module, /)\n--\n\nHow often each op has run in this process." },
     { NULL, NULL, 0, NULL },
 };
@@ -1070,6 +1638,7 @@ static int exec_module(PyObject *module) {
     if (PyModule_AddObjectRef(module, "specs", table) || PyModule_AddObjectRef(module, "isa_names", names) ||
         PyModule_AddObjectRef(module, "isa_supported", supported)) return -1;
     Py_DECREF(table); Py_DECREF(names); Py_DECREF(supported);
+    if (PyModule_AddStringConstant(module, "cuda_built_for", cuda ? cuda->built_for : "")) return -1;
     return 0;
 }
 

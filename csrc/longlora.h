@@ -1,4 +1,4 @@
-/* longlora.h --- what all C and CUDA of the project share: arrays as the kernels see them, dtypes, errors. No Python.
+/* longlora.h --- what all C and CUDA of the project share: arrays as the kernels see them, dtypes, errors, calls. No Python.
  *
  * A Tensor is borrowed: whoever made the call owns the memory and keeps it until the call returns. Kernels write
  * results where they are told to and allocate nothing that outlives the call. */
@@ -6,6 +6,10 @@
 #define LONGLORA_H
 
 #include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
 
 typedef enum { F32, BF16, F16, F64, I32, I64, U8, DTYPES } DType;
 
@@ -17,12 +21,25 @@ typedef struct {
     int64_t stride[MAX_NDIM];          /* in elements; 0 for a broadcast input axis */
     int32_t ndim;                      /* -1: an optional argument that was not given */
     int32_t dtype;                     /* DType */
+    int32_t device;                    /* 0 the CPU, n + 1 the CUDA device n; the same for all tensors of a call */
 } Tensor;
 
 static inline int given(const Tensor *t) { return t->ndim >= 0; }
 
+/* What a call on a GPU is given beside its arguments. Its work is queued on `stream` and not waited for. */
+typedef struct {
+    void *stream;                      /* cudaStream_t of the caller */
+    void *workspace;                   /* device memory, 256-byte aligned, for the time of the call's work on the stream */
+    int64_t workspace_bytes;           /* as many as the op's workspace function asked for */
+    int32_t device;                    /* the CUDA device, which is the current one */
+} CudaCall;
+
 /* Records the message for the calling thread and returns -1. The binding turns it into an exception. */
 int fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 const char *last_error(void);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -1,5 +1,6 @@
 /* ops.c --- the table of ops, and the choice of an instruction set. A new op is one row here. */
 #include "ops.h"
+#include "cuda.h"
 
 #include <stdarg.h>
 #include <stdio.h>
@@ -11,41 +12,49 @@
 #else
 #define CPU(name) { name##_portable, NULL, NULL, NULL }
 #endif
-#define OP(name, Args, spec) { #name, spec, CPU(name), NULL, sizeof(Args) }
+#ifdef LONGLORA_CUDA
+#define CUDA(function) function
+#else
+#define CUDA(function) NULL
+#endif
+#define OP(name, Args, spec) { #name, spec, CPU(name), CUDA(name##_cuda), NULL, sizeof(Args) }
+#define OP_WITH_WORKSPACE(name, Args, spec) \
+    { #name, spec, CPU(name), CUDA(name##_cuda), CUDA(name##_cuda_workspace), sizeof(Args) }
 
 const Op ops[] = {
     OP(cast, Cast, "out[M,N]:any <- x[M,N]:any"),
     OP(accumulate, Accumulate, "out[M,N]:any+ <- x[M,N]:any | scale"),
-    OP(matmul, Matmul, "out[M,N]:any+ <- a[M,C]:any* b[C,N]:any* | alpha beta"),
+    OP_WITH_WORKSPACE(matmul, Matmul, "out[M,N]:any+ <- a[M,C]:any* b[C,N]:any* | alpha beta"),
     OP(embedding_forward, EmbeddingForward, "out[M,C] <- weight[V,C] ids[M]:i32"),
     OP(embedding_backward, EmbeddingBackward, "dweight[V,C]:f32+ <- dout[M,C] ids[M]:i32 order[M]:i32"),
     OP(rms_norm_forward, RmsNormForward, "out[M,C] rstd[M]:f32 sum[M,C]? <- x[M,C] residual[M,C]?~ weight[C] | eps"),
-    OP(rms_norm_backward, RmsNormBackward,
+    OP_WITH_WORKSPACE(rms_norm_backward, RmsNormBackward,
        "dx[M,C] dweight[C]:f32+? <- dout[M,C]~ x[M,C]~ rstd[M]:f32 weight[C] dresidual[M,C]?~"),
     OP(rope_forward, Rope, "out[B,T,H,D] <- x[B,T,H,D]~ cos[P,E]:f32 sin[P,E]:f32 positions[B,T]:i32?"),
     OP(rope_backward, Rope, "dx[B,T,H,D] <- dout[B,T,H,D]~ cos[P,E]:f32 sin[P,E]:f32 positions[B,T]:i32?"),
-    OP(lora_linear_forward, LoraLinearForward,
+    OP_WITH_WORKSPACE(lora_linear_forward, LoraLinearForward,
        "out[M,N] u[M,R]:f32? <- x[M,C] weight[N,C] bias[N]? a[R,C]? b[N,R]? residual[M,N]?~ | scale"),
-    OP(lora_linear_backward, LoraLinearBackward,
+    OP_WITH_WORKSPACE(lora_linear_backward, LoraLinearBackward,
        "dx[M,C]+? da[R,C]:f32+? db[N,R]:f32+? dweight[N,C]:f32+? dbias[N]:f32+? <- dout[M,N] x[M,C]? weight[N,C] a[R,C]? "
        "b[N,R]? u[M,R]:f32? | scale accumulate:int"),
     OP(s2_attention_forward, S2AttentionForward,
        "out[B,T,H,D] lse[B,H,T]:f32 <- q[B,T,H,D] k[B,T,K,D] v[B,T,K,D] cu_seqlens[S]:i32? | group_size:int boundary:int "
        "shift:int scale"),
-    OP(s2_attention_backward, S2AttentionBackward,
+    OP_WITH_WORKSPACE(s2_attention_backward, S2AttentionBackward,
        "dq[B,T,H,D] dk[B,T,K,D] dv[B,T,K,D] <- dout[B,T,H,D] q[B,T,H,D] k[B,T,K,D] v[B,T,K,D] out[B,T,H,D] "
        "lse[B,H,T]:f32 cu_seqlens[S]:i32? | group_size:int boundary:int shift:int scale"),
     OP(swiglu_forward, SwigluForward, "out[M,F] <- gate[M,F]~ up[M,F]~"),
     OP(swiglu_backward, SwigluBackward, "dgate[M,F] dup[M,F] <- dout[M,F] gate[M,F]~ up[M,F]~"),
-    OP(linear_cross_entropy_forward, LinearCrossEntropyForward,
+    OP_WITH_WORKSPACE(linear_cross_entropy_forward, LinearCrossEntropyForward,
        "losses[M]:f32 lse[M]:f32 <- x[M,C] weight[V,C] targets[M]:i32 | ignore_index:int"),
-    OP(linear_cross_entropy_backward, LinearCrossEntropyBackward,
+    OP_WITH_WORKSPACE(linear_cross_entropy_backward, LinearCrossEntropyBackward,
        "losses[M]:f32 dx[M,C] dweight[V,C]:f32+? <- x[M,C] weight[V,C] targets[M]:i32 dlosses[M]:f32 | ignore_index:int"),
     OP(adamw, Adamw,
        "param[N]:f32+ m[N]:f32+ v[N]:f32+ copy[N]:any? <- grad[N]:f32 | lr beta1 beta2 eps weight_decay step:int grad_scale"),
-    OP(sum_squares, SumSquares, "out[1]:f64+ <- x[N]:any"),
+    OP_WITH_WORKSPACE(sum_squares, SumSquares, "out[1]:f64+ <- x[N]:any"),
 };
 const int op_count = sizeof ops / sizeof *ops;
+const CudaRuntime *const cuda = CUDA(&cuda_runtime);
 
 double (*const peaks[ISA_COUNT])(int64_t n, float *out) = CPU(peak);
 

@@ -17,22 +17,32 @@
  *   *               any strides; without it the last axis is dense and the others are free
  *
  * Arithmetic is float32 whatever the storage. Gradients of parameters are float32 and accumulate (+=), gradients of
- * activations are set (=). Equal inputs give equal bits, for any number of threads. Sizes may be 0. */
+ * activations are set (=). Equal inputs give equal bits, for any number of threads. Sizes may be 0.
+ *
+ * On a GPU nothing is waited for, so what arrays contain cannot be refused there: an id outside 0..V-1 gives a row of NaN
+ * and no gradient, a target outside 0..V-1 a loss of NaN, positions outside the tables NaN. */
 #ifndef LONGLORA_OPS_H
 #define LONGLORA_OPS_H
 
 #include "longlora.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
 
 /* The instruction sets that the CPU kernels are built for: the same sources, other compiler flags (see setup.py).
  * The first, portable C, is the specification of all others. */
 #define FOR_EACH_ISA(X) X(portable) X(avx2) X(avx512) X(avx512_bf16)
 
 #define DECLARE_ISA(name, isa) int name##_##isa(const void *args, void *stream);
+/* On a GPU: cuda/<stem>.cu. An op that needs workspace there says how many bytes (-1 and fail() if its arguments are wrong). */
+#define DECLARE_CUDA(name) __attribute__((weak)) int name##_cuda(const void *args, const CudaCall *call);
+#define DECLARE_WORKSPACE(name) __attribute__((weak)) int64_t name##_cuda_workspace(const void *args);
 #ifdef LONGLORA_X86
-#define DECLARE_OP(name) \
+#define DECLARE_OP(name) DECLARE_CUDA(name) \
     DECLARE_ISA(name, portable) DECLARE_ISA(name, avx2) DECLARE_ISA(name, avx512) DECLARE_ISA(name, avx512_bf16)
 #else
-#define DECLARE_OP(name) DECLARE_ISA(name, portable)
+#define DECLARE_OP(name) DECLARE_CUDA(name) DECLARE_ISA(name, portable)
 #endif
 
 /* cast: out = x, rounded to nearest even, between any two of float32, bfloat16, float16. */
@@ -46,6 +56,7 @@ DECLARE_OP(accumulate)
 /* matmul: out = alpha a b + beta out; out is not read when beta is 0. */
 typedef struct { Tensor out, a, b; double alpha, beta; } Matmul;
 DECLARE_OP(matmul)
+DECLARE_WORKSPACE(matmul)
 
 /* embedding: out[m] = weight[ids[m]].
  * Backward: dweight[ids[m]] += dout[m], the rows of one id summed in rising m. `order` is argsort(ids), stable. */
@@ -61,6 +72,7 @@ typedef struct { Tensor out, rstd, sum, x, residual, weight; double eps; } RmsNo
 typedef struct { Tensor dx, dweight, dout, x, rstd, weight, dresidual; } RmsNormBackward;
 DECLARE_OP(rms_norm_forward)
 DECLARE_OP(rms_norm_backward)
+DECLARE_WORKSPACE(rms_norm_backward)
 
 /* Rotary embedding, rotate-half form, E = D/2: out[e] = x[e] cos - x[E+e] sin, out[E+e] = x[E+e] cos + x[e] sin, with row
  * positions[b,t] (t without positions) of the float32 tables cos and sin. Backward is the inverse rotation. */
@@ -75,7 +87,9 @@ DECLARE_OP(rope_backward)
 typedef struct { Tensor out, u, x, weight, bias, a, b, residual; double scale; } LoraLinearForward;
 typedef struct { Tensor dx, da, db, dweight, dbias, dout, x, weight, a, b, u; double scale, accumulate; } LoraLinearBackward;
 DECLARE_OP(lora_linear_forward)
+DECLARE_WORKSPACE(lora_linear_forward)
 DECLARE_OP(lora_linear_backward)
+DECLARE_WORKSPACE(lora_linear_backward)
 
 /* Shifted sparse attention (LongLoRA section 3.2, Algorithm 1 and appendix B.3), causal. h = G/2. Query heads
  * 0 .. H/2-1 are plain, H/2 .. H-1 are shifted. A query at t sees keys start(t) .. t:
@@ -90,6 +104,7 @@ typedef struct { Tensor out, lse, q, k, v, cu_seqlens; double group_size, bounda
 typedef struct { Tensor dq, dk, dv, dout, q, k, v, out, lse, cu_seqlens; double group_size, boundary, shift, scale; } S2AttentionBackward;
 DECLARE_OP(s2_attention_forward)
 DECLARE_OP(s2_attention_backward)
+DECLARE_WORKSPACE(s2_attention_backward)
 
 /* SwiGLU: out = silu(gate) * up. Backward may write dgate and dup over gate and up. */
 typedef struct { Tensor out, gate, up; } SwigluForward;
@@ -104,7 +119,9 @@ DECLARE_OP(swiglu_backward)
 typedef struct { Tensor losses, lse, x, weight, targets; double ignore_index; } LinearCrossEntropyForward;
 typedef struct { Tensor losses, dx, dweight, x, weight, targets, dlosses; double ignore_index; } LinearCrossEntropyBackward;
 DECLARE_OP(linear_cross_entropy_forward)
+DECLARE_WORKSPACE(linear_cross_entropy_forward)
 DECLARE_OP(linear_cross_entropy_backward)
+DECLARE_WORKSPACE(linear_cross_entropy_backward)
 
 /* AdamW, decoupled weight decay, on float32 masters: g = grad_scale * grad; m, v, param updated in place; `copy` takes
  * the new value in the model's dtype. step counts from 1. */
@@ -114,13 +131,19 @@ DECLARE_OP(adamw)
 /* sum_squares: out[0] += sum of x^2, in float64 and in a fixed order: the global gradient norm is its square root. */
 typedef struct { Tensor out, x; } SumSquares;
 DECLARE_OP(sum_squares)
+DECLARE_WORKSPACE(sum_squares)
 
-/* What the binding knows of an op. cpu has one function per ISA of FOR_EACH_ISA; cuda is NULL in a build without it. */
+/* What the binding knows of an op. cpu has one function per ISA of FOR_EACH_ISA; cuda is NULL in a build without it,
+ * workspace where there needs to be none. */
 enum { ISA_COUNT = 4 };
 typedef int (*OpFunction)(const void *args, void *stream);
+typedef int (*CudaFunction)(const void *args, const CudaCall *call);
+typedef int64_t (*WorkspaceFunction)(const void *args);
 typedef struct {
     const char *name, *spec;
-    OpFunction cpu[ISA_COUNT], cuda;
+    OpFunction cpu[ISA_COUNT];
+    CudaFunction cuda;
+    WorkspaceFunction workspace;
     int64_t args_size;                 /* sizeof the struct, checked against the spec when the module is loaded */
 } Op;
 
@@ -137,5 +160,9 @@ extern double (*const peaks[ISA_COUNT])(int64_t n, float *out);
 extern const char *const isa_names[ISA_COUNT];
 int isa_supported(int isa);
 int choose_isa(void);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -1,6 +1,6 @@
 """LongLoRA (arXiv 2309.12307): extend the context of a pretrained decoder on one machine.
 
-longlora.ops and Tensor: the kernels, on NumPy, torch and other DLPack arrays. The commands of the command line are functions of
+longlora.ops and Tensor: the kernels, on NumPy, torch and other DLPack arrays; longlora.cuda: the GPUs. The commands of the command line are functions of
 modules: train.train, plan.plan, ppl.run, adapter.merge, inspect.describe, doctor.examine, demo.run. Everything is imported when
 it is first used, so that `longlora --help` waits for nothing, not even for NumPy.
 """
@@ -9,12 +9,12 @@ import os
 
 TYPE_CHECKING = False                  # as typing has it, which takes longer to import than all of this
 if TYPE_CHECKING:
-    from . import _C, adapter, demo, doctor, inspect, model, ops, plan, ppl, train, weights
+    from . import _C, adapter, cuda, demo, doctor, inspect, model, ops, plan, ppl, train, weights
     from ._C import Tensor, get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 _COMPILED = ("Tensor", "get_num_threads", "set_num_threads")
-_MODULES = ("adapter", "demo", "doctor", "inspect", "model", "ops", "plan", "ppl", "train", "weights")
+_MODULES = ("adapter", "cuda", "demo", "doctor", "inspect", "model", "ops", "plan", "ppl", "train", "weights")
 __all__ = [*_COMPILED, *_MODULES]
 
 

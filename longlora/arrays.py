@@ -24,10 +24,15 @@ def _is_torch(x):
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def _is_cupy(x):
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(x, cupy.ndarray)
+
+
 def empty(shape, dtype, like):
     """An uninitialised array of `shape` that ops can write to, of the kind and on the device of `like`; dtype a name of DTYPES.
 
-    A Tensor for kinds other than NumPy and torch, whose arrays may be immutable (JAX): `give_back` makes it theirs.
+    A Tensor for kinds other than NumPy, torch and CuPy, whose arrays may be immutable (JAX): `give_back` makes it theirs.
     """
     if isinstance(like, np.ndarray):
         if dtype == "bfloat16":
@@ -37,8 +42,15 @@ def empty(shape, dtype, like):
     if _is_torch(like):
         torch = sys.modules["torch"]
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
-    if isinstance(like, Tensor) or hasattr(like, "__dlpack__"):
-        return Tensor(shape, dtype)
+    if isinstance(like, Tensor):
+        return Tensor(shape, dtype, like.device)
+    if _is_cupy(like) and dtype != "bfloat16":                         # which CuPy has not
+        cupy = sys.modules["cupy"]
+        with like.device:
+            return cupy.empty(shape, dtype)
+    if hasattr(like, "__dlpack__"):
+        kind, index = like.__dlpack_device__() if hasattr(like, "__dlpack_device__") else (1, 0)
+        return Tensor(shape, dtype, f"cuda:{index}" if kind == 2 else "cpu")
     raise TypeError(f"wanted an array (NumPy, torch, longlora.Tensor or another that speaks DLPack), got {type(like).__name__}")
 
 

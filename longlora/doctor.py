@@ -24,8 +24,39 @@ def examine():
             "instruction_sets": [name for name, there in zip(_C.isa_names, _C.isa_supported) if there],
             "forced_by": os.environ.get("LONGLORA_ISA"), "threads": _C.get_num_threads(),
             "processors": len(os.sched_getaffinity(0)), "memory_available": available_memory(),
-            "cuda": {"available": False, "reason": "this version has no CUDA kernels"},
-            "versions": versions}
+            "cuda": _cuda(), "versions": versions}
+
+
+def _cuda():
+    from . import cuda
+    driver, runtime = cuda.versions()
+    found = {"available": cuda.is_available(), "reason": cuda.reason(), "built_for": cuda.built_for(), "runtime": runtime,
+             "driver": driver, "devices": [], "cublas": None, "cublas_missing": None}
+    for i in range(cuda.device_count()):
+        why = cuda.refusal(i)
+        free, total = (None, None) if why else cuda.memory_info(i)
+        found["devices"].append({**cuda.properties(i), "refused": why, "memory_free": free, "memory_total": total})
+    if found["built_for"]:
+        try:
+            found["cublas"] = dict(zip(("version", "file"), cuda.cublas()))
+        except RuntimeError as error:
+            found["cublas_missing"] = str(error)
+    return found
+
+
+def _cuda_text(found):
+    """-> lines of (name, value)."""
+    if not found["built_for"]:
+        return [("CUDA", f"not available: {found['reason']}")]
+    built = f"built with CUDA {found['runtime']} for {found['built_for']}"
+    driver = f"driver for CUDA {found['driver']}" if found["driver"] else "no driver"
+    lines = [("CUDA", f"available, {built}, {driver}" if found["available"] else f"not available: {found['reason']} ({built}, {driver})")]
+    for i, device in enumerate(found["devices"]):
+        of = "" if device["refused"] else f", {device['memory_free'] / 2**30:.1f} of {device['memory_total'] / 2**30:.1f} GiB free"
+        lines.append((f"cuda:{i}", f"{device['name']}, sm_{device['sm']}, {device['multiprocessors']} multiprocessors, bus "
+                                   f"{device['bus']}{of}" + (f"; not used: {device['refused']}" if device["refused"] else "")))
+    cublas = found["cublas"]
+    return [*lines, ("cuBLASLt", f"{cublas['version']}, {cublas['file']}" if cublas else f"missing: {found['cublas_missing']}")]
 
 
 def _processor():
@@ -45,7 +76,7 @@ def text(found):
               + (f" (LONGLORA_ISA={found['forced_by']})" if found["forced_by"] else "")),
              ("threads", f"{found['threads']} of {found['processors']} processors"),
              ("memory", f"{memory / 2**30:.1f} GiB available"),
-             ("CUDA", "available" if found["cuda"]["available"] else f"not available: {found['cuda']['reason']}"),
+             *_cuda_text(found["cuda"]),
              ("libraries", ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)),
              ("not installed", ", ".join(name for name, version in found["versions"].items() if not version) or "-")]
     return "\n".join(f"{name:<16} {value}" for name, value in lines)

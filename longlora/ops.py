@@ -185,9 +185,11 @@ def adamw(param, m, v, grad, *, lr, step, beta1=0.9, beta2=0.999, eps=1e-8, weig
 
 
 def global_norm(arrays):
-    """The 2-norm of all elements of all arrays [N], summed in float64 in a fixed order. A Python float."""
-    import numpy as np
-    total = np.zeros(1, np.float64)
+    """The 2-norm of all elements of all arrays [N], summed in float64 in a fixed order where they are. A Python float."""
+    total = None
     for x in arrays:
+        total = zeros((1,), "float64", x) if total is None else total
         _C.sum_squares(total, x)
-    return math.sqrt(total[0])
+    if isinstance(total, _C.Tensor):
+        total = total.cpu().numpy()
+    return 0.0 if total is None else math.sqrt(total[0])

@@ -1,7 +1,8 @@
-"""Fixtures of the op tests: every dtype, every instruction set that this processor has, poisoned outputs."""
+"""Fixtures of the op tests: every dtype, every instruction set that this processor has and the GPU, poisoned outputs."""
 import os
 
 import checks
+import mirror
 import pytest
 
 import longlora
@@ -17,12 +18,34 @@ def dtype(request):
     return request.param
 
 
-@pytest.fixture(params=[i for i, there in enumerate(_C.isa_supported) if there], ids=lambda i: _C.isa_names[i])
-def isa(request):
+ISAS = [name for name, there in zip(_C.isa_names, _C.isa_supported) if there]
+CUDA = ["cuda"] if checks.CUDA else []
+
+
+@pytest.fixture(params=ISAS + CUDA)
+def isa(request, monkeypatch):
+    """Each instruction set, then CUDA, where the ops' NumPy arrays are mirrored to the device."""
     before = _C.get_isa()
-    _C.set_isa(request.param)
+    if request.param == "cuda":
+        mirror.install(monkeypatch, "cuda:0")
+    else:
+        _C.set_isa(_C.isa_names.index(request.param))
     yield request.param
     _C.set_isa(before)
+
+
+@pytest.fixture(params=["cpu"] + CUDA)
+def place(request, monkeypatch):
+    """For tests that the instruction sets need not each see: the one in use, then CUDA."""
+    if request.param == "cuda":
+        mirror.install(monkeypatch, "cuda:0")
+    return request.param
+
+
+@pytest.fixture(params=CUDA or [pytest.param("cuda", marks=pytest.mark.skip(reason="no CUDA device"))])
+def cuda(request, monkeypatch):
+    """Only CUDA: what it does otherwise than the CPU."""
+    mirror.install(monkeypatch, "cuda:0")
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ def test_against_the_reference(N, isa):
     np.testing.assert_array_equal(copy, param.astype(copy.dtype))
 
 
-def test_against_torch():
+def test_against_torch(place):
     torch = pytest.importorskip("torch", reason="torch is the peer compared with")
     start = checks.random((1000,))
     theirs = torch.nn.Parameter(torch.tensor(start.copy()))
@@ -32,7 +32,7 @@ def test_against_torch():
     np.testing.assert_allclose(param, theirs.detach().numpy(), rtol=1e-5, atol=1e-7)
 
 
-def test_step_counts_from_one():
+def test_step_counts_from_one(place):
     x = np.zeros(3, np.float32)
     with pytest.raises(ValueError, match="step should be at least 1"):
         ops.adamw(x, x.copy(), x.copy(), x.copy(), lr=1e-3, step=0)

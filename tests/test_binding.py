@@ -10,43 +10,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from dlpack import CapsuleDestructor, Deleter, DLTensor, Old, Versioned, capsule_pointer, new_capsule, python_api, raw_is_valid
 from longlora import Tensor, _C, arrays, ops
 
 BF16 = ml_dtypes.bfloat16
 
 
 # ---- producers of our own, in ctypes, that count what is deleted ---------------------------------------------------------
-
-class DLTensor(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32),
-                ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
-                ("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.POINTER(ctypes.c_int64)),
-                ("byte_offset", ctypes.c_uint64)]
-
-
-Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-class Versioned(ctypes.Structure):
-    _fields_ = [("major", ctypes.c_uint32), ("minor", ctypes.c_uint32), ("context", ctypes.c_void_p), ("deleter", Deleter),
-                ("flags", ctypes.c_uint64), ("tensor", DLTensor)]
-
-
-class Old(ctypes.Structure):
-    _fields_ = [("tensor", DLTensor), ("context", ctypes.c_void_p), ("deleter", Deleter)]
-
-
-CapsuleDestructor = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-def python_api(name, result, *arguments):
-    return ctypes.PYFUNCTYPE(result, *arguments)((name, ctypes.pythonapi))
-
-
-new_capsule = python_api("PyCapsule_New", ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-capsule_pointer = python_api("PyCapsule_GetPointer", ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
-raw_is_valid = python_api("PyCapsule_IsValid", ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)
-
 
 class Producer:
     """A float32 array behind DLPack. `old` knows no keywords; the rest of the arguments falsify what the capsule says."""
@@ -108,7 +78,7 @@ def test_versioned_output_is_written():
 @pytest.mark.parametrize("kwargs, as_output, error, words", [
     (dict(flags=1), True, ValueError, "out is an output and read-only"),
     (dict(old=True), True, BufferError, "out is an output and should speak DLPack 1"),
-    (dict(device_type=2), False, BufferError, "x should be on the CPU, got DLPack device type 2"),
+    (dict(device_type=4), False, BufferError, "x should be on the CPU or a CUDA device, got DLPack device type 4"),
     (dict(lanes=2), False, TypeError, r"x has DLPack dtype \(2, 32, 2\)"),
     (dict(code=5, bits=64), False, TypeError, r"x has DLPack dtype \(5, 64, 1\)"),
     (dict(major=2), False, BufferError, "x speaks DLPack 2, wanted 1"),

@@ -18,7 +18,7 @@ def test_forward_and_backward(M, V, C, dtype, isa, poison):
     checks.check("embedding_backward", checks.strided(checks.random((M, C), dtype, 1)), ids, order, V)
 
 
-def test_same_bits_for_any_number_of_threads(each_thread_count):
+def test_same_bits_for_any_number_of_threads(place, each_thread_count):
     ids, order = ids_of(500, 7)
     dout = checks.random((500, 40))
     results = each_thread_count(lambda: ops.embedding_backward(dout, ids, order, 7))
@@ -36,3 +36,20 @@ def test_bad_ids_and_orders_are_named():
     for order in ([0, 1, 2], [1, 2, 0], [1, 0, 0], [1, 0, 7]):
         with pytest.raises(ValueError, match="order"):
             ops.embedding_backward(dout, ids, np.array(order, np.int32), 5)
+
+
+def test_bad_ids_on_cuda_give_nan_and_no_gradient(cuda, poison):
+    weight, ids = checks.random((5, 40)), np.array([0, 5, 4, -1, 2**31 - 1, -2**31, 3], np.int32)
+    out, good = ops.embedding_forward(weight, ids), (ids >= 0) & (ids < 5)
+    assert np.isnan(out[~good]).all()
+    np.testing.assert_array_equal(out[good], weight[ids[good]])
+    dout, order = checks.random((7, 40), seed=1), np.argsort(ids, kind="stable").astype(np.int32)
+    want = np.zeros((5, 40), np.float32)
+    want[ids[good]] = dout[good]
+    np.testing.assert_array_equal(ops.embedding_backward(dout, ids, order, 5), want)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [1, 2, 0], [1, 0, 0], [1, 0, 7], [-1, -2**31, 2**31 - 1]])
+def test_bad_orders_on_cuda_touch_nothing_else(order, cuda, poison):
+    """What comes out is not said, but it is written where it should be, which `poison` checks."""
+    ops.embedding_backward(checks.random((3, 4)), np.array([2, 0, 2], np.int32), np.array(order, np.int32), 5)

@@ -33,7 +33,7 @@ def test_forward_and_backward(M, C, V, dtype, isa, poison):
     assert (dx[~kept].astype(np.float32) == 0).all() and (losses[~kept] == 0).all()
 
 
-def test_dweight_accumulates():
+def test_dweight_accumulates(place):
     x, w, targets, d = checks.random((9, 8)), checks.random((20, 8), seed=1), targets_of(9, 20), checks.random((9,), seed=2)
     losses, dx, dw = ops.linear_cross_entropy_backward(x, w, targets, d, train_weight=True)
     twice = dw.copy()
@@ -41,12 +41,23 @@ def test_dweight_accumulates():
     np.testing.assert_allclose(twice, 2 * dw, rtol=1e-5, atol=1e-6)
 
 
+def test_more_than_one_chunk(isa):
+    M, C, V = 2050, 8, 5
+    x, w, targets, d = checks.random((M, C)), checks.random((V, C), seed=1), targets_of(M, V), checks.random((M,), seed=2)
+    losses, _ = checks.check("linear_cross_entropy_forward", x, w, targets, floor=16)
+    again, dx, dw = ops.linear_cross_entropy_backward(x, w, targets, d, train_weight=True)
+    want = checks.reference.linear_cross_entropy_backward(x, w, targets, d, train_weight=True)
+    np.testing.assert_array_equal(again, losses)
+    np.testing.assert_allclose(dx, want[1], atol=1e-5)
+    np.testing.assert_allclose(dw, want[2], atol=1e-4)
+
+
 def test_large_logits(isa):
     x, w = checks.random((5, 8), scale=300), checks.random((50, 8), seed=1, scale=30)
     checks.check("linear_cross_entropy_forward", x, w, targets_of(5, 50, 0), floor=16)
 
 
-def test_same_bits_for_any_number_of_threads(dtype, each_thread_count):
+def test_same_bits_for_any_number_of_threads(dtype, place, each_thread_count):
     x, w, targets, d = checks.random((77, 40), dtype), checks.random((999, 40), dtype, 1), targets_of(77, 999), checks.random((77,), seed=2)
     results = each_thread_count(lambda: ops.linear_cross_entropy_backward(x, w, targets, d, train_weight=True))
     for result in results[1:]:
@@ -58,6 +69,18 @@ def test_same_bits_for_any_number_of_threads(dtype, each_thread_count):
 def test_a_target_out_of_range_is_named(bad):
     with pytest.raises(ValueError, match=rf"targets\[1\].*{bad}"):
         ops.linear_cross_entropy_forward(checks.random((2, 3)), checks.random((5, 3)), np.array([0, bad], np.int32))
+
+
+@pytest.mark.parametrize("bad", [5, -1, -101, 2**31 - 1])
+def test_a_target_out_of_range_has_a_loss_of_nan_on_cuda(bad, cuda, poison):
+    x, w, d = checks.random((4, 16)), checks.random((5, 16), seed=1), checks.random((4,), seed=2)
+    targets, rest = np.array([1, bad, -100, 4], np.int32), [0, 2, 3]
+    losses, _ = ops.linear_cross_entropy_forward(x, w, targets)
+    again, dx, _ = ops.linear_cross_entropy_backward(x, w, targets, d, train_weight=True)
+    assert np.isnan(losses[1]) and np.isnan(again[1])
+    want, want_dx, _ = ops.linear_cross_entropy_backward(x, w, np.where(targets == bad, -100, targets).astype(np.int32), d)
+    np.testing.assert_array_equal(again[rest], want[rest])
+    np.testing.assert_array_equal(dx[rest], want_dx[rest])
 
 
 def test_memory_does_not_grow_with_the_rows():

@@ -25,7 +25,28 @@ def test_forward_and_backward(shape, dtype, isa, poison):
     checks.check("lora_linear_backward", dout, x, w, a, b, 2.0, np.asarray(u), train_weight=True, train_bias=True, floor=4)
 
 
-def test_u_may_be_kept_or_made_again():
+# Rows that start on 16 bytes, more rows than one piece of a sum over them, more ranks than one block of it, one rank.
+@pytest.mark.parametrize("shape", [(300, 136, 264, 72), (257, 64, 40, 8), (33, 512, 256, 64), (600, 40, 24, 1)], ids=str)
+def test_dense_rows(shape, dtype, isa):
+    x, w, bias, a, b, residual, dout = parts(*shape, dtype)
+    _, u = checks.check("lora_linear_forward", x, w, bias, a, b, 0.5, residual, floor=4)
+    checks.check("lora_linear_forward", x, w, bias, None, None, 1.0, residual, floor=4)
+    checks.check("lora_linear_backward", dout, x, w, a, b, 2.0, np.asarray(u), train_weight=True, train_bias=True, floor=4)
+    dx = checks.random(x.shape, dtype, 9)
+    want = dx.astype(float) + checks.reference.lora_linear_backward(dout, x, w, a, b, 2.0)[0]
+    _C.lora_linear_backward(dx, None, None, None, None, dout, None, w, a, b, None, 2.0, 1)
+    checks.compare(dx, want, want, "dx", floor=6)
+
+
+def test_u_may_be_beyond_float16(isa):
+    """u is float32, whatever the dtype of the rest."""
+    x, w, _, a, b, _, _ = parts(40, 64, 72, 8, "float16")
+    a, b = a * np.float16(9000), b * np.float16(2**-10)
+    out, u = checks.check("lora_linear_forward", x, w, None, a, b, 2.0**-7, floor=4)
+    assert np.abs(u).max() > 65504 and np.isfinite(out.astype(np.float32)).all()
+
+
+def test_u_may_be_kept_or_made_again(place):
     x, w, _, a, b, _, dout = parts(33, 40, 50, 8, "float32")
     _, u = ops.lora_linear_forward(x, w, None, a, b, 2.0)
     for kept, again in zip(ops.lora_linear_backward(dout, x, w, a, b, 2.0, u), ops.lora_linear_backward(dout, x, w, a, b, 2.0)):
@@ -33,7 +54,7 @@ def test_u_may_be_kept_or_made_again():
             np.testing.assert_array_equal(kept, again)
 
 
-def test_gradients_of_parameters_accumulate_and_dx_when_asked():
+def test_gradients_of_parameters_accumulate_and_dx_when_asked(place):
     x, w, _, a, b, _, dout = parts(9, 12, 10, 4, "float32")
     dx, da, db, dw, dbias = ops.lora_linear_backward(dout, x, w, a, b, 2.0, train_weight=True, train_bias=True)
     out = [g.copy() for g in (dx, da, db, dw, dbias)]
@@ -45,7 +66,7 @@ def test_gradients_of_parameters_accumulate_and_dx_when_asked():
     np.testing.assert_allclose(poisoned, dx, rtol=1e-5, atol=1e-5)
 
 
-def test_residual_may_be_the_output():
+def test_residual_may_be_the_output(place):
     x, w, bias, a, b, residual, _ = parts(9, 12, 10, 4, "float32")
     want, _ = ops.lora_linear_forward(x, w, bias, a, b, 2.0, residual)
     _C.lora_linear_forward(residual, None, x, w, bias, a, b, residual, 2.0)
@@ -53,7 +74,7 @@ def test_residual_may_be_the_output():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_same_bits_for_any_number_of_threads(dtype, each_thread_count):
+def test_same_bits_for_any_number_of_threads(dtype, place, each_thread_count):
     x, w, bias, a, b, residual, dout = parts(301, 200, 150, 8, dtype)
 
     def once():
@@ -68,7 +89,7 @@ def test_same_bits_for_any_number_of_threads(dtype, each_thread_count):
 @pytest.mark.parametrize("change,message", [
     (dict(a=None), "a"), (dict(b=None), "b"), (dict(x=None, da=1), "x"), (dict(x=None, dweight=1), "x"),
 ])
-def test_what_is_missing_is_named_before_anything_is_written(change, message):
+def test_what_is_missing_is_named_before_anything_is_written(change, message, place):
     x, w, _, a, b, _, dout = parts(5, 6, 7, 2, "float32")
     given = dict(x=x, a=a, b=b) | {k: v for k, v in change.items() if k in "xab"}
     dx, da, dw = np.full((5, 6), np.nan, np.float32), np.zeros((2, 6), np.float32), np.zeros((7, 6), np.float32)

@@ -2,7 +2,7 @@
 import checks
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from longlora import _C, ops
@@ -39,15 +39,22 @@ def test_more_than_one_block(transposed, M, C, N, dtype, isa, poison):
     checks.compare(out, 3 * checks.reference.matmul(a, b), 3 * checks.plain("matmul", a, b)[0], floor=4)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 90), st.integers(0, 90), st.integers(0, 90), st.sampled_from(list(checks.DTYPES)), st.sampled_from(list(checks.DTYPES)),
-       st.sampled_from(list(checks.DTYPES)))
-def test_any_shape_and_dtypes(M, C, N, a, b, out):
+@settings(max_examples=checks.examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(M=st.integers(0, 90), C=st.integers(0, 90), N=st.integers(0, 90), a=st.sampled_from(list(checks.DTYPES)),
+       b=st.sampled_from(list(checks.DTYPES)), out=st.sampled_from(list(checks.DTYPES)))
+def test_any_shape_and_dtypes(place, M, C, N, a, b, out):
     a, b = checks.strided(checks.random((M, C), a)), checks.strided(checks.random((C, N), b, 1))
     checks.compare(ops.matmul(a, b, dtype=out), checks.reference.matmul(a, b), checks.plain("matmul", a, b)[0], floor=4)
 
 
-def test_beta():
+def test_any_strides(isa):
+    a, b = checks.random((40, 60)), checks.random((60, 50), seed=1)
+    for x, y in [(a[::-1], b), (a[:, ::-1], b[::-1]), (a[::2, ::3], b[::3, ::2]), (np.broadcast_to(a[:1], (7, 60)), b),
+                 (a, np.broadcast_to(b[:, :1], (60, 9))), (a[:1, ::2], b[::2]), (a[:, :1], b[:1, ::3])]:
+        checks.check("matmul", x, y, floor=4)
+
+
+def test_beta(place):
     a, b, out = checks.random((5, 6)), checks.random((6, 7), seed=1), checks.random((5, 7), seed=2)
     want = 2 * a.astype(float) @ b + 0.5 * out
     _C.matmul(out, a, b, 2.0, 0.5)

@@ -25,7 +25,7 @@ def test_forward_and_backward(shape, residual, dtype, isa, poison):
     checks.check("rms_norm_backward", dout, total, np.asarray(rstd), weight, extra, floor=4)
 
 
-def test_backward_in_place_and_accumulating():
+def test_backward_in_place_and_accumulating(place):
     x, weight, dout = checks.random((9, 40)), checks.random((40,), seed=1), checks.random((9, 40), seed=2)
     _, rstd, _ = ops.rms_norm_forward(x, weight)
     want, dweight = ops.rms_norm_backward(dout, x, rstd, weight, dout)
@@ -35,7 +35,7 @@ def test_backward_in_place_and_accumulating():
     np.testing.assert_array_equal(twice, 2 * dweight)
 
 
-def test_same_bits_for_any_number_of_threads(each_thread_count):
+def test_same_bits_for_any_number_of_threads(place, each_thread_count):
     x, weight, dout = checks.random((301, 96)), checks.random((96,), seed=1), checks.random((301, 96), seed=2)
     results = each_thread_count(lambda: ops.rms_norm_backward(dout, x, ops.rms_norm_forward(x, weight)[1], weight))
     for result in results[1:]:
@@ -43,7 +43,7 @@ def test_same_bits_for_any_number_of_threads(each_thread_count):
             np.testing.assert_array_equal(a, b)
 
 
-def test_a_residual_needs_a_sum():
+def test_a_residual_needs_a_sum(place):
     x, weight = checks.random((2, 4)), checks.random((4,))
     out = np.full((2, 4), np.nan, np.float32)
     with pytest.raises(ValueError, match="sum must be given"):

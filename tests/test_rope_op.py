@@ -17,13 +17,13 @@ def test_forward_and_backward(shape, dtype, isa, poison):
         checks.check("rope_backward", x, cos, sin, where)
 
 
-def test_backward_undoes_forward():
+def test_backward_undoes_forward(place):
     cos, sin = tables(Rope("default", 1e4, 2048), 64, 50)
     x = checks.random((2, 50, 3, 64))
     np.testing.assert_allclose(ops.rope_backward(ops.rope_forward(x, cos, sin), cos, sin), x, atol=1e-6)
 
 
-def test_far_positions_are_exact():
+def test_far_positions_are_exact(place):
     D, far = 64, np.array([[15962, 131071, 1 << 20]], np.int32)
     frequency = 1e4 ** -(np.arange(0, D, 2) / D)
     angle = far[0][:, None] * frequency
@@ -35,11 +35,26 @@ def test_far_positions_are_exact():
     np.testing.assert_allclose(got, np.concatenate([first * c - second * s, second * c + first * s], -1), atol=3e-7)
 
 
-def test_what_does_not_fit_is_named():
+def test_what_does_not_fit_is_named(place):
     cos, sin = tables(Rope("default", 1e4, 2048), 8, 5)
     with pytest.raises(ValueError, match="cos axis 0 should be at least T=6, got 5"):
         ops.rope_forward(checks.random((1, 6, 1, 8)), cos, sin)
     with pytest.raises(ValueError, match="D/2"):
         ops.rope_forward(checks.random((1, 3, 1, 9)), cos, sin)
+
+
+def test_positions_outside_the_tables_are_named():
+    cos, sin = tables(Rope("default", 1e4, 2048), 8, 5)
     with pytest.raises(ValueError, match=r"positions\[0,1\] should be in 0..4, got 9"):
         ops.rope_forward(checks.random((1, 2, 1, 8)), cos, sin, np.array([[0, 9]], np.int32))
+
+
+def test_positions_outside_the_tables_give_nan_on_cuda(cuda, poison):
+    cos, sin = tables(Rope("default", 1e4, 2048), 8, 5)
+    x, positions = checks.random((2, 3, 2, 8)), np.array([[0, 5, 4], [-1, 2**31 - 1, -2**31]], np.int32)
+    good = (positions >= 0) & (positions < 5)
+    want = ops.rope_forward(x, cos, sin, np.where(good, positions, 0).astype(np.int32))
+    for op in (ops.rope_forward, ops.rope_backward):
+        out = op(x, cos, sin, positions)
+        assert np.isnan(out[~good]).all() and np.isfinite(out[good]).all()
+    np.testing.assert_array_equal(ops.rope_forward(x, cos, sin, positions)[good], want[good])

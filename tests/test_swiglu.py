@@ -19,7 +19,7 @@ def test_large_arguments_are_finite(isa):
     checks.check("swiglu_backward", np.ones_like(gate), gate, np.ones_like(gate), floor=4)
 
 
-def test_backward_over_its_inputs():
+def test_backward_over_its_inputs(place):
     both = checks.random((5, 2 * 33))
     gate, up, dout = both[:, :33], both[:, 33:], checks.random((5, 33), seed=1)
     want = checks.ops.swiglu_backward(dout, gate.copy(), up.copy())

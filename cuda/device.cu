@@ -1,0 +1,222 @@
+/* device.cu --- devices, memory, copies and streams for the binding: csrc/cuda.h, in the words of the CUDA runtime. */
+#include "common.cuh"
+#include "../csrc/cuda.h"
+
+#include <stdlib.h>
+
+/* ---- devices ----------------------------------------------------------------------------------------------------- */
+
+static bool touched[MAX_DEVICES];      /* devices that work may have been queued on */
+
+static void versions(int *driver, int *runtime) {
+    if (cudaDriverGetVersion(driver) != cudaSuccess) *driver = 0;
+    if (cudaRuntimeGetVersion(runtime) != cudaSuccess) *runtime = 0;
+}
+
+static int count() {
+    static int known;
+    if (known) return known;
+    int n = 0, driver, runtime;
+    cudaError_t error = cudaGetDeviceCount(&n);
+    if (error == cudaSuccess && n > 0) return known = n < MAX_DEVICES ? n : MAX_DEVICES;
+    cudaGetLastError();
+    versions(&driver, &runtime);
+    if (!driver) return fail("there is no NVIDIA driver");
+    if (error == cudaErrorInsufficientDriver)
+        return fail("the NVIDIA driver is too old: it is for CUDA %d.%d, this build is of CUDA %d.%d", driver / 1000,
+                    driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+    if (error == cudaSuccess || error == cudaErrorNoDevice) {
+        const char *visible = getenv("CUDA_VISIBLE_DEVICES");
+        return fail("the NVIDIA driver shows no GPU%s%s", visible ? " with CUDA_VISIBLE_DEVICES=" : "", visible ? visible : "");
+    }
+    return fail("CUDA: %s", cudaGetErrorString(error));
+}
+
+static int sm_of(int device, int *sm) {
+    int major, minor;
+    CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    CUDA_TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    *sm = major * 10 + minor;
+    return 0;
+}
+
+static int usable(int device) {
+    static bool known[MAX_DEVICES];
+    int n, sm = 0;
+    if (device >= 0 && device < MAX_DEVICES && known[device]) return 0;
+    if ((n = count()) < 0) return -1;
+    if (device < 0 || device >= n) return fail("there %s %d CUDA device%s", n == 1 ? "is" : "are", n, n == 1 ? "" : "s");
+    if (sm_of(device, &sm)) return -1;
+    if (sm < OLDEST_SM) return fail("the GPU is an sm_%d, the oldest that is supported is sm_%d", sm, (int)OLDEST_SM);
+    known[device] = true;
+    return 0;
+}
+
+static int properties(int device, CudaProperties *p) {
+    cudaDeviceProp all;
+    CUDA_TRY(cudaGetDeviceProperties(&all, device));
+    CUDA_TRY(cudaDeviceGetPCIBusId(p->bus, sizeof p->bus, device));
+    memcpy(p->name, all.name, sizeof p->name);
+    p->multiprocessors = all.multiProcessorCount;
+    return sm_of(device, &p->sm);
+}
+
+/* Another device than the thread's is entered by pushing its primary context: unlike cudaSetDevice there and back, this leaves
+ * the thread as it was and makes no context on a device that nobody uses. */
+#ifdef LONGLORA_EMULATION
+static thread_local int before;
+static int push(int device) {
+    CUDA_TRY(cudaGetDevice(&before));
+    CUDA_TRY(cudaSetDevice(device));
+    return 0;
+}
+static void pop() { cudaSetDevice(before); }
+#else
+static int (*retain_context)(void **context, int device), (*push_context)(void *context), (*pop_context)(void **context);
+
+static int driver_function(const char *name, void **function) {
+    cudaDriverEntryPointQueryResult found;
+    CUDA_TRY(cudaGetDriverEntryPointByVersion(name, function, 12000, cudaEnableDefault, &found));
+    return found == cudaDriverEntryPointSuccess ? 0 : fail("CUDA: the driver has no %s", name);
+}
+static int push(int device) {
+    static void *contexts[MAX_DEVICES];
+    if (!push_context && (driver_function("cuDevicePrimaryCtxRetain", (void **)&retain_context) ||
+                          driver_function("cuCtxPopCurrent", (void **)&pop_context) ||
+                          driver_function("cuCtxPushCurrent", (void **)&push_context))) return -1;
+    int error = contexts[device] ? 0 : retain_context(&contexts[device], device);
+    if (!error) error = push_context(contexts[device]);
+    return error ? fail("CUDA: cuda:%d cannot be made the current device: driver error %d", device, error) : 0;
+}
+static void pop() {
+    void *context;
+    pop_context(&context);
+}
+#endif
+
+static int enter(int device) {
+    int current;
+    CUDA_TRY(cudaGetDevice(&current));
+    touched[device] = true;
+    if (current == device) return 0;
+    return push(device) ? -1 : 1;
+}
+static void leave(int entered) { if (entered > 0) pop(); }
+
+static int recover(int device) {
+    cudaGetLastError();
+    int entered = enter(device);
+    cudaError_t error = cudaStreamQuery(cudaStreamPerThread);          /* after a fatal error everything answers with it */
+    cudaGetLastError();
+    leave(entered);
+    return error != cudaSuccess && error != cudaErrorNotReady;
+}
+
+/* ---- memory ------------------------------------------------------------------------------------------------------ */
+
+static int memory(int64_t *free, int64_t *total) {
+    size_t available, all;
+    CUDA_TRY(cudaMemGetInfo(&available, &all));
+    *free = (int64_t)available;
+    *total = (int64_t)all;
+    return 0;
+}
+
+static int no_memory(cudaError_t error, int64_t bytes) {
+    if (error != cudaErrorMemoryAllocation) return fail("CUDA: %s", cudaGetErrorString(error));
+    cudaGetLastError();
+    return fail("out of memory: %lld bytes cannot be had", (long long)bytes);
+}
+
+static int allocate(int64_t bytes, void **p) {
+    cudaError_t error = cudaMalloc(p, bytes ? (size_t)bytes : 1);
+    if (error != cudaSuccess) return no_memory(error, bytes);
+    CUDA_TRY(cudaMemsetAsync(*p, 0, (size_t)bytes, cudaStreamPerThread));
+    CUDA_TRY(cudaStreamSynchronize(cudaStreamPerThread));              /* zero for every stream */
+    return 0;
+}
+static void release(void *p) {
+    cudaFree(p);
+    cudaGetLastError();
+}
+
+static int allocate_pinned(int64_t bytes, void **p) {
+    cudaError_t error = cudaHostAlloc(p, bytes ? (size_t)bytes : 1, cudaHostAllocPortable);
+    if (error != cudaSuccess) return no_memory(error, bytes);
+    memset(*p, 0, (size_t)bytes);
+    return 0;
+}
+static void release_pinned(void *p) {
+    for (int device = 0; device < MAX_DEVICES; device++) {
+        int entered = touched[device] ? enter(device) : -1;
+        if (entered < 0) continue;
+        cudaDeviceSynchronize();
+        leave(entered);
+    }
+    cudaFreeHost(p);
+    cudaGetLastError();
+}
+
+static int copy_bytes(void *to, const void *from, int64_t bytes, void *stream) {
+    if (bytes) CUDA_TRY(cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDefault, (cudaStream_t)stream));
+    return 0;
+}
+static int copy_peer(void *to, int to_device, const void *from, int from_device, int64_t bytes, void *stream) {
+    if (bytes) CUDA_TRY(cudaMemcpyPeerAsync(to, to_device, from, from_device, (size_t)bytes, (cudaStream_t)stream));
+    return 0;
+}
+
+/* ---- streams ----------------------------------------------------------------------------------------------------- */
+
+static int synchronize(void *stream) {
+    CUDA_TRY(cudaStreamSynchronize((cudaStream_t)stream));
+    return 0;
+}
+static int synchronize_device() {
+    CUDA_TRY(cudaDeviceSynchronize());
+    return 0;
+}
+static int stream_device(void *stream, int *device) {
+    *device = -1;
+    if ((uintptr_t)stream > (uintptr_t)cudaStreamPerThread) CUDA_TRY(cudaStreamGetDevice((cudaStream_t)stream, device));
+    return 0;
+}
+
+static int mark(void *stream, void **made) {
+    cudaEvent_t event;
+    CUDA_TRY(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    *made = event;
+    CUDA_TRY(cudaEventRecord(event, (cudaStream_t)stream));
+    return 0;
+}
+static int wait(void *stream, void *mark) {
+    CUDA_TRY(cudaStreamWaitEvent((cudaStream_t)stream, (cudaEvent_t)mark, 0));
+    return 0;
+}
+static int passed(void *mark) {
+    cudaError_t error = cudaEventQuery((cudaEvent_t)mark);
+    if (error == cudaErrorNotReady) return cudaGetLastError(), 0;
+    CUDA_TRY(error);
+    return 1;
+}
+static int await(void *mark) {
+    CUDA_TRY(cudaEventSynchronize((cudaEvent_t)mark));
+    return 0;
+}
+static void forget(void *mark) { cudaEventDestroy((cudaEvent_t)mark); }
+
+/* ---- the table --------------------------------------------------------------------------------------------------- */
+
+#define TEXT_(...) #__VA_ARGS__
+#define TEXT(...) TEXT_(__VA_ARGS__)
+#ifdef LONGLORA_EMULATION
+#define BUILT_FOR "emulation"
+#else
+#define BUILT_FOR TEXT(__CUDA_ARCH_LIST__)
+#endif
+
+extern "C" const CudaRuntime cuda_runtime = {
+    BUILT_FOR, count, usable, properties, versions, enter, leave, recover, allocate, release, allocate_pinned, release_pinned,
+    memory, copy_tensor, fill_tensor, copy_bytes, copy_peer, synchronize, synchronize_device, stream_device, mark, wait, passed,
+    await, forget, cublas_paths, cublas_version,
+};

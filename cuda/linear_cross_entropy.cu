@@ -1,0 +1,175 @@
+/* linear_cross_entropy.cu --- the head's matrix product and the loss, a chunk of rows at a time.
+ *
+ * A chunk's logits are float32 in the workspace, [rows, V], LOGITS_BYTES at most. One block per row finds maximum and sum in one
+ * pass, then (backward) writes the gradient of the logits in its place, in the dtype of x, so that both products that read it run
+ * on the tensor cores. The second pass reads the head of the row from shared memory, as much as the device has (all of V = 32000
+ * on an H100, 45 % of 128256), the rest from memory or L2: there is one block at a time on a multiprocessor.
+ * 4 V C FLOPs per row, 6 V C with dweight, and 8 V .. 12 V bytes beside the products' own: at V = 128256, C = 4096 on an H100
+ * (720 TFLOP/s, 3.35 TB/s) 2.9 + 0.3 us a row, so 650 TFLOP/s at best. Computed, not measured.
+ *
+ * In float16, gradients of logits below 2^-25 vanish, as in any training in float16 that does not scale its loss. */
+#include "gemm.cuh"
+
+#include <float.h>
+
+enum { BLOCK = 1024, ELEMENTS = 4, MAX_ROWS = 2048, ROUND = 64 };
+enum : int64_t { LOGITS_BYTES = 448 << 20 };
+
+typedef struct {
+    float *logits;                     /* [rows, stride] of the chunk */
+    int64_t stride, V;
+    float *losses, *lse;               /* of the chunk's first row; lse may be NULL */
+    const int32_t *targets;
+    const float *dlosses;
+    int64_t losses_step, lse_step, targets_step, dlosses_step, ignore;
+    int64_t kept;                      /* so many logits of a row fit into shared memory */
+} Chunk;
+
+/* Every thread gets the largest, as in block_sum. */
+static __device__ __forceinline__ float block_max(float x, float *shared) {
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    x = warp_max(x);
+    __syncthreads();
+    if (lane == 0) shared[warp] = x;
+    __syncthreads();
+    return warp_max(lane < (int)blockDim.x / WARP ? shared[lane] : -FLT_MAX);
+}
+
+/* ELEMENTS logits from i on; -inf beyond V. */
+static __device__ __forceinline__ void load_logits(float (&x)[ELEMENTS], const float *row, int64_t i, int64_t V) {
+    if (i + ELEMENTS <= V) load(x, row + i);
+    else for (int e = 0; e < ELEMENTS; e++) x[e] = i + e < V ? row[i + e] : -INFINITY;
+}
+
+/* T: of the gradient. Its element i lies in front of where logit i was, so a block that has read a stretch of logits may write
+ * their gradients: what it overwrites has been read. */
+template<class T, bool GRADIENT> static __global__ void __launch_bounds__(BLOCK) row_kernel(Chunk c) {
+    __shared__ float shared[WARP];
+    DYNAMIC_SHARED(float, kept);
+    float *row = c.logits + blockIdx.x * c.stride;
+    int64_t target = c.targets[blockIdx.x * c.targets_step];
+    bool ignored = target == c.ignore, used = !ignored && target >= 0 && target < c.V;
+    float max = -FLT_MAX, sum = 0, picked = used ? row[target] : 0;
+    for (int64_t i = threadIdx.x * ELEMENTS; i < c.V; i += blockDim.x * ELEMENTS) {
+        float x[ELEMENTS];
+        load_logits(x, row, i, c.V);
+        if (i < c.kept) store(kept + i, x);
+        float top = max;
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; e++) top = fmaxf(top, x[e]);
+        sum *= expf(max - top);
+#pragma unroll
+        for (int e = 0; e < ELEMENTS; e++) sum += expf(x[e] - top);
+        max = top;
+    }
+    float top = block_max(max, shared);
+    sum = block_sum(sum * expf(max - top), shared);
+    float lse = top + logf(sum);
+    if (threadIdx.x == 0) {
+        c.losses[blockIdx.x * c.losses_step] = used ? lse - picked : ignored ? 0.0f : NAN;
+        if (c.lse) c.lse[blockIdx.x * c.lse_step] = lse;
+    }
+    if (!GRADIENT) return;
+    T *out = (T *)row;
+    float dloss = used ? c.dlosses[blockIdx.x * c.dlosses_step] : 0;
+    for (int64_t start = 0; start < c.V; start += blockDim.x * ELEMENTS) {
+        int64_t i = start + threadIdx.x * ELEMENTS;
+        float x[ELEMENTS] = {};
+        if (used && i < c.V) {
+            if (i < c.kept) load(x, kept + i);
+            else load_logits(x, row, i, c.V);
+#pragma unroll
+            for (int e = 0; e < ELEMENTS; e++) x[e] = expf(x[e] - lse) * dloss;
+        }
+        __syncthreads();
+        if (i < c.V) store(out + i, x);                                /* rows are padded to whole stores */
+    }
+    __syncthreads();
+    if (used && threadIdx.x == 0) out[target] = from_float<T>(dloss * expm1f(picked - lse));
+}
+
+/* Rows of logits in floats, and rows of a chunk: as many as fit, the chunks about equally long. */
+static int64_t stride_of(int64_t V) { return ceil_div(V, 8) * 8; }
+static int64_t rows_of(int64_t M, int64_t V) {
+    int64_t fit = V ? LOGITS_BYTES / (4 * stride_of(V)) : (int64_t)MAX_ROWS;
+    if (fit > MAX_ROWS) fit = MAX_ROWS;
+    if (fit >= ROUND) fit -= fit % ROUND;
+    if (fit < 1) fit = 1;
+    if (M <= fit) return M;
+    int64_t rows = ceil_div(ceil_div(M, ceil_div(M, fit)), ROUND) * ROUND;
+    return rows < fit ? rows : fit;
+}
+static int64_t workspace_of(int64_t M, int64_t V) { return GEMM_WORKSPACE + align_up(4 * rows_of(M, V) * stride_of(V)); }
+
+static Matrix rows_from(const Tensor *t, int64_t row) {
+    Matrix m = matrix(t);
+    m.data = (const char *)m.data + row * m.row * size_of(m.dtype);
+    return m;
+}
+
+/* How many floats of dynamic shared memory a block may have; asked once per device. */
+static int64_t shared_floats(int device) {
+    static int bytes[64];
+    if (device < 0 || device >= 64) return 0;
+    if (!bytes[device] && cudaDeviceGetAttribute(&bytes[device], cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
+    return (bytes[device] - 1024) / 4 / ELEMENTS * ELEMENTS;           /* less what is static */
+}
+
+/* dx NULL: forward. */
+static int run(const CudaCall *call, const Tensor *losses, const Tensor *lse, const Tensor *dx, const Tensor *dweight, const Tensor *x,
+               const Tensor *weight, const Tensor *targets, const Tensor *dlosses, int64_t ignore) {
+    int64_t M = x->shape[0], C = x->shape[1], V = weight->shape[0], chunk = rows_of(M, V);
+    unsigned block = BLOCK;                                            /* no more threads than a row has work for */
+    while (block > WARP && block / 2 * ELEMENTS >= V) block /= 2;
+    Chunk c = {};
+    c.logits = (float *)((char *)call->workspace + GEMM_WORKSPACE), c.stride = stride_of(V), c.V = V, c.ignore = ignore;
+    for (int64_t m = 0; m < M; m += chunk) {
+        int64_t rows = M - m < chunk ? M - m : chunk;
+        Gemm logits = {};
+        logits.M = rows, logits.N = V, logits.K = C, logits.a = rows_from(x, m), logits.b = transposed(matrix(weight));
+        logits.c = c.logits, logits.c_row = c.stride, logits.c_dtype = F32, logits.alpha = 1;
+        if (gemm(call, logits)) return -1;
+        c.losses_step = losses->stride[0], c.losses = (float *)losses->data + m * c.losses_step;
+        c.targets_step = targets->stride[0], c.targets = (const int32_t *)targets->data + m * c.targets_step;
+        if (lse) c.lse_step = lse->stride[0], c.lse = (float *)lse->data + m * c.lse_step;
+        if (!dx) {
+            if (launch(call, row_kernel<float, false>, dim3((unsigned)rows), block, 0, c)) return -1;
+            continue;
+        }
+        c.dlosses_step = dlosses->stride[0], c.dlosses = (const float *)dlosses->data + m * c.dlosses_step;
+        int64_t room = shared_floats(call->device);
+        c.kept = room < c.stride ? room : c.stride;
+        int status = for_dtype(x->dtype, [&](auto t) {
+            return launch(call, row_kernel<typename decltype(t)::is, true>, dim3((unsigned)rows), block, (size_t)c.kept * 4, c);
+        });
+        if (status) return status;
+        Matrix dlogits = {c.logits, c.stride * 4 / size_of(x->dtype), 1, x->dtype};
+        Gemm g = {};
+        g.M = rows, g.N = C, g.K = V, g.a = dlogits, g.b = matrix(weight), g.alpha = 1;
+        g.c = (char *)dx->data + m * dx->stride[0] * size_of(dx->dtype), g.c_row = dx->stride[0], g.c_dtype = dx->dtype;
+        if (gemm(call, g)) return -1;
+        if (!given(dweight)) continue;
+        g.M = V, g.K = rows, g.a = transposed(dlogits), g.b = rows_from(x, m), g.beta = 1;
+        g.c = dweight->data, g.c_row = dweight->stride[0], g.c_dtype = F32;
+        if (gemm(call, g)) return -1;
+    }
+    return 0;
+}
+
+extern "C" int64_t linear_cross_entropy_forward_cuda_workspace(const void *args) {
+    const LinearCrossEntropyForward *f = (const LinearCrossEntropyForward *)args;
+    return workspace_of(f->x.shape[0], f->weight.shape[0]);
+}
+extern "C" int linear_cross_entropy_forward_cuda(const void *args, const CudaCall *call) {
+    const LinearCrossEntropyForward *f = (const LinearCrossEntropyForward *)args;
+    return run(call, &f->losses, &f->lse, NULL, NULL, &f->x, &f->weight, &f->targets, NULL, (int64_t)f->ignore_index);
+}
+
+extern "C" int64_t linear_cross_entropy_backward_cuda_workspace(const void *args) {
+    const LinearCrossEntropyBackward *f = (const LinearCrossEntropyBackward *)args;
+    return workspace_of(f->x.shape[0], f->weight.shape[0]);
+}
+extern "C" int linear_cross_entropy_backward_cuda(const void *args, const CudaCall *call) {
+    const LinearCrossEntropyBackward *f = (const LinearCrossEntropyBackward *)args;
+    return run(call, &f->losses, NULL, &f->dx, &f->dweight, &f->x, &f->weight, &f->targets, &f->dlosses, (int64_t)f->ignore_index);
+}
