@@ -14,7 +14,16 @@
  *   one core, TN 576x576, K = 2048: panels of a packed one by one 178, side by side with the dtype decided outside 200
  *   one core, u, N = 8: as a panel of 16 columns 66, with rows fetched ahead 80, vectors along k 128..144
  *   one core, da, M = 8, K = 2048: b packed 72, b in place 220
- *   one core, M = 192, N = 576, K = 8192 (dx of the loss): b in place 180, packed by each tile for itself 196 */
+ *   one core, M = 192, N = 576, K = 8192 (dx of the loss): b in place 180, packed by each tile for itself 196
+ * and on one core of a Zen 3 (FMA peak 95), other work beside it, ways in turn, the best of each:
+ *   the tile alone, all in the L1 cache: rows in place 81, with a fetch every 16 steps outside of a loop unrolled twice 91;
+ *   packed 90, so unrolled 93
+ *   M = 512, N = K = 2048, rows of a 8 KiB apart: in place 51, copied side by side 52, packed 62; but M = 2048, K = 576,
+ *   where they are not: in place 81, packed 76
+ *   u, N = 8, K = 576: b read for each row 37, kept for two 42; bfloat16: as a panel 27, converted as it is read 36
+ *   M = 1, 2048x2048, bfloat16: as a panel 3, a row of the larger matrix at a time 9
+ *   M = 2048, N = 576, K = 8: panel after panel 9, row after row 15; bfloat16 15, 17
+ *   db, N = 576, M = 8, K = 2048: b packed by each tile 34, two tiles on b in place 49 */
 #include "gemm.h"
 #include "scratch.h"
 
@@ -553,8 +562,9 @@ int CPU(gemm)(const Gemm *g) {
     job.step_a = 1, job.a_row = job.a.row / per, job.ahead = MR * job.a_row;
     if (!job.dot && job.a.row == 1 && job.a.dtype == F32 && job.M <= 256) /* the other way round; too few rows to pack them */
         job.direct = 1, job.step_a = job.a.col, job.ahead = AHEAD * job.a.col;
-    /* Rows half a page apart and their like share the lines of the L1 cache: side by side they do not. */
-    if (!job.dot && job.a.col == 1 && (!job.direct || (job.a.row % 512 == 0 && job.N > 4 * NR))) job.direct = job.copied = 1;
+    if (!job.dot && !job.direct && job.a.col == 1) job.direct = job.copied = 1;
+    /* Rows a multiple of half a page apart fall on the same few lines of the L1 cache, where they push each other out. */
+    if (!job.dot && !job.copied && job.a.col == 1 && job.a.row % 512 == 0 && job.N > 4 * NR) job.direct = 0;
     job.nr = NV == 3 && ceil_div(job.N, VW) == 4 ? 2 * VW : NR;
     job.direct_b = !job.dot && job.b.col == 1 && job.b.dtype == F32 && job.R == 0 && job.nr == NR &&
                    job.M <= (VW == 8 ? 2 * MR : MR);
