@@ -8,8 +8,41 @@ from longlora import _C
 M, C, F, V = 4096, 2048, 5504, 49152
 
 
+def on_gpu(bench):
+    """Of Llama-2-7B's sizes, 8192 tokens, in bfloat16; adamw on float32 masters with a bfloat16 copy."""
+    gpu, dtype, size, target = bench.gpu, "bfloat16", 2, dict(target=(0.75, 0.92), judged="of_peak")
+    m, c, f, v, n = gpu.size((8192, 4096, 11008, 32000, 1 << 27), (32, 64, 48, 100, 1000))
+
+    def row(name, ours, bytes, dtype=dtype):
+        bench.row(name, ours, dtype=dtype, bytes=bytes, **target)
+
+    x, dout, w = (bench.random(*shape, dtype=dtype) for shape in ((m, c), (m, c), (c,)))
+    out, rstd, dw = gpu.zeros((m, c), dtype), gpu.zeros((m,)), gpu.zeros((c,))
+    row("rms_norm forward", lambda: _C.rms_norm_forward(out, rstd, None, x, None, w, 1e-6), 2 * m * c * size)
+    row("rms_norm backward", lambda: _C.rms_norm_backward(out, dw, dout, x, rstd, w, None), 3 * m * c * size)
+    heads = (1, m, c // 32, 32) if gpu.smoke else (1, m, c // 128, 128)
+    x4, out4 = x.reshape(heads), out.reshape(heads)
+    angle = np.arange(m)[:, None] * 1e4 ** -(np.arange(heads[3] // 2) / (heads[3] // 2))
+    cos, sin = gpu.place(np.cos(angle).astype(np.float32)), gpu.place(np.sin(angle).astype(np.float32))
+    row("rope", lambda: _C.rope_forward(out4, x4, cos, sin, None), 2 * m * c * size)
+    g, u, d = (bench.random(m, f, dtype=dtype) for _ in range(3))
+    dg, du = gpu.zeros((m, f), dtype), gpu.zeros((m, f), dtype)
+    row("swiglu forward", lambda: _C.swiglu_forward(dg, g, u), 3 * m * f * size)
+    row("swiglu backward", lambda: _C.swiglu_backward(dg, du, d, g, u), 5 * m * f * size)
+    table, (ids, known) = bench.random(v, c, dtype=dtype), gpu.integers(v, m)
+    order, dtable = gpu.place(np.argsort(known, kind="stable").astype(np.int32)), gpu.zeros((v, c))
+    row("embedding forward", lambda: _C.embedding_forward(out, table, ids), (m + len(np.unique(known))) * c * size)
+    row("embedding backward", lambda: _C.embedding_backward(dtable, dout, ids, order),
+        m * c * size + 2 * 4 * len(np.unique(known)) * c)
+    param, mean, square, grad = (bench.random(n) for _ in range(4))
+    square, copy = gpu.zeros((n,)), gpu.zeros((n,), dtype)
+    row("adamw", lambda: _C.adamw(param, mean, square, copy, grad, 1e-4, 0.9, 0.95, 1e-8, 0.0, 5, 1.0), 30 * n, "float32")
+
+
 def main(argv=None):
     bench = Bench("elementwise", argv)
+    if bench.gpu is not None:
+        return on_gpu(bench)
     torch = bench.torch
     functional = torch.nn.functional
     for dtype in "float32", "bfloat16":

@@ -2,7 +2,7 @@
 import math
 
 from benchmarks.harness import Bench
-from longlora import ops
+from longlora import _C, ops
 
 LAYER = [(2048, 576, 576), (2048, 192, 576), (2048, 1536, 576), (2048, 576, 1536)]
 NT = LAYER + [(2048, 49152, 576), (2048, 2048, 2048), (4096, 4096, 4096), (2048, 8, 576), (2048, 576, 8), (1, 2048, 2048),
@@ -12,8 +12,23 @@ ODD = [((7, 576, 576), (8, 576, 576)), ((100, 576, 576), (96, 576, 576)), ((2048
 SHAPES = [("NT", shape) for shape in NT] + [(kind, shape) for kind in ("NN", "TN") for shape in LAYER + [(2048, 2048, 2048)]]
 
 
+def on_gpu(bench):
+    """Products of Llama-2-7B's layer, 8192 tokens: both sides are cuBLAS, so this is what our way to it costs."""
+    gpu, dtype = bench.gpu, "bfloat16"
+    for m, n, k in gpu.size([(8192, 12288, 4096), (8192, 4096, 4096), (2048, 22016, 4096), (2048, 4096, 11008)], [(32, 48, 64)]):
+        a, b, out = bench.random(m, k, dtype=dtype), bench.random(n, k, dtype=dtype), gpu.zeros((m, n), dtype)
+        peer = None
+        if gpu.torch is not None:
+            made = gpu.zeros((m, n), dtype)
+            peer = lambda: gpu.torch.mm(a, b.T, out=made)
+        bench.row(f"NT M={m} N={n} K={k}", lambda: _C.lora_linear_forward(out, None, a, b, None, None, None, None, 1.0), peer,
+                  dtype=dtype, flops=2 * m * n * k)
+
+
 def main(argv=None):
     bench = Bench("gemm", argv)
+    if bench.gpu is not None:
+        return on_gpu(bench)
     for dtype in "float32", "bfloat16":
         for kind, (m, n, k) in SHAPES:
             name = f"{kind} M={m} N={n} K={k}"

@@ -7,8 +7,32 @@ from longlora import _C
 SHAPES = [(2048, 576, 49152), (512, 2048, 128256)]
 
 
+def on_gpu(bench):
+    """The frozen head of 8192 tokens, C = 4096, its gradient with it; and the memory that it takes beside its arguments."""
+    gpu, dtype = bench.gpu, "bfloat16"
+    m, c = gpu.size((8192, 4096), (32, 64))
+    for v in gpu.size((32000, 128256), (100,)):
+        name = f"frozen M={m} C={c} V={v}"
+        if not bench.wants(name, dtype):
+            continue
+        x, weight = bench.random(m, c, dtype=dtype), bench.random(v, c, dtype=dtype, scale=c**-0.5)
+        targets, known = gpu.integers(v, m)
+        dlosses, losses, dx = gpu.place(np.full(m, 1 / m, np.float32)), gpu.zeros((m,)), gpu.zeros((m, c), dtype)
+        args = losses, dx, None, x, weight, targets, dlosses, -100
+        peer = None
+        if gpu.torch is not None:
+            functional, xt, tt = gpu.torch.nn.functional, x.detach().clone().requires_grad_(), gpu.place(known.astype(np.int64))
+            peer = gpu.can(lambda: gpu.torch.autograd.grad(functional.cross_entropy(functional.linear(xt, weight).float(), tt), xt))
+        bench.row(name, lambda: _C.linear_cross_entropy_backward(*args), peer, dtype=dtype, flops=4 * m * c * v, target=(600, 700),
+                  judged="ours")
+        bench.record(f"extra memory {name}", _C.workspace("linear_cross_entropy_backward", *args) / 2**30, None, "GiB", dtype=dtype,
+                     target=(0.5, 0.5), judged="ours")
+
+
 def main(argv=None):
     bench = Bench("linear_cross_entropy", argv)
+    if bench.gpu is not None:
+        return on_gpu(bench)
     for dtype in "float32", "bfloat16":
         for m, c, v in SHAPES:
             for trained in False, True:

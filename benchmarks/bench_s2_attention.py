@@ -1,9 +1,11 @@
 """S2-Attn against torch's best form of it: the shifted heads moved by one index, groups folded into the batch, SDPA with
-is_causal. Useful FLOPs, causal half only: forward 4 H L (G/2) D, backward 2.5 times that."""
+is_causal. Useful FLOPs, causal half only: forward 4 H L (G/2) D, backward 2.5 times that. On a GPU: bfloat16, forward and backward
+together, SDPA's backend forced to flash and to cuDNN."""
 import functools
+import math
 
 from benchmarks.harness import Bench
-from longlora import ops
+from longlora import _C, ops
 from longlora.profile import pairs
 
 L, H = 8192, 8
@@ -31,8 +33,68 @@ class Peer:
         return self.torch.cat([out[:, :, :H // 2], out[:, :, H // 2:].roll(self.G // 2, 1)], 2)
 
 
+class GpuPeer:
+    """q [1,L,H,D], k and v [1,L,K,D] -> out, by one backend of SDPA: tokens of the shifted heads fetched by an index, groups
+    folded into the batch, enable_gqa; and back by the inverse index."""
+
+    def __init__(self, torch, tensors, G, backend):
+        self.torch, self.G, self.backend = torch, G, backend
+        self.tensors = [x.detach().clone().requires_grad_() for x in tensors]
+        L = tensors[0].shape[1]
+        self.index = (torch.arange(L, device=tensors[0].device) + G // 2) % L
+        self.inverse = (torch.arange(L, device=tensors[0].device) - G // 2) % L
+
+    def fold(self, x):
+        half = x.shape[2] // 2
+        x = self.torch.cat([x[:, :, :half], x[:, self.index, half:]], 2)
+        return x.reshape(-1, self.G, *x.shape[2:]).transpose(1, 2)
+
+    def step(self, dout):
+        from torch.nn.attention import sdpa_kernel
+        q, k, v = self.tensors
+        with sdpa_kernel(self.backend):
+            out = self.torch.nn.functional.scaled_dot_product_attention(
+                self.fold(q), self.fold(k), self.fold(v), is_causal=True, enable_gqa=k.shape[2] != q.shape[2])
+            out, half = out.transpose(1, 2).reshape(q.shape), q.shape[2] // 2
+            out = self.torch.cat([out[:, :, :half], out[:, self.inverse, half:]], 2)
+            return self.torch.autograd.grad(out, (q, k, v), dout)
+
+
+def on_gpu(bench):
+    """Of the heads that Llama-2-7B and Llama-3-8B have, over the paper's contexts, and of D = 64."""
+    gpu, dtype = bench.gpu, "bfloat16"
+    for H, K, D in gpu.size([(32, 32, 128), (32, 8, 128), (32, 32, 64)], [(2, 1, 64)]):
+        for L in gpu.size([8192, 16384, 32768], [32]):
+            G, name = L // 4, f"H={H} K={K} D={D} L={L} G={L // 4}"
+            if not any(bench.wants(f"{what} {name}", dtype) for what in ("forward", "forward+backward")):
+                continue
+            q, k, v, dout = (bench.random(1, L, heads, D, dtype=dtype) for heads in (H, K, K, H))
+            out, dq, dk, dv = (gpu.zeros((1, L, heads, D), dtype) for heads in (H, H, K, K))
+            lse, scalars = gpu.zeros((1, H, L)), (G, ops.BOUNDARIES["split"], ops.SHIFTS["half"], 1 / math.sqrt(D))
+
+            def forward():
+                _C.s2_attention_forward(out, lse, q, k, v, None, *scalars)
+
+            def both():
+                forward()
+                _C.s2_attention_backward(dq, dk, dv, dout, q, k, v, out, lse, None, *scalars)
+
+            flops = 4 * D * pairs(L, H, G, "split", "half")
+            bench.row(f"forward {name}", forward, dtype=dtype, flops=flops)
+            for backend in gpu.size(["FLASH_ATTENTION", "CUDNN_ATTENTION"], [None]):
+                peer = None
+                if backend is not None:
+                    theirs = GpuPeer(gpu.torch, (q, k, v), G, getattr(gpu.torch.nn.attention.SDPBackend, backend))
+                    peer = gpu.can(lambda: theirs.step(dout))
+                bench.row(f"forward+backward {name}", both, peer, dtype=dtype, flops=3.5 * flops,
+                          peer_name=(backend or "").lower(), judged="ratio",
+                          target=(0.9, 1.1) if backend == "FLASH_ATTENTION" else None)
+
+
 def main(argv=None):
     bench = Bench("s2_attention", argv)
+    if bench.gpu is not None:
+        return on_gpu(bench)
     for dtype in "float32", "bfloat16":
         for D, G in CASES:
             name = f"D={D} G={G}"

@@ -4,6 +4,8 @@ Both train the same: LoRA r = 8 on q, k, v, o, the tied embedding and all norms;
 weights. The peer's attention is SDPA per kind of head, groups as a batch by views, with is_causal; it runs with and without
 gradient checkpointing. Each side is a process of its own: its memory is the peak resident size of that process, the interpreter
 and the imports included.
+
+On a GPU: Llama-2-7B's shapes, random weights, bfloat16, ours alone: tokens a second, and the plan beside the memory that the GPU lost.
 """
 import argparse
 import json
@@ -23,6 +25,12 @@ CONFIG = dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size
               rms_norm_eps=1e-5, tie_word_embeddings=True, hidden_act="silu", attention_bias=False, initializer_range=0.04,
               rope_theta=100000.0, bos_token_id=1, eos_token_id=2)
 CASES = [(2048, 512), (4096, 1024)]
+LLAMA2 = dict(CONFIG, vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+              num_key_value_heads=32, head_dim=128, max_position_embeddings=4096, initializer_range=0.02, tie_word_embeddings=False,
+              rope_theta=10000.0)
+SMALL = dict(LLAMA2, vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8)
+GPU_CASES = {8192: (15_000, 22_700), 32768: (10_000, 14_800)}          # length -> tokens/s: must, aim
 RATE = 1e-4
 
 
@@ -125,6 +133,79 @@ def one_side(side, length, group, dtype, repeats, layers):
     print(json.dumps({"seconds": statistics.median(times), "gib": peak, "losses": losses, "checkpointing": kept}))
 
 
+def gpu_step(length, device, repeats, smoke):
+    """In a process of its own: steps on a GPU -> one JSON line."""
+    from longlora import cuda
+    from longlora.adapter import LoraConfig
+    from longlora.config import read_config
+    from longlora.model import Model
+    from longlora.optimizer import AdamW
+    from longlora.plan import plan
+    from .gpu import Gpu
+    gpu = Gpu(device, smoke)
+    config, (before, total) = read_config(SMALL if smoke else LLAMA2), cuda.memory_info(gpu.index)
+    about = plan(config, dtype="bfloat16", sequence_length=length, group_size=length // 4, lora=LoraConfig(), device=gpu.device)
+    if not about.fits:
+        raise SystemExit(f"{length} tokens do not fit: {about.text()}")
+    model = Model(config, dtype="bfloat16", lora=LoraConfig(), plan=about, device=gpu.device,
+                  attention={"group_size": length // 4, "boundary": "split", "shift": "half"})
+    fill(model, gpu)
+    optimizer = AdamW(model.parameters, max_grad_norm=1.0)
+    rates, norms = dict.fromkeys(model.kinds, 1e-5), []
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, length + 1)).astype(np.int32)
+
+    def step():
+        model.zero_grad()
+        model.train_microbatch(ids[:, :-1], ids[:, 1:], loss_scale=1 / length, read=False)
+        norms.append(optimizer.step(rates))
+
+    for _ in range(2):
+        step()
+    cuda.synchronize(gpu.index)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    cuda.synchronize(gpu.index)
+    seconds = (time.perf_counter() - start) / repeats
+    print(json.dumps({"seconds": seconds, "planned": about.total, "measured": before - cuda.memory_info(gpu.index)[0],
+                      "others": total - before, "checkpointing": about.checkpointing, "norms": norms}))
+
+
+def fill(model, gpu):
+    """Random weights, drawn on the GPU where torch can do that."""
+    if gpu.torch is None:
+        return model.init_random(0)
+    for s, rows in model._places.values():
+        where = model._view("value." + s.key)
+        if s.kind in ("lora_A", "lora_B"):             # as Model has made them
+            continue
+        there = gpu.torch.from_dlpack((model._view(s.key) if where is None else where)[rows])
+        there.fill_(1) if s.kind == "norm" else there.normal_(0, model.config.initializer_range)
+    gpu.torch.cuda.synchronize()
+    model.refresh()
+
+
+def on_gpu(bench):
+    for length, target in GPU_CASES.items():
+        length = bench.gpu.size(length, 32)
+        name = f"Llama-2-7B T={length} G={length // 4}"
+        if not bench.wants(name, "bfloat16"):
+            continue
+        command = [sys.executable, "-m", "benchmarks.bench_train_step", "--gpu", "--length", str(length), "--device", bench.gpu.device,
+                   "--repeats", str(bench.gpu.size(max(2, round(3 * bench.options.seconds)), 1)), *["--smoke"] * bench.gpu.smoke]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"  {name}: failed", flush=True)
+            continue
+        found = json.loads(done.stdout.splitlines()[-1])
+        bench.record(f"{name} step, checkpointing {found['checkpointing']}", length / found["seconds"], None, "tok/s", dtype="bfloat16",
+                     target=target, judged="ours")
+        bench.record(f"{name} memory", found["measured"] / 2**30, None, "GiB", dtype="bfloat16")
+        bench.record(f"{name} context and other processes", found["others"] / 2**30, None, "GiB", dtype="bfloat16")
+        bench.record(f"{name} plan off the measured", abs(found["planned"] / max(found["measured"], 1) - 1) * 100, None, "%",
+                     dtype="bfloat16", target=(5, 2), judged="ours")
+
+
 def measured(bench, sides, length, group, dtype, threads=None, layers=CONFIG["num_hidden_layers"], least=2):
     """Each side in a process of its own -> dict of what they printed."""
     figures, repeats = {}, max(least, round(bench.options.seconds * 2))
@@ -176,7 +257,16 @@ def main(argv=None):
             parser.add_argument(f"--{name}", type=int)
         parser.add_argument("--dtype")
         return one_side(**vars(parser.parse_args(argv)))
+    if argv[:1] == ["--gpu"]:
+        parser = argparse.ArgumentParser()
+        for name in ("length", "repeats"):
+            parser.add_argument(f"--{name}", type=int)
+        parser.add_argument("--device")
+        parser.add_argument("--smoke", action="store_true")
+        return gpu_step(**vars(parser.parse_args(argv[1:])))
     bench = harness.Bench("train_step", argv)
+    if bench.gpu is not None:
+        return on_gpu(bench)
     compare(bench, "ours", ("peer", "peer checkpointing"), CASES)
     scaling(bench)
 

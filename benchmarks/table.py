@@ -1,4 +1,5 @@
-"""Markdown of what the benchmarks wrote: python -m benchmarks.table FILE.json. Ratios above 1: we are ahead; memory and time are costs."""
+"""Markdown of what the benchmarks wrote: python -m benchmarks.table FILE.json. Ratios above 1: we are ahead; memory and time are costs.
+Rows of a GPU stand one a line, with what they must reach and what they aim at."""
 import json
 import sys
 
@@ -9,6 +10,20 @@ def cell(row):
     if row["ratio"] is not None:
         text += f", **{row['ratio']:.2f}x** of {row['peer']:.3g}"
     return text + (f", {row['of_peak']:.0%} of peak" if row["of_peak"] else "")
+
+
+def targets(rows):
+    """A line for each row of a GPU: the figure that is judged, its targets, and what it reaches."""
+    yield "| benchmark | case | dtype | against | measured | must | aim | reaches |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in rows:
+        must, aim, reached = row.get("must"), row.get("aim"), ""
+        if must is not None:
+            value, sign = row[row["judged"]], 1 if aim >= must else -1
+            reached = "not measured" if value is None else next((word for word, bar in (("aim", aim), ("must", must))
+                                                                if sign * value >= sign * bar), "**neither**")
+        yield (f"| {row['benchmark']} | {row['name']} | {row['dtype']} | {row['peer_name'] or ''} | {cell(row)} | "
+               f"{'' if must is None else f'{must:.4g}'} | {'' if aim is None else f'{aim:.4g}'} | {reached} |")
 
 
 def table(rows):
@@ -28,4 +43,4 @@ if __name__ == "__main__":
     about = found[0]
     print(f"{about['machine']}, {about['threads']} threads, commit {about['commit']}, " + ", ".join(
         f"{name} {version}" for name, version in about["versions"].items()) + "\n")
-    print("\n".join(table(found)))
+    print("\n".join((targets if "gpu" in about else table)(found)))

@@ -80,7 +80,7 @@ static int parse_spec(const char *text, Spec *spec) {
 /* ---- CUDA -------------------------------------------------------------------------------------------------------- */
 
 /* Where work of this thread goes that has no stream of its own library: longlora.cuda.stream() sets it. */
-static _Thread_local struct { void *stream; int device; } current = { NULL, -1 };   /* device -1: any, as of the default stream */
+static _Thread_local struct { void *stream; int device; } current = { NULL, -1 };    /* -1: any, as of the default stream */
 static PyObject *workspace_hook, *stream_hook;                         /* of longlora/cuda.py, which sets them */
 
 /* "cpu", "cuda:0"; as long as the caller's statement lives. */
@@ -93,7 +93,7 @@ static DeviceName device_name(int device) {
 
 /* 0 when the CUDA device of this index can be used; -1 and why in last_error(). */
 static int usable(int index) {
-    return cuda ? cuda->usable(index) : fail("this build has no CUDA kernels; installing again where nvcc is found makes one that has");
+    return cuda ? cuda->usable(index) : fail("this build has no CUDA kernels; installed where nvcc is found it has");
 }
 
 /* The failure of a call on a device (counted as in Tensor) as an exception, and the error forgotten where it can be; NULL. */
@@ -101,8 +101,8 @@ static PyObject *cuda_failed(const char *op, int device) {
     char words[512];
     PyOS_snprintf(words, sizeof words, "%s", last_error());
     if (cuda->recover(device - 1))
-        return PyErr_Format(PyExc_RuntimeError, "%s: %s. By this error, of this call or of work queued before it, the process has "
-                            "lost %s and must be started anew", op, words, device_name(device).text);
+        return PyErr_Format(PyExc_RuntimeError, "%s: %s. By this error, of this call or of work queued before it, the process "
+                            "has lost %s and must be started anew", op, words, device_name(device).text);
     return PyErr_Format(strstr(words, "out of memory") ? PyExc_MemoryError : PyExc_RuntimeError, "%s: %s", op, words);
 }
 
@@ -701,7 +701,8 @@ static PyObject *tensor_repr(PyObject *object) {
     const Tensor *t = &((TensorObject *)object)->t;
     const char *dtype = dtype_names[t->dtype];
     if (shape && t->device)
-        text = PyUnicode_FromFormat("longlora.Tensor(shape=%R, dtype='%s', device='%s')", shape, dtype, device_name(t->device).text);
+        text = PyUnicode_FromFormat("longlora.Tensor(shape=%R, dtype='%s', device='%s')", shape, dtype,
+                                    device_name(t->device).text);
     else if (shape) text = PyUnicode_FromFormat("longlora.Tensor(shape=%R, dtype='%s')", shape, dtype);
     Py_XDECREF(shape);
     return text;
@@ -715,7 +716,8 @@ static int tensor_getbuffer(PyObject *object, Py_buffer *view, int flags) {
     int rows = !strides || (asked & (PyBUF_C_CONTIGUOUS | PyBUF_ANY_CONTIGUOUS)), columns = asked & PyBUF_F_CONTIGUOUS;
     const char *why = NULL;
     if (t->device) why = "Tensor: the tensor is on a GPU, the buffer protocol is for the CPU's memory; use cpu()";
-    else if (!formats[t->dtype]) why = "Tensor: the buffer protocol has no bfloat16; use view(shape, 'uint8'), numpy() or DLPack";
+    else if (!formats[t->dtype])
+        why = "Tensor: the buffer protocol has no bfloat16; use view(shape, 'uint8'), numpy() or DLPack";
     else if ((flags & PyBUF_WRITABLE) && self->readonly) why = "Tensor: the tensor is read-only";
     else if (((rows || columns) && !is_contiguous(t)) || (columns && t->ndim > 1))
         why = "Tensor: the tensor is not contiguous in the order asked for";
@@ -783,14 +785,15 @@ static int join_stream(int device, PyObject *stream) {
         long long given = PyLong_AsLongLong(stream);
         if (given == -1 && !PyErr_Occurred()) return 0;                /* -1: the consumer sees to it */
         if (given == -1 || given < -1 || given == 0)
-            return PyErr_Format(PyExc_BufferError, "%s: stream should be None, -1, 1 (legacy default), 2 (per thread) or a handle, got "
-                                "%R", op, stream), -1;
+            return PyErr_Format(PyExc_BufferError, "%s: stream should be None, -1, 1 (legacy default), 2 (per thread) or a "
+                                "handle, got %R", op, stream), -1;
         handle = (unsigned long long)given;
     }
     if (own_stream(device, &own)) return PyErr_Format(PyExc_ValueError, "%s: %s", op, last_error()), -1;
     if (cuda->stream_device((void *)(uintptr_t)handle, &of)) return cuda_failed(op, device), -1;
     if (of >= 0 && of != device - 1)
-        return PyErr_Format(PyExc_BufferError, "%s: stream is of cuda:%d, the tensor is on %s", op, of, device_name(device).text), -1;
+        return PyErr_Format(PyExc_BufferError, "%s: stream is of cuda:%d, the tensor is on %s", op, of,
+                            device_name(device).text), -1;
     if (!own) own = (void *)1;
     return order(device, (void *)(uintptr_t)handle, device, own) ? (cuda_failed(op, device), -1) : 0;
 }
@@ -805,7 +808,8 @@ static PyObject *tensor_dlpack(PyObject *object, PyObject *args, PyObject *kwarg
         return NULL;
     int target = type == kDLCUDA ? id + 1 : 0, versioned = major >= 1, copied = copy == Py_True || target != self->t.device;
     if ((type != kDLCPU || id) && (type != kDLCUDA || usable(id)))
-        return PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: dl_device should be (1, 0) or (2, a CUDA device), got %R", device);
+        return PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: dl_device should be (1, 0) or (2, a CUDA device), got %R",
+                            device);
     if (copied && copy == Py_False)
         return PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: the tensor is on %s and cannot be had on %s without a copy",
                             device_name(self->t.device).text, device_name(target).text);
@@ -854,7 +858,7 @@ static PyMethodDef tensor_methods[] = {
     { "fill", tensor_fill, METH_O, "fill($self, value, /)\n--\n\nSets every element." },
     { "copy_", tensor_copy, METH_O,
       "copy_($self, source, /)\n--\n\nCopies an array of the same shape, on any device; float dtypes are converted.\n"
-      "Between the CPU and a GPU it waits for the copy; if the CPU's side is a pinned Tensor, and between GPUs, it is queued." },
+      "Between the CPU and a GPU it waits for the copy, unless the CPU's side is a pinned Tensor; other copies are queued." },
     { "__dlpack__", (PyCFunction)(void (*)(void))tensor_dlpack, METH_VARARGS | METH_KEYWORDS,
       "__dlpack__($self, *, stream=None, max_version=None, dl_device=None, copy=None)\n--\n\n" },
     { "__dlpack_device__", tensor_dlpack_device, METH_NOARGS, "__dlpack_device__($self, /)\n--\n\n" },
@@ -863,7 +867,8 @@ static PyMethodDef tensor_methods[] = {
 static PyGetSetDef tensor_getset[] = {
     { "shape", get_shape, NULL, "Sizes of the axes.", NULL }, { "dtype", get_dtype, NULL, "The dtype's name.", NULL },
     { "device", get_device, NULL, "\"cpu\" or \"cuda:N\".", NULL },
-    { "pinned", get_pinned, NULL, "Whether GPUs copy from and to it in the background.", NULL }, { "ndim", get_ndim, NULL, "Number of axes.", NULL },
+    { "pinned", get_pinned, NULL, "Whether GPUs copy from and to it in the background.", NULL },
+    { "ndim", get_ndim, NULL, "Number of axes.", NULL },
     { "nbytes", get_nbytes, NULL, "Bytes of the elements.", NULL }, { NULL, NULL, NULL, NULL, NULL } };
 static PyType_Slot tensor_slots[] = {
     { Py_tp_doc, "Tensor(shape, dtype=\"float32\", device=\"cpu\", *, pinned=False)\n--\n\n"
@@ -893,8 +898,8 @@ static int refuse(PyObject *type, const char *op, const Arg *arg, const char *fo
 /* What must be given back when the call is over: nothing for NumPy and Tensor, a managed tensor or a capsule else. */
 typedef struct { PyObject *capsule; DLManagedTensorVersioned *managed; int device; } Loan;
 
-/* Where a call's work goes: the current stream of the first argument whose library has one in the exchange API (torch), else the
- * hook's answer for the first one (CuPy's current stream), else the thread's own. `like` is that argument. */
+/* Where a call's work goes: the current stream of the first argument whose library has one in the exchange API (torch), else
+ * the hook's answer for the first one (CuPy's current stream), else the thread's own. `like` is that argument. */
 typedef struct { PyObject *like; void *stream; enum { NOWHERE, OWN, THEIRS } whose; } Queue;
 
 /* Capsules whose memory queued work still reads or writes: a producer may use it again as soon as it has its capsule back.
@@ -972,11 +977,15 @@ static int borrow_numpy(PyArrayObject *array, Tensor *t, const char *op, const A
     return 0;
 }
 
+static int refuse_device(int index, const char *op, const Arg *arg) {
+    return refuse(PyExc_BufferError, op, arg, "is on cuda:%d, which cannot be used: %s", index, last_error());
+}
+
 static int borrow_dltensor(const DLTensor *d, Tensor *t, const char *op, const Arg *arg) {
     int device = (int)d->device.device_type;
     if (device == kDLCUDA) {
         if (usable(d->device.device_id))
-            return refuse(PyExc_BufferError, op, arg, "is on cuda:%d, which cannot be used: %s", d->device.device_id, last_error());
+            return refuse_device(d->device.device_id, op, arg);
         t->device = d->device.device_id + 1;
     } else if (device != kDLCPU && device != kDLCUDAHost && device != kDLCUDAManaged)
         return refuse(PyExc_BufferError, op, arg, "should be on the CPU or a CUDA device, got DLPack device type %d", device);
@@ -1030,7 +1039,8 @@ static int borrow_managed(const DLManagedTensorVersioned *m, Tensor *t, const ch
     return borrow_dltensor(&m->dl_tensor, t, op, arg);
 }
 
-/* The device of an object that says it, as Tensor counts: 0 the CPU and whatever borrow_dltensor refuses; -1 with an exception. */
+/* The device that an object says it is on, as Tensor counts: 0 for the CPU and what borrow_dltensor refuses; -1 with an
+ * exception. */
 static int device_of(PyObject *object, const char *op, const Arg *arg) {
     int type = kDLCPU, id = 0;
     PyObject *pair = PyObject_CallMethod(object, "__dlpack_device__", NULL);
@@ -1039,7 +1049,7 @@ static int device_of(PyObject *object, const char *op, const Arg *arg) {
     int status = pair && (!PyTuple_Check(pair) || !PyArg_ParseTuple(pair, "ii", &type, &id)) ? producer_failed(op, arg) : 0;
     Py_XDECREF(pair);
     if (status || type != kDLCUDA) return status;
-    return usable(id) ? refuse(PyExc_BufferError, op, arg, "is on cuda:%d, which cannot be used: %s", id, last_error()) : id + 1;
+    return usable(id) ? refuse_device(id, op, arg) : id + 1;
 }
 
 /* Brings longlora/cuda.py in, which sets the hooks. */
@@ -1051,7 +1061,8 @@ static int ready(void) {
 }
 
 /* An argument is on `device`: the queue may follow its stream. */
-static int join_queue(Queue *queue, PyObject *object, int device, const DLPackExchangeAPI *api, const char *op, const Arg *arg) {
+static int join_queue(Queue *queue, PyObject *object, int device, const DLPackExchangeAPI *api, const char *op,
+                      const Arg *arg) {
     if (queue->whose == THEIRS || (queue->whose == OWN && !api)) return 0;
     queue->like = object;
     queue->whose = api ? THEIRS : OWN;
@@ -1304,7 +1315,8 @@ static int call_cuda(const Op *op, const void *all, int device, const Queue *que
                                      (unsigned long long)(uintptr_t)how.stream, queue->like);
         int status = room ? borrow(room, &t, &loan, &unused, op->name, &room_arg) : -1;
         if (status > 0) status = borrow_capsule(room, &t, &loan, &unused, op->name, &room_arg);
-        if (!status && (t.device != device || elements_of(&t) * dtype_size(t.dtype) < how.workspace_bytes || (uintptr_t)t.data % 256))
+        int64_t bytes = elements_of(&t) * dtype_size(t.dtype);
+        if (!status && (t.device != device || bytes < how.workspace_bytes || (uintptr_t)t.data % 256))
             status = refuse(PyExc_SystemError, op->name, &room_arg, "should be %lld bytes on %s, aligned to 256, got %R",
                             (long long)how.workspace_bytes, device_name(device).text, room);
         if (status) { give_back(&loan, 1, NULL); Py_XDECREF(room); return -1; }
@@ -1326,37 +1338,44 @@ static int call_cuda(const Op *op, const void *all, int device, const Queue *que
     return status;
 }
 
-static PyObject *call(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    int index = (int)PyLong_AsLong(self);
+/* An op's struct: its tensors, then its doubles. */
+typedef struct { Tensor tensors[MAX_ARGS]; double scalars[MAX_ARGS]; } Struct;
+
+/* Fills the op's struct from its arguments and checks them; 0, or -1 with an exception. The loans are to be given back. */
+static int take(int index, PyObject *const *args, Py_ssize_t count, Struct *all, Loan *loans, Queue *queue) {
     const char *op = ops[index].name;
     const Spec *spec = &specs[index];
+    double *scalars = (double *)&all->tensors[spec->tensors];
+    uint32_t capsules = 0;
     if (count != spec->tensors + spec->scalars)
         return PyErr_Format(PyExc_TypeError, "%s: takes %d arguments (%s), got %zd", op, spec->tensors + spec->scalars,
-                            ops[index].spec, count);
-    struct { Tensor tensors[MAX_ARGS]; double scalars[MAX_ARGS]; } all = {0};
-    double *scalars = (double *)&all.tensors[spec->tensors];           /* the op's struct: tensors, then doubles */
-    Loan loans[MAX_ARGS] = {0};
-    PyObject *result = NULL;
-    Queue queue = {0};
-    uint32_t capsules = 0;
-    int device = 0, status = -1;
+                            ops[index].spec, count), -1;
     for (int i = 0; i < spec->tensors; i++) {
-        int borrowed = borrow(args[i], &all.tensors[i], &loans[i], &queue, op, &spec->args[i]);
-        if (borrowed < 0) goto done;
+        int borrowed = borrow(args[i], &all->tensors[i], &loans[i], queue, op, &spec->args[i]);
+        if (borrowed < 0) return -1;
         capsules |= (uint32_t)borrowed << i;
     }
     for (int i = 0; capsules >> i; i++)
-        if (capsules >> i & 1 && borrow_capsule(args[i], &all.tensors[i], &loans[i], &queue, op, &spec->args[i])) goto done;
+        if (capsules >> i & 1 && borrow_capsule(args[i], &all->tensors[i], &loans[i], queue, op, &spec->args[i])) return -1;
     for (int i = 0; i < spec->scalars; i++) {
         const Arg *arg = &spec->args[spec->tensors + i];
         PyObject *value = args[spec->tensors + i];
         scalars[i] = PyFloat_AsDouble(value);
-        if (PyErr_Occurred() || (arg->is_int && !(fabs(scalars[i]) < 9e15 && scalars[i] == (double)(int64_t)scalars[i]))) {
-            refuse(PyExc_TypeError, op, arg, "should be %s, got %R", arg->is_int ? "an integer" : "a number", value);
-            goto done;
-        }
+        if (PyErr_Occurred() || (arg->is_int && !(fabs(scalars[i]) < 9e15 && scalars[i] == (double)(int64_t)scalars[i])))
+            return refuse(PyExc_TypeError, op, arg, "should be %s, got %R", arg->is_int ? "an integer" : "a number", value);
     }
-    if (check(op, spec, all.tensors) || check_overlap(op, spec, all.tensors)) goto done;
+    return check(op, spec, all->tensors);
+}
+
+static PyObject *call(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    int index = (int)PyLong_AsLong(self);
+    const Spec *spec = &specs[index];
+    Struct all = {0};
+    Loan loans[MAX_ARGS] = {0};
+    PyObject *result = NULL;
+    Queue queue = {0};
+    int device = 0, status = -1;
+    if (take(index, args, count, &all, loans, &queue) || check_overlap(ops[index].name, spec, all.tensors)) goto done;
     for (int i = 0; i < spec->tensors && !device; i++) if (given(&all.tensors[i])) device = all.tensors[i].device;
     calls[index]++;
     if (device) {
@@ -1373,6 +1392,23 @@ static PyObject *call(PyObject *self, PyObject *const *args, Py_ssize_t count) {
 done:
     give_back(loans, spec->tensors, device && !status ? &queue : NULL);
     return result;
+}
+
+/* The workspace of a call on a GPU, asked with arrays of its shapes wherever they are; nothing is read or written. */
+static PyObject *py_workspace(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    Struct all = {0};
+    Loan loans[MAX_ARGS] = {0};
+    Queue queue = {0};
+    int index = 0;
+    if (!count || !PyUnicode_Check(args[0])) return PyErr_Format(PyExc_TypeError, "workspace: wanted an op's name and its arguments");
+    while (index < op_count && PyUnicode_CompareWithASCIIString(args[0], ops[index].name)) index++;
+    if (index == op_count) return PyErr_Format(PyExc_ValueError, "workspace: there is no op %R", args[0]);
+    int status = take(index, args + 1, count - 1, &all, loans, &queue);
+    int64_t bytes = status || !ops[index].workspace ? 0 : ops[index].workspace(&all);
+    give_back(loans, specs[index].tensors, NULL);
+    if (bytes < 0) PyErr_SetString(PyExc_ValueError, last_error());
+    return status || bytes < 0 ? NULL : PyLong_FromLongLong(bytes);
 }
 
 /* ---- the module -------------------------------------------------------------------------------------------------- */
@@ -1512,7 +1548,8 @@ static PyObject *py_cuda_properties(PyObject *self, PyObject *index) {
     int device = (int)PyLong_AsLong(index);
     if (PyErr_Occurred()) return NULL;
     if (!cuda || cuda->properties(device, &p))
-        return PyErr_Format(PyExc_RuntimeError, "properties: cuda:%d: %s", device, cuda ? last_error() : "this build has no CUDA kernels");
+        return PyErr_Format(PyExc_RuntimeError, "properties: cuda:%d: %s", device,
+                            cuda ? last_error() : "this build has no CUDA kernels");
     return Py_BuildValue("{s:s,s:i,s:i,s:s}", "name", p.name, "sm", p.sm, "multiprocessors", p.multiprocessors, "bus", p.bus);
 }
 
@@ -1545,7 +1582,8 @@ static PyObject *py_cublas_paths(PyObject *self, PyObject *paths) {
     (void)self;
     const char *names[16];
     int count = 0;
-    if (!cuda || !PyTuple_Check(paths)) return PyErr_Format(PyExc_TypeError, "cublas_paths: wanted a tuple, in a build with CUDA");
+    if (!cuda || !PyTuple_Check(paths))
+        return PyErr_Format(PyExc_TypeError, "cublas_paths: wanted a tuple, in a build with CUDA");
     for (Py_ssize_t i = 0; i < PyTuple_Size(paths) && count < 16; i++)
         if (!(names[count++] = PyUnicode_AsUTF8AndSize(PyTuple_GetItem(paths, i), NULL))) return NULL;
     if (cuda->cublas_paths) cuda->cublas_paths(names, count);
@@ -1588,10 +1626,13 @@ static PyMethodDef methods[] = {
       "head_scratch($module, M, C, V, narrow, /)\n--\n\nBytes of linear_cross_entropy_backward; narrow: x is not float32." },
     { "attention_scratch", py_attention_scratch, METH_VARARGS,
       "attention_scratch($module, B, T, H, K, D, narrow, /)\n--\n\nBytes of s2_attention_backward: of a thread, of sums." },
+    { "workspace", (PyCFunction)(void (*)(void))py_workspace, METH_FASTCALL,
+      "workspace($module, op, /, *args)\n--\n\nBytes that the op takes for a call with these arguments on a GPU; 0 without CUDA." },
     { "cuda_hooks", py_cuda_hooks, METH_VARARGS, "cuda_hooks($module, workspace, stream, /)\n--\n\nSee longlora/cuda.py." },
     { "cuda_devices", py_cuda_devices, METH_NOARGS, "cuda_devices($module, /)\n--\n\n(count, why there is none or None)" },
     { "cuda_refusal", py_cuda_refusal, METH_O, "cuda_refusal($module, index, /)\n--\n\nWhy a device cannot be used, or None." },
-    { "cuda_properties", py_cuda_properties, METH_O, "cuda_properties($module, index, /)\n--\n\nname, sm, multiprocessors, bus." },
+    { "cuda_properties", py_cuda_properties, METH_O,
+      "cuda_properties($module, index, /)\n--\n\nname, sm, multiprocessors, bus." },
     { "cuda_versions", py_cuda_versions, METH_NOARGS, "cuda_versions($module, /)\n--\n\n(driver, runtime), 13000 for 13.0." },
     { "cuda_synchronize", py_cuda_synchronize, METH_O, "cuda_synchronize($module, index, /)\n--\n\n" },
     { "cuda_memory", py_cuda_memory, METH_O, "cuda_memory($module, index, /)\n--\n\n(free, total) bytes." },

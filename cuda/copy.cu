@@ -35,7 +35,9 @@ static __device__ __forceinline__ void place(const Walk &w, int64_t i, int64_t *
 }
 
 template<class T> static __device__ __forceinline__ void convert(T *out, const T *x) { *out = *x; }
-template<class T, class U> static __device__ __forceinline__ void convert(T *out, const U *x) { *out = from_float<T>(to_float(*x)); }
+template<class T, class U> static __device__ __forceinline__ void convert(T *out, const U *x) {
+    *out = from_float<T>(to_float(*x));
+}
 
 template<class T, class U> __global__ void __launch_bounds__(BLOCK) copy_kernel(T *out, const U *x, Walk w) {
     int64_t i = (int64_t)blockIdx.x * BLOCK + threadIdx.x, to, from;
@@ -74,7 +76,8 @@ extern "C" int copy_tensor(const Tensor *out, const Tensor *x, void *stream) {
     if (out->dtype == x->dtype) {
         int64_t size = size_of(out->dtype);
         if (!w.ndim || (w.ndim == 1 && w.out[0] == 1 && w.x[0] == 1)) {
-            if (w.n) CUDA_TRY(cudaMemcpyAsync(out->data, x->data, (size_t)(w.n * size), cudaMemcpyDefault, (cudaStream_t)stream));
+            size_t bytes = (size_t)(w.n * size);
+            if (bytes) CUDA_TRY(cudaMemcpyAsync(out->data, x->data, bytes, cudaMemcpyDefault, (cudaStream_t)stream));
             return 0;
         }
         return for_size(size, [&](auto t) { return run(t, t); });

@@ -1,8 +1,8 @@
 """LongLoRA (arXiv 2309.12307): extend the context of a pretrained decoder on one machine.
 
-longlora.ops and Tensor: the kernels, on NumPy, torch and other DLPack arrays; longlora.cuda: the GPUs. The commands of the command line are functions of
-modules: train.train, plan.plan, ppl.run, adapter.merge, inspect.describe, doctor.examine, demo.run. Everything is imported when
-it is first used, so that `longlora --help` waits for nothing, not even for NumPy.
+longlora.ops and Tensor: the kernels, on NumPy, torch and other DLPack arrays; longlora.cuda: the GPUs. The commands of the
+command line are functions of modules: train.train, plan.plan, ppl.run, adapter.merge, inspect.describe, doctor.examine,
+demo.run. Everything is imported when it is first used, so that `longlora --help` waits for nothing, not even for NumPy.
 """
 import importlib
 import os

@@ -12,7 +12,9 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from . import _C
 from .config import read_config, read_json
+from .device import CPU, choose, host, send
 from .errors import UserError
 from .safetensors_file import WIDTHS, SafetensorsFile, flush, save as save_tensors, write, write_json, write_text
 from .weights import INDEX, SINGLE, from_float32, open_model, some, to_float32
@@ -212,12 +214,14 @@ def check(tensors, wanted, where):
             raise UserError(f"{where}: {name} should have shape {list(shape)}, got {list(tensors[name].shape)}")
 
 
-def merge(model, adapter, output_dir):
+def merge(model, adapter, output_dir, device=CPU):
     """Write the model at path `model` with the adapter at path `adapter` merged in as a Hugging Face directory.
 
     W + scale B A in float32, rounded once to the base's dtype (float32 where the base is quantised), tensor by tensor.
-    output_dir should not exist or be empty; it appears whole or not at all.
+    output_dir should not exist or be empty; it appears whole or not at all. device: cpu, cuda, cuda:1, ..., auto; a GPU has little to
+    do here beside reading and writing.
     """
+    device, _ = choose(device)
     base = open_model(model)
     lora, tensors, raw = load(adapter, base)
     if os.path.exists(output_dir) and (not os.path.isdir(output_dir) or os.listdir(output_dir)):
@@ -229,7 +233,13 @@ def merge(model, adapter, output_dir):
         weight = base.read(name)
         module = name.removesuffix(".weight")
         if f"{module}.lora_A.weight" in tensors:
-            weight += np.float32(lora.scale) * (tensors[f"{module}.lora_B.weight"] @ tensors[f"{module}.lora_A.weight"])
+            a, b = (tensors[f"{module}.lora_{which}.weight"] for which in "AB")
+            if device == CPU:
+                weight += np.float32(lora.scale) * (b @ a)
+            else:
+                out = send(weight, device)
+                _C.matmul(out, send(b, device), send(a, device), lora.scale, 1.0)
+                weight = host(out)
         return weight
 
     output_dir = os.path.abspath(output_dir)

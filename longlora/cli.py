@@ -32,6 +32,9 @@ def parser():
     def command(name, help):
         return commands.add_parser(name, help=help, description=help, allow_abbrev=False)
 
+    def device(command, default):
+        command.add_argument("--device", default=default, metavar="auto|cpu|cuda|cuda:N", help=f"where to compute [{default}]")
+
     from . import options
     options.add_flags(command("train", "extend a model: LoRA, S2-Attn, position interpolation"))
     c = command("plan", "memory of a run, from the config alone")
@@ -49,11 +52,13 @@ def parser():
     c.add_argument("--max-tokens", type=int, help="use no more of the data than so many tokens from its start")
     c.add_argument("--bins", type=int, help="each length also by position in the window, in so many parts (with --json)")
     c.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="storage [float32]")
+    device(c, "auto")
     c.add_argument("--json", action="store_true", help="print JSON")
     c = command("merge", "write base and adapter as one model that any server takes")
     c.add_argument("--model", required=True, help="the base model")
     c.add_argument("--adapter", required=True)
     c.add_argument("--output-dir", required=True)
+    device(c, "cpu")
     c = command("inspect", "what is this model, adapter or checkpoint")
     c.add_argument("path")
     c.add_argument("--json", action="store_true", help="print JSON")
@@ -62,6 +67,7 @@ def parser():
     c = command("demo", "extend a small model that ships with the package, and show by perplexity that it worked")
     c.add_argument("--output-dir", default="longlora-demo", help="where its files go [longlora-demo]")
     c.add_argument("--steps", type=int, help="training steps")
+    device(c, "auto")
     return p
 
 
@@ -80,15 +86,23 @@ def _plan(args):
 
 def _ppl(args):
     from . import ppl
+    from .device import choose
+    device, chosen = choose(args.device)
+    if not args.json:
+        print(chosen)
     result = ppl.run(args.model, args.data, args.lengths, adapter=args.adapter, stride=args.stride, rope_type=args.rope_type,
-                     target_length=args.target_length, dtype=args.dtype, max_tokens=args.max_tokens, bins=args.bins)
+                     target_length=args.target_length, dtype=args.dtype, max_tokens=args.max_tokens, bins=args.bins, device=device)
     print(json.dumps(result) if args.json else ppl.text(result))
     return 0
 
 
 def _merge(args):
     from . import adapter
-    adapter.merge(args.model, args.adapter, args.output_dir)
+    from .device import CPU, choose
+    device, chosen = choose(args.device)
+    if args.device != CPU:
+        print(chosen)
+    adapter.merge(args.model, args.adapter, args.output_dir, device)
     print(f"saved {args.output_dir}")
     return 0
 
@@ -109,7 +123,7 @@ def _doctor(args):
 
 def _demo(args):
     from . import demo
-    demo.run(args.output_dir, steps=args.steps)
+    demo.run(args.output_dir, steps=args.steps, device=args.device)
     return 0
 
 

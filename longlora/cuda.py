@@ -110,7 +110,7 @@ def current_stream():
     return _C.cuda_get_stream()[0]
 
 
-# ---- what the extension asks for ------------------------------------------------------------------------------------------------
+# ---- what the extension asks for -------------------------------------------------------------------------------------------
 
 _arenas = threading.local()
 
@@ -146,7 +146,8 @@ def _cublas_files():
     driver = _C.cuda_versions()[0] // 1000
     folders = [(*name, folder) for name in ((13, "nvidia/cu13/lib"), (12, "nvidia/cublas/lib")) for folder in sys.path]
     folders += [(version, "lib", sys.prefix) for version in (13, 12)]
-    files = [os.path.join(folder, name, f"libcublasLt.so.{version}") for version, name, folder in folders if not driver or version <= driver]
+    files = [os.path.join(folder, name, f"libcublasLt.so.{version}") for version, name, folder in folders
+             if not driver or version <= driver]
     return tuple(file for file in files if os.path.exists(file))
 
 

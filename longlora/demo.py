@@ -32,11 +32,11 @@ NEXT = """Next, a model of your own: a Hugging Face directory or a .gguf of the 
     longlora merge --model MODEL --adapter extended --output-dir merged"""
 
 
-def run(output_dir="longlora-demo", steps=None, say=print):
+def run(output_dir="longlora-demo", steps=None, say=print, device="auto"):
     """Run the demo -> the dict that output_dir/report.json holds: lengths, before, interpolated, after (perplexities), ...
 
     Leaves in output_dir: report.json, loss.png, perplexity.png, attention.png, adapter/ and merged/. steps: of training, by
-    default STEPS (under 5 minutes on 2 cores). UserError if output_dir holds something else than an earlier demo.
+    default STEPS (under 5 minutes on 2 cores). device: as train's. UserError if output_dir holds something else than an earlier demo.
     """
     started = time.perf_counter()
     steps = STEPS if steps is None else steps
@@ -48,19 +48,19 @@ def run(output_dir="longlora-demo", steps=None, say=print):
         f"Files go to {output}.\n")
 
     say(f"1. Before: perplexity on text that it never saw ({', '.join(sorted(p.stem for p in HELD_OUT.glob('*.txt')))})")
-    before, curve_before = _perplexity(say, "as it is")
+    before, curve_before = _perplexity(say, "as it is", device=device)
     interpolated, curve_interpolated = _perplexity(say, f"positions interpolated by {TARGET // native}, untrained",
-                                                   rope_type="linear", target_length=TARGET)
+                                                   rope_type="linear", target_length=TARGET, device=device)
 
     say(f"\n2. LoRA and S2-Attn training on {TARGET} tokens")
     result = train(model=MODEL, data=TEXT, output_dir=output / "adapter", max_steps=steps, say=lambda line: say(f"   {line}"),
-                   **SETTINGS)
+                   device=device, **SETTINGS)
     if result.stopped is not None:
         raise KeyboardInterrupt
     adapter.merge(MODEL, output / "adapter", output / "merged")
 
     say("\n3. After: the same text, dense attention")
-    after, curve_after = _perplexity(say, "extended", adapter=output / "adapter")
+    after, curve_after = _perplexity(say, "extended", adapter=output / "adapter", device=device)
 
     plots.loss(output / "loss.png", result.history)
     plots.perplexity(output / "perplexity.png", {"before": curve_before, "interpolated, untrained": curve_interpolated,

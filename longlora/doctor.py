@@ -48,13 +48,15 @@ def _cuda_text(found):
     """-> lines of (name, value)."""
     if not found["built_for"]:
         return [("CUDA", f"not available: {found['reason']}")]
-    built = f"built with CUDA {found['runtime']} for {found['built_for']}"
+    built = f"CUDA {found['runtime']} for {found['built_for']}"
     driver = f"driver for CUDA {found['driver']}" if found["driver"] else "no driver"
-    lines = [("CUDA", f"available, {built}, {driver}" if found["available"] else f"not available: {found['reason']} ({built}, {driver})")]
+    lines = [("CUDA", "available" if found["available"] else f"not available: {found['reason']}"),
+             ("CUDA build", f"{built}, {driver}")]
     for i, device in enumerate(found["devices"]):
-        of = "" if device["refused"] else f", {device['memory_free'] / 2**30:.1f} of {device['memory_total'] / 2**30:.1f} GiB free"
-        lines.append((f"cuda:{i}", f"{device['name']}, sm_{device['sm']}, {device['multiprocessors']} multiprocessors, bus "
-                                   f"{device['bus']}{of}" + (f"; not used: {device['refused']}" if device["refused"] else "")))
+        what = f"{device['name']}, sm_{device['sm']}, {device['multiprocessors']} multiprocessors, bus {device['bus']}"
+        state = (f"not used: {device['refused']}" if device["refused"] else
+                 f"{device['memory_free'] / 2**30:.1f} of {device['memory_total'] / 2**30:.1f} GiB free")
+        lines.append((f"cuda:{i}", f"{what}, {state}"))
     cublas = found["cublas"]
     return [*lines, ("cuBLASLt", f"{cublas['version']}, {cublas['file']}" if cublas else f"missing: {found['cublas_missing']}")]
 

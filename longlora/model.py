@@ -18,6 +18,7 @@ import numpy as np
 from . import _C
 from . import plan as plan_
 from . import rope as rope_
+from .device import CPU, Inputs, host, send
 from .errors import UserError
 from .ops import BOUNDARIES, SHIFTS
 
@@ -119,7 +120,8 @@ class Batch:
         both = [heads(buffers["qk"])] * layers if config.qk_norm else [heads(x)[:, :, :H + K] for x in self.qkv]
         self.qk4, self.q4, self.k4 = both, [x[:, :, :H] for x in both], [x[:, :, H:] for x in both]
         self.v4 = [heads(x)[:, :, H + K:] for x in self.qkv]
-        for name in ("n", "rstd", "d", "dn", "do", "dqkv", "n2", "f", "losses", "dlosses", "head_lse", "qk", "qk_rstd"):
+        for name in ("n", "rstd", "d", "dn", "do", "dqkv", "n2", "f", "losses", "dlosses", "head_lse", "qk", "qk_rstd", "ids",
+                     "targets", "order"):
             setattr(self, name, buffers.get(name))
         self.stream = self.x[0] if self.d is None else self.d     # x after the last layer
         if self.dqkv is not None:
@@ -144,7 +146,7 @@ class Batch:
 
 
 class Model:
-    """A decoder of `config` (config.ModelConfig).
+    """A decoder of `config` (config.ModelConfig) on `device` ("cpu", "cuda:0").
 
     dtype is that of weights and activations; lora a LoraConfig, or None: full fine-tuning. With a `plan` (plan.plan of the
     same config, dtype and lora) it can be trained on up to the plan's batch; without one it evaluates only. rope is the
@@ -152,20 +154,20 @@ class Model:
     evaluation is always dense. Fill it by load(), or init_random(); both leave LoRA at its start, A random by `seed`, B 0.
     """
 
-    def __init__(self, config, *, dtype="float32", lora=None, rope=None, plan=None, attention=None, seed=0):
+    def __init__(self, config, *, dtype="float32", lora=None, rope=None, plan=None, attention=None, seed=0, device=CPU):
         if dtype not in plan_.DTYPES:
             raise UserError(f"dtype should be one of {', '.join(plan_.DTYPES)}, got {dtype!r}")
         if plan is not None and dtype == "float16":
             raise UserError("dtype float16 would need loss scaling to train; train in float32 or bfloat16")
         self.config, self.dtype, self.lora, self.rope = config, dtype, lora, rope or config.rope
-        self.plan, self.seed = plan, seed
+        self.plan, self.seed, self.device = plan, seed, device
         self._attention = self._scalars(attention)
         layout = plan_.parameters(config, dtype, lora, plan is not None)
         size = layout.size
         self._activations = size
         if plan is not None:
             size += plan.activations(plan.batch_size, plan.sequence_length).size
-        self.arena = _C.Tensor((size,), "uint8")
+        self.arena = _C.Tensor((size,), "uint8", device)
         self._views = {name: self._carve(self.arena, b) for name, b in layout.buffers.items()}
         self._layers = [Layer(self, i) for i in range(config.num_hidden_layers)]
         self._embedding, self._norm = self._view("embedding"), self._view("norm")
@@ -179,7 +181,7 @@ class Model:
                              (len(self._layers), ALL))
         self._places = self._name_places()
         self.parameters = list(self._trained(layout))
-        self._batches, self._tables = {}, None
+        self._batches, self._tables, self._evaluated, self._inputs = {}, None, (None, None), Inputs()
         self._init_lora()
 
     # ---- parameters --------------------------------------------------------------------------------------------------
@@ -244,8 +246,8 @@ class Model:
         return [kind for kind in plan_.KINDS if kind in found]
 
     def tensors(self):
-        """-> dict of what is trained, Hugging Face name -> float32 ndarray, a view of the master."""
-        return {p.name: p.value.numpy() for p in self.parameters}
+        """-> dict of what is trained, Hugging Face name -> float32 Tensor, the master itself."""
+        return {p.name: p.value for p in self.parameters}
 
     def load(self, checkpoint):
         """Reads every weight of `checkpoint` (weights.open_model) into place -> self. UserError if it is another model's.
@@ -342,7 +344,7 @@ class Model:
     def _rope_tables(self, length):
         if self._tables is None or self._tables[0].shape[0] < length:
             longest = max(length, self.plan.sequence_length if self.plan is not None else 0)
-            self._tables = rope_.tables(self.rope, self.config.head_dim, longest)
+            self._tables = [send(x, self.device) for x in rope_.tables(self.rope, self.config.head_dim, longest)]
         return self._tables
 
     def _batch(self, B, T):
@@ -360,13 +362,18 @@ class Model:
         return found
 
     def _evaluation_batch(self, T):
-        """The buffers of an evaluation: the training pass's memory where it is large enough, else their own."""
-        layout = plan_.evaluation(self.config, self.dtype, T, self.lora)
-        arena, start = self.arena, self._activations
-        if layout.size > arena.shape[0] - start:
-            arena, start = _C.Tensor((layout.size,), "uint8"), 0
-        buffers = {name: self._carve(arena, b, start) for name, b in layout.buffers.items()}
-        return Batch(self.config, buffers, 1, T, len(self._layers))
+        """The buffers of an evaluation: the training pass's memory where it is large enough, else their own, kept for the next."""
+        length, found = self._evaluated
+        if length != T:
+            self._evaluated = found = None, None       # its memory is free before the next is taken
+            layout = plan_.evaluation(self.config, self.dtype, T, self.lora)
+            arena, start = self.arena, self._activations
+            if layout.size > arena.shape[0] - start:
+                arena, start = _C.Tensor((layout.size,), "uint8", self.device), 0
+            buffers = {name: self._carve(arena, b, start) for name, b in layout.buffers.items()}
+            found = Batch(self.config, buffers, 1, T, len(self._layers))
+            self._evaluated = T, found
+        return found
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
@@ -399,7 +406,8 @@ class Model:
     def _forward(self, ids, v, training):
         """ids [M] -> v.stream: x after the last layer."""
         tables, scalars = self._rope_tables(v.T), self._attention_scalars(v, training)
-        _C.embedding_forward(v.x[0], self._embedding, ids)
+        self._inputs.put(v.ids, ids)
+        _C.embedding_forward(v.x[0], self._embedding, v.ids)
         for i, layer in enumerate(self._layers):
             self._attention_forward(layer, i, v, tables, scalars)
             self._mlp_forward(layer, i, v)
@@ -448,11 +456,11 @@ class Model:
         if last > QKV:
             _C.rms_norm_backward(v.d, layer.dw1, v.dn, v.x[i], v.rstd, layer.w1, v.d)         # 1'
 
-    def train_microbatch(self, ids, targets, loss_scale):
+    def train_microbatch(self, ids, targets, loss_scale, read=True):
         """ids, targets [B,T] int32 (targets -100: not scored) -> the sum of the losses; adds the gradients of loss_scale x sum.
 
         loss_scale is 1 over the target tokens of the whole optimizer step, so accumulation changes nothing. UserError if the
-        sum is not finite; the gradients are then of no use.
+        sum is not finite; the gradients are then of no use. With read=False a GPU is not waited for, and the result is None.
         """
         if self.plan is None:
             raise UserError("this model was made without a plan: it evaluates only")
@@ -463,18 +471,21 @@ class Model:
         self._forward(ids, v, True)
         # the head: final norm, then logits, losses and their gradient by chunks
         _C.rms_norm_forward(v.n, v.rstd, None, v.d, None, self._norm, self.config.rms_norm_eps)
-        v.dlosses.numpy()[:] = np.where(targets == IGNORE, np.float32(0), np.float32(loss_scale))
-        _C.linear_cross_entropy_backward(v.losses, v.dn, self._dhead, v.n, self._head, targets, v.dlosses, IGNORE)
-        total = float(v.losses.numpy().sum(dtype=np.float64))
-        if not math.isfinite(total):
-            raise UserError(f"the loss is not finite: {total}")
+        self._inputs.put(v.targets, targets)
+        self._inputs.put(v.dlosses, np.where(targets == IGNORE, np.float32(0), np.float32(loss_scale)))
+        _C.linear_cross_entropy_backward(v.losses, v.dn, self._dhead, v.n, self._head, v.targets, v.dlosses, IGNORE)
         _C.rms_norm_backward(v.d, self._dnorm, v.dn, v.d, v.rstd, self._norm, None)
         lowest, last = self._end
         for i in range(len(self._layers) - 1, lowest - 1, -1):
             self._layer_backward(self._layers[i], i, v, tables, scalars, keeps, ALL if i > lowest else last)
         if self._dembedding is not None:
-            order = np.argsort(ids, kind="stable").astype(np.int32)
-            _C.embedding_backward(self._dembedding, v.d, ids, order)
+            self._inputs.put(v.order, np.argsort(ids, kind="stable").astype(np.int32))
+            _C.embedding_backward(self._dembedding, v.d, v.ids, v.order)
+        if not read:
+            return None
+        total = float(host(v.losses).sum(dtype=np.float64))
+        if not math.isfinite(total):
+            raise UserError(f"the loss is not finite: {total}")
         return total
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
@@ -490,14 +501,14 @@ class Model:
     def losses(self, ids, targets):
         """ids, targets [T] int32 -> float32 ndarray [T]: each token's loss, 0 where the target is -100. Dense attention."""
         v = self._hidden(ids)
-        _C.linear_cross_entropy_forward(v.losses, v.head_lse, v.n, self._head, np.ascontiguousarray(targets, np.int32), IGNORE)
-        return v.losses.numpy().copy()
+        self._inputs.put(v.targets, np.ascontiguousarray(targets, np.int32))
+        _C.linear_cross_entropy_forward(v.losses, v.head_lse, v.n, self._head, v.targets, IGNORE)
+        return np.array(host(v.losses))
 
     def logits(self, ids):
         """ids [T] int32 -> float32 ndarray [T,V], all at once: for short texts."""
         v = self._hidden(ids)
-        rows = _C.Tensor((v.T, self.config.vocab_size), self.dtype)
+        rows, out = (_C.Tensor((v.T, self.config.vocab_size), dtype, self.device) for dtype in (self.dtype, "float32"))
         _C.lora_linear_forward(rows, None, v.n, self._head, None, None, None, None, 1.0)
-        out = np.empty(rows.shape, np.float32)
         _C.cast(out, rows)
-        return out
+        return host(out)

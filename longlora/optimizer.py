@@ -4,6 +4,7 @@ import math
 import numpy as np
 
 from . import _C
+from .device import CPU, host
 from .errors import UserError
 
 NO_DECAY = ("norm", "bias")  # as Trainer of transformers: weight decay is for matrices
@@ -20,6 +21,7 @@ class AdamW:
         self.beta1, self.beta2, self.eps, self.weight_decay, self.max_grad_norm = beta1, beta2, eps, weight_decay, max_grad_norm
         self.steps = 0
         self._flat = [self._flatten(p) for p in self.parameters]
+        self._squares = _C.Tensor((1,), "float64", self.parameters[0].value.device if self.parameters else CPU)
 
     @staticmethod
     def _flatten(p):
@@ -34,17 +36,20 @@ class AdamW:
     def step(self, learning_rates):
         """One step with learning_rates (kind -> rate) -> the global norm of the gradient, before clipping.
 
-        max_grad_norm 0 clips never. UserError if the norm is not finite; then nothing was changed.
+        max_grad_norm 0 clips never. UserError if the norm is not finite; then nothing was changed: a loss that is not finite
+        makes a gradient that is not. On a GPU the norm is the one number of a step that is waited for, since adamw takes the
+        clipping as a number and nothing that is not finite may reach the masters: the GPU is idle for one trip of 8 bytes.
         """
         missing = sorted({p.kind for p in self.parameters} - set(learning_rates))
         if missing:
             raise ValueError(f"learning_rates: no rate for {', '.join(missing)}")
-        squares = np.zeros(1, np.float64)
+        self._squares.fill(0)
         for *_, grad in self._flat:
-            _C.sum_squares(squares, grad)
-        norm = math.sqrt(squares[0]) if math.isfinite(squares[0]) else math.nan
-        if math.isnan(norm):
+            _C.sum_squares(self._squares, grad)
+        squares = float(host(self._squares)[0])
+        if not math.isfinite(squares):
             raise UserError("the gradient is not finite")
+        norm = math.sqrt(squares)
         scale = self.max_grad_norm / (norm + 1e-6) if self.max_grad_norm and norm > self.max_grad_norm else 1.0
         self.steps += 1
         for p, (value, m, v, copy, grad) in zip(self.parameters, self._flat):
@@ -56,8 +61,8 @@ class AdamW:
         return norm
 
     def state_dict(self):
-        """-> dict of float32 ndarrays: "value.", "m." and "v." before each parameter's name. Views, not copies."""
-        return {f"{what}.{p.name}": getattr(p, what).numpy() for p in self.parameters for what in ("value", "m", "v")}
+        """-> dict of float32 Tensors: "value.", "m." and "v." before each parameter's name. The very ones, not copies."""
+        return {f"{what}.{p.name}": getattr(p, what) for p in self.parameters for what in ("value", "m", "v")}
 
     def load_state_dict(self, state, steps):
         """Puts back what state_dict gave after `steps` steps; the next ones give the same bits as if there had been no stop."""

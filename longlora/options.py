@@ -7,6 +7,7 @@ import difflib
 import functools
 import math
 import os
+import re
 import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields
@@ -14,6 +15,12 @@ from dataclasses import MISSING, dataclass, field, fields
 from .errors import UserError
 
 CHECKPOINTING = ("auto", "none", "minimal", "full")
+
+
+def check_device(wanted):
+    """UserError unless `wanted` is how a device is written."""
+    if not isinstance(wanted, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted):
+        raise UserError(f"device should be auto, cpu, cuda, or cuda:0 and so on, got {wanted!r}")
 
 
 def option(default, help, choices=None, low=None, above=None, high=None, alias=()):
@@ -78,8 +85,10 @@ class TrainOptions:
     profile: bool = option(False, "say where the time of a step goes, op by op: a table at the end, profile.json in output_dir")
     resume_from_checkpoint: str | None = option(None, "a checkpoint directory, or latest: the newest in output_dir, if any")
     seed: int = option(42, "of the initial weights and of the order of the data", low=0)
+    device: str = option("auto", "where to compute: cpu, cuda, cuda:1, ...; auto is the first GPU where there is one, else the cpu")
     num_threads: int | None = option(None, "threads (default: OMP_NUM_THREADS, else all processors)", low=1)
-    max_memory: float | None = option(None, "GiB that the run may use (default: what the machine has available)", above=0)
+    max_memory: float | None = option(None, "GiB that the run may use (default: what the machine or the GPU has available)",
+                                      above=0)
     cache_dir: str | None = option(None, "where tokenised text is kept (default: the folder cache in output_dir)")
 
     def check(self, planning=False):
@@ -89,6 +98,7 @@ class TrainOptions:
         """
         for f in fields(self):
             setattr(self, f.name, _checked(f, getattr(self, f.name)))
+        check_device(self.device)
         if (self.model is None) == (self.init is None):
             raise UserError("wanted one of model and init, got " + ("both" if self.model else "neither"))
         for name in () if planning else ("data", "output_dir"):
@@ -110,6 +120,8 @@ class TrainOptions:
             raise UserError("max_steps should be at least 1, or -1 to go by num_train_epochs, got 0")
         if self.eval_data is not None and self.eval_fraction:
             raise UserError("wanted one of eval_data and eval_fraction, got both")
+        if self.profile and self.device not in ("auto", "cpu"):
+            raise UserError("profile times the ops of the CPU, which are waited for; on a GPU use Nsight Systems")
         return self
 
     def resolve(self, config):

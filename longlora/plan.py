@@ -8,10 +8,14 @@ allocate what was not planned. The buffers are those of one pass over a layer:
   the layer in hand  shared by all layers; the MLP goes through it in tiles of TILE tokens, and its buffers and those of the
                      attention's backward take turns in the same memory
 
+The plan of a run on a GPU is of that GPU's memory: the arena, the tables and the ops' workspace, which is one for all calls. What
+the driver and cuBLAS take for themselves is not in it, nor in what is free.
+
 B, T, M = B T, C, H, K, D, F, R, V as in csrc/ops.h; Q = H D, P = K D, S = Q + 2 P. Sizes are bytes.
 """
 from dataclasses import dataclass, field, replace
 
+from . import device as device_
 from .errors import UserError
 
 CHECKPOINTING = ("none", "minimal", "full")  # fastest first
@@ -206,8 +210,8 @@ def activations(config, dtype, batch_size, length, lora, checkpointing, start=0)
         mlp += [("h", (M, C), dtype), ("gp", (tile, 2 * F), dtype), ("rstd2", (M,), f32)]
     layout.overlay(mlp, [("do", (M, Q), dtype), ("dqkv", (M, S), dtype)])
     layout.end_part("layer in hand")
-    layout.add("losses", (M,), f32)
-    layout.add("dlosses", (M,), f32)
+    for name, kind in (("losses", f32), ("dlosses", f32), ("ids", "int32"), ("targets", "int32"), ("order", "int32")):
+        layout.add(name, (M,), kind)
     layout.end_part("batch and tables")
     return layout
 
@@ -232,8 +236,8 @@ def evaluation(config, dtype, length, lora, start=0):
         layout.add("qk_rstd", (H + K, T), f32)
     for name, width in (("n2", C), ("f", F), ("gp", 2 * F)):
         layout.add(name, (tile, width), dtype)
-    layout.add("losses", (T,), f32)
-    layout.add("head_lse", (T,), f32)
+    for name, kind in (("losses", f32), ("head_lse", f32), ("ids", "int32"), ("targets", "int32")):
+        layout.add(name, (T,), kind)
     layout.end_part("evaluation")
     return layout
 
@@ -254,9 +258,55 @@ def _scratch(config, dtype, batch_size, length, lora):
     return of_b + (of_a if lora is None else of_a // 4) + cut + _C.get_num_threads() * thread + max(head, sums)
 
 
+def _workspace(config, dtype, batch_size, length, group_size, lora):
+    """What the ops take on a GPU while they run: the largest of a step's calls. They are asked with arrays of the shapes of the
+    real ones, large ones of which nothing is touched, so that they cost no memory."""
+    from . import _C
+    from .ops import BOUNDARIES, SHIFTS
+    B, T, M, f32 = batch_size, length, batch_size * length, "float32"
+    H, K, D, C, V = (config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size,
+                     config.vocab_size)
+    whole, names = lora is None, trained(config, lora, True)
+    sizes = []
+
+    def new(*shape, kind=dtype):
+        return _C.Tensor(shape, kind)
+
+    def ask(op, *args):
+        sizes.append(_C.workspace(op, *args))
+
+    for group, (features, outs) in widths(config).items():
+        m, N, R = M if group in ("qkv", "o") else min(M, TILE), sum(outs), _rank(group, lora)
+        x, weight, out = new(m, features), new(N, features), new(m, N)
+        a, b, u, da = (new(R, features), new(N, R), new(m, R, kind=f32), new(R, features, kind=f32)) if R else (None,) * 4
+        bias = {"qkv": config.qkv_bias, "o": config.o_bias}.get(group)
+        alone = R and len(outs) == 1
+        ask("lora_linear_forward", out, u, x, weight, new(N) if bias else None, a, b, None, 1.0)
+        ask("lora_linear_backward", x, da, new(N, R, kind=f32) if alone else None, new(N, features, kind=f32) if whole else None,
+            new(N, kind=f32) if bias and whole else None, out, x, weight, a, b, u, 1.0, 0)
+        for name in () if alone else adapted(group, lora):
+            n = outs[GROUPS[group][1].index(name)]
+            ask("lora_linear_backward", None, None, new(n, lora.r, kind=f32), None, None, out[:, :n], None, weight[:n],
+                a[:lora.r], b[:n, :lora.r], u[:, :lora.r], 1.0, 0)
+    for rows, columns in ((M, C), (M, D)) if config.qk_norm else ((M, C),):
+        x = new(rows, columns)
+        ask("rms_norm_backward", x, new(columns, kind=f32), x, x, new(rows, kind=f32), new(columns), x)
+    heads = new(M, (H + 2 * K) * D).reshape((B, T, H + 2 * K, D))
+    q, k, v, o = heads[:, :, :H], heads[:, :, H:H + K], heads[:, :, H + K:], new(B, T, H, D)
+    ask("s2_attention_backward", q, k, v, o, q, k, v, o, new(B, H, T, kind=f32), None, group_size or T, BOUNDARIES["split"],
+        SHIFTS["half" if group_size else "none"], 1.0)
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    of_row = new(M, kind=f32)
+    ask("linear_cross_entropy_backward", of_row, new(M, C), new(V, C, kind=f32) if head in names else None, new(M, C), new(V, C),
+        new(M, kind="int32"), of_row, -100)
+    largest = max(s.shape[0] * (s.shape[1] if len(s.shape) > 1 else 1) for s in stored(config, lora) if s.members[0][0] in names)
+    ask("sum_squares", new(1, kind="float64"), new(largest, kind=f32))
+    return max(sizes)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes: parts (name -> bytes, in order), and what they follow from. `memory` is what there is, in bytes."""
+    """What a run takes: parts (name -> bytes, in order), and what they follow from. `memory` is what there is on `device`, in bytes."""
     config: object = field(repr=False)
     dtype: str
     batch_size: int
@@ -267,6 +317,7 @@ class Plan:
     memory: int
     parts: dict
     changes: tuple = ()
+    device: str = device_.CPU
 
     @property
     def total(self):
@@ -284,14 +335,14 @@ class Plan:
         """A dict for json.dumps; sizes in bytes."""
         return {"dtype": self.dtype, "batch_size": self.batch_size, "sequence_length": self.sequence_length,
                 "group_size": self.group_size, "training": "full" if self.lora is None else "lora",
-                "checkpointing": self.checkpointing, "parts": dict(self.parts), "total": self.total, "memory": self.memory,
+                "checkpointing": self.checkpointing, "device": self.device, "parts": dict(self.parts), "total": self.total, "memory": self.memory,
                 "fits": self.fits, "changes": list(self.changes)}
 
     def text(self):
         """A table in GiB, the verdict, and what would make it fit."""
         width = max(len(name) for name in (*self.parts, "total")) + 2
         lines = [f"{name:<{width}}{size / 2**30:9.3f} GiB" for name, size in (*self.parts.items(), ("total", self.total))]
-        there = f"{self.memory / 2**30:.3f} GiB are available"
+        there = f"{self.memory / 2**30:.3f} GiB are available" + (f" on {self.device}" if self.device != device_.CPU else "")
         lines.append(f"checkpointing {self.checkpointing}: {'fits' if self.fits else 'does not fit'}; {there}")
         return "\n".join([*lines, *(f"  {change}" for change in self.changes)])
 
@@ -311,23 +362,28 @@ def available_memory():
     return min(limits)
 
 
-def _parts(config, dtype, batch_size, length, lora, checkpointing):
+def _parts(config, dtype, batch_size, length, group_size, lora, checkpointing, device):
     passes = activations(config, dtype, batch_size, length, lora, checkpointing)
     parts = parameters(config, dtype, lora, True).parts
     parts.update(passes.parts)
     M, D = batch_size * length, config.head_dim
-    parts["batch and tables"] += 2 * 4 * length * D // 2 + 4 * 4 * M
-    parts["scratch of the ops"] = _scratch(config, dtype, batch_size, length, lora)
-    parts["runtime"] = RUNTIME
+    parts["batch and tables"] += 2 * 4 * length * D // 2
+    if device == device_.CPU:
+        parts["batch and tables"] += 4 * 4 * M         # NumPy's ids, targets and their order
+        parts["scratch of the ops"] = _scratch(config, dtype, batch_size, length, lora)
+        parts["runtime"] = RUNTIME
+    else:
+        parts["workspace of the ops"] = _workspace(config, dtype, batch_size, length, group_size, lora)
     return {name: size for name, size in parts.items() if size}
 
 
 def plan(config, *, dtype="float32", batch_size=1, sequence_length, group_size=None, lora=None, checkpointing="auto",
-         memory=None):
+         memory=None, device=device_.CPU):
     """What training of `config` takes, from the config alone -> Plan.
 
     lora None means full fine-tuning, group_size None dense attention. checkpointing "auto" is the fastest of none, minimal and
-    full that fits in `memory` (bytes; default: what is available now). Where nothing fits, .changes has the cheapest changes.
+    full that fits in `memory` (bytes; default: what `device` has available now). Where nothing fits, .changes has the cheapest
+    changes.
     """
     if checkpointing not in ("auto", *CHECKPOINTING):
         raise UserError(f"checkpointing should be one of auto, {', '.join(CHECKPOINTING)}, got {checkpointing!r}")
@@ -336,10 +392,12 @@ def plan(config, *, dtype="float32", batch_size=1, sequence_length, group_size=N
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if value < 1:
             raise UserError(f"{name} should be at least 1, got {value}")
-    memory = available_memory() if memory is None else memory
+    if memory is None:
+        memory = available_memory() if device == device_.CPU else device_.free_memory(device)
 
     def parts(**changed):
-        given = dict(dtype=dtype, batch_size=batch_size, length=sequence_length, lora=lora, checkpointing=checkpointing)
+        given = dict(dtype=dtype, batch_size=batch_size, length=sequence_length, group_size=group_size, lora=lora,
+                     checkpointing=checkpointing, device=device)
         return _parts(config, **{**given, **changed})
 
     if checkpointing == "auto":
@@ -352,7 +410,7 @@ def plan(config, *, dtype="float32", batch_size=1, sequence_length, group_size=N
     changes = ()
     if sum(found.values()) > memory:
         changes = _changes(parts, checkpointing, dtype, batch_size, sequence_length, lora, memory)
-    return Plan(config, dtype, batch_size, sequence_length, group_size, lora, checkpointing, memory, found, changes)
+    return Plan(config, dtype, batch_size, sequence_length, group_size, lora, checkpointing, memory, found, changes, device)
 
 
 def _changes(parts, checkpointing, dtype, batch_size, length, lora, memory):

@@ -5,6 +5,7 @@ import os
 import numpy as np
 
 from . import data
+from .device import CPU, choose
 from .errors import UserError
 
 
@@ -94,8 +95,8 @@ def _binned(positions, length, bins):
     return found
 
 
-def open_for_evaluation(model, adapter=None, rope_type=None, target_length=None, dtype="float32"):
-    """A Model that evaluates only -> (Model, Checkpoint). With rope_type: interpolated to target_length, untrained."""
+def open_for_evaluation(model, adapter=None, rope_type=None, target_length=None, dtype="float32", device=CPU):
+    """A Model that evaluates only, on `device` -> (Model, Checkpoint). With rope_type: interpolated to target_length, untrained."""
     from . import adapter as adapter_, rope
     from .config import read_config
     from .model import Model
@@ -108,17 +109,18 @@ def open_for_evaluation(model, adapter=None, rope_type=None, target_length=None,
     if rope_type is not None:
         extended, _ = rope.extend(config, rope_type, target_length)
         config = read_config(rope.to_config(config.raw, extended, target_length))
-    made = Model(config, dtype=dtype, lora=lora).load(base)
+    made = Model(config, dtype=dtype, lora=lora, device=device).load(base)
     return (made if tensors is None else made.load_adapter(tensors, lora)), base
 
 
 def run(model, data, lengths, adapter=None, stride=None, rope_type=None, target_length=None, dtype="float32", max_tokens=None,
-        bins=None):
+        bins=None, device="auto"):
     """Perplexity of the model at path `model` (with an adapter) on the text at `data`, in windows of each of `lengths` tokens.
 
     -> {"results": [{"length", "tokens", "loss", "perplexity"}, ...]}, loss in nats per token. Dense attention; memory does not
     grow with the vocabulary. stride: sliding window. rope_type and target_length: interpolate first, without training.
-    max_tokens: of the data, from its start. bins: each result also by_position, in so many parts.
+    max_tokens: of the data, from its start. bins: each result also by_position, in so many parts. device: cpu, cuda, cuda:1, ...;
+    auto is the first GPU where there is one, else the cpu.
     """
     lengths = [lengths] if isinstance(lengths, int) else list(lengths)
     for name, values, low in (("lengths", lengths or [None], 2), ("stride", [stride], 1), ("target_length", [target_length], 1),
@@ -132,11 +134,12 @@ def run(model, data, lengths, adapter=None, stride=None, rope_type=None, target_
         raise UserError("target_length needs rope_type: it interpolates the model before it is measured")
     if rope_type is not None and target_length is None:
         target_length = max(lengths)
-    made, base = open_for_evaluation(model, adapter, rope_type, target_length, dtype)
+    device, _ = choose(device)
+    made, base = open_for_evaluation(model, adapter, rope_type, target_length, dtype, device)
     parts = read_ids(os.fspath(data), base.tokenizer() if base.has_tokenizer() else None, base.config, max_tokens)
     return {"results": measure(made, parts, lengths, stride, bins), "model": os.fspath(model),
             "adapter": None if adapter is None else os.fspath(adapter), "data": os.fspath(data), "attention": "dense",
-            "stride": stride, "rope": {"type": made.config.rope.type, "factor": made.config.rope.factor}}
+            "device": device, "stride": stride, "rope": {"type": made.config.rope.type, "factor": made.config.rope.factor}}
 
 
 def text(results):

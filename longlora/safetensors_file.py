@@ -14,6 +14,7 @@ import tempfile
 
 import numpy as np
 
+from .device import host
 from .errors import UserError
 
 MAX_HEADER = 100_000_000
@@ -185,5 +186,6 @@ def write(path, tensors, read, metadata=None):
 
 
 def save(path, tensors, metadata=None):
-    """Write the dict `tensors` of name -> array to `path`, as `write` does."""
-    write(path, {name: (str(array.dtype), array.shape) for name, array in tensors.items()}, tensors.__getitem__, metadata)
+    """Write the dict `tensors` of name -> array or Tensor to `path`, as `write` does; from a GPU one crosses at a time."""
+    write(path, {name: (str(array.dtype), array.shape) for name, array in tensors.items()}, lambda name: host(tensors[name]),
+          metadata)

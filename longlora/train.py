@@ -12,6 +12,7 @@ import zlib
 
 from . import __version__, adapter, checkpoint, data, metrics, options as options_, plan as plan_, ppl, rope
 from .config import read_config
+from .device import CPU, choose, host
 from .errors import UserError
 from .safetensors_file import write_json, write_text
 
@@ -21,7 +22,7 @@ TAKEN = (metrics.FILE, OPTIONS, "adapter_config.json", "config.json")
 # The options that a resumed run may change: none of them is in the arithmetic of a step. Weights and data are compared by
 # what they hold, the length of the run where the schedule depends on it.
 FREE = {"model", "init", "data", "output_dir", "cache_dir", "resume_from_checkpoint", "checkpointing", "max_memory",
-        "num_threads", "max_steps", "num_train_epochs", "warmup_steps", "eval_data", "eval_steps", "max_eval_samples",
+        "num_threads", "device", "max_steps", "num_train_epochs", "warmup_steps", "eval_data", "eval_steps", "max_eval_samples",
         "save_steps", "save_total_limit", "logging_steps", "profile"}
 WHOLE = ("embedding", "head", "norm")  # the kinds that embedding_learning_rate is for
 
@@ -49,7 +50,7 @@ def plan_of(o):
         config = open_model(path).config
     else:
         config = read_config(path)
-    return Setup(o, config).plan
+    return Setup(o, config, choose(o.device)[0]).plan
 
 
 def use_threads(o):
@@ -61,7 +62,7 @@ def use_threads(o):
 class Setup:
     """What the options come to for a base of `base` (a ModelConfig): config, raw, rope (a sentence), attention, multiple, lora, plan."""
 
-    def __init__(self, o, base):
+    def __init__(self, o, base, device=CPU):
         self.config, self.raw = base, base.raw
         self.rope = f"rope: {base.rope.type}, as the base: {base.max_position_embeddings} positions"
         if o.target_length is not None:
@@ -77,7 +78,7 @@ class Setup:
         self.plan = plan_.plan(
             self.config, dtype=o.dtype, batch_size=o.per_device_train_batch_size, sequence_length=o.sequence_length,
             group_size=o.group_size, lora=self.lora, checkpointing=o.checkpointing,
-            memory=None if o.max_memory is None else int(o.max_memory * 2**30))
+            memory=None if o.max_memory is None else int(o.max_memory * 2**30), device=device)
 
 
 class Source:
@@ -146,7 +147,7 @@ class Moved:
 
     @staticmethod
     def _sum(p):
-        return zlib.crc32(p.value.numpy())
+        return zlib.crc32(host(p.value))
 
     def check(self, step, low):
         """Called after a step. LoRA's A may wait for the second: while B is zero it has no gradient. low: the rate is far
@@ -158,7 +159,7 @@ class Moved:
             if not still or kind == "bias" and len(still) < len(sums):
                 del self.waiting[kind]
                 continue
-            flat = [p for p in still if not p.grad.numpy().any()]
+            flat = [p for p in still if not host(p.grad).any()]
             if kind == "lora_A" and self.first or low and not flat:
                 continue
             why = "its gradient is zero" if flat else "its updates are below the rounding of float32; raise the learning rate"
@@ -172,14 +173,19 @@ def run(o, say=print):
     """As `train`, with checked options."""
     use_threads(o)
     source = Source(o)
-    setup = Setup(o, source.config)
+    device, chosen = choose(o.device)
+    if o.profile and device != CPU:
+        raise UserError("profile times the ops of the CPU, which are waited for; give it --device cpu")
+    setup = Setup(o, source.config, device)
     plan = setup.plan
     if not plan.fits:
-        raise UserError(f"this run needs {plan.total / 2**30:.2f} GiB, there are {plan.memory / 2**30:.2f}; what would make it "
-                        "fit: " + "; ".join(plan.changes))
+        where = "" if device == CPU else f" on {device}"
+        raise UserError(f"this run needs {plan.total / 2**30:.2f} GiB, there are {plan.memory / 2**30:.2f}{where}; what would "
+                        "make it fit: " + "; ".join(plan.changes))
     refuse_taken(o)
     with checkpoint.alone(o.output_dir):
-        return _run(o, source, setup, say)
+        say(chosen)
+        return _run(o, source, setup, device, say)
 
 
 def refuse_taken(o):
@@ -195,7 +201,7 @@ def refuse_taken(o):
                         "or choose another output_dir")
 
 
-def _run(o, source, setup, say):
+def _run(o, source, setup, device, say):
     from tqdm import tqdm
 
     from .model import Model
@@ -213,7 +219,8 @@ def _run(o, source, setup, say):
     if o.profile:                                      # the peaks first: what they take is free again before the model is made
         from . import get_num_threads, profile
         recorder = profile.Recorder(profile.peaks(get_num_threads()))
-    model = Model(setup.config, dtype=o.dtype, lora=setup.lora, attention=setup.attention, plan=setup.plan, seed=o.seed)
+    model = Model(setup.config, dtype=o.dtype, lora=setup.lora, attention=setup.attention, plan=setup.plan, seed=o.seed,
+                  device=device)
     optimizer = AdamW(model.parameters, beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_epsilon, weight_decay=o.weight_decay,
                       max_grad_norm=o.max_grad_norm)
     kinds = {p.kind for p in model.parameters}
@@ -231,11 +238,11 @@ def _run(o, source, setup, say):
             raise UserError(f"{resumed}: has made {step} steps, which is more than the {steps} of max_steps")
 
     def write_model(directory):
-        tensors = {p.name: p.value.numpy() for p in model.parameters}
+        tensors = model.tensors()
         if setup.lora is not None:
             adapter.save(directory, tensors, setup.lora, source.base, setup.raw, source.tokenizer)
         else:
-            adapter.save_merged(directory, tensors.__getitem__, setup.raw, source.tokenizer, source.dtype)
+            adapter.save_merged(directory, lambda name: host(tensors[name]), setup.raw, source.tokenizer, source.dtype)
 
     def save():
         state = {"global_step": step, "max_steps": steps, "epoch": order.position / len(corpus), "position": order.position,
@@ -260,7 +267,7 @@ def _run(o, source, setup, say):
         loss = evaluate()
         log.add(step=0, eval_loss=loss, eval_perplexity=ppl.perplexity(loss))
         say(f"before: held-out perplexity {ppl.perplexity(loss):.3f}, dense attention")
-    moved, began, first, evaluated = Moved(model.parameters), time.perf_counter(), step, ""
+    moved, began, first, loss, evaluated = Moved(model.parameters), time.perf_counter(), step, math.nan, ""
     with Stop() as stop, tqdm(total=steps, initial=step, desc="training", unit="step", disable=None) as bar:
         while step < steps and stop.signal is None:
             started = time.perf_counter()
@@ -269,32 +276,37 @@ def _run(o, source, setup, say):
             tokens = sum(int((targets != -100).sum()) for _, targets in micro)
             share = learning_rate(step + 1, steps, 1.0, warmup, o.lr_scheduler_type)
             rates = {kind: (o.embedding_learning_rate if kind in WHOLE else o.learning_rate) * share for kind in kinds}
+            evaluates = held_out_indices and (step + 1 == steps or o.eval_steps and (step + 1) % o.eval_steps == 0)
+            saves = o.save_steps and (step + 1) % o.save_steps == 0 and step + 1 < steps
+            logs = evaluates or (step + 1) % o.logging_steps == 0 or step + 1 == steps
+            read = device == CPU or logs or saves      # a GPU is not waited for when nothing is said
             # the first step of a run also faults its memory in: it is recorded only where there is no other
             recorded = recorder if recorder is not None and (step > first or steps == step + 1) else contextlib.nullcontext()
             with step_named(step + 1, checkpoint.found(o.output_dir)), recorded:
                 model.zero_grad()
-                loss = sum(model.train_microbatch(ids, targets, loss_scale=1 / tokens) for ids, targets in micro) / tokens
+                sums = [model.train_microbatch(ids, targets, loss_scale=1 / tokens, read=read) for ids, targets in micro]
                 norm = optimizer.step(rates)
             step += 1
             if moved.waiting:
                 moved.check(step, share < 0.5)
             speed = tokens / (time.perf_counter() - started)
+            loss = sum(sums) / tokens if read else loss
             row = {"step": step, "loss": loss, "grad_norm": norm, "tokens_per_s": round(speed, 1),
                    "learning_rate": o.learning_rate * share, "embedding_learning_rate": o.embedding_learning_rate * share,
                    "epoch": order.position / len(corpus), "num_input_tokens_seen": step * each * o.sequence_length}
-            if held_out_indices and (step == steps or o.eval_steps and step % o.eval_steps == 0):
+            if evaluates:
                 row["eval_loss"] = evaluate()
                 row["eval_perplexity"] = ppl.perplexity(row["eval_loss"])
             row["peak_memory"] = metrics.peak_memory()
             bar.update(1)
             evaluated = evaluated if "eval_loss" not in row else f", held-out perplexity {row['eval_perplexity']:.3f}"
             bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s{evaluated}")
-            if step % o.logging_steps == 0 or step == steps or "eval_loss" in row:
+            if logs:
                 log.add(**row)
                 left = (time.perf_counter() - began) / (step - first) * (steps - step)
                 if bar.disable:
                     say(line(row, steps, left))
-            if o.save_steps and step % o.save_steps == 0 and step < steps and stop.signal is None:
+            if saves and stop.signal is None:
                 save()
         saved = save() if step > first or resumed is None else resumed
     draw(o, log.rows)

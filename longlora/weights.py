@@ -8,7 +8,9 @@ import os
 
 import numpy as np
 
+from . import _C
 from .config import read_config, read_json
+from .device import CPU, staged
 from .errors import UserError
 from .safetensors_file import SafetensorsFile, release
 
@@ -53,14 +55,15 @@ class Checkpoint:
     def read(self, name, out=None):
         """Read tensor `name` into `out`, a longlora.Tensor or ndarray of any float dtype -> out (default: float32 ndarray).
 
-        Converted in float32, rounded to nearest even. UserError if the weight holds NaN or infinity.
+        Converted in float32, rounded to nearest even. UserError if the weight holds NaN or infinity. A Tensor on a GPU is
+        filled piece by piece too: the host never holds it whole.
         """
         shape = self.shape(name)
         if out is None:
             out = np.empty(shape, np.float32)
         if tuple(out.shape) != shape:
             raise ValueError(f"{name}: out should have shape {shape}, got {tuple(out.shape)}")
-        target, dtype, place = _bits(out), _name(out), self._span(name)
+        write, dtype, place = _writer(out), _name(out), self._span(name)
         step = max(1, CHUNK // max(1, int(np.prod(shape[1:]))))
         for start in range(0, shape[0], step):
             part, stored = self._part(name, start, start + step)
@@ -70,7 +73,7 @@ class Checkpoint:
                 where = np.argwhere(~finite)[0]
                 where[0] += start
                 raise UserError(f"{self.path}: {name} is not finite at {where.tolist()}")
-            target[start:start + step] = part if stored == dtype else from_float32(to_float32(part, stored), dtype)
+            write(start, part if stored == dtype else from_float32(to_float32(part, stored), dtype))
         release(*place)
         return out
 
@@ -184,6 +187,22 @@ def _bits(array):
     if isinstance(array, np.ndarray):
         return array.view(np.uint16)
     return array.view((array.nbytes,), "uint8").numpy().view(np.uint16).reshape(tuple(array.shape))
+
+
+def _writer(out):
+    """-> a function (first row, rows as stored) that writes them to `out`."""
+    if isinstance(out, np.ndarray) or out.device == CPU:
+        target = _bits(out)
+
+        def write(start, rows):
+            target[start:start + len(rows)] = rows
+    else:
+        def write(start, rows):
+            part = out[start:start + len(rows)]
+            piece = staged(part)
+            _bits(piece)[...] = rows
+            part.copy_(piece)
+    return write
 
 
 def some(names):

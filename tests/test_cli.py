@@ -10,7 +10,8 @@ import pytest
 import tiny
 import yaml
 
-from longlora import cli, options, train
+from longlora import _C, cli, cuda, options, train
+from longlora.device import choose
 from longlora.errors import UserError
 
 GIVEN = dict(model="m", data="d", output_dir="o")
@@ -75,6 +76,8 @@ def test_a_flag_wins_over_the_yaml_under_any_name(tmp_path):
     (dict(seed=None), "seed is missing"),
     (dict(eval_data="x", eval_fraction=0.1), "one of eval_data and eval_fraction"), (dict(eval_fraction=0.9), "at most 0.5"),
     (dict(sequence_length=100, target_length=50), "sequence_length should be at most target_length 50"),
+    (dict(device="gpu"), "device should be auto, cpu, cuda, or cuda:0 and so on, got 'gpu'"), (dict(device=0), "device should be str"),
+    (dict(device="cuda:0", profile=True), "profile times the ops of the CPU"),
     (dict(target_modules=[3]), "target_modules should be a list of names"), (dict(lora_r=3, r=4), "r is given twice"),
 ])
 def test_options_that_cannot_be_are_named(fields, words):
@@ -144,6 +147,29 @@ def test_an_adapter_for_another_base_is_refused(tmp_path):
                       ["merge", "--output-dir", tmp_path / "merged"]):
         tiny.refused(tiny.command(*arguments, *both), "an adapter for another base model")
     assert tiny.listing(tmp_path) == before
+
+
+def test_a_gpu_that_cannot_be_used_is_said_with_the_reason(tmp_path):
+    given, why = tiny.options(tmp_path, device="cuda:63"), _C.cuda_refusal(63)
+    before = tiny.listing(tmp_path)
+    base = ["--model", tmp_path / "base"]
+    for arguments in (["train", *tiny.flags(given)], ["plan", *base, "--device", "cuda:63"],
+                      ["ppl", *base, "--data", given["data"], "--lengths", 64, "--device", "cuda:63"],
+                      ["merge", *base, "--adapter", tmp_path, "--output-dir", tmp_path / "merged", "--device", "cuda:63"]):
+        tiny.refused(tiny.command(*arguments), f"device cuda:63 cannot be used: {why}")
+    assert tiny.listing(tmp_path) == before
+
+
+def test_what_auto_chose_is_said(tmp_path):
+    """The first GPU that can be used, or the CPU and why."""
+    device, sentence = choose("auto")
+    assert sentence.startswith("device: ") and (device != "cpu" or cuda.reason() in sentence)
+    fields = tiny.options(tmp_path, max_steps=1)
+    done = tiny.command("ppl", "--model", fields["model"], "--data", fields["data"], "--lengths", 8, "--max-tokens", 9)
+    assert f"device: {device}" in done.stdout.splitlines()[0]
+    said = []
+    train.train(said.append, **fields)
+    assert said[0].startswith("device: cpu, 1 threads") and "no GPU" not in said[0]    # which was asked for
 
 
 def test_the_process_says_it_in_one_line_too(tmp_path):

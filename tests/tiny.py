@@ -60,14 +60,14 @@ def text(path, words=3000, seed=0):
 
 
 def options(tmp_path, **fields):
-    """Keywords of a short run: base, text and output directory lie in tmp_path, made if they are not there."""
+    """Keywords of a short run on the CPU: base, text and output directory lie in tmp_path, made if they are not there."""
     base, data = tmp_path / "base", tmp_path / "text.txt"
     if not base.exists():
         model(base)
     if not data.exists():
         text(data)
     return {**dict(model=str(base), data=str(data), output_dir=str(tmp_path / "out"), target_length=128, max_steps=4,
-                   learning_rate=1e-2, num_threads=1, cache_dir=str(tmp_path / "cache")), **fields}
+                   learning_rate=1e-2, num_threads=1, device="cpu", cache_dir=str(tmp_path / "cache")), **fields}
 
 
 def flags(keywords):

@@ -28,6 +28,7 @@ from .attention import NAME, configure
 from .extend import ExtendedModel, extend
 
 MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
+PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 def train(say=print, **keywords):
@@ -45,6 +46,7 @@ def run(o, say=print):
                              ("full", o.full, "LoRA, embedding and norms are trained"),
                              ("max_memory", o.max_memory, "the memory of torch is not planned"),
                              ("profile", o.profile, "torch.profiler tells"),
+                             (f"device {o.device}", o.device not in ("auto", "cpu"), "wanted auto or cpu; CUDA_VISIBLE_DEVICES chooses"),
                              ("checkpointing minimal", o.checkpointing == "minimal", "wanted none (auto is none) or full")):
         if given:
             raise UserError(f"{name} is not available with torch: {why}")
@@ -53,6 +55,7 @@ def run(o, say=print):
         torch.set_num_threads(o.num_threads)
     source = driver.Source(o)
     setup = driver.Setup(o, source.config)
+    given = PRECISION in os.environ
     args = arguments(o)
     if args.n_gpu > 1:
         raise UserError(f"one process sees {args.n_gpu} GPUs; start one for each (torchrun --nproc-per-node {args.n_gpu} -m "
@@ -60,6 +63,9 @@ def run(o, say=print):
     if args.process_index:
         say = lambda sentence: None
     with contextlib.ExitStack() as held:
+        if not given:                                  # transformers 4 leaves this run's to the next one
+            held.callback(os.environ.pop, PRECISION, None)
+
         def prepare():
             driver.refuse_taken(o)
             held.enter_context(checkpoint.alone(o.output_dir))
@@ -80,8 +86,8 @@ def arguments(o):
         adam_epsilon=o.adam_epsilon, lr_scheduler_type="constant", bf16=o.dtype == "bfloat16", seed=o.seed,
         logging_strategy="steps", logging_steps=1, save_strategy="no", eval_strategy="no", report_to=[], disable_tqdm=True,
         remove_unused_columns=False, label_names=["labels"], average_tokens_across_devices=True,
-        ddp_find_unused_parameters=False, use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False, use_cpu=o.device == "cpu" or not torch.cuda.is_available(),
+        dataloader_pin_memory=o.device != "cpu" and torch.cuda.is_available(),
         **({checkpointing: True, f"{checkpointing}_kwargs": {"use_reentrant": False}} if o.checkpointing == "full" else {}))
 
 

@@ -1,0 +1,185 @@
+"""One command for a machine with a GPU: python benchmarks/gpu_check.py [--out FOLDER] [--only PART ...] [--skip PART ...]
+
+Builds the package into a folder of its own, runs the op tests on the GPU, compute-sanitizer on small shapes, a short training beside the
+CPU's, and the benchmarks. Needs Python, NumPy, setuptools, nvcc, and torch for the benchmarks; pytest is used where it is there; no
+network. Each part has its own time limit and all together --limit; what is done is kept when a later part fails: FOLDER holds rows.jsonl
+(a JSON object for each part and each measurement), report.md, and what each part printed.
+"""
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OP_TESTS = ("cast", "matmul", "embedding", "rms_norm", "rope_op", "lora_linear", "s2_attention", "swiglu", "linear_cross_entropy", "adamw")
+BENCHMARKS = {"elementwise": 40, "host": 20, "gemm": 30, "lora_linear": 40, "s2_attention": 60, "linear_cross_entropy": 40,
+              "train_step": 150}                       # name -> seconds at most
+PARTS = ("build", "tests", "memcheck", "racecheck", "training", *BENCHMARKS)
+
+
+class Check:
+    """The run: where its files go, the Python that finds the package, what is known of the GPU."""
+
+    def __init__(self, options):
+        self.options, self.out = options, Path(options.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.rows, self.deadline = [], time.monotonic() + options.limit
+        (self.out / "rows.jsonl").write_text("")
+        self.env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+        self.cwd = ROOT
+        self.about = {"commit": self.says("git", "describe", "--always", "--dirty"), "python": sys.version.split()[0],
+                      "driver": None, "gpu": None, "clocks": None, "why_not": None}
+
+    def says(self, *command):
+        """The output of a short command; None where it fails."""
+        try:
+            done = subprocess.run(command, cwd=self.cwd, env=self.env, capture_output=True, text=True, timeout=120)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() or None if done.returncode == 0 else None
+
+    def use(self, folder):
+        """The package in `folder` is under test, the sources' own comes after it."""
+        self.env["PYTHONPATH"], self.env["PYTHONSAFEPATH"] = os.pathsep.join([str(folder), str(ROOT)]), "1"
+
+    def use_installed(self):
+        where = subprocess.run([sys.executable, "-c", "import os, longlora; print(os.path.dirname(os.path.dirname(longlora.__file__)))"],
+                               cwd=self.out, env=os.environ | {"PYTHONSAFEPATH": "1"}, capture_output=True, text=True)
+        if where.returncode:
+            sys.exit("gpu_check: --installed: no longlora is installed here")
+        self.use(where.stdout.strip())
+
+    def look(self):
+        """What there is: the GPU by name, or why there is none."""
+        text = ("import json; from longlora import cuda; ok = cuda.is_available(); print(json.dumps({'gpu': cuda.properties(0) if ok else None, "
+                "'why_not': None if ok else 'no GPU: ' + cuda.reason(), 'cuda': cuda.versions(), 'built_for': cuda.built_for()}))")
+        said = self.says(sys.executable, "-c", text)
+        self.about.update(json.loads(said.splitlines()[-1]) if said else {"why_not": "the package cannot be imported"})
+        smi = self.says("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu", "--format=csv,noheader", "--id=0")
+        if smi:
+            driver, *clocks = [value.strip() for value in smi.split(",")]
+            self.about.update(driver=driver, clocks=dict(zip(("sm", "sm_max", "memory", "power_limit", "temperature"), clocks)))
+
+    def part(self, name, limit, command, why=None, wants_gpu=True, parse=None):
+        """Runs one part, if it is wanted -> whether it went well; parse(output) -> a word more."""
+        if name not in self.options.parts:
+            return False
+        left = self.deadline - time.monotonic()
+        limit = min(limit, left)
+        if wants_gpu and self.about["why_not"]:
+            why = self.about["why_not"]
+        elif left < 5:
+            why = f"the {self.options.limit} seconds of --limit are over"
+        if why:
+            return self.note(name, "skipped", why, 0)
+        print(f"{name}: at most {limit:.0f} s", flush=True)
+        start, log = time.monotonic(), self.out / f"{name}.txt"
+        with open(log, "w") as file:
+            process = subprocess.Popen(command, cwd=self.cwd, env=self.env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            try:
+                code = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        output = log.read_text(errors="replace")
+        last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
+        result = "ok" if code == 0 else "out of time" if code is None else "failed"
+        return self.note(name, result, (parse(output) if parse else None) or last, time.monotonic() - start)
+
+    def note(self, name, result, words, seconds):
+        self.add({"part": name, "result": result, "words": words[:300], "seconds": round(seconds, 1)})
+        print(f"  {name}: {result}, {seconds:.0f} s: {words[:160]}", flush=True)
+        return result == "ok"
+
+    def add(self, *rows):
+        """Kept at once, whatever comes later."""
+        self.rows += rows
+        with open(self.out / "rows.jsonl", "a") as file:
+            file.writelines(json.dumps({**row, **({"about": self.about} if "part" in row else {})}) + "\n" for row in rows)
+        (self.out / "report.md").write_text(self.report())
+
+    def report(self):
+        about, clocks = self.about, self.about["clocks"] or {}
+        gpu = about["gpu"]["name"] if about["gpu"] else about["why_not"] or "not looked at yet"
+        lines = [f"# {gpu}", "", f"Commit {about['commit']}, driver {about['driver']}, clocks " +
+                 (", ".join(f"{key} {value}" for key, value in clocks.items()) or "unknown") + f", Python {about['python']}, "
+                 f"built for {about.get('built_for')}, {time.strftime('%Y-%m-%d')}.", "", "| part | result | seconds | |", "|---|---|---|---|"]
+        lines += [f"| {row['part']} | {row['result']} | {row['seconds']} | {row['words'].replace('|', '/')} |" for row in self.rows if "part" in row]
+        measured = [row for row in self.rows if "benchmark" in row]
+        if measured:
+            sys.path.insert(0, str(ROOT))
+            from benchmarks.table import targets
+            lines += ["", *targets(measured)]
+        return "\n".join(lines) + "\n"
+
+
+def build(check, target):
+    """The package into `target`, for this machine's GPU alone unless told otherwise: the whole takes minutes on few processors."""
+    sm = check.says("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0")
+    if sm and "LONGLORA_CUDA_ARCH" not in os.environ:
+        sm = sm.replace(".", "")
+        check.env["LONGLORA_CUDA_ARCH"] = {"90": "90a"}.get(sm, sm)
+    check.env["LONGLORA_CUDA"] = os.environ.get("LONGLORA_CUDA", "1")
+    command = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--quiet", "--target", str(target), "."]
+    if not has(check, "pip"):
+        command = ["setup.py", "build", "--build-lib", str(target)]
+    if check.part("build", 360, [sys.executable, *command], wants_gpu=False):
+        check.use(target)
+    else:
+        check.about["why_not"] = "the build failed"
+
+
+def has(check, module):
+    return check.says(sys.executable, "-c", f"import {module}; print(1)") is not None
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="gpu-check", help="folder for the results [%(default)s]")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help="only these: " + " ".join(PARTS))
+    parser.add_argument("--skip", nargs="+", choices=PARTS, default=(), metavar="PART", help="all but these")
+    parser.add_argument("--installed", action="store_true", help="test the package that Python finds, build none")
+    parser.add_argument("--limit", type=float, default=590, help="seconds for everything [%(default)s]")
+    options = parser.parse_args(argv)
+    options.parts = [part for part in options.only if part not in options.skip]
+    check = Check(options)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.installed:
+            check.use_installed()
+        elif "build" in options.parts:
+            build(check, Path(folder) / "package")
+        if not check.about["why_not"]:
+            check.look()
+        ours = [sys.executable, "-m", "benchmarks.gpu_small"]
+        if has(check, "pytest") and has(check, "ml_dtypes"):
+            tests = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", "-p", "no:cacheprovider", "--maxfail", "20",
+                     *(str(ROOT / "tests" / f"test_{name}.py") for name in OP_TESTS)]
+            check.part("tests", 180, tests)
+        else:
+            check.part("tests", 60, ours, parse=lambda output: "without pytest and ml_dtypes: each op once, against the CPU's; "
+                       + output.strip().rpartition("\n")[2])
+        there = check.says("compute-sanitizer", "--version") is not None
+        for tool in ("memcheck", "racecheck"):
+            check.part(tool, 75, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *ours],
+                       why=None if there else "there is no compute-sanitizer")
+        check.part("training", 60, [sys.executable, "-m", "benchmarks.gpu_small", "--training"])
+        measured = Path(folder) / "measured.jsonl"
+        for name, limit in BENCHMARKS.items():
+            measured.write_text("")
+            check.part(name, limit, [sys.executable, "-m", f"benchmarks.bench_{name}", "--device", "cuda", "--seconds", "0.3", "--json", str(measured)],
+                       why=None if check.about["why_not"] or has(check, "torch") else "torch is not installed")
+            check.add(*(json.loads(line) for line in measured.read_text().splitlines()))
+    print(f"\n{check.out / 'report.md'}:\n\n{check.report()}")
+    return 0 if all(row["result"] in ("ok", "skipped") for row in check.rows if "part" in row) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

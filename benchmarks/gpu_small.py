@@ -1,0 +1,160 @@
+"""Each op once on the GPU against the CPU's, on small odd shapes, with NumPy alone: what compute-sanitizer is run on, and what stands in
+for the op tests where there is no pytest. --training: a few steps of the demo's model, on both."""
+import math
+import sys
+
+import numpy as np
+
+from longlora import _C, cuda
+from longlora.device import host, send
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}        # of the largest value; a sum here has 100 terms
+rng = np.random.default_rng(0)
+
+
+def random(*shape):
+    return rng.standard_normal(shape, np.float32)
+
+
+def calls():
+    """op -> its arguments: an array is an input, in the common dtype; (array, "out" or its own dtype) what else it may be."""
+    M, C, N, R, F, V = 37, 72, 40, 8, 56, 90
+    H, K, D, T, G = 4, 2, 24, 45, 16
+    ids, targets = (rng.integers(0, V, M, dtype=np.int32) for _ in range(2))
+    targets[::5] = -100
+    order = np.argsort(ids, kind="stable").astype(np.int32)
+    x, dout, w, rstd = random(M, C), random(M, C), random(C), (np.abs(random(M)) + 1, "float32")
+    q, k, v = random(1, T, H, D), random(1, T, K, D), random(1, T, K, D)
+    scalars = (G, 0, 0, 1 / math.sqrt(D))
+    angle = random(T, D // 2)
+    tables = (np.cos(angle), "float32"), (np.sin(angle), "float32")
+
+    def out(*shape, dtype="common"):
+        return np.zeros(shape, np.float32), "out", dtype
+
+    def f32(*shape):
+        return out(*shape, dtype="float32")
+
+    yield "matmul", (out(M, N), random(M, C), random(C, N), 0.5, 0.0)
+    yield "embedding_forward", (out(M, C), random(V, C), ids)
+    yield "embedding_backward", (f32(V, C), dout, ids, order)
+    yield "rms_norm_forward", (out(M, C), f32(M), None, x, None, w, 1e-5)
+    yield "rms_norm_backward", (out(M, C), f32(C), dout, x, rstd, w, None)
+    yield "rope_forward", (out(1, T, H, D), q, *tables, None)
+    yield "rope_backward", (out(1, T, H, D), q, *tables, None)
+    a, b, weight, dy = random(R, C), random(N, R), random(N, C), random(M, N)
+    yield "lora_linear_forward", (out(M, N), f32(M, R), x, weight, random(N), a, b, None, 2.0)
+    yield "lora_linear_backward", (out(M, C), f32(R, C), f32(N, R), f32(N, C), f32(N), dy, x, weight, a, b, None, 2.0, 0)
+    yield "s2_attention_forward", (out(1, T, H, D), f32(1, H, T), q, k, v, None, *scalars)
+    for boundary, length in ((0, T), (1, 3 * G), (2, 3 * G)):
+        q, k, v, do = (random(1, length, heads, D) for heads in (H, K, K, H))
+        o, lse = np.empty_like(q), np.empty((1, H, length), np.float32)
+        _C.s2_attention_forward(o, lse, q, k, v, None, G, boundary, 0, scalars[3])
+        yield "s2_attention_backward", (out(*q.shape), out(*k.shape), out(*v.shape), do, q, k, v, o, (lse, "float32"), None, G, boundary, 0,
+                                        scalars[3])
+    gate, up, df = random(M, F), random(M, F), random(M, F)
+    yield "swiglu_forward", (out(M, F), gate, up)
+    yield "swiglu_backward", (out(M, F), out(M, F), df, gate, up)
+    head = random(V, C) / 8
+    yield "linear_cross_entropy_forward", (f32(M), f32(M), x, head, targets, -100)
+    yield "linear_cross_entropy_backward", (f32(M), out(M, C), f32(V, C), x, head, targets, (random(M), "float32"), -100)
+
+
+def tensor(array, dtype, device):
+    """A Tensor of the array's values in `dtype` on `device`."""
+    there = send(array, device) if device != "cpu" else array
+    if array.dtype == np.int32:
+        return there
+    out = _C.Tensor(array.shape, dtype, device)
+    out.copy_(there)
+    return out
+
+
+def run(op, args, dtype, device):
+    """-> the outputs as float32 ndarrays."""
+    given, outputs = [], []
+    for arg in args:
+        if isinstance(arg, tuple):
+            own = arg[-1] if arg[-1] != "common" else dtype
+            given.append(tensor(arg[0], own, device))
+            outputs += [given[-1]] if arg[1] == "out" else []
+        else:
+            given.append(tensor(arg, dtype, device) if isinstance(arg, np.ndarray) else arg)
+    getattr(_C, op)(*given)
+    found = []
+    for x in outputs:
+        as_float = _C.Tensor(x.shape, "float32", device)
+        as_float.copy_(x)
+        found.append(np.array(host(as_float)))
+    return found
+
+
+def ops():
+    """Every op of `calls` and the few with shapes of their own; says each -> how many are wrong."""
+    wrong = 0
+    for dtype, tolerance in TOLERANCE.items():
+        for op, args in calls():
+            error = 0.0
+            for ours, theirs in zip(run(op, args, dtype, "cuda:0"), run(op, args, dtype, "cpu"), strict=True):
+                error = max(error, float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-3)))
+            good = error <= tolerance                  # NaN is not
+            wrong += not good
+            print(f"{op:<30} {dtype:<9} {error:.2e} {'' if good else 'WRONG'}", flush=True)
+    x, grad = random(1000), random(1000)
+    found = []
+    for device in ("cuda:0", "cpu"):
+        param, m, v, copy = (tensor(x * s, "float32", device) for s in (1, 0, 0, 1))
+        _C.adamw(param, m, v, copy, tensor(grad, "float32", device), 1e-2, 0.9, 0.95, 1e-8, 0.1, 1, 0.5)
+        squares = _C.Tensor((1,), "float64", device)
+        _C.sum_squares(squares, param)
+        total = tensor(np.ones((10, 100), np.float32), "float32", device)
+        _C.accumulate(total, param.reshape((10, 100)), 3.0)
+        narrow = _C.Tensor((10, 100), "bfloat16", device)
+        _C.cast(narrow, total)
+        total.copy_(narrow)
+        found.append(np.concatenate([host(param), host(copy), host(squares), host(total).reshape(-1)]))
+    good = np.abs(found[0] - found[1]).max() <= 1e-4 * np.abs(found[1]).max()
+    print(f"adamw, sum_squares, accumulate, cast: {'right' if good else 'WRONG'}")
+    return wrong + (not good)
+
+
+def training(steps=6):
+    """The demo's model trains on the bytes of its text, on the CPU and on the GPU -> whether the losses agree."""
+    from longlora import demo, plan as plan_
+    from longlora.adapter import LoraConfig
+    from longlora.model import Model
+    from longlora.optimizer import AdamW
+    from longlora.weights import open_model
+    base, length = open_model(demo.MODEL), 512
+    text = np.frombuffer(b"".join(path.read_bytes()[:steps * length + 1] for path in sorted(demo.TEXT.glob("*.txt"))[:1]), np.uint8)
+    losses = {}
+    for dtype in TOLERANCE:
+        for device in ("cpu", "cuda:0"):
+            about = plan_.plan(base.config, dtype=dtype, sequence_length=length, group_size=128, lora=LoraConfig(), device=device)
+            model = Model(base.config, dtype=dtype, lora=LoraConfig(), plan=about, attention={"group_size": 128}, device=device).load(base)
+            optimizer, found = AdamW(model.parameters, max_grad_norm=1.0), []
+            for step in range(steps):
+                ids = text[step * length:(step + 1) * length + 1].astype(np.int32)[None]
+                model.zero_grad()
+                found.append(model.train_microbatch(ids[:, :-1], ids[:, 1:], 1 / length) / length)
+                optimizer.step(dict.fromkeys(model.kinds, 1e-3))
+            losses[dtype, device] = np.array(found)
+            print(dtype, device, *(f"{loss:.5f}" for loss in found), flush=True)
+    return all(np.abs(losses[dtype, "cuda:0"] / losses[dtype, "cpu"] - 1).max() <= bound for dtype, bound in (("float32", 1e-4), ("bfloat16", 1e-2)))
+
+
+def main(argv):
+    if not cuda.is_available():
+        print(f"no GPU: {cuda.reason()}")
+        return 2
+    if "--training" in argv:
+        good = training()
+        print("the losses of the GPU are the CPU's" if good else "the losses differ")
+        return 0 if good else 1
+    wrong = ops()
+    print(f"{wrong} wrong" if wrong else "every op agrees with the CPU's")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
