@@ -402,13 +402,14 @@ static void finish(const Job *job, const float *x, int64_t x_row, int64_t m, int
 static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
     const Gemm *g = job->g;
     int64_t steps = job->s1 - job->s0, all = job->steps + job->steps2;
+    int64_t kc = job->M <= 2 * MR ? KC / 3 : KC;                       /* shorter sums are more exact, and few rows add them fast */
     float near[ROWS * NR] __attribute__((aligned(64))), near_b[KC * NR] __attribute__((aligned(64)));
     for (int64_t n = n_begin; n < n_end; n += job->nr) {
         int64_t width = panel_width(job, n), cols = min64(width, n_end - n), s = job->s0, next;
         int there = job->direct_b && n < job->packed_n;
         Tile run = there ? in_place[job->direct] : tiles[job->dot][job->direct][width / VW - 1];
         do {
-            next = job->s1 - s < 2 * KC ? job->s1 - s <= KC ? job->s1 : s + (job->s1 - s + 1) / 2 : s + KC;
+            next = job->s1 - s < 2 * kc ? job->s1 - s <= kc ? job->s1 : s + (job->s1 - s + 1) / 2 : s + kc;
             int64_t part = job->direct ? max64(0, min64(next, job->steps) - s) : next - s;
             Side a = { .step = job->step_a, .ahead = job->ahead }, a2 = { 0 }, b, b2;
             b = (Side){ there ? (const float *)job->b.data + s * job->b.row + n
