@@ -147,6 +147,7 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help="only these: " + " ".join(PARTS))
     parser.add_argument("--skip", nargs="+", choices=PARTS, default=(), metavar="PART", help="all but these")
     parser.add_argument("--installed", action="store_true", help="test the package that Python finds, build none")
+    parser.add_argument("--smoke", action="store_true", help="small shapes: that it runs, for the emulation and for machines without torch")
     parser.add_argument("--limit", type=float, default=590, help="seconds for everything [%(default)s]")
     options = parser.parse_args(argv)
     options.parts = [part for part in options.only if part not in options.skip]
@@ -170,12 +171,13 @@ def main(argv=None):
         for tool in ("memcheck", "racecheck"):
             check.part(tool, 75, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *ours],
                        why=None if there else "there is no compute-sanitizer")
-        check.part("training", 60, [sys.executable, "-m", "benchmarks.gpu_small", "--training"])
+        smoke = ["--smoke"] * options.smoke
+        check.part("training", 60, [sys.executable, "-m", "benchmarks.gpu_small", "--training", *smoke])
         measured = Path(folder) / "measured.jsonl"
         for name, limit in BENCHMARKS.items():
             measured.write_text("")
-            check.part(name, limit, [sys.executable, "-m", f"benchmarks.bench_{name}", "--device", "cuda", "--seconds", "0.3", "--json", str(measured)],
-                       why=None if check.about["why_not"] or has(check, "torch") else "torch is not installed")
+            check.part(name, limit, [sys.executable, "-m", f"benchmarks.bench_{name}", "--device", "cuda", "--seconds", "0.3", "--json", str(measured), *smoke],
+                       why=None if check.about["why_not"] or smoke or has(check, "torch") else "torch is not installed")
             check.add(*(json.loads(line) for line in measured.read_text().splitlines()))
     print(f"\n{check.out / 'report.md'}:\n\n{check.report()}")
     return 0 if all(row["result"] in ("ok", "skipped") for row in check.rows if "part" in row) else 1

@@ -1,5 +1,5 @@
 """Each op once on the GPU against the CPU's, on small odd shapes, with NumPy alone: what compute-sanitizer is run on, and what stands in
-for the op tests where there is no pytest. --training: a few steps of the demo's model, on both."""
+for the op tests where there is no pytest. --training: a few steps of the demo's model, on both; with --smoke on few tokens."""
 import math
 import sys
 
@@ -118,20 +118,20 @@ def ops():
     return wrong + (not good)
 
 
-def training(steps=6):
+def training(steps, length):
     """The demo's model trains on the bytes of its text, on the CPU and on the GPU -> whether the losses agree."""
     from longlora import demo, plan as plan_
     from longlora.adapter import LoraConfig
     from longlora.model import Model
     from longlora.optimizer import AdamW
     from longlora.weights import open_model
-    base, length = open_model(demo.MODEL), 512
+    base = open_model(demo.MODEL)
     text = np.frombuffer(b"".join(path.read_bytes()[:steps * length + 1] for path in sorted(demo.TEXT.glob("*.txt"))[:1]), np.uint8)
     losses = {}
     for dtype in TOLERANCE:
         for device in ("cpu", "cuda:0"):
-            about = plan_.plan(base.config, dtype=dtype, sequence_length=length, group_size=128, lora=LoraConfig(), device=device)
-            model = Model(base.config, dtype=dtype, lora=LoraConfig(), plan=about, attention={"group_size": 128}, device=device).load(base)
+            about = plan_.plan(base.config, dtype=dtype, sequence_length=length, group_size=length // 4, lora=LoraConfig(), device=device)
+            model = Model(base.config, dtype=dtype, lora=LoraConfig(), plan=about, attention={"group_size": length // 4}, device=device).load(base)
             optimizer, found = AdamW(model.parameters, max_grad_norm=1.0), []
             for step in range(steps):
                 ids = text[step * length:(step + 1) * length + 1].astype(np.int32)[None]
@@ -148,7 +148,7 @@ def main(argv):
         print(f"no GPU: {cuda.reason()}")
         return 2
     if "--training" in argv:
-        good = training()
+        good = training(*((2, 32) if "--smoke" in argv else (6, 512)))
         print("the losses of the GPU are the CPU's" if good else "the losses differ")
         return 0 if good else 1
     wrong = ops()

@@ -32,6 +32,8 @@ from longlora.profile import peaks
 
 from . import gpu
 
+COSTS = ("us", "ms", "s", "GiB", "%")
+
 
 def machine():
     try:
@@ -149,7 +151,7 @@ class Bench:
                judged=None):
         """Prints and records a row measured elsewhere. `ratio` is by default that of two costs, peer / ours. Returns it.
 
-        target: (must, aim) of `judged`, "ratio", "of_peak" or "ours"; the larger of the two first where less is better.
+        target: (must, aim) of `judged`, "ratio", "of_peak" or "ours", which is a cost where its unit is one of COSTS.
         """
         if peer is not None and ratio is None:
             ratio = peer / ours
@@ -163,8 +165,8 @@ class Bench:
         if peak:
             line += f"  {row['of_peak']:4.0%} of peak"
         if target is not None:
-            row.update(must=target[0], aim=target[1], judged=judged)
-            line += f"  must {target[0]:g}, aim {target[1]:g}"
+            row.update(must=target[0], aim=target[1], judged=judged, less_is_better=judged == "ours" and unit in COSTS)
+            line += f"  must {target[0]:.3g}, aim {target[1]:.3g}"
         print(line, flush=True)
         if self.options.json:
             with open(self.options.json, "a") as file:

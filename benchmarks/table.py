@@ -19,9 +19,9 @@ def targets(rows):
     for row in rows:
         must, aim, reached = row.get("must"), row.get("aim"), ""
         if must is not None:
-            value, sign = row[row["judged"]], 1 if aim >= must else -1
-            reached = "not measured" if value is None else next((word for word, bar in (("aim", aim), ("must", must))
-                                                                if sign * value >= sign * bar), "**neither**")
+            value, sign = row[row["judged"]], -1 if row["less_is_better"] else 1
+            reached = next((word for word, bar in (("aim", aim), ("must", must)) if value is not None and sign * value >= sign * bar),
+                           "**neither**" if value is not None else "not measured") if not row["smoke"] else "a smoke run"
         yield (f"| {row['benchmark']} | {row['name']} | {row['dtype']} | {row['peer_name'] or ''} | {cell(row)} | "
                f"{'' if must is None else f'{must:.4g}'} | {'' if aim is None else f'{aim:.4g}'} | {reached} |")
 
