@@ -26,7 +26,7 @@ const Op ops[] = {
     OP(accumulate, Accumulate, "out[M,N]:any+ <- x[M,N]:any | scale"),
     OP_WITH_WORKSPACE(matmul, Matmul, "out[M,N]:any+ <- a[M,C]:any* b[C,N]:any* | alpha beta"),
     OP(embedding_forward, EmbeddingForward, "out[M,C] <- weight[V,C] ids[M]:i32"),
-    OP(embedding_backward, EmbeddingBackward, "dweight[V,C]:f32+ <- dout[M,C] ids[M]:i32 order[M]:i32"),
+    OP_WITH_WORKSPACE(embedding_backward, EmbeddingBackward, "dweight[V,C]:f32+ <- dout[M,C] ids[M]:i32 order[M]:i32"),
     OP(rms_norm_forward, RmsNormForward, "out[M,C] rstd[M]:f32 sum[M,C]? <- x[M,C] residual[M,C]?~ weight[C] | eps"),
     OP_WITH_WORKSPACE(rms_norm_backward, RmsNormBackward,
        "dx[M,C] dweight[C]:f32+? <- dout[M,C]~ x[M,C]~ rstd[M]:f32 weight[C] dresidual[M,C]?~"),

@@ -64,6 +64,7 @@ typedef struct { Tensor out, weight, ids; } EmbeddingForward;
 typedef struct { Tensor dweight, dout, ids, order; } EmbeddingBackward;
 DECLARE_OP(embedding_forward)
 DECLARE_OP(embedding_backward)
+DECLARE_WORKSPACE(embedding_backward)
 
 /* RMSNorm over the last axis: sum = x + residual (sum = x without one), rstd = 1/sqrt(mean(sum^2) + eps),
  * out = sum * rstd * weight. `sum` is written when it is given, and must be given with a residual.

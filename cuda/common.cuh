@@ -86,8 +86,8 @@ template<> __device__ __forceinline__ f16 from_float<f16>(float x) { return __fl
 
 /* ---- vectors ----------------------------------------------------------------------------------------------------- */
 
-/* N elements that are loaded and stored at once. */
-template<class T, int N> struct alignas(sizeof(T) * N) Vector { T x[N]; };
+/* N elements that are loaded and stored at once, by 16 bytes where there are more. */
+template<class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector { T x[N]; };
 
 template<int N, class T> static __device__ __forceinline__ void load(float (&x)[N], const T *from) {
     Vector<T, N> v = *(const Vector<T, N> *)from;
@@ -180,10 +180,35 @@ static __device__ __forceinline__ void cp_async_16(void *to, const void *from, b
 static __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template<int N> __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 
+/* One store of 16 or 8 bytes to global memory: the compiler at times makes four of the plain assignment. */
+static __device__ __forceinline__ void store_whole(uint4 *to, uint4 x) {
+    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" :: "l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+static __device__ __forceinline__ void store_whole(uint2 *to, uint2 x) {
+    asm volatile("st.global.v2.u32 [%0], {%1,%2};" :: "l"(to), "r"(x.x), "r"(x.y) : "memory");
+}
+
+/* Asks for `bytes` from p on, both multiples of 16, to be brought to the second-level cache, and goes on. Before sm_90, which
+ * does it in one instruction, nothing. */
+static __device__ __forceinline__ void prefetch_l2(const void *p, unsigned bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(p), "r"(bytes));
+#else
+    (void)p, (void)bytes;
+#endif
+}
+
 /* 2^x, relative error 2^-22; exact 0 for -inf. */
 static __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* 1/x, error 1 ulp; 0 above 2^126. */
+static __device__ __forceinline__ float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

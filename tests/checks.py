@@ -32,6 +32,16 @@ def strided(x, pad=3):
     return wide[..., :x.shape[-1]]
 
 
+def dense_and_strided(call, *arrays):
+    """call on dense arrays, then on rows of wider ones -> what the dense ones gave, a tuple. The bits are the same: rows of whole
+    vectors, which kernels may move 16 bytes at a time, and rows that are not."""
+    dense = as_tuple(call(*arrays))
+    apart = as_tuple(call(*[strided(x) if x is not None and x.ndim > 1 else x for x in arrays]))
+    for a, b in zip(dense, apart):
+        assert a.tobytes() == b.tobytes()
+    return dense
+
+
 class Outputs:
     """Stands in for arrays.empty: outputs full of NaN (integers: -7), strided, in the middle of a guarded buffer."""
 

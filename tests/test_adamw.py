@@ -18,6 +18,20 @@ def test_against_the_reference(N, isa):
     np.testing.assert_array_equal(copy, param.astype(copy.dtype))
 
 
+@pytest.mark.parametrize("to", list(checks.DTYPES))
+@pytest.mark.parametrize("N", [4, 1024, 4100])
+def test_a_view_gives_the_bits_of_its_copy(N, to, isa):
+    results = []
+    for start in (0, 1):
+        param, m, v, grad = (np.concatenate([x[:start], x])[start:] for x in (checks.random((N,), seed=seed) for seed in range(4)))
+        v *= v
+        copy = np.full(N + start, np.nan, checks.DTYPES[to])[start:]
+        ops.adamw(param, m, v, grad, lr=0.01, step=3, weight_decay=0.1, copy=copy)
+        assert copy.tobytes() == param.astype(copy.dtype).tobytes()
+        results.append([x.tobytes() for x in (param, m, v)])
+    assert results[0] == results[1]
+
+
 def test_against_torch(place):
     torch = pytest.importorskip("torch", reason="torch is the peer compared with")
     start = checks.random((1000,))

@@ -39,6 +39,26 @@ def test_accumulate(shape, dtype, isa):
     checks.compare(ops.accumulate(out, x, 0.7), want, low)
 
 
+@pytest.mark.parametrize("to", list(checks.DTYPES))
+@pytest.mark.parametrize("shape", [(1, 8), (3, 16), (300, 8), (5, 128), (70, 1032), (2, 9000)])
+def test_dense_and_strided_rows(shape, to, dtype, isa):
+    x, out = checks.random(shape, dtype), checks.random(shape, to, 1)
+    got, = checks.dense_and_strided(lambda x: ops.cast(x, to), x)
+    assert got.tobytes() == x.astype(out.dtype).tobytes()
+    want, low = checks.reference.accumulate(out, x, 0.7), checks.plain("accumulate", out, x, 0.7)[0]
+    wide = checks.strided(out)
+    ops.accumulate(wide, checks.strided(x), 0.7)
+    checks.compare(ops.accumulate(out, x, 0.7), want, low)
+    assert wide.tobytes() == out.tobytes()
+
+
+def test_global_norm_of_a_view_is_that_of_its_copy(dtype, isa):
+    for N in (8, 4096, 70000, 600_001):
+        x = checks.random((N + 1,), dtype)[1:]
+        got, want = ops.global_norm([x]), checks.reference.global_norm([x])
+        assert got == ops.global_norm([x.copy()]) and abs(got - want) <= 1e-12 * want
+
+
 @pytest.mark.parametrize("N", [0, 1, 7, 4095, 4096, 4097, 100003])
 def test_global_norm(N, dtype, isa, each_thread_count):
     x = checks.random((N,), dtype)

@@ -3,7 +3,7 @@ import checks
 import numpy as np
 import pytest
 
-from longlora import ops
+from longlora import _C, ops
 
 
 def ids_of(M, V, seed=0):
@@ -16,6 +16,39 @@ def test_forward_and_backward(M, V, C, dtype, isa, poison):
     ids, order = ids_of(M, V)
     checks.check("embedding_forward", checks.random((V, C), dtype), ids, floor=0)
     checks.check("embedding_backward", checks.strided(checks.random((M, C), dtype, 1)), ids, order, V)
+
+
+def dense_rows(M, C, kind, dtype):
+    V = {"few": 5, "one": 3, "all": 2 * M, "skewed": 1000}[kind]
+    ids = {"few": np.arange(M) * 7 % 5, "one": np.full(M, 2), "all": np.arange(M) * 7919 % M * 2,
+           "skewed": np.random.default_rng(0).pareto(1, M).clip(0, 999)}[kind].astype(np.int32)
+    order = np.argsort(ids, kind="stable").astype(np.int32)
+    weight, dout = checks.random((V, C), dtype), checks.random((M, C), dtype, 1)
+    out, = checks.dense_and_strided(lambda w: ops.embedding_forward(w, ids), weight)
+    assert out.tobytes() == weight[ids].tobytes()
+    dweight, = checks.dense_and_strided(lambda d: ops.embedding_backward(d, ids, order, V), dout)
+    want, low = checks.reference.embedding_backward(dout, ids, order, V), checks.plain("embedding_backward", dout, ids, order, V)[0]
+    checks.compare(dweight, want, low)
+    wide = checks.strided(dweight)
+    _C.embedding_backward(wide, dout, ids, order)
+    _C.embedding_backward(dweight, dout, ids, order)
+    checks.compare(dweight, 2 * want, 2 * low)
+    assert wide.tobytes() == dweight.tobytes()
+
+
+KINDS = ["few", "one", "all", "skewed"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("M,C", [(1, 4), (31, 8), (33, 132), (300, 1032)])
+def test_dense_and_strided_rows(M, C, kind, dtype, isa):
+    dense_rows(M, C, kind, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("M,C", [(4000, 16), (34000, 8)])
+def test_runs_over_many_pieces_on_cuda(M, C, kind, dtype, cuda):
+    dense_rows(M, C, kind, dtype)
 
 
 def test_same_bits_for_any_number_of_threads(place, each_thread_count):

@@ -25,6 +25,40 @@ def test_forward_and_backward(shape, residual, dtype, isa, poison):
     checks.check("rms_norm_backward", dout, total, np.asarray(rstd), weight, extra, floor=4)
 
 
+def rows_of_any_length(M, C, dtype):
+    """Sizes around those at which rows change hands on a GPU: a part of a warp, a warp, a block, more than a block."""
+    x, residual, dout, d = (checks.random((M, C), dtype, seed) for seed in range(4))
+    weight = checks.random((C,), dtype, 4)
+    out, _, total = checks.dense_and_strided(lambda x, r: ops.rms_norm_forward(x, weight, 1e-5, r), x, residual)
+    assert total.tobytes() == (x.astype(np.float32) + residual.astype(np.float32)).astype(x.dtype).tobytes()
+    checks.compare(out, checks.reference.rms_norm_forward(total, weight, 1e-5)[0], checks.plain("rms_norm_forward", total, weight, 1e-5)[0])
+    _, rstd, _ = checks.dense_and_strided(lambda x: ops.rms_norm_forward(x, weight, 1e-5), x)
+    checks.check("rms_norm_forward", x, weight, 1e-5)
+    for dresidual in (None, d):
+        dx, dweight = checks.dense_and_strided(lambda dout, x, d: ops.rms_norm_backward(dout, x, rstd, weight, d), dout, x, dresidual)
+        checks.check("rms_norm_backward", dout, x, rstd, weight, dresidual, floor=4)
+    over, twice = dout.copy(), dweight.copy()
+    _C.rms_norm_backward(over, twice, over, x, rstd, weight, d)
+    assert over.tobytes() == dx.tobytes() and twice.tobytes() == (2 * dweight).tobytes()
+    over = d.copy()
+    _C.rms_norm_backward(over, None, dout, x, rstd, weight, over)
+    assert over.tobytes() == dx.tobytes()
+
+
+@pytest.mark.parametrize("M,C", [(1, 8), (70, 16), (3, 24), (300, 64), (70, 128), (3, 136), (3, 256), (5, 520), (3, 1024), (70, 1032)])
+def test_dense_and_strided_rows(M, C, dtype, isa):
+    rows_of_any_length(M, C, dtype)
+
+
+def test_long_rows_and_longer_than_a_block_holds_on_cuda(dtype, cuda):
+    for C in (4096, 16392, 33000):
+        rows_of_any_length(3, C, dtype)
+
+
+def test_more_rows_than_blocks_on_cuda(dtype, cuda):
+    rows_of_any_length(600, 1032, dtype)
+
+
 def test_backward_in_place_and_accumulating(place):
     x, weight, dout = checks.random((9, 40)), checks.random((40,), seed=1), checks.random((9, 40), seed=2)
     _, rstd, _ = ops.rms_norm_forward(x, weight)

@@ -3,7 +3,7 @@ import checks
 import numpy as np
 import pytest
 
-from longlora import ops
+from longlora import _C, ops
 from longlora.rope import Rope, tables
 
 
@@ -15,6 +15,17 @@ def test_forward_and_backward(shape, dtype, isa, poison):
     for where in (None, positions):
         checks.check("rope_forward", x, cos, sin, where)
         checks.check("rope_backward", x, cos, sin, where)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 16), (2, 5, 3, 64), (1, 2, 4, 72), (1, 3, 9, 80), (2, 2, 32, 128), (1, 1, 70, 256), (1, 1, 2, 4160)])
+@pytest.mark.parametrize("name", ["rope_forward", "rope_backward"])
+def test_dense_and_strided_rows_and_in_place(name, shape, dtype, isa):
+    cos, sin, x = checks.random((20, shape[3] // 2)), checks.random((20, shape[3] // 2), seed=1), checks.random(shape, dtype)
+    positions = np.random.default_rng(0).integers(0, 20, shape[:2]).astype(np.int32)
+    got, = checks.dense_and_strided(lambda x, cos, sin: getattr(ops, name)(x, cos, sin, positions), x, cos, sin)
+    checks.check(name, x, cos, sin, positions)
+    getattr(_C, name)(x, x, cos, sin, positions)
+    assert x.tobytes() == got.tobytes()
 
 
 def test_backward_undoes_forward(place):

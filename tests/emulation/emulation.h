@@ -191,6 +191,10 @@ inline void ldmatrix_x4_trans(unsigned (&r)[4], const void *row, EMULATION_HERE)
 inline void cp_async_16(void *to, const void *from, bool there) { emulation::copy_async(to, from, there); }
 inline void cp_async_commit() { emulation::copy_commit(); }
 template<int N> void cp_async_wait() { emulation::copy_wait(N); }
+inline void store_whole(uint4 *to, uint4 x) { *to = x; }
+inline void store_whole(uint2 *to, uint2 x) { *to = x; }
+inline void prefetch_l2(const void *, unsigned) {}
+inline float reciprocal_fast(float x) { return fabsf(x) > 0x1p126f ? 0.0f : 1.0f / x; }
 inline float exp2_fast(float x) { return exp2f(x); }
 template<class T> unsigned pack(float low, float high);
 template<> inline unsigned pack<__nv_bfloat16>(float low, float high) {
