@@ -1,5 +1,5 @@
-"""Each op once on the GPU against the CPU's, on small odd shapes, with NumPy alone: what compute-sanitizer is run on, and what stands in
-for the op tests where there is no pytest. --training: a few steps of the demo's model, on both; with --smoke on few tokens."""
+"""Each op once on the GPU against the CPU's, on small odd shapes, with NumPy alone: what compute-sanitizer is run on, and what stands
+in for the op tests where there is no pytest. --training: a few steps of the demo's model, on both; with --smoke on few tokens."""
 import math
 import sys
 
@@ -50,8 +50,8 @@ def calls():
         q, k, v, do = (random(1, length, heads, D) for heads in (H, K, K, H))
         o, lse = np.empty_like(q), np.empty((1, H, length), np.float32)
         _C.s2_attention_forward(o, lse, q, k, v, None, G, boundary, 0, scalars[3])
-        yield "s2_attention_backward", (out(*q.shape), out(*k.shape), out(*v.shape), do, q, k, v, o, (lse, "float32"), None, G, boundary, 0,
-                                        scalars[3])
+        yield "s2_attention_backward", (out(*q.shape), out(*k.shape), out(*v.shape), do, q, k, v, o, (lse, "float32"), None, G,
+                                        boundary, 0, scalars[3])
     gate, up, df = random(M, F), random(M, F), random(M, F)
     yield "swiglu_forward", (out(M, F), gate, up)
     yield "swiglu_backward", (out(M, F), out(M, F), df, gate, up)
@@ -126,12 +126,13 @@ def training(steps, length):
     from longlora.optimizer import AdamW
     from longlora.weights import open_model
     base = open_model(demo.MODEL)
-    text = np.frombuffer(b"".join(path.read_bytes()[:steps * length + 1] for path in sorted(demo.TEXT.glob("*.txt"))[:1]), np.uint8)
+    text = np.frombuffer(sorted(demo.TEXT.glob("*.txt"))[0].read_bytes()[:steps * length + 1], np.uint8)
     losses = {}
     for dtype in TOLERANCE:
         for device in ("cpu", "cuda:0"):
-            about = plan_.plan(base.config, dtype=dtype, sequence_length=length, group_size=length // 4, lora=LoraConfig(), device=device)
-            model = Model(base.config, dtype=dtype, lora=LoraConfig(), plan=about, attention={"group_size": length // 4}, device=device).load(base)
+            given, attention = dict(dtype=dtype, lora=LoraConfig(), device=device), {"group_size": length // 4}
+            about = plan_.plan(base.config, sequence_length=length, **attention, **given)
+            model = Model(base.config, plan=about, attention=attention, **given).load(base)
             optimizer, found = AdamW(model.parameters, max_grad_norm=1.0), []
             for step in range(steps):
                 ids = text[step * length:(step + 1) * length + 1].astype(np.int32)[None]
@@ -140,7 +141,8 @@ def training(steps, length):
                 optimizer.step(dict.fromkeys(model.kinds, 1e-3))
             losses[dtype, device] = np.array(found)
             print(dtype, device, *(f"{loss:.5f}" for loss in found), flush=True)
-    return all(np.abs(losses[dtype, "cuda:0"] / losses[dtype, "cpu"] - 1).max() <= bound for dtype, bound in (("float32", 1e-4), ("bfloat16", 1e-2)))
+    bounds = {"float32": 1e-4, "bfloat16": 1e-2}
+    return all(np.abs(losses[dtype, "cuda:0"] / losses[dtype, "cpu"] - 1).max() <= bound for dtype, bound in bounds.items())
 
 
 def main(argv):

@@ -10,9 +10,9 @@
 of GB/s and a share of its copy bandwidth; neither: milliseconds. `peer` may be None. `ratio` above 1: we are ahead.
 torch and we get the same number of threads. `bench.torch` is torch with its threads set, imported when first used.
 
-With --device cuda the arrays are torch's on that GPU, TF/s and a share of torch's bfloat16 product, and benchmarks/gpu.py says how
-things are timed; `target=(must, aim)` is what the row should reach. --smoke is for a machine without torch or without a GPU (the
-emulation): small shapes, our side alone, figures that mean nothing.
+With --device cuda the arrays are torch's on that GPU, products are TF/s and a share of torch's bfloat16 product, and
+benchmarks/gpu.py says how things are timed; `target=(must, aim)` is what the row should reach. --smoke is for a machine without
+torch or without a GPU (the emulation): small shapes, our side alone, figures that mean nothing.
 """
 import argparse
 import functools
@@ -133,7 +133,8 @@ class Bench:
         """Whether --only lets this row through: ask before making big inputs."""
         return self.options.only in f"{name} {dtype}"
 
-    def row(self, name, ours, peer=None, *, dtype="float32", flops=None, bytes=None, peer_name="torch", target=None, judged=None):
+    def row(self, name, ours, peer=None, *, dtype="float32", flops=None, bytes=None, peer_name="torch", target=None,
+            judged=None):
         """Times ours() and peer(); prints and records the row. Returns the ratio peer time / our time (None without peer)."""
         if not self.wants(name, dtype):
             return None

@@ -1,10 +1,11 @@
-"""benchmarks/gpu_check.py and the benchmarks on a GPU, as far as they go here: without a GPU every part says so, on the emulation of
-one (and on a GPU) each runs on small shapes."""
+"""benchmarks/gpu_check.py and the benchmarks on a GPU, as far as they go here: without a GPU every part says so, on the emulation
+of one (and on a GPU) each runs on small shapes."""
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,8 +35,8 @@ def test_without_a_gpu_every_part_says_so(tmp_path):
 
 def test_a_part_that_fails_or_takes_too_long_keeps_the_others(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    from benchmarks.gpu_check import Check, argparse
-    options = argparse.Namespace(out=tmp_path, limit=60, parts=["build", "tests", "memcheck", "training"])
+    from benchmarks.gpu_check import Check
+    options = SimpleNamespace(out=tmp_path, limit=60, parts=["build", "tests", "memcheck", "training"])
     made = Check(options)
     assert made.part("build", 30, [sys.executable, "-c", "print('first'); print('last word')"])
     assert not made.part("tests", 30, [sys.executable, "-c", "raise SystemExit(3)"])
@@ -53,7 +54,8 @@ def test_a_part_that_fails_or_takes_too_long_keeps_the_others(tmp_path, monkeypa
 @pytest.mark.skipif(cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_benchmark_without_a_gpu_says_so(name):
-    done = subprocess.run([sys.executable, "-m", f"benchmarks.bench_{name}", "--device", "cuda"], env=ENV, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", f"benchmarks.bench_{name}", "--device", "cuda"], env=ENV, capture_output=True,
+                          text=True)
     assert done.returncode and f"device cuda cannot be used: {cuda.reason()}" in done.stderr
 
 
@@ -62,7 +64,8 @@ def test_small_shapes_go_through_it_all(tmp_path):
     done, rows = check(tmp_path, "--smoke", "--skip", "build", "tests", "memcheck", "racecheck")
     parts, measured = ([row for row in rows if key in row] for key in ("part", "benchmark"))
     assert [row["result"] for row in parts] == ["ok"] * (1 + len(BENCHMARKS)), done.stdout
-    assert {row["benchmark"] for row in measured} == set(BENCHMARKS) and all(row["ours"] >= 0 and row["smoke"] for row in measured)
+    assert {row["benchmark"] for row in measured} == set(BENCHMARKS)
+    assert all(row["ours"] >= 0 and row["smoke"] for row in measured)
     assert {row["judged"] for row in measured if "must" in row} == {"ratio", "of_peak", "ours"}
     assert "| a smoke run |" in (tmp_path / "report.md").read_text()
 
