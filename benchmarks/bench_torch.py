@@ -12,15 +12,25 @@ def main(argv=None):
     torch = bench.torch
     from longlora.torch import ops
     functional = torch.nn.functional
-    for grad in (False, True):
-        x, weight = torch.randn(2, 64, requires_grad=grad), torch.ones(64, requires_grad=grad)
-        q, k, v = (torch.randn(1, 4, 2, 16, requires_grad=grad) for _ in range(3))
-        bent = [t.detach().transpose(1, 2).requires_grad_(grad) for t in (q, k, v)]
-        how = ", with gradient" if grad else ""
-        bench.row(f"a tiny rms_norm{how}", lambda: ops.rms_norm(x, weight), lambda: functional.rms_norm(x, (64,), weight))
-        bench.row(f"a tiny swiglu{how}", lambda: ops.swiglu(x, x), lambda: functional.silu(x) * x)
-        bench.row(f"a tiny attention{how}", lambda: ops.s2_attention(q, k, v, group_size=2),
-                  lambda: functional.scaled_dot_product_attention(*bent, is_causal=True))
+    x, weight, matrix = torch.randn(2, 64), torch.ones(64), torch.randn(64, 64)
+    q, k, v = (torch.randn(1, 4, 2, 16) for _ in range(3))
+    bent = [t.transpose(1, 2) for t in (q, k, v)]
+    tiny = {"rms_norm": (lambda x, weight: ops.rms_norm(x, weight), lambda x, weight: functional.rms_norm(x, (64,), weight),
+                         (x, weight), (x, weight)),
+            "swiglu": (ops.swiglu, lambda x, y: functional.silu(x) * y, (x, x), (x, x)),
+            "linear": (ops.lora_linear, functional.linear, (x, matrix), (x, matrix)),
+            "attention": (lambda q, k, v: ops.s2_attention(q, k, v, group_size=2),
+                          lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), bent)}
+
+    def timed(call, given, how):
+        given = [t.detach().requires_grad_(how != "forward") for t in given]
+        dout = torch.ones_like(call(*given))
+        if how == "forward and backward":
+            return lambda: torch.autograd.grad(call(*given), given, dout)
+        return lambda: call(*given)
+    for how in ("forward", "forward, with gradient", "forward and backward"):
+        for name, (ours, theirs, *inputs) in tiny.items():
+            bench.row(f"a tiny {name}, {how}", *(timed(call, given, how) for call, given in zip((ours, theirs), inputs)))
     for L in (2048, 8192):
         q, k, v = (bench.random(1, L, 8, 64) for _ in range(3))
         there = [bench.to_torch(x) for x in (q, k, v)]

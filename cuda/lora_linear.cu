@@ -14,7 +14,9 @@
  *
  * u and du stay float32. Where they meet 16-bit matrices on the tensor cores, each number is split into two or three 16-bit ones
  * that add up to it. da and db are sums over M with small results: rows in at most PIECES pieces, each summed by itself, then
- * the pieces in order. x and dout are read once for each of u, du, da, db: 4 P in backward, with u given 3. */
+ * the pieces in order. Backward reads dout for du and db, x for da (and for u where it is not given), and writes dx before the
+ * product: 4 P, less what db finds in L2, because it goes through dout backwards right after du went through it forwards. Next
+ * would be du and db in one pass (sums of du over blocks of columns: 0.75 P less at R = 8, nothing at R = 32). */
 #include "gemm.cuh"
 
 #include <string.h>
@@ -111,11 +113,12 @@ template<class T> static __global__ void __launch_bounds__(BLOCK) update_kernel(
     float (*rows)[STAGE_PITCH] = stage[warp];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
+        const float up[2] = {1.0f / down[i][0], 1.0f / down[i][1]};    /* exact */
         __syncwarp();
 #pragma unroll
         for (int j = 0; j < 8; j++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) rows[e / 2 * 8 + g][j * 8 + 2 * t + e % 2] = d[i][j][e] / down[i][e / 2] * f.scale;
+            for (int e = 0; e < 4; e++) rows[e / 2 * 8 + g][j * 8 + 2 * t + e % 2] = d[i][j][e] * up[e / 2] * f.scale;
         __syncwarp();
 #pragma unroll
         for (int q = 0; q < 4; q++) {
@@ -165,15 +168,16 @@ static int update(const CudaCall *call, const Tensor *out, Matrix u, Matrix b, i
 
 /* ---- sums over M: out[r,c] += alpha (sum over m of q[m,r] x[m,c]) --------------------------------------------------- */
 
-/* q float32, or ones. A block takes SUM_COLS columns of x, up to SUM_RANKS of q and one piece of the rows, SUM_ROWS at a time; a
- * warp makes 16 columns. In shared memory x and q are bfloat16 numbers that add up to them: q three, x as many as its dtype needs.
+/* q float32, or ones. A block takes SUM_COLS columns of x, up to SUM_RANKS of q and one piece of the rows. A piece is
+ * every gridDim.z-th stretch of SUM_ROWS rows, from the last one down: all blocks go backwards through x together. A warp makes 16
+ * columns. In shared memory x and q are bfloat16 numbers that add up to them: q three, x as many as its dtype needs.
  * Products of parts below 2^-24 are left out. Sums on the tensor cores, which round worse than others, are as long as a step. */
-enum { PIECES = 16, PIECE_ROWS = 256, SUM_ROWS = 32, SUM_COLS = WARPS * 16, SUM_RANKS = 64, X_PITCH = SUM_COLS + 8,
+enum { PIECES = 16, PIECE_ROWS = 256, SUM_ROWS = 32, SUM_COLS = WARPS * 16, SUM_RANKS = 32, X_PITCH = SUM_COLS + 8,
        Q_PITCH = SUM_RANKS + 8, Q_PARTS = 3 };
 
-static int64_t piece_rows(int64_t M) {
-    int64_t rows = ceil_div(ceil_div(M, PIECES), SUM_ROWS) * SUM_ROWS;
-    return rows > PIECE_ROWS ? rows : (int64_t)PIECE_ROWS;
+static int64_t pieces_of(int64_t M) {
+    int64_t pieces = ceil_div(M, PIECE_ROWS);
+    return pieces < PIECES ? pieces : (int64_t)PIECES;
 }
 
 /* The next part of x, which is taken from it. */
@@ -183,17 +187,16 @@ static __device__ __forceinline__ bf16 take(float &x) {
     return part;
 }
 
-template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK) sum_kernel(
-    float *partial, const T *x, int64_t x_row, const float *q, int64_t q_row, int64_t M, int64_t C, int R, int64_t rows_of_piece,
-    bool vectors) {
+template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK, PARTS == 1 ? 3 : 2) sum_kernel(
+    float *partial, const T *x, int64_t x_row, const float *q, int64_t q_row, int64_t M, int64_t C, int R, bool vectors) {
     constexpr int N = 16 / sizeof(T), LOADS = SUM_ROWS * SUM_COLS / BLOCK / N;
     constexpr int Q_LOADS = SUM_ROWS * SUM_RANKS / BLOCK;
     __shared__ __align__(16) bf16 xs[PARTS][SUM_ROWS][X_PITCH];
     __shared__ __align__(16) bf16 qs[Q_PARTS][SUM_ROWS][Q_PITCH];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    int64_t c0 = (int64_t)blockIdx.x * SUM_COLS, first = blockIdx.z * rows_of_piece;
-    int64_t last = first + rows_of_piece < M ? first + rows_of_piece : M;
-    int r0 = blockIdx.y * SUM_RANKS, ranks = R - r0 < SUM_RANKS ? R - r0 : SUM_RANKS, width = (ranks + 7) / 8 * 8;
+    int64_t c0 = (int64_t)blockIdx.x * SUM_COLS, first = (int64_t)blockIdx.z * SUM_ROWS, step = (int64_t)gridDim.z * SUM_ROWS;
+    int r0 = blockIdx.y * SUM_RANKS, ranks = R - r0 < SUM_RANKS ? R - r0 : SUM_RANKS;
+    int shift = ranks > 16 ? 5 : ranks > 8 ? 4 : 3;                    /* rows of q are read 8, 16 or 32 ranks wide */
     Vector<T, N> next[LOADS];
     float next_q[Q_LOADS];
     auto fetch = [&](int64_t m0) {
@@ -202,14 +205,14 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK) sum
             int at = threadIdx.x + i * BLOCK;
             int64_t m = m0 + at / (SUM_COLS / N), c = c0 + at % (SUM_COLS / N) * N;
             const T *from = x + m * x_row + c;
-            if (vectors && m < last && c < C) next[i] = *(const Vector<T, N> *)from;
-            else for (int e = 0; e < N; e++) next[i].x[e] = m < last && c + e < C ? from[e] : from_float<T>(0.0f);
+            if (vectors && m < M && c < C) next[i] = *(const Vector<T, N> *)from;
+            else for (int e = 0; e < N; e++) next[i].x[e] = m < M && c + e < C ? from[e] : from_float<T>(0.0f);
         }
 #pragma unroll
         for (int i = 0; i < Q_LOADS; i++) {
-            int at = threadIdx.x + i * BLOCK, r = at % width;
-            int64_t m = m0 + at / width;
-            next_q[i] = at < SUM_ROWS * width && m < last && r < ranks ? (q ? q[m * q_row + r0 + r] : 1.0f) : 0.0f;
+            int at = threadIdx.x + i * BLOCK, r = at & ((1 << shift) - 1);
+            int64_t m = m0 + (at >> shift);
+            next_q[i] = at < SUM_ROWS << shift && m < M && r < ranks ? (q ? q[m * q_row + r0 + r] : 1.0f) : 0.0f;
         }
     };
     auto put = [&] {
@@ -230,18 +233,19 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK) sum
 #pragma unroll
         for (int i = 0; i < Q_LOADS; i++) {
             int at = threadIdx.x + i * BLOCK;
-            if (at >= SUM_ROWS * width) continue;
+            if (at >= SUM_ROWS << shift) continue;
 #pragma unroll
-            for (int p = 0; p < Q_PARTS; p++) qs[p][at / width][at % width] = take(next_q[i]);
+            for (int p = 0; p < Q_PARTS; p++) qs[p][at >> shift][at & ((1 << shift) - 1)] = take(next_q[i]);
         }
     };
     float sum[SUM_RANKS / 8][4] = {};
-    fetch(first);
-    for (int64_t m0 = first; m0 < last; m0 += SUM_ROWS) {
+    int64_t end = first + (M - 1 - first) / step * step;
+    fetch(end);
+    for (int64_t m0 = end; m0 >= 0; m0 -= step) {
         __syncthreads();
         put();
         __syncthreads();
-        if (m0 + SUM_ROWS < last) fetch(m0 + SUM_ROWS);
+        if (m0 >= step) fetch(m0 - step);
         float d[SUM_RANKS / 8][4] = {};
 #pragma unroll
         for (int k = 0; k < SUM_ROWS; k += 16) {
@@ -250,7 +254,7 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK) sum
             for (int p = 0; p < PARTS; p++) ldmatrix_x4_trans(a[p], &xs[p][k + lane / 16 * 8 + lane % 8][warp * 16 + lane / 8 % 2 * 8]);
 #pragma unroll
             for (int j = 0; j < SUM_RANKS / 8; j += 2) {
-                if (j * 8 >= width) break;
+                if (j * 8 >= ranks) break;
 #pragma unroll
                 for (int s = 0; s < Q_PARTS; s++) {
                     unsigned b[4];
@@ -260,7 +264,7 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK) sum
                     for (int p = 0; p < PARTS; p++) {
                         if (p + s >= Q_PARTS) continue;
                         mma_16816<bf16>(d[j], a[p], left);
-                        if ((j + 1) * 8 < width) mma_16816<bf16>(d[j + 1], a[p], right);
+                        if ((j + 1) * 8 < ranks) mma_16816<bf16>(d[j + 1], a[p], right);
                     }
                 }
             }
@@ -292,14 +296,14 @@ static __global__ void __launch_bounds__(BLOCK) add_pieces_kernel(float *out, in
 /* out[r,c] at out + r out_r + c out_c. q.data NULL: ones. */
 static int add_sums(const CudaCall *call, float *out, int64_t out_r, int64_t out_c, Matrix q, int64_t R, const Tensor *x, float alpha,
                     float *partial) {
-    int64_t M = x->shape[0], C = x->shape[1], rows = piece_rows(M), pieces = ceil_div(M, rows);
+    int64_t M = x->shape[0], C = x->shape[1], pieces = pieces_of(M);
     if (!M || !R || !C) return 0;
     int status = for_dtype(x->dtype, [&](auto t) {
         using T = typename decltype(t)::is;
         constexpr int PARTS = std::is_same<T, bf16>::value ? 1 : sizeof(T) == 2 ? 2 : 3;
         dim3 grid((unsigned)ceil_div(C, SUM_COLS), (unsigned)ceil_div(R, SUM_RANKS), (unsigned)pieces);
         return launch(call, sum_kernel<T, PARTS>, grid, BLOCK, 0, partial, (const T *)x->data, x->stride[0], (const float *)q.data, q.row, M, C,
-                      (int)R, rows, vectors_fit(x, 16 / sizeof(T)));
+                      (int)R, vectors_fit(x, 16 / sizeof(T)));
     });
     if (status) return status;
     return launch(call, add_pieces_kernel, dim3((unsigned)ceil_div(R * C, BLOCK)), BLOCK, 0, out, out_r, out_c, (const float *)partial, pieces,
@@ -359,7 +363,7 @@ static Parts parts_of_backward(const LoraLinearBackward *f) {
     p.du = GEMM_WORKSPACE;
     p.u = p.du + (given(&f->dx) || given(&f->da) ? align_up(4 * M * R) : 0);
     p.partial = p.u + (given(&f->db) && !given(&f->u) ? align_up(4 * M * R) : 0);
-    p.bytes = p.partial + align_up(4 * ceil_div(M, piece_rows(M)) * sums);
+    p.bytes = p.partial + align_up(4 * pieces_of(M) * sums);
     return p;
 }
 
@@ -386,16 +390,14 @@ extern "C" int lora_linear_backward_cuda(const void *args, const CudaCall *call)
     float scale = (float)f->scale, *partial = (float *)(memory + parts.partial);
     Tensor du = dense(memory + parts.du, M, R), u = given(&f->u) ? f->u : dense(memory + parts.u, M, R);
     Matrix dout = matrix(&f->dout), x = given(&f->x) ? matrix(&f->x) : Matrix{};
+    if (R && given(&f->db) && !given(&f->u) && product(call, &u, x, transposed(matrix(&f->a)), C, 1, false)) return -1;
     if (R && (given(&f->dx) || given(&f->da)) && product(call, &du, dout, matrix(&f->b), N, scale, false)) return -1;
+    if (R && given(&f->db) && add_sums(call, (float *)f->db.data, 1, f->db.stride[0], matrix(&u), R, &f->dout, scale, partial)) return -1;
     if (given(&f->dx)) {
         if (R && update(call, &f->dx, matrix(&du), matrix(&f->a), R, 1, accumulate, NULL)) return -1;
         if (product(call, &f->dx, dout, matrix(&f->weight), N, 1, R || accumulate)) return -1;
     }
     if (R && given(&f->da) && add_sums(call, (float *)f->da.data, f->da.stride[0], 1, matrix(&du), R, &f->x, 1, partial)) return -1;
-    if (R && given(&f->db)) {
-        if (!given(&f->u) && product(call, &u, x, transposed(matrix(&f->a)), C, 1, false)) return -1;
-        if (add_sums(call, (float *)f->db.data, 1, f->db.stride[0], matrix(&u), R, &f->dout, scale, partial)) return -1;
-    }
     if (given(&f->dweight) && product(call, &f->dweight, transposed(dout), x, M, 1, true)) return -1;
     if (given(&f->dbias)) return add_sums(call, (float *)f->dbias.data, 0, f->dbias.stride[0], Matrix{}, 1, &f->dout, 1, partial);
     return 0;

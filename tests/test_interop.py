@@ -1,13 +1,24 @@
-"""The raw ops on JAX arrays: in by DLPack without a copy, out as JAX arrays, the immutable ones never written to."""
+"""The raw ops on JAX and CuPy arrays: in by DLPack without a copy, out as arrays of the same kind, immutable ones never written to."""
 import checks
 import numpy as np
 import pytest
 import reference
 
-from longlora import Tensor, ops
+from longlora import Tensor, cuda, ops
 
-jax = pytest.importorskip("jax", reason="JAX arrays are what is passed here")
-jnp = jax.numpy
+try:
+    import jax
+    jnp = jax.numpy
+except ImportError:
+    jax = None
+needs_jax = pytest.mark.skipif(jax is None, reason="JAX arrays are what is passed here")
+
+
+@pytest.fixture
+def cupy():
+    if not cuda.is_available():
+        pytest.skip(f"CuPy's arrays are on a GPU: {cuda.reason()}")
+    return pytest.importorskip("cupy", reason="CuPy's arrays are what is passed here")
 
 
 def arrays(*shapes, dtype="float32"):
@@ -15,6 +26,7 @@ def arrays(*shapes, dtype="float32"):
     return made, [jnp.asarray(x) for x in made]
 
 
+@needs_jax
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attention_on_jax(dtype):
     (q, k, v), given = arrays((1, 37, 4, 8), (1, 37, 2, 8), (1, 37, 2, 8), dtype=dtype)
@@ -28,6 +40,7 @@ def test_attention_on_jax(dtype):
     assert all(np.array_equal(np.asarray(g), x) for g, x in zip(given, (q, k, v))), "an input was written to"
 
 
+@needs_jax
 def test_other_ops_on_jax():
     (x, weight, other), (jx, jweight, jother) = arrays((9, 16), (16,), (5, 16))
     out, rstd, total = ops.rms_norm_forward(jx, jweight)
@@ -42,6 +55,7 @@ def named(name, *inputs):
     return getattr(reference, name)(*inputs)
 
 
+@needs_jax
 def test_results_share_their_memory():
     """What comes back is the memory that the kernel wrote, not a copy of it."""
     _, (x,) = arrays((64, 64))
@@ -52,9 +66,35 @@ def test_results_share_their_memory():
     assert jnp.from_dlpack(there).unsafe_buffer_pointer() == np.from_dlpack(there).ctypes.data
 
 
+@needs_jax
 def test_an_immutable_output_is_refused():
     _, (x,) = arrays((4, 4))
     before = np.array(x)
     with pytest.raises((BufferError, ValueError, TypeError), match="out"):
         ops.accumulate(x, x)
     assert np.array_equal(np.asarray(x), before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_attention_on_cupy(cupy, dtype):
+    q, k, v = (checks.random(shape, dtype, seed) for seed, shape in enumerate([(1, 37, 4, 8), (1, 37, 2, 8), (1, 37, 2, 8)]))
+    given = [cupy.asarray(x) for x in (q, k, v)]
+    out, lse = ops.s2_attention_forward(*given, group_size=8)
+    assert isinstance(out, cupy.ndarray) and out.dtype == given[0].dtype and lse.dtype == np.float32
+    want, _ = reference.s2_attention_forward(q, k, v, group_size=8)
+    low, _ = checks.plain("s2_attention_forward", q, k, v, group_size=8)
+    checks.compare(cupy.asnumpy(out), want, low, floor=4)
+    grads = ops.s2_attention_backward(out, *given, out, lse, group_size=8)
+    assert all(isinstance(g, cupy.ndarray) and g.shape == x.shape and cupy.isfinite(g).all() for g, x in zip(grads, given))
+
+
+def test_cupys_memory_and_stream_are_used(cupy):
+    """An output of the caller's is written in place, behind what its stream has to do before."""
+    stream, x, total = cupy.cuda.Stream(non_blocking=True), cupy.zeros((512, 512), "float32"), cupy.ones((512, 512), "float32")
+    cupy.cuda.Device().synchronize()
+    with stream:
+        for _ in range(50):
+            x += 1
+        assert ops.accumulate(total, x, 2.0) is total
+    stream.synchronize()
+    assert (total == 101).all()

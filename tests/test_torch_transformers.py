@@ -1,9 +1,6 @@
 """attn_implementation="longlora_s2" on tiny random models of many families: dense is sdpa, S2-Attn is the reference, padding and
-packing are the unpadded runs, generate gives sdpa's tokens; on the transformers installed here and, in a process, on 4.53."""
+packing are the unpadded runs, generate gives sdpa's tokens. test_torch_oldest.py runs this again on transformers 4.53."""
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +9,9 @@ import reference
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
 transformers = pytest.importorskip("transformers", reason="transformers is what is extended here")
 import longlora.torch  # noqa: E402
+from devices import device, put  # noqa: E402, F401 (a fixture)
 from longlora.torch import attention  # noqa: E402
 
-OLDEST = "4.53.3"
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 SMALL = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -37,7 +34,7 @@ def tiny(family, implementation, **changes):
     with torch.no_grad():
         for p in model.parameters():                           # far enough from uniform that attention matters
             p.mul_(3 if p.ndim > 1 else 1)
-    return model.eval()
+    return put(model).eval()
 
 
 def by_mask(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **unused):
@@ -45,7 +42,7 @@ def by_mask(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     H, T = query.shape[1:3]
     key, value = (x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
     borders = [[0, T]] * len(query) if attention_mask is None else attention_mask.tolist()
-    mask = torch.from_numpy(np.stack([reference.attention_mask(T, H, G, cu_seqlens=row) for row in borders]))
+    mask = put(np.stack([reference.attention_mask(T, H, G, cu_seqlens=row) for row in borders]))
     scores = (query.double() @ key.double().transpose(2, 3)) * (scaling or query.shape[-1] ** -0.5)
     p = scores.masked_fill(~mask, -torch.inf).softmax(-1)
     return (p @ value.double()).to(query.dtype).transpose(1, 2).contiguous(), None
@@ -56,17 +53,25 @@ attention.AttentionMaskInterface.register("s2_by_the_reference", attention.mask)
 
 
 def ids_of(B, T, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).integers(3, SMALL["vocab_size"], (B, T)))
+    return put(np.random.default_rng(seed).integers(3, SMALL["vocab_size"], (B, T)))
 
 
 def close(a, b, factor=1.0):
     torch.testing.assert_close(a, b, rtol=2e-4 * factor, atol=2e-5 * factor * b.abs().max().item())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_family(family):
+def without_interface(family):
     if family == "stablelm" and VERSION < (5, 0):
         pytest.skip("StableLM of transformers 4.53 does not use the attention interface")
+
+
+def test_the_version_that_is_meant_is_tested():
+    assert os.environ.get("LONGLORA_TRANSFORMERS", transformers.__version__) == transformers.__version__
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family(family):
+    without_interface(family)
     ours, sdpa = tiny(family, "longlora_s2"), tiny(family, "sdpa")
     ids = ids_of(2, 23)
     close(ours(ids).logits, sdpa(ids).logits)                                          # dense
@@ -82,16 +87,17 @@ def test_a_family(family):
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in ours.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt_neox", "smollm3", "cohere"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("training", [False, True])
 def test_padding_and_packing_are_the_unpadded_runs(family, training):
+    without_interface(family)
     model = longlora.torch.configure(tiny(family, "longlora_s2"), group_size=G).train(training)
     lengths, T = (23, 14, 9), 23
     rows = [ids_of(1, n, seed=n) for n in lengths]
     with torch.no_grad():
         want = [model(row, use_cache=False).logits[0] for row in rows]
         for side in ("right", "left"):
-            ids, seen = torch.zeros(3, T, dtype=torch.long), torch.zeros(3, T, dtype=torch.long)
+            ids, seen = put(torch.zeros(2, 3, T, dtype=torch.long))
             places = [slice(0, n) if side == "right" else slice(T - n, T) for n in lengths]
             for i, (row, place) in enumerate(zip(rows, places)):
                 ids[i, place], seen[i, place] = row[0], 1
@@ -100,14 +106,46 @@ def test_padding_and_packing_are_the_unpadded_runs(family, training):
             for i, place in enumerate(places):
                 close(got[i, place], want[i])
         packed = torch.cat(rows, 1)
-        position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
+        position_ids = put(torch.cat([torch.arange(n) for n in lengths]))[None]
         got = model(packed, position_ids=position_ids, use_cache=False).logits[0]
         close(got, torch.cat(want))
         documents = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
-        mask = (documents[:, None] == documents) & torch.ones(len(documents), len(documents), dtype=torch.bool).tril()
+        mask = put((documents[:, None] == documents) & torch.ones(len(documents), len(documents), dtype=torch.bool).tril())
         for given in (mask, torch.where(mask, 0.0, torch.finfo(torch.float32).min)):   # the same as a 4-D mask
             got = model(packed, attention_mask=given[None, None], position_ids=position_ids, use_cache=False).logits[0]
             close(got, torch.cat(want))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("training", [False, True])
+def test_documents_that_transformers_leaves_out_of_its_mask(family, training):
+    """position_ids that start again beside a padding mask, which may have padding at either end."""
+    without_interface(family)
+    model = longlora.torch.configure(tiny(family, "longlora_s2"), group_size=G).train(training)
+    lengths, T = (14, 9), 26
+    rows = [ids_of(1, n, seed=n) for n in lengths]
+    packed, position_ids = torch.cat(rows, 1), put(torch.cat([torch.arange(n) for n in lengths]))[None]
+    with torch.no_grad():
+        want = torch.cat([model(row, use_cache=False).logits[0] for row in rows])
+        close(model(packed, attention_mask=torch.ones_like(packed), position_ids=position_ids, use_cache=False).logits[0], want)
+        for left in (0, 3):                                # padding on both ends, its positions all 1
+            ids, seen, positions = (torch.full((1, T), fill, device=packed.device) for fill in (0, 0, 1))
+            place = slice(left, left + 23)
+            ids[:, place], seen[:, place], positions[:, place] = packed, 1, position_ids
+            close(model(ids, attention_mask=seen, position_ids=positions, use_cache=False).logits[0, place], want)
+
+
+def test_documents_by_cu_seq_lens():
+    """As DataCollatorWithFlattening gives them; without position_ids the rotary embedding counts on, which only distances feel."""
+    model = longlora.torch.configure(tiny("llama", "longlora_s2"), group_size=G).train()
+    rows = [ids_of(1, n, seed=n) for n in (14, 9)]
+    borders = put(torch.tensor([0, 14, 23], dtype=torch.int32))
+    how = dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=14, max_length_k=14)
+    with torch.no_grad():
+        want = torch.cat([model(row, use_cache=False).logits[0] for row in rows])
+        for position_ids in (None, put(torch.cat([torch.arange(14), torch.arange(9)]))[None]):
+            got = model(torch.cat(rows, 1), position_ids=position_ids, use_cache=False, **how).logits[0]
+            close(got, want)
 
 
 def test_the_default_group_is_a_quarter():
@@ -120,7 +158,7 @@ def test_the_default_group_is_a_quarter():
 def test_settings_are_saved(tmp_path):
     model = longlora.torch.configure(tiny("llama", "sdpa"), group_size=4, boundary="swap", shift="all")
     model.save_pretrained(tmp_path)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="longlora_s2")
+    loaded = put(transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="longlora_s2"))
     ids = ids_of(1, 16)
     assert loaded.config.longlora_group_size == 4
     close(loaded.train()(ids).logits, model.train()(ids).logits)
@@ -152,23 +190,22 @@ def test_a_model_compiles_in_one_graph():
 
 def test_generate_with_left_padding_and_a_static_cache():
     ours, sdpa = tiny("llama", "longlora_s2"), tiny("llama", "sdpa")
-    ids, mask = ids_of(2, 9), torch.ones(2, 9, dtype=torch.long)
+    ids, mask = ids_of(2, 9), put(torch.ones(2, 9, dtype=torch.long))
     mask[0, :4] = 0
     for kwargs in (dict(), dict(cache_implementation="static", disable_compile=True), dict(use_cache=False), dict(num_beams=2)):
         assert torch.equal(*(m.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False, **kwargs) for m in (ours, sdpa)))
 
 
 def bidirectional():
-    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
-    return dict(attention_mask=mask)
+    return dict(attention_mask=put(torch.ones(1, 1, 8, 8, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize("family, changes, inputs, words", [
     ("mistral", dict(sliding_window=4), dict, "sliding window of 4 tokens is active at 8"),
     ("llama", dict(attention_dropout=0.1), dict, "dropout of attention weights is not supported, got 0.1"),
     ("llama", {}, bidirectional, "not causal attention within documents"),
-    ("llama", {}, lambda: dict(attention_mask=torch.ones(1, 1, 8, 9, dtype=torch.bool)), "should be"),
-    ("llama", {}, lambda: dict(attention_mask=torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1]])), "not causal attention within documents"),
+    ("llama", {}, lambda: dict(attention_mask=put(torch.ones(1, 1, 8, 9, dtype=torch.bool))), "should be"),
+    ("llama", {}, lambda: dict(attention_mask=put(torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1]]))), "not causal attention within documents"),
 ])
 def test_what_cannot_be_trained_is_refused(family, changes, inputs, words):
     model = tiny(family, "longlora_s2", **changes).train()
@@ -180,7 +217,7 @@ def test_what_cannot_be_trained_is_refused(family, changes, inputs, words):
                                           (dict(is_causal=False), "not causal")])
 def test_what_the_kernel_does_not_do_is_refused(asked, words):
     module = tiny("llama", "longlora_s2").model.layers[0].self_attn
-    x = torch.randn(1, 4, 8, 8)
+    x = put(torch.randn(1, 4, 8, 8))
     with pytest.raises(ValueError, match=words):
         attention.attention(module, x, x, x, None, **asked)
 
@@ -199,23 +236,3 @@ def test_in_evaluation_a_sliding_window_and_a_gap_are_sdpas():
 def test_configure_names_what_is_wrong(asked, words):
     with pytest.raises(ValueError, match=words):
         longlora.torch.configure(tiny("llama", "sdpa"), **asked)
-
-
-@pytest.mark.skipif(VERSION < (5, 0), reason="this is the run on the oldest transformers")
-def test_on_the_oldest_transformers(tmp_path):
-    """The same tests in a process that imports transformers 4.53, installed beside everything else for it alone."""
-    cache = Path(os.environ.get("LONGLORA_TEST_CACHE") or Path.home() / ".cache" / "longlora-tests") / f"transformers-{OLDEST}"
-    if not (cache / "complete").exists():
-        done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", cache,
-                               f"transformers=={OLDEST}", "tokenizers==0.21.4", "huggingface_hub==0.36.0"], capture_output=True,
-                              text=True, timeout=600)
-        if done.returncode:
-            pytest.skip(f"transformers {OLDEST} cannot be installed: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
-        (cache / "complete").touch()
-    paths = os.pathsep.join([str(cache), os.environ["PYTHONPATH"]])
-    here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", tmp_path / "old",
-                           "--rootdir", here.parent, here / "test_torch_transformers.py"], capture_output=True, text=True,
-                          cwd=tmp_path, timeout=900, env={**os.environ, "PYTHONPATH": paths})
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout

@@ -1,8 +1,9 @@
 """attn_implementation="longlora_s2" of transformers: S2-Attn while the model trains, dense causal attention otherwise.
 
 Two functions stand in transformers' public registries. `mask` turns padding and packing into borders of documents, cu_seqlens,
-[B,S] int32, once for a forward pass; `attention` is called by every layer. Masks that no borders can say stay 4-D and are
-refused while training. With a key/value cache, transformers' own SDPA attends.
+[B,S] int32, once for a forward pass; `attention` is called by every layer, and sees also the position_ids and cu_seq_lens_q that
+transformers leaves out of its masks. Masks that no borders can say stay 4-D and are refused while training. With a key/value
+cache, transformers' own SDPA attends.
 """
 import torch
 from transformers import AttentionInterface
@@ -55,12 +56,12 @@ def _rows(function, b, q, k):
 
 
 def _borders(starts):
-    """starts [B,T] bool, true where a document begins -> cu_seqlens [B,S] int32 on the CPU; shorter rows repeat T."""
+    """starts [B,T] bool, true where a document begins -> cu_seqlens [B,S] int32; shorter rows repeat T."""
     B, T = starts.shape
     at = torch.where(starts, torch.arange(T, device=starts.device), T).sort(1).values
     if not torch.compiler.is_compiling():
         at = at[:, :int(starts.sum(1).max())]
-    return torch.cat([at, at.new_full((B, 1), T)], 1).to(torch.int32).cpu()
+    return torch.cat([at, at.new_full((B, 1), T)], 1).to(torch.int32)
 
 
 def _documents(function, padding, B, T, device):
@@ -102,14 +103,21 @@ def mask(batch_size, kv_length, q_length=None, q_offset=0, kv_offset=0, mask_fun
         padding = None if attention_mask is None else attention_mask[:, :length].bool()
         found = _documents(mask_function, padding, batch_size, length, torch.device(device or "cpu"))
         if found is not None:
+            found.longlora_seen = padding
             return None if found.shape[1] == 2 else found
     return sdpa_mask(batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function,
                      attention_mask=attention_mask, **where, **how)
 
 
+def _version(x):
+    """Changes when x is written to."""
+    return 0 if x.is_inference() else x._version
+
+
 def _from_4d(given, T):
     """cu_seqlens that say what a 4-D mask [B,1,T,T] says, None if it is plain causal; ValueError if nothing does."""
-    if not hasattr(given, "longlora_borders"):
+    kept, version = getattr(given, "longlora_borders", None), _version(given)
+    if kept is None or kept[0] != version:
         seen = given if given.dtype == torch.bool else given == 0
         if given.shape[1] != 1 or given.shape[-2:] != (T, T):
             raise ValueError(f"longlora_s2: a 4-D attention mask should be [B,1,{T},{T}], got {list(given.shape)}")
@@ -122,8 +130,29 @@ def _from_4d(given, T):
             raise ValueError("longlora_s2: this 4-D attention mask is not causal attention within documents; S2-Attn cannot "
                              "train with it (switch to another attn_implementation, or give a 2-D mask or position_ids)")
         found = _borders(starts)
-        given.longlora_borders = None if found.shape[1] == 2 else found
-    return given.longlora_borders
+        kept = given.longlora_borders = version, None if found.shape[1] == 2 else found
+    return kept[1]
+
+
+def _with_restarts(borders, position_ids, B, T):
+    """borders, or None, and those where position_ids [B,T] start again: transformers' masks have these only without a padding mask.
+
+    Positions of padding say nothing. The answer is kept on position_ids: every layer asks.
+    """
+    kept, version = getattr(position_ids, "longlora_borders", None), _version(position_ids)
+    if kept is None or kept[0] is not borders or kept[1] != version:
+        p, starts = position_ids.expand(B, T), torch.zeros(B, T + 1, dtype=torch.bool, device=position_ids.device)
+        starts[:, 0] = True
+        if borders is not None:
+            starts.scatter_(1, borders.long(), True)
+        starts, restarts = starts[:, :T], p[:, 1:] <= p[:, :-1]
+        seen = getattr(borders, "longlora_seen", None)
+        if seen is not None:
+            restarts = restarts & seen[:, 1:] & seen[:, :-1]
+        restarts = torch.nn.functional.pad(restarts, (1, 0))
+        found = _borders(starts | restarts) if (restarts & ~starts).any() else borders
+        kept = position_ids.longlora_borders = borders, version, found
+    return kept[2]
 
 
 def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **how):
@@ -142,7 +171,12 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, is_causal=is_causal,
                                       **how)
     parallel = getattr(module, "_longlora_cp", None)           # context_parallel.enable's, which refuses by itself
-    cu_seqlens, group_size, boundary, shift = attention_mask, max(T, 1), "split", "none"
+    positions, cu_seqlens = how.get("position_ids"), attention_mask
+    if positions is not None and positions.ndim == 2 and (cu_seqlens is None or borders) and not torch.compiler.is_compiling():
+        cu_seqlens = _with_restarts(cu_seqlens, positions, query.shape[0], T)
+    if cu_seqlens is None and how.get("cu_seq_lens_q") is not None:
+        cu_seqlens = how["cu_seq_lens_q"].to(torch.int32)
+    group_size, boundary, shift = max(T, 1), "split", "none"
     if module.training:
         window = how.get("sliding_window")
         if window is not None and T > window:

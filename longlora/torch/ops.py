@@ -16,17 +16,28 @@ import torch
 from .. import _C, ops
 
 _library = torch.library.Library("longlora", "DEF")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _contiguous = torch.contiguous_format
 _call = SimpleNamespace()              # name of an operator -> the function that calls it
 
 
-def _dense(*tensors):
-    return tuple(x if x is None or x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in tensors)
+def _dense(x):
+    return x if x is None or x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _rows(x):
+    """x [...,C] as [M,C], for the kernels that know rows; autograd does not see it, which a small call would feel."""
+    if x is not None and x.ndim != 2:
+        x = x.reshape(-1, x.shape[-1])
+    return _dense(x)
+
+
+def _flat(x):
+    return x if x.ndim == 1 else x.reshape(-1)
 
 
 def _like(x):
-    return torch.empty_like(x, memory_format=_contiguous)
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=_contiguous)
 
 
 def _floats(x, *shape):
@@ -53,17 +64,11 @@ def _autocast(name, dtype):
     rule("cuda", "AutocastCUDA")
 
 
-def _undecided(tensors):
-    """Whether the dispatcher would come to the kernel whatever it looked at."""
-    if torch.compiler.is_compiling():
-        return False
-    for x in tensors:
-        if type(x) not in _PLAIN:
-            return False
-    device = "cpu" if tensors[0].is_cpu else "cuda"
-    return ((tensors[0].is_cpu or tensors[0].is_cuda) and not torch.is_autocast_enabled(device)
-            and not torch._C._len_torch_dispatch_stack() and not torch._C._len_torch_function_stack()
-            and torch._C._functorch.peek_interpreter_stack() is None)
+def _watched(x):
+    """Whether the dispatcher might come to something else than the kernel of x's device."""
+    return (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or torch._C._len_torch_dispatch_stack()
+            or torch._C._len_torch_function_stack() or torch._C._functorch.peek_interpreter_stack() is not None
+            or not (x.is_cpu or x.is_cuda))
 
 
 def _register(schema, kernel, shapes, backward=None, save=None, autocast=()):
@@ -90,13 +95,19 @@ def _register(schema, kernel, shapes, backward=None, save=None, autocast=()):
             save(ctx, args, output)
         return output
     function = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    apply = super(torch.autograd.Function, function).apply     # without a look for transforms, which _watched did
 
     def call(*args):
-        tensors = [x for x in args if isinstance(x, torch.Tensor)]
-        if not _undecided(tensors):
+        if _watched(args[0]):
             return operator(*args)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            return function.apply(*args)
+        differentiable = False
+        for x in args:
+            if type(x) in _PLAIN:
+                differentiable = differentiable or x.requires_grad
+            elif isinstance(x, torch.Tensor):
+                return operator(*args)
+        if differentiable and torch.is_grad_enabled():
+            return apply(*args)
         return kernel(*args)
     setattr(_call, name, call)
 
@@ -119,7 +130,7 @@ def _each(kernel, arrays, cu_seqlens, how):
 
 
 def _s2_attention_forward(q, k, v, cu_seqlens, group_size, boundary, shift, scale):
-    q, k, v = _dense(q, k, v)
+    q, k, v = _dense(q), _dense(k), _dense(v)
     out, lse = _like(q), _floats(q, q.shape[0], q.shape[2], q.shape[1])
     _each(_C.s2_attention_forward, (out, lse, q, k, v), cu_seqlens,
           ops.attention_scalars("s2_attention", q, group_size, boundary, shift, scale))
@@ -127,7 +138,7 @@ def _s2_attention_forward(q, k, v, cu_seqlens, group_size, boundary, shift, scal
 
 
 def _s2_attention_backward(dout, q, k, v, out, lse, cu_seqlens, group_size, boundary, shift, scale):
-    dout, q, k, v = _dense(dout, q, k, v)
+    dout, q, k, v = _dense(dout), _dense(q), _dense(k), _dense(v)
     grads = _like(q), _like(k), _like(v)
     _each(_C.s2_attention_backward, (*grads, dout, q, k, v, out, lse), cu_seqlens,
           ops.attention_scalars("s2_attention", q, group_size, boundary, shift, scale))
@@ -137,10 +148,13 @@ def _s2_attention_backward(dout, q, k, v, out, lse, cu_seqlens, group_size, boun
 def _save_attention(ctx, inputs, output):
     q, k, v, cu_seqlens, *ctx.how = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
 
 
 def _grad_attention(ctx, dout, dlse):
+    if dout is None:
+        return (None,) * 8
     q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
     grads = _call.s2_attention_backward(dout.to(q.dtype), q, k, v, out, lse, cu_seqlens, *ctx.how)
     return *grads, None, None, None, None, None
@@ -159,14 +173,16 @@ def s2_attention_with_lse(q, k, v, *, group_size, boundary="split", shift="half"
     """As s2_attention -> out [B,T,H,D], lse [B,H,T] float32, the logarithm of each softmax's sum; it has no gradient."""
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[-1], 1))
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(q.device)
     return _call.s2_attention_forward(q, k, v, cu_seqlens, group_size, boundary, shift, scale)
 
 
 def s2_attention(q, k, v, *, group_size, boundary="split", shift="half", cu_seqlens=None, scale=None):
     """q [B,T,H,D], k and v [B,T,K,D], float32, bfloat16 or float16 -> out [B,T,H,D]. LongLoRA (arXiv 2309.12307) section 3.2.
 
-    group_size, boundary and shift as in longlora.ops.s2_attention_forward. cu_seqlens, int32 on the CPU, packs documents: [S]
-    for B = 1, or [B,S], rows 0, ..., T that may repeat T. ValueError names a wrong shape, TypeError a wrong dtype.
+    group_size, boundary and shift as in longlora.ops.s2_attention_forward. cu_seqlens, int32, packs documents: [S] for B = 1,
+    or [B,S], rows 0, ..., T that may repeat T. ValueError names a wrong shape, TypeError a wrong dtype.
     """
     return s2_attention_with_lse(q, k, v, group_size=group_size, boundary=boundary, shift=shift, cu_seqlens=cu_seqlens,
                                  scale=scale)[0]
@@ -175,24 +191,21 @@ def s2_attention(q, k, v, *, group_size, boundary="split", shift="half", cu_seql
 # ---- RMSNorm
 
 def _rms_norm_forward(x, weight, eps):
-    x, weight = _dense(x, weight)
-    out, rstd = _like(x), _floats(x, x.shape[0])
-    _C.rms_norm_forward(out, rstd, None, x, None, weight, eps)
+    out, rstd = _like(x), _floats(x, *x.shape[:-1])
+    _C.rms_norm_forward(_rows(out), _flat(rstd), None, _rows(x), None, _dense(weight), eps)
     return out, rstd
 
 
 def _add_rms_norm_forward(x, residual, weight, eps):
-    x, residual, weight = _dense(x, residual, weight)
-    out, rstd, total = _like(x), _floats(x, x.shape[0]), _like(x)
-    _C.rms_norm_forward(out, rstd, total, x, residual, weight, eps)
+    out, rstd, total = _like(x), _floats(x, *x.shape[:-1]), _like(x)
+    _C.rms_norm_forward(_rows(out), _flat(rstd), _rows(total), _rows(x), _rows(residual), _dense(weight), eps)
     return out, rstd, total
 
 
 def _rms_norm_backward(dout, x, rstd, weight, dresidual, train_weight):
-    dout, x, weight, dresidual = _dense(dout, x, weight, dresidual)
-    dx = _like(x)
-    dweight = x.new_zeros(weight.shape if train_weight else 0, dtype=torch.float32)
-    _C.rms_norm_backward(dx, dweight if train_weight else None, dout, x, rstd, weight, dresidual)
+    dx, dweight = _like(x), torch.zeros_like(weight, dtype=torch.float32) if train_weight else _floats(x, 0)
+    _C.rms_norm_backward(_rows(dx), dweight if train_weight else None, _rows(dout), _rows(x), _flat(rstd), _dense(weight),
+                         _rows(dresidual))
     return dx, dweight
 
 
@@ -220,7 +233,7 @@ def _grad_add_norm(ctx, dout, drstd, dsum):
 
 
 def _rstd_of(x):
-    return x.new_empty(x.shape[:1], dtype=torch.float32)
+    return x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 _register("rms_norm_forward(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _rms_norm_forward,
@@ -235,24 +248,37 @@ _register("rms_norm_backward(Tensor dout, Tensor x, Tensor rstd, Tensor weight, 
 
 def rms_norm(x, weight, eps=1e-6, residual=None):
     """x [...,C], weight [C] -> x / sqrt(mean(x^2) + eps) weight; with residual [...,C] of x + residual, and that sum as well."""
-    C = x.shape[-1]
     if residual is None:
-        return _call.rms_norm_forward(x.reshape(-1, C), weight, eps)[0].view(x.shape)
-    out, _, total = _call.add_rms_norm_forward(x.reshape(-1, C), residual.reshape(-1, C), weight, eps)
-    return out.view(x.shape), total.view(x.shape)
+        return _call.rms_norm_forward(x, weight, eps)[0]
+    if residual.shape != x.shape:
+        raise ValueError(f"rms_norm: residual should have x's shape {list(x.shape)}, got {list(residual.shape)}")
+    out, _, total = _call.add_rms_norm_forward(x, residual, weight, eps)
+    return out, total
 
 
 # ---- rotary embedding
+
+def _rope_forward(x, cos, sin, positions):
+    out = _like(x)
+    _C.rope_forward(out, _dense(x), _dense(cos), _dense(sin), positions)
+    return out
+
+
+def _rope_backward(dout, cos, sin, positions):
+    dx = _like(dout)
+    _C.rope_backward(dx, _dense(dout), _dense(cos), _dense(sin), positions)
+    return dx
+
 
 def _save_rope(ctx, inputs, output):
     ctx.save_for_backward(*inputs[1:])
 
 
 _register("rope_forward(Tensor x, Tensor cos, Tensor sin, Tensor? positions) -> Tensor",
-          lambda x, *tables: ops.rope_forward(*_dense(x, *tables)), lambda x, *tables: x.new_empty(x.shape),
+          _rope_forward, lambda x, *tables: x.new_empty(x.shape),
           lambda ctx, dout: (_call.rope_backward(dout, *ctx.saved_tensors), None, None, None), _save_rope, torch.float32)
 _register("rope_backward(Tensor dout, Tensor cos, Tensor sin, Tensor? positions) -> Tensor",
-          lambda dout, *tables: ops.rope_backward(*_dense(dout, *tables)), lambda dout, *tables: dout.new_empty(dout.shape),
+          _rope_backward, lambda dout, *tables: dout.new_empty(dout.shape),
           lambda ctx, ddx: (_call.rope_forward(ddx, *ctx.saved_tensors), None, None, None), _save_rope)
 
 
@@ -264,19 +290,21 @@ def rope(x, cos, sin, positions=None):
 # ---- linear with LoRA
 
 def _lora_linear_forward(x, weight, bias, a, b, scale):
-    x, weight, bias, a, b = _dense(x, weight, bias, a, b)
-    out, u = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device), _floats(x, 0) if a is None else _floats(x, x.shape[0], a.shape[0])
-    _C.lora_linear_forward(out, None if a is None else u, x, weight, bias, a, b, None, scale)
+    shape = x.shape[:-1]
+    out = torch.empty(*shape, weight.shape[0], dtype=x.dtype, device=x.device)
+    u = _floats(x, 0) if a is None else _floats(x, *shape, a.shape[0])
+    _C.lora_linear_forward(_rows(out), None if a is None else _rows(u), _rows(x), _dense(weight), _dense(bias), _dense(a),
+                           _dense(b), None, scale)
     return out, u
 
 
 def _lora_linear_backward(dout, x, weight, a, b, u, scale, wanted):
-    dout, x, weight, a, b = _dense(dout, x, weight, a, b)
     dx = _like(x) if wanted[0] else None
-    da, db, dweight, dbias = (x.new_zeros(shape, dtype=torch.float32) if want and shape is not None else None
-                              for want, shape in zip(wanted[1:], (None if a is None else a.shape, None if b is None else b.shape,
-                                                                  weight.shape, weight.shape[:1])))
-    _C.lora_linear_backward(dx, da, db, dweight, dbias, dout, x, weight, a, b, None if a is None else u, scale, 0)
+    da, db, dweight, dbias = (torch.zeros_like(of, dtype=torch.float32, memory_format=_contiguous)
+                              if want and of is not None else None
+                              for want, of in zip(wanted[1:], (a, b, weight, weight[:, 0] if wanted[4] else None)))
+    _C.lora_linear_backward(_rows(dx), da, db, dweight, dbias, _rows(dout), _rows(x), _dense(weight), _dense(a), _dense(b),
+                            None if a is None else _rows(u), scale, 0)
     return tuple(x.new_empty(0) if grad is None else grad for grad in (dx, da, db, dweight, dbias))
 
 
@@ -304,8 +332,8 @@ def _grad_lora_linear(ctx, dout, du):
 
 _register("lora_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, float scale) -> (Tensor, Tensor)",
           _lora_linear_forward, lambda x, weight, bias, a, b, scale:
-          (x.new_empty((x.shape[0], weight.shape[0])),
-           x.new_empty((0,) if a is None else (x.shape[0], a.shape[0]), dtype=torch.float32)),
+          (x.new_empty((*x.shape[:-1], weight.shape[0])),
+           x.new_empty((0,) if a is None else (*x.shape[:-1], a.shape[0]), dtype=torch.float32)),
           _grad_lora_linear, _save_lora_linear, None)
 _register("lora_linear_backward(Tensor dout, Tensor x, Tensor weight, Tensor? a, Tensor? b, Tensor u, float scale, bool[] wanted) "
           "-> (Tensor, Tensor, Tensor, Tensor, Tensor)", _lora_linear_backward, _shapes_lora_linear_backward)
@@ -316,48 +344,43 @@ def lora_linear(x, weight, bias=None, a=None, b=None, scale=1.0):
 
     Of weight and bias a gradient is computed only when they require one.
     """
-    out = _call.lora_linear_forward(x.reshape(-1, x.shape[-1]), weight, bias, a, b, scale)[0]
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return _call.lora_linear_forward(x, weight, bias, a, b, scale)[0]
 
 
 # ---- SwiGLU
 
 def _swiglu_forward(gate, up):
-    gate, up = _dense(gate, up)
     out = _like(gate)
-    _C.swiglu_forward(out, gate, up)
+    _C.swiglu_forward(_rows(out), _rows(gate), _rows(up))
     return out
 
 
 def _swiglu_backward(dout, gate, up):
-    dout, gate, up = _dense(dout, gate, up)
-    dgate, dup = _like(gate), _like(gate)
-    _C.swiglu_backward(dgate, dup, dout, gate, up)
+    dgate, dup = _like(gate), _like(up)
+    _C.swiglu_backward(_rows(dgate), _rows(dup), _rows(dout), _rows(gate), _rows(up))
     return dgate, dup
 
 
 _register("swiglu_forward(Tensor gate, Tensor up) -> Tensor", _swiglu_forward,
           lambda gate, up: gate.new_empty(gate.shape), lambda ctx, dout: _call.swiglu_backward(dout, *ctx.saved_tensors),
           lambda ctx, inputs, output: ctx.save_for_backward(*inputs), None)
-_register("swiglu_backward(Tensor dout, Tensor gate, Tensor up) -> (Tensor, Tensor)",
-          _swiglu_backward,
-          lambda dout, gate, up: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)))
+_register("swiglu_backward(Tensor dout, Tensor gate, Tensor up) -> (Tensor, Tensor)", _swiglu_backward,
+          lambda dout, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)))
 
 
 def swiglu(gate, up):
     """gate and up [...,F] -> silu(gate) up."""
-    F = gate.shape[-1]
-    return _call.swiglu_forward(gate.reshape(-1, F), up.reshape(-1, F)).view(gate.shape)
+    return _call.swiglu_forward(gate, up)
 
 
 # ---- linear layer and cross entropy
 
 def _loss_forward(x, weight, targets, ignore_index):
-    return ops.linear_cross_entropy_forward(*_dense(x, weight), targets, ignore_index)
+    return ops.linear_cross_entropy_forward(_dense(x), _dense(weight), targets, ignore_index)
 
 
 def _loss_backward(x, weight, targets, dlosses, ignore_index, train_weight):
-    x, weight, dlosses = _dense(x, weight, dlosses)
+    x, weight, dlosses = _dense(x), _dense(weight), _dense(dlosses)
     losses, dx = _floats(x, x.shape[0]), _like(x)
     dweight = x.new_zeros(weight.shape if train_weight else 0, dtype=torch.float32)
     _C.linear_cross_entropy_backward(losses, dx, dweight if train_weight else None, x, weight, targets, dlosses, ignore_index)
@@ -440,10 +463,10 @@ def _grad_embedding(ctx, dout):
     return _call.embedding_backward(dout, ids, ctx.rows).to(ctx.dtype), None
 
 
-_register("embedding_forward(Tensor weight, Tensor ids) -> Tensor", lambda weight, ids: ops.embedding_forward(*_dense(weight), ids),
+_register("embedding_forward(Tensor weight, Tensor ids) -> Tensor", lambda weight, ids: ops.embedding_forward(_dense(weight), ids),
           lambda weight, ids: weight.new_empty((ids.shape[0], weight.shape[1])), _grad_embedding, _save_embedding)
 _register("embedding_backward(Tensor dout, Tensor ids, SymInt rows) -> Tensor", lambda dout, ids, rows: ops.embedding_backward(
-          *_dense(dout), ids, torch.argsort(ids, stable=True).to(torch.int32), rows),
+          _dense(dout), ids, torch.argsort(ids, stable=True).to(torch.int32), rows),
           lambda dout, ids, rows: dout.new_empty((rows, dout.shape[1]), dtype=torch.float32))
 
 
@@ -476,9 +499,9 @@ def _name(dtype):
 
 _register("matmul(Tensor a, Tensor b, float alpha) -> Tensor", lambda a, b, alpha: ops.matmul(a, b, alpha),
           lambda a, b, alpha: a.new_empty((a.shape[0], b.shape[1])), _grad_matmul, _save_matmul, None)
-_register("cast(Tensor x, ScalarType dtype) -> Tensor", lambda x, dtype: ops.cast(*_dense(x), _name(dtype)),
+_register("cast(Tensor x, ScalarType dtype) -> Tensor", lambda x, dtype: ops.cast(_dense(x), _name(dtype)),
           lambda x, dtype: x.new_empty(x.shape, dtype=dtype), lambda ctx, dout: (_call.cast(dout, ctx.dtype), None), _save_dtype)
-_register("accumulate_(Tensor(a!) out, Tensor x, float scale) -> ()", lambda out, x, scale: _C.accumulate(out, *_dense(x), scale),
+_register("accumulate_(Tensor(a!) out, Tensor x, float scale) -> ()", lambda out, x, scale: _C.accumulate(out, _dense(x), scale),
           lambda out, x, scale: None)
 _register("adamw_(Tensor(a!) param, Tensor(b!) m, Tensor(c!) v, Tensor grad, float lr, float beta1, float beta2, float eps, "
           "float weight_decay, SymInt step, float grad_scale) -> ()",

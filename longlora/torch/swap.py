@@ -10,6 +10,7 @@ import types
 import weakref
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from . import ops
 
@@ -28,8 +29,8 @@ def _replace(module, forward):
     module.forward = types.MethodType(forward, module)
 
 
-def _parameters_ready(*tensors):
-    return all(x.device.type != "meta" and x.dtype in _DTYPES for x in tensors)
+def _known(x):
+    return x.dtype in _DTYPES
 
 
 def _norm(module):
@@ -159,10 +160,15 @@ def swap(model):
 
     Kinds: rms_norm, swiglu, lora_linear, rope, linear_cross_entropy. With the loss swapped, a training forward with labels
     gives no logits. The rotary embedding is one function for all models of a family: all of them get ours, with equal results.
+    ValueError where nothing can be compared: a model that is swapped already, or whose parameters are not here (shards, meta).
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if any(_MARK in module.__dict__ for module in inner.modules()):
         raise ValueError("swap: this model is swapped already")
+    away = [name for name, p in inner.named_parameters() if isinstance(p, DTensor) or hasattr(p, "ds_id") or p.is_meta]
+    if away:
+        raise ValueError(f"swap: {away[0]} is sharded already, or on the meta device; swap the model before an engine has it "
+                         "(FSDP2, DeepSpeed ZeRO-3)")
     counts = dict(rms_norm=0, swiglu=0, lora_linear=0, rope=0, linear_cross_entropy=0)
     for module in inner.modules():
         lora = hasattr(module, "lora_A") and hasattr(module, "base_layer") and isinstance(module.base_layer, torch.nn.Linear)
@@ -172,7 +178,7 @@ def swap(model):
             forward, sample = made
             with torch.no_grad():
                 x = sample()
-                if not _parameters_ready(x) or not _equal(forward(module, x), module.forward(x)):
+                if not _known(x) or not _equal(forward(module, x), module.forward(x)):
                     continue
             _replace(module, forward)
             counts[kind] += 1

@@ -28,6 +28,7 @@ from .attention import NAME, configure
 from .extend import ExtendedModel, extend
 
 MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
+PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 def train(say=print, **keywords):
@@ -54,6 +55,7 @@ def run(o, say=print):
         torch.set_num_threads(o.num_threads)
     source = driver.Source(o)
     setup = driver.Setup(o, source.config)
+    given = PRECISION in os.environ
     args = arguments(o)
     if args.n_gpu > 1:
         raise UserError(f"one process sees {args.n_gpu} GPUs; start one for each (torchrun --nproc-per-node {args.n_gpu} -m "
@@ -61,6 +63,9 @@ def run(o, say=print):
     if args.process_index:
         say = lambda sentence: None
     with contextlib.ExitStack() as held:
+        if not given:                                  # transformers 4 leaves this run's to the next one
+            held.callback(os.environ.pop, PRECISION, None)
+
         def prepare():
             driver.refuse_taken(o)
             held.enter_context(checkpoint.alone(o.output_dir))

@@ -1,0 +1,75 @@
+"""One of two processes over gloo: a swapped and extended model under FSDP2, for test_torch_train.py. Arguments: rank, directory.
+
+Says as JSON the losses of the group and of one process, how far apart the adapters are, and what swap says of sharded parameters.
+"""
+import json
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+import transformers
+from peft import get_peft_model_state_dict
+from torch.distributed.fsdp import fully_shard
+
+import longlora.torch
+
+STEPS = 4
+
+
+def model(tied):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=tied)
+    made = longlora.torch.extend(transformers.AutoModelForCausalLM.from_config(config), 512, group_size=6)
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if "lora_B" in name:           # else they are zero, and so are A's gradients
+                p.add_(torch.randn_like(p) * 0.1)
+    return made.train()
+
+
+def train(made, rows):
+    optimizer, losses = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], 1e-2), []
+    for step in range(STEPS):
+        ids = torch.randint(3, 61, (2, 24), generator=torch.Generator().manual_seed(step))[rows]
+        loss = made(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def main(rank, directory):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/init", rank=rank, world_size=2)
+    report = []
+    for tied in (False, True):
+        alone = model(tied)
+        longlora.torch.swap(alone)
+        want, adapter = train(alone, slice(2)), get_peft_model_state_dict(alone)
+        made = model(tied)
+        counts = longlora.torch.swap(made)
+        for layer in made.get_base_model().model.layers:
+            fully_shard(layer)
+        fully_shard(made)
+        losses = train(made, slice(rank, rank + 1))
+        dist.all_reduce(losses)
+        found = {name: x.full_tensor() for name, x in get_peft_model_state_dict(made).items()}
+        longlora.torch.unswap(made)
+        try:
+            longlora.torch.swap(made)
+            refusal = None
+        except ValueError as error:
+            refusal = str(error)
+        report.append({"counts": counts, "losses": (losses / 2).tolist(), "alone": want.tolist(), "refusal": refusal,
+                       "names": sorted(found), "wanted": sorted(adapter), "numbers": min(x.numel() for x in found.values()),
+                       "apart": max(((found[name] - x).norm() / x.norm()).item() for name, x in adapter.items())})
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
+    sys.stdout.flush()
+    os._exit(0)                            # as longlora.torch.train.leave
