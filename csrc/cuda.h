@@ -19,7 +19,7 @@ typedef struct {
 } CudaProperties;
 
 typedef struct {
-    const char *built_for;             /* "80,90a,100,120", or "emulation" */
+    const char *built_for;             /* "80 90a 100 120", or "emulation" */
     int (*count)(void);                /* how many devices there are; -1 and why, if there are none */
     int (*usable)(int device);         /* -1 and why this one is not: it does not exist, or is older than OLDEST_SM */
     int (*properties)(int device, CudaProperties *properties);

@@ -40,6 +40,29 @@ static int sm_of(int device, int *sm) {
     return 0;
 }
 
+/* "80 90a 100 120": what there is code for, of the last one PTX too. */
+#ifdef LONGLORA_EMULATION
+static const char built_for[] = "emulation";
+static bool covered(int) { return true; }
+#else
+#define TEXT_(...) #__VA_ARGS__
+#define TEXT(...) TEXT_(__VA_ARGS__)
+static const char built_for[] = TEXT(LONGLORA_CUDA_ARCHS);
+
+/* Code runs on GPUs of its generation from its own number on, with a letter only on its own; PTX on all later ones. */
+static bool covered(int sm) {
+    for (const char *p = built_for; *p;) {
+        char *end;
+        int arch = (int)strtol(p, &end, 10);
+        bool only = *end && *end != ' ';
+        end += only;
+        if (arch == sm || (!only && arch < sm && (!*end || arch / 10 == sm / 10))) return true;
+        p = *end ? end + 1 : end;
+    }
+    return false;
+}
+#endif
+
 static int usable(int device) {
     static bool known[MAX_DEVICES];
     int n, sm = 0;
@@ -48,6 +71,8 @@ static int usable(int device) {
     if (device < 0 || device >= n) return fail("there %s %d CUDA device%s", n == 1 ? "is" : "are", n, n == 1 ? "" : "s");
     if (sm_of(device, &sm)) return -1;
     if (sm < OLDEST_SM) return fail("the GPU is an sm_%d, the oldest that is supported is sm_%d", sm, (int)OLDEST_SM);
+    if (!covered(sm))
+        return fail("the GPU is an sm_%d, this build is for sm %s: see LONGLORA_CUDA_ARCH in setup.py", sm, built_for);
     known[device] = true;
     return 0;
 }
@@ -207,16 +232,8 @@ static void forget(void *mark) { cudaEventDestroy((cudaEvent_t)mark); }
 
 /* ---- the table --------------------------------------------------------------------------------------------------- */
 
-#define TEXT_(...) #__VA_ARGS__
-#define TEXT(...) TEXT_(__VA_ARGS__)
-#ifdef LONGLORA_EMULATION
-#define BUILT_FOR "emulation"
-#else
-#define BUILT_FOR TEXT(__CUDA_ARCH_LIST__)
-#endif
-
 extern "C" const CudaRuntime cuda_runtime = {
-    BUILT_FOR, count, usable, properties, versions, enter, leave, recover, allocate, release, allocate_pinned, release_pinned,
+    built_for, count, usable, properties, versions, enter, leave, recover, allocate, release, allocate_pinned, release_pinned,
     memory, copy_tensor, fill_tensor, copy_bytes, copy_peer, synchronize, synchronize_device, stream_device, mark, wait, passed,
     await, forget, cublas_paths, cublas_version,
 };

@@ -63,8 +63,8 @@ def versions():
 
 
 def built_for():
-    """The GPUs that this build has code for, as "sm_80 sm_90 ...", "emulation", or None without CUDA."""
-    return " ".join(f"sm_{int(x) // 10}" if x.isdecimal() else x for x in _C.cuda_built_for.split(",")) or None
+    """The GPUs that this build has code for, as "80 90a 100 120" (of the last one PTX too); "emulation"; None without CUDA."""
+    return _C.cuda_built_for or None
 
 
 def cublas():

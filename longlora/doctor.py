@@ -48,7 +48,7 @@ def _cuda_text(found):
     """-> lines of (name, value)."""
     if not found["built_for"]:
         return [("CUDA", f"not available: {found['reason']}")]
-    built = f"CUDA {found['runtime']} for {found['built_for']}"
+    built = f"CUDA {found['runtime']} for sm {found['built_for']}"
     driver = f"driver for CUDA {found['driver']}" if found["driver"] else "no driver"
     lines = [("CUDA", "available" if found["available"] else f"not available: {found['reason']}"),
              ("CUDA build", f"{built}, {driver}")]

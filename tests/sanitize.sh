@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-SANITIZE=address,undefined CC=gcc python setup.py -q build_ext --build-temp "$work/temp" --build-lib "$work/lib"
+LONGLORA_CUDA=0 SANITIZE=address,undefined CC=gcc python setup.py -q build_ext --build-temp "$work/temp" --build-lib "$work/lib"
 cp longlora/*.py "$work/lib/longlora/"
 cp -r tests "$work/"
 ops=$(python - <<'PY'

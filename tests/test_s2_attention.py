@@ -1,12 +1,14 @@
 """S2-Attn against the reference: every boundary and shift, GQA, odd everything, packed documents, causality, determinism."""
 import checks
+import dlpack
+import mirror
 import numpy as np
 import pytest
 import reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from longlora import _C, ops
+from longlora import Tensor, _C, ops
 
 BOUNDARIES, SHIFTS = ("split", "wrap", "swap"), ("half", "none", "all")
 
@@ -36,7 +38,7 @@ def both(q, k, v, dout, **kwargs):
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_every_pattern(boundary, shift, dtype, isa, poison):
-    for T, G in ((24, 8), (24, 24), (63, 7), (130, 65), (300, 2)):
+    for T, G in ((24, 8), (24, 24), (63, 7), (130, 65), (60 if checks.EMULATED else 300, 2)):
         q, k, v, dout = inputs(1, T, 5, 5, 9, dtype)
         both(q, k, v, dout, group_size=G, boundary=boundary, shift=shift)
 
@@ -257,8 +259,34 @@ def test_offsets_beyond_2_to_the_31():
     np.testing.assert_array_equal(out, ops.s2_attention_forward(q.copy(), k, v, group_size=4)[0])
 
 
+def test_offsets_beyond_2_to_the_31_on_cuda(cuda):
+    """As above; 8 GiB of a GPU, or of the emulation's memory, which is the host's."""
+    T, D, far = 3, 8, (1 << 31) // 2 + 64
+    host, values = np.zeros(2 * far + D, np.float32), checks.random((1, T, 1, D))
+    q = np.lib.stride_tricks.as_strided(host, (1, T, 1, D), (0, 4 * far, 4 * D, 4))
+    like = dlpack.tensor_of(Tensor(1, device="cuda"))
+    if checks.EMULATED:
+        q[...] = values
+        start = mirror.address(host)
+    else:
+        there = Tensor(host.size, device="cuda")
+        for t in range(T):
+            there[t * far:t * far + D].copy_(values[0, t, 0])
+        start = dlpack.tensor_of(there).data
+    keys = [checks.random((1, T, 1, D), seed=seed) for seed in (1, 2)]
+    want = ops.s2_attention_forward(values, *keys, group_size=4)
+    k, v, out, lse = (Tensor(shape, device="cuda") for shape in (values.shape, values.shape, values.shape, (1, 1, T)))
+    for to, x in zip((k, v), keys):
+        to.copy_(x)
+    _C.s2_attention_forward(out, lse, mirror.View(q, start, like), k, v, None, 4, 0, 0, D**-0.5)
+    for got, x in zip((out, lse), want):
+        np.testing.assert_array_equal(got.cpu().numpy(), x)
+
+
 @pytest.mark.parametrize("T,G", [(700, 200), (2500, 2300)])
 def test_equal_bits(T, G, place, each_thread_count):
+    if checks.EMULATED:
+        T, G = T // 3, G // 3
     q, k, v, dout = inputs(1, T, 6, 2, 32)
 
     def once():
@@ -294,22 +322,8 @@ def test_borders_of_documents_that_cannot_be_are_named(borders, message):
         ops.s2_attention_forward(q, k, v, group_size=8, cu_seqlens=np.array(borders, np.int32))
 
 
-@pytest.mark.parametrize("borders", [borders for borders, _ in BAD_BORDERS])
-def test_borders_that_cannot_be_touch_nothing_else_on_cuda(borders, dtype, cuda, poison):
-    """What comes out is not said, but nothing is written or read outside, and the next call is right."""
-    q, k, v, dout = inputs(1, 24, 4, 2, 8, dtype)
-    kwargs = dict(group_size=8, cu_seqlens=np.array(borders, np.int32))
-    out, lse = ops.s2_attention_forward(q, k, v, **kwargs)
-    ops.s2_attention_backward(dout, q, k, v, out, lse, **kwargs)
-    both(q, k, v, dout, group_size=8)
-
-
-@pytest.mark.parametrize("D", [256, 257])
-def test_heads_wider_than_256_are_refused_on_cuda(D, cuda, dtype):
-    q, k, v, dout = inputs(1, 9, 2, 1, D, dtype)
-    if D == 256:
-        both(q, k, v, dout, group_size=4)
-        return
+def test_heads_wider_than_256_are_refused_on_cuda(cuda, dtype):
+    q, k, v, dout = inputs(1, 9, 2, 1, 257, dtype)
     out, lse = np.full_like(q, np.nan), np.full((1, 2, 9), np.nan, np.float32)
     with pytest.raises(ValueError, match="s2_attention_forward: D should be at most 256 on a GPU, got 257"):
         _C.s2_attention_forward(out, lse, q, k, v, None, 4, 0, 0, 1.0)
@@ -326,18 +340,10 @@ def test_heads_that_do_not_divide(place):
         ops.s2_attention_forward(*(np.concatenate([q, q]) for _ in range(3)), group_size=4, cu_seqlens=np.array([0, 8], np.int32))
 
 
-def test_heads_that_are_too_wide_for_a_gpu(cuda):
-    q, k, v, dout = inputs(1, 8, 2, 2, 257)
-    with pytest.raises(ValueError, match="D should be at most 256 on a GPU, got 257"):
-        ops.s2_attention_forward(q, k, v, group_size=4)
-    with pytest.raises(ValueError, match="D should be at most 256 on a GPU, got 257"):
-        ops.s2_attention_backward(dout, q, k, v, q, np.zeros((1, 2, 8), np.float32), group_size=4)
-
-
 @pytest.mark.parametrize("borders", [[5, 1000000, -3, 24, 7], [30, 20, 10, 0], [-2**31, 2**31 - 1], [2**31 - 1, -2**31]])
-def test_borders_that_a_gpu_cannot_refuse(borders, cuda, poison):
+def test_borders_that_a_gpu_cannot_refuse(borders, dtype, cuda, poison):
     """They are not read on the host: nothing outside of the outputs is touched, and the next call is right."""
-    q, k, v, dout = inputs(1, 40, 4, 2, 16, "bfloat16")
+    q, k, v, dout = inputs(1, 40, 4, 2, 16, dtype)
     cu = np.array(borders, np.int64).astype(np.int32)
     out, lse = ops.s2_attention_forward(q, k, v, group_size=6, cu_seqlens=cu)
     ops.s2_attention_backward(dout, q, k, v, np.nan_to_num(out), np.nan_to_num(lse), group_size=6, cu_seqlens=cu)
