@@ -16,10 +16,10 @@
  * scores computed for each. Rows that are no whole 16-byte pieces are loaded element by element.
  * float32 is multiplied by float32 multiply-adds, in kernels of their own at the end.
  *
- * Computed, for a head and a segment of G rows, D = 128. A product of the triangle has G^2 D FLOPs: forward 2, dq 3, dk and dv 4,
- * so the backward has 7 where one kernel with atomics has 5. Of L2 the forward reads G^2 D / 64 bytes (128 FLOPs to a byte), dq as
- * many (192), dk and dv twice as many (128). Of shared memory a right operand's fragment serves 32 rows in forward and dq: 32
- * FLOPs to a byte; 16 rows in dk and dv: 16 FLOPs to a byte, 2048 a clock and SM at 128 bytes a clock.
+ * Computed, for a head and a segment of G rows, D = 128. A product of the triangle has G^2 D FLOPs: forward 2, dq 3, dk and
+ * dv 4, so the backward has 7 where one kernel with atomics has 5. Of L2 the forward reads G^2 D / 64 bytes (128 FLOPs to a
+ * byte), dq as many (192), dk and dv twice as many (128). Of shared memory a right operand's fragment serves 32 rows in forward
+ * and dq: 32 FLOPs to a byte; 16 rows in dk and dv: 16 FLOPs to a byte, 2048 a clock and SM at 128 bytes a clock.
  *
  * The ladder, by the compiler's report, not by time:
  *   forward, steps of 64 keys at D = 128: 292 bytes of spills; of 32 keys: none
@@ -60,8 +60,8 @@ struct Backward {
     Rows dq, dk, dv, dout, q, k, v, out, lse;
     float scale, c;                    /* signed */
     float *delta;                      /* [B,H,T], workspace: row sums of dout * out */
-    float *sums;                       /* [B,T,2,D], workspace: dk and dv of the plain heads of the KV head that has both kinds */
-    int mixed;                         /* that KV head, or -1 */
+    float *sums;                       /* [B,T,2,D], workspace: dk and dv of the plain heads of `mixed` */
+    int mixed;                         /* the KV head that has plain and shifted query heads, or -1 */
     bool second;                       /* this launch adds its shifted heads */
 };
 
@@ -82,7 +82,7 @@ template<int D> __device__ __forceinline__ int along(int place, int k) {
     return (place ^ k % turn * 16) + k / turn * turn * 16;
 }
 
-/* Queues the loads of rows first .. first+ROWS-1 of the segment; what lies beyond its end and beyond so many columns is zero. */
+/* Queues the loads of rows first .. first+ROWS-1 of the segment; beyond its end and beyond so many columns all is zero. */
 template<int D, int ROWS, class T> __device__ __forceinline__ void load_tile(
     T *tile, const Rows &x, int head, const Work &w, int first, int columns) {
     constexpr int PIECES = D / 8, STEP = THREADS / PIECES / 4 * 4;     /* rows at a time */
@@ -108,11 +108,12 @@ template<int D, int ROWS, class T> __device__ __forceinline__ void load_tile(
     } else {
 #pragma unroll 1
         for (int i = row; i < ROWS; i += STEP)
-            cp_async_16(tile + place<D>(i, piece), from + token(s, first + i) * x.token + piece * 8, there && first + i < s.rows);
+            cp_async_16(tile + place<D>(i, piece), from + token(s, first + i) * x.token + piece * 8,
+                        there && first + i < s.rows);
     }
 }
 
-/* Stores 16 M rows of a warp, from row `row` of the segment on, COLUMNS of them from `column` on, through its rows of a tile. */
+/* Stores 16 M rows of a warp, the segment's from `row` on, COLUMNS columns from `column` on, through its rows of a tile. */
 template<int D, int COLUMNS, int M, class T> __device__ __forceinline__ void store_rows(
     const Rows &x, int head, const Work &w, int row, int column, int columns, const float (&sum)[M][COLUMNS / 8][4], T *tile) {
     constexpr int PIECES = COLUMNS / 8;
@@ -139,8 +140,7 @@ template<int D, int COLUMNS, int M, class T> __device__ __forceinline__ void sto
 
 /* ---- products ----------------------------------------------------------------------------------------------------- */
 
-/* Of a warp, fragments as in common.cuh. sum[16 M,8 N] += a b^T, both rows of D elements in tiles. Only columns from .. to-1 are
- * wanted, the others may stay as they are. */
+/* Of a warp, fragments as in common.cuh: sum[16 M,8 N] += a b^T, both rows of D elements in tiles. */
 template<int D, int M, int N, class T> __device__ __forceinline__ void multiply_rows(
     float (&sum)[M][N][4], const T *a, const T *b) {
     int lane = threadIdx.x % WARP;
@@ -164,8 +164,8 @@ template<int D, int M, int N, class T> __device__ __forceinline__ void multiply_
     }
 }
 
-/* sum[16 M,8 C] += p[16 M,8 N] b: p the sums of another product, rounded to T; b a tile of 8 N rows, columns as it points. Only
- * rows from .. to-1 of b are wanted, where p is not zero. */
+/* sum[16 M,8 C] += p[16 M,8 N] b: p the sums of another product, rounded to T; b 8 N rows of a tile, 8 C columns from where it
+ * points. */
 template<int D, int M, int N, int C, class T> __device__ __forceinline__ void multiply_columns(
     float (&sum)[M][C][4], const float (&p)[M][N][4], const T *b) {
     int lane = threadIdx.x % WARP, at_b = place<D>(lane % 16, lane / 16);
@@ -219,7 +219,7 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) forward_kern
     DYNAMIC_SHARED(T, q);
     T *k = q + BM * D, *v = k + 2 * BN * D;                            /* two tiles of each: one is used, one arrives */
     int lane = threadIdx.x % WARP, group = lane / 4, pair = lane % 4 * 2, offset = threadIdx.x / WARP * 16 * M;
-    int row = w.first + offset, end = min_of(row + 16 * M, s.rows);      /* of this warp; none if row >= end */
+    int row = w.first + offset, end = min_of(row + 16 * M, s.rows);    /* of this warp; none if row >= end */
     T *own = q + offset * D;
     float c = s.wrong ? NAN : a.c, out[M][C][4] = {}, top[M][2], total[M][2] = {};
 #pragma unroll
@@ -335,7 +335,7 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) dq_kernel(co
     DYNAMIC_SHARED(T, q);
     T *g = q + BM * D, *k = g + BM * D, *v = k + 2 * BN * D;           /* g: dout */
     int lane = threadIdx.x % WARP, group = lane / 4, pair = lane % 4 * 2, offset = threadIdx.x / WARP * 16 * M;
-    int row = w.first + offset, end = min_of(row + 16 * M, s.rows);      /* of this warp; none if row >= end */
+    int row = w.first + offset, end = min_of(row + 16 * M, s.rows);    /* of this warp; none if row >= end */
     const float *lse = head_of<const float>(a.lse, w.batch, w.head), *delta = delta_of(a, w.batch, w.head);
     __shared__ float shift[BM], less[BM];
     float c = s.wrong ? NAN : a.c, dq[M][C][4] = {};
@@ -443,27 +443,23 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) dkdv_kernel(
             float x[1][N][4] = {}, dx[1][N][4] = {};
             multiply_rows<D>(x, k + offset * D, q + n % 2 * BN * D);
             multiply_rows<D>(dx, v + offset * D, g + n % 2 * BN * D);
-            bool masked = any_hidden(s, row, BN, w.first, BM) || row + BN > s.rows;
 #pragma unroll
             for (int j = 0; j < N; j++)
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    int at = 8 * j + pair + i;
-                    float under = shift[n % 2][at], minus = less[n % 2][at];
-                    bool above[2] = { true, true };
-                    if (masked) {
-                        int low = row + at < s.rows ? first_key(s, row + at) : INT32_MAX;
-#pragma unroll
-                        for (int r = 0; r < 2; r++)
-                            above[r] = key + group + 8 * r <= row + at && key + group + 8 * r >= low;
-                    }
-#pragma unroll
-                    for (int r = 0; r < 2; r++) {
-                        float e = exp2_fast(x[0][j][2 * r + i] * c - under);
-                        dx[0][j][2 * r + i] = above[r] ? e * (dx[0][j][2 * r + i] - minus) : 0;
-                        x[0][j][2 * r + i] = above[r] ? e : 0;
-                    }
+                for (int i = 0; i < 4; i++) {
+                    int at = 8 * j + pair + i % 2;
+                    x[0][j][i] = exp2_fast(x[0][j][i] * c - shift[n % 2][at]);
+                    dx[0][j][i] = x[0][j][i] * (dx[0][j][i] - less[n % 2][at]);
                 }
+            if (any_hidden(s, row, BN, w.first, BM) || row + BN > s.rows) {
+#pragma unroll
+                for (int j = 0; j < N; j++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        int query = row + 8 * j + pair + i % 2, at = key + group + i / 2 * 8;
+                        if (query >= s.rows || at > query || at < first_key(s, query)) x[0][j][i] = dx[0][j][i] = 0;
+                    }
+            }
             multiply_columns<D>(dv, x, g + n % 2 * BN * D + column);
             multiply_columns<D>(dk, dx, q + n % 2 * BN * D + column);
         }
@@ -521,8 +517,9 @@ static __device__ __forceinline__ void load_square(float *square, const Rows &x,
 }
 
 /* sum[i][j] += row 4 y + i of one tensor times row x + 16 j of the other, D columns; a, b: squares that both come through. */
-static __device__ __forceinline__ void dot_rows(float (&sum)[4][4], float *a, float *b, const Rows &rows_a, int head_a, int first_a,
-                                                const Rows &rows_b, int head_b, int first_b, const Work &w, int D) {
+static __device__ __forceinline__ void dot_rows(float (&sum)[4][4], float *a, float *b, const Rows &rows_a, int head_a,
+                                                int first_a, const Rows &rows_b, int head_b, int first_b, const Work &w,
+                                                int D) {
     int x = threadIdx.x % 16, y = threadIdx.x / 16;
     for (int column = 0; column < D; column += SIDE) {
         __syncthreads();
@@ -787,7 +784,7 @@ template<class T> static int forward(Forward a, const CudaCall *call) {
 extern "C" int s2_attention_forward_cuda(const void *args, const CudaCall *call) {
     const S2AttentionForward *x = (const S2AttentionForward *)args;
     Forward a = {};
-    if (make_pattern("s2_attention_forward", &a.p, &x->q, &x->k, &x->cu_seqlens, x->group_size, x->boundary, x->shift)) return -1;
+    if (make_pattern("s2_attention_forward", &a.p, x)) return -1;
     a.out = rows_of(&x->out);
     a.lse = lse_of(&x->lse);
     a.q = rows_of(&x->q);
@@ -806,7 +803,7 @@ static int64_t delta_bytes(const Pattern *p) { return align_up((int64_t)p->B * p
 extern "C" int64_t s2_attention_backward_cuda_workspace(const void *args) {
     const S2AttentionBackward *x = (const S2AttentionBackward *)args;
     Pattern p = {};
-    if (make_pattern("s2_attention_backward", &p, &x->q, &x->k, &x->cu_seqlens, x->group_size, x->boundary, x->shift)) return -1;
+    if (make_pattern("s2_attention_backward", &p, x)) return -1;
     bool sums = p.H && mixed_head(&p) >= 0 && x->q.dtype != F32;
     return delta_bytes(&p) + (sums ? (int64_t)p.B * p.T * 2 * p.D * (int64_t)sizeof(float) : 0);
 }
@@ -823,8 +820,9 @@ template<class T> static int delta(const Backward &a, const CudaCall *call) {
 }
 
 /* dq, then dk and dv of all KV heads, then what the shifted heads of a KV head of both kinds add. */
-template<class Dq, class Dkdv> static int backward(Backward a, const CudaCall *call, Dq dq, int dq_tile, size_t dq_shared, Dkdv dkdv,
-                                                   int dkdv_tile, size_t dkdv_shared, unsigned parts, unsigned threads) {
+template<class Dq, class Dkdv> static int backward(Backward a, const CudaCall *call, Dq dq, int dq_tile, size_t dq_shared,
+                                                   Dkdv dkdv, int dkdv_tile, size_t dkdv_shared, unsigned parts,
+                                                   unsigned threads) {
     dim3 grid;
     if (blocks_of("s2_attention_backward", &a.p, a.p.H, dq_tile, &a.slots, &grid) ||
         launch(call, dq, grid, threads, dq_shared, a)) return -1;
@@ -841,7 +839,7 @@ extern "C" int s2_attention_backward_cuda(const void *args, const CudaCall *call
     const S2AttentionBackward *x = (const S2AttentionBackward *)args;
     Backward a = {};
     Pattern *p = &a.p;
-    if (make_pattern("s2_attention_backward", p, &x->q, &x->k, &x->cu_seqlens, x->group_size, x->boundary, x->shift)) return -1;
+    if (make_pattern("s2_attention_backward", p, x)) return -1;
     a.dq = rows_of(&x->dq);
     a.dk = rows_of(&x->dk);
     a.dv = rows_of(&x->dv);
@@ -870,8 +868,9 @@ extern "C" int s2_attention_backward_cuda(const void *args, const CudaCall *call
             return backward(a, call, dq_float_kernel, SIDE, 3 * square, dkdv_float_kernel, SIDE, 4 * square, 1, FLOAT_THREADS);
         } else return for_columns(p->D, [&](auto columns) {
             constexpr int D = decltype(columns)::value, BM = 16 * row_pieces<D> * WARPS, BK = 16 * WARPS;
-            size_t row = D * sizeof(T), dq_shared = (2 * BM + 4 * dq_step<D>) * row, dkdv_shared = (2 * BK + 4 * dkdv_step<D>) * row;
-            return backward(a, call, dq_kernel<T, D>, BM, dq_shared, dkdv_kernel<T, D>, BK, dkdv_shared, D > 128 ? 2 : 1, THREADS);
+            size_t row = D * sizeof(T);
+            return backward(a, call, dq_kernel<T, D>, BM, (2 * BM + 4 * dq_step<D>) * row, dkdv_kernel<T, D>, BK,
+                            (2 * BK + 4 * dkdv_step<D>) * row, D > 128 ? 2 : 1, THREADS);
         });
     });
 }

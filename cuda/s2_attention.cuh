@@ -5,9 +5,9 @@
  * one token by which the two runs differ: `low`). Segments are cut into tiles of rows that begin where the segment begins.
  *
  * Blocks find their tile themselves: what cu_seqlens holds is known on the device only. A document of L tokens has at most
- * L/tile + L/G + 2 tiles, so document d, which begins at token t, gets the slots from t/tile + t/G + 4 d on: they never overlap,
- * and a search by halves finds d. Slots without a tile are blocks that end at once. Whatever cu_seqlens holds, borders are
- * taken as 0 .. T, so nothing outside of the tensors is touched. */
+ * L/tile + L/G + 2 tiles, so document d, which begins at token t, gets the slots from t/tile + t/G + 4 d on: they never
+ * overlap, and a search by halves finds d. Slots without a tile are blocks that end at once. Whatever cu_seqlens holds, borders
+ * are taken as 0 .. T, so nothing outside of the tensors is touched. */
 #ifndef LONGLORA_S2_ATTENTION_CUH
 #define LONGLORA_S2_ATTENTION_CUH
 
@@ -144,10 +144,12 @@ static int64_t slots_of(const Pattern *p, int tile) {
     return plain > shifted ? plain : shifted;
 }
 
-static int make_pattern(const char *op, Pattern *p, const Tensor *q, const Tensor *k, const Tensor *cu_seqlens,
-                        double group_size, double boundary, double shift) {
+/* x: the arguments of forward or backward. */
+template<class Args> static int make_pattern(const char *op, Pattern *p, const Args *x) {
+    const Tensor *q = &x->q, *k = &x->k, *cu_seqlens = &x->cu_seqlens;
+    double boundary = x->boundary, shift = x->shift;
     int64_t B = q->shape[0], T = q->shape[1], H = q->shape[2], D = q->shape[3], K = k->shape[2];
-    int64_t G = (int64_t)group_size, documents = given(cu_seqlens) ? cu_seqlens->shape[0] - 1 : 0;
+    int64_t G = (int64_t)x->group_size, documents = given(cu_seqlens) ? cu_seqlens->shape[0] - 1 : 0;
     if (G < 1) return fail("%s: group_size should be at least 1, got %lld", op, (long long)G);
     if (boundary < SPLIT || boundary > SWAP)
         return fail("%s: boundary should be 0 (split), 1 (wrap) or 2 (swap), got %g", op, boundary);
