@@ -78,7 +78,7 @@ if NVCC:
     CUDA_COMMAND += ["-gencode", f"arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}"]
 elif EMULATION:
     CUDA_SOURCES += glob.glob("tests/emulation/*.cpp")
-    CUDA_COMMAND = [os.environ.get("CXX") or "c++", *CXX_FLAGS, *OPTIMISE, *SANITIZERS, "-Wno-unknown-pragmas",
+    CUDA_COMMAND = [os.environ.get("CXX") or "c++", *CXX_FLAGS, "-O2", *SANITIZERS, "-Wno-unknown-pragmas",
                     "-fsanitize=alignment,bounds,shift", "-DLONGLORA_EMULATION", "-Itests/emulation", "-Icuda", "-x", "c++"]
 # The CUDA runtime is part of the extension and hidden in it, apart from any other copy in the process.
 CUDA_LINK = ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
@@ -95,7 +95,7 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext):
         jobs = [(source, None, []) for source in CUDA_SOURCES if CUDA]
-        jobs += [(source, [], []) for source in ext.sources]
+        jobs += [(source, [("LONGLORA_CUDA", "1")] * CUDA, []) for source in ext.sources]
         jobs += [(source, [("ISA", isa)], MATH + flags) for isa, flags in ISAS.items() for source in KERNELS]
 
         def folder(how):
@@ -132,8 +132,7 @@ extension = Extension(
     "longlora._C",
     sources=ONCE,
     include_dirs=["csrc", numpy.get_include()],
-    define_macros=([("LONGLORA_X86", "1")] * X86 + [("LONGLORA_CUDA", "1")] * CUDA +
-                   [("Py_LIMITED_API", "0x030b0000")] * (not free_threaded)),
+    define_macros=[("LONGLORA_X86", "1")] * X86 + [("Py_LIMITED_API", "0x030b0000")] * (not free_threaded),
     extra_compile_args=FLAGS,
     extra_link_args=["-fopenmp", "-lm", *SANITIZERS] + (CUDA_LINK if NVCC else ["-lstdc++"] if EMULATION else []),
     library_dirs=cuda_libraries(NVCC) if NVCC else [],

@@ -20,7 +20,8 @@
  * activations are set (=). Equal inputs give equal bits, for any number of threads. Sizes may be 0.
  *
  * On a GPU nothing is waited for, so what arrays contain cannot be refused there: an id outside 0..V-1 gives a row of NaN
- * and no gradient, a target outside 0..V-1 a loss of NaN, positions outside the tables NaN. */
+ * and no gradient, a target outside 0..V-1 a loss of NaN, positions outside the tables NaN, a document whose length wrap or swap
+ * cannot take NaN; borders of documents are taken as 0..T, and tokens of no document are not written. */
 #ifndef LONGLORA_OPS_H
 #define LONGLORA_OPS_H
 

@@ -8,7 +8,8 @@ enum { N = 4 };                        /* parameters of a thread */
 
 struct Step { float decay, rate, root, keep1, keep2, add1, add2, eps, scale; };
 
-template<bool ALIGNED, class T> static __device__ __forceinline__ void put_as(void *to, const float (&x)[N], int64_t c, int64_t C) {
+template<bool ALIGNED, class T>
+static __device__ __forceinline__ void put_as(void *to, const float (&x)[N], int64_t c, int64_t C) {
     Raw<T, N> y;
     narrow<T>(y, x);
     put<ALIGNED>((T *)to, y, c, C);
@@ -53,7 +54,7 @@ extern "C" int adamw_cuda(const void *args, const CudaCall *call) {
     Step s = { (float)(1 - a->lr * a->weight_decay), (float)(a->lr / c1), (float)(1 / sqrt(c2)), (float)a->beta1, (float)a->beta2,
                (float)(1 - a->beta1), (float)(1 - a->beta2), (float)a->eps, (float)a->grad_scale };
     bool fit = aligned(N, a->grad.shape[0], &a->param, &a->m, &a->v, &a->copy, &a->grad);
-    return launch(call, fit ? adamw_kernel<true> : adamw_kernel<false>, dim3((unsigned)ceil_div(a->grad.shape[0], BLOCK * N)), BLOCK,
-                  0, (float *)a->param.data, (float *)a->m.data, (float *)a->v.data, given(&a->copy) ? a->copy.data : nullptr,
+    return launch(call, fit ? adamw_kernel<true> : adamw_kernel<false>, dim3((unsigned)ceil_div(a->grad.shape[0], BLOCK * N)),
+                  BLOCK, 0, (float *)a->param.data, (float *)a->m.data, (float *)a->v.data, given(&a->copy) ? a->copy.data : nullptr,
                   a->copy.dtype, (const float *)a->grad.data, a->grad.shape[0], s);
 }

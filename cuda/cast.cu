@@ -80,7 +80,8 @@ static __device__ __forceinline__ double sum_of_block(double x) {
     return sum;
 }
 
-template<class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK) squares_kernel(double *partial, const T *x, int64_t C) {
+template<class T, bool ALIGNED>
+__global__ void __launch_bounds__(BLOCK) squares_kernel(double *partial, const T *x, int64_t C) {
     constexpr int N = 16 / sizeof(T);
     double sum[2] = { 0, 0 };
     for (int64_t c = ((int64_t)blockIdx.x * UNROLL * BLOCK + threadIdx.x) * N; c < C; c += (int64_t)gridDim.x * UNROLL * BLOCK * N) {
@@ -120,8 +121,9 @@ extern "C" int sum_squares_cuda(const void *args, const CudaCall *call) {
     double *partial = (double *)call->workspace;
     int status = for_dtype(a->x.dtype, [&](auto t) {
         using T = typename decltype(t)::is;
-        return launch(call, aligned(16 / sizeof(T), a->x.shape[0], &a->x) ? squares_kernel<T, true> : squares_kernel<T, false>, dim3(n), BLOCK, 0,
-                      partial, (const T *)a->x.data, a->x.shape[0]);
+        int64_t N = a->x.shape[0];
+        return launch(call, aligned(16 / sizeof(T), N, &a->x) ? squares_kernel<T, true> : squares_kernel<T, false>, dim3(n), BLOCK,
+                      0, partial, (const T *)a->x.data, N);
     });
     return status ? status : launch(call, partials_kernel, dim3(n ? 1 : 0), BLOCK, 0, (double *)a->out.data, partial, (int)n);
 }

@@ -20,7 +20,8 @@ template<class V> static __device__ __forceinline__ V not_a_number() {
 }
 
 template<class V> __global__ void __launch_bounds__(BLOCK) forward_kernel(
-    V *out, int64_t out_row, const V *weight, int64_t weight_row, const int32_t *ids, int64_t rows, int64_t M, int64_t C, unsigned shift) {
+    V *out, int64_t out_row, const V *weight, int64_t weight_row, const int32_t *ids, int64_t rows, int64_t M, int64_t C,
+    unsigned shift) {
     Part p = part<1, U>(shift);
     for (int64_t m = p.m; m < M; m += p.rows) {
         int32_t id = ids[m];
@@ -46,8 +47,8 @@ extern "C" int embedding_forward_cuda(const void *args, const CudaCall *call) {
         using V = typename decltype(v)::is;
         int64_t per = (int64_t)sizeof(V) / size;
         Deal d = deal<1, U>(M, C / per);
-        return launch(call, forward_kernel<V>, d.grid, BLOCK, 0, (V *)a->out.data, a->out.stride[0] / per, (const V *)a->weight.data,
-                      a->weight.stride[0] / per, (const int32_t *)a->ids.data, a->weight.shape[0], M, C / per, d.shift);
+        return launch(call, forward_kernel<V>, d.grid, BLOCK, 0, (V *)a->out.data, a->out.stride[0] / per,
+                      (const V *)a->weight.data, a->weight.stride[0] / per, (const int32_t *)a->ids.data, a->weight.shape[0], M, C / per, d.shift);
     };
     auto fit = [&](int64_t bytes) { return aligned((int)(bytes / size), C, &a->out, &a->weight); };
     return fit(16) ? run(type<uint4>()) : size == 4 || fit(4) ? run(type<unsigned>()) : run(type<unsigned short>());
@@ -58,7 +59,8 @@ extern "C" int embedding_forward_cuda(const void *args, const CudaCall *call) {
 enum { N = 4, AT_ONCE = 4, CHUNK = 64 };                               /* columns of a thread; rows it loads at once; ids kept at hand */
 
 /* The id of the token at place i of the order, and that token; -1 for what is not there or not an id. */
-static __device__ __forceinline__ int32_t id_at(const int32_t *ids, const int32_t *order, int64_t i, int64_t M, int64_t rows, int32_t *token) {
+static __device__ __forceinline__ int32_t id_at(
+    const int32_t *ids, const int32_t *order, int64_t i, int64_t M, int64_t rows, int32_t *token) {
     int32_t m = i >= 0 && i < M ? order[i] : -1, id = m >= 0 && m < M ? ids[m] : -1;
     *token = m;
     return id < rows ? id : -1;
@@ -187,8 +189,8 @@ extern "C" int embedding_backward_cuda(const void *args, const CudaCall *call) {
     int status = for_dtype(a->dout.dtype, [&](auto t) {
         using T = typename decltype(t)::is;
         return launch(call, aligned(N, C, &a->dout, &a->dweight) ? runs_kernel<T, true> : runs_kernel<T, false>,
-                      dim3((unsigned)ceil_div(vectors, threads), (unsigned)p.count), threads, 0, dweight, a->dweight.stride[0], partial,
-                      p.pitch, carried, (const T *)a->dout.data, a->dout.stride[0], (const int32_t *)a->ids.data,
+                      dim3((unsigned)ceil_div(vectors, threads), (unsigned)p.count), threads, 0, dweight, a->dweight.stride[0],
+                      partial, p.pitch, carried, (const T *)a->dout.data, a->dout.stride[0], (const int32_t *)a->ids.data,
                       (const int32_t *)a->order.data, a->dweight.shape[0], M, C, p.length);
     });
     if (status) return status;

@@ -10,7 +10,7 @@
  *   5. weight + scale b a, made for each call: 2 N C and no pass over x or out, but what b a adds below half a
  *      unit in the last place of weight is lost, so a young adapter would do nothing                              wrong
  *   6. a product of our own (wgmma) that goes on from x weight^T to u b^T in its accumulators                     1 P
- * Here: 2. The order of the two steps of forward_ and of dx is all that 1 and 3 would change.
+ * Here: 2. The order of two lines in the forward and in the backward is all that 1 would change.
  *
  * u and du stay float32. Where they meet 16-bit matrices on the tensor cores, each number is split into two or three 16-bit ones
  * that add up to it. da and db are sums over M with small results: rows in at most PIECES pieces, each summed by itself, then
@@ -302,12 +302,12 @@ static int add_sums(const CudaCall *call, float *out, int64_t out_r, int64_t out
         using T = typename decltype(t)::is;
         constexpr int PARTS = std::is_same<T, bf16>::value ? 1 : sizeof(T) == 2 ? 2 : 3;
         dim3 grid((unsigned)ceil_div(C, SUM_COLS), (unsigned)ceil_div(R, SUM_RANKS), (unsigned)pieces);
-        return launch(call, sum_kernel<T, PARTS>, grid, BLOCK, 0, partial, (const T *)x->data, x->stride[0], (const float *)q.data, q.row, M, C,
-                      (int)R, vectors_fit(x, 16 / sizeof(T)));
+        return launch(call, sum_kernel<T, PARTS>, grid, BLOCK, 0, partial, (const T *)x->data, x->stride[0], (const float *)q.data,
+                      q.row, M, C, (int)R, vectors_fit(x, 16 / sizeof(T)));
     });
     if (status) return status;
-    return launch(call, add_pieces_kernel, dim3((unsigned)ceil_div(R * C, BLOCK)), BLOCK, 0, out, out_r, out_c, (const float *)partial, pieces,
-                  R, C, alpha);
+    return launch(call, add_pieces_kernel, dim3((unsigned)ceil_div(R * C, BLOCK)), BLOCK, 0, out, out_r, out_c,
+                  (const float *)partial, pieces, R, C, alpha);
 }
 
 /* ---- the ops ----------------------------------------------------------------------------------------------------- */

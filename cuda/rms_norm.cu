@@ -223,7 +223,8 @@ template<class T, bool ALIGNED> __global__ void __launch_bounds__(MOST, 1) backw
 
 /* For rows in pieces, whose sums do not fit in registers: those of the rows blockIdx.y, blockIdx.y + gridDim.y, ... */
 template<class T> __global__ void __launch_bounds__(BLOCK) columns_kernel(
-    float *partial, int64_t pitch, const T *dout, int64_t dout_row, const T *x, int64_t x_row, const float *rstd, int64_t M, int64_t C) {
+    float *partial, int64_t pitch, const T *dout, int64_t dout_row, const T *x, int64_t x_row, const float *rstd, int64_t M,
+    int64_t C) {
     int64_t c = (int64_t)blockIdx.x * BLOCK + threadIdx.x;
     if (c >= C) return;
     float sum = 0;
@@ -235,7 +236,8 @@ template<class T> __global__ void __launch_bounds__(BLOCK) columns_kernel(
 
 /* dweight += the sum of n rows of partial: a warp has 32 columns of every WARPSth row, then the warps are added. */
 enum { WARPS = 16 };
-__global__ void __launch_bounds__(WARPS * WARP) dweight_kernel(float *dweight, const float *partial, int64_t pitch, int n, int64_t C) {
+__global__ void __launch_bounds__(WARPS * WARP) dweight_kernel(
+    float *dweight, const float *partial, int64_t pitch, int n, int64_t C) {
     __shared__ float sums[WARPS][WARP];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int64_t c = (int64_t)blockIdx.x * WARP + lane;

@@ -71,7 +71,8 @@ static int log2_up_to(int64_t n, int most) {
 
 static int rotate(const char *op, const void *args, const CudaCall *call, float sign) {
     const Rope *a = (const Rope *)args;
-    int64_t B = a->x.shape[0], length = a->x.shape[1], H = a->x.shape[2], D = a->x.shape[3], P = a->cos.shape[0], E = a->cos.shape[1];
+    int64_t B = a->x.shape[0], length = a->x.shape[1], H = a->x.shape[2], D = a->x.shape[3];
+    int64_t P = a->cos.shape[0], E = a->cos.shape[1];
     if (D != 2 * E) return fail("%s: cos axis 1 should be D/2 of D=%lld, got %lld", op, (long long)D, (long long)E);
     if (!given(&a->positions) && B && length > P)
         return fail("%s: cos axis 0 should be at least T=%lld, got %lld", op, (long long)length, (long long)P);

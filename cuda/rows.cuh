@@ -50,17 +50,20 @@ template<class T, int N> static __device__ __attribute__((noinline)) void put_si
 }
 
 /* Elements c .. c+N-1 of a row of C; zeros past its end. */
-template<bool ALIGNED, class T, int BYTES> static __device__ __forceinline__ void get(Words<BYTES> &raw, const T *row, int64_t c, int64_t C) {
+template<bool ALIGNED, class T, int BYTES>
+static __device__ __forceinline__ void get(Words<BYTES> &raw, const T *row, int64_t c, int64_t C) {
     raw = {};
     if (c >= C) return;
     if (ALIGNED) raw = *(const Words<BYTES> *)(row + c);
     else raw = get_single<T, BYTES / sizeof(T)>(row + c, C - c);
 }
-template<bool ALIGNED, class T, int BYTES> static __device__ __forceinline__ void put(T *row, const Words<BYTES> &raw, int64_t c, int64_t C) {
+template<bool ALIGNED, class T, int BYTES>
+static __device__ __forceinline__ void put(T *row, const Words<BYTES> &raw, int64_t c, int64_t C) {
     if (c >= C) return;
+    Words<BYTES> *to = (Words<BYTES> *)(row + c);
     if (ALIGNED)
 #pragma unroll
-        for (int k = 0; k < (int)(sizeof raw / sizeof *raw.word); k++) store_whole(((Words<BYTES> *)(row + c))->word + k, raw.word[k]);
+        for (int k = 0; k < (int)(sizeof raw / sizeof *raw.word); k++) store_whole(to->word + k, raw.word[k]);
     else put_single<T, BYTES / sizeof(T)>(row + c, raw, C - c);
 }
 

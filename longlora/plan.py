@@ -299,6 +299,9 @@ def _workspace(config, dtype, batch_size, length, group_size, lora):
     of_row = new(M, kind=f32)
     ask("linear_cross_entropy_backward", of_row, new(M, C), new(V, C, kind=f32) if head in names else None, new(M, C), new(V, C),
         new(M, kind="int32"), of_row, -100)
+    if "model.embed_tokens.weight" in names:
+        ids = new(M, kind="int32")
+        ask("embedding_backward", new(V, C, kind=f32), new(M, C), ids, ids)
     largest = max(s.shape[0] * (s.shape[1] if len(s.shape) > 1 else 1) for s in stored(config, lora) if s.members[0][0] in names)
     ask("sum_squares", new(1, kind="float64"), new(largest, kind=f32))
     return max(sizes)

@@ -31,11 +31,12 @@ def rows_of_any_length(M, C, dtype):
     weight = checks.random((C,), dtype, 4)
     out, _, total = checks.dense_and_strided(lambda x, r: ops.rms_norm_forward(x, weight, 1e-5, r), x, residual)
     assert total.tobytes() == (x.astype(np.float32) + residual.astype(np.float32)).astype(x.dtype).tobytes()
-    checks.compare(out, checks.reference.rms_norm_forward(total, weight, 1e-5)[0], checks.plain("rms_norm_forward", total, weight, 1e-5)[0])
+    checks.compare(out, checks.reference.rms_norm_forward(total, weight, 1e-5)[0],
+                   checks.plain("rms_norm_forward", total, weight, 1e-5)[0])
     _, rstd, _ = checks.dense_and_strided(lambda x: ops.rms_norm_forward(x, weight, 1e-5), x)
     checks.check("rms_norm_forward", x, weight, 1e-5)
     for dresidual in (None, d):
-        dx, dweight = checks.dense_and_strided(lambda dout, x, d: ops.rms_norm_backward(dout, x, rstd, weight, d), dout, x, dresidual)
+        dx, dweight = checks.dense_and_strided(lambda *a: ops.rms_norm_backward(*a[:2], rstd, weight, a[2]), dout, x, dresidual)
         checks.check("rms_norm_backward", dout, x, rstd, weight, dresidual, floor=4)
     over, twice = dout.copy(), dweight.copy()
     _C.rms_norm_backward(over, twice, over, x, rstd, weight, d)
@@ -45,7 +46,8 @@ def rows_of_any_length(M, C, dtype):
     assert over.tobytes() == dx.tobytes()
 
 
-@pytest.mark.parametrize("M,C", [(1, 8), (70, 16), (3, 24), (300, 64), (70, 128), (3, 136), (3, 256), (5, 520), (3, 1024), (70, 1032)])
+@pytest.mark.parametrize("M,C", [(1, 8), (70, 16), (3, 24), (300, 64), (70, 128), (3, 136), (3, 256), (5, 520), (3, 1024),
+                                 (70, 1032)])
 def test_dense_and_strided_rows(M, C, dtype, isa):
     rows_of_any_length(M, C, dtype)
 

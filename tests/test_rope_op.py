@@ -17,7 +17,8 @@ def test_forward_and_backward(shape, dtype, isa, poison):
         checks.check("rope_backward", x, cos, sin, where)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 1, 16), (2, 5, 3, 64), (1, 2, 4, 72), (1, 3, 9, 80), (2, 2, 32, 128), (1, 1, 70, 256), (1, 1, 2, 4160)])
+@pytest.mark.parametrize("shape", [(1, 3, 1, 16), (2, 5, 3, 64), (1, 2, 4, 72), (1, 3, 9, 80), (2, 2, 32, 128), (1, 1, 70, 256),
+                                   (1, 1, 2, 4160)])
 @pytest.mark.parametrize("name", ["rope_forward", "rope_backward"])
 def test_dense_and_strided_rows_and_in_place(name, shape, dtype, isa):
     cos, sin, x = checks.random((20, shape[3] // 2)), checks.random((20, shape[3] // 2), seed=1), checks.random(shape, dtype)

@@ -36,7 +36,7 @@ def both(q, k, v, dout, **kwargs):
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_every_pattern(boundary, shift, dtype, isa, poison):
-    for T, G in ((24, 8), (24, 24), (63, 7), (130, 65), (300, 2)):
+    for T, G in ((24, 8), (24, 24), (63, 7), (130, 65), (60 if checks.EMULATED else 300, 2)):
         q, k, v, dout = inputs(1, T, 5, 5, 9, dtype)
         both(q, k, v, dout, group_size=G, boundary=boundary, shift=shift)
 
@@ -52,6 +52,19 @@ def test_every_length(G, place):
     for T in (0, 1, 2, 7, G // 2, G // 2 + 1, G - 1, G, G + 1, 3 * G // 2, 5 * G // 2, 4 * G + 3):
         q, k, v, dout = inputs(1, T, 2, 1, 8)
         both(q, k, v, dout, group_size=G)
+
+
+@pytest.mark.parametrize("D", [33, 80, 96, 104, 128, 192, 256])
+def test_every_head_size(D, dtype, isa, poison):
+    """Three query heads, one of them plain, on one KV head; then rows at odd places."""
+    for pad in (0, 1):
+        arrays = inputs(1, 70, 3, 1, D, dtype)
+        both(*([checks.strided(x, pad) for x in arrays] if pad else arrays), group_size=48)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_any_scale(scale, dtype, isa):
+    both(*inputs(1, 40, 2, 1, 16, dtype), group_size=16, scale=scale)
 
 
 def test_the_lengths_that_broke_others(place):
@@ -246,6 +259,8 @@ def test_offsets_beyond_2_to_the_31():
 
 @pytest.mark.parametrize("T,G", [(700, 200), (2500, 2300)])
 def test_equal_bits(T, G, place, each_thread_count):
+    if checks.EMULATED:
+        T, G = T // 3, G // 3
     q, k, v, dout = inputs(1, T, 6, 2, 32)
 
     def once():
@@ -281,22 +296,8 @@ def test_borders_of_documents_that_cannot_be_are_named(borders, message):
         ops.s2_attention_forward(q, k, v, group_size=8, cu_seqlens=np.array(borders, np.int32))
 
 
-@pytest.mark.parametrize("borders", [borders for borders, _ in BAD_BORDERS])
-def test_borders_that_cannot_be_touch_nothing_else_on_cuda(borders, dtype, cuda, poison):
-    """What comes out is not said, but nothing is written or read outside, and the next call is right."""
-    q, k, v, dout = inputs(1, 24, 4, 2, 8, dtype)
-    kwargs = dict(group_size=8, cu_seqlens=np.array(borders, np.int32))
-    out, lse = ops.s2_attention_forward(q, k, v, **kwargs)
-    ops.s2_attention_backward(dout, q, k, v, out, lse, **kwargs)
-    both(q, k, v, dout, group_size=8)
-
-
-@pytest.mark.parametrize("D", [256, 257])
-def test_heads_wider_than_256_are_refused_on_cuda(D, cuda, dtype):
-    q, k, v, dout = inputs(1, 9, 2, 1, D, dtype)
-    if D == 256:
-        both(q, k, v, dout, group_size=4)
-        return
+def test_heads_wider_than_256_are_refused_on_cuda(cuda, dtype):
+    q, k, v, dout = inputs(1, 9, 2, 1, 257, dtype)
     out, lse = np.full_like(q, np.nan), np.full((1, 2, 9), np.nan, np.float32)
     with pytest.raises(ValueError, match="s2_attention_forward: D should be at most 256 on a GPU, got 257"):
         _C.s2_attention_forward(out, lse, q, k, v, None, 4, 0, 0, 1.0)
@@ -311,3 +312,23 @@ def test_heads_that_do_not_divide(place):
         ops.s2_attention_forward(q, k, v, group_size=4)
     with pytest.raises(ValueError, match="B=1, got B=2"):
         ops.s2_attention_forward(*(np.concatenate([q, q]) for _ in range(3)), group_size=4, cu_seqlens=np.array([0, 8], np.int32))
+
+
+@pytest.mark.parametrize("borders", [[5, 1000000, -3, 24, 7], [30, 20, 10, 0], [-2**31, 2**31 - 1], [2**31 - 1, -2**31]])
+def test_borders_that_a_gpu_cannot_refuse(borders, dtype, cuda, poison):
+    """They are not read on the host: nothing outside of the outputs is touched, and the next call is right."""
+    q, k, v, dout = inputs(1, 40, 4, 2, 16, dtype)
+    cu = np.array(borders, np.int64).astype(np.int32)
+    out, lse = ops.s2_attention_forward(q, k, v, group_size=6, cu_seqlens=cu)
+    ops.s2_attention_backward(dout, q, k, v, np.nan_to_num(out), np.nan_to_num(lse), group_size=6, cu_seqlens=cu)
+    both(q, k, v, dout, group_size=6, cu_seqlens=np.array([0, 13, 40], np.int32))
+
+
+@pytest.mark.parametrize("boundary", ["wrap", "swap"])
+def test_a_document_of_a_wrong_length_is_nan(boundary, cuda):
+    q, k, v, dout = inputs(1, 40, 2, 2, 16)
+    kwargs = dict(group_size=6, boundary=boundary, shift="all", cu_seqlens=np.array([0, 12, 28, 40], np.int32))
+    out, lse = ops.s2_attention_forward(q, k, v, **kwargs)
+    results = (out, np.moveaxis(lse, 1, 2), *ops.s2_attention_backward(dout, q, k, v, out, lse, **kwargs))
+    for x in results:
+        assert np.isnan(x[:, 12:28]).all() and np.isfinite(x[:, :12]).all() and np.isfinite(x[:, 28:]).all()

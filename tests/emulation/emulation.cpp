@@ -243,37 +243,41 @@ static void release_barrier() {
 
 static Thread *warp_of(Thread *t) { return t - t->number % WARP; }
 
-static float half_of(unsigned pair, int i, bool bf16) {
-    uint16_t bits = (uint16_t)(pair >> 16 * i);
-    return bf16 ? __bfloat162float(__nv_bfloat16{bits}) : __half2float(__half{bits});
+static void halves(float *x, unsigned pair, bool bf16) {
+    for (int i = 0; i < 2; i++) {
+        uint16_t bits = (uint16_t)(pair >> 16 * i);
+        x[i] = bf16 ? __bfloat162float(__nv_bfloat16{bits}) : __half2float(__half{bits});
+    }
 }
 
 static void do_mma(Thread *warp, bool bf16) {
-    float a[16][16], b[16][8], d[16][8];
+    typedef float Row __attribute__((vector_size(16), may_alias));                /* half a row of b and d */
+    alignas(16) float a[16][16], b[16][8], d[16][8];
     for (int lane = 0; lane < WARP; lane++) {
         const Thread &t = warp[lane];
         int g = lane / 4, k = lane % 4 * 2;
-        for (int i = 0; i < 2; i++) {
-            a[g][k + i] = half_of(t.a[0], i, bf16);
-            a[g + 8][k + i] = half_of(t.a[1], i, bf16);
-            a[g][k + 8 + i] = half_of(t.a[2], i, bf16);
-            a[g + 8][k + 8 + i] = half_of(t.a[3], i, bf16);
-            b[k + i][g] = half_of(t.b[0], i, bf16);
-            b[k + 8 + i][g] = half_of(t.b[1], i, bf16);
-            d[g][k + i] = t.d[i];
-            d[g + 8][k + i] = t.d[2 + i];
+        float column[4];
+        halves(&a[g][k], t.a[0], bf16);
+        halves(&a[g + 8][k], t.a[1], bf16);
+        halves(&a[g][k + 8], t.a[2], bf16);
+        halves(&a[g + 8][k + 8], t.a[3], bf16);
+        halves(column, t.b[0], bf16);
+        halves(column + 2, t.b[1], bf16);
+        b[k][g] = column[0], b[k + 1][g] = column[1], b[k + 8][g] = column[2], b[k + 9][g] = column[3];
+        memcpy(&d[g][k], t.d, 8);
+        memcpy(&d[g + 8][k], t.d + 2, 8);
+    }
+    for (int m = 0; m < 16; m++) {
+        Row *sum = (Row *)d[m];
+        for (int k = 0; k < 16; k++) {
+            sum[0] += a[m][k] * ((Row *)b[k])[0];
+            sum[1] += a[m][k] * ((Row *)b[k])[1];
         }
     }
-    for (int m = 0; m < 16; m++)
-        for (int k = 0; k < 16; k++)
-            for (int n = 0; n < 8; n++) d[m][n] += a[m][k] * b[k][n];
     for (int lane = 0; lane < WARP; lane++) {
-        Thread &t = warp[lane];
         int g = lane / 4, k = lane % 4 * 2;
-        for (int i = 0; i < 2; i++) {
-            t.d[i] = d[g][k + i];
-            t.d[2 + i] = d[g + 8][k + i];
-        }
+        memcpy(warp[lane].d, &d[g][k], 8);
+        memcpy(warp[lane].d + 2, &d[g + 8][k], 8);
     }
 }
 

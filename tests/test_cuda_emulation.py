@@ -1,0 +1,95 @@
+"""The CUDA kernels without a GPU: cuda/*.cu compiled as C++ against tests/emulation, and the op tests run on that.
+
+It proves index arithmetic, barriers, masks and guard zones, and that results do not depend on the order of threads and blocks; it
+says nothing about speed, nor about what a compiler for GPUs makes of the sources.
+"""
+import os
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CXX = os.environ.get("CXX") or "c++"
+# Two runs side by side, of about the same length.
+TESTS = [["s2_attention"],
+         ["cast", "embedding", "rms_norm", "rope_op", "swiglu", "adamw", "matmul", "lora_linear", "linear_cross_entropy"]]
+LEAST = 700                                                            # tests that must have run
+ORDERS = ["forward", "reversed", "shuffled"]
+
+pytestmark = [
+    pytest.mark.skipif(not (ROOT / "cuda").exists(), reason="the CUDA sources are not here: these tests need the source tree"),
+    pytest.mark.skipif(not shutil.which(CXX), reason=f"no C++ compiler: {CXX} is not installed"),
+    pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="the sanitizers know nothing of fibers"),
+]
+
+
+def run(command, order="forward", **environment):
+    """-> what it printed; an AssertionError with it where it failed."""
+    environment = {**os.environ, "LONGLORA_EMULATION_ORDER": order, **environment}
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout[-20000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """-> a folder with the package built for the emulation. Objects that another build in this tree has made are taken."""
+    folder = tmp_path_factory.mktemp("emulated")
+    run([sys.executable, "setup.py", "-q", "build", "--build-lib", folder], LONGLORA_CUDA="emulation")
+    return folder
+
+
+def test_the_emulation_itself(tmp_path):
+    """Kernels whose answers are known, and wrong ones that must be found out; no warning in any of it."""
+    program = tmp_path / "test_emulation"
+    run([CXX, *"-std=c++17 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-exceptions -fno-rtti -fsanitize=alignment,bounds,shift "
+         "-DLONGLORA_EMULATION -Icuda -Itests/emulation -pthread -x c++".split(), "tests/emulation/test_emulation.cu",
+         "tests/emulation/emulation.cpp", "-o", program])
+    print(run([program]))
+
+
+def run_tests(package, report, files, *options):
+    """-> {test: why it was skipped, None where it passed}; none failed."""
+    start = time.monotonic()
+    run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"--junitxml={report}", *options, *files],
+        PYTHONPATH=str(package))
+    cases = list(xml.etree.ElementTree.parse(report).getroot().iter("testcase"))
+    skipped = {case.get("name"): case.find("skipped") for case in cases}
+    print(f"{len(cases)} tests in {time.monotonic() - start:.0f} s:", *files)
+    return {name: None if why is None else why.get("message") for name, why in skipped.items()}
+
+
+def test_every_op(package, tmp_path):
+    """The op tests as they are, on CUDA: all must run, none may fail."""
+    def part(names):
+        return run_tests(package, tmp_path / f"{names[0]}.xml", [f"tests/test_{name}.py" for name in names], "-k", "cuda")
+    with ThreadPoolExecutor(2) as pool:
+        parts = list(pool.map(part, TESTS))
+    assert not [name for tests in parts for name, skipped in tests.items() if skipped or "cuda" not in name]
+    assert sum(map(len, parts)) >= LEAST
+
+
+def test_the_border_and_the_driver(package, tmp_path):
+    """The other tests of CUDA; what needs two devices starts a process of its own that has them."""
+    files = sorted(ROOT.glob("tests/test_cuda_*.py"))
+    files.remove(Path(__file__).resolve())
+    tests = run_tests(package, tmp_path / "others.xml", files)
+    assert {why for why in tests.values() if why} <= {"there is a GPU", "needs two CUDA devices"}
+
+
+def test_results_do_not_depend_on_the_order_of_threads_and_blocks(package):
+    """Bit for bit; a missing barrier shows as a difference between two orders."""
+    def digests(order):
+        return run([sys.executable, "tests/cuda_digests.py"], order, PYTHONPATH=os.pathsep.join([str(package), "tests"]))
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(digests, ORDERS))
+    print(len(results[0].splitlines()), "results in", *ORDERS, "order")
+    for result in results[1:]:
+        assert result.splitlines() == results[0].splitlines()
