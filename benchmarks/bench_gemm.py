@@ -1,10 +1,14 @@
 """matmul against torch.mm: the products of a SmolLM2 step (forward NT, dx NN, dW TN), big squares, skinny and odd shapes."""
+import math
+
 from benchmarks.harness import Bench
 from longlora import _C, ops
 
 LAYER = [(2048, 576, 576), (2048, 192, 576), (2048, 1536, 576), (2048, 576, 1536)]
 NT = LAYER + [(2048, 49152, 576), (2048, 2048, 2048), (4096, 4096, 4096), (2048, 8, 576), (2048, 576, 8), (1, 2048, 2048),
               (7, 576, 576), (100, 576, 576), (2048, 577, 576), (2047, 575, 577)]
+ODD = [((7, 576, 576), (8, 576, 576)), ((100, 576, 576), (96, 576, 576)), ((2048, 577, 576), (2048, 576, 576)),
+       ((2047, 575, 577), (2048, 576, 576))]
 SHAPES = [("NT", shape) for shape in NT] + [(kind, shape) for kind in ("NN", "TN") for shape in LAYER + [(2048, 2048, 2048)]]
 
 
@@ -37,6 +41,13 @@ def main(argv=None):
             out, out_torch = bench.random(m, n, dtype=dtype), bench.torch.empty((m, n), dtype=at.dtype)
             bench.row(name, lambda: ops._C.matmul(out, a, b, 1.0, 0.0), lambda: bench.torch.mm(at, bt, out=out_torch),
                       dtype=dtype, flops=2 * m * n * k)
+        for odd, near in ODD:
+            calls = []
+            for m, n, k in (odd, near):
+                a, b, out = (bench.random(*shape, dtype=dtype) for shape in ((m, k), (n, k), (m, n)))
+                calls.append(lambda out=out, a=a, b=b: ops._C.matmul(out, a, b.T, 1.0, 0.0))
+            name = "NT M={} N={} K={}"
+            bench.neighbour(f"odd {name.format(*odd)}", *calls, 2 * math.prod(odd), 2 * math.prod(near), name.format(*near), dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """S2-Attn against torch's best form of it: the shifted heads moved by one index, groups folded into the batch, SDPA with
 is_causal. Useful FLOPs, causal half only: forward 4 H L (G/2) D, backward 2.5 times that. On a GPU: bfloat16, forward and backward
 together, SDPA's backend forced to flash and to cuDNN."""
+import functools
 import math
 
 from benchmarks.harness import Bench
@@ -9,6 +10,9 @@ from longlora.profile import pairs
 
 L, H = 8192, 8
 CASES = [(D, G) for D in (64, 128) for G in (512, 1024, 2048, 4096)] + [(80, 512), (96, 300)]
+# (T, D, G) and its round neighbour
+ODD = [((8192, 80, 512), (8192, 64, 512)), ((8192, 96, 512), (8192, 128, 512)), ((8192, 64, 300), (8192, 64, 256)),
+       ((5000, 64, 512), (4096, 64, 512))]
 
 
 class Peer:
@@ -113,6 +117,17 @@ def main(argv=None):
             bench.row(f"forward {name}", lambda: ops.s2_attention_forward(q, k, v, group_size=G), peer and forward, dtype=dtype, flops=flops)
             bench.row(f"backward {name}", lambda: ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=G), peer and backward,
                       dtype=dtype, flops=2.5 * flops)
+        for cases in ODD:
+            ways, flops, names = [], [], []
+            for T, D, G in cases:
+                q, k, v, dout = (bench.random(1, T, H, D, dtype=dtype) for _ in range(4))
+                out, lse = ops.s2_attention_forward(q, k, v, group_size=G)
+                ways.append((functools.partial(ops.s2_attention_forward, q, k, v, group_size=G),
+                             functools.partial(ops.s2_attention_backward, dout, q, k, v, out, lse, group_size=G)))
+                flops.append(4 * pairs(T, H, G, "split", "half") * D)
+                names.append(f"T={T} D={D} G={G}")
+            for i, way in enumerate(("forward", "backward")):
+                bench.neighbour(f"odd {way} {names[0]}", ways[0][i], ways[1][i], *((1, 2.5)[i] * n for n in flops), names[1], dtype=dtype)
 
 
 if __name__ == "__main__":

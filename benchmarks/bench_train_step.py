@@ -38,13 +38,13 @@ def tokens(length):
     return np.random.default_rng(0).integers(0, CONFIG["vocab_size"], length + 1).astype(np.int32)
 
 
-def our_step(length, group, dtype):
+def our_step(length, group, dtype, layers):
     from longlora.adapter import LoraConfig
     from longlora.config import read_config
     from longlora.model import Model
     from longlora.optimizer import AdamW
     from longlora.plan import plan
-    config = read_config(CONFIG)
+    config = read_config(CONFIG | {"num_hidden_layers": layers})
     about = plan(config, dtype=dtype, sequence_length=length, group_size=group, lora=LoraConfig())
     model = Model(config, dtype=dtype, lora=LoraConfig(), plan=about,
                   attention={"group_size": group, "boundary": "split", "shift": "half"})
@@ -117,11 +117,11 @@ def torch_step(length, group, dtype, checkpointing=False, swapped=False):
     return step
 
 
-def one_side(side, length, group, dtype, repeats):
+def one_side(side, length, group, dtype, repeats, layers):
     """In a process of its own: a warm-up step, then `repeats` timed ones -> one JSON line."""
     kept = None
     if side == "ours":
-        step, kept = our_step(length, group, dtype)
+        step, kept = our_step(length, group, dtype, layers)
     else:
         step = torch_step(length, group, dtype, side == "peer checkpointing", side == "torch")
     losses, times = [step()], []
@@ -206,13 +206,13 @@ def on_gpu(bench):
                      dtype="bfloat16", target=(5, 2), judged="ours")
 
 
-def measured(bench, sides, length, group, dtype):
+def measured(bench, sides, length, group, dtype, threads=None, layers=CONFIG["num_hidden_layers"], least=2):
     """Each side in a process of its own -> dict of what they printed."""
-    figures, repeats = {}, max(2, round(bench.options.seconds * 2))
+    figures, repeats = {}, max(least, round(bench.options.seconds * 2))
     for side in sides:
         command = [sys.executable, "-m", "benchmarks.bench_train_step", "--side", side, "--length", str(length), "--group", str(group),
-                   "--dtype", dtype, "--repeats", str(repeats)]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(bench.options.threads)}, check=True,
+                   "--dtype", dtype, "--repeats", str(repeats), "--layers", str(layers)]
+        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads or bench.options.threads)}, check=True,
                               stdout=subprocess.PIPE, text=True)
         figures[side] = json.loads(done.stdout.splitlines()[-1])
     return figures
@@ -232,13 +232,28 @@ def compare(bench, ours, peers, cases):
                                  dtype=dtype, peer_name=side.replace("peer", "transformers+peft"))
 
 
+def scaling(bench):
+    """Ours against ours: all threads over one; and, in two layers, a token of a long sequence over one of a short."""
+    def seconds(length, dtype, **how):
+        return measured(bench, ("ours",), length, 512, dtype, **how)["ours"]["seconds"]
+
+    for dtype in ("float32", "bfloat16"):
+        name, threads = "T=2048 G=512 on all threads", bench.options.threads
+        if bench.wants(name, dtype) and threads > 1:
+            bench.record(name, seconds(2048, dtype), seconds(2048, dtype, threads=1), "s", dtype=dtype, peer_name="1 thread")
+        name = "2 layers, a token of T=32768 G=512"
+        if bench.wants(name, dtype):
+            ours, near = (seconds(T, dtype, layers=2, least=1) / T * 1e6 for T in (32768, 2048))
+            bench.record(name, ours, near, "us", dtype=dtype, peer_name="T=2048 G=512")
+
+
 def main(argv=None):
     if argv is None:
         argv = sys.argv[1:]
     if argv[:1] == ["--side"]:
         parser = argparse.ArgumentParser()
         parser.add_argument("--side")
-        for name in ("length", "group", "repeats"):
+        for name in ("length", "group", "repeats", "layers"):
             parser.add_argument(f"--{name}", type=int)
         parser.add_argument("--dtype")
         return one_side(**vars(parser.parse_args(argv)))
@@ -253,6 +268,7 @@ def main(argv=None):
     if bench.gpu is not None:
         return on_gpu(bench)
     compare(bench, "ours", ("peer", "peer checkpointing"), CASES)
+    scaling(bench)
 
 
 if __name__ == "__main__":

@@ -145,6 +145,13 @@ class Bench:
         return self.record(name, figures[0], figures[1] if peer else None, unit, dtype=dtype, peer_name=peer_name,
                            ratio=times[1] / times[0] if peer else None, peak=peak, target=target, judged=judged)
 
+    def neighbour(self, name, odd, near, flops, near_flops, near_name, *, dtype="float32"):
+        """Ours against ours: the rate of an odd shape over that of its round neighbour."""
+        if self.wants(name, dtype):
+            times = interleaved([odd, near], self.options.seconds)
+            rates = flops / times[0] / 1e9, near_flops / times[1] / 1e9
+            self.record(name, *rates, "GF/s", dtype=dtype, peer_name=near_name, ratio=rates[0] / rates[1])
+
     def record(self, name, ours, peer, unit, *, dtype="float32", peer_name="torch", ratio=None, peak=None, target=None,
                judged=None):
         """Prints and records a row measured elsewhere. `ratio` is by default that of two costs, peer / ours. Returns it.

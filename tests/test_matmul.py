@@ -20,9 +20,12 @@ def test_every_layout(shape, transposed, dtype, isa, poison):
 
 
 # More than one depth of k (1280 floats, 2560 bfloat16), more rows than a task has, more columns than are packed at once, a
-# few rows of output over a long k, 16 columns and fewer, four vectors of columns.
+# few rows of output over a long k, 16 columns and fewer, four vectors of columns; one row, one column, rows that are a multiple
+# of 2 KiB apart, very short sums.
 BIG = [("NT", 500, 2700, 70), ("NN", 501, 1300, 100), ("TN", 490, 2700, 130), ("NT", 20, 2700, 300), ("NT", 9, 700, 5000), ("TN", 6, 3000, 130),
-       ("TN", 130, 3000, 6), ("TN", 300, 1400, 250), ("NT", 300, 1301, 13), ("NN", 40, 300, 61), ("NN", 70, 1300, 4000)]
+       ("TN", 130, 3000, 6), ("TN", 300, 1400, 250), ("NT", 300, 1301, 13), ("NN", 40, 300, 61), ("NN", 70, 1300, 4000),
+       ("NT", 1, 300, 333), ("NT", 1, 7, 90), ("NN", 1, 300, 333), ("NT", 333, 300, 1), ("TN", 9, 300, 400), ("TN", 12, 300, 401),
+       ("NT", 50, 1024, 130), ("NN", 131, 1536, 90), ("NT", 300, 8, 200), ("NN", 301, 1, 100), ("NT", 260, 16, 97)]
 
 
 @pytest.mark.parametrize("transposed,M,C,N", BIG, ids=str)
@@ -61,8 +64,9 @@ def test_beta(place):
     np.testing.assert_allclose(out, 2 * a.astype(float) @ b, rtol=1e-5, atol=1e-5)
 
 
-def test_same_bits_for_any_number_of_threads(place, each_thread_count, dtype):
-    a, b = checks.random((123, 700), dtype), checks.random((700, 31), dtype, 1)
+@pytest.mark.parametrize("M,C,N", [(123, 700, 31), (1, 700, 310), (300, 700, 8), (300, 8, 130), (200, 1024, 100), (9, 700, 200)], ids=str)
+def test_same_bits_for_any_number_of_threads(each_thread_count, dtype, isa, M, C, N):
+    a, b = checks.random((M, C), dtype), checks.random((N, C), dtype, 1).T
     results = each_thread_count(lambda: ops.matmul(a, b))
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])

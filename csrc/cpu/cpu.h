@@ -11,7 +11,7 @@
 #include <math.h>
 #include <stddef.h>
 #include <string.h>
-#ifdef __F16C__
+#if defined __AVX2__ || defined __F16C__
 #include <immintrin.h>
 #endif
 
@@ -40,8 +40,40 @@ typedef uint16_t vh __attribute__((vector_size(2 * VW), may_alias));
 static inline vf vf_set1(float x) { return x - (vf){0}; }
 static inline vf vf_load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
 static inline void vf_store(float *p, vf x) { memcpy(p, &x, sizeof x); }
-static inline vf vf_select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
-static inline vf vf_max(vf a, vf b) { return vf_select(a > b, a, b); }
+/* mask is all ones or all zeros in each lane. */
+static inline vf vf_select(vi mask, vf a, vf b) {
+#if defined __AVX2__ && !defined __AVX512F__
+    return (vf)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)mask);
+#else
+    return (vf)(((vi)a & mask) | ((vi)b & ~mask));
+#endif
+}
+/* a > b ? a : b and a < b ? a : b, so b where one is a NaN: what one instruction of x86 does. */
+static inline vf vf_max(vf a, vf b) {
+#if defined __AVX512F__
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined __AVX2__
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return vf_select(a > b, a, b);
+#endif
+}
+static inline vf vf_min(vf a, vf b) {
+#if defined __AVX512F__
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined __AVX2__
+    return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return vf_select(a < b, a, b);
+#endif
+}
+/* x in a register, where gcc would load it again for every use. */
+static inline vf vf_keep(vf x) {
+#if defined __AVX2__
+    __asm__("" : "+v"(x));
+#endif
+    return x;
+}
 
 /* Sum of the lanes, in a fixed tree: halves, quarters, ... In shuffles, because gcc makes a loop through memory of indices. */
 static inline float vf_sum(vf x) {
@@ -73,13 +105,28 @@ static inline vf vf_exp(vf x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    vf c = vf_select(n > 254.0f, vf_set1(254.0f), n);
-    c = vf_select(c < -252.0f, vf_set1(-252.0f), c);
+    vf c = vf_max(vf_min(n, vf_set1(254.0f)), vf_set1(-252.0f));
     vi whole = __builtin_convertvector(c, vi), half = whole >> 1;
     p = p * (vf)((half + 127) << 23) * (vf)((whole - half + 127) << 23);
     p = vf_select(x > 88.72283f, vf_set1(INFINITY), p);
     p = vf_select(x < -87.33654f, vf_set1(0.0f), p);
     return vf_select(x == x, p, x);
+}
+
+/* exp for x below 88, relative error below 2^-22: as vf_exp, n straight into the exponent. 0 from -87.7 down, NaN
+ * stays NaN. */
+static inline vf vf_exp_below(vf x) {
+    const float magic = 12582912.0f;                                   /* 1.5 * 2^23: adding it rounds to an integer */
+    x = vf_max(vf_set1(-88.0f), x);
+    vf t = x * 1.44269504088896341f + magic, n = t - magic;
+    vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vf p = 8.36878084e-3f + r * 1.38144672e-3f;
+    p = p * r + 4.16683927e-2f;
+    p = p * r + 0.166665196f;
+    p = p * r + 0.49999994f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p * (vf)(((vu)t << 23) + (127u << 23));
 }
 
 /* ---- dtypes: the one place on the CPU that knows how elements are stored ------------------------------------------ */
@@ -167,8 +214,12 @@ static inline void vf_store_any(void *p, int32_t dtype, vf x) {
     if (dtype == F32) { vf_store(p, x); return; }
     if (dtype == BF16) {
         vu u = (vu)x, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16, nan = (u >> 16) | 0x40;
-        vu is_nan = (vu)(x != x);
-        vh h = __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), vh);
+        vu whole = (vu)vf_select(x != x, (vf)nan, (vf)rounded);
+#if defined __AVX2__ && !defined __AVX512F__                           /* gcc clears the upper halves once more */
+        vh h = (vh)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)whole), _mm256_extracti128_si256((__m256i)whole, 1));
+#else
+        vh h = __builtin_convertvector(whole, vh);
+#endif
         memcpy(p, &h, sizeof h);
         return;
     }

@@ -14,7 +14,16 @@
  *   one core, TN 576x576, K = 2048: panels of a packed one by one 178, side by side with the dtype decided outside 200
  *   one core, u, N = 8: as a panel of 16 columns 66, with rows fetched ahead 80, vectors along k 128..144
  *   one core, da, M = 8, K = 2048: b packed 72, b in place 220
- *   one core, M = 192, N = 576, K = 8192 (dx of the loss): b in place 180, packed by each tile for itself 196 */
+ *   one core, M = 192, N = 576, K = 8192 (dx of the loss): b in place 180, packed by each tile for itself 196
+ * and on one core of a Zen 3 (FMA peak 95), other work beside it, ways in turn, the best of each:
+ *   the tile alone, all in the L1 cache: rows in place 81, with a fetch every 16 steps outside of a loop unrolled twice 91;
+ *   packed 90, so unrolled 93
+ *   M = 512, N = K = 2048, rows of a 8 KiB apart: in place 51, copied side by side 52, packed 62; but M = 2048, K = 576,
+ *   where they are not: in place 81, packed 76
+ *   u, N = 8, K = 576: b read for each row 37, kept for two 42; bfloat16: as a panel 27, converted as it is read 36
+ *   M = 1, 2048x2048, bfloat16: as a panel 3, a row of the larger matrix at a time 9
+ *   M = 2048, N = 576, K = 8: panel after panel 9, row after row 15; bfloat16 15, 17
+ *   db, N = 576, M = 8, K = 2048: b packed by each tile 34, two tiles on b in place 49 */
 #include "gemm.h"
 #include "scratch.h"
 
@@ -37,7 +46,7 @@ enum {
     AHEAD = 8,                         /* steps that what is read with a stride is fetched ahead */
     KS = 1280,                         /* steps of k that are packed at once, at most */
     ROWS = 480,                        /* of a in one task, at most */
-    TASK_BYTES = 480 << 10,            /* rows of a that one task works on: half of an L2 cache */
+    TASK_BYTES = (VW == 16 ? 480 : 240) << 10, /* rows of a that one task works on: half of an L2 cache */
     SUM_BYTES = 8 << 20,               /* of sums kept in float32 */
 };
 
@@ -66,14 +75,33 @@ static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /* ---- packing ------------------------------------------------------------------------------------------------------ */
 
-/* Columns of x become its rows: log2(VW) rounds of a perfect shuffle. */
+/* Columns of x become its rows. */
 static inline __attribute__((always_inline)) void transpose(vf x[VW]) {
+#if defined __AVX2__ && !defined __AVX512F__                           /* pairs, pairs of pairs, halves: one instruction each */
+    vf y[VW];
+#pragma GCC unroll 4
+    for (int i = 0; i < VW; i += 2) {
+        y[i] = __builtin_shufflevector(x[i], x[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        y[i + 1] = __builtin_shufflevector(x[i], x[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < VW; i += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            x[i + 2 * j] = __builtin_shufflevector(y[i + j], y[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            x[i + 2 * j + 1] = __builtin_shufflevector(y[i + j], y[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+#pragma GCC unroll 4
+    for (int i = 0; i < VW / 2; i++) {
+        y[i] = __builtin_shufflevector(x[i], x[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        y[i + 4] = __builtin_shufflevector(x[i], x[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < VW; i++) x[i] = y[i];
+#else                                                                  /* log2(VW) rounds of a perfect shuffle */
 #if defined __AVX512F__
 #define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif defined __AVX2__
-#define LOW 0, 8, 1, 9, 2, 10, 3, 11
-#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
 #else
 #define LOW 0, 4, 1, 5
 #define HIGH 2, 6, 3, 7
@@ -89,6 +117,7 @@ static inline __attribute__((always_inline)) void transpose(vf x[VW]) {
 #pragma GCC unroll 16
         for (int i = 0; i < VW; i++) x[i] = y[i];
     }
+#endif
 }
 
 static inline const void *element(Matrix m, int64_t row, int64_t col) {
@@ -113,11 +142,12 @@ static inline uint32_t step1(Matrix b, int64_t k, int64_t j, int64_t K, int64_t 
  * is written in whole vectors too: each store covers the excess of the one before, and the last has none. */
 static inline __attribute__((always_inline)) void pack_turned(float *out, const char *p, int64_t line, int64_t steps, int64_t n,
                                                               int64_t width, float scale, int32_t dtype) {
-    int64_t size = dtype == F32 ? 4 : 2;
-    for (int64_t s = 0; s < steps; s += VW)
-        for (int64_t j = 0; j < width; j += VW) {
+    int64_t size = dtype == F32 ? 4 : 2, per_line = 64 / size, blocks = ceil_div(width, VW) * per_line;
+    for (int64_t s0 = 0; s0 < steps; s0 += per_line)
+        for (int64_t block = 0; block < blocks; block += VW) {         /* whole cache lines, VW of them */
+            int64_t s = s0 + block % per_line, j = block / per_line * VW, count = min64(VW, steps - s);
+            if (count <= 0) continue;
             vf x[VW];
-            int64_t count = min64(VW, steps - s);
 #pragma GCC unroll 16
             for (int i = 0; i < VW; i++) {
                 x[i] = (vf){0};
@@ -250,24 +280,28 @@ static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64
                                                            int direct, int direct_b, int nv, int dot) {
     const float *pa = a->data, *pb = b->data;
     int64_t step_a = direct ? a->step : MR, step_b = direct_b ? b->step : nv * VW;
-    for (int64_t s = 0; s < steps; s++) {
-        vf bv[NV];
-        if (direct && s % 16 == 0)
+    for (int64_t s = 0; s < steps; s += 16) {
+        if (direct)
 #pragma GCC unroll 8
             for (int i = 0; i < MR; i++) __builtin_prefetch(pa + a->row[i] + a->ahead);
+        int64_t end = min64(16, steps - s);
+#pragma GCC unroll 2
+        for (int64_t t = 0; t < end; t++) {
+            vf bv[NV];
 #pragma GCC unroll 3
-        for (int j = 0; j < nv; j++) {
-            bv[j] = vf_load(pb + j * VW);
-            if (direct_b) __builtin_prefetch(pb + AHEAD * step_b + j * VW);
-        }
+            for (int j = 0; j < nv; j++) {
+                bv[j] = vf_load(pb + j * VW);
+                if (direct_b) __builtin_prefetch(pb + AHEAD * step_b + j * VW);
+            }
 #pragma GCC unroll 8
-        for (int i = 0; i < MR; i++) {
-            vf av = vf_set1(pa[direct ? a->row[i] : i]);
+            for (int i = 0; i < MR; i++) {
+                vf av = vf_set1(pa[direct ? a->row[i] : i]);
 #pragma GCC unroll 3
-            for (int j = 0; j < nv; j++) sum[i][j] = multiply_add(sum[i][j], av, bv[j], dot);
+                for (int j = 0; j < nv; j++) sum[i][j] = multiply_add(sum[i][j], av, bv[j], dot);
+            }
+            pa += step_a;
+            pb += step_b;
         }
-        pa += step_a;
-        pb += step_b;
     }
 }
 
@@ -321,26 +355,27 @@ static const Tile tiles[1][2][NV] = { { NAMES(packed), NAMES(direct) } };
 
 /* ---- what happens to a finished tile ------------------------------------------------------------------------------ */
 
-/* out[cols], c's row r from column c: alpha x + beta out + bias + residual. Whole vectors, then the rest one by one. */
+/* out[cols], c's row r from column c: alpha x + beta out + bias + residual; `bare`: alpha x. Whole vectors, then the rest one
+ * by one. */
 static inline __attribute__((always_inline)) void finish_row(const Gemm *g, const float *x, int64_t r, int64_t c, int64_t cols,
-                                                             float beta, int32_t out_dtype) {
+                                                             float beta, int32_t out_dtype, int bare) {
     int64_t size = dtype_size(out_dtype), bias_size = dtype_size(g->bias_dtype), residual_size = dtype_size(g->residual_dtype);
     char *out = (char *)g->c + (r * g->c_row + c) * size;
-    const char *bias = (const char *)g->bias + c * bias_size;
-    const char *residual = (const char *)g->residual + (r * g->residual_row + c) * residual_size;
+    const char *bias = bare ? NULL : (const char *)g->bias + c * bias_size;
+    const char *residual = bare ? NULL : (const char *)g->residual + (r * g->residual_row + c) * residual_size;
     int64_t j = 0;
     for (; j + VW <= cols; j += VW) {
         vf v = g->alpha * vf_load(x + j);
-        if (beta != 0) v += beta * vf_load_any(out + j * size, out_dtype);
-        if (g->bias) v += vf_load_any(bias + j * bias_size, g->bias_dtype);
-        if (g->residual) v += vf_load_any(residual + j * residual_size, g->residual_dtype);
+        if (!bare && beta != 0) v += beta * vf_load_any(out + j * size, out_dtype);
+        if (!bare && g->bias) v += vf_load_any(bias + j * bias_size, g->bias_dtype);
+        if (!bare && g->residual) v += vf_load_any(residual + j * residual_size, g->residual_dtype);
         vf_store_any(out + j * size, out_dtype, v);
     }
     for (; j < cols; j++) {
         float v = g->alpha * x[j];
-        if (beta != 0) v += beta * load1(out + j * size, out_dtype);
-        if (g->bias) v += load1(bias + j * bias_size, g->bias_dtype);
-        if (g->residual) v += load1(residual + j * residual_size, g->residual_dtype);
+        if (!bare && beta != 0) v += beta * load1(out + j * size, out_dtype);
+        if (!bare && g->bias) v += load1(bias + j * bias_size, g->bias_dtype);
+        if (!bare && g->residual) v += load1(residual + j * residual_size, g->residual_dtype);
         store1(out + j * size, out_dtype, v);
     }
 }
@@ -349,31 +384,32 @@ static void finish(const Job *job, const float *x, int64_t x_row, int64_t m, int
                    float beta) {
     const Gemm *g = job->g;
     if (!job->swapped) {
+        int bare = beta == 0 && !g->bias && !g->residual;
         for (int64_t i = 0; i < rows; i++)
-            if (g->c_dtype == BF16) finish_row(g, x + i * x_row, m + i, n, cols, beta, BF16);
-            else finish_row(g, x + i * x_row, m + i, n, cols, beta, g->c_dtype);
+            if (bare && g->c_dtype == BF16) finish_row(g, x + i * x_row, m + i, n, cols, 0, BF16, 1);
+            else if (bare && g->c_dtype == F16) finish_row(g, x + i * x_row, m + i, n, cols, 0, F16, 1);
+            else if (g->c_dtype == BF16) finish_row(g, x + i * x_row, m + i, n, cols, beta, BF16, 0);
+            else finish_row(g, x + i * x_row, m + i, n, cols, beta, g->c_dtype, 0);
         return;
     }
-    float turned[MR];
+    float turned[(int)MR > (int)VW ? MR : VW];
     for (int64_t j = 0; j < cols; j++) {
         for (int64_t i = 0; i < rows; i++) turned[i] = x[i * x_row + j];
-        finish_row(g, turned, n + j, m, rows, beta, g->c_dtype);
+        finish_row(g, turned, n + j, m, rows, beta, g->c_dtype, 0);
     }
 }
 
-static int tile_task(int64_t i, void *context) {
-    const Job *job = context;
+static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
     const Gemm *g = job->g;
-    int64_t m_begin = job->m0 + i / job->tiles_n * job->tile_m, m_end = min64(job->m1, m_begin + job->tile_m);
-    int64_t n_begin = job->n0 + i % job->tiles_n * job->tile_n, n_end = min64(job->n1, n_begin + job->tile_n);
     int64_t steps = job->s1 - job->s0, all = job->steps + job->steps2;
+    int64_t kc = job->M <= 2 * MR ? KC / 3 : KC;                       /* shorter sums are more exact, and few rows add them fast */
     float near[ROWS * NR] __attribute__((aligned(64))), near_b[KC * NR] __attribute__((aligned(64)));
     for (int64_t n = n_begin; n < n_end; n += job->nr) {
         int64_t width = panel_width(job, n), cols = min64(width, n_end - n), s = job->s0, next;
         int there = job->direct_b && n < job->packed_n;
         Tile run = there ? in_place[job->direct] : tiles[job->dot][job->direct][width / VW - 1];
         do {
-            next = job->s1 - s < 2 * KC ? job->s1 - s <= KC ? job->s1 : s + (job->s1 - s + 1) / 2 : s + KC;
+            next = job->s1 - s < 2 * kc ? job->s1 - s <= kc ? job->s1 : s + (job->s1 - s + 1) / 2 : s + kc;
             int64_t part = job->direct ? max64(0, min64(next, job->steps) - s) : next - s;
             Side a = { .step = job->step_a, .ahead = job->ahead }, a2 = { 0 }, b, b2;
             b = (Side){ there ? (const float *)job->b.data + s * job->b.row + n
@@ -404,68 +440,94 @@ static int tile_task(int64_t i, void *context) {
             }
         } while ((s = next) < job->s1);
     }
+}
+
+/* Where all panels of b fit the L1 cache together, MR rows are finished at a time: c is written from row to row. */
+enum { FEW_STEPS = 16 };
+static int tile_task(int64_t i, void *context) {
+    const Job *job = context;
+    int64_t m = job->m0 + i / job->tiles_n * job->tile_m, m_end = min64(job->m1, m + job->tile_m);
+    int64_t n = job->n0 + i % job->tiles_n * job->tile_n, n_end = min64(job->n1, n + job->tile_n);
+    int64_t rows = job->s1 - job->s0 <= FEW_STEPS && !job->local_b ? MR : job->tile_m;
+    for (; m < m_end; m += rows) tile_rows(job, m, min64(m_end, m + rows), n, n_end);
     return 0;
 }
 
-/* ---- a few columns: u = x a^T of LoRA ------------------------------------------------------------------------------ */
+/* ---- a few columns: u = x a^T of LoRA; one row of output ------------------------------------------------------------ */
 
-/* Here the vectors run along k, so that no lane is idle: two rows of a times VW/2 columns of b, VW sums of VW lanes each,
- * which one transposition brings together. b is copied with k dense and zeros at its end. */
+/* Here the vectors run along k, so that no lane is idle: VW/COLUMNS rows of a, converted to float32 as they are read, times
+ * COLUMNS columns of b, VW sums of VW lanes each, which one transposition brings together. A single column takes VW rows at
+ * once: then each element of a is read for itself, as fast as memory gives it. b is copied with k dense and zeros at its end. */
 enum { NARROW_ROWS = 128, COLUMNS = VW / 2 };
 
-static inline __attribute__((always_inline)) int narrow_rows(int64_t block, const Job *job, int dot) {
-    int64_t bytes = job->K * dtype_size(job->a.dtype), whole = bytes / (4 * VW), depth = ceil_div(bytes, 4 * VW) * VW;
-    int64_t columns = ceil_div(job->N, COLUMNS) * COLUMNS, end = min64(job->M, (block + 1) * NARROW_ROWS);
-    float buffer[2][16];
-    for (int64_t m = block * NARROW_ROWS; m < end; m += 2) {
-        const char *x0 = element(job->a, m, 0), *x1 = m + 1 < end ? element(job->a, m + 1, 0) : x0;
-        int64_t ahead = 8 * job->a.row * dtype_size(job->a.dtype);
-        float rest[2][VW] = {0};
-        memcpy(rest[0], x0 + whole * 4 * VW, (size_t)(bytes - whole * 4 * VW));
-        memcpy(rest[1], x1 + whole * 4 * VW, (size_t)(bytes - whole * 4 * VW));
-        for (int64_t n = 0; n < columns; n += COLUMNS) {
+static inline __attribute__((always_inline)) void narrow_step(vf sum[VW], const char *const x[VW], int64_t at, const float *b,
+                                                              int64_t depth, int64_t ahead, int32_t dtype, int dot, int columns) {
+    vf av[VW];
+#pragma GCC unroll 16
+    for (int i = 0; i < VW / columns; i++) {
+        av[i] = dot ? vf_load((const float *)(x[i] + at)) : vf_load_any(x[i] + at, dtype);
+        __builtin_prefetch(x[i] + at + ahead);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < columns; j++) {
+        vf bv = vf_keep(vf_load(b + j * depth));
+#pragma GCC unroll 16
+        for (int i = 0; i < VW / columns; i++) sum[i * columns + j] = multiply_add(sum[i * columns + j], av[i], bv, dot);
+    }
+}
+
+static inline __attribute__((always_inline)) void narrow_rows(const Job *job, int64_t begin, int64_t end, int32_t dtype, int dot,
+                                                              int columns) {
+    enum { MOST = 16 };
+    int64_t size = dtype == F32 || dot ? 4 : 2, bytes = job->K * dtype_size(dtype), whole = bytes / (size * VW);
+    int64_t depth = ceil_div(bytes, size * VW) * VW, all = ceil_div(job->N, columns) * columns, rows = VW / columns;
+    int64_t ahead = (columns == 1 ? 1 : 4) * rows * job->a.row * dtype_size(dtype);
+    float buffer[VW * MOST];
+    for (int64_t m = begin; m < end; m += rows) {
+        const char *x[VW], *end_of[VW];
+        char rest[VW][4 * VW] = {{0}};
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++) {
+            x[i] = element(job->a, min64(m + i, end - 1), 0), end_of[i] = rest[i];
+            memcpy(rest[i], x[i] + whole * size * VW, (size_t)(bytes - whole * size * VW));
+        }
+        for (int64_t n = 0; n < all; n += columns) {
             const float *b = job->pack_b + n * depth;
             vf sum[VW];
 #pragma GCC unroll 16
             for (int j = 0; j < VW; j++) sum[j] = (vf){0};
-            for (int64_t k = 0; k < whole; k++) {
-                vf a0 = vf_load((const float *)(x0 + k * 4 * VW)), a1 = vf_load((const float *)(x1 + k * 4 * VW));
-                __builtin_prefetch(x0 + ahead + k * 4 * VW);
-                __builtin_prefetch(x1 + ahead + k * 4 * VW);
-#pragma GCC unroll 8
-                for (int j = 0; j < COLUMNS; j++) {
-                    vf bv = vf_load(b + j * depth + k * VW);
-                    sum[j] = multiply_add(sum[j], a0, bv, dot);
-                    sum[COLUMNS + j] = multiply_add(sum[COLUMNS + j], a1, bv, dot);
-                }
-            }
-            if (depth > whole * VW)
-#pragma GCC unroll 8
-                for (int j = 0; j < COLUMNS; j++) {
-                    vf bv = vf_load(b + j * depth + whole * VW);
-                    sum[j] = multiply_add(sum[j], vf_load(rest[0]), bv, dot);
-                    sum[COLUMNS + j] = multiply_add(sum[COLUMNS + j], vf_load(rest[1]), bv, dot);
-                }
+            for (int64_t k = 0; k < whole; k++) narrow_step(sum, x, k * size * VW, b + k * VW, depth, ahead, dtype, dot, columns);
+            if (depth > whole * VW) narrow_step(sum, end_of, 0, b + whole * VW, depth, 0, dtype, dot, columns);
             transpose(sum);
 #pragma GCC unroll 16
             for (int j = 1; j < VW; j++) sum[0] += sum[j];
-            memcpy(buffer[0] + n, &sum[0], sizeof(float) * COLUMNS);
-            memcpy(buffer[1] + n, (float *)&sum[0] + COLUMNS, sizeof(float) * COLUMNS);
+#pragma GCC unroll 16
+            for (int i = 0; i < rows; i++) memcpy(buffer + i * MOST + n, (float *)&sum[0] + i * columns, sizeof(float) * columns);
         }
-        finish(job, buffer[0], 16, m, 0, min64(2, end - m), job->N, job->g->beta);
+        finish(job, buffer, MOST, m, 0, min64(rows, end - m), job->N, job->g->beta);
     }
-    return 0;
+}
+
+static inline __attribute__((always_inline)) void narrow_dtype(const Job *job, int64_t begin, int64_t end, int32_t dtype, int dot) {
+    if (job->N == 1) narrow_rows(job, begin, end, dtype, dot, 1);
+    else narrow_rows(job, begin, end, dtype, dot, COLUMNS);
 }
 
 static int narrow_task(int64_t block, void *context) {
     const Job *job = context;
-    return job->dot ? narrow_rows(block, job, 1) : narrow_rows(block, job, 0);
+    int64_t begin = block * NARROW_ROWS, end = min64(job->M, begin + NARROW_ROWS);
+    if (job->dot) narrow_dtype(job, begin, end, BF16, 1);
+    else if (job->a.dtype == F32) narrow_dtype(job, begin, end, F32, 0);
+    else if (job->a.dtype == BF16) narrow_dtype(job, begin, end, BF16, 0);
+    else narrow_dtype(job, begin, end, F16, 0);
+    return 0;
 }
 
 static int narrow_pack(int64_t n, void *context) {
     const Job *job = context;
-    int64_t depth = ceil_div(job->steps, VW) * VW, per = job->dot ? 2 : 1;
-    for (int64_t s = 0; s < depth; s++) {
+    int64_t depth = ceil_div(job->steps, VW) * VW, per = job->dot ? 2 : 1, s = 0;
+    if (n < job->N && job->b.row == 1 && !job->dot) load_row(job->pack_b + n * depth, element(job->b, 0, n), job->b.dtype, s = job->K);
+    for (; s < depth; s++) {
         uint32_t u = step1(job->b, s * per, n, job->K, job->N, 1, job->dot);
         memcpy(job->pack_b + n * depth + s, &u, 4);
     }
@@ -473,7 +535,7 @@ static int narrow_pack(int64_t n, void *context) {
 }
 
 static int narrow(Job *job) {
-    int64_t columns = ceil_div(job->N, COLUMNS) * COLUMNS;
+    int64_t columns = job->N == 1 ? 1 : ceil_div(job->N, COLUMNS) * COLUMNS;
     if (!(job->pack_b = scratch(4 * columns * ceil_div(job->steps, VW) * VW))) return -1;
     int status = parallel_for(columns, job->steps, narrow_pack, job);
     int64_t cost = NARROW_ROWS * columns * (job->steps / 64 + 1);
@@ -492,7 +554,7 @@ int CPU(gemm)(const Gemm *g) {
     int64_t per = job.dot ? 2 : 1;
     /* Few rows: the transposed product reads the larger matrix where it lies instead of packing it for so little use.
      * Few columns and a dense along m: as rows they fill the vectors. */
-    if ((g->M <= 128 && g->M < g->N && g->b.row == 1 && g->b.dtype == unit) || (g->N <= 64 && g->N < g->M && g->a.row == 1)) {
+    if ((g->M <= 128 && g->M < g->N && g->b.row == 1 && (g->b.dtype == unit || (g->M == 1 && g->R == 0))) || (g->N <= 64 && g->N < g->M && g->a.row == 1)) {
         job.swapped = 1;
         job.M = g->N, job.N = g->M;
         job.a = transposed(g->b), job.b = transposed(g->a), job.a2 = transposed(g->b2), job.b2 = transposed(g->a2);
@@ -502,12 +564,14 @@ int CPU(gemm)(const Gemm *g) {
     if (!job.dot && job.a.row == 1 && job.a.dtype == F32 && job.M <= 256) /* the other way round; too few rows to pack them */
         job.direct = 1, job.step_a = job.a.col, job.ahead = AHEAD * job.a.col;
     if (!job.dot && !job.direct && job.a.col == 1) job.direct = job.copied = 1;
+    /* Rows a multiple of half a page apart fall on the same few lines of the L1 cache, where they push each other out. */
+    if (!job.dot && !job.copied && job.a.col == 1 && job.a.row % 512 == 0 && job.N > 4 * NR) job.direct = 0;
     job.nr = NV == 3 && ceil_div(job.N, VW) == 4 ? 2 * VW : NR;
     job.direct_b = !job.dot && job.b.col == 1 && job.b.dtype == F32 && job.R == 0 && job.nr == NR &&
-                   job.M <= MR;
+                   job.M <= (VW == 8 ? 2 * MR : MR);
     job.local_b = !job.direct_b && job.M <= ROWS && job.N > 4 * NR;
     job.steps = ceil_div(job.K, per), job.steps2 = ceil_div(job.R, per);
-    if (job.N <= 16 && job.direct && !job.copied && job.step_a == 1 && job.R == 0 && job.K) return narrow(&job);
+    if (job.N <= 16 && job.direct && job.step_a == 1 && job.R == 0 && job.K) return narrow(&job);
     int64_t all = job.steps + job.steps2, depth = max64(1, ceil_div(all, max64(1, ceil_div(all, KS))));
     job.plain = g->c_dtype == F32 && !job.swapped && g->alpha == 1 && (g->beta == 0 || g->beta == 1) && !g->bias &&
                 !g->residual;

@@ -42,7 +42,7 @@ static int reduce_block(int64_t block, void *context) {
             for (int j = 0; j < VECTORS; j++) max[j] = vf_max(vf_load(x + v * c->stride + j * VW), max[j]);
         for (int64_t v = v0; v < v1; v++)
             for (int j = 0; j < VECTORS; j++) {
-                vf e = vf_exp(vf_load(x + v * c->stride + j * VW) - max[j]);
+                vf e = vf_exp_below(vf_load(x + v * c->stride + j * VW) - max[j]);
                 if (c->dlosses) vf_store(x + v * c->stride + j * VW, e);
                 sum[j] += e;
             }

@@ -31,12 +31,15 @@ static inline void forward_row(const RmsNormForward *a, int64_t m, int32_t dtype
     const char *x = at(&a->x, m * a->x.stride[0]), *weight = a->weight.data;
     const char *residual = given(&a->residual) ? at(&a->residual, m * a->residual.stride[0]) : NULL;
     vf squares[2] = {{0}};
-    for (int64_t c = 0, i = 0; c < C; c += VW, i ^= 1) {
-        vf v = get(x, dtype, c, C);
-        if (residual) v += get(residual, dtype, c, C);
-        if (sum) { put(sum, dtype, c, C, v); v = get(sum, dtype, c, C); }
-        squares[i] += v * v;
-    }
+    for (int64_t c0 = 0; c0 < C; c0 += 2 * VW)
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {                                  /* unrolled, so that the sums stay in registers */
+            int64_t c = c0 + i * VW;
+            vf v = get(x, dtype, c, C);
+            if (residual) v += get(residual, dtype, c, C);
+            if (sum) { put(sum, dtype, c, C, v); v = get(sum, dtype, c, C); }
+            squares[i] += v * v;
+        }
     float rstd = 1.0f / sqrtf(vf_sum(squares[0] + squares[1]) / (float)(C ? C : 1) + (float)a->eps);
     const char *source = sum ? sum : x;
     for (int64_t c = 0; c < C; c += VW) put(out, dtype, c, C, get(source, dtype, c, C) * rstd * get(weight, dtype, c, C));
@@ -70,8 +73,12 @@ static inline void backward_row(const RmsNormBackward *a, int64_t m, int32_t dty
     const char *dresidual = given(&a->dresidual) ? at(&a->dresidual, m * a->dresidual.stride[0]) : NULL;
     float r = ((const float *)a->rstd.data)[m];
     vf dots[2] = {{0}};
-    for (int64_t c = 0, i = 0; c < C; c += VW, i ^= 1)
-        dots[i] += get(dout, dtype, c, C) * get(weight, dtype, c, C) * get(x, dtype, c, C);
+    for (int64_t c0 = 0; c0 < C; c0 += 2 * VW)
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+            int64_t c = c0 + i * VW;
+            dots[i] += get(dout, dtype, c, C) * get(weight, dtype, c, C) * get(x, dtype, c, C);
+        }
     float k = vf_sum(dots[0] + dots[1]) * r * r * r / (float)(C ? C : 1);
     for (int64_t c = 0; c < C; c += VW) {
         vf d = get(dout, dtype, c, C), v = get(x, dtype, c, C);

@@ -106,22 +106,6 @@ static void multiply(int way, float *c, int64_t ldc, const float *a, int64_t lda
     }
 }
 
-/* exp for x <= 0 or little above, relative error below 2^-22: as vf_exp, n straight into the exponent. 0 from -87.7 down, NaN
- * stays NaN. */
-static inline vf exp_below(vf x) {
-    const float magic = 12582912.0f;                                   /* 1.5 * 2^23: adding it rounds to an integer */
-    x = vf_max(vf_set1(-88.0f), x);
-    vf t = x * 1.44269504088896341f + magic, n = t - magic;
-    vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    vf p = 8.36878084e-3f + r * 1.38144672e-3f;
-    p = p * r + 4.16683927e-2f;
-    p = p * r + 0.166665196f;
-    p = p * r + 0.49999994f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    return p * (vf)(((vu)t << 23) + (127u << 23));
-}
-
 /* ---- segments ---------------------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -402,12 +386,12 @@ static void softmax(float *p, const Block *b, float *maximum, float *sum, float 
         }
         for (int64_t j = 0; j < b->keys; j++) for (int i = 0; i < NV; i++) {
             float *x = column + j * BQ + i * VW;
-            vf e = exp_below(vf_load(x) - top[i]);
+            vf e = vf_exp_below(vf_load(x) - top[i]);
             vf_store(x, e);
             total[i] += e;
         }
         for (int i = 0; i < NV; i++) {
-            vf less = exp_below(old[i] - top[i]);
+            vf less = vf_exp_below(old[i] - top[i]);
             vf_store(shrink + (v + i) * VW, less);
             vf_store(sum + (v + i) * VW, vf_load(sum + (v + i) * VW) * less + total[i]);
         }
@@ -542,7 +526,7 @@ static void backward_task(const Backward *b, const Task *task, float *memory) {
                 int any = any_hidden(&block, j);
                 for (int64_t i = 0; i < BQ / VW; i++) {
                     float *pj = p + j * BQ + i * VW, *dsj = ds + j * BQ + i * VW;
-                    vf e = exp_below(vf_load(pj) - vf_load(lse + i * VW)), d = e * (vf_load(dsj) - vf_load(delta + i * VW));
+                    vf e = vf_exp_below(vf_load(pj) - vf_load(lse + i * VW)), d = e * (vf_load(dsj) - vf_load(delta + i * VW));
                     if (any) {
                         vi mask = hidden(&block, j, i);
                         e = vf_select(mask, (vf){0}, e);

@@ -3,7 +3,7 @@
 
 enum { BLOCK = 2048 };                 /* elements of a row in a task */
 
-static inline vf sigmoid(vf x) { return 1.0f / (1.0f + vf_exp(-x)); }
+static inline vf sigmoid(vf x) { return 1.0f / (1.0f + vf_exp_below(vf_min(vf_set1(87.0f), -x))); }
 
 static inline void forward_vector(char *out, const char *gate, const char *up, int32_t dtype) {
     vf g = vf_load_any(gate, dtype);
