@@ -15,7 +15,8 @@ SHAPES = [("NT", shape) for shape in NT] + [(kind, shape) for kind in ("NN", "TN
 def on_gpu(bench):
     """Products of Llama-2-7B's layer, 8192 tokens: both sides are cuBLAS, so this is what our way to it costs."""
     gpu, dtype = bench.gpu, "bfloat16"
-    for m, n, k in gpu.size([(8192, 12288, 4096), (8192, 4096, 4096), (2048, 22016, 4096), (2048, 4096, 11008)], [(32, 48, 64)]):
+    shapes = [(8192, 12288, 4096), (8192, 4096, 4096), (2048, 22016, 4096), (2048, 4096, 11008)]
+    for m, n, k in gpu.size(shapes, [(32, 48, 64)]):
         a, b, out = bench.random(m, k, dtype=dtype), bench.random(n, k, dtype=dtype), gpu.zeros((m, n), dtype)
         peer = None
         if gpu.torch is not None:

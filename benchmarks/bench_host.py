@@ -1,5 +1,5 @@
-"""What a call of an op costs the host, on arrays so small that nothing else counts; torch's rms_norm beside it. On a GPU: the time
-until the call has queued its work, which is what has to be shorter than the work itself."""
+"""What a call of an op costs the host, on arrays so small that nothing else counts; torch's rms_norm beside it. On a GPU: the
+time until the call has queued its work, which is what has to be shorter than the work itself."""
 import time
 
 from benchmarks.harness import Bench

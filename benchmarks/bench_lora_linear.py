@@ -34,9 +34,11 @@ def on_gpu(bench):
         name = f"M={m} C={c} N={n} R={r}"
         if not bench.wants(f"forward+backward forward over frozen {name}", dtype):
             continue
-        x, dout, weight = (bench.random(*shape, dtype=dtype, scale=scale) for shape, scale in (((m, c), 1), ((m, n), 1), ((n, c), c**-0.5)))
+        x, dout = bench.random(m, c, dtype=dtype), bench.random(m, n, dtype=dtype)
+        weight = bench.random(n, c, dtype=dtype, scale=c**-0.5)
         a, b = bench.random(r, c, dtype=dtype, scale=c**-0.5), bench.random(n, r, dtype=dtype)
-        out, dx, u, da, db = gpu.zeros((m, n), dtype), gpu.zeros((m, c), dtype), gpu.zeros((m, r)), gpu.zeros((r, c)), gpu.zeros((n, r))
+        out, dx = gpu.zeros((m, n), dtype), gpu.zeros((m, c), dtype)
+        u, da, db = gpu.zeros((m, r)), gpu.zeros((r, c)), gpu.zeros((n, r))
 
         def forward():
             _C.lora_linear_forward(out, u, x, weight, None, a, b, None, 2.0)

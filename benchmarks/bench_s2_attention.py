@@ -1,6 +1,6 @@
 """S2-Attn against torch's best form of it: the shifted heads moved by one index, groups folded into the batch, SDPA with
-is_causal. Useful FLOPs, causal half only: forward 4 H L (G/2) D, backward 2.5 times that. On a GPU: bfloat16, forward and backward
-together, SDPA's backend forced to flash and to cuDNN."""
+is_causal. Useful FLOPs, causal half only: forward 4 H L (G/2) D, backward 2.5 times that. On a GPU: bfloat16, forward and
+backward together, SDPA's backend forced to flash and to cuDNN."""
 import functools
 import math
 

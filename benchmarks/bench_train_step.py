@@ -5,7 +5,8 @@ weights. The peer's attention is SDPA per kind of head, groups as a batch by vie
 gradient checkpointing. Each side is a process of its own: its memory is the peak resident size of that process, the interpreter
 and the imports included.
 
-On a GPU: Llama-2-7B's shapes, random weights, bfloat16, ours alone: tokens a second, and the plan beside the memory that the GPU lost.
+On a GPU: Llama-2-7B's shapes, random weights, bfloat16, ours alone: tokens a second, and the plan beside the memory that the GPU
+lost.
 """
 import argparse
 import json
@@ -191,15 +192,16 @@ def on_gpu(bench):
         name = f"Llama-2-7B T={length} G={length // 4}"
         if not bench.wants(name, "bfloat16"):
             continue
-        command = [sys.executable, "-m", "benchmarks.bench_train_step", "--gpu", "--length", str(length), "--device", bench.gpu.device,
-                   "--repeats", str(bench.gpu.size(max(2, round(3 * bench.options.seconds)), 1)), *["--smoke"] * bench.gpu.smoke]
+        repeats = bench.gpu.size(max(2, round(3 * bench.options.seconds)), 1)
+        command = [sys.executable, "-m", "benchmarks.bench_train_step", "--gpu", "--length", str(length), "--repeats", str(repeats),
+                   "--device", bench.gpu.device, *["--smoke"] * bench.gpu.smoke]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             print(f"  {name}: failed", flush=True)
             continue
         found = json.loads(done.stdout.splitlines()[-1])
-        bench.record(f"{name} step, checkpointing {found['checkpointing']}", length / found["seconds"], None, "tok/s", dtype="bfloat16",
-                     target=target, judged="ours")
+        bench.record(f"{name} step, checkpointing {found['checkpointing']}", length / found["seconds"], None, "tok/s",
+                     dtype="bfloat16", target=target, judged="ours")
         bench.record(f"{name} memory", found["measured"] / 2**30, None, "GiB", dtype="bfloat16")
         bench.record(f"{name} context and other processes", found["others"] / 2**30, None, "GiB", dtype="bfloat16")
         bench.record(f"{name} plan off the measured", abs(found["planned"] / max(found["measured"], 1) - 1) * 100, None, "%",

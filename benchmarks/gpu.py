@@ -1,7 +1,7 @@
 """A GPU for the benchmarks: what it is, arrays on it, and how calls are timed there.
 
-Between CUDA events, with the L2 cache written over before each call, and a wait queued before that, so that the host is ahead and
-what is measured is the GPU; ours and the peer in turn. The host's own time per call is bench_host's.
+Between CUDA events, with the L2 cache written over before each call, and a wait queued before that, so that the host is ahead
+and what is measured is the GPU; ours and the peer in turn. The host's own time per call is bench_host's.
 """
 import statistics
 import subprocess

@@ -1,9 +1,9 @@
 """One command for a machine with a GPU: python benchmarks/gpu_check.py [--out FOLDER] [--only PART ...] [--skip PART ...]
 
-Builds the package into a folder of its own, runs the op tests on the GPU, compute-sanitizer on small shapes, a short training beside the
-CPU's, and the benchmarks. Needs Python, NumPy, setuptools, nvcc, and torch for the benchmarks; pytest is used where it is there; no
-network. Each part has its own time limit and all together --limit; what is done is kept when a later part fails: FOLDER holds rows.jsonl
-(a JSON object for each part and each measurement), report.md, and what each part printed.
+Builds the package into a folder of its own, runs the op tests on the GPU, compute-sanitizer on small shapes, a short training beside
+the CPU's, and the benchmarks. Needs Python, NumPy, setuptools, nvcc, and torch for the benchmarks; pytest is used where it is there;
+no network. Each part has its own time limit and all together --limit; what is done is kept when a later part fails: FOLDER holds
+rows.jsonl (a JSON object for each part and each measurement), report.md, and what each part printed.
 """
 import argparse
 import json
@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OP_TESTS = ("cast", "matmul", "embedding", "rms_norm", "rope_op", "lora_linear", "s2_attention", "swiglu", "linear_cross_entropy", "adamw")
+OP_TESTS = ("cast", "matmul", "embedding", "rms_norm", "rope_op", "lora_linear", "s2_attention", "swiglu", "linear_cross_entropy",
+            "adamw")
 BENCHMARKS = {"elementwise": 40, "host": 20, "gemm": 30, "lora_linear": 40, "s2_attention": 60, "linear_cross_entropy": 40,
               "train_step": 150}                       # name -> seconds at most
 PARTS = ("build", "tests", "memcheck", "racecheck", "training", *BENCHMARKS)
@@ -48,19 +49,22 @@ class Check:
         self.env["PYTHONPATH"], self.env["PYTHONSAFEPATH"] = os.pathsep.join([str(folder), str(ROOT)]), "1"
 
     def use_installed(self):
-        where = subprocess.run([sys.executable, "-c", "import os, longlora; print(os.path.dirname(os.path.dirname(longlora.__file__)))"],
-                               cwd=self.out, env=os.environ | {"PYTHONSAFEPATH": "1"}, capture_output=True, text=True)
+        text = "import os, longlora; print(os.path.dirname(os.path.dirname(longlora.__file__)))"
+        where = subprocess.run([sys.executable, "-c", text], cwd=self.out,
+                               env=os.environ | {"PYTHONSAFEPATH": "1"}, capture_output=True, text=True)
         if where.returncode:
             sys.exit("gpu_check: --installed: no longlora is installed here")
         self.use(where.stdout.strip())
 
     def look(self):
         """What there is: the GPU by name, or why there is none."""
-        text = ("import json; from longlora import cuda; ok = cuda.is_available(); print(json.dumps({'gpu': cuda.properties(0) if ok else None, "
-                "'why_not': None if ok else 'no GPU: ' + cuda.reason(), 'cuda': cuda.versions(), 'built_for': cuda.built_for()}))")
+        text = ("import json; from longlora import cuda; ok = cuda.is_available()\n"
+                "print(json.dumps({'gpu': cuda.properties(0) if ok else None, 'why_not': None if ok else 'no GPU: ' + cuda.reason(), "
+                "'cuda': cuda.versions(), 'built_for': cuda.built_for()}))")
         said = self.says(sys.executable, "-c", text)
         self.about.update(json.loads(said.splitlines()[-1]) if said else {"why_not": "the package cannot be imported"})
-        smi = self.says("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu", "--format=csv,noheader", "--id=0")
+        smi = self.says("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu",
+                        "--format=csv,noheader", "--id=0")
         if smi:
             driver, *clocks = [value.strip() for value in smi.split(",")]
             self.about.update(driver=driver, clocks=dict(zip(("sm", "sm_max", "memory", "power_limit", "temperature"), clocks)))
@@ -80,7 +84,8 @@ class Check:
         print(f"{name}: at most {limit:.0f} s", flush=True)
         start, log = time.monotonic(), self.out / f"{name}.txt"
         with open(log, "w") as file:
-            process = subprocess.Popen(command, cwd=self.cwd, env=self.env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(command, cwd=self.cwd, env=self.env, stdout=file, stderr=subprocess.STDOUT,
+                                       start_new_session=True)
             try:
                 code = process.wait(limit)
             except subprocess.TimeoutExpired:
@@ -111,8 +116,10 @@ class Check:
         gpu = about["gpu"]["name"] if about["gpu"] else about["why_not"] or "not looked at yet"
         lines = [f"# {gpu}", "", f"Commit {about['commit']}, driver {about['driver']}, clocks " +
                  (", ".join(f"{key} {value}" for key, value in clocks.items()) or "unknown") + f", Python {about['python']}, "
-                 f"built for {about.get('built_for')}, {time.strftime('%Y-%m-%d')}.", "", "| part | result | seconds | |", "|---|---|---|---|"]
-        lines += [f"| {row['part']} | {row['result']} | {row['seconds']} | {row['words'].replace('|', '/')} |" for row in self.rows if "part" in row]
+                 f"built for {about.get('built_for')}, {time.strftime('%Y-%m-%d')}.", "",
+                 "| part | result | seconds | |", "|---|---|---|---|"]
+        lines += [f"| {row['part']} | {row['result']} | {row['seconds']} | {row['words'].replace('|', '/')} |"
+                  for row in self.rows if "part" in row]
         measured = [row for row in self.rows if "benchmark" in row]
         if measured:
             sys.path.insert(0, str(ROOT))
@@ -128,7 +135,7 @@ def build(check, target):
         sm = sm.replace(".", "")
         check.env["LONGLORA_CUDA_ARCH"] = {"90": "90a"}.get(sm, sm)
     check.env["LONGLORA_CUDA"] = os.environ.get("LONGLORA_CUDA", "1")
-    command = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--quiet", "--target", str(target), "."]
+    command = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-q", "--target", str(target), "."]
     if not has(check, "pip"):
         command = ["setup.py", "build", "--build-lib", str(target)]
     if check.part("build", 360, [sys.executable, *command], wants_gpu=False):
@@ -147,6 +154,7 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help="only these: " + " ".join(PARTS))
     parser.add_argument("--skip", nargs="+", choices=PARTS, default=(), metavar="PART", help="all but these")
     parser.add_argument("--installed", action="store_true", help="test the package that Python finds, build none")
+    parser.add_argument("--smoke", action="store_true", help="small shapes: that it runs, also without torch")
     parser.add_argument("--limit", type=float, default=590, help="seconds for everything [%(default)s]")
     options = parser.parse_args(argv)
     options.parts = [part for part in options.only if part not in options.skip]
@@ -170,12 +178,15 @@ def main(argv=None):
         for tool in ("memcheck", "racecheck"):
             check.part(tool, 75, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *ours],
                        why=None if there else "there is no compute-sanitizer")
-        check.part("training", 60, [sys.executable, "-m", "benchmarks.gpu_small", "--training"])
+        smoke = ["--smoke"] * options.smoke
+        check.part("training", 60, [sys.executable, "-m", "benchmarks.gpu_small", "--training", *smoke])
         measured = Path(folder) / "measured.jsonl"
         for name, limit in BENCHMARKS.items():
             measured.write_text("")
-            check.part(name, limit, [sys.executable, "-m", f"benchmarks.bench_{name}", "--device", "cuda", "--seconds", "0.3", "--json", str(measured)],
-                       why=None if check.about["why_not"] or has(check, "torch") else "torch is not installed")
+            command = [sys.executable, "-m", f"benchmarks.bench_{name}", "--device", "cuda", "--seconds", "0.3", "--json",
+                       str(measured), *smoke]
+            check.part(name, limit, command,
+                       why=None if check.about["why_not"] or smoke or has(check, "torch") else "torch is not installed")
             check.add(*(json.loads(line) for line in measured.read_text().splitlines()))
     print(f"\n{check.out / 'report.md'}:\n\n{check.report()}")
     return 0 if all(row["result"] in ("ok", "skipped") for row in check.rows if "part" in row) else 1

@@ -1,5 +1,5 @@
-"""Each op once on the GPU against the CPU's, on small odd shapes, with NumPy alone: what compute-sanitizer is run on, and what stands in
-for the op tests where there is no pytest. --training: a few steps of the demo's model, on both."""
+"""Each op once on the GPU against the CPU's, on small odd shapes, with NumPy alone: what compute-sanitizer is run on, and what stands
+in for the op tests where there is no pytest. --training: a few steps of the demo's model, on both; with --smoke on few tokens."""
 import math
 import sys
 
@@ -50,8 +50,8 @@ def calls():
         q, k, v, do = (random(1, length, heads, D) for heads in (H, K, K, H))
         o, lse = np.empty_like(q), np.empty((1, H, length), np.float32)
         _C.s2_attention_forward(o, lse, q, k, v, None, G, boundary, 0, scalars[3])
-        yield "s2_attention_backward", (out(*q.shape), out(*k.shape), out(*v.shape), do, q, k, v, o, (lse, "float32"), None, G, boundary, 0,
-                                        scalars[3])
+        yield "s2_attention_backward", (out(*q.shape), out(*k.shape), out(*v.shape), do, q, k, v, o, (lse, "float32"), None, G,
+                                        boundary, 0, scalars[3])
     gate, up, df = random(M, F), random(M, F), random(M, F)
     yield "swiglu_forward", (out(M, F), gate, up)
     yield "swiglu_backward", (out(M, F), out(M, F), df, gate, up)
@@ -118,20 +118,21 @@ def ops():
     return wrong + (not good)
 
 
-def training(steps=6):
+def training(steps, length):
     """The demo's model trains on the bytes of its text, on the CPU and on the GPU -> whether the losses agree."""
     from longlora import demo, plan as plan_
     from longlora.adapter import LoraConfig
     from longlora.model import Model
     from longlora.optimizer import AdamW
     from longlora.weights import open_model
-    base, length = open_model(demo.MODEL), 512
-    text = np.frombuffer(b"".join(path.read_bytes()[:steps * length + 1] for path in sorted(demo.TEXT.glob("*.txt"))[:1]), np.uint8)
+    base = open_model(demo.MODEL)
+    text = np.frombuffer(sorted(demo.TEXT.glob("*.txt"))[0].read_bytes()[:steps * length + 1], np.uint8)
     losses = {}
     for dtype in TOLERANCE:
         for device in ("cpu", "cuda:0"):
-            about = plan_.plan(base.config, dtype=dtype, sequence_length=length, group_size=128, lora=LoraConfig(), device=device)
-            model = Model(base.config, dtype=dtype, lora=LoraConfig(), plan=about, attention={"group_size": 128}, device=device).load(base)
+            given, attention = dict(dtype=dtype, lora=LoraConfig(), device=device), {"group_size": length // 4}
+            about = plan_.plan(base.config, sequence_length=length, **attention, **given)
+            model = Model(base.config, plan=about, attention=attention, **given).load(base)
             optimizer, found = AdamW(model.parameters, max_grad_norm=1.0), []
             for step in range(steps):
                 ids = text[step * length:(step + 1) * length + 1].astype(np.int32)[None]
@@ -140,7 +141,8 @@ def training(steps=6):
                 optimizer.step(dict.fromkeys(model.kinds, 1e-3))
             losses[dtype, device] = np.array(found)
             print(dtype, device, *(f"{loss:.5f}" for loss in found), flush=True)
-    return all(np.abs(losses[dtype, "cuda:0"] / losses[dtype, "cpu"] - 1).max() <= bound for dtype, bound in (("float32", 1e-4), ("bfloat16", 1e-2)))
+    bounds = {"float32": 1e-4, "bfloat16": 1e-2}
+    return all(np.abs(losses[dtype, "cuda:0"] / losses[dtype, "cpu"] - 1).max() <= bound for dtype, bound in bounds.items())
 
 
 def main(argv):
@@ -148,7 +150,7 @@ def main(argv):
         print(f"no GPU: {cuda.reason()}")
         return 2
     if "--training" in argv:
-        good = training()
+        good = training(*((2, 32) if "--smoke" in argv else (6, 512)))
         print("the losses of the GPU are the CPU's" if good else "the losses differ")
         return 0 if good else 1
     wrong = ops()

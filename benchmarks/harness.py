@@ -10,9 +10,9 @@
 of GB/s and a share of its copy bandwidth; neither: milliseconds. `peer` may be None. `ratio` above 1: we are ahead.
 torch and we get the same number of threads. `bench.torch` is torch with its threads set, imported when first used.
 
-With --device cuda the arrays are torch's on that GPU, TF/s and a share of torch's bfloat16 product, and benchmarks/gpu.py says how
-things are timed; `target=(must, aim)` is what the row should reach. --smoke is for a machine without torch or without a GPU (the
-emulation): small shapes, our side alone, figures that mean nothing.
+With --device cuda the arrays are torch's on that GPU, products are TF/s and a share of torch's bfloat16 product, and
+benchmarks/gpu.py says how things are timed; `target=(must, aim)` is what the row should reach. --smoke is for a machine without
+torch or without a GPU (the emulation): small shapes, our side alone, figures that mean nothing.
 """
 import argparse
 import functools
@@ -31,6 +31,8 @@ import longlora
 from longlora.profile import peaks
 
 from . import gpu
+
+COSTS = ("us", "ms", "s", "GiB", "%")
 
 
 def machine():
@@ -131,7 +133,8 @@ class Bench:
         """Whether --only lets this row through: ask before making big inputs."""
         return self.options.only in f"{name} {dtype}"
 
-    def row(self, name, ours, peer=None, *, dtype="float32", flops=None, bytes=None, peer_name="torch", target=None, judged=None):
+    def row(self, name, ours, peer=None, *, dtype="float32", flops=None, bytes=None, peer_name="torch", target=None,
+            judged=None):
         """Times ours() and peer(); prints and records the row. Returns the ratio peer time / our time (None without peer)."""
         if not self.wants(name, dtype):
             return None
@@ -156,7 +159,7 @@ class Bench:
                judged=None):
         """Prints and records a row measured elsewhere. `ratio` is by default that of two costs, peer / ours. Returns it.
 
-        target: (must, aim) of `judged`, "ratio", "of_peak" or "ours"; the larger of the two first where less is better.
+        target: (must, aim) of `judged`, "ratio", "of_peak" or "ours", which is a cost where its unit is one of COSTS.
         """
         if peer is not None and ratio is None:
             ratio = peer / ours
@@ -170,8 +173,8 @@ class Bench:
         if peak:
             line += f"  {row['of_peak']:4.0%} of peak"
         if target is not None:
-            row.update(must=target[0], aim=target[1], judged=judged)
-            line += f"  must {target[0]:g}, aim {target[1]:g}"
+            row.update(must=target[0], aim=target[1], judged=judged, less_is_better=judged == "ours" and unit in COSTS)
+            line += f"  must {target[0]:.3g}, aim {target[1]:.3g}"
         print(line, flush=True)
         if self.options.json:
             with open(self.options.json, "a") as file:

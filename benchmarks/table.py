@@ -1,5 +1,5 @@
-"""Markdown of what the benchmarks wrote: python -m benchmarks.table FILE.json. Ratios above 1: we are ahead; memory and time are costs.
-Rows of a GPU stand one a line, with what they must reach and what they aim at."""
+"""Markdown of what the benchmarks wrote: python -m benchmarks.table FILE.json. Ratios above 1: we are ahead; memory and time are
+costs. Rows of a GPU stand one a line, with what they must reach and what they aim at."""
 import json
 import sys
 
@@ -19,9 +19,11 @@ def targets(rows):
     for row in rows:
         must, aim, reached = row.get("must"), row.get("aim"), ""
         if must is not None:
-            value, sign = row[row["judged"]], 1 if aim >= must else -1
-            reached = "not measured" if value is None else next((word for word, bar in (("aim", aim), ("must", must))
-                                                                if sign * value >= sign * bar), "**neither**")
+            value, sign = row[row["judged"]], -1 if row["less_is_better"] else 1
+            if row["smoke"] or value is None:
+                reached = "a smoke run" if row["smoke"] else "not measured"
+            else:
+                reached = next((word for word, bar in (("aim", aim), ("must", must)) if sign * value >= sign * bar), "**neither**")
         yield (f"| {row['benchmark']} | {row['name']} | {row['dtype']} | {row['peer_name'] or ''} | {cell(row)} | "
                f"{'' if must is None else f'{must:.4g}'} | {'' if aim is None else f'{aim:.4g}'} | {reached} |")
 

@@ -79,8 +79,11 @@ def _train(args):
 
 def _plan(args):
     from . import options, train
-    made = train.plan_of(options.from_flags(args, planning=True))
-    print(json.dumps(made.to_json(), indent=2) if args.json else made.text())
+    from .device import choose
+    o = options.from_flags(args, planning=True)
+    o.device, chosen = choose(o.device)
+    made = train.plan_of(o)
+    print(json.dumps(made.to_json(), indent=2) if args.json else f"{chosen}\n{made.text()}")
     return 0
 
 

@@ -23,15 +23,29 @@ def choose(wanted):
     if wanted == CPU:
         return CPU, f"device: {_cpu()}"
     from . import cuda
-    usable = [i for i in range(cuda.device_count()) if _C.cuda_refusal(i) is None]
-    if wanted == "auto" and not usable:
-        return CPU, f"device: {_cpu()}; no GPU: {cuda.reason()}"
-    number = int(wanted.partition(":")[2] or 0) if wanted != "auto" else usable[0]
-    if number not in usable:
-        raise UserError(f"device {wanted} cannot be used: {_C.cuda_refusal(number)}")
+    number = int(wanted.partition(":")[2] or 0)
+    if wanted == "auto":
+        number = next((i for i in range(cuda.device_count()) if _refusal(i) is None), 0)
+    why = _refusal(number)
+    if why is not None and wanted == "auto":
+        return CPU, f"device: {_cpu()}; no GPU: {why}"
+    if why is not None:
+        raise UserError(f"device {wanted} cannot be used: {why}")
     free, total = cuda.memory_info(number)
     return f"cuda:{number}", (f"device: cuda:{number}, {cuda.properties(number)['name']}, {free / 2**30:.1f} of "
                               f"{total / 2**30:.1f} GiB free")
+
+
+def _refusal(number):
+    """Why a run cannot be on this GPU, None where it can: that there is no cuBLAS is better known before it has begun."""
+    from . import cuda
+    why = _C.cuda_refusal(number)
+    if why is None:
+        try:
+            cuda.cublas()
+        except RuntimeError as error:
+            return str(error)
+    return why
 
 
 def _cpu():
@@ -67,36 +81,37 @@ def staged(out):
     return piece.view(out.shape, out.dtype)
 
 
-_waits = 0             # how often `host` has waited: all that was queued before is done
-
-
 def host(x):
     """x as an ndarray: itself, or of a Tensor a view, if it is on a GPU a copy, made when all that was queued before is done."""
-    global _waits
     if isinstance(x, np.ndarray):
         return x
     if x.device != CPU:
         there, x = x, _C.Tensor(x.shape, x.dtype)
         x.copy_(there)
-        _waits += 1
+        _thread.waits = waits() + 1
     return x.numpy()
 
 
-class Inputs:
-    """Writes small arrays to Tensors on `device`, to a GPU in the background: from pinned memory, of which a piece is written
-    again only when its copy is known to be done, because `host` has waited since."""
+def waits():
+    """How often `host` has waited in this thread: each time all that was queued before is done."""
+    return getattr(_thread, "waits", 0)
+
+
+class Inputs(threading.local):
+    """Writes small arrays to Tensors, to a GPU in the background: from pinned memory, of which a piece is written again only when
+    its copy is known to be done, because `host` has waited since. Each thread has its own, and keeps to one stream."""
 
     def __init__(self):
-        self._pieces = []                              # [Tensor, _waits when it was last copied from]
+        self._pieces = []                              # [Tensor, waits() when it was last copied from]
 
     def put(self, out, array):
         if out.device == CPU:
             return out.copy_(array)
-        piece = next((p for p in self._pieces if p[1] < _waits and p[0].nbytes >= out.nbytes), None)
+        piece = next((p for p in self._pieces if p[1] < waits() and p[0].nbytes >= out.nbytes), None)
         if piece is None:
             piece = [_C.Tensor((out.nbytes,), "uint8", pinned=True), 0]
             self._pieces.append(piece)
         there = piece[0].view(out.shape, out.dtype)
         there.copy_(array)
         out.copy_(there)
-        piece[1] = _waits
+        piece[1] = waits()

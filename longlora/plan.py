@@ -8,8 +8,8 @@ allocate what was not planned. The buffers are those of one pass over a layer:
   the layer in hand  shared by all layers; the MLP goes through it in tiles of TILE tokens, and its buffers and those of the
                      attention's backward take turns in the same memory
 
-The plan of a run on a GPU is of that GPU's memory: the arena, the tables and the ops' workspace, which is one for all calls. What
-the driver and cuBLAS take for themselves is not in it, nor in what is free.
+The plan of a run on a GPU is of that GPU's memory: the arena, the tables and the ops' workspace, which is one for all calls.
+What the CUDA driver and cuBLAS take for themselves is not in it: how much that is has not been measured yet.
 
 B, T, M = B T, C, H, K, D, F, R, V as in csrc/ops.h; Q = H D, P = K D, S = Q + 2 P. Sizes are bytes.
 """
@@ -309,7 +309,7 @@ def _workspace(config, dtype, batch_size, length, group_size, lora):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes: parts (name -> bytes, in order), and what they follow from. `memory` is what there is on `device`, in bytes."""
+    """What a run takes: parts (name -> bytes, in order), and what they follow from. `memory` is what `device` has, in bytes."""
     config: object = field(repr=False)
     dtype: str
     batch_size: int
@@ -338,8 +338,8 @@ class Plan:
         """A dict for json.dumps; sizes in bytes."""
         return {"dtype": self.dtype, "batch_size": self.batch_size, "sequence_length": self.sequence_length,
                 "group_size": self.group_size, "training": "full" if self.lora is None else "lora",
-                "checkpointing": self.checkpointing, "device": self.device, "parts": dict(self.parts), "total": self.total, "memory": self.memory,
-                "fits": self.fits, "changes": list(self.changes)}
+                "checkpointing": self.checkpointing, "device": self.device, "parts": dict(self.parts), "total": self.total,
+                "memory": self.memory, "fits": self.fits, "changes": list(self.changes)}
 
     def text(self):
         """A table in GiB, the verdict, and what would make it fit."""

@@ -1,8 +1,9 @@
 """The driver on a GPU, or on the emulation of one: what the CPU computes, by the same files, to and fro.
 
-Tolerances: in float32 the two differ by the order of sums, 2^-24 of a value at a time, which AdamW can make a whole step of where a
-gradient is all but zero; such steps hardly move the loss, so that ten of them stay within 2e-5. In bfloat16 what is rounded is
-another number now and then, by 2^-8 of itself; of 64 tokens' mean loss 5e-3 are left.
+Tolerances: in float32 the two differ by the order of sums, 2^-24 of a value at a time, which AdamW can make a whole step of where
+a gradient is all but zero; such steps hardly move the loss. Ten steps were within 4e-8 of it and 3e-7 of the gradient's norm on the
+emulation; a GPU may sum in yet another order. In bfloat16 another number is rounded now and then, by 2^-8 of itself: 6e-4 of the
+mean loss of 64 tokens and 9e-3 of the norm.
 """
 import json
 import os
@@ -22,7 +23,7 @@ from longlora.weights import open_model
 if not cuda.is_available():
     pytest.skip(f"no GPU and no emulation of one: {cuda.reason()}", allow_module_level=True)
 
-GPU, CLOSE = "cuda:0", {"float32": 2e-5, "bfloat16": 5e-3}
+GPU, CLOSE = "cuda:0", {"float32": 2e-6, "bfloat16": 2e-3}
 SMALL = dict(target_length=96, sequence_length=64, group_size=32)
 
 
@@ -54,7 +55,7 @@ def test_ten_steps_have_the_losses_of_the_cpu(tmp_path, dtype):
     cpu, gpu = on_both(tmp_path, dtype=dtype, max_steps=10)
     for a, b in zip(cpu.history, gpu.history, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=CLOSE[dtype]), a["step"]
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=100 * CLOSE[dtype]), a["step"]
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=20 * CLOSE[dtype]), a["step"]
     assert gpu.history[-1]["loss"] < gpu.history[0]["loss"]
     assert stored(tmp_path / "cpu").keys() == stored(tmp_path / "cuda").keys()
 
@@ -75,9 +76,9 @@ def test_the_loss_is_read_where_it_is_said(tmp_path, monkeypatch):
     reads, real = [], model_.Model.train_microbatch
 
     def counted(*args, read=True, **kwargs):
-        before = device._waits
+        before = device.waits()
         found = real(*args, read=read, **kwargs)
-        reads.append((read, device._waits - before))
+        reads.append((read, device.waits() - before))
         return found
     monkeypatch.setattr(model_.Model, "train_microbatch", counted)
     some = run(tmp_path, device=GPU, max_steps=6, logging_steps=3, output_dir=str(tmp_path / "some"))
@@ -92,7 +93,8 @@ def test_resuming_crosses_from_one_to_the_other(tmp_path):
     whole = {name: run(tmp_path, device=name, save_steps=2, output_dir=str(tmp_path / name[:4]), **fields) for name in ("cpu", GPU)}
     for first, then in (("cpu", GPU), (GPU, "cpu"), (GPU, GPU)):
         out = tmp_path / f"{first[:4]}-{then[:4]}"
-        resumed = run(tmp_path, device=then, output_dir=str(out), resume_from_checkpoint=str(tmp_path / first[:4] / "checkpoint-2"), **fields)
+        since = str(tmp_path / first[:4] / "checkpoint-2")
+        resumed = run(tmp_path, device=then, output_dir=str(out), resume_from_checkpoint=since, **fields)
         if first == then:                              # bit by bit
             assert numbers(resumed.history) == numbers(whole[then].history) == numbers(metrics.read(out))
             made = stored(tmp_path / then[:4])
@@ -136,7 +138,8 @@ def test_perplexity_and_merge(tmp_path):
     run(tmp_path, device="cpu", max_steps=2)
     base, data, out = (str(tmp_path / name) for name in ("base", "text.txt", "out"))
     for dtype in CLOSE:
-        cpu, gpu = (ppl.run(base, data, [24, 64], adapter=out, max_tokens=150, bins=3, dtype=dtype, device=name) for name in ("cpu", GPU))
+        cpu, gpu = (ppl.run(base, data, [24, 64], adapter=out, max_tokens=150, bins=3, dtype=dtype, device=name)
+                    for name in ("cpu", GPU))
         assert gpu["device"] == GPU and cpu["device"] == "cpu"
         for a, b in zip(cpu["results"], gpu["results"], strict=True):
             assert b["tokens"] == a["tokens"] and b["loss"] == pytest.approx(a["loss"], rel=CLOSE[dtype])
@@ -159,7 +162,8 @@ def test_logits_and_the_reading_of_weights(tmp_path):
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(target_modules="all-linear"), None], ids=["paper", "all", "full"])
-@pytest.mark.parametrize("fields", [dict(), dict(model_type="qwen2"), dict(model_type="qwen3", num_attention_heads=3, num_key_value_heads=1)],
+@pytest.mark.parametrize("fields", [dict(), dict(model_type="qwen2"),
+                                    dict(model_type="qwen3", num_attention_heads=3, num_key_value_heads=1)],
                          ids=["llama", "qwen2", "qwen3"])
 def test_the_plan_has_the_workspace_that_a_step_takes(fields, lora):
     """No call of a step asks for more, and one for as much: the thread's piece is what was planned."""
@@ -172,7 +176,10 @@ def test_the_plan_has_the_workspace_that_a_step_takes(fields, lora):
     real = {op: getattr(_C, op) for op in _C.specs}
     try:
         for op, function in real.items():
-            setattr(_C, op, lambda *args, op=op, function=function: (asked.append((_C.workspace(op, *args), op)), function(*args)))
+            def call(*args, op=op, function=function):
+                asked.append((_C.workspace(op, *args), op))
+                function(*args)
+            setattr(_C, op, call)
         made.zero_grad()
         made.train_microbatch(ids, ids, 1 / length)
         optimizer.step(dict.fromkeys(made.kinds, 1e-3))

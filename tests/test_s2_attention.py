@@ -1,12 +1,14 @@
 """S2-Attn against the reference: every boundary and shift, GQA, odd everything, packed documents, causality, determinism."""
 import checks
+import dlpack
+import mirror
 import numpy as np
 import pytest
 import reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from longlora import _C, ops
+from longlora import Tensor, _C, ops
 
 BOUNDARIES, SHIFTS = ("split", "wrap", "swap"), ("half", "none", "all")
 
@@ -255,6 +257,30 @@ def test_offsets_beyond_2_to_the_31():
     k, v = checks.random((1, T, 1, D), seed=1), checks.random((1, T, 1, D), seed=2)
     out, _ = ops.s2_attention_forward(q, k, v, group_size=4)
     np.testing.assert_array_equal(out, ops.s2_attention_forward(q.copy(), k, v, group_size=4)[0])
+
+
+def test_offsets_beyond_2_to_the_31_on_cuda(cuda):
+    """As above; 8 GiB of a GPU, or of the emulation's memory, which is the host's."""
+    T, D, far = 3, 8, (1 << 31) // 2 + 64
+    host, values = np.zeros(2 * far + D, np.float32), checks.random((1, T, 1, D))
+    q = np.lib.stride_tricks.as_strided(host, (1, T, 1, D), (0, 4 * far, 4 * D, 4))
+    like = dlpack.tensor_of(Tensor(1, device="cuda"))
+    if checks.EMULATED:
+        q[...] = values
+        start = mirror.address(host)
+    else:
+        there = Tensor(host.size, device="cuda")
+        for t in range(T):
+            there[t * far:t * far + D].copy_(values[0, t, 0])
+        start = dlpack.tensor_of(there).data
+    keys = [checks.random((1, T, 1, D), seed=seed) for seed in (1, 2)]
+    want = ops.s2_attention_forward(values, *keys, group_size=4)
+    k, v, out, lse = (Tensor(shape, device="cuda") for shape in (values.shape, values.shape, values.shape, (1, 1, T)))
+    for to, x in zip((k, v), keys):
+        to.copy_(x)
+    _C.s2_attention_forward(out, lse, mirror.View(q, start, like), k, v, None, 4, 0, 0, D**-0.5)
+    for got, x in zip((out, lse), want):
+        np.testing.assert_array_equal(got.cpu().numpy(), x)
 
 
 @pytest.mark.parametrize("T,G", [(700, 200), (2500, 2300)])

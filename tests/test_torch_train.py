@@ -233,6 +233,7 @@ def test_an_adapter_is_read_everywhere(tmp_path):
 @pytest.mark.parametrize("fields, words", [
     (dict(full=True), "full is not available with torch"), (dict(max_memory=1.0), "max_memory is not available with torch"),
     (dict(profile=True), "profile is not available with torch"),
+    (dict(device="cuda:1"), "device cuda:1 is not available with torch: wanted auto or cpu"),
     (dict(model=None, init="x", full=True, target_length=None), "init is not available with torch"),
     (dict(checkpointing="minimal"), "checkpointing minimal is not available with torch: wanted none"),
     (dict(modules_to_save=["wte"]), "modules_to_save should be a list of"), (dict(group_size=31), "group_size should be even"),

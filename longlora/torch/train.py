@@ -35,7 +35,7 @@ def train(say=print, **keywords):
     """Train as the keywords say (the fields of options.TrainOptions) -> longlora.train.Result. `say` is given the report.
 
     As longlora.train.train, in every process of a group that torchrun or accelerate launched, or in one. UserError for what
-    cannot be done, which is also what the options init, full, max_memory, profile and checkpointing minimal are here.
+    cannot be done, which is also what the options init, full, max_memory, profile, device cuda and checkpointing minimal are here.
     """
     return run(options_.from_dict(keywords), say)
 
