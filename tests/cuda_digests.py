@@ -28,8 +28,13 @@ def results(dtype, M):
     yield "accumulate", ops.accumulate(x.copy(), y, 0.5)
     yield "global_norm", np.array(ops.global_norm([random(1000 * M + 1), x.ravel()]))
     yield "matmul", ops.matmul(x, w.T)
+    yield "matmul, strides", ops.matmul(x[:, ::2], w.T[::2])
     yield "embedding_forward", ops.embedding_forward(w, ids)
     yield "embedding_backward", ops.embedding_backward(x, ids, order, 200)
+    for tokens, C in ((M, 1032), (70_000, 136)):                       # more columns, more tokens than a block takes at once
+        few = np.arange(tokens, dtype=np.int32) // 97 % 5
+        where = np.argsort(few, kind="stable").astype(np.int32)
+        yield "embedding_backward, long runs", ops.embedding_backward(random(tokens, C), few, where, 5)
     yield "rms_norm_forward", ops.rms_norm_forward(x, w[0], residual=y)
     yield "rms_norm_backward", ops.rms_norm_backward(x, y, losses, w[0], x)
     yield "lora_linear_forward", ops.lora_linear_forward(x, w, random(200), a, b, 2.0, dout)
