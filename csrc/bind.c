@@ -1305,7 +1305,6 @@ static int call_cuda(const Op *op, const void *all, int device, const Queue *que
     PyObject *room = NULL;
     Loan loan = {0};
     Queue unused = {0};
-    if (!op->cuda) return PyErr_Format(PyExc_RuntimeError, "%s: this build has no CUDA kernel for it", op->name), -1;
     if (ready()) return -1;
     how.workspace_bytes = op->workspace ? op->workspace(all) : 0;
     if (how.workspace_bytes < 0) return PyErr_SetString(PyExc_ValueError, last_error()), -1;
@@ -1586,7 +1585,7 @@ static PyObject *py_cublas_paths(PyObject *self, PyObject *paths) {
         return PyErr_Format(PyExc_TypeError, "cublas_paths: wanted a tuple, in a build with CUDA");
     for (Py_ssize_t i = 0; i < PyTuple_Size(paths) && count < 16; i++)
         if (!(names[count++] = PyUnicode_AsUTF8AndSize(PyTuple_GetItem(paths, i), NULL))) return NULL;
-    if (cuda->cublas_paths) cuda->cublas_paths(names, count);
+    cuda->cublas_paths(names, count);
     Py_RETURN_NONE;
 }
 /* -> (version, file) of cuBLASLt, loaded if it is not yet; RuntimeError when there is none. */

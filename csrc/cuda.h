@@ -70,8 +70,8 @@ int fill_tensor(const Tensor *out, const void *value, void *stream);
 
 /* Of cuda/gemm.cu: where to look for cuBLASLt beside the process and the system, copied; and what is used, loaded if need be:
  * its version and file, or -1 after fail(). */
-__attribute__((weak)) void cublas_paths(const char *const *names, int count);
-__attribute__((weak)) int64_t cublas_version(const char **path);
+void cublas_paths(const char *const *names, int count);
+int64_t cublas_version(const char **path);
 
 #ifdef __cplusplus
 }

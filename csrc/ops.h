@@ -37,8 +37,8 @@ extern "C" {
 
 #define DECLARE_ISA(name, isa) int name##_##isa(const void *args, void *stream);
 /* On a GPU: cuda/<stem>.cu. An op that needs workspace there says how many bytes (-1 and fail() if its arguments are wrong). */
-#define DECLARE_CUDA(name) __attribute__((weak)) int name##_cuda(const void *args, const CudaCall *call);
-#define DECLARE_WORKSPACE(name) __attribute__((weak)) int64_t name##_cuda_workspace(const void *args);
+#define DECLARE_CUDA(name) int name##_cuda(const void *args, const CudaCall *call);
+#define DECLARE_WORKSPACE(name) int64_t name##_cuda_workspace(const void *args);
 #ifdef LONGLORA_X86
 #define DECLARE_OP(name) DECLARE_CUDA(name) \
     DECLARE_ISA(name, portable) DECLARE_ISA(name, avx2) DECLARE_ISA(name, avx512) DECLARE_ISA(name, avx512_bf16)

@@ -16,10 +16,10 @@
  * scores computed for each. Rows that are no whole 16-byte pieces are loaded element by element.
  * float32 is multiplied by float32 multiply-adds, in kernels of their own at the end.
  *
- * Computed, for a head and a segment of G rows, D = 128. A product of the triangle has G^2 D FLOPs: forward 2, dq 3, dk and dv 4,
- * so the backward has 7 where one kernel with atomics has 5. Of L2 the forward reads G^2 D / 64 bytes (128 FLOPs to a byte), dq as
- * many (192), dk and dv twice as many (128). Of shared memory a right operand's fragment serves 32 rows in forward and dq: 32
- * FLOPs to a byte; 16 rows in dk and dv: 16 FLOPs to a byte, 2048 a clock and SM at 128 bytes a clock.
+ * Computed, for a head and a segment of G rows, D = 128. A product of the triangle has G^2 D FLOPs: forward 2, dq 3, dk and
+ * dv 4, so the backward has 7 where one kernel with atomics has 5. Of L2 the forward reads G^2 D / 64 bytes (128 FLOPs to a
+ * byte), dq as many (192), dk and dv twice as many (128). Of shared memory a right operand's fragment serves 32 rows in forward
+ * and dq: 32 FLOPs to a byte; 16 rows in dk and dv: 16 FLOPs to a byte, 2048 a clock and SM at 128 bytes a clock.
  *
  * The ladder, by the compiler's report, not by time:
  *   forward, steps of 64 keys at D = 128: 292 bytes of spills; of 32 keys: none
@@ -60,10 +60,14 @@ struct Backward {
     Rows dq, dk, dv, dout, q, k, v, out, lse;
     float scale, c;                    /* signed */
     float *delta;                      /* [B,H,T], workspace: row sums of dout * out */
-    float *sums;                       /* [B,T,2,D], workspace: dk and dv of the plain heads of the KV head that has both kinds */
-    int mixed;                         /* that KV head, or -1 */
+    float *sums;                       /* [B,T,2,D], workspace: dk and dv of the plain heads of `mixed` */
+    int mixed;                         /* the KV head that has plain and shifted query heads, or -1 */
     bool second;                       /* this launch adds its shifted heads */
 };
+
+static __device__ __forceinline__ const float *delta_of(const Backward &a, int batch, int head) {
+    return a.delta + ((int64_t)batch * a.p.H + head) * a.p.T;
+}
 
 /* ---- tiles in shared memory --------------------------------------------------------------------------------------- */
 
@@ -78,12 +82,14 @@ template<int D> __device__ __forceinline__ int along(int place, int k) {
     return (place ^ k % turn * 16) + k / turn * turn * 16;
 }
 
-/* Queues the loads of rows first .. first+ROWS-1 of a segment; what lies beyond its end and beyond so many columns is zero. */
+/* Queues the loads of rows first .. first+ROWS-1 of the segment; beyond its end and beyond so many columns all is zero. */
 template<int D, int ROWS, class T> __device__ __forceinline__ void load_tile(
-    T *tile, const T *from, const Rows &x, const Segment &s, int first, int columns) {
+    T *tile, const Rows &x, int head, const Work &w, int first, int columns) {
     constexpr int PIECES = D / 8, STEP = THREADS / PIECES / 4 * 4;     /* rows at a time */
     static_assert(ROWS % STEP == 0, "a tile is loaded in whole steps");
     int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
+    const Segment &s = w.s;
+    const T *from = head_of<const T>(x, w.batch, head);
     if (!x.vectors) {
 #pragma unroll 4
         for (int i = threadIdx.x; i < ROWS * D; i += THREADS) {
@@ -102,15 +108,17 @@ template<int D, int ROWS, class T> __device__ __forceinline__ void load_tile(
     } else {
 #pragma unroll 1
         for (int i = row; i < ROWS; i += STEP)
-            cp_async_16(tile + place<D>(i, piece), from + token(s, first + i) * x.token + piece * 8, there && first + i < s.rows);
+            cp_async_16(tile + place<D>(i, piece), from + token(s, first + i) * x.token + piece * 8,
+                        there && first + i < s.rows);
     }
 }
 
-/* Stores 16 M rows of a warp, from row `row` of the segment on, COLUMNS of them from `column` on, through its rows of a tile. */
+/* Stores 16 M rows of a warp, the segment's from `row` on, COLUMNS columns from `column` on, through its rows of a tile. */
 template<int D, int COLUMNS, int M, class T> __device__ __forceinline__ void store_rows(
-    T *to, const Rows &x, const Segment &s, int row, int column, int columns, const float (&sum)[M][COLUMNS / 8][4], T *tile) {
+    const Rows &x, int head, const Work &w, int row, int column, int columns, const float (&sum)[M][COLUMNS / 8][4], T *tile) {
     constexpr int PIECES = COLUMNS / 8;
     int lane = threadIdx.x % WARP, group = lane / 4, pair = lane % 4 * 2;
+    T *to = head_of<T>(x, w.batch, head);
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < M; m++)
@@ -122,9 +130,9 @@ template<int D, int COLUMNS, int M, class T> __device__ __forceinline__ void sto
     __syncwarp();
     for (int i = lane; i < 16 * M * PIECES; i += WARP) {
         int r = row + i / PIECES, d = column + i % PIECES * 8;
-        if (r >= s.rows) return;
+        if (r >= w.s.rows) return;
         Vector<T, 8> v = *(const Vector<T, 8> *)(tile + place<D>(i / PIECES, i % PIECES));
-        T *at = to + token(s, r) * x.token + d;
+        T *at = to + token(w.s, r) * x.token + d;
         if (x.vectors && d < columns) *(Vector<T, 8> *)at = v;
         else for (int j = 0; j < 8 && d + j < columns; j++) at[j] = v.x[j];
     }
@@ -132,8 +140,7 @@ template<int D, int COLUMNS, int M, class T> __device__ __forceinline__ void sto
 
 /* ---- products ----------------------------------------------------------------------------------------------------- */
 
-/* Of a warp, fragments as in common.cuh. sum[16 M,8 N] += a b^T, both rows of D elements in tiles. Only columns from .. to-1 are
- * wanted, the others may stay as they are. */
+/* Of a warp, fragments as in common.cuh: sum[16 M,8 N] += a b^T, both rows of D elements in tiles. */
 template<int D, int M, int N, class T> __device__ __forceinline__ void multiply_rows(
     float (&sum)[M][N][4], const T *a, const T *b) {
     int lane = threadIdx.x % WARP;
@@ -157,8 +164,8 @@ template<int D, int M, int N, class T> __device__ __forceinline__ void multiply_
     }
 }
 
-/* sum[16 M,8 C] += p[16 M,8 N] b: p the sums of another product, rounded to T; b a tile of 8 N rows, columns as it points. Only
- * rows from .. to-1 of b are wanted, where p is not zero. */
+/* sum[16 M,8 C] += p[16 M,8 N] b: p the sums of another product, rounded to T; b 8 N rows of a tile, 8 C columns from where it
+ * points. */
 template<int D, int M, int N, int C, class T> __device__ __forceinline__ void multiply_columns(
     float (&sum)[M][C][4], const float (&p)[M][N][4], const T *b) {
     int lane = threadIdx.x % WARP, at_b = place<D>(lane % 16, lane / 16);
@@ -205,28 +212,26 @@ template<int D> constexpr int dkdv_step = D <= 64 ? 64 : dq_step<D>;
 template<class T, int D> __global__ void __launch_bounds__(THREADS) forward_kernel(const Forward a) {
     constexpr int M = row_pieces<D>, BM = 16 * M * WARPS, BN = forward_step<D>, N = BN / 8, C = D / 8;
     const Pattern &p = a.p;
-    int slot = a.slots - 1 - (int)(blockIdx.x % a.slots), head = blockIdx.x / a.slots % p.H, batch = blockIdx.x / a.slots / p.H;
-    Segment s;
-    int first;
-    if (!find_work(p, head >= p.border, slot, BM, &s, &first)) return;
+    __shared__ Work w;
+    find_queries(p, a.slots, BM, &w);
+    if (w.first < 0) return;
+    const Segment &s = w.s;
     DYNAMIC_SHARED(T, q);
     T *k = q + BM * D, *v = k + 2 * BN * D;                            /* two tiles of each: one is used, one arrives */
-    int kv_head = head / (p.H / p.K);
-    const T *from_k = head_of<T>(a.k, batch, kv_head), *from_v = head_of<T>(a.v, batch, kv_head);
     int lane = threadIdx.x % WARP, group = lane / 4, pair = lane % 4 * 2, offset = threadIdx.x / WARP * 16 * M;
-    int row = first + offset, end = min_of(row + 16 * M, s.rows);      /* of this warp; none if row >= end */
+    int row = w.first + offset, end = min_of(row + 16 * M, s.rows);    /* of this warp; none if row >= end */
     T *own = q + offset * D;
     float c = s.wrong ? NAN : a.c, out[M][C][4] = {}, top[M][2], total[M][2] = {};
 #pragma unroll
     for (int m = 0; m < M; m++) top[m][0] = top[m][1] = -INFINITY;
 
-    int n = (min_of(first + BM, s.rows) - 1) / BN;
+    int n = (min_of(w.first + BM, s.rows) - 1) / BN;
     auto load_step = [&](int n) {
-        load_tile<D, BN>(k + n % 2 * BN * D, from_k, a.k, s, n * BN, p.D);
-        load_tile<D, BN>(v + n % 2 * BN * D, from_v, a.v, s, n * BN, p.D);
+        load_tile<D, BN>(k + n % 2 * BN * D, a.k, w.kv_head, w, n * BN, p.D);
+        load_tile<D, BN>(v + n % 2 * BN * D, a.v, w.kv_head, w, n * BN, p.D);
         cp_async_commit();
     };
-    load_tile<D, BM>(q, head_of<const T>(a.q, batch, head), a.q, s, first, p.D);
+    load_tile<D, BM>(q, a.q, w.head, w, w.first, p.D);
     load_step(n);
     if (a.negative) {
         cp_async_wait<0>();
@@ -240,7 +245,7 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) forward_kern
         if (row >= end || n * BN >= end) continue;                     /* no row of the warp sees any key of the block */
         float x[M][N][4] = {};
         multiply_rows<D>(x, own, k + n % 2 * BN * D);
-        if (any_hidden(s, first, BM, n * BN, BN)) {
+        if (any_hidden(s, w.first, BM, n * BN, BN)) {
 #pragma unroll
             for (int m = 0; m < M; m++)
 #pragma unroll
@@ -278,7 +283,7 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) forward_kern
     }
 
     if (row >= end) return;
-    float *lse = head_of<float>(a.lse, batch, head);
+    float *lse = head_of<float>(a.lse, w.batch, w.head);
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -291,7 +296,7 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) forward_kern
             int at = row + 16 * m + 8 * r + group;
             if (pair == 0 && at < end) lse[token(s, at)] = (top[m][r] == -INFINITY ? 0 : top[m][r] * a.scale) + logf(sum);
         }
-    store_rows<D, D, M>(head_of<T>(a.out, batch, head), a.out, s, row, 0, p.D, out, own);
+    store_rows<D, D, M>(a.out, w.head, w, row, 0, p.D, out, own);
 }
 
 /* ---- backward, 16 bits -------------------------------------------------------------------------------------------- */
@@ -323,32 +328,30 @@ static __device__ __forceinline__ float shift_of(float lse) { return lse == -INF
 template<class T, int D> __global__ void __launch_bounds__(THREADS) dq_kernel(const Backward a) {
     constexpr int M = row_pieces<D>, BM = 16 * M * WARPS, BN = dq_step<D>, N = BN / 8, C = D / 8;
     const Pattern &p = a.p;
-    int slot = a.slots - 1 - (int)(blockIdx.x % a.slots), head = blockIdx.x / a.slots % p.H, batch = blockIdx.x / a.slots / p.H;
-    Segment s;
-    int first;
-    if (!find_work(p, head >= p.border, slot, BM, &s, &first)) return;
+    __shared__ Work w;
+    find_queries(p, a.slots, BM, &w);
+    if (w.first < 0) return;
+    const Segment &s = w.s;
     DYNAMIC_SHARED(T, q);
     T *g = q + BM * D, *k = g + BM * D, *v = k + 2 * BN * D;           /* g: dout */
-    int kv_head = head / (p.H / p.K);
-    const T *from_k = head_of<const T>(a.k, batch, kv_head), *from_v = head_of<const T>(a.v, batch, kv_head);
     int lane = threadIdx.x % WARP, group = lane / 4, pair = lane % 4 * 2, offset = threadIdx.x / WARP * 16 * M;
-    int row = first + offset, end = min_of(row + 16 * M, s.rows);      /* of this warp; none if row >= end */
-    const float *lse = head_of<const float>(a.lse, batch, head), *delta = a.delta + ((int64_t)batch * p.H + head) * p.T;
+    int row = w.first + offset, end = min_of(row + 16 * M, s.rows);    /* of this warp; none if row >= end */
+    const float *lse = head_of<const float>(a.lse, w.batch, w.head), *delta = delta_of(a, w.batch, w.head);
     __shared__ float shift[BM], less[BM];
     float c = s.wrong ? NAN : a.c, dq[M][C][4] = {};
-    for (int i = threadIdx.x; i < min_of(BM, s.rows - first); i += THREADS) {
-        shift[i] = shift_of(lse[token(s, first + i)]);
-        less[i] = delta[token(s, first + i)];
+    for (int i = threadIdx.x; i < min_of(BM, s.rows - w.first); i += THREADS) {
+        shift[i] = shift_of(lse[token(s, w.first + i)]);
+        less[i] = delta[token(s, w.first + i)];
     }
 
-    int n = (min_of(first + BM, s.rows) - 1) / BN;
+    int n = (min_of(w.first + BM, s.rows) - 1) / BN;
     auto load_step = [&](int n) {
-        load_tile<D, BN>(k + n % 2 * BN * D, from_k, a.k, s, n * BN, p.D);
-        load_tile<D, BN>(v + n % 2 * BN * D, from_v, a.v, s, n * BN, p.D);
+        load_tile<D, BN>(k + n % 2 * BN * D, a.k, w.kv_head, w, n * BN, p.D);
+        load_tile<D, BN>(v + n % 2 * BN * D, a.v, w.kv_head, w, n * BN, p.D);
         cp_async_commit();
     };
-    load_tile<D, BM>(q, head_of<const T>(a.q, batch, head), a.q, s, first, p.D);
-    load_tile<D, BM>(g, head_of<const T>(a.dout, batch, head), a.dout, s, first, p.D);
+    load_tile<D, BM>(q, a.q, w.head, w, w.first, p.D);
+    load_tile<D, BM>(g, a.dout, w.head, w, w.first, p.D);
     load_step(n);
     for (; n >= 0; n--) {
         cp_async_wait<0>();
@@ -358,13 +361,13 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) dq_kernel(co
         float x[M][N][4] = {}, dx[M][N][4] = {};
         multiply_rows<D>(x, q + offset * D, k + n % 2 * BN * D);
         multiply_rows<D>(dx, g + offset * D, v + n % 2 * BN * D);
-        bool masked = any_hidden(s, first, BM, n * BN, BN);
+        bool masked = any_hidden(s, w.first, BM, n * BN, BN);
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 int at = row + 16 * m + 8 * r + group;
-                float under = shift[at - first], minus = less[at - first];
+                float under = shift[at - w.first], minus = less[at - w.first];
 #pragma unroll
                 for (int j = 0; j < N; j++)
 #pragma unroll
@@ -387,64 +390,52 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) dq_kernel(co
         for (int j = 0; j < C; j++)
 #pragma unroll
             for (int i = 0; i < 4; i++) dq[m][j][i] *= a.scale;
-    store_rows<D, D, M>(head_of<T>(a.dq, batch, head), a.dq, s, row, 0, p.D, dq, q + offset * D);
-}
-
-/* The query heads of a KV head that the launch is about: all of one kind, from .. to-1. */
-static __device__ __forceinline__ bool heads_of(const Backward &a, int kv_head, int *from, int *to) {
-    int each = a.p.H / a.p.K;
-    *from = kv_head * each;
-    *to = *from + each;
-    if (a.second) *from = a.p.border;
-    else if (kv_head == a.mixed) *to = a.p.border;
-    return *from >= a.p.border;
+    store_rows<D, D, M>(a.dq, w.head, w, row, 0, p.D, dq, q + offset * D);
 }
 
 template<class T, int D> __global__ void __launch_bounds__(THREADS) dkdv_kernel(const Backward a) {
     constexpr int BM = 16 * WARPS, BN = dkdv_step<D>, N = BN / 8, COLUMNS = D < 128 ? D : 128, C = COLUMNS / 8;
     const Pattern &p = a.p;
-    int kv_heads = a.second ? 1 : p.K, slot = blockIdx.x % a.slots, rest = blockIdx.x / a.slots;
-    int kv_head = a.second ? a.mixed : rest % kv_heads, batch = rest / kv_heads, column = blockIdx.y * COLUMNS, head, to_head;
-    bool shifted = heads_of(a, kv_head, &head, &to_head);
-    Segment s;
-    int first;
-    if (!find_work(p, shifted, slot, BM, &s, &first)) return;
+    __shared__ Work w;
+    find_keys(p, a.slots, BM, a.mixed, a.second, &w);
+    if (w.first < 0) return;
+    const Segment &s = w.s;
     DYNAMIC_SHARED(T, k);
     T *v = k + BM * D, *q = v + BM * D, *g = q + 2 * BN * D;
     __shared__ float shift[2][BN], less[2][BN];
     int lane = threadIdx.x % WARP, group = lane / 4, pair = lane % 4 * 2, offset = threadIdx.x / WARP * 16;
-    int key = first + offset;                                          /* the first one of this warp */
+    int key = w.first + offset;                                        /* the first one of this warp */
     float c = s.wrong ? NAN : a.c, dk[1][C][4] = {}, dv[1][C][4] = {};
 
     /* Steps go through the queries from the diagonal on, head after head; step n is in tile n % 2. */
-    int row = first, n = 0;
+    int column = blockIdx.y * COLUMNS, head = w.head, row = w.first, n = 0;
     auto load_step = [&](int n, int head, int row) {
-        load_tile<D, BN>(q + n % 2 * BN * D, head_of<const T>(a.q, batch, head), a.q, s, row, p.D);
-        load_tile<D, BN>(g + n % 2 * BN * D, head_of<const T>(a.dout, batch, head), a.dout, s, row, p.D);
+        load_tile<D, BN>(q + n % 2 * BN * D, a.q, head, w, row, p.D);
+        load_tile<D, BN>(g + n % 2 * BN * D, a.dout, head, w, row, p.D);
         cp_async_commit();
     };
     float next_shift = 0, next_less = 0;
     auto load_rows = [&](int head, int row) {
         int at = row + threadIdx.x;
         if (threadIdx.x >= BN || at >= s.rows) return;
-        next_shift = head_of<const float>(a.lse, batch, head)[token(s, at)];
-        next_less = a.delta[((int64_t)batch * p.H + head) * p.T + token(s, at)];
+        next_shift = head_of<const float>(a.lse, w.batch, head)[token(s, at)];
+        next_less = delta_of(a, w.batch, head)[token(s, at)];
     };
     auto keep_rows = [&](int n) {
         if (threadIdx.x >= BN) return;
         shift[n % 2][threadIdx.x] = shift_of(next_shift);
         less[n % 2][threadIdx.x] = next_less;
     };
-    load_tile<D, BM>(k, head_of<const T>(a.k, batch, kv_head), a.k, s, first, p.D);
-    load_tile<D, BM>(v, head_of<const T>(a.v, batch, kv_head), a.v, s, first, p.D);
+    load_tile<D, BM>(k, a.k, w.kv_head, w, w.first, p.D);
+    load_tile<D, BM>(v, a.v, w.kv_head, w, w.first, p.D);
     load_step(0, head, row);
     load_rows(head, row);
     keep_rows(0);
-    for (; head < to_head; n++) {
-        int next_head = row + BN < s.rows ? head : head + 1, next_row = row + BN < s.rows ? row + BN : first;
+    for (; head < w.to_head; n++) {
+        int next_head = row + BN < s.rows ? head : head + 1, next_row = row + BN < s.rows ? row + BN : w.first;
         cp_async_wait<0>();
         __syncthreads();                                               /* step n is there, and nobody is at step n - 1 */
-        if (next_head < to_head) {
+        if (next_head < w.to_head) {
             load_step(n + 1, next_head, next_row);
             load_rows(next_head, next_row);
         }
@@ -452,27 +443,23 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) dkdv_kernel(
             float x[1][N][4] = {}, dx[1][N][4] = {};
             multiply_rows<D>(x, k + offset * D, q + n % 2 * BN * D);
             multiply_rows<D>(dx, v + offset * D, g + n % 2 * BN * D);
-            bool masked = any_hidden(s, row, BN, first, BM) || row + BN > s.rows;
 #pragma unroll
             for (int j = 0; j < N; j++)
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    int at = 8 * j + pair + i;
-                    float under = shift[n % 2][at], minus = less[n % 2][at];
-                    bool above[2] = { true, true };
-                    if (masked) {
-                        int low = row + at < s.rows ? first_key(s, row + at) : INT32_MAX;
-#pragma unroll
-                        for (int r = 0; r < 2; r++)
-                            above[r] = key + group + 8 * r <= row + at && key + group + 8 * r >= low;
-                    }
-#pragma unroll
-                    for (int r = 0; r < 2; r++) {
-                        float e = exp2_fast(x[0][j][2 * r + i] * c - under);
-                        dx[0][j][2 * r + i] = above[r] ? e * (dx[0][j][2 * r + i] - minus) : 0;
-                        x[0][j][2 * r + i] = above[r] ? e : 0;
-                    }
+                for (int i = 0; i < 4; i++) {
+                    int at = 8 * j + pair + i % 2;
+                    x[0][j][i] = exp2_fast(x[0][j][i] * c - shift[n % 2][at]);
+                    dx[0][j][i] = x[0][j][i] * (dx[0][j][i] - less[n % 2][at]);
                 }
+            if (any_hidden(s, row, BN, w.first, BM) || row + BN > s.rows) {
+#pragma unroll
+                for (int j = 0; j < N; j++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        int query = row + 8 * j + pair + i % 2, at = key + group + i / 2 * 8;
+                        if (query >= s.rows || at > query || at < first_key(s, query)) x[0][j][i] = dx[0][j][i] = 0;
+                    }
+            }
             multiply_columns<D>(dv, x, g + n % 2 * BN * D + column);
             multiply_columns<D>(dk, dx, q + n % 2 * BN * D + column);
         }
@@ -486,12 +473,12 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) dkdv_kernel(
     for (int j = 0; j < C; j++)
 #pragma unroll
         for (int i = 0; i < 4; i++) dk[0][j][i] *= a.scale;
-    if (kv_head == a.mixed) {
+    if (w.kv_head == a.mixed) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int at = key + 8 * r + group;
             if (at >= s.rows) continue;
-            float *sums = a.sums + (batch * (int64_t)p.T + token(s, at)) * 2 * p.D;
+            float *sums = a.sums + (w.batch * (int64_t)p.T + token(s, at)) * 2 * p.D;
 #pragma unroll
             for (int j = 0; j < C; j++)
 #pragma unroll
@@ -509,8 +496,8 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) dkdv_kernel(
         }
         if (!a.second) return;
     }
-    store_rows<D, COLUMNS, 1>(head_of<T>(a.dk, batch, kv_head), a.dk, s, key, column, p.D, dk, k + offset * D);
-    store_rows<D, COLUMNS, 1>(head_of<T>(a.dv, batch, kv_head), a.dv, s, key, column, p.D, dv, v + offset * D);
+    store_rows<D, COLUMNS, 1>(a.dk, w.kv_head, w, key, column, p.D, dk, k + offset * D);
+    store_rows<D, COLUMNS, 1>(a.dv, w.kv_head, w, key, column, p.D, dv, v + offset * D);
 }
 
 /* ---- float32 ------------------------------------------------------------------------------------------------------ */
@@ -519,26 +506,27 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) dkdv_kernel(
  * (x,y) of 16 by 16 has rows 4 y .. 4 y + 3 of every product. Rows of D columns come and go in squares. */
 enum { SIDE = 64, PITCH = SIDE + 4, SQUARE = SIDE * PITCH, FLOAT_THREADS = 256, MOST_SQUARES = 4 };
 
-static __device__ __forceinline__ void load_square(float *square, const float *from, const Rows &x, const Segment &s, int first,
+static __device__ __forceinline__ void load_square(float *square, const Rows &x, int head, const Work &w, int first,
                                                    int column, int columns) {
+    const float *from = head_of<const float>(x, w.batch, head);
     for (int i = threadIdx.x; i < SIDE * SIDE; i += FLOAT_THREADS) {
         int r = i / SIDE, d = i % SIDE;
-        bool there = first + r < s.rows && column + d < columns;
-        square[r * PITCH + d] = there ? from[token(s, first + r) * x.token + column + d] : 0;
+        bool there = first + r < w.s.rows && column + d < columns;
+        square[r * PITCH + d] = there ? from[token(w.s, first + r) * x.token + column + d] : 0;
     }
 }
 
 /* sum[i][j] += row 4 y + i of one tensor times row x + 16 j of the other, D columns; a, b: squares that both come through. */
-static __device__ __forceinline__ void dot_rows(float (&sum)[4][4], float *a, float *b, const float *from_a, const Rows &rows_a,
-                                                int first_a, const float *from_b, const Rows &rows_b, int first_b,
-                                                const Segment &s, int D) {
+static __device__ __forceinline__ void dot_rows(float (&sum)[4][4], float *a, float *b, const Rows &rows_a, int head_a,
+                                                int first_a, const Rows &rows_b, int head_b, int first_b, const Work &w,
+                                                int D) {
     int x = threadIdx.x % 16, y = threadIdx.x / 16;
     for (int column = 0; column < D; column += SIDE) {
         __syncthreads();
-        load_square(a, from_a, rows_a, s, first_a, column, D);
-        load_square(b, from_b, rows_b, s, first_b, column, D);
+        load_square(a, rows_a, head_a, w, first_a, column, D);
+        load_square(b, rows_b, head_b, w, first_b, column, D);
         __syncthreads();
-        if (first_a + 4 * y < s.rows) for (int d = 0; d < min_of(SIDE, D - column); d += 4) {
+        if (first_a + 4 * y < w.s.rows) for (int d = 0; d < min_of(SIDE, D - column); d += 4) {
             float u[4][4], v[4][4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -556,16 +544,16 @@ static __device__ __forceinline__ void dot_rows(float (&sum)[4][4], float *a, fl
 }
 
 /* sum[c][i][j] += row 4 y + i of the square p times column 64 c + 4 x + j of SIDE rows; b: a square that these come through. */
-static __device__ __forceinline__ void add_rows(float (&sum)[MOST_SQUARES][4][4], const float *p, float *b, const float *from,
-                                                const Rows &rows, int first, const Segment &s, int D) {
+static __device__ __forceinline__ void add_rows(float (&sum)[MOST_SQUARES][4][4], const float *p, float *b, const Rows &rows,
+                                                int head, int first, const Work &w, int D) {
     int x = threadIdx.x % 16, y = threadIdx.x / 16;
 #pragma unroll
     for (int c = 0; c < MOST_SQUARES; c++) {
         if (c * SIDE >= D) break;
         __syncthreads();
-        load_square(b, from, rows, s, first, c * SIDE, D);
+        load_square(b, rows, head, w, first, c * SIDE, D);
         __syncthreads();
-        if (c * SIDE + 4 * x < D) for (int k = 0; k < min_of(SIDE, s.rows - first); k += 4) {
+        if (c * SIDE + 4 * x < D) for (int k = 0; k < min_of(SIDE, w.s.rows - first); k += 4) {
             float u[4][4], v[4][4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -582,8 +570,9 @@ static __device__ __forceinline__ void add_rows(float (&sum)[MOST_SQUARES][4][4]
     }
 }
 
-static __device__ __forceinline__ void store_sums(float *to, const Rows &rows, const Segment &s, int first,
+static __device__ __forceinline__ void store_sums(const Rows &rows, int head, const Work &w,
                                                   const float (&sum)[MOST_SQUARES][4][4], int D) {
+    float *to = head_of<float>(rows, w.batch, head);
     int x = threadIdx.x % 16, y = threadIdx.x / 16;
 #pragma unroll
     for (int c = 0; c < MOST_SQUARES; c++)
@@ -591,8 +580,8 @@ static __device__ __forceinline__ void store_sums(float *to, const Rows &rows, c
         for (int i = 0; i < 4; i++)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                int row = first + 4 * y + i, d = c * SIDE + 4 * x + j;
-                if (row < s.rows && d < D) to[token(s, row) * rows.token + d] = sum[c][i][j];
+                int row = w.first + 4 * y + i, d = c * SIDE + 4 * x + j;
+                if (row < w.s.rows && d < D) to[token(w.s, row) * rows.token + d] = sum[c][i][j];
             }
 }
 
@@ -608,24 +597,22 @@ static __device__ __forceinline__ float row_max(float x) {
 
 static __global__ void __launch_bounds__(FLOAT_THREADS) forward_float_kernel(const Forward a) {
     const Pattern &p = a.p;
-    int slot = a.slots - 1 - (int)(blockIdx.x % a.slots), head = blockIdx.x / a.slots % p.H, batch = blockIdx.x / a.slots / p.H;
-    Segment s;
-    int first;
-    if (!find_work(p, head >= p.border, slot, SIDE, &s, &first)) return;
+    __shared__ Work w;
+    find_queries(p, a.slots, SIDE, &w);
+    if (w.first < 0) return;
+    const Segment &s = w.s;
     DYNAMIC_SHARED(float, one);
     float *two = one + SQUARE, *weights = two + SQUARE;
-    int kv_head = head / (p.H / p.K), x = threadIdx.x % 16, y = threadIdx.x / 16;
-    const float *q = head_of<const float>(a.q, batch, head), *k = head_of<const float>(a.k, batch, kv_head);
-    const float *v = head_of<const float>(a.v, batch, kv_head);
+    int x = threadIdx.x % 16, y = threadIdx.x / 16;
     float scale = s.wrong ? NAN : a.negative ? -a.scale : a.scale, out[MOST_SQUARES][4][4] = {}, top[4], total[4] = {};
 #pragma unroll
     for (int i = 0; i < 4; i++) top[i] = -INFINITY;
-    for (int key = 0; key < min_of(first + SIDE, s.rows); key += SIDE) {
+    for (int key = 0; key < min_of(w.first + SIDE, s.rows); key += SIDE) {
         float e[4][4] = {};
-        dot_rows(e, one, two, q, a.q, first, k, a.k, key, s, p.D);
+        dot_rows(e, one, two, a.q, w.head, w.first, a.k, w.kv_head, key, w, p.D);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            int row = first + 4 * y + i, low = first_key(s, row);
+            int row = w.first + 4 * y + i, low = first_key(s, row);
             float highest = top[i], sum = 0;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
@@ -644,29 +631,30 @@ static __global__ void __launch_bounds__(FLOAT_THREADS) forward_float_kernel(con
 #pragma unroll
                 for (int j = 0; j < 4; j++) out[c][i][j] *= shrink;
         }
-        add_rows(out, weights, two, v, a.v, key, s, p.D);
+        add_rows(out, weights, two, a.v, w.kv_head, key, w, p.D);
         __syncthreads();
     }
-    float *lse = head_of<float>(a.lse, batch, head);
+    float *lse = head_of<float>(a.lse, w.batch, w.head);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         float sum = row_sum(total[i]), inverse = sum == 0 ? 0 : 1 / sum;
-        int row = first + 4 * y + i;
+        int row = w.first + 4 * y + i;
 #pragma unroll
         for (int c = 0; c < MOST_SQUARES; c++)
 #pragma unroll
             for (int j = 0; j < 4; j++) out[c][i][j] *= inverse;
         if (x == 0 && row < s.rows) lse[token(s, row)] = (top[i] == -INFINITY ? 0 : top[i]) + logf(sum);
     }
-    store_sums(head_of<float>(a.out, batch, head), a.out, s, first, out, p.D);
+    store_sums(a.out, w.head, w, out, p.D);
 }
 
 /* Turns scores and products dout v^T of 64 rows and 64 keys into weights and gradients of scores. ROWS_ARE_KEYS: element (i,j)
  * is key 4 y + i and query x + 16 j, else query 4 y + i and key x + 16 j. shift, less: of the queries' rows from `row` on. */
 template<bool ROWS_ARE_KEYS> __device__ __forceinline__ void gradients(
-    float (&e)[4][4], float (&de)[4][4], const Backward &a, const Segment &s, int batch, int head, int row, int key) {
+    float (&e)[4][4], float (&de)[4][4], const Backward &a, const Work &w, int head, int row, int key) {
+    const Segment &s = w.s;
     int x = threadIdx.x % 16, y = threadIdx.x / 16;
-    const float *lse = head_of<const float>(a.lse, batch, head), *delta = a.delta + ((int64_t)batch * a.p.H + head) * a.p.T;
+    const float *lse = head_of<const float>(a.lse, w.batch, head), *delta = delta_of(a, w.batch, head);
     float scale = s.wrong ? NAN : a.scale;
 #pragma unroll
     for (int i = 0; i < 4; i++)
@@ -684,65 +672,59 @@ template<bool ROWS_ARE_KEYS> __device__ __forceinline__ void gradients(
 
 static __global__ void __launch_bounds__(FLOAT_THREADS) dq_float_kernel(const Backward a) {
     const Pattern &p = a.p;
-    int slot = a.slots - 1 - (int)(blockIdx.x % a.slots), head = blockIdx.x / a.slots % p.H, batch = blockIdx.x / a.slots / p.H;
-    Segment s;
-    int first;
-    if (!find_work(p, head >= p.border, slot, SIDE, &s, &first)) return;
+    __shared__ Work w;
+    find_queries(p, a.slots, SIDE, &w);
+    if (w.first < 0) return;
+    const Segment &s = w.s;
     DYNAMIC_SHARED(float, one);
     float *two = one + SQUARE, *ds = two + SQUARE;
-    int kv_head = head / (p.H / p.K), x = threadIdx.x % 16, y = threadIdx.x / 16;
-    const float *q = head_of<const float>(a.q, batch, head), *dout = head_of<const float>(a.dout, batch, head);
-    const float *k = head_of<const float>(a.k, batch, kv_head), *v = head_of<const float>(a.v, batch, kv_head);
+    int x = threadIdx.x % 16, y = threadIdx.x / 16;
     float dq[MOST_SQUARES][4][4] = {};
-    for (int key = 0; key < min_of(first + SIDE, s.rows); key += SIDE) {
+    for (int key = 0; key < min_of(w.first + SIDE, s.rows); key += SIDE) {
         float e[4][4] = {}, de[4][4] = {};
-        dot_rows(e, one, two, q, a.q, first, k, a.k, key, s, p.D);
-        dot_rows(de, one, two, dout, a.dout, first, v, a.v, key, s, p.D);
-        gradients<false>(e, de, a, s, batch, head, first, key);
+        dot_rows(e, one, two, a.q, w.head, w.first, a.k, w.kv_head, key, w, p.D);
+        dot_rows(de, one, two, a.dout, w.head, w.first, a.v, w.kv_head, key, w, p.D);
+        gradients<false>(e, de, a, w, w.head, w.first, key);
 #pragma unroll
         for (int i = 0; i < 4; i++)
 #pragma unroll
             for (int j = 0; j < 4; j++) ds[(4 * y + i) * PITCH + x + 16 * j] = de[i][j] * a.scale;
-        add_rows(dq, ds, two, k, a.k, key, s, p.D);
+        add_rows(dq, ds, two, a.k, w.kv_head, key, w, p.D);
         __syncthreads();
     }
-    store_sums(head_of<float>(a.dq, batch, head), a.dq, s, first, dq, p.D);
+    store_sums(a.dq, w.head, w, dq, p.D);
 }
 
 static __global__ void __launch_bounds__(FLOAT_THREADS) dkdv_float_kernel(const Backward a) {
     const Pattern &p = a.p;
-    int kv_heads = a.second ? 1 : p.K, slot = blockIdx.x % a.slots, rest = blockIdx.x / a.slots;
-    int kv_head = a.second ? a.mixed : rest % kv_heads, batch = rest / kv_heads, head, to_head;
-    bool shifted = heads_of(a, kv_head, &head, &to_head);
-    Segment s;
-    int first;
-    if (!find_work(p, shifted, slot, SIDE, &s, &first)) return;
+    __shared__ Work w;
+    find_keys(p, a.slots, SIDE, a.mixed, a.second, &w);
+    if (w.first < 0) return;
+    const Segment &s = w.s;
     DYNAMIC_SHARED(float, one);
     float *two = one + SQUARE, *weights = two + SQUARE, *ds = weights + SQUARE;
     int x = threadIdx.x % 16, y = threadIdx.x / 16;
-    const float *k = head_of<const float>(a.k, batch, kv_head), *v = head_of<const float>(a.v, batch, kv_head);
-    float *to_k = head_of<float>(a.dk, batch, kv_head), *to_v = head_of<float>(a.dv, batch, kv_head);
     float dk[MOST_SQUARES][4][4] = {}, dv[MOST_SQUARES][4][4] = {};
     if (a.second) {                                                    /* what the plain heads gave */
+        const float *from_k = head_of<float>(a.dk, w.batch, w.kv_head), *from_v = head_of<float>(a.dv, w.batch, w.kv_head);
 #pragma unroll
         for (int c = 0; c < MOST_SQUARES; c++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    int row = first + 4 * y + i, d = c * SIDE + 4 * x + j;
+                    int row = w.first + 4 * y + i, d = c * SIDE + 4 * x + j;
                     if (row >= s.rows || d >= p.D) continue;
-                    dk[c][i][j] = to_k[token(s, row) * a.dk.token + d];
-                    dv[c][i][j] = to_v[token(s, row) * a.dv.token + d];
+                    dk[c][i][j] = from_k[token(s, row) * a.dk.token + d];
+                    dv[c][i][j] = from_v[token(s, row) * a.dv.token + d];
                 }
     }
-    for (; head < to_head; head++) {
-        const float *q = head_of<const float>(a.q, batch, head), *dout = head_of<const float>(a.dout, batch, head);
-        for (int row = first; row < s.rows; row += SIDE) {
+    for (int head = w.head; head < w.to_head; head++)
+        for (int row = w.first; row < s.rows; row += SIDE) {
             float e[4][4] = {}, de[4][4] = {};
-            dot_rows(e, one, two, k, a.k, first, q, a.q, row, s, p.D);
-            dot_rows(de, one, two, v, a.v, first, dout, a.dout, row, s, p.D);
-            gradients<true>(e, de, a, s, batch, head, row, first);
+            dot_rows(e, one, two, a.k, w.kv_head, w.first, a.q, head, row, w, p.D);
+            dot_rows(de, one, two, a.v, w.kv_head, w.first, a.dout, head, row, w, p.D);
+            gradients<true>(e, de, a, w, head, row, w.first);
 #pragma unroll
             for (int i = 0; i < 4; i++)
 #pragma unroll
@@ -750,13 +732,12 @@ static __global__ void __launch_bounds__(FLOAT_THREADS) dkdv_float_kernel(const 
                     weights[(4 * y + i) * PITCH + x + 16 * j] = e[i][j];
                     ds[(4 * y + i) * PITCH + x + 16 * j] = de[i][j] * a.scale;
                 }
-            add_rows(dv, weights, two, dout, a.dout, row, s, p.D);
-            add_rows(dk, ds, one, q, a.q, row, s, p.D);
+            add_rows(dv, weights, two, a.dout, head, row, w, p.D);
+            add_rows(dk, ds, one, a.q, head, row, w, p.D);
             __syncthreads();
         }
-    }
-    store_sums(to_k, a.dk, s, first, dk, p.D);
-    store_sums(to_v, a.dv, s, first, dv, p.D);
+    store_sums(a.dk, w.kv_head, w, dk, p.D);
+    store_sums(a.dv, w.kv_head, w, dv, p.D);
 }
 
 /* Keys that no query sees: there are no query heads. */
@@ -803,7 +784,7 @@ template<class T> static int forward(Forward a, const CudaCall *call) {
 extern "C" int s2_attention_forward_cuda(const void *args, const CudaCall *call) {
     const S2AttentionForward *x = (const S2AttentionForward *)args;
     Forward a = {};
-    if (make_pattern("s2_attention_forward", &a.p, &x->q, &x->k, &x->cu_seqlens, x->group_size, x->boundary, x->shift)) return -1;
+    if (make_pattern("s2_attention_forward", &a.p, x)) return -1;
     a.out = rows_of(&x->out);
     a.lse = lse_of(&x->lse);
     a.q = rows_of(&x->q);
@@ -822,7 +803,7 @@ static int64_t delta_bytes(const Pattern *p) { return align_up((int64_t)p->B * p
 extern "C" int64_t s2_attention_backward_cuda_workspace(const void *args) {
     const S2AttentionBackward *x = (const S2AttentionBackward *)args;
     Pattern p = {};
-    if (make_pattern("s2_attention_backward", &p, &x->q, &x->k, &x->cu_seqlens, x->group_size, x->boundary, x->shift)) return -1;
+    if (make_pattern("s2_attention_backward", &p, x)) return -1;
     bool sums = p.H && mixed_head(&p) >= 0 && x->q.dtype != F32;
     return delta_bytes(&p) + (sums ? (int64_t)p.B * p.T * 2 * p.D * (int64_t)sizeof(float) : 0);
 }
@@ -839,8 +820,9 @@ template<class T> static int delta(const Backward &a, const CudaCall *call) {
 }
 
 /* dq, then dk and dv of all KV heads, then what the shifted heads of a KV head of both kinds add. */
-template<class Dq, class Dkdv> static int backward(Backward a, const CudaCall *call, Dq dq, int dq_tile, size_t dq_shared, Dkdv dkdv,
-                                                   int dkdv_tile, size_t dkdv_shared, unsigned parts, unsigned threads) {
+template<class Dq, class Dkdv> static int backward(Backward a, const CudaCall *call, Dq dq, int dq_tile, size_t dq_shared,
+                                                   Dkdv dkdv, int dkdv_tile, size_t dkdv_shared, unsigned parts,
+                                                   unsigned threads) {
     dim3 grid;
     if (blocks_of("s2_attention_backward", &a.p, a.p.H, dq_tile, &a.slots, &grid) ||
         launch(call, dq, grid, threads, dq_shared, a)) return -1;
@@ -857,7 +839,7 @@ extern "C" int s2_attention_backward_cuda(const void *args, const CudaCall *call
     const S2AttentionBackward *x = (const S2AttentionBackward *)args;
     Backward a = {};
     Pattern *p = &a.p;
-    if (make_pattern("s2_attention_backward", p, &x->q, &x->k, &x->cu_seqlens, x->group_size, x->boundary, x->shift)) return -1;
+    if (make_pattern("s2_attention_backward", p, x)) return -1;
     a.dq = rows_of(&x->dq);
     a.dk = rows_of(&x->dk);
     a.dv = rows_of(&x->dv);
@@ -886,8 +868,9 @@ extern "C" int s2_attention_backward_cuda(const void *args, const CudaCall *call
             return backward(a, call, dq_float_kernel, SIDE, 3 * square, dkdv_float_kernel, SIDE, 4 * square, 1, FLOAT_THREADS);
         } else return for_columns(p->D, [&](auto columns) {
             constexpr int D = decltype(columns)::value, BM = 16 * row_pieces<D> * WARPS, BK = 16 * WARPS;
-            size_t row = D * sizeof(T), dq_shared = (2 * BM + 4 * dq_step<D>) * row, dkdv_shared = (2 * BK + 4 * dkdv_step<D>) * row;
-            return backward(a, call, dq_kernel<T, D>, BM, dq_shared, dkdv_kernel<T, D>, BK, dkdv_shared, D > 128 ? 2 : 1, THREADS);
+            size_t row = D * sizeof(T);
+            return backward(a, call, dq_kernel<T, D>, BM, (2 * BM + 4 * dq_step<D>) * row, dkdv_kernel<T, D>, BK,
+                            (2 * BK + 4 * dkdv_step<D>) * row, D > 128 ? 2 : 1, THREADS);
         });
     });
 }

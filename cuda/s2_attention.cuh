@@ -5,9 +5,9 @@
  * one token by which the two runs differ: `low`). Segments are cut into tiles of rows that begin where the segment begins.
  *
  * Blocks find their tile themselves: what cu_seqlens holds is known on the device only. A document of L tokens has at most
- * L/tile + L/G + 2 tiles, so document d, which begins at token t, gets the slots from t/tile + t/G + 4 d on: they never overlap,
- * and a search by halves finds d. Slots without a tile are blocks that end at once. Whatever cu_seqlens holds, borders are
- * taken as 0 .. T, so nothing outside of the tensors is touched. */
+ * L/tile + L/G + 2 tiles, so document d, which begins at token t, gets the slots from t/tile + t/G + 4 d on: they never
+ * overlap, and a search by halves finds d. Slots without a tile are blocks that end at once. Whatever cu_seqlens holds, borders
+ * are taken as 0 .. T, so nothing outside of the tensors is touched. */
 #ifndef LONGLORA_S2_ATTENTION_CUH
 #define LONGLORA_S2_ATTENTION_CUH
 
@@ -84,17 +84,49 @@ static __device__ __forceinline__ int first_slot(const Pattern &p, int document,
     return t / tile + t / p.G + 4 * document;
 }
 
+/* What a block works on. In shared memory, that its threads need not keep it in registers. */
+struct Work { Segment s; int first, batch, kv_head, head, to_head; };  /* first: row of the tile, -1 when there is none */
+
 /* The tile of a slot: find_tile in its document. */
-static __device__ bool find_work(const Pattern &p, bool shifted, int slot, int tile, Segment *s, int *first) {
-    if (!p.cu_seqlens) return find_tile(p, shifted, 0, p.T, slot, tile, s, first);
-    int from = 0, to = p.documents - 1;
+static __device__ void find_work(const Pattern &p, bool shifted, int slot, int tile, Work *w) {
+    int from = 0, to = p.cu_seqlens ? p.documents - 1 : 0, origin = 0, L = p.T;
     while (from < to) {
         int middle = (from + to + 1) / 2;
         if (first_slot(p, middle, tile) <= slot) from = middle;
         else to = middle - 1;
     }
-    int origin = border_of(p, from), L = max_of(border_of(p, from + 1) - origin, 0);
-    return find_tile(p, shifted, origin, L, slot - first_slot(p, from, tile), tile, s, first);
+    if (p.cu_seqlens) {
+        origin = border_of(p, from);
+        L = max_of(border_of(p, from + 1) - origin, 0);
+        slot -= first_slot(p, from, tile);
+    }
+    if (!find_tile(p, shifted, origin, L, slot, tile, &w->s, &w->first)) w->first = -1;
+}
+
+/* Of blocks with a tile of queries of one head: head by head, the last tiles first, since they see most keys. */
+static __device__ __forceinline__ void find_queries(const Pattern &p, int slots, int tile, Work *w) {
+    if (threadIdx.x == 0) {
+        int rest = blockIdx.x / slots;
+        w->batch = rest / p.H;
+        w->head = rest % p.H;
+        w->kv_head = w->head / (p.H / p.K);
+        find_work(p, w->head >= p.border, slots - 1 - (int)(blockIdx.x % slots), tile, w);
+    }
+    __syncthreads();
+}
+
+/* Of blocks with a tile of keys of one KV head, for the query heads head .. to_head-1 of one kind. `mixed` is the KV head that
+ * has both kinds: its plain ones, and in the second launch, which is about it alone, its shifted ones. */
+static __device__ __forceinline__ void find_keys(const Pattern &p, int slots, int tile, int mixed, bool second, Work *w) {
+    if (threadIdx.x == 0) {
+        int rest = blockIdx.x / slots, each = p.H / p.K;
+        w->batch = second ? rest : rest / p.K;
+        w->kv_head = second ? mixed : rest % p.K;
+        w->head = second ? p.border : w->kv_head * each;
+        w->to_head = w->kv_head == mixed && !second ? p.border : (w->kv_head + 1) * each;
+        find_work(p, w->head >= p.border, blockIdx.x % slots, tile, w);
+    }
+    __syncthreads();
 }
 
 /* ---- on the host -------------------------------------------------------------------------------------------------- */
@@ -112,10 +144,12 @@ static int64_t slots_of(const Pattern *p, int tile) {
     return plain > shifted ? plain : shifted;
 }
 
-static int make_pattern(const char *op, Pattern *p, const Tensor *q, const Tensor *k, const Tensor *cu_seqlens,
-                        double group_size, double boundary, double shift) {
+/* x: the arguments of forward or backward. */
+template<class Args> static int make_pattern(const char *op, Pattern *p, const Args *x) {
+    const Tensor *q = &x->q, *k = &x->k, *cu_seqlens = &x->cu_seqlens;
+    double boundary = x->boundary, shift = x->shift;
     int64_t B = q->shape[0], T = q->shape[1], H = q->shape[2], D = q->shape[3], K = k->shape[2];
-    int64_t G = (int64_t)group_size, documents = given(cu_seqlens) ? cu_seqlens->shape[0] - 1 : 0;
+    int64_t G = (int64_t)x->group_size, documents = given(cu_seqlens) ? cu_seqlens->shape[0] - 1 : 0;
     if (G < 1) return fail("%s: group_size should be at least 1, got %lld", op, (long long)G);
     if (boundary < SPLIT || boundary > SWAP)
         return fail("%s: boundary should be 0 (split), 1 (wrap) or 2 (swap), got %g", op, boundary);
