@@ -106,12 +106,12 @@ def plain(name, *inputs, **kwargs):
 
 
 def check(name, *inputs, floor=2.0, **kwargs):
-    """longlora.ops.<name> against reference.<name> on the same inputs -> what the op returned."""
+    """longlora.ops.<name> against reference.<name> on the same inputs -> what the op returned. floor: compare's, or one a result."""
     got = as_tuple(getattr(ops, name)(*inputs, **kwargs))
     want, low = as_tuple(getattr(reference, name)(*inputs, **kwargs)), plain(name, *inputs, **kwargs)
     assert len(got) == len(want)
     for i, (g, w, p) in enumerate(zip(got, want, low)):
         assert (g is None) == (w is None), f"{name}[{i}]"
         if w is not None:
-            compare(g, np.asarray(w, np.float64), np.asarray(p), f"{name}[{i}]", floor)
+            compare(g, np.asarray(w, np.float64), np.asarray(p), f"{name}[{i}]", floor[i] if isinstance(floor, tuple) else floor)
     return got if len(got) > 1 else got[0]

@@ -2,7 +2,11 @@
  * each row of the table is summed by one task, in the order of the tokens. */
 #include "cpu.h"
 
-enum { ROWS = 16 };                    /* tokens of a task */
+enum {
+    ROWS = 16,                         /* tokens of a task */
+    PIECE = 128,                       /* tokens of one id that are summed apart, so that many of them stay exact */
+    COLUMNS = 512,                     /* of such a sum at a time */
+};
 
 static int check_ids(const char *op, const Tensor *ids, int64_t rows) {
     for (int64_t m = 0; m < ids->shape[0]; m++) {
@@ -30,6 +34,18 @@ int CPU(embedding_forward)(const void *args, void *stream) {
     return parallel_for((a->ids.shape[0] + ROWS - 1) / ROWS, ROWS * (a->out.shape[1] / 4 + 1), forward_rows, (void *)a);
 }
 
+/* row[c] += dout[order[i], c] for the places `first` to `last` of order and n columns from c0 on. */
+static inline void add_rows(float *row, const EmbeddingBackward *a, int64_t first, int64_t last, int64_t c0, int64_t n) {
+    const int32_t *order = a->order.data;
+    int64_t size = dtype_size(a->dout.dtype);
+    for (int64_t i = first; i < last; i++) {
+        const char *dout = at(&a->dout, order[i] * a->dout.stride[0] + c0);
+        int64_t c = 0;
+        for (; c + VW <= n; c += VW) vf_store(row + c, vf_load(row + c) + vf_load_any(dout + c * size, a->dout.dtype));
+        for (; c < n; c++) row[c] += load1(dout + c * size, a->dout.dtype);
+    }
+}
+
 /* A task owns the runs of equal ids that begin in its ROWS places of `order`, to their ends. */
 static int backward_runs(int64_t task, void *context) {
     const EmbeddingBackward *a = context;
@@ -37,13 +53,17 @@ static int backward_runs(int64_t task, void *context) {
     int64_t first = task * ROWS, last = first + ROWS, M = a->ids.shape[0], C = a->dout.shape[1];
     if (last > M) last = M;
     if (first) while (first < last && ids[order[first]] == ids[order[first - 1]]) first++;
-    if (first == last) return 0;
-    for (int64_t i = first; i < M && (i < last || ids[order[i]] == ids[order[i - 1]]); i++) {
+    for (int64_t i = first, end; i < last; i = end) {
         float *row = at(&a->dweight, ids[order[i]] * a->dweight.stride[0]);
-        const char *dout = at(&a->dout, order[i] * a->dout.stride[0]);
-        int64_t c = 0, size = dtype_size(a->dout.dtype);
-        for (; c + VW <= C; c += VW) vf_store(row + c, vf_load(row + c) + vf_load_any(dout + c * size, a->dout.dtype));
-        for (; c < C; c++) row[c] += load1(dout + c * size, a->dout.dtype);
+        for (end = i + 1; end < M && ids[order[end]] == ids[order[i]]; end++) {}
+        if (end - i <= PIECE) { add_rows(row, a, i, end, 0, C); continue; }
+        for (int64_t c0 = 0; c0 < C; c0 += COLUMNS)
+            for (int64_t start = i; start < end; start += PIECE) {
+                float sum[COLUMNS] = {0};
+                int64_t n = C - c0 < COLUMNS ? C - c0 : COLUMNS;
+                add_rows(sum, a, start, start + PIECE < end ? start + PIECE : end, c0, n);
+                for (int64_t c = 0; c < n; c++) row[c0 + c] += sum[c];
+            }
     }
     return 0;
 }

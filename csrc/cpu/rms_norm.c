@@ -4,7 +4,10 @@
  * rising order, so the bits do not depend on who ran what. */
 #include "cpu.h"
 
-enum { ROWS = 32 };
+enum {
+    ROWS = 32,
+    SPAN = 64 * VW,                    /* elements of a row in one run of sums; runs are added up, so that long rows stay exact */
+};
 
 static inline vf load_tail(const char *p, int32_t dtype, int64_t n) {
     vf x = {0};
@@ -30,17 +33,22 @@ static inline void forward_row(const RmsNormForward *a, int64_t m, int32_t dtype
     char *out = at(&a->out, m * a->out.stride[0]), *sum = given(&a->sum) ? at(&a->sum, m * a->sum.stride[0]) : NULL;
     const char *x = at(&a->x, m * a->x.stride[0]), *weight = a->weight.data;
     const char *residual = given(&a->residual) ? at(&a->residual, m * a->residual.stride[0]) : NULL;
-    vf squares[2] = {{0}};
-    for (int64_t c0 = 0; c0 < C; c0 += 2 * VW)
+    vf total = {0};
+    for (int64_t start = 0; start < C; start += SPAN) {
+        int64_t end = start + SPAN < C ? start + SPAN : C;
+        vf squares[2] = {{0}};
+        for (int64_t c0 = start; c0 < end; c0 += 2 * VW)
 #pragma GCC unroll 2
-        for (int i = 0; i < 2; i++) {                                  /* unrolled, so that the sums stay in registers */
-            int64_t c = c0 + i * VW;
-            vf v = get(x, dtype, c, C);
-            if (residual) v += get(residual, dtype, c, C);
-            if (sum) { put(sum, dtype, c, C, v); v = get(sum, dtype, c, C); }
-            squares[i] += v * v;
-        }
-    float rstd = 1.0f / sqrtf(vf_sum(squares[0] + squares[1]) / (float)(C ? C : 1) + (float)a->eps);
+            for (int i = 0; i < 2; i++) {                              /* unrolled, so that the sums stay in registers */
+                int64_t c = c0 + i * VW;
+                vf v = get(x, dtype, c, C);
+                if (residual) v += get(residual, dtype, c, C);
+                if (sum) { put(sum, dtype, c, C, v); v = get(sum, dtype, c, C); }
+                squares[i] += v * v;
+            }
+        total += squares[0] + squares[1];
+    }
+    float rstd = 1.0f / sqrtf(vf_sum(total) / (float)(C ? C : 1) + (float)a->eps);
     const char *source = sum ? sum : x;
     for (int64_t c = 0; c < C; c += VW) put(out, dtype, c, C, get(source, dtype, c, C) * rstd * get(weight, dtype, c, C));
     ((float *)a->rstd.data)[m] = rstd;
@@ -72,14 +80,19 @@ static inline void backward_row(const RmsNormBackward *a, int64_t m, int32_t dty
     const char *x = at(&a->x, m * a->x.stride[0]), *dout = at(&a->dout, m * a->dout.stride[0]), *weight = a->weight.data;
     const char *dresidual = given(&a->dresidual) ? at(&a->dresidual, m * a->dresidual.stride[0]) : NULL;
     float r = ((const float *)a->rstd.data)[m];
-    vf dots[2] = {{0}};
-    for (int64_t c0 = 0; c0 < C; c0 += 2 * VW)
+    vf total = {0};
+    for (int64_t start = 0; start < C; start += SPAN) {
+        int64_t end = start + SPAN < C ? start + SPAN : C;
+        vf dots[2] = {{0}};
+        for (int64_t c0 = start; c0 < end; c0 += 2 * VW)
 #pragma GCC unroll 2
-        for (int i = 0; i < 2; i++) {
-            int64_t c = c0 + i * VW;
-            dots[i] += get(dout, dtype, c, C) * get(weight, dtype, c, C) * get(x, dtype, c, C);
-        }
-    float k = vf_sum(dots[0] + dots[1]) * r * r * r / (float)(C ? C : 1);
+            for (int i = 0; i < 2; i++) {
+                int64_t c = c0 + i * VW;
+                dots[i] += get(dout, dtype, c, C) * get(weight, dtype, c, C) * get(x, dtype, c, C);
+            }
+        total += dots[0] + dots[1];
+    }
+    float k = vf_sum(total) * r * r * r / (float)(C ? C : 1);
     for (int64_t c = 0; c < C; c += VW) {
         vf d = get(dout, dtype, c, C), v = get(x, dtype, c, C);
         vf grad = r * d * get(weight, dtype, c, C) - k * v;

@@ -35,6 +35,7 @@
 #endif
 enum {
     MR = 6,
+    DEPTH = 128,
     ROWS = 512,                        /* query rows of a forward task, all heads together; of a backward task CHUNK */
 };                                     /* a block is BQ queries and BK keys */
 
@@ -53,7 +54,7 @@ static inline __attribute__((always_inline)) void tile(int rows, int vecs, int a
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++) {
 #pragma GCC unroll 8
-        for (int j = 0; j < vecs; j++) sum[i][j] = add ? vf_load(c + i * ldc + j * VW) : (vf){0};
+        for (int j = 0; j < vecs; j++) sum[i][j] = (vf){0};
     }
     for (int64_t k = 0; k < n; k++) {
         vf x[NV];
@@ -69,7 +70,10 @@ static inline __attribute__((always_inline)) void tile(int rows, int vecs, int a
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++) {
 #pragma GCC unroll 8
-        for (int j = 0; j < vecs; j++) vf_store(c + i * ldc + j * VW, sum[i][j]);
+        for (int j = 0; j < vecs; j++) {
+            if (add) sum[i][j] += vf_load(c + i * ldc + j * VW);
+            vf_store(c + i * ldc + j * VW, sum[i][j]);
+        }
     }
 }
 
@@ -90,7 +94,8 @@ static Tile *const tiles[2][NV][MR] = { TABLE(down), TABLE(across) };
 enum { DOWN, ACROSS };
 #define FAR (INT64_MAX / 2)
 
-/* c[M,vecs*VW] (+)= a b[n,vecs*VW]: a[M,n], or a[n,M] when ACROSS. Columns in nearly equal strips of at most NV vectors.
+/* c[M,vecs*VW] (+)= a b[n,vecs*VW]: a[M,n], or a[n,M] when ACROSS. Columns in nearly equal strips of at most NV vectors. At most
+ * DEPTH products are added up before c comes to it, so that long sums stay exact.
  * A triangle of a is zero and left out: row i has nothing before from + i, nothing from to + i + 1 on. */
 static void multiply(int way, float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t M,
                      int64_t vecs, int64_t n, int add, int64_t from, int64_t to) {
@@ -98,9 +103,9 @@ static void multiply(int way, float *c, int64_t ldc, const float *a, int64_t lda
         int64_t width = (vecs - j + strips - 1) / strips;
         for (int64_t i = 0; i < M; i += MR) {
             int64_t rows = min64(MR, M - i), first = max64(0, from + i), last = min64(n, to + i + rows);
-            const float *ai = way == ACROSS ? a + first * lda + i : a + i * lda + first;
-            tiles[way][width - 1][rows - 1](c + i * ldc + j * VW, ldc, ai, lda, b + first * ldb + j * VW, ldb, last - first,
-                                            add);
+            for (int64_t k = first, more = add; k < last || !more; k += DEPTH, more = 1)
+                tiles[way][width - 1][rows - 1](c + i * ldc + j * VW, ldc, way == ACROSS ? a + k * lda + i : a + i * lda + k, lda,
+                                                b + k * ldb + j * VW, ldb, max64(0, min64(DEPTH, last - k)), (int)more);
         }
         j += width;
     }
