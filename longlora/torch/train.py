@@ -209,12 +209,12 @@ class Trained:
 
     @property
     def value(self):
-        return self.read("value")
+        return self.read("value").numpy()
 
     @property
     def grad(self):
         """Zero where the gradients so far were: the optimizer's mean of them, for they are gone themselves."""
-        return self.read("m")
+        return self.read("m").numpy()
 
 
 def made_steps(zero, step):
