@@ -23,7 +23,12 @@
  *   u, N = 8, K = 576: b read for each row 37, kept for two 42; bfloat16: as a panel 27, converted as it is read 36
  *   M = 1, 2048x2048, bfloat16: as a panel 3, a row of the larger matrix at a time 9
  *   M = 2048, N = 576, K = 8: panel after panel 9, row after row 15; bfloat16 15, 17
- *   db, N = 576, M = 8, K = 2048: b packed by each tile 34, two tiles on b in place 49 */
+ *   db, N = 576, M = 8, K = 2048: b packed by each tile 34, two tiles on b in place 49
+ * and there again, processor time of one core, other work beside it, in turn, quartiles; b in place by panels, then 128 columns
+ * of it packed row by row and tiles of 4 rows:
+ *   da and db, R = 8, C = N = 576: 8, 27; bfloat16 (packed by panels before) 18, 42; C = N = 2048, a line from each page: 11, 25;
+ *   R = 64 (packed by panels before): 41, 53
+ *   NT, M = N = K = 2048 + 8: columns packed 1008 at a time, a three times 68; 1152 at a time 72 */
 #include "gemm.h"
 #include "scratch.h"
 
@@ -50,8 +55,8 @@ enum {
     ROWS = 480,                        /* of a in one task, at most */
     FEW_ROWS = 64,                     /* with no more, each tile packs GROUP columns of b for itself, KC / 3 steps of them */
     GROUP = 128 / NR * NR,
-    NEAR = FEW_ROWS * GROUP + MR * GROUP > ROWS * NR ? FEW_ROWS * GROUP + MR * GROUP : ROWS * NR,
-    NEAR_B = (KC / 3 + KC / 3 / EXTRA) * GROUP > (KC + KC / EXTRA) * NR ? (KC / 3 + KC / 3 / EXTRA) * GROUP : (KC + KC / EXTRA) * NR,
+    NEAR = (FEW_ROWS + MR) * GROUP > ROWS * NR ? (FEW_ROWS + MR) * GROUP : ROWS * NR,
+    NEAR_B = (KC + KC / EXTRA) * (GROUP / 3 > NR ? GROUP / 3 + 1 : NR),
     TASK_BYTES = (VW == 16 ? 480 : 240) << 10, /* rows of a that one task works on: half of an L2 cache */
     SUM_BYTES = 8 << 20,               /* of sums kept in float32 */
 };
@@ -469,7 +474,8 @@ static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_
                             s > 0 || g->beta == 1);
                         continue;
                     }
-                    float *sum = job->sum ? job->sum + (m - job->m0) * job->wide_n + n - job->n0 : near + (m - m_begin) * group + n - n0;
+                    float *sum = job->sum ? job->sum + (m - job->m0) * job->wide_n + n - job->n0
+                                          : near + (m - m_begin) * group + n - n0;
                     int64_t sum_row = job->sum ? job->wide_n : group;
                     run(part, &a, &b, next - s - part, &a2, &b2, sum, sum_row, !job->plain && s > 0);
                     if (job->plain) finish(job, sum, sum_row, m, n, rows, cols, s > 0 ? 1 : g->beta);
