@@ -1,8 +1,8 @@
 """Builds longlora._C: one abi3 extension, the CPU kernels compiled once per instruction set, the CUDA kernels beside them.
 
 Switches (environment):
-    LONGLORA_CUDA       auto (default): cuda/*.cu are built when nvcc is found; 0: never; 1: an error without nvcc;
-                        emulation: they are compiled as C++ against tests/emulation, for machines without a GPU
+    LONGLORA_CUDA       auto (default): cuda/*.cu are built when nvcc (CUDA 12.8 or later) is found; 0: never; 1: an error
+                        without nvcc; emulation: they are compiled as C++ against tests/emulation, for machines without a GPU
     LONGLORA_CUDA_ARCH  the GPUs to build for instead of "80 90a 100 120"; of the last one PTX is kept too, for later GPUs
     NVCC, CUDA_HOME, CUDA_PATH      where nvcc is; else the first of PATH, then /usr/local/cuda
     CC, CXX, MAX_JOBS   compilers, and how many at a time, by default one per processor

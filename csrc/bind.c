@@ -919,15 +919,24 @@ static void release_held(int all) {
     }
 }
 
+/* The number of the capture that a stream is in, 0 for none, -1 and fail(). */
+static int64_t capture_of(int device, void *stream) {
+    int entered = cuda->enter(device - 1);
+    int64_t capture = entered < 0 ? -1 : cuda->capture(stream);
+    cuda->leave(entered);
+    return capture;
+}
+
+/* What a graph works on its owner keeps; and while it is captured, marks may not be asked whether they have passed. */
 static void hold(PyObject *capsule, int device, void *stream) {
     void *mark = NULL;
-    release_held(held_count == MOST_HELD);
+    int64_t capture = capture_of(device, stream);
+    if (!capture) release_held(held_count == MOST_HELD);
     int entered = cuda->enter(device - 1);
-    if (entered < 0 || cuda->mark(stream, &mark)) Py_DECREF(capsule);
-    else {
+    if (!capture && entered >= 0 && !cuda->mark(stream, &mark)) {
         held[held_count].capsule = capsule;
         held[held_count++].mark = mark;
-    }
+    } else Py_DECREF(capsule);
     cuda->leave(entered);
 }
 
@@ -1310,8 +1319,10 @@ static int call_cuda(const Op *op, const void *all, int device, const Queue *que
     if (how.workspace_bytes < 0) return PyErr_SetString(PyExc_ValueError, last_error()), -1;
     if (how.workspace_bytes) {
         Tensor t = {0};
-        room = PyObject_CallFunction(workspace_hook, "LiKO", (long long)how.workspace_bytes, how.device,
-                                     (unsigned long long)(uintptr_t)how.stream, queue->like);
+        int64_t capture = capture_of(device, how.stream);
+        if (capture < 0) return cuda_failed(op->name, device), -1;
+        room = PyObject_CallFunction(workspace_hook, "LiKOL", (long long)how.workspace_bytes, how.device,
+                                     (unsigned long long)(uintptr_t)how.stream, queue->like, (long long)capture);
         int status = room ? borrow(room, &t, &loan, &unused, op->name, &room_arg) : -1;
         if (status > 0) status = borrow_capsule(room, &t, &loan, &unused, op->name, &room_arg);
         int64_t bytes = elements_of(&t) * dtype_size(t.dtype);

@@ -154,10 +154,10 @@ static int choose(Plan *p, lt::Preference wanted, lt::Handle handle) {
     lt::Heuristic found;
     int count = 0;
     lt::Status status = lib.heuristic(handle, p->desc, p->a, p->b, p->c, p->d, wanted, 1, &found, &count);
-    p->refused = status == lt::NOT_SUPPORTED || status == lt::INVALID_VALUE || (status == lt::SUCCESS && !count);
+    p->refused = status == lt::NOT_SUPPORTED || status == lt::INVALID_VALUE ||
+                 (status == lt::SUCCESS && (!count || found.state != lt::SUCCESS));
     if (p->refused) return 0;
     LT_TRY(status, "no algorithm");
-    LT_TRY(found.state, "no algorithm");
     p->algo = found.algo;
     return 0;
 }

@@ -247,7 +247,7 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK, PAR
         __syncthreads();
         if (m0 >= step) fetch(m0 - step);
         float d[SUM_RANKS / 8][4] = {};
-#pragma unroll
+#pragma unroll 1                                                       /* unrolled, bfloat16 spills on sm_100 and sm_120 */
         for (int k = 0; k < SUM_ROWS; k += 16) {
             unsigned a[PARTS][4];                                      /* columns of x are the rows of mma, rows of x its k */
 #pragma unroll
