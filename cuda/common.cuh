@@ -33,9 +33,9 @@
     if (error_ != cudaSuccess) return fail("CUDA: %s", cudaGetErrorString(error_)); \
 } while (0)
 
-/* Queues kernel<<<grid, block, shared>>>(args...) on the call's stream; an empty grid is no launch. Dynamic shared memory is always
- * asked for: what a kernel may have without is 48 KiB less its static part, which is not known here. It is the kernel's attribute,
- * so no other thread may set it between the two. */
+/* Queues kernel<<<grid, block, shared>>>(args...) on the call's stream; an empty grid is no launch. Dynamic shared memory is
+ * always asked for: what a kernel may have without is 48 KiB less its static part, which is not known here. It is an attribute
+ * of the kernel, so no other thread may set it between the two. */
 #ifdef LONGLORA_EMULATION
 template<class... P, class... A>
 int launch(const CudaCall *, void (*kernel)(P...), dim3 grid, unsigned block, size_t shared, A... args) {

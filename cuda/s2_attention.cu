@@ -507,8 +507,8 @@ static __device__ __forceinline__ void load_square(float *square, const Rows &x,
     }
 }
 
-/* sum[i][j] += row 4 y + i of one tensor times row x + 16 j of the other, D columns; a, b: squares that both come through. Begins
- * with a barrier, as add_rows does: what either leaves in squares, and what was written to one before, may be used after the next. */
+/* sum[i][j] += row 4 y + i of one tensor times row x + 16 j of the other, D columns; a, b: squares that both come through. It
+ * and add_rows begin with a barrier, and have one more before they read: so none is needed between them. */
 static __device__ __forceinline__ void dot_rows(float (&sum)[4][4], float *a, float *b, const Rows &rows_a, int head_a,
                                                 int first_a, const Rows &rows_b, int head_b, int first_b, const Work &w,
                                                 int D) {

@@ -103,8 +103,8 @@ static __device__ void find_work(const Pattern &p, bool shifted, int slot, int t
     if (!find_tile(p, shifted, origin, L, slot, tile, &w->s, &w->first)) w->first = -1;
 }
 
-/* Of blocks with a tile of queries of one head: head by head, the last tiles first, since they see most keys. False: the block has
- * none, and all its threads hear so. */
+/* Of blocks with a tile of queries of one head: head by head, the last tiles first, since they see most keys. False: the block
+ * has none, and all its threads hear so. */
 static __device__ __forceinline__ bool find_queries(const Pattern &p, int slots, int tile, Work *w) {
     if (threadIdx.x == 0) {
         int rest = blockIdx.x / slots;
