@@ -29,7 +29,7 @@ V4 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-wi
 V3 = ["-mavx2", "-mfma", "-mf16c"]
 # The same names as FOR_EACH_ISA in csrc/ops.h.
 ISAS = {"portable": [], "avx2": V3, "avx512": V3 + V4, "avx512_bf16": V3 + V4 + ["-mavx512bf16"]} if X86 else {"portable": []}
-ONCE = ["csrc/bind.c", "csrc/ops.c", "csrc/cpu/parallel.c"]            # all other .c files are kernels
+ONCE = [*sorted(glob.glob("csrc/*.c")), "csrc/cpu/parallel.c"]         # all other .c files are kernels
 KERNELS = sorted(set(glob.glob("csrc/cpu/*.c")) - set(ONCE))
 HEADERS = [*glob.glob("csrc/*.h"), *glob.glob("csrc/cpu/*.h")]
 CUDA_HEADERS = [*glob.glob("csrc/*.h"), *glob.glob("cuda/*.cuh"), *glob.glob("cuda/*.h"), *glob.glob("tests/emulation/*.h")]
