@@ -198,6 +198,7 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK, PAR
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int64_t c0 = (int64_t)blockIdx.x * SUM_COLS, first = (int64_t)blockIdx.z * SUM_ROWS, step = (int64_t)gridDim.z * SUM_ROWS;
     int r0 = blockIdx.y * SUM_RANKS, ranks = R - r0 < SUM_RANKS ? R - r0 : SUM_RANKS;
+    int columns = C - c0 < SUM_COLS ? (int)(C - c0) : (int)SUM_COLS;
     int shift = ranks > 16 ? 5 : ranks > 8 ? 4 : 3;                    /* rows of q are read 8, 16 or 32 ranks wide */
     Vector<T, N> next[LOADS];
     float next_q[Q_LOADS];
@@ -205,10 +206,11 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK, PAR
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
             int at = threadIdx.x + i * BLOCK;
-            int64_t m = m0 + at / (SUM_COLS / N), c = c0 + at % (SUM_COLS / N) * N;
-            const T *from = x + m * x_row + c;
-            if (vectors && m < M && c < C) next[i] = *(const Vector<T, N> *)from;
-            else for (int e = 0; e < N; e++) next[i].x[e] = m < M && c + e < C ? from[e] : from_float<T>(0.0f);
+            int64_t m = m0 + at / (SUM_COLS / N);
+            int c = at % (SUM_COLS / N) * N;
+            const T *from = x + c0 + m * x_row + c;
+            if (vectors && m < M && c < columns) next[i] = *(const Vector<T, N> *)from;
+            else for (int e = 0; e < N; e++) next[i].x[e] = m < M && c + e < columns ? from[e] : from_float<T>(0.0f);
         }
 #pragma unroll
         for (int i = 0; i < Q_LOADS; i++) {
