@@ -23,7 +23,12 @@
  *   u, N = 8, K = 576: b read for each row 37, kept for two 42; bfloat16: as a panel 27, converted as it is read 36
  *   M = 1, 2048x2048, bfloat16: as a panel 3, a row of the larger matrix at a time 9
  *   M = 2048, N = 576, K = 8: panel after panel 9, row after row 15; bfloat16 15, 17
- *   db, N = 576, M = 8, K = 2048: b packed by each tile 34, two tiles on b in place 49 */
+ *   db, N = 576, M = 8, K = 2048: b packed by each tile 34, two tiles on b in place 49
+ * and there again, processor time of one core, other work beside it, in turn, quartiles; b in place by panels, then 128 columns
+ * of it packed row by row and tiles of 4 rows:
+ *   da and db, R = 8, C = N = 576: 8, 27; bfloat16 (packed by panels before) 18, 42; C = N = 2048, a line from each page: 11, 25;
+ *   R = 64 (packed by panels before): 41, 53
+ *   NT, M = N = K = 2048 + 8: columns packed 1008 at a time, a three times 68; 1152 at a time 72 */
 #include "gemm.h"
 #include "scratch.h"
 
@@ -42,10 +47,16 @@ enum { MR = 4, NV = 2 };
 #endif
 enum {
     NR = NV * VW,
+    FEW = 4,                           /* rows of the lower tile, for what is left of MR: sums enough to keep two multipliers busy */
     KC = 288,                          /* steps of k between which sums go to memory: a KC x NR panel of b fits the L1 cache */
     AHEAD = 8,                         /* steps that what is read with a stride is fetched ahead */
     KS = 1280,                         /* steps of k that are packed at once, at most */
+    EXTRA = 8,                         /* and both an eighth more, where that saves a block: the few steps of LoRA do not cost one */
     ROWS = 480,                        /* of a in one task, at most */
+    FEW_ROWS = 64,                     /* with no more, each tile packs GROUP columns of b for itself, KC / 3 steps of them */
+    GROUP = 128 / NR * NR,
+    NEAR = (FEW_ROWS + MR) * GROUP > ROWS * NR ? (FEW_ROWS + MR) * GROUP : ROWS * NR,
+    NEAR_B = (KC + KC / EXTRA) * (GROUP / 3 > NR ? GROUP / 3 + 1 : NR),
     TASK_BYTES = (VW == 16 ? 480 : 240) << 10, /* rows of a that one task works on: half of an L2 cache */
     SUM_BYTES = 8 << 20,               /* of sums kept in float32 */
 };
@@ -62,7 +73,7 @@ typedef struct {
     int64_t steps, steps2;             /* K and R in steps */
     int64_t m0, m1, n0, n1, s0, s1;    /* what is packed now; s in steps, of K + R */
     int64_t tile_m, tile_n, tiles_n, packed_n; /* columns from packed_n on are packed */
-    int64_t nr;                        /* columns of a panel: NR, or less where that divides better */
+    int64_t nr, mr;                    /* columns of a panel, rows of a tile: NR and MR, or less where that divides better */
     int64_t a_row, step_a, ahead;      /* floats from row to row, from step to step of a in place, and to what comes next */
     float *pack_a, *pack_b, *ext;
     float *sum;                        /* sums of all rows and columns in work, where c cannot hold them between depths */
@@ -236,6 +247,31 @@ static void pack_panel(const Job *job, float *out, Matrix b, Matrix b2, int64_t 
         pack(out + (from - s0) * width, b2, (from - job->steps) * per, s1 - from, job->R, j0, width, N, scale2, job->dot);
 }
 
+/* Steps s0 .. s1 of the panels from n0 to n1, one behind the other: row by row, as memory likes it, where k is not dense. */
+static inline __attribute__((always_inline)) void pack_wide(float *out, const char *p, int64_t line, int64_t steps, int64_t n,
+                                                            int32_t dtype) {
+    int64_t size = dtype == F32 ? 4 : 2;
+    for (int64_t s = 0; s < steps; s++, p += line)
+        for (int64_t j = 0; j < n; j += NR) {
+            __builtin_prefetch(p + AHEAD / 2 * line + j * size);
+#pragma GCC unroll 3
+            for (int64_t i = 0; i < NR; i += VW) vf_store(out + j * steps + s * NR + i, vf_load_any(p + (j + i) * size, dtype));
+        }
+}
+
+static void pack_local(const Job *job, float *out, int64_t s0, int64_t s1, int64_t n0, int64_t n1) {
+    Matrix b = job->b;
+    int64_t n = n0, line = b.row * dtype_size(b.dtype);
+    if (!job->dot && b.col == 1 && s1 <= job->steps && job->nr == NR) {
+        n += (n1 - n0) / NR * NR;
+        if (b.dtype == F32) pack_wide(out, element(b, s0, n0), line, s1 - s0, n - n0, F32);
+        else if (b.dtype == BF16) pack_wide(out, element(b, s0, n0), line, s1 - s0, n - n0, BF16);
+        else pack_wide(out, element(b, s0, n0), line, s1 - s0, n - n0, F16);
+    }
+    for (; n < n1; n += job->nr)
+        pack_panel(job, out + (n - n0) * (s1 - s0), b, job->b2, s0, s1, n, panel_width(job, n), job->N, 1);
+}
+
 /* One task packs neighbouring panels side by side, SWEEP steps at a time: whole cache lines of a row are read together. */
 enum { SWEEP = 64, B_PANELS = 4, A_PANELS = 16 };
 static int pack_task(int64_t i, void *context) {
@@ -277,13 +313,13 @@ typedef struct { const float *data; int64_t step, ahead, row[MR]; } Side;
 /* sum[MR][nv] += a[.., steps] b[steps, ..]. What is read in place is fetched ahead: a line of each of the next MR rows where
  * k is dense, else the lines of AHEAD steps later. */
 static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64_t steps, const Side *a, const Side *b,
-                                                           int direct, int direct_b, int nv, int dot) {
+                                                           int direct, int direct_b, int mr, int nv, int dot) {
     const float *pa = a->data, *pb = b->data;
     int64_t step_a = direct ? a->step : MR, step_b = direct_b ? b->step : nv * VW;
     for (int64_t s = 0; s < steps; s += 16) {
         if (direct)
 #pragma GCC unroll 8
-            for (int i = 0; i < MR; i++) __builtin_prefetch(pa + a->row[i] + a->ahead);
+            for (int i = 0; i < mr; i++) __builtin_prefetch(pa + a->row[i] + a->ahead);
         int64_t end = min64(16, steps - s);
 #pragma GCC unroll 2
         for (int64_t t = 0; t < end; t++) {
@@ -294,7 +330,7 @@ static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64
                 if (direct_b) __builtin_prefetch(pb + AHEAD * step_b + j * VW);
             }
 #pragma GCC unroll 8
-            for (int i = 0; i < MR; i++) {
+            for (int i = 0; i < mr; i++) {
                 vf av = vf_set1(pa[direct ? a->row[i] : i]);
 #pragma GCC unroll 3
                 for (int j = 0; j < nv; j++) sum[i][j] = multiply_add(sum[i][j], av, bv[j], dot);
@@ -305,22 +341,22 @@ static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64
     }
 }
 
-/* out[MR][nv VW] (+)= a b, of `steps` steps, + a2 b2, of `steps2` packed ones. */
+/* out[mr][nv VW] (+)= a b, of `steps` steps, + a2 b2, of `steps2` packed ones. */
 static inline __attribute__((always_inline)) void tile(int64_t steps, const Side *a, const Side *b, int64_t steps2,
                                                        const Side *a2, const Side *b2, float *out, int64_t out_row, int add,
-                                                       int direct, int direct_b, int nv, int dot) {
+                                                       int direct, int direct_b, int mr, int nv, int dot) {
     vf sum[MR][NV];
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; i++)
+    for (int i = 0; i < mr; i++)
 #pragma GCC unroll 3
         for (int j = 0; j < nv; j++) {
             sum[i][j] = (vf){0};
             __builtin_prefetch(out + i * out_row + j * VW, 1);
         }
-    multiply(sum, steps, a, b, direct, direct_b, nv, dot);
-    if (direct) multiply(sum, steps2, a2, b2, 0, 0, nv, dot);
+    multiply(sum, steps, a, b, direct, direct_b, mr, nv, dot);
+    if (direct) multiply(sum, steps2, a2, b2, 0, 0, mr, nv, dot);
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; i++)
+    for (int i = 0; i < mr; i++)
 #pragma GCC unroll 3
         for (int j = 0; j < nv; j++) {
             float *p = out + i * out_row + j * VW;
@@ -331,27 +367,32 @@ static inline __attribute__((always_inline)) void tile(int64_t steps, const Side
 
 typedef void (*Tile)(int64_t steps, const Side *a, const Side *b, int64_t steps2, const Side *a2, const Side *b2, float *out,
                      int64_t out_row, int add);
-#define TILE(name, direct, direct_b, nv, dot) \
+#define TILE(name, direct, direct_b, mr, nv, dot) \
     static __attribute__((noinline)) void name(int64_t steps, const Side *a, const Side *b, int64_t steps2, const Side *a2, \
                                                const Side *b2, float *out, int64_t out_row, int add) { \
-        tile(steps, a, b, steps2, a2, b2, out, out_row, add, direct, direct_b, nv, dot); \
+        tile(steps, a, b, steps2, a2, b2, out, out_row, add, direct, direct_b, mr, nv, dot); \
     }
 #if defined __AVX512F__
-#define TILES(name, direct, dot) \
-    TILE(name##_1, direct, 0, 1, dot) TILE(name##_2, direct, 0, 2, dot) TILE(name##_3, direct, 0, 3, dot)
+#define TILES(name, direct, mr, dot) \
+    TILE(name##_1, direct, 0, mr, 1, dot) TILE(name##_2, direct, 0, mr, 2, dot) TILE(name##_3, direct, 0, mr, 3, dot)
 #define NAMES(name) { name##_1, name##_2, name##_3 }
 #else
-#define TILES(name, direct, dot) TILE(name##_1, direct, 0, 1, dot) TILE(name##_2, direct, 0, 2, dot)
+#define TILES(name, direct, mr, dot) TILE(name##_1, direct, 0, mr, 1, dot) TILE(name##_2, direct, 0, mr, 2, dot)
 #define NAMES(name) { name##_1, name##_2 }
 #endif
-TILES(packed, 0, 0) TILES(direct, 1, 0) TILE(packed_in_place, 0, 1, NV, 0) TILE(direct_in_place, 1, 1, NV, 0)
+TILES(packed, 0, MR, 0) TILES(direct, 1, MR, 0) TILES(packed_few, 0, FEW, 0) TILES(direct_few, 1, FEW, 0)
+TILE(packed_in_place, 0, 1, MR, NV, 0) TILE(direct_in_place, 1, 1, MR, NV, 0)
 static const Tile in_place[2] = { packed_in_place, direct_in_place };
 #if defined __AVX512BF16__
-TILES(packed_dot, 0, 1) TILES(direct_dot, 1, 1)
-static const Tile tiles[2][2][NV] = { { NAMES(packed), NAMES(direct) }, { NAMES(packed_dot), NAMES(direct_dot) } };
-#else
-static const Tile tiles[1][2][NV] = { { NAMES(packed), NAMES(direct) } };
+TILES(packed_dot, 0, MR, 1) TILES(direct_dot, 1, MR, 1) TILES(packed_dot_few, 0, FEW, 1) TILES(direct_dot_few, 1, FEW, 1)
 #endif
+/* By dot, direct, whether FEW rows are enough, vectors. */
+static const Tile tiles[][2][2][NV] = {
+    { { NAMES(packed), NAMES(packed_few) }, { NAMES(direct), NAMES(direct_few) } },
+#if defined __AVX512BF16__
+    { { NAMES(packed_dot), NAMES(packed_dot_few) }, { NAMES(direct_dot), NAMES(direct_dot_few) } },
+#endif
+};
 
 /* ---- what happens to a finished tile ------------------------------------------------------------------------------ */
 
@@ -402,41 +443,44 @@ static void finish(const Job *job, const float *x, int64_t x_row, int64_t m, int
 static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
     const Gemm *g = job->g;
     int64_t steps = job->s1 - job->s0, all = job->steps + job->steps2;
-    int64_t kc = job->M <= 2 * MR ? KC / 3 : KC;                       /* shorter sums are more exact, and few rows add them fast */
-    float near[ROWS * NR] __attribute__((aligned(64))), near_b[KC * NR] __attribute__((aligned(64)));
-    for (int64_t n = n_begin; n < n_end; n += job->nr) {
-        int64_t width = panel_width(job, n), cols = min64(width, n_end - n), s = job->s0, next;
-        int there = job->direct_b && n < job->packed_n;
-        Tile run = there ? in_place[job->direct] : tiles[job->dot][job->direct][width / VW - 1];
+    int few = job->M <= FEW_ROWS;                                      /* shorter sums are more exact, and few rows add them fast */
+    int64_t kc = few ? KC / 3 : KC, group = few && job->local_b ? GROUP : job->nr;
+    float near[NEAR] __attribute__((aligned(64))), near_b[NEAR_B] __attribute__((aligned(64)));
+    for (int64_t n0 = n_begin; n0 < n_end; n0 += group) {
+        int64_t n1 = min64(n_end, n0 + group), s = job->s0, next;
         do {
-            next = job->s1 - s < 2 * kc ? job->s1 - s <= kc ? job->s1 : s + (job->s1 - s + 1) / 2 : s + kc;
+            next = s + ceil_div(job->s1 - s, max64(1, ceil_div(job->s1 - s, kc + kc / EXTRA)));
             int64_t part = job->direct ? max64(0, min64(next, job->steps) - s) : next - s;
-            Side a = { .step = job->step_a, .ahead = job->ahead }, a2 = { 0 }, b, b2;
-            b = (Side){ there ? (const float *)job->b.data + s * job->b.row + n
-                              : job->pack_b + (n - job->packed_n) * steps + (s - job->s0) * width, job->b.row, 0, {0} };
-            if (job->local_b && !there) {
-                pack_panel(job, near_b, job->b, job->b2, s, next, n, width, job->N, 1);
-                b.data = near_b;
-            }
-            b2 = (Side){ b.data + part * width, 0, 0, {0} };
-            for (int64_t m = m_begin; m < m_end; m += MR) {
-                int64_t rows = min64(MR, m_end - m);
-                if (job->direct) {
-                    a.data = job->copied ? job->pack_a + (m - job->m0) * job->a_row + s - job->s0
-                                         : (const float *)job->a.data + m * job->a_row + s * job->step_a;
-                    for (int64_t r = 0; r < MR; r++) a.row[r] = min64(r, rows - 1) * job->a_row;
-                    a2.data = job->ext + (m - job->m0) * job->steps2 + (max64(s, job->steps) - job->steps) * MR;
-                } else a.data = job->pack_a + (m - job->m0) * steps + (s - job->s0) * MR;
-                if (job->plain && rows == MR && cols == width) {
-                    run(part, &a, &b, next - s - part, &a2, &b2, (float *)g->c + m * g->c_row + n, g->c_row,
-                        s > 0 || g->beta == 1);
-                    continue;
+            if (job->local_b) pack_local(job, near_b, s, next, n0, n1);
+            for (int64_t n = n0; n < n1; n += job->nr) {
+                int64_t width = panel_width(job, n), cols = min64(width, n1 - n);
+                int there = job->direct_b && n < job->packed_n;
+                Side a = { .step = job->step_a, .ahead = job->ahead }, a2 = { 0 }, b, b2;
+                b = (Side){ job->local_b ? near_b + (n - n0) * (next - s)
+                            : there ? (const float *)job->b.data + s * job->b.row + n
+                            : job->pack_b + (n - job->packed_n) * steps + (s - job->s0) * width, job->b.row, 0, {0} };
+                b2 = (Side){ b.data + part * width, 0, 0, {0} };
+                for (int64_t m = m_begin; m < m_end; m += job->mr) {
+                    int64_t rows = min64(job->mr, m_end - m), tall = there || rows > FEW ? MR : FEW;
+                    Tile run = there ? in_place[job->direct] : tiles[job->dot][job->direct][tall == FEW][width / VW - 1];
+                    if (job->direct) {
+                        a.data = job->copied ? job->pack_a + (m - job->m0) * job->a_row + s - job->s0
+                                             : (const float *)job->a.data + m * job->a_row + s * job->step_a;
+                        for (int64_t r = 0; r < MR; r++) a.row[r] = min64(r, rows - 1) * job->a_row;
+                        a2.data = job->ext + (m - job->m0) * job->steps2 + (max64(s, job->steps) - job->steps) * MR;
+                    } else a.data = job->pack_a + (m - job->m0) * steps + (s - job->s0) * MR;
+                    if (job->plain && cols == width && rows == tall) {
+                        run(part, &a, &b, next - s - part, &a2, &b2, (float *)g->c + m * g->c_row + n, g->c_row,
+                            s > 0 || g->beta == 1);
+                        continue;
+                    }
+                    float *sum = job->sum ? job->sum + (m - job->m0) * job->wide_n + n - job->n0
+                                          : near + (m - m_begin) * group + n - n0;
+                    int64_t sum_row = job->sum ? job->wide_n : group;
+                    run(part, &a, &b, next - s - part, &a2, &b2, sum, sum_row, !job->plain && s > 0);
+                    if (job->plain) finish(job, sum, sum_row, m, n, rows, cols, s > 0 ? 1 : g->beta);
+                    else if (next == all) finish(job, sum, sum_row, m, n, rows, cols, g->beta);
                 }
-                float *sum = job->sum ? job->sum + (m - job->m0) * job->wide_n + n - job->n0 : near + (m - m_begin) * NR;
-                int64_t sum_row = job->sum ? job->wide_n : NR;
-                run(part, &a, &b, next - s - part, &a2, &b2, sum, sum_row, !job->plain && s > 0);
-                if (job->plain) finish(job, sum, sum_row, m, n, rows, cols, s > 0 ? 1 : g->beta);
-                else if (next == all) finish(job, sum, sum_row, m, n, rows, cols, g->beta);
             }
         } while ((s = next) < job->s1);
     }
@@ -568,11 +612,12 @@ int CPU(gemm)(const Gemm *g) {
     if (!job.dot && !job.copied && job.a.col == 1 && job.a.row % 512 == 0 && job.N > 4 * NR) job.direct = 0;
     job.nr = NV == 3 && ceil_div(job.N, VW) == 4 ? 2 * VW : NR;
     job.direct_b = !job.dot && job.b.col == 1 && job.b.dtype == F32 && job.R == 0 && job.nr == NR &&
-                   job.M <= (VW == 8 ? 2 * MR : MR);
+                   job.M <= MR;
     job.local_b = !job.direct_b && job.M <= ROWS && job.N > 4 * NR;
+    job.mr = job.direct && job.R == 0 && job.M <= FEW_ROWS && job.M % MR ? FEW : MR;
     job.steps = ceil_div(job.K, per), job.steps2 = ceil_div(job.R, per);
     if (job.N <= 16 && job.direct && job.step_a == 1 && job.R == 0 && job.K) return narrow(&job);
-    int64_t all = job.steps + job.steps2, depth = max64(1, ceil_div(all, max64(1, ceil_div(all, KS))));
+    int64_t all = job.steps + job.steps2, depth = max64(1, ceil_div(all, max64(1, ceil_div(all, KS + KS / EXTRA))));
     job.plain = g->c_dtype == F32 && !job.swapped && g->alpha == 1 && (g->beta == 0 || g->beta == 1) && !g->bias &&
                 !g->residual;
     int keep = !job.plain && depth < all;
@@ -604,10 +649,11 @@ int CPU(gemm)(const Gemm *g) {
                 int64_t rows = job.m1 - job.m0, cols = job.n1 - job.n0;
                 job.tile_m = min64(ROWS, max64(1, TASK_BYTES / 4 / max64(1, job.s1 - job.s0) / MR) * MR);
                 job.tile_n = ceil_div(cols, NR) * NR;
-                if (job.local_b) job.tile_m = ROWS / MR * MR;
-                while ((job.local_b ? job.tile_n > NR : job.tile_m > 4 * MR) &&
-                       ceil_div(rows, job.tile_m) * ceil_div(cols, job.tile_n) < 4 * threads)
-                    if (job.tile_n > 4 * NR || job.local_b) job.tile_n = ceil_div(job.tile_n / NR, 2) * NR;
+                if (job.local_b) {                                     /* equal parts for all threads */
+                    job.tile_m = ROWS / MR * MR;
+                    job.tile_n = ceil_div(job.tile_n / NR, ceil_div(ceil_div(cols, GROUP), threads) * threads) * NR;
+                } else while (job.tile_m > 4 * MR && ceil_div(rows, job.tile_m) * ceil_div(cols, job.tile_n) < 4 * threads)
+                    if (job.tile_n > 4 * NR) job.tile_n = ceil_div(job.tile_n / NR, 2) * NR;
                     else job.tile_m = ceil_div(job.tile_m / MR, 2) * MR;
                 job.tiles_n = ceil_div(cols, job.tile_n);
                 int64_t tasks = ceil_div(rows, job.tile_m) * job.tiles_n;

@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 /* matmul: panels of b that are packed at once, at most; twice that of a. */
-enum { PACK_BYTES = 4 << 20 };
+enum { PACK_BYTES = 9 << 19 };
 
 /* linear_cross_entropy: a chunk of rows has at most HEAD_BYTES of logits, with what matmul packs below 64 MiB, in whole tiles
  * of HEAD_ROUND rows; beside them maximum and sum for each HEAD_BLOCK rows of V; and dx, where it is narrower than its sums. */
