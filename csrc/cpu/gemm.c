@@ -27,8 +27,7 @@
  * and there again, processor time of one core, other work beside it, in turn, quartiles; b in place by panels, then 128 columns
  * of it packed row by row and tiles of 4 rows:
  *   da and db, R = 8, C = N = 576: 8, 27; bfloat16 (packed by panels before) 18, 42; C = N = 2048, a line from each page: 11, 25;
- *   R = 64 (packed by panels before): 41, 53
- *   NT, M = N = K = 2048 + 8: columns packed 1008 at a time, a three times 68; 1152 at a time 72 */
+ *   R = 64 (packed by panels before): 41, 53 */
 #include "gemm.h"
 #include "scratch.h"
 
