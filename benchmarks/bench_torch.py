@@ -18,6 +18,7 @@ def main(argv=None):
     tiny = {"rms_norm": (lambda x, weight: ops.rms_norm(x, weight), lambda x, weight: functional.rms_norm(x, (64,), weight),
                          (x, weight), (x, weight)),
             "swiglu": (ops.swiglu, lambda x, y: functional.silu(x) * y, (x, x), (x, x)),
+            "swiglu of 3 axes": (ops.swiglu, lambda x, y: functional.silu(x) * y, (x[None], x[None]), (x[None], x[None])),
             "linear": (ops.lora_linear, functional.linear, (x, matrix), (x, matrix)),
             "attention": (lambda q, k, v: ops.s2_attention(q, k, v, group_size=2),
                           lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), bent)}

@@ -1177,6 +1177,49 @@ static PyObject *tensor_copy(PyObject *object, PyObject *source) {
 
 /* ---- checks ------------------------------------------------------------------------------------------------------ */
 
+/* Rows may come with the axes that people know them by, [B,T,C] for [M,C]: leading axes are read as one where a spec starts
+ * with M. They must lie so, and be the same wherever a call has them. */
+static int merge_rows(const char *op, const Spec *spec, Tensor *tensors) {
+    const Arg *first = NULL;
+    int64_t shape[MAX_NDIM];
+    int axes = 0;
+    for (int i = spec->tensors - 1; i >= 0; i--) {                     /* inputs before outputs */
+        const Arg *arg = &spec->args[i];
+        Tensor *t = &tensors[i];
+        int last = t->ndim - arg->ndim;                                /* of those that become one */
+        if (!given(t) || arg->letters[0] != 'M' || last <= 0) continue;
+        if (!first) {
+            first = arg;
+            axes = last + 1;
+            memcpy(shape, t->shape, sizeof shape);
+        }
+        if (last + 1 != axes)
+            return refuse(PyExc_ValueError, op, arg, "should have %d axes as %s has before its last ones, got %d", axes,
+                          first->name, last + 1);
+        int64_t rows = 1, stride = 0;
+        for (int axis = last; axis >= 0; axis--) {
+            if (t->shape[axis] != shape[axis])
+                return refuse(PyExc_ValueError, op, arg, "axis %d should be %lld as %s's is, got %lld", axis,
+                              (long long)shape[axis], first->name, (long long)t->shape[axis]);
+            if (t->shape[axis] != 1) {
+                if (rows == 1) stride = t->stride[axis];
+                else if (rows && t->stride[axis] != rows * stride)
+                    return refuse(PyExc_ValueError, op, arg, "axes 0..%d should lie as one, with stride %lld of axis %d, got %lld",
+                                  last, (long long)(rows * stride), axis, (long long)t->stride[axis]);
+            }
+            rows *= t->shape[axis];
+        }
+        t->shape[0] = rows;
+        t->stride[0] = stride;
+        for (int axis = 1; axis < arg->ndim; axis++) {
+            t->shape[axis] = t->shape[last + axis];
+            t->stride[axis] = t->stride[last + axis];
+        }
+        t->ndim = arg->ndim;
+    }
+    return 0;
+}
+
 static int check(const char *op, const Spec *spec, const Tensor *t) {
     int64_t letters[128];
     memset(letters, -1, sizeof letters);
@@ -1363,7 +1406,7 @@ static int take(int index, PyObject *const *args, Py_ssize_t count, Struct *all,
         if (PyErr_Occurred() || (arg->is_int && !(fabs(scalars[i]) < 9e15 && scalars[i] == (double)(int64_t)scalars[i])))
             return refuse(PyExc_TypeError, op, arg, "should be %s, got %R", arg->is_int ? "an integer" : "a number", value);
     }
-    return check(op, spec, all->tensors);
+    return merge_rows(op, spec, all->tensors) ? -1 : check(op, spec, all->tensors);
 }
 
 static PyObject *call(PyObject *self, PyObject *const *args, Py_ssize_t count) {

@@ -9,7 +9,8 @@
  *
  *     "out[M,C] rstd[M]:f32 <- x[M,C] weight[C] bias[C]? | eps group_size:int"
  *
- *   name[letters]   a letter has one size throughout the call; a number is that size
+ *   name[letters]   a letter has one size throughout the call; a number is that size. A leading M may come as several axes,
+ *                   [B,T,C] for [M,C], where they lie as one
  *   :f32 :i32 ...   has this dtype; without it the op's common dtype (float32, bfloat16 or float16); :any has its own
  *   ?               may be None
  *   +               is read and added to (or updated in place) instead of being set

@@ -2,6 +2,7 @@
 
 Shapes in the vocabulary of csrc/ops.h. dtypes float32, bfloat16 or float16 (one per call), arithmetic in float32,
 statistics and gradients of parameters in float32. Equal inputs give equal bits, for any number of threads.
+M, the rows, may be several axes that lie as one: [B,T,C] for [M,C], and then [B,T] for [M], in arguments and results.
 All raise TypeError for a wrong dtype or object and ValueError for a wrong shape, before anything is written.
 """
 import math
@@ -34,23 +35,23 @@ def accumulate(out, x, scale=1.0):
 
 def matmul(a, b, alpha=1.0, dtype=None):
     """a [M,C], b [C,N], any strides and float dtypes -> alpha a b [M,N], of dtype (by default a's)."""
-    if len(a.shape) != 2 or len(b.shape) != 2:
+    if len(a.shape) < 2 or len(b.shape) != 2:
         raise ValueError(f"matmul: a and b should have 2 axes, got {len(a.shape)} and {len(b.shape)}")
-    out = empty((a.shape[0], b.shape[1]), dtype or dtype_name(a), a)
+    out = empty((*a.shape[:-1], b.shape[1]), dtype or dtype_name(a), a)
     _C.matmul(out, a, b, alpha, 0.0)
     return give_back(a, out)
 
 
 def embedding_forward(weight, ids):
     """weight [V,C], ids [M] int32 -> out [M,C]. ValueError for an id outside 0..V-1."""
-    out = empty((ids.shape[0], weight.shape[1]), dtype_name(weight), weight)
+    out = empty((*ids.shape, weight.shape[1]), dtype_name(weight), weight)
     _C.embedding_forward(out, weight, ids)
     return give_back(weight, out)
 
 
 def embedding_backward(dout, ids, order, rows):
     """dout [M,C], ids [M] int32, order [M] int32 = argsort(ids), stable -> dweight [rows,C] float32."""
-    dweight = zeros((rows, dout.shape[1]), "float32", dout)
+    dweight = zeros((rows, dout.shape[-1]), "float32", dout)
     _C.embedding_backward(dweight, dout, ids, order)
     return give_back(dout, dweight)
 
@@ -60,7 +61,7 @@ def rms_norm_forward(x, weight, eps=1e-6, residual=None):
 
     sum = x + residual; rstd = 1/sqrt(mean(sum^2) + eps); out = sum rstd weight.
     """
-    out, rstd = empty_like(x), empty((x.shape[0],), "float32", x)
+    out, rstd = empty_like(x), empty(tuple(x.shape[:-1]), "float32", x)
     total = None if residual is None else empty_like(x)
     _C.rms_norm_forward(out, rstd, total, x, residual, weight, eps)
     return give_back(x, out, rstd, x if total is None else total)
@@ -92,8 +93,8 @@ def lora_linear_forward(x, weight, bias=None, a=None, b=None, scale=1.0, residua
 
     u = x a^T; out = x weight^T + bias + scale u b^T + residual. LoRA, arXiv 2106.09685 section 4.1.
     """
-    out = empty((x.shape[0], weight.shape[0]), dtype_name(x), x)
-    u = None if a is None else empty((x.shape[0], a.shape[0]), "float32", x)
+    out = empty((*x.shape[:-1], weight.shape[0]), dtype_name(x), x)
+    u = None if a is None else empty((*x.shape[:-1], a.shape[0]), "float32", x)
     _C.lora_linear_forward(out, u, x, weight, bias, a, b, residual, scale)
     return give_back(x, out, u)
 
@@ -160,7 +161,7 @@ def linear_cross_entropy_forward(x, weight, targets, ignore_index=-100):
 
     losses = lse - logit of the target, natural logarithm; 0 where the target is ignore_index.
     """
-    losses, lse = empty((x.shape[0],), "float32", x), empty((x.shape[0],), "float32", x)
+    losses, lse = empty(tuple(x.shape[:-1]), "float32", x), empty(tuple(x.shape[:-1]), "float32", x)
     _C.linear_cross_entropy_forward(losses, lse, x, weight, targets, ignore_index)
     return give_back(x, losses, lse)
 
@@ -170,7 +171,7 @@ def linear_cross_entropy_backward(x, weight, targets, dlosses, ignore_index=-100
 
     The losses come with it: a training step calls this alone.
     """
-    losses, dx = empty((x.shape[0],), "float32", x), empty_like(x)
+    losses, dx = empty(tuple(x.shape[:-1]), "float32", x), empty_like(x)
     dweight = zeros(tuple(weight.shape), "float32", x) if train_weight else None
     _C.linear_cross_entropy_backward(losses, dx, dweight, x, weight, targets, dlosses, ignore_index)
     return give_back(x, losses, dx, dweight)

@@ -190,6 +190,62 @@ def test_bfloat16_by_ml_dtypes():
     np.testing.assert_array_equal(ops.cast(x, "float32"), x.astype(np.float32))
 
 
+def test_rows_may_have_several_axes():
+    """[2,1,3,C] is [6,C] where the axes lie as one, for inputs, outputs and what has one number a row."""
+    x, w, ids = f32(6, 8), f32(8), np.array([[1, 0, 3], [2, 2, 1]], np.int32)
+    want = ops.rms_norm_forward(x, w)
+    out, rstd = np.full((2, 1, 3, 8), np.nan, np.float32), np.full((2, 1, 3), np.nan, np.float32)
+    _C.rms_norm_forward(out, rstd, None, x.reshape(out.shape), None, w, 1e-6)
+    np.testing.assert_array_equal(out.reshape(6, 8), want[0])
+    np.testing.assert_array_equal(rstd.reshape(6), want[1])
+    wide = np.full((2, 3, 11), np.nan, np.float32)                     # rows further apart, but evenly
+    _C.embedding_forward(wide[:, :, 2:10], x, ids)
+    np.testing.assert_array_equal(wide[:, :, 2:10], x[ids])
+    assert np.isnan(wide[:, :, :2]).all() and np.isnan(wide[:, :, 10:]).all()
+    none = np.empty((2, 0, 8), np.float32)
+    _C.swiglu_forward(none, none.copy(), none.copy())
+
+
+@pytest.mark.parametrize("call", [
+    lambda x, ids, row: [ops.matmul(x, f32(8, 5)), ops.embedding_forward(f32(9, 8), ids)],
+    lambda x, ids, row: [ops.embedding_backward(x, ids, ids, 9)],
+    lambda x, ids, row: [*ops.rms_norm_forward(x, f32(8), residual=x), *ops.rms_norm_backward(x, x, row, f32(8), x)],
+    lambda x, ids, row: [*ops.lora_linear_forward(x, f32(5, 8), f32(5), f32(2, 8), f32(5, 2))],
+    lambda x, ids, row: [*ops.lora_linear_backward(x, x, f32(8, 8), f32(2, 8), f32(8, 2))],
+    lambda x, ids, row: [ops.swiglu_forward(x, x), *ops.swiglu_backward(x, x, x), ops.cast(x, "float16")],
+    lambda x, ids, row: [*ops.linear_cross_entropy_forward(x, f32(9, 8), ids),
+                         *ops.linear_cross_entropy_backward(x, f32(9, 8), ids, row)]])
+def test_every_op_takes_rows_of_several_axes(call):
+    x, ids, row = f32(2, 3, 8), np.arange(6, dtype=np.int32).reshape(2, 3), np.abs(f32(2, 3))
+    for got, want in zip(call(x, ids, row), call(x.reshape(6, 8), ids.reshape(6), row.reshape(6)), strict=True):
+        assert (want is None) == (got is None)
+        if want is not None:
+            assert got.shape == (2, 3, *want.shape[1:]) or got.shape == want.shape
+            np.testing.assert_array_equal(got.reshape(want.shape), want)
+
+
+@pytest.mark.parametrize("gate, up, out, words", [
+    ((2, 3), (3, 2), (6,), "gate axis 1 should be 2 as up's is, got 3"),
+    ((6,), (2, 3), (3, 2), "out axis 1 should be 3 as up's is, got 2"),
+    ((2, 1, 3), (2, 3), (6,), "gate should have 2 axes as up has before its last ones, got 3"),
+    ((2, 3), (2, 3), (5,), "out axis 0 should be M=6, got 5"),
+])
+def test_rows_of_several_axes_that_differ(gate, up, out, words):
+    out = np.full((*out, 8), np.nan, np.float32)
+    with pytest.raises(ValueError, match="^swiglu_forward: " + words):
+        _C.swiglu_forward(out, f32(*gate, 8), f32(*up, 8))
+    assert np.isnan(out).all()
+
+
+def test_rows_of_several_axes_that_do_not_lie_as_one():
+    x, out = f32(3, 2, 8).transpose(1, 0, 2), np.full((2, 3, 8), np.nan, np.float32)
+    with pytest.raises(ValueError, match=r"up axes 0..1 should lie as one, with stride 48 of axis 0, got 8"):
+        _C.swiglu_forward(out, x, x)
+    with pytest.raises(ValueError, match=r"out axes 0..1 should lie as one, with stride 33 of axis 0, got 44"):
+        _C.swiglu_forward(np.empty((2, 4, 11), np.float32)[:, :3, :8], f32(2, 3, 8), f32(2, 3, 8))
+    assert np.isnan(out).all()
+
+
 def read_only(x):
     x = x.copy()
     x.flags.writeable = False

@@ -180,7 +180,7 @@ def test_any_strides(name):
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "lora_linear", "swiglu"])
-@pytest.mark.parametrize("lead", [(), (1,), (M, 1), (B, T), (B, 1, T)], ids=str)
+@pytest.mark.parametrize("lead", [(), (1,), (M, 1), (B, T), (B, 1, T), (1, B, 1, T)], ids=str)
 def test_leading_axes(name, lead):
     """[...,C] is the same rows as [M,C], bit by bit, forward and backward; no axes before the last are one row."""
     rows = M if math.prod(lead) == M else 1

@@ -12,11 +12,15 @@ import math
 from types import SimpleNamespace
 
 import torch
+from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
 
 from .. import _C, ops
 
 _library = torch.library.Library("longlora", "DEF")
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_OTHERS = frozenset((type(None), bool, int, float, str, list))        # of an operator's arguments
 _contiguous = torch.contiguous_format
 _call = SimpleNamespace()              # name of an operator -> the function that calls it
 
@@ -26,14 +30,14 @@ def _dense(x):
 
 
 def _rows(x):
-    """x [...,C] as [M,C], for the kernels that know rows; autograd does not see it, which a small call would feel."""
-    if x is not None and x.ndim != 2:
-        x = x.reshape(-1, x.shape[-1])
-    return _dense(x)
+    """x [...,C] as the kernels read rows: up to four axes, all but the last of them as one."""
+    if x is None or 2 <= x.ndim <= 4 and x.is_contiguous():
+        return x
+    return _dense(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
 
 
 def _flat(x):
-    return x if x.ndim == 1 else x.reshape(-1)
+    return x if 1 <= x.ndim <= 4 else x.reshape(-1)
 
 
 def _like(x):
@@ -41,7 +45,7 @@ def _like(x):
 
 
 def _floats(x, *shape):
-    return torch.empty(shape, dtype=torch.float32, device=x.device)
+    return x.new_empty(*shape or ((),), dtype=torch.float32)           # sizes are read faster than a tuple of them
 
 
 def _once(name):
@@ -66,9 +70,8 @@ def _autocast(name, dtype):
 
 def _watched(x):
     """Whether the dispatcher might come to something else than the kernel of x's device."""
-    return (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or torch._C._len_torch_dispatch_stack()
-            or torch._C._len_torch_function_stack() or torch._C._functorch.peek_interpreter_stack() is not None
-            or not (x.is_cpu or x.is_cuda))
+    return (is_compiling() or _is_any_autocast_enabled() or _len_torch_dispatch_stack() or _len_torch_function_stack()
+            or peek_interpreter_stack() is not None or not (x.is_cpu or x.is_cuda))
 
 
 def _register(schema, kernel, shapes, backward=None, save=None, autocast=()):
@@ -102,9 +105,10 @@ def _register(schema, kernel, shapes, backward=None, save=None, autocast=()):
             return operator(*args)
         differentiable = False
         for x in args:
-            if type(x) in _PLAIN:
+            kind = type(x)
+            if kind in _PLAIN:
                 differentiable = differentiable or x.requires_grad
-            elif isinstance(x, torch.Tensor):
+            elif kind not in _OTHERS:
                 return operator(*args)
         if differentiable and torch.is_grad_enabled():
             return apply(*args)
@@ -291,7 +295,7 @@ def rope(x, cos, sin, positions=None):
 
 def _lora_linear_forward(x, weight, bias, a, b, scale):
     shape = x.shape[:-1]
-    out = torch.empty(*shape, weight.shape[0], dtype=x.dtype, device=x.device)
+    out = x.new_empty(*shape, weight.shape[0])
     u = _floats(x, 0) if a is None else _floats(x, *shape, a.shape[0])
     _C.lora_linear_forward(_rows(out), None if a is None else _rows(u), _rows(x), _dense(weight), _dense(bias), _dense(a),
                            _dense(b), None, scale)
