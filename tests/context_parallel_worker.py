@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 if __name__ == "__main__" and sys.argv[1] != "4":
-    sys.modules["transformers"] = None                   # longlora.torch would import it: seconds, and only of four ranks is it used
+    sys.modules["transformers"] = None                   # longlora.torch would import it: seconds, and only four ranks use it
 
 import checks
 import ml_dtypes

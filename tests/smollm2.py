@@ -53,7 +53,7 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def converted(smollm2, tmp_path_factory):
-    """-> the directory of the model as transformers reads it from the GGUF file, saved in float32. That takes it 20 s: once a run."""
+    """-> the directory of the model as transformers reads it from the GGUF file, in float32. That takes it 20 s: once a run."""
     transformers = pytest.importorskip("transformers", reason="the peer that reads the file")
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared

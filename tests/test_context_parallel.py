@@ -27,7 +27,8 @@ def report(world, directory):
         path = os.pathsep.join([str(HERE), os.environ["PYTHONPATH"]])
         env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, str(HERE / "context_parallel_worker.py"), str(world), str(directory)]
-        ranks = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        ranks = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                 start_new_session=True)
         try:
             printed, _ = ranks.communicate(timeout=240)
         except subprocess.TimeoutExpired:

@@ -142,7 +142,7 @@ struct Thread {
 static Thread threads[MAX_THREADS];
 static struct Warp {
     unsigned live, waiting;                                            /* bits of lanes: not at their end; at a warp function */
-    bool alike;                                                        /* those that wait do so for the same, as the first of them */
+    bool alike;                                                        /* all that wait do so for what the first does */
     Kind kind;
     unsigned mask;
     int line;
