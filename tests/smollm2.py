@@ -61,6 +61,8 @@ def converted(smollm2, tmp_path_factory):
     with one_at_a_time(shared / "converting"):
         if not path.exists():
             model = transformers.AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype="float32")
+            model.hf_quantizer = None                                  # its weights are float32 now, which it would not save
+            del model.config.quantization_config
             model.save_pretrained(shared / "partial")
             os.replace(shared / "partial", path)
     return path
