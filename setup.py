@@ -1,8 +1,8 @@
 """Builds longlora._C: one abi3 extension, the CPU kernels compiled once per instruction set, the CUDA kernels beside them.
 
 Switches (environment):
-    LONGLORA_CUDA       auto (default): cuda/*.cu are built when nvcc is found; 0: never; 1: an error without nvcc;
-                        emulation: they are compiled as C++ against tests/emulation, for machines without a GPU
+    LONGLORA_CUDA       auto (default): cuda/*.cu are built when nvcc (CUDA 12.8 or later) is found; 0: never; 1: an error
+                        without nvcc; emulation: they are compiled as C++ against tests/emulation, for machines without a GPU
     LONGLORA_CUDA_ARCH  the GPUs to build for instead of "80 90a 100 120"; of the last one PTX is kept too, for later GPUs
     NVCC, CUDA_HOME, CUDA_PATH      where nvcc is; else the first of PATH, then /usr/local/cuda
     CC, CXX, MAX_JOBS   compilers, and how many at a time, by default one per processor
@@ -29,7 +29,7 @@ V4 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-wi
 V3 = ["-mavx2", "-mfma", "-mf16c"]
 # The same names as FOR_EACH_ISA in csrc/ops.h.
 ISAS = {"portable": [], "avx2": V3, "avx512": V3 + V4, "avx512_bf16": V3 + V4 + ["-mavx512bf16"]} if X86 else {"portable": []}
-ONCE = ["csrc/bind.c", "csrc/ops.c", "csrc/cpu/parallel.c"]            # all other .c files are kernels
+ONCE = [*sorted(glob.glob("csrc/*.c")), "csrc/cpu/parallel.c"]         # all other .c files are kernels
 KERNELS = sorted(set(glob.glob("csrc/cpu/*.c")) - set(ONCE))
 HEADERS = [*glob.glob("csrc/*.h"), *glob.glob("csrc/cpu/*.h")]
 CUDA_HEADERS = [*glob.glob("csrc/*.h"), *glob.glob("cuda/*.cuh"), *glob.glob("cuda/*.h"), *glob.glob("tests/emulation/*.h")]

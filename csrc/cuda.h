@@ -50,6 +50,7 @@ typedef struct {
     int (*synchronize)(void *stream);                                  /* waits for what was queued on it */
     int (*synchronize_device)(void);
     int (*stream_device)(void *stream, int *device);                   /* -1: every device's, as the default streams are */
+    int64_t (*capture)(void *stream);                                  /* the number of the capture it is in, 0: none, -1 */
     /* A mark on a stream; later streams, of any device, wait for it; the host asks whether it has passed, or waits. */
     int (*mark)(void *stream, void **mark);
     int (*wait)(void *stream, void *mark);

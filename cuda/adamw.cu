@@ -51,10 +51,10 @@ extern "C" int adamw_cuda(const void *args, const CudaCall *call) {
     const Adamw *a = (const Adamw *)args;
     if (a->step < 1) return fail("adamw: step should be at least 1, got %g", a->step);
     double c1 = 1 - pow(a->beta1, a->step), c2 = 1 - pow(a->beta2, a->step);
-    Step s = { (float)(1 - a->lr * a->weight_decay), (float)(a->lr / c1), (float)(1 / sqrt(c2)), (float)a->beta1, (float)a->beta2,
-               (float)(1 - a->beta1), (float)(1 - a->beta2), (float)a->eps, (float)a->grad_scale };
+    Step s = { (float)(1 - a->lr * a->weight_decay), (float)(a->lr / c1), (float)(1 / sqrt(c2)), (float)a->beta1,
+               (float)a->beta2, (float)(1 - a->beta1), (float)(1 - a->beta2), (float)a->eps, (float)a->grad_scale };
     bool fit = aligned(N, a->grad.shape[0], &a->param, &a->m, &a->v, &a->copy, &a->grad);
     return launch(call, fit ? adamw_kernel<true> : adamw_kernel<false>, dim3((unsigned)ceil_div(a->grad.shape[0], BLOCK * N)),
-                  BLOCK, 0, (float *)a->param.data, (float *)a->m.data, (float *)a->v.data, given(&a->copy) ? a->copy.data : nullptr,
-                  a->copy.dtype, (const float *)a->grad.data, a->grad.shape[0], s);
+                  BLOCK, 0, (float *)a->param.data, (float *)a->m.data, (float *)a->v.data,
+                  given(&a->copy) ? a->copy.data : nullptr, a->copy.dtype, (const float *)a->grad.data, a->grad.shape[0], s);
 }

@@ -1,7 +1,7 @@
 /* cast.cu --- rows from one float dtype to another, scaled sums, and the sum of squares behind the gradient norm.
  *
- * Bound by memory: cast moves each element once in and once out, accumulate reads out too; sum_squares reads once. A thread takes
- * 16 elements, in vectors that are 16 bytes of the wider of the two dtypes. */
+ * Bound by memory: cast moves each element once in and once out, accumulate reads out too; sum_squares reads once. A thread
+ * takes 16 elements, in vectors that are 16 bytes of the wider of the two dtypes. */
 #include "rows.cuh"
 
 template<class To, class From> constexpr int elements = 16 / (sizeof(To) > sizeof(From) ? sizeof(To) : sizeof(From));
@@ -59,8 +59,8 @@ extern "C" int accumulate_cuda(const void *args, const CudaCall *call) {
 
 /* ---- sum of squares ---------------------------------------------------------------------------------------------- */
 
-/* At most PARTIALS blocks, each with a sum in float64; then one block adds those. Who adds what depends on N alone. A thread reads
- * UNROLL vectors at a time. */
+/* At most PARTIALS blocks, each with a sum in float64; then one block adds those. Who adds what depends on N alone. A thread
+ * reads UNROLL vectors at a time. */
 enum { PARTIALS = 1024, UNROLL = 4 };
 
 static __device__ __forceinline__ double warp_sum(double x) {
@@ -84,7 +84,8 @@ template<class T, bool ALIGNED>
 __global__ void __launch_bounds__(BLOCK) squares_kernel(double *partial, const T *x, int64_t C) {
     constexpr int N = 16 / sizeof(T);
     double sum[2] = { 0, 0 };
-    for (int64_t c = ((int64_t)blockIdx.x * UNROLL * BLOCK + threadIdx.x) * N; c < C; c += (int64_t)gridDim.x * UNROLL * BLOCK * N) {
+    int64_t step = (int64_t)gridDim.x * UNROLL * BLOCK * N;
+    for (int64_t c = ((int64_t)blockIdx.x * UNROLL * BLOCK + threadIdx.x) * N; c < C; c += step) {
         Raw<T, N> xs[UNROLL];
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) get<ALIGNED>(xs[u], x, c + u * (BLOCK * N), C);
@@ -122,8 +123,8 @@ extern "C" int sum_squares_cuda(const void *args, const CudaCall *call) {
     int status = for_dtype(a->x.dtype, [&](auto t) {
         using T = typename decltype(t)::is;
         int64_t N = a->x.shape[0];
-        return launch(call, aligned(16 / sizeof(T), N, &a->x) ? squares_kernel<T, true> : squares_kernel<T, false>, dim3(n), BLOCK,
-                      0, partial, (const T *)a->x.data, N);
+        return launch(call, aligned(16 / sizeof(T), N, &a->x) ? squares_kernel<T, true> : squares_kernel<T, false>, dim3(n),
+                      BLOCK, 0, partial, (const T *)a->x.data, N);
     });
     return status ? status : launch(call, partials_kernel, dim3(n ? 1 : 0), BLOCK, 0, (double *)a->out.data, partial, (int)n);
 }

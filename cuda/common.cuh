@@ -17,6 +17,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <pthread.h>
+#if CUDART_VERSION < 12080
+#error "the CUDA kernels need CUDA 12.8 or later: cudaStreamGetDevice, sm_100 and sm_120"
+#endif
 #endif
 
 #include <math.h>
@@ -29,21 +33,33 @@
     if (error_ != cudaSuccess) return fail("CUDA: %s", cudaGetErrorString(error_)); \
 } while (0)
 
-/* Queues kernel<<<grid, block, shared>>>(args...) on the call's stream; an empty grid is no launch. */
+/* Queues kernel<<<grid, block, shared>>>(args...) on the call's stream; an empty grid is no launch. Dynamic shared memory is
+ * always asked for: what a kernel may have without is 48 KiB less its static part, which is not known here. It is an attribute
+ * of the kernel, so no other thread may set it between the two. */
+#ifdef LONGLORA_EMULATION
+template<class... P, class... A>
+int launch(const CudaCall *, void (*kernel)(P...), dim3 grid, unsigned block, size_t shared, A... args) {
+    if (!grid.x || !grid.y || !grid.z) return 0;
+    return emulation::run(grid, block, shared, [&] { kernel(static_cast<P>(args)...); });
+}
+#else
+inline pthread_mutex_t shared_is_set = PTHREAD_MUTEX_INITIALIZER;
+
 template<class... P, class... A>
 int launch(const CudaCall *call, void (*kernel)(P...), dim3 grid, unsigned block, size_t shared, A... args) {
     if (!grid.x || !grid.y || !grid.z) return 0;
-#ifdef LONGLORA_EMULATION
-    (void)call;
-    return emulation::run(grid, block, shared, [&] { kernel(static_cast<P>(args)...); });
-#else
-    if (shared > 48 << 10)
-        CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    kernel<<<grid, block, shared, (cudaStream_t)call->stream>>>(static_cast<P>(args)...);
-    CUDA_TRY(cudaGetLastError());
+    cudaError_t error = cudaSuccess;
+    if (shared) {
+        pthread_mutex_lock(&shared_is_set);
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    }
+    if (error == cudaSuccess) kernel<<<grid, block, shared, (cudaStream_t)call->stream>>>(static_cast<P>(args)...);
+    if (error == cudaSuccess) error = cudaGetLastError();
+    if (shared) pthread_mutex_unlock(&shared_is_set);
+    CUDA_TRY(error);
     return 0;
-#endif
 }
+#endif
 
 /* Dynamic shared memory, 128-byte aligned: DYNAMIC_SHARED(float, tile); */
 #ifdef LONGLORA_EMULATION

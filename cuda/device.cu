@@ -128,9 +128,17 @@ static int enter(int device) {
 }
 static void leave(int entered) { if (entered > 0) pop(); }
 
+/* While one lives, what a capture elsewhere would forbid this thread is allowed: it is no part of any graph. */
+struct Relaxed {
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
+    ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
+};
+
 static int recover(int device) {
     cudaGetLastError();
     int entered = enter(device);
+    Relaxed relaxed;
     cudaError_t error = cudaStreamQuery(cudaStreamPerThread);          /* after a fatal error everything answers with it */
     cudaGetLastError();
     leave(entered);
@@ -154,6 +162,7 @@ static int no_memory(cudaError_t error, int64_t bytes) {
 }
 
 static int allocate(int64_t bytes, void **p) {
+    Relaxed relaxed;
     cudaError_t error = cudaMalloc(p, bytes ? (size_t)bytes : 1);
     if (error != cudaSuccess) return no_memory(error, bytes);
     CUDA_TRY(cudaMemsetAsync(*p, 0, (size_t)bytes, cudaStreamPerThread));
@@ -161,6 +170,7 @@ static int allocate(int64_t bytes, void **p) {
     return 0;
 }
 static void release(void *p) {
+    Relaxed relaxed;
     cudaFree(p);
     cudaGetLastError();
 }
@@ -206,6 +216,13 @@ static int stream_device(void *stream, int *device) {
     if ((uintptr_t)stream > (uintptr_t)cudaStreamPerThread) CUDA_TRY(cudaStreamGetDevice((cudaStream_t)stream, device));
     return 0;
 }
+static int64_t capture(void *stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long number = 0;
+    if ((uintptr_t)stream > (uintptr_t)cudaStreamLegacy)               /* which is never captured, nor is the default stream */
+        CUDA_TRY(cudaStreamGetCaptureInfo((cudaStream_t)stream, &status, &number));
+    return status == cudaStreamCaptureStatusActive ? (int64_t)number : 0;
+}
 
 static int mark(void *stream, void **made) {
     cudaEvent_t event;
@@ -220,9 +237,9 @@ static int wait(void *stream, void *mark) {
 }
 static int passed(void *mark) {
     cudaError_t error = cudaEventQuery((cudaEvent_t)mark);
-    if (error == cudaErrorNotReady) return cudaGetLastError(), 0;
-    CUDA_TRY(error);
-    return 1;
+    if (error == cudaSuccess) return 1;
+    cudaGetLastError();                                                /* that the next launch does not take it for its own */
+    return error == cudaErrorNotReady ? 0 : fail("CUDA: %s", cudaGetErrorString(error));
 }
 static int await(void *mark) {
     CUDA_TRY(cudaEventSynchronize((cudaEvent_t)mark));
@@ -234,6 +251,6 @@ static void forget(void *mark) { cudaEventDestroy((cudaEvent_t)mark); }
 
 extern "C" const CudaRuntime cuda_runtime = {
     built_for, count, usable, properties, versions, enter, leave, recover, allocate, release, allocate_pinned, release_pinned,
-    memory, copy_tensor, fill_tensor, copy_bytes, copy_peer, synchronize, synchronize_device, stream_device, mark, wait, passed,
-    await, forget, cublas_paths, cublas_version,
+    memory, copy_tensor, fill_tensor, copy_bytes, copy_peer, synchronize, synchronize_device, stream_device, capture, mark, wait,
+    passed, await, forget, cublas_paths, cublas_version,
 };

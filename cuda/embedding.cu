@@ -48,7 +48,8 @@ extern "C" int embedding_forward_cuda(const void *args, const CudaCall *call) {
         int64_t per = (int64_t)sizeof(V) / size;
         Deal d = deal<1, U>(M, C / per);
         return launch(call, forward_kernel<V>, d.grid, BLOCK, 0, (V *)a->out.data, a->out.stride[0] / per,
-                      (const V *)a->weight.data, a->weight.stride[0] / per, (const int32_t *)a->ids.data, a->weight.shape[0], M, C / per, d.shift);
+                      (const V *)a->weight.data, a->weight.stride[0] / per, (const int32_t *)a->ids.data, a->weight.shape[0], M,
+                      C / per, d.shift);
     };
     auto fit = [&](int64_t bytes) { return aligned((int)(bytes / size), C, &a->out, &a->weight); };
     return fit(16) ? run(type<uint4>()) : size == 4 || fit(4) ? run(type<unsigned>()) : run(type<unsigned short>());
@@ -56,7 +57,7 @@ extern "C" int embedding_forward_cuda(const void *args, const CudaCall *call) {
 
 /* ---- backward ---------------------------------------------------------------------------------------------------- */
 
-enum { N = 4, AT_ONCE = 4, CHUNK = 64 };                               /* columns of a thread; rows it loads at once; ids kept at hand */
+enum { N = 4, AT_ONCE = 4, CHUNK = 64 };       /* columns of a thread; rows it loads at once; ids kept at hand */
 
 /* The id of the token at place i of the order, and that token; -1 for what is not there or not an id. */
 static __device__ __forceinline__ int32_t id_at(
@@ -118,8 +119,8 @@ template<class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK) runs_ke
     }
 }
 
-/* A run that began in piece blockIdx.y - 1 and goes on into this one and perhaps further: a warp sums a share of its partial rows
- * for WARP vectors of columns, then the warps' sums are added in order. */
+/* A run that began in piece blockIdx.y - 1 and goes on into this one and perhaps further: a warp sums a share of its partial
+ * rows for WARP vectors of columns, then the warps' sums are added in order. */
 template<bool ALIGNED> __global__ void __launch_bounds__(BLOCK) carry_kernel(
     float *dweight, int64_t dweight_row, const float *partial, int64_t pitch, const int32_t *carried, int pieces, int64_t C) {
     enum { WARPS = BLOCK / WARP };

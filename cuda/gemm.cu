@@ -154,15 +154,15 @@ static int choose(Plan *p, lt::Preference wanted, lt::Handle handle) {
     lt::Heuristic found;
     int count = 0;
     lt::Status status = lib.heuristic(handle, p->desc, p->a, p->b, p->c, p->d, wanted, 1, &found, &count);
-    p->refused = status == lt::NOT_SUPPORTED || status == lt::INVALID_VALUE || (status == lt::SUCCESS && !count);
+    p->refused = status == lt::NOT_SUPPORTED || status == lt::INVALID_VALUE ||
+                 (status == lt::SUCCESS && (!count || found.state != lt::SUCCESS));
     if (p->refused) return 0;
     LT_TRY(status, "no algorithm");
-    LT_TRY(found.state, "no algorithm");
     p->algo = found.algo;
     return 0;
 }
 
-/* The bias is set already where there is one: its address tells the heuristic how it is aligned. */
+/* The bias is set already where there is one: the heuristic may look at its address. */
 static int make(Plan *p, const Key &key, const void *bias, lt::Handle handle) {
     p->key = key;
     LT_TRY(lib.desc_create(&p->desc, lt::COMPUTE_32F, lt::R_32F), "product");
@@ -290,6 +290,9 @@ static bool dense(const Matrix &m, int64_t rows, int64_t cols, int64_t *ld, bool
     return (m.row == 1 || rows == 1) && (m.col >= rows || cols == 1);
 }
 
+/* The bias has no alignment among the preferences, and an algorithm that reads it in vectors would fault. */
+enum { BIAS_ALIGNMENT = 16 };
+
 static bool fits(const Gemm &g, int32_t device, Key *k) {
     memset(k, 0, sizeof *k);
     k->M = g.M, k->N = g.N, k->K = g.K, k->device = device, k->in = g.a.dtype, k->out = g.c_dtype, k->bias = g.bias != NULL;
@@ -300,7 +303,7 @@ static bool fits(const Gemm &g, int32_t device, Key *k) {
     return g.a.dtype == g.b.dtype && (g.c_dtype == g.a.dtype || g.c_dtype == F32) && g.K > 0 && g.M <= INT32_MAX &&
            g.N <= INT32_MAX && g.K <= INT32_MAX && dense(g.a, g.M, g.K, &k->a_ld, &k->a_turned) &&
            dense(g.b, g.K, g.N, &k->b_ld, &k->b_turned) && k->d_ld >= g.N && k->c_ld >= g.N && k->a_align >= element &&
-           k->b_align >= element && k->c_align >= out && k->d_align >= out && k->bias_align >= out;
+           k->b_align >= element && k->c_align >= out && k->d_align >= out && k->bias_align >= BIAS_ALIGNMENT;
 }
 
 int gemm(const CudaCall *call, const Gemm &given) {

@@ -111,13 +111,13 @@ static Matrix rows_from(const Tensor *t, int64_t row) {
 static int64_t shared_floats(int device) {
     static int bytes[64];
     if (device < 0 || device >= 64) return 0;
-    if (!bytes[device] && cudaDeviceGetAttribute(&bytes[device], cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
-    return (bytes[device] - 1024) / 4 / ELEMENTS * ELEMENTS;           /* less what is static */
+    if (!bytes[device]) cudaDeviceGetAttribute(&bytes[device], cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return bytes[device] < 1024 ? 0 : (bytes[device] - 1024) / 4 / ELEMENTS * ELEMENTS;        /* less what is static */
 }
 
 /* dx NULL: forward. */
-static int run(const CudaCall *call, const Tensor *losses, const Tensor *lse, const Tensor *dx, const Tensor *dweight, const Tensor *x,
-               const Tensor *weight, const Tensor *targets, const Tensor *dlosses, int64_t ignore) {
+static int run(const CudaCall *call, const Tensor *losses, const Tensor *lse, const Tensor *dx, const Tensor *dweight,
+               const Tensor *x, const Tensor *weight, const Tensor *targets, const Tensor *dlosses, int64_t ignore) {
     int64_t M = x->shape[0], C = x->shape[1], V = weight->shape[0], chunk = rows_of(M, V);
     unsigned block = BLOCK;                                            /* no more threads than a row has work for */
     while (block > WARP && block / 2 * ELEMENTS >= V) block /= 2;

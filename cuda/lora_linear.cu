@@ -57,7 +57,8 @@ template<class T> static __global__ void __launch_bounds__(BLOCK) update_kernel(
     __shared__ float stage[WARPS][16][STAGE_PITCH];
     int64_t across = ceil_div(f.N, UPDATE_COLS);
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-    int64_t m0 = blockIdx.x / across * UPDATE_ROWS + warp / 2 * WARP_ROWS, n0 = blockIdx.x % across * UPDATE_COLS + warp % 2 * WARP_COLS;
+    int64_t m0 = blockIdx.x / across * UPDATE_ROWS + warp / 2 * WARP_ROWS;
+    int64_t n0 = blockIdx.x % across * UPDATE_COLS + warp % 2 * WARP_COLS;
     float d[2][8][4] = {}, down[2][2];
     /* The pair r, r+1 of row m. */
     auto pair_of_u = [&](int64_t m, int r) {
@@ -142,7 +143,8 @@ template<class T> static __global__ void __launch_bounds__(BLOCK) update_kernel(
 }
 
 /* out = scale u b^T + beta from, from (NULL: out itself) read only when beta is not 0; beta is 0 or 1. u float32, b [R,N]. */
-static int update(const CudaCall *call, const Tensor *out, Matrix u, Matrix b, int64_t R, float scale, bool beta, const Tensor *from) {
+static int update(const CudaCall *call, const Tensor *out, Matrix u, Matrix b, int64_t R, float scale, bool beta,
+                  const Tensor *from) {
     int64_t M = out->shape[0], N = out->shape[1];
     if (!from) from = out;
     if (out->dtype == F32) {
@@ -196,6 +198,7 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK, PAR
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int64_t c0 = (int64_t)blockIdx.x * SUM_COLS, first = (int64_t)blockIdx.z * SUM_ROWS, step = (int64_t)gridDim.z * SUM_ROWS;
     int r0 = blockIdx.y * SUM_RANKS, ranks = R - r0 < SUM_RANKS ? R - r0 : SUM_RANKS;
+    int columns = C - c0 < SUM_COLS ? (int)(C - c0) : (int)SUM_COLS;
     int shift = ranks > 16 ? 5 : ranks > 8 ? 4 : 3;                    /* rows of q are read 8, 16 or 32 ranks wide */
     Vector<T, N> next[LOADS];
     float next_q[Q_LOADS];
@@ -203,10 +206,11 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK, PAR
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
             int at = threadIdx.x + i * BLOCK;
-            int64_t m = m0 + at / (SUM_COLS / N), c = c0 + at % (SUM_COLS / N) * N;
-            const T *from = x + m * x_row + c;
-            if (vectors && m < M && c < C) next[i] = *(const Vector<T, N> *)from;
-            else for (int e = 0; e < N; e++) next[i].x[e] = m < M && c + e < C ? from[e] : from_float<T>(0.0f);
+            int64_t m = m0 + at / (SUM_COLS / N);
+            int c = at % (SUM_COLS / N) * N;
+            const T *from = x + c0 + m * x_row + c;
+            if (vectors && m < M && c < columns) next[i] = *(const Vector<T, N> *)from;
+            else for (int e = 0; e < N; e++) next[i].x[e] = m < M && c + e < columns ? from[e] : from_float<T>(0.0f);
         }
 #pragma unroll
         for (int i = 0; i < Q_LOADS; i++) {
@@ -247,11 +251,12 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK, PAR
         __syncthreads();
         if (m0 >= step) fetch(m0 - step);
         float d[SUM_RANKS / 8][4] = {};
-#pragma unroll
+#pragma unroll 1                                                       /* unrolled, bfloat16 spills on sm_100 and sm_120 */
         for (int k = 0; k < SUM_ROWS; k += 16) {
             unsigned a[PARTS][4];                                      /* columns of x are the rows of mma, rows of x its k */
 #pragma unroll
-            for (int p = 0; p < PARTS; p++) ldmatrix_x4_trans(a[p], &xs[p][k + lane / 16 * 8 + lane % 8][warp * 16 + lane / 8 % 2 * 8]);
+            for (int p = 0; p < PARTS; p++)
+                ldmatrix_x4_trans(a[p], &xs[p][k + lane / 16 * 8 + lane % 8][warp * 16 + lane / 8 % 2 * 8]);
 #pragma unroll
             for (int j = 0; j < SUM_RANKS / 8; j += 2) {
                 if (j * 8 >= ranks) break;
@@ -294,8 +299,8 @@ static __global__ void __launch_bounds__(BLOCK) add_pieces_kernel(float *out, in
 }
 
 /* out[r,c] at out + r out_r + c out_c. q.data NULL: ones. */
-static int add_sums(const CudaCall *call, float *out, int64_t out_r, int64_t out_c, Matrix q, int64_t R, const Tensor *x, float alpha,
-                    float *partial) {
+static int add_sums(const CudaCall *call, float *out, int64_t out_r, int64_t out_c, Matrix q, int64_t R, const Tensor *x,
+                    float alpha, float *partial) {
     int64_t M = x->shape[0], C = x->shape[1], pieces = pieces_of(M);
     if (!M || !R || !C) return 0;
     int status = for_dtype(x->dtype, [&](auto t) {
@@ -313,8 +318,8 @@ static int add_sums(const CudaCall *call, float *out, int64_t out_r, int64_t out
 /* ---- the ops ----------------------------------------------------------------------------------------------------- */
 
 /* c = alpha a b + beta from + bias, c a whole tensor. */
-static int product(const CudaCall *call, const Tensor *c, Matrix a, Matrix b, int64_t K, float alpha, bool beta, const Tensor *from = NULL,
-                   const Tensor *bias = NULL) {
+static int product(const CudaCall *call, const Tensor *c, Matrix a, Matrix b, int64_t K, float alpha, bool beta,
+                   const Tensor *from = NULL, const Tensor *bias = NULL) {
     Gemm g = {};
     g.M = c->shape[0], g.N = c->shape[1], g.K = K, g.a = a, g.b = b, g.c = c->data, g.c_row = c->stride[0], g.c_dtype = c->dtype;
     g.alpha = alpha, g.beta = beta;
@@ -392,13 +397,15 @@ extern "C" int lora_linear_backward_cuda(const void *args, const CudaCall *call)
     Matrix dout = matrix(&f->dout), x = given(&f->x) ? matrix(&f->x) : Matrix{};
     if (R && given(&f->db) && !given(&f->u) && product(call, &u, x, transposed(matrix(&f->a)), C, 1, false)) return -1;
     if (R && (given(&f->dx) || given(&f->da)) && product(call, &du, dout, matrix(&f->b), N, scale, false)) return -1;
-    if (R && given(&f->db) && add_sums(call, (float *)f->db.data, 1, f->db.stride[0], matrix(&u), R, &f->dout, scale, partial)) return -1;
+    if (R && given(&f->db) &&
+        add_sums(call, (float *)f->db.data, 1, f->db.stride[0], matrix(&u), R, &f->dout, scale, partial)) return -1;
     if (given(&f->dx)) {
         if (R && update(call, &f->dx, matrix(&du), matrix(&f->a), R, 1, accumulate, NULL)) return -1;
         if (product(call, &f->dx, dout, matrix(&f->weight), N, 1, R || accumulate)) return -1;
     }
-    if (R && given(&f->da) && add_sums(call, (float *)f->da.data, f->da.stride[0], 1, matrix(&du), R, &f->x, 1, partial)) return -1;
+    if (R && given(&f->da) &&
+        add_sums(call, (float *)f->da.data, f->da.stride[0], 1, matrix(&du), R, &f->x, 1, partial)) return -1;
     if (given(&f->dweight) && product(call, &f->dweight, transposed(dout), x, M, 1, true)) return -1;
-    if (given(&f->dbias)) return add_sums(call, (float *)f->dbias.data, 0, f->dbias.stride[0], Matrix{}, 1, &f->dout, 1, partial);
-    return 0;
+    if (!given(&f->dbias)) return 0;
+    return add_sums(call, (float *)f->dbias.data, 0, f->dbias.stride[0], Matrix{}, 1, &f->dout, 1, partial);
 }

@@ -113,6 +113,14 @@ template<int D, int ROWS, class T> __device__ __forceinline__ void load_tile(
     }
 }
 
+/* The tiles of step n of two tensors: each has two tiles, one is used while the other arrives. */
+template<int D, int ROWS, class T> __device__ __forceinline__ void load_step(
+    T *one, T *two, int n, const Rows &x, const Rows &y, int head, const Work &w, int first, int columns) {
+    load_tile<D, ROWS>(one + n % 2 * ROWS * D, x, head, w, first, columns);
+    load_tile<D, ROWS>(two + n % 2 * ROWS * D, y, head, w, first, columns);
+    cp_async_commit();
+}
+
 /* Stores 16 M rows of a warp, the segment's from `row` on, COLUMNS columns from `column` on, through its rows of a tile. */
 template<int D, int COLUMNS, int M, class T> __device__ __forceinline__ void store_rows(
     const Rows &x, int head, const Work &w, int row, int column, int columns, const float (&sum)[M][COLUMNS / 8][4], T *tile) {
@@ -190,6 +198,15 @@ template<int D, int M, int N, int C, class T> __device__ __forceinline__ void mu
     }
 }
 
+template<int M, int C> static __device__ __forceinline__ void scale_sums(float (&sum)[M][C][4], float by) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int j = 0; j < C; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) sum[m][j][i] *= by;
+}
+
 /* Over the four lanes that share a row. */
 static __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(0xffffffffu, x, 1);
@@ -213,8 +230,7 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) forward_kern
     constexpr int M = row_pieces<D>, BM = 16 * M * WARPS, BN = forward_step<D>, N = BN / 8, C = D / 8;
     const Pattern &p = a.p;
     __shared__ Work w;
-    find_queries(p, a.slots, BM, &w);
-    if (w.first < 0) return;
+    if (!find_queries(p, a.slots, BM, &w)) return;
     const Segment &s = w.s;
     DYNAMIC_SHARED(T, q);
     T *k = q + BM * D, *v = k + 2 * BN * D;                            /* two tiles of each: one is used, one arrives */
@@ -226,13 +242,8 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) forward_kern
     for (int m = 0; m < M; m++) top[m][0] = top[m][1] = -INFINITY;
 
     int n = (min_of(w.first + BM, s.rows) - 1) / BN;
-    auto load_step = [&](int n) {
-        load_tile<D, BN>(k + n % 2 * BN * D, a.k, w.kv_head, w, n * BN, p.D);
-        load_tile<D, BN>(v + n % 2 * BN * D, a.v, w.kv_head, w, n * BN, p.D);
-        cp_async_commit();
-    };
     load_tile<D, BM>(q, a.q, w.head, w, w.first, p.D);
-    load_step(n);
+    load_step<D, BN>(k, v, n, a.k, a.v, w.kv_head, w, n * BN, p.D);
     if (a.negative) {
         cp_async_wait<0>();
         __syncthreads();
@@ -241,7 +252,7 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) forward_kern
     for (; n >= 0; n--) {
         cp_async_wait<0>();
         __syncthreads();                                               /* step n is there, and nobody is at step n + 1 */
-        if (n > 0) load_step(n - 1);
+        if (n > 0) load_step<D, BN>(k, v, n - 1, a.k, a.v, w.kv_head, w, (n - 1) * BN, p.D);
         if (row >= end || n * BN >= end) continue;                     /* no row of the warp sees any key of the block */
         float x[M][N][4] = {};
         multiply_rows<D>(x, own, k + n % 2 * BN * D);
@@ -329,8 +340,7 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) dq_kernel(co
     constexpr int M = row_pieces<D>, BM = 16 * M * WARPS, BN = dq_step<D>, N = BN / 8, C = D / 8;
     const Pattern &p = a.p;
     __shared__ Work w;
-    find_queries(p, a.slots, BM, &w);
-    if (w.first < 0) return;
+    if (!find_queries(p, a.slots, BM, &w)) return;
     const Segment &s = w.s;
     DYNAMIC_SHARED(T, q);
     T *g = q + BM * D, *k = g + BM * D, *v = k + 2 * BN * D;           /* g: dout */
@@ -345,18 +355,13 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) dq_kernel(co
     }
 
     int n = (min_of(w.first + BM, s.rows) - 1) / BN;
-    auto load_step = [&](int n) {
-        load_tile<D, BN>(k + n % 2 * BN * D, a.k, w.kv_head, w, n * BN, p.D);
-        load_tile<D, BN>(v + n % 2 * BN * D, a.v, w.kv_head, w, n * BN, p.D);
-        cp_async_commit();
-    };
     load_tile<D, BM>(q, a.q, w.head, w, w.first, p.D);
     load_tile<D, BM>(g, a.dout, w.head, w, w.first, p.D);
-    load_step(n);
+    load_step<D, BN>(k, v, n, a.k, a.v, w.kv_head, w, n * BN, p.D);
     for (; n >= 0; n--) {
         cp_async_wait<0>();
         __syncthreads();                                               /* step n is there, and nobody is at step n + 1 */
-        if (n > 0) load_step(n - 1);
+        if (n > 0) load_step<D, BN>(k, v, n - 1, a.k, a.v, w.kv_head, w, (n - 1) * BN, p.D);
         if (row >= end || n * BN >= end) continue;
         float x[M][N][4] = {}, dx[M][N][4] = {};
         multiply_rows<D>(x, q + offset * D, k + n % 2 * BN * D);
@@ -384,12 +389,7 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) dq_kernel(co
     }
 
     if (row >= end) return;
-#pragma unroll
-    for (int m = 0; m < M; m++)
-#pragma unroll
-        for (int j = 0; j < C; j++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) dq[m][j][i] *= a.scale;
+    scale_sums(dq, a.scale);
     store_rows<D, D, M>(a.dq, w.head, w, row, 0, p.D, dq, q + offset * D);
 }
 
@@ -397,8 +397,7 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) dkdv_kernel(
     constexpr int BM = 16 * WARPS, BN = dkdv_step<D>, N = BN / 8, COLUMNS = D < 128 ? D : 128, C = COLUMNS / 8;
     const Pattern &p = a.p;
     __shared__ Work w;
-    find_keys(p, a.slots, BM, a.mixed, a.second, &w);
-    if (w.first < 0) return;
+    if (!find_keys(p, a.slots, BM, a.mixed, a.second, &w)) return;
     const Segment &s = w.s;
     DYNAMIC_SHARED(T, k);
     T *v = k + BM * D, *q = v + BM * D, *g = q + 2 * BN * D;
@@ -409,11 +408,6 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) dkdv_kernel(
 
     /* Steps go through the queries from the diagonal on, head after head; step n is in tile n % 2. */
     int column = blockIdx.y * COLUMNS, head = w.head, row = w.first, n = 0;
-    auto load_step = [&](int n, int head, int row) {
-        load_tile<D, BN>(q + n % 2 * BN * D, a.q, head, w, row, p.D);
-        load_tile<D, BN>(g + n % 2 * BN * D, a.dout, head, w, row, p.D);
-        cp_async_commit();
-    };
     float next_shift = 0, next_less = 0;
     auto load_rows = [&](int head, int row) {
         int at = row + threadIdx.x;
@@ -428,7 +422,7 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) dkdv_kernel(
     };
     load_tile<D, BM>(k, a.k, w.kv_head, w, w.first, p.D);
     load_tile<D, BM>(v, a.v, w.kv_head, w, w.first, p.D);
-    load_step(0, head, row);
+    load_step<D, BN>(q, g, 0, a.q, a.dout, head, w, row, p.D);
     load_rows(head, row);
     keep_rows(0);
     for (; head < w.to_head; n++) {
@@ -436,7 +430,7 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) dkdv_kernel(
         cp_async_wait<0>();
         __syncthreads();                                               /* step n is there, and nobody is at step n - 1 */
         if (next_head < w.to_head) {
-            load_step(n + 1, next_head, next_row);
+            load_step<D, BN>(q, g, n + 1, a.q, a.dout, next_head, w, next_row, p.D);
             load_rows(next_head, next_row);
         }
         if (key < s.rows && key < row + BN) {
@@ -469,10 +463,7 @@ template<class T, int D> __global__ void __launch_bounds__(THREADS) dkdv_kernel(
     }
 
     if (key >= s.rows) return;
-#pragma unroll
-    for (int j = 0; j < C; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) dk[0][j][i] *= a.scale;
+    scale_sums(dk, a.scale);
     if (w.kv_head == a.mixed) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -516,7 +507,8 @@ static __device__ __forceinline__ void load_square(float *square, const Rows &x,
     }
 }
 
-/* sum[i][j] += row 4 y + i of one tensor times row x + 16 j of the other, D columns; a, b: squares that both come through. */
+/* sum[i][j] += row 4 y + i of one tensor times row x + 16 j of the other, D columns; a, b: squares that both come through. It
+ * and add_rows begin with a barrier, and have one more before they read: so none is needed between them. */
 static __device__ __forceinline__ void dot_rows(float (&sum)[4][4], float *a, float *b, const Rows &rows_a, int head_a,
                                                 int first_a, const Rows &rows_b, int head_b, int first_b, const Work &w,
                                                 int D) {
@@ -598,8 +590,7 @@ static __device__ __forceinline__ float row_max(float x) {
 static __global__ void __launch_bounds__(FLOAT_THREADS) forward_float_kernel(const Forward a) {
     const Pattern &p = a.p;
     __shared__ Work w;
-    find_queries(p, a.slots, SIDE, &w);
-    if (w.first < 0) return;
+    if (!find_queries(p, a.slots, SIDE, &w)) return;
     const Segment &s = w.s;
     DYNAMIC_SHARED(float, one);
     float *two = one + SQUARE, *weights = two + SQUARE;
@@ -632,7 +623,6 @@ static __global__ void __launch_bounds__(FLOAT_THREADS) forward_float_kernel(con
                 for (int j = 0; j < 4; j++) out[c][i][j] *= shrink;
         }
         add_rows(out, weights, two, a.v, w.kv_head, key, w, p.D);
-        __syncthreads();
     }
     float *lse = head_of<float>(a.lse, w.batch, w.head);
 #pragma unroll
@@ -673,8 +663,7 @@ template<bool ROWS_ARE_KEYS> __device__ __forceinline__ void gradients(
 static __global__ void __launch_bounds__(FLOAT_THREADS) dq_float_kernel(const Backward a) {
     const Pattern &p = a.p;
     __shared__ Work w;
-    find_queries(p, a.slots, SIDE, &w);
-    if (w.first < 0) return;
+    if (!find_queries(p, a.slots, SIDE, &w)) return;
     const Segment &s = w.s;
     DYNAMIC_SHARED(float, one);
     float *two = one + SQUARE, *ds = two + SQUARE;
@@ -690,7 +679,6 @@ static __global__ void __launch_bounds__(FLOAT_THREADS) dq_float_kernel(const Ba
 #pragma unroll
             for (int j = 0; j < 4; j++) ds[(4 * y + i) * PITCH + x + 16 * j] = de[i][j] * a.scale;
         add_rows(dq, ds, two, a.k, w.kv_head, key, w, p.D);
-        __syncthreads();
     }
     store_sums(a.dq, w.head, w, dq, p.D);
 }
@@ -698,8 +686,7 @@ static __global__ void __launch_bounds__(FLOAT_THREADS) dq_float_kernel(const Ba
 static __global__ void __launch_bounds__(FLOAT_THREADS) dkdv_float_kernel(const Backward a) {
     const Pattern &p = a.p;
     __shared__ Work w;
-    find_keys(p, a.slots, SIDE, a.mixed, a.second, &w);
-    if (w.first < 0) return;
+    if (!find_keys(p, a.slots, SIDE, a.mixed, a.second, &w)) return;
     const Segment &s = w.s;
     DYNAMIC_SHARED(float, one);
     float *two = one + SQUARE, *weights = two + SQUARE, *ds = weights + SQUARE;
@@ -734,7 +721,6 @@ static __global__ void __launch_bounds__(FLOAT_THREADS) dkdv_float_kernel(const 
                 }
             add_rows(dv, weights, two, a.dout, head, row, w, p.D);
             add_rows(dk, ds, one, a.q, head, row, w, p.D);
-            __syncthreads();
         }
     store_sums(a.dk, w.kv_head, w, dk, p.D);
     store_sums(a.dv, w.kv_head, w, dv, p.D);

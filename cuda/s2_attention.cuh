@@ -103,8 +103,9 @@ static __device__ void find_work(const Pattern &p, bool shifted, int slot, int t
     if (!find_tile(p, shifted, origin, L, slot, tile, &w->s, &w->first)) w->first = -1;
 }
 
-/* Of blocks with a tile of queries of one head: head by head, the last tiles first, since they see most keys. */
-static __device__ __forceinline__ void find_queries(const Pattern &p, int slots, int tile, Work *w) {
+/* Of blocks with a tile of queries of one head: head by head, the last tiles first, since they see most keys. False: the block
+ * has none, and all its threads hear so. */
+static __device__ __forceinline__ bool find_queries(const Pattern &p, int slots, int tile, Work *w) {
     if (threadIdx.x == 0) {
         int rest = blockIdx.x / slots;
         w->batch = rest / p.H;
@@ -113,11 +114,12 @@ static __device__ __forceinline__ void find_queries(const Pattern &p, int slots,
         find_work(p, w->head >= p.border, slots - 1 - (int)(blockIdx.x % slots), tile, w);
     }
     __syncthreads();
+    return w->first >= 0;
 }
 
 /* Of blocks with a tile of keys of one KV head, for the query heads head .. to_head-1 of one kind. `mixed` is the KV head that
  * has both kinds: its plain ones, and in the second launch, which is about it alone, its shifted ones. */
-static __device__ __forceinline__ void find_keys(const Pattern &p, int slots, int tile, int mixed, bool second, Work *w) {
+static __device__ __forceinline__ bool find_keys(const Pattern &p, int slots, int tile, int mixed, bool second, Work *w) {
     if (threadIdx.x == 0) {
         int rest = blockIdx.x / slots, each = p.H / p.K;
         w->batch = second ? rest : rest / p.K;
@@ -127,6 +129,7 @@ static __device__ __forceinline__ void find_keys(const Pattern &p, int slots, in
         find_work(p, w->head >= p.border, blockIdx.x % slots, tile, w);
     }
     __syncthreads();
+    return w->first >= 0;
 }
 
 /* ---- on the host -------------------------------------------------------------------------------------------------- */

@@ -2,6 +2,9 @@
 
 Ops run on the device of their arrays, queued on a stream and not waited for: torch's current one where an argument is torch's,
 CuPy's where one is CuPy's, else this thread's, which `stream` sets and which is the default stream at first.
+
+They can be captured in a graph, by whoever captures that stream, once each has run before: first calls load code and libraries.
+Arrays are the graph's owner's to keep; workspace that is not torch's is kept until the process ends.
 """
 import os
 import sys
@@ -113,30 +116,38 @@ def current_stream():
 # ---- what the extension asks for -------------------------------------------------------------------------------------------
 
 _arenas = threading.local()
+_graphs = []                           # workspace of captured graphs, which run again whenever they like: it stays
 
 
-def _workspace(nbytes, device, stream, like):
+def _workspace(nbytes, device, stream, like, capture):
     """Memory for one call: from torch for torch's arrays, else one piece per thread, device and stream that grows when it must.
 
-    Calls of one thread on one stream run one after another and may share it; a captured graph needs it to stay as it was.
+    Calls of one thread on one stream run one after another and may share it. Each capture (its number, 0 outside of one) has
+    pieces of its own.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(like, torch.Tensor):
         return torch.empty(nbytes, dtype=torch.uint8, device=like.device)
     arenas = _arenas.__dict__.setdefault("pieces", {})
-    piece = arenas.get((device, stream))
+    key = device, stream, capture
+    piece = arenas.get(key)
     if piece is None or piece.nbytes < nbytes:
-        arenas.pop((device, stream), None)
+        arenas.pop(key, None)
         piece = None                                                   # the former goes first
-        piece = arenas[device, stream] = _C.Tensor((nbytes + 0xfffff) & ~0xfffff, "uint8", f"cuda:{device}")
+        piece = arenas[key] = _C.Tensor((nbytes + 0xfffff) & ~0xfffff, "uint8", f"cuda:{device}")
+        if capture:
+            _graphs.append(piece)
     return piece
 
 
 def _stream(like, device):
-    """The current stream of an array's library where it can be asked: CuPy's; None else."""
-    cupy = sys.modules.get("cupy")
+    """The current stream of an array's library where it can be asked: CuPy's, that of a torch without the C exchange API; None
+    else."""
+    cupy, torch = sys.modules.get("cupy"), sys.modules.get("torch")
     if cupy is not None and isinstance(like, cupy.ndarray):
         return cupy.cuda.get_current_stream(device).ptr
+    if torch is not None and isinstance(like, torch.Tensor):
+        return torch.cuda.current_stream(device).cuda_stream
     return None
 
 

@@ -390,10 +390,10 @@ def test_dlpack_of_a_tensor_on_a_gpu():
 # ---- streams ----------------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def new_stream(device=0):
-    """A stream's handle: the emulation's is a struct that begins with its device; torch's on a GPU."""
+def new_stream(device=0, capture=0):
+    """A stream's handle: the emulation's is a struct, its device and the number of its capture; torch's on a GPU."""
     if EMULATED:
-        made = ctypes.c_int32(device)
+        made = (ctypes.c_int32 * 2)(device, capture)
         yield ctypes.addressof(made)
     else:
         torch = pytest.importorskip("torch")
@@ -435,20 +435,22 @@ def test_streams_of_a_thread():
 
 
 @needs_cuda
-def test_the_stream_of_the_arguments_library(monkeypatch):
-    """CuPy is asked for its current stream; its module stands in for it."""
+@pytest.mark.parametrize("library", ["cupy", "torch"])
+def test_the_stream_of_the_arguments_library(library, monkeypatch):
+    """CuPy is asked for its current stream, so is torch where it has no C exchange API; a module stands in for them."""
     class Stream:
-        ptr = 2
+        ptr = cuda_stream = 2
 
     class Fake:
-        ndarray = Borrowed
+        ndarray = Tensor = Borrowed
 
         class cuda:
             @staticmethod
             def get_current_stream(device):
                 assert device == 0
                 return Stream
-    monkeypatch.setitem(sys.modules, "cupy", Fake)
+            current_stream = get_current_stream
+    monkeypatch.setitem(sys.modules, library, Fake)
     x, out = Borrowed(tensor(f32(3, 8))), Tensor((3, 8), "float32", "cuda")
     _C.swiglu_forward(Borrowed(out), x, x)
     assert x.streams == [2, 2]
@@ -490,15 +492,15 @@ def test_the_stream_of_the_exchange_api():
     a, b = Exchanged(tensor(f32(5, 7))), tensor(f32(7, 3))
     hooks = cuda._workspace, cuda._stream
 
-    def workspace(nbytes, device, stream, like):
-        given.append((device, stream, like))
-        return hooks[0](nbytes, device, stream, None)
+    def workspace(nbytes, device, stream, like, capture):
+        given.append((device, stream, like, capture))
+        return hooks[0](nbytes, device, stream, None, capture)
     _C.cuda_hooks(workspace, hooks[1])
     try:
         _C.matmul(Tensor((5, 3), "float32", "cuda"), a, b, 1.0, 0.0)
     finally:
         _C.cuda_hooks(*hooks)
-    assert given == [(0, 2, a)]
+    assert given == [(0, 2, a, 0)]
 
 
 # ---- workspace --------------------------------------------------------------------------------------------------------------
@@ -514,19 +516,46 @@ def matmul_is_right():
 def test_workspace_is_kept_for_the_thread_and_stream():
     matmul_is_right()
     pieces = cuda._arenas.pieces
-    piece = pieces[0, 0]
+    piece = pieces[0, 0, 0]
     matmul_is_right()
-    assert cuda._arenas.pieces[0, 0] is piece and cuda._workspace(piece.nbytes, 0, 0, None) is piece
-    assert cuda._workspace(piece.nbytes + 1, 0, 0, None).nbytes > piece.nbytes
+    assert cuda._arenas.pieces[0, 0, 0] is piece and cuda._workspace(piece.nbytes, 0, 0, None, 0) is piece
+    assert cuda._workspace(piece.nbytes + 1, 0, 0, None, 0).nbytes > piece.nbytes
     with new_stream() as handle, cuda.stream(handle):
         matmul_is_right()
-        assert pieces[0, handle] is not pieces[0, 0]
-        del pieces[0, handle]
+        assert pieces[0, handle, 0] is not pieces[0, 0, 0]
+        del pieces[0, handle, 0]
     mine = []
-    other = threading.Thread(target=lambda: (matmul_is_right(), mine.append(cuda._arenas.pieces[0, 0])))
+    other = threading.Thread(target=lambda: (matmul_is_right(), mine.append(cuda._arenas.pieces[0, 0, 0])))
     other.start()
     other.join()
-    assert len(mine) == 1 and mine[0] is not pieces[0, 0]
+    assert len(mine) == 1 and mine[0] is not pieces[0, 0, 0]
+
+
+@needs_emulation
+def test_a_captured_graph_keeps_its_workspace(monkeypatch):
+    """Nobody says when a graph runs or goes: what its kernels were given is given to no other call, and stays."""
+    monkeypatch.setattr(cuda, "_graphs", [])
+    with new_stream(capture=7) as handle, cuda.stream(handle):
+        matmul_is_right()
+        piece, = cuda._graphs
+        matmul_is_right()
+        assert cuda._graphs == [piece] and cuda._arenas.pieces[0, handle, 7] is piece
+        larger = cuda._workspace(piece.nbytes + 1, 0, handle, None, 7)
+        assert cuda._graphs == [piece, larger] and cuda._arenas.pieces[0, handle, 7] is larger
+    with new_stream() as handle, cuda.stream(handle):
+        matmul_is_right()
+        assert len(cuda._graphs) == 2 and cuda._arenas.pieces[0, handle, 0] not in cuda._graphs
+
+
+@needs_emulation
+def test_capsules_of_a_capture_are_given_back_at_once():
+    """Marks on a captured stream cannot be asked: no call does, and no error of it is left for a later one."""
+    x, out = Borrowed(tensor(f32(3, 8))), Tensor((3, 8), "float32", "cuda")
+    with new_stream(capture=3) as handle, cuda.stream(handle):
+        for n in range(1, 4):
+            _C.swiglu_forward(out, x, x)
+            assert x.deleted == x.taken == 2 * n
+    swiglu_is_right()
 
 
 @needs_cuda
@@ -538,7 +567,7 @@ def test_workspace_is_kept_for_the_thread_and_stream():
 ])
 def test_a_wrong_workspace_is_refused(answer, error, words):
     hooks = cuda._workspace, cuda._stream
-    _C.cuda_hooks(lambda nbytes, device, stream, like: answer(), hooks[1])
+    _C.cuda_hooks(lambda *call: answer(), hooks[1])
     try:
         with pytest.raises(error, match=words):
             matmul_is_right()

@@ -38,6 +38,12 @@ def test_dense_rows(shape, dtype, isa):
     checks.compare(dx, want, want, "dx", floor=6)
 
 
+def test_a_bias_at_any_address(dtype, isa):
+    x, w, bias, a, b, residual, _ = parts(33, 40, 72, 8, dtype)
+    bias = np.concatenate([bias[:1], bias])[1:]
+    checks.check("lora_linear_forward", x, w, bias, a, b, 0.5, residual, floor=4)
+
+
 def test_u_may_be_beyond_float16(isa):
     """u is float32, whatever the dtype of the rest."""
     x, w, _, a, b, _, _ = parts(40, 64, 72, 8, "float16")

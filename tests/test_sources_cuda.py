@@ -13,8 +13,8 @@ from test_sources import stem
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(p for p in ROOT.glob("cuda/*") if p.suffix in (".cu", ".cuh", ".h"))
 NVCC = shutil.which(os.environ.get("NVCC") or "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-# What takes longest to compile is compiled for the two that it has code of its own for.
-ARCHS = {"s2_attention.cu": ("sm_80", "sm_90a")}
+# What takes longest to compile is compiled for the two that it has code of its own for; what is close to spilling, for all.
+ARCHS = {"s2_attention.cu": ("sm_80", "sm_90a"), "lora_linear.cu": ("sm_80", "sm_90a", "sm_100", "sm_120")}
 
 
 @pytest.mark.parametrize("op", _C.specs)

@@ -118,6 +118,7 @@ EXPORT Status cublasLtMatmul(Handle handle, Desc desc, const void *alpha, const 
     for (int i = 0; i < 4; i++)
         if (!data[i] || (uintptr_t)data[i] % algo->data[1 + i] || (uintptr_t)data[i] % bytes_of(types[i])) return INVALID_VALUE;
     if (C == D && c->ld != d->ld) return INVALID_VALUE;
+    if (desc->epilogue == EPILOGUE_BIAS && (uintptr_t)desc->bias % 16) return INVALID_VALUE;   /* an illegal address, at times */
     memset(workspace, 0xff, 4096);                                     /* it is scratch: nobody else's */
     int64_t M = (int64_t)d->rows, N = (int64_t)d->cols, K = (int64_t)(desc->turned_a ? a->rows : a->cols);
     float scale = *(const float *)alpha, keep = *(const float *)beta;

@@ -600,8 +600,10 @@ HIDDEN void __ubsan_handle_shift_out_of_bounds(const Location *where, uintptr_t,
 
 /* ---- the CUDA runtime ---------------------------------------------------------------------------------------------- */
 
-struct EmulatedStream { int device; };
-struct EmulatedEvent { bool recorded; };
+/* A capture is a number that a test writes into a stream: work is done nevertheless, what a capture forbids is refused. */
+struct EmulatedStream { int device, capture; };
+struct EmulatedEvent { bool recorded, captured; };
+static int capture_in(cudaStream_t stream) { return (uintptr_t)stream > (uintptr_t)cudaStreamPerThread ? stream->capture : 0; }
 
 namespace {
 
@@ -762,7 +764,7 @@ cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t) { re
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) {
     *stream = (cudaStream_t)malloc(sizeof **stream);
     if (!*stream) return note(cudaErrorMemoryAllocation);
-    (*stream)->device = the_device;
+    **stream = {the_device, 0};
     return cudaSuccess;
 }
 cudaError_t cudaStreamCreate(cudaStream_t *stream) { return cudaStreamCreateWithFlags(stream, 0); }
@@ -774,17 +776,23 @@ cudaError_t cudaStreamGetDevice(cudaStream_t stream, int *device) {
     *device = stream == nullptr || stream == cudaStreamLegacy || stream == cudaStreamPerThread ? the_device : stream->device;
     return cudaSuccess;
 }
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus *status, unsigned long long *number) {
+    *number = (unsigned long long)capture_in(stream);
+    *status = *number ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *) { return cudaSuccess; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
     *event = (cudaEvent_t)malloc(sizeof **event);
     if (!*event) return note(cudaErrorMemoryAllocation);
-    (*event)->recorded = false;
+    **event = {false, false};
     return cudaSuccess;
 }
 cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
 cudaError_t cudaEventDestroy(cudaEvent_t event) { free(event); return cudaSuccess; }
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) { event->recorded = true; return cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) { *event = {true, capture_in(stream) != 0}; return cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventQuery(cudaEvent_t event) { return event->captured ? note(cudaErrorCapturedEvent) : cudaSuccess; }
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, cudaEvent_t to) {
     if (!from->recorded || !to->recorded) return note(cudaErrorInvalidResourceHandle);
     *milliseconds = 0.001f;
@@ -803,6 +811,7 @@ const char *cudaGetErrorName(cudaError_t error) {
         case cudaErrorInvalidResourceHandle: return "cudaErrorInvalidResourceHandle";
         case cudaErrorNotReady: return "cudaErrorNotReady";
         case cudaErrorIllegalAddress: return "cudaErrorIllegalAddress";
+        case cudaErrorCapturedEvent: return "cudaErrorCapturedEvent";
     }
     return "unrecognized error code";
 }
@@ -817,6 +826,7 @@ const char *cudaGetErrorString(cudaError_t error) {
         case cudaErrorInvalidResourceHandle: return "invalid resource handle";
         case cudaErrorNotReady: return "device not ready";
         case cudaErrorIllegalAddress: return "an illegal memory access was encountered";
+        case cudaErrorCapturedEvent: return "operation not permitted on an event last recorded in a capturing stream";
     }
     return "unrecognized error code";
 }
