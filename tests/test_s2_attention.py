@@ -19,9 +19,7 @@ def inputs(B, T, H, K, D, dtype="float32", scale=1.0):
 
 def both(q, k, v, dout, **kwargs):
     """Forward and backward against the reference -> what the ops returned. The backward of both sees the op's own out and lse."""
-    # lse is made of scores, sums of D products in float32: their roundings are those of larger numbers than lse.
-    lse_floor = max(4, q.shape[-1]**0.5)
-    out, lse = checks.check("s2_attention_forward", q, k, v, floor=(4, lse_floor), **kwargs)
+    out, lse = checks.check("s2_attention_forward", q, k, v, floor=4, **kwargs)
     grads = ops.s2_attention_backward(dout, q, k, v, out, lse, **kwargs)
     want = reference.s2_attention_backward(dout, q, k, v, out, lse, **kwargs)
     low = checks.plain("s2_attention_backward", dout, q, k, v, out, lse, **kwargs)

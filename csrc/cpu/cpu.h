@@ -120,12 +120,9 @@ static inline vf vf_exp_below(vf x) {
     x = vf_max(vf_set1(-88.0f), x);
     vf t = x * 1.44269504088896341f + magic, n = t - magic;
     vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    vf p = 8.36878084e-3f + r * 1.38144672e-3f;
-    p = p * r + 4.16683927e-2f;
-    p = p * r + 0.166665196f;
-    p = p * r + 0.49999994f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
+    vf r2 = r * r, p = (4.16683927e-2f + r * 8.36878084e-3f) + r2 * 1.38144672e-3f;    /* pairs: a chain half as long */
+    p = (0.49999994f + r * 0.166665196f) + r2 * p;
+    p = (1.0f + r) + r2 * p;
     return p * (vf)(((vu)t << 23) + (127u << 23));
 }
 
@@ -205,9 +202,16 @@ static inline vh vf_to_f16(vf x) {
     return h;
 #endif
 }
+static inline vf vf_from_bf16(vh h) {
+#if defined __AVX2__ && !defined __AVX512F__                           /* gcc widens each half by itself */
+    return (vf)((vu)_mm256_cvtepu16_epi32((__m128i)h) << 16);
+#else
+    return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
+}
 static inline vf vf_load_any(const void *p, int32_t dtype) {
     if (dtype == F32) return vf_load(p);
-    if (dtype == BF16) { vh h; memcpy(&h, p, sizeof h); return (vf)(__builtin_convertvector(h, vu) << 16); }
+    if (dtype == BF16) { vh h; memcpy(&h, p, sizeof h); return vf_from_bf16(h); }
     vh h; memcpy(&h, p, sizeof h); return vf_from_f16(h);
 }
 static inline void vf_store_any(void *p, int32_t dtype, vf x) {

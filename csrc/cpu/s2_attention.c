@@ -35,7 +35,7 @@
 #endif
 enum {
     MR = 6,
-    DEPTH = 128,
+    DEPTH = 128, SHORT = 32,           /* products added up in registers; fewer for scores, whose errors exp() makes larger */
     ROWS = 512,                        /* query rows of a forward task, all heads together; of a backward task CHUNK */
 };                                     /* a block is BQ queries and BK keys */
 
@@ -95,17 +95,20 @@ enum { DOWN, ACROSS };
 #define FAR (INT64_MAX / 2)
 
 /* c[M,vecs*VW] (+)= a b[n,vecs*VW]: a[M,n], or a[n,M] when ACROSS. Columns in nearly equal strips of at most NV vectors. At most
- * DEPTH products are added up before c comes to it, so that long sums stay exact.
+ * `depth` products are added up before c comes to it, so that long sums stay exact.
  * A triangle of a is zero and left out: row i has nothing before from + i, nothing from to + i + 1 on. */
 static void multiply(int way, float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t M,
-                     int64_t vecs, int64_t n, int add, int64_t from, int64_t to) {
+                     int64_t vecs, int64_t n, int64_t depth, int add, int64_t from, int64_t to) {
     for (int64_t strips = (vecs + NV - 1) / NV, j = 0; strips; strips--) {
         int64_t width = (vecs - j + strips - 1) / strips;
         for (int64_t i = 0; i < M; i += MR) {
             int64_t rows = min64(MR, M - i), first = max64(0, from + i), last = min64(n, to + i + rows);
-            for (int64_t k = first, more = add; k < last || !more; k += DEPTH, more = 1)
+            for (int64_t k = first, more = add, step; k < last || !more; k += step, more = 1) {
+                step = max64(0, last - k);
+                if (step > depth) step = step < 2 * depth ? (step + 1) / 2 : depth;    /* a rest is not left to itself */
                 tiles[way][width - 1][rows - 1](c + i * ldc + j * VW, ldc, way == ACROSS ? a + k * lda + i : a + i * lda + k, lda,
-                                                b + k * ldb + j * VW, ldb, max64(0, min64(DEPTH, last - k)), (int)more);
+                                                b + k * ldb + j * VW, ldb, step, (int)more);
+            }
         }
         j += width;
     }
@@ -271,7 +274,7 @@ static void scores(float *out, const Block *b, const float *k, int64_t pitch, co
     for (int64_t j = 0; j < b->keys; j += MR) {
         int64_t skip = max64(0, b->key + j - b->row) / VW;
         multiply(DOWN, out + j * BQ + skip * VW, BQ, k + j * pitch, pitch, qt + skip * VW, BQ, min64(MR, b->keys - j),
-                 vecs - skip, D, 0, -FAR, FAR);
+                 vecs - skip, D, SHORT, 0, -FAR, FAR);
     }
 }
 
@@ -431,7 +434,7 @@ static void forward_task(const Forward *f, const Task *task, float *memory) {
                 float *x = out + (i + r) * pitch;
                 for (int64_t d = 0; d < pitch; d += VW) vf_store(x + d, vf_load(x + d) * shrink[r]);
             }
-            multiply(ACROSS, out + i * pitch, pitch, p, BQ, v, pitch, rows, pitch / VW, b.keys, 1, -FAR, row - key);
+            multiply(ACROSS, out + i * pitch, pitch, p, BQ, v, pitch, rows, pitch / VW, b.keys, DEPTH, 1, -FAR, row - key);
         }
     }
     for (int64_t i = 0; i < all; i++) {
@@ -541,9 +544,9 @@ static void backward_task(const Backward *b, const Task *task, float *memory) {
                     vf_store(dsj, d);
                 }
             }
-            multiply(DOWN, dv + key * pitch, pitch, p, BQ, g, pitch, block.keys, vecs, rows, 1, below, FAR);
-            multiply(DOWN, dk + key * pitch, pitch, ds, BQ, q, pitch, block.keys, vecs, rows, 1, below, FAR);
-            multiply(ACROSS, dq, pitch, ds, BQ, k + key * pitch, pitch, rows, vecs, block.keys, key > 0, -FAR, -below);
+            multiply(DOWN, dv + key * pitch, pitch, p, BQ, g, pitch, block.keys, vecs, rows, DEPTH, 1, below, FAR);
+            multiply(DOWN, dk + key * pitch, pitch, ds, BQ, q, pitch, block.keys, vecs, rows, DEPTH, 1, below, FAR);
+            multiply(ACROSS, dq, pitch, ds, BQ, k + key * pitch, pitch, rows, vecs, block.keys, DEPTH, key > 0, -FAR, -below);
         }
         for (int64_t i = 0; i < rows; i++)
             add_row(sum_at(b, &a->dq, task, row + i, h, h - task->kv_head * each), dq + i * pitch, (float)a->scale, D,
