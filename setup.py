@@ -78,8 +78,9 @@ if NVCC:
     CUDA_COMMAND += ["-gencode", f"arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}"]
 elif EMULATION:
     CUDA_SOURCES += glob.glob("tests/emulation/*.cpp")
-    CUDA_COMMAND = [os.environ.get("CXX") or "c++", *CXX_FLAGS, "-O2", *SANITIZERS, "-Wno-unknown-pragmas",
-                    "-fsanitize=alignment,bounds,shift", "-DLONGLORA_EMULATION", "-Itests/emulation", "-Icuda", "-x", "c++"]
+    CUDA_COMMAND = [os.environ.get("CXX") or "c++", *CXX_FLAGS, "-O2", *["-march=native", "-ffp-contract=off"] * X86, *SANITIZERS,
+                    "-Wno-unknown-pragmas", "-fsanitize=alignment,bounds,shift", "-DLONGLORA_EMULATION", "-Itests/emulation",
+                    "-Icuda", "-x", "c++"]
 # The CUDA runtime is part of the extension and hidden in it, apart from any other copy in the process.
 CUDA_LINK = ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
 CUDA = bool(NVCC or EMULATION)

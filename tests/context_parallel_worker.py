@@ -1,8 +1,10 @@
-"""One rank of the context parallel tests: python context_parallel_worker.py RANK WORLD DIRECTORY.
+"""The ranks of the context parallel tests: python context_parallel_worker.py WORLD DIRECTORY.
 
-Runs every case of this number of ranks in one process group (gloo) and writes DIRECTORY/RANK.json, case -> what went wrong.
+Each runs every case of this number of ranks in one process group (gloo) and writes DIRECTORY/RANK.json, case -> what went wrong.
+They are forked after the imports, which take longer than most cases.
 """
 import json
+import os
 import re
 import sys
 import traceback
@@ -10,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-if __name__ == "__main__" and sys.argv[2] != "4":
+if __name__ == "__main__" and sys.argv[1] != "4":
     sys.modules["transformers"] = None                   # longlora.torch would import it: seconds, and only four ranks use it
 
 import checks
@@ -491,5 +493,21 @@ def main(rank, world, directory):
     dist.destroy_process_group()
 
 
+def forked(rank, world, directory):
+    """-> the process of this rank."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        main(rank, world, directory)
+        code = 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    ranks = [forked(rank, int(sys.argv[1]), sys.argv[2]) for rank in range(int(sys.argv[1]))]
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in ranks))

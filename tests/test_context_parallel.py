@@ -2,6 +2,7 @@
 ranks; what does not is here."""
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,15 +26,15 @@ def report(world, directory):
     if world not in REPORTS:
         path = os.pathsep.join([str(HERE), os.environ["PYTHONPATH"]])
         env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, str(HERE / "context_parallel_worker.py")]
-        ranks = [subprocess.Popen([*command, str(rank), str(world), str(directory)], env=env, stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT, text=True) for rank in range(world)]
+        command = [sys.executable, str(HERE / "context_parallel_worker.py"), str(world), str(directory)]
+        ranks = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                 start_new_session=True)
         try:
-            printed = [process.communicate(timeout=240)[0] for process in ranks]
-        finally:
-            for process in ranks:
-                process.kill()
-        assert [process.returncode for process in ranks] == [0] * world, "\n".join(printed)
+            printed, _ = ranks.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            os.killpg(ranks.pid, signal.SIGKILL)
+            raise
+        assert ranks.returncode == 0, printed
         REPORTS[world] = [json.loads((directory / f"{rank}.json").read_text()) for rank in range(world)]
     return REPORTS[world]
 

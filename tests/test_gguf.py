@@ -13,7 +13,7 @@ from longlora.errors import UserError
 from longlora.gguf_file import Gguf
 from longlora.rope import Rope
 from longlora.weights import open_model
-from smollm2 import smollm2  # noqa: F401 (a fixture)
+from smollm2 import converted, smollm2  # noqa: F401 (fixtures)
 from test_weights import build
 
 LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
@@ -106,9 +106,9 @@ def test_reading_in_pieces_is_reading_whole(tmp_path, kind, monkeypatch):
         np.testing.assert_array_equal(ours.read(name), array)
 
 
-def test_smollm2_weights_are_those_of_transformers(smollm2):  # noqa: F811
+def test_smollm2_weights_are_those_of_transformers(smollm2, converted):  # noqa: F811
     from transformers import AutoModelForCausalLM
-    theirs = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
     ours, state = open_model(smollm2), theirs.state_dict()
     assert len(ours.names()) == 272
     for name in ours.names():

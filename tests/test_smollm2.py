@@ -1,6 +1,5 @@
 """A real model, SmolLM2-135M, end to end: perplexity and logits against transformers, every gradient against autograd, and a real
 extension: interpolated by 4, perplexity must fall by more than half in 24 steps of S2-Attn, and PEFT must find the same."""
-import functools
 import math
 import shutil
 from pathlib import Path
@@ -13,7 +12,7 @@ from longlora import adapter, plan, ppl, rope, train
 from longlora.config import read_config
 from longlora.model import Model
 from longlora.weights import open_model
-from smollm2 import smollm2  # noqa: F401 (a fixture)
+from smollm2 import converted, smollm2  # noqa: F401 (fixtures)
 
 torch = pytest.importorskip("torch", reason="transformers on torch is the peer compared with")
 transformers = pytest.importorskip("transformers", reason="the peer compared with")
@@ -26,14 +25,9 @@ def base(smollm2):  # noqa: F811
     return open_model(smollm2)
 
 
-@functools.lru_cache(1)
-def _peer(path):
-    return transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-
-
 @pytest.fixture(scope="module")
-def peer(smollm2):  # noqa: F811
-    return _peer(smollm2)
+def peer(converted):  # noqa: F811
+    return transformers.AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +107,7 @@ def test_every_gradient_is_autograds(base, peer):
         assert ours.max() <= 2 * theirs.max() + 1e-5, (kind, ours.argmax())
 
 
-def test_extension_halves_the_perplexity(base, smollm2, acts, tmp_path):  # noqa: F811
+def test_extension_halves_the_perplexity(base, smollm2, converted, acts, tmp_path):  # noqa: F811
     """24 steps of one 2048-token sequence, G = 512, AdamW at 1e-3 for LoRA and 1e-4 for embedding and norms; dense evaluation."""
     native = ppl.run(smollm2, HELD_OUT, [2048])["results"][0]["perplexity"]
     before = ppl.run(smollm2, HELD_OUT, [2048], rope_type="linear", target_length=32768)["results"][0]["perplexity"]
@@ -136,7 +130,7 @@ def test_extension_halves_the_perplexity(base, smollm2, acts, tmp_path):  # noqa
     made.load_adapter(tensors)
     ours = made.logits(acts[:200])
     config = transformers.AutoConfig.from_pretrained(output)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32, config=config)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32, config=config)
     theirs = peft.PeftModel.from_pretrained(theirs, str(output)).eval()
     adapter.merge(smollm2, output, tmp_path / "merged")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)

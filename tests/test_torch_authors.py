@@ -114,7 +114,7 @@ A = f"{adapter.PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
     (lambda lora, whole, config: lora.update({"lm_head.weight": torch.ones(3)}), "are not of a PEFT LoRA: lm_head.weight"),
     (lambda lora, whole, config: config.update(use_dora=True), "use_dora True is not supported"),
     (lambda lora, whole, config: config.update(modules_to_save=["norm"]), "has norm in the adapter itself"),
-], ids=str)
+])
 def test_what_is_wrong_is_named_and_nothing_is_written(tmp_path, change, words):
     base, directory, _ = left_by_them(tmp_path, change=change)
     with pytest.raises(UserError) as caught:

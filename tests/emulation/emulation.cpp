@@ -140,7 +140,13 @@ struct Thread {
 };
 
 static Thread threads[MAX_THREADS];
-static struct Warp { unsigned live, waiting; } warps[MAX_THREADS / WARP];   /* bits of lanes: not at their end; at a warp function */
+static struct Warp {
+    unsigned live, waiting;                                            /* bits of lanes: not at their end; at a warp function */
+    bool alike;                                                        /* all that wait do so for what the first does */
+    Kind kind;
+    unsigned mask;
+    int line;
+} warps[MAX_THREADS / WARP];
 static Thread *current;
 static Fiber outside;                                                  /* run()'s own stack */
 static char *stacks[MAX_THREADS];                                      /* those that no thread has */
@@ -243,36 +249,34 @@ static void release_barrier() {
 
 static Thread *warp_of(Thread *t) { return t - t->number % WARP; }
 
-static void halves(float *x, unsigned pair, bool bf16) {
-    for (int i = 0; i < 2; i++) {
-        uint16_t bits = (uint16_t)(pair >> 16 * i);
-        x[i] = bf16 ? __bfloat162float(__nv_bfloat16{bits}) : __half2float(__half{bits});
-    }
+template<bool BF16> static void halves(float *x, unsigned pair) {
+    x[0] = BF16 ? __uint_as_float(pair << 16) : __half2float({(uint16_t)pair});
+    x[1] = BF16 ? __uint_as_float(pair & 0xffff0000u) : __half2float({(uint16_t)(pair >> 16)});
 }
 
-static void do_mma(Thread *warp, bool bf16) {
-    typedef float Row __attribute__((vector_size(16), may_alias));                /* half a row of b and d */
-    alignas(16) float a[16][16], b[16][8], d[16][8];
+template<bool BF16> static void do_mma(Thread *warp) {
+    typedef float Row __attribute__((vector_size(32), may_alias));                /* a row of b and d */
+    alignas(32) float a[16][16], b[16][8], d[16][8];
     for (int lane = 0; lane < WARP; lane++) {
         const Thread &t = warp[lane];
         int g = lane / 4, k = lane % 4 * 2;
         float column[4];
-        halves(&a[g][k], t.a[0], bf16);
-        halves(&a[g + 8][k], t.a[1], bf16);
-        halves(&a[g][k + 8], t.a[2], bf16);
-        halves(&a[g + 8][k + 8], t.a[3], bf16);
-        halves(column, t.b[0], bf16);
-        halves(column + 2, t.b[1], bf16);
+        halves<BF16>(&a[g][k], t.a[0]);
+        halves<BF16>(&a[g + 8][k], t.a[1]);
+        halves<BF16>(&a[g][k + 8], t.a[2]);
+        halves<BF16>(&a[g + 8][k + 8], t.a[3]);
+        halves<BF16>(column, t.b[0]);
+        halves<BF16>(column + 2, t.b[1]);
         b[k][g] = column[0], b[k + 1][g] = column[1], b[k + 8][g] = column[2], b[k + 9][g] = column[3];
         memcpy(&d[g][k], t.d, 8);
         memcpy(&d[g + 8][k], t.d + 2, 8);
     }
-    for (int m = 0; m < 16; m++) {
-        Row *sum = (Row *)d[m];
-        for (int k = 0; k < 16; k++) {
-            sum[0] += a[m][k] * ((Row *)b[k])[0];
-            sum[1] += a[m][k] * ((Row *)b[k])[1];
-        }
+    for (int m = 0; m < 16; m += 4) {                                  /* four sums side by side, each in order */
+        Row sum[4];
+        for (int i = 0; i < 4; i++) sum[i] = *(Row *)d[m + i];
+        for (int k = 0; k < 16; k++)
+            for (int i = 0; i < 4; i++) sum[i] += a[m + i][k] * *(Row *)b[k];
+        for (int i = 0; i < 4; i++) *(Row *)d[m + i] = sum[i];
     }
     for (int lane = 0; lane < WARP; lane++) {
         int g = lane / 4, k = lane % 4 * 2;
@@ -300,12 +304,12 @@ static void try_warp(Thread *t) {
     Warp *state = &warps[t->number / WARP];
     unsigned all = state->live & t->mask;
     if ((all & state->waiting) != all) return;
-    for (int i = 0; i < WARP; i++)
+    if (!state->alike) for (int i = 0; i < WARP; i++)
         if (all >> i & 1 && (warp[i].kind != t->kind || warp[i].mask != t->mask)) return;
     bool aligned = t->kind >= LDMATRIX;
     if (aligned) {
         if (all != 0xffffffffu) error("%s needs all 32 lanes, has %08x", kind_names[t->kind], all);
-        for (int i = 0; i < WARP; i++)
+        if (!state->alike) for (int i = 0; i < WARP; i++)
             if (warp[i].place.line != t->place.line)
                 error("lanes of one warp meet at two places, %s at %s:%d and at %s:%d", kind_names[t->kind], t->place.file,
                       t->place.line, warp[i].place.file, warp[i].place.line);
@@ -322,7 +326,7 @@ static void try_warp(Thread *t) {
             break;
         }
         case LDMATRIX: case LDMATRIX_TRANS: do_ldmatrix(warp, t->kind == LDMATRIX_TRANS); break;
-        case MMA_BF16: case MMA_F16: do_mma(warp, t->kind == MMA_BF16); break;
+        case MMA_BF16: case MMA_F16: (t->kind == MMA_BF16 ? do_mma<true> : do_mma<false>)(warp); break;
         default: break;
     }
     state->waiting &= ~all;
@@ -335,7 +339,15 @@ static void meet(Kind kind, unsigned mask, Place place) {
     self->kind = kind;
     self->mask = mask;
     self->place = place;
-    warps[self->number / WARP].waiting |= 1u << self->number % WARP;
+    Warp *state = &warps[self->number / WARP];
+    if (!state->waiting) {
+        state->alike = true;
+        state->kind = kind;
+        state->mask = mask;
+        state->line = place.line;
+    }
+    state->alike = state->alike && state->kind == kind && state->mask == mask && state->line == place.line;
+    state->waiting |= 1u << self->number % WARP;
     try_warp(self);
     wait_here();
 }
@@ -419,7 +431,7 @@ static int run_block() {
     }
     for (int i = 0, n = (thread_count + WARP - 1) / WARP; i < n; i++) {
         int lanes = thread_count - i * WARP;
-        warps[i] = {lanes < WARP ? (1u << lanes) - 1 : 0xffffffffu, 0};
+        warps[i] = {lanes < WARP ? (1u << lanes) - 1 : 0xffffffffu, 0, true, RUNS, 0, 0};
     }
     release_all();
     go_to(next_ready(), &outside);

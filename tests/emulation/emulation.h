@@ -22,6 +22,9 @@
 #include <stdint.h>
 #include <string.h>
 #include <type_traits>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 #define __host__
 #define __device__
@@ -71,6 +74,10 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
     if (x != x) return {0x7fff};
     return {(uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16)};
 }
+#ifdef __F16C__
+inline float __half2float(__half h) { return _cvtsh_ss(h.bits); }
+inline __half __float2half_rn(float x) { return {x != x ? (uint16_t)0x7fff : (uint16_t)_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)}; }
+#else
 inline float __half2float(__half h) {
     unsigned sign = (unsigned)(h.bits & 0x8000) << 16, exponent = h.bits >> 10 & 31, mantissa = h.bits & 0x3ff;
     if (exponent == 31) return __uint_as_float(sign | 0x7f800000 | mantissa << 13);
@@ -88,6 +95,7 @@ inline __half __float2half_rn(float x) {
     }
     return {(uint16_t)(sign | (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13)};
 }
+#endif
 inline __nv_bfloat16 __float2bfloat16(float x) { return __float2bfloat16_rn(x); }
 inline __half __float2half(float x) { return __float2half_rn(x); }
 
