@@ -315,7 +315,9 @@ static int take(int index, PyObject *const *args, Py_ssize_t count, Struct *all,
         if (PyErr_Occurred() || (arg->is_int && !(fabs(scalars[i]) < 9e15 && scalars[i] == (double)(int64_t)scalars[i])))
             return refuse(PyExc_TypeError, op, arg, "should be %s, got %R", arg->is_int ? "an integer" : "a number", value);
     }
-    return merge_rows(op, spec, all->tensors) ? -1 : check(op, spec, all->tensors);
+    if (merge_rows(op, spec, all->tensors) || check(op, spec, all->tensors)) return -1;
+    if (ops[index].check && ops[index].check(op, all)) return PyErr_SetString(PyExc_ValueError, last_error()), -1;
+    return 0;
 }
 
 static PyObject *call(PyObject *self, PyObject *const *args, Py_ssize_t count) {

@@ -17,41 +17,49 @@
 #else
 #define CUDA(function) NULL
 #endif
-#define OP(name, Args, spec) { #name, spec, CPU(name), CUDA(name##_cuda), NULL, sizeof(Args) }
-#define OP_WITH_WORKSPACE(name, Args, spec) \
-    { #name, spec, CPU(name), CUDA(name##_cuda), CUDA(name##_cuda_workspace), sizeof(Args) }
+#define OP(op, Args, text, ...) \
+    { .name = #op, .spec = text, .cpu = CPU(op), .cuda = CUDA(op##_cuda), .args_size = sizeof(Args), __VA_ARGS__ }
+#define WORKSPACE(op) .workspace = CUDA(op##_cuda_workspace)
+#define CHECK(name) .check = check_##name
 
 const Op ops[] = {
     OP(cast, Cast, "out[M,N]:any <- x[M,N]:any"),
     OP(accumulate, Accumulate, "out[M,N]:any+ <- x[M,N]:any | scale"),
-    OP_WITH_WORKSPACE(matmul, Matmul, "out[M,N]:any+ <- a[M,C]:any* b[C,N]:any* | alpha beta"),
+    OP(matmul, Matmul, "out[M,N]:any+ <- a[M,C]:any* b[C,N]:any* | alpha beta", WORKSPACE(matmul)),
     OP(embedding_forward, EmbeddingForward, "out[M,C] <- weight[V,C] ids[M]:i32"),
-    OP_WITH_WORKSPACE(embedding_backward, EmbeddingBackward, "dweight[V,C]:f32+ <- dout[M,C] ids[M]:i32 order[M]:i32"),
-    OP(rms_norm_forward, RmsNormForward, "out[M,C] rstd[M]:f32 sum[M,C]? <- x[M,C] residual[M,C]?~ weight[C] | eps"),
-    OP_WITH_WORKSPACE(rms_norm_backward, RmsNormBackward,
-       "dx[M,C] dweight[C]:f32+? <- dout[M,C]~ x[M,C]~ rstd[M]:f32 weight[C] dresidual[M,C]?~"),
-    OP(rope_forward, Rope, "out[B,T,H,D] <- x[B,T,H,D]~ cos[P,E]:f32 sin[P,E]:f32 positions[B,T]:i32?"),
-    OP(rope_backward, Rope, "dx[B,T,H,D] <- dout[B,T,H,D]~ cos[P,E]:f32 sin[P,E]:f32 positions[B,T]:i32?"),
-    OP_WITH_WORKSPACE(lora_linear_forward, LoraLinearForward,
-       "out[M,N] u[M,R]:f32? <- x[M,C] weight[N,C] bias[N]? a[R,C]? b[N,R]? residual[M,N]?~ | scale"),
-    OP_WITH_WORKSPACE(lora_linear_backward, LoraLinearBackward,
+    OP(embedding_backward, EmbeddingBackward, "dweight[V,C]:f32+ <- dout[M,C] ids[M]:i32 order[M]:i32",
+       WORKSPACE(embedding_backward)),
+    OP(rms_norm_forward, RmsNormForward, "out[M,C] rstd[M]:f32 sum[M,C]? <- x[M,C] residual[M,C]?~ weight[C] | eps",
+       CHECK(rms_norm_forward)),
+    OP(rms_norm_backward, RmsNormBackward,
+       "dx[M,C] dweight[C]:f32+? <- dout[M,C]~ x[M,C]~ rstd[M]:f32 weight[C] dresidual[M,C]?~", WORKSPACE(rms_norm_backward)),
+    OP(rope_forward, Rope, "out[B,T,H,D] <- x[B,T,H,D]~ cos[P,E]:f32 sin[P,E]:f32 positions[B,T]:i32?", CHECK(rope)),
+    OP(rope_backward, Rope, "dx[B,T,H,D] <- dout[B,T,H,D]~ cos[P,E]:f32 sin[P,E]:f32 positions[B,T]:i32?", CHECK(rope)),
+    OP(lora_linear_forward, LoraLinearForward,
+       "out[M,N] u[M,R]:f32? <- x[M,C] weight[N,C] bias[N]? a[R,C]? b[N,R]? residual[M,N]?~ | scale",
+       WORKSPACE(lora_linear_forward), CHECK(lora_linear_forward)),
+    OP(lora_linear_backward, LoraLinearBackward,
        "dx[M,C]+? da[R,C]:f32+? db[N,R]:f32+? dweight[N,C]:f32+? dbias[N]:f32+? <- dout[M,N] x[M,C]? weight[N,C] a[R,C]? "
-       "b[N,R]? u[M,R]:f32? | scale accumulate:int"),
+       "b[N,R]? u[M,R]:f32? | scale accumulate:int", WORKSPACE(lora_linear_backward), CHECK(lora_linear_backward)),
     OP(s2_attention_forward, S2AttentionForward,
        "out[B,T,H,D] lse[B,H,T]:f32 <- q[B,T,H,D] k[B,T,K,D] v[B,T,K,D] cu_seqlens[S]:i32? | group_size:int boundary:int "
-       "shift:int scale"),
-    OP_WITH_WORKSPACE(s2_attention_backward, S2AttentionBackward,
+       "shift:int scale", CHECK(s2_attention_forward)),
+    OP(s2_attention_backward, S2AttentionBackward,
        "dq[B,T,H,D] dk[B,T,K,D] dv[B,T,K,D] <- dout[B,T,H,D] q[B,T,H,D] k[B,T,K,D] v[B,T,K,D] out[B,T,H,D] "
-       "lse[B,H,T]:f32 cu_seqlens[S]:i32? | group_size:int boundary:int shift:int scale"),
+       "lse[B,H,T]:f32 cu_seqlens[S]:i32? | group_size:int boundary:int shift:int scale",
+       WORKSPACE(s2_attention_backward), CHECK(s2_attention_backward)),
     OP(swiglu_forward, SwigluForward, "out[M,F] <- gate[M,F]~ up[M,F]~"),
     OP(swiglu_backward, SwigluBackward, "dgate[M,F] dup[M,F] <- dout[M,F] gate[M,F]~ up[M,F]~"),
-    OP_WITH_WORKSPACE(linear_cross_entropy_forward, LinearCrossEntropyForward,
-       "losses[M]:f32 lse[M]:f32 <- x[M,C] weight[V,C] targets[M]:i32 | ignore_index:int"),
-    OP_WITH_WORKSPACE(linear_cross_entropy_backward, LinearCrossEntropyBackward,
-       "losses[M]:f32 dx[M,C] dweight[V,C]:f32+? <- x[M,C] weight[V,C] targets[M]:i32 dlosses[M]:f32 | ignore_index:int"),
+    OP(linear_cross_entropy_forward, LinearCrossEntropyForward,
+       "losses[M]:f32 lse[M]:f32 <- x[M,C] weight[V,C] targets[M]:i32 | ignore_index:int",
+       WORKSPACE(linear_cross_entropy_forward)),
+    OP(linear_cross_entropy_backward, LinearCrossEntropyBackward,
+       "losses[M]:f32 dx[M,C] dweight[V,C]:f32+? <- x[M,C] weight[V,C] targets[M]:i32 dlosses[M]:f32 | ignore_index:int",
+       WORKSPACE(linear_cross_entropy_backward)),
     OP(adamw, Adamw,
-       "param[N]:f32+ m[N]:f32+ v[N]:f32+ copy[N]:any? <- grad[N]:f32 | lr beta1 beta2 eps weight_decay step:int grad_scale"),
-    OP_WITH_WORKSPACE(sum_squares, SumSquares, "out[1]:f64+ <- x[N]:any"),
+       "param[N]:f32+ m[N]:f32+ v[N]:f32+ copy[N]:any? <- grad[N]:f32 | lr beta1 beta2 eps weight_decay step:int grad_scale",
+       CHECK(adamw)),
+    OP(sum_squares, SumSquares, "out[1]:f64+ <- x[N]:any", WORKSPACE(sum_squares)),
 };
 const int op_count = sizeof ops / sizeof *ops;
 const CudaRuntime *const cuda = CUDA(&cuda_runtime);

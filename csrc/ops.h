@@ -94,6 +94,10 @@ DECLARE_WORKSPACE(lora_linear_forward)
 DECLARE_OP(lora_linear_backward)
 DECLARE_WORKSPACE(lora_linear_backward)
 
+/* boundary and shift of attention. */
+enum { SPLIT, WRAP, SWAP };
+enum { HALF, NONE, ALL };
+
 /* Shifted sparse attention (LongLoRA section 3.2, Algorithm 1 and appendix B.3), causal. h = G/2. Query heads
  * 0 .. H/2-1 are plain, H/2 .. H-1 are shifted. A query at t sees keys start(t) .. t:
  *   plain:    start(t) = (t / G) * G
@@ -142,13 +146,23 @@ enum { ISA_COUNT = 4 };
 typedef int (*OpFunction)(const void *args, void *stream);
 typedef int (*CudaFunction)(const void *args, const CudaCall *call);
 typedef int64_t (*WorkspaceFunction)(const void *args);
+typedef int (*CheckFunction)(const char *op, const void *args);
 typedef struct {
     const char *name, *spec;
+    CheckFunction check;               /* of what the spec cannot say, in checks.c; or NULL: -1 after fail() */
     OpFunction cpu[ISA_COUNT];
     CudaFunction cuda;
     WorkspaceFunction workspace;
     int64_t args_size;                 /* sizeof the struct, checked against the spec when the module is loaded */
 } Op;
+
+int check_rms_norm_forward(const char *op, const void *args);
+int check_rope(const char *op, const void *args);
+int check_lora_linear_forward(const char *op, const void *args);
+int check_lora_linear_backward(const char *op, const void *args);
+int check_s2_attention_forward(const char *op, const void *args);
+int check_s2_attention_backward(const char *op, const void *args);
+int check_adamw(const char *op, const void *args);
 
 extern const Op ops[];
 extern const int op_count;

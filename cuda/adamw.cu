@@ -49,7 +49,6 @@ template<bool ALIGNED> __global__ void __launch_bounds__(BLOCK) adamw_kernel(
 
 extern "C" int adamw_cuda(const void *args, const CudaCall *call) {
     const Adamw *a = (const Adamw *)args;
-    if (a->step < 1) return fail("adamw: step should be at least 1, got %g", a->step);
     double c1 = 1 - pow(a->beta1, a->step), c2 = 1 - pow(a->beta2, a->step);
     Step s = { (float)(1 - a->lr * a->weight_decay), (float)(a->lr / c1), (float)(1 / sqrt(c2)), (float)a->beta1,
                (float)a->beta2, (float)(1 - a->beta1), (float)(1 - a->beta2), (float)a->eps, (float)a->grad_scale };

@@ -13,8 +13,6 @@
 
 #include "common.cuh"
 
-enum { SPLIT, WRAP, SWAP };
-enum { HALF, NONE, ALL };
 
 /* Rows are those of a segment, tokens those of the sequence. */
 struct Pattern {
@@ -153,19 +151,6 @@ template<class Args> static int make_pattern(const char *op, Pattern *p, const A
     double boundary = x->boundary, shift = x->shift;
     int64_t B = q->shape[0], T = q->shape[1], H = q->shape[2], D = q->shape[3], K = k->shape[2];
     int64_t G = (int64_t)x->group_size, documents = given(cu_seqlens) ? cu_seqlens->shape[0] - 1 : 0;
-    if (G < 1) return fail("%s: group_size should be at least 1, got %lld", op, (long long)G);
-    if (boundary < SPLIT || boundary > SWAP)
-        return fail("%s: boundary should be 0 (split), 1 (wrap) or 2 (swap), got %g", op, boundary);
-    if (shift < HALF || shift > ALL) return fail("%s: shift should be 0 (half), 1 (none) or 2 (all), got %g", op, shift);
-    if (K ? H % K : H) return fail("%s: k axis 2 should divide H=%lld, got %lld", op, (long long)H, (long long)K);
-    if (given(cu_seqlens)) {
-        if (B != 1) return fail("%s: cu_seqlens should come with B=1, got B=%lld", op, (long long)B);
-        if (documents < 0 || (!documents && T))
-            return fail("%s: cu_seqlens should begin with 0 and end with T=%lld", op, (long long)T);
-    } else if (boundary != SPLIT && shift != NONE && T % G) {
-        return fail("%s: boundary %s needs a length that is a multiple of group_size=%lld, got %lld", op,
-                    boundary == WRAP ? "wrap" : "swap", (long long)G, (long long)T);
-    }
     if (D > 256) return fail("%s: D should be at most 256 on a GPU, got %lld", op, (long long)D);
     if (T > 1 << 28 || documents > 1 << 26)
         return fail("%s: T should be at most 2^28 and cu_seqlens at most 2^26 long on a GPU, got T=%lld", op, (long long)T);

@@ -27,7 +27,6 @@ static int update_block(int64_t block, void *context) {
 int CPU(adamw)(const void *args, void *stream) {
     const Adamw *a = args;
     (void)stream;
-    if (a->step < 1) return fail("adamw: step should be at least 1, got %g", a->step);
     double c1 = 1 - pow(a->beta1, a->step), c2 = 1 - pow(a->beta2, a->step);
     Step s = { a, (float)(1 - a->lr * a->weight_decay), (float)(a->lr / c1), (float)(1 / sqrt(c2)), (float)a->beta1,
                (float)a->beta2, (float)(1 - a->beta1), (float)(1 - a->beta2), (float)a->eps, (float)a->grad_scale };

@@ -128,8 +128,6 @@ static inline int64_t token(const Segment *s, int64_t row) {
 }
 
 typedef struct { int64_t G; int boundary, shift; const Tensor *cu_seqlens; int64_t B, T, H, K, D; } Pattern;
-enum { SPLIT, WRAP, SWAP };
-enum { HALF, NONE, ALL };
 
 /* The query heads of kv head k that are plain (shifted=0) or shifted: first .. last-1. */
 static void heads_of(const Pattern *p, int64_t k, int shifted, int64_t *first, int64_t *last) {
@@ -141,32 +139,22 @@ static void heads_of(const Pattern *p, int64_t k, int shifted, int64_t *first, i
     *last = shifted ? to : border;
 }
 
-static int check_pattern(const char *op, Pattern *p, const Tensor *q, const Tensor *k, const Tensor *cu_seqlens,
+static int make_pattern(const char *op, Pattern *p, const Tensor *q, const Tensor *k, const Tensor *cu_seqlens,
                          double group_size, double boundary, double shift) {
     *p = (Pattern){ (int64_t)group_size, (int)boundary, (int)shift, cu_seqlens,
                     q->shape[0], q->shape[1], q->shape[2], k->shape[2], q->shape[3] };
-    if (p->G < 1) return fail("%s: group_size should be at least 1, got %lld", op, (long long)p->G);
-    if (boundary < SPLIT || boundary > SWAP)
-        return fail("%s: boundary should be 0 (split), 1 (wrap) or 2 (swap), got %g", op, boundary);
-    if (shift < HALF || shift > ALL) return fail("%s: shift should be 0 (half), 1 (none) or 2 (all), got %g", op, shift);
-    if (p->K ? p->H % p->K : p->H)
-        return fail("%s: k axis 2 should divide H=%lld, got %lld", op, (long long)p->H, (long long)p->K);
-    int64_t documents = 1;
-    const int32_t *border = NULL;
-    if (given(cu_seqlens)) {
-        border = cu_seqlens->data;
-        documents = cu_seqlens->shape[0] - 1;
-        if (p->B != 1) return fail("%s: cu_seqlens should come with B=1, got B=%lld", op, (long long)p->B);
-        if (documents < 0 || border[0] != 0 || border[documents] != p->T)
-            return fail("%s: cu_seqlens should begin with 0 and end with T=%lld", op, (long long)p->T);
-        for (int64_t i = 0; i < documents; i++) if (border[i + 1] < border[i])
-            return fail("%s: cu_seqlens should not decrease, got %d after %d at %lld", op, border[i + 1], border[i],
-                        (long long)i + 1);
-    }
-    if (p->boundary != SPLIT && p->shift != NONE) for (int64_t i = 0; i < documents; i++) {
-        int64_t L = border ? border[i + 1] - border[i] : p->T;
-        if (L % p->G) return fail("%s: boundary %s needs a length that is a multiple of group_size=%lld, got %lld", op,
-                                  p->boundary == WRAP ? "wrap" : "swap", (long long)p->G, (long long)L);
+    if (!given(cu_seqlens)) return 0;
+    int64_t documents = cu_seqlens->shape[0] - 1;
+    const int32_t *border = cu_seqlens->data;
+    if (border[0] != 0 || border[documents] != p->T)
+        return fail("%s: cu_seqlens should begin with 0 and end with T=%lld", op, (long long)p->T);
+    for (int64_t i = 0; i < documents; i++) {
+        int64_t L = (int64_t)border[i + 1] - border[i];
+        if (L < 0) return fail("%s: cu_seqlens should not decrease, got %d after %d at %lld", op, border[i + 1], border[i],
+                               (long long)i + 1);
+        if (p->boundary != SPLIT && p->shift != NONE && L % p->G)
+            return fail("%s: boundary %s needs documents of a length that is a multiple of group_size=%lld, got %lld", op,
+                        p->boundary == WRAP ? "wrap" : "swap", (long long)p->G, (long long)L);
     }
     return 0;
 }
@@ -458,7 +446,7 @@ int CPU(s2_attention_forward)(const void *args, void *stream) {
     const S2AttentionForward *a = args;
     (void)stream;
     Forward f = { .a = a };
-    if (check_pattern("s2_attention_forward", &f.p, &a->q, &a->k, &a->cu_seqlens, a->group_size, a->boundary, a->shift) ||
+    if (make_pattern("s2_attention_forward", &f.p, &a->q, &a->k, &a->cu_seqlens, a->group_size, a->boundary, a->shift) ||
         make_work(&f.p, forward_tasks, &f.w)) return -1;
     int64_t threads = min64(get_threads(), f.w.count);
     f.pitch = round_up(f.p.D, VW);
@@ -598,7 +586,7 @@ int CPU(s2_attention_backward)(const void *args, void *stream) {
     (void)stream;
     Backward b = { .a = a };
     const Pattern *p = &b.p;
-    if (check_pattern("s2_attention_backward", &b.p, &a->q, &a->k, &a->cu_seqlens, a->group_size, a->boundary, a->shift))
+    if (make_pattern("s2_attention_backward", &b.p, &a->q, &a->k, &a->cu_seqlens, a->group_size, a->boundary, a->shift))
         return -1;
     for (int64_t i = 0; i < 2 && !p->H; i++) {                         /* keys that no query sees */
         const Tensor *x = i ? &a->dv : &a->dk;
