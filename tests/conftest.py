@@ -14,8 +14,8 @@ os.environ["PYTHONSAFEPATH"] = "1"
 os.environ["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(longlora.__file__)))
 
 # The files that take longest, which the processes begin with.
-LONGEST = ["test_cuda_emulation.py", "test_demo.py", "test_sources_cuda.py", "test_plan.py", "test_torch_oldest.py",
-           "test_context_parallel.py", "test_notebooks.py", "test_smollm2.py", "test_torch_train.py"]
+LONGEST = ["test_cuda_emulation.py", "test_smollm2.py", "test_demo.py", "test_sources_cuda.py", "test_plan.py",
+           "test_torch_oldest.py", "test_context_parallel.py", "test_notebooks.py", "test_torch_train.py"]
 
 
 @pytest.hookimpl(tryfirst=True)
