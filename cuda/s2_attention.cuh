@@ -13,7 +13,6 @@
 
 #include "common.cuh"
 
-
 /* Rows are those of a segment, tokens those of the sequence. */
 struct Pattern {
     int G, boundary, border;           /* query heads from `border` on are shifted */

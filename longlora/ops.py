@@ -36,7 +36,7 @@ def accumulate(out, x, scale=1.0):
 def matmul(a, b, alpha=1.0, dtype=None):
     """a [M,C], b [C,N], any strides and float dtypes -> alpha a b [M,N], of dtype (by default a's)."""
     if len(a.shape) < 2 or len(b.shape) != 2:
-        raise ValueError(f"matmul: a and b should have 2 axes, got {len(a.shape)} and {len(b.shape)}")
+        raise ValueError(f"matmul: a should have 2 axes or more and b 2, got {len(a.shape)} and {len(b.shape)}")
     out = empty((*a.shape[:-1], b.shape[1]), dtype or dtype_name(a), a)
     _C.matmul(out, a, b, alpha, 0.0)
     return give_back(a, out)

@@ -114,13 +114,18 @@ def _t(x):
     return np.swapaxes(x, -1, -2)
 
 
+def _scores(q, k, scale, *pattern):
+    """q, k [B,H,T,D] -> [B,H,T,T], -inf where a query does not see a key; pattern: attention_mask's, from group_size on."""
+    return np.where(attention_mask(q.shape[2], q.shape[1], *pattern), q @ _t(k) * scale, -np.inf)
+
+
 def s2_attention_forward(q, k, v, *, group_size, boundary="split", shift="half", cu_seqlens=None, scale=None):
     (B, T, H, D), K = q.shape, k.shape[2]
     scale = 1 / math.sqrt(max(D, 1)) if scale is None else scale
     if 0 in (B, T, H):
         return np.zeros(q.shape), np.zeros((B, H, T))
     q, k, v = _heads(q), _heads(k, H // K), _heads(v, H // K)
-    s = np.where(attention_mask(T, H, group_size, boundary, shift, cu_seqlens), q @ _t(k) * scale, -np.inf)
+    s = _scores(q, k, scale, group_size, boundary, shift, cu_seqlens)
     top = s.max(-1, keepdims=True)
     e = np.exp(s - top)
     total = e.sum(-1, keepdims=True)
@@ -134,10 +139,9 @@ def s2_attention_backward(dout, q, k, v, out, lse, *, group_size, boundary="spli
     if 0 in (B, T, H):
         return np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
     q, k, v, dout, out = _heads(q), _heads(k, H // K), _heads(v, H // K), _heads(dout), _heads(out)
-    s = np.where(attention_mask(T, H, group_size, boundary, shift, cu_seqlens), q @ _t(k) * scale, -np.inf)
-    p = np.exp(s - f64(lse)[..., None])
+    p = np.exp(_scores(q, k, scale, group_size, boundary, shift, cu_seqlens) - f64(lse)[..., None])
     ds = p * (dout @ _t(v) - (dout * out).sum(-1, keepdims=True)) * scale
-    dk, dv = ((x.reshape(B, K, H // K, T, D)).sum(2) for x in (_t(ds) @ q, _t(p) @ dout))
+    dk, dv = (x.reshape(B, K, H // K, T, D).sum(2) for x in (_t(ds) @ q, _t(p) @ dout))
     return tuple(np.swapaxes(x, 1, 2) for x in (ds @ k, dk, dv))
 
 

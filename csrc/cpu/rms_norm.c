@@ -1,7 +1,10 @@
 /* rms_norm.c --- RMSNorm with trainable weight, the residual addition fused in; forward and backward.
  *
  * A task is ROWS rows. dweight sums over rows: each task sums its own into a partial row, then the partials are added in
- * rising order, so the bits do not depend on who ran what. */
+ * rising order, so the bits do not depend on who ran what.
+ *
+ * The ladder, bfloat16, ns for 8 elements in cache, one Zen 3 core with other work beside it, forward and backward: 5.3, 8.2;
+ * bfloat16 widened by one instruction 4.0, 5.9. */
 #include "cpu.h"
 
 enum {
