@@ -22,7 +22,7 @@ def loss(path, metrics, title="training loss"):
     figure, ((axes,),) = _figure()
     train = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
     held_out = [(m["step"], m["eval_loss"]) for m in metrics if "eval_loss" in m]
-    axes.plot(*zip(*train), color="#9ecae1" if len(train) > 20 else "#2171b5", linewidth=1, label="each step")
+    axes.plot(*zip(*train), color="#9ecae1" if len(train) > 20 else "#2171b5", linewidth=1, label="as logged")
     if len(train) > 20:
         smooth, mean, weight = [], 0.0, 0.0
         for _, value in train:
