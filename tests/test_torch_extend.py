@@ -203,7 +203,7 @@ def test_swapped_loss_counts_as_trainer_does():
 
 
 def test_two_swapped_models_of_a_family():
-    one, two = tiny("llama", "sdpa"), tiny("llama", "sdpa")
+    one, two, three = (tiny("llama", "sdpa") for _ in range(3))
     gc.collect()                           # other tests' models
     longlora.torch.unswap(one)
     source = transformers.models.llama.modeling_llama
@@ -216,8 +216,16 @@ def test_two_swapped_models_of_a_family():
     longlora.torch.swap(one)
     exact = tiny("llama", "sdpa").double()                 # the kernels have no float64: others of the family go their own way
     assert exact(tokens()).logits.dtype == torch.float64
+    ours = source.apply_rotary_pos_emb
     del one
-    gc.collect()
+
+    def collecting(graph, inputs):
+        gc.collect()                                       # between a model's trace and its guards
+        return graph
+    torch._dynamo.reset()
+    close(torch.compile(three, backend=collecting)(tokens(), use_cache=False).logits, three(tokens()).logits)
+    assert source.apply_rotary_pos_emb is ours
+    longlora.torch.unswap(three)
     assert source.apply_rotary_pos_emb is theirs, "a swapped model that is gone still decides for its family"
 
 

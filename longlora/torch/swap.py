@@ -16,7 +16,7 @@ from . import ops
 
 _MARK = "longlora_original_forward"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_rotated = {}                          # module of transformers -> (its own apply_rotary_pos_emb, id of each model that uses ours)
+_rotated = {}                          # module of transformers -> (its own apply_rotary_pos_emb, the living models that use ours)
 
 
 def _equal(ours, theirs):
@@ -84,13 +84,13 @@ def _apply_rotary_pos_emb(theirs, q, k, cos, sin, *args, unsqueeze_dim=1, **kwar
     return tuple(ops.rope(x.transpose(1, 2), cos, sin, positions).transpose(1, 2) for x in (q, k))
 
 
-def _release(name, user):
-    """The model `user` is unswapped or gone: without another one the family has its own function again."""
-    theirs, users = _rotated.get(name, (None, set()))
-    users.discard(user)
-    if theirs is not None and not users:
-        sys.modules[name].apply_rotary_pos_emb = theirs
-        del _rotated[name]
+def _release_rotary():
+    """Families without a swapped model have their own function again. Called by swap and unswap only: were it called when a model
+    is collected, the function could change while torch.compile traces another model of the family."""
+    for name, (theirs, users) in list(_rotated.items()):
+        if not users:
+            sys.modules[name].apply_rotary_pos_emb = theirs
+            del _rotated[name]
 
 
 def _swap_rotary(name, model):
@@ -105,10 +105,8 @@ def _swap_rotary(name, model):
         if not same:
             return False
         module.apply_rotary_pos_emb = functools.partial(_apply_rotary_pos_emb, theirs)
-        _rotated[name] = (theirs, set())
-    if id(model) not in _rotated[name][1]:
-        _rotated[name][1].add(id(model))
-        weakref.finalize(model, _release, name, id(model))
+        _rotated[name] = (theirs, weakref.WeakSet())
+    _rotated[name][1].add(model)
     return True
 
 
@@ -159,7 +157,8 @@ def swap(model):
     """Replace what can be replaced in `model`, one of transformers or a PeftModel -> dict of kind -> number of modules.
 
     Kinds: rms_norm, swiglu, lora_linear, rope, linear_cross_entropy. With the loss swapped, a training forward with labels
-    gives no logits. The rotary embedding is one function for all models of a family: all of them get ours, with equal results.
+    gives no logits. The rotary embedding is one function for all models of a family: all of them get ours, with equal results,
+    until the next swap or unswap finds no swapped model of the family left.
     ValueError where nothing can be compared: a model that is swapped already, or whose parameters are not here (shards, meta).
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -169,6 +168,7 @@ def swap(model):
     if away:
         raise ValueError(f"swap: {away[0]} is sharded already, or on the meta device; swap the model before an engine has it "
                          "(FSDP2, DeepSpeed ZeRO-3)")
+    _release_rotary()
     counts = dict(rms_norm=0, swiglu=0, lora_linear=0, rope=0, linear_cross_entropy=0)
     for module in inner.modules():
         lora = hasattr(module, "lora_A") and hasattr(module, "base_layer") and isinstance(module.base_layer, torch.nn.Linear)
@@ -201,6 +201,7 @@ def unswap(model):
                 del module.forward
             else:
                 module.forward = before
-    for name in list(_rotated):
-        _release(name, id(inner))
+    for _, users in _rotated.values():
+        users.discard(inner)
+    _release_rotary()
     return model
