@@ -42,7 +42,7 @@ static __device__ __forceinline__ float block_max(float x, float *shared) {
     return warp_max(lane < (int)blockDim.x / WARP ? shared[lane] : -FLT_MAX);
 }
 
-/* One block, of all M rows. Exact wherever both powers are: they are kept within 2^-115 .. 2^115. */
+/* One block, of all M rows. Powers of two, so nothing is rounded, within 2^-115 .. 2^115, so neither is subnormal. */
 static __global__ void __launch_bounds__(BLOCK) scale_kernel(Chunk c, int64_t M) {
     __shared__ float shared[WARP];
     float max = 0;
