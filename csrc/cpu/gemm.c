@@ -64,7 +64,7 @@ enum {
 typedef struct {
     const Gemm *g;
     int swapped, dot;                  /* computes the transpose; multiplies pairs of bfloat16 */
-    int plain;                         /* sums are kept in c itself */
+    int plain;                         /* c is written by the tiles themselves, and keeps sums between depths */
     int direct, direct_b;              /* reads a, or the whole panels of b, where they lie */
     int copied, local_b;               /* a in rows, converted to float32; each tile packs its own part of b */
     int64_t M, N, K, R;                /* K and R in elements; after swapping */
@@ -475,19 +475,23 @@ static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_
                         for (int64_t r = 0; r < MR; r++) a.row[r] = min64(r, rows - 1) * job->a_row;
                         a2.data = job->ext + (m - job->m0) * job->steps2 + (max64(s, job->steps) - job->steps) * MR;
                     } else a.data = job->pack_a + (m - job->m0) * steps + (s - job->s0) * MR;
-                    if (job->plain && cols == width && rows == tall) {
-                        float *c = (float *)g->c + m * g->c_row + n;
-                        int again = s > 0 || g->beta == 1;
-                        const float *residual = g->residual ? (const float *)g->residual + m * g->residual_row + n : NULL;
-                        run(part, &a, &b, next - s - part, &a2, &b2, c, g->c_row, again ? c : residual, again ? g->c_row : g->residual_row);
-                        continue;
-                    }
+                    float *c = (float *)g->c + m * g->c_row + n;
                     float *sum = job->sum ? job->sum + (m - job->m0) * job->wide_n + n - job->n0
                                           : near + (m - m_begin) * group + n - n0;
-                    int64_t sum_row = job->sum ? job->wide_n : group;
-                    run(part, &a, &b, next - s - part, &a2, &b2, sum, sum_row, !job->plain && s > 0 ? sum : NULL, sum_row);
-                    const Gemm *now = job->plain && s > 0 ? &onward : g;
-                    if (job->plain || next == all) finish(now, job->swapped, sum, sum_row, m, n, rows, cols, now->beta);
+                    int64_t sum_row = job->sum ? job->wide_n : group, add_row = sum_row;
+                    int straight = job->plain && cols == width && rows == tall, last = next == (job->sum ? all : job->s1);
+                    const float *add = s > (job->sum ? 0 : job->s0) ? sum : NULL;
+                    if (straight && !add) {
+                        int again = s > 0 || g->beta == 1;
+                        add = again ? c : g->residual ? (const float *)g->residual + m * g->residual_row + n : NULL;
+                        add_row = again ? g->c_row : g->residual_row;
+                    }
+                    if (straight && last) run(part, &a, &b, next - s - part, &a2, &b2, c, g->c_row, add, add_row);
+                    else run(part, &a, &b, next - s - part, &a2, &b2, sum, sum_row, add, add_row);
+                    if (!straight && last) {
+                        const Gemm *rest = job->plain && job->s0 > 0 ? &onward : g;
+                        finish(rest, job->swapped, sum, sum_row, m, n, rows, cols, rest->beta);
+                    }
                 }
             }
         } while ((s = next) < job->s1);
