@@ -6,32 +6,41 @@
 
 enum { BLOCK = 2048 };                 /* elements of a row in a task */
 
-static inline vf sigmoid(vf x) { return 1.0f / (1.0f + vf_exp_below(vf_min(vf_set1(87.0f), -x))); }
+/* 1 + exp(-x): sigmoid(x) is one by it. NaN stays NaN. */
+static inline vf one_and_exp(vf x) { return 1.0f + vf_exp_within(-vf_max(vf_set1(-87.0f), vf_min(vf_set1(88.0f), x))); }
 
-static inline void forward_vector(char *out, const char *gate, const char *up, int32_t dtype) {
-    vf g = vf_load_any(gate, dtype);
-    vf_store_any(out, dtype, g * sigmoid(g) * vf_load_any(up, dtype));
+static inline void forward_pair(char *out, const char *gate, const char *up, int32_t dtype) {
+    vf2 g = vf_load2(gate, dtype), u = vf_load2(up, dtype), o;
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) o.v[i] = g.v[i] / one_and_exp(g.v[i]) * u.v[i];
+    vf_store2(out, dtype, o);
 }
 
 /* d silu(g)/dg = s (1 + g (1 - s)), s = sigmoid(g). */
-static inline void backward_vector(char *dgate, char *dup, const char *dout, const char *gate, const char *up, int32_t dtype) {
-    vf g = vf_load_any(gate, dtype), u = vf_load_any(up, dtype), d = vf_load_any(dout, dtype), s = sigmoid(g);
-    vf_store_any(dgate, dtype, d * u * s * (1.0f + g * (1.0f - s)));
-    vf_store_any(dup, dtype, d * g * s);
+static inline void backward_pair(char *dgate, char *dup, const char *dout, const char *gate, const char *up, int32_t dtype) {
+    vf2 g = vf_load2(gate, dtype), u = vf_load2(up, dtype), d = vf_load2(dout, dtype), dg, du;
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        vf s = 1.0f / one_and_exp(g.v[i]), ds = d.v[i] * s;
+        dg.v[i] = ds * u.v[i] * (1.0f + g.v[i] * (1.0f - s));
+        du.v[i] = ds * g.v[i];
+    }
+    vf_store2(dgate, dtype, dg);
+    vf_store2(dup, dtype, du);
 }
 
-/* The last, shorter vector goes through buffers of a whole one. */
+/* The last, shorter pair of vectors goes through buffers of a whole one. */
 static inline void forward_block(const SwigluForward *a, int64_t m, int64_t first, int64_t last, int32_t dtype) {
     int64_t size = dtype_size(dtype), i = first;
     char *out = at(&a->out, m * a->out.stride[0]);
     const char *gate = at(&a->gate, m * a->gate.stride[0]), *up = at(&a->up, m * a->up.stride[0]);
-    for (; i + VW <= last; i += VW) forward_vector(out + i * size, gate + i * size, up + i * size, dtype);
+    for (; i + 2 * VW <= last; i += 2 * VW) forward_pair(out + i * size, gate + i * size, up + i * size, dtype);
     if (i == last) return;
-    char g[4 * VW] = {0}, u[4 * VW] = {0}, o[4 * VW];
+    char g[8 * VW] = {0}, u[8 * VW] = {0}, o[8 * VW];
     size_t rest = (size_t)((last - i) * size);
     memcpy(g, gate + i * size, rest);
     memcpy(u, up + i * size, rest);
-    forward_vector(o, g, u, dtype);
+    forward_pair(o, g, u, dtype);
     memcpy(out + i * size, o, rest);
 }
 
@@ -40,15 +49,15 @@ static inline void backward_block(const SwigluBackward *a, int64_t m, int64_t fi
     char *dgate = at(&a->dgate, m * a->dgate.stride[0]), *dup = at(&a->dup, m * a->dup.stride[0]);
     const char *dout = at(&a->dout, m * a->dout.stride[0]), *gate = at(&a->gate, m * a->gate.stride[0]);
     const char *up = at(&a->up, m * a->up.stride[0]);
-    for (; i + VW <= last; i += VW)
-        backward_vector(dgate + i * size, dup + i * size, dout + i * size, gate + i * size, up + i * size, dtype);
+    for (; i + 2 * VW <= last; i += 2 * VW)
+        backward_pair(dgate + i * size, dup + i * size, dout + i * size, gate + i * size, up + i * size, dtype);
     if (i == last) return;
-    char g[4 * VW] = {0}, u[4 * VW] = {0}, d[4 * VW] = {0}, dg[4 * VW], du[4 * VW];
+    char g[8 * VW] = {0}, u[8 * VW] = {0}, d[8 * VW] = {0}, dg[8 * VW], du[8 * VW];
     size_t rest = (size_t)((last - i) * size);
     memcpy(g, gate + i * size, rest);
     memcpy(u, up + i * size, rest);
     memcpy(d, dout + i * size, rest);
-    backward_vector(dg, du, d, g, u, dtype);
+    backward_pair(dg, du, d, g, u, dtype);
     memcpy(dgate + i * size, dg, rest);
     memcpy(dup + i * size, du, rest);
 }
