@@ -35,7 +35,8 @@ INLINE void put(char *row, int32_t dtype, int64_t c, int64_t n, Step x) {
     vf_store2(p + 2 * VW * size, dtype, (vf2){{ x.v[2], x.v[3] }});
     if (n < STEP) memcpy(row + c * size, part, (size_t)(n * size));
 }
-/* The second pass over a row fetches the next: the processor's own fetching ahead ends with each page. */
+/* The first pass over a row fetches where its result goes, the second fetches the next row: the processor's own fetching ahead
+ * ends with each page. */
 INLINE void fetch(const char *row, int32_t dtype, int64_t c) {
     for (int64_t i = 0; i < STEP * dtype_size(dtype); i += 64) __builtin_prefetch(row + c * dtype_size(dtype) + i);
 }
@@ -71,7 +72,10 @@ INLINE void forward_row(const RmsNormForward *a, int64_t m, int32_t dtype) {
     for (int64_t end; c < C; c = end) {
         end = c + SPAN < C ? c + SPAN : C;
         vf squares[4] = {{0}};
-        for (; c + STEP <= end; c += STEP) square_step(x, residual, sum, dtype, c, STEP, squares);
+        for (; c + STEP <= end; c += STEP) {
+            fetch(out, dtype, c);
+            square_step(x, residual, sum, dtype, c, STEP, squares);
+        }
         if (c < end) square_step(x, residual, sum, dtype, c, end - c, squares);
         total += (squares[0] + squares[1]) + (squares[2] + squares[3]);
     }
@@ -139,7 +143,10 @@ INLINE void backward_row(const RmsNormBackward *a, int64_t m, int32_t dtype, flo
     for (int64_t end; c < C; c = end) {
         end = c + SPAN < C ? c + SPAN : C;
         vf dots[4] = {{0}};
-        for (; c + STEP <= end; c += STEP) dot_step(dout, weight, x, dtype, c, STEP, dots);
+        for (; c + STEP <= end; c += STEP) {
+            fetch(dx, dtype, c);
+            dot_step(dout, weight, x, dtype, c, STEP, dots);
+        }
         if (c < end) dot_step(dout, weight, x, dtype, c, end - c, dots);
         total += (dots[0] + dots[1]) + (dots[2] + dots[3]);
     }
