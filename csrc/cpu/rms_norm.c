@@ -16,24 +16,29 @@ typedef struct { vf v[4]; } Step;
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* The first n elements of a pair, with zeros for the others: those of a row's end. */
+static __attribute__((noinline)) vf2 get_part(const char *p, int32_t dtype, int64_t n) {
+    char part[8 * VW] = {0};
+    if (n > 0) memcpy(part, p, (size_t)(n * dtype_size(dtype)));
+    return vf_load2(part, dtype);
+}
+static __attribute__((noinline)) void put_part(char *p, int32_t dtype, int64_t n, vf2 x) {
+    char part[8 * VW];
+    vf_store2(part, dtype, x);
+    if (n > 0) memcpy(p, part, (size_t)(n * dtype_size(dtype)));
+}
 /* The elements of a row from c on, n of them where the row ends before STEP: then zeros follow. */
 INLINE Step get(const char *row, int32_t dtype, int64_t c, int64_t n) {
-    int64_t size = dtype_size(dtype);
-    const char *p = row + c * size;
-    char part[4 * STEP];
-    if (n < STEP) {
-        memset(part, 0, sizeof part);
-        p = memcpy(part, p, (size_t)(n * size));
-    }
-    vf2 low = vf_load2(p, dtype), high = vf_load2(p + 2 * VW * size, dtype);
+    const char *p = row + c * dtype_size(dtype), *q = p + 2 * VW * dtype_size(dtype);
+    vf2 low = n >= 2 * VW ? vf_load2(p, dtype) : get_part(p, dtype, n);
+    vf2 high = n >= STEP ? vf_load2(q, dtype) : get_part(q, dtype, n - 2 * VW);
     return (Step){{ low.v[0], low.v[1], high.v[0], high.v[1] }};
 }
 INLINE void put(char *row, int32_t dtype, int64_t c, int64_t n, Step x) {
-    int64_t size = dtype_size(dtype);
-    char part[4 * STEP], *p = n < STEP ? part : row + c * size;
-    vf_store2(p, dtype, (vf2){{ x.v[0], x.v[1] }});
-    vf_store2(p + 2 * VW * size, dtype, (vf2){{ x.v[2], x.v[3] }});
-    if (n < STEP) memcpy(row + c * size, part, (size_t)(n * size));
+    char *p = row + c * dtype_size(dtype), *q = p + 2 * VW * dtype_size(dtype);
+    vf2 low = {{ x.v[0], x.v[1] }}, high = {{ x.v[2], x.v[3] }};
+    if (n >= 2 * VW) vf_store2(p, dtype, low); else put_part(p, dtype, n, low);
+    if (n >= STEP) vf_store2(q, dtype, high); else put_part(q, dtype, n - 2 * VW, high);
 }
 /* The first pass over a row fetches where its result goes, the second fetches the next row: the processor's own fetching ahead
  * ends with each page. */

@@ -4,7 +4,7 @@
  * bfloat16 widened by one instruction 7.8, 12.4; the polynomial of exp in pairs 6.6, 11.8. */
 #include "cpu.h"
 
-enum { BLOCK = 8192 };                 /* elements of a row in a task */
+enum { TASK = 32768 };                 /* elements of a task: as many rows as that, or a part of one */
 
 /* 1 + exp(-x): sigmoid(x) is one by it. NaN stays NaN. */
 static inline vf one_and_exp(vf x) { return 1.0f + vf_exp_within(-vf_max(vf_set1(-87.0f), vf_min(vf_set1(88.0f), x))); }
@@ -65,34 +65,42 @@ static inline void backward_block(const SwigluBackward *a, int64_t m, int64_t fi
 #define EACH_DTYPE(dtype, block, ...) switch (dtype) { \
     case F32: block(__VA_ARGS__, F32); break; case BF16: block(__VA_ARGS__, BF16); break; default: block(__VA_ARGS__, F16); }
 
+/* Of [M,F]: rows m .. m_end-1, columns first .. last-1. */
+typedef struct { int64_t m, m_end, first, last; } Part;
+
+static int64_t rows_of(int64_t F) { return F < TASK ? TASK / (F > 0 ? F : 1) : 1; }
+static int64_t parts_of(int64_t F) { return (F + TASK - 1) / TASK; }
+
+static Part part_of(int64_t task, int64_t M, int64_t F) {
+    int64_t rows = rows_of(F), m = task / parts_of(F) * rows, first = task % parts_of(F) * TASK;
+    return (Part){ m, m + rows < M ? m + rows : M, first, first + TASK < F ? first + TASK : F };
+}
+
 static int forward_task(int64_t task, void *context) {
     const SwigluForward *a = context;
-    int64_t F = a->gate.shape[1], blocks = (F + BLOCK - 1) / BLOCK, m = task / blocks, first = task % blocks * BLOCK;
-    int64_t last = first + BLOCK < F ? first + BLOCK : F;
-    EACH_DTYPE(a->gate.dtype, forward_block, a, m, first, last)
+    Part p = part_of(task, a->gate.shape[0], a->gate.shape[1]);
+    for (int64_t m = p.m; m < p.m_end; m++) EACH_DTYPE(a->gate.dtype, forward_block, a, m, p.first, p.last)
     return 0;
 }
 
 static int backward_task(int64_t task, void *context) {
     const SwigluBackward *a = context;
-    int64_t F = a->gate.shape[1], blocks = (F + BLOCK - 1) / BLOCK, m = task / blocks, first = task % blocks * BLOCK;
-    int64_t last = first + BLOCK < F ? first + BLOCK : F;
-    EACH_DTYPE(a->gate.dtype, backward_block, a, m, first, last)
+    Part p = part_of(task, a->gate.shape[0], a->gate.shape[1]);
+    for (int64_t m = p.m; m < p.m_end; m++) EACH_DTYPE(a->gate.dtype, backward_block, a, m, p.first, p.last)
     return 0;
 }
 
-static int64_t cost_of(int64_t F) { return (F < BLOCK ? F : BLOCK) / 2 + 1; }
+static int run(const Tensor *gate, int (*body)(int64_t, void *), const void *args) {
+    int64_t M = gate->shape[0], F = gate->shape[1], rows = rows_of(F);
+    return parallel_for((M + rows - 1) / rows * parts_of(F), (F < TASK ? rows * F : TASK) / 2 + 1, body, (void *)args);
+}
 
 int CPU(swiglu_forward)(const void *args, void *stream) {
-    const SwigluForward *a = args;
     (void)stream;
-    int64_t M = a->gate.shape[0], F = a->gate.shape[1];
-    return parallel_for(M * ((F + BLOCK - 1) / BLOCK), cost_of(F), forward_task, (void *)a);
+    return run(&((const SwigluForward *)args)->gate, forward_task, args);
 }
 
 int CPU(swiglu_backward)(const void *args, void *stream) {
-    const SwigluBackward *a = args;
     (void)stream;
-    int64_t M = a->gate.shape[0], F = a->gate.shape[1];
-    return parallel_for(M * ((F + BLOCK - 1) / BLOCK), cost_of(F), backward_task, (void *)a);
+    return run(&((const SwigluBackward *)args)->gate, backward_task, args);
 }
