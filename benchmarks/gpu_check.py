@@ -1,11 +1,13 @@
 """One command for a machine with a GPU: python benchmarks/gpu_check.py [--out FOLDER] [--only PART ...] [--skip PART ...]
 
 Builds the package into a folder of its own, runs the op tests on the GPU, compute-sanitizer on small shapes, a short training beside
-the CPU's, and the benchmarks. Needs Python, NumPy, setuptools, nvcc, and torch for the benchmarks; pytest is used where it is there;
-no network. Each part has its own time limit and all together --limit; what is done is kept when a later part fails: FOLDER holds
-rows.jsonl (a JSON object for each part and each measurement), report.md, and what each part printed.
+the CPU's, the tests of longlora.torch, and the benchmarks. Needs Python, NumPy, setuptools, nvcc, and torch for the last two; the
+tests need pytest, ml_dtypes and hypothesis, some of torch's transformers and peft; no network. Each part has its own time limit and
+all together --limit; what is done is kept when a later part fails: FOLDER holds rows.jsonl (a JSON object for each part and each
+measurement), report.md, and what each part printed.
 """
 import argparse
+import functools
 import json
 import os
 import signal
@@ -18,9 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OP_TESTS = ("cast", "matmul", "embedding", "rms_norm", "rope_op", "lora_linear", "s2_attention", "swiglu", "linear_cross_entropy",
             "adamw")
+TORCH_TESTS = ("torch_ops", "torch_transformers", "torch_extend")     # the last two skip themselves without transformers and peft
 BENCHMARKS = {"elementwise": 40, "host": 20, "gemm": 30, "lora_linear": 40, "s2_attention": 60, "linear_cross_entropy": 40,
               "train_step": 150}                       # name -> seconds at most
-PARTS = ("build", "tests", "memcheck", "racecheck", "training", *BENCHMARKS)
+PARTS = ("build", "tests", "memcheck", "racecheck", "training", "torch", *BENCHMARKS)
 
 
 class Check:
@@ -144,8 +147,19 @@ def build(check, target):
         check.about["why_not"] = "the build failed"
 
 
+@functools.cache
 def has(check, module):
     return check.says(sys.executable, "-c", f"import {module}; print(1)") is not None
+
+
+def lacks(check, *modules):
+    """The first that is missing, as a reason; None."""
+    return next((f"{module} is not installed" for module in modules if not has(check, module)), None)
+
+
+def pytest(names):
+    return [sys.executable, "-m", "pytest", "-q", "-rs", "-k", "cuda", "-p", "no:cacheprovider", "--maxfail", "20",
+            *(str(ROOT / "tests" / f"test_{name}.py") for name in names)]
 
 
 def main(argv=None):
@@ -167,26 +181,29 @@ def main(argv=None):
         if not check.about["why_not"]:
             check.look()
         ours = [sys.executable, "-m", "benchmarks.gpu_small"]
-        if has(check, "pytest") and has(check, "ml_dtypes"):
-            tests = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", "-p", "no:cacheprovider", "--maxfail", "20",
-                     *(str(ROOT / "tests" / f"test_{name}.py") for name in OP_TESTS)]
-            check.part("tests", 180, tests)
-        else:
-            check.part("tests", 60, ours, parse=lambda output: "without pytest and ml_dtypes: each op once, against the CPU's; "
+        untested = lacks(check, "pytest", "ml_dtypes", "hypothesis")
+        if untested:
+            check.part("tests", 60, ours, parse=lambda output: f"{untested}: each op once, against the CPU's; "
                        + output.strip().rpartition("\n")[2])
+        else:
+            check.part("tests", 180, pytest(OP_TESTS))
         there = check.says("compute-sanitizer", "--version") is not None
         for tool in ("memcheck", "racecheck"):
             check.part(tool, 75, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *ours],
                        why=None if there else "there is no compute-sanitizer")
         smoke = ["--smoke"] * options.smoke
         check.part("training", 60, [sys.executable, "-m", "benchmarks.gpu_small", "--training", *smoke])
+        if "torch" in options.parts and not check.about["why_not"]:
+            untested = lacks(check, "torch") or untested
+            if not untested and check.says(sys.executable, "-c", "import torch; print(torch.cuda.is_available())") != "True":
+                untested = "torch sees no GPU"
+        check.part("torch", 120, pytest(TORCH_TESTS), why=untested)
         measured = Path(folder) / "measured.jsonl"
         for name, limit in BENCHMARKS.items():
             measured.write_text("")
             command = [sys.executable, "-m", f"benchmarks.bench_{name}", "--device", "cuda", "--seconds", "0.3", "--json",
                        str(measured), *smoke]
-            check.part(name, limit, command,
-                       why=None if check.about["why_not"] or smoke or has(check, "torch") else "torch is not installed")
+            check.part(name, limit, command, why=None if check.about["why_not"] or smoke else lacks(check, "torch"))
             check.add(*(json.loads(line) for line in measured.read_text().splitlines()))
     print(f"\n{check.out / 'report.md'}:\n\n{check.report()}")
     return 0 if all(row["result"] in ("ok", "skipped") for row in check.rows if "part" in row) else 1

@@ -35,7 +35,8 @@
 
 /* Queues kernel<<<grid, block, shared>>>(args...) on the call's stream; an empty grid is no launch. Dynamic shared memory is
  * always asked for: what a kernel may have without is 48 KiB less its static part, which is not known here. It is an attribute
- * of the kernel, so no other thread may set it between the two. */
+ * of the kernel, so no other thread may set it between the two; and it does not sink again, as a graph that holds a launch with
+ * more may be instantiated or replayed later. */
 #ifdef LONGLORA_EMULATION
 template<class... P, class... A>
 int launch(const CudaCall *, void (*kernel)(P...), dim3 grid, unsigned block, size_t shared, A... args) {
@@ -48,10 +49,12 @@ inline pthread_mutex_t shared_is_set = PTHREAD_MUTEX_INITIALIZER;
 template<class... P, class... A>
 int launch(const CudaCall *call, void (*kernel)(P...), dim3 grid, unsigned block, size_t shared, A... args) {
     if (!grid.x || !grid.y || !grid.z) return 0;
+    static size_t most[64];                                            /* by device, of all kernels with these parameters */
     cudaError_t error = cudaSuccess;
     if (shared) {
         pthread_mutex_lock(&shared_is_set);
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+        if (most[call->device] < shared) most[call->device] = shared;
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)most[call->device]);
     }
     if (error == cudaSuccess) kernel<<<grid, block, shared, (cudaStream_t)call->stream>>>(static_cast<P>(args)...);
     if (error == cudaSuccess) error = cudaGetLastError();

@@ -102,7 +102,7 @@ extern "C" int64_t cublas_version(const char **path) {
 struct Key {
     int64_t M, N, K, a_ld, b_ld, c_ld, d_ld;
     int32_t device, in, out;
-    bool a_turned, b_turned, bias, unused;
+    bool a_turned, b_turned, bias, scalars;
     uint16_t a_align, b_align, c_align, d_align, bias_align, unused2[3];
 };
 static_assert(sizeof(Key) == 88 && sizeof(Key) % 8 == 0, "no gaps: keys are compared as bytes");
@@ -166,10 +166,12 @@ static int choose(Plan *p, lt::Preference wanted, lt::Handle handle) {
 static int make(Plan *p, const Key &key, const void *bias, lt::Handle handle) {
     p->key = key;
     LT_TRY(lib.desc_create(&p->desc, lt::COMPUTE_32F, lt::R_32F), "product");
-    int32_t turned = lt::OP_T;
+    int32_t turned = lt::OP_T, in_device_memory = lt::POINTER_MODE_DEVICE;
     uint32_t epilogue = lt::EPILOGUE_BIAS;
     if (key.b_turned) LT_TRY(lib.desc_set(p->desc, lt::DESC_TRANSA, &turned, sizeof turned), "transpose");
     if (key.a_turned) LT_TRY(lib.desc_set(p->desc, lt::DESC_TRANSB, &turned, sizeof turned), "transpose");
+    if (key.scalars)
+        LT_TRY(lib.desc_set(p->desc, lt::DESC_POINTER_MODE, &in_device_memory, sizeof in_device_memory), "scalars");
     if (key.bias) {
         LT_TRY(lib.desc_set(p->desc, lt::DESC_EPILOGUE, &epilogue, sizeof epilogue), "bias");
         LT_TRY(lib.desc_set(p->desc, lt::DESC_BIAS_POINTER, &bias, sizeof bias), "bias");
@@ -224,7 +226,8 @@ static int multiply(const CudaCall *call, const Gemm &g, const Key &key) {
     if (!p) return -1;
     if (p->refused) return 1;
     if (g.bias) LT_TRY(lib.desc_set(p->desc, lt::DESC_BIAS_POINTER, &g.bias, sizeof g.bias), "bias");
-    LT_TRY(lib.matmul(handle, p->desc, &g.alpha, g.b.data, p->a, g.a.data, p->b, &g.beta, g.from, p->c, g.c, p->d, &p->algo,
+    const float *alpha = g.scalars ? g.scalars : &g.alpha, *beta = g.scalars ? g.scalars + (g.beta != 0 ? 2 : 1) : &g.beta;
+    LT_TRY(lib.matmul(handle, p->desc, alpha, g.b.data, p->a, g.a.data, p->b, beta, g.from, p->c, g.c, p->d, &p->algo,
                       call->workspace, GEMM_WORKSPACE, call->stream), "product");
     return 0;
 }
@@ -264,11 +267,12 @@ static __global__ void __launch_bounds__(BLOCK) plain_kernel(Gemm g) {
             for (int i = 0; i < EACH; i++) for (int j = 0; j < EACH; j++) sum[i][j] = fmaf(u[i], v[j], sum[i][j]);
         }
     }
+    float alpha = g.scalars ? *g.scalars : g.alpha;
     for (int i = 0; i < EACH; i++)
         for (int j = 0; j < EACH; j++) {
             int64_t m = m0 + y + i * (TILE / EACH), n = n0 + x + j * (TILE / EACH);
             if (m >= g.M || n >= g.N) continue;
-            float value = g.alpha * sum[i][j];
+            float value = alpha * sum[i][j];
             if (g.beta != 0) value += g.beta * element(g.from, m * g.from_row + n, g.c_dtype);
             if (g.bias) value += element(g.bias, n, g.c_dtype);
             int64_t at = m * g.c_row + n;
@@ -296,6 +300,7 @@ enum { BIAS_ALIGNMENT = 16 };
 static bool fits(const Gemm &g, int32_t device, Key *k) {
     memset(k, 0, sizeof *k);
     k->M = g.M, k->N = g.N, k->K = g.K, k->device = device, k->in = g.a.dtype, k->out = g.c_dtype, k->bias = g.bias != NULL;
+    k->scalars = g.scalars != NULL;
     k->d_ld = g.M == 1 ? g.N : g.c_row, k->c_ld = g.M == 1 ? g.N : g.from_row;
     k->a_align = alignment(g.a.data), k->b_align = alignment(g.b.data), k->c_align = alignment(g.from);
     k->d_align = alignment(g.c), k->bias_align = alignment(g.bias);

@@ -13,7 +13,8 @@ typedef struct { const void *data; int64_t row, col; int32_t dtype; } Matrix;
 
 /* c[M,N] = alpha a[M,K] b[K,N] + beta from[M,N] + bias[N], float32 sums. `from` is c itself when NULL, else another matrix or
  * the same memory as c with the same strides; it is not read when beta is 0. bias and from have c's dtype. Rows of c and from
- * are dense. */
+ * are dense. scalars, where it is not NULL: {alpha, 0, 1} in device memory, for an alpha that the host does not know; beta is 0
+ * or 1 then. */
 typedef struct {
     int64_t M, N, K;
     Matrix a, b;
@@ -21,6 +22,7 @@ typedef struct {
     int64_t c_row;
     int32_t c_dtype;
     float alpha, beta;
+    const float *scalars;
     const void *bias, *from;
     int64_t from_row;
 } Gemm;

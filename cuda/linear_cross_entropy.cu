@@ -7,7 +7,9 @@
  * 4 V C FLOPs per row, 6 V C with dweight, and 8 V .. 12 V bytes beside the products' own: at V = 128256, C = 4096 on an H100
  * (720 TFLOP/s, 3.35 TB/s) 2.9 + 0.3 us a row, so 650 TFLOP/s at best. Computed, not measured.
  *
- * In float16, gradients of logits below 2^-25 vanish, as in any training in float16 that does not scale its loss. */
+ * In float16 the gradients of the logits of a long step would be too small, or with a scaled loss too large: there they are stored
+ * times a power of two that brings the largest of dlosses to 2^14 .. 2^15, so that 2^-39 of it is still told from 0, and the
+ * products are multiplied by its inverse. Both numbers are found and stay on the device. */
 #include "gemm.cuh"
 
 #include <float.h>
@@ -23,7 +25,12 @@ typedef struct {
     const float *dlosses;
     int64_t losses_step, lse_step, targets_step, dlosses_step, ignore;
     int64_t kept;                      /* so many logits of a row fit into shared memory */
+    float *scalars;                    /* {scale, 1 / scale, 0, 1}: gradients are written times scale; NULL: as they are */
 } Chunk;
+
+static __device__ __forceinline__ bool counts(const Chunk &c, int64_t target) {
+    return target != c.ignore && target >= 0 && target < c.V;
+}
 
 /* Every thread gets the largest, as in block_sum. */
 static __device__ __forceinline__ float block_max(float x, float *shared) {
@@ -33,6 +40,22 @@ static __device__ __forceinline__ float block_max(float x, float *shared) {
     if (lane == 0) shared[warp] = x;
     __syncthreads();
     return warp_max(lane < (int)blockDim.x / WARP ? shared[lane] : -FLT_MAX);
+}
+
+/* One block, of all M rows. Powers of two, so nothing is rounded, within 2^-115 .. 2^115, so neither is subnormal. */
+static __global__ void __launch_bounds__(BLOCK) scale_kernel(Chunk c, int64_t M) {
+    __shared__ float shared[WARP];
+    float max = 0;
+    for (int64_t m = threadIdx.x; m < M; m += BLOCK) {
+        float dloss = fabsf(c.dlosses[m * c.dlosses_step]);
+        if (counts(c, c.targets[m * c.targets_step]) && dloss <= FLT_MAX) max = fmaxf(max, dloss);
+    }
+    max = block_max(max, shared);
+    if (threadIdx.x) return;
+    int exponent;
+    frexpf(max, &exponent);
+    exponent = exponent < -100 ? -100 : exponent > 100 ? 100 : exponent;
+    c.scalars[0] = ldexpf(1, 15 - exponent), c.scalars[1] = ldexpf(1, exponent - 15), c.scalars[2] = 0, c.scalars[3] = 1;
 }
 
 /* ELEMENTS logits from i on; -inf beyond V. */
@@ -48,7 +71,7 @@ template<class T, bool GRADIENT> static __global__ void __launch_bounds__(BLOCK)
     DYNAMIC_SHARED(float, kept);
     float *row = c.logits + blockIdx.x * c.stride;
     int64_t target = c.targets[blockIdx.x * c.targets_step];
-    bool ignored = target == c.ignore, used = !ignored && target >= 0 && target < c.V;
+    bool used = counts(c, target);
     float max = -FLT_MAX, sum = 0, picked = used ? row[target] : 0;
     for (int64_t i = threadIdx.x * ELEMENTS; i < c.V; i += blockDim.x * ELEMENTS) {
         float x[ELEMENTS];
@@ -66,12 +89,13 @@ template<class T, bool GRADIENT> static __global__ void __launch_bounds__(BLOCK)
     sum = block_sum(sum * expf(max - top), shared);
     float lse = top + logf(sum);
     if (threadIdx.x == 0) {
-        c.losses[blockIdx.x * c.losses_step] = used ? lse - picked : ignored ? 0.0f : NAN;
+        c.losses[blockIdx.x * c.losses_step] = used ? lse - picked : target == c.ignore ? 0.0f : NAN;
         if (c.lse) c.lse[blockIdx.x * c.lse_step] = lse;
     }
     if (!GRADIENT) return;
     T *out = (T *)row;
     float dloss = used ? c.dlosses[blockIdx.x * c.dlosses_step] : 0;
+    if (c.scalars) dloss *= c.scalars[0];
     for (int64_t start = 0; start < c.V; start += blockDim.x * ELEMENTS) {
         int64_t i = start + threadIdx.x * ELEMENTS;
         float x[ELEMENTS] = {};
@@ -99,7 +123,8 @@ static int64_t rows_of(int64_t M, int64_t V) {
     int64_t rows = ceil_div(ceil_div(M, ceil_div(M, fit)), ROUND) * ROUND;
     return rows < fit ? rows : fit;
 }
-static int64_t workspace_of(int64_t M, int64_t V) { return GEMM_WORKSPACE + align_up(4 * rows_of(M, V) * stride_of(V)); }
+enum { SCALARS = 256 };                                                /* bytes for them, between cuBLAS' workspace and the logits */
+static int64_t workspace_of(int64_t M, int64_t V) { return GEMM_WORKSPACE + SCALARS + align_up(4 * rows_of(M, V) * stride_of(V)); }
 
 static Matrix rows_from(const Tensor *t, int64_t row) {
     Matrix m = matrix(t);
@@ -122,7 +147,14 @@ static int run(const CudaCall *call, const Tensor *losses, const Tensor *lse, co
     unsigned block = BLOCK;                                            /* no more threads than a row has work for */
     while (block > WARP && block / 2 * ELEMENTS >= V) block /= 2;
     Chunk c = {};
-    c.logits = (float *)((char *)call->workspace + GEMM_WORKSPACE), c.stride = stride_of(V), c.V = V, c.ignore = ignore;
+    char *scalars = (char *)call->workspace + GEMM_WORKSPACE;
+    c.logits = (float *)(scalars + SCALARS), c.stride = stride_of(V), c.V = V, c.ignore = ignore;
+    c.targets_step = targets->stride[0], c.targets = (const int32_t *)targets->data;
+    if (dx) c.dlosses_step = dlosses->stride[0], c.dlosses = (const float *)dlosses->data;
+    if (dx && x->dtype == F16) {
+        c.scalars = (float *)scalars;
+        if (launch(call, scale_kernel, dim3(M > 0), BLOCK, 0, c, M)) return -1;
+    }
     for (int64_t m = 0; m < M; m += chunk) {
         int64_t rows = M - m < chunk ? M - m : chunk;
         Gemm logits = {};
@@ -130,13 +162,13 @@ static int run(const CudaCall *call, const Tensor *losses, const Tensor *lse, co
         logits.c = c.logits, logits.c_row = c.stride, logits.c_dtype = F32, logits.alpha = 1;
         if (gemm(call, logits)) return -1;
         c.losses_step = losses->stride[0], c.losses = (float *)losses->data + m * c.losses_step;
-        c.targets_step = targets->stride[0], c.targets = (const int32_t *)targets->data + m * c.targets_step;
+        c.targets = (const int32_t *)targets->data + m * c.targets_step;
         if (lse) c.lse_step = lse->stride[0], c.lse = (float *)lse->data + m * c.lse_step;
         if (!dx) {
             if (launch(call, row_kernel<float, false>, dim3((unsigned)rows), block, 0, c)) return -1;
             continue;
         }
-        c.dlosses_step = dlosses->stride[0], c.dlosses = (const float *)dlosses->data + m * c.dlosses_step;
+        c.dlosses = (const float *)dlosses->data + m * c.dlosses_step;
         int64_t room = shared_floats(call->device);
         c.kept = room < c.stride ? room : c.stride;
         int status = for_dtype(x->dtype, [&](auto t) {
@@ -146,6 +178,7 @@ static int run(const CudaCall *call, const Tensor *losses, const Tensor *lse, co
         Matrix dlogits = {c.logits, c.stride * 4 / size_of(x->dtype), 1, x->dtype};
         Gemm g = {};
         g.M = rows, g.N = C, g.K = V, g.a = dlogits, g.b = matrix(weight), g.alpha = 1;
+        if (c.scalars) g.scalars = c.scalars + 1;
         g.c = (char *)dx->data + m * dx->stride[0] * size_of(dx->dtype), g.c_row = dx->stride[0], g.c_dtype = dx->dtype;
         if (gemm(call, g)) return -1;
         if (!given(dweight)) continue;

@@ -14,6 +14,7 @@ from longlora import Tensor, _C
 ALIGNMENT = 256
 CODES = {"float32": (2, 32), "bfloat16": (4, 16), "float16": (2, 16), "float64": (2, 64), "int32": (0, 32), "int64": (0, 64), "uint8": (1, 8),
          "int16": (0, 16), "uint32": (1, 32), "bool": (6, 8), "complex64": (5, 64)}
+installed = False                      # whether the ops run on a device
 no_deleter = dlpack.Deleter(lambda managed: None)
 
 
@@ -110,5 +111,6 @@ def mirrored(op, function, device):
 
 def install(monkeypatch, device):
     """From here on every op of longlora._C runs on the device."""
+    monkeypatch.setattr(f"{__name__}.installed", True)
     for op in _C.specs:
         monkeypatch.setattr(_C, op, mirrored(op, getattr(_C, op), device))

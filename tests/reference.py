@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 PRECISION = np.float64                 # checks.py runs the same formulas in float32: the plain computation
+BETWEEN = None                         # a dtype that weights and gradients of scores are rounded to before the next product
 
 
 def f64(x):
@@ -140,9 +141,11 @@ def s2_attention_backward(dout, q, k, v, out, lse, *, group_size, boundary="spli
         return np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
     q, k, v, dout, out = _heads(q), _heads(k, H // K), _heads(v, H // K), _heads(dout), _heads(out)
     p = np.exp(_scores(q, k, scale, group_size, boundary, shift, cu_seqlens) - f64(lse)[..., None])
-    ds = p * (dout @ _t(v) - (dout * out).sum(-1, keepdims=True)) * scale
-    dk, dv = (x.reshape(B, K, H // K, T, D).sum(2) for x in (_t(ds) @ q, _t(p) @ dout))
-    return tuple(np.swapaxes(x, 1, 2) for x in (ds @ k, dk, dv))
+    ds = p * (dout @ _t(v) - (dout * out).sum(-1, keepdims=True))
+    if BETWEEN is not None:
+        p, ds = (f64(x.astype(BETWEEN)) for x in (p, ds))
+    dk, dv = (x.reshape(B, K, H // K, T, D).sum(2) for x in (scale * _t(ds) @ q, _t(p) @ dout))
+    return tuple(np.swapaxes(x, 1, 2) for x in (scale * ds @ k, dk, dv))
 
 
 def swiglu_forward(gate, up):

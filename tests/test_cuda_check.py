@@ -27,7 +27,7 @@ def check(out, *arguments):
 def test_without_a_gpu_every_part_says_so(tmp_path):
     done, rows = check(tmp_path, "--skip", "build")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [row["part"] for row in rows] == ["tests", "memcheck", "racecheck", "training", *BENCHMARKS]
+    assert [row["part"] for row in rows] == ["tests", "memcheck", "racecheck", "training", "torch", *BENCHMARKS]
     assert all((row["result"], row["words"]) == ("skipped", f"no GPU: {cuda.reason()}"[:300]) for row in rows)
     report = (tmp_path / "report.md").read_text()
     assert report.startswith("# no GPU: ") and all(f"| {name} | skipped |" in report for name in BENCHMARKS) and report in done.stdout
@@ -63,6 +63,12 @@ def test_a_benchmark_without_a_gpu_says_so(name):
 def test_small_shapes_go_through_it_all(tmp_path):
     done, rows = check(tmp_path, "--smoke", "--skip", "build", "tests", "memcheck", "racecheck")
     parts, measured = ([row for row in rows if key in row] for key in ("part", "benchmark"))
+    assert [row["part"] for row in parts] == ["training", "torch", *BENCHMARKS]
+    torch = parts.pop(1)
+    if cuda.built_for() == "emulation":
+        assert torch["result"] == "skipped" and torch["words"] in ("torch sees no GPU", "torch is not installed")
+    else:
+        assert torch["result"] == "ok", done.stdout
     assert [row["result"] for row in parts] == ["ok"] * (1 + len(BENCHMARKS)), done.stdout
     assert {row["benchmark"] for row in measured} == set(BENCHMARKS)
     assert all(row["ours"] >= 0 and row["smoke"] for row in measured)

@@ -41,6 +41,21 @@ def test_dweight_accumulates(place):
     np.testing.assert_allclose(twice, 2 * dw, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("exponent", [-30, -15, 16])
+def test_gradients_of_losses_of_any_size(exponent, dtype, isa, poison):
+    """Those of 32768 tokens' mean, times probabilities of 2^-12, are too small for float16; those of a loss scale of 2^16 too large:
+    both gradients are those of dlosses of about 1 times a power of two, bit for bit as far as dx can say it."""
+    M, C, V = 8, 16, 4096
+    x, w = checks.random((M, C), dtype, scale=2**-7), (checks.random((V, C), seed=1, scale=2**-4) + 2).astype(checks.DTYPES[dtype])
+    targets, d = targets_of(M, V), (checks.random((M,), seed=2) + 4).astype(np.float32)
+    _, dx, dw = ops.linear_cross_entropy_backward(x, w, targets, d, train_weight=True)
+    d[targets == -100] = 1e30                                          # not used, and so of no weight
+    _, dx_scaled, dw_scaled = ops.linear_cross_entropy_backward(x, w, targets, np.ldexp(d, exponent), train_weight=True)
+    np.testing.assert_array_equal(dw_scaled, np.ldexp(dw, exponent))
+    want = np.ldexp(dx.astype(np.float32), exponent)
+    np.testing.assert_allclose(dx_scaled.astype(np.float32), want, rtol=0, atol=2.0**-24 if dtype == "float16" else 0)
+
+
 def test_more_than_one_chunk(isa):
     M, C, V = 2050, 8, 5
     x, w, targets, d = checks.random((M, C)), checks.random((V, C), seed=1), targets_of(M, V), checks.random((M,), seed=2)

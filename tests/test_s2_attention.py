@@ -22,7 +22,11 @@ def both(q, k, v, dout, **kwargs):
     out, lse = checks.check("s2_attention_forward", q, k, v, floor=4, **kwargs)
     grads = ops.s2_attention_backward(dout, q, k, v, out, lse, **kwargs)
     want = reference.s2_attention_backward(dout, q, k, v, out, lse, **kwargs)
-    low = checks.plain("s2_attention_backward", dout, q, k, v, out, lse, **kwargs)
+    # On a GPU 16 bits are what the tensor cores multiply: the plain computation there rounds between its products too.
+    between = q.dtype if q.dtype != np.float32 and mirror.installed else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "BETWEEN", between)
+        low = checks.plain("s2_attention_backward", dout, q, k, v, out, lse, **kwargs)
     for name, got, w, p in zip(("dq", "dk", "dv"), grads, want, low):
         # The gradient of a query that sees one key is a difference of equals: its noise is that of the terms.
         noise = np.abs(dout.astype(np.float64)).max(initial=0) * np.abs(v.astype(np.float64)).max(initial=0) * 2.0**-21

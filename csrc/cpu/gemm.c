@@ -343,10 +343,11 @@ static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64
     }
 }
 
-/* out[mr][nv VW] (+)= a b, of `steps` steps, + a2 b2, of `steps2` packed ones. */
+/* out[mr][nv VW] = a b, of `steps` steps, + a2 b2, of `steps2` packed ones, + add, which is NULL, out or other memory. */
 static inline __attribute__((always_inline)) void tile(int64_t steps, const Side *a, const Side *b, int64_t steps2,
-                                                       const Side *a2, const Side *b2, float *out, int64_t out_row, int add,
-                                                       int direct, int direct_b, int mr, int nv, int dot) {
+                                                       const Side *a2, const Side *b2, float *out, int64_t out_row,
+                                                       const float *add, int64_t add_row, int direct, int direct_b, int mr, int nv,
+                                                       int dot) {
     vf sum[MR][NV];
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
@@ -354,6 +355,7 @@ static inline __attribute__((always_inline)) void tile(int64_t steps, const Side
         for (int j = 0; j < nv; j++) {
             sum[i][j] = (vf){0};
             __builtin_prefetch(out + i * out_row + j * VW, 1);
+            if (add) __builtin_prefetch(add + i * add_row + j * VW);
         }
     multiply(sum, steps, a, b, direct, direct_b, mr, nv, dot);
     if (direct) multiply(sum, steps2, a2, b2, 0, 0, mr, nv, dot);
@@ -361,18 +363,18 @@ static inline __attribute__((always_inline)) void tile(int64_t steps, const Side
     for (int i = 0; i < mr; i++)
 #pragma GCC unroll 3
         for (int j = 0; j < nv; j++) {
-            float *p = out + i * out_row + j * VW;
-            if (add) sum[i][j] += vf_load(p);
-            vf_store(p, sum[i][j]);
+            if (add) sum[i][j] += vf_load(add + i * add_row + j * VW);
+            vf_store(out + i * out_row + j * VW, sum[i][j]);
         }
 }
 
 typedef void (*Tile)(int64_t steps, const Side *a, const Side *b, int64_t steps2, const Side *a2, const Side *b2, float *out,
-                     int64_t out_row, int add);
+                     int64_t out_row, const float *add, int64_t add_row);
 #define TILE(name, direct, direct_b, mr, nv, dot) \
     static __attribute__((noinline)) void name(int64_t steps, const Side *a, const Side *b, int64_t steps2, const Side *a2, \
-                                               const Side *b2, float *out, int64_t out_row, int add) { \
-        tile(steps, a, b, steps2, a2, b2, out, out_row, add, direct, direct_b, mr, nv, dot); \
+                                               const Side *b2, float *out, int64_t out_row, const float *add, \
+                                               int64_t add_row) { \
+        tile(steps, a, b, steps2, a2, b2, out, out_row, add, add_row, direct, direct_b, mr, nv, dot); \
     }
 #if defined __AVX512F__
 #define TILES(name, direct, mr, dot) \
@@ -402,37 +404,40 @@ static const Tile tiles[][2][2][NV] = {
  * by one. */
 static inline __attribute__((always_inline)) void finish_row(const Gemm *g, const float *x, int64_t r, int64_t c, int64_t cols,
                                                              float beta, int32_t out_dtype, int bare) {
-    int64_t size = dtype_size(out_dtype), bias_size = dtype_size(g->bias_dtype), residual_size = dtype_size(g->residual_dtype);
+    int64_t size = dtype_size(out_dtype);
     char *out = (char *)g->c + (r * g->c_row + c) * size;
-    const char *bias = bare ? NULL : (const char *)g->bias + c * bias_size;
-    const char *residual = bare ? NULL : (const char *)g->residual + (r * g->residual_row + c) * residual_size;
+    const char *bias = bare ? NULL : (const char *)g->bias + c * size;
+    const char *residual = bare ? NULL : (const char *)g->residual + (r * g->residual_row + c) * size;
     int64_t j = 0;
     for (; j + VW <= cols; j += VW) {
         vf v = g->alpha * vf_load(x + j);
         if (!bare && beta != 0) v += beta * vf_load_any(out + j * size, out_dtype);
-        if (!bare && g->bias) v += vf_load_any(bias + j * bias_size, g->bias_dtype);
-        if (!bare && g->residual) v += vf_load_any(residual + j * residual_size, g->residual_dtype);
+        if (!bare && g->bias) v += vf_load_any(bias + j * size, out_dtype);
+        if (!bare && g->residual) v += vf_load_any(residual + j * size, out_dtype);
         vf_store_any(out + j * size, out_dtype, v);
     }
     for (; j < cols; j++) {
         float v = g->alpha * x[j];
         if (!bare && beta != 0) v += beta * load1(out + j * size, out_dtype);
-        if (!bare && g->bias) v += load1(bias + j * bias_size, g->bias_dtype);
-        if (!bare && g->residual) v += load1(residual + j * residual_size, g->residual_dtype);
+        if (!bare && g->bias) v += load1(bias + j * size, out_dtype);
+        if (!bare && g->residual) v += load1(residual + j * size, out_dtype);
         store1(out + j * size, out_dtype, v);
     }
 }
 
-static void finish(const Job *job, const float *x, int64_t x_row, int64_t m, int64_t n, int64_t rows, int64_t cols,
+static inline __attribute__((always_inline)) void finish_rows(const Gemm *g, const float *x, int64_t x_row, int64_t m, int64_t n,
+                                                              int64_t rows, int64_t cols, float beta, int32_t dtype) {
+    for (int64_t i = 0; i < rows; i++)
+        if (beta == 0 && !g->bias && !g->residual) finish_row(g, x + i * x_row, m + i, n, cols, 0, dtype, 1);
+        else finish_row(g, x + i * x_row, m + i, n, cols, beta, dtype, 0);
+}
+
+static void finish(const Gemm *g, int swapped, const float *x, int64_t x_row, int64_t m, int64_t n, int64_t rows, int64_t cols,
                    float beta) {
-    const Gemm *g = job->g;
-    if (!job->swapped) {
-        int bare = beta == 0 && !g->bias && !g->residual;
-        for (int64_t i = 0; i < rows; i++)
-            if (bare && g->c_dtype == BF16) finish_row(g, x + i * x_row, m + i, n, cols, 0, BF16, 1);
-            else if (bare && g->c_dtype == F16) finish_row(g, x + i * x_row, m + i, n, cols, 0, F16, 1);
-            else if (g->c_dtype == BF16) finish_row(g, x + i * x_row, m + i, n, cols, beta, BF16, 0);
-            else finish_row(g, x + i * x_row, m + i, n, cols, beta, g->c_dtype, 0);
+    if (!swapped) {
+        if (g->c_dtype == F32) finish_rows(g, x, x_row, m, n, rows, cols, beta, F32);
+        else if (g->c_dtype == BF16) finish_rows(g, x, x_row, m, n, rows, cols, beta, BF16);
+        else finish_rows(g, x, x_row, m, n, rows, cols, beta, F16);
         return;
     }
     float turned[(int)MR > (int)VW ? MR : VW];
@@ -444,6 +449,8 @@ static void finish(const Job *job, const float *x, int64_t x_row, int64_t m, int
 
 static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
     const Gemm *g = job->g;
+    Gemm onward = *g;                                                  /* once c has a part of its sums and all else */
+    onward.beta = 1, onward.residual = NULL;
     int64_t steps = job->s1 - job->s0, all = job->steps + job->steps2;
     int few = job->M <= FEW_ROWS;                                      /* shorter sums are more exact, and few rows add them fast */
     int64_t kc = few ? KC / 3 : KC, group = few && job->local_b ? GROUP : job->nr;
@@ -472,16 +479,18 @@ static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_
                         a2.data = job->ext + (m - job->m0) * job->steps2 + (max64(s, job->steps) - job->steps) * MR;
                     } else a.data = job->pack_a + (m - job->m0) * steps + (s - job->s0) * MR;
                     if (job->plain && cols == width && rows == tall) {
-                        run(part, &a, &b, next - s - part, &a2, &b2, (float *)g->c + m * g->c_row + n, g->c_row,
-                            s > 0 || g->beta == 1);
+                        float *c = (float *)g->c + m * g->c_row + n;
+                        int again = s > 0 || g->beta == 1;
+                        const float *residual = g->residual ? (const float *)g->residual + m * g->residual_row + n : NULL;
+                        run(part, &a, &b, next - s - part, &a2, &b2, c, g->c_row, again ? c : residual, again ? g->c_row : g->residual_row);
                         continue;
                     }
                     float *sum = job->sum ? job->sum + (m - job->m0) * job->wide_n + n - job->n0
                                           : near + (m - m_begin) * group + n - n0;
                     int64_t sum_row = job->sum ? job->wide_n : group;
-                    run(part, &a, &b, next - s - part, &a2, &b2, sum, sum_row, !job->plain && s > 0);
-                    if (job->plain) finish(job, sum, sum_row, m, n, rows, cols, s > 0 ? 1 : g->beta);
-                    else if (next == all) finish(job, sum, sum_row, m, n, rows, cols, g->beta);
+                    run(part, &a, &b, next - s - part, &a2, &b2, sum, sum_row, !job->plain && s > 0 ? sum : NULL, sum_row);
+                    const Gemm *now = job->plain && s > 0 ? &onward : g;
+                    if (job->plain || next == all) finish(now, job->swapped, sum, sum_row, m, n, rows, cols, now->beta);
                 }
             }
         } while ((s = next) < job->s1);
@@ -550,7 +559,7 @@ static inline __attribute__((always_inline)) void narrow_rows(const Job *job, in
 #pragma GCC unroll 16
             for (int i = 0; i < rows; i++) memcpy(buffer + i * MOST + n, (float *)&sum[0] + i * columns, sizeof(float) * columns);
         }
-        finish(job, buffer, MOST, m, 0, min64(rows, end - m), job->N, job->g->beta);
+        finish(job->g, job->swapped, buffer, MOST, m, 0, min64(rows, end - m), job->N, job->g->beta);
     }
 }
 
@@ -620,8 +629,7 @@ int CPU(gemm)(const Gemm *g) {
     job.steps = ceil_div(job.K, per), job.steps2 = ceil_div(job.R, per);
     if (job.N <= 16 && job.direct && job.step_a == 1 && job.R == 0 && job.K) return narrow(&job);
     int64_t all = job.steps + job.steps2, depth = max64(1, ceil_div(all, max64(1, ceil_div(all, KS + KS / EXTRA))));
-    job.plain = g->c_dtype == F32 && !job.swapped && g->alpha == 1 && (g->beta == 0 || g->beta == 1) && !g->bias &&
-                !g->residual;
+    job.plain = g->c_dtype == F32 && !job.swapped && g->alpha == 1 && (g->beta == 0 || (g->beta == 1 && !g->residual)) && !g->bias;
     int keep = !job.plain && depth < all;
     job.wide_n = min64(ceil_div(job.N, NR) * NR, max64(1, PACK_BYTES / 4 / depth / NR) * NR);
     job.wide_m = ceil_div(job.M, MR) * MR;

@@ -18,9 +18,8 @@ typedef struct {
     int64_t c_row;
     int32_t c_dtype;
     float alpha, beta, scale2;
-    const void *bias, *residual;       /* NULL without */
+    const void *bias, *residual;       /* NULL without; c's dtype */
     int64_t residual_row;
-    int32_t bias_dtype, residual_dtype;
 } Gemm;
 
 int CPU(gemm)(const Gemm *g);

@@ -22,9 +22,8 @@ int CPU(lora_linear_forward)(const void *args, void *stream) {
         .M = M, .N = N, .K = C, .R = R, .a = matrix(&f->x), .b = transposed(matrix(&f->weight)), .a2 = um,
         .b2 = R ? transposed(matrix(&f->b)) : (Matrix){ 0 }, .scale2 = (float)f->scale, .alpha = 1,
         .c = f->out.data, .c_row = f->out.stride[0], .c_dtype = f->out.dtype,
-        .bias = given(&f->bias) ? f->bias.data : NULL, .bias_dtype = f->bias.dtype,
-        .residual = given(&f->residual) ? f->residual.data : NULL, .residual_row = f->residual.stride[0],
-        .residual_dtype = f->residual.dtype });
+        .bias = given(&f->bias) ? f->bias.data : NULL,
+        .residual = given(&f->residual) ? f->residual.data : NULL, .residual_row = f->residual.stride[0] });
     scratch_free(u);
     return status;
 }

@@ -11,7 +11,7 @@
 
 namespace lt {
 struct HandleOf { int unused; };
-struct DescOf { int32_t turned_a, turned_b; uint32_t epilogue; const void *bias; };
+struct DescOf { int32_t turned_a, turned_b, pointer_mode; uint32_t epilogue; const void *bias; };
 struct LayoutOf { DataType type; uint64_t rows, cols; int64_t ld; };
 struct PreferenceOf { uint64_t workspace; uint32_t reductions, align[4]; };
 }
@@ -25,7 +25,7 @@ EXPORT Status cublasLtCreate(Handle *handle) { *handle = new HandleOf(); return 
 
 EXPORT Status cublasLtMatmulDescCreate(Desc *desc, ComputeType compute, DataType scale) {
     if (compute != COMPUTE_32F || scale != R_32F) return NOT_SUPPORTED;
-    *desc = new DescOf{OP_N, OP_N, EPILOGUE_DEFAULT, nullptr};
+    *desc = new DescOf{OP_N, OP_N, POINTER_MODE_HOST, EPILOGUE_DEFAULT, nullptr};
     return SUCCESS;
 }
 EXPORT Status cublasLtMatmulDescDestroy(Desc desc) { delete desc; return SUCCESS; }
@@ -38,6 +38,7 @@ template<class T> static Status take(T *to, const void *from, size_t bytes) {
 
 EXPORT Status cublasLtMatmulDescSetAttribute(Desc desc, DescAttribute attribute, const void *value, size_t bytes) {
     switch (attribute) {
+        case DESC_POINTER_MODE: return take(&desc->pointer_mode, value, bytes);
         case DESC_TRANSA: return take(&desc->turned_a, value, bytes);
         case DESC_TRANSB: return take(&desc->turned_b, value, bytes);
         case DESC_EPILOGUE: return take(&desc->epilogue, value, bytes);
@@ -119,6 +120,10 @@ EXPORT Status cublasLtMatmul(Handle handle, Desc desc, const void *alpha, const 
         if (!data[i] || (uintptr_t)data[i] % algo->data[1 + i] || (uintptr_t)data[i] % bytes_of(types[i])) return INVALID_VALUE;
     if (C == D && c->ld != d->ld) return INVALID_VALUE;
     if (desc->epilogue == EPILOGUE_BIAS && (uintptr_t)desc->bias % 16) return INVALID_VALUE;   /* an illegal address, at times */
+    cudaPointerAttributes alphas, betas;
+    cudaPointerGetAttributes(&alphas, alpha), cudaPointerGetAttributes(&betas, beta);
+    bool on_device = desc->pointer_mode == POINTER_MODE_DEVICE;
+    if ((alphas.type == cudaMemoryTypeDevice) != on_device || (betas.type == cudaMemoryTypeDevice) != on_device) return INVALID_VALUE;
     memset(workspace, 0xff, 4096);                                     /* it is scratch: nobody else's */
     int64_t M = (int64_t)d->rows, N = (int64_t)d->cols, K = (int64_t)(desc->turned_a ? a->rows : a->cols);
     float scale = *(const float *)alpha, keep = *(const float *)beta;
