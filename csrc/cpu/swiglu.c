@@ -4,7 +4,8 @@
  * bfloat16 widened by one instruction 7.8, 12.4; the polynomial of exp in pairs 6.6, 11.8; and (the former at 6.9, 11.0 then)
  * pairs of vectors with bfloat16 in turn 4.9, 7.5; gate by 1 + exp, no sum for the exponent's bias 4.4, 7.1; ln2 in one part
  * 4.1, 6.6. No gain: the steps of two or four exps by turns; the polynomial as one chain (+6 %).
- * Rows of memory, two such cores, GB/s, tasks of 2048 elements 9.2, 9.6; of one row of 5504 11.3, 12.5; of four 13.7, 15.7.
+ * Rows of memory, two such cores, GB/s, all of that in tasks of 2048 elements 9.2, 9.6, of one row of 5504 10.3, 10.8; and (the
+ * former at 11.3, 12.5 then) of four rows 13.7, 15.7.
  * Not kept: fetching 1 or 2 KiB ahead (+3 %). */
 #include "cpu.h"
 
