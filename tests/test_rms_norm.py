@@ -57,6 +57,20 @@ def test_long_rows(dtype, isa):
         rows_of_any_length(3, C, dtype)
 
 
+def test_the_stored_sum_is_rounded_to_nearest_even(dtype, isa):
+    """Of numbers of every kind, a few powers of two apart, so that many are ties; infinities and NaN among them."""
+    kind, rng = np.dtype(checks.DTYPES[dtype]), np.random.default_rng(0)
+    whole, fraction = {"float32": (np.uint32, 23), "bfloat16": (np.uint16, 7), "float16": (np.uint16, 10)}[dtype]
+    bits = rng.integers(0, np.iinfo(whole).max, (64, 1037), whole, endpoint=True)
+    x, residual = bits.view(kind), (bits - (rng.integers(0, 13, bits.shape, whole) << fraction).astype(whole)).view(kind)
+    with np.errstate(over="ignore", invalid="ignore"):
+        want = (x.astype(np.float32) + residual.astype(np.float32)).astype(kind)
+    _, _, total = ops.rms_norm_forward(x, np.ones(1037, kind), 1e-5, residual)
+    kept = ~np.isnan(want.astype(np.float32))
+    assert np.isnan(total.astype(np.float32))[~kept].all() and kept.any() and not kept.all()
+    np.testing.assert_array_equal(total.view(whole)[kept], want.view(whole)[kept])
+
+
 def test_more_rows_than_blocks_on_cuda(dtype, cuda):
     rows_of_any_length(600, 1032, dtype)
 

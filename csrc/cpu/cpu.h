@@ -113,18 +113,26 @@ static inline vf vf_exp(vf x) {
     return vf_select(x == x, p, x);
 }
 
-/* exp for x below 88, relative error below 2^-22: as vf_exp, n straight into the exponent. 0 from -87.7 down, NaN
- * stays NaN. */
-static inline vf vf_exp_below(vf x) {
-    const float magic = 12582912.0f;                                   /* 1.5 * 2^23: adding it rounds to an integer */
-    x = vf_max(vf_set1(-88.0f), x);
+/* exp for x in -88..88, relative error below 2^-22 where |x| is below 40, 2^-21.6 at the ends: as vf_exp, but the magic number
+ * brings the exponent's bias with it, so that n need only be shifted into place; and with x - n ln2 rounded once, ln2 is in one
+ * part. 0 from -87.7 down. */
+static inline vf vf_exp_within(vf x) {
+    const float magic = 12582912.0f + 127.0f;                          /* 1.5 * 2^23: adding it rounds to an integer */
     vf t = x * 1.44269504088896341f + magic, n = t - magic;
+#if defined __AVX512F__
+    vf r = (vf)_mm512_fnmadd_ps((__m512)n, (__m512)vf_set1(0.693147182f), (__m512)x);
+#elif defined __AVX2__
+    vf r = (vf)_mm256_fnmadd_ps((__m256)n, (__m256)vf_set1(0.693147182f), (__m256)x);
+#else
     vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+#endif
     vf r2 = r * r, p = (4.16683927e-2f + r * 8.36878084e-3f) + r2 * 1.38144672e-3f;    /* pairs: a chain half as long */
     p = (0.49999994f + r * 0.166665196f) + r2 * p;
     p = (1.0f + r) + r2 * p;
-    return p * (vf)(((vu)t << 23) + (127u << 23));
+    return p * (vf)((vu)t << 23);
 }
+/* The same for any x below 88; NaN stays NaN. */
+static inline vf vf_exp_below(vf x) { return vf_exp_within(vf_max(vf_set1(-88.0f), x)); }
 
 /* ---- dtypes: the one place on the CPU that knows how elements are stored ------------------------------------------ */
 
@@ -229,6 +237,46 @@ static inline void vf_store_any(void *p, int32_t dtype, vf x) {
     }
     vh h = vf_to_f16(x);
     memcpy(p, &h, sizeof h);
+}
+
+/* 2 VW elements, which of them is where being the pair's own affair: for sums, and for results that vf_store2 puts back. With
+ * AVX2 bfloat16 lies in turn, the even ones in v[0] and the odd ones in v[1], so that nothing crosses a lane. */
+typedef struct { vf v[2]; } vf2;
+
+/* Where element i of the 2 VW is in the pair, v[1] behind v[0]. */
+static inline int64_t vf2_place(int32_t dtype, int64_t i) {
+#if defined __AVX2__ && !defined __AVX512F__
+    if (dtype == BF16) return i % 2 * VW + i / 2;
+#endif
+    (void)dtype;
+    return i;
+}
+static inline vf2 vf_load2(const void *p, int32_t dtype) {
+#if defined __AVX2__ && !defined __AVX512F__
+    if (dtype == BF16) { vu u; memcpy(&u, p, sizeof u); return (vf2){{ (vf)(u << 16), (vf)(u & 0xffff0000) }}; }
+#endif
+    return (vf2){{ vf_load_any(p, dtype), vf_load_any((const char *)p + VW * dtype_size(dtype), dtype) }};
+}
+static inline void vf_store2(void *p, int32_t dtype, vf2 x) {
+#if defined __AVX2__ && !defined __AVX512F__
+    if (dtype == BF16) {
+        vu even = (vu)x.v[0], odd = (vu)x.v[1];
+        __m256i high = _mm256_blend_epi16((__m256i)(even >> 16), (__m256i)odd, 0xaa);
+        __m256i low = _mm256_blend_epi16((__m256i)even, (__m256i)(odd << 16), 0xaa);
+        /* (low + 0x7fff + (high & 1)) >> 16, which is what rounding carries; avg is (a + b + 1) >> 1 of 17 bits */
+        __m256i half = _mm256_and_si256(_mm256_or_si256(high, _mm256_set1_epi16(0x7ffe)), _mm256_set1_epi16(0x7fff));
+        __m256i rounded = _mm256_add_epi16(high, _mm256_srli_epi16(_mm256_avg_epu16(low, half), 15));
+        if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps((__m256)x.v[0], (__m256)x.v[1], _CMP_UNORD_Q)), 0)) {
+            vi nan[2] = { x.v[0] != x.v[0], x.v[1] != x.v[1] };
+            rounded = _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi16(0x40)),
+                                         _mm256_blend_epi16((__m256i)nan[0], (__m256i)nan[1], 0xaa));
+        }
+        memcpy(p, &rounded, sizeof rounded);
+        return;
+    }
+#endif
+    vf_store_any(p, dtype, x.v[0]);
+    vf_store_any((char *)p + VW * dtype_size(dtype), dtype, x.v[1]);
 }
 
 /* A row of n elements to float32 and back; n need not be a multiple of anything. */

@@ -27,7 +27,9 @@
  * and there again, processor time of one core, other work beside it, in turn, quartiles; b in place by panels, then 128 columns
  * of it packed row by row and tiles of 4 rows:
  *   da and db, R = 8, C = N = 576: 8, 27; bfloat16 (packed by panels before) 18, 42; C = N = 2048, a line from each page: 11, 25;
- *   R = 64 (packed by panels before): 41, 53 */
+ *   R = 64 (packed by panels before): 41, 53
+ *   two cores, M = 240, N = 576, K = 2560 (dx of the loss), ms for V = 49152: a in place, b packed by each tile 133; all packed
+ *   before, for all tiles, 123; longer fetches or wider sweeps while packing: no gain */
 #include "gemm.h"
 #include "scratch.h"
 
@@ -53,6 +55,7 @@ enum {
     EXTRA = 8,                         /* and both an eighth more, where that saves a block: the few steps of LoRA do not cost one */
     ROWS = 480,                        /* of a in one task, at most */
     FEW_ROWS = 64,                     /* with no more, each tile packs GROUP columns of b for itself, KC / 3 steps of them */
+    TURNED_ROWS = VW == 16 ? 256 : FEW_ROWS, /* with no more, rows that lie along k are read in place; with more, packed, and b too */
     GROUP = 128 / NR * NR,
     NEAR = (FEW_ROWS + MR) * GROUP > ROWS * NR ? (FEW_ROWS + MR) * GROUP : ROWS * NR,
     NEAR_B = (KC + KC / EXTRA) * (GROUP / 3 > NR ? GROUP / 3 + 1 : NR),
@@ -617,15 +620,15 @@ int CPU(gemm)(const Gemm *g) {
     }
     job.direct = job.a.col == 1 && job.a.dtype == unit && job.K % per == 0 && job.a.row % per == 0;
     job.step_a = 1, job.a_row = job.a.row / per, job.ahead = MR * job.a_row;
-    if (!job.dot && job.a.row == 1 && job.a.dtype == F32 && job.M <= 256) /* the other way round; too few rows to pack them */
-        job.direct = 1, job.step_a = job.a.col, job.ahead = AHEAD * job.a.col;
+    int turned = !job.dot && job.a.row == 1 && job.a.dtype == F32, shared = turned && job.M > TURNED_ROWS;
+    if (turned && !shared) job.direct = 1, job.step_a = job.a.col, job.ahead = AHEAD * job.a.col;  /* too few rows to pack them */
     if (!job.dot && !job.direct && job.a.col == 1) job.direct = job.copied = 1;
     /* Rows a multiple of half a page apart fall on the same few lines of the L1 cache, where they push each other out. */
     if (!job.dot && !job.copied && job.a.col == 1 && job.a.row % 512 == 0 && job.N > 4 * NR) job.direct = 0;
     job.nr = NV == 3 && ceil_div(job.N, VW) == 4 ? 2 * VW : NR;
     job.direct_b = !job.dot && job.b.col == 1 && job.b.dtype == F32 && job.R == 0 && job.nr == NR &&
                    job.M <= MR;
-    job.local_b = !job.direct_b && job.M <= ROWS && job.N > 4 * NR;
+    job.local_b = !job.direct_b && job.M <= ROWS && job.N > 4 * NR && !(shared && VW < 16);
     job.mr = job.direct && job.R == 0 && job.M <= FEW_ROWS && job.M % MR ? FEW : MR;
     job.steps = ceil_div(job.K, per), job.steps2 = ceil_div(job.R, per);
     if (job.N <= 16 && job.direct && job.step_a == 1 && job.R == 0 && job.K) return narrow(&job);
