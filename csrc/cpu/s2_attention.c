@@ -23,6 +23,8 @@
  * One Zen 3 core with other work beside it, in turn with the former, which against itself came out at 0.91 to 1.06 of its time:
  *   all sums in runs of 64 products instead of 128: 0.91 to 1.01; of 32: 0.93 to 1.09; of 16: 0.98 to 1.24
  *   scores alone in runs of 32, which brings lse's error from its limit to two thirds of it: 0.99 to 1.11, the former 0.95 to 1.07
+ * Two cores there, forward, G = 512, D = 64, bfloat16: with the next keys and values and the rows of out fetched while a block is
+ * multiplied 0.97, with the next task's too 1.02 of the speed, float32 0.94, 0.95: not kept.
  * No gain: BK from 48 to 192, chunks of 2048 (+2 %, and fewer tasks). Not kept: keys and values of float32 used where they
  * lie (+3 %, but rows a power of two apart fall into the same cache sets), prefetch between the products (+2 %). */
 #include "cpu.h"
