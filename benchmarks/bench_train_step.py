@@ -2,8 +2,8 @@
 
 Both train the same: LoRA r = 8 on q, k, v, o, the tied embedding and all norms; S2-Attn; AdamW; one sequence a step; random
 weights. The peer's attention is SDPA per kind of head, groups as a batch by views, with is_causal; it runs with and without
-gradient checkpointing. Each side is a process of its own: its memory is the peak resident size of that process, the interpreter
-and the imports included.
+gradient checkpointing. Each side is a process of its own, and their steps are timed in turn: the rate of a machine moves while
+they run. A side's memory is the peak resident size of its process, the interpreter and the imports included.
 
 On a GPU: Llama-2-7B's shapes, random weights, bfloat16, ours alone: tokens a second, and the plan beside the memory that the GPU
 lost.
@@ -33,6 +33,7 @@ SMALL = dict(LLAMA2, vocab_size=260, hidden_size=32, intermediate_size=48, num_h
              num_key_value_heads=2, head_dim=8)
 GPU_CASES = {8192: (15_000, 22_700), 32768: (10_000, 14_800)}          # length -> tokens/s: must, aim
 RATE = 1e-4
+PAUSE = 0.5                            # seconds before a step: the threads of the other side go on looking for work for a while
 
 
 def tokens(length):
@@ -118,20 +119,21 @@ def torch_step(length, group, dtype, checkpointing=False, swapped=False):
     return step
 
 
-def one_side(side, length, group, dtype, repeats, layers):
-    """In a process of its own: a warm-up step, then `repeats` timed ones -> one JSON line."""
+def one_side(side, length, group, dtype, layers):
+    """In a process of its own: a warm-up step, then a step for each line that comes, its seconds; at the end the rest as JSON."""
     kept = None
     if side == "ours":
         step, kept = our_step(length, group, dtype, layers)
     else:
         step = torch_step(length, group, dtype, side == "peer checkpointing", side == "torch")
-    losses, times = [step()], []
-    for _ in range(repeats):
+    losses = [step()]
+    print("ready", flush=True)
+    for _ in sys.stdin:
         start = time.perf_counter()
         losses.append(step())
-        times.append(time.perf_counter() - start)
+        print(time.perf_counter() - start, flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"seconds": statistics.median(times), "gib": peak, "losses": losses, "checkpointing": kept}))
+    print(json.dumps({"gib": peak, "losses": losses, "checkpointing": kept}))
 
 
 def gpu_step(length, device, repeats, smoke):
@@ -209,14 +211,24 @@ def on_gpu(bench):
 
 
 def measured(bench, sides, length, group, dtype, threads=None, layers=CONFIG["num_hidden_layers"], least=2):
-    """Each side in a process of its own -> dict of what they printed."""
-    figures, repeats = {}, max(least, round(bench.options.seconds * 2))
+    """Each side in a process of its own, their steps in turn -> dict of what they printed and their median seconds."""
+    repeats, running = max(least, round(bench.options.seconds * 2)), {}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads or bench.options.threads)}
     for side in sides:
         command = [sys.executable, "-m", "benchmarks.bench_train_step", "--side", side, "--length", str(length), "--group", str(group),
-                   "--dtype", dtype, "--repeats", str(repeats), "--layers", str(layers)]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads or bench.options.threads)}, check=True,
-                              stdout=subprocess.PIPE, text=True)
-        figures[side] = json.loads(done.stdout.splitlines()[-1])
+                   "--dtype", dtype, "--layers", str(layers)]
+        running[side] = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if running[side].stdout.readline() != "ready\n":
+            raise SystemExit(f"{side} failed")
+    times, figures = {side: [] for side in sides}, {}
+    for _ in range(repeats):
+        for side, process in running.items():
+            time.sleep(PAUSE)
+            print(file=process.stdin, flush=True)
+            times[side].append(float(process.stdout.readline()))
+    for side, process in running.items():
+        said, _ = process.communicate()
+        figures[side] = json.loads(said.splitlines()[-1]) | {"seconds": statistics.median(times[side])}
     return figures
 
 
@@ -227,8 +239,8 @@ def compare(bench, ours, peers, cases):
             name = f"T={length} G={group}"
             if not bench.wants(name, dtype):
                 continue
-            figures = measured(bench, (ours, *peers), length, group, dtype)
             for side in peers:
+                figures = measured(bench, (ours, side), length, group, dtype)
                 for what, unit in (("seconds", "s"), ("gib", "GiB")):
                     bench.record(f"{name} {'step' if unit == 's' else 'memory'}", figures[ours][what], figures[side][what], unit,
                                  dtype=dtype, peer_name=side.replace("peer", "transformers+peft"))
@@ -255,7 +267,7 @@ def main(argv=None):
     if argv[:1] == ["--side"]:
         parser = argparse.ArgumentParser()
         parser.add_argument("--side")
-        for name in ("length", "group", "repeats", "layers"):
+        for name in ("length", "group", "layers"):
             parser.add_argument(f"--{name}", type=int)
         parser.add_argument("--dtype")
         return one_side(**vars(parser.parse_args(argv)))
