@@ -33,6 +33,7 @@ SMALL = dict(LLAMA2, vocab_size=260, hidden_size=32, intermediate_size=48, num_h
              num_key_value_heads=2, head_dim=8)
 GPU_CASES = {8192: (15_000, 22_700), 32768: (10_000, 14_800)}          # length -> tokens/s: must, aim
 RATE = 1e-4
+ALONE = "ours on 1 thread"
 PAUSE = 0.5                            # seconds before a step: the threads of the other side go on looking for work for a while
 
 
@@ -122,7 +123,7 @@ def torch_step(length, group, dtype, checkpointing=False, swapped=False):
 def one_side(side, length, group, dtype, layers):
     """In a process of its own: a warm-up step, then a step for each line that comes, its seconds; at the end the rest as JSON."""
     kept = None
-    if side == "ours":
+    if side.startswith("ours"):
         step, kept = our_step(length, group, dtype, layers)
     else:
         step = torch_step(length, group, dtype, side == "peer checkpointing", side == "torch")
@@ -210,11 +211,11 @@ def on_gpu(bench):
                      dtype="bfloat16", target=(5, 2), judged="ours")
 
 
-def measured(bench, sides, length, group, dtype, threads=None, layers=CONFIG["num_hidden_layers"], least=2):
+def measured(bench, sides, length, group, dtype, layers=CONFIG["num_hidden_layers"], least=2):
     """Each side in a process of its own, their steps in turn -> dict of what they printed and their median seconds."""
     repeats, running = max(least, round(bench.options.seconds * 2)), {}
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads or bench.options.threads)}
     for side in sides:
+        environment = os.environ | {"OMP_NUM_THREADS": "1" if side == ALONE else str(bench.options.threads)}
         command = [sys.executable, "-m", "benchmarks.bench_train_step", "--side", side, "--length", str(length), "--group", str(group),
                    "--dtype", dtype, "--layers", str(layers)]
         running[side] = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -248,16 +249,15 @@ def compare(bench, ours, peers, cases):
 
 def scaling(bench):
     """Ours against ours: all threads over one; and, in two layers, a token of a long sequence over one of a short."""
-    def seconds(length, dtype, **how):
-        return measured(bench, ("ours",), length, 512, dtype, **how)["ours"]["seconds"]
-
     for dtype in ("float32", "bfloat16"):
-        name, threads = "T=2048 G=512 on all threads", bench.options.threads
-        if bench.wants(name, dtype) and threads > 1:
-            bench.record(name, seconds(2048, dtype), seconds(2048, dtype, threads=1), "s", dtype=dtype, peer_name="1 thread")
+        name = "T=2048 G=512 on all threads"
+        if bench.wants(name, dtype) and bench.options.threads > 1:
+            figures = measured(bench, ("ours", ALONE), 2048, 512, dtype)
+            bench.record(name, figures["ours"]["seconds"], figures[ALONE]["seconds"], "s", dtype=dtype, peer_name="1 thread")
         name = "2 layers, a token of T=32768 G=512"
         if bench.wants(name, dtype):
-            ours, near = (seconds(T, dtype, layers=2, least=1) / T * 1e6 for T in (32768, 2048))
+            ours, near = (measured(bench, ("ours",), T, 512, dtype, layers=2, least=1)["ours"]["seconds"] / T * 1e6
+                          for T in (32768, 2048))
             bench.record(name, ours, near, "us", dtype=dtype, peer_name="T=2048 G=512")
 
 

@@ -29,7 +29,13 @@
  *   da and db, R = 8, C = N = 576: 8, 27; bfloat16 (packed by panels before) 18, 42; C = N = 2048, a line from each page: 11, 25;
  *   R = 64 (packed by panels before): 41, 53
  *   two cores, M = 240, N = 576, K = 2560 (dx of the loss), ms for V = 49152: a in place, b packed by each tile 133; all packed
- *   before, for all tiles, 123; longer fetches or wider sweeps while packing: no gain */
+ *   before, for all tiles, 123; longer fetches or wider sweeps while packing: no gain
+ * and two cores there, in turn, medians of 9 to 25:
+ *   a residual, M = 2048, K = 576, N = 576, over the product without one: a pass over finished tiles 1.40, what the first sums are
+ *   added to 1.05
+ *   M = 7, 576x576, bfloat16: on one thread for its few FLOPs, on two for what is packed too 1.33 times the speed
+ *   no gain: the next panel of b fetched into the L2 cache during the tiles before it (0.99 to 1.02), sums of float32 results kept
+ *   beside the tile instead of in c (1.00 to 1.02, but one way for all), with K = 8 c fetched six tiles ahead (1.00) */
 #include "gemm.h"
 #include "scratch.h"
 
@@ -671,7 +677,8 @@ int CPU(gemm)(const Gemm *g) {
                     else job.tile_m = ceil_div(job.tile_m / MR, 2) * MR;
                 job.tiles_n = ceil_div(cols, job.tile_n);
                 int64_t tasks = ceil_div(rows, job.tile_m) * job.tiles_n;
-                if (parallel_for(tasks, rows * cols * (job.s1 - job.s0) / 64 / tasks, tile_task, &job)) goto done;
+                int64_t cost = (rows + (job.local_b ? 32 : 0)) * cols * (job.s1 - job.s0) / 64;        /* what each packs included */
+                if (parallel_for(tasks, cost / tasks, tile_task, &job)) goto done;
                 job.s0 = job.s1;
             } while (job.s0 < all);
         }
