@@ -45,16 +45,25 @@ int launch(const CudaCall *, void (*kernel)(P...), dim3 grid, unsigned block, si
 }
 #else
 inline pthread_mutex_t shared_is_set = PTHREAD_MUTEX_INITIALIZER;
+typedef struct { const void *kernel; int32_t device; int bytes; } Shared;
+inline Shared shared_of[512];                                          /* the last entry: of all that find no other */
+
+/* The most that a kernel has been launched with on a device, this launch included. */
+inline int most_shared(const void *kernel, int32_t device, int bytes) {
+    Shared *entry = shared_of;
+    while (entry < shared_of + 511 && entry->kernel && (entry->kernel != kernel || entry->device != device)) entry++;
+    if (entry->kernel != kernel || entry->device != device) *entry = {kernel, device, 0};
+    return entry->bytes = entry->bytes < bytes ? bytes : entry->bytes;
+}
 
 template<class... P, class... A>
 int launch(const CudaCall *call, void (*kernel)(P...), dim3 grid, unsigned block, size_t shared, A... args) {
     if (!grid.x || !grid.y || !grid.z) return 0;
-    static size_t most[64];                                            /* by device, of all kernels with these parameters */
     cudaError_t error = cudaSuccess;
     if (shared) {
         pthread_mutex_lock(&shared_is_set);
-        if (most[call->device] < shared) most[call->device] = shared;
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)most[call->device]);
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     most_shared((const void *)kernel, call->device, (int)shared));
     }
     if (error == cudaSuccess) kernel<<<grid, block, shared, (cudaStream_t)call->stream>>>(static_cast<P>(args)...);
     if (error == cudaSuccess) error = cudaGetLastError();
