@@ -31,8 +31,8 @@
  *   two cores, M = 240, N = 576, K = 2560 (dx of the loss), ms for V = 49152: a in place, b packed by each tile 133; all packed
  *   before, for all tiles, 123; longer fetches or wider sweeps while packing: no gain
  * and two cores there, in turn, medians of 9 to 25:
- *   a residual, M = 2048, K = 576, N = 576, over the product without one: a pass over finished tiles 1.40, what the first sums are
- *   added to 1.05
+ *   a residual, M = 2048, K = 576, N = 576, over the product without one, best of 9: a pass over finished tiles 1.40, what the
+ *   first sums are added to 1.05
  *   M = 7, 576x576, bfloat16: on one thread for its few FLOPs, on two for what is packed too 1.33 times the speed
  *   no gain: the next panel of b fetched into the L2 cache during the tiles before it (0.99 to 1.02), sums of float32 results kept
  *   beside the tile instead of in c (1.00 to 1.02, but one way for all), with K = 8 c fetched six tiles ahead (1.00) */
