@@ -43,6 +43,7 @@ if __name__ == "__main__":
     with open(sys.argv[1]) as file:
         found = [json.loads(line) for line in file]
     about = found[0]
-    print(f"{about['machine']}, {about['threads']} threads, commit {about['commit']}, " + ", ".join(
+    commits = ", ".join(dict.fromkeys(row["commit"] or "unknown" for row in found))
+    print(f"{about['machine']}, {about['threads']} threads, commit {commits}, " + ", ".join(
         f"{name} {version}" for name, version in about["versions"].items()) + "\n")
     print("\n".join((targets if "gpu" in about else table)(found)))
