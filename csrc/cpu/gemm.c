@@ -61,7 +61,7 @@ enum {
     EXTRA = 8,                         /* and both an eighth more, where that saves a block: the few steps of LoRA do not cost one */
     ROWS = 480,                        /* of a in one task, at most */
     FEW_ROWS = 64,                     /* with no more, each tile packs GROUP columns of b for itself, KC / 3 steps of them */
-    TURNED_ROWS = VW == 16 ? 256 : FEW_ROWS, /* with no more, rows that lie along k are read in place; with more, packed, and b too */
+    TURNED_ROWS = VW == 16 ? 256 : FEW_ROWS, /* with no more, a turned a is read in place; with more, packed, short vectors b too */
     GROUP = 128 / NR * NR,
     NEAR = (FEW_ROWS + MR) * GROUP > ROWS * NR ? (FEW_ROWS + MR) * GROUP : ROWS * NR,
     NEAR_B = (KC + KC / EXTRA) * (GROUP / 3 > NR ? GROUP / 3 + 1 : NR),
@@ -484,19 +484,19 @@ static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_
                         for (int64_t r = 0; r < MR; r++) a.row[r] = min64(r, rows - 1) * job->a_row;
                         a2.data = job->ext + (m - job->m0) * job->steps2 + (max64(s, job->steps) - job->steps) * MR;
                     } else a.data = job->pack_a + (m - job->m0) * steps + (s - job->s0) * MR;
-                    float *c = (float *)g->c + m * g->c_row + n;
                     float *sum = job->sum ? job->sum + (m - job->m0) * job->wide_n + n - job->n0
                                           : near + (m - m_begin) * group + n - n0;
                     int64_t sum_row = job->sum ? job->wide_n : group, add_row = sum_row;
                     int straight = job->plain && cols == width && rows == tall, last = next == (job->sum ? all : job->s1);
+                    float *c = straight ? (float *)g->c + m * g->c_row + n : NULL;
                     const float *add = s > (job->sum ? 0 : job->s0) ? sum : NULL;
                     if (straight && !add) {
                         int again = s > 0 || g->beta == 1;
                         add = again ? c : g->residual ? (const float *)g->residual + m * g->residual_row + n : NULL;
                         add_row = again ? g->c_row : g->residual_row;
                     }
-                    if (straight && last) run(part, &a, &b, next - s - part, &a2, &b2, c, g->c_row, add, add_row);
-                    else run(part, &a, &b, next - s - part, &a2, &b2, sum, sum_row, add, add_row);
+                    run(part, &a, &b, next - s - part, &a2, &b2, straight && last ? c : sum, straight && last ? g->c_row : sum_row,
+                        add, add_row);
                     if (!straight && last) {
                         const Gemm *rest = job->plain && job->s0 > 0 ? &onward : g;
                         finish(rest, job->swapped, sum, sum_row, m, n, rows, cols, rest->beta);
