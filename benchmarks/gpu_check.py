@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OP_TESTS = ("cast", "matmul", "embedding", "rms_norm", "rope_op", "lora_linear", "s2_attention", "swiglu", "linear_cross_entropy",
-            "adamw")
+            "adamw", "cuda_views", "cuda_binding")
 TORCH_TESTS = ("torch_ops", "torch_transformers", "torch_extend")     # the last two skip themselves without transformers and peft
 BENCHMARKS = {"elementwise": 40, "host": 20, "gemm": 30, "lora_linear": 40, "s2_attention": 60, "linear_cross_entropy": 40,
               "train_step": 150}                       # name -> seconds at most
