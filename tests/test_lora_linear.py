@@ -52,8 +52,9 @@ def test_u_may_be_beyond_float16(isa):
     assert np.abs(u).max() > 65504 and np.isfinite(out.astype(np.float32)).all()
 
 
-def test_u_may_be_kept_or_made_again(place):
-    x, w, _, a, b, _, dout = parts(33, 40, 50, 8, "float32")
+@pytest.mark.parametrize("shape", [(33, 40, 50, 8), (150, 1500, 70, 24), (200, 2048, 40, 8)], ids=str)
+def test_u_may_be_kept_or_made_again(shape, place):
+    x, w, _, a, b, _, dout = parts(*shape, "float32")
     _, u = ops.lora_linear_forward(x, w, None, a, b, 2.0)
     for kept, again in zip(ops.lora_linear_backward(dout, x, w, a, b, 2.0, u), ops.lora_linear_backward(dout, x, w, a, b, 2.0)):
         if kept is not None:
@@ -79,9 +80,21 @@ def test_residual_may_be_the_output(place):
     np.testing.assert_array_equal(residual, want)
 
 
+def test_u_is_written_between_columns_of_others(dtype, isa):
+    for M, R in (33, 8), (500, 8), (500, 24):
+        x, w, _, a, b, _, _ = parts(M, 72, 200, R, dtype)
+        wide, out = np.full((M, R + 5), np.nan, np.float32), np.full((M, 200), np.nan, x.dtype)
+        _C.lora_linear_forward(out, wide[:, 2:2 + R], x, w, None, a, b, None, 2.0)
+        for got, want in zip((out, wide[:, 2:2 + R]), checks.check("lora_linear_forward", x, w, None, a, b, 2.0, floor=4)):
+            np.testing.assert_array_equal(got, want)
+        assert np.isnan(wide[:, :2]).all() and np.isnan(wide[:, 2 + R:]).all()
+
+
+# Of each: rows of u made by tasks of rows, by tasks of columns, over several slices of a sum, by tiles where R is above 16.
+@pytest.mark.parametrize("shape", [(301, 200, 150, 8), (1000, 96, 72, 8), (1000, 1500, 40, 24), (500, 512, 96, 8)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_same_bits_for_any_number_of_threads(dtype, place, each_thread_count):
-    x, w, bias, a, b, residual, dout = parts(301, 200, 150, 8, dtype)
+def test_same_bits_for_any_number_of_threads(dtype, shape, place, each_thread_count):
+    x, w, bias, a, b, residual, dout = parts(*shape, dtype)
 
     def once():
         return (*ops.lora_linear_forward(x, w, bias, a, b, 2.0, residual),

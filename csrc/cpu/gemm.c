@@ -35,7 +35,14 @@
  *   first sums are added to 1.05
  *   M = 7, 576x576, bfloat16: on one thread for its few FLOPs, on two for what is packed too 1.33 times the speed
  *   no gain: the next panel of b fetched into the L2 cache during the tiles before it (0.99 to 1.02), sums of float32 results kept
- *   beside the tile instead of in c (1.00 to 1.02, but one way for all), with K = 8 c fetched six tiles ahead (1.00) */
+ *   beside the tile instead of in c (1.00 to 1.02, but one way for all), with K = 8 c fetched six tiles ahead (1.00)
+ * and there, LoRA, M = 2048, C = 576, R = 8, processor time of one core, other work beside it, in turn, quartiles:
+ *   forward and backward over the frozen layer, N = 576, 192: u and du in passes of their own, b of da and db fetched while it is
+ *   packed 1.087, 1.202, bfloat16 1.068, 1.106; u and du by the tasks of the product, and da and db as below 1.079, 1.145,
+ *   1.061, 1.087; R = 16, N = 576 1.139, 1.121, bfloat16 1.139, 1.114
+ *   du, da and db just after dx, us, N = 576, 192: 128 columns packed at a time 1950, 1450, bfloat16 1440, 1080; 384, the next
+ *   fetched by the tiles before 1750, 1190, bfloat16 1230, 930
+ *   no gain: b of da and db in place, tiles of 4 rows: db at C = N = 2048 4.5 ms, packed 2.7; half or a third of the steps at once */
 #include "gemm.h"
 #include "scratch.h"
 
@@ -60,9 +67,9 @@ enum {
     KS = 1280,                         /* steps of k that are packed at once, at most */
     EXTRA = 8,                         /* and both an eighth more, where that saves a block: the few steps of LoRA do not cost one */
     ROWS = 480,                        /* of a in one task, at most */
-    FEW_ROWS = 64,                     /* with no more, each tile packs GROUP columns of b for itself, KC / 3 steps of them */
+    FEW_ROWS = 64,                     /* with no more, each task packs GROUP columns of b at a time, KC / 3 steps of them */
     TURNED_ROWS = VW == 16 ? 256 : FEW_ROWS, /* with no more, a turned a is read in place; with more, packed, short vectors b too */
-    GROUP = 128 / NR * NR,
+    GROUP = 384 / NR * NR,             /* a third of that where k is short, or more than two tiles read what was packed */
     NEAR = (FEW_ROWS + MR) * GROUP > ROWS * NR ? (FEW_ROWS + MR) * GROUP : ROWS * NR,
     NEAR_B = (KC + KC / EXTRA) * (GROUP / 3 > NR ? GROUP / 3 + 1 : NR),
     TASK_BYTES = (VW == 16 ? 480 : 240) << 10, /* rows of a that one task works on: half of an L2 cache */
@@ -70,18 +77,19 @@ enum {
 };
 
 /* Packed elements are 32 bits: a float, or, in products of bfloat16, the pair of k and k + 1. A "step" is one of them. */
-typedef struct {
+typedef struct Job {
     const Gemm *g;
+    struct Job *thin;                  /* the product that makes u, where that is made row by row with this one */
     int swapped, dot;                  /* computes the transpose; multiplies pairs of bfloat16 */
     int plain;                         /* c is written by the tiles themselves, and keeps sums between depths */
     int direct, direct_b;              /* reads a, or the whole panels of b, where they lie */
     int copied, local_b;               /* a in rows, converted to float32; each tile packs its own part of b */
     int64_t M, N, K, R;                /* K and R in elements; after swapping */
-    Matrix a, b, a2, b2;
+    Matrix a, b, a2, b2;               /* here a2 is u, the second half of the sums a2 b2 */
     int64_t steps, steps2;             /* K and R in steps */
     int64_t m0, m1, n0, n1, s0, s1;    /* what is packed now; s in steps, of K + R */
     int64_t tile_m, tile_n, tiles_n, packed_n; /* columns from packed_n on are packed */
-    int64_t nr, mr;                    /* columns of a panel, rows of a tile: NR and MR, or less where that divides better */
+    int64_t nr, mr, group;             /* columns of a panel, rows of a tile: NR and MR, or less where that divides better */
     int64_t a_row, step_a, ahead;      /* floats from row to row, from step to step of a in place, and to what comes next */
     float *pack_a, *pack_b, *ext;
     float *sum;                        /* sums of all rows and columns in work, where c cannot hold them between depths */
@@ -243,16 +251,18 @@ static void pack(float *out, Matrix b, int64_t k0, int64_t steps, int64_t K, int
         }
 }
 
+/* Columns of a panel for N of them: NR, or two vectors where N is four. */
+static inline int64_t panel_columns(int64_t N) { return NV == 3 && ceil_div(N, VW) == 4 ? 2 * VW : NR; }
+
 /* Width of the panel of b from column n: whole vectors, no more than are needed. */
 static inline int64_t panel_width(const Job *job, int64_t n) { return min64(job->nr, ceil_div(job->n1 - n, VW) * VW); }
 
 /* Steps s0 .. s1 of the panel of `width` columns from j0, out of those of b and then those of b2. */
-static void pack_panel(const Job *job, float *out, Matrix b, Matrix b2, int64_t s0, int64_t s1, int64_t j0, int64_t width,
-                       int64_t N, float scale2) {
+static void pack_panel(const Job *job, float *out, int64_t s0, int64_t s1, int64_t j0, int64_t width) {
     int64_t per = job->dot ? 2 : 1, first = min64(s1, job->steps) - s0, from = max64(s0, job->steps);
-    if (first > 0) pack(out, b, s0 * per, first, job->K, j0, width, N, 1, job->dot);
+    if (first > 0) pack(out, job->b, s0 * per, first, job->K, j0, width, job->N, 1, job->dot);
     if (s1 > from)
-        pack(out + (from - s0) * width, b2, (from - job->steps) * per, s1 - from, job->R, j0, width, N, scale2, job->dot);
+        pack(out + (from - s0) * width, job->b2, (from - job->steps) * per, s1 - from, job->R, j0, width, job->N, 1, job->dot);
 }
 
 /* Steps s0 .. s1 of the panels from n0 to n1, one behind the other: row by row, as memory likes it, where k is not dense. */
@@ -277,30 +287,27 @@ static void pack_local(const Job *job, float *out, int64_t s0, int64_t s1, int64
         else pack_wide(out, element(b, s0, n0), line, s1 - s0, n - n0, F16);
     }
     for (; n < n1; n += job->nr)
-        pack_panel(job, out + (n - n0) * (s1 - s0), b, job->b2, s0, s1, n, panel_width(job, n), job->N, 1);
+        pack_panel(job, out + (n - n0) * (s1 - s0), s0, s1, n, panel_width(job, n));
 }
 
 /* One task packs neighbouring panels side by side, SWEEP steps at a time: whole cache lines of a row are read together. */
 enum { SWEEP = 64, B_PANELS = 4, A_PANELS = 16 };
+static inline int64_t pack_tasks_b(const Job *job) { return ceil_div(job->n1 - job->packed_n, job->nr * B_PANELS); }
+static inline int64_t steps_a(const Job *job) { return min64(job->s1, job->steps) - job->s0; }   /* of a in this slice */
+
 static int pack_task(int64_t i, void *context) {
     Job *job = context;
-    int64_t steps = job->s1 - job->s0, tasks_b = ceil_div(job->n1 - job->packed_n, job->nr * B_PANELS);
+    int64_t steps = job->s1 - job->s0, tasks_b = pack_tasks_b(job), per = job->dot ? 2 : 1;
     int64_t j0 = i < tasks_b ? job->packed_n + i * job->nr * B_PANELS : job->m0 + (i - tasks_b) * MR * A_PANELS;
     int64_t j1 = i < tasks_b ? min64(job->n1, j0 + job->nr * B_PANELS) : min64(job->m1, j0 + MR * A_PANELS);
-    int64_t begin = i >= tasks_b && job->direct ? max64(job->s0, job->steps) : job->s0;
-    if (i >= tasks_b && job->copied)
-        for (int64_t m = j0, n = min64(job->s1, job->steps) - job->s0; m < min64(j1, job->M) && n > 0; m++)
-            load_row(job->pack_a + (m - job->m0) * job->a_row, element(job->a, m, job->s0), job->a.dtype, n);
-    for (int64_t s = begin; s < job->s1; s += SWEEP)
-        for (int64_t j = j0, end = min64(job->s1, s + SWEEP); j < j1; j += i < tasks_b ? job->nr : MR)
+    for (int64_t s = job->s0, last = i < tasks_b ? job->s1 : job->s0 + steps_a(job); s < last; s += SWEEP)
+        for (int64_t j = j0, end = min64(last, s + SWEEP); j < j1; j += i < tasks_b ? job->nr : MR)
             if (i < tasks_b) {
                 int64_t width = panel_width(job, j);
-                pack_panel(job, job->pack_b + (j - job->packed_n) * steps + (s - job->s0) * width, job->b, job->b2, s, end,
-                           j, width, job->N, 1);
+                pack_panel(job, job->pack_b + (j - job->packed_n) * steps + (s - job->s0) * width, s, end, j, width);
             } else
-                pack_panel(job, job->direct ? job->ext + (j - job->m0) * job->steps2 + (s - job->steps) * MR
-                                            : job->pack_a + (j - job->m0) * steps + (s - job->s0) * MR,
-                           transposed(job->a), transposed(job->a2), s, end, j, MR, job->M, job->g->scale2);
+                pack(job->pack_a + (j - job->m0) * job->a_row + (s - job->s0) * MR, transposed(job->a), s * per, end - s, job->K,
+                     j, MR, job->M, 1, job->dot);
     return 0;
 }
 
@@ -315,15 +322,18 @@ static inline __attribute__((always_inline)) vf multiply_add(vf sum, vf a, vf b,
     return sum + a * b;
 }
 
-/* One side of a tile: packed, or in place, with the offsets of MR rows of a. `ahead` is where the next tile will read. */
-typedef struct { const float *data; int64_t step, ahead, row[MR]; } Side;
+/* One side of a tile: packed, or in place, with the offsets of MR rows of a. `ahead` is where the next tile will read; `next`
+ * what will be packed after this b, `ahead` bytes on from step to step. */
+typedef struct { const float *data; int64_t step, ahead, row[MR]; const char *next; } Side;
 
 /* sum[MR][nv] += a[.., steps] b[steps, ..]. What is read in place is fetched ahead: a line of each of the next MR rows where
- * k is dense, else the lines of AHEAD steps later. */
+ * k is dense, else the lines of AHEAD steps later. NEXT: b is packed, and what will be packed next is fetched meanwhile. */
+enum { NEXT = 2 };
 static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64_t steps, const Side *a, const Side *b,
                                                            int direct, int direct_b, int mr, int nv, int dot) {
     const float *pa = a->data, *pb = b->data;
-    int64_t step_a = direct ? a->step : MR, step_b = direct_b ? b->step : nv * VW;
+    int64_t step_a = direct ? a->step : MR, step_b = direct_b == 1 ? b->step : nv * VW;
+    const char *next = b->next;
     for (int64_t s = 0; s < steps; s += 16) {
         if (direct)
 #pragma GCC unroll 8
@@ -335,7 +345,8 @@ static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64
 #pragma GCC unroll 3
             for (int j = 0; j < nv; j++) {
                 bv[j] = vf_load(pb + j * VW);
-                if (direct_b) __builtin_prefetch(pb + AHEAD * step_b + j * VW);
+                if (direct_b == 1) __builtin_prefetch(pb + AHEAD * step_b + j * VW);
+                if (direct_b == NEXT && j * VW % 16 == 0) __builtin_prefetch(next + j * VW * 4, 0, 2);
             }
 #pragma GCC unroll 8
             for (int i = 0; i < mr; i++) {
@@ -345,6 +356,7 @@ static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64
             }
             pa += step_a;
             pb += step_b;
+            if (direct_b == NEXT) next += b->ahead;
         }
     }
 }
@@ -392,6 +404,7 @@ typedef void (*Tile)(int64_t steps, const Side *a, const Side *b, int64_t steps2
 #endif
 TILES(packed, 0, MR, 0) TILES(direct, 1, MR, 0) TILES(packed_few, 0, FEW, 0) TILES(direct_few, 1, FEW, 0)
 TILE(packed_in_place, 0, 1, MR, NV, 0) TILE(direct_in_place, 1, 1, MR, NV, 0)
+TILE(direct_few_next, 1, NEXT, FEW, NV, 0)
 static const Tile in_place[2] = { packed_in_place, direct_in_place };
 #if defined __AVX512BF16__
 TILES(packed_dot, 0, MR, 1) TILES(direct_dot, 1, MR, 1) TILES(packed_dot_few, 0, FEW, 1) TILES(direct_dot_few, 1, FEW, 1)
@@ -459,7 +472,8 @@ static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_
     onward.beta = 1, onward.residual = NULL;
     int64_t steps = job->s1 - job->s0, all = job->steps + job->steps2;
     int few = job->M <= FEW_ROWS;                                      /* shorter sums are more exact, and few rows add them fast */
-    int64_t kc = few ? KC / 3 : KC, group = few && job->local_b ? GROUP : job->nr;
+    int fetch = few && job->local_b && job->direct && job->mr == FEW && !job->dot && job->b.col == 1;
+    int64_t kc = few ? KC / 3 : KC, group = few && job->local_b ? job->group : job->nr;
     float near[NEAR] __attribute__((aligned(64))), near_b[NEAR_B] __attribute__((aligned(64)));
     for (int64_t n0 = n_begin; n0 < n_end; n0 += group) {
         int64_t n1 = min64(n_end, n0 + group), s = job->s0, next;
@@ -473,17 +487,20 @@ static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_
                 Side a = { .step = job->step_a, .ahead = job->ahead }, a2 = { 0 }, b, b2;
                 b = (Side){ job->local_b ? near_b + (n - n0) * (next - s)
                             : there ? (const float *)job->b.data + s * job->b.row + n
-                            : job->pack_b + (n - job->packed_n) * steps + (s - job->s0) * width, job->b.row, 0, {0} };
-                b2 = (Side){ b.data + part * width, 0, 0, {0} };
+                            : job->pack_b + (n - job->packed_n) * steps + (s - job->s0) * width, job->b.row, 0, {0}, NULL };
+                if (fetch && width == NR && next < job->steps)
+                    b.next = element(job->b, next, n), b.ahead = job->b.row * dtype_size(job->b.dtype);
+                b2 = (Side){ b.data + part * width, 0, 0, {0}, NULL };
                 for (int64_t m = m_begin; m < m_end; m += job->mr) {
                     int64_t rows = min64(job->mr, m_end - m), tall = there || rows > FEW ? MR : FEW;
                     Tile run = there ? in_place[job->direct] : tiles[job->dot][job->direct][tall == FEW][width / VW - 1];
+                    if (b.next && m == m_begin) run = direct_few_next;
                     if (job->direct) {
                         a.data = job->copied ? job->pack_a + (m - job->m0) * job->a_row + s - job->s0
                                              : (const float *)job->a.data + m * job->a_row + s * job->step_a;
                         for (int64_t r = 0; r < MR; r++) a.row[r] = min64(r, rows - 1) * job->a_row;
                         a2.data = job->ext + (m - job->m0) * job->steps2 + (max64(s, job->steps) - job->steps) * MR;
-                    } else a.data = job->pack_a + (m - job->m0) * steps + (s - job->s0) * MR;
+                    } else a.data = job->pack_a + (m - job->m0) * job->a_row + (s - job->s0) * MR;
                     float *sum = job->sum ? job->sum + (m - job->m0) * job->wide_n + n - job->n0
                                           : near + (m - m_begin) * group + n - n0;
                     int64_t sum_row = job->sum ? job->wide_n : group, add_row = sum_row;
@@ -505,17 +522,6 @@ static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_
             }
         } while ((s = next) < job->s1);
     }
-}
-
-/* Where all panels of b fit the L1 cache together, MR rows are finished at a time: c is written from row to row. */
-enum { FEW_STEPS = 16 };
-static int tile_task(int64_t i, void *context) {
-    const Job *job = context;
-    int64_t m = job->m0 + i / job->tiles_n * job->tile_m, m_end = min64(job->m1, m + job->tile_m);
-    int64_t n = job->n0 + i % job->tiles_n * job->tile_n, n_end = min64(job->n1, n + job->tile_n);
-    int64_t rows = job->s1 - job->s0 <= FEW_STEPS && !job->local_b ? MR : job->tile_m;
-    for (; m < m_end; m += rows) tile_rows(job, m, min64(m_end, m + rows), n, n_end);
-    return 0;
 }
 
 /* ---- a few columns: u = x a^T of LoRA; one row of output ------------------------------------------------------------ */
@@ -578,13 +584,16 @@ static inline __attribute__((always_inline)) void narrow_dtype(const Job *job, i
     else narrow_rows(job, begin, end, dtype, dot, COLUMNS);
 }
 
-static int narrow_task(int64_t block, void *context) {
-    const Job *job = context;
-    int64_t begin = block * NARROW_ROWS, end = min64(job->M, begin + NARROW_ROWS);
+static void narrow_block(const Job *job, int64_t begin, int64_t end) {
     if (job->dot) narrow_dtype(job, begin, end, BF16, 1);
     else if (job->a.dtype == F32) narrow_dtype(job, begin, end, F32, 0);
     else if (job->a.dtype == BF16) narrow_dtype(job, begin, end, BF16, 0);
     else narrow_dtype(job, begin, end, F16, 0);
+}
+
+static int narrow_task(int64_t block, void *context) {
+    const Job *job = context;
+    narrow_block(job, block * NARROW_ROWS, min64(job->M, (block + 1) * NARROW_ROWS));
     return 0;
 }
 
@@ -599,18 +608,59 @@ static int narrow_pack(int64_t n, void *context) {
     return 0;
 }
 
+static inline int is_narrow(const Job *job) {
+    return job->N <= 16 && job->R == 0 && job->K && job->a.col == 1 && (!job->dot || (job->K % 2 == 0 && job->a.row % 2 == 0));
+}
+static inline int64_t narrow_columns(const Job *job) { return job->N == 1 ? 1 : ceil_div(job->N, COLUMNS) * COLUMNS; }
+static inline int64_t narrow_size(const Job *job) { return narrow_columns(job) * ceil_div(job->steps, VW) * VW; }
+
 static int narrow(Job *job) {
-    int64_t columns = job->N == 1 ? 1 : ceil_div(job->N, COLUMNS) * COLUMNS;
-    if (!(job->pack_b = scratch(4 * columns * ceil_div(job->steps, VW) * VW))) return -1;
-    int status = parallel_for(columns, job->steps, narrow_pack, job);
-    int64_t cost = NARROW_ROWS * columns * (job->steps / 64 + 1);
+    if (!(job->pack_b = scratch(4 * narrow_size(job)))) return -1;
+    int status = parallel_for(narrow_columns(job), job->steps, narrow_pack, job);
+    int64_t cost = NARROW_ROWS * narrow_columns(job) * (job->steps / 64 + 1);
     if (!status) status = parallel_for(ceil_div(job->M, NARROW_ROWS), cost, narrow_task, job);
     scratch_free(job->pack_b);
     return status;
 }
 
+/* ---- the rows of a task ------------------------------------------------------------------------------------------- */
+
+/* What the tiles need of rows of a: them as float32, and u, which this slice of k adds to, packed once it is whole. They are in
+ * the cache then, so that memory gives them once for both products. */
+static void ready_rows(const Job *job, int64_t m_begin, int64_t m_end) {
+    const Job *thin = job->thin;
+    for (int64_t m = m_begin; m < m_end && job->copied; m++)
+        load_row(job->pack_a + (m - job->m0) * job->a_row, element(job->a, m, job->s0), job->a.dtype, steps_a(job));
+    if (thin && job->n0 == 0 && !is_narrow(thin)) tile_rows(thin, m_begin, m_end, 0, thin->N);
+    else if (thin && job->n0 == 0 && job->s0 == 0) narrow_block(thin, m_begin, m_end);
+    for (int64_t m = m_begin; m < m_end && job->R && job->s1 > job->steps; m += MR)
+        pack(job->direct ? job->ext + (m - job->m0) * job->steps2 : job->pack_a + (m - job->m0) * job->a_row + steps_a(job) * MR,
+             transposed(job->a2), 0, job->steps2, job->R, m, MR, job->M, job->g->scale2, job->dot);
+}
+
+static int ready_task(int64_t i, void *context) {
+    const Job *job = context;
+    int64_t m = job->m0 + i * MR * A_PANELS;
+    ready_rows(job, m, min64(job->m1, m + MR * A_PANELS));
+    return 0;
+}
+
+/* Where all panels of b fit the L1 cache together, MR rows are finished at a time: c is written from row to row. */
+enum { FEW_STEPS = 16 };
+static int tile_task(int64_t i, void *context) {
+    const Job *job = context;
+    int64_t m = job->m0 + i / job->tiles_n * job->tile_m, m_end = min64(job->m1, m + job->tile_m);
+    int64_t n = job->n0 + i % job->tiles_n * job->tile_n, n_end = min64(job->n1, n + job->tile_n);
+    if (job->tiles_n == 1) ready_rows(job, m, m_end);
+    int64_t rows = job->s1 - job->s0 <= FEW_STEPS && !job->local_b ? MR : job->tile_m;
+    for (; m < m_end; m += rows) tile_rows(job, m, min64(m_end, m + rows), n, n_end);
+    return 0;
+}
+
 int CPU(gemm)(const Gemm *g) {
-    Job job = { .g = g, .M = g->M, .N = g->N, .K = g->K, .R = g->R, .a = g->a, .b = g->b, .a2 = g->a2, .b2 = g->b2 };
+    Job job = { .g = g, .M = g->M, .N = g->N, .K = g->K, .R = g->R, .a = g->a, .b = g->b, .b2 = g->b2 };
+    Gemm of_u = { .M = g->M, .N = g->R, .K = g->K, .a = g->a, .b = g->a2, .alpha = 1, .c = g->u, .c_row = g->u_row, .c_dtype = F32 };
+    job.a2 = (Matrix){ g->u, g->u_row, 1, F32 };
     if (g->M == 0 || g->N == 0) return 0;
 #if defined __AVX512BF16__
     job.dot = g->a.dtype == BF16 && g->b.dtype == BF16;
@@ -622,7 +672,8 @@ int CPU(gemm)(const Gemm *g) {
     if ((g->M <= 128 && g->M < g->N && g->b.row == 1 && (g->b.dtype == unit || (g->M == 1 && g->R == 0))) || (g->N <= 64 && g->N < g->M && g->a.row == 1)) {
         job.swapped = 1;
         job.M = g->N, job.N = g->M;
-        job.a = transposed(g->b), job.b = transposed(g->a), job.a2 = transposed(g->b2), job.b2 = transposed(g->a2);
+        job.a = transposed(g->b), job.b = transposed(g->a), job.b2 = transposed(job.a2), job.a2 = transposed(g->b2);
+        if (g->R && CPU(gemm)(&of_u)) return -1;
     }
     job.direct = job.a.col == 1 && job.a.dtype == unit && job.K % per == 0 && job.a.row % per == 0;
     job.step_a = 1, job.a_row = job.a.row / per, job.ahead = MR * job.a_row;
@@ -631,53 +682,66 @@ int CPU(gemm)(const Gemm *g) {
     if (!job.dot && !job.direct && job.a.col == 1) job.direct = job.copied = 1;
     /* Rows a multiple of half a page apart fall on the same few lines of the L1 cache, where they push each other out. */
     if (!job.dot && !job.copied && job.a.col == 1 && job.a.row % 512 == 0 && job.N > 4 * NR) job.direct = 0;
-    job.nr = NV == 3 && ceil_div(job.N, VW) == 4 ? 2 * VW : NR;
+    job.nr = panel_columns(job.N);
     job.direct_b = !job.dot && job.b.col == 1 && job.b.dtype == F32 && job.R == 0 && job.nr == NR &&
                    job.M <= MR;
     job.local_b = !job.direct_b && job.M <= ROWS && job.N > 4 * NR && !(shared && VW < 16);
+    job.group = job.M <= 16 && job.K > KS ? GROUP : GROUP / 3 / NR * NR;
     job.mr = job.direct && job.R == 0 && job.M <= FEW_ROWS && job.M % MR ? FEW : MR;
     job.steps = ceil_div(job.K, per), job.steps2 = ceil_div(job.R, per);
-    if (job.N <= 16 && job.direct && job.step_a == 1 && job.R == 0 && job.K) return narrow(&job);
-    int64_t all = job.steps + job.steps2, depth = max64(1, ceil_div(all, max64(1, ceil_div(all, KS + KS / EXTRA))));
+    if (is_narrow(&job)) return narrow(&job);
+    int64_t all = job.steps + job.steps2, depth = max64(1, ceil_div(job.steps, max64(1, ceil_div(job.steps, KS + KS / EXTRA))));
+    int64_t depth_b = depth + job.steps2;
     job.plain = g->c_dtype == F32 && !job.swapped && g->alpha == 1 && (g->beta == 0 || (g->beta == 1 && !g->residual)) && !g->bias;
-    int keep = !job.plain && depth < all;
-    job.wide_n = min64(ceil_div(job.N, NR) * NR, max64(1, PACK_BYTES / 4 / depth / NR) * NR);
+    int keep = !job.plain && depth < job.steps;
+    job.wide_n = min64(ceil_div(job.N, NR) * NR, max64(1, PACK_BYTES / 4 / depth_b / NR) * NR);
     job.wide_m = ceil_div(job.M, MR) * MR;
-    if (!job.direct || job.copied) job.wide_m = min64(job.wide_m, max64(1, PACK_BYTES / 2 / depth / MR) * MR);
+    if (!job.direct || job.copied) job.wide_m = min64(job.wide_m, max64(1, PACK_BYTES / 2 / depth_b / MR) * MR);
     if (keep) job.wide_m = min64(job.wide_m, max64(1, SUM_BYTES / 4 / job.wide_n / MR) * MR);
     if (job.copied) job.a_row = depth + VW, job.ahead = MR * job.a_row;
-    int64_t size_b = job.local_b ? 0 : depth * job.wide_n, size_ext = job.direct ? job.steps2 * job.wide_m + VW : 0;
-    int64_t size_a = job.copied ? job.a_row * job.wide_m : job.direct ? 0 : depth * job.wide_m + VW, threads = get_threads();
+    Job thin = job;
+    thin.g = &of_u, thin.N = thin.n1 = job.R, thin.R = thin.steps2 = 0, thin.b = g->a2, thin.nr = panel_columns(job.R);
+    thin.plain = 1, thin.local_b = 0;
+    if (job.R && !job.swapped) job.thin = &thin;
+    int64_t size_u = !job.thin ? 0 : is_narrow(&thin) ? narrow_size(&thin) : depth * ceil_div(job.R, NR) * NR;
+    int64_t size_b = job.local_b ? 0 : depth_b * job.wide_n, size_ext = job.direct ? job.steps2 * job.wide_m + VW : 0;
+    int64_t size_a = job.copied ? job.a_row * job.wide_m : job.direct ? 0 : depth_b * job.wide_m + VW, threads = get_threads();
     int status = -1;
-    float *memory = scratch(4 * (size_b + size_ext + size_a + (keep ? job.wide_m * job.wide_n : 0)));
+    float *memory = scratch(4 * (size_b + size_u + size_ext + size_a + (keep ? job.wide_m * job.wide_n : 0)));
     if (!memory) return -1;
-    job.pack_b = memory, job.ext = memory + size_b, job.pack_a = job.ext + size_ext;
+    job.pack_b = memory, thin.pack_b = memory + size_b, job.ext = thin.pack_b + size_u;
+    job.pack_a = thin.pack_a = job.ext + size_ext;
     if (keep) job.sum = job.pack_a + size_a;
+    if (job.thin && is_narrow(&thin) && parallel_for(narrow_columns(&thin), job.steps, narrow_pack, &thin)) goto done;
     for (job.m0 = 0; job.m0 < job.M; job.m0 = job.m1) {
         job.m1 = min64(job.M, job.m0 + job.wide_m);
         for (job.n0 = 0; job.n0 < job.N; job.n0 = job.n1) {
             job.n1 = min64(job.N, job.n0 + job.wide_n);
             job.s0 = 0;
             do {
-                job.s1 = min64(all, job.s0 + depth);
+                job.s1 = job.s0 + depth < job.steps ? job.s0 + depth : all;
+                if (!job.direct) job.a_row = thin.a_row = job.s1 - job.s0;
                 job.packed_n = job.direct_b ? job.n0 + (job.n1 - job.n0) / NR * NR : job.n0;
                 if (job.local_b) job.packed_n = job.n1;
-                int64_t tasks_b = ceil_div(job.n1 - job.packed_n, job.nr * B_PANELS);
-                int64_t tasks_a = ceil_div(job.m1 - job.m0, MR * A_PANELS);
-                if (job.direct && !job.copied && job.s1 <= job.steps) tasks_a = 0;
-                if (parallel_for(tasks_b + tasks_a, (job.s1 - job.s0) * job.nr * B_PANELS / 4, pack_task, &job)) goto done;
+                int64_t tasks_b = pack_tasks_b(&job), tasks_m = ceil_div(job.m1 - job.m0, MR * A_PANELS);
+                if (parallel_for(tasks_b + (job.direct ? 0 : tasks_m), (job.s1 - job.s0) * job.nr * B_PANELS / 4, pack_task, &job)) goto done;
+                thin.m0 = job.m0, thin.m1 = job.m1, thin.s0 = job.s0, thin.s1 = min64(job.s1, job.steps);
+                if (job.thin && job.n0 == 0 && !is_narrow(&thin) &&
+                    parallel_for(pack_tasks_b(&thin), depth * NR * B_PANELS / 4, pack_task, &thin)) goto done;
                 int64_t rows = job.m1 - job.m0, cols = job.n1 - job.n0;
                 job.tile_m = min64(ROWS, max64(1, TASK_BYTES / 4 / max64(1, job.s1 - job.s0) / MR) * MR);
                 job.tile_n = ceil_div(cols, NR) * NR;
                 if (job.local_b) {                                     /* equal parts for all threads */
                     job.tile_m = ROWS / MR * MR;
-                    job.tile_n = ceil_div(job.tile_n / NR, ceil_div(ceil_div(cols, GROUP), threads) * threads) * NR;
+                    job.tile_n = ceil_div(job.tile_n / NR, ceil_div(ceil_div(cols, job.group), threads) * threads) * NR;
                 } else while (job.tile_m > 4 * MR && ceil_div(rows, job.tile_m) * ceil_div(cols, job.tile_n) < 4 * threads)
                     if (job.tile_n > 4 * NR) job.tile_n = ceil_div(job.tile_n / NR, 2) * NR;
                     else job.tile_m = ceil_div(job.tile_m / MR, 2) * MR;
                 job.tiles_n = ceil_div(cols, job.tile_n);
                 int64_t tasks = ceil_div(rows, job.tile_m) * job.tiles_n;
                 int64_t cost = (rows + (job.local_b ? 32 : 0)) * cols * (job.s1 - job.s0) / 64;        /* what each packs included */
+                int64_t ready = MR * A_PANELS * (job.R + 8) * (job.s1 - job.s0) / 64;
+                if ((job.R || job.copied) && job.tiles_n > 1 && parallel_for(tasks_m, ready, ready_task, &job)) goto done;
                 if (parallel_for(tasks, cost / tasks, tile_task, &job)) goto done;
                 job.s0 = job.s1;
             } while (job.s0 < all);

@@ -7,15 +7,16 @@
 /* Borrowed; strides in elements, any of them, so a transposed matrix is the same memory with row and col swapped. */
 typedef struct { const void *data; int64_t row, col; int32_t dtype; } Matrix;
 
-/* c[M,N] = alpha (a[M,K] b[K,N] + scale2 a2[M,R] b2[R,N]) + beta c + bias[N] + residual[M,N].
- * The second product continues the sums of the first: that is what LoRA is. R = 0 without one. c is not read when beta
- * is 0, and may be the memory of residual. Products of two bfloat16 matrices may round a2 and b2 to bfloat16 (where the
- * CPU multiplies bfloat16); everything else is float32. The order of each sum depends on K and R alone. */
+/* c[M,N] = alpha (a[M,K] b[K,N] + scale2 u[M,R] b2[R,N]) + beta c + bias[N] + residual[M,N], u = a a2[K,R].
+ * The second product continues the sums of the first, and u is made where a is read: that is what LoRA is. R = 0 without. c is
+ * not read when beta is 0, and may be the memory of residual. Products of two bfloat16 matrices may round u and b2 to bfloat16
+ * for c (where the CPU multiplies bfloat16); everything else is float32. The order of each sum depends on K and R alone. */
 typedef struct {
     int64_t M, N, K, R;
     Matrix a, b, a2, b2;
+    float *u;
     void *c;
-    int64_t c_row;
+    int64_t u_row, c_row;
     int32_t c_dtype;
     float alpha, beta, scale2;
     const void *bias, *residual;       /* NULL without; c's dtype */

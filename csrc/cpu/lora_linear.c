@@ -1,30 +1,24 @@
 /* lora_linear.c --- a linear layer with LoRA (arXiv 2106.09685 section 4.1), forward and backward.
  *
  * LoRA is a property of one product: u continues x along C as b continues weight, so the second half costs R more steps
- * of the same sums and no pass over out. The frozen weight gets no gradient unless it is asked for. */
+ * of the same sums and no pass over out, and u is made of the rows of x that the same task multiplies. The frozen weight gets
+ * no gradient unless it is asked for. */
 #include "gemm.h"
 
 int CPU(lora_linear_forward)(const void *args, void *stream) {
     const LoraLinearForward *f = args;
     (void)stream;
     int64_t M = f->x.shape[0], C = f->x.shape[1], N = f->weight.shape[0], R = given(&f->a) ? f->a.shape[0] : 0;
-    float *u = NULL;
-    Matrix um = { 0 };
-    if (given(&f->u)) um = matrix(&f->u);
-    else if (R) {
-        if (!(u = scratch(4 * M * R))) return -1;
-        um = (Matrix){ u, R, 1, F32 };
-    }
-    int status = 0;
-    if (R) status = CPU(gemm)(&(Gemm){ .M = M, .N = R, .K = C, .a = matrix(&f->x), .b = transposed(matrix(&f->a)),
-                                       .c = (void *)um.data, .c_row = um.row, .c_dtype = F32, .alpha = 1 });
-    if (!status) status = CPU(gemm)(&(Gemm){
-        .M = M, .N = N, .K = C, .R = R, .a = matrix(&f->x), .b = transposed(matrix(&f->weight)), .a2 = um,
-        .b2 = R ? transposed(matrix(&f->b)) : (Matrix){ 0 }, .scale2 = (float)f->scale, .alpha = 1,
+    float *memory = NULL;
+    if (R && !given(&f->u) && !(memory = scratch(4 * M * R))) return -1;
+    int status = CPU(gemm)(&(Gemm){
+        .M = M, .N = N, .K = C, .R = R, .a = matrix(&f->x), .b = transposed(matrix(&f->weight)),
+        .a2 = R ? transposed(matrix(&f->a)) : (Matrix){ 0 }, .b2 = R ? transposed(matrix(&f->b)) : (Matrix){ 0 },
+        .u = memory ? memory : f->u.data, .u_row = memory ? R : f->u.stride[0], .scale2 = (float)f->scale, .alpha = 1,
         .c = f->out.data, .c_row = f->out.stride[0], .c_dtype = f->out.dtype,
         .bias = given(&f->bias) ? f->bias.data : NULL,
         .residual = given(&f->residual) ? f->residual.data : NULL, .residual_row = f->residual.stride[0] });
-    scratch_free(u);
+    scratch_free(memory);
     return status;
 }
 
@@ -55,14 +49,14 @@ int CPU(lora_linear_backward)(const void *args, void *stream) {
     Matrix du = { memory, R, 1, F32 }, u = given(&f->u) ? matrix(&f->u) : (Matrix){ memory + needs_du * M * R, R, 1, F32 };
     float scale = (float)f->scale;
     int status = 0;
-    if (needs_du) status = CPU(gemm)(&(Gemm){ .M = M, .N = R, .K = N, .a = dout, .b = matrix(&f->b), .alpha = scale,
-                                              .c = (void *)du.data, .c_row = R, .c_dtype = F32 });
-    if (!status && given(&f->dx)) status = CPU(gemm)(&(Gemm){
-        .M = M, .N = C, .K = N, .R = R, .a = dout, .b = matrix(&f->weight), .a2 = du,
-        .b2 = R ? matrix(&f->a) : (Matrix){ 0 }, .scale2 = 1, .alpha = 1, .beta = (float)accumulate,
+    if (given(&f->dx)) status = CPU(gemm)(&(Gemm){
+        .M = M, .N = C, .K = N, .R = R, .a = dout, .b = matrix(&f->weight), .a2 = R ? matrix(&f->b) : (Matrix){ 0 },
+        .b2 = R ? matrix(&f->a) : (Matrix){ 0 }, .u = memory, .u_row = R, .scale2 = scale, .alpha = 1, .beta = (float)accumulate,
         .c = f->dx.data, .c_row = f->dx.stride[0], .c_dtype = f->dx.dtype });
+    else if (needs_du) status = CPU(gemm)(&(Gemm){ .M = M, .N = R, .K = N, .a = dout, .b = matrix(&f->b), .alpha = 1,
+                                                   .c = memory, .c_row = R, .c_dtype = F32 });
     if (!status && R && given(&f->da)) status = CPU(gemm)(&(Gemm){
-        .M = R, .N = C, .K = M, .a = transposed(du), .b = x, .alpha = 1, .beta = 1,
+        .M = R, .N = C, .K = M, .a = transposed(du), .b = x, .alpha = scale, .beta = 1,
         .c = f->da.data, .c_row = f->da.stride[0], .c_dtype = F32 });
     if (!status && needs_u) status = CPU(gemm)(&(Gemm){
         .M = M, .N = R, .K = C, .a = x, .b = transposed(matrix(&f->a)), .alpha = 1,
