@@ -1,5 +1,5 @@
-"""cuBLAS as the CUDA kernels find it: in which order, what is said when it is missing, and that products are remembered in a table
-that ends."""
+"""cuBLAS as the CUDA kernels find it: in which order, what is said when it is missing, what it refuses, and that products are
+remembered in a table that ends."""
 import os
 import re
 import shutil
@@ -7,13 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import checks
 import numpy as np
 import pytest
-from longlora import cuda, ops
+
+from longlora import Tensor, _C, cuda, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 CC = os.environ.get("CC") or "cc"
 needs_cuda = pytest.mark.skipif(not cuda.is_available(), reason=f"no CUDA: {cuda.reason()}")
+needs_emulation = pytest.mark.skipif(not checks.EMULATED, reason="sets how the emulated cuBLAS answers")
 
 PRODUCT = """
 import numpy as np
@@ -62,6 +65,37 @@ def test_more_products_than_are_remembered(cuda):
     for k in [*range(1, 700), *range(1, 9)]:
         a, b = np.ones((2, k), np.float32), np.ones((k, 3), np.float32)
         assert (ops.matmul(a, b) == k).all()
+
+
+@needs_emulation
+@pytest.mark.parametrize("answer", ["refuses", "none"])
+def test_what_cublas_has_no_algorithm_for(answer, dtype, cuda, poison, monkeypatch):
+    """Is the plain kernel's work: any layout, with bias, onto another matrix, and with an alpha that is found on the device."""
+    monkeypatch.setenv("LONGLORA_EMULATION_CUBLAS", answer)
+    K = {"refuses": 171, "none": 173}[answer]                          # products that no other test has: answers are remembered
+    a, b, bias = checks.random((70, K), dtype), checks.random((66, K), dtype, 1), checks.random((66,), dtype, 2)
+    checks.check("matmul", a, b.T)
+    checks.check("matmul", np.ascontiguousarray(a.T).T, np.ascontiguousarray(b.T))
+    down, up, residual = checks.random((8, K), dtype, 3), checks.random((66, 8), dtype, 4), checks.random((70, 66), dtype, 5)
+    checks.check("lora_linear_forward", a, b, bias, down, up, 0.5, residual, floor=8)
+    targets, dlosses = np.arange(70, dtype=np.int32) % 66, np.full(70, 2.0**-20, np.float32)
+    _, dx, dweight = ops.linear_cross_entropy_backward(a, b, targets, dlosses, train_weight=True)
+    want = checks.reference.linear_cross_entropy_backward(a, b, targets, dlosses, train_weight=True)
+    for got, x in ((dx, want[1]), (dweight, want[2])):
+        assert np.abs(got.astype(np.float64) - x).max() <= 2e-2 * np.abs(x).max()
+
+
+@needs_emulation
+def test_a_product_that_fails(monkeypatch):
+    a, out = Tensor((5, 177), "float32", "cuda"), Tensor((5, 5), "float32", "cuda")
+    a.fill(1)
+    monkeypatch.setenv("LONGLORA_EMULATION_CUBLAS", "fails")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="^matmul: cuBLAS: product: error$"):
+            _C.matmul(out, a, a.reshape((177, 5)), 1.0, 0.0)
+    monkeypatch.delenv("LONGLORA_EMULATION_CUBLAS")
+    _C.matmul(out, a, a.reshape((177, 5)), 1.0, 0.0)
+    assert (out.cpu().numpy() == 177).all()
 
 
 # ---- the order, by libraries that have nothing but the names ----------------------------------------------------------------

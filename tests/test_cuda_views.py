@@ -43,7 +43,8 @@ class Laid:
     def __init__(self, x, dtype, how):
         self.x = x = x.astype(np.int32 if x.dtype == np.int32 else DTYPES.get(dtype, dtype))
         axis = next((i for i, size in enumerate(x.shape) if size > 1), 0)
-        self.rows, self.row = (1, x.size) if axis == x.ndim - 1 else (x.shape[axis], math.prod(x.shape[axis + 1:]))
+        whole = how == "dense" or axis == x.ndim - 1
+        self.rows, self.row = (1, x.size) if whole else (x.shape[axis], math.prod(x.shape[axis + 1:]))
         apart = self.row
         if how == "far":
             apart = -(-(2**31 + 1) // (self.rows - 1) // 64) * 64
@@ -64,8 +65,8 @@ class Laid:
             piece = self.piece(i)
             piece.copy_(values) if isinstance(piece, Tensor) else np.copyto(piece, values)
         self.view = mirror.View(x, start + self.first * x.itemsize, like)
-        for i in range(axis + 1 if self.rows > 1 else 0):              # the axes before it have one element: any stride
-            self.view.strides[i] = apart
+        if self.rows > 1:
+            self.view.strides[axis] = apart
 
     def piece(self, i):
         at = self.first + i * self.apart
