@@ -18,29 +18,42 @@ typedef struct { vf v[4]; } Step;
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* The first n elements of a pair, with zeros for the others: those of a row's end. */
+/* The first n elements of a pair, with zeros for the others: those of a row's end. In two masked loads where there are such: a
+ * load of what several smaller stores have just written waits until they are through. */
 static __attribute__((noinline)) vf2 get_part(const char *p, int32_t dtype, int64_t n) {
+#if defined __AVX512F__
+    if (dtype == F32) {
+        uint32_t mask = (uint32_t)((1ull << n) - 1);
+        return (vf2){{ (vf)_mm512_maskz_loadu_ps((__mmask16)mask, p), (vf)_mm512_maskz_loadu_ps((__mmask16)(mask >> VW), p + 4 * VW) }};
+    }
+#elif defined __AVX2__
+    if (dtype == F32) {
+        vi lane = { 0, 1, 2, 3, 4, 5, 6, 7 };
+        __m256i low = (__m256i)(lane < (int32_t)n), high = (__m256i)(lane < (int32_t)n - VW);
+        return (vf2){{ (vf)_mm256_maskload_ps((const float *)p, low), (vf)_mm256_maskload_ps((const float *)p + VW, high) }};
+    }
+#endif
     char part[8 * VW] = {0};
-    if (n > 0) memcpy(part, p, (size_t)(n * dtype_size(dtype)));
+    memcpy(part, p, (size_t)(n * dtype_size(dtype)));
     return vf_load2(part, dtype);
 }
 static __attribute__((noinline)) void put_part(char *p, int32_t dtype, int64_t n, vf2 x) {
     char part[8 * VW];
     vf_store2(part, dtype, x);
-    if (n > 0) memcpy(p, part, (size_t)(n * dtype_size(dtype)));
+    memcpy(p, part, (size_t)(n * dtype_size(dtype)));
 }
 /* The elements of a row from c on, n of them where the row ends before STEP: then zeros follow. */
 INLINE Step get(const char *row, int32_t dtype, int64_t c, int64_t n) {
     const char *p = row + c * dtype_size(dtype), *q = p + 2 * VW * dtype_size(dtype);
     vf2 low = n >= 2 * VW ? vf_load2(p, dtype) : get_part(p, dtype, n);
-    vf2 high = n >= STEP ? vf_load2(q, dtype) : get_part(q, dtype, n - 2 * VW);
+    vf2 high = n >= STEP ? vf_load2(q, dtype) : n > 2 * VW ? get_part(q, dtype, n - 2 * VW) : (vf2){{{0}}};
     return (Step){{ low.v[0], low.v[1], high.v[0], high.v[1] }};
 }
 INLINE void put(char *row, int32_t dtype, int64_t c, int64_t n, Step x) {
     char *p = row + c * dtype_size(dtype), *q = p + 2 * VW * dtype_size(dtype);
     vf2 low = {{ x.v[0], x.v[1] }}, high = {{ x.v[2], x.v[3] }};
     if (n >= 2 * VW) vf_store2(p, dtype, low); else put_part(p, dtype, n, low);
-    if (n >= STEP) vf_store2(q, dtype, high); else put_part(q, dtype, n - 2 * VW, high);
+    if (n >= STEP) vf_store2(q, dtype, high); else if (n > 2 * VW) put_part(q, dtype, n - 2 * VW, high);
 }
 /* The first pass over a row fetches where its result goes, the second fetches the next row: the processor's own fetching ahead
  * ends with each page. */
