@@ -23,8 +23,9 @@ typedef struct { vf v[4]; } Step;
 static __attribute__((noinline)) vf2 get_part(const char *p, int32_t dtype, int64_t n) {
 #if defined __AVX512F__
     if (dtype == F32) {
-        uint32_t mask = (uint32_t)((1ull << n) - 1);
-        return (vf2){{ (vf)_mm512_maskz_loadu_ps((__mmask16)mask, p), (vf)_mm512_maskz_loadu_ps((__mmask16)(mask >> VW), p + 4 * VW) }};
+        uint32_t mask = (1u << n) - 1;                                 /* n is below 2 VW */
+        __m512 low = _mm512_maskz_loadu_ps((__mmask16)mask, p), high = _mm512_maskz_loadu_ps((__mmask16)(mask >> VW), p + 4 * VW);
+        return (vf2){{ (vf)low, (vf)high }};
     }
 #elif defined __AVX2__
     if (dtype == F32) {
@@ -67,17 +68,17 @@ INLINE void square_step(const char *x, const char *residual, char *sum, int32_t 
     Step v = get(x, dtype, c, n);
     if (residual) {
         Step r = get(residual, dtype, c, n);
-#pragma GCC unroll 4
+        UNROLLED
         for (int i = 0; i < 4; i++) v.v[i] += r.v[i];
     }
     if (sum) { put(sum, dtype, c, n, v); v = get(sum, dtype, c, n); }
-#pragma GCC unroll 4
+    UNROLLED
     for (int i = 0; i < 4; i++) squares[i] += v.v[i] * v.v[i];
 }
 
 INLINE void scale_step(char *out, const char *x, const char *weight, int32_t dtype, int64_t c, int64_t n, vf rstd) {
     Step v = get(x, dtype, c, n), w = get(weight, dtype, c, n);
-#pragma GCC unroll 4
+    UNROLLED
     for (int i = 0; i < 4; i++) v.v[i] = v.v[i] * rstd * w.v[i];
     put(out, dtype, c, n, v);
 }
@@ -130,14 +131,14 @@ int CPU(rms_norm_forward)(const void *args, void *stream) {
 
 INLINE void dot_step(const char *dout, const char *weight, const char *x, int32_t dtype, int64_t c, int64_t n, vf dots[4]) {
     Step d = get(dout, dtype, c, n), w = get(weight, dtype, c, n), v = get(x, dtype, c, n);
-#pragma GCC unroll 4
+    UNROLLED
     for (int i = 0; i < 4; i++) dots[i] += d.v[i] * w.v[i] * v.v[i];
 }
 
 INLINE void gradient_step(char *dx, float *dweight, const char *dout, const char *x, const char *weight, const char *dresidual,
                           int32_t dtype, int64_t c, int64_t n, vf r, vf k) {
     Step d = get(dout, dtype, c, n), v = get(x, dtype, c, n), w = get(weight, dtype, c, n), grad;
-#pragma GCC unroll 4
+    UNROLLED
     for (int i = 0; i < 4; i++) {
         vf rd = r * d.v[i];
         grad.v[i] = rd * w.v[i] - k * v.v[i];
@@ -145,7 +146,7 @@ INLINE void gradient_step(char *dx, float *dweight, const char *dout, const char
     }
     if (dresidual) {
         Step more = get(dresidual, dtype, c, n);
-#pragma GCC unroll 4
+        UNROLLED
         for (int i = 0; i < 4; i++) grad.v[i] += more.v[i];
     }
     put(dx, dtype, c, n, grad);
