@@ -17,9 +17,20 @@ def inputs(B, T, H, K, D, dtype="float32", scale=1.0):
     return [checks.random((B, T, heads, D), dtype, seed, scale) for seed, heads in enumerate((H, K, K, H))]
 
 
+def score_noise(q, k, scale=None, **pattern):
+    """Eight roundings of what D products of a score amount to without their signs (the root of the sum of squares, the largest of
+    what is seen): the error of a score that happens to be small is theirs."""
+    if not q.size:
+        return 0.0
+    squares = (reference._heads(x, q.shape[2] // x.shape[2]) ** 2 for x in (q, k))
+    visible = reference._scores(*squares, 1.0, pattern["group_size"], pattern.get("boundary", "split"),
+                                pattern.get("shift", "half"), pattern.get("cu_seqlens"))
+    return 8 * 2.0**-24 * abs(q.shape[3] ** -0.5 if scale is None else scale) * np.sqrt(visible.max(initial=0))
+
+
 def both(q, k, v, dout, **kwargs):
     """Forward and backward against the reference -> what the ops returned. The backward of both sees the op's own out and lse."""
-    out, lse = checks.check("s2_attention_forward", q, k, v, floor=4, **kwargs)
+    out, lse = checks.check("s2_attention_forward", q, k, v, floor=4, noise=(0.0, score_noise(q, k, **kwargs)), **kwargs)
     grads = ops.s2_attention_backward(dout, q, k, v, out, lse, **kwargs)
     want = reference.s2_attention_backward(dout, q, k, v, out, lse, **kwargs)
     # On a GPU 16 bits are what the tensor cores multiply: the plain computation there rounds between its products too.

@@ -23,8 +23,12 @@
  * One Zen 3 core with other work beside it, in turn with the former, which against itself came out at 0.91 to 1.06 of its time:
  *   all sums in runs of 64 products instead of 128: 0.91 to 1.01; of 32: 0.93 to 1.09; of 16: 0.98 to 1.24
  *   scores alone in runs of 32, which brings lse's error from its limit to two thirds of it: 0.99 to 1.11, the former 0.95 to 1.07
- * Two cores there, forward, G = 512, D = 64, bfloat16: with the next keys and values and the rows of out fetched while a block is
- * multiplied 0.97, with the next task's too 1.02 of the speed, float32 0.94, 0.95: not kept.
+ * and one core there, forward, D = 64, times the speed of the former for bfloat16 with G = 512 and 2048, float32 with 512:
+ *   rows fetched 16 ahead as they are read     1.10  1.06  1.06    (8 and 32 ahead the same; a block or a task ahead: nothing)
+ *   four steps of a tile in one turn           1.11  1.04          (two and eight: 1.12, 1.06 and 1.10, 1.03; backward 1.02)
+ *   rows of out fetched as they are written    1.02  1.05  1.01
+ *   no softmax of what a tile leaves out       1.03  1.04  1.00    (backward 1.01)
+ *   blocks of 48x48 to 96x96, scores in runs of 64: 0.87 to 1.05: no gain
  * No gain: BK from 48 to 192, chunks of 2048 (+2 %, and fewer tasks). Not kept: keys and values of float32 used where they
  * lie (+3 %, but rows a power of two apart fall into the same cache sets), prefetch between the products (+2 %). */
 #include "cpu.h"
@@ -41,6 +45,7 @@
 enum {
     MR = 6,
     DEPTH = 128, SHORT = 32,           /* products added up in registers; fewer for scores, whose errors exp() makes larger */
+    FETCH = 16,                        /* rows ahead that are fetched */
     ROWS = 512,                        /* query rows of a forward task, all heads together; of a backward task CHUNK */
 };                                     /* a block is BQ queries and BK keys */
 
@@ -61,6 +66,7 @@ static inline __attribute__((always_inline)) void tile(int rows, int vecs, int a
         UNROLLED
         for (int j = 0; j < vecs; j++) sum[i][j] = (vf){0};
     }
+#pragma GCC unroll 4
     for (int64_t k = 0; k < n; k++) {
         vf x[NV];
         UNROLLED
@@ -210,12 +216,18 @@ static inline float *lse_at(const Tensor *lse, const Segment *s, int64_t row, in
     return at(lse, s->b * lse->stride[0] + head * lse->stride[1] + token(s, row));
 }
 
+/* Rows of a head are too far apart for the processor to see which comes next. */
+static inline void fetch(const char *row, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
+}
+
 /* Rows first .. first+n-1 of a segment as float32 [padded,pitch], times scale; what lies beyond n and D is zero. */
 static void load_rows(float *out, int64_t pitch, const Tensor *x, const Segment *s, int64_t head, int64_t first, int64_t n,
                       int64_t padded, float scale) {
-    int64_t D = x->shape[3];
+    int64_t D = x->shape[3], bytes = D * dtype_size(x->dtype);
     for (int64_t i = 0; i < n; i++) {
         float *row = out + i * pitch;
+        fetch(row_at(x, s, first + i + FETCH, head), bytes);
         load_row(row, row_at(x, s, first + i, head), x->dtype, D);
         for (int64_t d = D; d < pitch; d++) row[d] = 0;
         if (scale != 1.0f) for (int64_t d = 0; d < pitch; d += VW) vf_store(row + d, vf_load(row + d) * scale);
@@ -271,10 +283,10 @@ static void scores(float *out, const Block *b, const float *k, int64_t pitch, co
     }
 }
 
-/* Whether key j of the block is hidden from any of its rows, and from which lanes of vector v. */
-static inline int any_hidden(const Block *b, int64_t j) {
+/* Whether key j of the block is hidden from any of its rows from vector v on, and from which lanes of vector v. */
+static inline int any_hidden(const Block *b, int64_t j, int64_t v) {
     const Segment *s = b->segment;
-    return b->key + j > b->row || (b->key + j < s->low && s->low_from < b->row + b->rows && s->low_to > b->row);
+    return b->key + j > b->row + v * VW || (b->key + j < s->low && s->low_from < b->row + b->rows && s->low_to > b->row);
 }
 static inline vi hidden(const Block *b, int64_t j, int64_t v) {
     const Segment *s = b->segment;
@@ -288,6 +300,13 @@ static inline vi hidden(const Block *b, int64_t j, int64_t v) {
     }
     return mask;
 }
+
+/* Products leave out what the diagonal hides but for a tile: up to MR keys behind a row are read. So the keys that the rows of
+ * `vecs` vectors from v on have need of, and the first vector that has need of key j. */
+static inline int64_t keys_of(const Block *b, int64_t v, int64_t vecs) {
+    return min64(b->keys, max64(0, b->row - b->key + (v + vecs) * VW + MR - 1));
+}
+static inline int64_t first_vector(const Block *b, int64_t j) { return max64(0, b->key - b->row + j - MR + 1) / VW; }
 
 /* ---- tasks -------------------------------------------------------------------------------------------------------- */
 
@@ -370,7 +389,8 @@ typedef struct {
 static void softmax(float *p, const Block *b, float *maximum, float *sum, float *shrink) {
     for (int64_t v = 0; v * VW < b->rows; v += NV) {
         float *column = p + v * VW;
-        for (int64_t j = 0; j < b->keys; j++) if (any_hidden(b, j)) for (int i = 0; i < NV; i++) {
+        int64_t keys = keys_of(b, v, NV), below = b->segment->low > b->key ? 0 : max64(0, b->row + v * VW + 1 - b->key);
+        for (int64_t j = below; j < keys; j++) if (any_hidden(b, j, v)) for (int i = 0; i < NV; i++) {
             float *x = column + j * BQ + i * VW;
             vf_store(x, vf_select(hidden(b, j, v + i), vf_set1(-INFINITY), vf_load(x)));
         }
@@ -379,13 +399,13 @@ static void softmax(float *p, const Block *b, float *maximum, float *sum, float 
             top[i] = old[i] = vf_load(maximum + (v + i) * VW);
             total[i] = (vf){0};
         }
-        for (int64_t j = 0; j < b->keys; j++) for (int i = 0; i < NV; i++)
+        for (int64_t j = 0; j < keys; j++) for (int i = 0; i < NV; i++)
             top[i] = vf_max(top[i], vf_load(column + j * BQ + i * VW));
         for (int i = 0; i < NV; i++) {
             vf_store(maximum + (v + i) * VW, top[i]);
             top[i] = vf_select(top[i] == -INFINITY, (vf){0}, top[i]);  /* nothing seen: exp(-inf - 0), not exp(-inf + inf) */
         }
-        for (int64_t j = 0; j < b->keys; j++) for (int i = 0; i < NV; i++) {
+        for (int64_t j = 0; j < keys; j++) for (int i = 0; i < NV; i++) {
             float *x = column + j * BQ + i * VW;
             vf e = vf_exp_below(vf_load(x) - top[i]);
             vf_store(x, e);
@@ -433,6 +453,7 @@ static void forward_task(const Forward *f, const Task *task, float *memory) {
     for (int64_t i = 0; i < all; i++) {
         int64_t row = task->first + i % size, head = task->from + i / size;
         if (row >= task->last) continue;
+        fetch(row_at(&a->out, s, row + FETCH, head), D * dtype_size(a->out.dtype));
         float *x = out + i * pitch, scale = sum[i] == 0 ? 0 : 1.0f / sum[i];
         for (int64_t d = 0; d < pitch; d += VW) vf_store(x + d, vf_load(x + d) * scale);
         store_row(row_at(&a->out, s, row, head), a->out.dtype, x, D);
@@ -524,8 +545,8 @@ static void backward_task(const Backward *b, const Task *task, float *memory) {
             scores(p, &block, k + key * pitch, pitch, qt, D);
             scores(ds, &block, v + key * pitch, pitch, gt, D);
             for (int64_t j = 0; j < block.keys; j++) {
-                int any = any_hidden(&block, j);
-                for (int64_t i = 0; i < BQ / VW; i++) {
+                int any = any_hidden(&block, j, 0);
+                for (int64_t i = first_vector(&block, j); i < BQ / VW; i++) {
                     float *pj = p + j * BQ + i * VW, *dsj = ds + j * BQ + i * VW;
                     vf e = vf_exp_below(vf_load(pj) - vf_load(lse + i * VW)), d = e * (vf_load(dsj) - vf_load(delta + i * VW));
                     if (any) {
