@@ -25,7 +25,7 @@
 /* CPU(rms_norm_forward) is rms_norm_forward_avx512 in the AVX-512 build of a file. Every non-static name goes through it. */
 #define CPU(name) PASTE(name, ISA)
 
-/* Before a loop over registers, of at most 16 turns: straight code. clang up to 15 takes a number for a wish. */
+/* Before a loop over registers, of at most 16 turns: straight code. clang 14 takes a number for a wish. */
 #if defined __clang__
 #define UNROLLED _Pragma("clang loop unroll(full)")
 #else
@@ -159,7 +159,7 @@ static inline uint16_t float_to_bf16(float x) {                        /* to nea
     return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-/* float16 in plain C, bit for bit what F16C and aarch64 do: _Float16 is not in clang before 15, nor in the C library of all others. */
+/* float16 in plain C, bit for bit what F16C and aarch64 do: _Float16 is not in clang before 15, nor in every C library. */
 static inline float f16_to_float(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, u = (uint32_t)(h & 0x7fff) << 13;
     float x;
