@@ -133,7 +133,7 @@ class BuildExt(build_ext):
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             ext.extra_objects = list(pool.map(build, jobs))
         ext.sources = []
-        self.force = True                                              # link anew: the switches may have changed
+        self.force = self.compiler.force = True                        # link anew: the switches may have changed
         super().build_extension(ext)
 
 

@@ -10,6 +10,8 @@ import argparse
 import functools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OP_TESTS = ("cast", "matmul", "embedding", "rms_norm", "rope_op", "lora_linear", "s2_attention", "swiglu", "linear_cross_entropy",
-            "adamw")
+            "adamw", "cuda_views", "cuda_binding")
 TORCH_TESTS = ("torch_ops", "torch_transformers", "torch_extend")     # the last two skip themselves without transformers and peft
 BENCHMARKS = {"elementwise": 40, "host": 20, "gemm": 30, "lora_linear": 40, "s2_attention": 60, "linear_cross_entropy": 40,
               "train_step": 150}                       # name -> seconds at most
@@ -162,6 +164,19 @@ def pytest(names):
             *(str(ROOT / "tests" / f"test_{name}.py") for name in names)]
 
 
+def told(output):
+    """pytest's last line; where it was ended before it could say one, how far it had come."""
+    last, dots = output.strip().rpartition("\n")[2], "".join(re.findall(r"^[.sFEx]+(?= |$)", output, re.M))
+    return f"ended after {len(dots)} tests" if dots and not re.search(r" in [\d.]+s", last) else last
+
+
+def sanitizer():
+    """compute-sanitizer, looked for where setup.py looks for nvcc; None."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    places = ["compute-sanitizer", *(os.path.join(home, "bin", "compute-sanitizer") for home in homes if home)]
+    return next(filter(None, map(shutil.which, places)), None)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="gpu-check", help="folder for the results [%(default)s]")
@@ -186,19 +201,19 @@ def main(argv=None):
             check.part("tests", 60, ours, parse=lambda output: f"{untested}: each op once, against the CPU's; "
                        + output.strip().rpartition("\n")[2])
         else:
-            check.part("tests", 180, pytest(OP_TESTS))
-        there = check.says("compute-sanitizer", "--version") is not None
+            check.part("tests", 180, pytest(OP_TESTS), parse=told)
+        watcher = sanitizer()
         # What a library tries of the driver, and does without, is no error; a call of ours that fails raises.
         for tool, how in (("memcheck", ("--report-api-errors", "no")), ("racecheck", ())):
-            check.part(tool, 75, ["compute-sanitizer", "--tool", tool, *how, "--error-exitcode", "9", *ours],
-                       why=None if there else "there is no compute-sanitizer")
+            check.part(tool, 75, [watcher, "--tool", tool, *how, "--error-exitcode", "9", *ours],
+                       why=None if watcher else "there is no compute-sanitizer")
         smoke = ["--smoke"] * options.smoke
         check.part("training", 60, [sys.executable, "-m", "benchmarks.gpu_small", "--training", *smoke])
         if "torch" in options.parts and not check.about["why_not"]:
             untested = lacks(check, "torch") or untested
             if not untested and check.says(sys.executable, "-c", "import torch; print(torch.cuda.is_available())") != "True":
                 untested = "torch sees no GPU"
-        check.part("torch", 120, pytest(TORCH_TESTS), why=untested)
+        check.part("torch", 120, pytest(TORCH_TESTS), why=untested, parse=told)
         measured = Path(folder) / "measured.jsonl"
         for name, limit in BENCHMARKS.items():
             measured.write_text("")

@@ -62,7 +62,8 @@ class Buffer:
 
     def __init__(self, low, high, device):
         self.host, shift = raw(low, high), low % ALIGNMENT
-        self.whole = Tensor(self.host.size + ALIGNMENT, "uint8", **device)
+        self.whole = Tensor(shift + self.host.size, "uint8", **device)
+        self.whole.fill(255)                                           # NaN before it, and behind it up to the next 256 bytes
         self.copy = self.whole[shift:shift + self.host.size]
         self.like = dlpack.tensor_of(self.whole)
         self.offset = self.like.data + shift - low

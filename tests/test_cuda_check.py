@@ -51,6 +51,23 @@ def test_a_part_that_fails_or_takes_too_long_keeps_the_others(tmp_path, monkeypa
     assert "| memcheck | out of time |" in (tmp_path / "report.md").read_text()
 
 
+def test_what_the_tests_came_to(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import gpu_check
+    assert gpu_check.told("....s [100%]\n\n4 passed, 1 skipped in 0.52s\n") == "4 passed, 1 skipped in 0.52s"
+    assert gpu_check.told("......F. [ 50%]\n..s") == "ended after 11 tests"
+    assert gpu_check.told("Error: no tests\nno module named x\n") == "no module named x"
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_check.sanitizer() in (None, "/usr/local/cuda/bin/compute-sanitizer")
+    tool = tmp_path / "toolkit/bin/compute-sanitizer"
+    tool.parent.mkdir(parents=True)
+    tool.touch(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    assert gpu_check.sanitizer() == str(tool)
+
+
 @pytest.mark.skipif(cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_benchmark_without_a_gpu_says_so(name):

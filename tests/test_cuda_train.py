@@ -8,12 +8,14 @@ mean loss of 64 tokens and 9e-3 of the norm.
 import json
 import os
 import signal
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 
-from longlora import _C, adapter, checkpoint, cuda, device, metrics, model as model_, plan as plan_, ppl, train
+from longlora import _C, adapter, checkpoint, cuda, device, metrics, model as model_, plan as plan_, ppl, train, weights
 from longlora.adapter import LoraConfig
 from longlora.config import read_config
 from longlora.errors import UserError
@@ -159,6 +161,23 @@ def test_logits_and_the_reading_of_weights(tmp_path):
         a, b = cpu.logits(ids), gpu.logits(ids)
         assert np.abs(a - b).max() <= (1e-4 if dtype == "float32" else 5e-2) * np.abs(a).max()
         assert isinstance(b, np.ndarray) and b.dtype == np.float32
+
+
+def test_weights_go_through_a_small_piece_of_host_memory(tmp_path, monkeypatch):
+    """No tensor is whole in the host's memory on its way to the GPU."""
+    base, pinned = open_model(tiny.model(tmp_path / "base")), []
+    made = model_.Model(base.config, dtype="float32", device=GPU)
+
+    def counted(*args, **kwargs):
+        pinned.append(_C.Tensor(*args, **kwargs))
+        return pinned[-1]
+    monkeypatch.setattr(weights, "CHUNK", 1024)
+    monkeypatch.setattr(device, "_thread", threading.local())
+    monkeypatch.setattr(device, "_C", SimpleNamespace(Tensor=counted))
+    made.load(base)
+    assert pinned and all(x.pinned and x.nbytes <= 4 * weights.CHUNK for x in pinned)
+    assert 4 * max(np.prod(base.shape(name)) for name in base.names()) > 2 * 4 * weights.CHUNK
+    np.testing.assert_array_equal(device.host(made.arena), model_.Model(base.config, dtype="float32").load(base).arena.numpy())
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(target_modules="all-linear"), None], ids=["paper", "all", "full"])

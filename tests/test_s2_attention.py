@@ -1,6 +1,5 @@
 """S2-Attn against the reference: every boundary and shift, GQA, odd everything, packed documents, causality, determinism."""
 import checks
-import dlpack
 import mirror
 import numpy as np
 import pytest
@@ -8,7 +7,7 @@ import reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from longlora import Tensor, _C, ops
+from longlora import _C, ops
 
 BOUNDARIES, SHIFTS = ("split", "wrap", "swap"), ("half", "none", "all")
 
@@ -78,6 +77,15 @@ def test_every_head_size(D, dtype, isa, poison):
         both(*([checks.strided(x, pad) for x in arrays] if pad else arrays), group_size=48)
 
 
+@pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_segments_of_several_tiles(D, boundary, dtype, place):
+    """A GPU takes up to 128 queries and 64 keys at a time: here are whole tiles, rests of tiles, and tiles of two runs of tokens, for
+    each size that 16-bit kernels are compiled for."""
+    both(*inputs(1, 300, 3, 1, D, dtype), group_size=150, boundary=boundary, scale=-0.1 if boundary == "swap" else None)
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 def test_any_scale(scale, dtype, isa):
     both(*inputs(1, 40, 2, 1, 16, dtype), group_size=16, scale=scale)
@@ -125,6 +133,12 @@ def test_packed_documents_are_separate_runs(borders, isa):
         alone = (out, lse, *ops.s2_attention_backward(piece[3], *piece[:3], out, lse, group_size=6))
         for i, (a, b) in enumerate(zip(packed, alone)):
             np.testing.assert_array_equal(a[:, :, first:last] if i == 1 else a[:, first:last], b)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_packed_documents_of_several_tiles(D, dtype, place):
+    both(*inputs(1, 420, 3, 1, D, dtype), group_size=140, cu_seqlens=np.array([0, 150, 151, 151, 270, 420], np.int32))
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
@@ -207,19 +221,19 @@ def test_more_sums_than_are_kept_at_once():
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 2, 2, 4), (2, 0, 2, 2, 4), (2, 5, 0, 2, 4), (2, 5, 0, 0, 4), (2, 5, 2, 2, 0)])
-def test_sizes_of_zero(shape, poison, isa):
+def test_sizes_of_zero(shape, dtype, poison, isa):
     """No heads: the gradients of the keys are zero. No elements in a head: all scores are zero."""
-    q, k, v, dout = inputs(*shape)
+    q, k, v, dout = inputs(*shape, dtype)
     out, lse = ops.s2_attention_forward(q, k, v, group_size=2, shift="none")
     assert np.array_equal(lse, np.broadcast_to(np.log(np.arange(shape[1]) % 2 + 1).astype(np.float32), lse.shape))
     for got, x in zip(ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=2, shift="none"), (q, k, v)):
         assert np.array_equal(got, np.zeros_like(x))
 
 
-def test_infinities_and_nan_stay_where_they_are(isa):
+def test_infinities_and_nan_stay_where_they_are(dtype, isa):
     """A query whose scores are all -inf gives 0 and lse -inf; NaN in a key reaches the queries that see it and no other."""
-    q, k, v, dout = inputs(1, 40, 2, 2, 8)
-    q, other = np.abs(q) + 0.1, k.copy()
+    q, k, v, dout = inputs(1, 40, 2, 2, 8, dtype)
+    q, other = np.abs(q) + q.dtype.type(0.1), k.copy()
     other[0, 8] = -np.inf
     out, lse = ops.s2_attention_forward(q, other, v, group_size=8, shift="none")
     assert (out[0, 8] == 0).all() and np.isneginf(lse[0, :, 8]).all()
@@ -271,30 +285,6 @@ def test_offsets_beyond_2_to_the_31():
     k, v = checks.random((1, T, 1, D), seed=1), checks.random((1, T, 1, D), seed=2)
     out, _ = ops.s2_attention_forward(q, k, v, group_size=4)
     np.testing.assert_array_equal(out, ops.s2_attention_forward(q.copy(), k, v, group_size=4)[0])
-
-
-def test_offsets_beyond_2_to_the_31_on_cuda(cuda):
-    """As above; 8 GiB of a GPU, or of the emulation's memory, which is the host's."""
-    T, D, far = 3, 8, (1 << 31) // 2 + 64
-    host, values = np.zeros(2 * far + D, np.float32), checks.random((1, T, 1, D))
-    q = np.lib.stride_tricks.as_strided(host, (1, T, 1, D), (0, 4 * far, 4 * D, 4))
-    like = dlpack.tensor_of(Tensor(1, device="cuda"))
-    if checks.EMULATED:
-        q[...] = values
-        start = mirror.address(host)
-    else:
-        there = Tensor(host.size, device="cuda")
-        for t in range(T):
-            there[t * far:t * far + D].copy_(values[0, t, 0])
-        start = dlpack.tensor_of(there).data
-    keys = [checks.random((1, T, 1, D), seed=seed) for seed in (1, 2)]
-    want = ops.s2_attention_forward(values, *keys, group_size=4)
-    k, v, out, lse = (Tensor(shape, device="cuda") for shape in (values.shape, values.shape, values.shape, (1, 1, T)))
-    for to, x in zip((k, v), keys):
-        to.copy_(x)
-    _C.s2_attention_forward(out, lse, mirror.View(q, start, like), k, v, None, 4, 0, 0, D**-0.5)
-    for got, x in zip((out, lse), want):
-        np.testing.assert_array_equal(got.cpu().numpy(), x)
 
 
 @pytest.mark.parametrize("T,G", [(700, 200), (2500, 2300)])
@@ -365,10 +355,11 @@ def test_borders_that_a_gpu_cannot_refuse(borders, dtype, cuda, poison):
 
 
 @pytest.mark.parametrize("boundary", ["wrap", "swap"])
-def test_a_document_of_a_wrong_length_is_nan(boundary, cuda):
-    q, k, v, dout = inputs(1, 40, 2, 2, 16)
+def test_a_document_of_a_wrong_length_is_nan(boundary, dtype, cuda):
+    q, k, v, dout = inputs(1, 40, 2, 2, 16, dtype)
     kwargs = dict(group_size=6, boundary=boundary, shift="all", cu_seqlens=np.array([0, 12, 28, 40], np.int32))
     out, lse = ops.s2_attention_forward(q, k, v, **kwargs)
     results = (out, np.moveaxis(lse, 1, 2), *ops.s2_attention_backward(dout, q, k, v, out, lse, **kwargs))
     for x in results:
+        x = x.astype(np.float32)
         assert np.isnan(x[:, 12:28]).all() and np.isfinite(x[:, :12]).all() and np.isfinite(x[:, 28:]).all()

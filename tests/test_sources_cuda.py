@@ -13,8 +13,8 @@ from test_sources import stem
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(p for p in ROOT.glob("cuda/*") if p.suffix in (".cu", ".cuh", ".h"))
 NVCC = shutil.which(os.environ.get("NVCC") or "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-# What takes longest to compile is compiled for the two that it has code of its own for; what is close to spilling, for all.
-ARCHS = {"s2_attention.cu": ("sm_80", "sm_90a"), "lora_linear.cu": ("sm_80", "sm_90a", "sm_100", "sm_120")}
+# What is close to spilling is compiled for all that setup.py builds for.
+ARCHS = dict.fromkeys(("s2_attention.cu", "lora_linear.cu"), ("sm_80", "sm_90a", "sm_100", "sm_120"))
 
 
 @pytest.mark.parametrize("op", _C.specs)
@@ -41,6 +41,14 @@ def test_some_words_have_one_place(words, where):
         if path.name != where:
             code = re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.S)
             assert not re.search(words, code), f"{path.name}: {re.search(words, code)[0]}"
+
+
+@pytest.mark.skipif(not shutil.which("readelf"), reason="readelf is not installed")
+def test_neither_driver_nor_cublas_is_linked():
+    """The runtime is inside of the extension; the others are opened when they are needed, so it loads where they are not."""
+    said = subprocess.run(["readelf", "-d", _C.__file__], capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", said)
+    assert needed and not [library for library in needed if re.search("cuda|cublas|nvidia", library)]
 
 
 @pytest.mark.skipif(not NVCC, reason="nvcc is not installed")

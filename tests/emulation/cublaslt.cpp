@@ -1,9 +1,11 @@
 /* cublaslt.cpp --- cuBLASLt as far as cuda/cublaslt.h declares it, on the host: what gemm.cu finds when it opens the library.
  * It is strict: what the real one may refuse (unknown attributes, sizes of them, leading dimensions, layouts that do not fit
- * together, alignment worse than was promised to the heuristic, no workspace) is an error here. Sums are float64. */
+ * together, alignment worse than was promised to the heuristic, no workspace) is an error here. Sums are float64.
+ * LONGLORA_EMULATION_CUBLAS=refuses|none|fails: no algorithm, said in either way; one that then cannot be run. */
 #include "../../cuda/cublaslt.h"
 #include "emulation.h"
 
+#include <stdlib.h>
 #include <string.h>
 #include <vector>
 
@@ -66,6 +68,11 @@ EXPORT Status cublasLtMatmulPreferenceSetAttribute(Preference p, PreferenceAttri
     }
 }
 
+static bool answers(const char *how) {
+    const char *said = getenv("LONGLORA_EMULATION_CUBLAS");
+    return said && !strcmp(said, how);
+}
+
 /* What the heuristic says to matmul: the alignment that was promised, and a mark that this is an algorithm of ours. */
 enum { MARK = 0x4c4f4e47 };
 
@@ -83,6 +90,7 @@ EXPORT Status cublasLtMatmulAlgoGetHeuristic(Handle handle, Desc desc, Layout a,
     *count = 0;
     if (!handle || wanted < 1 || p->workspace < 1 << 20 || (p->reductions & ~(unsigned)REDUCTION_COMPUTE_TYPE)) return INVALID_VALUE;
     if (Status status = fit(desc, a, b, c, d)) return status;
+    if (answers("refuses") || answers("none")) return answers("none") ? SUCCESS : NOT_SUPPORTED;
     memset(found, 0, sizeof *found);
     found->algo.data[0] = MARK;
     for (int i = 0; i < 4; i++) found->algo.data[1 + i] = p->align[i];
@@ -119,6 +127,7 @@ EXPORT Status cublasLtMatmul(Handle handle, Desc desc, const void *alpha, const 
     for (int i = 0; i < 4; i++)
         if (!data[i] || (uintptr_t)data[i] % algo->data[1 + i] || (uintptr_t)data[i] % bytes_of(types[i])) return INVALID_VALUE;
     if (C == D && c->ld != d->ld) return INVALID_VALUE;
+    if (answers("fails")) return EXECUTION_FAILED;
     if (desc->epilogue == EPILOGUE_BIAS && (uintptr_t)desc->bias % 16) return INVALID_VALUE;   /* an illegal address, at times */
     cudaPointerAttributes alphas, betas;
     cudaPointerGetAttributes(&alphas, alpha), cudaPointerGetAttributes(&betas, beta);

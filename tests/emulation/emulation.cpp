@@ -648,7 +648,7 @@ cudaError_t take(Block **list, void **p, size_t bytes, bool poison) {
     if (!block) return note(cudaErrorMemoryAllocation);
     mprotect(mapping + mapped - PAGE, PAGE, PROT_NONE);
     char *memory = mapping + mapped - PAGE - rounded;
-    if (poison && bytes <= (size_t)1 << 30) memset(memory, 0xff, bytes);
+    if (poison && bytes <= (size_t)1 << 30) memset(memory, 0xff, rounded);
     *block = {memory, mapping, bytes, mapped, the_device, *list};
     *list = block;
     *p = memory;
