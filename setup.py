@@ -39,6 +39,9 @@ OPTIMISE = ["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O1", "-g1"] if SANITIZE el
 SANITIZERS = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"] if SANITIZE else []
 FLAGS = ["-std=c11", "-fopenmp", *WARN, *OPTIMISE, *SANITIZERS]
 MATH = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+# gcc for aarch64 would load the next operands of a tile so early that its sums go to memory; on x86 it does not by itself.
+if platform.machine() == "aarch64" and "clang" not in (os.environ.get("CC") or sysconfig.get_config_var("CC") or ""):
+    MATH.append("-fno-schedule-insns")
 # Without these three the C++ of the CUDA sources would need libstdc++ at run time.
 CXX_FLAGS = ["-std=c++17", "-fPIC", *WARN, "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
 
@@ -95,6 +98,12 @@ class BuildExt(build_ext):
     compiled side by side; one that is newer than its source and every header, made with the same flags, is kept."""
 
     def build_extension(self, ext):
+        cc = self.compiler.compiler_so
+        probe = subprocess.run([*cc, "-fopenmp", "-fsyntax-only", "-x", "c", "-"], input="#include <omp.h>\n", text=True,
+                               capture_output=True)
+        if probe.returncode:
+            raise SystemExit(f"OpenMP is needed, and {cc[0]} -fopenmp does not find it: gcc brings it along, clang's is libomp-dev "
+                             f"(Debian), Apple's clang has none\n{probe.stderr}")
         jobs = [(source, None, []) for source in CUDA_SOURCES if CUDA]
         jobs += [(source, [("LONGLORA_CUDA", "1")] * CUDA, []) for source in ext.sources]
         jobs += [(source, [("ISA", isa)], MATH + flags) for isa, flags in ISAS.items() for source in KERNELS]

@@ -9,16 +9,17 @@ enum { BLOCK = 8192 };
 typedef struct { const Adamw *a; float decay, rate, root, keep1, keep2, add1, add2, eps, scale; } Step;
 
 static int update_block(int64_t block, void *context) {
-    const Step *s = context;
-    const Adamw *a = s->a;
+    const Step s = *(const Step *)context;                             /* which no store below can change: a loop of vectors */
+    const Adamw *a = s.a;
     int64_t first = block * BLOCK, n = a->grad.shape[0] - first < BLOCK ? a->grad.shape[0] - first : BLOCK;
-    float *param = (float *)a->param.data + first, *m = (float *)a->m.data + first, *v = (float *)a->v.data + first;
-    const float *grad = (const float *)a->grad.data + first;
+    float *restrict param = (float *)a->param.data + first, *restrict m = (float *)a->m.data + first;
+    float *restrict v = (float *)a->v.data + first;
+    const float *restrict grad = (const float *)a->grad.data + first;
     for (int64_t i = 0; i < n; i++) {
-        float g = grad[i] * s->scale;
-        m[i] = s->keep1 * m[i] + s->add1 * g;
-        v[i] = s->keep2 * v[i] + s->add2 * (g * g);
-        param[i] = param[i] * s->decay - s->rate * m[i] / (sqrtf(v[i]) * s->root + s->eps);
+        float g = grad[i] * s.scale;
+        m[i] = s.keep1 * m[i] + s.add1 * g;
+        v[i] = s.keep2 * v[i] + s.add2 * (g * g);
+        param[i] = param[i] * s.decay - s.rate * m[i] / (sqrtf(v[i]) * s.root + s.eps);
     }
     if (given(&a->copy)) store_row(at(&a->copy, first), a->copy.dtype, param, n);
     return 0;

@@ -15,7 +15,9 @@ static int row_block(int64_t task, void *context) {
     load_row(row, x, r->x.dtype, n);
     if (r->add) {
         load_row(sum, out, r->out.dtype, n);
-        for (int64_t i = 0; i < n; i++) row[i] = sum[i] + r->scale * row[i];
+        int64_t i = 0;
+        for (; i + VW <= n; i += VW) vf_store(row + i, vf_load(sum + i) + r->scale * vf_load(row + i));
+        for (; i < n; i++) row[i] = sum[i] + r->scale * row[i];
     }
     store_row(out, r->out.dtype, row, n);
     return 0;

@@ -50,9 +50,9 @@
 #include <immintrin.h>
 #endif
 
-/* The tile of the micro-kernel: MR rows by NV vectors. 8 x 48 floats fill 24 of the 32 registers of AVX-512, 6 x 16 fill
- * 12 of the 16 of AVX2; what is left holds a row of b and one broadcast element of a. */
-#if defined __AVX512F__
+/* The tile of the micro-kernel: MR rows by NV vectors. 8 x 48 floats fill 24 of the 32 registers of AVX-512, 8 x 12 as many of
+ * those of aarch64, 6 x 16 fill 12 of the 16 of AVX2; what is left holds a row of b and one broadcast element of a. */
+#if defined __AVX512F__ || defined __aarch64__
 enum { MR = 8, NV = 3 };
 #elif defined __AVX2__
 enum { MR = 6, NV = 2 };
@@ -106,24 +106,24 @@ static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline __attribute__((always_inline)) void transpose(vf x[VW]) {
 #if defined __AVX2__ && !defined __AVX512F__                           /* pairs, pairs of pairs, halves: one instruction each */
     vf y[VW];
-#pragma GCC unroll 4
+    UNROLLED
     for (int i = 0; i < VW; i += 2) {
         y[i] = __builtin_shufflevector(x[i], x[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
         y[i + 1] = __builtin_shufflevector(x[i], x[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
     }
-#pragma GCC unroll 2
+    UNROLLED
     for (int i = 0; i < VW; i += 4)
-#pragma GCC unroll 2
+        UNROLLED
         for (int j = 0; j < 2; j++) {
             x[i + 2 * j] = __builtin_shufflevector(y[i + j], y[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
             x[i + 2 * j + 1] = __builtin_shufflevector(y[i + j], y[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
         }
-#pragma GCC unroll 4
+    UNROLLED
     for (int i = 0; i < VW / 2; i++) {
         y[i] = __builtin_shufflevector(x[i], x[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
         y[i + 4] = __builtin_shufflevector(x[i], x[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
     }
-#pragma GCC unroll 8
+    UNROLLED
     for (int i = 0; i < VW; i++) x[i] = y[i];
 #else                                                                  /* log2(VW) rounds of a perfect shuffle */
 #if defined __AVX512F__
@@ -133,15 +133,15 @@ static inline __attribute__((always_inline)) void transpose(vf x[VW]) {
 #define LOW 0, 4, 1, 5
 #define HIGH 2, 6, 3, 7
 #endif
-#pragma GCC unroll 4
+    UNROLLED
     for (int round = 1; round < VW; round *= 2) {
         vf y[VW];
-#pragma GCC unroll 8
+        UNROLLED
         for (int i = 0; i < VW / 2; i++) {
             y[2 * i] = __builtin_shufflevector(x[i], x[i + VW / 2], LOW);
             y[2 * i + 1] = __builtin_shufflevector(x[i], x[i + VW / 2], HIGH);
         }
-#pragma GCC unroll 16
+        UNROLLED
         for (int i = 0; i < VW; i++) x[i] = y[i];
     }
 #endif
@@ -175,7 +175,7 @@ static inline __attribute__((always_inline)) void pack_turned(float *out, const 
             int64_t s = s0 + block % per_line, j = block / per_line * VW, count = min64(VW, steps - s);
             if (count <= 0) continue;
             vf x[VW];
-#pragma GCC unroll 16
+            UNROLLED
             for (int i = 0; i < VW; i++) {
                 x[i] = (vf){0};
                 const char *q = p + s * size + (j + i) * line;
@@ -189,7 +189,7 @@ static inline __attribute__((always_inline)) void pack_turned(float *out, const 
             }
             transpose(x);
             int64_t wide = width < VW && s + VW >= steps ? count - 1 : count;
-#pragma GCC unroll 16
+            UNROLLED
             for (int i = 0; i < VW; i++)
                 if (i < wide) vf_store(out + (s + i) * width + j, x[i]);
                 else if (i < count) memcpy(out + (s + i) * width, &x[i], (size_t)width * 4);
@@ -272,7 +272,7 @@ static inline __attribute__((always_inline)) void pack_wide(float *out, const ch
     for (int64_t s = 0; s < steps; s++, p += line)
         for (int64_t j = 0; j < n; j += NR) {
             __builtin_prefetch(p + AHEAD / 2 * line + j * size);
-#pragma GCC unroll 3
+            UNROLLED
             for (int64_t i = 0; i < NR; i += VW) vf_store(out + j * steps + s * NR + i, vf_load_any(p + (j + i) * size, dtype));
         }
 }
@@ -336,22 +336,22 @@ static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64
     const char *next = b->next;
     for (int64_t s = 0; s < steps; s += 16) {
         if (direct)
-#pragma GCC unroll 8
+            UNROLLED
             for (int i = 0; i < mr; i++) __builtin_prefetch(pa + a->row[i] + a->ahead);
         int64_t end = min64(16, steps - s);
 #pragma GCC unroll 2
         for (int64_t t = 0; t < end; t++) {
             vf bv[NV];
-#pragma GCC unroll 3
+            UNROLLED
             for (int j = 0; j < nv; j++) {
                 bv[j] = vf_load(pb + j * VW);
                 if (direct_b == 1) __builtin_prefetch(pb + AHEAD * step_b + j * VW);
                 if (direct_b == NEXT && j * VW % 16 == 0) __builtin_prefetch(next + j * VW * 4, 0, 2);
             }
-#pragma GCC unroll 8
+            UNROLLED
             for (int i = 0; i < mr; i++) {
                 vf av = vf_set1(pa[direct ? a->row[i] : i]);
-#pragma GCC unroll 3
+                UNROLLED
                 for (int j = 0; j < nv; j++) sum[i][j] = multiply_add(sum[i][j], av, bv[j], dot);
             }
             pa += step_a;
@@ -367,9 +367,9 @@ static inline __attribute__((always_inline)) void tile(int64_t steps, const Side
                                                        const float *add, int64_t add_row, int direct, int direct_b, int mr, int nv,
                                                        int dot) {
     vf sum[MR][NV];
-#pragma GCC unroll 8
+    UNROLLED
     for (int i = 0; i < mr; i++)
-#pragma GCC unroll 3
+        UNROLLED
         for (int j = 0; j < nv; j++) {
             sum[i][j] = (vf){0};
             __builtin_prefetch(out + i * out_row + j * VW, 1);
@@ -377,9 +377,9 @@ static inline __attribute__((always_inline)) void tile(int64_t steps, const Side
         }
     multiply(sum, steps, a, b, direct, direct_b, mr, nv, dot);
     if (direct) multiply(sum, steps2, a2, b2, 0, 0, mr, nv, dot);
-#pragma GCC unroll 8
+    UNROLLED
     for (int i = 0; i < mr; i++)
-#pragma GCC unroll 3
+        UNROLLED
         for (int j = 0; j < nv; j++) {
             if (add) sum[i][j] += vf_load(add + i * add_row + j * VW);
             vf_store(out + i * out_row + j * VW, sum[i][j]);
@@ -394,7 +394,7 @@ typedef void (*Tile)(int64_t steps, const Side *a, const Side *b, int64_t steps2
                                                int64_t add_row) { \
         tile(steps, a, b, steps2, a2, b2, out, out_row, add, add_row, direct, direct_b, mr, nv, dot); \
     }
-#if defined __AVX512F__
+#if defined __AVX512F__ || defined __aarch64__
 #define TILES(name, direct, mr, dot) \
     TILE(name##_1, direct, 0, mr, 1, dot) TILE(name##_2, direct, 0, mr, 2, dot) TILE(name##_3, direct, 0, mr, 3, dot)
 #define NAMES(name) { name##_1, name##_2, name##_3 }
@@ -534,15 +534,15 @@ enum { NARROW_ROWS = 128, COLUMNS = VW / 2 };
 static inline __attribute__((always_inline)) void narrow_step(vf sum[VW], const char *const x[VW], int64_t at, const float *b,
                                                               int64_t depth, int64_t ahead, int32_t dtype, int dot, int columns) {
     vf av[VW];
-#pragma GCC unroll 16
+    UNROLLED
     for (int i = 0; i < VW / columns; i++) {
         av[i] = dot ? vf_load((const float *)(x[i] + at)) : vf_load_any(x[i] + at, dtype);
         __builtin_prefetch(x[i] + at + ahead);
     }
-#pragma GCC unroll 8
+    UNROLLED
     for (int j = 0; j < columns; j++) {
         vf bv = vf_keep(vf_load(b + j * depth));
-#pragma GCC unroll 16
+        UNROLLED
         for (int i = 0; i < VW / columns; i++) sum[i * columns + j] = multiply_add(sum[i * columns + j], av[i], bv, dot);
     }
 }
@@ -557,7 +557,7 @@ static inline __attribute__((always_inline)) void narrow_rows(const Job *job, in
     for (int64_t m = begin; m < end; m += rows) {
         const char *x[VW], *end_of[VW];
         char rest[VW][4 * VW] = {{0}};
-#pragma GCC unroll 16
+        UNROLLED
         for (int i = 0; i < rows; i++) {
             x[i] = element(job->a, min64(m + i, end - 1), 0), end_of[i] = rest[i];
             memcpy(rest[i], x[i] + whole * size * VW, (size_t)(bytes - whole * size * VW));
@@ -565,14 +565,14 @@ static inline __attribute__((always_inline)) void narrow_rows(const Job *job, in
         for (int64_t n = 0; n < all; n += columns) {
             const float *b = job->pack_b + n * depth;
             vf sum[VW];
-#pragma GCC unroll 16
+            UNROLLED
             for (int j = 0; j < VW; j++) sum[j] = (vf){0};
             for (int64_t k = 0; k < whole; k++) narrow_step(sum, x, k * size * VW, b + k * VW, depth, ahead, dtype, dot, columns);
             if (depth > whole * VW) narrow_step(sum, end_of, 0, b + whole * VW, depth, 0, dtype, dot, columns);
             transpose(sum);
-#pragma GCC unroll 16
+            UNROLLED
             for (int j = 1; j < VW; j++) sum[0] += sum[j];
-#pragma GCC unroll 16
+            UNROLLED
             for (int i = 0; i < rows; i++) memcpy(buffer + i * MOST + n, (float *)&sum[0] + i * columns, sizeof(float) * columns);
         }
         finish(job->g, job->swapped, buffer, MOST, m, 0, min64(rows, end - m), job->N, job->g->beta);

@@ -53,16 +53,16 @@ int parallel_for(int64_t n, int64_t cost, int (*body)(int64_t i, void *context),
 
 /* ---- memory ------------------------------------------------------------------------------------------------------- */
 
-enum { LINE = 64, HUGE = 2 << 20 };
+enum { LINE = 64, HUGE_PAGE = 2 << 20 };
 
 /* Straight from the system, in huge pages where it has them (a thousandth of the page faults), and so aligned that the
  * first of them is whole. Pages are committed when first touched and all go back at once when they are unmapped. */
 void *map_memory(int64_t bytes) {
-    size_t size = (size_t)bytes, spare = bytes < HUGE ? 0 : HUGE;
+    size_t size = (size_t)bytes, spare = bytes < HUGE_PAGE ? 0 : HUGE_PAGE;
     char *p = bytes < 0 ? MAP_FAILED : mmap(NULL, size + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) return NULL;
     if (!spare) return p;
-    size_t before = (HUGE - (uintptr_t)p % HUGE) % HUGE, page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t before = (HUGE_PAGE - (uintptr_t)p % HUGE_PAGE) % HUGE_PAGE, page = (size_t)sysconf(_SC_PAGESIZE);
     size_t end = (before + size + page - 1) / page * page;
     if (before) munmap(p, before);
     if (end < size + spare) munmap(p + end, size + spare - end);
@@ -111,10 +111,10 @@ static Block *from_kept(int64_t bytes) {
 }
 
 void *scratch(int64_t bytes) {
-    int64_t size = bytes < 0 || bytes > INT64_MAX - 2 * HUGE ? -1 : (bytes + 2 * LINE - 1) / LINE * LINE;
+    int64_t size = bytes < 0 || bytes > INT64_MAX - 2 * HUGE_PAGE ? -1 : (bytes + 2 * LINE - 1) / LINE * LINE;
     Block *block = NULL;
     if (size >= LARGE) {
-        size = (size + HUGE - 1) / HUGE * HUGE;
+        size = (size + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
         if ((block = from_kept(size))) return (char *)block + LINE;
         block = map_memory(size);
     } else if (size >= 0) block = aligned_alloc(LINE, (size_t)size);

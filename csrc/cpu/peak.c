@@ -6,13 +6,13 @@ enum { CHAINS = VW == 16 ? 24 : 12 };                                  /* indepe
 /* n rounds of CHAINS vectors in registers -> the floating point operations done. */
 double CPU(peak)(int64_t n, float *out) {
     vf a[CHAINS], x = vf_set1(0.999f), y = vf_set1(1e-3f);
-#pragma GCC unroll 32
+    UNROLLED
     for (int i = 0; i < CHAINS; i++) a[i] = x + (float)i;
     for (int64_t k = 0; k < n; k++) {
-#pragma GCC unroll 32
+        UNROLLED
         for (int i = 0; i < CHAINS; i++) a[i] = a[i] * x + y;
     }
-#pragma GCC unroll 32
+    UNROLLED
     for (int i = 1; i < CHAINS; i++) a[0] += a[i];
     *out = vf_sum(a[0]);
     return 2.0 * VW * CHAINS * (double)n;

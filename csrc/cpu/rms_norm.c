@@ -18,29 +18,43 @@ typedef struct { vf v[4]; } Step;
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* The first n elements of a pair, with zeros for the others: those of a row's end. */
+/* The first n elements of a pair, with zeros for the others: those of a row's end. In two masked loads where there are such: a
+ * load of what several smaller stores have just written waits until they are through. */
 static __attribute__((noinline)) vf2 get_part(const char *p, int32_t dtype, int64_t n) {
+#if defined __AVX512F__
+    if (dtype == F32) {
+        uint32_t mask = (1u << n) - 1;                                 /* n is below 2 VW */
+        __m512 low = _mm512_maskz_loadu_ps((__mmask16)mask, p), high = _mm512_maskz_loadu_ps((__mmask16)(mask >> VW), p + 4 * VW);
+        return (vf2){{ (vf)low, (vf)high }};
+    }
+#elif defined __AVX2__
+    if (dtype == F32) {
+        vi lane = { 0, 1, 2, 3, 4, 5, 6, 7 };
+        __m256i low = (__m256i)(lane < (int32_t)n), high = (__m256i)(lane < (int32_t)n - VW);
+        return (vf2){{ (vf)_mm256_maskload_ps((const float *)p, low), (vf)_mm256_maskload_ps((const float *)p + VW, high) }};
+    }
+#endif
     char part[8 * VW] = {0};
-    if (n > 0) memcpy(part, p, (size_t)(n * dtype_size(dtype)));
+    memcpy(part, p, (size_t)(n * dtype_size(dtype)));
     return vf_load2(part, dtype);
 }
 static __attribute__((noinline)) void put_part(char *p, int32_t dtype, int64_t n, vf2 x) {
     char part[8 * VW];
     vf_store2(part, dtype, x);
-    if (n > 0) memcpy(p, part, (size_t)(n * dtype_size(dtype)));
+    memcpy(p, part, (size_t)(n * dtype_size(dtype)));
 }
 /* The elements of a row from c on, n of them where the row ends before STEP: then zeros follow. */
 INLINE Step get(const char *row, int32_t dtype, int64_t c, int64_t n) {
     const char *p = row + c * dtype_size(dtype), *q = p + 2 * VW * dtype_size(dtype);
     vf2 low = n >= 2 * VW ? vf_load2(p, dtype) : get_part(p, dtype, n);
-    vf2 high = n >= STEP ? vf_load2(q, dtype) : get_part(q, dtype, n - 2 * VW);
+    vf2 high = n >= STEP ? vf_load2(q, dtype) : n > 2 * VW ? get_part(q, dtype, n - 2 * VW) : (vf2){{{0}}};
     return (Step){{ low.v[0], low.v[1], high.v[0], high.v[1] }};
 }
 INLINE void put(char *row, int32_t dtype, int64_t c, int64_t n, Step x) {
     char *p = row + c * dtype_size(dtype), *q = p + 2 * VW * dtype_size(dtype);
     vf2 low = {{ x.v[0], x.v[1] }}, high = {{ x.v[2], x.v[3] }};
     if (n >= 2 * VW) vf_store2(p, dtype, low); else put_part(p, dtype, n, low);
-    if (n >= STEP) vf_store2(q, dtype, high); else put_part(q, dtype, n - 2 * VW, high);
+    if (n >= STEP) vf_store2(q, dtype, high); else if (n > 2 * VW) put_part(q, dtype, n - 2 * VW, high);
 }
 /* The first pass over a row fetches where its result goes, the second fetches the next row: the processor's own fetching ahead
  * ends with each page. */
@@ -54,17 +68,17 @@ INLINE void square_step(const char *x, const char *residual, char *sum, int32_t 
     Step v = get(x, dtype, c, n);
     if (residual) {
         Step r = get(residual, dtype, c, n);
-#pragma GCC unroll 4
+        UNROLLED
         for (int i = 0; i < 4; i++) v.v[i] += r.v[i];
     }
     if (sum) { put(sum, dtype, c, n, v); v = get(sum, dtype, c, n); }
-#pragma GCC unroll 4
+    UNROLLED
     for (int i = 0; i < 4; i++) squares[i] += v.v[i] * v.v[i];
 }
 
 INLINE void scale_step(char *out, const char *x, const char *weight, int32_t dtype, int64_t c, int64_t n, vf rstd) {
     Step v = get(x, dtype, c, n), w = get(weight, dtype, c, n);
-#pragma GCC unroll 4
+    UNROLLED
     for (int i = 0; i < 4; i++) v.v[i] = v.v[i] * rstd * w.v[i];
     put(out, dtype, c, n, v);
 }
@@ -117,14 +131,14 @@ int CPU(rms_norm_forward)(const void *args, void *stream) {
 
 INLINE void dot_step(const char *dout, const char *weight, const char *x, int32_t dtype, int64_t c, int64_t n, vf dots[4]) {
     Step d = get(dout, dtype, c, n), w = get(weight, dtype, c, n), v = get(x, dtype, c, n);
-#pragma GCC unroll 4
+    UNROLLED
     for (int i = 0; i < 4; i++) dots[i] += d.v[i] * w.v[i] * v.v[i];
 }
 
 INLINE void gradient_step(char *dx, float *dweight, const char *dout, const char *x, const char *weight, const char *dresidual,
                           int32_t dtype, int64_t c, int64_t n, vf r, vf k) {
     Step d = get(dout, dtype, c, n), v = get(x, dtype, c, n), w = get(weight, dtype, c, n), grad;
-#pragma GCC unroll 4
+    UNROLLED
     for (int i = 0; i < 4; i++) {
         vf rd = r * d.v[i];
         grad.v[i] = rd * w.v[i] - k * v.v[i];
@@ -132,7 +146,7 @@ INLINE void gradient_step(char *dx, float *dweight, const char *dout, const char
     }
     if (dresidual) {
         Step more = get(dresidual, dtype, c, n);
-#pragma GCC unroll 4
+        UNROLLED
         for (int i = 0; i < 4; i++) grad.v[i] += more.v[i];
     }
     put(dx, dtype, c, n, grad);

@@ -61,26 +61,26 @@ typedef void Tile(float *c, int64_t ldc, const float *a, int64_t lda, const floa
 static inline __attribute__((always_inline)) void tile(int rows, int vecs, int across, float *c, int64_t ldc, const float *a,
                                                        int64_t lda, const float *b, int64_t ldb, int64_t n, int add) {
     vf sum[MR][NV];
-#pragma GCC unroll 8
+    UNROLLED
     for (int i = 0; i < rows; i++) {
-#pragma GCC unroll 8
+        UNROLLED
         for (int j = 0; j < vecs; j++) sum[i][j] = (vf){0};
     }
 #pragma GCC unroll 4
     for (int64_t k = 0; k < n; k++) {
         vf x[NV];
-#pragma GCC unroll 8
+        UNROLLED
         for (int j = 0; j < vecs; j++) x[j] = vf_load(b + k * ldb + j * VW);
-#pragma GCC unroll 8
+        UNROLLED
         for (int i = 0; i < rows; i++) {
             vf y = vf_set1(across ? a[k * lda + i] : a[i * lda + k]);
-#pragma GCC unroll 8
+            UNROLLED
             for (int j = 0; j < vecs; j++) sum[i][j] += y * x[j];
         }
     }
-#pragma GCC unroll 8
+    UNROLLED
     for (int i = 0; i < rows; i++) {
-#pragma GCC unroll 8
+        UNROLLED
         for (int j = 0; j < vecs; j++) {
             if (add) sum[i][j] += vf_load(c + i * ldc + j * VW);
             vf_store(c + i * ldc + j * VW, sum[i][j]);
@@ -251,19 +251,19 @@ static void load_rows(float *out, int64_t pitch, const Tensor *x, const Segment 
 static void transpose(float *out, const float *rows, int64_t pitch) {
     for (int64_t d = 0; d < pitch; d += VW) for (int64_t i = 0; i < BQ; i += VW) {
         vf x[VW], y[VW];
-#pragma GCC unroll 16
+        UNROLLED
         for (int r = 0; r < VW; r++) x[r] = vf_load(rows + (i + r) * pitch + d);
-#pragma GCC unroll 4
+        UNROLLED
         for (int step = 0; step < (VW == 16 ? 4 : VW == 8 ? 3 : 2); step++) {
-#pragma GCC unroll 8
+            UNROLLED
             for (int r = 0; r < VW / 2; r++) {
                 y[2 * r] = LOW(x[r], x[r + VW / 2]);
                 y[2 * r + 1] = HIGH(x[r], x[r + VW / 2]);
             }
-#pragma GCC unroll 16
+            UNROLLED
             for (int r = 0; r < VW; r++) x[r] = y[r];
         }
-#pragma GCC unroll 16
+        UNROLLED
         for (int r = 0; r < VW; r++) vf_store(out + (d + r) * BQ + i, x[r]);
     }
 }

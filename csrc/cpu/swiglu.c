@@ -16,7 +16,7 @@ static inline vf one_and_exp(vf x) { return 1.0f + vf_exp_within(-vf_max(vf_set1
 
 static inline void forward_pair(char *out, const char *gate, const char *up, int32_t dtype) {
     vf2 g = vf_load2(gate, dtype), u = vf_load2(up, dtype), o;
-#pragma GCC unroll 2
+    UNROLLED
     for (int i = 0; i < 2; i++) o.v[i] = g.v[i] / one_and_exp(g.v[i]) * u.v[i];
     vf_store2(out, dtype, o);
 }
@@ -24,7 +24,7 @@ static inline void forward_pair(char *out, const char *gate, const char *up, int
 /* d silu(g)/dg = s (1 + g (1 - s)), s = sigmoid(g). */
 static inline void backward_pair(char *dgate, char *dup, const char *dout, const char *gate, const char *up, int32_t dtype) {
     vf2 g = vf_load2(gate, dtype), u = vf_load2(up, dtype), d = vf_load2(dout, dtype), dg, du;
-#pragma GCC unroll 2
+    UNROLLED
     for (int i = 0; i < 2; i++) {
         vf s = 1.0f / one_and_exp(g.v[i]), ds = d.v[i] * s;
         dg.v[i] = ds * u.v[i] * (1.0f + g.v[i] * (1.0f - s));
