@@ -33,6 +33,8 @@
  * and two cores there, in turn, medians of 9 to 25:
  *   a residual, M = 2048, K = 576, N = 576, over the product without one, best of 9: a pass over finished tiles 1.40, what the
  *   first sums are added to 1.05
+ *   M = 4096, K = 2048, rows of a 8 KiB apart, N = 96, 192, 384, 576, 1024, 2048, in place over packed: with the next rows fetched 1.28,
+ *   1.01, 0.93, 0.91, 0.86, 0.84, without 1.46, 1.12, 1.07, 1.00, 0.93, 1.01; K = 1536, without, N = 576, 1024, 2048: 1.08, 1.02, 0.97
  *   M = 7, 576x576, bfloat16: on one thread for its few FLOPs, on two for what is packed too 1.33 times the speed
  *   no gain: the next panel of b fetched into the L2 cache during the tiles before it (0.99 to 1.02), sums of float32 results kept
  *   beside the tile instead of in c (1.00 to 1.02, but one way for all), with K = 8 c fetched six tiles ahead (1.00)
@@ -680,8 +682,9 @@ int CPU(gemm)(const Gemm *g) {
     int turned = !job.dot && job.a.row == 1 && job.a.dtype == F32, shared = turned && job.M > TURNED_ROWS;
     if (turned && !shared) job.direct = 1, job.step_a = job.a.col, job.ahead = AHEAD * job.a.col;  /* too few rows to pack them */
     if (!job.dot && !job.direct && job.a.col == 1) job.direct = job.copied = 1;
-    /* Rows a multiple of half a page apart fall on the same few lines of the L1 cache, where they push each other out. */
-    if (!job.dot && !job.copied && job.a.col == 1 && job.a.row % 512 == 0 && job.N > 4 * NR) job.direct = 0;
+    /* Rows a multiple of half a page apart fall on the same few lines of the L1 cache, where they push each other out: nothing is
+     * fetched ahead there, and with columns enough to pay for it they are packed. */
+    if (!job.dot && !job.copied && job.a.col == 1 && job.a.row % 512 == 0) job.ahead = 0, job.direct = job.direct && job.N <= 768;
     job.nr = panel_columns(job.N);
     job.direct_b = !job.dot && job.b.col == 1 && job.b.dtype == F32 && job.R == 0 && job.nr == NR &&
                    job.M <= MR;
