@@ -82,7 +82,8 @@ def test_what_cublas_has_no_algorithm_for(answer, dtype, cuda, poison, monkeypat
     _, dx, dweight = ops.linear_cross_entropy_backward(a, b, targets, dlosses, train_weight=True)
     want = checks.reference.linear_cross_entropy_backward(a, b, targets, dlosses, train_weight=True)
     for got, x in ((dx, want[1]), (dweight, want[2])):
-        assert np.abs(got.astype(np.float64) - x).max() <= 2e-2 * np.abs(x).max()
+        limit = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}[dtype]    # here float16's smallest steps are 1 % of dx
+        assert np.abs(got.astype(np.float64) - x).max() <= limit * np.abs(x).max()
 
 
 @needs_emulation

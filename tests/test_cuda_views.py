@@ -28,6 +28,7 @@ def calls():
     finally:
         sys.path.pop()
     yield from calls()
+
     def some(n):
         return random(n), "out", "float32"
     yield "cast", ((random(37, 72), "out", "common"), random(37, 72))

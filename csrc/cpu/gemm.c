@@ -33,8 +33,9 @@
  * and two cores there, in turn, medians of 9 to 25:
  *   a residual, M = 2048, K = 576, N = 576, over the product without one, best of 9: a pass over finished tiles 1.40, what the
  *   first sums are added to 1.05
- *   M = 4096, K = 2048, rows of a 8 KiB apart, N = 96, 192, 384, 576, 1024, 2048, in place over packed: with the next rows fetched 1.28,
- *   1.01, 0.93, 0.91, 0.86, 0.84, without 1.46, 1.12, 1.07, 1.00, 0.93, 1.01; K = 1536, without, N = 576, 1024, 2048: 1.08, 1.02, 0.97
+ *   K = 2048, rows of a 8 KiB apart, M = 4096 (32768 for N = 96, 2048 for N = 2048 with the fetch), N = 96, 192, 384, 576, 1024, 2048,
+ *   in place over packed: with the next rows fetched 1.28, 1.01, 0.93, 0.91, 0.86, 0.84; without 1.46 and 1.12 (over the fetch 1.14,
+ *   1.12), 1.07, 1.00, 0.93, 1.01; K = 1536, without, N = 576, 1024, 2048: 1.08, 1.02, 0.97
  *   M = 7, 576x576, bfloat16: on one thread for its few FLOPs, on two for what is packed too 1.33 times the speed
  *   no gain: the next panel of b fetched into the L2 cache during the tiles before it (0.99 to 1.02), sums of float32 results kept
  *   beside the tile instead of in c (1.00 to 1.02, but one way for all), with K = 8 c fetched six tiles ahead (1.00)
@@ -71,7 +72,7 @@ enum {
     ROWS = 480,                        /* of a in one task, at most */
     FEW_ROWS = 64,                     /* with no more, each task packs GROUP columns of b at a time, KC / 3 steps of them */
     TURNED_ROWS = VW == 16 ? 256 : FEW_ROWS, /* with no more, a turned a is read in place; with more, packed, short vectors b too */
-    GROUP = 384 / NR * NR,             /* a third of that where k is short, or more than two tiles read what was packed */
+    GROUP = 384 / NR * NR,             /* a third of that where k is short or there are more than 16 rows */
     NEAR = (FEW_ROWS + MR) * GROUP > ROWS * NR ? (FEW_ROWS + MR) * GROUP : ROWS * NR,
     NEAR_B = (KC + KC / EXTRA) * (GROUP / 3 > NR ? GROUP / 3 + 1 : NR),
     TASK_BYTES = (VW == 16 ? 480 : 240) << 10, /* rows of a that one task works on: half of an L2 cache */
@@ -91,7 +92,8 @@ typedef struct Job {
     int64_t steps, steps2;             /* K and R in steps */
     int64_t m0, m1, n0, n1, s0, s1;    /* what is packed now; s in steps, of K + R */
     int64_t tile_m, tile_n, tiles_n, packed_n; /* columns from packed_n on are packed */
-    int64_t nr, mr, group;             /* columns of a panel, rows of a tile: NR and MR, or less where that divides better */
+    int64_t nr, mr;                    /* columns of a panel, rows of a tile: NR and MR, or less where that divides better */
+    int64_t group;                     /* columns that a task packs at a time, with local_b */
     int64_t a_row, step_a, ahead;      /* floats from row to row, from step to step of a in place, and to what comes next */
     float *pack_a, *pack_b, *ext;
     float *sum;                        /* sums of all rows and columns in work, where c cannot hold them between depths */
@@ -727,7 +729,8 @@ int CPU(gemm)(const Gemm *g) {
                 job.packed_n = job.direct_b ? job.n0 + (job.n1 - job.n0) / NR * NR : job.n0;
                 if (job.local_b) job.packed_n = job.n1;
                 int64_t tasks_b = pack_tasks_b(&job), tasks_m = ceil_div(job.m1 - job.m0, MR * A_PANELS);
-                if (parallel_for(tasks_b + (job.direct ? 0 : tasks_m), (job.s1 - job.s0) * job.nr * B_PANELS / 4, pack_task, &job)) goto done;
+                int64_t all_tasks = tasks_b + (job.direct ? 0 : tasks_m), packing = (job.s1 - job.s0) * job.nr * B_PANELS / 4;
+                if (parallel_for(all_tasks, packing, pack_task, &job)) goto done;
                 thin.m0 = job.m0, thin.m1 = job.m1, thin.s0 = job.s0, thin.s1 = min64(job.s1, job.steps);
                 if (job.thin && job.n0 == 0 && !is_narrow(&thin) &&
                     parallel_for(pack_tasks_b(&thin), depth * NR * B_PANELS / 4, pack_task, &thin)) goto done;

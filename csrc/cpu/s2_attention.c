@@ -301,7 +301,7 @@ static inline vi hidden(const Block *b, int64_t j, int64_t v) {
     return mask;
 }
 
-/* Products leave out what the diagonal hides but for a tile: up to MR keys behind a row are read. So the keys that the rows of
+/* Products leave out what the diagonal hides but for a tile: fewer than MR keys behind a row are read. So the keys that the rows of
  * `vecs` vectors from v on have need of, and the first vector that has need of key j. */
 static inline int64_t keys_of(const Block *b, int64_t v, int64_t vecs) {
     return min64(b->keys, max64(0, b->row - b->key + (v + vecs) * VW + MR - 1));
@@ -389,8 +389,8 @@ typedef struct {
 static void softmax(float *p, const Block *b, float *maximum, float *sum, float *shrink) {
     for (int64_t v = 0; v * VW < b->rows; v += NV) {
         float *column = p + v * VW;
-        int64_t keys = keys_of(b, v, NV), below = b->segment->low > b->key ? 0 : max64(0, b->row + v * VW + 1 - b->key);
-        for (int64_t j = below; j < keys; j++) if (any_hidden(b, j, v)) for (int i = 0; i < NV; i++) {
+        int64_t keys = keys_of(b, v, NV), first = b->segment->low > b->key ? 0 : max64(0, b->row + v * VW + 1 - b->key);
+        for (int64_t j = first; j < keys; j++) if (any_hidden(b, j, v)) for (int i = 0; i < NV; i++) {
             float *x = column + j * BQ + i * VW;
             vf_store(x, vf_select(hidden(b, j, v + i), vf_set1(-INFINITY), vf_load(x)));
         }
