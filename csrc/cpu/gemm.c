@@ -91,7 +91,7 @@ typedef struct Job {
     Matrix a, b, a2, b2;               /* here a2 is u, the second half of the sums a2 b2 */
     int64_t steps, steps2;             /* K and R in steps */
     int64_t m0, m1, n0, n1, s0, s1;    /* what is packed now; s in steps, of K + R */
-    int64_t tile_m, tile_n, tiles_n, packed_n; /* columns from packed_n on are packed */
+    int64_t tile_m, tile_n, tiles_n, packed_n, pack_n; /* columns from packed_n on are packed, pack_n of them by a task */
     int64_t nr, mr;                    /* columns of a panel, rows of a tile: NR and MR, or less where that divides better */
     int64_t group;                     /* columns that a task packs at a time, with local_b */
     int64_t a_row, step_a, ahead;      /* floats from row to row, from step to step of a in place, and to what comes next */
@@ -270,40 +270,49 @@ static void pack_panel(const Job *job, float *out, int64_t s0, int64_t s1, int64
 }
 
 /* Steps s0 .. s1 of the panels from n0 to n1, one behind the other: row by row, as memory likes it, where k is not dense. */
-static inline __attribute__((always_inline)) void pack_wide(float *out, const char *p, int64_t line, int64_t steps, int64_t n,
-                                                            int32_t dtype) {
+static inline __attribute__((always_inline)) void pack_wide(float *out, int64_t pitch, const char *p, int64_t line, int64_t steps,
+                                                            int64_t n, int32_t dtype) {
     int64_t size = dtype == F32 ? 4 : 2;
     for (int64_t s = 0; s < steps; s++, p += line)
         for (int64_t j = 0; j < n; j += NR) {
             __builtin_prefetch(p + AHEAD / 2 * line + j * size);
             UNROLLED
-            for (int64_t i = 0; i < NR; i += VW) vf_store(out + j * steps + s * NR + i, vf_load_any(p + (j + i) * size, dtype));
+            for (int64_t i = 0; i < NR; i += VW) vf_store(out + j * pitch + s * NR + i, vf_load_any(p + (j + i) * size, dtype));
         }
 }
 
-static void pack_local(const Job *job, float *out, int64_t s0, int64_t s1, int64_t n0, int64_t n1) {
+static void pack_panels(const Job *job, float *out, int64_t s0, int64_t s1, int64_t n0, int64_t n1) {
     Matrix b = job->b;
-    int64_t n = n0, line = b.row * dtype_size(b.dtype);
-    if (!job->dot && b.col == 1 && s1 <= job->steps && job->nr == NR) {
-        n += (n1 - n0) / NR * NR;
-        if (b.dtype == F32) pack_wide(out, element(b, s0, n0), line, s1 - s0, n - n0, F32);
-        else if (b.dtype == BF16) pack_wide(out, element(b, s0, n0), line, s1 - s0, n - n0, BF16);
-        else pack_wide(out, element(b, s0, n0), line, s1 - s0, n - n0, F16);
+    int64_t line = b.row * dtype_size(b.dtype), whole = 0, first = min64(s1, job->steps) - s0;
+    if (!job->dot && b.col == 1 && first > 0 && job->nr == NR) {
+        whole = (n1 - n0) / NR * NR;
+        if (b.dtype == F32) pack_wide(out, s1 - s0, element(b, s0, n0), line, first, whole, F32);
+        else if (b.dtype == BF16) pack_wide(out, s1 - s0, element(b, s0, n0), line, first, whole, BF16);
+        else pack_wide(out, s1 - s0, element(b, s0, n0), line, first, whole, F16);
     }
-    for (; n < n1; n += job->nr)
-        pack_panel(job, out + (n - n0) * (s1 - s0), s0, s1, n, panel_width(job, n));
+    for (int64_t n = n0; n < n1; n += job->nr) {
+        int64_t s = n - n0 < whole ? s0 + first : s0, width = panel_width(job, n);
+        if (s < s1) pack_panel(job, out + (n - n0) * (s1 - s0) + (s - s0) * width, s, s1, n, width);
+    }
 }
 
 /* One task packs neighbouring panels side by side, SWEEP steps at a time: whole cache lines of a row are read together. */
-enum { SWEEP = 64, B_PANELS = 4, A_PANELS = 16 };
-static inline int64_t pack_tasks_b(const Job *job) { return ceil_div(job->n1 - job->packed_n, job->nr * B_PANELS); }
+enum { SWEEP = 64, LEAST_PANELS = 4, PANELS = 16 };
+static inline int64_t pack_tasks_b(const Job *job) { return ceil_div(job->n1 - job->packed_n, job->pack_n); }
+static inline int64_t columns_of_task(const Job *job, int64_t threads) {
+    return job->nr * min64(PANELS, max64(LEAST_PANELS, ceil_div(ceil_div(job->n1 - job->packed_n, job->nr), 4 * threads)));
+}
 static inline int64_t steps_a(const Job *job) { return min64(job->s1, job->steps) - job->s0; }   /* of a in this slice */
 
 static int pack_task(int64_t i, void *context) {
     Job *job = context;
     int64_t steps = job->s1 - job->s0, tasks_b = pack_tasks_b(job), per = job->dot ? 2 : 1;
-    int64_t j0 = i < tasks_b ? job->packed_n + i * job->nr * B_PANELS : job->m0 + (i - tasks_b) * MR * A_PANELS;
-    int64_t j1 = i < tasks_b ? min64(job->n1, j0 + job->nr * B_PANELS) : min64(job->m1, j0 + MR * A_PANELS);
+    int64_t j0 = i < tasks_b ? job->packed_n + i * job->pack_n : job->m0 + (i - tasks_b) * MR * PANELS;
+    int64_t j1 = i < tasks_b ? min64(job->n1, j0 + job->pack_n) : min64(job->m1, j0 + MR * PANELS);
+    if (i < tasks_b && job->b.col == 1 && !job->dot) {
+        pack_panels(job, job->pack_b + (j0 - job->packed_n) * steps, job->s0, job->s1, j0, j1);
+        return 0;
+    }
     for (int64_t s = job->s0, last = i < tasks_b ? job->s1 : job->s0 + steps_a(job); s < last; s += SWEEP)
         for (int64_t j = j0, end = min64(last, s + SWEEP); j < j1; j += i < tasks_b ? job->nr : MR)
             if (i < tasks_b) {
@@ -484,7 +493,7 @@ static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_
         do {
             next = s + ceil_div(job->s1 - s, max64(1, ceil_div(job->s1 - s, kc + kc / EXTRA)));
             int64_t part = job->direct ? max64(0, min64(next, job->steps) - s) : next - s;
-            if (job->local_b) pack_local(job, near_b, s, next, n0, n1);
+            if (job->local_b) pack_panels(job, near_b, s, next, n0, n1);
             for (int64_t n = n0; n < n1; n += job->nr) {
                 int64_t width = panel_width(job, n), cols = min64(width, n1 - n);
                 int there = job->direct_b && n < job->packed_n;
@@ -644,8 +653,8 @@ static void ready_rows(const Job *job, int64_t m_begin, int64_t m_end) {
 
 static int ready_task(int64_t i, void *context) {
     const Job *job = context;
-    int64_t m = job->m0 + i * MR * A_PANELS;
-    ready_rows(job, m, min64(job->m1, m + MR * A_PANELS));
+    int64_t m = job->m0 + i * MR * PANELS;
+    ready_rows(job, m, min64(job->m1, m + MR * PANELS));
     return 0;
 }
 
@@ -695,7 +704,9 @@ int CPU(gemm)(const Gemm *g) {
     job.mr = job.direct && job.R == 0 && job.M <= FEW_ROWS && job.M % MR ? FEW : MR;
     job.steps = ceil_div(job.K, per), job.steps2 = ceil_div(job.R, per);
     if (is_narrow(&job)) return narrow(&job);
-    int64_t all = job.steps + job.steps2, depth = max64(1, ceil_div(job.steps, max64(1, ceil_div(job.steps, KS + KS / EXTRA))));
+    int64_t all = job.steps + job.steps2, most = KS + KS / EXTRA;
+    if (job.direct && job.steps <= 2 * KS && job.steps * job.N <= PACK_BYTES / 4) most = 2 * KS;   /* then all of b is packed at once */
+    int64_t depth = max64(1, ceil_div(job.steps, max64(1, ceil_div(job.steps, most))));
     int64_t depth_b = depth + job.steps2;
     job.plain = g->c_dtype == F32 && !job.swapped && g->alpha == 1 && (g->beta == 0 || (g->beta == 1 && !g->residual)) && !g->bias;
     int keep = !job.plain && depth < job.steps;
@@ -708,9 +719,11 @@ int CPU(gemm)(const Gemm *g) {
     thin.g = &of_u, thin.N = thin.n1 = job.R, thin.R = thin.steps2 = 0, thin.b = g->a2, thin.nr = panel_columns(job.R);
     thin.plain = 1, thin.local_b = 0;
     if (job.R && !job.swapped) job.thin = &thin;
+    int64_t threads = get_threads();
+    thin.pack_n = columns_of_task(&thin, threads);
     int64_t size_u = !job.thin ? 0 : is_narrow(&thin) ? narrow_size(&thin) : depth * ceil_div(job.R, NR) * NR;
     int64_t size_b = job.local_b ? 0 : depth_b * job.wide_n, size_ext = job.direct ? job.steps2 * job.wide_m + VW : 0;
-    int64_t size_a = job.copied ? job.a_row * job.wide_m : job.direct ? 0 : depth_b * job.wide_m + VW, threads = get_threads();
+    int64_t size_a = job.copied ? job.a_row * job.wide_m : job.direct ? 0 : depth_b * job.wide_m + VW;
     int status = -1;
     float *memory = scratch(4 * (size_b + size_u + size_ext + size_a + (keep ? job.wide_m * job.wide_n : 0)));
     if (!memory) return -1;
@@ -728,12 +741,13 @@ int CPU(gemm)(const Gemm *g) {
                 if (!job.direct) job.a_row = thin.a_row = job.s1 - job.s0;
                 job.packed_n = job.direct_b ? job.n0 + (job.n1 - job.n0) / NR * NR : job.n0;
                 if (job.local_b) job.packed_n = job.n1;
-                int64_t tasks_b = pack_tasks_b(&job), tasks_m = ceil_div(job.m1 - job.m0, MR * A_PANELS);
-                int64_t all_tasks = tasks_b + (job.direct ? 0 : tasks_m), packing = (job.s1 - job.s0) * job.nr * B_PANELS / 4;
+                job.pack_n = columns_of_task(&job, threads);
+                int64_t tasks_b = pack_tasks_b(&job), tasks_m = ceil_div(job.m1 - job.m0, MR * PANELS);
+                int64_t all_tasks = tasks_b + (job.direct ? 0 : tasks_m), packing = (job.s1 - job.s0) * job.pack_n / 4;
                 if (parallel_for(all_tasks, packing, pack_task, &job)) goto done;
                 thin.m0 = job.m0, thin.m1 = job.m1, thin.s0 = job.s0, thin.s1 = min64(job.s1, job.steps);
                 if (job.thin && job.n0 == 0 && !is_narrow(&thin) &&
-                    parallel_for(pack_tasks_b(&thin), depth * NR * B_PANELS / 4, pack_task, &thin)) goto done;
+                    parallel_for(pack_tasks_b(&thin), depth * thin.pack_n / 4, pack_task, &thin)) goto done;
                 int64_t rows = job.m1 - job.m0, cols = job.n1 - job.n0;
                 job.tile_m = min64(ROWS, max64(1, TASK_BYTES / 4 / max64(1, job.s1 - job.s0) / MR) * MR);
                 job.tile_n = ceil_div(cols, NR) * NR;
@@ -746,7 +760,7 @@ int CPU(gemm)(const Gemm *g) {
                 job.tiles_n = ceil_div(cols, job.tile_n);
                 int64_t tasks = ceil_div(rows, job.tile_m) * job.tiles_n;
                 int64_t cost = (rows + (job.local_b ? 32 : 0)) * cols * (job.s1 - job.s0) / 64;        /* what each packs included */
-                int64_t ready = MR * A_PANELS * (job.R + 8) * (job.s1 - job.s0) / 64;
+                int64_t ready = MR * PANELS * (job.R + 8) * (job.s1 - job.s0) / 64;
                 if ((job.R || job.copied) && job.tiles_n > 1 && parallel_for(tasks_m, ready, ready_task, &job)) goto done;
                 if (parallel_for(tasks, cost / tasks, tile_task, &job)) goto done;
                 job.s0 = job.s1;

@@ -9,9 +9,8 @@
 
 enum {
     BLOCK = HEAD_BLOCK,                /* rows of V that one task reduces, in fixed order */
-    ROUND = HEAD_ROUND,                /* rows of a chunk come in whole tiles of gemm */
-    VECTORS = ROUND / VW,
-    WEIGHT_BYTES = 6 << 20,            /* of float32 weight that one step of the backward works on, while it is in the cache */
+    VECTORS = 3 * HEAD_ROUND / VW,     /* of columns that are reduced together, at most */
+    WEIGHT_BYTES = 4 << 20,            /* of float32 weight that one step of the backward works on, while it is in the cache */
 };
 
 typedef struct {
@@ -26,6 +25,25 @@ static inline int64_t target(const Chunk *c, int64_t i) {
     return ((const int32_t *)c->targets->data)[(c->row0 + i) * c->targets->stride[0]];
 }
 
+static inline __attribute__((always_inline)) void reduce_columns(const Chunk *c, int64_t block, int64_t v0, int64_t v1, int64_t i,
+                                                                 int vectors) {
+    float *x = c->logits + i;
+    vf max[VECTORS], sum[VECTORS];
+    for (int j = 0; j < vectors; j++) max[j] = vf_load(x + v0 * c->stride + j * VW), sum[j] = (vf){0};
+    for (int64_t v = v0 + 1; v < v1; v++)
+        for (int j = 0; j < vectors; j++) max[j] = vf_max(vf_load(x + v * c->stride + j * VW), max[j]);
+    for (int64_t v = v0; v < v1; v++)
+        for (int j = 0; j < vectors; j++) {
+            vf e = vf_exp_below(vf_load(x + v * c->stride + j * VW) - max[j]);
+            if (c->dlosses) vf_store(x + v * c->stride + j * VW, e);
+            sum[j] += e;
+        }
+    for (int j = 0; j < vectors; j++) {
+        vf_store(c->max + block * c->stride + i + j * VW, max[j]);
+        vf_store(c->sum + block * c->stride + i + j * VW, sum[j]);
+    }
+}
+
 /* Maximum and sum of exponentials of BLOCK rows, per column; the logits become exponentials. */
 static int reduce_block(int64_t block, void *context) {
     const Chunk *c = context;
@@ -34,23 +52,9 @@ static int reduce_block(int64_t block, void *context) {
         int64_t t = target(c, i);
         if (t >= v0 && t < v1) c->picked[i] = c->logits[t * c->stride + i];
     }
-    for (int64_t i = 0; i < c->stride; i += ROUND) {
-        float *x = c->logits + i;
-        vf max[VECTORS], sum[VECTORS];
-        for (int j = 0; j < VECTORS; j++) max[j] = vf_load(x + v0 * c->stride + j * VW), sum[j] = (vf){0};
-        for (int64_t v = v0 + 1; v < v1; v++)
-            for (int j = 0; j < VECTORS; j++) max[j] = vf_max(vf_load(x + v * c->stride + j * VW), max[j]);
-        for (int64_t v = v0; v < v1; v++)
-            for (int j = 0; j < VECTORS; j++) {
-                vf e = vf_exp_below(vf_load(x + v * c->stride + j * VW) - max[j]);
-                if (c->dlosses) vf_store(x + v * c->stride + j * VW, e);
-                sum[j] += e;
-            }
-        for (int j = 0; j < VECTORS; j++) {
-            vf_store(c->max + block * c->stride + i + j * VW, max[j]);
-            vf_store(c->sum + block * c->stride + i + j * VW, sum[j]);
-        }
-    }
+    int64_t i = 0;
+    for (; i + VECTORS * VW <= c->stride; i += VECTORS * VW) reduce_columns(c, block, v0, v1, i, VECTORS);
+    for (; i < c->stride; i += HEAD_ROUND) reduce_columns(c, block, v0, v1, i, HEAD_ROUND / VW);
     return 0;
 }
 
@@ -85,8 +89,7 @@ static int run(const char *op, const Tensor *losses, const Tensor *lse, const Te
                         (long long)c.V - 1, (long long)c.ignore, (long long)t);
     }
     if (M == 0) return 0;
-    int64_t rows = head_rows(M, c.V);
-    c.stride = rows;
+    int64_t rows = head_rows(M, c.V), chunks = head_chunks(M, c.V), units = (M + HEAD_ROUND - 1) / HEAD_ROUND;
     c.dtype = F32;
 #if defined __AVX512BF16__
     if (c.x->dtype == BF16) c.dtype = BF16;                            /* then its products run at twice the speed */
@@ -100,13 +103,15 @@ static int run(const char *op, const Tensor *losses, const Tensor *lse, const Te
     if (step < 1) step = 1;
     Matrix x = matrix(c.x), weight = matrix(c.weight);
     int status = 0;
-    for (c.row0 = 0; c.row0 < M && !status; c.row0 += rows) {
-        c.rows = M - c.row0 < rows ? M - c.row0 : rows;
+    for (int64_t chunk = 0; chunk < chunks && !status; chunk++) {
+        c.row0 = chunk * units / chunks * HEAD_ROUND;
+        c.stride = (chunk + 1) * units / chunks * HEAD_ROUND - c.row0;
+        c.rows = M - c.row0 < c.stride ? M - c.row0 : c.stride;
         Matrix xc = rows_from(x, c.row0);
         memset(c.picked, 0, (size_t)c.stride * 4);
         if ((status = CPU(gemm)(&(Gemm){ .M = c.V, .N = c.rows, .K = C, .a = weight, .b = transposed(xc), .alpha = 1,
                                          .c = c.logits, .c_row = c.stride, .c_dtype = F32 }))) break;
-        if ((status = parallel_for(blocks, BLOCK * rows / 2, reduce_block, &c))) break;
+        if ((status = parallel_for(blocks, BLOCK * c.stride / 2, reduce_block, &c))) break;
         for (int64_t i = 0; i < c.stride; i++) {
             float max = -INFINITY, sum = 0;
             for (int64_t b = 0; b < blocks; b++) max = c.max[b * c.stride + i] > max ? c.max[b * c.stride + i] : max;
@@ -127,8 +132,8 @@ static int run(const char *op, const Tensor *losses, const Tensor *lse, const Te
         if (c.V == 0) for (int64_t i = 0; i < c.rows; i++) memset(sums + i * sums_row, 0, (size_t)(4 * C));
         for (c.block0 = 0; c.block0 < blocks && !status; c.block0 += step) {
             int64_t v0 = c.block0 * BLOCK, v1 = v0 + step * BLOCK < c.V ? v0 + step * BLOCK : c.V;
-            Matrix dlogits = { c.logits + v0 * rows, rows * 4 / dtype_size(c.dtype), 1, c.dtype };    /* [v1 - v0, rows] */
-            if ((status = parallel_for((v1 - v0 + BLOCK - 1) / BLOCK, BLOCK * rows / 8, gradient_block, &c))) break;
+            Matrix dlogits = { c.logits + v0 * c.stride, c.stride * 4 / dtype_size(c.dtype), 1, c.dtype };   /* [v1 - v0, rows] */
+            if ((status = parallel_for((v1 - v0 + BLOCK - 1) / BLOCK, BLOCK * c.stride / 8, gradient_block, &c))) break;
             if ((status = CPU(gemm)(&(Gemm){
                 .M = c.rows, .N = C, .K = v1 - v0, .a = transposed(dlogits), .b = rows_from(weight, v0), .alpha = 1,
                 .beta = v0 > 0, .c = sums, .c_row = sums_row, .c_dtype = F32 }))) break;
