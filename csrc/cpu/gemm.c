@@ -45,7 +45,13 @@
  *   1.061, 1.087; R = 16, N = 576 1.139, 1.121, bfloat16 1.139, 1.114
  *   du, da and db just after dx, us, N = 576, 192: 128 columns packed at a time 1950, 1450, bfloat16 1440, 1080; 384, the next
  *   fetched by the tiles before 1750, 1190, bfloat16 1230, 930
- *   no gain: b of da and db in place, tiles of 4 rows: db at C = N = 2048 4.5 ms, packed 2.7; half or a third of the steps at once */
+ *   no gain: b of da and db in place, tiles of 4 rows: db at C = N = 2048 4.5 ms, packed 2.7; half or a third of the steps at once
+ * and two cores there, in turn, times the speed of the former, medians of 9 to 15:
+ *   b packed 64 steps of a panel at a time, now row by row over several panels: M = 96, N = 2048, K = 512 and 768 (dx of the loss,
+ *   rows 8 KiB apart), 4, 8, 16 panels 1.07, 1.09, 1.12; rows of 576 to 3072 floats, M = 2048 1.00 to 1.04
+ *   all steps at once where b fits: K = 2048, N = 96, 192 1.05, 1.07; K = 1536, N = 576 1.04; but a turned a 0.96, two slices of b 0.94
+ *   no gain: KC 144 to 224 (0.94 to 0.98), 320, 384 (0.97 to 1.02); 6 or 8 MiB of b at once (0.95 to 1.02); what is packed fetched
+ *   two rows ahead instead of four (0.98 to 1.02); columns of a task packed by itself (0.96 where all tasks share them 1.13) */
 #include "gemm.h"
 #include "scratch.h"
 
@@ -67,7 +73,7 @@ enum {
     FEW = 4,                           /* rows of the lower tile, for what is left of MR: sums enough to keep two multipliers busy */
     KC = 288,                          /* steps of k between which sums go to memory: a KC x NR panel of b fits the L1 cache */
     AHEAD = 8,                         /* steps that what is read with a stride is fetched ahead */
-    KS = 1280,                         /* steps of k that are packed at once, at most */
+    KS = 1280,                         /* steps of k that are packed at once, at most; twice that where b is small */
     EXTRA = 8,                         /* and both an eighth more, where that saves a block: the few steps of LoRA do not cost one */
     ROWS = 480,                        /* of a in one task, at most */
     FEW_ROWS = 64,                     /* with no more, each task packs GROUP columns of b at a time, KC / 3 steps of them */
@@ -296,7 +302,8 @@ static void pack_panels(const Job *job, float *out, int64_t s0, int64_t s1, int6
     }
 }
 
-/* One task packs neighbouring panels side by side, SWEEP steps at a time: whole cache lines of a row are read together. */
+/* One task packs neighbouring panels side by side, row by row or, where k is dense, SWEEP steps at a time: memory gives whole runs
+ * of a row together. */
 enum { SWEEP = 64, LEAST_PANELS = 4, PANELS = 16 };
 static inline int64_t pack_tasks_b(const Job *job) { return ceil_div(job->n1 - job->packed_n, job->pack_n); }
 static inline int64_t columns_of_task(const Job *job, int64_t threads) {
@@ -705,7 +712,7 @@ int CPU(gemm)(const Gemm *g) {
     job.steps = ceil_div(job.K, per), job.steps2 = ceil_div(job.R, per);
     if (is_narrow(&job)) return narrow(&job);
     int64_t all = job.steps + job.steps2, most = KS + KS / EXTRA;
-    if (job.direct && job.steps <= 2 * KS && job.steps * job.N <= PACK_BYTES / 4) most = 2 * KS;   /* then all of b is packed at once */
+    if (job.direct && job.steps <= 2 * KS && job.steps * job.N <= PACK_BYTES / 4) most = 2 * KS;   /* b in one piece */
     int64_t depth = max64(1, ceil_div(job.steps, max64(1, ceil_div(job.steps, most))));
     int64_t depth_b = depth + job.steps2;
     job.plain = g->c_dtype == F32 && !job.swapped && g->alpha == 1 && (g->beta == 0 || (g->beta == 1 && !g->residual)) && !g->bias;

@@ -10,7 +10,7 @@ typedef struct { const void *data; int64_t row, col; int32_t dtype; } Matrix;
 /* c[M,N] = alpha (a[M,K] b[K,N] + scale2 u[M,R] b2[R,N]) + beta c + bias[N] + residual[M,N], u = a a2[K,R].
  * The second product continues the sums of the first, and u is made where a is read: that is what LoRA is. R = 0 without. c is
  * not read when beta is 0, and may be the memory of residual. Products of two bfloat16 matrices may round u and b2 to bfloat16
- * for c (where the CPU multiplies bfloat16); everything else is float32. The order of each sum depends on K and R alone. */
+ * for c (where the CPU multiplies bfloat16); everything else is float32. The order of each sum depends on the sizes alone. */
 typedef struct {
     int64_t M, N, K, R;
     Matrix a, b, a2, b2;
