@@ -90,6 +90,12 @@ def test_u_is_written_between_columns_of_others(dtype, isa):
         assert np.isnan(wide[:, :2]).all() and np.isnan(wide[:, 2 + R:]).all()
 
 
+def test_more_columns_than_are_packed_at_once(isa):
+    """Rows half a page apart, which are packed, once for both slices of columns."""
+    x, w, bias, a, b, residual, _ = parts(483, 1024, 1200, 24, "float32")
+    checks.check("lora_linear_forward", x, w, bias, a, b, 2.0, residual, floor=4)
+
+
 # Of each: rows of u made by tasks of rows, by tasks of columns, over several slices of a sum, by tiles where R is above 16.
 @pytest.mark.parametrize("shape", [(301, 200, 150, 8), (1000, 96, 72, 8), (1000, 1500, 40, 24), (500, 512, 96, 8)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

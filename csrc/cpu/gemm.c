@@ -50,6 +50,7 @@
  *   b packed 64 steps of a panel at a time, now row by row over several panels: M = 96, N = 2048, K = 512 and 768 (dx of the loss,
  *   rows 8 KiB apart), 4, 8, 16 panels 1.07, 1.09, 1.12; rows of 576 to 3072 floats, M = 2048 1.00 to 1.04
  *   all steps at once where b fits: K = 2048, N = 96, 192 1.05, 1.07; K = 1536, N = 576 1.04; but a turned a 0.96, two slices of b 0.94
+ *   a packed for each slice of columns, now for all of them at once: TN, M = 576 and N = 1536, 1.02, 2048 1.05; NN, NT 1.01, 1.03
  *   no gain: KC 144 to 224 (0.94 to 0.98), 320, 384 (0.97 to 1.02); 6 or 8 MiB of b at once (0.95 to 1.02); what is packed fetched
  *   two rows ahead instead of four (0.98 to 1.02); columns of a task packed by itself (0.96 where all tasks share them 1.13) */
 #include "gemm.h"
@@ -677,6 +678,35 @@ static int tile_task(int64_t i, void *context) {
     return 0;
 }
 
+/* Packs steps s0 .. s1 of columns n0 .. n1 of b, and of rows m0 .. m1 of a where that is not done yet, and multiplies them. */
+static int slice(Job *job, int64_t threads, int pack_a) {
+    Job *thin = job->thin;
+    int64_t rows = job->m1 - job->m0, cols = job->n1 - job->n0, steps = job->s1 - job->s0;
+    if (!job->direct) job->a_row = steps;
+    job->packed_n = job->local_b ? job->n1 : job->direct_b ? job->n0 + cols / NR * NR : job->n0;
+    job->pack_n = columns_of_task(job, threads);
+    int64_t tasks_m = ceil_div(rows, MR * PANELS), all = pack_tasks_b(job) + (job->direct || !pack_a ? 0 : tasks_m);
+    if (parallel_for(all, steps * job->pack_n / 4, pack_task, job)) return -1;
+    if (thin) {
+        thin->m0 = job->m0, thin->m1 = job->m1, thin->s0 = job->s0, thin->s1 = min64(job->s1, job->steps);
+        if (!job->direct) thin->a_row = job->a_row;
+        if (job->n0 == 0 && !is_narrow(thin) && parallel_for(pack_tasks_b(thin), steps * thin->pack_n / 4, pack_task, thin)) return -1;
+    }
+    job->tile_m = min64(ROWS, max64(1, TASK_BYTES / 4 / max64(1, steps) / MR) * MR);
+    job->tile_n = ceil_div(cols, NR) * NR;
+    if (job->local_b) {                                                /* equal parts for all threads */
+        job->tile_m = ROWS / MR * MR;
+        job->tile_n = ceil_div(job->tile_n / NR, ceil_div(ceil_div(cols, job->group), threads) * threads) * NR;
+    } else while (job->tile_m > 4 * MR && ceil_div(rows, job->tile_m) * ceil_div(cols, job->tile_n) < 4 * threads)
+        if (job->tile_n > 4 * NR) job->tile_n = ceil_div(job->tile_n / NR, 2) * NR;
+        else job->tile_m = ceil_div(job->tile_m / MR, 2) * MR;
+    job->tiles_n = ceil_div(cols, job->tile_n);
+    int64_t tasks = ceil_div(rows, job->tile_m) * job->tiles_n, ready = MR * PANELS * (job->R + 8) * steps / 64;
+    int64_t cost = (rows + (job->local_b ? 32 : 0)) * cols * steps / 64;   /* what each packs included */
+    if ((job->R || job->copied) && job->tiles_n > 1 && parallel_for(tasks_m, ready, ready_task, job)) return -1;
+    return parallel_for(tasks, cost / tasks, tile_task, job);
+}
+
 int CPU(gemm)(const Gemm *g) {
     Job job = { .g = g, .M = g->M, .N = g->N, .K = g->K, .R = g->R, .a = g->a, .b = g->b, .b2 = g->b2 };
     Gemm of_u = { .M = g->M, .N = g->R, .K = g->K, .a = g->a, .b = g->a2, .alpha = 1, .c = g->u, .c_row = g->u_row, .c_dtype = F32 };
@@ -740,36 +770,15 @@ int CPU(gemm)(const Gemm *g) {
     if (job.thin && is_narrow(&thin) && parallel_for(narrow_columns(&thin), job.steps, narrow_pack, &thin)) goto done;
     for (job.m0 = 0; job.m0 < job.M; job.m0 = job.m1) {
         job.m1 = min64(job.M, job.m0 + job.wide_m);
-        for (job.n0 = 0; job.n0 < job.N; job.n0 = job.n1) {
-            job.n1 = min64(job.N, job.n0 + job.wide_n);
+        for (int64_t n = 0, n_end; n < job.N; n = n_end) {
+            n_end = keep ? min64(job.N, n + job.wide_n) : job.N;       /* the sums have room for no more, or c keeps them */
             job.s0 = 0;
             do {
                 job.s1 = job.s0 + depth < job.steps ? job.s0 + depth : all;
-                if (!job.direct) job.a_row = thin.a_row = job.s1 - job.s0;
-                job.packed_n = job.direct_b ? job.n0 + (job.n1 - job.n0) / NR * NR : job.n0;
-                if (job.local_b) job.packed_n = job.n1;
-                job.pack_n = columns_of_task(&job, threads);
-                int64_t tasks_b = pack_tasks_b(&job), tasks_m = ceil_div(job.m1 - job.m0, MR * PANELS);
-                int64_t all_tasks = tasks_b + (job.direct ? 0 : tasks_m), packing = (job.s1 - job.s0) * job.pack_n / 4;
-                if (parallel_for(all_tasks, packing, pack_task, &job)) goto done;
-                thin.m0 = job.m0, thin.m1 = job.m1, thin.s0 = job.s0, thin.s1 = min64(job.s1, job.steps);
-                if (job.thin && job.n0 == 0 && !is_narrow(&thin) &&
-                    parallel_for(pack_tasks_b(&thin), depth * thin.pack_n / 4, pack_task, &thin)) goto done;
-                int64_t rows = job.m1 - job.m0, cols = job.n1 - job.n0;
-                job.tile_m = min64(ROWS, max64(1, TASK_BYTES / 4 / max64(1, job.s1 - job.s0) / MR) * MR);
-                job.tile_n = ceil_div(cols, NR) * NR;
-                if (job.local_b) {                                     /* equal parts for all threads */
-                    job.tile_m = ROWS / MR * MR;
-                    job.tile_n = ceil_div(job.tile_n / NR, ceil_div(ceil_div(cols, job.group), threads) * threads) * NR;
-                } else while (job.tile_m > 4 * MR && ceil_div(rows, job.tile_m) * ceil_div(cols, job.tile_n) < 4 * threads)
-                    if (job.tile_n > 4 * NR) job.tile_n = ceil_div(job.tile_n / NR, 2) * NR;
-                    else job.tile_m = ceil_div(job.tile_m / MR, 2) * MR;
-                job.tiles_n = ceil_div(cols, job.tile_n);
-                int64_t tasks = ceil_div(rows, job.tile_m) * job.tiles_n;
-                int64_t cost = (rows + (job.local_b ? 32 : 0)) * cols * (job.s1 - job.s0) / 64;        /* what each packs included */
-                int64_t ready = MR * PANELS * (job.R + 8) * (job.s1 - job.s0) / 64;
-                if ((job.R || job.copied) && job.tiles_n > 1 && parallel_for(tasks_m, ready, ready_task, &job)) goto done;
-                if (parallel_for(tasks, cost / tasks, tile_task, &job)) goto done;
+                for (job.n0 = n; job.n0 < n_end; job.n0 = job.n1) {
+                    job.n1 = min64(n_end, job.n0 + job.wide_n);
+                    if (slice(&job, threads, job.n0 == n)) goto done;
+                }
                 job.s0 = job.s1;
             } while (job.s0 < all);
         }
