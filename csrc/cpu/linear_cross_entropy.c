@@ -89,13 +89,13 @@ static int run(const char *op, const Tensor *losses, const Tensor *lse, const Te
                         (long long)c.V - 1, (long long)c.ignore, (long long)t);
     }
     if (M == 0) return 0;
-    int64_t rows = head_rows(M, c.V), chunks = head_chunks(M, c.V), units = (M + HEAD_ROUND - 1) / HEAD_ROUND;
+    int narrow = c.x->dtype != F32, keep = c.dlosses && narrow;        /* dx is summed in float32 */
+    int64_t rows = head_rows(M, C, c.V, narrow), chunks = head_chunks(M, C, c.V, narrow), units = (M + HEAD_ROUND - 1) / HEAD_ROUND;
     c.dtype = F32;
 #if defined __AVX512BF16__
     if (c.x->dtype == BF16) c.dtype = BF16;                            /* then its products run at twice the speed */
 #endif
-    int keep = c.dlosses && dx->dtype != F32;                          /* dx is summed in float32 */
-    float *memory = scratch(head_scratch(M, C, c.V, keep));
+    float *memory = scratch(head_scratch(M, C, c.V, narrow));
     if (!memory) return -1;
     c.logits = memory, c.max = c.logits + c.V * rows, c.sum = c.max + blocks * rows;
     c.lse = c.sum + blocks * rows, c.picked = c.lse + rows;

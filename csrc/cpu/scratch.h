@@ -8,21 +8,24 @@
 /* matmul: panels of b that are packed at once, at most; twice that of a. */
 enum { PACK_BYTES = 9 << 19 };
 
-/* linear_cross_entropy: rows go in chunks, as equal as units of HEAD_ROUND rows allow, of HEAD_BYTES of logits at most (with what
- * matmul packs of a vocabulary of 32000 or more, below 64 MiB); beside them maximum and sum for each HEAD_BLOCK rows of V; and
- * dx, where it is narrower than its sums. */
-enum { HEAD_BYTES = 56 << 20, HEAD_ROUND = 16, HEAD_BLOCK = 256 };
+/* linear_cross_entropy: rows go in chunks, as equal as units of HEAD_ROUND rows allow. A row has its logits, maximum and sum of each
+ * HEAD_BLOCK of them, two numbers more and, in narrow dtypes, the float32 sums of dx: of a chunk HEAD_BYTES at most, which with what
+ * matmul packs is below 64 MiB. */
+enum { HEAD_BYTES = 49 << 20, HEAD_ROUND = 16, HEAD_BLOCK = 256 };
 
-static inline int64_t head_chunks(int64_t M, int64_t V) {
-    int64_t units = (M + HEAD_ROUND - 1) / HEAD_ROUND, most = HEAD_BYTES / 4 / HEAD_ROUND / (V > 0 ? V : 1);
+static inline int64_t head_row(int64_t C, int64_t V, int narrow) {
+    return 4 * (V + 2 * ((V + HEAD_BLOCK - 1) / HEAD_BLOCK) + 2 + (narrow ? C : 0));
+}
+static inline int64_t head_chunks(int64_t M, int64_t C, int64_t V, int narrow) {
+    int64_t units = (M + HEAD_ROUND - 1) / HEAD_ROUND, most = HEAD_BYTES / HEAD_ROUND / head_row(C, V, narrow);
     return most > 1 ? (units + most - 1) / most : units;
 }
-static inline int64_t head_rows(int64_t M, int64_t V) {                /* of the largest chunk */
-    int64_t units = (M + HEAD_ROUND - 1) / HEAD_ROUND, chunks = head_chunks(M, V);
+static inline int64_t head_rows(int64_t M, int64_t C, int64_t V, int narrow) {    /* of the largest chunk */
+    int64_t units = (M + HEAD_ROUND - 1) / HEAD_ROUND, chunks = head_chunks(M, C, V, narrow);
     return chunks ? (units + chunks - 1) / chunks * HEAD_ROUND : 0;
 }
-static inline int64_t head_scratch(int64_t M, int64_t C, int64_t V, int keep_dx) {
-    return 4 * head_rows(M, V) * (V + 2 * ((V + HEAD_BLOCK - 1) / HEAD_BLOCK) + 2 + (keep_dx ? C : 0));
+static inline int64_t head_scratch(int64_t M, int64_t C, int64_t V, int narrow) {
+    return head_rows(M, C, V, narrow) * head_row(C, V, narrow);
 }
 
 /* s2_attention backward: each thread a chunk of keys, values and their gradients and a block of queries, in rows of `pitch`
