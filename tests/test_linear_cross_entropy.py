@@ -58,7 +58,7 @@ def test_gradients_of_losses_of_any_size(exponent, dtype, isa, poison):
 
 
 def test_more_than_one_chunk(isa):
-    """Of 49 MiB: 15 units of 16 rows here, seven of them in the first chunk, eight, less three rows, in the second."""
+    """Of 56 MiB: 15 units of 16 rows here, seven of them in the first chunk, eight, less three rows, in the second."""
     M, C, V = 237, 8, 70001
     x, w, targets, d = checks.random((M, C)), checks.random((V, C), seed=1), targets_of(M, V), checks.random((M,), seed=2)
     losses, _ = checks.check("linear_cross_entropy_forward", x, w, targets, floor=16)

@@ -9,15 +9,17 @@
 enum { PACK_BYTES = 9 << 19 };
 
 /* linear_cross_entropy: rows go in chunks, as equal as units of HEAD_ROUND rows allow. A row has its logits, maximum and sum of each
- * HEAD_BLOCK of them, two numbers more and, in narrow dtypes, the float32 sums of dx: of a chunk HEAD_BYTES at most, which with what
- * matmul packs is below 64 MiB. */
-enum { HEAD_BYTES = 49 << 20, HEAD_ROUND = 16, HEAD_BLOCK = 256 };
+ * HEAD_BLOCK of them, two numbers more and, in narrow dtypes, the float32 sums of dx: of a chunk HEAD_BYTES and HEAD_ROWS at most, which
+ * with what matmul packs is below 64 MiB; HEAD_NARROW, because then it converts rows of weight too. */
+enum { HEAD_BYTES = 56 << 20, HEAD_NARROW = 49 << 20, HEAD_ROWS = 512, HEAD_ROUND = 16, HEAD_BLOCK = 256 };
 
 static inline int64_t head_row(int64_t C, int64_t V, int narrow) {
     return 4 * (V + 2 * ((V + HEAD_BLOCK - 1) / HEAD_BLOCK) + 2 + (narrow ? C : 0));
 }
 static inline int64_t head_chunks(int64_t M, int64_t C, int64_t V, int narrow) {
-    int64_t units = (M + HEAD_ROUND - 1) / HEAD_ROUND, most = HEAD_BYTES / HEAD_ROUND / head_row(C, V, narrow);
+    int64_t units = (M + HEAD_ROUND - 1) / HEAD_ROUND;
+    int64_t most = (narrow ? HEAD_NARROW : HEAD_BYTES) / HEAD_ROUND / head_row(C, V, narrow);
+    if (most > HEAD_ROWS / HEAD_ROUND) most = HEAD_ROWS / HEAD_ROUND;
     return most > 1 ? (units + most - 1) / most : units;
 }
 static inline int64_t head_rows(int64_t M, int64_t C, int64_t V, int narrow) {    /* of the largest chunk */
