@@ -60,6 +60,7 @@ def test_gradients_of_losses_of_any_size(exponent, dtype, isa, poison):
 def test_more_than_one_chunk(isa):
     """Of 56 MiB: 15 units of 16 rows here, seven of them in the first chunk, eight, less three rows, in the second."""
     M, C, V = 237, 8, 70001
+    assert ops._C.head_scratch(M, C, V, False) < 4 * M * V     # not all logits at once
     x, w, targets, d = checks.random((M, C)), checks.random((V, C), seed=1), targets_of(M, V), checks.random((M,), seed=2)
     losses, _ = checks.check("linear_cross_entropy_forward", x, w, targets, floor=16)
     again, dx, dw = ops.linear_cross_entropy_backward(x, w, targets, d, train_weight=True)

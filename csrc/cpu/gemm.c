@@ -249,7 +249,6 @@ static void pack(float *out, Matrix b, int64_t k0, int64_t steps, int64_t K, int
             done = n / VW * VW, from = whole;
             if (width < VW && n == width && j0 + VW <= N && whole > 0) done = width, from = whole - 1;
             if (dot) pack_rows(out, p, line, from, done, width, 1, BF16, 1);
-            else if (b.dtype == F32 && done == NR) pack_rows(out, p, line, from, NR, NR, scale, F32, 0);
             else if (b.dtype == F32) pack_rows(out, p, line, from, done, width, scale, F32, 0);
             else if (b.dtype == BF16) pack_rows(out, p, line, from, done, width, scale, BF16, 0);
             else pack_rows(out, p, line, from, done, width, scale, F16, 0);
