@@ -242,13 +242,17 @@ def evaluation(config, dtype, length, lora, start=0):
     return layout
 
 
+def _head(config):
+    return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+
+
 def _scratch(config, dtype, batch_size, length, lora):
     """What the ops take while they run. They keep large blocks for the next call, which what comes one after the other shares:
     one block for the head's logits and the attention's sums, one for what a product packs and the attention's threads; and the
     sums of a product that is cut along its inner axis, where its result is not float32."""
     from . import _C
     M, narrow, F = batch_size * length, dtype != "float32", config.intermediate_size
-    head = _C.head_scratch(M, config.hidden_size, config.vocab_size, narrow)
+    head = _C.head_scratch(M, config.hidden_size, config.vocab_size, narrow, _head(config) in trained(config, lora, True))
     thread, sums = _C.attention_scratch(batch_size, length, config.num_attention_heads, config.num_key_value_heads,
                                         config.head_dim, narrow)
     of_b, of_a = _C.matmul_scratch()
@@ -295,9 +299,8 @@ def _workspace(config, dtype, batch_size, length, group_size, lora):
     q, k, v, o = heads[:, :, :H], heads[:, :, H:H + K], heads[:, :, H + K:], new(B, T, H, D)
     ask("s2_attention_backward", q, k, v, o, q, k, v, o, new(B, H, T, kind=f32), None, group_size or T, BOUNDARIES["split"],
         SHIFTS["half" if group_size else "none"], 1.0)
-    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     of_row = new(M, kind=f32)
-    ask("linear_cross_entropy_backward", of_row, new(M, C), new(V, C, kind=f32) if head in names else None, new(M, C), new(V, C),
+    ask("linear_cross_entropy_backward", of_row, new(M, C), new(V, C, kind=f32) if _head(config) in names else None, new(M, C), new(V, C),
         new(M, kind="int32"), of_row, -100)
     if "model.embed_tokens.weight" in names:
         ids = new(M, kind="int32")

@@ -8,26 +8,30 @@
 /* matmul: panels of b that are packed at once, at most; twice that of a. */
 enum { PACK_BYTES = 9 << 19 };
 
-/* linear_cross_entropy: rows go in chunks, as equal as units of HEAD_ROUND rows allow. A row has its logits, maximum and sum of each
- * HEAD_BLOCK of them, two numbers more and, in narrow dtypes, the float32 sums of dx: of a chunk HEAD_BYTES and HEAD_ROWS at most, which
- * with what matmul packs is below 64 MiB; HEAD_NARROW, because then it converts rows of weight too. */
-enum { HEAD_BYTES = 56 << 20, HEAD_NARROW = 49 << 20, HEAD_ROWS = 512, HEAD_ROUND = 16, HEAD_BLOCK = 256 };
+/* linear_cross_entropy: rows go in chunks, as equal as units of HEAD_ROUND rows allow. A row has the logits of a stretch of the
+ * vocabulary, or where they are kept, for the gradient of weight, of all of it; the maximum and sum of each HEAD_BLOCK of a
+ * stretch; what the exponentials of each stretch that is kept are taken from; three numbers more; and in narrow dtypes the float32
+ * sums of dx and exponentials in 16 bits. Of a chunk HEAD_BYTES and HEAD_ROWS at most, which with what matmul packs is below 64 MiB;
+ * HEAD_NARROW, because then it converts rows of weight too. */
+enum { HEAD_BYTES = 56 << 20, HEAD_NARROW = 49 << 20, HEAD_ROWS = 512, HEAD_ROUND = 16, HEAD_BLOCK = 128, HEAD_STRETCH = 2048 };
 
-static inline int64_t head_row(int64_t C, int64_t V, int narrow) {
-    return 4 * (V + 2 * ((V + HEAD_BLOCK - 1) / HEAD_BLOCK) + 2 + (narrow ? C : 0));
+static inline int64_t head_stretches(int64_t V, int keep) { return keep ? (V + HEAD_STRETCH - 1) / HEAD_STRETCH : 1; }
+static inline int64_t head_kept(int64_t V, int keep) { return keep || V < HEAD_STRETCH ? V : HEAD_STRETCH; }
+static inline int64_t head_row(int64_t C, int64_t V, int narrow, int keep) {
+    return 4 * (head_kept(V, keep) + 2 * (HEAD_STRETCH / HEAD_BLOCK) + head_stretches(V, keep) + 3 + (narrow ? C + HEAD_STRETCH / 2 : 0));
 }
-static inline int64_t head_chunks(int64_t M, int64_t C, int64_t V, int narrow) {
+static inline int64_t head_chunks(int64_t M, int64_t C, int64_t V, int narrow, int keep) {
     int64_t units = (M + HEAD_ROUND - 1) / HEAD_ROUND;
-    int64_t most = (narrow ? HEAD_NARROW : HEAD_BYTES) / HEAD_ROUND / head_row(C, V, narrow);
+    int64_t most = (narrow ? HEAD_NARROW : HEAD_BYTES) / HEAD_ROUND / head_row(C, V, narrow, keep);
     if (most > HEAD_ROWS / HEAD_ROUND) most = HEAD_ROWS / HEAD_ROUND;
     return most > 1 ? (units + most - 1) / most : units;
 }
-static inline int64_t head_rows(int64_t M, int64_t C, int64_t V, int narrow) {    /* of the largest chunk */
-    int64_t units = (M + HEAD_ROUND - 1) / HEAD_ROUND, chunks = head_chunks(M, C, V, narrow);
+static inline int64_t head_rows(int64_t M, int64_t C, int64_t V, int narrow, int keep) {    /* of the largest chunk */
+    int64_t units = (M + HEAD_ROUND - 1) / HEAD_ROUND, chunks = head_chunks(M, C, V, narrow, keep);
     return chunks ? (units + chunks - 1) / chunks * HEAD_ROUND : 0;
 }
-static inline int64_t head_scratch(int64_t M, int64_t C, int64_t V, int narrow) {
-    return head_rows(M, C, V, narrow) * head_row(C, V, narrow);
+static inline int64_t head_scratch(int64_t M, int64_t C, int64_t V, int narrow, int keep) {
+    return head_rows(M, C, V, narrow, keep) * head_row(C, V, narrow, keep);
 }
 
 /* s2_attention backward: each thread a chunk of keys, values and their gradients and a block of queries, in rows of `pitch`
