@@ -1,7 +1,8 @@
 /* gemm.c --- the matrix product: packed panels of b (as in BLIS), a micro-kernel whose sums stay in registers.
  *
- * A tile of c, MR rows by one panel, is a sum over k in blocks of KC; the panel of b stays in the first cache while the rows
- * of a task pass by. What is read once is not packed: rows of a are read where they lie, MR streams at a time; a few rows
+ * A tile of c, MR rows by one panel, is a sum over k in blocks of KC. SIDE panels of b stay in the second cache while the rows of a
+ * task pass by, MR of these in the first while the panels do: so c is written along its rows, not one line of each row of a task
+ * after the other. What is read once is not packed: rows of a are read where they lie, MR streams at a time; a few rows
  * of output read b where it lies; a few columns (LoRA's u) run their vectors along k instead. The extension by a2 b2
  * goes on in the same registers. The order of each sum depends on the sizes alone, so every number of threads gives the
  * same bits; how many tiles there are depends on the threads.
@@ -51,7 +52,10 @@
  *   rows 8 KiB apart), 4, 8, 16 panels 1.07, 1.09, 1.12; rows of 576 to 3072 floats, M = 2048 1.00 to 1.04
  *   all steps at once where b fits: K = 2048, N = 96, 192 1.05, 1.07; K = 1536, N = 576 1.04; but a turned a 0.96, two slices of b 0.94
  *   a packed for each slice of columns, now for all of them at once: TN, M = 576 and N = 1536, 1.02, 2048 1.05; NN, NT 1.01, 1.03
- *   no gain: KC 144 to 224 (0.94 to 0.98), 320, 384 (0.97 to 1.02); 6 or 8 MiB of b at once (0.95 to 1.02); what is packed fetched
+ *   one panel of b (KC 288) for all rows of a task, now SIDE panels for MR rows: K = 16, 64, 128, 192 1.1 to 1.3, 576 1.0, dweight of
+ *   the head, K = 112, 1.1, and K = 128, N = 576 1.2; 2, 8, 16 panels 0.97, 1.0, 1.0 of that; then KC 576: K = 576 1.06 to 1.13,
+ *   K = 1536 1.04 to 1.07, K = 2048 0.98 to 1.04; KC 384, 864, 1152 0.95, 0.98 to 1.0, 0.98 to 1.02 of that
+ *   no gain, before that: KC 144 to 224 (0.94 to 0.98), 320, 384 (0.97 to 1.02); 6 or 8 MiB of b at once (0.95 to 1.02); what is packed fetched
  *   two rows ahead instead of four (0.98 to 1.02); columns of a task packed by itself (0.96 where all tasks share them 1.13) */
 #include "gemm.h"
 #include "scratch.h"
@@ -72,16 +76,19 @@ enum { MR = 4, NV = 2 };
 enum {
     NR = NV * VW,
     FEW = 4,                           /* rows of the lower tile, for what is left of MR: sums enough to keep two multipliers busy */
-    KC = 288,                          /* steps of k between which sums go to memory: a KC x NR panel of b fits the L1 cache */
+    KC = VW == 16 ? 288 : 576,         /* steps of k between which sums go to memory: MR rows of a fit the L1 cache, */
+    SIDE = VW == 16 ? 2 : 4,           /* SIDE panels of b, side by side, the L2 cache */
     AHEAD = 8,                         /* steps that what is read with a stride is fetched ahead */
     KS = 1280,                         /* steps of k that are packed at once, at most; twice that where b is small */
     EXTRA = 8,                         /* and both an eighth more, where that saves a block: the few steps of LoRA do not cost one */
     ROWS = 480,                        /* of a in one task, at most */
-    FEW_ROWS = 64,                     /* with no more, each task packs GROUP columns of b at a time, KC / 3 steps of them */
+    FEW_ROWS = 64,                     /* with no more, each task packs GROUP columns of b at a time, FEW_KC steps of them */
+    FEW_KC = 96,
     TURNED_ROWS = VW == 16 ? 256 : FEW_ROWS, /* with no more, a turned a is read in place; with more, packed, short vectors b too */
     GROUP = 384 / NR * NR,             /* a third of that where k is short or there are more than 16 rows */
-    NEAR = (FEW_ROWS + MR) * GROUP > ROWS * NR ? (FEW_ROWS + MR) * GROUP : ROWS * NR,
-    NEAR_B = (KC + KC / EXTRA) * (GROUP / 3 > NR ? GROUP / 3 + 1 : NR),
+    NEAR = (FEW_ROWS + MR) * GROUP > ROWS * SIDE * NR ? (FEW_ROWS + MR) * GROUP : ROWS * SIDE * NR,
+    NEAR_B = (KC + KC / EXTRA) * SIDE * NR > (FEW_KC + FEW_KC / EXTRA) * GROUP ? (KC + KC / EXTRA) * SIDE * NR
+                                                                               : (FEW_KC + FEW_KC / EXTRA) * GROUP,
     TASK_BYTES = (VW == 16 ? 480 : 240) << 10, /* rows of a that one task works on: half of an L2 cache */
     SUM_BYTES = 8 << 20,               /* of sums kept in float32 */
 };
@@ -493,7 +500,7 @@ static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_
     int64_t steps = job->s1 - job->s0, all = job->steps + job->steps2;
     int few = job->M <= FEW_ROWS;                                      /* shorter sums are more exact, and few rows add them fast */
     int fetch = few && job->local_b && job->direct && job->mr == FEW && !job->dot && job->b.col == 1;
-    int64_t kc = few ? KC / 3 : KC, group = few && job->local_b ? job->group : job->nr;
+    int64_t kc = few ? FEW_KC : KC, group = few && job->local_b ? job->group : SIDE * job->nr;
     float near[NEAR] __attribute__((aligned(64))), near_b[NEAR_B] __attribute__((aligned(64)));
     for (int64_t n0 = n_begin; n0 < n_end; n0 += group) {
         int64_t n1 = min64(n_end, n0 + group), s = job->s0, next;
@@ -501,26 +508,25 @@ static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_
             next = s + ceil_div(job->s1 - s, max64(1, ceil_div(job->s1 - s, kc + kc / EXTRA)));
             int64_t part = job->direct ? max64(0, min64(next, job->steps) - s) : next - s;
             if (job->local_b) pack_panels(job, near_b, s, next, n0, n1);
-            for (int64_t n = n0; n < n1; n += job->nr) {
-                int64_t width = panel_width(job, n), cols = min64(width, n1 - n);
-                int there = job->direct_b && n < job->packed_n;
-                Side a = { .step = job->step_a, .ahead = job->ahead }, a2 = { 0 }, b, b2;
-                b = (Side){ job->local_b ? near_b + (n - n0) * (next - s)
-                            : there ? (const float *)job->b.data + s * job->b.row + n
-                            : job->pack_b + (n - job->packed_n) * steps + (s - job->s0) * width, job->b.row, 0, {0}, NULL };
-                if (fetch && width == NR && next < job->steps)
-                    b.next = element(job->b, next, n), b.ahead = job->b.row * dtype_size(job->b.dtype);
-                b2 = (Side){ b.data + part * width, 0, 0, {0}, NULL };
-                for (int64_t m = m_begin; m < m_end; m += job->mr) {
-                    int64_t rows = min64(job->mr, m_end - m), tall = there || rows > FEW ? MR : FEW;
+            for (int64_t m = m_begin; m < m_end; m += job->mr) {
+                int64_t rows = min64(job->mr, m_end - m);
+                Side a = { .step = job->step_a, .ahead = job->ahead }, a2 = { 0 };
+                if (job->direct) {
+                    a.data = job->copied ? job->pack_a + (m - job->m0) * job->a_row + s - job->s0
+                                         : (const float *)job->a.data + m * job->a_row + s * job->step_a;
+                    for (int64_t r = 0; r < MR; r++) a.row[r] = min64(r, rows - 1) * job->a_row;
+                    a2.data = job->ext + (m - job->m0) * job->steps2 + (max64(s, job->steps) - job->steps) * MR;
+                } else a.data = job->pack_a + (m - job->m0) * job->a_row + (s - job->s0) * MR;
+                for (int64_t n = n0; n < n1; n += job->nr) {
+                    int64_t width = panel_width(job, n), cols = min64(width, n1 - n);
+                    int there = job->direct_b && n < job->packed_n, tall = there || rows > FEW ? MR : FEW;
+                    Side b = { job->local_b ? near_b + (n - n0) * (next - s)
+                               : there ? (const float *)job->b.data + s * job->b.row + n
+                               : job->pack_b + (n - job->packed_n) * steps + (s - job->s0) * width, job->b.row, 0, {0}, NULL };
+                    Side b2 = { b.data + part * width, 0, 0, {0}, NULL };
                     Tile run = there ? in_place[job->direct] : tiles[job->dot][job->direct][tall == FEW][width / VW - 1];
-                    if (b.next && m == m_begin) run = direct_few_next;
-                    if (job->direct) {
-                        a.data = job->copied ? job->pack_a + (m - job->m0) * job->a_row + s - job->s0
-                                             : (const float *)job->a.data + m * job->a_row + s * job->step_a;
-                        for (int64_t r = 0; r < MR; r++) a.row[r] = min64(r, rows - 1) * job->a_row;
-                        a2.data = job->ext + (m - job->m0) * job->steps2 + (max64(s, job->steps) - job->steps) * MR;
-                    } else a.data = job->pack_a + (m - job->m0) * job->a_row + (s - job->s0) * MR;
+                    if (fetch && width == NR && next < job->steps && m == m_begin)
+                        b.next = element(job->b, next, n), b.ahead = job->b.row * dtype_size(job->b.dtype), run = direct_few_next;
                     float *sum = job->sum ? job->sum + (m - job->m0) * job->wide_n + n - job->n0
                                           : near + (m - m_begin) * group + n - n0;
                     int64_t sum_row = job->sum ? job->wide_n : group, add_row = sum_row;
