@@ -11,7 +11,8 @@ from .errors import UserError
 from .plan import available_memory
 from .safetensors_file import replacing, write_json
 
-BLOCK = 1 << 20                        # bytes of a .txt that are read and tokenised at a time
+BLOCK = 1 << 17                        # bytes of a .txt that are read, and tokenised on one core, at a time
+AT_ONCE = 16                           # blocks of text that are tokenised side by side
 BYTES_PER_CHARACTER = 64               # what the tokenizers library needs while it works, measured on English text
 NEIGHBOURS = 256                       # characters on both sides of a cut that must tokenise as if it were not there
 
@@ -89,8 +90,31 @@ def documents(path):
         raise UserError(f"{path}: holds no text")
 
 
-def encode_pieces(tokenizer, pieces):
-    """The ids of the joined pieces, block by block, as if the whole were tokenised at once.
+def encode_documents(tokenizer, documents):
+    """Of `documents`, each an iterable of pieces of its text, block by block: its ids, as if the whole were tokenised at once, and
+    whether the document ends there. Blocks, also those of several documents, are tokenised side by side on all cores."""
+    front, back = _affixes(tokenizer)
+    nothing, waiting, size = front[:0], [], 0
+
+    def encoded():
+        done = tokenizer.backend.encode_batch_fast([text for text, _, _ in waiting], add_special_tokens=False)
+        for (_, first, last), found in zip(waiting, done):
+            ids = np.array(found.ids, np.int32)
+            yield np.concatenate([front if first else nothing, ids, back if last else nothing]), last
+
+    for pieces in documents:
+        first = True
+        for text, last in _parts(tokenizer, pieces):
+            waiting.append((text, first, last))
+            size, first = size + len(text), False
+            if size >= AT_ONCE * BLOCK:
+                yield from encoded()
+                waiting, size = [], 0
+    yield from encoded()
+
+
+def _parts(tokenizer, pieces):
+    """The joined pieces in parts that can be tokenised one by one, and whether a part is the last.
 
     A cut between two pieces is kept only where the text around it tokenises the same with and without it: the tokenizers of
     our families split text by a regular expression or byte by byte, so what is far from a cut cannot feel it. Where no such
@@ -98,26 +122,25 @@ def encode_pieces(tokenizer, pieces):
     bounds the document.
     """
     def bare(text):
-        return np.array(tokenizer.backend.encode(text, add_special_tokens=False).ids, np.int32)
+        return tokenizer.backend.encode(text, add_special_tokens=False).ids
 
     def clean(left, right):
         left, right = left[-NEIGHBOURS:], right[:NEIGHBOURS]
         if not left.strip() or not right[:2].strip():  # a long run of spaces can be cut in step with its own tokens
             return False
-        return np.array_equal(bare(left + right), np.concatenate([bare(left), bare(right)]))
+        return bare(left + right) == bare(left) + bare(right)
 
-    front, back = _affixes(tokenizer)
     held = ""
     for piece in pieces:
         at = _cut(held, piece, clean) if held else None
         if at is not None:
-            yield np.concatenate([front, bare(held[:at])])
-            held, front = held[at:], front[:0]
+            yield held[:at], False
+            held = held[at:]
         held += piece
         if len(held) * BYTES_PER_CHARACTER > available_memory():
             raise UserError(f"a document of more than {len(held):,} characters does not fit in memory while it is tokenised; "
                             "cut it into several files, or one document a line of .jsonl")
-    yield np.concatenate([front, bare(held), back])
+    yield held, True
 
 
 def _cut(held, piece, clean):
@@ -216,15 +239,16 @@ def _tokenise(files, tokenizer, stem, say):
                 yield piece
                 bar.update(len(piece.encode()))
 
-        for path in files:
-            for pieces in documents(path):
-                size, last = 0, None
-                for ids in encode_pieces(tokenizer, counted(pieces)):
-                    size += put(ids)
-                    last = int(ids[-1]) if len(ids) else last
-                if eos is not None and last != eos:
-                    size += put(np.array([eos]))
-                borders.append(borders[-1] + size)
+        size, final = 0, None
+        for ids, ends in encode_documents(tokenizer, (counted(pieces) for path in files for pieces in documents(path))):
+            size += put(ids)
+            final = int(ids[-1]) if len(ids) else final
+            if not ends:
+                continue
+            if eos is not None and final != eos:
+                size += put(np.array([eos]))
+            borders.append(borders[-1] + size)
+            size, final = 0, None
     digest.update(np.array(borders))
     write_json(stem + ".json", {"files": files, "fingerprint": digest.hexdigest(), "borders": borders})
     say(f"tokenised {len(borders) - 1:,} documents, {borders[-1]:,} tokens, {total / max(borders[-1], 1):.2f} bytes each")

@@ -52,7 +52,12 @@ def read_ids(path, tokenizer, config, max_tokens=None):
         elif tokenizer is None:
             raise UserError(f"{file}: the model has no tokenizer; wanted a token .bin")
         else:
-            parts += [np.concatenate(list(data.encode_pieces(tokenizer, pieces))) for pieces in data.documents(file)]
+            document = []
+            for ids, ends in data.encode_documents(tokenizer, data.documents(file)):
+                document.append(ids)
+                if ends:
+                    parts.append(np.concatenate(document))
+                    document = []
     if max_tokens is not None:
         room = max_tokens
         for i, ids in enumerate(parts):

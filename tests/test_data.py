@@ -64,15 +64,17 @@ def test_a_text_read_in_blocks_has_the_ids_of_the_whole(tmp_path_factory, kind, 
         patch.setattr(data, "BLOCK", block)
         pieces = list(data._blocks(str(path)))
         assert "".join(pieces) == text.removeprefix("\ufeff")
-        ids = np.concatenate(list(data.encode_pieces(made, pieces)))
-    np.testing.assert_array_equal(ids, made.encode(text.removeprefix("\ufeff")))
+        ids, ends = zip(*data.encode_documents(made, [pieces, ["it"], pieces]))
+    one, two = made.encode(text.removeprefix("\ufeff")), made.encode("it")
+    np.testing.assert_array_equal(np.concatenate(ids), np.concatenate([one, two, one]))
+    assert np.cumsum([len(part) for part in ids])[list(ends)].tolist() == [len(one), len(one) + len(two), 2 * len(one) + len(two)]
 
 
 def test_blocks_are_cut_where_the_tokenizer_lets_them(tmp_path, monkeypatch):
     path = write(tmp_path / "long.txt", "the quick brown fox jumps\nover the lazy dog\n" * 500)
     monkeypatch.setattr(data, "BLOCK", 1000)
-    assert len(list(data.encode_pieces(KINDS["gpt2"], data._blocks(path)))) > 15
-    assert len(list(data.encode_pieces(KINDS["llama"], data._blocks(path)))) == 1
+    assert len(list(data.encode_documents(KINDS["gpt2"], [data._blocks(path)]))) > 15
+    assert len(list(data.encode_documents(KINDS["llama"], [data._blocks(path)]))) == 1
 
 
 def test_a_file_larger_than_memory_is_tokenised_in_it(tmp_path):
@@ -83,7 +85,7 @@ def test_a_file_larger_than_memory_is_tokenised_in_it(tmp_path):
 import resource
 from longlora import data
 from longlora.tokenizer import Tokenizer
-data.BLOCK = 1 << 15
+data.BLOCK = 1 << 11                  # of which AT_ONCE are in memory
 made = Tokenizer.from_directory({str(tmp_path / "model")!r})
 made.encode("warm")
 def tokenise(name):
