@@ -461,8 +461,8 @@ static PyMethodDef methods[] = {
     { "matmul_scratch", py_matmul_scratch, METH_NOARGS,
       "matmul_scratch($module, /)\n--\n\nBytes that a product packs at most: of b, of a." },
     { "head_scratch", py_head_scratch, METH_VARARGS,
-      "head_scratch($module, M, C, V, narrow, trained, /)\n--\n\nBytes of linear_cross_entropy_backward; narrow: x is not float32; trained: with "
-      "dweight." },
+      "head_scratch($module, M, C, V, narrow, trained, /)\n--\n\nBytes of linear_cross_entropy_backward; narrow: x is not float32; "
+      "trained: with dweight." },
     { "attention_scratch", py_attention_scratch, METH_VARARGS,
       "attention_scratch($module, B, T, H, K, D, narrow, /)\n--\n\nBytes of s2_attention_backward: of a thread, of sums." },
     { "workspace", (PyCFunction)(void (*)(void))py_workspace, METH_FASTCALL,

@@ -87,15 +87,16 @@ template<class T, bool GRADIENT> static __global__ void __launch_bounds__(BLOCK)
     }
     float top = block_max(max, shared);
     sum = block_sum(sum * expf(max - top), shared);
-    float lse = top + logf(sum);
+    float log_sum = logf(sum), loss = log_sum - (picked - top);              /* what lse rounds off of large logits is not in it */
     if (threadIdx.x == 0) {
-        c.losses[blockIdx.x * c.losses_step] = used ? lse - picked : target == c.ignore ? 0.0f : NAN;
-        if (c.lse) c.lse[blockIdx.x * c.lse_step] = lse;
+        c.losses[blockIdx.x * c.losses_step] = used ? loss : target == c.ignore ? 0.0f : NAN;
+        if (c.lse) c.lse[blockIdx.x * c.lse_step] = top + log_sum;
     }
     if (!GRADIENT) return;
     T *out = (T *)row;
     float dloss = used ? c.dlosses[blockIdx.x * c.dlosses_step] : 0;
     if (c.scalars) dloss *= c.scalars[0];
+    float factor = dloss / sum;
     for (int64_t start = 0; start < c.V; start += blockDim.x * ELEMENTS) {
         int64_t i = start + threadIdx.x * ELEMENTS;
         float x[ELEMENTS] = {};
@@ -103,13 +104,13 @@ template<class T, bool GRADIENT> static __global__ void __launch_bounds__(BLOCK)
             if (i < c.kept) load(x, kept + i);
             else load_logits(x, row, i, c.V);
 #pragma unroll
-            for (int e = 0; e < ELEMENTS; e++) x[e] = expf(x[e] - lse) * dloss;
+            for (int e = 0; e < ELEMENTS; e++) x[e] = expf(x[e] - top) * factor;
         }
         __syncthreads();
         if (i < c.V) store(out + i, x);                                /* rows are padded to whole stores */
     }
     __syncthreads();
-    if (used && threadIdx.x == 0) out[target] = from_float<T>(dloss * expm1f(picked - lse));
+    if (used && threadIdx.x == 0) out[target] = from_float<T>(dloss * expm1f(-loss));
 }
 
 /* Rows of logits in floats, and rows of a chunk: as many as fit, the chunks about equally long. */

@@ -106,7 +106,7 @@ def encode_documents(tokenizer, documents):
         first = True
         for text, last in _parts(tokenizer, pieces):
             waiting.append((text, first, last))
-            size, first = size + len(text), False
+            size, first = size + max(len(text), 64), False             # the shortest takes memory too
             if size >= AT_ONCE * BLOCK:
                 yield from encoded()
                 waiting, size = [], 0

@@ -55,8 +55,9 @@
  *   one panel of b (KC 288) for all rows of a task, now SIDE panels for MR rows: K = 16, 64, 128, 192 1.1 to 1.3, 576 1.0, dweight of
  *   the head, K = 112, 1.1, and K = 128, N = 576 1.2; 2, 8, 16 panels 0.97, 1.0, 1.0 of that; then KC 576: K = 576 1.06 to 1.13,
  *   K = 1536 1.04 to 1.07, K = 2048 0.98 to 1.04; KC 384, 864, 1152 0.95, 0.98 to 1.0, 0.98 to 1.02 of that
- *   no gain, before that: KC 144 to 224 (0.94 to 0.98), 320, 384 (0.97 to 1.02); 6 or 8 MiB of b at once (0.95 to 1.02); what is packed fetched
- *   two rows ahead instead of four (0.98 to 1.02); columns of a task packed by itself (0.96 where all tasks share them 1.13) */
+ *   no gain, before that: KC 144 to 224 (0.94 to 0.98), 320, 384 (0.97 to 1.02); 6 or 8 MiB of b at once (0.95 to 1.02); what is
+ *   packed fetched two rows ahead instead of four (0.98 to 1.02); columns of a task packed by itself (0.96 where all tasks share
+ *   them 1.13) */
 #include "gemm.h"
 #include "scratch.h"
 

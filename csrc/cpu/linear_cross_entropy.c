@@ -213,9 +213,9 @@ static int run(const char *op, const Tensor *losses, const Tensor *lse, const Te
         if ((status = sum_chunk(&c))) break;
         for (int64_t i = 0; i < c.rows; i++) {
             int64_t m = c.row0 + i;
-            float log = c.V ? logf(c.total[i]) : -INFINITY, loss = c.V ? log - (c.picked[i] - c.from[i]) : 0;
+            float log_sum = c.V ? logf(c.total[i]) : -INFINITY, loss = c.V ? log_sum - (c.picked[i] - c.from[i]) : 0;
             ((float *)losses->data)[m * losses->stride[0]] = target(&c, i) == c.ignore ? 0 : loss;
-            if (lse) ((float *)lse->data)[m * lse->stride[0]] = c.V ? c.from[i] + log : log;
+            if (lse) ((float *)lse->data)[m * lse->stride[0]] = c.V ? c.from[i] + log_sum : log_sum;
             if (c.dlosses) c.own[i] = dloss(&c, i) * expm1f(-loss);
         }
         if (c.dlosses) status = parallel_for(c.rows, C / 4, dx_row, &c);
