@@ -87,7 +87,7 @@ template<class T, bool GRADIENT> static __global__ void __launch_bounds__(BLOCK)
     }
     float top = block_max(max, shared);
     sum = block_sum(sum * expf(max - top), shared);
-    float log_sum = logf(sum), loss = log_sum - (picked - top);              /* what lse rounds off of large logits is not in it */
+    float log_sum = logf(sum), loss = log_sum - (picked - top);   /* without what lse rounds off of large logits */
     if (threadIdx.x == 0) {
         c.losses[blockIdx.x * c.losses_step] = used ? loss : target == c.ignore ? 0.0f : NAN;
         if (c.lse) c.lse[blockIdx.x * c.lse_step] = top + log_sum;

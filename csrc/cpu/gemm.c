@@ -55,6 +55,7 @@
  *   one panel of b (KC 288) for all rows of a task, now SIDE panels for MR rows: K = 16, 64, 128, 192 1.1 to 1.3, 576 1.0, dweight of
  *   the head, K = 112, 1.1, and K = 128, N = 576 1.2; 2, 8, 16 panels 0.97, 1.0, 1.0 of that; then KC 576: K = 576 1.06 to 1.13,
  *   K = 1536 1.04 to 1.07, K = 2048 0.98 to 1.04; KC 384, 864, 1152 0.95, 0.98 to 1.0, 0.98 to 1.02 of that
+ *   then K = 8, 16, MR rows over all columns at a time, as before, and SIDE panels as everywhere 1.02 to 1.2, 1.07
  *   no gain, before that: KC 144 to 224 (0.94 to 0.98), 320, 384 (0.97 to 1.02); 6 or 8 MiB of b at once (0.95 to 1.02); what is
  *   packed fetched two rows ahead instead of four (0.98 to 1.02); columns of a task packed by itself (0.96 where all tasks share
  *   them 1.13) */
@@ -672,15 +673,12 @@ static int ready_task(int64_t i, void *context) {
     return 0;
 }
 
-/* Where all panels of b fit the L1 cache together, MR rows are finished at a time: c is written from row to row. */
-enum { FEW_STEPS = 16 };
 static int tile_task(int64_t i, void *context) {
     const Job *job = context;
     int64_t m = job->m0 + i / job->tiles_n * job->tile_m, m_end = min64(job->m1, m + job->tile_m);
     int64_t n = job->n0 + i % job->tiles_n * job->tile_n, n_end = min64(job->n1, n + job->tile_n);
     if (job->tiles_n == 1) ready_rows(job, m, m_end);
-    int64_t rows = job->s1 - job->s0 <= FEW_STEPS && !job->local_b ? MR : job->tile_m;
-    for (; m < m_end; m += rows) tile_rows(job, m, min64(m_end, m + rows), n, n_end);
+    tile_rows(job, m, m_end, n, n_end);
     return 0;
 }
 

@@ -9,10 +9,11 @@
  *
  * The ladder, times the speed of chunks with the logits of the whole vocabulary and dx after them, two cores of a Zen 3, medians
  * in turn, V = 128256 with M = 512, C = 2048, and V = 49152 with M = 2048, C = 576:
- *   weight frozen 1.13 to 1.16, 1.03; trained 1.01 to 1.03, 0.94 to 1.01
+ *   weight frozen, seven comparisons, 0.97 to 1.16, the middle one 1.09; four, 0.99 to 1.06; trained 1.01 to 1.03; five, 0.91 to 0.99
  *   frozen, stretches of 512, 1024, 4096 rows of weight against 2048: 0.95, 0.98, 0.97; chunks of 256, 1024 rows against 512: 1.00, 0.92
  *   trained, V = 128256: 112 rows have room, and the products (logits, dx, dweight) run at 131, 112, 115 GF/s, where with 512 rows
- *   they do at 156, 140, 148; to keep a part only, have more rows, and multiply the rest again costs what it gains */
+ *   they do at 156, 140, 148; by these rates, to keep a part only, have more rows, and multiply the rest again would cost what it
+ *   gains (computed, not tried) */
 #include "gemm.h"
 #include "scratch.h"
 
@@ -26,7 +27,7 @@ typedef struct {                       /* a chunk of rows, a stretch v0..v1 of t
     const Tensor *x, *weight, *targets, *dlosses, *dx;                 /* dlosses NULL in forward */
     int64_t V, row0, rows, stride, v0, v1, ignore;
     int keep;                          /* the exponentials of all stretches, one behind the other */
-    float *memory, *froms;
+    float *memory, *froms;             /* where logits and from of the first stretch are */
     float *logits;                     /* of v0..v1, [v1 - v0, stride], then exponentials, then their gradients */
     void *e;                           /* exponentials as the product for dx takes them */
     int32_t dtype;                     /* of those, and of the gradients */
