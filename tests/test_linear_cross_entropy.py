@@ -69,7 +69,7 @@ def check_backward(x, w, targets, d, trained, atol=1e-5):
 
 @pytest.mark.parametrize("M,V,trained", [(237, 70001, True), (1099, 2500, False)])
 def test_more_than_one_chunk(M, V, trained, isa):
-    """Trained, of 56 MiB: 15 units of 16 rows here, seven of them in the first chunk, eight, less three rows, in the second. Frozen,
+    """Trained: 15 units of 16 rows here, seven of them in the first chunk, eight, less three rows, in the second. Frozen,
     of 512 rows at most: three, the last one less five rows."""
     C = 8
     rows, logits = ops._C.head_scratch(512, C, V, False, trained), 4 * M * V

@@ -83,9 +83,11 @@ enum {
     AHEAD = 8,                         /* steps that what is read with a stride is fetched ahead */
     KS = 1280,                         /* steps of k that are packed at once, at most; twice that where b is small */
     EXTRA = 8,                         /* and both an eighth more, where that saves a block: the few steps of LoRA do not cost one */
-    ROWS = 480,                        /* of a in one task, at most */
+    ROWS = 576,                        /* of a in one task, at most */
     FEW_ROWS = 64,                     /* with no more, each task packs GROUP columns of b at a time, FEW_KC steps of them */
     FEW_KC = 96,
+    MID_ROWS = 128,                    /* with no more, a third of GROUP and MID_KC */
+    MID_KC = 288,
     TURNED_ROWS = VW == 16 ? 256 : FEW_ROWS, /* with no more, a turned a is read in place; with more, packed, short vectors b too */
     GROUP = 384 / NR * NR,             /* a third of that where k is short or there are more than 16 rows */
     NEAR = (FEW_ROWS + MR) * GROUP > ROWS * SIDE * NR ? (FEW_ROWS + MR) * GROUP : ROWS * SIDE * NR,
@@ -109,7 +111,7 @@ typedef struct Job {
     int64_t m0, m1, n0, n1, s0, s1;    /* what is packed now; s in steps, of K + R */
     int64_t tile_m, tile_n, tiles_n, packed_n, pack_n; /* columns from packed_n on are packed, pack_n of them by a task */
     int64_t nr, mr;                    /* columns of a panel, rows of a tile: NR and MR, or less where that divides better */
-    int64_t group;                     /* columns that a task packs at a time, with local_b */
+    int64_t kc, group;                 /* steps and columns of b between which sums go to memory; with local_b, packed at a time */
     int64_t a_row, step_a, ahead;      /* floats from row to row, from step to step of a in place, and to what comes next */
     float *pack_a, *pack_b, *ext;
     float *sum;                        /* sums of all rows and columns in work, where c cannot hold them between depths */
@@ -502,12 +504,14 @@ static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_
     int64_t steps = job->s1 - job->s0, all = job->steps + job->steps2;
     int few = job->M <= FEW_ROWS;                                      /* shorter sums are more exact, and few rows add them fast */
     int fetch = few && job->local_b && job->direct && job->mr == FEW && !job->dot && job->b.col == 1;
-    int64_t kc = few ? FEW_KC : KC, group = few && job->local_b ? job->group : SIDE * job->nr;
+    int whole = !job->local_b && !job->sum && steps <= job->kc + job->kc / EXTRA;          /* no sums are kept between depths */
+    int64_t group = whole ? job->nr * max64(SIDE, SIDE * KC / max64(1, steps)) : job->group;
+    int64_t sum_row = job->sum ? job->wide_n : whole ? job->nr : group;
     float near[NEAR] __attribute__((aligned(64))), near_b[NEAR_B] __attribute__((aligned(64)));
     for (int64_t n0 = n_begin; n0 < n_end; n0 += group) {
         int64_t n1 = min64(n_end, n0 + group), s = job->s0, next;
         do {
-            next = s + ceil_div(job->s1 - s, max64(1, ceil_div(job->s1 - s, kc + kc / EXTRA)));
+            next = s + ceil_div(job->s1 - s, max64(1, ceil_div(job->s1 - s, job->kc + job->kc / EXTRA)));
             int64_t part = job->direct ? max64(0, min64(next, job->steps) - s) : next - s;
             if (job->local_b) pack_panels(job, near_b, s, next, n0, n1);
             for (int64_t m = m_begin; m < m_end; m += job->mr) {
@@ -530,8 +534,8 @@ static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_
                     if (fetch && width == NR && next < job->steps && m == m_begin)
                         b.next = element(job->b, next, n), b.ahead = job->b.row * dtype_size(job->b.dtype), run = direct_few_next;
                     float *sum = job->sum ? job->sum + (m - job->m0) * job->wide_n + n - job->n0
-                                          : near + (m - m_begin) * group + n - n0;
-                    int64_t sum_row = job->sum ? job->wide_n : group, add_row = sum_row;
+                                          : near + (whole ? 0 : (m - m_begin) * group + n - n0);
+                    int64_t add_row = sum_row;
                     int straight = job->plain && cols == width && rows == tall, last = next == (job->sum ? all : job->s1);
                     float *c = straight ? (float *)g->c + m * g->c_row + n : NULL;
                     const float *add = s > (job->sum ? 0 : job->s0) ? sum : NULL;
@@ -700,7 +704,9 @@ static int slice(Job *job, int64_t threads, int pack_a) {
     job->tile_n = ceil_div(cols, NR) * NR;
     if (job->local_b) {                                                /* equal parts for all threads */
         job->tile_m = ROWS / MR * MR;
-        job->tile_n = ceil_div(job->tile_n / NR, ceil_div(ceil_div(cols, job->group), threads) * threads) * NR;
+        int64_t panels = job->tile_n / NR;
+        job->tile_n = ceil_div(panels, ceil_div(ceil_div(cols, job->group), threads) * threads) * NR;
+        if (ceil_div(cols, job->tile_n) % threads) job->tile_n = ceil_div(panels, threads) * NR;
     } else while (job->tile_m > 4 * MR && ceil_div(rows, job->tile_m) * ceil_div(cols, job->tile_n) < 4 * threads)
         if (job->tile_n > 4 * NR) job->tile_n = ceil_div(job->tile_n / NR, 2) * NR;
         else job->tile_m = ceil_div(job->tile_m / MR, 2) * MR;
@@ -729,19 +735,21 @@ int CPU(gemm)(const Gemm *g) {
         job.a = transposed(g->b), job.b = transposed(g->a), job.b2 = transposed(job.a2), job.a2 = transposed(g->b2);
         if (g->R && CPU(gemm)(&of_u)) return -1;
     }
-    job.direct = job.a.col == 1 && job.a.dtype == unit && job.K % per == 0 && job.a.row % per == 0;
-    job.step_a = 1, job.a_row = job.a.row / per, job.ahead = MR * job.a_row;
-    int turned = !job.dot && job.a.row == 1 && job.a.dtype == F32, shared = turned && job.M > TURNED_ROWS;
-    if (turned && !shared) job.direct = 1, job.step_a = job.a.col, job.ahead = AHEAD * job.a.col;  /* too few rows to pack them */
-    if (!job.dot && !job.direct && job.a.col == 1) job.direct = job.copied = 1;
-    /* Rows a multiple of half a page apart fall on the same few lines of the L1 cache, where they push each other out: nothing is
-     * fetched ahead there, and with columns enough to pay for it they are packed. */
-    if (!job.dot && !job.copied && job.a.col == 1 && job.a.row % 512 == 0) job.ahead = 0, job.direct = job.direct && job.N <= 768;
     job.nr = panel_columns(job.N);
     job.direct_b = !job.dot && job.b.col == 1 && job.b.dtype == F32 && job.R == 0 && job.nr == NR &&
                    job.M <= MR;
-    job.local_b = !job.direct_b && job.M <= ROWS && job.N > 4 * NR && !(shared && VW < 16);
-    job.group = job.M <= 16 && job.K > KS ? GROUP : GROUP / 3 / NR * NR;
+    job.local_b = !job.direct_b && job.M <= ROWS && job.N > 4 * NR && job.N >= job.M;
+    job.direct = job.a.col == 1 && job.a.dtype == unit && job.K % per == 0 && job.a.row % per == 0;
+    job.step_a = 1, job.a_row = job.a.row / per, job.ahead = MR * job.a_row;
+    if (!job.dot && job.a.row == 1 && job.a.dtype == F32 && job.M <= TURNED_ROWS)              /* too few rows to pack them */
+        job.direct = 1, job.step_a = job.a.col, job.ahead = AHEAD * job.a.col;
+    if (!job.dot && !job.direct && job.a.col == 1) job.direct = job.copied = 1;
+    /* Rows a multiple of half a page apart fall on the same few lines of the L1 cache, where they push each other out: nothing is
+     * fetched ahead there, and with columns enough to pay for it they are packed. */
+    if (!job.dot && !job.copied && job.a.col == 1 && job.a.row % 512 == 0)
+        job.ahead = 0, job.direct = job.direct && job.N <= 768 && !(job.local_b && job.M > FEW_ROWS);
+    job.kc = job.M <= FEW_ROWS ? FEW_KC : job.local_b && job.M <= MID_ROWS ? MID_KC : KC;
+    job.group = !job.local_b || job.M > MID_ROWS ? SIDE * job.nr : job.M <= 16 && job.K > KS ? GROUP : GROUP / 3 / NR * NR;
     job.mr = job.direct && job.R == 0 && job.M <= FEW_ROWS && job.M % MR ? FEW : MR;
     job.steps = ceil_div(job.K, per), job.steps2 = ceil_div(job.R, per);
     if (is_narrow(&job)) return narrow(&job);
@@ -751,7 +759,7 @@ int CPU(gemm)(const Gemm *g) {
     int64_t depth_b = depth + job.steps2;
     job.plain = g->c_dtype == F32 && !job.swapped && g->alpha == 1 && (g->beta == 0 || (g->beta == 1 && !g->residual)) && !g->bias;
     int keep = !job.plain && depth < job.steps;
-    job.wide_n = min64(ceil_div(job.N, NR) * NR, max64(1, PACK_BYTES / 4 / depth_b / NR) * NR);
+    job.wide_n = job.local_b && !keep ? ceil_div(job.N, NR) * NR : min64(ceil_div(job.N, NR) * NR, max64(1, PACK_BYTES / 4 / depth_b / NR) * NR);
     job.wide_m = ceil_div(job.M, MR) * MR;
     if (!job.direct || job.copied) job.wide_m = min64(job.wide_m, max64(1, PACK_BYTES / 2 / depth_b / MR) * MR);
     if (keep) job.wide_m = min64(job.wide_m, max64(1, SUM_BYTES / 4 / job.wide_n / MR) * MR);

@@ -11,9 +11,9 @@ enum { PACK_BYTES = 9 << 19 };
 /* linear_cross_entropy: rows go in chunks, as equal as units of HEAD_ROUND rows allow. A row has the logits of a stretch of the
  * vocabulary, or where they are kept, for the gradient of weight, of all of it; the maximum and sum of each HEAD_BLOCK of a
  * stretch; what the exponentials of each stretch that is kept are taken from; three numbers more; and in narrow dtypes the float32
- * sums of dx and exponentials in 16 bits. Of a chunk HEAD_BYTES and HEAD_ROWS at most, which with what matmul packs is below 64 MiB;
- * HEAD_NARROW, because then it converts rows of weight too. */
-enum { HEAD_BYTES = 56 << 20, HEAD_NARROW = 49 << 20, HEAD_ROWS = 512, HEAD_ROUND = 16, HEAD_BLOCK = 128, HEAD_STRETCH = 2048 };
+ * sums of dx and exponentials in 16 bits. With what matmul packs of x and of exponentials a chunk has HEAD_BYTES and HEAD_ROWS at
+ * most, HEAD_NARROW where it converts rows of weight too: in all below 64 MiB. */
+enum { HEAD_BYTES = 255 << 18, HEAD_NARROW = 54 << 20, HEAD_ROWS = 512, HEAD_ROUND = 16, HEAD_BLOCK = 128, HEAD_STRETCH = 2048 };
 
 static inline int64_t head_stretches(int64_t V, int keep) { return keep ? (V + HEAD_STRETCH - 1) / HEAD_STRETCH : 1; }
 static inline int64_t head_kept(int64_t V, int keep) { return keep || V < HEAD_STRETCH ? V : HEAD_STRETCH; }
@@ -22,7 +22,8 @@ static inline int64_t head_row(int64_t C, int64_t V, int narrow, int keep) {
 }
 static inline int64_t head_chunks(int64_t M, int64_t C, int64_t V, int narrow, int keep) {
     int64_t units = (M + HEAD_ROUND - 1) / HEAD_ROUND;
-    int64_t most = (narrow ? HEAD_NARROW : HEAD_BYTES) / HEAD_ROUND / head_row(C, V, narrow, keep);
+    int64_t row = head_row(C, V, narrow, keep) + 4 * (C > HEAD_STRETCH ? C : HEAD_STRETCH);
+    int64_t most = (narrow ? HEAD_NARROW : HEAD_BYTES) / HEAD_ROUND / row;
     if (most > HEAD_ROWS / HEAD_ROUND) most = HEAD_ROWS / HEAD_ROUND;
     return most > 1 ? (units + most - 1) / most : units;
 }
