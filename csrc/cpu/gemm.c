@@ -84,15 +84,12 @@ enum {
     KS = 1280,                         /* steps of k that are packed at once, at most; twice that where b is small */
     EXTRA = 8,                         /* and both an eighth more, where that saves a block: the few steps of LoRA do not cost one */
     ROWS = 576,                        /* of a in one task, at most */
-    FEW_ROWS = 64,                     /* with no more, each task packs GROUP columns of b at a time, FEW_KC steps of them */
+    FEW_ROWS = 64,                     /* with no more, FEW_KC: shorter sums are more exact, and few rows add them fast */
     FEW_KC = 96,
-    MID_ROWS = 128,                    /* with no more, a third of GROUP and MID_KC */
-    MID_KC = 288,
+    MID_ROWS = 128,                    /* with no more, where tasks pack b themselves, half of KC and twice SIDE panels */
     TURNED_ROWS = VW == 16 ? 256 : FEW_ROWS, /* with no more, a turned a is read in place; with more, packed, short vectors b too */
-    GROUP = 384 / NR * NR,             /* a third of that where k is short or there are more than 16 rows */
-    NEAR = (FEW_ROWS + MR) * GROUP > ROWS * SIDE * NR ? (FEW_ROWS + MR) * GROUP : ROWS * SIDE * NR,
-    NEAR_B = (KC + KC / EXTRA) * SIDE * NR > (FEW_KC + FEW_KC / EXTRA) * GROUP ? (KC + KC / EXTRA) * SIDE * NR
-                                                                               : (FEW_KC + FEW_KC / EXTRA) * GROUP,
+    NEAR = ROWS * SIDE * NR,           /* sums, and a part of b, that a task keeps */
+    NEAR_B = (KC + KC / EXTRA) * SIDE * NR,
     TASK_BYTES = (VW == 16 ? 480 : 240) << 10, /* rows of a that one task works on: half of an L2 cache */
     SUM_BYTES = 8 << 20,               /* of sums kept in float32 */
 };
@@ -103,14 +100,14 @@ typedef struct Job {
     struct Job *thin;                  /* the product that makes u, where that is made row by row with this one */
     int swapped, dot;                  /* computes the transpose; multiplies pairs of bfloat16 */
     int plain;                         /* c is written by the tiles themselves, and keeps sums between depths */
-    int direct, direct_b;              /* reads a, or the whole panels of b, where they lie */
-    int copied, local_b;               /* a in rows, converted to float32; each tile packs its own part of b */
+    int direct, copied;                /* reads a where it lies, or in rows that are converted to float32 */
+    int local_b;                       /* each task packs its own part of b */
     int64_t M, N, K, R;                /* K and R in elements; after swapping */
     Matrix a, b, a2, b2;               /* here a2 is u, the second half of the sums a2 b2 */
     int64_t steps, steps2;             /* K and R in steps */
     int64_t m0, m1, n0, n1, s0, s1;    /* what is packed now; s in steps, of K + R */
-    int64_t tile_m, tile_n, tiles_n, packed_n, pack_n; /* columns from packed_n on are packed, pack_n of them by a task */
-    int64_t nr, mr;                    /* columns of a panel, rows of a tile: NR and MR, or less where that divides better */
+    int64_t tile_m, tile_n, tiles_n, pack_n; /* pack_n columns are packed by a task */
+    int64_t nr;                        /* columns of a panel: NR, or less where that divides better */
     int64_t kc, group;                 /* steps and columns of b between which sums go to memory; with local_b, packed at a time */
     int64_t a_row, step_a, ahead;      /* floats from row to row, from step to step of a in place, and to what comes next */
     float *pack_a, *pack_b, *ext;
@@ -316,26 +313,26 @@ static void pack_panels(const Job *job, float *out, int64_t s0, int64_t s1, int6
 /* One task packs neighbouring panels side by side, row by row or, where k is dense, SWEEP steps at a time: memory gives whole runs
  * of a row together. */
 enum { SWEEP = 64, LEAST_PANELS = 4, PANELS = 16 };
-static inline int64_t pack_tasks_b(const Job *job) { return ceil_div(job->n1 - job->packed_n, job->pack_n); }
+static inline int64_t pack_tasks_b(const Job *job) { return job->local_b ? 0 : ceil_div(job->n1 - job->n0, job->pack_n); }
 static inline int64_t columns_of_task(const Job *job, int64_t threads) {
-    return job->nr * min64(PANELS, max64(LEAST_PANELS, ceil_div(ceil_div(job->n1 - job->packed_n, job->nr), 4 * threads)));
+    return job->nr * min64(PANELS, max64(LEAST_PANELS, ceil_div(ceil_div(job->n1 - job->n0, job->nr), 4 * threads)));
 }
 static inline int64_t steps_a(const Job *job) { return min64(job->s1, job->steps) - job->s0; }   /* of a in this slice */
 
 static int pack_task(int64_t i, void *context) {
     Job *job = context;
     int64_t steps = job->s1 - job->s0, tasks_b = pack_tasks_b(job), per = job->dot ? 2 : 1;
-    int64_t j0 = i < tasks_b ? job->packed_n + i * job->pack_n : job->m0 + (i - tasks_b) * MR * PANELS;
+    int64_t j0 = i < tasks_b ? job->n0 + i * job->pack_n : job->m0 + (i - tasks_b) * MR * PANELS;
     int64_t j1 = i < tasks_b ? min64(job->n1, j0 + job->pack_n) : min64(job->m1, j0 + MR * PANELS);
     if (i < tasks_b && job->b.col == 1 && !job->dot) {
-        pack_panels(job, job->pack_b + (j0 - job->packed_n) * steps, job->s0, job->s1, j0, j1);
+        pack_panels(job, job->pack_b + (j0 - job->n0) * steps, job->s0, job->s1, j0, j1);
         return 0;
     }
     for (int64_t s = job->s0, last = i < tasks_b ? job->s1 : job->s0 + steps_a(job); s < last; s += SWEEP)
         for (int64_t j = j0, end = min64(last, s + SWEEP); j < j1; j += i < tasks_b ? job->nr : MR)
             if (i < tasks_b) {
                 int64_t width = panel_width(job, j);
-                pack_panel(job, job->pack_b + (j - job->packed_n) * steps + (s - job->s0) * width, s, end, j, width);
+                pack_panel(job, job->pack_b + (j - job->n0) * steps + (s - job->s0) * width, s, end, j, width);
             } else
                 pack(job->pack_a + (j - job->m0) * job->a_row + (s - job->s0) * MR, transposed(job->a), s * per, end - s, job->K,
                      j, MR, job->M, 1, job->dot);
@@ -353,18 +350,15 @@ static inline __attribute__((always_inline)) vf multiply_add(vf sum, vf a, vf b,
     return sum + a * b;
 }
 
-/* One side of a tile: packed, or in place, with the offsets of MR rows of a. `ahead` is where the next tile will read; `next`
- * what will be packed after this b, `ahead` bytes on from step to step. */
-typedef struct { const float *data; int64_t step, ahead, row[MR]; const char *next; } Side;
+/* MR rows of a: packed, or in place, with their offsets. `ahead` is where the next tile will read. */
+typedef struct { const float *data; int64_t step, ahead, row[MR]; } Rows;
 
 /* sum[MR][nv] += a[.., steps] b[steps, ..]. What is read in place is fetched ahead: a line of each of the next MR rows where
- * k is dense, else the lines of AHEAD steps later. NEXT: b is packed, and what will be packed next is fetched meanwhile. */
-enum { NEXT = 2 };
-static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64_t steps, const Side *a, const Side *b,
-                                                           int direct, int direct_b, int mr, int nv, int dot) {
-    const float *pa = a->data, *pb = b->data;
-    int64_t step_a = direct ? a->step : MR, step_b = direct_b == 1 ? b->step : nv * VW;
-    const char *next = b->next;
+ * k is dense, else the lines of AHEAD steps later. */
+static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64_t steps, const Rows *a, const float *pb,
+                                                           int direct, int mr, int nv, int dot) {
+    const float *pa = a->data;
+    int64_t step_a = direct ? a->step : MR;
     for (int64_t s = 0; s < steps; s += 16) {
         if (direct)
             UNROLLED
@@ -374,11 +368,7 @@ static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64
         for (int64_t t = 0; t < end; t++) {
             vf bv[NV];
             UNROLLED
-            for (int j = 0; j < nv; j++) {
-                bv[j] = vf_load(pb + j * VW);
-                if (direct_b == 1) __builtin_prefetch(pb + AHEAD * step_b + j * VW);
-                if (direct_b == NEXT && j * VW % 16 == 0) __builtin_prefetch(next + j * VW * 4, 0, 2);
-            }
+            for (int j = 0; j < nv; j++) bv[j] = vf_load(pb + j * VW);
             UNROLLED
             for (int i = 0; i < mr; i++) {
                 vf av = vf_set1(pa[direct ? a->row[i] : i]);
@@ -386,17 +376,15 @@ static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64
                 for (int j = 0; j < nv; j++) sum[i][j] = multiply_add(sum[i][j], av, bv[j], dot);
             }
             pa += step_a;
-            pb += step_b;
-            if (direct_b == NEXT) next += b->ahead;
+            pb += nv * VW;
         }
     }
 }
 
 /* out[mr][nv VW] = a b, of `steps` steps, + a2 b2, of `steps2` packed ones, + add, which is NULL, out or other memory. */
-static inline __attribute__((always_inline)) void tile(int64_t steps, const Side *a, const Side *b, int64_t steps2,
-                                                       const Side *a2, const Side *b2, float *out, int64_t out_row,
-                                                       const float *add, int64_t add_row, int direct, int direct_b, int mr, int nv,
-                                                       int dot) {
+static inline __attribute__((always_inline)) void tile(int64_t steps, const Rows *a, const float *b, int64_t steps2,
+                                                       const Rows *a2, float *out, int64_t out_row, const float *add,
+                                                       int64_t add_row, int direct, int mr, int nv, int dot) {
     vf sum[MR][NV];
     UNROLLED
     for (int i = 0; i < mr; i++)
@@ -406,8 +394,8 @@ static inline __attribute__((always_inline)) void tile(int64_t steps, const Side
             __builtin_prefetch(out + i * out_row + j * VW, 1);
             if (add) __builtin_prefetch(add + i * add_row + j * VW);
         }
-    multiply(sum, steps, a, b, direct, direct_b, mr, nv, dot);
-    if (direct) multiply(sum, steps2, a2, b2, 0, 0, mr, nv, dot);
+    multiply(sum, steps, a, b, direct, mr, nv, dot);
+    if (direct) multiply(sum, steps2, a2, b + steps * nv * VW, 0, mr, nv, dot);
     UNROLLED
     for (int i = 0; i < mr; i++)
         UNROLLED
@@ -417,26 +405,22 @@ static inline __attribute__((always_inline)) void tile(int64_t steps, const Side
         }
 }
 
-typedef void (*Tile)(int64_t steps, const Side *a, const Side *b, int64_t steps2, const Side *a2, const Side *b2, float *out,
-                     int64_t out_row, const float *add, int64_t add_row);
-#define TILE(name, direct, direct_b, mr, nv, dot) \
-    static __attribute__((noinline)) void name(int64_t steps, const Side *a, const Side *b, int64_t steps2, const Side *a2, \
-                                               const Side *b2, float *out, int64_t out_row, const float *add, \
-                                               int64_t add_row) { \
-        tile(steps, a, b, steps2, a2, b2, out, out_row, add, add_row, direct, direct_b, mr, nv, dot); \
+typedef void (*Tile)(int64_t steps, const Rows *a, const float *b, int64_t steps2, const Rows *a2, float *out, int64_t out_row,
+                     const float *add, int64_t add_row);
+#define TILE(name, direct, mr, nv, dot) \
+    static __attribute__((noinline)) void name(int64_t steps, const Rows *a, const float *b, int64_t steps2, const Rows *a2, \
+                                               float *out, int64_t out_row, const float *add, int64_t add_row) { \
+        tile(steps, a, b, steps2, a2, out, out_row, add, add_row, direct, mr, nv, dot); \
     }
 #if defined __AVX512F__ || defined __aarch64__
 #define TILES(name, direct, mr, dot) \
-    TILE(name##_1, direct, 0, mr, 1, dot) TILE(name##_2, direct, 0, mr, 2, dot) TILE(name##_3, direct, 0, mr, 3, dot)
+    TILE(name##_1, direct, mr, 1, dot) TILE(name##_2, direct, mr, 2, dot) TILE(name##_3, direct, mr, 3, dot)
 #define NAMES(name) { name##_1, name##_2, name##_3 }
 #else
-#define TILES(name, direct, mr, dot) TILE(name##_1, direct, 0, mr, 1, dot) TILE(name##_2, direct, 0, mr, 2, dot)
+#define TILES(name, direct, mr, dot) TILE(name##_1, direct, mr, 1, dot) TILE(name##_2, direct, mr, 2, dot)
 #define NAMES(name) { name##_1, name##_2 }
 #endif
 TILES(packed, 0, MR, 0) TILES(direct, 1, MR, 0) TILES(packed_few, 0, FEW, 0) TILES(direct_few, 1, FEW, 0)
-TILE(packed_in_place, 0, 1, MR, NV, 0) TILE(direct_in_place, 1, 1, MR, NV, 0)
-TILE(direct_few_next, 1, NEXT, FEW, NV, 0)
-static const Tile in_place[2] = { packed_in_place, direct_in_place };
 #if defined __AVX512BF16__
 TILES(packed_dot, 0, MR, 1) TILES(direct_dot, 1, MR, 1) TILES(packed_dot_few, 0, FEW, 1) TILES(direct_dot_few, 1, FEW, 1)
 #endif
@@ -502,8 +486,6 @@ static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_
     Gemm onward = *g;                                                  /* once c has a part of its sums and all else */
     onward.beta = 1, onward.residual = NULL;
     int64_t steps = job->s1 - job->s0, all = job->steps + job->steps2;
-    int few = job->M <= FEW_ROWS;                                      /* shorter sums are more exact, and few rows add them fast */
-    int fetch = few && job->local_b && job->direct && job->mr == FEW && !job->dot && job->b.col == 1;
     int whole = !job->local_b && !job->sum && steps <= job->kc + job->kc / EXTRA;          /* no sums are kept between depths */
     int64_t group = whole ? job->nr * max64(SIDE, SIDE * KC / max64(1, steps)) : job->group;
     int64_t sum_row = job->sum ? job->wide_n : whole ? job->nr : group;
@@ -514,9 +496,9 @@ static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_
             next = s + ceil_div(job->s1 - s, max64(1, ceil_div(job->s1 - s, job->kc + job->kc / EXTRA)));
             int64_t part = job->direct ? max64(0, min64(next, job->steps) - s) : next - s;
             if (job->local_b) pack_panels(job, near_b, s, next, n0, n1);
-            for (int64_t m = m_begin; m < m_end; m += job->mr) {
-                int64_t rows = min64(job->mr, m_end - m);
-                Side a = { .step = job->step_a, .ahead = job->ahead }, a2 = { 0 };
+            for (int64_t m = m_begin; m < m_end; m += MR) {
+                int64_t rows = min64(MR, m_end - m);
+                Rows a = { .step = job->step_a, .ahead = job->ahead }, a2 = { 0 };
                 if (job->direct) {
                     a.data = job->copied ? job->pack_a + (m - job->m0) * job->a_row + s - job->s0
                                          : (const float *)job->a.data + m * job->a_row + s * job->step_a;
@@ -525,14 +507,10 @@ static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_
                 } else a.data = job->pack_a + (m - job->m0) * job->a_row + (s - job->s0) * MR;
                 for (int64_t n = n0; n < n1; n += job->nr) {
                     int64_t width = panel_width(job, n), cols = min64(width, n1 - n);
-                    int there = job->direct_b && n < job->packed_n, tall = there || rows > FEW ? MR : FEW;
-                    Side b = { job->local_b ? near_b + (n - n0) * (next - s)
-                               : there ? (const float *)job->b.data + s * job->b.row + n
-                               : job->pack_b + (n - job->packed_n) * steps + (s - job->s0) * width, job->b.row, 0, {0}, NULL };
-                    Side b2 = { b.data + part * width, 0, 0, {0}, NULL };
-                    Tile run = there ? in_place[job->direct] : tiles[job->dot][job->direct][tall == FEW][width / VW - 1];
-                    if (fetch && width == NR && next < job->steps && m == m_begin)
-                        b.next = element(job->b, next, n), b.ahead = job->b.row * dtype_size(job->b.dtype), run = direct_few_next;
+                    int tall = rows > FEW ? MR : FEW;
+                    const float *b = job->local_b ? near_b + (n - n0) * (next - s)
+                                                  : job->pack_b + (n - job->n0) * steps + (s - job->s0) * width;
+                    Tile run = tiles[job->dot][job->direct][tall == FEW][width / VW - 1];
                     float *sum = job->sum ? job->sum + (m - job->m0) * job->wide_n + n - job->n0
                                           : near + (whole ? 0 : (m - m_begin) * group + n - n0);
                     int64_t add_row = sum_row;
@@ -544,8 +522,8 @@ static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_
                         add = again ? c : g->residual ? (const float *)g->residual + m * g->residual_row + n : NULL;
                         add_row = again ? g->c_row : g->residual_row;
                     }
-                    run(part, &a, &b, next - s - part, &a2, &b2, straight && last ? c : sum, straight && last ? g->c_row : sum_row,
-                        add, add_row);
+                    run(part, &a, b, next - s - part, &a2, straight && last ? c : sum, straight && last ? g->c_row : sum_row, add,
+                        add_row);
                     if (!straight && last) {
                         const Gemm *rest = job->plain && job->s0 > 0 ? &onward : g;
                         finish(rest, job->swapped, sum, sum_row, m, n, rows, cols, rest->beta);
@@ -655,6 +633,112 @@ static int narrow(Job *job) {
     return status;
 }
 
+/* ---- a few rows: da and db of LoRA; one row of output ----------------------------------------------------------------- */
+
+/* Rows of b are read where they lie, SWEPT of them from one end to the other, and pairs of vectors of them multiplied with all rows
+ * of a; the sums of FEW_KC steps stay in the first cache. Rows of a are packed, ABREAST of them side by side. */
+enum { SWEPT = 4, ABREAST = 8, SWEPT_SUMS = 6144 };
+
+/* sum[rows][nv VW] += a b, for `depth` rows of b. */
+static inline __attribute__((always_inline)) void sweep_tile(float *sum, int64_t pitch, const float *a, vf x[SWEPT][2], int rows,
+                                                             int depth, int nv) {
+    vf y[2][2];
+    UNROLLED
+    for (int i = 0; i < rows; i++)
+        UNROLLED
+        for (int j = 0; j < nv; j++) y[i][j] = vf_load(sum + i * pitch + j * VW);
+    UNROLLED
+    for (int t = 0; t < depth; t++)
+        UNROLLED
+        for (int i = 0; i < rows; i++)
+            UNROLLED
+            for (int j = 0; j < nv; j++) y[i][j] += vf_set1(a[t * ABREAST + i]) * x[t][j];
+    UNROLLED
+    for (int i = 0; i < rows; i++)
+        UNROLLED
+        for (int j = 0; j < nv; j++) vf_store(sum + i * pitch + j * VW, y[i][j]);
+}
+
+static inline __attribute__((always_inline)) void sweep_vectors(float *sum, int64_t pitch, const float *a, int64_t steps,
+                                                                int64_t rows, vf x[SWEPT][2], int depth, int nv) {
+    for (int64_t m = 0; m < rows; m += ABREAST, a += ABREAST * steps) {
+        int64_t r = 0, end = min64(ABREAST, rows - m);
+        for (; r + 2 <= end; r += 2, sum += 2 * pitch) sweep_tile(sum, pitch, a + r, x, 2, depth, nv);
+        if (r < end) sweep_tile(sum, pitch, a + r, x, 1, depth, nv);
+    }
+}
+
+static inline __attribute__((always_inline)) void sweep_rows(float *sum, int64_t pitch, const float *a, int64_t steps, int64_t rows,
+                                                             const char *b, int64_t line, int64_t cols, int32_t dtype, int depth) {
+    int64_t size = dtype == F32 ? 4 : 2, j = 0;
+    vf x[SWEPT][2];
+    for (; j + 2 * VW <= cols; j += 2 * VW) {
+        UNROLLED
+        for (int t = 0; t < depth; t++) {
+            const char *p = b + t * line + j * size;
+            x[t][0] = vf_load_any(p, dtype), x[t][1] = vf_load_any(p + VW * size, dtype);
+            UNROLLED
+            for (int i = 0; i < 2 * VW * size; i += 64) __builtin_prefetch(p + 2 * depth * line + i);
+        }
+        sweep_vectors(sum + j, pitch, a, steps, rows, x, depth, 2);
+    }
+    for (; j < cols; j += VW) {
+        UNROLLED
+        for (int t = 0; t < depth; t++) {
+            char part[4 * VW] = {0};
+            memcpy(part, b + t * line + j * size, (size_t)(min64(VW, cols - j) * size));
+            x[t][0] = vf_load_any(part, dtype);
+        }
+        sweep_vectors(sum + j, pitch, a, steps, rows, x, depth, 1);
+    }
+}
+
+static inline __attribute__((always_inline)) void sweep_steps(float *sum, int64_t pitch, const float *a, int64_t steps, int64_t rows,
+                                                              const char *b, int64_t line, int64_t cols, int32_t dtype) {
+    int64_t s = 0;
+    for (; s + SWEPT <= steps; s += SWEPT) sweep_rows(sum, pitch, a + s * ABREAST, steps, rows, b + s * line, line, cols, dtype, SWEPT);
+    for (; s < steps; s++) sweep_rows(sum, pitch, a + s * ABREAST, steps, rows, b + s * line, line, cols, dtype, 1);
+}
+
+/* Rows m .. of a, ABREAST of them or what is left, from step s on; what rows are missing is never read. */
+static void sweep_pack(float *out, const Job *job, int64_t m, int64_t s, int64_t steps) {
+    int64_t n = min64(ABREAST, job->M - m);
+    if (job->a.dtype != F32 || job->a.row != 1) pack(out, transposed(job->a), s, steps, job->K, m, ABREAST, job->M, 1, 0);
+    else for (int64_t t = 0; t < steps; t++) {
+        const float *p = element(job->a, m, s + t);
+        if (n == ABREAST) memcpy(out + t * ABREAST, p, ABREAST * 4);
+        else for (int64_t r = 0; r < n; r++) out[t * ABREAST + r] = p[r];
+    }
+}
+
+static int sweep_task(int64_t i, void *context) {
+    const Job *job = context;
+    int64_t n = i * job->tile_n, cols = min64(job->tile_n, job->N - n), size = job->M * job->tile_n, next;
+    int64_t line = job->b.row * dtype_size(job->b.dtype);
+    float sum[SWEPT_SUMS], part[SWEPT_SUMS], a[(FEW_ROWS + ABREAST) * (FEW_KC + FEW_KC / EXTRA)];
+    memset(sum, 0, (size_t)size * 4);
+    for (int64_t s = 0; s < job->K; s = next) {
+        next = s + ceil_div(job->K - s, ceil_div(job->K - s, FEW_KC + FEW_KC / EXTRA));
+        for (int64_t m = 0; m < job->M; m += ABREAST) sweep_pack(a + m * (next - s), job, m, s, next - s);
+        memset(part, 0, (size_t)size * 4);
+        const char *b = element(job->b, s, n);
+        if (job->b.dtype == F32) sweep_steps(part, job->tile_n, a, next - s, job->M, b, line, cols, F32);
+        else if (job->b.dtype == BF16) sweep_steps(part, job->tile_n, a, next - s, job->M, b, line, cols, BF16);
+        else sweep_steps(part, job->tile_n, a, next - s, job->M, b, line, cols, F16);
+        for (int64_t j = 0; j < size; j += VW) vf_store(sum + j, vf_load(sum + j) + vf_load(part + j));
+    }
+    for (int64_t m = 0; m < job->M; m += MR)
+        finish(job->g, job->swapped, sum + m * job->tile_n, job->tile_n, m, n, min64(MR, job->M - m), cols, job->g->beta);
+    return 0;
+}
+
+static int sweep(Job *job) {
+    enum { LINE = 16 };                                                /* floats; sums of a task are whole vectors */
+    int64_t threads = get_threads(), most = SWEPT_SUMS / job->M / LINE * LINE;
+    job->tile_n = ceil_div(ceil_div(job->N, ceil_div(ceil_div(job->N, most), threads) * threads), LINE) * LINE;
+    return parallel_for(ceil_div(job->N, job->tile_n), (job->M + ABREAST) * job->tile_n * job->K / 64, sweep_task, job);
+}
+
 /* ---- the rows of a task ------------------------------------------------------------------------------------------- */
 
 /* What the tiles need of rows of a: them as float32, and u, which this slice of k adds to, packed once it is whole. They are in
@@ -691,7 +775,6 @@ static int slice(Job *job, int64_t threads, int pack_a) {
     Job *thin = job->thin;
     int64_t rows = job->m1 - job->m0, cols = job->n1 - job->n0, steps = job->s1 - job->s0;
     if (!job->direct) job->a_row = steps;
-    job->packed_n = job->local_b ? job->n1 : job->direct_b ? job->n0 + cols / NR * NR : job->n0;
     job->pack_n = columns_of_task(job, threads);
     int64_t tasks_m = ceil_div(rows, MR * PANELS), all = pack_tasks_b(job) + (job->direct || !pack_a ? 0 : tasks_m);
     if (parallel_for(all, steps * job->pack_n / 4, pack_task, job)) return -1;
@@ -736,9 +819,7 @@ int CPU(gemm)(const Gemm *g) {
         if (g->R && CPU(gemm)(&of_u)) return -1;
     }
     job.nr = panel_columns(job.N);
-    job.direct_b = !job.dot && job.b.col == 1 && job.b.dtype == F32 && job.R == 0 && job.nr == NR &&
-                   job.M <= MR;
-    job.local_b = !job.direct_b && job.M <= ROWS && job.N > 4 * NR && job.N >= job.M;
+    job.local_b = job.M <= ROWS && job.N > 4 * NR && job.N >= job.M;
     job.direct = job.a.col == 1 && job.a.dtype == unit && job.K % per == 0 && job.a.row % per == 0;
     job.step_a = 1, job.a_row = job.a.row / per, job.ahead = MR * job.a_row;
     if (!job.dot && job.a.row == 1 && job.a.dtype == F32 && job.M <= TURNED_ROWS)              /* too few rows to pack them */
@@ -748,11 +829,11 @@ int CPU(gemm)(const Gemm *g) {
      * fetched ahead there, and with columns enough to pay for it they are packed. */
     if (!job.dot && !job.copied && job.a.col == 1 && job.a.row % 512 == 0)
         job.ahead = 0, job.direct = job.direct && job.N <= 768 && !(job.local_b && job.M > FEW_ROWS);
-    job.kc = job.M <= FEW_ROWS ? FEW_KC : job.local_b && job.M <= MID_ROWS ? MID_KC : KC;
-    job.group = !job.local_b || job.M > MID_ROWS ? SIDE * job.nr : job.M <= 16 && job.K > KS ? GROUP : GROUP / 3 / NR * NR;
-    job.mr = job.direct && job.R == 0 && job.M <= FEW_ROWS && job.M % MR ? FEW : MR;
+    job.kc = job.M <= FEW_ROWS ? FEW_KC : job.local_b && job.M <= MID_ROWS ? KC / 2 : KC;
+    job.group = (job.local_b && job.M <= MID_ROWS ? 2 : 1) * SIDE * job.nr;
     job.steps = ceil_div(job.K, per), job.steps2 = ceil_div(job.R, per);
     if (is_narrow(&job)) return narrow(&job);
+    if (!job.dot && job.b.col == 1 && job.R == 0 && job.M <= FEW_ROWS) return sweep(&job);
     int64_t all = job.steps + job.steps2, most = KS + KS / EXTRA;
     if (job.direct && job.steps <= 2 * KS && job.steps * job.N <= PACK_BYTES / 4) most = 2 * KS;   /* b in one piece */
     int64_t depth = max64(1, ceil_div(job.steps, max64(1, ceil_div(job.steps, most))));
