@@ -2,9 +2,10 @@
  *
  * A tile of c, MR rows by one panel, is a sum over k in blocks of KC. SIDE panels of b stay in the second cache while the rows of a
  * task pass by, MR of these in the first while the panels do: so c is written along its rows, not one line of each row of a task
- * after the other. What is read once is not packed: rows of a are read where they lie, MR streams at a time; a few rows
- * of output read b where it lies; a few columns (LoRA's u) run their vectors along k instead. The extension by a2 b2
- * goes on in the same registers. The order of each sum depends on the sizes alone, so every number of threads gives the
+ * after the other; where k is short, as many panels as there is room for. b is packed for all tasks, or, where one task has all
+ * rows, by each for itself, part by part, in its own cache. What is read once is not packed: rows of a are read where they lie, MR
+ * streams at a time; for a few rows of output b is swept over where it lies (LoRA's da and db); a few columns (LoRA's u) run their
+ * vectors along k instead. The extension by a2 b2 goes on in the same registers. The order of each sum depends on the sizes alone, so every number of threads gives the
  * same bits; how many tiles there are depends on the threads.
  *
  * The ladder, in GF/s on a Zen 5 (FMA peak 240 a core), NT, M = 2048, N = K = 576 unless said:
@@ -56,6 +57,16 @@
  *   the head, K = 112, 1.1, and K = 128, N = 576 1.2; 2, 8, 16 panels 0.97, 1.0, 1.0 of that; then KC 576: K = 576 1.06 to 1.13,
  *   K = 1536 1.04 to 1.07, K = 2048 0.98 to 1.04; KC 384, 864, 1152 0.95, 0.98 to 1.0, 0.98 to 1.02 of that
  *   then K = 8, 16, MR rows over all columns at a time, as before, and SIDE panels as everywhere 1.02 to 1.2, 1.07
+ *   where k is one block, all columns that the L2 cache has room for at a time, instead of SIDE panels: K = 8, N = 576, 2048, 4096
+ *   1.3, 1.5 to 1.9, 1.7; K = 16 1.2 to 1.4, 64 1.1, 128 1.05; into 1 GiB of dweight, K = 112, 128 1.02 to 1.06
+ *   with no more rows than a task has, b packed by each task for itself instead of before, for all: M = 112..128 (dx of the head, N =
+ *   2048) 1.01 to 1.08, in half of KC and twice the panels 1.02 to 1.05; 208..272 1.04 to 1.10; 512, NT 1.16, TN 1.09, N = 576 1.0; 576,
+ *   N = 1536, 2048 1.05 to 1.15; but rows 8 KiB apart in place 0.92, packed 1.0; N = 100 of 576 rows 0.91; 2048 rows, NT 0.92 to
+ *   1.0, NN 1.0 to 1.08, which stay as they were
+ *   M = 8, 16, 32, 64, K = 2048 (da, db), N = 576, 2048: swept over instead of packed 1.23, 1.33; 1.18, 1.13; 1.15; 1.19, 1.02; M = 1
+ *   of 2048x2048 4 to 5.7, M = 3 2.2 to 3.6; a vector of eight rows of b for each number of a, not two of four: 0.7 to 0.9; without the
+ *   fetch 0.55 to 0.9; sums of 3072 or 9216: 0.87 to 1.0, 0.95 to 1.05; k in parts, so that tasks have whole rows: 0.89 to 1.06
+ *   u, N = 8, K = 576, a line fetched once and twice unrolled 1.10
  *   no gain, before that: KC 144 to 224 (0.94 to 0.98), 320, 384 (0.97 to 1.02); 6 or 8 MiB of b at once (0.95 to 1.02); what is
  *   packed fetched two rows ahead instead of four (0.98 to 1.02); columns of a task packed by itself (0.96 where all tasks share
  *   them 1.13) */
@@ -83,7 +94,7 @@ enum {
     AHEAD = 8,                         /* steps that what is read with a stride is fetched ahead */
     KS = 1280,                         /* steps of k that are packed at once, at most; twice that where b is small */
     EXTRA = 8,                         /* and both an eighth more, where that saves a block: the few steps of LoRA do not cost one */
-    ROWS = 576,                        /* of a in one task, at most */
+    ROWS = 576,                        /* of a in one task, at most; with no more, and columns enough, tasks pack b themselves */
     FEW_ROWS = 64,                     /* with no more, FEW_KC: shorter sums are more exact, and few rows add them fast */
     FEW_KC = 96,
     MID_ROWS = 128,                    /* with no more, where tasks pack b themselves, half of KC and twice SIDE panels */
@@ -542,13 +553,11 @@ static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_
 enum { NARROW_ROWS = 128, COLUMNS = VW / 2 };
 
 static inline __attribute__((always_inline)) void narrow_step(vf sum[VW], const char *const x[VW], int64_t at, const float *b,
-                                                              int64_t depth, int64_t ahead, int32_t dtype, int dot, int columns) {
+                                                              int64_t depth, int32_t dtype, int dot, int columns) {
     vf av[VW];
     UNROLLED
-    for (int i = 0; i < VW / columns; i++) {
+    for (int i = 0; i < VW / columns; i++)
         av[i] = dot ? vf_load((const float *)(x[i] + at)) : vf_load_any(x[i] + at, dtype);
-        __builtin_prefetch(x[i] + at + ahead);
-    }
     UNROLLED
     for (int j = 0; j < columns; j++) {
         vf bv = vf_keep(vf_load(b + j * depth));
@@ -560,16 +569,18 @@ static inline __attribute__((always_inline)) void narrow_step(vf sum[VW], const 
 static inline __attribute__((always_inline)) void narrow_rows(const Job *job, int64_t begin, int64_t end, int32_t dtype, int dot,
                                                               int columns) {
     enum { MOST = 16 };
-    int64_t size = dtype == F32 || dot ? 4 : 2, bytes = job->K * dtype_size(dtype), whole = bytes / (size * VW);
+    int64_t size = dtype == F32 || dot ? 4 : 2, bytes = job->K * dtype_size(dtype), whole = bytes / (size * VW), line = 64 / (size * VW);
     int64_t depth = ceil_div(bytes, size * VW) * VW, all = ceil_div(job->N, columns) * columns, rows = VW / columns;
     int64_t ahead = (columns == 1 ? 1 : 4) * rows * job->a.row * dtype_size(dtype);
     float buffer[VW * MOST];
     for (int64_t m = begin; m < end; m += rows) {
         const char *x[VW], *end_of[VW];
-        char rest[VW][4 * VW] = {{0}};
+        char rest[VW][4 * VW];
         UNROLLED
         for (int i = 0; i < rows; i++) {
             x[i] = element(job->a, min64(m + i, end - 1), 0), end_of[i] = rest[i];
+            if (depth == whole * VW) continue;
+            memset(rest[i], 0, sizeof rest[i]);
             memcpy(rest[i], x[i] + whole * size * VW, (size_t)(bytes - whole * size * VW));
         }
         for (int64_t n = 0; n < all; n += columns) {
@@ -577,8 +588,16 @@ static inline __attribute__((always_inline)) void narrow_rows(const Job *job, in
             vf sum[VW];
             UNROLLED
             for (int j = 0; j < VW; j++) sum[j] = (vf){0};
-            for (int64_t k = 0; k < whole; k++) narrow_step(sum, x, k * size * VW, b + k * VW, depth, ahead, dtype, dot, columns);
-            if (depth > whole * VW) narrow_step(sum, end_of, 0, b + whole * VW, depth, 0, dtype, dot, columns);
+            int64_t k = 0;
+#pragma GCC unroll 2
+            for (; k + line <= whole; k += line) {
+                UNROLLED
+                for (int i = 0; i < rows; i++) __builtin_prefetch(x[i] + k * size * VW + ahead);
+                UNROLLED
+                for (int t = 0; t < line; t++) narrow_step(sum, x, (k + t) * size * VW, b + (k + t) * VW, depth, dtype, dot, columns);
+            }
+            for (; k < whole; k++) narrow_step(sum, x, k * size * VW, b + k * VW, depth, dtype, dot, columns);
+            if (depth > whole * VW) narrow_step(sum, end_of, 0, b + whole * VW, depth, dtype, dot, columns);
             transpose(sum);
             UNROLLED
             for (int j = 1; j < VW; j++) sum[0] += sum[j];

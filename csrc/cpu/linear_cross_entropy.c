@@ -11,9 +11,11 @@
  * in turn, V = 128256 with M = 512, C = 2048, and V = 49152 with M = 2048, C = 576:
  *   weight frozen, seven comparisons, 0.97 to 1.16, the middle one 1.09; four, 0.99 to 1.06; trained 1.01 to 1.03; five, 0.91 to 0.99
  *   frozen, stretches of 512, 1024, 4096 rows of weight against 2048: 0.95, 0.98, 0.97; chunks of 256, 1024 rows against 512: 1.00, 0.92
- *   trained, V = 128256: 112 rows have room, and the products (logits, dx, dweight) run at 131, 112, 115 GF/s, where with 512 rows
- *   they do at 156, 140, 148; by these rates, to keep a part only, have more rows, and multiply the rest again would cost what it
- *   gains (computed, not tried) */
+ *   trained, V = 128256: 112 rows, and the products (logits, dx, dweight) run at 131, 112, 115 GF/s, where with 512 rows they do
+ *   at 156, 140, 148; by these rates, to keep a part only, have more rows, and multiply the rest again would cost what it gains
+ *   (computed, not tried); 128 rows, and the products of few rows as gemm.c has them now, 1.19 to 1.23 in two comparisons; stretches
+ *   of 1024, 4096 then 0.93, 0.97 to 1.04
+ */
 #include "gemm.h"
 #include "scratch.h"
 
