@@ -859,14 +859,15 @@ int CPU(gemm)(const Gemm *g) {
     int64_t depth_b = depth + job.steps2;
     job.plain = g->c_dtype == F32 && !job.swapped && g->alpha == 1 && (g->beta == 0 || (g->beta == 1 && !g->residual)) && !g->bias;
     int keep = !job.plain && depth < job.steps;
-    job.wide_n = job.local_b && !keep ? ceil_div(job.N, NR) * NR : min64(ceil_div(job.N, NR) * NR, max64(1, PACK_BYTES / 4 / depth_b / NR) * NR);
+    job.wide_n = ceil_div(job.N, NR) * NR;
+    if (!job.local_b || keep) job.wide_n = min64(job.wide_n, max64(1, PACK_BYTES / 4 / depth_b / NR) * NR);
     job.wide_m = ceil_div(job.M, MR) * MR;
     if (!job.direct || job.copied) job.wide_m = min64(job.wide_m, max64(1, PACK_BYTES / 2 / depth_b / MR) * MR);
     if (keep) job.wide_m = min64(job.wide_m, max64(1, SUM_BYTES / 4 / job.wide_n / MR) * MR);
     if (job.copied) job.a_row = depth + VW, job.ahead = MR * job.a_row;
     Job thin = job;
     thin.g = &of_u, thin.N = thin.n1 = job.R, thin.R = thin.steps2 = 0, thin.b = g->a2, thin.nr = panel_columns(job.R);
-    thin.plain = 1, thin.local_b = 0;
+    thin.plain = 1, thin.local_b = 0, thin.group = SIDE * thin.nr;
     if (job.R && !job.swapped) job.thin = &thin;
     int64_t threads = get_threads();
     thin.pack_n = columns_of_task(&thin, threads);
