@@ -854,7 +854,7 @@ int CPU(gemm)(const Gemm *g) {
     if (is_narrow(&job)) return narrow(&job);
     if (!job.dot && job.b.col == 1 && job.R == 0 && job.M <= FEW_ROWS) return sweep(&job);
     int64_t all = job.steps + job.steps2, most = KS + KS / EXTRA;
-    if (job.direct && job.steps <= 2 * KS && job.steps * job.N <= PACK_BYTES / 4) most = 2 * KS;   /* b in one piece */
+    if ((job.direct || job.local_b) && job.steps <= 2 * KS && job.steps * job.N <= PACK_BYTES / 4) most = 2 * KS; /* b in one piece */
     int64_t depth = max64(1, ceil_div(job.steps, max64(1, ceil_div(job.steps, most))));
     int64_t depth_b = depth + job.steps2;
     job.plain = g->c_dtype == F32 && !job.swapped && g->alpha == 1 && (g->beta == 0 || (g->beta == 1 && !g->residual)) && !g->bias;
