@@ -5,8 +5,8 @@
  * after the other; where k is short, as many panels as there is room for. b is packed for all tasks, or, where one task has all
  * rows, by each for itself, part by part, in its own cache. What is read once is not packed: rows of a are read where they lie, MR
  * streams at a time; for a few rows of output b is swept over where it lies (LoRA's da and db); a few columns (LoRA's u) run their
- * vectors along k instead. The extension by a2 b2 goes on in the same registers. The order of each sum depends on the sizes alone, so every number of threads gives the
- * same bits; how many tiles there are depends on the threads.
+ * vectors along k instead. The extension by a2 b2 goes on in the same registers. The order of each sum depends on the sizes alone,
+ * so every number of threads gives the same bits; how many tiles there are depends on the threads.
  *
  * The ladder, in GF/s on a Zen 5 (FMA peak 240 a core), NT, M = 2048, N = K = 576 unless said:
  *   two cores, float32: KC 192 / 288 / 576: 454 / 465 / 441           (torch with MKL: 195)
@@ -98,7 +98,7 @@ enum {
     FEW_ROWS = 64,                     /* with no more, FEW_KC: shorter sums are more exact, and few rows add them fast */
     FEW_KC = 96,
     MID_ROWS = 128,                    /* with no more, where tasks pack b themselves, half of KC and twice SIDE panels */
-    TURNED_ROWS = VW == 16 ? 256 : FEW_ROWS, /* with no more, a turned a is read in place; with more, packed, short vectors b too */
+    TURNED_ROWS = VW == 16 ? 256 : FEW_ROWS, /* with no more, a turned a is read in place; with more, packed */
     NEAR = ROWS * SIDE * NR,           /* sums, and a part of b, that a task keeps */
     NEAR_B = (KC + KC / EXTRA) * SIDE * NR,
     TASK_BYTES = (VW == 16 ? 480 : 240) << 10, /* rows of a that one task works on: half of an L2 cache */
@@ -719,7 +719,8 @@ static inline __attribute__((always_inline)) void sweep_steps(float *sum, int64_
     for (; s < steps; s++) sweep_rows(sum, pitch, a + s * ABREAST, steps, rows, b + s * line, line, cols, dtype, 1);
 }
 
-/* Rows m .. of a, ABREAST of them or what is left, from step s on; what rows are missing is never read. */
+/* Rows m .. of a, ABREAST of them or what is left, from step s on. pack() would take a turned a of fewer rows than a vector has one
+ * element at a time. */
 static void sweep_pack(float *out, const Job *job, int64_t m, int64_t s, int64_t steps) {
     int64_t n = min64(ABREAST, job->M - m);
     if (job->a.dtype != F32 || job->a.row != 1) pack(out, transposed(job->a), s, steps, job->K, m, ABREAST, job->M, 1, 0);

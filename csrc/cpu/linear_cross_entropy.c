@@ -14,8 +14,7 @@
  *   trained, V = 128256: 112 rows, and the products (logits, dx, dweight) run at 131, 112, 115 GF/s, where with 512 rows they do
  *   at 156, 140, 148; by these rates, to keep a part only, have more rows, and multiply the rest again would cost what it gains
  *   (computed, not tried); 128 rows, and the products of few rows as gemm.c has them now, 1.19 to 1.23 in two comparisons; stretches
- *   of 1024, 4096 then 0.93, 0.97 to 1.04
- */
+ *   of 1024, 4096 then 0.93, 0.97 to 1.04 */
 #include "gemm.h"
 #include "scratch.h"
 
