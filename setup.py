@@ -8,6 +8,8 @@ Switches (environment):
     CC, CXX, MAX_JOBS   compilers, and how many at a time, by default one per processor
     DEBUG=1             -O0 -g, assertions
     SANITIZE=address,undefined      instrumented build; tests/sanitize.sh runs the op tests on one
+    WIDE=1              no kernels but the portable ones, in the sizes of the AVX-512 ones, products of bfloat16 included: slow,
+                        for tests/test_wide.py on processors without AVX-512
 """
 import glob
 import os
@@ -23,12 +25,14 @@ import numpy
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-DEBUG, SANITIZE = os.environ.get("DEBUG"), os.environ.get("SANITIZE")
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+DEBUG, SANITIZE, WIDE = map(os.environ.get, ("DEBUG", "SANITIZE", "WIDE"))
+X86 = platform.machine().lower() in ("x86_64", "amd64") and not WIDE
 V4 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 V3 = ["-mavx2", "-mfma", "-mf16c"]
 # The same names as FOR_EACH_ISA in csrc/ops.h.
-ISAS = {"portable": [], "avx2": V3, "avx512": V3 + V4, "avx512_bf16": V3 + V4 + ["-mavx512bf16"]} if X86 else {"portable": []}
+ISAS = {"portable": ["-DWIDE", "-O1" if SANITIZE else "-O2", "-Wno-psabi"] if WIDE else []}
+if X86:
+    ISAS |= {"avx2": V3, "avx512": V3 + V4, "avx512_bf16": V3 + V4 + ["-mavx512bf16"]}
 ONCE = [*sorted(glob.glob("csrc/*.c")), "csrc/cpu/parallel.c"]         # all other .c files are kernels
 KERNELS = sorted(set(glob.glob("csrc/cpu/*.c")) - set(ONCE))
 HEADERS = [*glob.glob("csrc/*.h"), *glob.glob("csrc/cpu/*.h")]

@@ -15,7 +15,7 @@ os.environ["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(longl
 
 # The files that take longest, which the processes begin with.
 LONGEST = ["test_cuda_emulation.py", "test_smollm2.py", "test_demo.py", "test_sources_cuda.py", "test_plan.py",
-           "test_torch_oldest.py", "test_context_parallel.py", "test_notebooks.py", "test_torch_train.py"]
+           "test_torch_oldest.py", "test_wide.py", "test_context_parallel.py", "test_notebooks.py", "test_torch_train.py"]
 
 
 @pytest.hookimpl(tryfirst=True)

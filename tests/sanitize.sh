@@ -3,6 +3,7 @@
 # tree or of an installed package is touched. Needs what `pip install '.[test]'` installs, and gcc. Arguments go to pytest.
 #
 #     tests/sanitize.sh [-k NAME ...]
+#     WIDE=1 tests/sanitize.sh -k portable      # the sizes of AVX-512
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)

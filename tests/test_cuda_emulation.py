@@ -5,16 +5,13 @@ says nothing about speed, nor about what a compiler for GPUs makes of the source
 """
 import os
 import shutil
-import subprocess
 import sys
-import time
-import xml.etree.ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from built import ROOT, build, run, run_tests
 
-ROOT = Path(__file__).resolve().parent.parent
 CXX = os.environ.get("CXX") or "c++"
 # Two runs side by side, of about the same length.
 TESTS = [["s2_attention"],
@@ -29,21 +26,10 @@ pytestmark = [
 ]
 
 
-def run(command, order="forward", **environment):
-    """-> what it printed; an AssertionError with it where it failed."""
-    environment = {**os.environ, "LONGLORA_EMULATION_ORDER": order, **environment}
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
-    assert done.returncode == 0, done.stdout[-20000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """-> a folder with the package built for the emulation. Objects that another build in this tree has made are taken."""
-    folder = tmp_path_factory.mktemp("emulated")
-    run([sys.executable, "setup.py", "-q", "build", "--build-lib", folder], LONGLORA_CUDA="emulation")
-    return folder
+    """The package built for the emulation."""
+    return build(tmp_path_factory.mktemp("emulated"), LONGLORA_CUDA="emulation")
 
 
 def test_the_emulation_itself(tmp_path):
@@ -53,17 +39,6 @@ def test_the_emulation_itself(tmp_path):
          "-DLONGLORA_EMULATION -Icuda -Itests/emulation -pthread -x c++".split(), "tests/emulation/test_emulation.cu",
          "tests/emulation/emulation.cpp", "-o", program])
     print(run([program]))
-
-
-def run_tests(package, report, files, *options):
-    """-> {test: why it was skipped, None where it passed}; none failed."""
-    start = time.monotonic()
-    run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"--junitxml={report}", *options, *files],
-        PYTHONPATH=str(package))
-    cases = list(xml.etree.ElementTree.parse(report).getroot().iter("testcase"))
-    skipped = {case.get("name"): case.find("skipped") for case in cases}
-    print(f"{len(cases)} tests in {time.monotonic() - start:.0f} s:", *files)
-    return {name: None if why is None else why.get("message") for name, why in skipped.items()}
 
 
 def test_every_op(package, tmp_path):

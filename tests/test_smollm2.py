@@ -47,10 +47,8 @@ def test_logits_and_perplexity_are_those_of_transformers(base, peer, acts):
     assert abs(math.exp(loss / tokens) / want - 1) < 1e-3
 
 
-def autograd(peer, config, lora, given, trained, ids, G, dtype):
-    """transformers' model with LoRA by hooks and S2-Attn by mask, in `dtype` -> loss, gradients by name."""
-    T = len(ids)
-
+def autograd(peer, config, lora, trained, T, G, dtype):
+    """transformers' model with LoRA by hooks and S2-Attn by mask, in `dtype` -> f(values by name, ids) -> loss, gradients by name."""
     def s2_by_mask(module, q, k, v, attention_mask, scaling, dropout=0.0, **unused):
         mask = torch.from_numpy(reference.attention_mask(T, q.shape[1], G))
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -61,48 +59,60 @@ def autograd(peer, config, lora, given, trained, ids, G, dtype):
     made.load_state_dict(peer.state_dict())
     made.to(dtype).requires_grad_(False)
     named = dict(made.named_parameters())
-    for name, array in given.items():
-        named[name] = torch.nn.Parameter(torch.from_numpy(array).to(dtype))
-    for name in given:
+    for name, shape in lora.tensor_shapes(config).items():
+        named.setdefault(name, torch.zeros(shape, dtype=dtype))
         if name.endswith("lora_A.weight"):
             path = name.removesuffix(".lora_A.weight")
-            made.get_submodule(path).register_forward_hook(
-                lambda _, x, out, a=named[name], b=named[f"{path}.lora_B.weight"]: out + lora.scale * (x[0] @ a.T @ b.T))
+            made.get_submodule(path).register_forward_hook(lambda _, x, out, path=path: out + lora.scale * (
+                x[0] @ named[f"{path}.lora_A.weight"].T @ named[f"{path}.lora_B.weight"].T))
     for name in trained:
         named[name].requires_grad_(True)
-    logits = made(torch.from_numpy(ids[None]).long(), use_cache=False).logits[0]
-    loss = torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(ids[1:]).long())
-    loss.backward()
-    return loss.item(), {name: named[name].grad.double().numpy() for name in trained}
+
+    def gradients(given, ids):
+        for name in trained:
+            named[name].grad = None
+        for name, array in given.items():
+            named[name].data = torch.from_numpy(array).to(dtype)
+        logits = made(torch.from_numpy(ids[None]).long(), use_cache=False).logits[0]
+        loss = torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(ids[1:]).long())
+        loss.backward()
+        return loss.item(), {name: named[name].grad.double().numpy() for name in trained}
+    return gradients
 
 
-def test_every_gradient_is_autograds(base, peer):
-    """LoRA on q, k, v, o (B off zero), embedding and norms, S2-Attn, interpolated: against float64, at most twice torch's error."""
-    T, G = 150, 40
+def test_every_gradient_is_autograds(base, peer, acts):
+    """LoRA on q, k, v, o (B off zero), embedding and norms, S2-Attn, interpolated: against float64, at most twice torch's error.
+    The errors of one step move together, whatever the order of its sums: they are judged over several."""
+    T, G, steps = 150, 40, 3
     new, _ = rope.extend(base.config, "linear", 32768)
     config = read_config(rope.to_config(base.config.raw, new, 32768))
     lora = adapter.LoraConfig()
     made = Model(config, lora=lora, attention={"group_size": G}, plan=plan.plan(config, sequence_length=T, group_size=G, lora=lora))
     made.load(base)
-    random = np.random.default_rng(0)
-    given = {name: (random.standard_normal(shape) * 0.02).astype(np.float32)
-             for name, shape in lora.tensor_shapes(config).items() if "lora_" in name}
-    made.load_adapter(given)
-    ids = base.tokenizer().encode(HELD_OUT.read_text())[:T]
-    targets = np.append(ids[1:], np.int32(-100)).astype(np.int32)
-    made.zero_grad()
-    loss = made.train_microbatch(ids[None], targets[None], loss_scale=1 / (T - 1)) / (T - 1)
     trained = [p.name for p in made.parameters]
-    want_loss, want = autograd(peer, config, lora, given, trained, ids, G, torch.float64)
-    plain_loss, plain = autograd(peer, config, lora, given, trained, ids, G, torch.float32)
-    assert abs(loss - want_loss) <= 2 * abs(plain_loss - want_loss) + 1e-6 * want_loss
-    errors = {}                            # one tensor's error is one draw of rounding; a kind has hundreds, of one scale
-    for p in made.parameters:
-        size = np.linalg.norm(want[p.name])
-        errors.setdefault(p.kind, []).append([np.linalg.norm(g - want[p.name]) / size for g in (p.grad.numpy(), plain[p.name])])
+    exact, plain = (autograd(peer, config, lora, trained, T, G, dtype) for dtype in (torch.float64, torch.float32))
+    losses, errors = [], {}                # one tensor's error is one draw of rounding; a kind has hundreds, of one scale
+    for step in range(steps):
+        random = np.random.default_rng(step)
+        given = {name: (random.standard_normal(shape) * 0.02).astype(np.float32)
+                 for name, shape in lora.tensor_shapes(config).items() if "lora_" in name}
+        made.load_adapter(given)
+        ids = acts[step * T:][:T]
+        targets = np.append(ids[1:], np.int32(-100)).astype(np.int32)
+        made.zero_grad()
+        loss = made.train_microbatch(ids[None], targets[None], loss_scale=1 / (T - 1)) / (T - 1)
+        (want_loss, want), (plain_loss, theirs) = exact(given, ids), plain(given, ids)
+        losses.append([abs(loss / want_loss - 1), abs(plain_loss / want_loss - 1)])
+        for p in made.parameters:
+            size = np.linalg.norm(want[p.name])
+            pair = [np.linalg.norm(g - want[p.name]) / size for g in (p.grad.numpy(), theirs[p.name])]
+            errors.setdefault(p.kind, []).append(pair)
+    ours, theirs = np.array(losses).T
+    assert ours.max() <= 2 * theirs.max() + 1e-6
     assert set(errors) == {"lora_A", "lora_B", "embedding", "norm"}
     for kind, pairs in errors.items():
         ours, theirs = np.array(pairs).T
+        print(f"{kind}: {np.sqrt(np.mean(ours ** 2)):.1e}, torch's {np.sqrt(np.mean(theirs ** 2)):.1e}")
         assert np.sqrt(np.mean(ours ** 2)) <= 2 * np.sqrt(np.mean(theirs ** 2)) + 1e-5, kind
         assert ours.max() <= 2 * theirs.max() + 1e-5, (kind, ours.argmax())
 

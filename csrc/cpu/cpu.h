@@ -34,12 +34,18 @@
 
 /* ---- vectors ---------------------------------------------------------------------------------------------------- */
 
-#if defined __AVX512F__
-enum { VW = 16 };
+/* WIDE (see setup.py): portable C in the sizes of AVX-512, with products of bfloat16, for processors without them to test. */
+#if defined __AVX512F__ || defined WIDE
+#define VW 16
 #elif defined __AVX2__
-enum { VW = 8 };
+#define VW 8
 #else
-enum { VW = 4 };
+#define VW 4
+#endif
+#if defined __AVX512BF16__ || defined WIDE
+#define DOTS 1                         /* pairs of bfloat16 are multiplied at once */
+#else
+#define DOTS 0
 #endif
 typedef float vf __attribute__((vector_size(4 * VW), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * VW), may_alias));
@@ -87,12 +93,12 @@ static inline vf vf_keep(vf x) {
 /* Sum of the lanes, in a fixed tree: halves, quarters, ... In shuffles, because gcc makes a loop through memory of indices. */
 static inline float vf_sum(vf x) {
 #define HALF(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
-#if defined __AVX512F__
+#if VW == 16
     __typeof__(HALF(x, 0, 1, 2, 3, 4, 5, 6, 7)) y = HALF(x, 0, 1, 2, 3, 4, 5, 6, 7) + HALF(x, 8, 9, 10, 11, 12, 13, 14, 15);
 #else
     vf y = x;
 #endif
-#if defined __AVX2__
+#if VW >= 8
     __typeof__(HALF(y, 0, 1, 2, 3)) z = HALF(y, 0, 1, 2, 3) + HALF(y, 4, 5, 6, 7);
 #else
     vf z = y;
@@ -202,7 +208,7 @@ static inline vf vf_from_f16(vh h) {
     return (vf)_mm512_cvtph_ps((__m256i)h);
 #elif defined __F16C__
     return (vf)_mm256_cvtph_ps((__m128i)h);
-#elif defined __aarch64__
+#elif defined __aarch64__ && VW == 4
     return (vf)vcvt_f32_f16((float16x4_t)h);
 #else
     vf x = {0};
@@ -215,7 +221,7 @@ static inline vh vf_to_f16(vf x) {
     return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined __F16C__
     return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif defined __aarch64__
+#elif defined __aarch64__ && VW == 4
     return (vh)vcvt_f16_f32((float32x4_t)x);
 #else
     vh h = {0};

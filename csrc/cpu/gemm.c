@@ -73,13 +73,9 @@
 #include "gemm.h"
 #include "scratch.h"
 
-#if defined __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 /* The tile of the micro-kernel: MR rows by NV vectors. 8 x 48 floats fill 24 of the 32 registers of AVX-512, 8 x 12 as many of
  * those of aarch64, 6 x 16 fill 12 of the 16 of AVX2; what is left holds a row of b and one broadcast element of a. */
-#if defined __AVX512F__ || defined __aarch64__
+#if VW == 16 || defined __aarch64__
 enum { MR = 8, NV = 3 };
 #elif defined __AVX2__
 enum { MR = 6, NV = 2 };
@@ -156,7 +152,7 @@ static inline __attribute__((always_inline)) void transpose(vf x[VW]) {
     UNROLLED
     for (int i = 0; i < VW; i++) x[i] = y[i];
 #else                                                                  /* log2(VW) rounds of a perfect shuffle */
-#if defined __AVX512F__
+#if VW == 16
 #define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #else
@@ -355,6 +351,8 @@ static int pack_task(int64_t i, void *context) {
 static inline __attribute__((always_inline)) vf multiply_add(vf sum, vf a, vf b, int dot) {
 #if defined __AVX512BF16__
     if (dot) return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)a);
+#elif DOTS
+    if (dot) return sum + (vf)((vu)a << 16) * (vf)((vu)b << 16) + (vf)((vu)a & 0xffff0000) * (vf)((vu)b & 0xffff0000);
 #else
     (void)dot;
 #endif
@@ -423,7 +421,7 @@ typedef void (*Tile)(int64_t steps, const Rows *a, const float *b, int64_t steps
                                                float *out, int64_t out_row, const float *add, int64_t add_row) { \
         tile(steps, a, b, steps2, a2, out, out_row, add, add_row, direct, mr, nv, dot); \
     }
-#if defined __AVX512F__ || defined __aarch64__
+#if VW == 16 || defined __aarch64__
 #define TILES(name, direct, mr, dot) \
     TILE(name##_1, direct, mr, 1, dot) TILE(name##_2, direct, mr, 2, dot) TILE(name##_3, direct, mr, 3, dot)
 #define NAMES(name) { name##_1, name##_2, name##_3 }
@@ -432,13 +430,13 @@ typedef void (*Tile)(int64_t steps, const Rows *a, const float *b, int64_t steps
 #define NAMES(name) { name##_1, name##_2 }
 #endif
 TILES(packed, 0, MR, 0) TILES(direct, 1, MR, 0) TILES(packed_few, 0, FEW, 0) TILES(direct_few, 1, FEW, 0)
-#if defined __AVX512BF16__
+#if DOTS
 TILES(packed_dot, 0, MR, 1) TILES(direct_dot, 1, MR, 1) TILES(packed_dot_few, 0, FEW, 1) TILES(direct_dot_few, 1, FEW, 1)
 #endif
 /* By dot, direct, whether FEW rows are enough, vectors. */
 static const Tile tiles[][2][2][NV] = {
     { { NAMES(packed), NAMES(packed_few) }, { NAMES(direct), NAMES(direct_few) } },
-#if defined __AVX512BF16__
+#if DOTS
     { { NAMES(packed_dot), NAMES(packed_dot_few) }, { NAMES(direct_dot), NAMES(direct_dot_few) } },
 #endif
 };
@@ -825,9 +823,7 @@ int CPU(gemm)(const Gemm *g) {
     Gemm of_u = { .M = g->M, .N = g->R, .K = g->K, .a = g->a, .b = g->a2, .alpha = 1, .c = g->u, .c_row = g->u_row, .c_dtype = F32 };
     job.a2 = (Matrix){ g->u, g->u_row, 1, F32 };
     if (g->M == 0 || g->N == 0) return 0;
-#if defined __AVX512BF16__
-    job.dot = g->a.dtype == BF16 && g->b.dtype == BF16;
-#endif
+    job.dot = DOTS && g->a.dtype == BF16 && g->b.dtype == BF16;
     int32_t unit = job.dot ? BF16 : F32;
     int64_t per = job.dot ? 2 : 1;
     /* Few rows: the transposed product reads the larger matrix where it lies instead of packing it for so little use.

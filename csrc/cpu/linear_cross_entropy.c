@@ -198,9 +198,7 @@ static int run(const char *op, const Tensor *losses, const Tensor *lse, const Te
     int64_t rows = head_rows(M, C, c.V, narrow, c.keep), chunks = head_chunks(M, C, c.V, narrow, c.keep);
     int64_t units = (M + HEAD_ROUND - 1) / HEAD_ROUND, blocks = STRETCH / BLOCK;
     c.dtype = F32;
-#if defined __AVX512BF16__
-    if (c.x->dtype == BF16) c.dtype = BF16;                            /* then its products run at twice the speed */
-#endif
+    if (DOTS && c.x->dtype == BF16) c.dtype = BF16;                    /* then its products run at twice the speed */
     if (!(c.memory = scratch(head_scratch(M, C, c.V, narrow, c.keep)))) return -1;
     c.froms = c.memory + head_kept(c.V, c.keep) * rows;
     c.max = c.froms + head_stretches(c.V, c.keep) * rows, c.sum = c.max + blocks * rows, c.total = c.sum + blocks * rows;

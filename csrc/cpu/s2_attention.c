@@ -37,7 +37,7 @@
 #include <stdatomic.h>
 
 /* Vectors of a register tile of MR rows: 24 sums, 4 + 1 operands with 32 registers, 12 and 2 + 1 with 16. */
-#if defined __AVX512F__ || defined __aarch64__
+#if VW == 16 || defined __aarch64__
 #define NV 4
 #else
 #define NV 2
@@ -236,7 +236,7 @@ static void load_rows(float *out, int64_t pitch, const Tensor *x, const Segment 
 }
 
 /* Of two vectors, element by element in turn: the first halves, the second halves. */
-#if defined __AVX512F__
+#if VW == 16
 #define LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
 #define HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 #elif defined __AVX2__

@@ -1,0 +1,35 @@
+"""What test_cuda_emulation.py and test_wide.py share: a build of this tree with other switches, and the tests run on it."""
+import os
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(command, order="forward", **environment):
+    """-> what it printed; an AssertionError with it where it failed."""
+    environment = {**os.environ, "LONGLORA_EMULATION_ORDER": order, **environment}
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout[-20000:]
+    return done.stdout
+
+
+def build(folder, **switches):
+    """-> folder, with the package in it. Objects that another build in this tree has made with the same flags are taken."""
+    run([sys.executable, "setup.py", "-q", "build", "--build-lib", folder], **switches)
+    return folder
+
+
+def run_tests(package, report, files, *options):
+    """-> {test: why it was skipped, None where it passed}; none failed."""
+    start = time.monotonic()
+    run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"--junitxml={report}", *options, *files],
+        PYTHONPATH=str(package))
+    cases = list(xml.etree.ElementTree.parse(report).getroot().iter("testcase"))
+    skipped = {case.get("name"): case.find("skipped") for case in cases}
+    print(f"{len(cases)} tests in {time.monotonic() - start:.0f} s:", *files)
+    return {name: None if why is None else why.get("message") for name, why in skipped.items()}
