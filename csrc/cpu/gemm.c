@@ -67,6 +67,8 @@
  *   of 2048x2048 4 to 5.7, M = 3 2.2 to 3.6; a vector of eight rows of b for each number of a, not two of four: 0.7 to 0.9; without the
  *   fetch 0.55 to 0.9; sums of 3072 or 9216: 0.87 to 1.0, 0.95 to 1.05; k in parts, so that tasks have whole rows: 0.89 to 1.06
  *   u, N = 8, K = 576, a line fetched once and twice unrolled 1.10
+ *   LoRA over frozen, R = 8, N = 576 and 192, medians of ratios: da and db in the tasks of dx, in parts of rows 1.080, 1.157 to 1.078,
+ *   1.131, not kept for 80 lines; u of MR rows just before their tiles, u as a panel of eight columns: 1.08, 1.16
  *   no gain, before that: KC 144 to 224 (0.94 to 0.98), 320, 384 (0.97 to 1.02); 6 or 8 MiB of b at once (0.95 to 1.02); what is
  *   packed fetched two rows ahead instead of four (0.98 to 1.02); columns of a task packed by itself (0.96 where all tasks share
  *   them 1.13) */
