@@ -29,6 +29,8 @@
  *   rows of out fetched as they are written    1.02  1.05  1.01
  *   no softmax of what a tile leaves out       1.03  1.04  1.00    (backward 1.01)
  *   blocks of 48x48 to 96x96, scores in runs of 64: 0.87 to 1.05: no gain
+ *   and, D = 64 and 128, in turn, 60 times: ROWS from 256 to 2048, BK 192 0.98 to 1.01; 288 to 576 keys made ready at once 0.96 to 0.98;
+ *   two chains of maxima 0.98 to 1.01: no gain. Tiles take 80 % of the time there, at 90 to 95 % of the FMA peak
  * No gain: BK from 48 to 192, chunks of 2048 (+2 %, and fewer tasks). Not kept: keys and values of float32 used where they
  * lie (+3 %, but rows a power of two apart fall into the same cache sets), prefetch between the products (+2 %). */
 #include "cpu.h"
