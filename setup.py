@@ -152,5 +152,5 @@ extension = Extension(
     library_dirs=cuda_libraries(NVCC) if NVCC else [],
     py_limited_api=not free_threaded,
 )
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt},
+setup(license="Apache-2.0", ext_modules=[extension], cmdclass={"build_ext": BuildExt},
       options={} if free_threaded else {"bdist_wheel": {"py_limited_api": "cp311"}})
