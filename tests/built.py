@@ -26,11 +26,11 @@ def build(folder, **switches):
 
 
 def run_tests(package, report, files, *options):
-    """-> {test: why it was skipped, None where it passed}; none failed."""
+    """-> {file and test: why it was skipped, None where it passed}; none failed."""
     start = time.monotonic()
     run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"--junitxml={report}", *options, *files],
         PYTHONPATH=str(package))
     cases = list(xml.etree.ElementTree.parse(report).getroot().iter("testcase"))
-    skipped = {case.get("name"): case.find("skipped") for case in cases}
+    skipped = {f"{case.get('classname')}::{case.get('name')}": case.find("skipped") for case in cases}
     print(f"{len(cases)} tests in {time.monotonic() - start:.0f} s:", *files)
     return {name: None if why is None else why.get("message") for name, why in skipped.items()}
