@@ -426,7 +426,7 @@ static PyObject *py_head_scratch(PyObject *self, PyObject *args) {
     long long M, C, V;
     int narrow, trained;
     if (!PyArg_ParseTuple(args, "LLLpp:head_scratch", &M, &C, &V, &narrow, &trained)) return NULL;
-    return PyLong_FromLongLong(head_scratch(M, C, V, narrow, trained));
+    return PyLong_FromLongLong(head_scratch(M, C, V, narrow, !trained ? 0 : narrow ? 2 : 4));
 }
 static PyObject *py_attention_scratch(PyObject *self, PyObject *args) {
     (void)self;
@@ -461,8 +461,8 @@ static PyMethodDef methods[] = {
     { "matmul_scratch", py_matmul_scratch, METH_NOARGS,
       "matmul_scratch($module, /)\n--\n\nBytes that a product packs at most: of b, of a." },
     { "head_scratch", py_head_scratch, METH_VARARGS,
-      "head_scratch($module, M, C, V, narrow, trained, /)\n--\n\nBytes of linear_cross_entropy_backward; narrow: x is not float32; "
-      "trained: with dweight." },
+      "head_scratch($module, M, C, V, narrow, trained, /)\n--\n\nBytes of linear_cross_entropy_backward; narrow: x is bfloat16, "
+      "else float32; trained: with dweight." },
     { "attention_scratch", py_attention_scratch, METH_VARARGS,
       "attention_scratch($module, B, T, H, K, D, narrow, /)\n--\n\nBytes of s2_attention_backward: of a thread, of sums." },
     { "workspace", (PyCFunction)(void (*)(void))py_workspace, METH_FASTCALL,

@@ -71,7 +71,13 @@
  *   1.131, not kept for 80 lines; u of MR rows just before their tiles, u as a panel of eight columns: 1.08, 1.16
  *   no gain, before that: KC 144 to 224 (0.94 to 0.98), 320, 384 (0.97 to 1.02); 6 or 8 MiB of b at once (0.95 to 1.02); what is
  *   packed fetched two rows ahead instead of four (0.98 to 1.02); columns of a task packed by itself (0.96 where all tasks share
- *   them 1.13) */
+ *   them 1.13)
+ * and two cores of a Zen 5, in turn, times the speed of the former, medians of 9 to 15, M = 2048:
+ *   c in bfloat16 written by the tiles, not by a pass over their sums: K = 576 1.02 to 1.06, K = 8 1.5
+ *   320 KiB of a in a task, not 480: K = 1536, 2048 1.03 to 1.05; as many rows for each thread (K = 576 without 0.93)
+ *   KC 512, not 288, float32 1.03 to 1.05; of pairs of bfloat16 another 1.02 at K = 2048, but with errors above their bounds
+ *   no gain, before that: KC 144, 192 0.96 to 0.98; 1, 4 panels side by side 0.99, 1.01; b fetched for the next panels 0.98; rows 4 KiB
+ *   apart packed 0.99; panels of a turned a packed side by side 0.93 to 1.04; sums rounded by half of the instructions 0.93 to 1.03 */
 #include "gemm.h"
 #include "scratch.h"
 
@@ -87,19 +93,21 @@ enum { MR = 4, NV = 2 };
 enum {
     NR = NV * VW,
     FEW = 4,                           /* rows of the lower tile, for what is left of MR: sums enough to keep two multipliers busy */
-    KC = VW == 16 ? 288 : 576,         /* steps of k between which sums go to memory: MR rows of a fit the L1 cache, */
+    KC = VW == 16 ? 512 : 576,         /* steps of k between which sums go to memory: MR rows of a fit the L1 cache, */
     SIDE = VW == 16 ? 2 : 4,           /* SIDE panels of b, side by side, the L2 cache */
+    DOT_KC = 288,                      /* of pairs of bfloat16: longer sums would be less exact */
     AHEAD = 8,                         /* steps that what is read with a stride is fetched ahead */
     KS = 1280,                         /* steps of k that are packed at once, at most; twice that where b is small */
     EXTRA = 8,                         /* and both an eighth more, where that saves a block: the few steps of LoRA do not cost one */
     ROWS = 576,                        /* of a in one task, at most; with no more, and columns enough, tasks pack b themselves */
     FEW_ROWS = 64,                     /* with no more, FEW_KC: shorter sums are more exact, and few rows add them fast */
     FEW_KC = 96,
-    MID_ROWS = 128,                    /* with no more, where tasks pack b themselves, half of KC and twice SIDE panels */
+    MID_ROWS = 128,                    /* with no more, where tasks pack b themselves, MID_KC and twice SIDE panels */
+    MID_KC = VW == 16 ? 144 : 288,
     TURNED_ROWS = VW == 16 ? 256 : FEW_ROWS, /* with no more, a turned a is read in place; with more, packed */
     NEAR = ROWS * SIDE * NR,           /* sums, and a part of b, that a task keeps */
     NEAR_B = (KC + KC / EXTRA) * SIDE * NR,
-    TASK_BYTES = (VW == 16 ? 480 : 240) << 10, /* rows of a that one task works on: half of an L2 cache */
+    TASK_BYTES = (VW == 16 ? 320 : 240) << 10, /* rows of a that one task works on: a third or half of an L2 cache */
     SUM_BYTES = 8 << 20,               /* of sums kept in float32 */
 };
 
@@ -109,6 +117,7 @@ typedef struct Job {
     struct Job *thin;                  /* the product that makes u, where that is made row by row with this one */
     int swapped, dot;                  /* computes the transpose; multiplies pairs of bfloat16 */
     int plain;                         /* c is written by the tiles themselves, and keeps sums between depths */
+    int narrow;                        /* c is bfloat16, and written by them once it is finished */
     int direct, copied;                /* reads a where it lies, or in rows that are converted to float32 */
     int local_b;                       /* each task packs its own part of b */
     int64_t M, N, K, R;                /* K and R in elements; after swapping */
@@ -392,36 +401,86 @@ static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64
     }
 }
 
-/* out[mr][nv VW] = a b, of `steps` steps, + a2 b2, of `steps2` packed ones, + add, which is NULL, out or other memory. */
+/* Where the sums of a tile go: sums + add, which may be NULL and is theirs or other memory; or, finished, sums + add + more in
+ * bfloat16. Rows are so many elements apart. */
+typedef struct {
+    float *sums;
+    const float *add;
+    uint16_t *narrow;                  /* NULL where they stay float32 */
+    const uint16_t *more;
+    int64_t row, add_row, narrow_row, more_row;
+} Out;
+
+/* As vf_store_any, but for what products of bfloat16 lose anyhow: subnormal numbers become 0. */
+static inline __attribute__((always_inline)) void store_narrow(uint16_t *p, vf x) {
+#if defined __AVX512BF16__
+    __m256bh h = _mm512_cvtneps_pbh((__m512)x);
+    memcpy(p, &h, sizeof h);
+#else
+    vf_store_any(p, BF16, x);
+#endif
+}
+
+/* out[mr][nv VW] = a b, of `steps` steps, + a2 b2, of `steps2` packed ones. */
 static inline __attribute__((always_inline)) void tile(int64_t steps, const Rows *a, const float *b, int64_t steps2,
-                                                       const Rows *a2, float *out, int64_t out_row, const float *add,
-                                                       int64_t add_row, int direct, int mr, int nv, int dot) {
+                                                       const Rows *a2, const Out *to, int direct, int mr, int nv, int dot) {
+    Out out = *to;                                                     /* in registers, whatever is written */
     vf sum[MR][NV];
     UNROLLED
     for (int i = 0; i < mr; i++)
         UNROLLED
-        for (int j = 0; j < nv; j++) {
-            sum[i][j] = (vf){0};
-            __builtin_prefetch(out + i * out_row + j * VW, 1);
-            if (add) __builtin_prefetch(add + i * add_row + j * VW);
+        for (int j = 0; j < nv; j++) sum[i][j] = (vf){0};
+    if (out.narrow)
+        UNROLLED
+        for (int i = 0; i < mr; i++) {
+            __builtin_prefetch(out.narrow + i * out.narrow_row, 1);
+            __builtin_prefetch(out.narrow + i * out.narrow_row + nv * VW - 1, 1);
+        }
+    else
+        UNROLLED
+        for (int i = 0; i < mr; i++)
+            UNROLLED
+            for (int j = 0; j < nv; j++) __builtin_prefetch(out.sums + i * out.row + j * VW, 1);
+    if (out.add)
+        UNROLLED
+        for (int i = 0; i < mr; i++)
+            UNROLLED
+            for (int j = 0; j < nv; j++) __builtin_prefetch(out.add + i * out.add_row + j * VW);
+    if (out.more)
+        UNROLLED
+        for (int i = 0; i < mr; i++) {
+            __builtin_prefetch(out.more + i * out.more_row);
+            __builtin_prefetch(out.more + i * out.more_row + nv * VW - 1);
         }
     multiply(sum, steps, a, b, direct, mr, nv, dot);
     if (direct) multiply(sum, steps2, a2, b + steps * nv * VW, 0, mr, nv, dot);
-    UNROLLED
-    for (int i = 0; i < mr; i++)
+    if (out.add)
         UNROLLED
-        for (int j = 0; j < nv; j++) {
-            if (add) sum[i][j] += vf_load(add + i * add_row + j * VW);
-            vf_store(out + i * out_row + j * VW, sum[i][j]);
-        }
+        for (int i = 0; i < mr; i++)
+            UNROLLED
+            for (int j = 0; j < nv; j++) sum[i][j] += vf_load(out.add + i * out.add_row + j * VW);
+    if (out.more)
+        UNROLLED
+        for (int i = 0; i < mr; i++)
+            UNROLLED
+            for (int j = 0; j < nv; j++) sum[i][j] += vf_load_any(out.more + i * out.more_row + j * VW, BF16);
+    if (out.narrow)
+        UNROLLED
+        for (int i = 0; i < mr; i++)
+            UNROLLED
+            for (int j = 0; j < nv; j++) store_narrow(out.narrow + i * out.narrow_row + j * VW, sum[i][j]);
+    else
+        UNROLLED
+        for (int i = 0; i < mr; i++)
+            UNROLLED
+            for (int j = 0; j < nv; j++) vf_store(out.sums + i * out.row + j * VW, sum[i][j]);
 }
 
-typedef void (*Tile)(int64_t steps, const Rows *a, const float *b, int64_t steps2, const Rows *a2, float *out, int64_t out_row,
-                     const float *add, int64_t add_row);
+typedef void (*Tile)(int64_t steps, const Rows *a, const float *b, int64_t steps2, const Rows *a2, const Out *out);
 #define TILE(name, direct, mr, nv, dot) \
     static __attribute__((noinline)) void name(int64_t steps, const Rows *a, const float *b, int64_t steps2, const Rows *a2, \
-                                               float *out, int64_t out_row, const float *add, int64_t add_row) { \
-        tile(steps, a, b, steps2, a2, out, out_row, add, add_row, direct, mr, nv, dot); \
+                                               const Out *out) { \
+        tile(steps, a, b, steps2, a2, out, direct, mr, nv, dot); \
     }
 #if VW == 16 || defined __aarch64__
 #define TILES(name, direct, mr, dot) \
@@ -522,20 +581,26 @@ static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_
                     const float *b = job->local_b ? near_b + (n - n0) * (next - s)
                                                   : job->pack_b + (n - job->n0) * steps + (s - job->s0) * width;
                     Tile run = tiles[job->dot][job->direct][tall == FEW][width / VW - 1];
-                    float *sum = job->sum ? job->sum + (m - job->m0) * job->wide_n + n - job->n0
-                                          : near + (whole ? 0 : (m - m_begin) * group + n - n0);
-                    int64_t add_row = sum_row;
-                    int straight = job->plain && cols == width && rows == tall, last = next == (job->sum ? all : job->s1);
-                    float *c = straight ? (float *)g->c + m * g->c_row + n : NULL;
-                    const float *add = s > (job->sum ? 0 : job->s0) ? sum : NULL;
-                    if (straight && !add) {
+                    int first = s == (job->sum ? 0 : job->s0), last = next == (job->sum ? all : job->s1);
+                    int entire = cols == width && rows == tall, straight = job->plain && entire, narrow = job->narrow && entire && last;
+                    Out out = { .row = sum_row };
+                    float *sum = out.sums = job->sum ? job->sum + (m - job->m0) * job->wide_n + n - job->n0
+                                                     : near + (whole ? 0 : (m - m_begin) * group + n - n0);
+                    if (!first) out.add = sum, out.add_row = sum_row;
+                    if (straight) {
+                        float *c = (float *)g->c + m * g->c_row + n;
                         int again = s > 0 || g->beta == 1;
-                        add = again ? c : g->residual ? (const float *)g->residual + m * g->residual_row + n : NULL;
-                        add_row = again ? g->c_row : g->residual_row;
+                        if (first) out.add = again ? c : g->residual ? (const float *)g->residual + m * g->residual_row + n : NULL;
+                        if (first) out.add_row = again ? g->c_row : g->residual_row;
+                        if (last) out.sums = c, out.row = g->c_row;
                     }
-                    run(part, &a, b, next - s - part, &a2, straight && last ? c : sum, straight && last ? g->c_row : sum_row, add,
-                        add_row);
-                    if (!straight && last) {
+                    if (narrow) {
+                        out.narrow = (uint16_t *)g->c + m * g->c_row + n, out.narrow_row = g->c_row;
+                        out.more = g->beta == 1 ? out.narrow : g->residual ? (const uint16_t *)g->residual + m * g->residual_row + n : NULL;
+                        out.more_row = g->beta == 1 ? g->c_row : g->residual_row;
+                    }
+                    run(part, &a, b, next - s - part, &a2, &out);
+                    if (!straight && !narrow && last) {
                         const Gemm *rest = job->plain && job->s0 > 0 ? &onward : g;
                         finish(rest, job->swapped, sum, sum_row, m, n, rows, cols, rest->beta);
                     }
@@ -790,6 +855,17 @@ static int tile_task(int64_t i, void *context) {
     return 0;
 }
 
+/* Rows of a task, `most` or somewhat fewer: with as little as can be to wait for at the end. */
+static int64_t fair_rows(int64_t rows, int64_t most, int64_t threads) {
+    int64_t best = most, least = INT64_MAX;
+    for (int64_t tile = most; tile > 0 && tile >= most * 3 / 4; tile -= MR) {
+        int64_t tasks = ceil_div(rows, tile), full = (tasks - 1) / threads * tile;
+        int64_t longest = full + ((tasks - 1) % threads ? tile : rows - (tasks - 1) * tile);
+        if (longest < least) least = longest, best = tile;
+    }
+    return best;
+}
+
 /* Packs steps s0 .. s1 of columns n0 .. n1 of b, and of rows m0 .. m1 of a where that is not done yet, and multiplies them. */
 static int slice(Job *job, int64_t threads, int pack_a) {
     Job *thin = job->thin;
@@ -810,9 +886,12 @@ static int slice(Job *job, int64_t threads, int pack_a) {
         int64_t panels = job->tile_n / NR;
         job->tile_n = ceil_div(panels, ceil_div(ceil_div(cols, job->group), threads) * threads) * NR;
         if (ceil_div(cols, job->tile_n) % threads) job->tile_n = ceil_div(panels, threads) * NR;
-    } else while (job->tile_m > 4 * MR && ceil_div(rows, job->tile_m) * ceil_div(cols, job->tile_n) < 4 * threads)
-        if (job->tile_n > 4 * NR) job->tile_n = ceil_div(job->tile_n / NR, 2) * NR;
-        else job->tile_m = ceil_div(job->tile_m / MR, 2) * MR;
+    } else {
+        job->tile_m = fair_rows(rows, job->tile_m, threads);
+        while (job->tile_m > 4 * MR && ceil_div(rows, job->tile_m) * ceil_div(cols, job->tile_n) < 4 * threads)
+            if (job->tile_n > 4 * NR) job->tile_n = ceil_div(job->tile_n / NR, 2) * NR;
+            else job->tile_m = ceil_div(job->tile_m / MR, 2) * MR;
+    }
     job->tiles_n = ceil_div(cols, job->tile_n);
     int64_t tasks = ceil_div(rows, job->tile_m) * job->tiles_n, ready = MR * PANELS * (job->R + 8) * steps / 64;
     int64_t cost = (rows + (job->local_b ? 32 : 0)) * cols * steps / 64;   /* what each packs included */
@@ -847,7 +926,7 @@ int CPU(gemm)(const Gemm *g) {
      * fetched ahead there, and with columns enough to pay for it they are packed. */
     if (!job.dot && !job.copied && job.a.col == 1 && job.a.row % 512 == 0)
         job.ahead = 0, job.direct = job.direct && job.N <= 768 && !(job.local_b && job.M > FEW_ROWS);
-    job.kc = job.M <= FEW_ROWS ? FEW_KC : job.local_b && job.M <= MID_ROWS ? KC / 2 : KC;
+    job.kc = job.M <= FEW_ROWS ? FEW_KC : job.local_b && job.M <= MID_ROWS ? MID_KC : job.dot ? DOT_KC : KC;
     job.group = (job.local_b && job.M <= MID_ROWS ? 2 : 1) * SIDE * job.nr;
     job.steps = ceil_div(job.K, per), job.steps2 = ceil_div(job.R, per);
     if (is_narrow(&job)) return narrow(&job);
@@ -856,7 +935,8 @@ int CPU(gemm)(const Gemm *g) {
     if ((job.direct || job.local_b) && job.steps <= 2 * KS && job.steps * job.N <= PACK_BYTES / 4) most = 2 * KS; /* b in one piece */
     int64_t depth = max64(1, ceil_div(job.steps, max64(1, ceil_div(job.steps, most))));
     int64_t depth_b = depth + job.steps2;
-    job.plain = g->c_dtype == F32 && !job.swapped && g->alpha == 1 && (g->beta == 0 || (g->beta == 1 && !g->residual)) && !g->bias;
+    int one = !job.swapped && g->alpha == 1 && (g->beta == 0 || (g->beta == 1 && !g->residual)) && !g->bias;    /* addend at most */
+    job.plain = one && g->c_dtype == F32, job.narrow = one && g->c_dtype == BF16;
     int keep = !job.plain && depth < job.steps;
     job.wide_n = ceil_div(job.N, NR) * NR;
     if (!job.local_b || keep) job.wide_n = min64(job.wide_n, max64(1, PACK_BYTES / 4 / depth_b / NR) * NR);
@@ -866,7 +946,7 @@ int CPU(gemm)(const Gemm *g) {
     if (job.copied) job.a_row = depth + VW, job.ahead = MR * job.a_row;
     Job thin = job;
     thin.g = &of_u, thin.N = thin.n1 = job.R, thin.R = thin.steps2 = 0, thin.b = g->a2, thin.nr = panel_columns(job.R);
-    thin.plain = 1, thin.local_b = 0, thin.group = SIDE * thin.nr;
+    thin.plain = 1, thin.narrow = 0, thin.local_b = 0, thin.group = SIDE * thin.nr;
     if (job.R && !job.swapped) job.thin = &thin;
     int64_t threads = get_threads();
     thin.pack_n = columns_of_task(&thin, threads);

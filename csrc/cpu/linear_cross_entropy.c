@@ -14,7 +14,9 @@
  *   trained, V = 128256: 112 rows, and the products (logits, dx, dweight) run at 131, 112, 115 GF/s, where with 512 rows they do
  *   at 156, 140, 148; by these rates, to keep a part only, have more rows, and multiply the rest again would cost what it gains
  *   (computed, not tried); 128 rows, and the products of few rows as gemm.c has them now, 1.19 to 1.23 in two comparisons; stretches
- *   of 1024, 4096 then 0.93, 0.97 to 1.04 */
+ *   of 1024, 4096 then 0.93, 0.97 to 1.04
+ *   trained, bfloat16, two cores of a Zen 5: exponentials kept in bfloat16 instead of float32, so that a chunk has 176 rows instead
+ *   of 112, 416 instead of 256: 1.12, 1.09 */
 #include "gemm.h"
 #include "scratch.h"
 
@@ -29,9 +31,10 @@ typedef struct {                       /* a chunk of rows, a stretch v0..v1 of t
     int64_t V, row0, rows, stride, v0, v1, ignore;
     int keep;                          /* the exponentials of all stretches, one behind the other */
     float *memory, *froms;             /* where logits and from of the first stretch are */
-    float *logits;                     /* of v0..v1, [v1 - v0, stride], then exponentials, then their gradients */
-    void *e;                           /* exponentials as the product for dx takes them */
-    int32_t dtype;                     /* of those, and of the gradients */
+    void *exps;                        /* and its exponentials, where they are not float32 */
+    float *logits;                     /* of v0..v1, [v1 - v0, stride] */
+    void *e;                           /* their exponentials, in their place if float32, then the gradients */
+    int32_t dtype;                     /* of those */
     float *max, *sum;                  /* [BLOCKs of a stretch, stride] each */
     float *from, *total, *picked, *own, *sums; /* [stride]; sum of exp(logit - from); the target's logit and gradient; [rows, sums_row] */
     int64_t sums_row;
@@ -87,14 +90,13 @@ static int exp_block(int64_t block, void *context) {
     float *sum = c->sum + block * c->stride;
     memset(sum, 0, (size_t)c->stride * 4);
     for (int64_t v = v0; v < v1; v++) {
-        float *x = c->logits + (v - c->v0) * c->stride;
+        const float *x = c->logits + (v - c->v0) * c->stride;
         char *out = (char *)c->e + (v - c->v0) * c->stride * size;
         for (int64_t i = 0; i < c->stride; i += VW) {
             vf e = vf_exp_below(vf_load(x + i) - vf_load(c->from + i));
             vf_store(sum + i, vf_load(sum + i) + e);
             if (!c->dlosses) continue;
             vf_store_any(out + i * size, c->dtype, e);
-            if (c->keep && c->dtype != F32) vf_store(x + i, e);
         }
     }
     for (int64_t i = 0; c->dlosses && i < c->rows; i++) {
@@ -109,14 +111,14 @@ static int gradient_block(int64_t block, void *context) {
     const Chunk *c = context;
     int64_t v0 = c->v0 + block * BLOCK, v1 = end_of_block(c, v0), size = dtype_size(c->dtype);
     for (int64_t v = v0; v < v1; v++) {
-        const float *e = c->logits + (v - c->v0) * c->stride;
+        char *e = (char *)c->e + (v - c->v0) * c->stride * size;
         for (int64_t i = 0; i < c->stride; i += VW)
-            vf_store_any((char *)e + i * size, c->dtype, vf_load(e + i) * vf_load(c->max + i));
+            vf_store_any(e + i * size, c->dtype, vf_load_any(e + i * size, c->dtype) * vf_load(c->max + i));
     }
     for (int64_t i = 0; i < c->rows; i++) {
         int64_t t = target(c, i);
         if (t >= v0 && t < v1 && t != c->ignore)
-            store1((char *)(c->logits + (t - c->v0) * c->stride) + i * size, c->dtype, c->own[i]);
+            store1((char *)c->e + ((t - c->v0) * c->stride + i) * size, c->dtype, c->own[i]);
     }
     return 0;
 }
@@ -141,7 +143,9 @@ static int dx_row(int64_t i, void *context) {
 
 static void set_stretch(Chunk *c, int64_t v0) {
     c->v0 = v0, c->v1 = v0 + STRETCH < c->V ? v0 + STRETCH : c->V;
-    c->logits = c->memory + (c->keep ? v0 * c->stride : 0), c->from = c->froms + (c->keep ? v0 / STRETCH * c->stride : 0);
+    int64_t kept = c->keep ? v0 * c->stride : 0;
+    c->logits = c->memory + (c->dtype == F32 ? kept : 0), c->from = c->froms + (c->keep ? v0 / STRETCH * c->stride : 0);
+    c->e = c->dtype == F32 ? (char *)c->logits : (char *)c->exps + kept * dtype_size(c->dtype);
 }
 
 /* The whole vocabulary: sums of exponentials, and of dx. */
@@ -153,7 +157,6 @@ static int sum_chunk(Chunk *c) {
     for (int64_t v0 = 0; v0 < c->V; v0 = c->v1) {
         set_stretch(c, v0);
         if (c->keep && v0) memcpy(c->from, c->from - c->stride, (size_t)c->stride * 4);
-        if (c->dtype == F32) c->e = c->logits;
         int64_t n = c->v1 - v0, blocks = (n + BLOCK - 1) / BLOCK;
         Matrix weight = rows_from(matrix(c->weight), v0), e = { c->e, c->stride, 1, c->dtype };
         if (CPU(gemm)(&(Gemm){ .M = n, .N = c->rows, .K = C, .a = weight, .b = transposed(x), .alpha = 1,
@@ -177,7 +180,7 @@ static int weight_gradient(Chunk *c, const Tensor *dweight) {
         for (int64_t i = 0; i < c->stride; i++)
             c->max[i] = i < c->rows ? dloss(c, i) * expf(c->from[i] - last[i]) / c->total[i] : 0;
         if (parallel_for((c->v1 - v0 + BLOCK - 1) / BLOCK, BLOCK * c->stride / 8, gradient_block, c)) return -1;
-        Matrix gradients = { c->logits, c->stride * 4 / dtype_size(c->dtype), 1, c->dtype };
+        Matrix gradients = { c->e, c->stride, 1, c->dtype };
         if (CPU(gemm)(&(Gemm){ .M = c->v1 - v0, .N = c->x->shape[1], .K = c->rows, .a = gradients, .b = x, .alpha = 1, .beta = 1,
                                .c = at(dweight, v0 * dweight->stride[0]), .c_row = dweight->stride[0], .c_dtype = F32 })) return -1;
     }
@@ -195,15 +198,16 @@ static int run(const char *op, const Tensor *losses, const Tensor *lse, const Te
     if (M == 0) return 0;
     int narrow = c.x->dtype != F32;                                    /* dx is summed in float32 */
     c.keep = dweight && given(dweight);
-    int64_t rows = head_rows(M, C, c.V, narrow, c.keep), chunks = head_chunks(M, C, c.V, narrow, c.keep);
-    int64_t units = (M + HEAD_ROUND - 1) / HEAD_ROUND, blocks = STRETCH / BLOCK;
     c.dtype = F32;
-    if (DOTS && c.x->dtype == BF16) c.dtype = BF16;                    /* then its products run at twice the speed */
-    if (!(c.memory = scratch(head_scratch(M, C, c.V, narrow, c.keep)))) return -1;
-    c.froms = c.memory + head_kept(c.V, c.keep) * rows;
-    c.max = c.froms + head_stretches(c.V, c.keep) * rows, c.sum = c.max + blocks * rows, c.total = c.sum + blocks * rows;
+    if (c.x->dtype == BF16 && (DOTS || c.keep)) c.dtype = BF16;        /* products at twice the speed; twice the rows at once */
+    int kept = c.keep ? (int)dtype_size(c.dtype) : 0;
+    int64_t rows = head_rows(M, C, c.V, narrow, kept), chunks = head_chunks(M, C, c.V, narrow, kept);
+    int64_t units = (M + HEAD_ROUND - 1) / HEAD_ROUND, blocks = STRETCH / BLOCK;
+    if (!(c.memory = scratch(head_scratch(M, C, c.V, narrow, kept)))) return -1;
+    c.froms = c.memory + head_logits(c.V, kept) * rows;
+    c.max = c.froms + head_stretches(c.V, kept) * rows, c.sum = c.max + blocks * rows, c.total = c.sum + blocks * rows;
     c.picked = c.total + rows, c.own = c.picked + rows;
-    if (narrow) c.e = c.own + rows * (1 + C);
+    if (narrow) c.exps = c.own + rows * (1 + C);
     int status = 0;
     for (int64_t chunk = 0; chunk < chunks && !status; chunk++) {
         c.row0 = chunk * units / chunks * HEAD_ROUND;
