@@ -76,8 +76,10 @@
  *   c in bfloat16 written by the tiles, not by a pass over their sums: K = 576 1.02 to 1.06, K = 8 1.5
  *   320 KiB of a in a task, not 480: K = 1536, 2048 1.03 to 1.05; as many rows for each thread (K = 576 without 0.93)
  *   KC 512, not 288, float32 1.03 to 1.05; of pairs of bfloat16 another 1.02 at K = 2048, but with errors above their bounds
+ *   a turned a, N = 192, packed by the task that needs it 1.03 to 1.06, float32 1.13 to 1.17, and then a line of memory into all of
+ *   its panels at once 1.26, 1.24; N = 576 to 2048 1.05 to 1.10, 1.03 to 1.08 (so packed by tasks of their own, N = 192 0.93 to 0.99)
  *   no gain, before that: KC 144, 192 0.96 to 0.98; 1, 4 panels side by side 0.99, 1.01; b fetched for the next panels 0.98; rows 4 KiB
- *   apart packed 0.99; panels of a turned a packed side by side 0.93 to 1.04; sums rounded by half of the instructions 0.93 to 1.03 */
+ *   apart packed 0.99; sums rounded by half of the instructions 0.93 to 1.03 */
 #include "gemm.h"
 #include "scratch.h"
 
@@ -119,7 +121,7 @@ typedef struct Job {
     int plain;                         /* c is written by the tiles themselves, and keeps sums between depths */
     int narrow;                        /* c is bfloat16, and written by them once it is finished */
     int direct, copied;                /* reads a where it lies, or in rows that are converted to float32 */
-    int local_b;                       /* each task packs its own part of b */
+    int local_b, own_a;                /* each task packs its own part of b; of a */
     int64_t M, N, K, R;                /* K and R in elements; after swapping */
     Matrix a, b, a2, b2;               /* here a2 is u, the second half of the sums a2 b2 */
     int64_t steps, steps2;             /* K and R in steps */
@@ -337,23 +339,84 @@ static inline int64_t columns_of_task(const Job *job, int64_t threads) {
 }
 static inline int64_t steps_a(const Job *job) { return min64(job->s1, job->steps) - job->s0; }   /* of a in this slice */
 
-static int pack_task(int64_t i, void *context) {
-    Job *job = context;
-    int64_t steps = job->s1 - job->s0, tasks_b = pack_tasks_b(job), per = job->dot ? 2 : 1;
-    int64_t j0 = i < tasks_b ? job->n0 + i * job->pack_n : job->m0 + (i - tasks_b) * MR * PANELS;
-    int64_t j1 = i < tasks_b ? min64(job->n1, j0 + job->pack_n) : min64(job->m1, j0 + MR * PANELS);
-    if (i < tasks_b && job->b.col == 1 && !job->dot) {
-        pack_panels(job, job->pack_b + (j0 - job->n0) * steps, job->s0, job->s1, j0, j1);
-        return 0;
+/* Columns n0 .. n1 of b. */
+static void pack_columns(const Job *job, int64_t n0, int64_t n1) {
+    int64_t steps = job->s1 - job->s0;
+    float *out = job->pack_b + (n0 - job->n0) * steps;
+    if (job->b.col == 1 && !job->dot) pack_panels(job, out, job->s0, job->s1, n0, n1);
+    else for (int64_t s = job->s0; s < job->s1; s += SWEEP)
+        for (int64_t n = n0, end = min64(job->s1, s + SWEEP); n < n1; n += job->nr) {
+            int64_t width = panel_width(job, n);
+            pack_panel(job, out + (n - n0) * steps + (s - job->s0) * width, s, end, n, width);
+        }
+}
+
+#if VW == 16
+/* Steps of n rows of a, a multiple of PAIR, where a row of memory holds a step of them all: each vector is two panels', which lie
+ * `pitch` apart. */
+enum { PAIR = 2 * VW };
+static inline __attribute__((always_inline)) void pack_beside(float *out, int64_t pitch, const char *p, int64_t line, int64_t steps,
+                                                              int64_t n, int32_t dtype, int dot) {
+    typedef uint16_t halves __attribute__((vector_size(64)));
+    typedef float vf8 __attribute__((vector_size(32)));
+    int64_t size = dtype == F32 ? 4 : 2, per = dot ? 2 : 1;
+    for (int64_t s = 0; s < steps; s++, p += per * line)
+        for (int64_t j = 0; j < n; j += PAIR) {
+            const char *q = p + j * size;
+            vf x[2];
+            UNROLLED
+            for (int64_t i = 0; i < per; i++) __builtin_prefetch(q + (AHEAD + i) * line);
+            if (!dot) __builtin_prefetch(q + AHEAD * line + VW * size);
+            if (dot) {
+                halves low, high;
+                memcpy(&low, q, sizeof low);
+                memcpy(&high, q + line, sizeof high);
+                x[0] = (vf)__builtin_shufflevector(low, high, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10,
+                                                   42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47);
+                x[1] = (vf)__builtin_shufflevector(low, high, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56,
+                                                   25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63);
+            } else x[0] = vf_load_any(q, dtype), x[1] = vf_load_any(q + VW * size, dtype);
+            UNROLLED
+            for (int i = 0; i < 2; i++) {
+                float *to = out + (j / MR + 2 * i) * pitch + s * MR;
+                vf8 first = __builtin_shufflevector(x[i], x[i], 0, 1, 2, 3, 4, 5, 6, 7);
+                vf8 second = __builtin_shufflevector(x[i], x[i], 8, 9, 10, 11, 12, 13, 14, 15);
+                memcpy(to, &first, sizeof first);
+                memcpy(to + pitch, &second, sizeof second);
+            }
+        }
+}
+#endif
+
+/* Rows m0 .. m1 of a, in panels of MR. */
+static void pack_rows_of_a(const Job *job, int64_t m0, int64_t m1) {
+    int64_t per = job->dot ? 2 : 1, end = job->s0 + steps_a(job), beside = 0, whole = 0;   /* rows and steps by pack_beside */
+    float *out = job->pack_a + (m0 - job->m0) * job->a_row;
+#if VW == 16
+    if (job->a.row == 1) {
+        const char *p = element(job->a, m0, job->s0 * per);
+        int64_t line = job->a.col * dtype_size(job->a.dtype);
+        beside = (m1 - m0) / PAIR * PAIR, whole = min64(end, job->K / per) - job->s0;
+        if (job->dot) pack_beside(out, MR * job->a_row, p, line, whole, beside, BF16, 1);
+        else if (job->a.dtype == F32) pack_beside(out, MR * job->a_row, p, line, whole, beside, F32, 0);
+        else if (job->a.dtype == BF16) pack_beside(out, MR * job->a_row, p, line, whole, beside, BF16, 0);
+        else pack_beside(out, MR * job->a_row, p, line, whole, beside, F16, 0);
     }
-    for (int64_t s = job->s0, last = i < tasks_b ? job->s1 : job->s0 + steps_a(job); s < last; s += SWEEP)
-        for (int64_t j = j0, end = min64(last, s + SWEEP); j < j1; j += i < tasks_b ? job->nr : MR)
-            if (i < tasks_b) {
-                int64_t width = panel_width(job, j);
-                pack_panel(job, job->pack_b + (j - job->n0) * steps + (s - job->s0) * width, s, end, j, width);
-            } else
-                pack(job->pack_a + (j - job->m0) * job->a_row + (s - job->s0) * MR, transposed(job->a), s * per, end - s, job->K,
-                     j, MR, job->M, 1, job->dot);
+#endif
+    for (int64_t s = job->s0; s < end; s += SWEEP)
+        for (int64_t m = m0; m < m1; m += MR) {
+            int64_t from = m - m0 < beside ? max64(s, job->s0 + whole) : s, count = min64(end, s + SWEEP) - from;
+            if (count > 0)
+                pack(out + (m - m0) * job->a_row + (from - job->s0) * MR, transposed(job->a), from * per, count, job->K, m, MR, job->M, 1,
+                     job->dot);
+        }
+}
+
+static int pack_task(int64_t i, void *context) {
+    const Job *job = context;
+    int64_t tasks_b = pack_tasks_b(job), n = job->n0 + i * job->pack_n, m = job->m0 + (i - tasks_b) * MR * PANELS;
+    if (i < tasks_b) pack_columns(job, n, min64(job->n1, n + job->pack_n));
+    else pack_rows_of_a(job, m, min64(job->m1, m + MR * PANELS));
     return 0;
 }
 
@@ -830,6 +893,7 @@ static int sweep(Job *job) {
  * the cache then, so that memory gives them once for both products. */
 static void ready_rows(const Job *job, int64_t m_begin, int64_t m_end) {
     const Job *thin = job->thin;
+    if (job->own_a) pack_rows_of_a(job, m_begin, m_end);
     for (int64_t m = m_begin; m < m_end && job->copied; m++)
         load_row(job->pack_a + (m - job->m0) * job->a_row, element(job->a, m, job->s0), job->a.dtype, steps_a(job));
     if (thin && job->n0 == 0 && !is_narrow(thin)) tile_rows(thin, m_begin, m_end, 0, thin->N);
@@ -871,14 +935,6 @@ static int slice(Job *job, int64_t threads, int pack_a) {
     Job *thin = job->thin;
     int64_t rows = job->m1 - job->m0, cols = job->n1 - job->n0, steps = job->s1 - job->s0;
     if (!job->direct) job->a_row = steps;
-    job->pack_n = columns_of_task(job, threads);
-    int64_t tasks_m = ceil_div(rows, MR * PANELS), all = pack_tasks_b(job) + (job->direct || !pack_a ? 0 : tasks_m);
-    if (parallel_for(all, steps * job->pack_n / 4, pack_task, job)) return -1;
-    if (thin) {
-        thin->m0 = job->m0, thin->m1 = job->m1, thin->s0 = job->s0, thin->s1 = min64(job->s1, job->steps);
-        if (!job->direct) thin->a_row = job->a_row;
-        if (job->n0 == 0 && !is_narrow(thin) && parallel_for(pack_tasks_b(thin), steps * thin->pack_n / 4, pack_task, thin)) return -1;
-    }
     job->tile_m = min64(ROWS, max64(1, TASK_BYTES / 4 / max64(1, steps) / MR) * MR);
     job->tile_n = ceil_div(cols, NR) * NR;
     if (job->local_b) {                                                /* equal parts for all threads */
@@ -893,6 +949,15 @@ static int slice(Job *job, int64_t threads, int pack_a) {
             else job->tile_m = ceil_div(job->tile_m / MR, 2) * MR;
     }
     job->tiles_n = ceil_div(cols, job->tile_n);
+    job->pack_n = columns_of_task(job, threads);
+    job->own_a = !job->direct && pack_a && job->tiles_n == 1;
+    int64_t tasks_m = ceil_div(rows, MR * PANELS), all = pack_tasks_b(job) + (job->direct || !pack_a || job->own_a ? 0 : tasks_m);
+    if (parallel_for(all, steps * job->pack_n / 4, pack_task, job)) return -1;
+    if (thin) {
+        thin->m0 = job->m0, thin->m1 = job->m1, thin->s0 = job->s0, thin->s1 = min64(job->s1, job->steps);
+        if (!job->direct) thin->a_row = job->a_row;
+        if (job->n0 == 0 && !is_narrow(thin) && parallel_for(pack_tasks_b(thin), steps * thin->pack_n / 4, pack_task, thin)) return -1;
+    }
     int64_t tasks = ceil_div(rows, job->tile_m) * job->tiles_n, ready = MR * PANELS * (job->R + 8) * steps / 64;
     int64_t cost = (rows + (job->local_b ? 32 : 0)) * cols * steps / 64;   /* what each packs included */
     if ((job->R || job->copied) && job->tiles_n > 1 && parallel_for(tasks_m, ready, ready_task, job)) return -1;
