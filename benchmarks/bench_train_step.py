@@ -11,13 +11,14 @@ lost.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
 
 import numpy as np
+
+from longlora import metrics
 
 from . import harness
 
@@ -133,8 +134,7 @@ def one_side(side, length, group, dtype, layers):
         start = time.perf_counter()
         losses.append(step())
         print(time.perf_counter() - start, flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"gib": peak, "losses": losses, "checkpointing": kept}))
+    print(json.dumps({"gib": metrics.peak_memory() / 2**30, "losses": losses, "checkpointing": kept}))
 
 
 def gpu_step(length, device, repeats, smoke):
