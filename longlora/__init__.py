@@ -21,10 +21,10 @@ __all__ = [*_COMPILED, *_MODULES]
 def _compiled():
     """The extension. Modules here import it by `from . import _C`, never from it, and so come this way.
 
-    The OpenMP runtime reads how threads wait for work once, when the extension brings it in: they sleep, after 1000 looks (20 us),
-    which is what waking one costs. Spinning for long, the default, makes a training step several times slower as soon as anything
-    else runs on the machine; sleeping at once makes it 3 % slower where nothing does, and a small op 15 %. What the user has set
-    wins; nothing that is loaded later sees ours.
+    The OpenMP runtime reads how threads wait for work once, when the extension brings it in: they sleep, after 1000 looks, some
+    20 us. Spinning for long, the default, makes a training step several times slower as soon as anything else runs on the machine;
+    sleeping at once makes it 3 % slower where nothing does, and a small op 15 %. What the user has set wins. A library that is
+    loaded later and shares the runtime, as torch does, has its threads wait in the same way; the environment is as it was.
     """
     ours = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
     if ours.keys() & os.environ.keys():

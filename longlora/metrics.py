@@ -10,8 +10,8 @@ FILE = "metrics.jsonl"
 
 
 def peak_memory():
-    """The largest resident size of this process so far, in bytes: of this program's, where the system says it, since getrusage
-    counts the process that started it too."""
+    """The largest resident size of this program so far, in bytes. Where there is no /proc it is what getrusage says, which may be
+    that of the program that started this one."""
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
             return int(next(line for line in file if line.startswith("VmHWM:")).split()[1]) * 1024

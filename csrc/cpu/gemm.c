@@ -75,9 +75,10 @@
  * and two cores of a Zen 5, in turn, times the speed of the former, medians of 9 to 15, M = 2048:
  *   c in bfloat16 written by the tiles, not by a pass over their sums: K = 576 1.02 to 1.06, K = 8 1.5
  *   320 KiB of a in a task, not 480: K = 1536, 2048 1.03 to 1.05; as many rows for each thread (K = 576 without 0.93)
- *   KC 512, not 288, float32 1.03 to 1.05; of pairs of bfloat16 another 1.02 at K = 2048, but with errors above their bounds
- *   a turned a, N = 192, packed by the task that needs it 1.03 to 1.06, float32 1.13 to 1.17, and then a line of memory into all of
- *   its panels at once 1.26, 1.24; N = 576 to 2048 1.05 to 1.10, 1.03 to 1.08 (so packed by tasks of their own, N = 192 0.93 to 0.99)
+ *   KC 512, not 288, float32 1.00 to 1.04; of pairs of bfloat16 1.02 at K = 2048, but with errors above their bounds
+ *   a turned a, K = 576, N = 192, packed by the task that needs it 1.03 to 1.06, float32 1.13 to 1.17; a line of memory into all of
+ *   its panels at once too, 1.26, 1.24 in all, N = 576 to 2048 1.05 to 1.10, 1.03 to 1.08 (the second without the first, M = 576,
+ *   K = 2048, N = 192 0.93 to 0.98)
  *   no gain, before that: KC 144, 192 0.96 to 0.98; 1, 4 panels side by side 0.99, 1.01; b fetched for the next panels 0.98; rows 4 KiB
  *   apart packed 0.99; sums rounded by half of the instructions 0.93 to 1.03 */
 #include "gemm.h"
@@ -112,6 +113,7 @@ enum {
     TASK_BYTES = (VW == 16 ? 320 : 240) << 10, /* rows of a that one task works on: a third or half of an L2 cache */
     SUM_BYTES = 8 << 20,               /* of sums kept in float32 */
 };
+_Static_assert((int)DOT_KC <= KC && (int)FEW_KC <= KC && 2 * (MID_KC + MID_KC / EXTRA) <= KC + KC / EXTRA, "a part of b in NEAR_B");
 
 /* Packed elements are 32 bits: a float, or, in products of bfloat16, the pair of k and k + 1. A "step" is one of them. */
 typedef struct Job {
@@ -119,7 +121,7 @@ typedef struct Job {
     struct Job *thin;                  /* the product that makes u, where that is made row by row with this one */
     int swapped, dot;                  /* computes the transpose; multiplies pairs of bfloat16 */
     int plain;                         /* c is written by the tiles themselves, and keeps sums between depths */
-    int narrow;                        /* c is bfloat16, and written by them once it is finished */
+    int plain_bf16;                    /* c is bfloat16, and written by them once it is finished */
     int direct, copied;                /* reads a where it lies, or in rows that are converted to float32 */
     int local_b, own_a;                /* each task packs its own part of b; of a */
     int64_t M, N, K, R;                /* K and R in elements; after swapping */
@@ -469,13 +471,13 @@ static inline __attribute__((always_inline)) void multiply(vf sum[MR][NV], int64
 typedef struct {
     float *sums;
     const float *add;
-    uint16_t *narrow;                  /* NULL where they stay float32 */
+    uint16_t *bf16;                    /* NULL where they stay float32 */
     const uint16_t *more;
-    int64_t row, add_row, narrow_row, more_row;
+    int64_t row, add_row, bf16_row, more_row;
 } Out;
 
 /* As vf_store_any, but for what products of bfloat16 lose anyhow: subnormal numbers become 0. */
-static inline __attribute__((always_inline)) void store_narrow(uint16_t *p, vf x) {
+static inline __attribute__((always_inline)) void store_bf16(uint16_t *p, vf x) {
 #if defined __AVX512BF16__
     __m256bh h = _mm512_cvtneps_pbh((__m512)x);
     memcpy(p, &h, sizeof h);
@@ -493,11 +495,11 @@ static inline __attribute__((always_inline)) void tile(int64_t steps, const Rows
     for (int i = 0; i < mr; i++)
         UNROLLED
         for (int j = 0; j < nv; j++) sum[i][j] = (vf){0};
-    if (out.narrow)
+    if (out.bf16)
         UNROLLED
         for (int i = 0; i < mr; i++) {
-            __builtin_prefetch(out.narrow + i * out.narrow_row, 1);
-            __builtin_prefetch(out.narrow + i * out.narrow_row + nv * VW - 1, 1);
+            __builtin_prefetch(out.bf16 + i * out.bf16_row, 1);
+            __builtin_prefetch(out.bf16 + i * out.bf16_row + nv * VW - 1, 1);
         }
     else
         UNROLLED
@@ -527,11 +529,11 @@ static inline __attribute__((always_inline)) void tile(int64_t steps, const Rows
         for (int i = 0; i < mr; i++)
             UNROLLED
             for (int j = 0; j < nv; j++) sum[i][j] += vf_load_any(out.more + i * out.more_row + j * VW, BF16);
-    if (out.narrow)
+    if (out.bf16)
         UNROLLED
         for (int i = 0; i < mr; i++)
             UNROLLED
-            for (int j = 0; j < nv; j++) store_narrow(out.narrow + i * out.narrow_row + j * VW, sum[i][j]);
+            for (int j = 0; j < nv; j++) store_bf16(out.bf16 + i * out.bf16_row + j * VW, sum[i][j]);
     else
         UNROLLED
         for (int i = 0; i < mr; i++)
@@ -645,7 +647,8 @@ static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_
                                                   : job->pack_b + (n - job->n0) * steps + (s - job->s0) * width;
                     Tile run = tiles[job->dot][job->direct][tall == FEW][width / VW - 1];
                     int first = s == (job->sum ? 0 : job->s0), last = next == (job->sum ? all : job->s1);
-                    int entire = cols == width && rows == tall, straight = job->plain && entire, narrow = job->narrow && entire && last;
+                    int entire = cols == width && rows == tall, straight = job->plain && entire;
+                    int in_bf16 = job->plain_bf16 && entire && last;
                     Out out = { .row = sum_row };
                     float *sum = out.sums = job->sum ? job->sum + (m - job->m0) * job->wide_n + n - job->n0
                                                      : near + (whole ? 0 : (m - m_begin) * group + n - n0);
@@ -653,17 +656,19 @@ static void tile_rows(const Job *job, int64_t m_begin, int64_t m_end, int64_t n_
                     if (straight) {
                         float *c = (float *)g->c + m * g->c_row + n;
                         int again = s > 0 || g->beta == 1;
-                        if (first) out.add = again ? c : g->residual ? (const float *)g->residual + m * g->residual_row + n : NULL;
-                        if (first) out.add_row = again ? g->c_row : g->residual_row;
+                        if (first) {
+                            out.add = again ? c : g->residual ? (const float *)g->residual + m * g->residual_row + n : NULL;
+                            out.add_row = again ? g->c_row : g->residual_row;
+                        }
                         if (last) out.sums = c, out.row = g->c_row;
                     }
-                    if (narrow) {
-                        out.narrow = (uint16_t *)g->c + m * g->c_row + n, out.narrow_row = g->c_row;
-                        out.more = g->beta == 1 ? out.narrow : g->residual ? (const uint16_t *)g->residual + m * g->residual_row + n : NULL;
+                    if (in_bf16) {
+                        out.bf16 = (uint16_t *)g->c + m * g->c_row + n, out.bf16_row = g->c_row;
+                        out.more = g->beta == 1 ? out.bf16 : g->residual ? (const uint16_t *)g->residual + m * g->residual_row + n : NULL;
                         out.more_row = g->beta == 1 ? g->c_row : g->residual_row;
                     }
                     run(part, &a, b, next - s - part, &a2, &out);
-                    if (!straight && !narrow && last) {
+                    if (!straight && !in_bf16 && last) {
                         const Gemm *rest = job->plain && job->s0 > 0 ? &onward : g;
                         finish(rest, job->swapped, sum, sum_row, m, n, rows, cols, rest->beta);
                     }
@@ -1001,7 +1006,7 @@ int CPU(gemm)(const Gemm *g) {
     int64_t depth = max64(1, ceil_div(job.steps, max64(1, ceil_div(job.steps, most))));
     int64_t depth_b = depth + job.steps2;
     int one = !job.swapped && g->alpha == 1 && (g->beta == 0 || (g->beta == 1 && !g->residual)) && !g->bias;    /* addend at most */
-    job.plain = one && g->c_dtype == F32, job.narrow = one && g->c_dtype == BF16;
+    job.plain = one && g->c_dtype == F32, job.plain_bf16 = one && g->c_dtype == BF16;
     int keep = !job.plain && depth < job.steps;
     job.wide_n = ceil_div(job.N, NR) * NR;
     if (!job.local_b || keep) job.wide_n = min64(job.wide_n, max64(1, PACK_BYTES / 4 / depth_b / NR) * NR);
@@ -1011,7 +1016,7 @@ int CPU(gemm)(const Gemm *g) {
     if (job.copied) job.a_row = depth + VW, job.ahead = MR * job.a_row;
     Job thin = job;
     thin.g = &of_u, thin.N = thin.n1 = job.R, thin.R = thin.steps2 = 0, thin.b = g->a2, thin.nr = panel_columns(job.R);
-    thin.plain = 1, thin.narrow = 0, thin.local_b = 0, thin.group = SIDE * thin.nr;
+    thin.plain = 1, thin.plain_bf16 = 0, thin.local_b = 0, thin.group = SIDE * thin.nr;
     if (job.R && !job.swapped) job.thin = &thin;
     int64_t threads = get_threads();
     thin.pack_n = columns_of_task(&thin, threads);
