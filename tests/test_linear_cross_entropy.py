@@ -14,12 +14,10 @@ def targets_of(M, V, ignored=0.2):
     return np.where(random.random(M) < ignored, -100, random.integers(0, V, M)).astype(np.int32)
 
 
-@pytest.mark.parametrize("M,C,V", [(0, 4, 5), (1, 1, 1), (7, 33, 123), (65, 64, 1000), (100, 16, 257), (3, 8, 60007)])
-def test_forward_and_backward(M, C, V, dtype, isa, poison):
-    """60007: a row that a GPU passes in fifteen stretches, the last of them not kept in the shared memory of even the largest."""
-    x, w, targets = checks.strided(checks.random((M, C), dtype)), checks.strided(checks.random((V, C), dtype, 1)), targets_of(M, V)
+def check_rounded(x, w, targets, dtype):
+    """Against the reference and its plain form: float32, and the gradient of the logits rounded to the dtype between the products."""
+    M = len(targets)
     checks.check("linear_cross_entropy_forward", x, w, targets, floor=16)
-    # Plain: float32, and the gradient of the logits rounded to the dtype between the two products.
     d = checks.random((M,), seed=2)
     losses, dx, dw = ops.linear_cross_entropy_backward(x, w, targets, d, train_weight=True)
     want = checks.reference.linear_cross_entropy_backward(x, w, targets, d, train_weight=True)
@@ -32,6 +30,13 @@ def test_forward_and_backward(M, C, V, dtype, isa, poison):
     checks.compare(dx, want[1], g @ w32, "dx", 8)
     checks.compare(dw, want[2], g.T @ x32, "dweight", 8)
     assert (dx[~kept].astype(np.float32) == 0).all() and (losses[~kept] == 0).all()
+
+
+@pytest.mark.parametrize("M,C,V", [(0, 4, 5), (1, 1, 1), (7, 33, 123), (65, 64, 1000), (100, 16, 257), (3, 8, 60007)])
+def test_forward_and_backward(M, C, V, dtype, isa, poison):
+    """60007: a row that a GPU passes in fifteen stretches, the last of them not kept in the shared memory of even the largest."""
+    x, w, targets = checks.strided(checks.random((M, C), dtype)), checks.strided(checks.random((V, C), dtype, 1)), targets_of(M, V)
+    check_rounded(x, w, targets, dtype)
 
 
 def test_dweight_accumulates(place):
@@ -78,6 +83,14 @@ def test_more_than_one_chunk(M, V, trained, isa):
     check_backward(x, w, targets_of(M, V), d, trained)
 
 
+def test_more_than_one_chunk_of_kept_bfloat16(isa):
+    """The exponentials of all of the vocabulary in 16 bits: nine units of 16 rows, the last less eleven rows, of which eight fit."""
+    M, C, V = 133, 8, 200001
+    rows, kept = ops._C.head_scratch(128, C, V, True, True), 2 * M * V
+    assert ops._C.head_scratch(M, C, V, True, True) < min(rows, kept)
+    check_rounded(checks.random((M, C), "bfloat16"), checks.random((V, C), "bfloat16", 1), targets_of(M, V), "bfloat16")
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_maximum_that_grows_along_the_vocabulary(trained, isa, poison):
     """By up to 210 from one end to the other, and down by as much; with the largest logit the target, loss and gradient are next to 0."""
@@ -122,17 +135,18 @@ def test_a_target_out_of_range_has_a_loss_of_nan_on_cuda(bad, cuda, poison):
 
 
 @pytest.mark.parametrize("trained, limit", [(True, 64), (False, 20)])
-@pytest.mark.parametrize("kind", ["float32", "float16"])
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
 def test_memory_does_not_grow_with_the_rows(kind, trained, limit):
     """MiB beside arguments and results."""
     code = """
 import sys
+import ml_dtypes
 import numpy as np
 from longlora import ops
 def high():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 V, C = 128256, 16
-w = np.random.default_rng(0).standard_normal((V, C), np.float32).astype(sys.argv[1])
+w = np.random.default_rng(0).standard_normal((V, C), np.float32).astype(np.dtype(sys.argv[1]))
 for M in (128, 512):
     x, t = np.ones((M, C), w.dtype), np.zeros(M, np.int32)
     d = np.ones(M, np.float32)
