@@ -225,3 +225,21 @@ for _ in range(20): ops.matmul(big, big)
 print(len(os.listdir("/proc/self/task")) >= 3, used() >= 2)
 """, OPENBLAS_NUM_THREADS="1")
     assert out == ["True", "True"]
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}], ids=str)
+def test_how_threads_wait(given):
+    """They sleep soon, but what the user has set wins, and the environment is as it was."""
+    code = ("import os; before = dict(os.environ); from longlora import get_num_threads; get_num_threads(); "
+            "assert dict(os.environ) == before")
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | given | {"OMP_DISPLAY_ENV": "verbose"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("this build's OpenMP is not GCC's")
+    policy, count = ((line.partition("'")[2].partition("'")[0]) for name in names for line in done.stderr.splitlines() if name in line)
+    if given:
+        assert given.get("OMP_WAIT_POLICY", policy).upper() == policy and given.get("GOMP_SPINCOUNT", count) == count != "1000"
+    else:
+        assert (policy, count) == ("PASSIVE", "1000")

@@ -359,3 +359,13 @@ def test_a_run_takes_no_torch(tmp_path):
               "assert not {'torch', 'transformers', 'peft'} & set(sys.modules); sys.exit(code)")
     done = in_process(script, tiny.options(tmp_path))
     assert done.returncode == 0, done.stderr
+
+
+def test_peak_memory_is_not_that_of_the_program_that_started_it():
+    """As far as /proc says it: subprocess lends a child its parent's pages until it runs its own program."""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("this system has no /proc/self/status to read the peak from")
+    held = np.ones(300 << 20, np.uint8)
+    code = "from longlora import metrics; print(metrics.peak_memory())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert 1 << 20 < int(done.stdout) < held.nbytes < metrics.peak_memory()
