@@ -1,13 +1,13 @@
 /* gemm.c --- the matrix product: packed panels of b (as in BLIS), a micro-kernel whose sums stay in registers.
  *
- * A tile of c, MR rows by one panel, is a sum over k in blocks of KC. SIDE panels of b stay in the second cache while the rows of a
- * task pass by, MR of these in the first while the panels do: so c is written along its rows, not one line of each row of a task
+ * A tile of c, MR rows by one panel, is a sum over k in blocks of KC. SIDE panels of b stay in the second cache while the rows of
+ * a task pass by, MR of these in the first while the panels do: so c is written along its rows, not one line of each row of a task
  * after the other; where k is short, as many panels as there is room for. b is packed for all tasks, or, where one task has all
- * rows, by each for itself, part by part, in its own cache; a turned a likewise, where a task has all columns. What is read once is
- * not packed: rows of a are read where they lie, MR
- * streams at a time; for a few rows of output b is swept over where it lies (LoRA's da and db); a few columns (LoRA's u) run their
- * vectors along k instead. The extension by a2 b2 goes on in the same registers. The order of each sum depends on the sizes alone,
- * so every number of threads gives the same bits; how many tiles there are depends on the threads.
+ * rows, by each for itself, part by part, in its own cache; a turned a likewise, where a task has all columns. What is read once
+ * is not packed: rows of a are read where they lie, MR streams at a time; for a few rows of output b is swept over where it lies
+ * (LoRA's da and db); a few columns (LoRA's u) run their vectors along k instead. The extension by a2 b2 goes on in the same
+ * registers. The order of each sum depends on the sizes alone, so every number of threads gives the same bits; how many tiles
+ * there are depends on the threads.
  *
  * The ladder, in GF/s on a Zen 5 (FMA peak 240 a core), NT, M = 2048, N = K = 576 unless said:
  *   two cores, float32: KC 192 / 288 / 576: 454 / 465 / 441           (torch with MKL: 195)
