@@ -6,7 +6,7 @@ import math
 
 from benchmarks.harness import Bench
 from longlora import _C, ops
-from longlora.profile import pairs
+from longlora.training.profile import pairs
 
 L, H = 8192, 8
 CASES = [(D, G) for D in (64, 128) for G in (512, 1024, 2048, 4096)] + [(80, 512), (96, 300)]

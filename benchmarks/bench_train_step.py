@@ -18,7 +18,7 @@ import time
 
 import numpy as np
 
-from longlora import metrics
+from longlora.training import metrics
 
 from . import harness
 
@@ -43,11 +43,11 @@ def tokens(length):
 
 
 def our_step(length, group, dtype, layers):
-    from longlora.adapter import LoraConfig
-    from longlora.config import read_config
-    from longlora.model import Model
-    from longlora.optimizer import AdamW
-    from longlora.plan import plan
+    from longlora.files.adapter import LoraConfig
+    from longlora.decoder.config import read_config
+    from longlora.decoder.model import Model
+    from longlora.training.optimizer import AdamW
+    from longlora.memory.plan import plan
     config = read_config(CONFIG | {"num_hidden_layers": layers})
     about = plan(config, dtype=dtype, sequence_length=length, group_size=group, lora=LoraConfig())
     model = Model(config, dtype=dtype, lora=LoraConfig(), plan=about,
@@ -140,11 +140,11 @@ def one_side(side, length, group, dtype, layers):
 def gpu_step(length, device, repeats, smoke):
     """In a process of its own: steps on a GPU -> one JSON line."""
     from longlora import cuda
-    from longlora.adapter import LoraConfig
-    from longlora.config import read_config
-    from longlora.model import Model
-    from longlora.optimizer import AdamW
-    from longlora.plan import plan
+    from longlora.files.adapter import LoraConfig
+    from longlora.decoder.config import read_config
+    from longlora.decoder.model import Model
+    from longlora.training.optimizer import AdamW
+    from longlora.memory.plan import plan
     from .gpu import Gpu
     gpu = Gpu(device, smoke)
     config, (before, total) = read_config(SMALL if smoke else LLAMA2), cuda.memory_info(gpu.index)

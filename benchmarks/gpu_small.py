@@ -120,11 +120,12 @@ def ops():
 
 def training(steps, length):
     """The demo's model trains on the bytes of its text, on the CPU and on the GPU -> whether the losses agree."""
-    from longlora import demo, plan as plan_
-    from longlora.adapter import LoraConfig
-    from longlora.model import Model
-    from longlora.optimizer import AdamW
-    from longlora.weights import open_model
+    from longlora.memory import plan as plan_
+    from longlora.tools import demo
+    from longlora.files.adapter import LoraConfig
+    from longlora.decoder.model import Model
+    from longlora.training.optimizer import AdamW
+    from longlora.files.open_model import open_model
     base = open_model(demo.MODEL)
     text = np.frombuffer(sorted(demo.TEXT.glob("*.txt"))[0].read_bytes()[:steps * length + 1], np.uint8)
     losses = {}

@@ -28,7 +28,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 
 import longlora
-from longlora.profile import peaks
+from longlora.training.profile import peaks
 
 from . import gpu
 

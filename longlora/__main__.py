@@ -1,6 +1,6 @@
 """python -m longlora"""
 import sys
 
-from .cli import main
+from longlora.cli import main
 
 sys.exit(main())

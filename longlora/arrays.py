@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 
-from . import Tensor
+from longlora import Tensor
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "int32", "int64", "uint8")
 

@@ -5,7 +5,7 @@ import difflib
 import json
 import sys
 
-from .errors import UserError
+from longlora.errors import UserError
 
 
 def _lengths(text):
@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser():
-    from . import __version__
+    from longlora import __version__
     p = Parser(prog="longlora", description="Extend the context of a pretrained language model (LongLoRA).",
                                 allow_abbrev=False)
     p.add_argument("--version", action="version", version=f"longlora {__version__}")
@@ -35,7 +35,7 @@ def parser():
     def device(command, default):
         command.add_argument("--device", default=default, metavar="auto|cpu|cuda|cuda:N", help=f"where to compute [{default}]")
 
-    from . import options
+    from longlora.training import options
     options.add_flags(command("train", "extend a model: LoRA, S2-Attn, position interpolation"))
     c = command("plan", "memory of a run, from the config alone")
     options.add_flags(c)
@@ -72,14 +72,14 @@ def parser():
 
 
 def _train(args):
-    from . import options, train
+    from longlora.training import options, driver as train
     result = train.run(options.from_flags(args))
     return 0 if result.stopped is None else 128 + result.stopped
 
 
 def _plan(args):
-    from . import options, train
-    from .device import choose
+    from longlora.training import options, driver as train
+    from longlora.device import choose
     o = options.from_flags(args, planning=True)
     o.device, chosen = choose(o.device)
     made = train.plan_of(o)
@@ -88,8 +88,8 @@ def _plan(args):
 
 
 def _ppl(args):
-    from . import ppl
-    from .device import choose
+    from longlora.evaluation import ppl
+    from longlora.device import choose
     device, chosen = choose(args.device)
     if not args.json:
         print(chosen)
@@ -100,8 +100,8 @@ def _ppl(args):
 
 
 def _merge(args):
-    from . import adapter
-    from .device import CPU, choose
+    from longlora.files import adapter
+    from longlora.device import CPU, choose
     device, chosen = choose(args.device)
     if args.device != CPU:
         print(chosen)
@@ -111,27 +111,27 @@ def _merge(args):
 
 
 def _inspect(args):
-    from . import inspect
+    from longlora.tools import inspect
     found = inspect.describe(args.path)
     print(json.dumps(found, indent=2) if args.json else inspect.text(found))
     return 0
 
 
 def _doctor(args):
-    from . import doctor
+    from longlora.tools import doctor
     found = doctor.examine()
     print(json.dumps(found, indent=2) if args.json else doctor.text(found))
     return 0
 
 
 def _demo(args):
-    from . import demo
+    from longlora.tools import demo
     demo.run(args.output_dir, steps=args.steps, device=args.device)
     return 0
 
 
 def _parsed(argv):
-    from . import options
+    from longlora.training import options
     p = parser()
     args, unknown = p.parse_known_args(options.dashed(sys.argv[1:] if argv is None else argv))
     if unknown:

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 
-from . import _C
+from longlora import _C
 
 
 def reason():

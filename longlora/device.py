@@ -7,9 +7,9 @@ import threading
 
 import numpy as np
 
-from . import _C
-from .errors import UserError
-from .options import check_device
+from longlora import _C
+from longlora.errors import UserError
+from longlora.training.options import check_device
 
 CPU = "cpu"
 
@@ -22,7 +22,7 @@ def choose(wanted):
     check_device(wanted)
     if wanted == CPU:
         return CPU, f"device: {_cpu()}"
-    from . import cuda
+    from longlora import cuda
     number = int(wanted.partition(":")[2] or 0)
     if wanted == "auto":
         number = next((i for i in range(cuda.device_count()) if _refusal(i) is None), 0)
@@ -38,7 +38,7 @@ def choose(wanted):
 
 def _refusal(number):
     """Why a run cannot be on this GPU, None where it can: that there is no cuBLAS is better known before it has begun."""
-    from . import cuda
+    from longlora import cuda
     why = _C.cuda_refusal(number)
     if why is None:
         try:
@@ -54,7 +54,7 @@ def _cpu():
 
 def free_memory(device):
     """Bytes that a run can have on the GPU `device`."""
-    from . import cuda
+    from longlora import cuda
     return cuda.memory_info(int(device.partition(":")[2]))[0]
 
 
@@ -73,7 +73,7 @@ _thread = threading.local()
 def staged(out):
     """Pinned memory in the shape of `out`, a Tensor on a GPU, to fill and to copy from. It is this thread's only piece: what was
     queued before is waited for."""
-    from . import cuda
+    from longlora import cuda
     cuda.synchronize(out.device)
     piece = getattr(_thread, "piece", None)
     if piece is None or piece.nbytes < out.nbytes:

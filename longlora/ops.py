@@ -7,8 +7,8 @@ All raise TypeError for a wrong dtype or object and ValueError for a wrong shape
 """
 import math
 
-from . import _C
-from .arrays import dtype_name, empty, empty_like, give_back, zeros
+from longlora import _C
+from longlora.arrays import dtype_name, empty, empty_like, give_back, zeros
 
 BOUNDARIES = {"split": 0, "wrap": 1, "swap": 2}
 SHIFTS = {"half": 0, "none": 1, "all": 2}

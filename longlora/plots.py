@@ -11,7 +11,7 @@ def _figure(width=7, height=4, columns=1):
 def _save(figure, path):
     from matplotlib import pyplot
 
-    from .safetensors_file import replacing
+    from longlora.files.safetensors import replacing
     with replacing(path) as aside:
         figure.savefig(aside, format="png")
     pyplot.close(figure)

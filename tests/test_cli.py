@@ -10,7 +10,8 @@ import pytest
 import tiny
 import yaml
 
-from longlora import _C, cli, cuda, options, train
+from longlora import _C, cli, cuda
+from longlora.training import options, driver as train
 from longlora.device import choose
 from longlora.errors import UserError
 
@@ -233,7 +234,7 @@ def test_help_is_quick_and_imports_little():
         done, spent = timed([sys.executable, "-c", script])
         seconds.append(spent)
         assert "train" in done.stdout and "others set()" in done.stderr
-        assert "ours ['longlora', 'longlora.cli', 'longlora.errors', 'longlora.options']" in done.stderr
+        assert "ours ['longlora', 'longlora.cli', 'longlora.errors', 'longlora.training.options']" in done.stderr
     assert min(seconds) < 0.3, seconds                 # of the processor; 0.04 s here
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from longlora.adapter import save_merged
-from longlora.config import read_config
+from longlora.files.adapter import save_merged
+from longlora.decoder.config import read_config
 
 CONFIG = dict(model_type="llama", vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
               num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-5,

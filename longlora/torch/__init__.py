@@ -7,16 +7,16 @@ import importlib.util
 
 import torch
 
-from . import ops
+from longlora.torch import ops
 
 if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
     raise ImportError(f"longlora.torch needs torch 2.10 or newer, found {torch.__version__}")
 
 __all__ = ["ops"]
 if importlib.util.find_spec("transformers"):
-    from .attention import configure
-    from .swap import swap, unswap
+    from longlora.torch.attention import configure
+    from longlora.torch.swap import swap, unswap
     __all__ += ["configure", "swap", "unswap"]
     if importlib.util.find_spec("peft"):
-        from .extend import extend, load
+        from longlora.torch.extend import extend, load
         __all__ += ["extend", "load"]

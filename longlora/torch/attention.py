@@ -10,8 +10,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from .. import ops as raw
-from . import ops
+from longlora import ops as raw
+from longlora.torch import ops
 
 NAME = "longlora_s2"
 # What other models hand to their attention and this one does not do; None and False ask for nothing.

@@ -10,11 +10,13 @@ import sys
 import numpy as np
 import torch
 
-from .. import adapter, cli, rope
-from ..config import read_config
-from ..errors import UserError
-from ..safetensors_file import SafetensorsFile
-from ..weights import open_model, some, to_float32
+from longlora import cli
+from longlora.decoder import rope
+from longlora.files import adapter
+from longlora.decoder.config import read_config
+from longlora.errors import UserError
+from longlora.files.safetensors import SafetensorsFile
+from longlora.files.open_model import open_model, some, to_float32
 
 PARAMETERS, WEIGHTS = "trainable_params.bin", ("adapter_model.bin", "adapter_model.safetensors")
 

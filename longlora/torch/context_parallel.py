@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import _C
-from ..ops import SHIFTS, s2_attention_backward, s2_attention_forward
+from longlora import _C
+from longlora.ops import SHIFTS, s2_attention_backward, s2_attention_forward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What the ranks compare, as integers, and how a message shows it. T, the first, is each one's own.
@@ -538,7 +538,7 @@ class _Model:
 
     def __call__(self, module, q, k, v, *, cu_seqlens, boundary, shift, scale, window):
         """What longlora.torch.attention calls: q [B,T,H,D], k and v [B,T,K,D] of a module's piece -> out [B,T,H,D]."""
-        from .attention import group_size_of
+        from longlora.torch.attention import group_size_of
         if not module.training:
             raise NotImplementedError("context parallel: only training is done over several ranks, got a module in eval mode")
         sizes = self.lengths

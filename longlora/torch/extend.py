@@ -5,8 +5,8 @@ import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .. import rope as rope_
-from .attention import NAME, configure
+from longlora.decoder import rope as rope_
+from longlora.torch.attention import NAME, configure
 
 
 class ExtendedModel(PeftModelForCausalLM):
@@ -36,7 +36,7 @@ def set_rope(model, type, target_length):
     """Extend the positions of `model` in place to `target_length` tokens -> one sentence with the arithmetic.
 
     type "linear", "ntk", "yarn" or "llama3", counted from the length of pretraining, also when the model was extended before
-    (longlora.rope.extend). errors.UserError, a ValueError, says what cannot be extended.
+    (longlora.decoder.rope.extend). errors.UserError, a ValueError, says what cannot be extended.
     """
     config = model.config
     before = config.to_dict()

@@ -16,7 +16,7 @@ from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack, _len_t
 from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 
-from .. import _C, ops
+from longlora import _C, ops
 
 _library = torch.library.Library("longlora", "DEF")
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))

@@ -12,7 +12,7 @@ import weakref
 import torch
 from torch.distributed.tensor import DTensor
 
-from . import ops
+from longlora.torch import ops
 
 _MARK = "longlora_original_forward"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

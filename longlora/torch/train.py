@@ -20,21 +20,26 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from .. import __version__, _C, adapter, checkpoint, cli, data, metrics, options as options_, plan, ppl, train as driver
-from ..errors import UserError
-from ..model import Model
-from ..optimizer import NO_DECAY
-from .attention import NAME, configure
-from .extend import ExtendedModel, extend
+from longlora import __version__, _C, cli
+from longlora.data import text as data
+from longlora.evaluation import ppl
+from longlora.files import adapter
+from longlora.memory import plan
+from longlora.training import resume as checkpoint, metrics, options as options_, driver
+from longlora.errors import UserError
+from longlora.decoder.model import Model
+from longlora.training.optimizer import NO_DECAY
+from longlora.torch.attention import NAME, configure
+from longlora.torch.extend import ExtendedModel, extend
 
 MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 def train(say=print, **keywords):
-    """Train as the keywords say (the fields of options.TrainOptions) -> longlora.train.Result. `say` is given the report.
+    """Train as the keywords say (the fields of options.TrainOptions) -> longlora.training.driver.Result. `say` is given the report.
 
-    As longlora.train.train, in every process of a group that torchrun or accelerate launched, or in one. UserError for what
+    As longlora.training.driver.train, in every process of a group that torchrun or accelerate launched, or in one. UserError for what
     cannot be done, which is also what the options init, full, max_memory, profile, device cuda and checkpointing minimal are here.
     """
     return run(options_.from_dict(keywords), say)

@@ -1,0 +1,202 @@
+"""Rotary position embedding: which frequencies a config asks for, how to extend them, how to write them back.
+
+Position interpolation (arXiv 2306.15595), NTK-aware theta, YaRN (arXiv 2309.00071) and Llama 3's rule are one table of
+inverse frequencies. `transformers` computes the same frequencies in float32; here they are float64 and only the cosines and
+sines are rounded, so that a long position costs no precision.
+"""
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from longlora.errors import UserError
+
+TYPES = ("default", "linear", "ntk", "yarn", "llama3")
+EXTENSIONS = TYPES[1:]
+# Required and optional parameters of a type in a config, as transformers validates them.
+PARAMETERS = {
+    "linear": ("factor",),
+    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+REQUIRED = {"linear": ("factor",), "yarn": ("factor",), "llama3": PARAMETERS["llama3"]}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """What the rotary embedding of a model is. `original_length` is the length it was pretrained at, before any extension.
+
+    "ntk" is "default" with a raised `theta`; `original_theta` is the one it was pretrained with.
+    """
+    type: str
+    theta: float
+    original_length: int
+    factor: float = 1.0
+    original_theta: float | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+
+
+def _number(found, name, where, low, high=1e9):
+    value = found[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise UserError(f"{where}: {name} should be a number from {low:g} to {high:g}, got {value!r}")
+    return value
+
+
+def read(raw, max_length, where):
+    """The Rope of a config.json read as `raw`, spelled for transformers 4 or 5; UserError names what is not supported."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if raw.get(key) is not None and not isinstance(raw[key], dict):
+            raise UserError(f"{where}: {key} should be an object, got {raw[key]!r}")
+    # As transformers 5 does: the old key wins over the new one, and what is not in it is looked for at the top level.
+    found = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    nested = sorted(key for key, value in found.items() if isinstance(value, dict))
+    if nested:
+        raise UserError(f"{where}: rope differs by layer type ({', '.join(nested)}); supported is one rope for all layers")
+    kind = found.get("rope_type", found.get("type")) or "default"
+    if kind not in TYPES or kind == "ntk":
+        raise UserError(f"{where}: rope type {kind!r} is not supported; supported are default, linear, yarn, llama3")
+    found["rope_theta"] = found.get("rope_theta", raw.get("rope_theta")) or 10000.0
+    found["partial_rotary_factor"] = found.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1.0
+    if found["partial_rotary_factor"] != 1:
+        raise UserError(f"{where}: partial_rotary_factor {found['partial_rotary_factor']!r} is not supported; supported is 1")
+    original = raw.get("original_max_position_embeddings") or found.get("original_max_position_embeddings") or max_length
+    if isinstance(original, bool) or not isinstance(original, int) or not 1 <= original <= 1 << 31:
+        raise UserError(f"{where}: original_max_position_embeddings should be an integer above 0, got {original!r}")
+    theta = float(_number(found, "rope_theta", where, 2.0, 1e12))
+    if kind == "default":
+        if raw.get("original_rope_theta") is None:
+            return Rope("default", theta, original)
+        before = float(_number(raw, "original_rope_theta", where, 2.0, 1e12))
+        return Rope("ntk", theta, original, float(math.ceil(max_length / original)), original_theta=before)
+    missing = [name for name in REQUIRED[kind] if found.get(name) is None]
+    if missing:
+        raise UserError(f"{where}: rope of type {kind} lacks {', '.join(missing)}")
+    values = {name: found[name] for name in PARAMETERS[kind] if found.get(name) is not None}
+    truncate = values.pop("truncate", None)
+    if truncate is not None and not isinstance(truncate, bool):
+        raise UserError(f"{where}: truncate should be true or false, got {truncate!r}")
+    values = {name: float(_number(values, name, where, 1.0 if name == "factor" else 1e-3)) for name in values}
+    if kind == "llama3" and not 0 < values["low_freq_factor"] < values["high_freq_factor"]:
+        raise UserError(f"{where}: high_freq_factor should be above low_freq_factor, got {values['high_freq_factor']:g} and "
+                        f"{values['low_freq_factor']:g}")
+    return Rope(kind, theta, original, truncate=truncate, **values)
+
+
+def inverse_frequencies(rope, head_dim):
+    """-> inverse frequencies [D/2] in float64, and the factor that cosines and sines are multiplied by (1 but for yarn)."""
+    exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    frequency = rope.theta ** -exponent
+    if rope.type in ("default", "ntk"):
+        return frequency, 1.0
+    if rope.type == "linear":
+        return frequency / rope.factor, 1.0
+    if rope.type == "llama3":
+        turns = rope.original_length * frequency / (2 * math.pi)
+        keep = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+        return frequency * (keep + (1 - keep) / rope.factor), 1.0
+    return _yarn(rope, head_dim, frequency)
+
+
+def _yarn(rope, head_dim, frequency):
+    """arXiv 2309.00071 section 3.2: fast dimensions are kept, slow ones interpolated, a linear ramp between."""
+    def dimension(turns):
+        return head_dim * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    def scale(mscale=1.0):
+        return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
+
+    low, high = dimension(rope.beta_fast or 32), dimension(rope.beta_slow or 1)
+    if rope.truncate is not False:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = np.clip((np.arange(head_dim // 2) - low) / ((high - low) or 0.001), 0, 1)
+    factor = rope.attention_factor
+    if factor is None:
+        both = rope.mscale and rope.mscale_all_dim
+        factor = scale(rope.mscale) / scale(rope.mscale_all_dim) if both else scale()
+    return frequency * (1 - ramp + ramp / rope.factor), factor
+
+
+def tables(rope, head_dim, length):
+    """-> cos, sin [length, D/2] float32 for positions 0..length-1: angles in float64, rounded once."""
+    frequency, factor = inverse_frequencies(rope, head_dim)
+    cos, sin = np.empty((2, length, head_dim // 2), np.float32)
+    for start in range(0, length, 8192):
+        angle = np.arange(start, min(start + 8192, length), dtype=np.float64)[:, None] * frequency
+        cos[start:start + 8192] = np.cos(angle) * factor
+        sin[start:start + 8192] = np.sin(angle) * factor
+    return cos, sin
+
+
+def extend(config, type, target_length):
+    """The rope that extends `config` (a ModelConfig) to `target_length` tokens -> (Rope, one sentence with the arithmetic).
+
+    Everything counts from the length of pretraining, also when the base was extended before: linear (and ntk) by
+    ceil(target / original), as upstream's LongLoRA, whose factor however forgot an earlier extension; yarn by
+    target / original exactly, since transformers 4 recomputes it so. A base whose own rope is llama3 or yarn can only be
+    extended by the same rule: llama3's factor grows by target / max_position_embeddings (Llama 3.1 has factor 8 for 131072
+    positions, not 16), yarn's is taken from its original length and an explicit attention_factor is computed anew.
+    """
+    base, reach = config.rope, config.max_position_embeddings
+    if type not in EXTENSIONS:
+        raise UserError(f"rope type should be one of {', '.join(EXTENSIONS)}, got {type!r}")
+    original = reach if base.type == "llama3" else base.original_length
+    if isinstance(target_length, bool) or not isinstance(target_length, int) or target_length <= original:
+        raise UserError(f"target length should be above the {original} tokens of the base model, got {target_length!r}")
+    if base.type in ("llama3", "yarn") and type != base.type:
+        raise UserError(f"the base model's rope is {base.type} (factor {base.factor:g}); it can only be extended by "
+                        f"{base.type}, got {type}")
+    factor = float(math.ceil(target_length / original))
+    before = "" if base.type == "default" else f" (the base was extended before: {base.type}, factor {base.factor:g})"
+    theta = base.original_theta or base.theta
+    if type == "linear":
+        rope = Rope("linear", theta, original, factor)
+        text = f"linear, factor ceil({target_length} / {original}) = {factor:g}"
+    elif type == "ntk":
+        raised = theta * factor ** (config.head_dim / (config.head_dim - 2))
+        rope = Rope("ntk", raised, original, factor, original_theta=theta)
+        text = f"ntk, factor ceil({target_length} / {original}) = {factor:g}, theta {theta:g} -> {raised:g}"
+    elif type == "yarn":
+        factor = target_length / original
+        keep = replace(base, attention_factor=None) if base.type == "yarn" else Rope("yarn", theta, original)
+        rope = replace(keep, factor=factor)
+        text = f"yarn, factor {target_length} / {original} = {factor:g}"
+    elif base.type == "llama3":
+        factor = base.factor * target_length / original
+        rope, before = replace(base, factor=factor), ""
+        text = f"llama3, factor {base.factor:g} x {target_length} / {original} = {factor:g}"
+    else:
+        rope = Rope("llama3", theta, original, factor, low_freq_factor=1.0, high_freq_factor=4.0)
+        text = f"llama3, factor ceil({target_length} / {original}) = {factor:g}"
+    return rope, f"rope: {text}{before}"
+
+
+def to_config(raw, rope, target_length):
+    """A copy of the config dict `raw` with `rope` and `target_length` positions, in the keys of transformers 4 and of 5.
+
+    The length and theta of pretraining stand at the top level, where neither version warns about them.
+    """
+    parameters = {"rope_type": "default" if rope.type == "ntk" else rope.type}
+    for name in PARAMETERS.get(rope.type, ()):
+        if getattr(rope, name) is not None:
+            parameters[name] = getattr(rope, name)
+    if rope.type in ("yarn", "llama3"):
+        parameters["original_max_position_embeddings"] = rope.original_length
+    out = {**raw, "max_position_embeddings": target_length, "rope_theta": rope.theta}
+    out["rope_scaling"] = None if parameters["rope_type"] == "default" else {**parameters, "type": parameters["rope_type"]}
+    out["rope_parameters"] = {**parameters, "rope_theta": rope.theta}
+    out.pop("original_max_position_embeddings", None)
+    out.pop("original_rope_theta", None)
+    if rope.original_length != target_length:
+        out["original_max_position_embeddings"] = rope.original_length
+    if rope.original_theta is not None:
+        out["original_rope_theta"] = rope.original_theta
+    return out

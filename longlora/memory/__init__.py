@@ -1,0 +1,1 @@
+"""Memory, planned: the layout of buffers and what a run takes."""

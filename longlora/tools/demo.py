@@ -1,0 +1,118 @@
+"""`longlora demo`: a small model that was pretrained on 256 tokens learns to read 2048, and perplexity shows that it did.
+
+Model and texts ship with the package (longlora/assets; the scripts that made them are in the repository's demo/). Only the
+public calls are used: ppl, train, merge.
+"""
+import math
+import shutil
+import time
+from pathlib import Path
+
+from longlora import plots
+from longlora.evaluation import ppl
+from longlora.files import adapter
+from longlora.decoder.config import read_config
+from longlora.errors import UserError
+from longlora.files.safetensors import write_json
+from longlora.training.driver import train
+
+ASSETS = Path(__file__).parent / "assets"
+MODEL, TEXT, HELD_OUT = ASSETS / "model", ASSETS / "train", ASSETS / "held_out"
+LENGTHS = (256, 512, 1024, 2048)
+TARGET = LENGTHS[-1]
+GROUP = 512
+STEPS = 240
+# AdamW's rates for LoRA, and for embedding and norms: a small model takes, and needs, far larger ones than the 2e-5 of the paper.
+SETTINGS = dict(target_length=TARGET, group_size=GROUP, learning_rate=1e-3, embedding_learning_rate=2e-3,
+                lr_scheduler_type="cosine", warmup_steps=10, logging_steps=10)
+POINTS = 32  # of the curve of perplexity by position
+NEXT = """Next, a model of your own: a Hugging Face directory or a .gguf of the Llama, Mistral, Qwen2 or Qwen3 family.
+    longlora inspect MODEL
+    longlora plan  --model MODEL --target-length 32768
+    longlora train --model MODEL --data TEXT.txt --target-length 32768 --output-dir extended
+    longlora ppl   --model MODEL --adapter extended --data OTHER.txt --lengths 4096,8192,16384,32768
+    longlora merge --model MODEL --adapter extended --output-dir merged"""
+
+
+def run(output_dir="longlora-demo", steps=None, say=print, device="auto"):
+    """Run the demo -> the dict that output_dir/report.json holds: lengths, before, interpolated, after (perplexities), ...
+
+    Leaves in output_dir: report.json, loss.png, perplexity.png, attention.png, adapter/ and merged/. steps: of training, by
+    default STEPS (under 5 minutes on 2 cores). device: as train's. UserError if output_dir holds something else than an earlier demo.
+    """
+    started = time.perf_counter()
+    steps = STEPS if steps is None else steps
+    if steps < 1:
+        raise UserError(f"steps should be at least 1, got {steps}")
+    output = _prepared(Path(output_dir))
+    native = read_config(MODEL).max_position_embeddings
+    say(f"A model of {_parameters():.1f} million parameters, pretrained on {native} tokens, learns to read {TARGET}. "
+        f"Files go to {output}.\n")
+
+    say(f"1. Before: perplexity on text that it never saw ({', '.join(sorted(p.stem for p in HELD_OUT.glob('*.txt')))})")
+    before, curve_before = _perplexity(say, "as it is", device=device)
+    interpolated, curve_interpolated = _perplexity(say, f"positions interpolated by {TARGET // native}, untrained",
+                                                   rope_type="linear", target_length=TARGET, device=device)
+
+    say(f"\n2. LoRA and S2-Attn training on {TARGET} tokens")
+    result = train(model=MODEL, data=TEXT, output_dir=output / "adapter", max_steps=steps, say=lambda line: say(f"   {line}"),
+                   device=device, **SETTINGS)
+    if result.stopped is not None:
+        raise KeyboardInterrupt
+    adapter.merge(MODEL, output / "adapter", output / "merged")
+
+    say("\n3. After: the same text, dense attention")
+    after, curve_after = _perplexity(say, "extended", adapter=output / "adapter", device=device)
+
+    plots.loss(output / "loss.png", result.history)
+    plots.perplexity(output / "perplexity.png", {"before": curve_before, "interpolated, untrained": curve_interpolated,
+                                                 "after": curve_after}, native=native)
+    plots.attention(output / "attention.png", TARGET, GROUP)
+    report = {"lengths": list(LENGTHS), "before": before, "interpolated": interpolated, "after": after, "native_length": native,
+              "steps": steps, "tokens_trained": steps * TARGET, "loss": [[row["step"], row["loss"]] for row in result.history],
+              "seconds": round(time.perf_counter() - started, 1)}
+    write_json(output / "report.json", report)
+
+    say("\n" + table(report))
+    say(f"\n{report['seconds']:.0f} seconds. In {output}: report.json, loss.png, perplexity.png, attention.png, adapter/ (PEFT "
+        "loads it), merged/\n(stock transformers loads it).\n")
+    say(NEXT)
+    return report
+
+
+def table(report):
+    """The report's perplexities as lines of text."""
+    lines = ["Perplexity by length    before    interpolated    after training"]
+    for length, *figures in zip(*(report[name] for name in ("lengths", "before", "interpolated", "after"))):
+        mark = "  (pretrained on this length)" if length == report["native_length"] else ""
+        lines.append("{:>20}{:>10.1f}{:>16.1f}{:>18.1f}{}".format(length, *figures, mark))
+    return "\n".join(lines)
+
+
+def _prepared(output):
+    """The output directory, rid of an earlier demo."""
+    report = output / "report.json"
+    if output.exists() and not (output.is_dir() and (report.exists() or not any(output.iterdir()))):
+        raise UserError(f"{output}: exists and holds no earlier demo (report.json); wanted a new or an empty directory")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(report, {"lengths": list(LENGTHS)})
+        for name in ("adapter", "merged"):
+            if (output / name).exists():
+                shutil.rmtree(output / name)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
+    return output
+
+
+def _parameters():
+    return sum(math.prod(shape) for shape in read_config(MODEL).tensor_shapes().values()) / 1e6
+
+
+def _perplexity(say, what, **options):
+    """-> perplexity by length, and the curve (positions, perplexities) inside the longest windows."""
+    results = ppl.run(MODEL, HELD_OUT, LENGTHS, bins=POINTS, **options)["results"]
+    say(f"   {what}: " + ", ".join(f"{row['perplexity']:.1f} at {row['length']}" for row in results))
+    parts = results[-1]["by_position"]
+    curve = [(part["first"] + part["last"]) / 2 for part in parts], [part["perplexity"] for part in parts]
+    return [row["perplexity"] for row in results], curve

@@ -1,0 +1,196 @@
+"""Where a training step goes: each op's calls, time, FLOPs and bytes, and what those would cost at the machine's peaks.
+
+Off, it costs nothing: a Recorder puts itself in the place of the ops of _C only while it is entered. FLOPs are those that the
+result needs: of matrix products and of the visible half of attention, 2 for a multiply-add; passes over memory have none.
+Bytes are each argument once, read or written. An op's floor is the longer of FLOPs at the measured peak of float32
+multiply-adds and bytes at the measured bandwidth of a copy; products of bfloat16 may come out below it where the processor
+multiplies bfloat16 faster.
+"""
+import functools
+import math
+import re
+import resource
+import threading
+import time
+
+import numpy as np
+
+from longlora import _C
+from longlora.ops import BOUNDARIES, SHIFTS
+
+
+def pairs(T, H, G, boundary, shift):
+    """(query, key) pairs of all H heads over a sequence of T tokens in groups of G; boundary and shift by name."""
+    def causal(n):
+        return n * (n + 1) // 2
+
+    def groups(n):
+        return n // G * causal(G) + causal(n % G)
+
+    half = G // 2
+    shifted = causal(min(half, T)) + groups(max(T - half, 0)) + (half * half if boundary != "split" else 0)
+    count = {"half": H - H // 2, "none": 0, "all": H}[shift]
+    return (H - count) * groups(T) + count * shifted
+
+
+def _attention(size, given):
+    boundary, shift = (next(name for name, n in names.items() if n == given[key])
+                       for names, key in ((BOUNDARIES, "boundary"), (SHIFTS, "shift")))
+    lengths = [size["T"]] * size["B"] if given["cu_seqlens"] is None else np.diff(np.asarray(given["cu_seqlens"])).tolist()
+    return size["D"] * sum(pairs(T, size["H"], int(given["group_size"]), boundary, shift) for T in lengths)
+
+
+def _lora_linear_backward(size, given):
+    M, N, C, R = (size.get(letter, 0) for letter in "MNCR")
+    there = {name: value is not None for name, value in given.items()}
+    du, u = there["dx"] or there["da"], there["db"] and not there["u"]
+    products = (there["dx"] + there["dweight"]) * N * C + (there["dx"] + there["da"] + u) * R * C + (du + there["db"]) * R * N
+    return 2 * M * products
+
+
+# op -> FLOPs by the letters of its spec and its arguments; the ops that are not here only move memory.
+FLOPS = {
+    "matmul": lambda size, given: 2 * size["M"] * size["N"] * size["C"],
+    "lora_linear_forward": lambda size, given: 2 * size["M"] * (size["N"] * size["C"]
+                                                                + size.get("R", 0) * (size["N"] + size["C"])),
+    "lora_linear_backward": _lora_linear_backward,
+    "s2_attention_forward": lambda size, given: 4 * _attention(size, given),
+    "s2_attention_backward": lambda size, given: 10 * _attention(size, given),
+    "linear_cross_entropy_forward": lambda size, given: 2 * size["M"] * size["V"] * size["C"],
+    "linear_cross_entropy_backward": lambda size, given: (2 * size["M"] * size["V"] * size["C"]
+                                                          * (2 if given["dweight"] is None else 3)),
+}
+# (op, argument) -> bytes, where it is not all of the argument: of a table the rows that are named; what is set and not read.
+BYTES = {
+    ("embedding_forward", "weight"): lambda given: given["out"].nbytes,
+    ("embedding_backward", "dweight"): lambda given: 2 * 4 * len(np.unique(given["ids"])) * given["dweight"].shape[1],
+    ("lora_linear_backward", "dx"): lambda given: given["dx"].nbytes * (2 if given["accumulate"] else 1),
+    ("matmul", "out"): lambda given: given["out"].nbytes * (2 if given["beta"] else 1),
+}
+
+
+@functools.cache
+def _spec(op):
+    """-> [(argument, letters of its axes, flags)], [scalar]."""
+    tensors, _, scalars = _C.specs[op].partition("|")
+    found = re.findall(r"(\w+)\[([^\]]*)\](\S*)", tensors)
+    return [(name, letters.split(","), flags) for name, letters, flags in found], [s.partition(":")[0] for s in scalars.split()]
+
+
+def work(op, args):
+    """What a call _C.<op>(*args) is -> sizes (letter -> size), FLOPs, bytes."""
+    tensors, scalars = _spec(op)
+    given = dict(zip([name for name, _, _ in tensors] + scalars, args))
+    size, total = {}, 0
+    for name, letters, flags in tensors:
+        if given[name] is None:
+            continue
+        size.update((letter, n) for letter, n in zip(letters, given[name].shape) if letter.isalpha())
+        special = BYTES.get((op, name))
+        total += special(given) if special else given[name].nbytes * (2 if "+" in flags else 1)
+    return size, FLOPS[op](size, given) if op in FLOPS else 0, total
+
+
+def _system():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_stime
+
+
+class Recorder:
+    """Entered around a step, records its ops; `report` sums up all steps. For one thread: ops of others are recorded too."""
+
+    def __init__(self, peaks):
+        self.peaks, self.steps, self.seconds, self.system = peaks, 0, 0.0, 0.0
+        self.rows = {}                                 # (op, sizes) -> [calls, seconds, system seconds, FLOPs, bytes]
+
+    def __enter__(self):
+        self._ops = {op: getattr(_C, op) for op in _C.specs}
+        for op, function in self._ops.items():
+            setattr(_C, op, functools.partial(self._call, op, function))
+        self._began = time.perf_counter(), _system()
+        return self
+
+    def __exit__(self, kind, *unused):
+        for op, function in self._ops.items():
+            setattr(_C, op, function)
+        if kind is None:
+            self.steps += 1
+            self.seconds += time.perf_counter() - self._began[0]
+            self.system += _system() - self._began[1]
+
+    def _call(self, op, function, *args):
+        system, start = _system(), time.perf_counter()
+        function(*args)
+        seconds, system = time.perf_counter() - start, _system() - system
+        size, flops, moved = work(op, args)
+        row = self.rows.setdefault((op, *size.items()), [0, 0.0, 0.0, 0, 0])
+        for i, n in enumerate((1, seconds, system, flops, moved)):
+            row[i] += n
+
+    def report(self):
+        """-> dict for JSON: means of a step; ops with most time first, and each op's calls by their sizes."""
+        rate, bandwidth = self.peaks
+        keys, ops = ("calls", "seconds", "system_seconds", "flops", "bytes"), {}
+        for (op, *size), row in self.rows.items():
+            row = {key: n / max(self.steps, 1) for key, n in zip(keys, row)}
+            row["floor_seconds"] = max(row["flops"] / rate, row["bytes"] / bandwidth) / 1e9
+            ops.setdefault(op, []).append({"sizes": dict(size), **row})
+        keys += ("floor_seconds",)
+        found = [{"op": op, **{key: sum(row[key] for row in rows) for key in keys},
+                  "by_size": sorted(rows, key=lambda row: -row["seconds"])} for op, rows in ops.items()]
+        found.sort(key=lambda row: -row["seconds"])
+        seconds, system = self.seconds / max(self.steps, 1), self.system / max(self.steps, 1)
+        return {"steps": self.steps, "threads": _C.get_num_threads(), "instruction_set": _C.isa_names[_C.get_isa()],
+                "peak_gflops": rate, "copy_gbytes": bandwidth, "seconds": seconds, "system_seconds": system,
+                "floor_seconds": sum(row["floor_seconds"] for row in found), "ops": found,
+                "other": {"seconds": seconds - sum(row["seconds"] for row in found),
+                          "system_seconds": system - sum(row["system_seconds"] for row in found)}}
+
+
+def text(found):
+    """`report`'s dict as a table."""
+    lines = [f"a step of {found['seconds']:.3f} s, mean of {found['steps']}; {found['threads']} threads, "
+             f"{found['instruction_set']}; measured peaks: multiply-add {found['peak_gflops']:.0f} GF/s, copy "
+             f"{found['copy_gbytes']:.0f} GB/s",
+             f"{'op':<30} {'calls':>6} {'seconds':>9} {'share':>6} {'system':>7} {'GFLOP':>9} {'GF/s':>7} {'GB':>8} "
+             f"{'GB/s':>6} {'floor':>6}"]
+    for row in found["ops"]:
+        spent = max(row["seconds"], 1e-9)
+        flops = f"{row['flops'] / 1e9:9.1f} {row['flops'] / spent / 1e9:7.1f}" if row["flops"] else f"{'-':>9} {'-':>7}"
+        lines.append(f"{row['op']:<30} {row['calls']:6.0f} {row['seconds']:9.4f} {row['seconds'] / found['seconds']:6.1%} "
+                     f"{row['system_seconds']:7.3f} {flops} {row['bytes'] / 1e9:8.2f} {row['bytes'] / spent / 1e9:6.1f} "
+                     f"{row['floor_seconds'] / spent:6.0%}")
+    for name, row in (("Python and NumPy", found["other"]), ("all", found)):
+        floor = f"{found['floor_seconds'] / found['seconds']:>{9 + 8 + 9 + 7 + 7}.0%}" if name == "all" else ""
+        lines.append(f"{name:<30} {'':>6} {row['seconds']:9.4f} {row['seconds'] / found['seconds']:6.1%} "
+                     f"{row['system_seconds']:7.3f}{floor}")
+    return "\n".join(lines)
+
+
+def _in_threads(count, body):
+    """Seconds until body(i) is done for every i < count, one thread each."""
+    workers = [threading.Thread(target=body, args=(i,)) for i in range(count)]
+    start = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return time.perf_counter() - start
+
+
+@functools.cache
+def peaks(threads):
+    """(float32 multiply-add GF/s, copy GB/s read plus written) of this machine on `threads` threads, measured once."""
+    size, flops = 64 << 20, [0.0] * threads
+    froms, tos = ([np.ones(size, np.uint8) for _ in range(threads)] for _ in range(2))
+
+    def spin(i):
+        flops[i] = _C.peak(4_000_000)
+
+    def copy(i):
+        for _ in range(4):
+            np.copyto(tos[i], froms[i])
+
+    def best(body, done):
+        return max(done() / seconds for seconds in (_in_threads(threads, body) for _ in range(7))) / 1e9
+
+    return best(spin, lambda: math.fsum(flops)), best(copy, lambda: 8.0 * size * threads)

@@ -1,0 +1,75 @@
+"""The house rules of cuda/, and what nvcc says of it: no warning, no register spilled. Needs no GPU."""
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from longlora import _C
+from test_sources import stem
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted(p for p in ROOT.glob("cuda/*") if p.suffix in (".cu", ".cuh", ".h"))
+NVCC = shutil.which(os.environ.get("NVCC") or "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+# What is close to spilling is compiled for all that setup.py builds for.
+ARCHS = dict.fromkeys(("s2_attention.cu", "lora_linear.cu"), ("sm_80", "sm_90a", "sm_100", "sm_120"))
+
+
+@pytest.mark.parametrize("op", _C.specs)
+def test_one_op_one_stem(op):
+    assert f"int {op}_cuda(const void *args, const CudaCall *call)" in (ROOT / f"cuda/{stem(op)}.cu").read_text()
+
+
+def test_files_say_what_they_are():
+    for path in FILES:
+        assert path.read_text().startswith(f"/* {path.name} --- "), path
+        if path.suffix == ".cu":
+            assert f"`{path.name}`" in (ROOT / "cuda/README.md").read_text(), f"cuda/README.md says nothing of {path.name}"
+
+
+@pytest.mark.parametrize("words, where", [
+    (r"\basm\b", "common.cuh"),                                        # inline PTX has a name there
+    (r"<<<", "common.cuh"),                                            # launches have their stream and their check
+    (r"\bcublasLt\w+\(", "cublaslt.h"),
+    (r"\batomic\w+\(|(?<![\w.])(printf|puts|exit|abort|assert)\s*\(", None),
+    (r"\bcuda(Malloc|Free|DeviceSynchronize|StreamSynchronize|HostAlloc)\w*\(", "device.cu"),
+])
+def test_some_words_have_one_place(words, where):
+    for path in FILES:
+        if path.name != where:
+            code = re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.S)
+            assert not re.search(words, code), f"{path.name}: {re.search(words, code)[0]}"
+
+
+@pytest.mark.skipif(not shutil.which("readelf"), reason="readelf is not installed")
+def test_neither_driver_nor_cublas_is_linked():
+    """The runtime is inside of the extension; the others are opened when they are needed, so it loads where they are not."""
+    said = subprocess.run(["readelf", "-d", _C.__file__], capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", said)
+    assert needed and not [library for library in needed if re.search("cuda|cublas|nvidia", library)]
+
+
+@pytest.mark.skipif(not NVCC, reason="nvcc is not installed")
+def test_what_nvcc_says(tmp_path):
+    """By the flags of setup.py, warnings as errors; each kernel's line of ptxas -v; wgmma that ptxas runs one by one is a remark."""
+    flags = ("-std=c++17 -O3 -DNDEBUG -Xcompiler -fPIC,-Wall,-Wextra,-Werror,-fvisibility=hidden,-fno-exceptions,-fno-rtti "
+             "-Werror all-warnings -cubin -Xptxas -v").split()
+    jobs = [(path, arch) for path in sorted(ROOT.glob("cuda/*.cu"), key=os.path.getsize, reverse=True)
+            for arch in ARCHS.get(path.name, ("sm_90a",))]
+
+    def compile_(job):
+        path, arch = job
+        command = [NVCC, *flags, f"-arch={arch}", str(path), "-o", str(tmp_path / f"{path.stem}.{arch}")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, f"{path.name}: {said}"
+        return [(path.name, arch, line) for line in said.splitlines()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        lines = [line for part in pool.map(compile_, jobs) for line in part]
+    spills = [(*where, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line)) for *where, line in lines]
+    spills = [(*where, m[0]) for *where, m in spills if m]
+    assert {where[0] for where in spills} > {"s2_attention.cu", "swiglu.cu"}, "ptxas reported nothing"
+    assert not [where for where in spills if where[2] != "0 bytes spill stores, 0 bytes spill loads"]
+    assert not [line for line in lines if re.search("warning|wgmma|serializ", line[2])]

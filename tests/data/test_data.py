@@ -1,0 +1,278 @@
+"""Text to sequences: the ids are those of the whole text however it is read, no token is lost unsaid, errors are named."""
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings, strategies as st
+from test_tokenizer import UGLY, trained
+
+from longlora.data import text as data
+from longlora.errors import UserError
+from longlora.files.tokenizer import Tokenizer
+
+
+def tokenizer(kind, template=None):
+    backend = trained(kind)
+    if template:
+        from tokenizers import processors
+        backend.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", backend.token_to_id("<s>")), ("</s>", backend.token_to_id("</s>"))])
+    return Tokenizer(backend, {"eos_token": "</s>" if kind == "llama" else "<|endoftext|>"}, {})
+
+
+KINDS = {"gpt2": tokenizer("gpt2"), "llama3": tokenizer("llama3"), "qwen2": tokenizer("qwen2"), "llama": tokenizer("llama"),
+         "llama-bos": tokenizer("llama", "<s> $A"), "llama-both": tokenizer("llama", "<s> $A </s>")}
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def tokens_of(sizes):
+    """Tokens of documents of these sizes, whose ids count up."""
+    borders = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    return data.Tokens(np.arange(borders[-1], dtype=np.int32), borders, "")
+
+
+def failure(function, *arguments):
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(parts=st.lists(st.sampled_from([*UGLY, " ", "\n", "\n\n", "the quick", "don't", "  x\n y", "12 34\n", ".\n", "é\r\n"]),
+                      max_size=30),
+       block=st.integers(1, 60))
+@settings(max_examples=60, deadline=None)
+def test_a_text_read_in_blocks_has_the_ids_of_the_whole(tmp_path_factory, kind, parts, block):
+    text = "".join(parts)
+    if not text.strip():
+        return
+    path, made = tmp_path_factory.getbasetemp() / f"{kind}.txt", KINDS[kind]
+    write(path, text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "BLOCK", block)
+        pieces = list(data._blocks(str(path)))
+        assert "".join(pieces) == text.removeprefix("\ufeff")
+        ids, ends = zip(*data.encode_documents(made, [pieces, ["it"], pieces]))
+    one, two = made.encode(text.removeprefix("\ufeff")), made.encode("it")
+    np.testing.assert_array_equal(np.concatenate(ids), np.concatenate([one, two, one]))
+    assert np.cumsum([len(part) for part in ids])[list(ends)].tolist() == [len(one), len(one) + len(two), 2 * len(one) + len(two)]
+
+
+def test_blocks_are_cut_where_the_tokenizer_lets_them(tmp_path, monkeypatch):
+    path = write(tmp_path / "long.txt", "the quick brown fox jumps\nover the lazy dog\n" * 500)
+    monkeypatch.setattr(data, "BLOCK", 1000)
+    assert len(list(data.encode_documents(KINDS["gpt2"], [data._blocks(path)]))) > 15
+    assert len(list(data.encode_documents(KINDS["llama"], [data._blocks(path)]))) == 1
+
+
+def test_a_file_larger_than_memory_is_tokenised_in_it(tmp_path):
+    size = 6 << 20
+    path = write(tmp_path / "large.txt", b"the quick brown fox jumps over the lazy dog 0123\n" * (size // 49))
+    tiny.config(tmp_path / "model")
+    script = f"""
+import resource
+from longlora.data import text as data
+from longlora.files.tokenizer import Tokenizer
+data.BLOCK = 1 << 11                  # of which AT_ONCE are in memory
+made = Tokenizer.from_directory({str(tmp_path / "model")!r})
+made.encode("warm")
+def tokenise(name):
+    return data.tokenise(name, made, 257, {str(tmp_path / "cache")!r}, str)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+count = len(tokenise({path!r}).ids)
+print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    count, growth = map(int, done.stdout.split())
+    assert count == os.path.getsize(path) + 1
+    # its ids alone are 4 bytes a byte of text here
+    assert growth < size
+
+
+def test_a_document_that_cannot_be_cut_and_does_not_fit_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 1000)
+    monkeypatch.setattr(data, "available_memory", lambda: 100_000)
+    path = write(tmp_path / "long.txt", "the quick brown fox\n" * 500)
+    message = failure(data.tokenise, path, KINDS["llama"], 500, str(tmp_path / "cache"))
+    assert "does not fit in memory" in message and "jsonl" in message
+    assert not tiny.listing(tmp_path / "cache")
+    assert len(data.tokenise(path, KINDS["gpt2"], 400, str(tmp_path / "cache"), str))
+
+
+@pytest.mark.parametrize("block", [7, 1 << 20])
+@pytest.mark.parametrize("name, content, words", [
+    ("a.txt", "fine line\n" * 50 + "x", []),
+    ("bad.txt", b"fine line\n" * 50 + b"oh \xff no", ["not UTF-8 at byte 503"]),
+    ("cut.txt", "naïve".encode()[:3], ["not UTF-8 at byte 2"]),
+    ("empty.txt", "", ["holds no text"]),
+    ("blank.txt", " \n\t \n", ["holds no text"]),
+    ("empty.jsonl", "\n\n", ["holds no text"]),
+    ("nothing.jsonl", '{"text": ""}\n', ["holds no text"]),
+    ("bad.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', ["not UTF-8 at byte 24"]),
+    ("broken.jsonl", '{"text": "a"}\n\n{"text": \n', ["line 3 is not JSON"]),
+    ("deep.jsonl", "[" * 100_000 + "\n", ["line 1 is not JSON"]),
+    ("other.jsonl", '{"content": "a"}\n', ["line 1 should be an object with a string \"text\""]),
+    ("number.jsonl", '{"text": 3}\n', ["line 1 should be"]),
+    ("list.jsonl", '["a"]\n', ["line 1 should be"]),
+    ("text.csv", "a,b\n", ["should be .txt, .jsonl or .bin"]),
+])
+def test_what_is_wrong_with_a_text_is_named(tmp_path, monkeypatch, block, name, content, words):
+    monkeypatch.setattr(data, "BLOCK", block)
+    path, cache = write(tmp_path / name, content), tmp_path / "cache"
+    if not words:
+        assert len(data.tokenise(path, KINDS["gpt2"], 400, str(cache), str).ids)
+        return
+    message = failure(data.tokenise, path, KINDS["gpt2"], 400, str(cache))
+    assert path in message and all(word in message for word in words), message
+    assert not cache.exists() or not tiny.listing(cache)
+
+
+def test_missing_and_unreadable_paths_are_named(tmp_path):
+    assert "no such file" in failure(data.files_of, str(tmp_path / "no.txt"))
+    assert "no .txt and no .jsonl" in failure(data.files_of, str(tmp_path))
+    (tmp_path / "folder.txt").mkdir()
+    write(tmp_path / "folder.txt" / "b.jsonl", '{"text": "b"}')
+    write(tmp_path / "folder.txt" / "a.txt", "a")
+    assert [os.path.basename(f) for f in data.files_of(str(tmp_path / "folder.txt"))] == ["a.txt", "b.jsonl"]
+
+
+def test_documents_end_in_one_end_token_and_the_cache_is_used(tmp_path, monkeypatch):
+    made, cache = KINDS["llama-both"], str(tmp_path / "cache")
+    write(tmp_path / "a.txt", "hello world")
+    write(tmp_path / "b.jsonl", '{"text": "one"}\n\n{"text": "two"}\n')
+    said = []
+    tokens = data.tokenise(str(tmp_path), made, 500, cache, said.append)
+    wanted = [made.encode(text) for text in ("hello world", "one", "two")]
+    assert len(tokens) == 3 and said and "3 documents" in said[0]
+    for i, ids in enumerate(wanted):                   # the template has put </s> there already
+        np.testing.assert_array_equal(tokens.document(i), ids)
+    plain = data.tokenise(str(tmp_path), KINDS["llama"], 500, cache, said.append)
+    assert all(plain.document(i)[-1] == KINDS["llama"].eos_token_id for i in range(3))
+    assert plain.fingerprint != tokens.fingerprint and len(said) == 2
+    monkeypatch.setattr(data, "_tokenise", None)
+    again = data.tokenise(str(tmp_path), made, 500, cache, said.append)
+    np.testing.assert_array_equal(again.ids, tokens.ids)
+    assert again.fingerprint == tokens.fingerprint and len(said) == 2
+
+
+def test_changed_text_is_tokenised_anew_and_a_damaged_cache_named(tmp_path):
+    path, cache = write(tmp_path / "a.txt", "one"), tmp_path / "cache"
+    first = data.tokenise(path, KINDS["gpt2"], 400, str(cache), str)
+    write(tmp_path / "a.txt", "three")
+    os.utime(path, (1, 1))
+    second = data.tokenise(path, KINDS["gpt2"], 400, str(cache), str)
+    assert first.fingerprint != second.fingerprint and len(first.ids) != len(second.ids)
+    for file in cache.glob("*.bin"):
+        file.write_bytes(b"")
+    assert "damaged" in failure(data.tokenise, path, KINDS["gpt2"], 400, str(cache))
+
+
+def test_a_tokenisation_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    path, cache = write(tmp_path / "a.txt", "some text\n" * 2000), tmp_path / "cache"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))     # a full disk
+    try:
+        message = failure(data.tokenise, path, KINDS["gpt2"], 400, str(cache))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot be written" in message and not tiny.listing(cache)
+
+
+# ---- token files -----------------------------------------------------------------------------------------------------
+
+def test_token_files_of_both_kinds(tmp_path):
+    ids = np.array([1, 2, 65535, 7] * 300)
+    small = write(tmp_path / "s.bin", ids.astype("<u2").tobytes())
+    large = write(tmp_path / "l.bin", ids.astype("<u4").tobytes())
+    np.testing.assert_array_equal(data.read_bin(small, 1 << 16).ids, ids)
+    np.testing.assert_array_equal(data.read_bin(large, 1 << 17).ids, ids)
+    for magic, kind in ((20240520, "<u2"), (20240801, "<u4")):
+        head = np.zeros(256, np.int32)
+        head[:3] = magic, 1, len(ids)
+        path = write(tmp_path / "h.bin", head.tobytes() + ids.astype(kind).tobytes())
+        np.testing.assert_array_equal(data.read_bin(path, 1 << 17).ids, ids)
+        write(tmp_path / "h.bin", head.tobytes() + ids[:-1].astype(kind).tobytes())
+        assert "should hold 1200 tokens by its header, holds 1199" in failure(data.read_bin, path, 1 << 17)
+    assert "token 2 is 65535, the model has 100" in failure(data.read_bin, small, 100)
+    assert "no whole number of uint16" in failure(data.read_bin, write(tmp_path / "odd.bin", b"123"), 100)
+    assert "no whole number" in failure(data.read_bin, write(tmp_path / "none.bin", b""), 100)
+
+
+# ---- sequences -------------------------------------------------------------------------------------------------------
+
+@given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=30), length=st.integers(2, 17),
+       rule=st.sampled_from(["split", "truncate", "drop"]))
+@settings(max_examples=200, deadline=None)
+def test_every_token_is_in_one_sequence_or_counted_as_lost(sizes, length, rule):
+    kept = {"split": sizes, "truncate": [min(n, length) for n in sizes], "drop": [n for n in sizes if n <= length]}[rule]
+    total = sum(kept)
+    if total < 2:
+        assert "leaves no sequence" in failure(data.Sequences, tokens_of(sizes), length, rule)
+        return
+    found = data.Sequences(tokens_of(sizes), length, rule)
+    pieces = [found.get(i) for i in range(len(found))]
+    assert all(len(p) == length for p in pieces[:-1]) and 2 <= len(pieces[-1]) <= length
+    ids = np.concatenate(pieces)
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    wanted = [np.arange(a, a + (min(n, length) if rule == "truncate" else n)) for a, n in zip(starts, sizes)
+              if rule != "drop" or n <= length]
+    wanted = np.concatenate(wanted)
+    assert len(wanted) - len(ids) == (total % length == 1)       # a token alone has no target
+    np.testing.assert_array_equal(ids, wanted[:len(ids)])
+    long = sum(n > length for n in sizes)
+    assert (f"{long} longer documents" in found.sentence) is bool(long)
+    if rule != "split" and long:
+        assert f"{sum(sizes) - total:,} tokens lost" in found.sentence
+
+
+def test_long_documents_are_refused_by_name():
+    message = failure(data.Sequences, tokens_of([5, 20, 30]), 10, "refuse", "some.txt")
+    assert message.startswith("some.txt: document 1 has 20 tokens, the sequence 10 (2 such)")
+    assert len(data.Sequences(tokens_of([5, 10, 3]), 10, "refuse")) == 2
+
+
+def test_holding_out_takes_the_last_sequences():
+    found = data.Sequences(tokens_of([100]), 10)
+    held = found.hold_out(0.2)
+    assert len(found) == 8 and len(held) == 2 and held.get(0)[0] == 80
+    assert len(data.Sequences(tokens_of([100]), 10).hold_out(0.001)) == 1
+    assert "leaves none to train on" in failure(data.Sequences(tokens_of([10]), 10).hold_out, 0.5)
+
+
+def test_a_batch_has_the_next_tokens_as_targets_and_no_target_in_padding():
+    found = data.Sequences(tokens_of([17]), 10)
+    ids, targets = data.batch(found, [1, 0])
+    assert ids.dtype == targets.dtype == np.int32 and ids.shape == targets.shape == (2, 10)
+    np.testing.assert_array_equal(targets[1], [*range(1, 10), -100])
+    np.testing.assert_array_equal(ids[0], [*range(10, 17), 0, 0, 0])
+    np.testing.assert_array_equal(targets[0], [*range(11, 17), -100, -100, -100, -100])
+    assert data.batch(found, [1])[0].shape == (1, 7) and data.batch(found, [1], 5)[0].shape == (1, 10)
+
+
+@given(n=st.integers(1, 20), seed=st.integers(0, 5), takes=st.lists(st.integers(0, 9), max_size=12), stop=st.integers(0, 12))
+@settings(deadline=None)
+def test_the_order_is_a_permutation_an_epoch_and_goes_on_exactly(n, seed, takes, stop):
+    whole = data.Order(n, seed)
+    taken = [whole.take(count) for count in takes]
+    order = [i for part in taken for i in part]
+    for start in range(0, len(order) - n + 1, n):
+        assert sorted(order[start:start + n]) == list(range(n))
+    resumed = data.Order(n, seed, sum(takes[:stop]))
+    assert [resumed.take(count) for count in takes[stop:]] == taken[stop:]
+
+
+def test_another_seed_is_another_order():
+    assert data.Order(50, 1).take(50) != data.Order(50, 2).take(50)
+    assert json.dumps(data.Order(50, 1).take(3))       # plain integers

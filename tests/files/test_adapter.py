@@ -1,0 +1,350 @@
+"""Adapters go to PEFT and back with equal logits; merged = adapter; what is wrong with an adapter is named."""
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from longlora.decoder import rope as rope_
+from longlora.files import adapter
+from longlora.tools import inspect
+from longlora.files.adapter import LoraConfig
+from longlora.errors import UserError
+from longlora.files.open_model import open_model
+from smollm2 import converted, smollm2  # noqa: F401 (fixtures)
+from test_tokenizer import directory, trained
+from test_weights import build
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*ensure_weight_tying:UserWarning")
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+TARGET = 200
+
+
+def made(base, lora, seed=0):
+    """Random trained tensors of an adapter."""
+    rng = np.random.default_rng(seed)
+    shapes = lora.tensor_shapes(base.config)
+    return {name: (rng.standard_normal(shape) * 0.2).astype(np.float32) for name, shape in shapes.items()}
+
+
+def extended(base, kind="linear"):
+    return rope_.to_config(base.config.raw, rope_.extend(base.config, kind, TARGET)[0], TARGET)
+
+
+def saved(tmp_path, lora=LoraConfig(), kind="linear", **fields):
+    """A tiny base, an adapter for it -> base path, adapter path, tensors."""
+    build(tmp_path / "base", **fields)
+    base = open_model(tmp_path / "base")
+    tensors = made(base, lora)
+    adapter.save(tmp_path / "adapter", tensors, lora, base, extended(base, kind))
+    return tmp_path / "base", tmp_path / "adapter", tensors
+
+
+def with_peft(base, path):
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(base, config=AutoConfig.from_pretrained(path), dtype=torch.float32)
+    return PeftModel.from_pretrained(model, path).eval()
+
+
+def logits(model, count=TARGET):
+    vocab = model.config.vocab_size
+    with torch.no_grad():
+        return model(torch.arange(count)[None] * 7 % vocab).logits[0].double().numpy()
+
+
+def reference(base, path, tensors, lora):
+    """The logits that the trained tensors stand for: stock transformers with the weights put in by hand."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(base, config=AutoConfig.from_pretrained(path), dtype=torch.float64)
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, array in tensors.items():
+            if name in state:
+                state[name].copy_(torch.from_numpy(array))
+            elif ".lora_A." in name:
+                change = tensors[name.replace("lora_A", "lora_B")].astype(np.float64) @ array.astype(np.float64)
+                state[name.replace(".lora_A", "")].add_(torch.from_numpy(lora.scale * change))
+    return logits(model.eval())
+
+
+@pytest.mark.parametrize("family, lora", [
+    *((family, LoraConfig()) for family in FAMILIES),
+    ("qwen2", LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_rslora=True)),
+    ("llama", LoraConfig(modules_to_save=None)),
+    ("qwen3", LoraConfig(target_modules=("q_proj", "down_proj"), modules_to_save=("norm",))),
+    ("llama", LoraConfig(modules_to_save=("embed_tokens", "lm_head", "norm"))),
+], ids=[*FAMILIES, "all-linear", "lora-only", "norms", "head"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_peft_gives_our_logits_and_so_does_the_merged_model(tmp_path, family, tied, lora):
+    from transformers import AutoModelForCausalLM
+    base, path, tensors = saved(tmp_path, lora, family=family, tie_word_embeddings=tied)
+    wanted = reference(base, path, tensors, lora)
+    near = dict(rtol=0, atol=2e-4 * np.abs(wanted).max())
+    np.testing.assert_allclose(logits(with_peft(base, path)), wanted, **near)
+    adapter.merge(base, path, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    np.testing.assert_allclose(logits(merged), wanted, **near)
+    assert merged.config.tie_word_embeddings is tied and merged.config.max_position_embeddings == TARGET
+    back, again, raw = adapter.load(path, open_model(base))
+    assert back.scale == lora.scale and raw["max_position_embeddings"] == TARGET and set(again) == set(tensors)
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(again[name], array)
+
+
+@pytest.mark.parametrize("kind", rope_.EXTENSIONS)
+def test_every_rope_goes_with_the_adapter(tmp_path, kind):
+    base, path, tensors = saved(tmp_path, kind=kind)
+    adapter.merge(base, path, tmp_path / "merged")
+    assert open_model(tmp_path / "merged").config.rope == rope_.extend(open_model(base).config, kind, TARGET)[0]
+
+
+def test_files_of_an_adapter(tmp_path):
+    base, path, _ = saved(tmp_path)
+    assert sorted(os.listdir(path)) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "config.json"]
+    text = (path / "adapter_config.json").read_text()
+    assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
+    found = json.loads(text)
+    assert found["peft_type"] == "LORA" and found["base_model_name_or_path"] == str(base)
+    assert found["modules_to_save"] == ["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"]
+    assert (path / "README.md").read_text().startswith("---\nlibrary_name: peft\nbase_model: ")
+
+
+def test_peft_reads_the_adapter_without_a_warning(tmp_path, recwarn):
+    for tied in (False, True):
+        base, path, _ = saved(tmp_path / str(tied), tie_word_embeddings=tied)
+        recwarn.clear()
+        with_peft(base, path)
+        assert [str(warning.message) for warning in recwarn if warning.category is not FutureWarning] == []
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("fields", [dict(r=4, lora_alpha=7), dict(r=2, use_rslora=True, target_modules="all-linear"),
+                                    dict(target_modules=["v_proj"], modules_to_save=None)], ids=["a", "b", "c"])
+def test_an_adapter_that_peft_wrote(tmp_path, tied, fields):
+    from peft import LoraConfig as Theirs, get_peft_model
+    from transformers import AutoModelForCausalLM
+    model = build(tmp_path / "base", tie_word_embeddings=tied)
+    fields = {"target_modules": ["q_proj", "o_proj"], "modules_to_save": ["embed_tokens", "input_layernorm", "norm"], **fields}
+    theirs = get_peft_model(model, Theirs(task_type="CAUSAL_LM", ensure_weight_tying=tied, **fields))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    theirs.save_pretrained(tmp_path / "adapter")
+    wanted = logits(theirs.eval(), 60)
+    adapter.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    np.testing.assert_allclose(logits(merged, 60), wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_an_untied_adapter_of_a_tied_base_is_refused(tmp_path):
+    """PEFT without ensure_weight_tying trains the embedding and leaves the head at the old one: two tensors."""
+    from peft import LoraConfig as Theirs, get_peft_model
+    theirs = get_peft_model(build(tmp_path / "base", tie_word_embeddings=True),
+                            Theirs(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    theirs.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="ties its head to the embedding, this adapter does not"):
+        adapter.load(tmp_path / "adapter", open_model(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_merged_is_rounded_once_to_the_dtype_of_the_base(tmp_path, dtype):
+    base, path, tensors = saved(tmp_path, dtype=getattr(torch, dtype))
+    adapter.merge(base, path, tmp_path / "merged")
+    before, after = open_model(base), open_model(tmp_path / "merged")
+    assert after.config.raw["torch_dtype"] == dtype and before.names() == after.names()
+    name = "model.layers.1.self_attn.v_proj.weight"
+    a, b = (tensors[name.replace("weight", f"lora_{side}.weight")] for side in "AB")
+    exact = before.read(name) + 2 * (b @ a)
+    assert after.dtype(name) == dtype
+    np.testing.assert_array_equal(after.read(name), torch.from_numpy(exact).to(getattr(torch, dtype)).float().numpy())
+    name = "model.layers.0.mlp.up_proj.weight"
+    np.testing.assert_array_equal(after.read(name), before.read(name))
+
+
+def test_merged_in_shards(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+    monkeypatch.setattr(adapter, "SHARD", 3000)
+    base, path, tensors = saved(tmp_path)
+    (base / "generation_config.json").write_text('{"do_sample": true}')
+    adapter.merge(base, path, tmp_path / "merged")
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 3
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    np.testing.assert_allclose(logits(merged), reference(base, path, tensors, LoraConfig()), atol=1e-3)
+    assert (tmp_path / "merged" / "generation_config.json").exists()
+    monkeypatch.undo()
+    adapter.save_merged(tmp_path / "merged", open_model(base).read, open_model(base).config.raw)
+    again = open_model(tmp_path / "merged")
+    np.testing.assert_array_equal(again.read("lm_head.weight"), open_model(base).read("lm_head.weight"))
+
+
+def test_tokenizer_goes_along(tmp_path):
+    from transformers import AutoTokenizer
+    build(tmp_path / "base", vocab_size=512)
+    directory(tmp_path / "base", trained("gpt2"), tokenizer_class="PreTrainedTokenizerFast", eos_token="<|im_end|>")
+    build(tmp_path / "base", vocab_size=512)
+    base = open_model(tmp_path / "base")
+    adapter.save(tmp_path / "adapter", made(base, LoraConfig()), LoraConfig(), base, extended(base), base.tokenizer())
+    adapter.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    for path in ("adapter", "merged"):
+        assert AutoTokenizer.from_pretrained(tmp_path / path)("a b").input_ids == base.tokenizer().encode("a b").tolist()
+
+
+def test_merging_leaves_what_was_there(tmp_path, monkeypatch):
+    base, path, _ = saved(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("mine")
+    with pytest.raises(UserError, match="there: exists and is not an empty directory"):
+        adapter.merge(base, path, tmp_path / "there")
+    assert os.listdir(tmp_path / "there") == ["file"]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(adapter, "write_json", full)
+    with pytest.raises(UserError, match="new: cannot be written: No space left on device"):
+        adapter.merge(base, path, tmp_path / "new")
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "there"]
+
+
+def test_an_adapter_for_another_base(tmp_path):
+    base, path, _ = saved(tmp_path)
+    other = build(tmp_path / "other")
+    with torch.no_grad():
+        other.model.norm.weight += 1
+    other.save_pretrained(tmp_path / "other")
+    build(tmp_path / "bigger", hidden_size=32)
+    for name in ("other", "bigger"):
+        with pytest.raises(UserError, match=f"is an adapter for another base model than .*{name}"):
+            adapter.load(path, open_model(tmp_path / name))
+
+
+def edit(path, change):
+    from safetensors import safe_open
+    from safetensors.numpy import load_file, save_file
+    file = path / "adapter_model.safetensors"
+    with safe_open(file, "np") as found:
+        metadata = found.metadata()
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata)
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj."
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop(FIRST + "lora_A.weight"), "1 tensors of the adapter are missing: model.layers.0.self_attn.q_proj.lora_A"),
+    (lambda t: t.pop("base_model.model.model.norm.weight"), "1 tensors of the adapter are missing: model.norm.weight"),
+    (lambda t: t.update({FIRST + "lora_magnitude_vector": np.ones(3, np.float32)}), "1 tensors are not of this adapter: .*"),
+    (lambda t: t.update({FIRST + "lora_A.weight": np.ones((8, 15), np.float32)}), "should have shape \\[8, 16\\], got"),
+    (lambda t: t.update({"model.norm.weight": np.ones(16, np.float32)}), "1 tensors lack PEFT's prefix 'base_model.model.'"),
+    (lambda t: t[FIRST + "lora_B.weight"].__setitem__((0, 0), np.nan), "lora_B.weight is not finite"),
+    (lambda t: t.clear(), "tensors of the adapter are missing"),
+])
+def test_wrong_adapter_tensors(tmp_path, change, message):
+    base, path, _ = saved(tmp_path)
+    edit(path, change)
+    with pytest.raises(UserError, match=message) as caught:
+        adapter.load(path, open_model(base))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=message):
+        adapter.load(path)
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported; supported is LORA"),
+    ({"use_dora": True}, "use_dora True is not supported"), ({"bias": "all"}, "bias 'all' is not supported"),
+    ({"rank_pattern": {"q_proj": 4}}, "rank_pattern .* is not supported"), ({"r": 0}, "r should be an integer above 0, got 0"),
+    ({"r": "8"}, "r should be an integer above 0, got '8'"), ({"lora_alpha": -1}, "lora_alpha should be a number above 0"),
+    ({"target_modules": "q_.*"}, "target_modules should be a list of q_proj"),
+    ({"target_modules": ["c_attn"]}, "target_modules should be a list of q_proj"),
+    ({"target_modules": 3}, "target_modules should be"),
+    ({"modules_to_save": ["score"]}, "modules_to_save should be a list of embed_tokens"),
+])
+def test_wrong_adapter_config(tmp_path, fields, message):
+    base, path, _ = saved(tmp_path)
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    with pytest.raises(UserError, match=message):
+        adapter.load(path, open_model(base))
+
+
+@given(st.dictionaries(st.sampled_from([*adapter.PLAIN, "r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora",
+                                        "peft_type"]),
+                       st.none() | st.booleans() | st.integers() | st.floats() | st.lists(st.integers() | st.text(), max_size=2)
+                       | st.just("LORA") | st.dictionaries(st.text(), st.integers(), max_size=1), max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_whatever_an_adapter_config_says_is_read_or_refused_in_one_line(tmp_path_factory, fields):
+    path = tmp_path_factory.getbasetemp() / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"], **fields}))
+    try:
+        assert adapter.read_lora(path.parent).scale > 0
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+def test_not_an_adapter(tmp_path):
+    with pytest.raises(UserError, match="is not an adapter: it has no adapter_config.json"):
+        adapter.load(tmp_path)
+    _, path, _ = saved(tmp_path)
+    (path / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="adapter_model.safetensors: No such file"):
+        adapter.load(path)
+
+
+def test_saving_checks_what_it_is_given(tmp_path):
+    build(tmp_path / "base")
+    base = open_model(tmp_path / "base")
+    tensors = made(base, LoraConfig())
+    tensors.pop("model.norm.weight")
+    with pytest.raises(UserError, match="1 tensors of the adapter are missing: model.norm.weight"):
+        adapter.save(tmp_path / "adapter", tensors, LoraConfig(), base, extended(base))
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_qwen3_norm_means_all_norms_as_in_peft(tmp_path):
+    build(tmp_path / "base", "qwen3")
+    shapes = LoraConfig().tensor_shapes(open_model(tmp_path / "base").config)
+    assert "model.layers.0.self_attn.q_norm.weight" in shapes
+
+
+def test_inspect(tmp_path):
+    base, path, tensors = saved(tmp_path, tie_word_embeddings=True)
+    found = inspect.describe(base)
+    assert (found["kind"], found["format"], found["rope"]) == ("model", "huggingface", "default, theta 10000")
+    assert found["parameters"] == sum(p.numel() for p in build(tmp_path / "again", tie_word_embeddings=True).parameters())
+    found = inspect.describe(path)
+    assert found["kind"] == "adapter" and found["base"] == str(base)
+    assert found["rope"] == "linear, theta 10000, factor 4, pretrained at 64" and found["positions"] == TARGET
+    assert sum(found["trained"].values()) == sum(array.size for array in tensors.values())
+    assert "modules to save" in inspect.text(found)
+    json.dumps(found)
+    with pytest.raises(UserError, match="is neither a model .* nor an adapter"):
+        inspect.describe(tmp_path)
+
+
+def test_smollm2_merged_from_gguf(smollm2, converted, tmp_path):  # noqa: F811
+    """Adapter on a quantised, permuted, tied base: PEFT on transformers' own GGUF loading = our merged directory."""
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    base, lora = open_model(smollm2), LoraConfig(modules_to_save=("input_layernorm", "norm"))
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for name, shape in lora.tensor_shapes(base.config).items():
+        noise = rng.standard_normal(shape, np.float32) * np.float32(0.01)
+        tensors[name] = noise if ".lora_" in name else base.read(name) + noise
+    raw = rope_.to_config(base.config.raw, rope_.extend(base.config, "linear", 16384)[0], 16384)
+    adapter.save(tmp_path / "adapter", tensors, lora, base, raw, base.tokenizer())
+    adapter.merge(smollm2, tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    config = AutoConfig.from_pretrained(tmp_path / "adapter")
+    theirs = AutoModelForCausalLM.from_pretrained(converted, config=config, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    assert config.rope_parameters["factor"] == 2 and merged.config.rope_parameters["factor"] == 2
+    one, two = logits(theirs, 30), logits(merged, 30)
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-4 * np.abs(one).max())
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("a b").input_ids == base.tokenizer().encode("a b").tolist()

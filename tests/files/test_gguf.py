@@ -1,0 +1,289 @@
+"""GGUF files: the weights are transformers', bit by bit; metadata becomes the right config; a damaged file is one line."""
+import mmap
+import os
+import subprocess
+import sys
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from longlora.errors import UserError
+from longlora.files.gguf import Gguf
+from longlora.decoder.rope import Rope
+from longlora.files.open_model import open_model
+from smollm2 import converted, smollm2  # noqa: F401 (fixtures)
+from test_weights import build
+
+LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+         "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+         "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
+         "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+
+
+def permute(weights, heads):
+    """llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute."""
+    return weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)
+
+
+def write(path, model, kind="F32", vocab=True, extra=None, **keys):
+    """`model` of transformers as llama.cpp's converter would write it, matrices of type `kind` -> its config."""
+    config, arch = model.config, {"mistral": "llama"}.get(model.config.model_type, model.config.model_type)
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim if hasattr(config, "head_dim") else 0)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    for key, value in keys.items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add(f"{arch}.{key.replace('__', '.')}", value)
+    if vocab:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list([f"<{index}>" for index in range(config.vocab_size)])
+    state = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    names |= {f"blk.{i}.{ours}": f"model.layers.{i}.{theirs}" for i in range(config.num_hidden_layers)
+              for ours, theirs in LAYER.items()}
+    for ours, theirs in names.items():
+        for suffix in ("weight", "bias"):
+            array = state.get(f"{theirs}.{suffix}")
+            if array is None or ours == "output" and config.tie_word_embeddings:
+                continue
+            if arch == "llama" and theirs.endswith(("q_proj", "k_proj")):
+                array = permute(array, config.num_attention_heads if "q_proj" in theirs else config.num_key_value_heads)
+            type_ = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
+            writer.add_tensor(f"{ours}.{suffix}", gguf.quants.quantize(np.ascontiguousarray(array), type_), raw_dtype=type_)
+    for name, array in (extra or {}).items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return open_model(path)
+
+
+def tiny(path, family="llama", **fields):
+    return build(path, family, **{"hidden_size": 32, "intermediate_size": 64, **fields})
+
+
+@pytest.mark.parametrize("family, fields", [("llama", {}), ("llama", dict(attention_bias=True)), ("mistral", {}), ("qwen2", {}),
+                                            ("qwen3", {}), ("llama", dict(tie_word_embeddings=True))])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
+def test_every_family_and_storage(tmp_path, family, fields, kind):
+    model = tiny(tmp_path / "hf", family, **fields)
+    ours, state = write(tmp_path / "m.gguf", model, kind), model.state_dict()
+    assert ours.kind == "gguf"
+    assert set(ours.names()) == set(state) - ({"lm_head.weight"} if fields.get("tie_word_embeddings") else set())
+    for name in ours.names():
+        wanted, got = state[name].numpy(), ours.read(name)
+        if kind == "F32" or wanted.ndim == 1:
+            np.testing.assert_array_equal(got, wanted)
+        else:
+            assert np.abs(got - wanted).max() <= {"F16": 1e-3, "BF16": 8e-3, "Q8_0": 1e-2}[kind]
+        stored = {"F16": "float16", "BF16": "bfloat16"} if wanted.ndim == 2 else {}
+        assert ours.dtype(name) == stored.get(kind, "float32")
+    config = open_model(tmp_path / "hf").config
+    assert {"mistral": "llama"}.get(config.family, config.family) == ours.config.family
+    assert (config.rope, config.qkv_bias, config.o_bias, config.qk_norm, config.tie_word_embeddings, config.rms_norm_eps) == (
+        ours.config.rope, ours.config.qkv_bias, ours.config.o_bias, ours.config.qk_norm, ours.config.tie_word_embeddings,
+        ours.config.rms_norm_eps)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_reading_in_pieces_is_reading_whole(tmp_path, kind, monkeypatch):
+    ours = write(tmp_path / "m.gguf", tiny(tmp_path / "hf"), kind)
+    whole = {name: ours.read(name) for name in ours.names()}
+    monkeypatch.setattr("longlora.files.open_model.CHUNK", 100)
+    for name, array in whole.items():
+        np.testing.assert_array_equal(ours.read(name), array)
+
+
+def test_smollm2_weights_are_those_of_transformers(smollm2, converted):  # noqa: F811
+    from transformers import AutoModelForCausalLM
+    theirs = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
+    ours, state = open_model(smollm2), theirs.state_dict()
+    assert len(ours.names()) == 272
+    for name in ours.names():
+        np.testing.assert_array_equal(ours.read(name), state[name].numpy(), err_msg=name)
+    config = ours.config
+    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, config.hidden_size,
+            config.intermediate_size, config.vocab_size, config.head_dim) == (30, 9, 3, 576, 1536, 49152, 64)
+    assert config.rope == Rope("default", 100000.0, 8192) and config.tie_word_embeddings and config.rms_norm_eps == 1e-5
+
+
+def test_loading_needs_little_more_than_the_weights(smollm2):  # noqa: F811
+    """In a process of its own: the largest resident size, after all tensors were read into place, in float32.
+
+    Not by getrusage, whose figure a child inherits from its parent.
+    """
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("this system has no /proc/self/status to read the peak from")
+    script = """if True:
+        import sys
+        import gguf, numpy as np
+        from longlora.files.open_model import open_model
+        def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+        before = peak()
+        model = open_model(sys.argv[1])
+        out = {name: np.empty(model.shape(name), np.float32) for name in model.names()}
+        for name in out:
+            model.read(name, out[name])
+        print((peak() - before) / sum(array.nbytes for array in out.values()))
+    """
+    done = subprocess.run([sys.executable, "-c", script, str(smollm2)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 0.99 < float(done.stdout) < 1.1
+
+
+def test_loading_is_quick(smollm2):  # noqa: F811
+    """From the file to a model that can be trained: seconds of the processor in user mode, and page faults, of which only the
+    first reading, into fresh memory, has many."""
+    script = """if True:
+        import resource, sys
+        from longlora.decoder import model
+        from longlora.files import adapter, open_model as weights
+        from longlora.memory import plan
+        def used(): found = resource.getrusage(resource.RUSAGE_SELF); return found.ru_utime, found.ru_minflt
+        first = used()
+        base = weights.open_model(sys.argv[1])
+        base.tokenizer()
+        lora = adapter.LoraConfig()
+        made = model.Model(base.config, lora=lora, plan=plan.plan(base.config, sequence_length=512, lora=lora, memory=1 << 40))
+        made.load(base)
+        loaded = used()
+        made.load(base)
+        print(loaded[0] - first[0], used()[1] - loaded[1])
+    """
+    done = subprocess.run([sys.executable, "-c", script, str(smollm2)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds, faults = map(float, done.stdout.split())
+    assert seconds < 2.5 and faults < 40_000           # 0.6 and 2,000 here; the file itself has 24,000 pages
+
+
+def test_linear_and_yarn_metadata(tmp_path):
+    model = tiny(tmp_path / "hf")
+    config = write(tmp_path / "a.gguf", model, rope__scaling__type="linear", rope__scaling__factor=4.0).config
+    assert config.rope == Rope("linear", 10000.0, 64, 4.0)
+    config = write(tmp_path / "b.gguf", model, rope__scaling__type="yarn", rope__scaling__factor=8.0,
+                   rope__scaling__original_context_length=16).config
+    assert config.rope == Rope("yarn", 10000.0, 16, 8.0)
+    assert write(tmp_path / "c.gguf", model, rope__scaling__type="none").config.rope.type == "default"
+
+
+@pytest.mark.parametrize("original", [512, 8192])
+def test_llama3_frequencies_are_found_again(tmp_path, original):
+    """llama.cpp writes the divisors of the frequencies, as its converter computes them from the config."""
+    from longlora.decoder.rope import inverse_frequencies
+    model = tiny(tmp_path / "hf", head_dim=64)
+    rope = Rope("llama3", 10000.0, original, 8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    factors = inverse_frequencies(Rope("default", 10000.0, 1), 64)[0] / inverse_frequencies(rope, 64)[0]
+    ours = write(tmp_path / "m.gguf", model, extra={"rope_freqs.weight": factors.astype(np.float32)})
+    assert ours.config.rope == rope and "rope_freqs.weight" not in ours.names()
+    ours = write(tmp_path / "one.gguf", model, extra={"rope_freqs.weight": np.ones(32, np.float32)})
+    assert ours.config.rope.type == "default"
+    with pytest.raises(UserError, match="rope_freqs.weight does not follow Llama 3's rule"):
+        write(tmp_path / "other.gguf", model, extra={"rope_freqs.weight": np.arange(1, 33, dtype=np.float32)})
+
+
+@pytest.mark.parametrize("keys, message", [
+    (dict(expert_count=8), "llama.expert_count 8 is not supported"),
+    (dict(attention__sliding_window=64), "llama.attention.sliding_window 64 is not supported"),
+    (dict(logit_scale=0.5), "llama.logit_scale 0.5 is not supported"),
+    (dict(rope__scaling__type="longrope", rope__scaling__factor=2.0), "rope type 'longrope' is not supported"),
+    (dict(rope__scaling__type="yarn", rope__scaling__factor=2.0, rope__scaling__attn_factor=2.0),
+     "rope scaling with attn_factor"),
+])
+def test_unsupported_metadata(tmp_path, keys, message):
+    with pytest.raises(UserError, match=message):
+        write(tmp_path / "m.gguf", tiny(tmp_path / "hf"), **keys)
+
+
+def test_another_architecture(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gemma2")
+    writer.add_tensor("token_embd.weight", np.ones((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="architecture 'gemma2' is not supported; supported are llama, qwen2, qwen3"):
+        open_model(tmp_path / "m.gguf")
+
+
+def test_extra_and_misshapen_tensors(tmp_path):
+    model = tiny(tmp_path / "hf")
+    with pytest.raises(UserError, match="1 tensors are not of a llama model: blk.0.more.weight"):
+        write(tmp_path / "m.gguf", model, extra={"blk.0.more.weight": np.ones(32, np.float32)})
+    model.config.intermediate_size = 96
+    with pytest.raises(UserError, match="gate_proj.weight should have shape \\[96, 32\\] by the config, got \\[64, 32\\]"):
+        write(tmp_path / "n.gguf", model)
+    model.config.intermediate_size, model.config.num_hidden_layers = 64, 3
+    with pytest.raises(UserError, match="9 tensors of the config are missing: model.layers.2.input_layernorm.weight"):
+        write(tmp_path / "o.gguf", model)
+
+
+def test_nan_is_named(tmp_path):
+    model = tiny(tmp_path / "hf")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight[0, 3] = float("nan")
+    with pytest.raises(UserError, match="layers.1.self_attn.k_proj.weight is not finite at \\[0, 3\\]"):
+        write(tmp_path / "m.gguf", model).read("model.layers.1.self_attn.k_proj.weight")
+
+
+def opened(path):
+    """Open, read all, build the tokenizer: only UserError of one line with the file's name may come out."""
+    try:
+        model = Gguf(path)
+        for name in model.names():
+            model.read(name)
+        model.tokenizer()
+    except UserError as error:
+        assert "\n" not in str(error) and str(path) in str(error)
+        return str(error)
+
+
+def test_a_file_cut_anywhere(tmp_path):
+    write(tmp_path / "m.gguf", tiny(tmp_path / "hf"))
+    whole, cut = (tmp_path / "m.gguf").read_bytes(), tmp_path / "cut.gguf"
+    for size in [*range(0, 100), *range(100, len(whole), 613), len(whole) - 1]:
+        cut.write_bytes(whole[:size])
+        assert opened(cut), size
+
+
+def test_smollm2_cut(smollm2, tmp_path):  # noqa: F811
+    with open(smollm2, "rb") as file:
+        head = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        for size in (5, 100, 100_000, 2_000_000, 50_000_000, len(head) - 1):
+            (tmp_path / "cut.gguf").write_bytes(head[:size])
+            assert "truncated" in opened(tmp_path / "cut.gguf")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gguf")
+    write(folder / "m.gguf", tiny(folder / "hf"))
+    return folder / "m.gguf"
+
+
+@given(st.integers(0, 3000), st.binary(min_size=1, max_size=9))
+@settings(max_examples=100, deadline=None)
+def test_a_damaged_header_never_hangs_or_crashes(small, at, noise):
+    whole = bytearray(small.read_bytes())
+    whole[at:at + len(noise)] = noise
+    path = small.parent / "noise.gguf"
+    path.write_bytes(whole)
+    opened(path)
+
+
+def test_not_a_gguf(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04" + bytes(100))
+    assert "not a GGUF file" in opened(tmp_path / "m.gguf")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF\x00\x00\x00\x03" + bytes(100))
+    assert "version" in opened(tmp_path / "m.gguf")

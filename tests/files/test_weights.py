@@ -1,0 +1,285 @@
+"""Model directories as transformers writes them are read bit by bit; whatever is wrong with one is named, in one line."""
+import json
+import os
+import re
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from longlora.files import safetensors as safetensors_file
+from longlora.errors import UserError
+from longlora.files.safetensors import SafetensorsFile
+from longlora.files.open_model import from_float32, open_model, to_float32
+
+SIZES = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=64, head_dim=8)
+
+
+def build(path, family="llama", dtype=torch.float32, **fields):
+    """A tiny random model of a family, saved by transformers at `path`, by save_pretrained(**save) -> the model."""
+    import transformers
+    save = fields.pop("save", {})
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    if family == "mistral":
+        fields["sliding_window"] = None
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **fields})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.2 + 0.05)
+    model.save_pretrained(path, **save)
+    return model
+
+
+def failure(path):
+    """The one line that opening the model at `path` and reading it gives."""
+    with pytest.raises(UserError) as caught:
+        model = open_model(path)
+        for name in model.names():
+            model.read(name)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_reading_is_what_transformers_saved(tmp_path, family, tied, dtype, sharded):
+    save = dict(max_shard_size="3KB") if sharded else {}
+    model = build(tmp_path, family, getattr(torch, dtype), tie_word_embeddings=tied, save=save)
+    assert os.path.exists(tmp_path / "model.safetensors.index.json") is sharded
+    ours, state = open_model(tmp_path), model.state_dict()
+    assert ours.kind == "huggingface" and set(ours.names()) == set(state) - ({"lm_head.weight"} if tied else set())
+    for name in ours.names():
+        assert ours.shape(name) == tuple(state[name].shape) and ours.dtype(name) == dtype
+        wanted = state[name].float().numpy()
+        out = np.full(wanted.shape, np.nan, np.float32)
+        assert ours.read(name, out) is out
+        np.testing.assert_array_equal(out, wanted)
+        np.testing.assert_array_equal(ours.read(name), wanted)
+        half = ours.read(name, np.empty(wanted.shape, ml_dtypes.bfloat16))
+        np.testing.assert_array_equal(half.astype(np.float32), state[name].bfloat16().float().numpy())
+        half = ours.read(name, np.empty(wanted.shape, np.float16))
+        np.testing.assert_array_equal(half, state[name].half().numpy())
+
+
+@given(st.lists(st.integers(0, (1 << 32) - 1), min_size=1, max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_rounding_to_bfloat16_is_ml_dtypes(bits):
+    with np.errstate(invalid="ignore", over="ignore"):
+        values = np.array(bits, np.uint32).view(np.float32)
+        wanted = values.astype(ml_dtypes.bfloat16).view(np.uint16)
+    ours = from_float32(values, "bfloat16")
+    nan = np.isnan(values)
+    np.testing.assert_array_equal(ours[~nan], wanted[~nan])
+    assert np.isnan(to_float32(ours, "bfloat16")[nan]).all()
+
+
+def test_out_of_another_shape(tmp_path):
+    build(tmp_path)
+    with pytest.raises(ValueError, match="model.norm.weight: out should have shape \\(16,\\), got \\(17,\\)"):
+        open_model(tmp_path).read("model.norm.weight", np.empty(17, np.float32))
+
+
+def test_fingerprint_tells_models_apart(tmp_path):
+    one, two = build(tmp_path / "a"), build(tmp_path / "b")
+    assert open_model(tmp_path / "a").fingerprint() == open_model(tmp_path / "b").fingerprint()
+    with torch.no_grad():
+        two.model.layers[1].self_attn.o_proj.weight[-1, -1] += 1
+    two.save_pretrained(tmp_path / "c")
+    one.config.rope_parameters["rope_theta"] = 5e5
+    one.save_pretrained(tmp_path / "d")
+    assert len({open_model(tmp_path / name).fingerprint() for name in "acd"}) == 3
+
+
+def edit(path, change, file="model.safetensors"):
+    """Rewrite a safetensors file with its tensors changed by `change`, a function on the dict."""
+    from safetensors.numpy import load_file, save_file
+    tensors = load_file(path / file)
+    save_file(change(tensors) or tensors, path / file)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop("model.norm.weight"), "1 tensors of the config are missing: model.norm.weight"),
+    (lambda t: [t.pop(name) for name in list(t) if "layers.1" in name], "9 tensors of the config are missing: .*, ..."),
+    (lambda t: t.update({"model.extra": np.ones(1, np.float32)}), "1 tensors are not of a llama model: model.extra"),
+    (lambda t: t.update({"model.norm.weight": np.ones(15, np.float32)}), "should have shape \\[16\\] by the config"),
+    (lambda t: t["model.layers.1.mlp.up_proj.weight"].__setitem__((3, 5), np.nan), "weight is not finite at \\[3, 5\\]"),
+    (lambda t: t["model.norm.weight"].__setitem__(4, -np.inf), "model.norm.weight is not finite at \\[4\\]"),
+    (lambda t: t.update({"model.norm.weight": np.ones(16, np.int32)}), "model.norm.weight has dtype int32"),
+    (lambda t: t.update({"model.norm.weight": np.ones(16, np.int8)}), "model.norm.weight has dtype I8"),
+])
+def test_wrong_tensors_are_named(tmp_path, change, message):
+    build(tmp_path)
+
+    def apply(tensors):
+        change(tensors)
+        return tensors
+
+    edit(tmp_path, apply)
+    assert re.search(message, failure(tmp_path))
+
+
+def test_old_buffers_are_passed_over(tmp_path):
+    build(tmp_path)
+    edit(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}))
+    assert open_model(tmp_path).names()
+
+
+def test_tied_head_written_twice(tmp_path):
+    build(tmp_path, tie_word_embeddings=True)
+    edit(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    assert "lm_head.weight" not in open_model(tmp_path).names()
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda m: m.popitem(), "are not in the index"),
+    (lambda m: m.update({"model.norm.weight": "nowhere.safetensors"}), "nowhere.safetensors: No such file"),
+    (lambda m: m.update({"model.other": next(iter(m.values()))}), "model.other should be in .*, which does not have it"),
+    (lambda m: m.update({"model.norm.weight": "../model.safetensors"}), "should name files beside it"),
+    (lambda m: m.update({"model.norm.weight": 3}), "weight_map should be an object of tensor name to file name"),
+])
+def test_wrong_index(tmp_path, change, message):
+    build(tmp_path, save=dict(max_shard_size="3KB"))
+    index = tmp_path / "model.safetensors.index.json"
+    found = json.loads(index.read_text())
+    change(found["weight_map"])
+    index.write_text(json.dumps(found))
+    assert re.search(message, failure(tmp_path))
+
+
+def test_a_missing_shard(tmp_path):
+    build(tmp_path, save=dict(max_shard_size="3KB"))
+    next(tmp_path.glob("model-00001-of-*.safetensors")).unlink()
+    assert "No such file" in failure(tmp_path)
+
+
+def test_no_weights(tmp_path):
+    build(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    assert "only safetensors weights are read" in failure(tmp_path)
+    with pytest.raises(UserError, match="no such file or directory"):
+        open_model(tmp_path / "nothing")
+
+
+def raw_file(path, header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def entry(start, end, shape=None, dtype="F32"):
+    return {"dtype": dtype, "shape": [(end - start) // 4] if shape is None else shape, "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize("header, size, message", [
+    ({"a": entry(0, 16)}, 12, "truncated: a ends at byte"),
+    ({"a": entry(0, 16)}, 20, "the file has .* bytes, its header speaks of"),
+    ({"a": entry(0, 16), "b": entry(8, 24)}, 24, "b: data starts at byte .*: tensors overlap"),
+    ({"a": entry(0, 8), "b": entry(12, 24)}, 24, "tensors have a hole between them"),
+    ({"a": entry(4, 8)}, 8, "tensors have a hole between them"),
+    ({"a": entry(0, 16, [5])}, 16, "F32 of shape \\[5\\] needs 20 bytes, its data_offsets span 16"),
+    ({"a": entry(0, 16, [1 << 40, 1 << 40])}, 16, "needs .* bytes"),
+    ({"a": entry(0, 16, [-4])}, 16, "shape should be a list of integers from 0, got \\[-4\\]"),
+    ({"a": entry(0, 16, [4.0])}, 16, "shape should be a list of integers"),
+    ({"a": entry(0, 16, "4")}, 16, "shape should be a list of integers"),
+    ({"a": {**entry(0, 16), "data_offsets": [16, 0]}}, 16, "data_offsets should be a start and an end"),
+    ({"a": {**entry(0, 16), "data_offsets": [-16, 0]}}, 16, "data_offsets should be a list of integers from 0"),
+    ({"a": {**entry(0, 16), "data_offsets": [0]}}, 16, "data_offsets should be a start and an end"),
+    ({"a": entry(0, 16, dtype="F31")}, 16, "dtype 'F31' is not supported"),
+    ({"a": entry(0, 16, dtype=["F32"])}, 16, "dtype \\['F32'\\] is not supported"),
+    ({"a": 3}, 0, "a: shape should be a list of integers from 0"),
+    ({"a\nb": entry(0, 16)}, 12, "truncated: a b ends at byte"),
+    ({"__metadata__": [1]}, 0, "__metadata__ should be a JSON object"),
+    ([], 0, "should be a JSON object, got list"),
+    (b"{", 0, "the header is not JSON"),
+    (b'{"a": 1, "a": 2}', 0, "names 'a' twice"),
+    (b"\xff\xff", 0, "the header is not JSON"),
+    (b"[" * 100000, 0, "the header is not JSON"),
+])
+def test_damaged_header(tmp_path, header, size, message):
+    with pytest.raises(UserError, match=message) as caught:
+        SafetensorsFile(raw_file(tmp_path / "x.safetensors", header, bytes(size)))
+    assert "\n" not in str(caught.value) and "x.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 1 << 40, (1 << 64) - 1])
+def test_lying_header_length(tmp_path, length):
+    with pytest.raises(UserError):
+        SafetensorsFile(raw_file(tmp_path / "x.safetensors", {"a": entry(0, 16)}, bytes(16), length))
+
+
+def test_a_file_cut_anywhere(tmp_path):
+    build(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for size in [*range(0, 40), *range(40, len(whole), 997), len(whole) - 1]:
+        (tmp_path / "model.safetensors").write_bytes(whole[:size])
+        assert "model.safetensors" in failure(tmp_path)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_a_header_of_noise(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "noise.safetensors"
+    raw_file(path, data.draw(st.binary(max_size=40)), data.draw(st.binary(max_size=20)), data.draw(st.integers(0, 70)))
+    try:
+        SafetensorsFile(path)
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+def test_written_files_are_read_by_the_safetensors_library(tmp_path):
+    from safetensors import safe_open
+    rng = np.random.default_rng(0)
+    tensors = {"half": rng.standard_normal((3, 5)).astype(np.float16), "c": rng.standard_normal((7,)).astype(np.float32),
+               "b": rng.standard_normal((2, 3)).astype(ml_dtypes.bfloat16), "i": np.arange(3, dtype=np.int64),
+               "scalar": np.array(2.5, np.float32)}
+    safetensors_file.save(tmp_path / "x.safetensors", tensors, {"format": "pt", "who": "us"})
+    with safe_open(tmp_path / "x.safetensors", "pt") as theirs:
+        assert theirs.metadata() == {"format": "pt", "who": "us"} and set(theirs.keys()) == set(tensors)
+        for name, array in tensors.items():
+            np.testing.assert_array_equal(theirs.get_tensor(name).float().numpy(), array.astype(np.float32))
+    ours = SafetensorsFile(tmp_path / "x.safetensors")
+    assert ours.entries["b"][:2] == ("bfloat16", (2, 3)) and not ours.array("c").flags.writeable
+    np.testing.assert_array_equal(ours.array("b"), tensors["b"].view(np.uint16))
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_empty_tensors_are_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="a: refusing to save an empty tensor of shape \\[0, 4\\]"):
+        safetensors_file.save(tmp_path / "x.safetensors", {"a": np.ones((0, 4), np.float32)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    import resource
+    import signal
+    path = tmp_path / "x.safetensors"
+    safetensors_file.save(path, {"a": np.ones(4, np.float32)})
+    before = path.read_bytes()
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(UserError, match="x.safetensors: cannot be written: .*; what was there is untouched"):
+            safetensors_file.save(path, {"a": np.ones(4000, np.float32)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written: File exists"):
+        safetensors_file.write_text(tmp_path / "file" / "x.json", "{}")
+
+
+def test_an_adapter_is_not_a_model(tmp_path):
+    build(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "is an adapter, wanted the model it was trained on" in failure(tmp_path)

@@ -1,0 +1,158 @@
+"""The plan: its total against the measured peak of a run in a process of its own, and what it says where memory is short."""
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from longlora.memory import plan as plan_
+from longlora.files.adapter import LoraConfig
+from longlora.decoder.config import read_config
+from longlora.errors import UserError
+
+MIDDLE = dict(model_type="llama", vocab_size=16000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
+              num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=4096, rms_norm_eps=1e-5,
+              tie_word_embeddings=True, hidden_act="silu", initializer_range=0.02)
+LLAMA_70B = dict(MIDDLE, vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                 num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=131072, tie_word_embeddings=False)
+LORA = LoraConfig()
+PACKAGE = os.path.dirname(os.path.dirname(plan_.__file__))         # the one under test, installed or not
+
+CASES = [dict(dtype=dtype, checkpointing=c, sequence_length=length, batch_size=1, full=full)
+         for dtype in ("float32", "bfloat16") for c in plan_.CHECKPOINTING for length, full in ((1600, False), (512, True))]
+CASES += [dict(dtype="float32", checkpointing="full", sequence_length=3000, batch_size=1, full=False),
+          dict(dtype="bfloat16", checkpointing="full", sequence_length=3000, batch_size=1, full=False),
+          dict(dtype="float32", checkpointing="none", sequence_length=300, batch_size=5, full=False),
+          dict(dtype="float32", checkpointing="minimal", sequence_length=1000, batch_size=1, full=False, model_type="qwen3"),
+          dict(dtype="bfloat16", checkpointing="none", sequence_length=700, batch_size=1, full=True, tie_word_embeddings=False)]
+
+STEP = """
+import json, sys
+import numpy as np
+import longlora.files.adapter, longlora.decoder.config, longlora.decoder.model, longlora.training.optimizer, longlora.memory.plan
+
+
+def status(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(key + ":"))
+
+
+case, raw = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+full, changed = case.pop("full"), {k: case.pop(k) for k in ("model_type", "tie_word_embeddings") if k in case}
+config, lora = longlora.decoder.config.read_config({**raw, **changed}), None if full else longlora.files.adapter.LoraConfig()
+B, T, before = case["batch_size"], case["sequence_length"], status("VmRSS")
+plan = longlora.memory.plan.plan(config, lora=lora, group_size=T // 4, **case)
+model = longlora.decoder.model.Model(config, dtype=plan.dtype, lora=lora, plan=plan, attention=dict(group_size=T // 4)).init_random()
+optimizer = longlora.training.optimizer.AdamW(model.parameters, max_grad_norm=1.0)
+ids = np.random.default_rng(0).integers(0, config.vocab_size, (B, T)).astype(np.int32)
+model.zero_grad()
+model.train_microbatch(ids, ids, 1 / ids.size)
+optimizer.step(dict.fromkeys(model.kinds, 1e-3))
+model.losses(ids[0, :256], ids[0, :256])
+print(json.dumps({"planned": plan.total, "measured": status("VmHWM") - before, "parts": plan.parts}))
+"""
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+def test_total_is_the_measured_peak(case):
+    """Within 5 % of the growth of the resident size from after the import to the highest point of a step and an evaluation."""
+    done = subprocess.run([sys.executable, "-c", STEP, json.dumps(case), json.dumps(MIDDLE)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": PACKAGE}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert abs(found["planned"] / found["measured"] - 1) <= 0.05, found
+
+
+@pytest.mark.parametrize("lora", [None, LORA, LoraConfig(target_modules="all-linear"), LoraConfig(modules_to_save=())],
+                         ids=["full", "paper", "all", "no modules"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_every_tensor_has_its_place(family, lora):
+    """The stored tensors are those of the config and of LoRA, each once, and buffers overlap only where they take turns."""
+    config = read_config({**MIDDLE, "model_type": family, "sliding_window": None, "head_dim": 64})
+    names = [name for s in plan_.stored(config, lora) for name, _, _ in s.members]
+    wanted = set(config.tensor_shapes()) | set(lora.tensor_shapes(config) if lora is not None else ())
+    assert len(names) == len(set(names)) and set(names) == wanted
+    for s in plan_.stored(config, lora):
+        assert sum(last - first for _, first, last in s.members) == s.shape[0]
+    layout = plan_.parameters(config, "bfloat16", lora, True)
+    assert layout.size == sum(layout.parts.values())
+    ends = sorted((b.offset, b.offset + size_of(b)) for name, b in layout.buffers.items() if name not in ("grad", "m", "v"))
+    assert all(end <= start for (_, end), (start, _) in zip(ends, ends[1:]))
+
+
+def size_of(buffer):
+    size = plan_.DTYPES.get(buffer.dtype, 4)
+    for n in buffer.shape:
+        size *= n
+    return size
+
+
+@pytest.mark.parametrize("checkpointing", plan_.CHECKPOINTING)
+def test_a_shorter_batch_needs_no_more(checkpointing):
+    """What lets ragged batches use the planned memory."""
+    config = read_config({**MIDDLE, "model_type": "qwen3", "head_dim": 64})
+    sizes = [plan_.activations(config, "bfloat16", 1, T, LORA, checkpointing).size for T in (1, 5, 100, 2047, 2048, 2049, 4500)]
+    assert sizes == sorted(sizes)
+
+
+def test_under_a_second_for_the_largest():
+    started = time.perf_counter()
+    plan = plan_.plan(read_config(LLAMA_70B), dtype="bfloat16", sequence_length=32768, group_size=8192, lora=LORA,
+                      memory=64 << 30)
+    assert time.perf_counter() - started < 1
+    assert not plan.fits and plan.changes and plan.checkpointing == "full"
+    assert plan.parts["frozen weights"] == pytest.approx(2 * 69.5e9, rel=0.01)   # 70.6e9 less the trained embedding
+
+
+def test_auto_is_the_fastest_that_fits():
+    config = read_config(MIDDLE)
+    given = dict(sequence_length=4096, group_size=1024, lora=LORA)
+    totals = {c: plan_.plan(config, checkpointing=c, **given).total for c in plan_.CHECKPOINTING}
+    assert totals["none"] > totals["minimal"] > totals["full"]
+    for c, total in totals.items():
+        found = plan_.plan(config, memory=total, **given)
+        assert found.checkpointing == c and found.fits and not found.changes and found.total == total
+    assert plan_.plan(config, **given).memory > 0
+
+
+def test_changes_that_would_make_it_fit():
+    """Each of them does, on its own; where none does, all together."""
+    config = read_config(MIDDLE)
+    given = dict(sequence_length=4096, group_size=1024, lora=LORA, batch_size=2)
+    least = plan_.plan(config, checkpointing="full", **given).total
+    found = plan_.plan(config, memory=least - 1, **given)
+    assert not found.fits
+    texts = [change.split(":")[0] for change in found.changes]
+    assert texts[0] == "--dtype bfloat16" and texts[-1] == "--sequence-length 2048" and "no training of the embedding" in texts
+    assert plan_.plan(config, memory=least - 1, dtype="bfloat16", **given).fits
+    assert plan_.plan(config, memory=least - 1, **{**given, "sequence_length": 2048}).fits
+    assert plan_.plan(config, checkpointing="none", memory=least, **given).changes[0].startswith("--checkpointing full: ")
+    smaller = plan_.plan(config, memory=180 << 20, **given)
+    assert len(smaller.changes) == 1 and " and " in smaller.changes[0]
+    assert plan_.plan(config, memory=1 << 20, **given).changes[0].startswith("nothing: ")
+    full = plan_.plan(config, memory=420 << 20, sequence_length=1024)
+    assert any(change.startswith("LoRA instead") for change in full.changes)
+
+
+def test_what_it_prints():
+    plan = plan_.plan(read_config(MIDDLE), sequence_length=4096, group_size=1024, lora=LORA, memory=1 << 29,
+                      checkpointing="none")
+    found = json.loads(json.dumps(plan.to_json()))
+    assert found["total"] == sum(found["parts"].values()) == plan.total and found["fits"] is plan.fits
+    lines = plan.text().splitlines()
+    assert lines[0].startswith("frozen weights") and lines[0].endswith("GiB")
+    assert any(line.startswith("total") for line in lines)
+    assert "checkpointing none: does not fit; 0.500 GiB are available" in lines
+    assert lines[-1].strip() == plan.changes[-1]
+
+
+def test_what_is_wrong_is_named():
+    config = read_config(MIDDLE)
+    with pytest.raises(UserError, match="checkpointing should be one of auto, none, minimal, full, got 'some'"):
+        plan_.plan(config, sequence_length=8, checkpointing="some")
+    with pytest.raises(UserError, match="dtype should be one of"):
+        plan_.plan(config, sequence_length=8, dtype="int8")
+    with pytest.raises(UserError, match="sequence_length should be at least 1, got 0"):
+        plan_.plan(config, sequence_length=0)

@@ -1,0 +1,106 @@
+"""`longlora demo`: what ships, what it leaves, and that a context does get longer. A few steps here; the whole run is the user's."""
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from longlora.files import adapter
+from longlora.tools import demo
+from longlora.errors import UserError
+from longlora.files.open_model import open_model
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A short demo by the command -> (its directory, what it printed)."""
+    output = tmp_path_factory.mktemp("demo") / "out"
+    ran = subprocess.run([sys.executable, "-m", "longlora", "demo", "--output-dir", output, "--steps", str(STEPS)],
+                         capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr
+    return output, ran.stdout
+
+
+@pytest.fixture(scope="module")
+def report(done):
+    return json.loads((done[0] / "report.json").read_text())
+
+
+def test_what_ships():
+    base = open_model(demo.MODEL)
+    assert base.config.max_position_embeddings == 256 and base.config.rope.type == "default"
+    assert demo.TARGET == 8 * base.config.max_position_embeddings
+    assert sum(path.stat().st_size for path in demo.ASSETS.rglob("*") if path.is_file()) < 12 << 20
+    assert base.tokenizer().decode(base.tokenizer().encode("And God said, £5.")) == "And God said, £5."
+    assert "public domain" in (demo.ASSETS / "README.md").read_text()
+
+
+def test_held_out_text_is_not_in_the_training_text():
+    def passages(folder):
+        lines = itertools.chain.from_iterable(path.read_text().splitlines() for path in folder.glob("*.txt"))
+        return {line for line in lines if len(line) > 60}
+    held_out = passages(demo.HELD_OUT)
+    assert len(held_out) > 500
+    assert not held_out & passages(demo.TEXT)
+
+
+def test_the_context_gets_longer(report):
+    before, interpolated, after = (dict(zip(report["lengths"], report[name])) for name in ("before", "interpolated", "after"))
+    native, target = min(before), max(before)
+    assert report["lengths"] == [256, 512, 1024, 2048] == list(demo.LENGTHS)
+    assert before[target] > 1.5 * before[native]
+    assert interpolated[native] > 1.5 * before[native]
+    assert after[target] < 0.85 * min(before[target], interpolated[target])
+
+
+def test_what_it_leaves(done, report):
+    output, printed = done
+    for name in ("loss.png", "perplexity.png", "attention.png"):
+        data = (output / name).read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 5000
+    assert report["steps"] == STEPS and report["loss"][-1][0] == STEPS and len(report["loss"]) >= 2
+    assert demo.table(report) in printed and demo.NEXT in printed and str(output) in printed
+    lora, tensors, raw = adapter.load(output / "adapter", open_model(demo.MODEL))
+    assert lora.r == 8 and "model.embed_tokens.weight" in tensors
+    assert raw["max_position_embeddings"] == demo.TARGET == open_model(output / "merged").config.max_position_embeddings
+
+
+def test_transformers_gives_the_merged_models_perplexity(done, report):
+    import torch
+    import transformers
+    model = transformers.AutoModelForCausalLM.from_pretrained(done[0] / "merged", dtype=torch.float32)
+    base = open_model(demo.MODEL)
+    total = count = 0
+    for path in sorted(demo.HELD_OUT.glob("*.txt")):
+        ids = base.tokenizer().encode(path.read_text())
+        for first in range(0, len(ids) - 1, demo.TARGET):
+            window = torch.from_numpy(ids[None, first:first + demo.TARGET].astype(np.int64))
+            with torch.no_grad():
+                total += model(window, labels=window).loss.item() * (window.shape[1] - 1)
+            count += window.shape[1] - 1
+    assert np.exp(total / count) == pytest.approx(report["after"][-1], rel=0.01)  # merged weights are rounded to bfloat16
+
+
+def test_only_an_earlier_demo_is_replaced(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds no earlier demo"):
+        demo.run(tmp_path, say=lambda line: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(UserError, match="steps should be at least 1, got 0"):
+        demo.run(tmp_path / "new", steps=0)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_python_of_the_readme(tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "merged" / "model.safetensors").exists() and "perplexity" in capsys.readouterr().out

@@ -1,0 +1,374 @@
+"""Runs of tiny models: what is said, what is written, that a stopped run goes on bit by bit, that nothing goes wrong unsaid."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import yaml
+
+from longlora import get_num_threads, set_num_threads
+from longlora.decoder import model as model_
+from longlora.files import adapter
+from longlora.training import resume as checkpoint, metrics, options, driver as train
+from longlora.errors import UserError
+from longlora.files.open_model import open_model
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """num_threads is for the whole process."""
+    before = get_num_threads()
+    yield
+    set_num_threads(before)
+
+
+def run(tmp_path, said=None, **fields):
+    return train.train(said.append if said is not None else lambda line: None, **tiny.options(tmp_path, **fields))
+
+
+def failure(tmp_path, **fields):
+    with pytest.raises(UserError) as caught:
+        run(tmp_path, **fields)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def numbers(rows):
+    """What must be equal between equal runs: everything but times and memory."""
+    return [{key: value for key, value in row.items() if key not in ("tokens_per_s", "peak_memory")} for row in rows]
+
+
+def weights(path):
+    """The trained tensors of an adapter or of a whole model."""
+    if os.path.exists(os.path.join(path, adapter.CONFIG)):
+        return adapter.load(path)[1]
+    found = open_model(path)
+    return {name: found.read(name) for name in found.names()}
+
+
+def equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], name)
+
+
+# ---- a whole run -----------------------------------------------------------------------------------------------------
+
+def test_a_run_says_what_it_does_and_leaves_what_is_needed(tmp_path):
+    said = []
+    result = run(tmp_path, said, max_steps=6, eval_fraction=0.05, save_steps=2, eval_steps=3, gradient_accumulation_steps=2)
+    report = "\n".join(said)
+    for words in ("S2 split, group 32 of 128 tokens, 2/4 heads shifted by 16", "lora_A", "embedding 8,320", "norm 160",
+                  "factor ceil(128 / 64) = 2", "steps: 6 of 1 x 2 x 128 = 256 tokens", "GiB planned", "checkpointing none",
+                  "longer documents split", "before: held-out perplexity", "step 6/6", "held-out perplexity"):
+        assert words in report, words
+    out = tmp_path / "out"
+    assert sorted(os.listdir(out)) == sorted(
+        ["README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoint-2", "checkpoint-4", "checkpoint-6",
+         "config.json", "loss.png", "metrics.jsonl", "options.yaml", "tokenizer.json", "tokenizer_config.json"])
+    rows = metrics.read(out)
+    assert rows == result.history and [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert all({"loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory"} <= set(row) for row in rows[1:])
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 3, 6]
+    assert result.step == 6 and result.stopped is None and result.loss == rows[-1]["loss"] < rows[1]["loss"]
+    assert result.eval_loss < rows[0]["eval_loss"]
+    equal(weights(out), weights(out / "checkpoint-6"))
+    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 128
+    resolved = yaml.safe_load((out / "options.yaml").read_text())
+    assert resolved["group_size"] == 32 and resolved["sequence_length"] == 128 and resolved["embedding_learning_rate"] == 1e-2
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("fields", [dict(full=True), dict(dtype="bfloat16"), dict(attention="dense"), dict(rope_type="yarn"),
+                                    dict(target_modules=["all-linear"], modules_to_save=[]),
+                                    dict(boundary="wrap", group_size=64), dict(shift="all"),
+                                    dict(checkpointing="full", per_device_train_batch_size=2)],
+                         ids=lambda fields: next(iter(fields)))
+def test_every_kind_of_run_learns(tmp_path, fields):
+    result = run(tmp_path, **fields)
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    found = weights(tmp_path / "out")
+    assert all(np.isfinite(array).all() for array in found.values())
+
+
+def test_a_random_start_needs_only_a_config(tmp_path):
+    tiny.config(tmp_path / "init")
+    fields = dict(model=None, init=str(tmp_path / "init"), full=True, target_length=None, learning_rate=1e-2)
+    result = run(tmp_path, **fields)
+    assert abs(result.history[0]["loss"] - math.log(260)) < 0.3 and result.loss < result.history[0]["loss"]
+    (base,) = [open_model(tmp_path / "out")]
+    assert base.dtype("model.norm.weight") == "float32" and base.tokenizer().vocab_size == 257
+    fields["init"] += "/config.json"
+    assert numbers(run(tmp_path, **fields, output_dir=str(tmp_path / "again")).history) == numbers(result.history)
+
+
+def test_tokens_need_no_tokenizer(tmp_path):
+    base = tiny.model(tmp_path / "base")
+    (base / "tokenizer.json").unlink()
+    assert "wanted a token .bin" in failure(tmp_path)
+    ids = np.frombuffer(tiny.text(tmp_path / "text.txt").read_bytes(), np.uint8).astype("<u2")
+    ids.tofile(tmp_path / "text.bin")
+    result = run(tmp_path, data=str(tmp_path / "text.bin"), max_steps=2)
+    assert result.step == 2 and not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_accumulation_changes_nothing_but_rounding(tmp_path):
+    one = run(tmp_path, per_device_train_batch_size=4, output_dir=str(tmp_path / "one"))
+    four = run(tmp_path, gradient_accumulation_steps=4, output_dir=str(tmp_path / "four"))
+    for a, b in zip(one.history, four.history):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_the_loss_is_over_target_tokens_not_over_batches(tmp_path):
+    """The last sequence is short: its few tokens may not weigh as much as a full sequence's."""
+    (tmp_path / "text.txt").write_text("a" * 128 + "zq")
+    base = tiny.model(tmp_path / "base")
+    result = run(tmp_path, gradient_accumulation_steps=2, max_steps=1, attention="dense", target_length=128)
+    plain = open_model(base)
+    setup = train.Setup(options.from_dict(tiny.options(tmp_path, attention="dense")), plain.config)
+    made = model_.Model(setup.config).load(plain)
+    ids = plain.tokenizer().encode("a" * 128 + "zq").tolist() + [256]
+    parts = [np.array(ids[:128], np.int32), np.array(ids[128:], np.int32)]
+    losses = [made.losses(p, np.append(p[1:], -100).astype(np.int32)) for p in parts]
+    assert result.loss == pytest.approx(sum(part.sum() for part in losses) / (127 + 2), rel=1e-5)
+
+
+@pytest.mark.parametrize("schedule, wanted", [
+    ("constant", [0.5, 1, 1, 1, 1, 1]), ("linear", [0.5, 1, 0.8, 0.6, 0.4, 0.2]),
+    ("cosine", [0.5, 1, *(0.5 + 0.5 * math.cos(math.pi * t) for t in (0.2, 0.4, 0.6, 0.8))])])
+def test_schedules(schedule, wanted):
+    rates = [train.learning_rate(step, 6, 3.0, 2, schedule) for step in range(1, 7)]
+    np.testing.assert_allclose(rates, 3 * np.array(wanted), atol=1e-12)
+
+
+def test_both_learning_rates_reach_their_kinds(tmp_path):
+    result = run(tmp_path, max_steps=1, learning_rate=1e-3, embedding_learning_rate=1e-5, warmup_steps=0)
+    (row,) = result.history
+    assert (row["learning_rate"], row["embedding_learning_rate"]) == (1e-3, 1e-5)
+    trained, base = weights(tmp_path / "out"), open_model(tmp_path / "base")
+    for name, array in trained.items():
+        if "lora_B" in name:
+            assert np.abs(array).max() == pytest.approx(1e-3, rel=1e-3)
+        elif "lora_" not in name:
+            assert np.abs(array - base.read(name)).max() == pytest.approx(1e-5, rel=0.05)
+
+
+# ---- stopping and going on -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("fields", [
+    dict(), dict(full=True), dict(dtype="bfloat16", lr_scheduler_type="cosine", warmup_steps=0.3),
+    dict(full=True, dtype="bfloat16"), dict(gradient_accumulation_steps=2, per_device_train_batch_size=2, weight_decay=0.1)],
+    ids=["lora", "full", "bfloat16", "full-bfloat16", "batches"])
+def test_resuming_gives_the_bits_of_never_having_stopped(tmp_path, fields):
+    fields = dict(fields, max_steps=7, eval_fraction=0.1, eval_steps=2, data=str(tiny.text(tmp_path / "few.txt", 400)))
+    whole = run(tmp_path, save_steps=3, **fields)
+    assert whole.history[-1]["epoch"] > 1 or "gradient_accumulation_steps" not in fields
+    for step in (3, 6):
+        other, since = tmp_path / f"from-{step}", tmp_path / "out" / f"checkpoint-{step}"
+        resumed = run(tmp_path, **fields, output_dir=str(other), resume_from_checkpoint=str(since))
+        assert numbers(resumed.history) == numbers(whole.history) == numbers(metrics.read(other))
+        equal(weights(other), weights(tmp_path / "out"))
+        ours, theirs = (checkpoint.load(path / "checkpoint-7")[1] for path in (other, tmp_path / "out"))
+        equal(ours, theirs)
+
+
+def test_resume_latest_goes_on_in_place_and_may_go_further(tmp_path):
+    run(tmp_path, max_steps=2)
+    assert "has made 2 steps, which is more than the 1 of max_steps" in failure(tmp_path, max_steps=1, resume_from_checkpoint="latest")
+    said = []
+    result = run(tmp_path, said, max_steps=4, resume_from_checkpoint="latest", checkpointing="full", num_threads=2)
+    whole = run(tmp_path, max_steps=4, output_dir=str(tmp_path / "whole"))
+    assert numbers(result.history) == numbers(whole.history) and any("checkpoint-2, after step 2" in line for line in said)
+    equal(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_finished_by_resuming(tmp_path):
+    first = run(tmp_path, max_steps=2)
+    before = weights(tmp_path / "out")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / "out" / name).unlink()
+    again = run(tmp_path, max_steps=2, resume_from_checkpoint="latest")
+    assert again.step == 2 and again.loss == first.loss and numbers(again.history) == numbers(first.history)
+    equal(weights(tmp_path / "out"), before)
+
+
+def test_resume_latest_without_a_checkpoint_starts(tmp_path):
+    said = []
+    run(tmp_path, said, resume_from_checkpoint="latest")
+    assert any("no checkpoint yet" in line for line in said)
+
+
+@pytest.mark.parametrize("fields, words", [
+    (dict(learning_rate=2e-3), "was trained with learning_rate 0.01, got 0.002"), (dict(seed=1), "seed 42, got 1"),
+    (dict(group_size=64), "group_size 32, got 64"), (dict(r=4), "r 8, got 4"), (dict(dtype="bfloat16"), "dtype 'float32'"),
+    (dict(data="other.txt"), "other data"), (dict(model="other"), "another base model"),
+    (dict(eval_fraction=0.3), "other data"),
+    (dict(warmup_steps=3), "another warm-up or length"), (dict(resume_from_checkpoint="base"), "is not a checkpoint"),
+])
+def test_a_resumed_run_must_be_the_run_that_stopped(tmp_path, fields, words):
+    run(tmp_path, max_steps=2)
+    tiny.text(tmp_path / "other.txt", seed=5)
+    tiny.model(tmp_path / "other", seed=5)
+    fields = {key: str(tmp_path / value) if value in ("other.txt", "other", "base") else value for key, value in fields.items()}
+    before = tiny.listing(tmp_path / "out")
+    assert words in failure(tmp_path, **{**dict(max_steps=4, resume_from_checkpoint="latest"), **fields})
+    assert tiny.listing(tmp_path / "out") == before
+
+
+def test_a_schedule_that_depends_on_the_length_of_the_run_keeps_it(tmp_path):
+    run(tmp_path, max_steps=2, lr_scheduler_type="cosine")
+    message = failure(tmp_path, max_steps=4, lr_scheduler_type="cosine", resume_from_checkpoint="latest")
+    assert "another warm-up or length" in message
+
+
+def started(tmp_path, **fields):
+    """A run in a process of its own, past its first steps."""
+    process = subprocess.Popen([sys.executable, "-m", "longlora", "train", *tiny.flags(tiny.options(tmp_path, **fields))],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            return process
+    raise AssertionError(process.communicate()[1])
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_saves_and_the_run_goes_on_exactly(tmp_path, number, code):
+    fields = dict(max_steps=20_000)
+    process = started(tmp_path, **fields)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    (path,) = checkpoint.found(tmp_path / "out")
+    state, _ = checkpoint.load(path)
+    step = state["global_step"]
+    assert f"stopped by {number.name} after step {step}" in output and path in output and "Traceback" not in errors
+    assert metrics.read(tmp_path / "out")[-1]["step"] == step
+    assert not (tmp_path / "out" / adapter.CONFIG).exists()          # the run has not ended
+    whole = run(tmp_path, max_steps=step + 2, output_dir=str(tmp_path / "whole"))
+    resumed = run(tmp_path, max_steps=step + 2, resume_from_checkpoint="latest")
+    assert numbers(resumed.history) == numbers(whole.history)
+    equal(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path):
+    process = started(tmp_path, max_steps=100_000)
+    try:
+        assert "another run is writing there now" in failure(tmp_path, resume_from_checkpoint="latest")
+    finally:
+        process.kill()
+        process.communicate()
+    run(tmp_path, resume_from_checkpoint="latest")     # the lock died with its holder
+
+
+# ---- what goes wrong -------------------------------------------------------------------------------------------------
+
+def test_a_run_or_a_model_is_never_written_over(tmp_path):
+    run(tmp_path, max_steps=1)
+    before = tiny.listing(tmp_path)
+    assert "holds another run" in failure(tmp_path)
+    assert "holds another run or a model (config.json)" in failure(tmp_path, output_dir=str(tmp_path / "base"))
+    assert "is not a directory" in failure(tmp_path, output_dir=str(tmp_path / "text.txt"))
+    assert tiny.listing(tmp_path) == before
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
+    message = failure(tmp_path, learning_rate=1e30, max_steps=20, save_steps=1)
+    assert message.startswith("step ") and "not finite" in message and "stopped" in message
+    step = int(message.split()[1].rstrip(":"))
+    assert step > 1 and metrics.read(tmp_path / "out")[-1]["step"] == step - 1
+    (newest,) = checkpoint.found(tmp_path / "out")[-1:]
+    assert newest.endswith(f"checkpoint-{step - 1}") and newest in message
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    def spoil(name, array):
+        if name == "model.layers.1.mlp.up_proj.weight":
+            array[3, 4] = np.nan
+    tiny.model(tmp_path / "base", change=spoil)
+    assert "model.layers.1.mlp.up_proj.weight is not finite at [3, 4]" in failure(tmp_path)
+
+
+@pytest.mark.parametrize("fields, kind", [(dict(learning_rate=1e-30, embedding_learning_rate=0.01), "lora_A"),
+                                          (dict(embedding_learning_rate=1e-30), "embedding")])
+def test_updates_lost_in_rounding_are_named(tmp_path, fields, kind):
+    message = failure(tmp_path, **fields)
+    assert f"{kind} does not train" in message and "below the rounding" in message and message.startswith("step ")
+
+
+def test_a_warm_up_may_start_below_rounding(tmp_path):
+    fields = dict(max_steps=12, warmup_steps=10, lr_scheduler_type="cosine")
+    assert run(tmp_path, **fields, learning_rate=3e-7, save_steps=11).step == 12
+    resumed = run(tmp_path, **fields, learning_rate=3e-7, output_dir=str(tmp_path / "resumed"),
+                  resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-11"))
+    assert resumed.step == 12
+
+
+@pytest.mark.parametrize("kind, step", [("lora_B", 1), ("lora_A", 2), ("norm", 1), ("embedding", 1)])
+def test_a_kind_without_gradient_is_named(tmp_path, monkeypatch, kind, step):
+    class Broken(model_.Model):
+        def train_microbatch(self, *args, **kwargs):
+            loss = super().train_microbatch(*args, **kwargs)
+            for p in self.parameters:
+                if p.kind == kind:
+                    p.grad.fill(0)
+            return loss
+    monkeypatch.setattr(model_, "Model", Broken)
+    message = failure(tmp_path)
+    assert message.startswith(f"step {step}: {kind} does not train") and "its gradient is zero" in message
+    assert not checkpoint.found(tmp_path / "out")
+
+
+def test_a_run_that_does_not_fit_says_what_would(tmp_path):
+    message = failure(tmp_path, max_memory=1e-6)
+    assert "this run needs" in message and "what would make it fit" in message and not (tmp_path / "out").exists()
+
+
+def test_what_is_evaluated_can_be_limited(tmp_path):
+    said = []
+    run(tmp_path, said, eval_data=str(tiny.text(tmp_path / "held.txt", 900, seed=9)), max_eval_samples=2, max_steps=1)
+    assert any("2 sequences are evaluated" in line for line in said)
+
+
+def in_process(script, fields):
+    """A run in a process of its own, by `script`."""
+    command = [sys.executable, "-c", script, "train", *tiny.flags(fields)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_a_full_disk_leaves_the_older_checkpoints(tmp_path):
+    """Files may not grow above 50 kB: the metrics may, the optimizer's state may not."""
+    run(tmp_path, max_steps=1)
+    before = tiny.listing(tmp_path / "out")
+    script = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+              "from longlora.cli import main; sys.exit(main())")
+    fields = tiny.options(tmp_path, max_steps=3, save_steps=2, resume_from_checkpoint="latest")
+    done = in_process(script, fields)
+    tiny.refused(done, "checkpoint-2", "cannot be written")
+    assert "step 2/3" in done.stdout
+    after = tiny.listing(tmp_path / "out")
+    kept = [name for name in before if "checkpoint-1" in name or name.endswith("adapter_model.safetensors")]
+    assert kept and all(after[name] == before[name] for name in kept)
+    assert not [name for name in after if "partial" in name]
+    assert run(tmp_path, max_steps=3, resume_from_checkpoint="latest").step == 3
+
+
+def test_a_run_takes_no_torch(tmp_path):
+    script = ("import sys; from longlora.cli import main; code = main(); "
+              "assert not {'torch', 'transformers', 'peft'} & set(sys.modules); sys.exit(code)")
+    done = in_process(script, tiny.options(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_peak_memory_is_not_that_of_the_program_that_started_it():
+    """As far as /proc says it: subprocess lends a child its parent's pages until it runs its own program."""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("this system has no /proc/self/status to read the peak from")
+    held = np.ones(300 << 20, np.uint8)
+    code = "from longlora.training import metrics; print(metrics.peak_memory())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert 1 << 20 < int(done.stdout) < held.nbytes < metrics.peak_memory()
