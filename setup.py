@@ -11,6 +11,7 @@ Switches (environment):
     WIDE=1              no kernels but the portable ones, in the sizes of the AVX-512 ones, products of bfloat16 included: slow,
                         for tests/test_wide.py on processors without AVX-512
 """
+
 import glob
 import os
 import platform
@@ -33,18 +34,29 @@ V3 = ["-mavx2", "-mfma", "-mf16c"]
 ISAS = {"portable": ["-DWIDE", "-O1" if SANITIZE else "-O2", "-Wno-psabi"] if WIDE else []}
 if X86:
     ISAS |= {"avx2": V3, "avx512": V3 + V4, "avx512_bf16": V3 + V4 + ["-mavx512bf16"]}
-ONCE = [*sorted(glob.glob("csrc/*.c")), "csrc/cpu/parallel.c"]         # all other .c files are kernels
+ONCE = [*sorted(glob.glob("csrc/*.c")), "csrc/cpu/parallel.c"]  # all other .c files are kernels
 KERNELS = sorted(set(glob.glob("csrc/cpu/*.c")) - set(ONCE))
 HEADERS = [*glob.glob("csrc/*.h"), *glob.glob("csrc/cpu/*.h")]
-CUDA_HEADERS = [*glob.glob("csrc/*.h"), *glob.glob("cuda/*.cuh"), *glob.glob("cuda/*.h"), *glob.glob("tests/emulation/*.h")]
+CUDA_HEADERS = [
+    *glob.glob("csrc/*.h"),
+    *glob.glob("cuda/*.cuh"),
+    *glob.glob("cuda/*.h"),
+    *glob.glob("tests/emulation/*.h"),
+]
 
 WARN = ["-Wall", "-Wextra", "-fvisibility=hidden"]
 OPTIMISE = ["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O1", "-g1"] if SANITIZE else ["-O3", "-g0", "-DNDEBUG"]
-SANITIZERS = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"] if SANITIZE else []
+SANITIZERS = (
+    [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
+    if SANITIZE
+    else []
+)
 FLAGS = ["-std=c11", "-fopenmp", *WARN, *OPTIMISE, *SANITIZERS]
 MATH = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 # gcc for aarch64 would load the next operands of a tile so early that its sums go to memory; on x86 it does not by itself.
-if platform.machine() == "aarch64" and "clang" not in (os.environ.get("CC") or sysconfig.get_config_var("CC") or ""):
+if platform.machine() == "aarch64" and "clang" not in (
+    os.environ.get("CC") or sysconfig.get_config_var("CC") or ""
+):
     MATH.append("-fno-schedule-insns")
 # Without these three the C++ of the CUDA sources would need libstdc++ at run time.
 CXX_FLAGS = ["-std=c++17", "-fPIC", *WARN, "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
@@ -58,11 +70,17 @@ def find_nvcc():
     if wanted in ("0", "emulation"):
         return None
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    places = [os.environ.get("NVCC"), *(os.path.join(home, "bin", "nvcc") for home in homes if home), "nvcc",
-              "/usr/local/cuda/bin/nvcc"]
+    places = [
+        os.environ.get("NVCC"),
+        *(os.path.join(home, "bin", "nvcc") for home in homes if home),
+        "nvcc",
+        "/usr/local/cuda/bin/nvcc",
+    ]
     nvcc = next(filter(None, (shutil.which(place) for place in places if place)), None)
     if wanted == "1" and not nvcc:
-        raise SystemExit("LONGLORA_CUDA=1, but there is no nvcc in NVCC, CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda")
+        raise SystemExit(
+            "LONGLORA_CUDA=1, but there is no nvcc in NVCC, CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda"
+        )
     return nvcc
 
 
@@ -70,24 +88,46 @@ def cuda_libraries(nvcc):
     """Where nvcc's own libraries are, as it says itself."""
     says = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
     top = re.search(r"#\$ TOP=(.*)", says)
-    folders = re.findall(r'"-L([^"]*)"', says) + [os.path.join(top[1].strip(), lib) for lib in ("lib64", "lib") if top]
+    folders = re.findall(r'"-L([^"]*)"', says) + [
+        os.path.join(top[1].strip(), lib) for lib in ("lib64", "lib") if top
+    ]
     return [folder for folder in folders if os.path.exists(os.path.join(folder, "libcudart_static.a"))][:1]
 
 
 NVCC, EMULATION = find_nvcc(), os.environ.get("LONGLORA_CUDA") == "emulation"
 ARCHS = re.findall(r"\w+", os.environ.get("LONGLORA_CUDA_ARCH") or "80 90a 100 120")
-CUDA_SOURCES = sorted(glob.glob("cuda/*.cu"), key=os.path.getsize, reverse=True)       # the longest to compile first
+CUDA_SOURCES = sorted(
+    glob.glob("cuda/*.cu"), key=os.path.getsize, reverse=True
+)  # the longest to compile first
 if NVCC:
-    CUDA_COMMAND = [NVCC, *CXX_FLAGS[:1], "-O3", "-DNDEBUG", f"-DLONGLORA_CUDA_ARCHS={' '.join(ARCHS)}",
-                    "-Xcompiler", ",".join(CXX_FLAGS[1:])]
+    CUDA_COMMAND = [
+        NVCC,
+        *CXX_FLAGS[:1],
+        "-O3",
+        "-DNDEBUG",
+        f"-DLONGLORA_CUDA_ARCHS={' '.join(ARCHS)}",
+        "-Xcompiler",
+        ",".join(CXX_FLAGS[1:]),
+    ]
     for arch in ARCHS:
         CUDA_COMMAND += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     CUDA_COMMAND += ["-gencode", f"arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}"]
 elif EMULATION:
     CUDA_SOURCES += glob.glob("tests/emulation/*.cpp")
-    CUDA_COMMAND = [os.environ.get("CXX") or "c++", *CXX_FLAGS, "-O2", *["-march=native", "-ffp-contract=off"] * X86, *SANITIZERS,
-                    "-Wno-unknown-pragmas", "-fsanitize=alignment,bounds,shift", "-DLONGLORA_EMULATION", "-Itests/emulation",
-                    "-Icuda", "-x", "c++"]
+    CUDA_COMMAND = [
+        os.environ.get("CXX") or "c++",
+        *CXX_FLAGS,
+        "-O2",
+        *["-march=native", "-ffp-contract=off"] * X86,
+        *SANITIZERS,
+        "-Wno-unknown-pragmas",
+        "-fsanitize=alignment,bounds,shift",
+        "-DLONGLORA_EMULATION",
+        "-Itests/emulation",
+        "-Icuda",
+        "-x",
+        "c++",
+    ]
 # The CUDA runtime is part of the extension and hidden in it, apart from any other copy in the process.
 CUDA_LINK = ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
 CUDA = bool(NVCC or EMULATION)
@@ -103,11 +143,17 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext):
         cc = self.compiler.compiler_so
-        probe = subprocess.run([*cc, "-fopenmp", "-fsyntax-only", "-x", "c", "-"], input="#include <omp.h>\n", text=True,
-                               capture_output=True)
+        probe = subprocess.run(
+            [*cc, "-fopenmp", "-fsyntax-only", "-x", "c", "-"],
+            input="#include <omp.h>\n",
+            text=True,
+            capture_output=True,
+        )
         if probe.returncode:
-            raise SystemExit(f"OpenMP is needed, and {cc[0]} -fopenmp does not find it: gcc brings it along, clang's is libomp-dev "
-                             f"(Debian), Apple's clang has none\n{probe.stderr}")
+            raise SystemExit(
+                f"OpenMP is needed, and {cc[0]} -fopenmp does not find it: gcc brings it along, clang's is libomp-dev "
+                f"(Debian), Apple's clang has none\n{probe.stderr}"
+            )
         jobs = [(source, None, []) for source in CUDA_SOURCES if CUDA]
         jobs += [(source, [("LONGLORA_CUDA", "1")] * CUDA, []) for source in ext.sources]
         jobs += [(source, [("ISA", isa)], MATH + flags) for isa, flags in ISAS.items() for source in KERNELS]
@@ -128,16 +174,21 @@ class BuildExt(build_ext):
                 return build_cuda(source)
             macros, flags = [*ext.define_macros, *macros], [*ext.extra_compile_args, *flags]
             output_dir = folder((macros, flags, self.compiler.compiler_so))
-            made, = self.compiler.object_filenames([source], output_dir=output_dir)
+            (made,) = self.compiler.object_filenames([source], output_dir=output_dir)
             if not newer(made, source, *HEADERS):
-                self.compiler.compile([source], output_dir=output_dir, macros=macros, include_dirs=ext.include_dirs,
-                                      extra_postargs=flags)
+                self.compiler.compile(
+                    [source],
+                    output_dir=output_dir,
+                    macros=macros,
+                    include_dirs=ext.include_dirs,
+                    extra_postargs=flags,
+                )
             return made
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             ext.extra_objects = list(pool.map(build, jobs))
         ext.sources = []
-        self.force = self.compiler.force = True                        # link anew: the switches may have changed
+        self.force = self.compiler.force = True  # link anew: the switches may have changed
         super().build_extension(ext)
 
 
@@ -148,9 +199,14 @@ extension = Extension(
     include_dirs=["csrc", numpy.get_include()],
     define_macros=[("LONGLORA_X86", "1")] * X86 + [("Py_LIMITED_API", "0x030b0000")] * (not free_threaded),
     extra_compile_args=FLAGS,
-    extra_link_args=["-fopenmp", "-lm", *SANITIZERS] + (CUDA_LINK if NVCC else ["-lstdc++"] if EMULATION else []),
+    extra_link_args=["-fopenmp", "-lm", *SANITIZERS]
+    + (CUDA_LINK if NVCC else ["-lstdc++"] if EMULATION else []),
     library_dirs=cuda_libraries(NVCC) if NVCC else [],
     py_limited_api=not free_threaded,
 )
-setup(license="Apache-2.0", ext_modules=[extension], cmdclass={"build_ext": BuildExt},
-      options={} if free_threaded else {"bdist_wheel": {"py_limited_api": "cp311"}})
+setup(
+    license="Apache-2.0",
+    ext_modules=[extension],
+    cmdclass={"build_ext": BuildExt},
+    options={} if free_threaded else {"bdist_wheel": {"py_limited_api": "cp311"}},
+)

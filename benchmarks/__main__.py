@@ -1,4 +1,5 @@
 """Runs every bench_*.py of this folder, or those named: python -m benchmarks [gemm s2_attention ...] [--json FILE ...]."""
+
 import importlib
 import pathlib
 import sys

@@ -1,15 +1,32 @@
 """matmul against torch.mm: the products of a SmolLM2 step (forward NT, dx NN, dW TN), big squares, skinny and odd shapes."""
+
 import math
 
 from benchmarks.harness import Bench
 from longlora import _C, ops
 
 LAYER = [(2048, 576, 576), (2048, 192, 576), (2048, 1536, 576), (2048, 576, 1536)]
-NT = LAYER + [(2048, 49152, 576), (2048, 2048, 2048), (4096, 4096, 4096), (2048, 8, 576), (2048, 576, 8), (1, 2048, 2048),
-              (7, 576, 576), (100, 576, 576), (2048, 577, 576), (2047, 575, 577)]
-ODD = [((7, 576, 576), (8, 576, 576)), ((100, 576, 576), (96, 576, 576)), ((2048, 577, 576), (2048, 576, 576)),
-       ((2047, 575, 577), (2048, 576, 576))]
-SHAPES = [("NT", shape) for shape in NT] + [(kind, shape) for kind in ("NN", "TN") for shape in LAYER + [(2048, 2048, 2048)]]
+NT = LAYER + [
+    (2048, 49152, 576),
+    (2048, 2048, 2048),
+    (4096, 4096, 4096),
+    (2048, 8, 576),
+    (2048, 576, 8),
+    (1, 2048, 2048),
+    (7, 576, 576),
+    (100, 576, 576),
+    (2048, 577, 576),
+    (2047, 575, 577),
+]
+ODD = [
+    ((7, 576, 576), (8, 576, 576)),
+    ((100, 576, 576), (96, 576, 576)),
+    ((2048, 577, 576), (2048, 576, 576)),
+    ((2047, 575, 577), (2048, 576, 576)),
+]
+SHAPES = [("NT", shape) for shape in NT] + [
+    (kind, shape) for kind in ("NN", "TN") for shape in LAYER + [(2048, 2048, 2048)]
+]
 
 
 def on_gpu(bench):
@@ -22,8 +39,13 @@ def on_gpu(bench):
         if gpu.torch is not None:
             made = gpu.zeros((m, n), dtype)
             peer = lambda: gpu.torch.mm(a, b.T, out=made)
-        bench.row(f"NT M={m} N={n} K={k}", lambda: _C.lora_linear_forward(out, None, a, b, None, None, None, None, 1.0), peer,
-                  dtype=dtype, flops=2 * m * n * k)
+        bench.row(
+            f"NT M={m} N={n} K={k}",
+            lambda: _C.lora_linear_forward(out, None, a, b, None, None, None, None, 1.0),
+            peer,
+            dtype=dtype,
+            flops=2 * m * n * k,
+        )
 
 
 def main(argv=None):
@@ -40,15 +62,27 @@ def main(argv=None):
             at = bench.to_torch(a) if kind[0] == "N" else bench.to_torch(a.T).T
             bt = bench.to_torch(b) if kind[1] == "N" else bench.to_torch(b.T).T
             out, out_torch = bench.random(m, n, dtype=dtype), bench.torch.empty((m, n), dtype=at.dtype)
-            bench.row(name, lambda: ops._C.matmul(out, a, b, 1.0, 0.0), lambda: bench.torch.mm(at, bt, out=out_torch),
-                      dtype=dtype, flops=2 * m * n * k)
+            bench.row(
+                name,
+                lambda: ops._C.matmul(out, a, b, 1.0, 0.0),
+                lambda: bench.torch.mm(at, bt, out=out_torch),
+                dtype=dtype,
+                flops=2 * m * n * k,
+            )
         for odd, near in ODD:
             calls = []
             for m, n, k in (odd, near):
                 a, b, out = (bench.random(*shape, dtype=dtype) for shape in ((m, k), (n, k), (m, n)))
                 calls.append(lambda out=out, a=a, b=b: ops._C.matmul(out, a, b.T, 1.0, 0.0))
             name = "NT M={} N={} K={}"
-            bench.neighbour(f"odd {name.format(*odd)}", *calls, 2 * math.prod(odd), 2 * math.prod(near), name.format(*near), dtype=dtype)
+            bench.neighbour(
+                f"odd {name.format(*odd)}",
+                *calls,
+                2 * math.prod(odd),
+                2 * math.prod(near),
+                name.format(*near),
+                dtype=dtype,
+            )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What a call of an op costs the host, on arrays so small that nothing else counts; torch's rms_norm beside it. On a GPU: the
 time until the call has queued its work, which is what has to be shorter than the work itself."""
+
 import time
 
 from benchmarks.harness import Bench
@@ -46,7 +47,14 @@ def main(argv=None):
         peer = per_call(lambda: torch.nn.functional.rms_norm(xt, (64,), wt), gpu, calls)
     for name, call in rows.items():
         if bench.wants(name, dtype):
-            bench.record(name, per_call(call, gpu, calls), peer if "rms_norm" in name else None, "us", dtype=dtype, **target)
+            bench.record(
+                name,
+                per_call(call, gpu, calls),
+                peer if "rms_norm" in name else None,
+                "us",
+                dtype=dtype,
+                **target,
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The head and its loss, forward and backward, against torch's linear + cross_entropy; head frozen and trained."""
+
 import numpy as np
 
 from benchmarks.harness import Bench
@@ -17,7 +18,11 @@ def on_gpu(bench):
             continue
         x, weight = bench.random(m, c, dtype=dtype), bench.random(v, c, dtype=dtype, scale=c**-0.5)
         targets, known = gpu.integers(v, m)
-        dlosses, losses, dx = gpu.place(np.full(m, 1 / m, np.float32)), gpu.zeros((m,)), gpu.zeros((m, c), dtype)
+        dlosses, losses, dx = (
+            gpu.place(np.full(m, 1 / m, np.float32)),
+            gpu.zeros((m,)),
+            gpu.zeros((m, c), dtype),
+        )
         args = losses, dx, None, x, weight, targets, dlosses, -100
         peer = None
         if gpu.torch is not None:
@@ -26,11 +31,26 @@ def on_gpu(bench):
             def theirs():
                 logits = torch.nn.functional.linear(xt, weight).float()
                 torch.autograd.grad(torch.nn.functional.cross_entropy(logits, tt), xt)
+
             peer = gpu.can(theirs)
-        bench.row(name, lambda: _C.linear_cross_entropy_backward(*args), peer, dtype=dtype, flops=4 * m * c * v,
-                  target=(600, 700), judged="ours")
-        bench.record(f"extra memory {name}", _C.workspace("linear_cross_entropy_backward", *args) / 2**30, None, "GiB",
-                     dtype=dtype, target=(0.5, 0.5), judged="ours")
+        bench.row(
+            name,
+            lambda: _C.linear_cross_entropy_backward(*args),
+            peer,
+            dtype=dtype,
+            flops=4 * m * c * v,
+            target=(600, 700),
+            judged="ours",
+        )
+        bench.record(
+            f"extra memory {name}",
+            _C.workspace("linear_cross_entropy_backward", *args) / 2**30,
+            None,
+            "GiB",
+            dtype=dtype,
+            target=(0.5, 0.5),
+            judged="ours",
+        )
 
 
 def main(argv=None):

@@ -1,19 +1,31 @@
 """The linear layer with LoRA: forward and backward against PEFT's layer, and against our own frozen linear (rank 0)."""
+
 import importlib.util
 
 from benchmarks.harness import Bench
 from longlora import _C
 
-SHAPES = [(2048, 576, 576, 8), (2048, 576, 192, 8), (2048, 2048, 2048, 8), (2048, 2048, 2048, 16), (2048, 2048, 2048, 64)]
+SHAPES = [
+    (2048, 576, 576, 8),
+    (2048, 576, 192, 8),
+    (2048, 2048, 2048, 8),
+    (2048, 2048, 2048, 16),
+    (2048, 2048, 2048, 64),
+]
 
 
 def peft_layer(torch, weight, a, b, scale):
     """PEFT's LoRA linear holding these weights; only a and b are trained."""
     from peft import LoraConfig, inject_adapter_in_model
-    model = torch.nn.Sequential(torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype))
+
+    model = torch.nn.Sequential(
+        torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    )
     model[0].weight.data = weight
     rank = a.shape[0]
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=scale * rank, lora_dropout=0.0, target_modules=["0"]), model)
+    inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=scale * rank, lora_dropout=0.0, target_modules=["0"]), model
+    )
     model[0].lora_A["default"].weight.data = a
     model[0].lora_B["default"].weight.data = b
     return model
@@ -57,21 +69,53 @@ def on_gpu(bench):
         flops = 2 * m * n * c
         # time over the frozen linear's: + 8 % is a ratio of 1 / 1.08
         over = (1 / 1.08, 1 / 1.03)
-        bench.row(f"forward over frozen {name}", forward, frozen_forward, dtype=dtype, flops=flops + 2 * m * r * (n + c),
-                  peer_name="frozen", target=over, judged="ratio")
+        bench.row(
+            f"forward over frozen {name}",
+            forward,
+            frozen_forward,
+            dtype=dtype,
+            flops=flops + 2 * m * r * (n + c),
+            peer_name="frozen",
+            target=over,
+            judged="ratio",
+        )
         flops = 4 * m * n * c + 6 * m * r * (n + c)
-        bench.row(f"forward+backward over frozen {name}", both, frozen, dtype=dtype, flops=flops, peer_name="frozen", target=over,
-                  judged="ratio")
+        bench.row(
+            f"forward+backward over frozen {name}",
+            both,
+            frozen,
+            dtype=dtype,
+            flops=flops,
+            peer_name="frozen",
+            target=over,
+            judged="ratio",
+        )
         peer, peer_name = None, ""
         if gpu.torch is not None:
             with_peft = importlib.util.find_spec("peft") is not None
             layer = (peft_layer if with_peft else by_formula)(gpu.torch, weight, a, b, 2.0)
-            xt, peer_name = x.detach().clone().requires_grad_(), "peft" if with_peft else "PEFT's formula in torch"
+            xt, peer_name = (
+                x.detach().clone().requires_grad_(),
+                "peft" if with_peft else "PEFT's formula in torch",
+            )
             peer = gpu.can(lambda: layer(xt).backward(dout))
-            bench.row(f"torch's frozen linear {name}", frozen,
-                      lambda: (gpu.torch.mm(x, weight.T), gpu.torch.mm(dout, weight)), dtype=dtype, flops=4 * m * n * c)
-        bench.row(f"forward+backward {name}", both, peer, dtype=dtype, flops=flops, peer_name=peer_name, target=(1.2, 1.4),
-                  judged="ratio")
+            bench.row(
+                f"torch's frozen linear {name}",
+                frozen,
+                lambda: (gpu.torch.mm(x, weight.T), gpu.torch.mm(dout, weight)),
+                dtype=dtype,
+                flops=4 * m * n * c,
+            )
+        bench.row(
+            f"forward+backward {name}",
+            both,
+            peer,
+            dtype=dtype,
+            flops=flops,
+            peer_name=peer_name,
+            target=(1.2, 1.4),
+            judged="ratio",
+        )
 
 
 def main(argv=None):
@@ -81,7 +125,9 @@ def main(argv=None):
     for dtype in "float32", "bfloat16":
         for m, c, n, r in SHAPES:
             name = f"M={m} C={c} N={n} R={r}"
-            if not bench.wants(f"forward+backward {name}", dtype) and not bench.wants(f"over frozen {name}", dtype):
+            if not bench.wants(f"forward+backward {name}", dtype) and not bench.wants(
+                f"over frozen {name}", dtype
+            ):
                 continue
             x, dout = bench.random(m, c, dtype=dtype), bench.random(m, n, dtype=dtype)
             weight = bench.random(n, c, dtype=dtype, scale=c**-0.5)
@@ -98,7 +144,9 @@ def main(argv=None):
 
             def frozen():
                 _C.lora_linear_forward(out, None, x, weight, None, None, None, None, 1.0)
-                _C.lora_linear_backward(dx, None, None, None, None, dout, None, weight, None, None, None, 1.0, 0)
+                _C.lora_linear_backward(
+                    dx, None, None, None, None, dout, None, weight, None, None, None, 1.0, 0
+                )
 
             def peer():
                 xt.grad = None

@@ -1,6 +1,7 @@
 """S2-Attn against torch's best form of it: the shifted heads moved by one index, groups folded into the batch, SDPA with
 is_causal. Useful FLOPs, causal half only: forward 4 H L (G/2) D, backward 2.5 times that. On a GPU: bfloat16, forward and
 backward together, SDPA's backend forced to flash and to cuDNN."""
+
 import functools
 import math
 
@@ -11,8 +12,12 @@ from longlora.training.profile import pairs
 L, H = 8192, 8
 CASES = [(D, G) for D in (64, 128) for G in (512, 1024, 2048, 4096)] + [(80, 512), (96, 300)]
 # (T, D, G) and its round neighbour
-ODD = [((8192, 80, 512), (8192, 64, 512)), ((8192, 96, 512), (8192, 128, 512)), ((8192, 64, 300), (8192, 64, 256)),
-       ((5000, 64, 512), (4096, 64, 512))]
+ODD = [
+    ((8192, 80, 512), (8192, 64, 512)),
+    ((8192, 96, 512), (8192, 128, 512)),
+    ((8192, 64, 300), (8192, 64, 256)),
+    ((5000, 64, 512), (4096, 64, 512)),
+]
 
 
 class Peer:
@@ -24,13 +29,15 @@ class Peer:
 
     def fold(self, x):
         B, T, heads, D = x.shape
-        x = self.torch.cat([x[:, :, :heads // 2], x[:, :, heads // 2:].roll(-self.G // 2, 1)], 2)
+        x = self.torch.cat([x[:, :, : heads // 2], x[:, :, heads // 2 :].roll(-self.G // 2, 1)], 2)
         return x.reshape(B * T // self.G, self.G, heads, D).transpose(1, 2)
 
     def forward(self):
-        out = self.torch.nn.functional.scaled_dot_product_attention(self.fold(self.q), self.fold(self.k), self.fold(self.v), is_causal=True)
+        out = self.torch.nn.functional.scaled_dot_product_attention(
+            self.fold(self.q), self.fold(self.k), self.fold(self.v), is_causal=True
+        )
         out = out.transpose(1, 2).reshape(self.q.shape)
-        return self.torch.cat([out[:, :, :H // 2], out[:, :, H // 2:].roll(self.G // 2, 1)], 2)
+        return self.torch.cat([out[:, :, : H // 2], out[:, :, H // 2 :].roll(self.G // 2, 1)], 2)
 
 
 class GpuPeer:
@@ -51,10 +58,12 @@ class GpuPeer:
 
     def step(self, dout):
         from torch.nn.attention import sdpa_kernel
+
         q, k, v = self.tensors
         with sdpa_kernel(self.backend):
             out = self.torch.nn.functional.scaled_dot_product_attention(
-                self.fold(q), self.fold(k), self.fold(v), is_causal=True, enable_gqa=k.shape[2] != q.shape[2])
+                self.fold(q), self.fold(k), self.fold(v), is_causal=True, enable_gqa=k.shape[2] != q.shape[2]
+            )
             out, half = out.transpose(1, 2).reshape(q.shape), q.shape[2] // 2
             out = self.torch.cat([out[:, :, :half], out[:, self.inverse, half:]], 2)
             return self.torch.autograd.grad(out, (q, k, v), dout)
@@ -70,7 +79,10 @@ def on_gpu(bench):
                 continue
             q, k, v, dout = (bench.random(1, L, heads, D, dtype=dtype) for heads in (H, K, K, H))
             out, dq, dk, dv = (gpu.zeros((1, L, heads, D), dtype) for heads in (H, H, K, K))
-            lse, scalars = gpu.zeros((1, H, L)), (G, ops.BOUNDARIES["split"], ops.SHIFTS["half"], 1 / math.sqrt(D))
+            lse, scalars = (
+                gpu.zeros((1, H, L)),
+                (G, ops.BOUNDARIES["split"], ops.SHIFTS["half"], 1 / math.sqrt(D)),
+            )
 
             def forward():
                 _C.s2_attention_forward(out, lse, q, k, v, None, *scalars)
@@ -84,11 +96,20 @@ def on_gpu(bench):
             for backend in gpu.size(["FLASH_ATTENTION", "CUDNN_ATTENTION"], [None]):
                 peer = None
                 if backend is not None:
-                    theirs = GpuPeer(gpu.torch, (q, k, v), G, getattr(gpu.torch.nn.attention.SDPBackend, backend))
+                    theirs = GpuPeer(
+                        gpu.torch, (q, k, v), G, getattr(gpu.torch.nn.attention.SDPBackend, backend)
+                    )
                     peer = gpu.can(lambda: theirs.step(dout))
-                bench.row(f"forward+backward {name}", both, peer, dtype=dtype, flops=3.5 * flops,
-                          peer_name=(backend or "").lower(), judged="ratio",
-                          target=(0.9, 1.1) if backend == "FLASH_ATTENTION" else None)
+                bench.row(
+                    f"forward+backward {name}",
+                    both,
+                    peer,
+                    dtype=dtype,
+                    flops=3.5 * flops,
+                    peer_name=(backend or "").lower(),
+                    judged="ratio",
+                    target=(0.9, 1.1) if backend == "FLASH_ATTENTION" else None,
+                )
 
 
 def main(argv=None):
@@ -109,25 +130,50 @@ def main(argv=None):
             flops = 4 * H * L * G / 2 * D
 
             def backward():
-                return bench.torch.autograd.grad(out_torch, (peer.q, peer.k, peer.v), dout_torch, retain_graph=True)
+                return bench.torch.autograd.grad(
+                    out_torch, (peer.q, peer.k, peer.v), dout_torch, retain_graph=True
+                )
 
             def forward():
                 with bench.torch.no_grad():
                     return peer.forward()
-            bench.row(f"forward {name}", lambda: ops.s2_attention_forward(q, k, v, group_size=G), peer and forward, dtype=dtype, flops=flops)
-            bench.row(f"backward {name}", lambda: ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=G), peer and backward,
-                      dtype=dtype, flops=2.5 * flops)
+
+            bench.row(
+                f"forward {name}",
+                lambda: ops.s2_attention_forward(q, k, v, group_size=G),
+                peer and forward,
+                dtype=dtype,
+                flops=flops,
+            )
+            bench.row(
+                f"backward {name}",
+                lambda: ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=G),
+                peer and backward,
+                dtype=dtype,
+                flops=2.5 * flops,
+            )
         for cases in ODD:
             ways, flops, names = [], [], []
             for T, D, G in cases:
                 q, k, v, dout = (bench.random(1, T, H, D, dtype=dtype) for _ in range(4))
                 out, lse = ops.s2_attention_forward(q, k, v, group_size=G)
-                ways.append((functools.partial(ops.s2_attention_forward, q, k, v, group_size=G),
-                             functools.partial(ops.s2_attention_backward, dout, q, k, v, out, lse, group_size=G)))
+                ways.append(
+                    (
+                        functools.partial(ops.s2_attention_forward, q, k, v, group_size=G),
+                        functools.partial(ops.s2_attention_backward, dout, q, k, v, out, lse, group_size=G),
+                    )
+                )
                 flops.append(4 * pairs(T, H, G, "split", "half") * D)
                 names.append(f"T={T} D={D} G={G}")
             for i, way in enumerate(("forward", "backward")):
-                bench.neighbour(f"odd {way} {names[0]}", ways[0][i], ways[1][i], *((1, 2.5)[i] * n for n in flops), names[1], dtype=dtype)
+                bench.neighbour(
+                    f"odd {way} {names[0]}",
+                    ways[0][i],
+                    ways[1][i],
+                    *((1, 2.5)[i] * n for n in flops),
+                    names[1],
+                    dtype=dtype,
+                )
 
 
 if __name__ == "__main__":

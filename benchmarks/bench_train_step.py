@@ -8,6 +8,7 @@ they run. A side's memory is the peak resident size of its process, the interpre
 On a GPU: Llama-2-7B's shapes, random weights, bfloat16, ours alone: tokens a second, and the plan beside the memory that the GPU
 lost.
 """
+
 import argparse
 import json
 import os
@@ -22,20 +23,55 @@ from longlora.training import metrics
 
 from . import harness
 
-CONFIG = dict(model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=49152, hidden_size=576, intermediate_size=1536,
-              num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192,
-              rms_norm_eps=1e-5, tie_word_embeddings=True, hidden_act="silu", attention_bias=False, initializer_range=0.04,
-              rope_theta=100000.0, bos_token_id=1, eos_token_id=2)
+CONFIG = dict(
+    model_type="llama",
+    architectures=["LlamaForCausalLM"],
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    hidden_act="silu",
+    attention_bias=False,
+    initializer_range=0.04,
+    rope_theta=100000.0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 CASES = [(2048, 512), (4096, 1024)]
-LLAMA2 = dict(CONFIG, vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-              num_key_value_heads=32, head_dim=128, max_position_embeddings=4096, initializer_range=0.02, tie_word_embeddings=False,
-              rope_theta=10000.0)
-SMALL = dict(LLAMA2, vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=8)
-GPU_CASES = {8192: (15_000, 22_700), 32768: (10_000, 14_800)}          # length -> tokens/s: must, aim
+LLAMA2 = dict(
+    CONFIG,
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    head_dim=128,
+    max_position_embeddings=4096,
+    initializer_range=0.02,
+    tie_word_embeddings=False,
+    rope_theta=10000.0,
+)
+SMALL = dict(
+    LLAMA2,
+    vocab_size=260,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
+GPU_CASES = {8192: (15_000, 22_700), 32768: (10_000, 14_800)}  # length -> tokens/s: must, aim
 RATE = 1e-4
 ALONE = "ours on 1 thread"
-PAUSE = 0.5                            # seconds before a step: the threads of the other side go on looking for work for a while
+PAUSE = 0.5  # seconds before a step: the threads of the other side go on looking for work for a while
 
 
 def tokens(length):
@@ -43,15 +79,21 @@ def tokens(length):
 
 
 def our_step(length, group, dtype, layers):
-    from longlora.files.adapter import LoraConfig
     from longlora.decoder.config import read_config
     from longlora.decoder.model import Model
-    from longlora.training.optimizer import AdamW
+    from longlora.files.adapter import LoraConfig
     from longlora.memory.plan import plan
+    from longlora.training.optimizer import AdamW
+
     config = read_config(CONFIG | {"num_hidden_layers": layers})
     about = plan(config, dtype=dtype, sequence_length=length, group_size=group, lora=LoraConfig())
-    model = Model(config, dtype=dtype, lora=LoraConfig(), plan=about,
-                  attention={"group_size": group, "boundary": "split", "shift": "half"})
+    model = Model(
+        config,
+        dtype=dtype,
+        lora=LoraConfig(),
+        plan=about,
+        attention={"group_size": group, "boundary": "split", "shift": "half"},
+    )
     model.init_random(0)
     optimizer = AdamW(model.parameters, max_grad_norm=1.0)
     rates = dict.fromkeys((p.kind for p in model.parameters), RATE)
@@ -69,13 +111,16 @@ def our_step(length, group, dtype, layers):
 def s2_attention(module, query, key, value, attention_mask, scaling=None, group=None, **_):
     """S2-Attn by SDPA, q [1,H,T,D], k and v [1,K,T,D]: plain heads in T/G groups; shifted heads in two halves and the rest."""
     import torch
+
     sdpa = torch.nn.functional.scaled_dot_product_attention
     heads, length = query.shape[1:3]
     key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
     plain, shifted, half = slice(0, heads // 2), slice(heads // 2, heads), group // 2
 
     def grouped(chosen, start, stop, size):
-        parts = [x[0, chosen, start:stop].unflatten(1, (-1, size)).transpose(0, 1) for x in (query, key, value)]
+        parts = [
+            x[0, chosen, start:stop].unflatten(1, (-1, size)).transpose(0, 1) for x in (query, key, value)
+        ]
         return sdpa(*parts, is_causal=True, scale=scaling).transpose(0, 1).flatten(1, 2)
 
     first, last = grouped(shifted, 0, half, half), grouped(shifted, length - half, length, half)
@@ -91,18 +136,26 @@ def torch_step(length, group, dtype, checkpointing=False, swapped=False):
     import torch
     import transformers
     from peft import LoraConfig, get_peft_model
+
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     transformers.AttentionInterface.register("s2_sdpa", functools.partial(s2_attention, group=group))
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**{key: value for key, value in CONFIG.items() if key not in ("model_type", "architectures")})
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="s2_sdpa")
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    config = transformers.LlamaConfig(
+        **{key: value for key, value in CONFIG.items() if key not in ("model_type", "architectures")}
+    )
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=getattr(torch, dtype), attn_implementation="s2_sdpa"
+    )
+    model = get_peft_model(
+        model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    )
     # By hand, not by modules_to_save: the head stays tied to the embedding and no second copy of either is kept.
     for name, parameter in model.named_parameters():
         if "embed_tokens" in name or "norm" in name:
             parameter.requires_grad_(True)
     if swapped:
         import longlora.torch
+
         longlora.torch.swap(longlora.torch.configure(model, group))
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -140,19 +193,34 @@ def one_side(side, length, group, dtype, layers):
 def gpu_step(length, device, repeats, smoke):
     """In a process of its own: steps on a GPU -> one JSON line."""
     from longlora import cuda
-    from longlora.files.adapter import LoraConfig
     from longlora.decoder.config import read_config
     from longlora.decoder.model import Model
-    from longlora.training.optimizer import AdamW
+    from longlora.files.adapter import LoraConfig
     from longlora.memory.plan import plan
+    from longlora.training.optimizer import AdamW
+
     from .gpu import Gpu
+
     gpu = Gpu(device, smoke)
     config, (before, total) = read_config(SMALL if smoke else LLAMA2), cuda.memory_info(gpu.index)
-    about = plan(config, dtype="bfloat16", sequence_length=length, group_size=length // 4, lora=LoraConfig(), device=gpu.device)
+    about = plan(
+        config,
+        dtype="bfloat16",
+        sequence_length=length,
+        group_size=length // 4,
+        lora=LoraConfig(),
+        device=gpu.device,
+    )
     if not about.fits:
         raise SystemExit(f"{length} tokens do not fit: {about.text()}")
-    model = Model(config, dtype="bfloat16", lora=LoraConfig(), plan=about, device=gpu.device,
-                  attention={"group_size": length // 4, "boundary": "split", "shift": "half"})
+    model = Model(
+        config,
+        dtype="bfloat16",
+        lora=LoraConfig(),
+        plan=about,
+        device=gpu.device,
+        attention={"group_size": length // 4, "boundary": "split", "shift": "half"},
+    )
     fill(model, gpu)
     optimizer = AdamW(model.parameters, max_grad_norm=1.0)
     rates, norms = dict.fromkeys(model.kinds, 1e-5), []
@@ -171,8 +239,18 @@ def gpu_step(length, device, repeats, smoke):
         step()
     cuda.synchronize(gpu.index)
     seconds = (time.perf_counter() - start) / repeats
-    print(json.dumps({"seconds": seconds, "planned": about.total, "measured": before - cuda.memory_info(gpu.index)[0],
-                      "others": total - before, "checkpointing": about.checkpointing, "norms": norms}))
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "planned": about.total,
+                "measured": before - cuda.memory_info(gpu.index)[0],
+                "others": total - before,
+                "checkpointing": about.checkpointing,
+                "norms": norms,
+            }
+        )
+    )
 
 
 def fill(model, gpu):
@@ -181,7 +259,7 @@ def fill(model, gpu):
         return model.init_random(0)
     for s, rows in model._places.values():
         where = model._view("value." + s.key)
-        if s.kind in ("lora_A", "lora_B"):             # as Model has made them
+        if s.kind in ("lora_A", "lora_B"):  # as Model has made them
             continue
         there = gpu.torch.from_dlpack((model._view(s.key) if where is None else where)[rows])
         there.fill_(1) if s.kind == "norm" else there.normal_(0, model.config.initializer_range)
@@ -196,19 +274,46 @@ def on_gpu(bench):
         if not bench.wants(name, "bfloat16"):
             continue
         repeats = bench.gpu.size(max(2, round(3 * bench.options.seconds)), 1)
-        command = [sys.executable, "-m", "benchmarks.bench_train_step", "--gpu", "--length", str(length), "--repeats", str(repeats),
-                   "--device", bench.gpu.device, *["--smoke"] * bench.gpu.smoke]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.bench_train_step",
+            "--gpu",
+            "--length",
+            str(length),
+            "--repeats",
+            str(repeats),
+            "--device",
+            bench.gpu.device,
+            *["--smoke"] * bench.gpu.smoke,
+        ]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             print(f"  {name}: failed", flush=True)
             continue
         found = json.loads(done.stdout.splitlines()[-1])
-        bench.record(f"{name} step, checkpointing {found['checkpointing']}", length / found["seconds"], None, "tok/s",
-                     dtype="bfloat16", target=target, judged="ours")
+        bench.record(
+            f"{name} step, checkpointing {found['checkpointing']}",
+            length / found["seconds"],
+            None,
+            "tok/s",
+            dtype="bfloat16",
+            target=target,
+            judged="ours",
+        )
         bench.record(f"{name} memory", found["measured"] / 2**30, None, "GiB", dtype="bfloat16")
-        bench.record(f"{name} context and other processes", found["others"] / 2**30, None, "GiB", dtype="bfloat16")
-        bench.record(f"{name} plan off the measured", abs(found["planned"] / max(found["measured"], 1) - 1) * 100, None, "%",
-                     dtype="bfloat16", target=(5, 2), judged="ours")
+        bench.record(
+            f"{name} context and other processes", found["others"] / 2**30, None, "GiB", dtype="bfloat16"
+        )
+        bench.record(
+            f"{name} plan off the measured",
+            abs(found["planned"] / max(found["measured"], 1) - 1) * 100,
+            None,
+            "%",
+            dtype="bfloat16",
+            target=(5, 2),
+            judged="ours",
+        )
 
 
 def measured(bench, sides, length, group, dtype, layers=CONFIG["num_hidden_layers"], least=2):
@@ -216,9 +321,24 @@ def measured(bench, sides, length, group, dtype, layers=CONFIG["num_hidden_layer
     repeats, running = max(least, round(bench.options.seconds * 2)), {}
     for side in sides:
         environment = os.environ | {"OMP_NUM_THREADS": "1" if side == ALONE else str(bench.options.threads)}
-        command = [sys.executable, "-m", "benchmarks.bench_train_step", "--side", side, "--length", str(length), "--group", str(group),
-                   "--dtype", dtype, "--layers", str(layers)]
-        running[side] = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.bench_train_step",
+            "--side",
+            side,
+            "--length",
+            str(length),
+            "--group",
+            str(group),
+            "--dtype",
+            dtype,
+            "--layers",
+            str(layers),
+        ]
+        running[side] = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         if running[side].stdout.readline() != "ready\n":
             raise SystemExit(f"{side} failed")
     times, figures = {side: [] for side in sides}, {}
@@ -243,8 +363,14 @@ def compare(bench, ours, peers, cases):
             for side in peers:
                 figures = measured(bench, (ours, side), length, group, dtype)
                 for what, unit in (("seconds", "s"), ("gib", "GiB")):
-                    bench.record(f"{name} {'step' if unit == 's' else 'memory'}", figures[ours][what], figures[side][what], unit,
-                                 dtype=dtype, peer_name=side.replace("peer", "transformers+peft"))
+                    bench.record(
+                        f"{name} {'step' if unit == 's' else 'memory'}",
+                        figures[ours][what],
+                        figures[side][what],
+                        unit,
+                        dtype=dtype,
+                        peer_name=side.replace("peer", "transformers+peft"),
+                    )
 
 
 def scaling(bench):
@@ -253,11 +379,20 @@ def scaling(bench):
         name = "T=2048 G=512 on all threads"
         if bench.wants(name, dtype) and bench.options.threads > 1:
             figures = measured(bench, ("ours", ALONE), 2048, 512, dtype)
-            bench.record(name, figures["ours"]["seconds"], figures[ALONE]["seconds"], "s", dtype=dtype, peer_name="1 thread")
+            bench.record(
+                name,
+                figures["ours"]["seconds"],
+                figures[ALONE]["seconds"],
+                "s",
+                dtype=dtype,
+                peer_name="1 thread",
+            )
         name = "2 layers, a token of T=32768 G=512"
         if bench.wants(name, dtype):
-            ours, near = (measured(bench, ("ours",), T, 512, dtype, layers=2, least=1)["ours"]["seconds"] / T * 1e6
-                          for T in (32768, 2048))
+            ours, near = (
+                measured(bench, ("ours",), T, 512, dtype, layers=2, least=1)["ours"]["seconds"] / T * 1e6
+                for T in (32768, 2048)
+            )
             bench.record(name, ours, near, "us", dtype=dtype, peer_name="T=2048 G=512")
 
 

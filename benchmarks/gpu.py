@@ -3,6 +3,7 @@
 Between CUDA events, with the L2 cache written over before each call, and a wait queued before that, so that the host is ahead
 and what is measured is the GPU; ours and the peer in turn. The host's own time per call is bench_host's.
 """
+
 import statistics
 import subprocess
 import time
@@ -12,14 +13,26 @@ import numpy as np
 from longlora import _C, cuda
 from longlora.device import choose, send
 
-FLUSH = 256 << 20                      # bytes, above any L2
-QUERY = {"driver": "driver_version", "gpu_uuid": "uuid", "sm_clock": "clocks.sm", "memory_clock": "clocks.mem",
-         "sm_clock_max": "clocks.max.sm", "power_limit": "power.limit", "temperature": "temperature.gpu"}
+FLUSH = 256 << 20  # bytes, above any L2
+QUERY = {
+    "driver": "driver_version",
+    "gpu_uuid": "uuid",
+    "sm_clock": "clocks.sm",
+    "memory_clock": "clocks.mem",
+    "sm_clock_max": "clocks.max.sm",
+    "power_limit": "power.limit",
+    "temperature": "temperature.gpu",
+}
 
 
 def smi(index=0):
     """What nvidia-smi says of a GPU -> dict, empty where there is none."""
-    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(QUERY.values())}", "--format=csv,noheader"]
+    command = [
+        "nvidia-smi",
+        f"--id={index}",
+        f"--query-gpu={','.join(QUERY.values())}",
+        "--format=csv,noheader",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -48,7 +61,9 @@ class Gpu:
         self.smoke, self.index = smoke, int(self.device.partition(":")[2])
         self.torch = None if smoke else torch_of(self.device)
         if self.torch is None and not smoke:
-            raise SystemExit("the benchmarks on a GPU need torch with CUDA, for random data, timing and the peers")
+            raise SystemExit(
+                "the benchmarks on a GPU need torch with CUDA, for random data, timing and the peers"
+            )
         self.about = {"machine": cuda.properties(self.index)["name"], "gpu": smi(self.index), "smoke": smoke}
         self.rng = np.random.default_rng(0)
         if self.torch is not None:
@@ -88,7 +103,10 @@ class Gpu:
             call()
             return call
         except Exception as error:
-            print(f"  the peer cannot run here: {type(error).__name__}: {str(error).splitlines()[0][:200]}", flush=True)
+            print(
+                f"  the peer cannot run here: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
+                flush=True,
+            )
             return None
 
     def peaks(self):
@@ -112,7 +130,7 @@ class Gpu:
             marks = []
             for call in calls:
                 first, last = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self.torch.cuda._sleep(1_000_000)      # cycles: half a millisecond, for the host to get ahead
+                self.torch.cuda._sleep(1_000_000)  # cycles: half a millisecond, for the host to get ahead
                 self.flush.zero_()
                 first.record()
                 call()

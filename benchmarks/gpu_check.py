@@ -6,6 +6,7 @@ tests need pytest, ml_dtypes and hypothesis, some of torch's transformers and pe
 all together --limit; what is done is kept when a later part fails: FOLDER holds rows.jsonl (a JSON object for each part and each
 measurement), report.md, and what each part printed.
 """
+
 import argparse
 import functools
 import json
@@ -20,11 +21,34 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OP_TESTS = ("cast", "matmul", "embedding", "rms_norm", "rope_op", "lora_linear", "s2_attention", "swiglu", "linear_cross_entropy",
-            "adamw", "cuda_views", "cuda_binding")
-TORCH_TESTS = ("torch_ops", "torch_transformers", "torch_extend")     # the last two skip themselves without transformers and peft
-BENCHMARKS = {"elementwise": 40, "host": 20, "gemm": 30, "lora_linear": 40, "s2_attention": 60, "linear_cross_entropy": 40,
-              "train_step": 150}                       # name -> seconds at most
+OP_TESTS = (
+    "cast",
+    "matmul",
+    "embedding",
+    "rms_norm",
+    "rope_op",
+    "lora_linear",
+    "s2_attention",
+    "swiglu",
+    "linear_cross_entropy",
+    "adamw",
+    "cuda_views",
+    "cuda_binding",
+)
+TORCH_TESTS = (
+    "torch_ops",
+    "torch_transformers",
+    "torch_extend",
+)  # the last two skip themselves without transformers and peft
+BENCHMARKS = {
+    "elementwise": 40,
+    "host": 20,
+    "gemm": 30,
+    "lora_linear": 40,
+    "s2_attention": 60,
+    "linear_cross_entropy": 40,
+    "train_step": 150,
+}  # name -> seconds at most
 PARTS = ("build", "tests", "memcheck", "racecheck", "training", "torch", *BENCHMARKS)
 
 
@@ -38,13 +62,21 @@ class Check:
         (self.out / "rows.jsonl").write_text("")
         self.env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
         self.cwd = ROOT
-        self.about = {"commit": self.says("git", "describe", "--always", "--dirty"), "python": sys.version.split()[0],
-                      "driver": None, "gpu": None, "clocks": None, "why_not": None}
+        self.about = {
+            "commit": self.says("git", "describe", "--always", "--dirty"),
+            "python": sys.version.split()[0],
+            "driver": None,
+            "gpu": None,
+            "clocks": None,
+            "why_not": None,
+        }
 
     def says(self, *command):
         """The output of a short command; None where it fails."""
         try:
-            done = subprocess.run(command, cwd=self.cwd, env=self.env, capture_output=True, text=True, timeout=120)
+            done = subprocess.run(
+                command, cwd=self.cwd, env=self.env, capture_output=True, text=True, timeout=120
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() or None if done.returncode == 0 else None
@@ -55,24 +87,40 @@ class Check:
 
     def use_installed(self):
         text = "import os, longlora; print(os.path.dirname(os.path.dirname(longlora.__file__)))"
-        where = subprocess.run([sys.executable, "-c", text], cwd=self.out,
-                               env=os.environ | {"PYTHONSAFEPATH": "1"}, capture_output=True, text=True)
+        where = subprocess.run(
+            [sys.executable, "-c", text],
+            cwd=self.out,
+            env=os.environ | {"PYTHONSAFEPATH": "1"},
+            capture_output=True,
+            text=True,
+        )
         if where.returncode:
             sys.exit("gpu_check: --installed: no longlora is installed here")
         self.use(where.stdout.strip())
 
     def look(self):
         """What there is: the GPU by name, or why there is none."""
-        text = ("import json; from longlora import cuda; ok = cuda.is_available()\n"
-                "print(json.dumps({'gpu': cuda.properties(0) if ok else None, 'why_not': None if ok else 'no GPU: ' + cuda.reason(), "
-                "'cuda': cuda.versions(), 'built_for': cuda.built_for()}))")
+        text = (
+            "import json; from longlora import cuda; ok = cuda.is_available()\n"
+            "print(json.dumps({'gpu': cuda.properties(0) if ok else None, 'why_not': None if ok else 'no GPU: ' + cuda.reason(), "
+            "'cuda': cuda.versions(), 'built_for': cuda.built_for()}))"
+        )
         said = self.says(sys.executable, "-c", text)
-        self.about.update(json.loads(said.splitlines()[-1]) if said else {"why_not": "the package cannot be imported"})
-        smi = self.says("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu",
-                        "--format=csv,noheader", "--id=0")
+        self.about.update(
+            json.loads(said.splitlines()[-1]) if said else {"why_not": "the package cannot be imported"}
+        )
+        smi = self.says(
+            "nvidia-smi",
+            "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu",
+            "--format=csv,noheader",
+            "--id=0",
+        )
         if smi:
             driver, *clocks = [value.strip() for value in smi.split(",")]
-            self.about.update(driver=driver, clocks=dict(zip(("sm", "sm_max", "memory", "power_limit", "temperature"), clocks)))
+            self.about.update(
+                driver=driver,
+                clocks=dict(zip(("sm", "sm_max", "memory", "power_limit", "temperature"), clocks)),
+            )
 
     def part(self, name, limit, command, why=None, wants_gpu=True, parse=None):
         """Runs one part, if it is wanted -> whether it went well; parse(output) -> a word more."""
@@ -89,8 +137,14 @@ class Check:
         print(f"{name}: at most {limit:.0f} s", flush=True)
         start, log = time.monotonic(), self.out / f"{name}.txt"
         with open(log, "w") as file:
-            process = subprocess.Popen(command, cwd=self.cwd, env=self.env, stdout=file, stderr=subprocess.STDOUT,
-                                       start_new_session=True)
+            process = subprocess.Popen(
+                command,
+                cwd=self.cwd,
+                env=self.env,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             try:
                 code = process.wait(limit)
             except subprocess.TimeoutExpired:
@@ -113,22 +167,35 @@ class Check:
         """Kept at once, whatever comes later."""
         self.rows += rows
         with open(self.out / "rows.jsonl", "a") as file:
-            file.writelines(json.dumps({**row, **({"about": self.about} if "part" in row else {})}) + "\n" for row in rows)
+            file.writelines(
+                json.dumps({**row, **({"about": self.about} if "part" in row else {})}) + "\n" for row in rows
+            )
         (self.out / "report.md").write_text(self.report())
 
     def report(self):
         about, clocks = self.about, self.about["clocks"] or {}
         gpu = about["gpu"]["name"] if about["gpu"] else about["why_not"] or "not looked at yet"
-        lines = [f"# {gpu}", "", f"Commit {about['commit']}, driver {about['driver']}, clocks " +
-                 (", ".join(f"{key} {value}" for key, value in clocks.items()) or "unknown") + f", Python {about['python']}, "
-                 f"built for {about.get('built_for')}, {time.strftime('%Y-%m-%d')}.", "",
-                 "| part | result | seconds | |", "|---|---|---|---|"]
-        lines += [f"| {row['part']} | {row['result']} | {row['seconds']} | {row['words'].replace('|', '/')} |"
-                  for row in self.rows if "part" in row]
+        lines = [
+            f"# {gpu}",
+            "",
+            f"Commit {about['commit']}, driver {about['driver']}, clocks "
+            + (", ".join(f"{key} {value}" for key, value in clocks.items()) or "unknown")
+            + f", Python {about['python']}, "
+            f"built for {about.get('built_for')}, {time.strftime('%Y-%m-%d')}.",
+            "",
+            "| part | result | seconds | |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| {row['part']} | {row['result']} | {row['seconds']} | {row['words'].replace('|', '/')} |"
+            for row in self.rows
+            if "part" in row
+        ]
         measured = [row for row in self.rows if "benchmark" in row]
         if measured:
             sys.path.insert(0, str(ROOT))
             from benchmarks.table import targets
+
             lines += ["", *targets(measured)]
         return "\n".join(lines) + "\n"
 
@@ -140,7 +207,18 @@ def build(check, target):
         sm = sm.replace(".", "")
         check.env["LONGLORA_CUDA_ARCH"] = {"90": "90a"}.get(sm, sm)
     check.env["LONGLORA_CUDA"] = os.environ.get("LONGLORA_CUDA", "1")
-    command = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-q", "--target", str(target), "."]
+    command = [
+        "-m",
+        "pip",
+        "install",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "-q",
+        "--target",
+        str(target),
+        ".",
+    ]
     if not has(check, "pip"):
         command = ["setup.py", "build", "--build-lib", str(target)]
     if check.part("build", 360, [sys.executable, *command], wants_gpu=False):
@@ -160,8 +238,20 @@ def lacks(check, *modules):
 
 
 def pytest(names):
-    return [sys.executable, "-m", "pytest", "-q", "-rs", "-k", "cuda", "-p", "no:cacheprovider", "--maxfail", "20",
-            *(str(ROOT / "tests" / f"test_{name}.py") for name in names)]
+    return [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        "-k",
+        "cuda",
+        "-p",
+        "no:cacheprovider",
+        "--maxfail",
+        "20",
+        *(str(ROOT / "tests" / f"test_{name}.py") for name in names),
+    ]
 
 
 def told(output):
@@ -173,16 +263,28 @@ def told(output):
 def sanitizer():
     """compute-sanitizer, looked for where setup.py looks for nvcc; None."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
-    places = ["compute-sanitizer", *(os.path.join(home, "bin", "compute-sanitizer") for home in homes if home)]
+    places = [
+        "compute-sanitizer",
+        *(os.path.join(home, "bin", "compute-sanitizer") for home in homes if home),
+    ]
     return next(filter(None, map(shutil.which, places)), None)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="gpu-check", help="folder for the results [%(default)s]")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help="only these: " + " ".join(PARTS))
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        default=PARTS,
+        metavar="PART",
+        help="only these: " + " ".join(PARTS),
+    )
     parser.add_argument("--skip", nargs="+", choices=PARTS, default=(), metavar="PART", help="all but these")
-    parser.add_argument("--installed", action="store_true", help="test the package that Python finds, build none")
+    parser.add_argument(
+        "--installed", action="store_true", help="test the package that Python finds, build none"
+    )
     parser.add_argument("--smoke", action="store_true", help="small shapes: that it runs, also without torch")
     parser.add_argument("--limit", type=float, default=590, help="seconds for everything [%(default)s]")
     options = parser.parse_args(argv)
@@ -198,28 +300,54 @@ def main(argv=None):
         ours = [sys.executable, "-m", "benchmarks.gpu_small"]
         untested = lacks(check, "pytest", "ml_dtypes", "hypothesis")
         if untested:
-            check.part("tests", 60, ours, parse=lambda output: f"{untested}: each op once, against the CPU's; "
-                       + output.strip().rpartition("\n")[2])
+            check.part(
+                "tests",
+                60,
+                ours,
+                parse=lambda output: (
+                    f"{untested}: each op once, against the CPU's; " + output.strip().rpartition("\n")[2]
+                ),
+            )
         else:
             check.part("tests", 180, pytest(OP_TESTS), parse=told)
         watcher = sanitizer()
         # What a library tries of the driver, and does without, is no error; a call of ours that fails raises.
         for tool, how in (("memcheck", ("--report-api-errors", "no")), ("racecheck", ())):
-            check.part(tool, 75, [watcher, "--tool", tool, *how, "--error-exitcode", "9", *ours],
-                       why=None if watcher else "there is no compute-sanitizer")
+            check.part(
+                tool,
+                75,
+                [watcher, "--tool", tool, *how, "--error-exitcode", "9", *ours],
+                why=None if watcher else "there is no compute-sanitizer",
+            )
         smoke = ["--smoke"] * options.smoke
         check.part("training", 60, [sys.executable, "-m", "benchmarks.gpu_small", "--training", *smoke])
         if "torch" in options.parts and not check.about["why_not"]:
             untested = lacks(check, "torch") or untested
-            if not untested and check.says(sys.executable, "-c", "import torch; print(torch.cuda.is_available())") != "True":
+            if (
+                not untested
+                and check.says(sys.executable, "-c", "import torch; print(torch.cuda.is_available())")
+                != "True"
+            ):
                 untested = "torch sees no GPU"
         check.part("torch", 120, pytest(TORCH_TESTS), why=untested, parse=told)
         measured = Path(folder) / "measured.jsonl"
         for name, limit in BENCHMARKS.items():
             measured.write_text("")
-            command = [sys.executable, "-m", f"benchmarks.bench_{name}", "--device", "cuda", "--seconds", "0.3", "--json",
-                       str(measured), *smoke]
-            check.part(name, limit, command, why=None if check.about["why_not"] or smoke else lacks(check, "torch"))
+            command = [
+                sys.executable,
+                "-m",
+                f"benchmarks.bench_{name}",
+                "--device",
+                "cuda",
+                "--seconds",
+                "0.3",
+                "--json",
+                str(measured),
+                *smoke,
+            ]
+            check.part(
+                name, limit, command, why=None if check.about["why_not"] or smoke else lacks(check, "torch")
+            )
             check.add(*(json.loads(line) for line in measured.read_text().splitlines()))
     print(f"\n{check.out / 'report.md'}:\n\n{check.report()}")
     return 0 if all(row["result"] in ("ok", "skipped") for row in check.rows if "part" in row) else 1

@@ -1,5 +1,6 @@
 """Each op once on the GPU against the CPU's, on small odd shapes, with NumPy alone: what compute-sanitizer is run on, and what stands
 in for the op tests where there is no pytest. --training: a few steps of the demo's model, on both; with --smoke on few tokens."""
+
 import math
 import sys
 
@@ -8,7 +9,7 @@ import numpy as np
 from longlora import _C, cuda
 from longlora.device import host, send
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}        # of the largest value; a sum here has 100 terms
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of the largest value; a sum here has 100 terms
 rng = np.random.default_rng(0)
 
 
@@ -44,20 +45,43 @@ def calls():
     yield "rope_backward", (out(1, T, H, D), q, *tables, None)
     a, b, weight, dy = random(R, C), random(N, R), random(N, C), random(M, N)
     yield "lora_linear_forward", (out(M, N), f32(M, R), x, weight, random(N), a, b, None, 2.0)
-    yield "lora_linear_backward", (out(M, C), f32(R, C), f32(N, R), f32(N, C), f32(N), dy, x, weight, a, b, None, 2.0, 0)
+    yield (
+        "lora_linear_backward",
+        (out(M, C), f32(R, C), f32(N, R), f32(N, C), f32(N), dy, x, weight, a, b, None, 2.0, 0),
+    )
     yield "s2_attention_forward", (out(1, T, H, D), f32(1, H, T), q, k, v, None, *scalars)
     for boundary, length in ((0, T), (1, 3 * G), (2, 3 * G)):
         q, k, v, do = (random(1, length, heads, D) for heads in (H, K, K, H))
         o, lse = np.empty_like(q), np.empty((1, H, length), np.float32)
         _C.s2_attention_forward(o, lse, q, k, v, None, G, boundary, 0, scalars[3])
-        yield "s2_attention_backward", (out(*q.shape), out(*k.shape), out(*v.shape), do, q, k, v, o, (lse, "float32"), None, G,
-                                        boundary, 0, scalars[3])
+        yield (
+            "s2_attention_backward",
+            (
+                out(*q.shape),
+                out(*k.shape),
+                out(*v.shape),
+                do,
+                q,
+                k,
+                v,
+                o,
+                (lse, "float32"),
+                None,
+                G,
+                boundary,
+                0,
+                scalars[3],
+            ),
+        )
     gate, up, df = random(M, F), random(M, F), random(M, F)
     yield "swiglu_forward", (out(M, F), gate, up)
     yield "swiglu_backward", (out(M, F), out(M, F), df, gate, up)
     head = random(V, C) / 8
     yield "linear_cross_entropy_forward", (f32(M), f32(M), x, head, targets, -100)
-    yield "linear_cross_entropy_backward", (f32(M), out(M, C), f32(V, C), x, head, targets, (random(M), "float32"), -100)
+    yield (
+        "linear_cross_entropy_backward",
+        (f32(M), out(M, C), f32(V, C), x, head, targets, (random(M), "float32"), -100),
+    )
 
 
 def tensor(array, dtype, device):
@@ -97,7 +121,7 @@ def ops():
             error = 0.0
             for ours, theirs in zip(run(op, args, dtype, "cuda:0"), run(op, args, dtype, "cpu"), strict=True):
                 error = max(error, float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-3)))
-            good = error <= tolerance                  # NaN is not
+            good = error <= tolerance  # NaN is not
             wrong += not good
             print(f"{op:<30} {dtype:<9} {error:.2e} {'' if good else 'WRONG'}", flush=True)
     x, grad = random(1000), random(1000)
@@ -120,30 +144,37 @@ def ops():
 
 def training(steps, length):
     """The demo's model trains on the bytes of its text, on the CPU and on the GPU -> whether the losses agree."""
+    from longlora.decoder.model import Model
+    from longlora.files.adapter import LoraConfig
+    from longlora.files.open_model import open_model
     from longlora.memory import plan as plan_
     from longlora.tools import demo
-    from longlora.files.adapter import LoraConfig
-    from longlora.decoder.model import Model
     from longlora.training.optimizer import AdamW
-    from longlora.files.open_model import open_model
+
     base = open_model(demo.MODEL)
-    text = np.frombuffer(sorted(demo.TEXT.glob("*.txt"))[0].read_bytes()[:steps * length + 1], np.uint8)
+    text = np.frombuffer(sorted(demo.TEXT.glob("*.txt"))[0].read_bytes()[: steps * length + 1], np.uint8)
     losses = {}
     for dtype in TOLERANCE:
         for device in ("cpu", "cuda:0"):
-            given, attention = dict(dtype=dtype, lora=LoraConfig(), device=device), {"group_size": length // 4}
+            given, attention = (
+                dict(dtype=dtype, lora=LoraConfig(), device=device),
+                {"group_size": length // 4},
+            )
             about = plan_.plan(base.config, sequence_length=length, **attention, **given)
             model = Model(base.config, plan=about, attention=attention, **given).load(base)
             optimizer, found = AdamW(model.parameters, max_grad_norm=1.0), []
             for step in range(steps):
-                ids = text[step * length:(step + 1) * length + 1].astype(np.int32)[None]
+                ids = text[step * length : (step + 1) * length + 1].astype(np.int32)[None]
                 model.zero_grad()
                 found.append(model.train_microbatch(ids[:, :-1], ids[:, 1:], 1 / length) / length)
                 optimizer.step(dict.fromkeys(model.kinds, 1e-3))
             losses[dtype, device] = np.array(found)
             print(dtype, device, *(f"{loss:.5f}" for loss in found), flush=True)
     bounds = {"float32": 1e-4, "bfloat16": 1e-2}
-    return all(np.abs(losses[dtype, "cuda:0"] / losses[dtype, "cpu"] - 1).max() <= bound for dtype, bound in bounds.items())
+    return all(
+        np.abs(losses[dtype, "cuda:0"] / losses[dtype, "cpu"] - 1).max() <= bound
+        for dtype, bound in bounds.items()
+    )
 
 
 def main(argv):

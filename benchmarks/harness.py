@@ -14,6 +14,7 @@ With --device cuda the arrays are torch's on that GPU, products are TF/s and a s
 benchmarks/gpu.py says how things are timed; `target=(must, aim)` is what the row should reach. --smoke is for a machine without
 torch or without a GPU (the emulation): small shapes, our side alone, figures that mean nothing.
 """
+
 import argparse
 import functools
 import json
@@ -46,8 +47,12 @@ def machine():
 
 
 def commit():
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=pathlib.Path(__file__).parent, text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=pathlib.Path(__file__).parent,
+        text=True,
+        capture_output=True,
+    )
     return done.stdout.strip() or None
 
 
@@ -86,30 +91,47 @@ class Bench:
     def __init__(self, benchmark, argv=None):
         parser = argparse.ArgumentParser(prog=f"python -m benchmarks.bench_{benchmark}")
         parser.add_argument("--json", metavar="FILE", help="append one JSON object a line")
-        parser.add_argument("--threads", type=int, default=os.cpu_count(), help="for both sides (default: %(default)s)")
+        parser.add_argument(
+            "--threads", type=int, default=os.cpu_count(), help="for both sides (default: %(default)s)"
+        )
         parser.add_argument("--only", default="", help="only rows whose name or dtype contains this text")
         parser.add_argument("--seconds", type=float, default=1.0, help="time per row (default: %(default)s)")
-        parser.add_argument("--device", default="cpu", metavar="cpu|cuda|cuda:N", help="where (default: %(default)s)")
-        parser.add_argument("--smoke", action="store_true", help="on a GPU: small shapes, that it runs at all")
+        parser.add_argument(
+            "--device", default="cpu", metavar="cpu|cuda|cuda:N", help="where (default: %(default)s)"
+        )
+        parser.add_argument(
+            "--smoke", action="store_true", help="on a GPU: small shapes, that it runs at all"
+        )
         self.options = parser.parse_args(argv)
         self.benchmark, self.rng, self.gpu = benchmark, np.random.default_rng(0), None
         longlora.set_num_threads(self.options.threads)
-        self.about = {"machine": machine(), "threads": self.options.threads, "commit": commit(),
-                      "versions": versions("numpy", "torch", "transformers", "peft")}
+        self.about = {
+            "machine": machine(),
+            "threads": self.options.threads,
+            "commit": commit(),
+            "versions": versions("numpy", "torch", "transformers", "peft"),
+        }
         if self.options.device != "cpu":
             self.gpu = gpu.Gpu(self.options.device, self.options.smoke)
             self.about.update(self.gpu.about)
             self.flops_peak, self.copy_peak = self.gpu.peaks()
-            what = f"product {self.flops_peak / 1e3:.0f} TF/s, copy {self.copy_peak:.0f} GB/s" if self.copy_peak else "smoke"
+            what = (
+                f"product {self.flops_peak / 1e3:.0f} TF/s, copy {self.copy_peak:.0f} GB/s"
+                if self.copy_peak
+                else "smoke"
+            )
             print(f"{benchmark}: {self.about['machine']}, {what}")
             return
         self.flops_peak, self.copy_peak = peaks(self.options.threads)
-        print(f"{benchmark}: {self.about['machine']}, {self.options.threads} threads, FMA {self.flops_peak:.0f} GF/s, "
-              f"copy {self.copy_peak:.0f} GB/s")
+        print(
+            f"{benchmark}: {self.about['machine']}, {self.options.threads} threads, FMA {self.flops_peak:.0f} GF/s, "
+            f"copy {self.copy_peak:.0f} GB/s"
+        )
 
     @functools.cached_property
     def torch(self):
         import torch
+
         torch.set_num_threads(self.options.threads)
         return torch
 
@@ -117,9 +139,10 @@ class Bench:
         """Normally distributed array: NumPy's, bfloat16 through ml_dtypes; on a GPU as gpu.random has it."""
         if self.gpu is not None:
             return self.gpu.random(shape, dtype, scale)
-        x = (self.rng.standard_normal(shape, np.float32) * scale)
+        x = self.rng.standard_normal(shape, np.float32) * scale
         if dtype == "bfloat16":
             import ml_dtypes
+
             return x.astype(ml_dtypes.bfloat16)
         return x.astype(dtype)
 
@@ -133,20 +156,46 @@ class Bench:
         """Whether --only lets this row through: ask before making big inputs."""
         return self.options.only in f"{name} {dtype}"
 
-    def row(self, name, ours, peer=None, *, dtype="float32", flops=None, bytes=None, peer_name="torch", target=None,
-            judged=None):
+    def row(
+        self,
+        name,
+        ours,
+        peer=None,
+        *,
+        dtype="float32",
+        flops=None,
+        bytes=None,
+        peer_name="torch",
+        target=None,
+        judged=None,
+    ):
         """Times ours() and peer(); prints and records the row. Returns the ratio peer time / our time (None without peer)."""
         if not self.wants(name, dtype):
             return None
         timed = interleaved if self.gpu is None else self.gpu.timed
         times = timed([ours] if peer is None else [ours, peer], self.options.seconds)
-        work, unit, peak = ((flops, "GF/s", self.flops_peak) if flops else (bytes, "GB/s", self.copy_peak) if bytes else
-                            (None, "ms", None))
+        work, unit, peak = (
+            (flops, "GF/s", self.flops_peak)
+            if flops
+            else (bytes, "GB/s", self.copy_peak)
+            if bytes
+            else (None, "ms", None)
+        )
         figures = [work / t / 1e9 if work else t * 1e3 for t in times]
         if unit == "GF/s" and self.gpu is not None:
             figures, unit, peak = [figure / 1e3 for figure in figures], "TF/s", peak and peak / 1e3
-        return self.record(name, figures[0], figures[1] if peer else None, unit, dtype=dtype, peer_name=peer_name,
-                           ratio=times[1] / times[0] if peer else None, peak=peak, target=target, judged=judged)
+        return self.record(
+            name,
+            figures[0],
+            figures[1] if peer else None,
+            unit,
+            dtype=dtype,
+            peer_name=peer_name,
+            ratio=times[1] / times[0] if peer else None,
+            peak=peak,
+            target=target,
+            judged=judged,
+        )
 
     def neighbour(self, name, odd, near, flops, near_flops, near_name, *, dtype="float32"):
         """Ours against ours: the rate of an odd shape over that of its round neighbour."""
@@ -155,17 +204,38 @@ class Bench:
             rates = flops / times[0] / 1e9, near_flops / times[1] / 1e9
             self.record(name, *rates, "GF/s", dtype=dtype, peer_name=near_name, ratio=rates[0] / rates[1])
 
-    def record(self, name, ours, peer, unit, *, dtype="float32", peer_name="torch", ratio=None, peak=None, target=None,
-               judged=None):
+    def record(
+        self,
+        name,
+        ours,
+        peer,
+        unit,
+        *,
+        dtype="float32",
+        peer_name="torch",
+        ratio=None,
+        peak=None,
+        target=None,
+        judged=None,
+    ):
         """Prints and records a row measured elsewhere. `ratio` is by default that of two costs, peer / ours. Returns it.
 
         target: (must, aim) of `judged`, "ratio", "of_peak" or "ours", which is a cost where its unit is one of COSTS.
         """
         if peer is not None and ratio is None:
             ratio = peer / ours
-        row = {"benchmark": self.benchmark, "name": name, "dtype": dtype, "ours": ours, "peer": peer,
-               "peer_name": peer_name if peer is not None else None, "unit": unit, "ratio": ratio,
-               "of_peak": ours / peak if peak else None, **self.about}
+        row = {
+            "benchmark": self.benchmark,
+            "name": name,
+            "dtype": dtype,
+            "ours": ours,
+            "peer": peer,
+            "peer_name": peer_name if peer is not None else None,
+            "unit": unit,
+            "ratio": ratio,
+            "of_peak": ours / peak if peak else None,
+            **self.about,
+        }
         figure = ".1f" if ours >= 10 or self.gpu is None else ".3f"
         line = f"  {name:<44} {dtype:<9} {ours:9{figure}} {unit:<5}"
         if peer is not None:
@@ -173,7 +243,12 @@ class Bench:
         if peak:
             line += f"  {row['of_peak']:4.0%} of peak"
         if target is not None:
-            row.update(must=target[0], aim=target[1], judged=judged, less_is_better=judged == "ours" and unit in COSTS)
+            row.update(
+                must=target[0],
+                aim=target[1],
+                judged=judged,
+                less_is_better=judged == "ours" and unit in COSTS,
+            )
             line += f"  must {target[0]:.3g}, aim {target[1]:.3g}"
         print(line, flush=True)
         if self.options.json:

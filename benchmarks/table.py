@@ -1,5 +1,6 @@
 """Markdown of what the benchmarks wrote: python -m benchmarks.table FILE.json. Ratios above 1: we are ahead; memory and time are
 costs. Rows of a GPU stand one a line, with what they must reach and what they aim at."""
+
 import json
 import sys
 
@@ -23,16 +24,23 @@ def targets(rows):
             if row["smoke"] or value is None:
                 reached = "a smoke run" if row["smoke"] else "not measured"
             else:
-                reached = next((word for word, bar in (("aim", aim), ("must", must)) if sign * value >= sign * bar), "**neither**")
-        yield (f"| {row['benchmark']} | {row['name']} | {row['dtype']} | {row['peer_name'] or ''} | {cell(row)} | "
-               f"{'' if must is None else f'{must:.4g}'} | {'' if aim is None else f'{aim:.4g}'} | {reached} |")
+                reached = next(
+                    (word for word, bar in (("aim", aim), ("must", must)) if sign * value >= sign * bar),
+                    "**neither**",
+                )
+        yield (
+            f"| {row['benchmark']} | {row['name']} | {row['dtype']} | {row['peer_name'] or ''} | {cell(row)} | "
+            f"{'' if must is None else f'{must:.4g}'} | {'' if aim is None else f'{aim:.4g}'} | {reached} |"
+        )
 
 
 def table(rows):
     """A line for each benchmark, name and peer, a column for each dtype."""
     lines = {}
     for row in rows:
-        lines.setdefault((row["benchmark"], row["name"], row["peer_name"] or ""), {})[row["dtype"]] = cell(row)
+        lines.setdefault((row["benchmark"], row["name"], row["peer_name"] or ""), {})[row["dtype"]] = cell(
+            row
+        )
     yield "| benchmark | case | against | float32 | bfloat16 |"
     yield "|---|---|---|---|---|"
     for (benchmark, name, peer), cells in lines.items():
@@ -44,6 +52,9 @@ if __name__ == "__main__":
         found = [json.loads(line) for line in file]
     about = found[0]
     commits = ", ".join(dict.fromkeys(row["commit"] or "unknown" for row in found))
-    print(f"{about['machine']}, {about['threads']} threads, commit {commits}, " + ", ".join(
-        f"{name} {version}" for name, version in about["versions"].items()) + "\n")
+    print(
+        f"{about['machine']}, {about['threads']} threads, commit {commits}, "
+        + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        + "\n"
+    )
     print("\n".join((targets if "gpu" in about else table)(found)))

@@ -17,8 +17,13 @@
 #else
 #define CUDA(function) NULL
 #endif
-#define OP(op, Args, text, ...) \
-    { .name = #op, .spec = text, .cpu = CPU(op), .cuda = CUDA(op##_cuda), .args_size = sizeof(Args), __VA_ARGS__ }
+#define OP(op, Args, text, ...)  \
+    { .name = #op,               \
+      .spec = text,              \
+      .cpu = CPU(op),            \
+      .cuda = CUDA(op##_cuda),   \
+      .args_size = sizeof(Args), \
+      __VA_ARGS__ }
 #define WORKSPACE(op) .workspace = CUDA(op##_cuda_workspace)
 #define CHECK(name) .check = check_##name
 
@@ -29,21 +34,28 @@ const Op ops[] = {
     OP(embedding_forward, EmbeddingForward, "out[M,C] <- weight[V,C] ids[M]:i32"),
     OP(embedding_backward, EmbeddingBackward, "dweight[V,C]:f32+ <- dout[M,C] ids[M]:i32 order[M]:i32",
        WORKSPACE(embedding_backward)),
-    OP(rms_norm_forward, RmsNormForward, "out[M,C] rstd[M]:f32 sum[M,C]? <- x[M,C] residual[M,C]?~ weight[C] | eps",
-       CHECK(rms_norm_forward)),
+    OP(rms_norm_forward, RmsNormForward,
+       "out[M,C] rstd[M]:f32 sum[M,C]? <- x[M,C] residual[M,C]?~ weight[C] | eps", CHECK(rms_norm_forward)),
     OP(rms_norm_backward, RmsNormBackward,
-       "dx[M,C] dweight[C]:f32+? <- dout[M,C]~ x[M,C]~ rstd[M]:f32 weight[C] dresidual[M,C]?~", WORKSPACE(rms_norm_backward)),
-    OP(rope_forward, Rope, "out[B,T,H,D] <- x[B,T,H,D]~ cos[P,E]:f32 sin[P,E]:f32 positions[B,T]:i32?", CHECK(rope)),
-    OP(rope_backward, Rope, "dx[B,T,H,D] <- dout[B,T,H,D]~ cos[P,E]:f32 sin[P,E]:f32 positions[B,T]:i32?", CHECK(rope)),
+       "dx[M,C] dweight[C]:f32+? <- dout[M,C]~ x[M,C]~ rstd[M]:f32 weight[C] dresidual[M,C]?~",
+       WORKSPACE(rms_norm_backward)),
+    OP(rope_forward, Rope, "out[B,T,H,D] <- x[B,T,H,D]~ cos[P,E]:f32 sin[P,E]:f32 positions[B,T]:i32?",
+       CHECK(rope)),
+    OP(rope_backward, Rope, "dx[B,T,H,D] <- dout[B,T,H,D]~ cos[P,E]:f32 sin[P,E]:f32 positions[B,T]:i32?",
+       CHECK(rope)),
     OP(lora_linear_forward, LoraLinearForward,
        "out[M,N] u[M,R]:f32? <- x[M,C] weight[N,C] bias[N]? a[R,C]? b[N,R]? residual[M,N]?~ | scale",
        WORKSPACE(lora_linear_forward), CHECK(lora_linear_forward)),
     OP(lora_linear_backward, LoraLinearBackward,
-       "dx[M,C]+? da[R,C]:f32+? db[N,R]:f32+? dweight[N,C]:f32+? dbias[N]:f32+? <- dout[M,N] x[M,C]? weight[N,C] a[R,C]? "
-       "b[N,R]? u[M,R]:f32? | scale accumulate:int", WORKSPACE(lora_linear_backward), CHECK(lora_linear_backward)),
+       "dx[M,C]+? da[R,C]:f32+? db[N,R]:f32+? dweight[N,C]:f32+? dbias[N]:f32+? <- dout[M,N] x[M,C]? "
+       "weight[N,C] a[R,C]? "
+       "b[N,R]? u[M,R]:f32? | scale accumulate:int",
+       WORKSPACE(lora_linear_backward), CHECK(lora_linear_backward)),
     OP(s2_attention_forward, S2AttentionForward,
-       "out[B,T,H,D] lse[B,H,T]:f32 <- q[B,T,H,D] k[B,T,K,D] v[B,T,K,D] cu_seqlens[S]:i32? | group_size:int boundary:int "
-       "shift:int scale", CHECK(s2_attention_forward)),
+       "out[B,T,H,D] lse[B,H,T]:f32 <- q[B,T,H,D] k[B,T,K,D] v[B,T,K,D] cu_seqlens[S]:i32? | group_size:int "
+       "boundary:int "
+       "shift:int scale",
+       CHECK(s2_attention_forward)),
     OP(s2_attention_backward, S2AttentionBackward,
        "dq[B,T,H,D] dk[B,T,K,D] dv[B,T,K,D] <- dout[B,T,H,D] q[B,T,H,D] k[B,T,K,D] v[B,T,K,D] out[B,T,H,D] "
        "lse[B,H,T]:f32 cu_seqlens[S]:i32? | group_size:int boundary:int shift:int scale",
@@ -54,10 +66,12 @@ const Op ops[] = {
        "losses[M]:f32 lse[M]:f32 <- x[M,C] weight[V,C] targets[M]:i32 | ignore_index:int",
        WORKSPACE(linear_cross_entropy_forward)),
     OP(linear_cross_entropy_backward, LinearCrossEntropyBackward,
-       "losses[M]:f32 dx[M,C] dweight[V,C]:f32+? <- x[M,C] weight[V,C] targets[M]:i32 dlosses[M]:f32 | ignore_index:int",
+       "losses[M]:f32 dx[M,C] dweight[V,C]:f32+? <- x[M,C] weight[V,C] targets[M]:i32 dlosses[M]:f32 | "
+       "ignore_index:int",
        WORKSPACE(linear_cross_entropy_backward)),
     OP(adamw, Adamw,
-       "param[N]:f32+ m[N]:f32+ v[N]:f32+ copy[N]:any? <- grad[N]:f32 | lr beta1 beta2 eps weight_decay step:int grad_scale",
+       "param[N]:f32+ m[N]:f32+ v[N]:f32+ copy[N]:any? <- grad[N]:f32 | lr beta1 beta2 eps weight_decay "
+       "step:int grad_scale",
        CHECK(adamw)),
     OP(sum_squares, SumSquares, "out[1]:f64+ <- x[N]:any", WORKSPACE(sum_squares)),
 };
@@ -100,8 +114,8 @@ int isa_supported(int isa) {
 #endif
 }
 
-/* Dot products of bfloat16 run at twice the rate of float32 on AMD (Zen 4 and 5), at half of it on the Xeons measured:
- * there bfloat16 is converted while it is packed, and multiplied in float32. */
+/* Dot products of bfloat16 run at twice the rate of float32 on AMD (Zen 4 and 5), at half of it on the Xeons
+ * measured: there bfloat16 is converted while it is packed, and multiplied in float32. */
 static int preferred(int isa) {
 #ifdef LONGLORA_X86
     if (isa == 3) return __builtin_cpu_is("amd");
@@ -114,7 +128,8 @@ int choose_isa(void) {
     const char *wanted = getenv("LONGLORA_ISA");
     if (!wanted || !*wanted) {
         int best = 0;
-        for (int i = 1; i < ISA_COUNT; i++) if (isa_supported(i) && preferred(i)) best = i;
+        for (int i = 1; i < ISA_COUNT; i++)
+            if (isa_supported(i) && preferred(i)) best = i;
         return best;
     }
     for (int i = 0; i < ISA_COUNT; i++) {

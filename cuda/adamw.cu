@@ -1,22 +1,26 @@
 /* adamw.cu --- AdamW (arXiv 1711.05101, algorithm 2) on float32 masters and moments, in place, one pass.
  *
- * Bound by memory: 16 bytes in and 12 out per parameter, and those of the copy: 30 bytes with one in 16 bits. Each thread has 4
- * vectors of 16 bytes under way. What depends on the step alone is taken in float64 once on the host, as in csrc/cpu/adamw.c. */
+ * Bound by memory: 16 bytes in and 12 out per parameter, and those of the copy: 30 bytes with one in 16 bits.
+ * Each thread has 4 vectors of 16 bytes under way. What depends on the step alone is taken in float64 once on
+ * the host, as in csrc/cpu/adamw.c. */
 #include "rows.cuh"
 
-enum { N = 4 };                        /* parameters of a thread */
+enum { N = 4 }; /* parameters of a thread */
 
-struct Step { float decay, rate, root, keep1, keep2, add1, add2, eps, scale; };
+struct Step {
+    float decay, rate, root, keep1, keep2, add1, add2, eps, scale;
+};
 
-template<bool ALIGNED, class T>
+template <bool ALIGNED, class T>
 static __device__ __forceinline__ void put_as(void *to, const float (&x)[N], int64_t c, int64_t C) {
     Raw<T, N> y;
     narrow<T>(y, x);
     put<ALIGNED>((T *)to, y, c, C);
 }
 
-template<bool ALIGNED> __global__ void __launch_bounds__(BLOCK) adamw_kernel(
-    float *param, float *m, float *v, void *copy, int copy_dtype, const float *grad, int64_t C, Step s) {
+template <bool ALIGNED> __global__ void __launch_bounds__(BLOCK)
+    adamw_kernel(float *param, float *m, float *v, void *copy, int copy_dtype, const float *grad, int64_t C,
+                 Step s) {
     int64_t c = ((int64_t)blockIdx.x * BLOCK + threadIdx.x) * N;
     if (c >= C) return;
     Raw<float, N> grads, ms, vs, params;
@@ -50,10 +54,18 @@ template<bool ALIGNED> __global__ void __launch_bounds__(BLOCK) adamw_kernel(
 extern "C" int adamw_cuda(const void *args, const CudaCall *call) {
     const Adamw *a = (const Adamw *)args;
     double c1 = 1 - pow(a->beta1, a->step), c2 = 1 - pow(a->beta2, a->step);
-    Step s = { (float)(1 - a->lr * a->weight_decay), (float)(a->lr / c1), (float)(1 / sqrt(c2)), (float)a->beta1,
-               (float)a->beta2, (float)(1 - a->beta1), (float)(1 - a->beta2), (float)a->eps, (float)a->grad_scale };
+    Step s = { (float)(1 - a->lr * a->weight_decay),
+               (float)(a->lr / c1),
+               (float)(1 / sqrt(c2)),
+               (float)a->beta1,
+               (float)a->beta2,
+               (float)(1 - a->beta1),
+               (float)(1 - a->beta2),
+               (float)a->eps,
+               (float)a->grad_scale };
     bool fit = aligned(N, a->grad.shape[0], &a->param, &a->m, &a->v, &a->copy, &a->grad);
-    return launch(call, fit ? adamw_kernel<true> : adamw_kernel<false>, dim3((unsigned)ceil_div(a->grad.shape[0], BLOCK * N)),
-                  BLOCK, 0, (float *)a->param.data, (float *)a->m.data, (float *)a->v.data,
-                  given(&a->copy) ? a->copy.data : nullptr, a->copy.dtype, (const float *)a->grad.data, a->grad.shape[0], s);
+    return launch(call, fit ? adamw_kernel<true> : adamw_kernel<false>,
+                  dim3((unsigned)ceil_div(a->grad.shape[0], BLOCK * N)), BLOCK, 0, (float *)a->param.data,
+                  (float *)a->m.data, (float *)a->v.data, given(&a->copy) ? a->copy.data : nullptr,
+                  a->copy.dtype, (const float *)a->grad.data, a->grad.shape[0], s);
 }

@@ -1,14 +1,17 @@
-/* cast.cu --- rows from one float dtype to another, scaled sums, and the sum of squares behind the gradient norm.
+/* cast.cu --- rows from one float dtype to another, scaled sums, and the sum of squares behind the gradient
+ * norm.
  *
- * Bound by memory: cast moves each element once in and once out, accumulate reads out too; sum_squares reads once. A thread
- * takes 16 elements, in vectors that are 16 bytes of the wider of the two dtypes. */
+ * Bound by memory: cast moves each element once in and once out, accumulate reads out too; sum_squares reads
+ * once. A thread takes 16 elements, in vectors that are 16 bytes of the wider of the two dtypes. */
 #include "rows.cuh"
 
-template<class To, class From> constexpr int elements = 16 / (sizeof(To) > sizeof(From) ? sizeof(To) : sizeof(From));
+template <class To, class From> constexpr int elements =
+    16 / (sizeof(To) > sizeof(From) ? sizeof(To) : sizeof(From));
 
 /* out = x, or out += scale x. */
-template<class To, class From, bool ALIGNED> __global__ void __launch_bounds__(BLOCK) rows_kernel(
-    To *out, int64_t out_row, const From *x, int64_t x_row, int64_t M, int64_t C, float scale, bool add, unsigned shift) {
+template <class To, class From, bool ALIGNED> __global__ void __launch_bounds__(BLOCK)
+    rows_kernel(To *out, int64_t out_row, const From *x, int64_t x_row, int64_t M, int64_t C, float scale,
+                bool add, unsigned shift) {
     constexpr int N = elements<To, From>, U = 16 / N;
     Part p = part<N, U>(shift);
     for (int64_t m = p.m; m < M; m += p.rows) {
@@ -18,7 +21,8 @@ template<class To, class From, bool ALIGNED> __global__ void __launch_bounds__(B
         for (int u = 0; u < U; u++) get<ALIGNED>(xs[u], x + m * x_row, p.c + u * p.step, C);
         if (add)
 #pragma unroll
-            for (int u = 0; u < U; u++) get<ALIGNED>(outs[u], (const To *)out + m * out_row, p.c + u * p.step, C);
+            for (int u = 0; u < U; u++)
+                get<ALIGNED>(outs[u], (const To *)out + m * out_row, p.c + u * p.step, C);
 #pragma unroll
         for (int u = 0; u < U; u++) {
             float y[N], sum[N];
@@ -36,15 +40,18 @@ template<class To, class From, bool ALIGNED> __global__ void __launch_bounds__(B
 
 static int rows(const CudaCall *call, const Tensor *out, const Tensor *x, float scale, bool add) {
     Matrix s = flatten(out, x);
-    return for_dtype(out->dtype, [&](auto to) { return for_dtype(x->dtype, [&](auto from) {
-        using To = typename decltype(to)::is;
-        using From = typename decltype(from)::is;
-        constexpr int N = elements<To, From>, U = 16 / N;
-        Deal d = deal<N, U>(s.M, s.C);
-        bool fit = aligned(N, s.C, out, x);
-        return launch(call, fit ? rows_kernel<To, From, true> : rows_kernel<To, From, false>, d.grid, BLOCK, 0, (To *)out->data,
-                      out->stride[0], (const From *)x->data, x->stride[0], s.M, s.C, scale, add, d.shift);
-    }); });
+    return for_dtype(out->dtype, [&](auto to) {
+        return for_dtype(x->dtype, [&](auto from) {
+            using To = typename decltype(to)::is;
+            using From = typename decltype(from)::is;
+            constexpr int N = elements<To, From>, U = 16 / N;
+            Deal d = deal<N, U>(s.M, s.C);
+            bool fit = aligned(N, s.C, out, x);
+            return launch(call, fit ? rows_kernel<To, From, true> : rows_kernel<To, From, false>, d.grid,
+                          BLOCK, 0, (To *)out->data, out->stride[0], (const From *)x->data, x->stride[0], s.M,
+                          s.C, scale, add, d.shift);
+        });
+    });
 }
 
 extern "C" int cast_cuda(const void *args, const CudaCall *call) {
@@ -57,10 +64,10 @@ extern "C" int accumulate_cuda(const void *args, const CudaCall *call) {
     return rows(call, &a->out, &a->x, (float)a->scale, true);
 }
 
-/* ---- sum of squares ---------------------------------------------------------------------------------------------- */
+/* ---- sum of squares -------------------------------------------------------------------------- */
 
-/* At most PARTIALS blocks, each with a sum in float64; then one block adds those. Who adds what depends on N alone. A thread
- * reads UNROLL vectors at a time. */
+/* At most PARTIALS blocks, each with a sum in float64; then one block adds those. Who adds what depends on N
+ * alone. A thread reads UNROLL vectors at a time. */
 enum { PARTIALS = 1024, UNROLL = 4 };
 
 static __device__ __forceinline__ double warp_sum(double x) {
@@ -80,7 +87,7 @@ static __device__ __forceinline__ double sum_of_block(double x) {
     return sum;
 }
 
-template<class T, bool ALIGNED>
+template <class T, bool ALIGNED>
 __global__ void __launch_bounds__(BLOCK) squares_kernel(double *partial, const T *x, int64_t C) {
     constexpr int N = 16 / sizeof(T);
     double sum[2] = { 0, 0 };
@@ -123,8 +130,11 @@ extern "C" int sum_squares_cuda(const void *args, const CudaCall *call) {
     int status = for_dtype(a->x.dtype, [&](auto t) {
         using T = typename decltype(t)::is;
         int64_t N = a->x.shape[0];
-        return launch(call, aligned(16 / sizeof(T), N, &a->x) ? squares_kernel<T, true> : squares_kernel<T, false>, dim3(n),
-                      BLOCK, 0, partial, (const T *)a->x.data, N);
+        return launch(call,
+                      aligned(16 / sizeof(T), N, &a->x) ? squares_kernel<T, true> : squares_kernel<T, false>,
+                      dim3(n), BLOCK, 0, partial, (const T *)a->x.data, N);
     });
-    return status ? status : launch(call, partials_kernel, dim3(n ? 1 : 0), BLOCK, 0, (double *)a->out.data, partial, (int)n);
+    return status ? status
+                  : launch(call, partials_kernel, dim3(n ? 1 : 0), BLOCK, 0, (double *)a->out.data, partial,
+                           (int)n);
 }

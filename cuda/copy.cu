@@ -1,13 +1,16 @@
-/* copy.cu --- Tensor.copy_ and Tensor.fill between tensors of any strides: one thread for each element. Bound by memory; where
- * both sides are dense and of one dtype it is the copy engine's work instead. Pinned host memory is read and written through
- * the bus. */
+/* copy.cu --- Tensor.copy_ and Tensor.fill between tensors of any strides: one thread for each element. Bound
+ * by memory; where both sides are dense and of one dtype it is the copy engine's work instead. Pinned host
+ * memory is read and written through the bus. */
 #include "common.cuh"
 #include "../csrc/cuda.h"
 
 enum { BLOCK = 256 };
 
 /* Axes that lie behind each other in both tensors count as one. */
-struct Walk { int ndim; int64_t n, size[MAX_NDIM], out[MAX_NDIM], x[MAX_NDIM]; };
+struct Walk {
+    int ndim;
+    int64_t n, size[MAX_NDIM], out[MAX_NDIM], x[MAX_NDIM];
+};
 
 static Walk walk(const Tensor *out, const Tensor *x) {
     Walk w = {};
@@ -16,7 +19,8 @@ static Walk walk(const Tensor *out, const Tensor *x) {
         int64_t size = out->shape[i], last = w.ndim - 1;
         w.n *= size;
         if (size == 1) continue;
-        if (w.ndim && w.out[last] == size * out->stride[i] && w.x[last] == size * x->stride[i]) w.size[last] *= size;
+        if (w.ndim && w.out[last] == size * out->stride[i] && w.x[last] == size * x->stride[i])
+            w.size[last] *= size;
         else w.size[++last] = size, w.ndim++;
         w.out[last] = out->stride[i];
         w.x[last] = x->stride[i];
@@ -34,19 +38,19 @@ static __device__ __forceinline__ void place(const Walk &w, int64_t i, int64_t *
     }
 }
 
-template<class T> static __device__ __forceinline__ void convert(T *out, const T *x) { *out = *x; }
-template<class T, class U> static __device__ __forceinline__ void convert(T *out, const U *x) {
+template <class T> static __device__ __forceinline__ void convert(T *out, const T *x) { *out = *x; }
+template <class T, class U> static __device__ __forceinline__ void convert(T *out, const U *x) {
     *out = from_float<T>(to_float(*x));
 }
 
-template<class T, class U> __global__ void __launch_bounds__(BLOCK) copy_kernel(T *out, const U *x, Walk w) {
+template <class T, class U> __global__ void __launch_bounds__(BLOCK) copy_kernel(T *out, const U *x, Walk w) {
     int64_t i = (int64_t)blockIdx.x * BLOCK + threadIdx.x, to, from;
     if (i >= w.n) return;
     place(w, i, &to, &from);
     convert(out + to, x + from);
 }
 
-template<class T> __global__ void __launch_bounds__(BLOCK) fill_kernel(T *out, T value, Walk w) {
+template <class T> __global__ void __launch_bounds__(BLOCK) fill_kernel(T *out, T value, Walk w) {
     int64_t i = (int64_t)blockIdx.x * BLOCK + threadIdx.x, to, unused;
     if (i >= w.n) return;
     place(w, i, &to, &unused);
@@ -54,7 +58,7 @@ template<class T> __global__ void __launch_bounds__(BLOCK) fill_kernel(T *out, T
 }
 
 /* f(type<T>()) for an unsigned integer of `bytes` bytes. */
-template<class F> static int for_size(int64_t bytes, F f) {
+template <class F> static int for_size(int64_t bytes, F f) {
     switch (bytes) {
         case 1: return f(type<uint8_t>());
         case 2: return f(type<uint16_t>());
@@ -77,12 +81,14 @@ extern "C" int copy_tensor(const Tensor *out, const Tensor *x, void *stream) {
         int64_t size = size_of(out->dtype);
         if (!w.ndim || (w.ndim == 1 && w.out[0] == 1 && w.x[0] == 1)) {
             size_t bytes = (size_t)(w.n * size);
-            if (bytes) CUDA_TRY(cudaMemcpyAsync(out->data, x->data, bytes, cudaMemcpyDefault, (cudaStream_t)stream));
+            if (bytes)
+                CUDA_TRY(cudaMemcpyAsync(out->data, x->data, bytes, cudaMemcpyDefault, (cudaStream_t)stream));
             return 0;
         }
         return for_size(size, [&](auto t) { return run(t, t); });
     }
-    return for_dtype(out->dtype, [&](auto t) { return for_dtype(x->dtype, [&](auto u) { return run(t, u); }); });
+    return for_dtype(out->dtype,
+                     [&](auto t) { return for_dtype(x->dtype, [&](auto u) { return run(t, u); }); });
 }
 
 extern "C" int fill_tensor(const Tensor *out, const void *value, void *stream) {
@@ -93,6 +99,7 @@ extern "C" int fill_tensor(const Tensor *out, const void *value, void *stream) {
         using T = typename decltype(t)::is;
         T bits;
         memcpy(&bits, value, sizeof bits);
-        return launch(&call, fill_kernel<T>, dim3((unsigned)ceil_div(w.n, BLOCK)), BLOCK, 0, (T *)out->data, bits, w);
+        return launch(&call, fill_kernel<T>, dim3((unsigned)ceil_div(w.n, BLOCK)), BLOCK, 0, (T *)out->data,
+                      bits, w);
     });
 }

@@ -1,12 +1,13 @@
-/* device.cu --- devices, memory, copies and streams for the binding: csrc/cuda.h, in the words of the CUDA runtime. */
+/* device.cu --- devices, memory, copies and streams for the binding: csrc/cuda.h, in the words of the CUDA
+ * runtime. */
 #include "common.cuh"
 #include "../csrc/cuda.h"
 
 #include <stdlib.h>
 
-/* ---- devices ----------------------------------------------------------------------------------------------------- */
+/* ---- devices --------------------------------------------------------------------------------- */
 
-static bool touched[MAX_DEVICES];      /* devices that work may have been queued on */
+static bool touched[MAX_DEVICES]; /* devices that work may have been queued on */
 
 static void versions(int *driver, int *runtime) {
     if (cudaDriverGetVersion(driver) != cudaSuccess) *driver = 0;
@@ -23,11 +24,12 @@ static int count() {
     versions(&driver, &runtime);
     if (!driver) return fail("there is no NVIDIA driver");
     if (error == cudaErrorInsufficientDriver)
-        return fail("the NVIDIA driver is too old: it is for CUDA %d.%d, this build is of CUDA %d.%d", driver / 1000,
-                    driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+        return fail("the NVIDIA driver is too old: it is for CUDA %d.%d, this build is of CUDA %d.%d",
+                    driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
     if (error == cudaSuccess || error == cudaErrorNoDevice) {
         const char *visible = getenv("CUDA_VISIBLE_DEVICES");
-        return fail("the NVIDIA driver shows no GPU%s%s", visible ? " with CUDA_VISIBLE_DEVICES=" : "", visible ? visible : "");
+        return fail("the NVIDIA driver shows no GPU%s%s", visible ? " with CUDA_VISIBLE_DEVICES=" : "",
+                    visible ? visible : "");
     }
     return fail("CUDA: %s", cudaGetErrorString(error));
 }
@@ -49,7 +51,8 @@ static bool covered(int) { return true; }
 #define TEXT(...) TEXT_(__VA_ARGS__)
 static const char built_for[] = TEXT(LONGLORA_CUDA_ARCHS);
 
-/* Code runs on GPUs of its generation from its own number on, with a letter only on its own; PTX on all later ones. */
+/* Code runs on GPUs of its generation from its own number on, with a letter only on its own; PTX on all later
+ * ones. */
 static bool covered(int sm) {
     for (const char *p = built_for; *p;) {
         char *end;
@@ -68,11 +71,14 @@ static int usable(int device) {
     int n, sm = 0;
     if (device >= 0 && device < MAX_DEVICES && known[device]) return 0;
     if ((n = count()) < 0) return -1;
-    if (device < 0 || device >= n) return fail("there %s %d CUDA device%s", n == 1 ? "is" : "are", n, n == 1 ? "" : "s");
+    if (device < 0 || device >= n)
+        return fail("there %s %d CUDA device%s", n == 1 ? "is" : "are", n, n == 1 ? "" : "s");
     if (sm_of(device, &sm)) return -1;
-    if (sm < OLDEST_SM) return fail("the GPU is an sm_%d, the oldest that is supported is sm_%d", sm, (int)OLDEST_SM);
+    if (sm < OLDEST_SM)
+        return fail("the GPU is an sm_%d, the oldest that is supported is sm_%d", sm, (int)OLDEST_SM);
     if (!covered(sm))
-        return fail("the GPU is an sm_%d, this build is for sm %s: see LONGLORA_CUDA_ARCH in setup.py", sm, built_for);
+        return fail("the GPU is an sm_%d, this build is for sm %s: see LONGLORA_CUDA_ARCH in setup.py", sm,
+                    built_for);
     known[device] = true;
     return 0;
 }
@@ -86,8 +92,8 @@ static int properties(int device, CudaProperties *p) {
     return sm_of(device, &p->sm);
 }
 
-/* Another device than the thread's is entered by pushing its primary context: unlike cudaSetDevice there and back, this leaves
- * the thread as it was and makes no context on a device that nobody uses. */
+/* Another device than the thread's is entered by pushing its primary context: unlike cudaSetDevice there and
+ * back, this leaves the thread as it was and makes no context on a device that nobody uses. */
 #ifdef LONGLORA_EMULATION
 static thread_local int before;
 static int push(int device) {
@@ -97,7 +103,8 @@ static int push(int device) {
 }
 static void pop() { cudaSetDevice(before); }
 #else
-static int (*retain_context)(void **context, int device), (*push_context)(void *context), (*pop_context)(void **context);
+static int (*retain_context)(void **context, int device), (*push_context)(void *context),
+    (*pop_context)(void **context);
 
 static int driver_function(const char *name, void **function) {
     cudaDriverEntryPointQueryResult found;
@@ -108,10 +115,12 @@ static int push(int device) {
     static void *contexts[MAX_DEVICES];
     if (!push_context && (driver_function("cuDevicePrimaryCtxRetain", (void **)&retain_context) ||
                           driver_function("cuCtxPopCurrent", (void **)&pop_context) ||
-                          driver_function("cuCtxPushCurrent", (void **)&push_context))) return -1;
+                          driver_function("cuCtxPushCurrent", (void **)&push_context)))
+        return -1;
     int error = contexts[device] ? 0 : retain_context(&contexts[device], device);
     if (!error) error = push_context(contexts[device]);
-    return error ? fail("CUDA: cuda:%d cannot be made the current device: driver error %d", device, error) : 0;
+    return error ? fail("CUDA: cuda:%d cannot be made the current device: driver error %d", device, error)
+                 : 0;
 }
 static void pop() {
     void *context;
@@ -126,9 +135,12 @@ static int enter(int device) {
     if (current == device) return 0;
     return push(device) ? -1 : 1;
 }
-static void leave(int entered) { if (entered > 0) pop(); }
+static void leave(int entered) {
+    if (entered > 0) pop();
+}
 
-/* While one lives, what a capture elsewhere would forbid this thread is allowed: it is no part of any graph. */
+/* While one lives, what a capture elsewhere would forbid this thread is allowed: it is no part of any graph.
+ */
 struct Relaxed {
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
@@ -139,13 +151,14 @@ static int recover(int device) {
     cudaGetLastError();
     int entered = enter(device);
     Relaxed relaxed;
-    cudaError_t error = cudaStreamQuery(cudaStreamPerThread);          /* after a fatal error everything answers with it */
+    cudaError_t error =
+        cudaStreamQuery(cudaStreamPerThread); /* after a fatal error everything answers with it */
     cudaGetLastError();
     leave(entered);
     return error != cudaSuccess && error != cudaErrorNotReady;
 }
 
-/* ---- memory ------------------------------------------------------------------------------------------------------ */
+/* ---- memory ---------------------------------------------------------------------------------- */
 
 static int memory(int64_t *free, int64_t *total) {
     size_t available, all;
@@ -166,7 +179,7 @@ static int allocate(int64_t bytes, void **p) {
     cudaError_t error = cudaMalloc(p, bytes ? (size_t)bytes : 1);
     if (error != cudaSuccess) return no_memory(error, bytes);
     CUDA_TRY(cudaMemsetAsync(*p, 0, (size_t)bytes, cudaStreamPerThread));
-    CUDA_TRY(cudaStreamSynchronize(cudaStreamPerThread));              /* zero for every stream */
+    CUDA_TRY(cudaStreamSynchronize(cudaStreamPerThread)); /* zero for every stream */
     return 0;
 }
 static void release(void *p) {
@@ -196,12 +209,14 @@ static int copy_bytes(void *to, const void *from, int64_t bytes, void *stream) {
     if (bytes) CUDA_TRY(cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDefault, (cudaStream_t)stream));
     return 0;
 }
-static int copy_peer(void *to, int to_device, const void *from, int from_device, int64_t bytes, void *stream) {
-    if (bytes) CUDA_TRY(cudaMemcpyPeerAsync(to, to_device, from, from_device, (size_t)bytes, (cudaStream_t)stream));
+static int copy_peer(void *to, int to_device, const void *from, int from_device, int64_t bytes,
+                     void *stream) {
+    if (bytes)
+        CUDA_TRY(cudaMemcpyPeerAsync(to, to_device, from, from_device, (size_t)bytes, (cudaStream_t)stream));
     return 0;
 }
 
-/* ---- streams ----------------------------------------------------------------------------------------------------- */
+/* ---- streams --------------------------------------------------------------------------------- */
 
 static int synchronize(void *stream) {
     CUDA_TRY(cudaStreamSynchronize((cudaStream_t)stream));
@@ -213,13 +228,15 @@ static int synchronize_device() {
 }
 static int stream_device(void *stream, int *device) {
     *device = -1;
-    if ((uintptr_t)stream > (uintptr_t)cudaStreamPerThread) CUDA_TRY(cudaStreamGetDevice((cudaStream_t)stream, device));
+    if ((uintptr_t)stream > (uintptr_t)cudaStreamPerThread)
+        CUDA_TRY(cudaStreamGetDevice((cudaStream_t)stream, device));
     return 0;
 }
 static int64_t capture(void *stream) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     unsigned long long number = 0;
-    if ((uintptr_t)stream > (uintptr_t)cudaStreamLegacy)               /* which is never captured, nor is the default stream */
+    if ((uintptr_t)stream >
+        (uintptr_t)cudaStreamLegacy) /* which is never captured, nor is the default stream */
         CUDA_TRY(cudaStreamGetCaptureInfo((cudaStream_t)stream, &status, &number));
     return status == cudaStreamCaptureStatusActive ? (int64_t)number : 0;
 }
@@ -238,7 +255,7 @@ static int wait(void *stream, void *mark) {
 static int passed(void *mark) {
     cudaError_t error = cudaEventQuery((cudaEvent_t)mark);
     if (error == cudaSuccess) return 1;
-    cudaGetLastError();                                                /* that the next launch does not take it for its own */
+    cudaGetLastError(); /* that the next launch does not take it for its own */
     return error == cudaErrorNotReady ? 0 : fail("CUDA: %s", cudaGetErrorString(error));
 }
 static int await(void *mark) {
@@ -247,10 +264,35 @@ static int await(void *mark) {
 }
 static void forget(void *mark) { cudaEventDestroy((cudaEvent_t)mark); }
 
-/* ---- the table --------------------------------------------------------------------------------------------------- */
+/* ---- the table ------------------------------------------------------------------------------- */
 
 extern "C" const CudaRuntime cuda_runtime = {
-    built_for, count, usable, properties, versions, enter, leave, recover, allocate, release, allocate_pinned, release_pinned,
-    memory, copy_tensor, fill_tensor, copy_bytes, copy_peer, synchronize, synchronize_device, stream_device, capture, mark, wait,
-    passed, await, forget, cublas_paths, cublas_version,
+    built_for,
+    count,
+    usable,
+    properties,
+    versions,
+    enter,
+    leave,
+    recover,
+    allocate,
+    release,
+    allocate_pinned,
+    release_pinned,
+    memory,
+    copy_tensor,
+    fill_tensor,
+    copy_bytes,
+    copy_peer,
+    synchronize,
+    synchronize_device,
+    stream_device,
+    capture,
+    mark,
+    wait,
+    passed,
+    await,
+    forget,
+    cublas_paths,
+    cublas_version,
 };

@@ -1,27 +1,29 @@
 /* embedding.cu --- rows of a table by token id, and their gradients summed back without atomics.
  *
- * Forward is bound by memory: each row read once and written once (2 M C elements); a thread has 64 bytes under way.
+ * Forward is bound by memory: each row read once and written once (2 M C elements); a thread has 64 bytes
+ * under way.
  *
- * Backward walks the tokens in the order of their ids, in pieces of equal length, whatever the ids are: a block sums one piece
- * for some columns in registers. A run of equal ids that begins in the piece is added to its row of dweight, of which no other
- * block of the launch knows; what belongs to a run that began before goes to the piece's row of `partial`, and a second kernel
- * adds a run's partial rows in a fixed order. So a token that makes up most of the text costs what any other does.
- * Floor: M C elements of dout read, 8 C bytes for each distinct id. */
+ * Backward walks the tokens in the order of their ids, in pieces of equal length, whatever the ids are: a
+ * block sums one piece for some columns in registers. A run of equal ids that begins in the piece is added to
+ * its row of dweight, of which no other block of the launch knows; what belongs to a run that began before
+ * goes to the piece's row of `partial`, and a second kernel adds a run's partial rows in a fixed order. So a
+ * token that makes up most of the text costs what any other does. Floor: M C elements of dout read, 8 C bytes
+ * for each distinct id. */
 #include "rows.cuh"
 
-enum { U = 4 };                        /* vectors of a thread, forward */
+enum { U = 4 }; /* vectors of a thread, forward */
 
 /* V: 16, 4 or 2 bytes, C of them to a row. The pattern 7fff7fff is NaN in every dtype. */
-template<class V> static __device__ __forceinline__ V not_a_number() {
+template <class V> static __device__ __forceinline__ V not_a_number() {
     unsigned words[4] = { 0x7fff7fff, 0x7fff7fff, 0x7fff7fff, 0x7fff7fff };
     V v;
     memcpy(&v, words, sizeof v);
     return v;
 }
 
-template<class V> __global__ void __launch_bounds__(BLOCK) forward_kernel(
-    V *out, int64_t out_row, const V *weight, int64_t weight_row, const int32_t *ids, int64_t rows, int64_t M, int64_t C,
-    unsigned shift) {
+template <class V> __global__ void __launch_bounds__(BLOCK)
+    forward_kernel(V *out, int64_t out_row, const V *weight, int64_t weight_row, const int32_t *ids,
+                   int64_t rows, int64_t M, int64_t C, unsigned shift) {
     Part p = part<1, U>(shift);
     for (int64_t m = p.m; m < M; m += p.rows) {
         int32_t id = ids[m];
@@ -48,29 +50,32 @@ extern "C" int embedding_forward_cuda(const void *args, const CudaCall *call) {
         int64_t per = (int64_t)sizeof(V) / size;
         Deal d = deal<1, U>(M, C / per);
         return launch(call, forward_kernel<V>, d.grid, BLOCK, 0, (V *)a->out.data, a->out.stride[0] / per,
-                      (const V *)a->weight.data, a->weight.stride[0] / per, (const int32_t *)a->ids.data, a->weight.shape[0], M,
-                      C / per, d.shift);
+                      (const V *)a->weight.data, a->weight.stride[0] / per, (const int32_t *)a->ids.data,
+                      a->weight.shape[0], M, C / per, d.shift);
     };
     auto fit = [&](int64_t bytes) { return aligned((int)(bytes / size), C, &a->out, &a->weight); };
-    return fit(16) ? run(type<uint4>()) : size == 4 || fit(4) ? run(type<unsigned>()) : run(type<unsigned short>());
+    return fit(16)               ? run(type<uint4>())
+           : size == 4 || fit(4) ? run(type<unsigned>())
+                                 : run(type<unsigned short>());
 }
 
-/* ---- backward ---------------------------------------------------------------------------------------------------- */
+/* ---- backward -------------------------------------------------------------------------------- */
 
-enum { N = 4, AT_ONCE = 4, CHUNK = 64 };       /* columns of a thread; rows it loads at once; ids kept at hand */
+enum { N = 4, AT_ONCE = 4, CHUNK = 64 }; /* columns of a thread; rows it loads at once; ids kept at hand */
 
 /* The id of the token at place i of the order, and that token; -1 for what is not there or not an id. */
-static __device__ __forceinline__ int32_t id_at(
-    const int32_t *ids, const int32_t *order, int64_t i, int64_t M, int64_t rows, int32_t *token) {
+static __device__ __forceinline__ int32_t id_at(const int32_t *ids, const int32_t *order, int64_t i,
+                                                int64_t M, int64_t rows, int32_t *token) {
     int32_t m = i >= 0 && i < M ? order[i] : -1, id = m >= 0 && m < M ? ids[m] : -1;
     *token = m;
     return id < rows ? id : -1;
 }
 
 /* Piece blockIdx.y. carried[piece] is the id whose run goes on into the piece, or -1. */
-template<class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK) runs_kernel(
-    float *dweight, int64_t dweight_row, float *partial, int64_t pitch, int32_t *carried, const T *dout, int64_t dout_row,
-    const int32_t *ids, const int32_t *order, int64_t rows, int64_t M, int64_t C, int64_t piece) {
+template <class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK)
+    runs_kernel(float *dweight, int64_t dweight_row, float *partial, int64_t pitch, int32_t *carried,
+                const T *dout, int64_t dout_row, const int32_t *ids, const int32_t *order, int64_t rows,
+                int64_t M, int64_t C, int64_t piece) {
     __shared__ int32_t token[CHUNK + 2], id[CHUNK + 2];
     int64_t begin = blockIdx.y * piece, end = least(begin + piece, M);
     int64_t c = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * N;
@@ -79,7 +84,8 @@ template<class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK) runs_ke
     for (int64_t first = begin; first < end; first += CHUNK) {
         int n = (int)least(end - first, CHUNK);
         __syncthreads();
-        for (int i = threadIdx.x; i < n + 2; i += blockDim.x) id[i] = id_at(ids, order, first - 1 + i, M, rows, &token[i]);
+        for (int i = threadIdx.x; i < n + 2; i += blockDim.x)
+            id[i] = id_at(ids, order, first - 1 + i, M, rows, &token[i]);
         __syncthreads();
         if (first == begin) {
             from_before = id[0] >= 0 && id[0] == id[1];
@@ -96,7 +102,8 @@ template<class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK) runs_ke
                 int32_t here = i + g <= n ? id[i + g] : -1;
                 bool last = here >= 0 && (here != id[i + g + 1] || first + i + g == end);
                 get<ALIGNED>(ds[g], dout + (here >= 0 ? token[i + g] : 0) * dout_row, c, here >= 0 ? C : 0);
-                get<ALIGNED>(ws[g], (const float *)dweight + (last ? here : 0) * dweight_row, c, last && !before ? C : 0);
+                get<ALIGNED>(ws[g], (const float *)dweight + (last ? here : 0) * dweight_row, c,
+                             last && !before ? C : 0);
                 if (last) ends |= 1u << g, before = false;
             }
 #pragma unroll
@@ -119,19 +126,23 @@ template<class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK) runs_ke
     }
 }
 
-/* A run that began in piece blockIdx.y - 1 and goes on into this one and perhaps further: a warp sums a share of its partial
- * rows for WARP vectors of columns, then the warps' sums are added in order. */
-template<bool ALIGNED> __global__ void __launch_bounds__(BLOCK) carry_kernel(
-    float *dweight, int64_t dweight_row, const float *partial, int64_t pitch, const int32_t *carried, int pieces, int64_t C) {
+/* A run that began in piece blockIdx.y - 1 and goes on into this one and perhaps further: a warp sums a share
+ * of its partial rows for WARP vectors of columns, then the warps' sums are added in order. */
+template <bool ALIGNED> __global__ void __launch_bounds__(BLOCK)
+    carry_kernel(float *dweight, int64_t dweight_row, const float *partial, int64_t pitch,
+                 const int32_t *carried, int pieces, int64_t C) {
     enum { WARPS = BLOCK / WARP };
     __shared__ float sums[WARPS][WARP][N];
     int32_t first = (int32_t)blockIdx.y, id = carried[first];
     if (id < 0 || (first && carried[first - 1] == id)) return;
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n = 0;
-    for (unsigned all = ~0u; all == ~0u; n += WARP) {                  /* rows of the run, by warps' lengths, then exactly */
+    for (unsigned all = ~0u; all == ~0u; n += WARP) { /* rows of the run, by warps' lengths, then exactly */
         int i = first + n + lane;
         all = __ballot_sync(0xffffffffu, i < pieces && carried[i] == id);
-        if (all != ~0u) { while (all & 1) all >>= 1, n++; break; }
+        if (all != ~0u) {
+            while (all & 1) all >>= 1, n++;
+            break;
+        }
     }
     int from = (int)((int64_t)n * warp / WARPS), to = (int)((int64_t)n * (warp + 1) / WARPS);
     for (int64_t base = (int64_t)blockIdx.x * WARP * N; base < C; base += (int64_t)gridDim.x * WARP * N) {
@@ -166,7 +177,9 @@ template<bool ALIGNED> __global__ void __launch_bounds__(BLOCK) carry_kernel(
 }
 
 /* At most 1024 pieces, so the partial rows stay few and short, of at least 32 tokens. */
-struct Pieces { int64_t length, count, pitch; };
+struct Pieces {
+    int64_t length, count, pitch;
+};
 static Pieces pieces(const EmbeddingBackward *a) {
     int64_t M = a->dout.shape[0], C = a->dout.shape[1], length = ceil_div(M, 1024);
     if (length < 32) length = 32;
@@ -189,13 +202,16 @@ extern "C" int embedding_backward_cuda(const void *args, const CudaCall *call) {
     unsigned threads = (unsigned)least(ceil_div(vectors, WARP) * WARP, BLOCK);
     int status = for_dtype(a->dout.dtype, [&](auto t) {
         using T = typename decltype(t)::is;
-        return launch(call, aligned(N, C, &a->dout, &a->dweight) ? runs_kernel<T, true> : runs_kernel<T, false>,
-                      dim3((unsigned)ceil_div(vectors, threads), (unsigned)p.count), threads, 0, dweight, a->dweight.stride[0],
-                      partial, p.pitch, carried, (const T *)a->dout.data, a->dout.stride[0], (const int32_t *)a->ids.data,
-                      (const int32_t *)a->order.data, a->dweight.shape[0], M, C, p.length);
+        return launch(call,
+                      aligned(N, C, &a->dout, &a->dweight) ? runs_kernel<T, true> : runs_kernel<T, false>,
+                      dim3((unsigned)ceil_div(vectors, threads), (unsigned)p.count), threads, 0, dweight,
+                      a->dweight.stride[0], partial, p.pitch, carried, (const T *)a->dout.data,
+                      a->dout.stride[0], (const int32_t *)a->ids.data, (const int32_t *)a->order.data,
+                      a->dweight.shape[0], M, C, p.length);
     });
     if (status) return status;
     return launch(call, aligned(N, C, &a->dweight) ? carry_kernel<true> : carry_kernel<false>,
-                  dim3((unsigned)least(ceil_div(vectors, WARP), 4), (unsigned)p.count), BLOCK, 0, dweight, a->dweight.stride[0],
-                  (const float *)partial, p.pitch, (const int32_t *)carried, (int)p.count, C);
+                  dim3((unsigned)least(ceil_div(vectors, WARP), 4), (unsigned)p.count), BLOCK, 0, dweight,
+                  a->dweight.stride[0], (const float *)partial, p.pitch, (const int32_t *)carried,
+                  (int)p.count, C);
 }

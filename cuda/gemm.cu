@@ -1,18 +1,18 @@
 /* gemm.cu --- the matrix product, and the only file that says cuBLAS.
  *
- * What cuBLASLt does, it does: both inputs of one dtype with one dense axis each, float32 sums, the output of that dtype or
- * float32. Float32 is multiplied as float32 (no TF32). Anything else goes to a plain kernel of our own: mixed dtypes, any
- * strides, K = 0, what cuBLASLt has no algorithm for.
+ * What cuBLASLt does, it does: both inputs of one dtype with one dense axis each, float32 sums, the output of
+ * that dtype or float32. Float32 is multiplied as float32 (no TF32). Anything else goes to a plain kernel of
+ * our own: mixed dtypes, any strides, K = 0, what cuBLASLt has no algorithm for.
  *
- * The library is opened at the first product: the file that LONGLORA_CUBLAS names, else the copy that is in the process already
- * (torch's), else the paths that Python found, else the system's. It is never closed.
+ * The library is opened at the first product: the file that LONGLORA_CUBLAS names, else the copy that is in
+ * the process already (torch's), else the paths that Python found, else the system's. It is never closed.
  *
- * Descriptors and algorithm of a product are made once and kept in a table of fixed size. Sums that are split over K are added in
- * a second step, in float32 (REDUCTION_COMPUTE_TYPE) or not split at all; never in place, never in the output's dtype. The
- * algorithm depends on shapes, strides, dtypes, alignment, device and library: for the same of these, equal inputs give equal
- * bits. */
+ * Descriptors and algorithm of a product are made once and kept in a table of fixed size. Sums that are split
+ * over K are added in a second step, in float32 (REDUCTION_COMPUTE_TYPE) or not split at all; never in place,
+ * never in the output's dtype. The algorithm depends on shapes, strides, dtypes, alignment, device and
+ * library: for the same of these, equal inputs give equal bits. */
 #ifndef _GNU_SOURCE
-#define _GNU_SOURCE                    /* dladdr */
+#define _GNU_SOURCE /* dladdr */
 #endif
 #include "gemm.cuh"
 #include "cublaslt.h"
@@ -24,11 +24,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- the library ------------------------------------------------------------------------------------------------- */
+/* ---- the library ----------------------------------------------------------------------------- */
 
 enum { DEVICES = 64, PATHS = 16, PATH_BYTES = 1024 };
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;               /* of everything static in this file */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of everything static in this file */
 static CublasLt lib;
 static bool loaded;
 static char loaded_path[PATH_BYTES], paths[PATHS][PATH_BYTES];
@@ -44,10 +44,10 @@ static int open_library(const char *name, int flags, char (&why)[512]) {
         return -1;
     }
     CublasLt found;
-#define FIND(function, symbol, result, parameters) \
-    if (!(found.function = (result (*) parameters)dlsym(library, #symbol))) { \
-        snprintf(why, sizeof why, "%s has no %s", name, #symbol); \
-        return -1; \
+#define FIND(function, symbol, result, parameters)                           \
+    if (!(found.function = (result(*) parameters)dlsym(library, #symbol))) { \
+        snprintf(why, sizeof why, "%s has no %s", name, #symbol);            \
+        return -1;                                                           \
     }
     FOR_EACH_CUBLASLT(FIND)
 #undef FIND
@@ -60,23 +60,29 @@ static int open_library(const char *name, int flags, char (&why)[512]) {
 }
 
 static int load_library() {
-    static const char *const names[] = {"libcublasLt.so.13", "libcublasLt.so.12"};
+    static const char *const names[] = { "libcublasLt.so.13", "libcublasLt.so.12" };
     char why[512] = "";
     int driver = 0;
     if (loaded) return 0;
     const char *wanted = getenv("LONGLORA_CUBLAS");
     if (wanted && *wanted)
-        return open_library(wanted, 0, why) ? fail("cuBLAS was not found where LONGLORA_CUBLAS says: %s", why) : 0;
+        return open_library(wanted, 0, why) ? fail("cuBLAS was not found where LONGLORA_CUBLAS says: %s", why)
+                                            : 0;
 #ifdef LONGLORA_EMULATION
-    Dl_info self;                                                      /* an emulated build carries its own */
+    Dl_info self; /* an emulated build carries its own */
     if (dladdr((void *)load_library, &self) && !open_library(self.dli_fname, 0, why)) return 0;
 #endif
-    for (const char *name : names) if (!open_library(name, RTLD_NOLOAD, why)) return 0;
-    for (int i = 0; i < path_count; i++) if (!open_library(paths[i], 0, why)) return 0;
+    for (const char *name : names)
+        if (!open_library(name, RTLD_NOLOAD, why)) return 0;
+    for (int i = 0; i < path_count; i++)
+        if (!open_library(paths[i], 0, why)) return 0;
     CUDA_TRY(cudaDriverGetVersion(&driver));
-    for (int i = driver >= 13000 ? 0 : 1; i < 2; i++) if (!open_library(names[i], 0, why)) return 0;
-    return fail("cuBLAS was not found: neither in the process, nor a pip package (pip install nvidia-cublas for CUDA 13, "
-                "nvidia-cublas-cu12 for CUDA 12), nor the system's; LONGLORA_CUBLAS=/path/libcublasLt.so.13 names one");
+    for (int i = driver >= 13000 ? 0 : 1; i < 2; i++)
+        if (!open_library(names[i], 0, why)) return 0;
+    return fail("cuBLAS was not found: neither in the process, nor a pip package (pip install nvidia-cublas "
+                "for CUDA 13, "
+                "nvidia-cublas-cu12 for CUDA 12), nor the system's; LONGLORA_CUBLAS=/path/libcublasLt.so.13 "
+                "names one");
 }
 
 /* Where else to look, for the first product to come; copied. */
@@ -87,7 +93,8 @@ extern "C" void cublas_paths(const char *const *names, int count) {
     pthread_mutex_unlock(&lock);
 }
 
-/* What is used, loaded if need be -> version as cublasLtGetVersion says, and its file; -1 and fail() when there is none. */
+/* What is used, loaded if need be -> version as cublasLtGetVersion says, and its file; -1 and fail() when
+ * there is none. */
 extern "C" int64_t cublas_version(const char **path) {
     pthread_mutex_lock(&lock);
     int64_t version = load_library() ? -1 : (int64_t)lib.version();
@@ -96,9 +103,10 @@ extern "C" int64_t cublas_version(const char **path) {
     return version;
 }
 
-/* ---- plans ------------------------------------------------------------------------------------------------------- */
+/* ---- plans ----------------------------------------------------------------------------------- */
 
-/* All that a choice depends on. In columns: cuBLASLt's matrices are ours transposed, d[N,M] = b' a' + c + bias. */
+/* All that a choice depends on. In columns: cuBLASLt's matrices are ours transposed, d[N,M] = b' a' + c +
+ * bias. */
 struct Key {
     int64_t M, N, K, a_ld, b_ld, c_ld, d_ld;
     int32_t device, in, out;
@@ -108,11 +116,11 @@ struct Key {
 static_assert(sizeof(Key) == 88 && sizeof(Key) % 8 == 0, "no gaps: keys are compared as bytes");
 
 struct Plan {
-    Key key;                           /* M is 0 in an empty place */
+    Key key; /* M is 0 in an empty place */
     lt::Desc desc;
     lt::Layout a, b, c, d;
     lt::Algo algo;
-    bool refused;                      /* cuBLASLt has no algorithm */
+    bool refused; /* cuBLASLt has no algorithm */
     uint64_t used;
 };
 
@@ -123,7 +131,10 @@ static uint64_t clock_;
 static int check(lt::Status status, const char *what) {
     return status == lt::SUCCESS ? 0 : fail("cuBLAS: %s: %s", what, lib.status_string(status));
 }
-#define LT_TRY(call_, what_) do { if (check(call_, what_)) return -1; } while (0)
+#define LT_TRY(call_, what_)                \
+    do {                                    \
+        if (check(call_, what_)) return -1; \
+    } while (0)
 
 static uint16_t alignment(const void *p) {
     uintptr_t bits = (uintptr_t)p | 256;
@@ -136,8 +147,9 @@ static lt::DataType type_of(int32_t dtype) {
 
 static void forget(Plan *p) {
     if (p->desc) lib.desc_destroy(p->desc);
-    const lt::Layout layouts[] = {p->a, p->b, p->c, p->d};
-    for (lt::Layout layout : layouts) if (layout) lib.layout_destroy(layout);
+    const lt::Layout layouts[] = { p->a, p->b, p->c, p->d };
+    for (lt::Layout layout : layouts)
+        if (layout) lib.layout_destroy(layout);
     memset(p, 0, sizeof *p);
 }
 
@@ -145,11 +157,12 @@ static int choose(Plan *p, lt::Preference wanted, lt::Handle handle) {
     const Key &k = p->key;
     uint64_t workspace = GEMM_WORKSPACE;
     uint32_t reductions = lt::REDUCTION_NONE | lt::REDUCTION_COMPUTE_TYPE;
-    uint32_t align[] = {k.b_align, k.a_align, k.c_align, k.d_align};
+    uint32_t align[] = { k.b_align, k.a_align, k.c_align, k.d_align };
     LT_TRY(lib.preference_set(wanted, lt::PREF_WORKSPACE, &workspace, sizeof workspace), "workspace");
     LT_TRY(lib.preference_set(wanted, lt::PREF_REDUCTIONS, &reductions, sizeof reductions), "reductions");
     for (int i = 0; i < 4; i++)
-        LT_TRY(lib.preference_set(wanted, (lt::PreferenceAttribute)(lt::PREF_ALIGNMENT_A + i), &align[i], sizeof align[i]),
+        LT_TRY(lib.preference_set(wanted, (lt::PreferenceAttribute)(lt::PREF_ALIGNMENT_A + i), &align[i],
+                                  sizeof align[i]),
                "alignment");
     lt::Heuristic found;
     int count = 0;
@@ -171,7 +184,8 @@ static int make(Plan *p, const Key &key, const void *bias, lt::Handle handle) {
     if (key.b_turned) LT_TRY(lib.desc_set(p->desc, lt::DESC_TRANSA, &turned, sizeof turned), "transpose");
     if (key.a_turned) LT_TRY(lib.desc_set(p->desc, lt::DESC_TRANSB, &turned, sizeof turned), "transpose");
     if (key.scalars)
-        LT_TRY(lib.desc_set(p->desc, lt::DESC_POINTER_MODE, &in_device_memory, sizeof in_device_memory), "scalars");
+        LT_TRY(lib.desc_set(p->desc, lt::DESC_POINTER_MODE, &in_device_memory, sizeof in_device_memory),
+               "scalars");
     if (key.bias) {
         LT_TRY(lib.desc_set(p->desc, lt::DESC_EPILOGUE, &epilogue, sizeof epilogue), "bias");
         LT_TRY(lib.desc_set(p->desc, lt::DESC_BIAS_POINTER, &bias, sizeof bias), "bias");
@@ -189,7 +203,8 @@ static int make(Plan *p, const Key &key, const void *bias, lt::Handle handle) {
     return status;
 }
 
-/* The plan of a product, made if there is none; the one that was used longest ago gives its place. NULL after fail(). */
+/* The plan of a product, made if there is none; the one that was used longest ago gives its place. NULL after
+ * fail(). */
 static Plan *plan_of(const Key &key, const void *bias, lt::Handle handle) {
     uint64_t hash = 0, word;
     for (size_t i = 0; i < sizeof key; i += 8) {
@@ -215,7 +230,8 @@ static Plan *plan_of(const Key &key, const void *bias, lt::Handle handle) {
     return oldest;
 }
 
-/* 0 done, -1 fail(), 1 cuBLASLt does not do this. Called with the lock held: the bias is an attribute of a shared descriptor. */
+/* 0 done, -1 fail(), 1 cuBLASLt does not do this. Called with the lock held: the bias is an attribute of a
+ * shared descriptor. */
 static int multiply(const CudaCall *call, const Gemm &g, const Key &key) {
     if (load_library()) return -1;
     if (call->device < 0 || call->device >= DEVICES) return fail("cuBLAS: no device %d", (int)call->device);
@@ -226,23 +242,26 @@ static int multiply(const CudaCall *call, const Gemm &g, const Key &key) {
     if (!p) return -1;
     if (p->refused) return 1;
     if (g.bias) LT_TRY(lib.desc_set(p->desc, lt::DESC_BIAS_POINTER, &g.bias, sizeof g.bias), "bias");
-    const float *alpha = g.scalars ? g.scalars : &g.alpha, *beta = g.scalars ? g.scalars + (g.beta != 0 ? 2 : 1) : &g.beta;
-    LT_TRY(lib.matmul(handle, p->desc, alpha, g.b.data, p->a, g.a.data, p->b, beta, g.from, p->c, g.c, p->d, &p->algo,
-                      call->workspace, GEMM_WORKSPACE, call->stream), "product");
+    const float *alpha = g.scalars ? g.scalars : &g.alpha,
+                *beta = g.scalars ? g.scalars + (g.beta != 0 ? 2 : 1) : &g.beta;
+    LT_TRY(lib.matmul(handle, p->desc, alpha, g.b.data, p->a, g.a.data, p->b, beta, g.from, p->c, g.c, p->d,
+                      &p->algo, call->workspace, GEMM_WORKSPACE, call->stream),
+           "product");
     return 0;
 }
 
-/* ---- the plain kernel -------------------------------------------------------------------------------------------- */
+/* ---- the plain kernel ------------------------------------------------------------------------ */
 
 enum { TILE = 64, DEPTH = 16, EACH = 4, BLOCK = TILE / EACH * (TILE / EACH) };
 
 static __device__ __forceinline__ float element(const void *data, int64_t i, int32_t dtype) {
-    return dtype == F32 ? ((const float *)data)[i] : dtype == BF16 ? to_float(((const bf16 *)data)[i])
-                                                                   : to_float(((const f16 *)data)[i]);
+    return dtype == F32    ? ((const float *)data)[i]
+           : dtype == BF16 ? to_float(((const bf16 *)data)[i])
+                           : to_float(((const f16 *)data)[i]);
 }
 
-/* One block makes a tile of c, one thread 4x4 of it, 16 apart: the tiles of a and b lie in shared memory as float32, k first.
- * Loads run along whichever axis is the denser one. Each sum is in rising k. */
+/* One block makes a tile of c, one thread 4x4 of it, 16 apart: the tiles of a and b lie in shared memory as
+ * float32, k first. Loads run along whichever axis is the denser one. Each sum is in rising k. */
 static __global__ void __launch_bounds__(BLOCK) plain_kernel(Gemm g) {
     __shared__ float a[DEPTH][TILE + 1], b[DEPTH][TILE + 1];
     int64_t across = ceil_div(g.N, TILE), m0 = blockIdx.x / across * TILE, n0 = blockIdx.x % across * TILE;
@@ -263,8 +282,10 @@ static __global__ void __launch_bounds__(BLOCK) plain_kernel(Gemm g) {
         __syncthreads();
         for (int k = 0; k < DEPTH; k++) {
             float u[EACH], v[EACH];
-            for (int i = 0; i < EACH; i++) u[i] = a[k][y + i * (TILE / EACH)], v[i] = b[k][x + i * (TILE / EACH)];
-            for (int i = 0; i < EACH; i++) for (int j = 0; j < EACH; j++) sum[i][j] = fmaf(u[i], v[j], sum[i][j]);
+            for (int i = 0; i < EACH; i++)
+                u[i] = a[k][y + i * (TILE / EACH)], v[i] = b[k][x + i * (TILE / EACH)];
+            for (int i = 0; i < EACH; i++)
+                for (int j = 0; j < EACH; j++) sum[i][j] = fmaf(u[i], v[j], sum[i][j]);
         }
     }
     float alpha = g.scalars ? *g.scalars : g.alpha;
@@ -282,9 +303,10 @@ static __global__ void __launch_bounds__(BLOCK) plain_kernel(Gemm g) {
         }
 }
 
-/* ---- which of the two -------------------------------------------------------------------------------------------- */
+/* ---- which of the two ------------------------------------------------------------------------ */
 
-/* Whether a matrix has a dense axis and distinct elements, as cuBLASLt wants them. `turned`: columns are dense. */
+/* Whether a matrix has a dense axis and distinct elements, as cuBLASLt wants them. `turned`: columns are
+ * dense. */
 static bool dense(const Matrix &m, int64_t rows, int64_t cols, int64_t *ld, bool *turned) {
     if ((m.col == 1 || cols == 1) && (m.row >= cols || rows == 1)) {
         *ld = rows == 1 ? cols : m.row, *turned = false;
@@ -299,16 +321,18 @@ enum { BIAS_ALIGNMENT = 16 };
 
 static bool fits(const Gemm &g, int32_t device, Key *k) {
     memset(k, 0, sizeof *k);
-    k->M = g.M, k->N = g.N, k->K = g.K, k->device = device, k->in = g.a.dtype, k->out = g.c_dtype, k->bias = g.bias != NULL;
+    k->M = g.M, k->N = g.N, k->K = g.K, k->device = device, k->in = g.a.dtype, k->out = g.c_dtype,
+    k->bias = g.bias != NULL;
     k->scalars = g.scalars != NULL;
     k->d_ld = g.M == 1 ? g.N : g.c_row, k->c_ld = g.M == 1 ? g.N : g.from_row;
     k->a_align = alignment(g.a.data), k->b_align = alignment(g.b.data), k->c_align = alignment(g.from);
     k->d_align = alignment(g.c), k->bias_align = alignment(g.bias);
     int64_t element = size_of(g.a.dtype), out = size_of(g.c_dtype);
-    return g.a.dtype == g.b.dtype && (g.c_dtype == g.a.dtype || g.c_dtype == F32) && g.K > 0 && g.M <= INT32_MAX &&
-           g.N <= INT32_MAX && g.K <= INT32_MAX && dense(g.a, g.M, g.K, &k->a_ld, &k->a_turned) &&
-           dense(g.b, g.K, g.N, &k->b_ld, &k->b_turned) && k->d_ld >= g.N && k->c_ld >= g.N && k->a_align >= element &&
-           k->b_align >= element && k->c_align >= out && k->d_align >= out && k->bias_align >= BIAS_ALIGNMENT;
+    return g.a.dtype == g.b.dtype && (g.c_dtype == g.a.dtype || g.c_dtype == F32) && g.K > 0 &&
+           g.M <= INT32_MAX && g.N <= INT32_MAX && g.K <= INT32_MAX &&
+           dense(g.a, g.M, g.K, &k->a_ld, &k->a_turned) && dense(g.b, g.K, g.N, &k->b_ld, &k->b_turned) &&
+           k->d_ld >= g.N && k->c_ld >= g.N && k->a_align >= element && k->b_align >= element &&
+           k->c_align >= out && k->d_align >= out && k->bias_align >= BIAS_ALIGNMENT;
 }
 
 int gemm(const CudaCall *call, const Gemm &given) {
@@ -322,5 +346,6 @@ int gemm(const CudaCall *call, const Gemm &given) {
         pthread_mutex_unlock(&lock);
         if (status <= 0) return status;
     }
-    return launch(call, plain_kernel, dim3((unsigned)(ceil_div(g.M, TILE) * ceil_div(g.N, TILE))), BLOCK, 0, g);
+    return launch(call, plain_kernel, dim3((unsigned)(ceil_div(g.M, TILE) * ceil_div(g.N, TILE))), BLOCK, 0,
+                  g);
 }

@@ -1,15 +1,17 @@
 /* linear_cross_entropy.cu --- the head's matrix product and the loss, a chunk of rows at a time.
  *
- * A chunk's logits are float32 in the workspace, [rows, V], LOGITS_BYTES at most. One block per row finds maximum and sum in one
- * pass, then (backward) writes the gradient of the logits in its place, in the dtype of x, so that both products that read it run
- * on the tensor cores. The second pass reads the head of the row from shared memory, as much as the device has (all of V = 32000
- * on an H100, 45 % of 128256), the rest from memory or L2: there is one block at a time on a multiprocessor.
- * 4 V C FLOPs per row, 6 V C with dweight, and 8 V .. 12 V bytes beside the products' own: at V = 128256, C = 4096 on an H100
- * (720 TFLOP/s, 3.35 TB/s) 2.9 + 0.3 us a row, so 650 TFLOP/s at best. Computed, not measured.
+ * A chunk's logits are float32 in the workspace, [rows, V], LOGITS_BYTES at most. One block per row finds
+ * maximum and sum in one pass, then (backward) writes the gradient of the logits in its place, in the dtype
+ * of x, so that both products that read it run on the tensor cores. The second pass reads the head of the row
+ * from shared memory, as much as the device has (all of V = 32000 on an H100, 45 % of 128256), the rest from
+ * memory or L2: there is one block at a time on a multiprocessor. 4 V C FLOPs per row, 6 V C with dweight,
+ * and 8 V .. 12 V bytes beside the products' own: at V = 128256, C = 4096 on an H100 (720 TFLOP/s, 3.35
+ * TB/s) 2.9 + 0.3 us a row, so 650 TFLOP/s at best. Computed, not measured.
  *
- * In float16 the gradients of the logits of a long step would be too small, or with a scaled loss too large: there they are stored
- * times a power of two that brings the largest of dlosses to 2^14 .. 2^15, so that 2^-39 of it is still told from 0, and the
- * products are multiplied by its inverse. Both numbers are found and stay on the device. */
+ * In float16 the gradients of the logits of a long step would be too small, or with a scaled loss too large:
+ * there they are stored times a power of two that brings the largest of dlosses to 2^14 .. 2^15, so that
+ * 2^-39 of it is still told from 0, and the products are multiplied by its inverse. Both numbers are found
+ * and stay on the device. */
 #include "gemm.cuh"
 
 #include <float.h>
@@ -18,14 +20,14 @@ enum { BLOCK = 1024, ELEMENTS = 4, MAX_ROWS = 2048, ROUND = 64 };
 enum : int64_t { LOGITS_BYTES = 448 << 20 };
 
 typedef struct {
-    float *logits;                     /* [rows, stride] of the chunk */
+    float *logits; /* [rows, stride] of the chunk */
     int64_t stride, V;
-    float *losses, *lse;               /* of the chunk's first row; lse may be NULL */
+    float *losses, *lse; /* of the chunk's first row; lse may be NULL */
     const int32_t *targets;
     const float *dlosses;
     int64_t losses_step, lse_step, targets_step, dlosses_step, ignore;
-    int64_t kept;                      /* so many logits of a row fit into shared memory */
-    float *scalars;                    /* {scale, 1 / scale, 0, 1}: gradients are written times scale; NULL: as they are */
+    int64_t kept;   /* so many logits of a row fit into shared memory */
+    float *scalars; /* {scale, 1 / scale, 0, 1}: gradients are written times scale; NULL: as they are */
 } Chunk;
 
 static __device__ __forceinline__ bool counts(const Chunk &c, int64_t target) {
@@ -42,7 +44,8 @@ static __device__ __forceinline__ float block_max(float x, float *shared) {
     return warp_max(lane < (int)blockDim.x / WARP ? shared[lane] : -FLT_MAX);
 }
 
-/* One block, of all M rows. Powers of two, so nothing is rounded, within 2^-115 .. 2^115, so neither is subnormal. */
+/* One block, of all M rows. Powers of two, so nothing is rounded, within 2^-115 .. 2^115, so neither is
+ * subnormal. */
 static __global__ void __launch_bounds__(BLOCK) scale_kernel(Chunk c, int64_t M) {
     __shared__ float shared[WARP];
     float max = 0;
@@ -55,18 +58,21 @@ static __global__ void __launch_bounds__(BLOCK) scale_kernel(Chunk c, int64_t M)
     int exponent;
     frexpf(max, &exponent);
     exponent = exponent < -100 ? -100 : exponent > 100 ? 100 : exponent;
-    c.scalars[0] = ldexpf(1, 15 - exponent), c.scalars[1] = ldexpf(1, exponent - 15), c.scalars[2] = 0, c.scalars[3] = 1;
+    c.scalars[0] = ldexpf(1, 15 - exponent), c.scalars[1] = ldexpf(1, exponent - 15), c.scalars[2] = 0,
+    c.scalars[3] = 1;
 }
 
 /* ELEMENTS logits from i on; -inf beyond V. */
-static __device__ __forceinline__ void load_logits(float (&x)[ELEMENTS], const float *row, int64_t i, int64_t V) {
+static __device__ __forceinline__ void load_logits(float (&x)[ELEMENTS], const float *row, int64_t i,
+                                                   int64_t V) {
     if (i + ELEMENTS <= V) load(x, row + i);
-    else for (int e = 0; e < ELEMENTS; e++) x[e] = i + e < V ? row[i + e] : -INFINITY;
+    else
+        for (int e = 0; e < ELEMENTS; e++) x[e] = i + e < V ? row[i + e] : -INFINITY;
 }
 
-/* T: of the gradient. Its element i lies in front of where logit i was, so a block that has read a stretch of logits may write
- * their gradients: what it overwrites has been read. */
-template<class T, bool GRADIENT> static __global__ void __launch_bounds__(BLOCK) row_kernel(Chunk c) {
+/* T: of the gradient. Its element i lies in front of where logit i was, so a block that has read a stretch of
+ * logits may write their gradients: what it overwrites has been read. */
+template <class T, bool GRADIENT> static __global__ void __launch_bounds__(BLOCK) row_kernel(Chunk c) {
     __shared__ float shared[WARP];
     DYNAMIC_SHARED(float, kept);
     float *row = c.logits + blockIdx.x * c.stride;
@@ -87,7 +93,8 @@ template<class T, bool GRADIENT> static __global__ void __launch_bounds__(BLOCK)
     }
     float top = block_max(max, shared);
     sum = block_sum(sum * expf(max - top), shared);
-    float log_sum = logf(sum), loss = log_sum - (picked - top);   /* without what lse rounds off of large logits */
+    float log_sum = logf(sum),
+          loss = log_sum - (picked - top); /* without what lse rounds off of large logits */
     if (threadIdx.x == 0) {
         c.losses[blockIdx.x * c.losses_step] = used ? loss : target == c.ignore ? 0.0f : NAN;
         if (c.lse) c.lse[blockIdx.x * c.lse_step] = top + log_sum;
@@ -107,7 +114,7 @@ template<class T, bool GRADIENT> static __global__ void __launch_bounds__(BLOCK)
             for (int e = 0; e < ELEMENTS; e++) x[e] = expf(x[e] - top) * factor;
         }
         __syncthreads();
-        if (i < c.V) store(out + i, x);                                /* rows are padded to whole stores */
+        if (i < c.V) store(out + i, x); /* rows are padded to whole stores */
     }
     __syncthreads();
     if (used && threadIdx.x == 0) out[target] = from_float<T>(dloss * expm1f(-loss));
@@ -124,8 +131,10 @@ static int64_t rows_of(int64_t M, int64_t V) {
     int64_t rows = ceil_div(ceil_div(M, ceil_div(M, fit)), ROUND) * ROUND;
     return rows < fit ? rows : fit;
 }
-enum { SCALARS = 256 };                                                /* bytes for them, between cuBLAS' workspace and the logits */
-static int64_t workspace_of(int64_t M, int64_t V) { return GEMM_WORKSPACE + SCALARS + align_up(4 * rows_of(M, V) * stride_of(V)); }
+enum { SCALARS = 256 }; /* bytes for them, between cuBLAS' workspace and the logits */
+static int64_t workspace_of(int64_t M, int64_t V) {
+    return GEMM_WORKSPACE + SCALARS + align_up(4 * rows_of(M, V) * stride_of(V));
+}
 
 static Matrix rows_from(const Tensor *t, int64_t row) {
     Matrix m = matrix(t);
@@ -137,15 +146,18 @@ static Matrix rows_from(const Tensor *t, int64_t row) {
 static int64_t shared_floats(int device) {
     static int bytes[64];
     if (device < 0 || device >= 64) return 0;
-    if (!bytes[device]) cudaDeviceGetAttribute(&bytes[device], cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    return bytes[device] < 1024 ? 0 : (bytes[device] - 1024) / 4 / ELEMENTS * ELEMENTS;        /* less what is static */
+    if (!bytes[device])
+        cudaDeviceGetAttribute(&bytes[device], cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return bytes[device] < 1024 ? 0
+                                : (bytes[device] - 1024) / 4 / ELEMENTS * ELEMENTS; /* less what is static */
 }
 
 /* dx NULL: forward. */
-static int run(const CudaCall *call, const Tensor *losses, const Tensor *lse, const Tensor *dx, const Tensor *dweight,
-               const Tensor *x, const Tensor *weight, const Tensor *targets, const Tensor *dlosses, int64_t ignore) {
+static int run(const CudaCall *call, const Tensor *losses, const Tensor *lse, const Tensor *dx,
+               const Tensor *dweight, const Tensor *x, const Tensor *weight, const Tensor *targets,
+               const Tensor *dlosses, int64_t ignore) {
     int64_t M = x->shape[0], C = x->shape[1], V = weight->shape[0], chunk = rows_of(M, V);
-    unsigned block = BLOCK;                                            /* no more threads than a row has work for */
+    unsigned block = BLOCK; /* no more threads than a row has work for */
     while (block > WARP && block / 2 * ELEMENTS >= V) block /= 2;
     Chunk c = {};
     char *scalars = (char *)call->workspace + GEMM_WORKSPACE;
@@ -159,7 +171,8 @@ static int run(const CudaCall *call, const Tensor *losses, const Tensor *lse, co
     for (int64_t m = 0; m < M; m += chunk) {
         int64_t rows = M - m < chunk ? M - m : chunk;
         Gemm logits = {};
-        logits.M = rows, logits.N = V, logits.K = C, logits.a = rows_from(x, m), logits.b = transposed(matrix(weight));
+        logits.M = rows, logits.N = V, logits.K = C, logits.a = rows_from(x, m),
+        logits.b = transposed(matrix(weight));
         logits.c = c.logits, logits.c_row = c.stride, logits.c_dtype = F32, logits.alpha = 1;
         if (gemm(call, logits)) return -1;
         c.losses_step = losses->stride[0], c.losses = (float *)losses->data + m * c.losses_step;
@@ -173,14 +186,16 @@ static int run(const CudaCall *call, const Tensor *losses, const Tensor *lse, co
         int64_t room = shared_floats(call->device);
         c.kept = room < c.stride ? room : c.stride;
         int status = for_dtype(x->dtype, [&](auto t) {
-            return launch(call, row_kernel<typename decltype(t)::is, true>, dim3((unsigned)rows), block, (size_t)c.kept * 4, c);
+            return launch(call, row_kernel<typename decltype(t)::is, true>, dim3((unsigned)rows), block,
+                          (size_t)c.kept * 4, c);
         });
         if (status) return status;
-        Matrix dlogits = {c.logits, c.stride * 4 / size_of(x->dtype), 1, x->dtype};
+        Matrix dlogits = { c.logits, c.stride * 4 / size_of(x->dtype), 1, x->dtype };
         Gemm g = {};
         g.M = rows, g.N = C, g.K = V, g.a = dlogits, g.b = matrix(weight), g.alpha = 1;
         if (c.scalars) g.scalars = c.scalars + 1;
-        g.c = (char *)dx->data + m * dx->stride[0] * size_of(dx->dtype), g.c_row = dx->stride[0], g.c_dtype = dx->dtype;
+        g.c = (char *)dx->data + m * dx->stride[0] * size_of(dx->dtype), g.c_row = dx->stride[0],
+        g.c_dtype = dx->dtype;
         if (gemm(call, g)) return -1;
         if (!given(dweight)) continue;
         g.M = V, g.K = rows, g.a = transposed(dlogits), g.b = rows_from(x, m), g.beta = 1;
@@ -196,7 +211,8 @@ extern "C" int64_t linear_cross_entropy_forward_cuda_workspace(const void *args)
 }
 extern "C" int linear_cross_entropy_forward_cuda(const void *args, const CudaCall *call) {
     const LinearCrossEntropyForward *f = (const LinearCrossEntropyForward *)args;
-    return run(call, &f->losses, &f->lse, NULL, NULL, &f->x, &f->weight, &f->targets, NULL, (int64_t)f->ignore_index);
+    return run(call, &f->losses, &f->lse, NULL, NULL, &f->x, &f->weight, &f->targets, NULL,
+               (int64_t)f->ignore_index);
 }
 
 extern "C" int64_t linear_cross_entropy_backward_cuda_workspace(const void *args) {
@@ -205,5 +221,6 @@ extern "C" int64_t linear_cross_entropy_backward_cuda_workspace(const void *args
 }
 extern "C" int linear_cross_entropy_backward_cuda(const void *args, const CudaCall *call) {
     const LinearCrossEntropyBackward *f = (const LinearCrossEntropyBackward *)args;
-    return run(call, &f->losses, NULL, &f->dx, &f->dweight, &f->x, &f->weight, &f->targets, &f->dlosses, (int64_t)f->ignore_index);
+    return run(call, &f->losses, NULL, &f->dx, &f->dweight, &f->x, &f->weight, &f->targets, &f->dlosses,
+               (int64_t)f->ignore_index);
 }

@@ -1,22 +1,25 @@
 /* lora_linear.cu --- a linear layer with LoRA (arXiv 2106.09685 section 4.1), forward and backward.
  *
- * Ways to add scale u b^T to out = x weight^T, and what each moves beyond the frozen layer: P is one pass over a 16-bit [M,4096],
- * 5.2 % of the frozen product's time at 720 TFLOP/s and 3.35 TB/s. Computed, not measured:
- *   1. product, then out += scale u b^T: reads x for u, reads and writes out                                       3 P
+ * Ways to add scale u b^T to out = x weight^T, and what each moves beyond the frozen layer: P is one pass
+ * over a 16-bit [M,4096], 5.2 % of the frozen product's time at 720 TFLOP/s and 3.35 TB/s. Computed, not
+ * measured:
+ *   1. product, then out += scale u b^T: reads x for u, reads and writes out 3 P
  *   2. out = scale u b^T + residual, then the product on top of it (beta = 1): reads x for u, writes out; the
- *      read of out in the product's epilogue runs beside other tiles' arithmetic                                  2 P (+ 1 P hidden)
- *   3. 2. by slices of rows that stay in L2 (50 MB): little memory traffic, but more launches and tails           ?
- *   4. a copy of x with u beside it, times a copy of [weight scale b]: reads and writes x, copies weight          2 P + 2 N C
- *   5. weight + scale b a, made for each call: 2 N C and no pass over x or out, but what b a adds below half a
- *      unit in the last place of weight is lost, so a young adapter would do nothing                              wrong
- *   6. a product of our own (wgmma) that goes on from x weight^T to u b^T in its accumulators                     1 P
- * Here: 2. The order of two lines in the forward and in the backward is all that 1 would change.
+ *      read of out in the product's epilogue runs beside other tiles' arithmetic 2 P (+ 1 P hidden)
+ *   3. 2. by slices of rows that stay in L2 (50 MB): little memory traffic, but more launches and tails ?
+ *   4. a copy of x with u beside it, times a copy of [weight scale b]: reads and writes x, copies weight 2 P
+ * + 2 N C
+ *   5. weight + scale b a, made for each call: 2 N C and no pass over x or out, but what b a adds below half
+ * a unit in the last place of weight is lost, so a young adapter would do nothing wrong
+ *   6. a product of our own (wgmma) that goes on from x weight^T to u b^T in its accumulators 1 P Here: 2.
+ * The order of two lines in the forward and in the backward is all that 1 would change.
  *
- * u and du stay float32. Where they meet 16-bit matrices on the tensor cores, each number is split into two or three 16-bit ones
- * that add up to it. da and db are sums over M with small results: rows in at most PIECES pieces, each summed by itself, then
- * the pieces in order. Backward reads dout for du and db, x for da (and for u where it is not given), and writes dx before the
- * product: 4 P, less what db finds in L2, because it goes through dout backwards right after du went through it forwards. Next
- * would be du and db in one pass (sums of du over blocks of columns: 0.75 P less at R = 8, nothing at R = 32). */
+ * u and du stay float32. Where they meet 16-bit matrices on the tensor cores, each number is split into two
+ * or three 16-bit ones that add up to it. da and db are sums over M with small results: rows in at most
+ * PIECES pieces, each summed by itself, then the pieces in order. Backward reads dout for du and db, x for da
+ * (and for u where it is not given), and writes dx before the product: 4 P, less what db finds in L2, because
+ * it goes through dout backwards right after du went through it forwards. Next would be du and db in one pass
+ * (sums of du over blocks of columns: 0.75 P less at R = 8, nothing at R = 32). */
 #include "gemm.cuh"
 
 #include <string.h>
@@ -25,35 +28,37 @@
 enum { BLOCK = 256, WARPS = BLOCK / WARP };
 
 /* The bits of two 16-bit numbers, the first in the low half, and back. */
-template<class T> static __device__ __forceinline__ unsigned bits_of(T low, T high) {
-    Vector<T, 2> v = {{low, high}};
+template <class T> static __device__ __forceinline__ unsigned bits_of(T low, T high) {
+    Vector<T, 2> v = { { low, high } };
     unsigned bits;
     memcpy(&bits, &v, sizeof bits);
     return bits;
 }
-template<class T> static __device__ __forceinline__ Vector<T, 2> numbers_of(unsigned bits) {
+template <class T> static __device__ __forceinline__ Vector<T, 2> numbers_of(unsigned bits) {
     Vector<T, 2> v;
     memcpy(&v, &bits, sizeof bits);
     return v;
 }
 
-/* ---- out = scale u b^T + from: 16-bit ------------------------------------------------------------------------------ */
+/* ---- out = scale u b^T + from: 16-bit -------------------------------------------------------- */
 
-/* A block makes 128 x 128 of out, a warp 32 x 64. A step of mma takes 8 ranks: k 0..7 are the high parts of u, k 8..15 the low
- * ones, and b stands twice. A row of u is scaled by a power of two before, so that none leaves the range of T. */
+/* A block makes 128 x 128 of out, a warp 32 x 64. A step of mma takes 8 ranks: k 0..7 are the high parts of
+ * u, k 8..15 the low ones, and b stands twice. A row of u is scaled by a power of two before, so that none
+ * leaves the range of T. */
 enum { UPDATE_ROWS = 128, UPDATE_COLS = 128, WARP_ROWS = 32, WARP_COLS = 64, STAGE_PITCH = WARP_COLS + 4 };
 
-template<class T> struct Update {
+template <class T> struct Update {
     T *out;
-    const T *from, *b;                 /* from may be NULL, or out */
+    const T *from, *b; /* from may be NULL, or out */
     const float *u;
     int64_t out_row, from_row, u_row, b_row, b_col, M, N;
     int R;
     float scale;
-    bool vectors, u_pairs, b_pairs;    /* what may be loaded and stored at once: 16 bytes of out and from, two of u, two of b */
+    bool vectors, u_pairs,
+        b_pairs; /* what may be loaded and stored at once: 16 bytes of out and from, two of u, two of b */
 };
 
-template<class T> static __global__ void __launch_bounds__(BLOCK) update_kernel(Update<T> f) {
+template <class T> static __global__ void __launch_bounds__(BLOCK) update_kernel(Update<T> f) {
     __shared__ float stage[WARPS][16][STAGE_PITCH];
     int64_t across = ceil_div(f.N, UPDATE_COLS);
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
@@ -81,8 +86,9 @@ template<class T> static __global__ void __launch_bounds__(BLOCK) update_kernel(
             }
             top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
             top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-            int power = (int)(__float_as_uint(top) >> 23);             /* 1 .. 254 for 2^-126 .. 2^127 */
-            down[i][h] = power > 254 ? 1.0f : __uint_as_float((unsigned)(power > 253 ? 1 : 254 - power) << 23);
+            int power = (int)(__float_as_uint(top) >> 23); /* 1 .. 254 for 2^-126 .. 2^127 */
+            down[i][h] =
+                power > 254 ? 1.0f : __uint_as_float((unsigned)(power > 253 ? 1 : 254 - power) << 23);
         }
     for (int r0 = 0; r0 < f.R; r0 += 8) {
         int r = r0 + 2 * t;
@@ -100,7 +106,7 @@ template<class T> static __global__ void __launch_bounds__(BLOCK) update_kernel(
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             int64_t n = n0 + j * 8 + g;
-            unsigned twice[2] = {0, 0};
+            unsigned twice[2] = { 0, 0 };
             if (n < f.N && r < f.R) {
                 const T *at = f.b + n * f.b_row + r * f.b_col;
                 if (f.b_pairs) twice[0] = *(const unsigned *)at;
@@ -114,12 +120,13 @@ template<class T> static __global__ void __launch_bounds__(BLOCK) update_kernel(
     float (*rows)[STAGE_PITCH] = stage[warp];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const float up[2] = {1.0f / down[i][0], 1.0f / down[i][1]};    /* exact */
+        const float up[2] = { 1.0f / down[i][0], 1.0f / down[i][1] }; /* exact */
         __syncwarp();
 #pragma unroll
         for (int j = 0; j < 8; j++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) rows[e / 2 * 8 + g][j * 8 + 2 * t + e % 2] = d[i][j][e] * up[e / 2] * f.scale;
+            for (int e = 0; e < 4; e++)
+                rows[e / 2 * 8 + g][j * 8 + 2 * t + e % 2] = d[i][j][e] * up[e / 2] * f.scale;
         __syncwarp();
 #pragma unroll
         for (int q = 0; q < 4; q++) {
@@ -137,19 +144,22 @@ template<class T> static __global__ void __launch_bounds__(BLOCK) update_kernel(
                 for (int e = 0; e < 8; e++) x[e] += y[e];
                 store(out, x);
             } else
-                for (int e = 0; e < 8 && n + e < f.N; e++) out[e] = from_float<T>(x[e] + (from ? to_float(from[e]) : 0.0f));
+                for (int e = 0; e < 8 && n + e < f.N; e++)
+                    out[e] = from_float<T>(x[e] + (from ? to_float(from[e]) : 0.0f));
         }
     }
 }
 
-/* out = scale u b^T + beta from, from (NULL: out itself) read only when beta is not 0; beta is 0 or 1. u float32, b [R,N]. */
-static int update(const CudaCall *call, const Tensor *out, Matrix u, Matrix b, int64_t R, float scale, bool beta,
-                  const Tensor *from) {
+/* out = scale u b^T + beta from, from (NULL: out itself) read only when beta is not 0; beta is 0 or 1. u
+ * float32, b [R,N]. */
+static int update(const CudaCall *call, const Tensor *out, Matrix u, Matrix b, int64_t R, float scale,
+                  bool beta, const Tensor *from) {
     int64_t M = out->shape[0], N = out->shape[1];
     if (!from) from = out;
     if (out->dtype == F32) {
         Gemm g = {};
-        g.M = M, g.N = N, g.K = R, g.a = u, g.b = b, g.c = out->data, g.c_row = out->stride[0], g.c_dtype = F32;
+        g.M = M, g.N = N, g.K = R, g.a = u, g.b = b, g.c = out->data, g.c_row = out->stride[0],
+        g.c_dtype = F32;
         g.alpha = scale, g.beta = beta, g.from = from->data, g.from_row = from->stride[0];
         return gemm(call, g);
     }
@@ -158,7 +168,8 @@ static int update(const CudaCall *call, const Tensor *out, Matrix u, Matrix b, i
         Update<T> f = {};
         f.out = (T *)out->data, f.out_row = out->stride[0], f.M = M, f.N = N, f.R = (int)R, f.scale = scale;
         if (beta) f.from = (const T *)from->data, f.from_row = from->stride[0];
-        f.u = (const float *)u.data, f.u_row = u.row, f.b = (const T *)b.data, f.b_row = b.col, f.b_col = b.row;
+        f.u = (const float *)u.data, f.u_row = u.row, f.b = (const T *)b.data, f.b_row = b.col,
+        f.b_col = b.row;
         f.vectors = vectors_fit(out, 8) && (!beta || vectors_fit(from, 8));
         f.u_pairs = R % 2 == 0 && f.u_row % 2 == 0 && (uintptr_t)f.u % 8 == 0;
         f.b_pairs = R % 2 == 0 && f.b_col == 1 && f.b_row % 2 == 0 && (uintptr_t)f.b % 4 == 0;
@@ -168,14 +179,23 @@ static int update(const CudaCall *call, const Tensor *out, Matrix u, Matrix b, i
     return out->dtype == BF16 ? run(bf16()) : run(f16());
 }
 
-/* ---- sums over M: out[r,c] += alpha (sum over m of q[m,r] x[m,c]) --------------------------------------------------- */
+/* ---- sums over M: out[r,c] += alpha (sum over m of q[m,r] x[m,c]) ---------------------------- */
 
-/* q float32, or ones. A block takes SUM_COLS columns of x, up to SUM_RANKS of q and one piece of the rows. A piece is
- * every gridDim.z-th stretch of SUM_ROWS rows, from the last one down: all blocks go backwards through x together. A warp makes 16
- * columns. In shared memory x and q are bfloat16 numbers that add up to them: q three, x as many as its dtype needs.
- * Products of parts below 2^-24 are left out. Sums on the tensor cores, which round worse than others, are as long as a step. */
-enum { PIECES = 16, PIECE_ROWS = 256, SUM_ROWS = 32, SUM_COLS = WARPS * 16, SUM_RANKS = 32, X_PITCH = SUM_COLS + 8,
-       Q_PITCH = SUM_RANKS + 8, Q_PARTS = 3 };
+/* q float32, or ones. A block takes SUM_COLS columns of x, up to SUM_RANKS of q and one piece of the rows. A
+ * piece is every gridDim.z-th stretch of SUM_ROWS rows, from the last one down: all blocks go backwards
+ * through x together. A warp makes 16 columns. In shared memory x and q are bfloat16 numbers that add up to
+ * them: q three, x as many as its dtype needs. Products of parts below 2^-24 are left out. Sums on the tensor
+ * cores, which round worse than others, are as long as a step. */
+enum {
+    PIECES = 16,
+    PIECE_ROWS = 256,
+    SUM_ROWS = 32,
+    SUM_COLS = WARPS * 16,
+    SUM_RANKS = 32,
+    X_PITCH = SUM_COLS + 8,
+    Q_PITCH = SUM_RANKS + 8,
+    Q_PARTS = 3
+};
 
 static int64_t pieces_of(int64_t M) {
     int64_t pieces = ceil_div(M, PIECE_ROWS);
@@ -189,17 +209,19 @@ static __device__ __forceinline__ bf16 take(float &x) {
     return part;
 }
 
-template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK, PARTS == 1 ? 3 : 2) sum_kernel(
-    float *partial, const T *x, int64_t x_row, const float *q, int64_t q_row, int64_t M, int64_t C, int R, bool vectors) {
+template <class T, int PARTS> static __global__ void __launch_bounds__(BLOCK, PARTS == 1 ? 3 : 2)
+    sum_kernel(float *partial, const T *x, int64_t x_row, const float *q, int64_t q_row, int64_t M, int64_t C,
+               int R, bool vectors) {
     constexpr int N = 16 / sizeof(T), LOADS = SUM_ROWS * SUM_COLS / BLOCK / N;
     constexpr int Q_LOADS = SUM_ROWS * SUM_RANKS / BLOCK;
     __shared__ __align__(16) bf16 xs[PARTS][SUM_ROWS][X_PITCH];
     __shared__ __align__(16) bf16 qs[Q_PARTS][SUM_ROWS][Q_PITCH];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    int64_t c0 = (int64_t)blockIdx.x * SUM_COLS, first = (int64_t)blockIdx.z * SUM_ROWS, step = (int64_t)gridDim.z * SUM_ROWS;
+    int64_t c0 = (int64_t)blockIdx.x * SUM_COLS, first = (int64_t)blockIdx.z * SUM_ROWS,
+            step = (int64_t)gridDim.z * SUM_ROWS;
     int r0 = blockIdx.y * SUM_RANKS, ranks = R - r0 < SUM_RANKS ? R - r0 : SUM_RANKS;
     int columns = C - c0 < SUM_COLS ? (int)(C - c0) : (int)SUM_COLS;
-    int shift = ranks > 16 ? 5 : ranks > 8 ? 4 : 3;                    /* rows of q are read 8, 16 or 32 ranks wide */
+    int shift = ranks > 16 ? 5 : ranks > 8 ? 4 : 3; /* rows of q are read 8, 16 or 32 ranks wide */
     Vector<T, N> next[LOADS];
     float next_q[Q_LOADS];
     auto fetch = [&](int64_t m0) {
@@ -210,13 +232,16 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK, PAR
             int c = at % (SUM_COLS / N) * N;
             const T *from = x + c0 + m * x_row + c;
             if (vectors && m < M && c < columns) next[i] = *(const Vector<T, N> *)from;
-            else for (int e = 0; e < N; e++) next[i].x[e] = m < M && c + e < columns ? from[e] : from_float<T>(0.0f);
+            else
+                for (int e = 0; e < N; e++)
+                    next[i].x[e] = m < M && c + e < columns ? from[e] : from_float<T>(0.0f);
         }
 #pragma unroll
         for (int i = 0; i < Q_LOADS; i++) {
             int at = threadIdx.x + i * BLOCK, r = at & ((1 << shift) - 1);
             int64_t m = m0 + (at >> shift);
-            next_q[i] = at < SUM_ROWS << shift && m < M && r < ranks ? (q ? q[m * q_row + r0 + r] : 1.0f) : 0.0f;
+            next_q[i] =
+                at < SUM_ROWS << shift && m < M && r < ranks ? (q ? q[m * q_row + r0 + r] : 1.0f) : 0.0f;
         }
     };
     auto put = [&] {
@@ -251,9 +276,9 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK, PAR
         __syncthreads();
         if (m0 >= step) fetch(m0 - step);
         float d[SUM_RANKS / 8][4] = {};
-#pragma unroll 1                                                       /* unrolled, bfloat16 spills on sm_100 and sm_120 */
+#pragma unroll 1 /* unrolled, bfloat16 spills on sm_100 and sm_120 */
         for (int k = 0; k < SUM_ROWS; k += 16) {
-            unsigned a[PARTS][4];                                      /* columns of x are the rows of mma, rows of x its k */
+            unsigned a[PARTS][4]; /* columns of x are the rows of mma, rows of x its k */
 #pragma unroll
             for (int p = 0; p < PARTS; p++)
                 ldmatrix_x4_trans(a[p], &xs[p][k + lane / 16 * 8 + lane % 8][warp * 16 + lane / 8 % 2 * 8]);
@@ -264,7 +289,7 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK, PAR
                 for (int s = 0; s < Q_PARTS; s++) {
                     unsigned b[4];
                     ldmatrix_x4_trans(b, &qs[s][k + lane / 8 % 2 * 8 + lane % 8][j * 8 + lane / 16 * 8]);
-                    unsigned left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+                    unsigned left[2] = { b[0], b[1] }, right[2] = { b[2], b[3] };
 #pragma unroll
                     for (int p = 0; p < PARTS; p++) {
                         if (p + s >= Q_PARTS) continue;
@@ -289,8 +314,9 @@ template<class T, int PARTS> static __global__ void __launch_bounds__(BLOCK, PAR
         }
 }
 
-static __global__ void __launch_bounds__(BLOCK) add_pieces_kernel(float *out, int64_t out_r, int64_t out_c, const float *partial,
-                                                                  int64_t pieces, int64_t R, int64_t C, float alpha) {
+static __global__ void __launch_bounds__(BLOCK)
+    add_pieces_kernel(float *out, int64_t out_r, int64_t out_c, const float *partial, int64_t pieces,
+                      int64_t R, int64_t C, float alpha) {
     int64_t i = (int64_t)blockIdx.x * BLOCK + threadIdx.x;
     if (i >= R * C) return;
     float sum = 0;
@@ -299,29 +325,30 @@ static __global__ void __launch_bounds__(BLOCK) add_pieces_kernel(float *out, in
 }
 
 /* out[r,c] at out + r out_r + c out_c. q.data NULL: ones. */
-static int add_sums(const CudaCall *call, float *out, int64_t out_r, int64_t out_c, Matrix q, int64_t R, const Tensor *x,
-                    float alpha, float *partial) {
+static int add_sums(const CudaCall *call, float *out, int64_t out_r, int64_t out_c, Matrix q, int64_t R,
+                    const Tensor *x, float alpha, float *partial) {
     int64_t M = x->shape[0], C = x->shape[1], pieces = pieces_of(M);
     if (!M || !R || !C) return 0;
     int status = for_dtype(x->dtype, [&](auto t) {
         using T = typename decltype(t)::is;
         constexpr int PARTS = std::is_same<T, bf16>::value ? 1 : sizeof(T) == 2 ? 2 : 3;
         dim3 grid((unsigned)ceil_div(C, SUM_COLS), (unsigned)ceil_div(R, SUM_RANKS), (unsigned)pieces);
-        return launch(call, sum_kernel<T, PARTS>, grid, BLOCK, 0, partial, (const T *)x->data, x->stride[0], (const float *)q.data,
-                      q.row, M, C, (int)R, vectors_fit(x, 16 / sizeof(T)));
+        return launch(call, sum_kernel<T, PARTS>, grid, BLOCK, 0, partial, (const T *)x->data, x->stride[0],
+                      (const float *)q.data, q.row, M, C, (int)R, vectors_fit(x, 16 / sizeof(T)));
     });
     if (status) return status;
-    return launch(call, add_pieces_kernel, dim3((unsigned)ceil_div(R * C, BLOCK)), BLOCK, 0, out, out_r, out_c,
-                  (const float *)partial, pieces, R, C, alpha);
+    return launch(call, add_pieces_kernel, dim3((unsigned)ceil_div(R * C, BLOCK)), BLOCK, 0, out, out_r,
+                  out_c, (const float *)partial, pieces, R, C, alpha);
 }
 
-/* ---- the ops ----------------------------------------------------------------------------------------------------- */
+/* ---- the ops --------------------------------------------------------------------------------- */
 
 /* c = alpha a b + beta from + bias, c a whole tensor. */
-static int product(const CudaCall *call, const Tensor *c, Matrix a, Matrix b, int64_t K, float alpha, bool beta,
-                   const Tensor *from = NULL, const Tensor *bias = NULL) {
+static int product(const CudaCall *call, const Tensor *c, Matrix a, Matrix b, int64_t K, float alpha,
+                   bool beta, const Tensor *from = NULL, const Tensor *bias = NULL) {
     Gemm g = {};
-    g.M = c->shape[0], g.N = c->shape[1], g.K = K, g.a = a, g.b = b, g.c = c->data, g.c_row = c->stride[0], g.c_dtype = c->dtype;
+    g.M = c->shape[0], g.N = c->shape[1], g.K = K, g.a = a, g.b = b, g.c = c->data, g.c_row = c->stride[0],
+    g.c_dtype = c->dtype;
     g.alpha = alpha, g.beta = beta;
     if (from) g.from = from->data, g.from_row = from->stride[0];
     if (bias && given(bias)) g.bias = bias->data;
@@ -331,7 +358,8 @@ static int product(const CudaCall *call, const Tensor *c, Matrix a, Matrix b, in
 /* A dense float32 [M,R] in the workspace. */
 static Tensor dense(void *data, int64_t M, int64_t R) {
     Tensor t = {};
-    t.data = data, t.shape[0] = M, t.shape[1] = R, t.stride[0] = R, t.stride[1] = 1, t.ndim = 2, t.dtype = F32;
+    t.data = data, t.shape[0] = M, t.shape[1] = R, t.stride[0] = R, t.stride[1] = 1, t.ndim = 2,
+    t.dtype = F32;
     return t;
 }
 
@@ -348,16 +376,21 @@ extern "C" int lora_linear_forward_cuda(const void *args, const CudaCall *call) 
     const Tensor *residual = given(&f->residual) ? &f->residual : NULL, *from = residual;
     if (R) {
         if (product(call, &u, matrix(&f->x), transposed(matrix(&f->a)), C, 1, false)) return -1;
-        if (update(call, &f->out, matrix(&u), transposed(matrix(&f->b)), R, (float)f->scale, residual, residual)) return -1;
+        if (update(call, &f->out, matrix(&u), transposed(matrix(&f->b)), R, (float)f->scale, residual,
+                   residual))
+            return -1;
         from = &f->out;
     }
     return product(call, &f->out, matrix(&f->x), transposed(matrix(&f->weight)), C, 1, from, from, &f->bias);
 }
 
 /* Where the parts of the backward's workspace are. */
-typedef struct { int64_t du, u, partial, bytes; } Parts;
+typedef struct {
+    int64_t du, u, partial, bytes;
+} Parts;
 static Parts parts_of_backward(const LoraLinearBackward *f) {
-    int64_t M = f->dout.shape[0], N = f->dout.shape[1], C = f->weight.shape[1], R = given(&f->a) ? f->a.shape[0] : 0;
+    int64_t M = f->dout.shape[0], N = f->dout.shape[1], C = f->weight.shape[1],
+            R = given(&f->a) ? f->a.shape[0] : 0;
     int64_t sums = given(&f->da) ? R * C : 0;
     if (given(&f->db) && R * N > sums) sums = R * N;
     if (given(&f->dbias) && N > sums) sums = N;
@@ -383,16 +416,20 @@ extern "C" int lora_linear_backward_cuda(const void *args, const CudaCall *call)
     float scale = (float)f->scale, *partial = (float *)(memory + parts.partial);
     Tensor du = dense(memory + parts.du, M, R), u = given(&f->u) ? f->u : dense(memory + parts.u, M, R);
     Matrix dout = matrix(&f->dout), x = given(&f->x) ? matrix(&f->x) : Matrix{};
-    if (R && given(&f->db) && !given(&f->u) && product(call, &u, x, transposed(matrix(&f->a)), C, 1, false)) return -1;
-    if (R && (given(&f->dx) || given(&f->da)) && product(call, &du, dout, matrix(&f->b), N, scale, false)) return -1;
+    if (R && given(&f->db) && !given(&f->u) && product(call, &u, x, transposed(matrix(&f->a)), C, 1, false))
+        return -1;
+    if (R && (given(&f->dx) || given(&f->da)) && product(call, &du, dout, matrix(&f->b), N, scale, false))
+        return -1;
     if (R && given(&f->db) &&
-        add_sums(call, (float *)f->db.data, 1, f->db.stride[0], matrix(&u), R, &f->dout, scale, partial)) return -1;
+        add_sums(call, (float *)f->db.data, 1, f->db.stride[0], matrix(&u), R, &f->dout, scale, partial))
+        return -1;
     if (given(&f->dx)) {
         if (R && update(call, &f->dx, matrix(&du), matrix(&f->a), R, 1, accumulate, NULL)) return -1;
         if (product(call, &f->dx, dout, matrix(&f->weight), N, 1, R || accumulate)) return -1;
     }
     if (R && given(&f->da) &&
-        add_sums(call, (float *)f->da.data, f->da.stride[0], 1, matrix(&du), R, &f->x, 1, partial)) return -1;
+        add_sums(call, (float *)f->da.data, f->da.stride[0], 1, matrix(&du), R, &f->x, 1, partial))
+        return -1;
     if (given(&f->dweight) && product(call, &f->dweight, transposed(dout), x, M, 1, true)) return -1;
     if (!given(&f->dbias)) return 0;
     return add_sums(call, (float *)f->dbias.data, 0, f->dbias.stride[0], Matrix{}, 1, &f->dout, 1, partial);

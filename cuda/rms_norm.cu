@@ -1,20 +1,25 @@
 /* rms_norm.cu --- RMSNorm with trainable weight, the residual addition fused in; forward and backward.
  *
- * Bound by memory: forward reads x and writes out (with a residual reads it and writes sum too), backward reads dout, x and the
- * residual's gradient and writes dx. 8192 rows of 4096 in 16 bits: 134 (268) MB and 201 (268) MB.
+ * Bound by memory: forward reads x and writes out (with a residual reads it and writes sum too), backward
+ * reads dout, x and the residual's gradient and writes dx. 8192 rows of 4096 in 16 bits: 134 (268) MB and 201
+ * (268) MB.
  *
- * `width` threads have a row, ELEMENTS elements each, which stay in registers between the row's sum and its use: a power of two
- * up to a warp, then whole warps up to MOST threads, which are a block. Rows that are longer still (over 16384 elements; 8192 of
- * float32 backward) are taken in pieces, and all but the last piece are read twice.
+ * `width` threads have a row, ELEMENTS elements each, which stay in registers between the row's sum and its
+ * use: a power of two up to a warp, then whole warps up to MOST threads, which are a block. Rows that are
+ * longer still (over 16384 elements; 8192 of float32 backward) are taken in pieces, and all but the last
+ * piece are read twice.
  *
- * dweight sums over rows: every block keeps the sums of its own rows in registers and writes them once (for rows in pieces a
- * kernel of its own reads x and dout again); another kernel adds the blocks in a fixed order. */
+ * dweight sums over rows: every block keeps the sums of its own rows in registers and writes them once (for
+ * rows in pieces a kernel of its own reads x and dout again); another kernel adds the blocks in a fixed
+ * order. */
 #include "rows.cuh"
 
 enum { MOST = 512 };
 
 /* Threads of a row of C elements when each has N * U of them, and rows of a block. */
-struct Team { unsigned width, rows; };
+struct Team {
+    unsigned width, rows;
+};
 static Team team(int64_t C, int elements) {
     unsigned width = 1;
     while (width < WARP && (int64_t)width * elements < C) width *= 2;
@@ -30,14 +35,16 @@ static __device__ __forceinline__ float team_sum(float x, unsigned width, float 
 }
 
 /* The sum of squares is taken of the sum as stored, which is what the backward pass reads. */
-template<class T, bool ALIGNED> __global__ void __launch_bounds__(MOST) forward_kernel(
-    T *out, int64_t out_row, float *rstd, T *sum, int64_t sum_row, const T *x, int64_t x_row, const T *residual,
-    int64_t residual_row, const T *weight, int64_t M, int64_t C, float eps, unsigned width) {
+template <class T, bool ALIGNED> __global__ void __launch_bounds__(MOST)
+    forward_kernel(T *out, int64_t out_row, float *rstd, T *sum, int64_t sum_row, const T *x, int64_t x_row,
+                   const T *residual, int64_t residual_row, const T *weight, int64_t M, int64_t C, float eps,
+                   unsigned width) {
     constexpr int N = 16 / sizeof(T), U = 32 / N;
     __shared__ float shared[WARP];
     unsigned team = threadIdx.x / width, lane = threadIdx.x - team * width;
-    int64_t m = (int64_t)blockIdx.x * (blockDim.x / width) + team, piece = (int64_t)width * (N * U), step = (int64_t)width * N;
-    int64_t end = m < M ? C : 0;                                       /* teams without a row take part in the sums */
+    int64_t m = (int64_t)blockIdx.x * (blockDim.x / width) + team, piece = (int64_t)width * (N * U),
+            step = (int64_t)width * N;
+    int64_t end = m < M ? C : 0; /* teams without a row take part in the sums */
     if (m >= M) m = 0;
     out += m * out_row;
     x += m * x_row;
@@ -103,28 +110,32 @@ extern "C" int rms_norm_forward_cuda(const void *args, const CudaCall *call) {
         using T = typename decltype(t)::is;
         Team s = team(C, 32);
         bool fit = aligned(16 / sizeof(T), C, &a->out, &a->sum, &a->x, &a->residual, &a->weight);
-        return launch(call, fit ? forward_kernel<T, true> : forward_kernel<T, false>, dim3((unsigned)ceil_div(M, s.rows)),
-                      s.width * s.rows, 0, (T *)a->out.data, a->out.stride[0], (float *)a->rstd.data,
-                      given(&a->sum) ? (T *)a->sum.data : nullptr, a->sum.stride[0], (const T *)a->x.data, a->x.stride[0],
+        return launch(call, fit ? forward_kernel<T, true> : forward_kernel<T, false>,
+                      dim3((unsigned)ceil_div(M, s.rows)), s.width * s.rows, 0, (T *)a->out.data,
+                      a->out.stride[0], (float *)a->rstd.data, given(&a->sum) ? (T *)a->sum.data : nullptr,
+                      a->sum.stride[0], (const T *)a->x.data, a->x.stride[0],
                       given(&a->residual) ? (const T *)a->residual.data : nullptr, a->residual.stride[0],
                       (const T *)a->weight.data, M, C, (float)a->eps, s.width);
     });
 }
 
-/* ---- backward ---------------------------------------------------------------------------------------------------- */
+/* ---- backward -------------------------------------------------------------------------------- */
 
-enum { VECTORS = 4 };                  /* of a thread: 16 bytes each of x, dout, dresidual, weight */
+enum { VECTORS = 4 }; /* of a thread: 16 bytes each of x, dout, dresidual, weight */
 
-/* out_i = x_i r w_i with r = (mean x^2 + eps)^-1/2, so dx_i = r g_i - x_i r^3 mean(g x), g = dout w. A block takes the rows
- * blockIdx.x, blockIdx.x + gridDim.x, ... (as many at once as it has teams) and asks for the next ones ahead of time. */
-template<class T, bool ALIGNED> __global__ void __launch_bounds__(MOST, 1) backward_kernel(
-    T *dx, int64_t dx_row, float *partial, int64_t pitch, const T *dout, int64_t dout_row, const T *x, int64_t x_row,
-    const float *rstd, const T *weight, const T *dresidual, int64_t dresidual_row, int64_t M, int64_t C, unsigned width) {
+/* out_i = x_i r w_i with r = (mean x^2 + eps)^-1/2, so dx_i = r g_i - x_i r^3 mean(g x), g = dout w. A block
+ * takes the rows blockIdx.x, blockIdx.x + gridDim.x, ... (as many at once as it has teams) and asks for the
+ * next ones ahead of time. */
+template <class T, bool ALIGNED> __global__ void __launch_bounds__(MOST, 1)
+    backward_kernel(T *dx, int64_t dx_row, float *partial, int64_t pitch, const T *dout, int64_t dout_row,
+                    const T *x, int64_t x_row, const float *rstd, const T *weight, const T *dresidual,
+                    int64_t dresidual_row, int64_t M, int64_t C, unsigned width) {
     constexpr int N = 16 / sizeof(T), U = VECTORS;
     __shared__ float shared[WARP];
     DYNAMIC_SHARED(float, sums);
     unsigned team = threadIdx.x / width, lane = threadIdx.x - team * width, teams = blockDim.x / width;
-    int64_t piece = (int64_t)width * (N * U), step = (int64_t)width * N, last = C > piece ? (C - 1) / piece * piece : 0;
+    int64_t piece = (int64_t)width * (N * U), step = (int64_t)width * N,
+            last = C > piece ? (C - 1) / piece * piece : 0;
     float total[U][N] = {};
     for (int64_t first = (int64_t)blockIdx.x * teams; first < M; first += (int64_t)gridDim.x * teams) {
         int64_t m = first + team, next = m + (int64_t)gridDim.x * teams, end = m < M ? C : 0;
@@ -146,7 +157,8 @@ template<class T, bool ALIGNED> __global__ void __launch_bounds__(MOST, 1) backw
             }
             if (dresidual && base == last)
 #pragma unroll
-                for (int u = 0; u < U; u++) get<ALIGNED>(more[u], dresidual + m * dresidual_row, c + u * step, end);
+                for (int u = 0; u < U; u++)
+                    get<ALIGNED>(more[u], dresidual + m * dresidual_row, c + u * step, end);
 #pragma unroll
             for (int u = 0; u < U; u++) {
                 Raw<T, N> ws;
@@ -209,8 +221,10 @@ template<class T, bool ALIGNED> __global__ void __launch_bounds__(MOST, 1) backw
 #pragma unroll
         for (int j = 0; j < N; j++) {
             float sum = total[u][j];
-            for (unsigned offset = width; offset < WARP; offset *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-            if (threadIdx.x % WARP < width) sums[threadIdx.x / WARP * columns + lane * N + u * step + j] = sum;
+            for (unsigned offset = width; offset < WARP; offset *= 2)
+                sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+            if (threadIdx.x % WARP < width)
+                sums[threadIdx.x / WARP * columns + lane * N + u * step + j] = sum;
         }
     __syncthreads();
     for (unsigned c = threadIdx.x; c < C; c += blockDim.x) {
@@ -220,10 +234,11 @@ template<class T, bool ALIGNED> __global__ void __launch_bounds__(MOST, 1) backw
     }
 }
 
-/* For rows in pieces, whose sums do not fit in registers: those of the rows blockIdx.y, blockIdx.y + gridDim.y, ... */
-template<class T> __global__ void __launch_bounds__(BLOCK) columns_kernel(
-    float *partial, int64_t pitch, const T *dout, int64_t dout_row, const T *x, int64_t x_row, const float *rstd, int64_t M,
-    int64_t C) {
+/* For rows in pieces, whose sums do not fit in registers: those of the rows blockIdx.y, blockIdx.y +
+ * gridDim.y, ... */
+template <class T> __global__ void __launch_bounds__(BLOCK)
+    columns_kernel(float *partial, int64_t pitch, const T *dout, int64_t dout_row, const T *x, int64_t x_row,
+                   const float *rstd, int64_t M, int64_t C) {
     int64_t c = (int64_t)blockIdx.x * BLOCK + threadIdx.x;
     if (c >= C) return;
     float sum = 0;
@@ -233,10 +248,11 @@ template<class T> __global__ void __launch_bounds__(BLOCK) columns_kernel(
     partial[blockIdx.y * pitch + c] = sum;
 }
 
-/* dweight += the sum of n rows of partial: a warp has 32 columns of every WARPSth row, then the warps are added. */
+/* dweight += the sum of n rows of partial: a warp has 32 columns of every WARPSth row, then the warps are
+ * added. */
 enum { WARPS = 16 };
-__global__ void __launch_bounds__(WARPS * WARP) dweight_kernel(
-    float *dweight, const float *partial, int64_t pitch, int n, int64_t C) {
+__global__ void __launch_bounds__(WARPS *WARP)
+    dweight_kernel(float *dweight, const float *partial, int64_t pitch, int n, int64_t C) {
     __shared__ float sums[WARPS][WARP];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int64_t c = (int64_t)blockIdx.x * WARP + lane;
@@ -251,9 +267,14 @@ __global__ void __launch_bounds__(WARPS * WARP) dweight_kernel(
     dweight[c] += sum;
 }
 
-/* Blocks: enough for every multiprocessor of the largest GPU to have rows under way while others are summed, few enough for
- * their partial sums to be little beside the rows. A function of the shape alone, as the order of the sums depends on it. */
-struct Backward { Team team; unsigned blocks; int64_t pitch; };
+/* Blocks: enough for every multiprocessor of the largest GPU to have rows under way while others are summed,
+ * few enough for their partial sums to be little beside the rows. A function of the shape alone, as the order
+ * of the sums depends on it. */
+struct Backward {
+    Team team;
+    unsigned blocks;
+    int64_t pitch;
+};
 static Backward backward(const RmsNormBackward *a) {
     int64_t M = a->x.shape[0], C = a->x.shape[1];
     Team t = team(C, VECTORS * (int)(16 / size_of(a->x.dtype)));
@@ -279,20 +300,22 @@ extern "C" int rms_norm_backward_cuda(const void *args, const CudaCall *call) {
         const T *dout = (const T *)a->dout.data, *x = (const T *)a->x.data;
         const float *rstd = (const float *)a->rstd.data;
         unsigned threads = b.team.width * b.team.rows;
-        size_t shared = b.team.width > WARP ? 0 : (size_t)threads / WARP * b.team.width * (N * VECTORS) * sizeof(float);
+        size_t shared =
+            b.team.width > WARP ? 0 : (size_t)threads / WARP * b.team.width * (N * VECTORS) * sizeof(float);
         bool fit = aligned(N, C, &a->dx, &a->dout, &a->x, &a->weight, &a->dresidual);
         bool whole = C <= (int64_t)b.team.width * (N * VECTORS);
-        if (partial && !whole) {                                       /* first, as dx may lie over dout or x */
-            int status = launch(call, columns_kernel<T>, dim3((unsigned)ceil_div(C, BLOCK), b.blocks), BLOCK, 0, partial, b.pitch,
-                                dout, a->dout.stride[0], x, a->x.stride[0], rstd, M, C);
+        if (partial && !whole) { /* first, as dx may lie over dout or x */
+            int status = launch(call, columns_kernel<T>, dim3((unsigned)ceil_div(C, BLOCK), b.blocks), BLOCK,
+                                0, partial, b.pitch, dout, a->dout.stride[0], x, a->x.stride[0], rstd, M, C);
             if (status) return status;
         }
-        return launch(call, fit ? backward_kernel<T, true> : backward_kernel<T, false>, dim3(b.blocks), threads, shared,
-                      (T *)a->dx.data, a->dx.stride[0], whole ? partial : nullptr, b.pitch, dout, a->dout.stride[0],
-                      x, a->x.stride[0], rstd, (const T *)a->weight.data,
-                      given(&a->dresidual) ? (const T *)a->dresidual.data : nullptr, a->dresidual.stride[0], M, C, b.team.width);
+        return launch(call, fit ? backward_kernel<T, true> : backward_kernel<T, false>, dim3(b.blocks),
+                      threads, shared, (T *)a->dx.data, a->dx.stride[0], whole ? partial : nullptr, b.pitch,
+                      dout, a->dout.stride[0], x, a->x.stride[0], rstd, (const T *)a->weight.data,
+                      given(&a->dresidual) ? (const T *)a->dresidual.data : nullptr, a->dresidual.stride[0],
+                      M, C, b.team.width);
     });
     if (status || !partial) return status;
-    return launch(call, dweight_kernel, dim3((unsigned)ceil_div(C, WARP)), WARPS * WARP, 0, (float *)a->dweight.data,
-                  (const float *)partial, b.pitch, (int)b.blocks, C);
+    return launch(call, dweight_kernel, dim3((unsigned)ceil_div(C, WARP)), WARPS * WARP, 0,
+                  (float *)a->dweight.data, (const float *)partial, b.pitch, (int)b.blocks, C);
 }

@@ -1,19 +1,24 @@
-/* rope.cu --- rotary embedding, rotate-half form, from float32 tables; backward is the inverse rotation. May be done in place.
+/* rope.cu --- rotary embedding, rotate-half form, from float32 tables; backward is the inverse rotation. May
+ * be done in place.
  *
- * Bound by memory: each element once in and once out, the tables (4 D bytes a token) beside H heads of it. A thread has 16 bytes of
- * the first half of a head and their partners of the second, for HEADS heads at once: 128 bytes under way, and cos and sin of the
- * token's position in registers for all of its heads. */
+ * Bound by memory: each element once in and once out, the tables (4 D bytes a token) beside H heads of it. A
+ * thread has 16 bytes of the first half of a head and their partners of the second, for HEADS heads at once:
+ * 128 bytes under way, and cos and sin of the token's position in registers for all of its heads. */
 #include "rows.cuh"
 
 enum { HEADS = 4 };
 
 /* One of [B,T,H,D] with its strides. */
-template<class T> struct Array { T *data; int64_t b, t, h; };
+template <class T> struct Array {
+    T *data;
+    int64_t b, t, h;
+};
 
 /* A block is BLOCK >> (lanes + groups) tokens by 1 << groups groups of heads by 1 << lanes vectors. */
-template<class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK, 2) rotate_kernel(
-    Array<T> out, Array<const T> x, const float *cos, int64_t cos_row, const float *sin, int64_t sin_row, const int32_t *positions,
-    int64_t positions_row, int64_t tokens, int64_t length, int64_t H, int64_t E, int64_t P, float sign, int lanes, int groups) {
+template <class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK, 2)
+    rotate_kernel(Array<T> out, Array<const T> x, const float *cos, int64_t cos_row, const float *sin,
+                  int64_t sin_row, const int32_t *positions, int64_t positions_row, int64_t tokens,
+                  int64_t length, int64_t H, int64_t E, int64_t P, float sign, int lanes, int groups) {
     constexpr int N = 16 / sizeof(T);
     int64_t token = (int64_t)blockIdx.x * (BLOCK >> (lanes + groups)) + (threadIdx.x >> (lanes + groups));
     if (token >= tokens) return;
@@ -36,7 +41,8 @@ template<class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK, 2) rota
             for (int j = 0; j < N; j++) c[j] = s[j] = NAN;
         }
 #pragma unroll 1
-        for (int64_t h = (threadIdx.x >> lanes & ((1 << groups) - 1)) * HEADS; h < H; h += (int64_t)HEADS << groups) {
+        for (int64_t h = (threadIdx.x >> lanes & ((1 << groups) - 1)) * HEADS; h < H;
+             h += (int64_t)HEADS << groups) {
             Raw<T, N> first[HEADS], second[HEADS];
 #pragma unroll
             for (int i = 0; i < HEADS; i++) {
@@ -80,11 +86,11 @@ static int rotate(const void *args, const CudaCall *call, float sign) {
         bool fit = aligned(N, E, &a->out, &a->x, &a->cos, &a->sin);
         return launch(call, fit ? rotate_kernel<T, true> : rotate_kernel<T, false>,
                       dim3((unsigned)ceil_div(H && E ? B * length : 0, BLOCK >> (lanes + groups))), BLOCK, 0,
-                      Array<T> { (T *)a->out.data, a->out.stride[0], a->out.stride[1], a->out.stride[2] },
-                      Array<const T> { (const T *)a->x.data, a->x.stride[0], a->x.stride[1], a->x.stride[2] },
-                      (const float *)a->cos.data, a->cos.stride[0], (const float *)a->sin.data, a->sin.stride[0],
-                      given(&a->positions) ? (const int32_t *)a->positions.data : nullptr, a->positions.stride[0],
-                      B * length, length, H, E, P, sign, lanes, groups);
+                      Array<T>{ (T *)a->out.data, a->out.stride[0], a->out.stride[1], a->out.stride[2] },
+                      Array<const T>{ (const T *)a->x.data, a->x.stride[0], a->x.stride[1], a->x.stride[2] },
+                      (const float *)a->cos.data, a->cos.stride[0], (const float *)a->sin.data,
+                      a->sin.stride[0], given(&a->positions) ? (const int32_t *)a->positions.data : nullptr,
+                      a->positions.stride[0], B * length, length, H, E, P, sign, lanes, groups);
     });
 }
 

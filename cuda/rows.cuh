@@ -1,8 +1,9 @@
-/* rows.cuh --- what the kernels bound by memory share: rows read and written in vectors of 16 bytes, and how the vectors of a
- * matrix are dealt to threads without a division.
+/* rows.cuh --- what the kernels bound by memory share: rows read and written in vectors of 16 bytes, and how
+ * the vectors of a matrix are dealt to threads without a division.
  *
- * Every such kernel has two instances: ALIGNED, where data, row strides and row lengths are multiples of a vector, and one that
- * moves the same elements by the same threads one by one. So a view gives the bits of its dense copy. */
+ * Every such kernel has two instances: ALIGNED, where data, row strides and row lengths are multiples of a
+ * vector, and one that moves the same elements by the same threads one by one. So a view gives the bits of
+ * its dense copy. */
 #ifndef LONGLORA_ROWS_CUH
 #define LONGLORA_ROWS_CUH
 
@@ -14,19 +15,23 @@ enum { BLOCK = 256 };
 
 static inline __host__ __device__ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* N elements as they lie in memory. Kept as words until they are used: were they elements of 16 bits at once, the compiler would
- * wait for each load to take them apart before it issues the next. */
-template<int BYTES> struct Words { uint4 word[BYTES / 16]; } __attribute__((may_alias));
-template<> struct Words<8> { uint2 word[1]; } __attribute__((may_alias));
-template<class T, int N> using Raw = Words<sizeof(T) * N>;
+/* N elements as they lie in memory. Kept as words until they are used: were they elements of 16 bits at once,
+ * the compiler would wait for each load to take them apart before it issues the next. */
+template <int BYTES> struct Words {
+    uint4 word[BYTES / 16];
+} __attribute__((may_alias));
+template <> struct Words<8> {
+    uint2 word[1];
+} __attribute__((may_alias));
+template <class T, int N> using Raw = Words<sizeof(T) * N>;
 
-template<class T, int N> static __device__ __forceinline__ void widen(float (&x)[N], const Raw<T, N> &raw) {
+template <class T, int N> static __device__ __forceinline__ void widen(float (&x)[N], const Raw<T, N> &raw) {
     Vector<T, N> v;
     memcpy(&v, &raw, sizeof v);
 #pragma unroll
     for (int j = 0; j < N; j++) x[j] = to_float(v.x[j]);
 }
-template<class T, int N> static __device__ __forceinline__ void narrow(Raw<T, N> &raw, const float (&x)[N]) {
+template <class T, int N> static __device__ __forceinline__ void narrow(Raw<T, N> &raw, const float (&x)[N]) {
     Vector<T, N> v;
 #pragma unroll
     for (int j = 0; j < N; j++) v.x[j] = from_float<T>(x[j]);
@@ -34,7 +39,8 @@ template<class T, int N> static __device__ __forceinline__ void narrow(Raw<T, N>
 }
 
 /* What is not ALIGNED goes through calls: inlined in so many places it would take all registers. */
-template<class T, int N> static __device__ __attribute__((noinline)) Raw<T, N> get_single(const T *from, int64_t n) {
+template <class T, int N> static __device__ __attribute__((noinline)) Raw<T, N> get_single(const T *from,
+                                                                                           int64_t n) {
     Vector<T, N> v;
     Raw<T, N> raw;
 #pragma unroll
@@ -42,22 +48,24 @@ template<class T, int N> static __device__ __attribute__((noinline)) Raw<T, N> g
     memcpy(&raw, &v, sizeof v);
     return raw;
 }
-template<class T, int N> static __device__ __attribute__((noinline)) void put_single(T *to, Raw<T, N> raw, int64_t n) {
+template <class T, int N> static __device__ __attribute__((noinline)) void put_single(T *to, Raw<T, N> raw,
+                                                                                      int64_t n) {
     Vector<T, N> v;
     memcpy(&v, &raw, sizeof v);
 #pragma unroll
-    for (int j = 0; j < N; j++) if (j < n) to[j] = v.x[j];
+    for (int j = 0; j < N; j++)
+        if (j < n) to[j] = v.x[j];
 }
 
 /* Elements c .. c+N-1 of a row of C; zeros past its end. */
-template<bool ALIGNED, class T, int BYTES>
+template <bool ALIGNED, class T, int BYTES>
 static __device__ __forceinline__ void get(Words<BYTES> &raw, const T *row, int64_t c, int64_t C) {
     raw = {};
     if (c >= C) return;
     if (ALIGNED) raw = *(const Words<BYTES> *)(row + c);
     else raw = get_single<T, BYTES / sizeof(T)>(row + c, C - c);
 }
-template<bool ALIGNED, class T, int BYTES>
+template <bool ALIGNED, class T, int BYTES>
 static __device__ __forceinline__ void put(T *row, const Words<BYTES> &raw, int64_t c, int64_t C) {
     if (c >= C) return;
     Words<BYTES> *to = (Words<BYTES> *)(row + c);
@@ -68,13 +76,14 @@ static __device__ __forceinline__ void put(T *row, const Words<BYTES> &raw, int6
 }
 
 /* Whether rows of C elements of each tensor can be moved ALIGNED in vectors of N. Absent tensors can. */
-template<class... R> bool aligned(int N, int64_t C, const R *...tensors) {
+template <class... R> bool aligned(int N, int64_t C, const R *...tensors) {
     if (C % N) return false;
     for (const Tensor *t : { tensors... }) {
         int64_t size = size_of(t->dtype), bytes = N * size < 16 ? N * size : 16;
         if (!given(t)) continue;
         if ((uintptr_t)t->data % (uintptr_t)bytes) return false;
-        for (int i = 0; i < t->ndim - 1; i++) if (t->shape[i] > 1 && t->stride[i] * size % bytes) return false;
+        for (int i = 0; i < t->ndim - 1; i++)
+            if (t->shape[i] > 1 && t->stride[i] * size % bytes) return false;
     }
     return true;
 }
@@ -83,30 +92,43 @@ template<class... R> bool aligned(int N, int64_t C, const R *...tensors) {
 static inline bool dense(const Tensor *t) { return t->shape[0] <= 1 || t->stride[0] == t->shape[1]; }
 
 /* M rows of C elements. When all tensors are dense they are one row. */
-struct Matrix { int64_t M, C; };
-template<class... R> Matrix flatten(const Tensor *first, const R *...rest) {
+struct Matrix {
+    int64_t M, C;
+};
+template <class... R> Matrix flatten(const Tensor *first, const R *...rest) {
     bool flat = dense(first);
     for (const Tensor *t : { first, rest... }) flat = flat && dense(t);
     int64_t M = first->shape[0], C = first->shape[1];
-    return flat ? Matrix { M && C, M * C } : Matrix { M, C };
+    return flat ? Matrix{ M && C, M * C } : Matrix{ M, C };
 }
 
-/* A block of BLOCK threads is BLOCK >> shift rows by 1 << shift vectors, and a thread takes U vectors of its row, 1 << shift
- * apart. Blocks go along the rows first; where the grid ends, a block goes on with further rows. */
-struct Deal { dim3 grid; unsigned shift; };
-template<int N, int U> Deal deal(int64_t M, int64_t C) {
+/* A block of BLOCK threads is BLOCK >> shift rows by 1 << shift vectors, and a thread takes U vectors of its
+ * row, 1 << shift apart. Blocks go along the rows first; where the grid ends, a block goes on with further
+ * rows. */
+struct Deal {
+    dim3 grid;
+    unsigned shift;
+};
+template <int N, int U> Deal deal(int64_t M, int64_t C) {
     int64_t vectors = ceil_div(C, N);
     unsigned shift = 0;
     while (1 << shift < BLOCK && (int64_t)U << shift < vectors) shift++;
-    return { dim3((unsigned)ceil_div(vectors, (int64_t)U << shift), (unsigned)least(ceil_div(M, BLOCK >> shift), 65535)), shift };
+    return { dim3((unsigned)ceil_div(vectors, (int64_t)U << shift),
+                  (unsigned)least(ceil_div(M, BLOCK >> shift), 65535)),
+             shift };
 }
 
-/* A thread's part of a Deal: rows m, m + rows, ... below M, and of each the vectors at column c + u * step, u < U. */
-struct Part { int64_t m, rows, c; unsigned step; };
-template<int N, int U> static __device__ __forceinline__ Part part(unsigned shift) {
+/* A thread's part of a Deal: rows m, m + rows, ... below M, and of each the vectors at column c + u * step, u
+ * < U. */
+struct Part {
+    int64_t m, rows, c;
+    unsigned step;
+};
+template <int N, int U> static __device__ __forceinline__ Part part(unsigned shift) {
     unsigned lane = threadIdx.x & ((1u << shift) - 1);
-    return { (int64_t)blockIdx.y * (BLOCK >> shift) + (threadIdx.x >> shift), (int64_t)gridDim.y * (BLOCK >> shift),
-             (((int64_t)blockIdx.x * U << shift) + lane) * N, (unsigned)N << shift };
+    return { (int64_t)blockIdx.y * (BLOCK >> shift) + (threadIdx.x >> shift),
+             (int64_t)gridDim.y * (BLOCK >> shift), (((int64_t)blockIdx.x * U << shift) + lane) * N,
+             (unsigned)N << shift };
 }
 
 #endif

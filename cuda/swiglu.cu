@@ -1,15 +1,17 @@
 /* swiglu.cu --- out = silu(gate) * up, forward and backward; backward may write over its inputs.
  *
- * Bound by memory: 3 and 5 passes, so for M F elements of 16 bits 6 M F and 10 M F bytes; at F = 11008 and 8192 rows 0.54 and
- * 0.90 GB. A thread has 64 (forward) or 48 bytes (backward) of loads under way before the first is used. */
+ * Bound by memory: 3 and 5 passes, so for M F elements of 16 bits 6 M F and 10 M F bytes; at F = 11008 and
+ * 8192 rows 0.54 and 0.90 GB. A thread has 64 (forward) or 48 bytes (backward) of loads under way before the
+ * first is used. */
 #include "rows.cuh"
 
-enum { FORWARD = 2, BACKWARD = 1 };    /* vectors of each array per thread */
+enum { FORWARD = 2, BACKWARD = 1 }; /* vectors of each array per thread */
 
 static __device__ __forceinline__ float sigmoid(float x) { return reciprocal_fast(1.0f + expf(-x)); }
 
-template<class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK) forward_kernel(
-    T *out, int64_t out_row, const T *gate, int64_t gate_row, const T *up, int64_t up_row, int64_t M, int64_t F, unsigned shift) {
+template <class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK)
+    forward_kernel(T *out, int64_t out_row, const T *gate, int64_t gate_row, const T *up, int64_t up_row,
+                   int64_t M, int64_t F, unsigned shift) {
     constexpr int N = 16 / sizeof(T), U = FORWARD;
     Part p = part<N, U>(shift);
     for (int64_t m = p.m; m < M; m += p.rows) {
@@ -33,9 +35,10 @@ template<class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK) forward
 }
 
 /* d silu(g)/dg = s (1 + g (1 - s)), s = sigmoid(g). */
-template<class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK) backward_kernel(
-    T *dgate, int64_t dgate_row, T *dup, int64_t dup_row, const T *dout, int64_t dout_row, const T *gate, int64_t gate_row,
-    const T *up, int64_t up_row, int64_t M, int64_t F, unsigned shift) {
+template <class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK)
+    backward_kernel(T *dgate, int64_t dgate_row, T *dup, int64_t dup_row, const T *dout, int64_t dout_row,
+                    const T *gate, int64_t gate_row, const T *up, int64_t up_row, int64_t M, int64_t F,
+                    unsigned shift) {
     constexpr int N = 16 / sizeof(T);
     Part p = part<N, BACKWARD>(shift);
     for (int64_t m = p.m; m < M; m += p.rows) {
@@ -68,9 +71,9 @@ extern "C" int swiglu_forward_cuda(const void *args, const CudaCall *call) {
         constexpr int N = 16 / sizeof(T);
         Deal d = deal<N, FORWARD>(x.M, x.C);
         bool fit = aligned(N, x.C, &a->out, &a->gate, &a->up);
-        return launch(call, fit ? forward_kernel<T, true> : forward_kernel<T, false>, d.grid, BLOCK, 0, (T *)a->out.data,
-                      a->out.stride[0], (const T *)a->gate.data, a->gate.stride[0], (const T *)a->up.data, a->up.stride[0],
-                      x.M, x.C, d.shift);
+        return launch(call, fit ? forward_kernel<T, true> : forward_kernel<T, false>, d.grid, BLOCK, 0,
+                      (T *)a->out.data, a->out.stride[0], (const T *)a->gate.data, a->gate.stride[0],
+                      (const T *)a->up.data, a->up.stride[0], x.M, x.C, d.shift);
     });
 }
 
@@ -82,8 +85,9 @@ extern "C" int swiglu_backward_cuda(const void *args, const CudaCall *call) {
         constexpr int N = 16 / sizeof(T);
         Deal d = deal<N, BACKWARD>(x.M, x.C);
         bool fit = aligned(N, x.C, &a->dgate, &a->dup, &a->dout, &a->gate, &a->up);
-        return launch(call, fit ? backward_kernel<T, true> : backward_kernel<T, false>, d.grid, BLOCK, 0, (T *)a->dgate.data,
-                      a->dgate.stride[0], (T *)a->dup.data, a->dup.stride[0], (const T *)a->dout.data, a->dout.stride[0],
-                      (const T *)a->gate.data, a->gate.stride[0], (const T *)a->up.data, a->up.stride[0], x.M, x.C, d.shift);
+        return launch(call, fit ? backward_kernel<T, true> : backward_kernel<T, false>, d.grid, BLOCK, 0,
+                      (T *)a->dgate.data, a->dgate.stride[0], (T *)a->dup.data, a->dup.stride[0],
+                      (const T *)a->dout.data, a->dout.stride[0], (const T *)a->gate.data, a->gate.stride[0],
+                      (const T *)a->up.data, a->up.stride[0], x.M, x.C, d.shift);
     });
 }

@@ -5,6 +5,7 @@
 Writes one document a book, UTF-8, one verse or one paragraph a line: CACHE/train/kjv-01-genesis.txt ..., and the books of
 HELD_OUT into CACHE/held_out/.
 """
+
 import os
 import re
 import struct
@@ -17,13 +18,22 @@ from pathlib import Path
 PACKAGES = ("bible-kjv", "bible-kjv-text", "r-cran-janeaustenr")
 # The model never sees these. The novel is like the other five and no part of them; Acts repeats no other book of the Bible.
 HELD_OUT = ("austen-persuasion", "kjv-44-acts")
-NOVELS = {"emma": "Emma", "mansfieldpark": "Mansfield Park", "northangerabbey": "Northanger Abbey", "persuasion": "Persuasion",
-          "prideprejudice": "Pride and Prejudice", "sensesensibility": "Sense and Sensibility"}
-BOOKS = [name.replace("_", " ") for name in """Genesis Exodus Leviticus Numbers Deuteronomy Joshua Judges Ruth 1_Samuel 2_Samuel
+NOVELS = {
+    "emma": "Emma",
+    "mansfieldpark": "Mansfield Park",
+    "northangerabbey": "Northanger Abbey",
+    "persuasion": "Persuasion",
+    "prideprejudice": "Pride and Prejudice",
+    "sensesensibility": "Sense and Sensibility",
+}
+BOOKS = [
+    name.replace("_", " ")
+    for name in """Genesis Exodus Leviticus Numbers Deuteronomy Joshua Judges Ruth 1_Samuel 2_Samuel
 1_Kings 2_Kings 1_Chronicles 2_Chronicles Ezra Nehemiah Esther Job Psalms Proverbs Ecclesiastes Song_of_Solomon Isaiah Jeremiah
 Lamentations Ezekiel Daniel Hosea Joel Amos Obadiah Jonah Micah Nahum Habakkuk Zephaniah Haggai Zechariah Malachi Matthew Mark
 Luke John Acts Romans 1_Corinthians 2_Corinthians Galatians Ephesians Philippians Colossians 1_Thessalonians 2_Thessalonians
-1_Timothy 2_Timothy Titus Philemon Hebrews James 1_Peter 2_Peter 1_John 2_John 3_John Jude Revelation""".split()]
+1_Timothy 2_Timothy Titus Philemon Hebrews James 1_Peter 2_Peter 1_John 2_John 3_John Jude Revelation""".split()
+]
 
 
 def unpack(folder):
@@ -35,8 +45,12 @@ def unpack(folder):
 
 def bible(folder):
     """-> {"kjv-01-genesis": text}: a heading for each chapter, then a verse a line."""
-    printed = subprocess.run([f"{folder}/usr/bin/bible", "-p", f"{folder}/usr/lib", "-f", "Gen1:1-Rev22:21"], check=True,
-                             capture_output=True, encoding="ascii").stdout
+    printed = subprocess.run(
+        [f"{folder}/usr/bin/bible", "-p", f"{folder}/usr/lib", "-f", "Gen1:1-Rev22:21"],
+        check=True,
+        capture_output=True,
+        encoding="ascii",
+    ).stdout
     verses = [re.fullmatch(r"(\w+?)(\d+):(\d+) (.+)", line).groups() for line in printed.splitlines()]
     abbreviations = list(dict.fromkeys(verse[0] for verse in verses))
     assert len(abbreviations) == len(BOOKS) == 66 and len(verses) == 31102
@@ -67,7 +81,7 @@ def strings(entry):
         flags, size = struct.unpack_from(">2i", data, at)
         assert flags & 255 == 9 and size >= 0
         at += 8
-        lines.append(data[at:at + size].decode())
+        lines.append(data[at : at + size].decode())
         at += size
     return lines
 
@@ -78,7 +92,7 @@ def novels(folder):
     texts, at = {}, 0
     for name, title in NOVELS.items():
         unpacker = zlib.decompressobj()
-        unpacker.decompress(data[at + 4:])
+        unpacker.decompress(data[at + 4 :])
         end = len(data) - len(unpacker.unused_data)
         lines, at = strings(data[at:end]), end
         assert lines[0].upper() == title.upper(), f"{lines[0]} found where {title} was expected"
@@ -97,8 +111,12 @@ def main(cache):
     for folder in ("train", "held_out"):
         Path(cache, folder).mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        Path(cache, "held_out" if name in HELD_OUT else "train", name + ".txt").write_text(text, encoding="utf-8")
-    print(f"{cache}: {len(texts)} books, {sum(len(text) for text in texts.values()):,} characters, held out {', '.join(HELD_OUT)}")
+        Path(cache, "held_out" if name in HELD_OUT else "train", name + ".txt").write_text(
+            text, encoding="utf-8"
+        )
+    print(
+        f"{cache}: {len(texts)} books, {sum(len(text) for text in texts.values()):,} characters, held out {', '.join(HELD_OUT)}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What ships with the package, out of what get_text.py and pretrain.sh left in CACHE -> longlora/assets.
 
-    python demo/make_assets.py CACHE
+python demo/make_assets.py CACHE
 """
+
 import shutil
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ def main(cache):
     for name, heading in HELD_OUT.items():
         text = (cache / "held_out" / f"{name}.txt").read_text(encoding="utf-8")
         end = text.index(f"\n\n{heading}\n")
-        (ASSETS / "held_out" / f"{name}.txt").write_text(text[:end + 1], encoding="utf-8")
+        (ASSETS / "held_out" / f"{name}.txt").write_text(text[: end + 1], encoding="utf-8")
     for path in sorted(ASSETS.rglob("*")):
         if path.is_file():
             print(f"{path.stat().st_size:>9,} {path.relative_to(ASSETS)}")

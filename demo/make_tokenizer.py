@@ -1,7 +1,8 @@
 """The demo's tokenizer: byte-level BPE trained on the pretraining text.
 
-    python demo/make_tokenizer.py CACHE/train DIRECTORY     -> DIRECTORY/tokenizer.json, tokenizer_config.json
+python demo/make_tokenizer.py CACHE/train DIRECTORY     -> DIRECTORY/tokenizer.json, tokenizer_config.json
 """
+
 import json
 import sys
 from pathlib import Path
@@ -16,8 +17,12 @@ def main(text, directory):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train(sorted(map(str, Path(text).glob("*.txt"))), trainer)
     tokenizer.save(f"{directory}/tokenizer.json")
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "model_max_length": 256}

@@ -1,4 +1,5 @@
 """The compiled part: the ops, destination passing, and Tensor. csrc/ops.h says what each op computes, `specs` what it takes."""
+
 from collections.abc import Buffer, Callable, Sequence
 from typing import Any, Literal
 
@@ -8,8 +9,14 @@ DType = Literal["float32", "bfloat16", "float16", "float64", "int32", "int64", "
 Array = Any  # Tensor, numpy.ndarray, torch.Tensor, or whatever speaks DLPack
 
 class Tensor:
-    def __init__(self, shape: int | Sequence[int], dtype: DType = "float32", device: str = "cpu", *,
-                 pinned: bool = False) -> None: ...
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        dtype: DType = "float32",
+        device: str = "cpu",
+        *,
+        pinned: bool = False,
+    ) -> None: ...
     @classmethod
     def wrap(cls, buffer: Buffer, shape: int | Sequence[int], dtype: DType, offset: int = 0) -> Tensor: ...
     @property
@@ -33,8 +40,14 @@ class Tensor:
     def copy_(self, source: Array, /) -> None: ...
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
-    def __dlpack__(self, *, stream: int | None = None, max_version: tuple[int, int] | None = None,
-                   dl_device: tuple[int, int] | None = None, copy: bool | None = None) -> Any: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any: ...
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
 specs: dict[str, str]
@@ -56,7 +69,10 @@ def calls() -> dict[str, int]: ...
 
 # What longlora.cuda is made of.
 cuda_built_for: str
-def cuda_hooks(workspace: Callable[[int, int, int, Array], Array], stream: Callable[[Array, int], int | None], /) -> None: ...
+
+def cuda_hooks(
+    workspace: Callable[[int, int, int, Array], Array], stream: Callable[[Array, int], int | None], /
+) -> None: ...
 def cuda_devices() -> tuple[int, str | None]: ...
 def cuda_refusal(index: int, /) -> str | None: ...
 def cuda_properties(index: int, /) -> dict[str, Any]: ...

@@ -4,10 +4,11 @@ longlora.ops and Tensor: the kernels, on NumPy, torch and other DLPack arrays; l
 command line are functions of modules: train.train, plan.plan, ppl.run, adapter.merge, inspect.describe, doctor.examine,
 demo.run. Everything is imported when it is first used, so that `longlora --help` waits for nothing, not even for NumPy.
 """
+
 import importlib
 import os
 
-TYPE_CHECKING = False                  # as typing has it, which takes longer to import than all of this
+TYPE_CHECKING = False  # as typing has it, which takes longer to import than all of this
 if TYPE_CHECKING:
     from . import _C, adapter, cuda, demo, doctor, inspect, model, ops, plan, ppl, train, weights
     from ._C import Tensor, get_num_threads, set_num_threads

@@ -1,4 +1,5 @@
 """python -m longlora"""
+
 import sys
 
 from longlora.cli import main

@@ -1,4 +1,5 @@
 """Results in the caller's own kind: NumPy in, NumPy out; torch in, torch out; imports none of the others."""
+
 import functools
 import sys
 
@@ -37,6 +38,7 @@ def empty(shape, dtype, like):
     if isinstance(like, np.ndarray):
         if dtype == "bfloat16":
             import ml_dtypes
+
             return np.empty(shape, ml_dtypes.bfloat16)
         return np.empty(shape, dtype)
     if _is_torch(like):
@@ -44,14 +46,16 @@ def empty(shape, dtype, like):
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
     if isinstance(like, Tensor):
         return Tensor(shape, dtype, like.device)
-    if _is_cupy(like) and dtype != "bfloat16":                         # which CuPy has not
+    if _is_cupy(like) and dtype != "bfloat16":  # which CuPy has not
         cupy = sys.modules["cupy"]
         with like.device:
             return cupy.empty(shape, dtype)
     if hasattr(like, "__dlpack__"):
         kind, index = like.__dlpack_device__() if hasattr(like, "__dlpack_device__") else (1, 0)
         return Tensor(shape, dtype, f"cuda:{index}" if kind == 2 else "cpu")
-    raise TypeError(f"wanted an array (NumPy, torch, longlora.Tensor or another that speaks DLPack), got {type(like).__name__}")
+    raise TypeError(
+        f"wanted an array (NumPy, torch, longlora.Tensor or another that speaks DLPack), got {type(like).__name__}"
+    )
 
 
 def zeros(shape, dtype, like):
@@ -74,7 +78,11 @@ def give_back(like, *results):
 
     The way back is from_dlpack of the array API that `like` belongs to; without one the results stay Tensors.
     """
-    if not isinstance(like, (np.ndarray, Tensor)) and not _is_torch(like) and hasattr(like, "__array_namespace__"):
+    if (
+        not isinstance(like, (np.ndarray, Tensor))
+        and not _is_torch(like)
+        and hasattr(like, "__array_namespace__")
+    ):
         library = like.__array_namespace__()
         results = tuple(library.from_dlpack(x) if isinstance(x, Tensor) else x for x in results)
     return results if len(results) > 1 else results[0]

@@ -6,6 +6,7 @@ CuPy's where one is CuPy's, else this thread's, which `stream` sets and which is
 They can be captured in a graph, by whoever captures that stream, once each has run before: first calls load code and libraries.
 Arrays are the graph's owner's to keep; workspace that is not torch's is kept until the process ends.
 """
+
 import os
 import sys
 import threading
@@ -76,7 +77,8 @@ def cublas():
     return f"{version // 10000}.{version % 10000 // 100}.{version % 100}", path
 
 
-# ---- streams ----------------------------------------------------------------------------------------------------------------
+# ---- streams -------------------------------------------------------------------------------------
+
 
 def _handle(stream):
     if stream is None:
@@ -85,10 +87,12 @@ def _handle(stream):
         return stream
     if hasattr(stream, "__cuda_stream__"):
         return stream.__cuda_stream__()[1]
-    for name in ("cuda_stream", "ptr"):                                # torch's and CuPy's
+    for name in ("cuda_stream", "ptr"):  # torch's and CuPy's
         if isinstance(getattr(stream, name, None), int):
             return getattr(stream, name)
-    raise TypeError(f"stream should be a handle, None, or have __cuda_stream__ (or be torch's or CuPy's), got {stream!r}")
+    raise TypeError(
+        f"stream should be a handle, None, or have __cuda_stream__ (or be torch's or CuPy's), got {stream!r}"
+    )
 
 
 class stream:
@@ -113,10 +117,10 @@ def current_stream():
     return _C.cuda_get_stream()[0]
 
 
-# ---- what the extension asks for -------------------------------------------------------------------------------------------
+# ---- what the extension asks for -----------------------------------------------------------------
 
 _arenas = threading.local()
-_graphs = []                           # workspace of captured graphs, which run again whenever they like: it stays
+_graphs = []  # workspace of captured graphs, which run again whenever they like: it stays
 
 
 def _workspace(nbytes, device, stream, like, capture):
@@ -133,8 +137,8 @@ def _workspace(nbytes, device, stream, like, capture):
     piece = arenas.get(key)
     if piece is None or piece.nbytes < nbytes:
         arenas.pop(key, None)
-        piece = None                                                   # the former goes first
-        piece = arenas[key] = _C.Tensor((nbytes + 0xfffff) & ~0xfffff, "uint8", f"cuda:{device}")
+        piece = None  # the former goes first
+        piece = arenas[key] = _C.Tensor((nbytes + 0xFFFFF) & ~0xFFFFF, "uint8", f"cuda:{device}")
         if capture:
             _graphs.append(piece)
     return piece
@@ -155,10 +159,17 @@ def _cublas_files():
     """cuBLASLt of pip's and conda's packages, for the driver that is there. What is in the process already goes before these,
     the system's after."""
     driver = _C.cuda_versions()[0] // 1000
-    folders = [(*name, folder) for name in ((13, "nvidia/cu13/lib"), (12, "nvidia/cublas/lib")) for folder in sys.path]
+    folders = [
+        (*name, folder)
+        for name in ((13, "nvidia/cu13/lib"), (12, "nvidia/cublas/lib"))
+        for folder in sys.path
+    ]
     folders += [(version, "lib", sys.prefix) for version in (13, 12)]
-    files = [os.path.join(folder, name, f"libcublasLt.so.{version}") for version, name, folder in folders
-             if not driver or version <= driver]
+    files = [
+        os.path.join(folder, name, f"libcublasLt.so.{version}")
+        for version, name, folder in folders
+        if not driver or version <= driver
+    ]
     return tuple(file for file in files if os.path.exists(file))
 
 

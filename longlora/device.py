@@ -3,6 +3,7 @@
 Ops, views and fills are the same calls on both; Tensor.copy_ copies between them. On a GPU calls are queued and not waited for:
 what waits is `host`, and it is called where a number is needed.
 """
+
 import threading
 
 import numpy as np
@@ -23,6 +24,7 @@ def choose(wanted):
     if wanted == CPU:
         return CPU, f"device: {_cpu()}"
     from longlora import cuda
+
     number = int(wanted.partition(":")[2] or 0)
     if wanted == "auto":
         number = next((i for i in range(cuda.device_count()) if _refusal(i) is None), 0)
@@ -32,13 +34,16 @@ def choose(wanted):
     if why is not None:
         raise UserError(f"device {wanted} cannot be used: {why}")
     free, total = cuda.memory_info(number)
-    return f"cuda:{number}", (f"device: cuda:{number}, {cuda.properties(number)['name']}, {free / 2**30:.1f} of "
-                              f"{total / 2**30:.1f} GiB free")
+    return f"cuda:{number}", (
+        f"device: cuda:{number}, {cuda.properties(number)['name']}, {free / 2**30:.1f} of "
+        f"{total / 2**30:.1f} GiB free"
+    )
 
 
 def _refusal(number):
     """Why a run cannot be on this GPU, None where it can: that there is no cuBLAS is better known before it has begun."""
     from longlora import cuda
+
     why = _C.cuda_refusal(number)
     if why is None:
         try:
@@ -55,6 +60,7 @@ def _cpu():
 def free_memory(device):
     """Bytes that a run can have on the GPU `device`."""
     from longlora import cuda
+
     return cuda.memory_info(int(device.partition(":")[2]))[0]
 
 
@@ -74,6 +80,7 @@ def staged(out):
     """Pinned memory in the shape of `out`, a Tensor on a GPU, to fill and to copy from. It is this thread's only piece: what was
     queued before is waited for."""
     from longlora import cuda
+
     cuda.synchronize(out.device)
     piece = getattr(_thread, "piece", None)
     if piece is None or piece.nbytes < out.nbytes:
@@ -102,7 +109,7 @@ class Inputs(threading.local):
     its copy is known to be done, because `host` has waited since. Each thread has its own, and keeps to one stream."""
 
     def __init__(self):
-        self._pieces = []                              # [Tensor, waits() when it was last copied from]
+        self._pieces = []  # [Tensor, waits() when it was last copied from]
 
     def put(self, out, array):
         if out.device == CPU:

@@ -5,6 +5,7 @@ statistics and gradients of parameters in float32. Equal inputs give equal bits,
 M, the rows, may be several axes that lie as one: [B,T,C] for [M,C], and then [B,T] for [M], in arguments and results.
 All raise TypeError for a wrong dtype or object and ValueError for a wrong shape, before anything is written.
 """
+
 import math
 
 from longlora import _C
@@ -36,7 +37,9 @@ def accumulate(out, x, scale=1.0):
 def matmul(a, b, alpha=1.0, dtype=None):
     """a [M,C], b [C,N], any strides and float dtypes -> alpha a b [M,N], of dtype (by default a's)."""
     if len(a.shape) < 2 or len(b.shape) != 2:
-        raise ValueError(f"matmul: a should have 2 axes or more and b 2, got {len(a.shape)} and {len(b.shape)}")
+        raise ValueError(
+            f"matmul: a should have 2 axes or more and b 2, got {len(a.shape)} and {len(b.shape)}"
+        )
     out = empty((*a.shape[:-1], b.shape[1]), dtype or dtype_name(a), a)
     _C.matmul(out, a, b, alpha, 0.0)
     return give_back(a, out)
@@ -99,7 +102,9 @@ def lora_linear_forward(x, weight, bias=None, a=None, b=None, scale=1.0, residua
     return give_back(x, out, u)
 
 
-def lora_linear_backward(dout, x, weight, a=None, b=None, scale=1.0, u=None, train_weight=False, train_bias=False):
+def lora_linear_backward(
+    dout, x, weight, a=None, b=None, scale=1.0, u=None, train_weight=False, train_bias=False
+):
     """dout [M,N] and the forward's inputs -> dx [M,C], da [R,C], db [N,R], dweight [N,C], dbias [N]; None where not asked.
 
     Gradients of parameters are float32. The frozen weight gets none (train_weight=False).
@@ -124,22 +129,46 @@ def s2_attention_forward(q, k, v, *, group_size, boundary="split", shift="half",
     if len(q.shape) != 4:
         raise ValueError(f"s2_attention_forward: q should have 4 axes, got {len(q.shape)}")
     out, lse = empty_like(q), empty((q.shape[0], q.shape[2], q.shape[1]), "float32", q)
-    _C.s2_attention_forward(out, lse, q, k, v, cu_seqlens, *attention_scalars("s2_attention_forward", q, group_size, boundary,
-                                                                              shift, scale))
+    _C.s2_attention_forward(
+        out,
+        lse,
+        q,
+        k,
+        v,
+        cu_seqlens,
+        *attention_scalars("s2_attention_forward", q, group_size, boundary, shift, scale),
+    )
     return give_back(q, out, lse)
 
 
-def s2_attention_backward(dout, q, k, v, out, lse, *, group_size, boundary="split", shift="half", cu_seqlens=None, scale=None):
+def s2_attention_backward(
+    dout, q, k, v, out, lse, *, group_size, boundary="split", shift="half", cu_seqlens=None, scale=None
+):
     """dout [B,T,H,D], the forward's inputs and results -> dq [B,T,H,D], dk and dv [B,T,K,D]."""
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
-    _C.s2_attention_backward(dq, dk, dv, dout, q, k, v, out, lse, cu_seqlens,
-                             *attention_scalars("s2_attention_backward", q, group_size, boundary, shift, scale))
+    _C.s2_attention_backward(
+        dq,
+        dk,
+        dv,
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens,
+        *attention_scalars("s2_attention_backward", q, group_size, boundary, shift, scale),
+    )
     return give_back(q, dq, dk, dv)
 
 
 def attention_scalars(op, q, group_size, boundary, shift, scale):
-    return (group_size, _choice(op, "boundary", boundary, BOUNDARIES), _choice(op, "shift", shift, SHIFTS),
-            1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale)
+    return (
+        group_size,
+        _choice(op, "boundary", boundary, BOUNDARIES),
+        _choice(op, "shift", shift, SHIFTS),
+        1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale,
+    )
 
 
 def swiglu_forward(gate, up):
@@ -177,7 +206,21 @@ def linear_cross_entropy_backward(x, weight, targets, dlosses, ignore_index=-100
     return give_back(x, losses, dx, dweight)
 
 
-def adamw(param, m, v, grad, *, lr, step, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, grad_scale=1.0, copy=None):
+def adamw(
+    param,
+    m,
+    v,
+    grad,
+    *,
+    lr,
+    step,
+    beta1=0.9,
+    beta2=0.999,
+    eps=1e-8,
+    weight_decay=0.0,
+    grad_scale=1.0,
+    copy=None,
+):
     """One step in place on float32 param, m, v [N]; copy [N], if given, takes the new value in its own dtype.
 
     AdamW, arXiv 1711.05101 algorithm 2, as torch.optim.AdamW has it. step counts from 1.

@@ -3,8 +3,10 @@
 
 def _figure(width=7, height=4, columns=1):
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     return pyplot.subplots(1, columns, figsize=(width, height), dpi=100, layout="constrained", squeeze=False)
 
 
@@ -12,6 +14,7 @@ def _save(figure, path):
     from matplotlib import pyplot
 
     from longlora.files.safetensors import replacing
+
     with replacing(path) as aside:
         figure.savefig(aside, format="png")
     pyplot.close(figure)
@@ -27,7 +30,7 @@ def loss(path, metrics, title="training loss"):
         smooth, mean, weight = [], 0.0, 0.0
         for _, value in train:
             mean, weight = 0.9 * mean + 0.1 * value, 0.9 * weight + 0.1
-            smooth.append(mean / weight)               # else the first values would weigh on all that follow
+            smooth.append(mean / weight)  # else the first values would weigh on all that follow
         axes.plot([step for step, _ in train], smooth, color="#2171b5", label="smoothed (0.9)")
     if held_out:
         axes.plot(*zip(*held_out), "o-", color="#d94801", label="held out, dense attention")
@@ -56,6 +59,7 @@ def perplexity(path, curves, native=None, title="perplexity by position"):
 def attention(path, length, group_size, boundary="split", shift="half"):
     """Which keys a query sees, in a plain and in a shifted head: the rule of S2-Attn (LongLoRA section 3.2), drawn."""
     import numpy as np
+
     scale = max(1, length // 256)
     L, G = length // scale, max(1, group_size // scale)
     half, t, key = G // 2, np.arange(L)[:, None], np.arange(L)[None]
@@ -66,8 +70,10 @@ def attention(path, length, group_size, boundary="split", shift="half"):
     if boundary == "swap":
         shifted |= (t >= L - half) & (key < half)
     figure, ((left, right),) = _figure(8, 4.2, 2)
-    for axes, name, mask in ((left, "plain heads", plain if shift != "all" else shifted),
-                             (right, "shifted heads", shifted if shift != "none" else plain)):
+    for axes, name, mask in (
+        (left, "plain heads", plain if shift != "all" else shifted),
+        (right, "shifted heads", shifted if shift != "none" else plain),
+    ):
         axes.imshow(mask, cmap="Blues", extent=(0, length, length, 0), vmin=0, vmax=1.4)
         axes.set(xlabel="key", ylabel="query", title=f"{name}, group {group_size}")
     _save(figure, path)

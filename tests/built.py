@@ -1,4 +1,5 @@
 """What test_cuda_emulation.py and test_wide.py share: a build of this tree with other switches, and the tests run on it."""
+
 import os
 import subprocess
 import sys
@@ -7,14 +8,30 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = ["s2_attention", "cast", "embedding", "rms_norm", "rope_op", "swiglu", "adamw", "matmul", "lora_linear",
-       "linear_cross_entropy"]
+OPS = [
+    "s2_attention",
+    "cast",
+    "embedding",
+    "rms_norm",
+    "rope_op",
+    "swiglu",
+    "adamw",
+    "matmul",
+    "lora_linear",
+    "linear_cross_entropy",
+]
 
 
 def run(command, **environment):
     """-> what it printed; an AssertionError with it where it failed."""
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, env=os.environ | environment, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=os.environ | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 0, done.stdout[-20000:]
     return done.stdout
 
@@ -28,8 +45,21 @@ def build(folder, **switches):
 def run_tests(package, report, files, *options):
     """-> {file and test: why it was skipped, None where it passed}; none failed."""
     start = time.monotonic()
-    run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"--junitxml={report}", *options, *files],
-        PYTHONPATH=str(package))
+    run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+            *options,
+            *files,
+        ],
+        PYTHONPATH=str(package),
+    )
     cases = list(xml.etree.ElementTree.parse(report).getroot().iter("testcase"))
     skipped = {f"{case.get('classname')}::{case.get('name')}": case.find("skipped") for case in cases}
     print(f"{len(cases)} tests in {time.monotonic() - start:.0f} s:", *files)

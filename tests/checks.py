@@ -1,18 +1,24 @@
 """How a kernel is judged: against the float64 reference, on the same rounded inputs, with at most twice the error of the plain
 computation (the reference's formulas in float32, results rounded to the dtype), its outputs NaN between guards before the call."""
+
 import ml_dtypes
 import numpy as np
+import reference
 
 import longlora.cuda
 import longlora.ops as ops
-import reference
 
 f64 = reference.f64
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-EPS = {np.dtype(np.float32): 2.0**-24, np.dtype(ml_dtypes.bfloat16): 2.0**-9, np.dtype(np.float16): 2.0**-12, np.dtype(np.float64): 2.0**-53}
+EPS = {
+    np.dtype(np.float32): 2.0**-24,
+    np.dtype(ml_dtypes.bfloat16): 2.0**-9,
+    np.dtype(np.float16): 2.0**-12,
+    np.dtype(np.float64): 2.0**-53,
+}
 GUARD = 12345.0
 CUDA = longlora.cuda.is_available()
-EMULATED = CUDA and longlora.cuda.built_for() == "emulation"           # a GPU that is a program: small work is enough
+EMULATED = CUDA and longlora.cuda.built_for() == "emulation"  # a GPU that is a program: small work is enough
 
 
 def examples(n):
@@ -28,8 +34,8 @@ def random(shape, dtype="float32", seed=0, scale=1.0):
 def strided(x, pad=3):
     """The same values as rows of a wider array: every axis but the last has gaps of GUARD."""
     wide = np.full((*x.shape[:-1], x.shape[-1] + pad), GUARD, x.dtype)
-    wide[..., :x.shape[-1]] = x
-    return wide[..., :x.shape[-1]]
+    wide[..., : x.shape[-1]] = x
+    return wide[..., : x.shape[-1]]
 
 
 def dense_and_strided(call, *arrays):
@@ -53,7 +59,7 @@ class Outputs:
         pitch = (shape[-1] + (3 if len(shape) > 1 else 0)) if shape else 1
         rows = int(np.prod(shape[:-1]))
         buffer = np.full(rows * pitch + 64, GUARD).astype(dtype)
-        view = buffer[32:32 + rows * pitch].reshape(*shape[:-1], pitch)[..., :shape[-1] if shape else 1]
+        view = buffer[32 : 32 + rows * pitch].reshape(*shape[:-1], pitch)[..., : shape[-1] if shape else 1]
         view[...] = np.nan if dtype.kind in "fV" else -7
         self.given.append((buffer, view, pitch))
         return view
@@ -61,9 +67,11 @@ class Outputs:
     def assert_guards(self):
         for buffer, view, pitch in self.given:
             touched = buffer.copy()
-            inner = touched[32:len(touched) - 32].reshape(*view.shape[:-1], pitch)
-            inner[..., :view.shape[-1]] = GUARD
-            assert (touched.astype(np.float64) == float(np.array(GUARD).astype(buffer.dtype))).all(), "an op wrote outside its output"
+            inner = touched[32 : len(touched) - 32].reshape(*view.shape[:-1], pitch)
+            inner[..., : view.shape[-1]] = GUARD
+            assert (touched.astype(np.float64) == float(np.array(GUARD).astype(buffer.dtype))).all(), (
+                "an op wrote outside its output"
+            )
 
 
 def poisoned(monkeypatch):
@@ -76,6 +84,7 @@ def poisoned(monkeypatch):
         out = outputs.empty(shape, dtype, like)
         out[...] = 0
         return out
+
     monkeypatch.setattr(ops, "zeros", zeros)
     return outputs
 
@@ -93,8 +102,12 @@ def compare(got, want, plain, name="", floor=2.0, noise=0.0):
         return
     ours = np.abs(got.astype(np.float64) - want)
     theirs = np.abs(plain.astype(got.dtype).astype(np.float64) - want)
-    limit = 2 * theirs.max() + max(floor * EPS[got.dtype] * np.abs(want).max(), noise) + floor * 2.0**-24 * 1e-3
-    assert ours.max() <= limit, f"{name}: error {ours.max():.3g} is above {limit:.3g} (plain: {theirs.max():.3g})"
+    limit = (
+        2 * theirs.max() + max(floor * EPS[got.dtype] * np.abs(want).max(), noise) + floor * 2.0**-24 * 1e-3
+    )
+    assert ours.max() <= limit, (
+        f"{name}: error {ours.max():.3g} is above {limit:.3g} (plain: {theirs.max():.3g})"
+    )
 
 
 def plain(name, *inputs, **kwargs):
@@ -115,6 +128,12 @@ def check(name, *inputs, floor=2.0, noise=None, **kwargs):
     for i, (g, w, p) in enumerate(zip(got, want, low)):
         assert (g is None) == (w is None), f"{name}[{i}]"
         if w is not None:
-            compare(g, np.asarray(w, np.float64), np.asarray(p), f"{name}[{i}]", floor[i] if isinstance(floor, tuple) else floor,
-                    noise[i] if noise else 0.0)
+            compare(
+                g,
+                np.asarray(w, np.float64),
+                np.asarray(p),
+                f"{name}[{i}]",
+                floor[i] if isinstance(floor, tuple) else floor,
+                noise[i] if noise else 0.0,
+            )
     return got if len(got) > 1 else got[0]

@@ -1,5 +1,6 @@
 """The whole suite side by side; fixtures of the op tests: every dtype, every instruction set that this processor has and the GPU,
 poisoned outputs."""
+
 import os
 
 import checks
@@ -14,8 +15,18 @@ os.environ["PYTHONSAFEPATH"] = "1"
 os.environ["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(longlora.__file__)))
 
 # The files that take longest, which the processes begin with.
-LONGEST = ["test_cuda_emulation.py", "test_smollm2.py", "test_demo.py", "test_sources_cuda.py", "test_plan.py",
-           "test_torch_oldest.py", "test_wide.py", "test_context_parallel.py", "test_notebooks.py", "test_torch_train.py"]
+LONGEST = [
+    "test_cuda_emulation.py",
+    "test_smollm2.py",
+    "test_demo.py",
+    "test_sources_cuda.py",
+    "test_plan.py",
+    "test_torch_oldest.py",
+    "test_wide.py",
+    "test_context_parallel.py",
+    "test_notebooks.py",
+    "test_torch_train.py",
+]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -24,11 +35,19 @@ def pytest_cmdline_main(config):
     run in this process, as is everything on a GPU, whose free memory is counted, and where pytest-xdist is not installed."""
     option, processors = config.option, len(os.sched_getaffinity(0))
     whole = config.args_source == config.ArgsSource.TESTPATHS and not option.usepdb and not option.collectonly
-    free = config.pluginmanager.hasplugin("xdist") and option.numprocesses is None and "PYTEST_XDIST_WORKER" not in os.environ
+    free = (
+        config.pluginmanager.hasplugin("xdist")
+        and option.numprocesses is None
+        and "PYTEST_XDIST_WORKER" not in os.environ
+    )
     if whole and free and processors > 1 and not checks.CUDA:
         option.numprocesses, option.dist, option.loadscopereorder = min(processors, 4), "loadfile", False
         # Each has its share of the processors, two at least, so that threads are tested; threads that wait let others run.
-        share = {"OMP_NUM_THREADS": str(max(2, processors // 4)), "OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1"}
+        share = {
+            "OMP_NUM_THREADS": str(max(2, processors // 4)),
+            "OMP_WAIT_POLICY": "passive",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
         os.environ.update({name: value for name, value in share.items() if name not in os.environ})
 
 
@@ -99,6 +118,7 @@ def each_thread_count():
             _C.set_num_threads(n)
             results.append(function())
         return results
+
     yield call
     _C.set_num_threads(before)
     _C.set_grain(grain)

@@ -2,11 +2,13 @@
 
 A test file imports the fixture `device`, and every test of it runs once on each: what `put` made lies there.
 """
+
 import pytest
 import torch
 
 try:
     from longlora import cuda
+
     CUDA = cuda.is_available() and torch.cuda.is_available()
 except ImportError:
     CUDA = False

@@ -5,16 +5,29 @@ The buffers that own the arrays' memory are copied whole, guard zones and gaps b
 256 bytes; the arrays of the call become views into them, with their own shapes, strides (also negative and 0) and read-only
 flags, so arrays that share memory share it there too. Buffers of inputs must come back unchanged.
 """
+
 import ctypes
 
 import dlpack
 import numpy as np
-from longlora import Tensor, _C
+
+from longlora import _C, Tensor
 
 ALIGNMENT = 256
-CODES = {"float32": (2, 32), "bfloat16": (4, 16), "float16": (2, 16), "float64": (2, 64), "int32": (0, 32), "int64": (0, 64), "uint8": (1, 8),
-         "int16": (0, 16), "uint32": (1, 32), "bool": (6, 8), "complex64": (5, 64)}
-installed = False                      # whether the ops run on a device
+CODES = {
+    "float32": (2, 32),
+    "bfloat16": (4, 16),
+    "float16": (2, 16),
+    "float64": (2, 64),
+    "int32": (0, 32),
+    "int64": (0, 64),
+    "uint8": (1, 8),
+    "int16": (0, 16),
+    "uint32": (1, 32),
+    "bool": (6, 8),
+    "complex64": (5, 64),
+}
+installed = False  # whether the ops run on a device
 no_deleter = dlpack.Deleter(lambda managed: None)
 
 
@@ -34,7 +47,11 @@ def memory(x):
 
 def raw(low, high):
     """The host's bytes low .. high as an array."""
-    return np.frombuffer((ctypes.c_uint8 * (high - low)).from_address(low), np.uint8) if high > low else np.empty(0, np.uint8)
+    return (
+        np.frombuffer((ctypes.c_uint8 * (high - low)).from_address(low), np.uint8)
+        if high > low
+        else np.empty(0, np.uint8)
+    )
 
 
 class View:
@@ -48,7 +65,9 @@ class View:
         self.strides = (ctypes.c_int64 * x.ndim)(*[stride // x.itemsize for stride in x.strides])
         self.device = like.device_type, like.device_id
         tensor = dlpack.DLTensor(data, *self.device, x.ndim, code, bits, 1, self.sizes, self.strides, 0)
-        self.managed = dlpack.Versioned(1, 0, None, no_deleter, 0 if x.flags.writeable else dlpack.READ_ONLY, tensor)
+        self.managed = dlpack.Versioned(
+            1, 0, None, no_deleter, 0 if x.flags.writeable else dlpack.READ_ONLY, tensor
+        )
 
     def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
         return dlpack.new_capsule(ctypes.addressof(self.managed), b"dltensor_versioned", None)
@@ -63,8 +82,8 @@ class Buffer:
     def __init__(self, low, high, device):
         self.host, shift = raw(low, high), low % ALIGNMENT
         self.whole = Tensor(shift + self.host.size, "uint8", **device)
-        self.whole.fill(255)                                           # NaN before it, and behind it up to the next 256 bytes
-        self.copy = self.whole[shift:shift + self.host.size]
+        self.whole.fill(255)  # NaN before it, and behind it up to the next 256 bytes
+        self.copy = self.whole[shift : shift + self.host.size]
         self.like = dlpack.tensor_of(self.whole)
         self.offset = self.like.data + shift - low
         self.copy.copy_(self.host)
@@ -107,6 +126,7 @@ def mirrored(op, function, device):
         finally:
             for home, written in homes.items():
                 buffers[home].bring_back(written)
+
     return call
 
 

@@ -1,11 +1,12 @@
 """Every op of longlora.ops in NumPy float64, forward and backward, written from the formulas: the specification that every
 kernel is judged against. Same names and signatures; inputs of any float dtype; nothing here is fast."""
+
 import math
 
 import numpy as np
 
-PRECISION = np.float64                 # checks.py runs the same formulas in float32: the plain computation
-BETWEEN = None                         # a dtype that weights and gradients of scores are rounded to before the next product
+PRECISION = np.float64  # checks.py runs the same formulas in float32: the plain computation
+BETWEEN = None  # a dtype that weights and gradients of scores are rounded to before the next product
 
 
 def f64(x):
@@ -36,7 +37,11 @@ def embedding_backward(dout, ids, order, rows):
 
 def rms_norm_forward(x, weight, eps=1e-6, residual=None):
     total = f64(x) if residual is None else f64(x) + f64(residual)
-    rstd = 1 / np.sqrt((total**2).mean(-1) + eps) if total.shape[-1] else np.full(total.shape[:-1], 1 / math.sqrt(eps))
+    rstd = (
+        1 / np.sqrt((total**2).mean(-1) + eps)
+        if total.shape[-1]
+        else np.full(total.shape[:-1], 1 / math.sqrt(eps))
+    )
     return total * rstd[:, None] * f64(weight), rstd, total
 
 
@@ -52,7 +57,12 @@ def _rotate(x, cos, sin, positions, sign):
     x, cos, sin = f64(x), f64(cos), f64(sin) * sign
     B, T, _, D = x.shape
     positions = np.broadcast_to(np.arange(T), (B, T)) if positions is None else np.asarray(positions)
-    c, s, first, second = cos[positions][:, :, None], sin[positions][:, :, None], x[..., :D // 2], x[..., D // 2:]
+    c, s, first, second = (
+        cos[positions][:, :, None],
+        sin[positions][:, :, None],
+        x[..., : D // 2],
+        x[..., D // 2 :],
+    )
     return np.concatenate([first * c - second * s, second * c + first * s], -1)
 
 
@@ -75,7 +85,9 @@ def lora_linear_forward(x, weight, bias=None, a=None, b=None, scale=1.0, residua
     return out + (0 if residual is None else f64(residual)), u
 
 
-def lora_linear_backward(dout, x, weight, a=None, b=None, scale=1.0, u=None, train_weight=False, train_bias=False):
+def lora_linear_backward(
+    dout, x, weight, a=None, b=None, scale=1.0, u=None, train_weight=False, train_bias=False
+):
     dout, x = f64(dout), f64(x)
     dx, da, db = dout @ f64(weight), None, None
     if a is not None:
@@ -133,7 +145,9 @@ def s2_attention_forward(q, k, v, *, group_size, boundary="split", shift="half",
     return np.swapaxes(e / total @ v, 1, 2), (top + np.log(total))[..., 0]
 
 
-def s2_attention_backward(dout, q, k, v, out, lse, *, group_size, boundary="split", shift="half", cu_seqlens=None, scale=None):
+def s2_attention_backward(
+    dout, q, k, v, out, lse, *, group_size, boundary="split", shift="half", cu_seqlens=None, scale=None
+):
     """P = exp(S - lse); dV = P^T dO; dS = P (dO V^T - rowsum(dO O)); dQ = scale dS K; dK = scale dS^T Q."""
     (B, T, H, D), K = q.shape, k.shape[2]
     scale = 1 / math.sqrt(max(D, 1)) if scale is None else scale
@@ -180,7 +194,21 @@ def linear_cross_entropy_backward(x, weight, targets, dlosses, ignore_index=-100
     return losses, d @ f64(weight), d.T @ f64(x) if train_weight else None
 
 
-def adamw(param, m, v, grad, *, lr, step, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, grad_scale=1.0, copy=None):
+def adamw(
+    param,
+    m,
+    v,
+    grad,
+    *,
+    lr,
+    step,
+    beta1=0.9,
+    beta2=0.999,
+    eps=1e-8,
+    weight_decay=0.0,
+    grad_scale=1.0,
+    copy=None,
+):
     """Returns the new param, m, v: the op works in place."""
     param, m, v, grad = f64(param), f64(m), f64(v), f64(grad) * grad_scale
     m, v = beta1 * m + (1 - beta1) * grad, beta2 * v + (1 - beta2) * grad**2
@@ -189,4 +217,4 @@ def adamw(param, m, v, grad, *, lr, step, beta1=0.9, beta2=0.999, eps=1e-8, weig
 
 
 def global_norm(arrays):
-    return math.sqrt(sum(float((f64(x)**2).sum()) for x in arrays))
+    return math.sqrt(sum(float((f64(x) ** 2).sum()) for x in arrays))

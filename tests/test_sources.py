@@ -1,4 +1,5 @@
 """The house rules that a machine can check: every op in every folder, Python.h in the binding alone, no warning, a light import."""
+
 import os
 import re
 import resource
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy
 import pytest
 import reference
+
 from longlora import _C, ops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,8 +37,14 @@ def test_one_op_one_stem(op):
     name = PYTHON_NAME.get(op, op)
     assert len(getattr(ops, name).__doc__) > 20
     assert hasattr(reference, name) or hasattr(reference, op)
-    tests = [p for p in ROOT.glob("tests/test_*.py") if p.name not in ("test_sources.py", "test_threads.py", "test_binding.py")]
-    assert any(re.search(rf"\b({name}|{op}|{stem(op)})\b", p.read_text()) for p in tests), f"no test file has {name}"
+    tests = [
+        p
+        for p in ROOT.glob("tests/test_*.py")
+        if p.name not in ("test_sources.py", "test_threads.py", "test_binding.py")
+    ]
+    assert any(re.search(rf"\b({name}|{op}|{stem(op)})\b", p.read_text()) for p in tests), (
+        f"no test file has {name}"
+    )
 
 
 def test_every_declared_op_is_in_the_table():
@@ -52,8 +60,13 @@ def test_only_the_binding_knows_python():
     """By one header, in five files; kernels know nothing of it."""
     included = {p.name: re.findall(r"#include *[<\"]([^>\"]*)", p.read_text()) for p in SOURCES}
     assert [name for name, headers in included.items() if "Python.h" in headers] == ["binding.h"]
-    assert [name for name, headers in included.items() if "binding.h" in headers] == ["bind.c", "borrow.c", "copy.c", "device.c",
-                                                                                     "tensor.c"]
+    assert [name for name, headers in included.items() if "binding.h" in headers] == [
+        "bind.c",
+        "borrow.c",
+        "copy.c",
+        "device.c",
+        "tensor.c",
+    ]
 
 
 def test_nothing_below_the_binding_prints_or_ends_the_process():
@@ -77,14 +90,21 @@ def test_nothing_is_left_to_do():
         files += ROOT.glob(f"{folder}/*.py")
     for path in [*files, ROOT / "setup.py"]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            assert not re.search(r"\b(TO" r"DO|FIX" r"ME|X" r"XX)\b", line), f"{path.relative_to(ROOT)}:{number}"
+            assert not re.search(r"\b(TO" r"DO|FIX" r"ME|X" r"XX)\b", line), (
+                f"{path.relative_to(ROOT)}:{number}"
+            )
 
 
-# ---- the import -------------------------------------------------------------------------------------------------------------
+# ---- the import ----------------------------------------------------------------------------------
+
 
 def test_import_is_light():
-    script = "import sys, numpy; before = set(sys.modules); import longlora; print(*set(sys.modules) - before)"
-    loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
+    script = (
+        "import sys, numpy; before = set(sys.modules); import longlora; print(*set(sys.modules) - before)"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    ).stdout.split()
     outside = {m.partition(".")[0] for m in loaded} - sys.stdlib_module_names - {"longlora"}
     assert not outside, f"import longlora also imports {outside}"
 
@@ -93,21 +113,28 @@ def test_the_extension_is_imported_by_one_way_only():
     """From the package, which first says how the threads of OpenMP shall wait."""
     for path in ROOT.glob("longlora/**/*.py"):
         if path != ROOT / "longlora/__init__.py":
-            assert not re.search(r"(?<!torch\.)\b_C import|import .*longlora\._C|import_module\(.*_C", path.read_text()), path
+            assert not re.search(
+                r"(?<!torch\.)\b_C import|import .*longlora\._C|import_module\(.*_C", path.read_text()
+            ), path
 
 
 def test_import_is_quick():
     """Under 0.2 s of the processor; on a machine where NumPy alone takes most of that, little more than NumPy."""
+
     def seconds(script):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
+        subprocess.run(
+            [sys.executable, "-c", script], check=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
     theirs, ours = map(min, zip(*[(seconds("import numpy"), seconds("import longlora")) for _ in range(5)]))
     assert ours < max(0.2, 1.5 * theirs), f"import longlora takes {ours:.3f} s, import numpy {theirs:.3f} s"
 
 
-# ---- the compilers ----------------------------------------------------------------------------------------------------------
+# ---- the compilers -------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 def test_no_warning(compiler, tmp_path):
@@ -119,7 +146,11 @@ def test_no_warning(compiler, tmp_path):
         pytest.skip("Python's headers are not installed")
     x86 = os.uname().machine == "x86_64"
     avx512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq".split()
-    common = [compiler, *"-std=c11 -Wall -Wextra -Werror -O1 -fPIC -fopenmp -Icsrc -c".split(), *["-DLONGLORA_X86"] * x86]
+    common = [
+        compiler,
+        *"-std=c11 -Wall -Wextra -Werror -O1 -fPIC -fopenmp -Icsrc -c".split(),
+        *["-DLONGLORA_X86"] * x86,
+    ]
     jobs = []
     for source in ROOT.glob("csrc/*.c"):
         jobs.append([source, "-DPy_LIMITED_API=0x030b0000", "-I" + include, "-I" + numpy.get_include()])
@@ -133,6 +164,7 @@ def test_no_warning(compiler, tmp_path):
         command = [*common, *flags, str(source), "-o", str(tmp_path / f"{number}.o")]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         return done.stderr if done.returncode else ""
+
     probe = [compiler, "-fopenmp", "-fsyntax-only", "-x", "c", "-"]
     if subprocess.run(probe, input="#include <omp.h>\n", capture_output=True, text=True).returncode:
         pytest.skip(f"{compiler} has no omp.h here (clang's is in the package libomp-dev)")

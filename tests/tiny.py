@@ -1,4 +1,5 @@
 """Tiny models, texts and runs for the tests of the driver; written without torch, so that they cost milliseconds."""
+
 import json
 import os
 import subprocess
@@ -7,13 +8,27 @@ from pathlib import Path
 
 import numpy as np
 
-from longlora.files.adapter import save_merged
 from longlora.decoder.config import read_config
+from longlora.files.adapter import save_merged
 
-CONFIG = dict(model_type="llama", vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-              num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-5,
-              initializer_range=0.02, hidden_act="silu", rope_theta=1000.0, bos_token_id=None, eos_token_id=256,
-              tie_word_embeddings=True)
+CONFIG = dict(
+    model_type="llama",
+    vocab_size=260,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    initializer_range=0.02,
+    hidden_act="silu",
+    rope_theta=1000.0,
+    bos_token_id=None,
+    eos_token_id=256,
+    tie_word_embeddings=True,
+)
 ALPHABET = [*range(33, 127), *range(161, 173), *range(174, 256)]
 
 
@@ -21,11 +36,28 @@ def tokenizer_json():
     """Byte-level without a merge: a token a byte, and <|end|>."""
     other = [byte for byte in range(256) if byte not in ALPHABET]
     letters = {byte: chr(byte) for byte in ALPHABET} | {byte: chr(256 + i) for i, byte in enumerate(other)}
-    end = dict(id=256, content="<|end|>", single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    end = dict(
+        id=256,
+        content="<|end|>",
+        single_word=False,
+        lstrip=False,
+        rstrip=False,
+        normalized=False,
+        special=True,
+    )
     plain = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     vocab = {letters[byte]: byte for byte in range(256)} | {"<|end|>": 256}
-    return json.dumps({"version": "1.0", "added_tokens": [end], "normalizer": None, "pre_tokenizer": plain,
-                       "post_processor": None, "decoder": plain, "model": {"type": "BPE", "vocab": vocab, "merges": []}})
+    return json.dumps(
+        {
+            "version": "1.0",
+            "added_tokens": [end],
+            "normalizer": None,
+            "pre_tokenizer": plain,
+            "post_processor": None,
+            "decoder": plain,
+            "model": {"type": "BPE", "vocab": vocab, "merges": []},
+        }
+    )
 
 
 def config(path, **fields):
@@ -43,8 +75,10 @@ def model(path, seed=0, change=None, **fields):
     path = config(path, **fields)
     raw = json.loads((path / "config.json").read_text())
     random = np.random.default_rng(seed)
-    tensors = {name: random.standard_normal(shape).astype(np.float32) * np.float32(0.2) + np.float32(len(shape) == 1)
-               for name, shape in read_config(raw).tensor_shapes().items()}
+    tensors = {
+        name: random.standard_normal(shape).astype(np.float32) * np.float32(0.2) + np.float32(len(shape) == 1)
+        for name, shape in read_config(raw).tensor_shapes().items()
+    }
     for name, array in tensors.items() if change else ():
         change(name, array)
     save_merged(path, tensors.__getitem__, raw)
@@ -66,8 +100,20 @@ def options(tmp_path, **fields):
         model(base)
     if not data.exists():
         text(data)
-    return {**dict(model=str(base), data=str(data), output_dir=str(tmp_path / "out"), target_length=128, max_steps=4,
-                   learning_rate=1e-2, num_threads=1, device="cpu", cache_dir=str(tmp_path / "cache")), **fields}
+    return {
+        **dict(
+            model=str(base),
+            data=str(data),
+            output_dir=str(tmp_path / "out"),
+            target_length=128,
+            max_steps=4,
+            learning_rate=1e-2,
+            num_threads=1,
+            device="cpu",
+            cache_dir=str(tmp_path / "cache"),
+        ),
+        **fields,
+    }
 
 
 def flags(keywords):
@@ -81,13 +127,23 @@ def flags(keywords):
 
 def command(*arguments, **kwargs):
     """Runs the command line in a process of its own, with one thread: models this small are only slowed down by a second."""
-    return subprocess.run([sys.executable, "-m", "longlora", *map(str, arguments)], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+    return subprocess.run(
+        [sys.executable, "-m", "longlora", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **kwargs,
+    )
 
 
 def listing(path):
     """Every file under `path` with its bytes."""
-    return {os.path.join(root, name): Path(root, name).read_bytes() for root, _, names in os.walk(path) for name in names}
+    return {
+        os.path.join(root, name): Path(root, name).read_bytes()
+        for root, _, names in os.walk(path)
+        for name in names
+    }
 
 
 def refused(done, *words):

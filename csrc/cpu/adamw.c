@@ -1,15 +1,18 @@
 /* adamw.c --- AdamW (arXiv 1711.05101, algorithm 2) on float32 masters and moments, in place, one pass.
  *
- * What depends on the step alone is taken in float64 once: param = param (1 - lr wd) - (lr / c1) m / (sqrt(v) / sqrt(c2) + eps),
- * c = 1 - beta^step. */
+ * What depends on the step alone is taken in float64 once: param = param (1 - lr wd) - (lr / c1) m / (sqrt(v)
+ * / sqrt(c2) + eps), c = 1 - beta^step. */
 #include "cpu.h"
 
 enum { BLOCK = 8192 };
 
-typedef struct { const Adamw *a; float decay, rate, root, keep1, keep2, add1, add2, eps, scale; } Step;
+typedef struct {
+    const Adamw *a;
+    float decay, rate, root, keep1, keep2, add1, add2, eps, scale;
+} Step;
 
 static int update_block(int64_t block, void *context) {
-    const Step s = *(const Step *)context;                             /* which no store below can change: a loop of vectors */
+    const Step s = *(const Step *)context; /* which no store below can change: a loop of vectors */
     const Adamw *a = s.a;
     int64_t first = block * BLOCK, n = a->grad.shape[0] - first < BLOCK ? a->grad.shape[0] - first : BLOCK;
     float *restrict param = (float *)a->param.data + first, *restrict m = (float *)a->m.data + first;
@@ -29,8 +32,16 @@ int CPU(adamw)(const void *args, void *stream) {
     const Adamw *a = args;
     (void)stream;
     double c1 = 1 - pow(a->beta1, a->step), c2 = 1 - pow(a->beta2, a->step);
-    Step s = { a, (float)(1 - a->lr * a->weight_decay), (float)(a->lr / c1), (float)(1 / sqrt(c2)), (float)a->beta1,
-               (float)a->beta2, (float)(1 - a->beta1), (float)(1 - a->beta2), (float)a->eps, (float)a->grad_scale };
+    Step s = { a,
+               (float)(1 - a->lr * a->weight_decay),
+               (float)(a->lr / c1),
+               (float)(1 / sqrt(c2)),
+               (float)a->beta1,
+               (float)a->beta2,
+               (float)(1 - a->beta1),
+               (float)(1 - a->beta2),
+               (float)a->eps,
+               (float)a->grad_scale };
     int64_t N = a->grad.shape[0];
     return parallel_for((N + BLOCK - 1) / BLOCK, N < BLOCK ? N / 2 : BLOCK / 2, update_block, &s);
 }

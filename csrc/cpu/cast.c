@@ -1,13 +1,19 @@
-/* cast.c --- rows from one float dtype to another, scaled sums, and the sum of squares behind the gradient norm. */
+/* cast.c --- rows from one float dtype to another, scaled sums, and the sum of squares behind the gradient
+ * norm. */
 #include "cpu.h"
 
-enum { BLOCK = 4096 };                 /* elements of a row at a time: in float32 16 KiB, a third of an L1 cache */
+enum { BLOCK = 4096 }; /* elements of a row at a time: in float32 16 KiB, a third of an L1 cache */
 
-typedef struct { Tensor out, x; float scale; int add; } Rows;
+typedef struct {
+    Tensor out, x;
+    float scale;
+    int add;
+} Rows;
 
 static int row_block(int64_t task, void *context) {
     const Rows *r = context;
-    int64_t N = r->x.shape[1], blocks = (N + BLOCK - 1) / BLOCK, m = task / blocks, first = task % blocks * BLOCK;
+    int64_t N = r->x.shape[1], blocks = (N + BLOCK - 1) / BLOCK, m = task / blocks,
+            first = task % blocks * BLOCK;
     int64_t n = N - first < BLOCK ? N - first : BLOCK;
     void *out = at(&r->out, m * r->out.stride[0] + first);
     const void *x = at(&r->x, m * r->x.stride[0] + first);
@@ -26,7 +32,8 @@ static int row_block(int64_t task, void *context) {
 static int rows(Tensor out, Tensor x, float scale, int add) {
     Rows r = { out, x, scale, add };
     int64_t N = x.shape[1];
-    return parallel_for(x.shape[0] * ((N + BLOCK - 1) / BLOCK), (N < BLOCK ? N : BLOCK) / 4 + 1, row_block, &r);
+    return parallel_for(x.shape[0] * ((N + BLOCK - 1) / BLOCK), (N < BLOCK ? N : BLOCK) / 4 + 1, row_block,
+                        &r);
 }
 
 int CPU(cast)(const void *args, void *stream) {
@@ -42,7 +49,10 @@ int CPU(accumulate)(const void *args, void *stream) {
 }
 
 /* Blocks of BLOCK elements, each summed in float64 in eight strands; then the blocks in rising order. */
-typedef struct { const SumSquares *a; double *partial; } Sums;
+typedef struct {
+    const SumSquares *a;
+    double *partial;
+} Sums;
 
 static int sum_block(int64_t block, void *context) {
     const Sums *s = context;
@@ -51,9 +61,11 @@ static int sum_block(int64_t block, void *context) {
     float row[BLOCK];
     load_row(row, at(x, first), x->dtype, n);
     for (int64_t i = n; i % 8; i++) row[i] = 0;
-    double strand[8] = {0};
-    for (int64_t i = 0; i < n; i += 8) for (int j = 0; j < 8; j++) strand[j] += (double)row[i + j] * row[i + j];
-    s->partial[block] = ((strand[0] + strand[4]) + (strand[2] + strand[6])) + ((strand[1] + strand[5]) + (strand[3] + strand[7]));
+    double strand[8] = { 0 };
+    for (int64_t i = 0; i < n; i += 8)
+        for (int j = 0; j < 8; j++) strand[j] += (double)row[i + j] * row[i + j];
+    s->partial[block] = ((strand[0] + strand[4]) + (strand[2] + strand[6])) +
+                        ((strand[1] + strand[5]) + (strand[3] + strand[7]));
     return 0;
 }
 

@@ -1,8 +1,9 @@
-/* cpu.h --- what every CPU kernel stands on: the vector of this instruction set, rows of any dtype to float32 and back,
- * parallel loops, scratch memory.
+/* cpu.h --- what every CPU kernel stands on: the vector of this instruction set, rows of any dtype to float32
+ * and back, parallel loops, scratch memory.
  *
- * Every file of this folder but parallel.c is compiled once for each ISA of ops.h, with -DISA=<name> and that ISA's flags.
- * Kernels are plain C on `vf`, a vector of VW floats (GCC vector extension, also clang's): one source, every width. */
+ * Every file of this folder but parallel.c is compiled once for each ISA of ops.h, with -DISA=<name> and that
+ * ISA's flags. Kernels are plain C on `vf`, a vector of VW floats (GCC vector extension, also clang's): one
+ * source, every width. */
 #ifndef LONGLORA_CPU_H
 #define LONGLORA_CPU_H
 
@@ -18,11 +19,12 @@
 #endif
 
 #ifndef ISA
-#define ISA portable                   /* for editors; setup.py always says which */
+#define ISA portable /* for editors; setup.py always says which */
 #endif
 #define PASTE_(name, isa) name##_##isa
 #define PASTE(name, isa) PASTE_(name, isa)
-/* CPU(rms_norm_forward) is rms_norm_forward_avx512 in the AVX-512 build of a file. Every non-static name goes through it. */
+/* CPU(rms_norm_forward) is rms_norm_forward_avx512 in the AVX-512 build of a file. Every non-static name goes
+ * through it. */
 #define CPU(name) PASTE(name, ISA)
 
 /* Before a loop over registers, of at most 32 turns: straight code. clang 14 takes a number for a wish. */
@@ -32,9 +34,10 @@
 #define UNROLLED _Pragma("GCC unroll 32")
 #endif
 
-/* ---- vectors ---------------------------------------------------------------------------------------------------- */
+/* ---- vectors --------------------------------------------------------------------------------- */
 
-/* WIDE (see setup.py): portable C in the sizes of AVX-512, with products of bfloat16, for processors without them to test. */
+/* WIDE (see setup.py): portable C in the sizes of AVX-512, with products of bfloat16, for processors without
+ * them to test. */
 #if defined __AVX512F__ || defined WIDE
 #define VW 16
 #elif defined __AVX2__
@@ -43,7 +46,7 @@
 #define VW 4
 #endif
 #if defined __AVX512BF16__ || defined WIDE
-#define DOTS 1                         /* pairs of bfloat16 are multiplied at once */
+#define DOTS 1 /* pairs of bfloat16 are multiplied at once */
 #else
 #define DOTS 0
 #endif
@@ -52,8 +55,12 @@ typedef int32_t vi __attribute__((vector_size(4 * VW), may_alias));
 typedef uint32_t vu __attribute__((vector_size(4 * VW), may_alias));
 typedef uint16_t vh __attribute__((vector_size(2 * VW), may_alias));
 
-static inline vf vf_set1(float x) { return x - (vf){0}; }
-static inline vf vf_load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
+static inline vf vf_set1(float x) { return x - (vf){ 0 }; }
+static inline vf vf_load(const float *p) {
+    vf x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
 static inline void vf_store(float *p, vf x) { memcpy(p, &x, sizeof x); }
 /* mask is all ones or all zeros in each lane. */
 static inline vf vf_select(vi mask, vf a, vf b) {
@@ -90,11 +97,13 @@ static inline vf vf_keep(vf x) {
     return x;
 }
 
-/* Sum of the lanes, in a fixed tree: halves, quarters, ... In shuffles, because gcc makes a loop through memory of indices. */
+/* Sum of the lanes, in a fixed tree: halves, quarters, ... In shuffles, because gcc makes a loop through
+ * memory of indices. */
 static inline float vf_sum(vf x) {
 #define HALF(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
 #if VW == 16
-    __typeof__(HALF(x, 0, 1, 2, 3, 4, 5, 6, 7)) y = HALF(x, 0, 1, 2, 3, 4, 5, 6, 7) + HALF(x, 8, 9, 10, 11, 12, 13, 14, 15);
+    __typeof__(HALF(x, 0, 1, 2, 3, 4, 5, 6, 7)) y =
+        HALF(x, 0, 1, 2, 3, 4, 5, 6, 7) + HALF(x, 8, 9, 10, 11, 12, 13, 14, 15);
 #else
     vf y = x;
 #endif
@@ -108,10 +117,11 @@ static inline float vf_sum(vf x) {
     return sum[0] + sum[1];
 }
 
-/* exp, relative error below 2 ulp; 0 under -87.3, +inf above 88.7, NaN stays NaN. x = n ln2 + r with |r| <= ln2/2, ln2 in
- * two parts, a polynomial of degree 6 in r, then 2^n put together in two halves so that the ends do not overflow. */
+/* exp, relative error below 2 ulp; 0 under -87.3, +inf above 88.7, NaN stays NaN. x = n ln2 + r with |r| <=
+ * ln2/2, ln2 in two parts, a polynomial of degree 6 in r, then 2^n put together in two halves so that the
+ * ends do not overflow. */
 static inline vf vf_exp(vf x) {
-    const float magic = 12582912.0f;                                   /* 1.5 * 2^23: adding it rounds to an integer */
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     vf n = (x * 1.44269504088896341f + magic) - magic;
     vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     vf p = 1.3981999507e-3f + r * 1.9875691500e-4f;
@@ -128,11 +138,11 @@ static inline vf vf_exp(vf x) {
     return vf_select(x == x, p, x);
 }
 
-/* exp for x in -88..88, relative error below 2^-22 where |x| is below 40, 2^-21.6 at the ends: as vf_exp, but the magic number
- * brings the exponent's bias with it, so that n need only be shifted into place; and with x - n ln2 rounded once, ln2 is in one
- * part. 0 from -87.7 down. */
+/* exp for x in -88..88, relative error below 2^-22 where |x| is below 40, 2^-21.6 at the ends: as vf_exp, but
+ * the magic number brings the exponent's bias with it, so that n need only be shifted into place; and with x
+ * - n ln2 rounded once, ln2 is in one part. 0 from -87.7 down. */
 static inline vf vf_exp_within(vf x) {
-    const float magic = 12582912.0f + 127.0f;                          /* 1.5 * 2^23: adding it rounds to an integer */
+    const float magic = 12582912.0f + 127.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     vf t = x * 1.44269504088896341f + magic, n = t - magic;
 #if defined __AVX512F__
     vf r = (vf)_mm512_fnmadd_ps((__m512)n, (__m512)vf_set1(0.693147182f), (__m512)x);
@@ -141,7 +151,8 @@ static inline vf vf_exp_within(vf x) {
 #else
     vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
 #endif
-    vf r2 = r * r, p = (4.16683927e-2f + r * 8.36878084e-3f) + r2 * 1.38144672e-3f;    /* pairs: a chain half as long */
+    vf r2 = r * r,
+       p = (4.16683927e-2f + r * 8.36878084e-3f) + r2 * 1.38144672e-3f; /* pairs: a chain half as long */
     p = (0.49999994f + r * 0.166665196f) + r2 * p;
     p = (1.0f + r) + r2 * p;
     return p * (vf)((vu)t << 23);
@@ -149,28 +160,47 @@ static inline vf vf_exp_within(vf x) {
 /* The same for any x below 88; NaN stays NaN. */
 static inline vf vf_exp_below(vf x) { return vf_exp_within(vf_max(vf_set1(-88.0f), x)); }
 
-/* ---- dtypes: the one place on the CPU that knows how elements are stored ------------------------------------------ */
+/* ---- dtypes: the one place on the CPU that knows how elements are stored --------------------- */
 
 static inline int64_t dtype_size(int32_t dtype) {
-    switch (dtype) { case F32: case I32: return 4; case F64: case I64: return 8; case U8: return 1; default: return 2; }
+    switch (dtype) {
+        case F32:
+        case I32: return 4;
+        case F64:
+        case I64: return 8;
+        case U8: return 1;
+        default: return 2;
+    }
 }
 
-static inline void *at(const Tensor *t, int64_t offset) { return (char *)t->data + offset * dtype_size(t->dtype); }
+static inline void *at(const Tensor *t, int64_t offset) {
+    return (char *)t->data + offset * dtype_size(t->dtype);
+}
 
-static inline float bf16_to_float(uint16_t h) { uint32_t u = (uint32_t)h << 16; float x; memcpy(&x, &u, 4); return x; }
-static inline uint16_t float_to_bf16(float x) {                        /* to nearest even; a NaN stays a (quiet) NaN */
+static inline float bf16_to_float(uint16_t h) {
+    uint32_t u = (uint32_t)h << 16;
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+static inline uint16_t float_to_bf16(float x) { /* to nearest even; a NaN stays a (quiet) NaN */
     uint32_t u;
     memcpy(&u, &x, 4);
     if (x != x) return (uint16_t)((u >> 16) | 0x40);
     return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-/* float16 in plain C, bit for bit what F16C and aarch64 do: _Float16 is not in clang before 15, nor in every C library. */
+/* float16 in plain C, bit for bit what F16C and aarch64 do: _Float16 is not in clang before 15, nor in every
+ * C library. */
 static inline float f16_to_float(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, u = (uint32_t)(h & 0x7fff) << 13;
     float x;
     if (u >= 0x0f800000) u |= u > 0x0f800000 ? 0x7fc00000 : 0x7f800000;
-    else { memcpy(&x, &u, 4); x *= 0x1p112f; memcpy(&u, &x, 4); }      /* the exponents' difference, right for subnormals too */
+    else {
+        memcpy(&x, &u, 4);
+        x *= 0x1p112f;
+        memcpy(&u, &x, 4);
+    } /* the exponents' difference, right for subnormals too */
     u |= sign;
     memcpy(&x, &u, 4);
     return x;
@@ -181,8 +211,8 @@ static inline uint16_t float_to_f16(float x) {
     uint16_t sign = (uint16_t)(u >> 16 & 0x8000);
     u &= 0x7fffffff;
     if (u > 0x7f800000) return (uint16_t)(sign | 0x7e00 | (u >> 13 & 0x3ff));
-    if (u >= 0x477ff000) return (uint16_t)(sign | 0x7c00);                        /* 65520 and above round to infinity */
-    if (u < 0x38800000) {                                              /* subnormal: the sum with 1/2 is rounded at 2^-24 */
+    if (u >= 0x477ff000) return (uint16_t)(sign | 0x7c00); /* 65520 and above round to infinity */
+    if (u < 0x38800000) { /* subnormal: the sum with 1/2 is rounded at 2^-24 */
         x = fabsf(x) + 0.5f;
         memcpy(&u, &x, 4);
         return (uint16_t)(sign | (u - 0x3f000000));
@@ -192,14 +222,29 @@ static inline uint16_t float_to_f16(float x) {
 
 /* One element, any of the three float dtypes. */
 static inline float load1(const void *p, int32_t dtype) {
-    if (dtype == F32) { float x; memcpy(&x, p, 4); return x; }
-    if (dtype == BF16) { uint16_t h; memcpy(&h, p, 2); return bf16_to_float(h); }
-    uint16_t h; memcpy(&h, p, 2); return f16_to_float(h);
+    if (dtype == F32) {
+        float x;
+        memcpy(&x, p, 4);
+        return x;
+    }
+    if (dtype == BF16) {
+        uint16_t h;
+        memcpy(&h, p, 2);
+        return bf16_to_float(h);
+    }
+    uint16_t h;
+    memcpy(&h, p, 2);
+    return f16_to_float(h);
 }
 static inline void store1(void *p, int32_t dtype, float x) {
     if (dtype == F32) memcpy(p, &x, 4);
-    else if (dtype == BF16) { uint16_t h = float_to_bf16(x); memcpy(p, &h, 2); }
-    else { uint16_t h = float_to_f16(x); memcpy(p, &h, 2); }
+    else if (dtype == BF16) {
+        uint16_t h = float_to_bf16(x);
+        memcpy(p, &h, 2);
+    } else {
+        uint16_t h = float_to_f16(x);
+        memcpy(p, &h, 2);
+    }
 }
 
 /* VW elements. */
@@ -211,7 +256,7 @@ static inline vf vf_from_f16(vh h) {
 #elif defined __aarch64__ && VW == 4
     return (vf)vcvt_f32_f16((float16x4_t)h);
 #else
-    vf x = {0};
+    vf x = { 0 };
     for (int i = 0; i < VW; i++) x[i] = f16_to_float(h[i]);
     return x;
 #endif
@@ -224,13 +269,13 @@ static inline vh vf_to_f16(vf x) {
 #elif defined __aarch64__ && VW == 4
     return (vh)vcvt_f16_f32((float32x4_t)x);
 #else
-    vh h = {0};
+    vh h = { 0 };
     for (int i = 0; i < VW; i++) h[i] = float_to_f16(x[i]);
     return h;
 #endif
 }
 static inline vf vf_from_bf16(vh h) {
-#if defined __AVX2__ && !defined __AVX512F__                           /* gcc widens each half by itself */
+#if defined __AVX2__ && !defined __AVX512F__ /* gcc widens each half by itself */
     return (vf)((vu)_mm256_cvtepu16_epi32((__m128i)h) << 16);
 #else
     return (vf)(__builtin_convertvector(h, vu) << 16);
@@ -238,16 +283,26 @@ static inline vf vf_from_bf16(vh h) {
 }
 static inline vf vf_load_any(const void *p, int32_t dtype) {
     if (dtype == F32) return vf_load(p);
-    if (dtype == BF16) { vh h; memcpy(&h, p, sizeof h); return vf_from_bf16(h); }
-    vh h; memcpy(&h, p, sizeof h); return vf_from_f16(h);
+    if (dtype == BF16) {
+        vh h;
+        memcpy(&h, p, sizeof h);
+        return vf_from_bf16(h);
+    }
+    vh h;
+    memcpy(&h, p, sizeof h);
+    return vf_from_f16(h);
 }
 static inline void vf_store_any(void *p, int32_t dtype, vf x) {
-    if (dtype == F32) { vf_store(p, x); return; }
+    if (dtype == F32) {
+        vf_store(p, x);
+        return;
+    }
     if (dtype == BF16) {
         vu u = (vu)x, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16, nan = (u >> 16) | 0x40;
         vu whole = (vu)vf_select(x != x, (vf)nan, (vf)rounded);
-#if defined __AVX2__ && !defined __AVX512F__                           /* gcc clears the upper halves once more */
-        vh h = (vh)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)whole), _mm256_extracti128_si256((__m256i)whole, 1));
+#if defined __AVX2__ && !defined __AVX512F__ /* gcc clears the upper halves once more */
+        vh h = (vh)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)whole),
+                                    _mm256_extracti128_si256((__m256i)whole, 1));
 #else
         vh h = __builtin_convertvector(whole, vh);
 #endif
@@ -258,9 +313,12 @@ static inline void vf_store_any(void *p, int32_t dtype, vf x) {
     memcpy(p, &h, sizeof h);
 }
 
-/* 2 VW elements, which of them is where being the pair's own affair: for sums, and for results that vf_store2 puts back. With
- * AVX2 bfloat16 lies in turn, the even ones in v[0] and the odd ones in v[1], so that nothing crosses a lane. */
-typedef struct { vf v[2]; } vf2;
+/* 2 VW elements, which of them is where being the pair's own affair: for sums, and for results that vf_store2
+ * puts back. With AVX2 bfloat16 lies in turn, the even ones in v[0] and the odd ones in v[1], so that nothing
+ * crosses a lane. */
+typedef struct {
+    vf v[2];
+} vf2;
 
 /* Where element i of the 2 VW is in the pair, v[1] behind v[0]. */
 static inline int64_t vf2_place(int32_t dtype, int64_t i) {
@@ -272,9 +330,13 @@ static inline int64_t vf2_place(int32_t dtype, int64_t i) {
 }
 static inline vf2 vf_load2(const void *p, int32_t dtype) {
 #if defined __AVX2__ && !defined __AVX512F__
-    if (dtype == BF16) { vu u; memcpy(&u, p, sizeof u); return (vf2){{ (vf)(u << 16), (vf)(u & 0xffff0000) }}; }
+    if (dtype == BF16) {
+        vu u;
+        memcpy(&u, p, sizeof u);
+        return (vf2){ { (vf)(u << 16), (vf)(u & 0xffff0000) } };
+    }
 #endif
-    return (vf2){{ vf_load_any(p, dtype), vf_load_any((const char *)p + VW * dtype_size(dtype), dtype) }};
+    return (vf2){ { vf_load_any(p, dtype), vf_load_any((const char *)p + VW * dtype_size(dtype), dtype) } };
 }
 static inline void vf_store2(void *p, int32_t dtype, vf2 x) {
 #if defined __AVX2__ && !defined __AVX512F__
@@ -282,10 +344,13 @@ static inline void vf_store2(void *p, int32_t dtype, vf2 x) {
         vu even = (vu)x.v[0], odd = (vu)x.v[1];
         __m256i high = _mm256_blend_epi16((__m256i)(even >> 16), (__m256i)odd, 0xaa);
         __m256i low = _mm256_blend_epi16((__m256i)even, (__m256i)(odd << 16), 0xaa);
-        /* (low + 0x7fff + (high & 1)) >> 16, which is what rounding carries; avg is (a + b + 1) >> 1 of 17 bits */
-        __m256i half = _mm256_and_si256(_mm256_or_si256(high, _mm256_set1_epi16(0x7ffe)), _mm256_set1_epi16(0x7fff));
+        /* (low + 0x7fff + (high & 1)) >> 16, which is what rounding carries; avg is (a + b + 1) >> 1 of 17
+         * bits */
+        __m256i half =
+            _mm256_and_si256(_mm256_or_si256(high, _mm256_set1_epi16(0x7ffe)), _mm256_set1_epi16(0x7fff));
         __m256i rounded = _mm256_add_epi16(high, _mm256_srli_epi16(_mm256_avg_epu16(low, half), 15));
-        if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps((__m256)x.v[0], (__m256)x.v[1], _CMP_UNORD_Q)), 0)) {
+        if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps((__m256)x.v[0], (__m256)x.v[1], _CMP_UNORD_Q)),
+                             0)) {
             vi nan[2] = { x.v[0] != x.v[0], x.v[1] != x.v[1] };
             rounded = _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi16(0x40)),
                                          _mm256_blend_epi16((__m256i)nan[0], (__m256i)nan[1], 0xaa));
@@ -310,12 +375,13 @@ static inline void store_row(void *row, int32_t dtype, const float *x, int64_t n
     for (; i < n; i++) store1((char *)row + i * size, dtype, x[i]);
 }
 
-/* ---- loops and memory (parallel.c, compiled once) ------------------------------------------------------------------ */
+/* ---- loops and memory (parallel.c, compiled once) -------------------------------------------- */
 
-/* body(i, context) for i in 0..n-1, each exactly once, on the threads of set_threads(), but on no more of them than have
- * set_grain() nanoseconds of work each (0: on all): `cost` is about how many a body takes on one core. What a body computes
- * must not depend on the thread that runs it, so results are the same for any number of threads. A body that fails returns
- * non-zero (after fail()); then the first such message is kept and -1 comes back. */
+/* body(i, context) for i in 0..n-1, each exactly once, on the threads of set_threads(), but on no more of
+ * them than have set_grain() nanoseconds of work each (0: on all): `cost` is about how many a body takes on
+ * one core. What a body computes must not depend on the thread that runs it, so results are the same for any
+ * number of threads. A body that fails returns non-zero (after fail()); then the first such message is kept
+ * and -1 comes back. */
 int parallel_for(int64_t n, int64_t cost, int (*body)(int64_t i, void *context), void *context);
 void set_threads(int n);
 int get_threads(void);

@@ -1,7 +1,7 @@
 /* peak.c --- multiply-adds as fast as this processor has them: what profiles and benchmarks compare with. */
 #include "cpu.h"
 
-enum { CHAINS = VW == 16 ? 24 : 12 };                                  /* independent, so that latency does not count */
+enum { CHAINS = VW == 16 ? 24 : 12 }; /* independent, so that latency does not count */
 
 /* n rounds of CHAINS vectors in registers -> the floating point operations done. */
 double CPU(peak)(int64_t n, float *out) {

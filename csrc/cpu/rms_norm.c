@@ -1,40 +1,46 @@
 /* rms_norm.c --- RMSNorm with trainable weight, the residual addition fused in; forward and backward.
  *
- * A task is ROWS rows. dweight sums over rows: each task sums its own into a partial row, then the partials are added in
- * rising order, so the bits do not depend on who ran what.
+ * A task is ROWS rows. dweight sums over rows: each task sums its own into a partial row, then the partials
+ * are added in rising order, so the bits do not depend on who ran what.
  *
- * The ladder, bfloat16, ns for 8 elements in cache, one Zen 3 core with other work beside it, forward and backward: 5.3, 8.2;
- * bfloat16 widened by one instruction 4.0, 5.9; and (the former at 3.3, 4.4 then) pairs of vectors with bfloat16 in turn, four
- * sums, the end of a row apart: 1.5, 2.5. Rows of memory, two such cores, GB/s: 10.7, 11.2 before that; so, the next row fetched
- * in the second pass, 18.3, 16.7; where the result goes fetched in the first, 20.0, 17.7; float32 12.7, 13.3, then 16.8, 18.2. */
+ * The ladder, bfloat16, ns for 8 elements in cache, one Zen 3 core with other work beside it, forward and
+ * backward: 5.3, 8.2; bfloat16 widened by one instruction 4.0, 5.9; and (the former at 3.3, 4.4 then) pairs
+ * of vectors with bfloat16 in turn, four sums, the end of a row apart: 1.5, 2.5. Rows of memory, two such
+ * cores, GB/s: 10.7, 11.2 before that; so, the next row fetched in the second pass, 18.3, 16.7; where the
+ * result goes fetched in the first, 20.0, 17.7; float32 12.7, 13.3, then 16.8, 18.2. */
 #include "cpu.h"
 
 enum {
     ROWS = 32,
-    STEP = 4 * VW,                     /* elements at a time, two pairs of vectors: four sums, since one would wait for itself */
-    SPAN = 16 * STEP,                  /* elements of a row in one run of sums; runs are added up, so that long rows stay exact */
+    STEP = 4 * VW, /* elements at a time, two pairs of vectors: four sums, since one would wait for itself */
+    SPAN = 16 *
+        STEP, /* elements of a row in one run of sums; runs are added up, so that long rows stay exact */
 };
-typedef struct { vf v[4]; } Step;
+typedef struct {
+    vf v[4];
+} Step;
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* The first n elements of a pair, with zeros for the others: those of a row's end. In two masked loads where there are such: a
- * load of what several smaller stores have just written waits until they are through. */
+/* The first n elements of a pair, with zeros for the others: those of a row's end. In two masked loads where
+ * there are such: a load of what several smaller stores have just written waits until they are through. */
 static __attribute__((noinline)) vf2 get_part(const char *p, int32_t dtype, int64_t n) {
 #if defined __AVX512F__
     if (dtype == F32) {
-        uint32_t mask = (1u << n) - 1;                                 /* n is below 2 VW */
-        __m512 low = _mm512_maskz_loadu_ps((__mmask16)mask, p), high = _mm512_maskz_loadu_ps((__mmask16)(mask >> VW), p + 4 * VW);
-        return (vf2){{ (vf)low, (vf)high }};
+        uint32_t mask = (1u << n) - 1; /* n is below 2 VW */
+        __m512 low = _mm512_maskz_loadu_ps((__mmask16)mask, p),
+               high = _mm512_maskz_loadu_ps((__mmask16)(mask >> VW), p + 4 * VW);
+        return (vf2){ { (vf)low, (vf)high } };
     }
 #elif defined __AVX2__
     if (dtype == F32) {
         vi lane = { 0, 1, 2, 3, 4, 5, 6, 7 };
         __m256i low = (__m256i)(lane < (int32_t)n), high = (__m256i)(lane < (int32_t)n - VW);
-        return (vf2){{ (vf)_mm256_maskload_ps((const float *)p, low), (vf)_mm256_maskload_ps((const float *)p + VW, high) }};
+        return (vf2){ { (vf)_mm256_maskload_ps((const float *)p, low),
+                        (vf)_mm256_maskload_ps((const float *)p + VW, high) } };
     }
 #endif
-    char part[8 * VW] = {0};
+    char part[8 * VW] = { 0 };
     memcpy(part, p, (size_t)(n * dtype_size(dtype)));
     return vf_load2(part, dtype);
 }
@@ -47,36 +53,46 @@ static __attribute__((noinline)) void put_part(char *p, int32_t dtype, int64_t n
 INLINE Step get(const char *row, int32_t dtype, int64_t c, int64_t n) {
     const char *p = row + c * dtype_size(dtype), *q = p + 2 * VW * dtype_size(dtype);
     vf2 low = n >= 2 * VW ? vf_load2(p, dtype) : get_part(p, dtype, n);
-    vf2 high = n >= STEP ? vf_load2(q, dtype) : n > 2 * VW ? get_part(q, dtype, n - 2 * VW) : (vf2){{{0}}};
-    return (Step){{ low.v[0], low.v[1], high.v[0], high.v[1] }};
+    vf2 high = n >= STEP    ? vf_load2(q, dtype)
+               : n > 2 * VW ? get_part(q, dtype, n - 2 * VW)
+                            : (vf2){ { { 0 } } };
+    return (Step){ { low.v[0], low.v[1], high.v[0], high.v[1] } };
 }
 INLINE void put(char *row, int32_t dtype, int64_t c, int64_t n, Step x) {
     char *p = row + c * dtype_size(dtype), *q = p + 2 * VW * dtype_size(dtype);
-    vf2 low = {{ x.v[0], x.v[1] }}, high = {{ x.v[2], x.v[3] }};
-    if (n >= 2 * VW) vf_store2(p, dtype, low); else put_part(p, dtype, n, low);
-    if (n >= STEP) vf_store2(q, dtype, high); else if (n > 2 * VW) put_part(q, dtype, n - 2 * VW, high);
+    vf2 low = { { x.v[0], x.v[1] } }, high = { { x.v[2], x.v[3] } };
+    if (n >= 2 * VW) vf_store2(p, dtype, low);
+    else put_part(p, dtype, n, low);
+    if (n >= STEP) vf_store2(q, dtype, high);
+    else if (n > 2 * VW) put_part(q, dtype, n - 2 * VW, high);
 }
-/* The first pass over a row fetches where its result goes, the second fetches the next row: the processor's own fetching ahead
- * ends with each page. */
+/* The first pass over a row fetches where its result goes, the second fetches the next row: the processor's
+ * own fetching ahead ends with each page. */
 INLINE void fetch(const char *row, int32_t dtype, int64_t c) {
-    for (int64_t i = 0; i < STEP * dtype_size(dtype); i += 64) __builtin_prefetch(row + c * dtype_size(dtype) + i);
+    for (int64_t i = 0; i < STEP * dtype_size(dtype); i += 64)
+        __builtin_prefetch(row + c * dtype_size(dtype) + i);
 }
 
-/* dtype is a constant in each of the three calls below, so the compiler makes three loops without a branch. The sum of
- * squares is taken of the sum as stored, which is what the backward pass reads. */
-INLINE void square_step(const char *x, const char *residual, char *sum, int32_t dtype, int64_t c, int64_t n, vf squares[4]) {
+/* dtype is a constant in each of the three calls below, so the compiler makes three loops without a branch.
+ * The sum of squares is taken of the sum as stored, which is what the backward pass reads. */
+INLINE void square_step(const char *x, const char *residual, char *sum, int32_t dtype, int64_t c, int64_t n,
+                        vf squares[4]) {
     Step v = get(x, dtype, c, n);
     if (residual) {
         Step r = get(residual, dtype, c, n);
         UNROLLED
         for (int i = 0; i < 4; i++) v.v[i] += r.v[i];
     }
-    if (sum) { put(sum, dtype, c, n, v); v = get(sum, dtype, c, n); }
+    if (sum) {
+        put(sum, dtype, c, n, v);
+        v = get(sum, dtype, c, n);
+    }
     UNROLLED
     for (int i = 0; i < 4; i++) squares[i] += v.v[i] * v.v[i];
 }
 
-INLINE void scale_step(char *out, const char *x, const char *weight, int32_t dtype, int64_t c, int64_t n, vf rstd) {
+INLINE void scale_step(char *out, const char *x, const char *weight, int32_t dtype, int64_t c, int64_t n,
+                       vf rstd) {
     Step v = get(x, dtype, c, n), w = get(weight, dtype, c, n);
     UNROLLED
     for (int i = 0; i < 4; i++) v.v[i] = v.v[i] * rstd * w.v[i];
@@ -85,14 +101,16 @@ INLINE void scale_step(char *out, const char *x, const char *weight, int32_t dty
 
 INLINE void forward_row(const RmsNormForward *a, int64_t m, int32_t dtype) {
     int64_t C = a->x.shape[1], size = dtype_size(dtype), c = 0;
-    char *out = at(&a->out, m * a->out.stride[0]), *sum = given(&a->sum) ? at(&a->sum, m * a->sum.stride[0]) : NULL;
+    char *out = at(&a->out, m * a->out.stride[0]),
+         *sum = given(&a->sum) ? at(&a->sum, m * a->sum.stride[0]) : NULL;
     const char *x = at(&a->x, m * a->x.stride[0]), *weight = a->weight.data;
     const char *residual = given(&a->residual) ? at(&a->residual, m * a->residual.stride[0]) : NULL;
-    const char *next = x + a->x.stride[0] * size, *next_residual = residual ? residual + a->residual.stride[0] * size : NULL;
-    vf total = {0};
+    const char *next = x + a->x.stride[0] * size,
+               *next_residual = residual ? residual + a->residual.stride[0] * size : NULL;
+    vf total = { 0 };
     for (int64_t end; c < C; c = end) {
         end = c + SPAN < C ? c + SPAN : C;
-        vf squares[4] = {{0}};
+        vf squares[4] = { { 0 } };
         for (; c + STEP <= end; c += STEP) {
             fetch(out, dtype, c);
             square_step(x, residual, sum, dtype, c, STEP, squares);
@@ -116,9 +134,14 @@ static int forward_rows(int64_t task, void *context) {
     int64_t first = task * ROWS, last = first + ROWS;
     if (last > a->x.shape[0]) last = a->x.shape[0];
     switch (a->x.dtype) {
-        case F32: for (int64_t m = first; m < last; m++) forward_row(a, m, F32); break;
-        case BF16: for (int64_t m = first; m < last; m++) forward_row(a, m, BF16); break;
-        default: for (int64_t m = first; m < last; m++) forward_row(a, m, F16);
+        case F32:
+            for (int64_t m = first; m < last; m++) forward_row(a, m, F32);
+            break;
+        case BF16:
+            for (int64_t m = first; m < last; m++) forward_row(a, m, BF16);
+            break;
+        default:
+            for (int64_t m = first; m < last; m++) forward_row(a, m, F16);
     }
     return 0;
 }
@@ -126,17 +149,19 @@ static int forward_rows(int64_t task, void *context) {
 int CPU(rms_norm_forward)(const void *args, void *stream) {
     const RmsNormForward *a = args;
     (void)stream;
-    return parallel_for((a->x.shape[0] + ROWS - 1) / ROWS, ROWS * (a->x.shape[1] / 4 + 1), forward_rows, (void *)a);
+    return parallel_for((a->x.shape[0] + ROWS - 1) / ROWS, ROWS * (a->x.shape[1] / 4 + 1), forward_rows,
+                        (void *)a);
 }
 
-INLINE void dot_step(const char *dout, const char *weight, const char *x, int32_t dtype, int64_t c, int64_t n, vf dots[4]) {
+INLINE void dot_step(const char *dout, const char *weight, const char *x, int32_t dtype, int64_t c, int64_t n,
+                     vf dots[4]) {
     Step d = get(dout, dtype, c, n), w = get(weight, dtype, c, n), v = get(x, dtype, c, n);
     UNROLLED
     for (int i = 0; i < 4; i++) dots[i] += d.v[i] * w.v[i] * v.v[i];
 }
 
-INLINE void gradient_step(char *dx, float *dweight, const char *dout, const char *x, const char *weight, const char *dresidual,
-                          int32_t dtype, int64_t c, int64_t n, vf r, vf k) {
+INLINE void gradient_step(char *dx, float *dweight, const char *dout, const char *x, const char *weight,
+                          const char *dresidual, int32_t dtype, int64_t c, int64_t n, vf r, vf k) {
     Step d = get(dout, dtype, c, n), v = get(x, dtype, c, n), w = get(weight, dtype, c, n), grad;
     UNROLLED
     for (int i = 0; i < 4; i++) {
@@ -156,14 +181,15 @@ INLINE void gradient_step(char *dx, float *dweight, const char *dout, const char
 INLINE void backward_row(const RmsNormBackward *a, int64_t m, int32_t dtype, float *dweight) {
     int64_t C = a->x.shape[1], size = dtype_size(dtype), c = 0;
     char *dx = at(&a->dx, m * a->dx.stride[0]);
-    const char *x = at(&a->x, m * a->x.stride[0]), *dout = at(&a->dout, m * a->dout.stride[0]), *weight = a->weight.data;
+    const char *x = at(&a->x, m * a->x.stride[0]), *dout = at(&a->dout, m * a->dout.stride[0]),
+               *weight = a->weight.data;
     const char *dresidual = given(&a->dresidual) ? at(&a->dresidual, m * a->dresidual.stride[0]) : NULL;
     const char *next_x = x + a->x.stride[0] * size, *next_dout = dout + a->dout.stride[0] * size;
     float r = ((const float *)a->rstd.data)[m];
-    vf total = {0};
+    vf total = { 0 };
     for (int64_t end; c < C; c = end) {
         end = c + SPAN < C ? c + SPAN : C;
-        vf dots[4] = {{0}};
+        vf dots[4] = { { 0 } };
         for (; c + STEP <= end; c += STEP) {
             fetch(dx, dtype, c);
             dot_step(dout, weight, x, dtype, c, STEP, dots);
@@ -180,7 +206,11 @@ INLINE void backward_row(const RmsNormBackward *a, int64_t m, int32_t dtype, flo
     if (c < C) gradient_step(dx, dweight, dout, x, weight, dresidual, dtype, c, C - c, vf_set1(r), k);
 }
 
-typedef struct { const RmsNormBackward *a; float *partial; int64_t pitch; } Backward;
+typedef struct {
+    const RmsNormBackward *a;
+    float *partial;
+    int64_t pitch;
+} Backward;
 
 static int backward_rows(int64_t task, void *context) {
     const Backward *b = context;
@@ -190,9 +220,14 @@ static int backward_rows(int64_t task, void *context) {
     if (last > a->x.shape[0]) last = a->x.shape[0];
     if (dweight) memset(dweight, 0, (size_t)b->pitch * sizeof(float));
     switch (a->x.dtype) {
-        case F32: for (int64_t m = first; m < last; m++) backward_row(a, m, F32, dweight); break;
-        case BF16: for (int64_t m = first; m < last; m++) backward_row(a, m, BF16, dweight); break;
-        default: for (int64_t m = first; m < last; m++) backward_row(a, m, F16, dweight);
+        case F32:
+            for (int64_t m = first; m < last; m++) backward_row(a, m, F32, dweight);
+            break;
+        case BF16:
+            for (int64_t m = first; m < last; m++) backward_row(a, m, BF16, dweight);
+            break;
+        default:
+            for (int64_t m = first; m < last; m++) backward_row(a, m, F16, dweight);
     }
     return 0;
 }
@@ -202,13 +237,15 @@ int CPU(rms_norm_backward)(const void *args, void *stream) {
     (void)stream;
     int64_t C = a->x.shape[1], tasks = (a->x.shape[0] + ROWS - 1) / ROWS;
     Backward b = { a, NULL, (C + STEP - 1) / STEP * STEP };
-    if (given(&a->dweight) && tasks && !(b.partial = scratch(tasks * b.pitch * (int64_t)sizeof(float)))) return -1;
+    if (given(&a->dweight) && tasks && !(b.partial = scratch(tasks * b.pitch * (int64_t)sizeof(float))))
+        return -1;
     int status = parallel_for(tasks, ROWS * (C / 2 + 1), backward_rows, &b);
     if (b.partial) {
         float *dweight = a->dweight.data;
         for (int64_t task = 1; task < tasks; task++)
             for (int64_t c = 0; c < b.pitch; c++) b.partial[c] += b.partial[task * b.pitch + c];
-        for (int64_t c = 0; c < C; c++) dweight[c] += b.partial[c / (2 * VW) * (2 * VW) + vf2_place(a->x.dtype, c % (2 * VW))];
+        for (int64_t c = 0; c < C; c++)
+            dweight[c] += b.partial[c / (2 * VW) * (2 * VW) + vf2_place(a->x.dtype, c % (2 * VW))];
         scratch_free(b.partial);
     }
     return status;

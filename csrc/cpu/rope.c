@@ -1,11 +1,15 @@
 /* rope.c --- rotary embedding, rotate-half form, from float32 tables; backward is the inverse rotation. */
 #include "cpu.h"
 
-enum { ROWS = 8 };                     /* tokens of a task */
+enum { ROWS = 8 }; /* tokens of a task */
 
-typedef struct { const Rope *a; float sign; } Rotation;
+typedef struct {
+    const Rope *a;
+    float sign;
+} Rotation;
 
-static inline void rotate_head(char *out, const char *x, const float *cos, const float *sin, float sign, int64_t E, int32_t dtype) {
+static inline void rotate_head(char *out, const char *x, const float *cos, const float *sin, float sign,
+                               int64_t E, int32_t dtype) {
     int64_t e = 0, size = dtype_size(dtype);
     for (; e + VW <= E; e += VW) {
         vf first = vf_load_any(x + e * size, dtype), second = vf_load_any(x + (E + e) * size, dtype);
@@ -14,7 +18,8 @@ static inline void rotate_head(char *out, const char *x, const float *cos, const
         vf_store_any(out + (E + e) * size, dtype, second * c + first * s);
     }
     for (; e < E; e++) {
-        float first = load1(x + e * size, dtype), second = load1(x + (E + e) * size, dtype), s = sin[e] * sign;
+        float first = load1(x + e * size, dtype), second = load1(x + (E + e) * size, dtype),
+              s = sin[e] * sign;
         store1(out + e * size, dtype, first * cos[e] - second * s);
         store1(out + (E + e) * size, dtype, second * cos[e] + first * s);
     }
@@ -27,8 +32,10 @@ static int rotate_rows(int64_t task, void *context) {
     int64_t first = task * ROWS, last = first + ROWS < tokens ? first + ROWS : tokens;
     for (int64_t m = first; m < last; m++) {
         int64_t b = m / T, t = m % T, position = t;
-        if (given(&a->positions)) position = *(const int32_t *)at(&a->positions, b * a->positions.stride[0] + t);
-        const float *cos = at(&a->cos, position * a->cos.stride[0]), *sin = at(&a->sin, position * a->sin.stride[0]);
+        if (given(&a->positions))
+            position = *(const int32_t *)at(&a->positions, b * a->positions.stride[0] + t);
+        const float *cos = at(&a->cos, position * a->cos.stride[0]),
+                    *sin = at(&a->sin, position * a->sin.stride[0]);
         for (int64_t h = 0; h < H; h++) {
             char *out = at(&a->out, b * a->out.stride[0] + t * a->out.stride[1] + h * a->out.stride[2]);
             const char *x = at(&a->x, b * a->x.stride[0] + t * a->x.stride[1] + h * a->x.stride[2]);
@@ -44,15 +51,23 @@ static int rotate_rows(int64_t task, void *context) {
 
 static int rotate(const char *op, const Rope *a, float sign) {
     int64_t B = a->x.shape[0], T = a->x.shape[1], D = a->x.shape[3], P = a->cos.shape[0];
-    if (given(&a->positions)) for (int64_t b = 0; b < B; b++) for (int64_t t = 0; t < T; t++) {
-        int32_t position = *(const int32_t *)at(&a->positions, b * a->positions.stride[0] + t);
-        if (position < 0 || position >= P)
-            return fail("%s: positions[%lld,%lld] should be in 0..%lld, got %d", op, (long long)b, (long long)t, (long long)P - 1,
-                        position);
-    }
+    if (given(&a->positions))
+        for (int64_t b = 0; b < B; b++)
+            for (int64_t t = 0; t < T; t++) {
+                int32_t position = *(const int32_t *)at(&a->positions, b * a->positions.stride[0] + t);
+                if (position < 0 || position >= P)
+                    return fail("%s: positions[%lld,%lld] should be in 0..%lld, got %d", op, (long long)b,
+                                (long long)t, (long long)P - 1, position);
+            }
     Rotation r = { a, sign };
     return parallel_for((B * T + ROWS - 1) / ROWS, ROWS * a->x.shape[2] * (D / 4 + 1), rotate_rows, &r);
 }
 
-int CPU(rope_forward)(const void *args, void *stream) { (void)stream; return rotate("rope_forward", args, 1); }
-int CPU(rope_backward)(const void *args, void *stream) { (void)stream; return rotate("rope_backward", args, -1); }
+int CPU(rope_forward)(const void *args, void *stream) {
+    (void)stream;
+    return rotate("rope_forward", args, 1);
+}
+int CPU(rope_backward)(const void *args, void *stream) {
+    (void)stream;
+    return rotate("rope_backward", args, -1);
+}

@@ -1,18 +1,20 @@
 /* swiglu.c --- out = silu(gate) * up, forward and backward; backward may write over its inputs.
  *
- * The ladder, bfloat16, ns for 8 elements in cache, one Zen 3 core with other work beside it, forward and backward: 9.1, 13.9;
- * bfloat16 widened by one instruction 7.8, 12.4; the polynomial of exp in pairs 6.6, 11.8; and (the former at 6.9, 11.0 then)
- * pairs of vectors with bfloat16 in turn 4.9, 7.5; gate by 1 + exp, no sum for the exponent's bias 4.4, 7.1; ln2 in one part
- * 4.1, 6.6. No gain: the steps of two or four exps by turns; the polynomial as one chain (+6 %).
- * Rows of memory, two such cores, GB/s, all of that in tasks of 2048 elements 9.2, 9.6, of one row of 5504 10.3, 10.8; and (the
- * former at 11.3, 12.5 then) of four rows 13.7, 15.7.
- * Not kept: fetching 1 or 2 KiB ahead (+3 %); tasks of 131072 elements (+1 %, +6 %). */
+ * The ladder, bfloat16, ns for 8 elements in cache, one Zen 3 core with other work beside it, forward and
+ * backward: 9.1, 13.9; bfloat16 widened by one instruction 7.8, 12.4; the polynomial of exp in
+ * pairs 6.6, 11.8; and (the former at 6.9, 11.0 then) pairs of vectors with bfloat16 in turn 4.9, 7.5; gate
+ * by 1 + exp, no sum for the exponent's bias 4.4, 7.1; ln2 in one part 4.1, 6.6. No gain: the steps of two or
+ * four exps by turns; the polynomial as one chain (+6 %). Rows of memory, two such cores, GB/s, all of that
+ * in tasks of 2048 elements 9.2, 9.6, of one row of 5504 10.3, 10.8; and (the former at 11.3, 12.5 then) of
+ * four rows 13.7, 15.7. Not kept: fetching 1 or 2 KiB ahead (+3 %); tasks of 131072 elements (+1 %, +6 %). */
 #include "cpu.h"
 
-enum { TASK = 32768 };                 /* elements of a task: as many rows as that, or a part of one */
+enum { TASK = 32768 }; /* elements of a task: as many rows as that, or a part of one */
 
 /* 1 + exp(-x): sigmoid(x) is one by it. NaN stays NaN. */
-static inline vf one_and_exp(vf x) { return 1.0f + vf_exp_within(-vf_max(vf_set1(-87.0f), vf_min(vf_set1(88.0f), x))); }
+static inline vf one_and_exp(vf x) {
+    return 1.0f + vf_exp_within(-vf_max(vf_set1(-87.0f), vf_min(vf_set1(88.0f), x)));
+}
 
 static inline void forward_pair(char *out, const char *gate, const char *up, int32_t dtype) {
     vf2 g = vf_load2(gate, dtype), u = vf_load2(up, dtype), o;
@@ -22,7 +24,8 @@ static inline void forward_pair(char *out, const char *gate, const char *up, int
 }
 
 /* d silu(g)/dg = s (1 + g (1 - s)), s = sigmoid(g). */
-static inline void backward_pair(char *dgate, char *dup, const char *dout, const char *gate, const char *up, int32_t dtype) {
+static inline void backward_pair(char *dgate, char *dup, const char *dout, const char *gate, const char *up,
+                                 int32_t dtype) {
     vf2 g = vf_load2(gate, dtype), u = vf_load2(up, dtype), d = vf_load2(dout, dtype), dg, du;
     UNROLLED
     for (int i = 0; i < 2; i++) {
@@ -35,13 +38,15 @@ static inline void backward_pair(char *dgate, char *dup, const char *dout, const
 }
 
 /* The last, shorter pair of vectors goes through buffers of a whole one. */
-static inline void forward_block(const SwigluForward *a, int64_t m, int64_t first, int64_t last, int32_t dtype) {
+static inline void forward_block(const SwigluForward *a, int64_t m, int64_t first, int64_t last,
+                                 int32_t dtype) {
     int64_t size = dtype_size(dtype), i = first;
     char *out = at(&a->out, m * a->out.stride[0]);
     const char *gate = at(&a->gate, m * a->gate.stride[0]), *up = at(&a->up, m * a->up.stride[0]);
-    for (; i + 2 * VW <= last; i += 2 * VW) forward_pair(out + i * size, gate + i * size, up + i * size, dtype);
+    for (; i + 2 * VW <= last; i += 2 * VW)
+        forward_pair(out + i * size, gate + i * size, up + i * size, dtype);
     if (i == last) return;
-    char g[8 * VW] = {0}, u[8 * VW] = {0}, o[8 * VW];
+    char g[8 * VW] = { 0 }, u[8 * VW] = { 0 }, o[8 * VW];
     size_t rest = (size_t)((last - i) * size);
     memcpy(g, gate + i * size, rest);
     memcpy(u, up + i * size, rest);
@@ -49,15 +54,17 @@ static inline void forward_block(const SwigluForward *a, int64_t m, int64_t firs
     memcpy(out + i * size, o, rest);
 }
 
-static inline void backward_block(const SwigluBackward *a, int64_t m, int64_t first, int64_t last, int32_t dtype) {
+static inline void backward_block(const SwigluBackward *a, int64_t m, int64_t first, int64_t last,
+                                  int32_t dtype) {
     int64_t size = dtype_size(dtype), i = first;
     char *dgate = at(&a->dgate, m * a->dgate.stride[0]), *dup = at(&a->dup, m * a->dup.stride[0]);
     const char *dout = at(&a->dout, m * a->dout.stride[0]), *gate = at(&a->gate, m * a->gate.stride[0]);
     const char *up = at(&a->up, m * a->up.stride[0]);
     for (; i + 2 * VW <= last; i += 2 * VW)
-        backward_pair(dgate + i * size, dup + i * size, dout + i * size, gate + i * size, up + i * size, dtype);
+        backward_pair(dgate + i * size, dup + i * size, dout + i * size, gate + i * size, up + i * size,
+                      dtype);
     if (i == last) return;
-    char g[8 * VW] = {0}, u[8 * VW] = {0}, d[8 * VW] = {0}, dg[8 * VW], du[8 * VW];
+    char g[8 * VW] = { 0 }, u[8 * VW] = { 0 }, d[8 * VW] = { 0 }, dg[8 * VW], du[8 * VW];
     size_t rest = (size_t)((last - i) * size);
     memcpy(g, gate + i * size, rest);
     memcpy(u, up + i * size, rest);
@@ -67,11 +74,17 @@ static inline void backward_block(const SwigluBackward *a, int64_t m, int64_t fi
     memcpy(dup + i * size, du, rest);
 }
 
-#define EACH_DTYPE(dtype, block, ...) switch (dtype) { \
-    case F32: block(__VA_ARGS__, F32); break; case BF16: block(__VA_ARGS__, BF16); break; default: block(__VA_ARGS__, F16); }
+#define EACH_DTYPE(dtype, block, ...)               \
+    switch (dtype) {                                \
+        case F32: block(__VA_ARGS__, F32); break;   \
+        case BF16: block(__VA_ARGS__, BF16); break; \
+        default: block(__VA_ARGS__, F16);           \
+    }
 
 /* Of [M,F]: rows m .. m_end-1, columns first .. last-1. */
-typedef struct { int64_t m, m_end, first, last; } Part;
+typedef struct {
+    int64_t m, m_end, first, last;
+} Part;
 
 static int64_t rows_of(int64_t F) { return F < TASK ? TASK / (F > 0 ? F : 1) : 1; }
 static int64_t parts_of(int64_t F) { return (F + TASK - 1) / TASK; }
@@ -97,7 +110,8 @@ static int backward_task(int64_t task, void *context) {
 
 static int run(const Tensor *gate, int (*body)(int64_t, void *), const void *args) {
     int64_t M = gate->shape[0], F = gate->shape[1], rows = rows_of(F);
-    return parallel_for((M + rows - 1) / rows * parts_of(F), (F < TASK ? rows * F : TASK) / 2 + 1, body, (void *)args);
+    return parallel_for((M + rows - 1) / rows * parts_of(F), (F < TASK ? rows * F : TASK) / 2 + 1, body,
+                        (void *)args);
 }
 
 int CPU(swiglu_forward)(const void *args, void *stream) {

@@ -1,5 +1,5 @@
-/* borrow.c --- arrays of others for one call: NumPy by its C API, the rest by DLPack; and which stream the call's work goes
- * to. */
+/* borrow.c --- arrays of others for one call: NumPy by its C API, the rest by DLPack; and which stream the
+ * call's work goes to. */
 #include "binding.h"
 #include "cpu/cpu.h"
 
@@ -16,24 +16,31 @@ int refuse(PyObject *type, const char *op, const Arg *arg, const char *format, .
     return -1;
 }
 
-/* Capsules whose memory queued work still reads or writes: a producer may use it again as soon as it has its capsule back.
- * They go back when the work has run, which later calls look for. */
+/* Capsules whose memory queued work still reads or writes: a producer may use it again as soon as it has its
+ * capsule back. They go back when the work has run, which later calls look for. */
 enum { MOST_HELD = 64 };
-static struct { PyObject *capsule; void *mark; } held[MOST_HELD];
+static struct {
+    PyObject *capsule;
+    void *mark;
+} held[MOST_HELD];
 static int held_count;
 
 void release_held(int all) {
     for (int i = 0; i < held_count;) {
         if (all) cuda->await(held[i].mark);
-        if (!all && !cuda->passed(held[i].mark)) { i++; continue; }
+        if (!all && !cuda->passed(held[i].mark)) {
+            i++;
+            continue;
+        }
         PyObject *capsule = held[i].capsule;
         cuda->forget(held[i].mark);
         held[i] = held[--held_count];
-        Py_DECREF(capsule);                                            /* may run Python, which may come here again */
+        Py_DECREF(capsule); /* may run Python, which may come here again */
     }
 }
 
-/* What a graph works on its owner keeps; and while it is captured, marks may not be asked whether they have passed. */
+/* What a graph works on its owner keeps; and while it is captured, marks may not be asked whether they have
+ * passed. */
 static void hold(PyObject *capsule, int device, void *stream) {
     void *mark = NULL;
     int64_t capture = capture_of(device, stream);
@@ -48,28 +55,33 @@ static void hold(PyObject *capsule, int device, void *stream) {
 
 void give_back(Loan *loans, int count, const Queue *queue) {
     PyObject *type, *value, *traceback;
-    PyErr_Fetch(&type, &value, &traceback);                            /* deleters may run Python, without an exception set */
+    PyErr_Fetch(&type, &value, &traceback); /* deleters may run Python, without an exception set */
     for (int i = 0; i < count; i++) {
-        if (queue && loans[i].capsule && loans[i].device) hold(loans[i].capsule, loans[i].device, queue->stream);
-        else Py_XDECREF(loans[i].capsule);                             /* still named as it came: its destructor frees it */
+        if (queue && loans[i].capsule && loans[i].device)
+            hold(loans[i].capsule, loans[i].device, queue->stream);
+        else Py_XDECREF(loans[i].capsule); /* still named as it came: its destructor frees it */
         if (loans[i].managed && loans[i].managed->deleter) loans[i].managed->deleter(loans[i].managed);
     }
     PyErr_Restore(type, value, traceback);
 }
 
 static int borrow_numpy(PyArrayObject *array, Tensor *t, const char *op, const Arg *arg) {
-    static const struct { int num, dtype; } nums[] = {
-        { NPY_FLOAT32, F32 }, { NPY_FLOAT16, F16 }, { NPY_FLOAT64, F64 }, { NPY_INT32, I32 }, { NPY_INT64, I64 },
-        { NPY_UINT8, U8 } };
-    static atomic_int bfloat16 = NPY_NOTYPE;                           /* the number ml_dtypes was given, once it was seen */
+    static const struct {
+        int num, dtype;
+    } nums[] = { { NPY_FLOAT32, F32 }, { NPY_FLOAT16, F16 }, { NPY_FLOAT64, F64 },
+                 { NPY_INT32, I32 },   { NPY_INT64, I64 },   { NPY_UINT8, U8 } };
+    static atomic_int bfloat16 = NPY_NOTYPE; /* the number ml_dtypes was given, once it was seen */
     int num = PyArray_TYPE(array);
     t->dtype = num == bfloat16 ? BF16 : -1;
-    for (size_t i = 0; i < sizeof nums / sizeof *nums; i++) if (nums[i].num == num) t->dtype = nums[i].dtype;
+    for (size_t i = 0; i < sizeof nums / sizeof *nums; i++)
+        if (nums[i].num == num) t->dtype = nums[i].dtype;
     if (t->dtype < 0) {
         PyObject *name = PyObject_GetAttrString((PyObject *)PyArray_DESCR(array), "name");
         if (!name) return -1;
-        if (!PyUnicode_CompareWithASCIIString(name, "bfloat16")) { t->dtype = BF16; bfloat16 = num; }
-        else refuse(PyExc_TypeError, op, arg, "has dtype %U, which no op takes", name);
+        if (!PyUnicode_CompareWithASCIIString(name, "bfloat16")) {
+            t->dtype = BF16;
+            bfloat16 = num;
+        } else refuse(PyExc_TypeError, op, arg, "has dtype %U, which no op takes", name);
         Py_DECREF(name);
         if (t->dtype < 0) return -1;
     }
@@ -78,13 +90,15 @@ static int borrow_numpy(PyArrayObject *array, Tensor *t, const char *op, const A
         return refuse(PyExc_ValueError, op, arg, "should have %d axes, got %d", arg->ndim, t->ndim);
     if (!PyArray_ISNOTSWAPPED(array))
         return refuse(PyExc_TypeError, op, arg, "is not in the machine's byte order");
-    if (arg->output && !PyArray_ISWRITEABLE(array)) return refuse(PyExc_ValueError, op, arg, "is an output and read-only");
+    if (arg->output && !PyArray_ISWRITEABLE(array))
+        return refuse(PyExc_ValueError, op, arg, "is an output and read-only");
     int64_t size = dtype_size(t->dtype);
     for (int i = 0; i < t->ndim; i++) {
         t->shape[i] = PyArray_DIM(array, i);
         t->stride[i] = PyArray_STRIDE(array, i) / size;
         if (PyArray_STRIDE(array, i) % size && t->shape[i] > 1)
-            return refuse(PyExc_ValueError, op, arg, "axis %d has a stride that is no multiple of its element", i);
+            return refuse(PyExc_ValueError, op, arg,
+                          "axis %d has a stride that is no multiple of its element", i);
     }
     t->data = PyArray_DATA(array);
     return 0;
@@ -97,17 +111,18 @@ static int refuse_device(int index, const char *op, const Arg *arg) {
 static int borrow_dltensor(const DLTensor *d, Tensor *t, const char *op, const Arg *arg) {
     int device = (int)d->device.device_type;
     if (device == kDLCUDA) {
-        if (usable(d->device.device_id))
-            return refuse_device(d->device.device_id, op, arg);
+        if (usable(d->device.device_id)) return refuse_device(d->device.device_id, op, arg);
         t->device = d->device.device_id + 1;
     } else if (device != kDLCPU && device != kDLCUDAHost && device != kDLCUDAManaged)
-        return refuse(PyExc_BufferError, op, arg, "should be on the CPU or a CUDA device, got DLPack device type %d", device);
+        return refuse(PyExc_BufferError, op, arg,
+                      "should be on the CPU or a CUDA device, got DLPack device type %d", device);
     t->dtype = -1;
     for (int i = 0; i < DTYPES; i++)
-        if (dl_types[i].code == d->dtype.code && dl_types[i].bits == d->dtype.bits && d->dtype.lanes == 1) t->dtype = i;
+        if (dl_types[i].code == d->dtype.code && dl_types[i].bits == d->dtype.bits && d->dtype.lanes == 1)
+            t->dtype = i;
     if (t->dtype < 0)
-        return refuse(PyExc_TypeError, op, arg, "has DLPack dtype (%d, %d, %d), which no op takes", d->dtype.code,
-                      d->dtype.bits, d->dtype.lanes);
+        return refuse(PyExc_TypeError, op, arg, "has DLPack dtype (%d, %d, %d), which no op takes",
+                      d->dtype.code, d->dtype.bits, d->dtype.lanes);
     if (d->ndim < 0 || d->ndim > MAX_NDIM)
         return refuse(PyExc_ValueError, op, arg, "should have %d axes, got %d", arg->ndim, d->ndim);
     t->ndim = d->ndim;
@@ -122,12 +137,17 @@ static int borrow_dltensor(const DLTensor *d, Tensor *t, const char *op, const A
     return 0;
 }
 
-/* The C exchange API of an object's type, or NULL. Looked up anew each call: one attribute of a type, about 50 ns. */
+/* The C exchange API of an object's type, or NULL. Looked up anew each call: one attribute of a type, about
+ * 50 ns. */
 static const DLPackExchangeAPI *exchange_api(PyObject *object) {
     PyObject *capsule = PyObject_GetAttrString((PyObject *)Py_TYPE(object), "__dlpack_c_exchange_api__");
-    if (!capsule) { PyErr_Clear(); return NULL; }
+    if (!capsule) {
+        PyErr_Clear();
+        return NULL;
+    }
     const DLPackExchangeAPIHeader *header = NULL;
-    if (PyCapsule_IsValid(capsule, "dlpack_exchange_api")) header = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+    if (PyCapsule_IsValid(capsule, "dlpack_exchange_api"))
+        header = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
     Py_DECREF(capsule);
     while (header && header->version.major > 1) header = header->prev_api;
     return header && header->version.major == 1 ? (const DLPackExchangeAPI *)header : NULL;
@@ -140,7 +160,9 @@ static int producer_failed(const char *op, const Arg *arg) {
     PyErr_Fetch(&type, &value, &traceback);
     PyErr_NormalizeException(&type, &value, &traceback);
     refuse(PyExc_BufferError, op, arg, "cannot be borrowed: %S", value);
-    Py_XDECREF(type); Py_XDECREF(value); Py_XDECREF(traceback);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(traceback);
     return -1;
 }
 
@@ -152,26 +174,29 @@ static int borrow_managed(const DLManagedTensorVersioned *m, Tensor *t, const ch
     return borrow_dltensor(&m->dl_tensor, t, op, arg);
 }
 
-/* The device that an object says it is on, as Tensor counts: 0 for the CPU and what borrow_dltensor refuses; -1 with an
- * exception. */
+/* The device that an object says it is on, as Tensor counts: 0 for the CPU and what borrow_dltensor refuses;
+ * -1 with an exception. */
 static int device_of(PyObject *object, const char *op, const Arg *arg) {
     int type = kDLCPU, id = 0;
     PyObject *pair = PyObject_CallMethod(object, "__dlpack_device__", NULL);
     if (!pair && !PyErr_ExceptionMatches(PyExc_AttributeError)) return producer_failed(op, arg);
-    if (!pair) PyErr_Clear();                                          /* NumPy's consumers want it, so only odd ones lack it */
-    int status = pair && (!PyTuple_Check(pair) || !PyArg_ParseTuple(pair, "ii", &type, &id)) ? producer_failed(op, arg) : 0;
+    if (!pair) PyErr_Clear(); /* NumPy's consumers want it, so only odd ones lack it */
+    int status = pair && (!PyTuple_Check(pair) || !PyArg_ParseTuple(pair, "ii", &type, &id))
+                     ? producer_failed(op, arg)
+                     : 0;
     Py_XDECREF(pair);
     if (status || type != kDLCUDA) return status;
     return usable(id) ? refuse_device(id, op, arg) : id + 1;
 }
 
 /* An argument is on `device`: the queue may follow its stream. */
-static int join_queue(Queue *queue, PyObject *object, int device, const DLPackExchangeAPI *api, const char *op,
-                      const Arg *arg) {
+static int join_queue(Queue *queue, PyObject *object, int device, const DLPackExchangeAPI *api,
+                      const char *op, const Arg *arg) {
     if (queue->whose == THEIRS || (queue->whose == OWN && !api)) return 0;
     queue->like = object;
     queue->whose = api ? THEIRS : OWN;
-    if (api) return api->current_work_stream(kDLCUDA, device - 1, &queue->stream) ? producer_failed(op, arg) : 0;
+    if (api)
+        return api->current_work_stream(kDLCUDA, device - 1, &queue->stream) ? producer_failed(op, arg) : 0;
     if (!is_tensor(object)) {
         PyObject *stream = ready() ? NULL : PyObject_CallFunction(stream_hook, "Oi", object, device - 1);
         if (stream && stream != Py_None) queue->stream = (void *)(uintptr_t)PyLong_AsUnsignedLongLong(stream);
@@ -180,46 +205,54 @@ static int join_queue(Queue *queue, PyObject *object, int device, const DLPackEx
         if (PyErr_Occurred()) return -1;
         if (!own) return 0;
     }
-    return own_stream(device, &queue->stream) ? refuse(PyExc_ValueError, op, arg, "cannot be used: %s", last_error()) : 0;
+    return own_stream(device, &queue->stream)
+               ? refuse(PyExc_ValueError, op, arg, "cannot be used: %s", last_error())
+               : 0;
 }
 
 int borrow_capsule(PyObject *object, Tensor *t, Loan *loan, Queue *queue, const char *op, const Arg *arg) {
     PyObject *method = PyObject_GetAttrString(object, "__dlpack__");
     if (!method) {
         PyErr_Clear();
-        refuse(PyExc_TypeError, op, arg, "must be an array (NumPy or DLPack), got %R", (PyObject *)Py_TYPE(object));
+        refuse(PyExc_TypeError, op, arg, "must be an array (NumPy or DLPack), got %R",
+               (PyObject *)Py_TYPE(object));
         return -1;
     }
     PyObject *none = NULL, *kwargs = NULL, *capsule = NULL;
     loan->device = device_of(object, op, arg);
-    if (loan->device < 0 || (loan->device && join_queue(queue, object, loan->device, NULL, op, arg))) goto failed;
+    if (loan->device < 0 || (loan->device && join_queue(queue, object, loan->device, NULL, op, arg)))
+        goto failed;
     none = PyTuple_New(0);
     kwargs = Py_BuildValue("{s(ii)}", "max_version", 1, 0);
     if (!none || !kwargs) goto failed;
-    if (loan->device) {                                                /* 0 is no word for the default stream there, 1 is */
+    if (loan->device) { /* 0 is no word for the default stream there, 1 is */
         PyObject *stream = PyLong_FromUnsignedLongLong(queue->stream ? (uintptr_t)queue->stream : 1);
         int status = stream ? PyDict_SetItemString(kwargs, "stream", stream) : -1;
         Py_XDECREF(stream);
         if (status) goto failed;
     }
     capsule = PyObject_Call(method, none, kwargs);
-    if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {         /* a producer from before max_version */
+    if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) { /* a producer from before max_version */
         PyErr_Clear();
         if (PyDict_DelItemString(kwargs, "max_version")) goto failed;
         capsule = PyObject_Call(method, none, kwargs);
     }
     if (!capsule) producer_failed(op, arg);
 failed:
-    Py_DECREF(method); Py_XDECREF(none); Py_XDECREF(kwargs);
+    Py_DECREF(method);
+    Py_XDECREF(none);
+    Py_XDECREF(kwargs);
     if (!capsule) return -1;
     loan->capsule = capsule;
     if (PyCapsule_IsValid(capsule, "dltensor_versioned"))
         return borrow_managed(PyCapsule_GetPointer(capsule, "dltensor_versioned"), t, op, arg);
     if (!PyCapsule_IsValid(capsule, "dltensor"))
         return refuse(PyExc_TypeError, op, arg, "gave %R instead of a DLPack capsule", capsule);
-    if (arg->output)                                                   /* an old capsule cannot say that it is read-only */
-        return refuse(PyExc_BufferError, op, arg, "is an output and should speak DLPack 1, got an old capsule");
-    return borrow_dltensor(&((DLManagedTensor *)PyCapsule_GetPointer(capsule, "dltensor"))->dl_tensor, t, op, arg);
+    if (arg->output) /* an old capsule cannot say that it is read-only */
+        return refuse(PyExc_BufferError, op, arg,
+                      "is an output and should speak DLPack 1, got an old capsule");
+    return borrow_dltensor(&((DLManagedTensor *)PyCapsule_GetPointer(capsule, "dltensor"))->dl_tensor, t, op,
+                           arg);
 }
 
 int borrow(PyObject *object, Tensor *t, Loan *loan, Queue *queue, const char *op, const Arg *arg) {
@@ -232,19 +265,22 @@ int borrow(PyObject *object, Tensor *t, Loan *loan, Queue *queue, const char *op
     if (is_tensor(object)) {
         const TensorObject *tensor = (TensorObject *)object;
         *t = tensor->t;
-        if (arg->output && tensor->readonly) return refuse(PyExc_ValueError, op, arg, "is an output and read-only");
+        if (arg->output && tensor->readonly)
+            return refuse(PyExc_ValueError, op, arg, "is an output and read-only");
         return t->device ? join_queue(queue, object, t->device, NULL, op, arg) : 0;
     }
     if (PyArray_Check(object)) return borrow_numpy((PyArrayObject *)object, t, op, arg);
     const DLPackExchangeAPI *api = exchange_api(object);
     if (!api) return 1;
     int status;
-    if (api->dltensor_from_py_object_no_sync && !arg->output) {        /* the cheaper way; it has no read-only flag */
+    if (api->dltensor_from_py_object_no_sync &&
+        !arg->output) { /* the cheaper way; it has no read-only flag */
         DLTensor d;
         if (api->dltensor_from_py_object_no_sync(object, &d)) return producer_failed(op, arg);
         status = borrow_dltensor(&d, t, op, arg);
     } else {
-        if (api->managed_tensor_from_py_object_no_sync(object, &loan->managed)) return producer_failed(op, arg);
+        if (api->managed_tensor_from_py_object_no_sync(object, &loan->managed))
+            return producer_failed(op, arg);
         status = borrow_managed(loan->managed, t, op, arg);
     }
     return !status && t->device ? join_queue(queue, object, t->device, api, op, arg) : status;

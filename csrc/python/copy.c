@@ -1,5 +1,5 @@
-/* copy.c --- what Tensor.copy_, cpu and fill do: rows on the CPU, between it and a GPU by way of pinned memory, between
- * two GPUs. */
+/* copy.c --- what Tensor.copy_, cpu and fill do: rows on the CPU, between it and a GPU by way of pinned
+ * memory, between two GPUs. */
 #include "binding.h"
 #include "cpu/cpu.h"
 
@@ -20,7 +20,8 @@ static int copy_row(int64_t row, void *context) {
     char *out = at(&c->out, out_at);
     if (c->fill) {
         if (c->zero && out_step == 1) memset(out, 0, (size_t)(n * size));
-        else for (int64_t i = 0; i < n; i++) memcpy(out + i * out_step * size, c->value, (size_t)size);
+        else
+            for (int64_t i = 0; i < n; i++) memcpy(out + i * out_step * size, c->value, (size_t)size);
         return 0;
     }
     const char *x = at(&c->x, x_at);
@@ -28,11 +29,12 @@ static int copy_row(int64_t row, void *context) {
     if (out_step == 1 && x_step == 1) {
         float block[1024];
         if (same) memcpy(out, x, (size_t)(n * size));
-        else for (int64_t i = 0; i < n; i += 1024) {
-            int64_t m = n - i < 1024 ? n - i : 1024;
-            load_row(block, x + i * x_size, c->x.dtype, m);
-            store_row(out + i * size, c->out.dtype, block, m);
-        }
+        else
+            for (int64_t i = 0; i < n; i += 1024) {
+                int64_t m = n - i < 1024 ? n - i : 1024;
+                load_row(block, x + i * x_size, c->x.dtype, m);
+                store_row(out + i * size, c->out.dtype, block, m);
+            }
         return 0;
     }
     for (int64_t i = 0; i < n; i++, out += out_step * size, x += x_step * x_size)
@@ -49,8 +51,9 @@ void copy_all(const Copy *c) {
 /* Between the CPU and the entered device, through a piece of pinned memory that is kept for the next time. */
 enum { STAGE = 8 << 20 };
 static int copy_by_stage(const Tensor *out, const Tensor *x, void *stage, void *stream) {
-    Tensor middle = dtype_size(x->dtype) < dtype_size(out->dtype) ? *x : *out;         /* the fewer bytes */
-    if (elements_of(out) * dtype_size(middle.dtype) > STAGE) {         /* the two halves of the first axis that has two */
+    Tensor middle = dtype_size(x->dtype) < dtype_size(out->dtype) ? *x : *out; /* the fewer bytes */
+    if (elements_of(out) * dtype_size(middle.dtype) >
+        STAGE) { /* the two halves of the first axis that has two */
         Tensor halves[2][2] = { { *out, *x }, { *out, *x } };
         int axis = 0;
         while (out->shape[axis] == 1) axis++;
@@ -62,7 +65,9 @@ static int copy_by_stage(const Tensor *out, const Tensor *x, void *stage, void *
             last->data = at(last, first * last->stride[axis]);
         }
         return copy_by_stage(&halves[0][0], &halves[0][1], stage, stream) ||
-               copy_by_stage(&halves[1][0], &halves[1][1], stage, stream) ? -1 : 0;
+                       copy_by_stage(&halves[1][0], &halves[1][1], stage, stream)
+                   ? -1
+                   : 0;
     }
     make_dense(&middle);
     middle.data = stage;
@@ -89,7 +94,8 @@ static int copy_with_cpu(const Side *out, const Side *x, void *stream) {
     return status;
 }
 
-/* Between two devices go dense bytes of one dtype: x is brought into that form on its own device, out from it on its. */
+/* Between two devices go dense bytes of one dtype: x is brought into that form on its own device, out from it
+ * on its. */
 static int copy_between_devices(const Side *out, const Side *x, void *stream) {
     int64_t bytes = elements_of(&out->t) * dtype_size(out->t.dtype);
     Tensor from = x->t, to = out->t;
@@ -114,7 +120,8 @@ static int copy_between_devices(const Side *out, const Side *x, void *stream) {
     if (!status) status = cuda->copy_peer(to.data, to.device - 1, from.data, from.device - 1, bytes, stream);
     if (!status && memory[1]) status = cuda->copy(&out->t, &to, stream);
     if (!status && (memory[0] || memory[1])) status = cuda->synchronize(stream);
-    for (int i = 0; i < 2; i++) if (memory[i]) cuda->release(memory[i]);
+    for (int i = 0; i < 2; i++)
+        if (memory[i]) cuda->release(memory[i]);
     cuda->leave(entered);
     return status ? -1 : order(from.device, x->stream, to.device, stream);
 }
@@ -125,11 +132,14 @@ static int copy_between(const Side *out, const Side *x, void **stream) {
     *stream = out->t.device ? out->stream : x->stream;
     if (!device) return copy_all(&(Copy){ .out = out->t, .x = x->t }), 0;
     if (!elements_of(&out->t)) return 0;
-    if (out->t.device && x->t.device && out->t.device != x->t.device) return copy_between_devices(out, x, *stream);
+    if (out->t.device && x->t.device && out->t.device != x->t.device)
+        return copy_between_devices(out, x, *stream);
     if (x->t.device) status = order(device, *stream, device, x->stream);
     int entered = cuda->enter(device - 1);
     if (entered < 0) return -1;
-    if (!status) status = out->t.device && x->t.device ? cuda->copy(&out->t, &x->t, *stream) : copy_with_cpu(out, x, *stream);
+    if (!status)
+        status = out->t.device && x->t.device ? cuda->copy(&out->t, &x->t, *stream)
+                                              : copy_with_cpu(out, x, *stream);
     cuda->leave(entered);
     if (!status && x->t.device) status = order(device, x->stream, device, *stream);
     return status;
@@ -137,9 +147,7 @@ static int copy_between(const Side *out, const Side *x, void **stream) {
 
 int copy_sides(const char *op, const Side *out, const Side *x, void **stream) {
     int status;
-    Py_BEGIN_ALLOW_THREADS
-    status = copy_between(out, x, stream);
-    Py_END_ALLOW_THREADS
-    if (status) cuda_failed(op, out->t.device ? out->t.device : x->t.device);
+    Py_BEGIN_ALLOW_THREADS status = copy_between(out, x, stream);
+    Py_END_ALLOW_THREADS if (status) cuda_failed(op, out->t.device ? out->t.device : x->t.device);
     return status;
 }

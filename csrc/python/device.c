@@ -1,11 +1,14 @@
-/* device.c --- CUDA as the binding sees it: devices by name, the thread's stream, order between streams, errors; and the
- * functions that longlora/cuda.py is made of. */
+/* device.c --- CUDA as the binding sees it: devices by name, the thread's stream, order between streams,
+ * errors; and the functions that longlora/cuda.py is made of. */
 #include "binding.h"
 
 #include <string.h>
 
 /* Where work of this thread goes that has no stream of its own library: longlora.cuda.stream() sets it. */
-static _Thread_local struct { void *stream; int device; } current = { NULL, -1 };    /* -1: any, as of the default stream */
+static _Thread_local struct {
+    void *stream;
+    int device;
+} current = { NULL, -1 }; /* -1: any, as of the default stream */
 PyObject *workspace_hook, *stream_hook;
 
 DeviceName device_name(int device) {
@@ -15,16 +18,20 @@ DeviceName device_name(int device) {
 }
 
 int usable(int index) {
-    return cuda ? cuda->usable(index) : fail("this build has no CUDA kernels; installed where nvcc is found it has");
+    return cuda ? cuda->usable(index)
+                : fail("this build has no CUDA kernels; installed where nvcc is found it has");
 }
 
 PyObject *cuda_failed(const char *op, int device) {
     char words[512];
     PyOS_snprintf(words, sizeof words, "%s", last_error());
     if (cuda->recover(device - 1))
-        return PyErr_Format(PyExc_RuntimeError, "%s: %s. By this error, of this call or of work queued before it, the process "
-                            "has lost %s and must be started anew", op, words, device_name(device).text);
-    return PyErr_Format(strstr(words, "out of memory") ? PyExc_MemoryError : PyExc_RuntimeError, "%s: %s", op, words);
+        return PyErr_Format(PyExc_RuntimeError,
+                            "%s: %s. By this error, of this call or of work queued before it, the process "
+                            "has lost %s and must be started anew",
+                            op, words, device_name(device).text);
+    return PyErr_Format(strstr(words, "out of memory") ? PyExc_MemoryError : PyExc_RuntimeError, "%s: %s", op,
+                        words);
 }
 
 int own_stream(int device, void **stream) {
@@ -62,13 +69,14 @@ int ready(void) {
     return module ? 0 : -1;
 }
 
-/* ---- what longlora/cuda.py is made of -------------------------------------------------------------------------- */
+/* ---- what longlora/cuda.py is made of -------------------------------------------------------- */
 
 static PyObject *py_cuda_hooks(PyObject *self, PyObject *args) {
     (void)self;
     PyObject *workspace, *stream;
     if (!PyArg_ParseTuple(args, "OO:cuda_hooks", &workspace, &stream)) return NULL;
-    Py_XDECREF(workspace_hook); Py_XDECREF(stream_hook);
+    Py_XDECREF(workspace_hook);
+    Py_XDECREF(stream_hook);
     workspace_hook = Py_NewRef(workspace);
     stream_hook = Py_NewRef(stream);
     Py_RETURN_NONE;
@@ -76,7 +84,8 @@ static PyObject *py_cuda_hooks(PyObject *self, PyObject *args) {
 
 /* -> (how many devices there are, why there is none or None). */
 static PyObject *py_cuda_devices(PyObject *self, PyObject *unused) {
-    (void)self; (void)unused;
+    (void)self;
+    (void)unused;
     int count = cuda ? cuda->count() : usable(0);
     return count < 0 ? Py_BuildValue("(is)", 0, last_error()) : Py_BuildValue("(iO)", count, Py_None);
 }
@@ -93,16 +102,18 @@ static PyObject *py_cuda_refusal(PyObject *self, PyObject *index) {
 static PyObject *on_device(PyObject *index, const char *name, int (*what)(void *context), void *context) {
     int device = (int)PyLong_AsLong(index), status;
     if (PyErr_Occurred()) return NULL;
-    if (usable(device)) return PyErr_Format(PyExc_RuntimeError, "%s: cuda:%d cannot be used: %s", name, device, last_error());
-    Py_BEGIN_ALLOW_THREADS
-    int entered = cuda->enter(device);
+    if (usable(device))
+        return PyErr_Format(PyExc_RuntimeError, "%s: cuda:%d cannot be used: %s", name, device, last_error());
+    Py_BEGIN_ALLOW_THREADS int entered = cuda->enter(device);
     status = entered < 0 ? -1 : what(context);
     cuda->leave(entered);
-    Py_END_ALLOW_THREADS
-    return status ? cuda_failed(name, device + 1) : Py_NewRef(Py_None);
+    Py_END_ALLOW_THREADS return status ? cuda_failed(name, device + 1) : Py_NewRef(Py_None);
 }
 
-static int synchronize_device(void *unused) { (void)unused; return cuda->synchronize_device(); }
+static int synchronize_device(void *unused) {
+    (void)unused;
+    return cuda->synchronize_device();
+}
 static PyObject *py_cuda_synchronize(PyObject *self, PyObject *index) {
     (void)self;
     PyObject *result = on_device(index, "synchronize", synchronize_device, NULL);
@@ -110,7 +121,10 @@ static PyObject *py_cuda_synchronize(PyObject *self, PyObject *index) {
     return result;
 }
 
-static int memory_info(void *context) { int64_t *m = context; return cuda->memory(&m[0], &m[1]); }
+static int memory_info(void *context) {
+    int64_t *m = context;
+    return cuda->memory(&m[0], &m[1]);
+}
 static PyObject *py_cuda_memory(PyObject *self, PyObject *index) {
     (void)self;
     int64_t m[2];
@@ -128,11 +142,13 @@ static PyObject *py_cuda_properties(PyObject *self, PyObject *index) {
     if (!cuda || cuda->properties(device, &p))
         return PyErr_Format(PyExc_RuntimeError, "properties: cuda:%d: %s", device,
                             cuda ? last_error() : "this build has no CUDA kernels");
-    return Py_BuildValue("{s:s,s:i,s:i,s:s}", "name", p.name, "sm", p.sm, "multiprocessors", p.multiprocessors, "bus", p.bus);
+    return Py_BuildValue("{s:s,s:i,s:i,s:s}", "name", p.name, "sm", p.sm, "multiprocessors",
+                         p.multiprocessors, "bus", p.bus);
 }
 
 static PyObject *py_cuda_versions(PyObject *self, PyObject *unused) {
-    (void)self; (void)unused;
+    (void)self;
+    (void)unused;
     int driver = 0, runtime = 0;
     if (cuda) cuda->versions(&driver, &runtime);
     return Py_BuildValue("(ii)", driver, runtime);
@@ -152,7 +168,8 @@ static PyObject *py_cuda_set_stream(PyObject *self, PyObject *args) {
     return Py_BuildValue("(Ki)", (unsigned long long)(uintptr_t)before, device);
 }
 static PyObject *py_cuda_get_stream(PyObject *self, PyObject *unused) {
-    (void)self; (void)unused;
+    (void)self;
+    (void)unused;
     return Py_BuildValue("(Ki)", (unsigned long long)(uintptr_t)current.stream, current.device);
 }
 
@@ -169,7 +186,8 @@ static PyObject *py_cublas_paths(PyObject *self, PyObject *paths) {
 }
 /* -> (version, file) of cuBLASLt, loaded if it is not yet; RuntimeError when there is none. */
 static PyObject *py_cublas_version(PyObject *self, PyObject *unused) {
-    (void)self; (void)unused;
+    (void)self;
+    (void)unused;
     const char *path = "";
     if (!cuda) return PyErr_Format(PyExc_RuntimeError, "this build has no CUDA kernels");
     int64_t version = cuda->cublas_version(&path);
@@ -178,18 +196,26 @@ static PyObject *py_cublas_version(PyObject *self, PyObject *unused) {
 }
 
 PyMethodDef device_methods[] = {
-    { "cuda_hooks", py_cuda_hooks, METH_VARARGS, "cuda_hooks($module, workspace, stream, /)\n--\n\nSee longlora/cuda.py." },
-    { "cuda_devices", py_cuda_devices, METH_NOARGS, "cuda_devices($module, /)\n--\n\n(count, why there is none or None)" },
-    { "cuda_refusal", py_cuda_refusal, METH_O, "cuda_refusal($module, index, /)\n--\n\nWhy a device cannot be used, or None." },
+    { "cuda_hooks", py_cuda_hooks, METH_VARARGS,
+      "cuda_hooks($module, workspace, stream, /)\n--\n\nSee longlora/cuda.py." },
+    { "cuda_devices", py_cuda_devices, METH_NOARGS,
+      "cuda_devices($module, /)\n--\n\n(count, why there is none or None)" },
+    { "cuda_refusal", py_cuda_refusal, METH_O,
+      "cuda_refusal($module, index, /)\n--\n\nWhy a device cannot be used, or None." },
     { "cuda_properties", py_cuda_properties, METH_O,
       "cuda_properties($module, index, /)\n--\n\nname, sm, multiprocessors, bus." },
-    { "cuda_versions", py_cuda_versions, METH_NOARGS, "cuda_versions($module, /)\n--\n\n(driver, runtime), 13000 for 13.0." },
+    { "cuda_versions", py_cuda_versions, METH_NOARGS,
+      "cuda_versions($module, /)\n--\n\n(driver, runtime), 13000 for 13.0." },
     { "cuda_synchronize", py_cuda_synchronize, METH_O, "cuda_synchronize($module, index, /)\n--\n\n" },
     { "cuda_memory", py_cuda_memory, METH_O, "cuda_memory($module, index, /)\n--\n\n(free, total) bytes." },
     { "cuda_set_stream", py_cuda_set_stream, METH_VARARGS,
-      "cuda_set_stream($module, handle, /)\n--\n\nThe thread's stream -> the former one: (handle, device or -1)." },
-    { "cuda_get_stream", py_cuda_get_stream, METH_NOARGS, "cuda_get_stream($module, /)\n--\n\n(handle, device or -1)" },
-    { "cublas_paths", py_cublas_paths, METH_O, "cublas_paths($module, paths, /)\n--\n\nWhere to look for cuBLASLt." },
-    { "cublas_version", py_cublas_version, METH_NOARGS, "cublas_version($module, /)\n--\n\n(version, file), loading it." },
+      "cuda_set_stream($module, handle, /)\n--\n\nThe thread's stream -> the former one: (handle, device or "
+      "-1)." },
+    { "cuda_get_stream", py_cuda_get_stream, METH_NOARGS,
+      "cuda_get_stream($module, /)\n--\n\n(handle, device or -1)" },
+    { "cublas_paths", py_cublas_paths, METH_O,
+      "cublas_paths($module, paths, /)\n--\n\nWhere to look for cuBLASLt." },
+    { "cublas_version", py_cublas_version, METH_NOARGS,
+      "cublas_version($module, /)\n--\n\n(version, file), loading it." },
     { NULL, NULL, 0, NULL },
 };

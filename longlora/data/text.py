@@ -1,4 +1,5 @@
 """Text to sequences of token ids: read, checked, tokenised once to a mapped file, cut, and dealt out in a seeded order."""
+
 import copy
 import hashlib
 import json
@@ -8,20 +9,24 @@ import numpy as np
 
 from longlora.decoder.config import read_json
 from longlora.errors import UserError
-from longlora.memory.plan import available_memory
 from longlora.files.safetensors import replacing, write_json
+from longlora.memory.plan import available_memory
 
-BLOCK = 1 << 17                        # bytes of a .txt that are read, and tokenised on one core, at a time
-AT_ONCE = 16                           # blocks of text that are tokenised side by side
-BYTES_PER_CHARACTER = 64               # what the tokenizers library needs while it works, measured on English text
-NEIGHBOURS = 256                       # characters on both sides of a cut that must tokenise as if it were not there
+BLOCK = 1 << 17  # bytes of a .txt that are read, and tokenised on one core, at a time
+AT_ONCE = 16  # blocks of text that are tokenised side by side
+BYTES_PER_CHARACTER = 64  # what the tokenizers library needs while it works, measured on English text
+NEIGHBOURS = 256  # characters on both sides of a cut that must tokenise as if it were not there
 
 
 def files_of(path):
     """The files that `path` stands for, in a fixed order."""
     if os.path.isdir(path):
-        found = sorted(os.path.join(root, name) for root, _, names in os.walk(path) for name in names
-                       if name.endswith((".txt", ".jsonl")))
+        found = sorted(
+            os.path.join(root, name)
+            for root, _, names in os.walk(path)
+            for name in names
+            if name.endswith((".txt", ".jsonl"))
+        )
         if not found:
             raise UserError(f"{path}: holds no .txt and no .jsonl file")
         return found
@@ -80,9 +85,11 @@ def documents(path):
             try:
                 record = json.loads(text.removeprefix("\ufeff") if number == 1 else text)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}: line {number} is not JSON: {getattr(error, 'msg', error)}") from None
+                raise UserError(
+                    f"{path}: line {number} is not JSON: {getattr(error, 'msg', error)}"
+                ) from None
             if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise UserError(f"{path}: line {number} should be an object with a string \"text\"")
+                raise UserError(f'{path}: line {number} should be an object with a string "text"')
             if record["text"]:
                 count += 1
                 yield (record["text"],)
@@ -106,7 +113,7 @@ def encode_documents(tokenizer, documents):
         first = True
         for text, last in _parts(tokenizer, pieces):
             waiting.append((text, first, last))
-            size, first = size + max(len(text), 64), False             # the shortest takes memory too
+            size, first = size + max(len(text), 64), False  # the shortest takes memory too
             if size >= AT_ONCE * BLOCK:
                 yield from encoded()
                 waiting, size = [], 0
@@ -121,12 +128,15 @@ def _parts(tokenizer, pieces):
     cut is found (a SentencePiece model that puts a space before a text's first word) the pieces are joined and memory
     bounds the document.
     """
+
     def bare(text):
         return tokenizer.backend.encode(text, add_special_tokens=False).ids
 
     def clean(left, right):
         left, right = left[-NEIGHBOURS:], right[:NEIGHBOURS]
-        if not left.strip() or not right[:2].strip():  # a long run of spaces can be cut in step with its own tokens
+        if (
+            not left.strip() or not right[:2].strip()
+        ):  # a long run of spaces can be cut in step with its own tokens
             return False
         return bare(left + right) == bare(left) + bare(right)
 
@@ -138,8 +148,10 @@ def _parts(tokenizer, pieces):
             held = held[at:]
         held += piece
         if len(held) * BYTES_PER_CHARACTER > available_memory():
-            raise UserError(f"a document of more than {len(held):,} characters does not fit in memory while it is tokenised; "
-                            "cut it into several files, or one document a line of .jsonl")
+            raise UserError(
+                f"a document of more than {len(held):,} characters does not fit in memory while it is tokenised; "
+                "cut it into several files, or one document a line of .jsonl"
+            )
     yield held, True
 
 
@@ -149,7 +161,7 @@ def _cut(held, piece, clean):
     for _ in range(8):
         if at <= 0:
             return None
-        if clean(held[:at], (held[at:at + NEIGHBOURS] + piece)[:NEIGHBOURS]):
+        if clean(held[:at], (held[at : at + NEIGHBOURS] + piece)[:NEIGHBOURS]):
             return at
         at = held.rfind("\n", 0, at - 1) + 1
     return None
@@ -159,8 +171,8 @@ def _affixes(tokenizer):
     """The special tokens that the tokenizer puts before and after a text."""
     bare = tokenizer.backend.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a").tolist()
-    at = next(i for i in range(len(whole) - len(bare) + 1) if whole[i:i + len(bare)] == bare)
-    return np.array(whole[:at], np.int32), np.array(whole[at + len(bare):], np.int32)
+    at = next(i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
+    return np.array(whole[:at], np.int32), np.array(whole[at + len(bare) :], np.int32)
 
 
 class Tokens:
@@ -170,7 +182,7 @@ class Tokens:
         self.ids, self.borders, self.fingerprint = ids, borders, fingerprint
 
     def document(self, i):
-        return self.ids[self.borders[i]:self.borders[i + 1]]
+        return self.ids[self.borders[i] : self.borders[i + 1]]
 
     def __len__(self):
         return len(self.borders) - 1
@@ -190,7 +202,7 @@ def read_bin(path, vocab_size):
         raise UserError(f"{path}: {size - start} bytes are no whole number of {dtype.name} tokens")
     ids, digest = np.memmap(path, dtype, "r", start), hashlib.sha256()
     for first in range(0, len(ids), 1 << 22):
-        part = ids[first:first + (1 << 22)]
+        part = ids[first : first + (1 << 22)]
         if int(part.max()) >= vocab_size:
             at = first + int(np.argmax(part >= vocab_size))
             raise UserError(f"{path}: token {at} is {ids[at]}, the model has {vocab_size}")
@@ -223,11 +235,16 @@ def tokenise(path, tokenizer, vocab_size, cache_dir, say=print):
 
 def _tokenise(files, tokenizer, stem, say):
     from tqdm import tqdm
+
     eos, borders, digest = tokenizer.eos_token_id, [0], hashlib.sha256()
     total = sum(os.path.getsize(f) for f in files)
     # The .json goes last: with it the cache is complete.
-    with replacing(stem + ".bin") as aside, open(aside, "wb") as out, \
-            tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", leave=False, disable=None) as bar:
+    with (
+        replacing(stem + ".bin") as aside,
+        open(aside, "wb") as out,
+        tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", leave=False, disable=None) as bar,
+    ):
+
         def put(ids):
             ids = ids.astype("<i4", copy=False)
             digest.update(ids)
@@ -240,7 +257,9 @@ def _tokenise(files, tokenizer, stem, say):
                 bar.update(len(piece.encode()))
 
         size, final = 0, None
-        for ids, ends in encode_documents(tokenizer, (counted(pieces) for path in files for pieces in documents(path))):
+        for ids, ends in encode_documents(
+            tokenizer, (counted(pieces) for path in files for pieces in documents(path))
+        ):
             size += put(ids)
             final = int(ids[-1]) if len(ids) else final
             if not ends:
@@ -251,7 +270,9 @@ def _tokenise(files, tokenizer, stem, say):
             size, final = 0, None
     digest.update(np.array(borders))
     write_json(stem + ".json", {"files": files, "fingerprint": digest.hexdigest(), "borders": borders})
-    say(f"tokenised {len(borders) - 1:,} documents, {borders[-1]:,} tokens, {total / max(borders[-1], 1):.2f} bytes each")
+    say(
+        f"tokenised {len(borders) - 1:,} documents, {borders[-1]:,} tokens, {total / max(borders[-1], 1):.2f} bytes each"
+    )
 
 
 class Sequences:
@@ -268,9 +289,11 @@ class Sequences:
         long = int((sizes > length).sum())
         if long and long_documents == "refuse":
             i = int(np.argmax(sizes > length))
-            raise UserError(f"{where}: document {i} has {int(sizes[i]):,} tokens, the sequence {length:,} ({long} such); "
-                            "long_documents can be split, truncate or drop")
-        self.pieces = []               # lists of (first, last) in tokens.ids
+            raise UserError(
+                f"{where}: document {i} has {int(sizes[i]):,} tokens, the sequence {length:,} ({long} such); "
+                "long_documents can be split, truncate or drop"
+            )
+        self.pieces = []  # lists of (first, last) in tokens.ids
         open_, room, lost = [], length, 0
         for first, size in zip(tokens.borders[:-1].tolist(), sizes.tolist()):
             if size > length and long_documents == "drop":
@@ -290,10 +313,16 @@ class Sequences:
             self.pieces.append(open_)
         if not self.pieces:
             raise UserError(f"{where}: leaves no sequence of {length} tokens")
-        done = {"split": "split", "truncate": f"truncated, {lost:,} tokens lost", "drop": f"dropped, {lost:,} tokens lost"}
-        self.sentence = (f"{len(tokens):,} documents, {int(sizes.sum()):,} tokens (shortest {int(sizes.min()):,}, median "
-                         f"{int(np.median(sizes)):,}, longest {int(sizes.max()):,}) -> {len(self.pieces):,} sequences of "
-                         f"{length:,}" + (f"; {long:,} longer documents {done.get(long_documents)}" if long else ""))
+        done = {
+            "split": "split",
+            "truncate": f"truncated, {lost:,} tokens lost",
+            "drop": f"dropped, {lost:,} tokens lost",
+        }
+        self.sentence = (
+            f"{len(tokens):,} documents, {int(sizes.sum()):,} tokens (shortest {int(sizes.min()):,}, median "
+            f"{int(np.median(sizes)):,}, longest {int(sizes.max()):,}) -> {len(self.pieces):,} sequences of "
+            f"{length:,}" + (f"; {long:,} longer documents {done.get(long_documents)}" if long else "")
+        )
 
     def __len__(self):
         return len(self.pieces)
@@ -302,7 +331,9 @@ class Sequences:
         """Take the last share of the sequences, at least one, away -> Sequences of their own."""
         count = max(1, round(fraction * len(self.pieces)))
         if count >= len(self.pieces):
-            raise UserError(f"eval_fraction {fraction:g} of {len(self.pieces)} sequences leaves none to train on")
+            raise UserError(
+                f"eval_fraction {fraction:g} of {len(self.pieces)} sequences leaves none to train on"
+            )
         other = copy.copy(self)
         self.pieces, other.pieces = self.pieces[:-count], self.pieces[-count:]
         return other
@@ -321,8 +352,8 @@ def batch(sequences, indices, multiple=1):
     length = -(-max(map(len, rows)) // multiple) * multiple
     ids, targets = np.zeros((len(rows), length), np.int32), np.full((len(rows), length), -100, np.int32)
     for row, found in enumerate(rows):
-        ids[row, :len(found)] = found
-        targets[row, :len(found) - 1] = found[1:]
+        ids[row, : len(found)] = found
+        targets[row, : len(found) - 1] = found[1:]
     return ids, targets
 
 
@@ -337,7 +368,10 @@ class Order:
         for _ in range(count):
             epoch, place = divmod(self.position, self.n)
             if epoch != self._epoch:
-                self._epoch, self._places = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n)
+                self._epoch, self._places = (
+                    epoch,
+                    np.random.default_rng([self.seed, epoch]).permutation(self.n),
+                )
             out.append(int(self._places[place]))
             self.position += 1
         return out

@@ -2,6 +2,7 @@
 
 A field that would change the function computed and that we do not compute is never passed over.
 """
+
 import json
 import os
 from dataclasses import dataclass, field
@@ -11,25 +12,64 @@ from longlora.errors import UserError
 
 # What tells the families apart, as transformers' modeling files have it. A string names the config key that decides.
 FAMILIES = {
-    "llama": dict(architecture="LlamaForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=False,
-                  head_dim=None, sliding_window=None),
-    "mistral": dict(architecture="MistralForCausalLM", qkv_bias=False, o_bias=False, qk_norm=False,
-                    head_dim=None, sliding_window=4096),
-    "qwen2": dict(architecture="Qwen2ForCausalLM", qkv_bias=True, o_bias=False, qk_norm=False,
-                  head_dim=None, sliding_window="use_sliding_window"),
-    "qwen3": dict(architecture="Qwen3ForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True,
-                  head_dim=128, sliding_window="use_sliding_window"),
+    "llama": dict(
+        architecture="LlamaForCausalLM",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm=False,
+        head_dim=None,
+        sliding_window=None,
+    ),
+    "mistral": dict(
+        architecture="MistralForCausalLM",
+        qkv_bias=False,
+        o_bias=False,
+        qk_norm=False,
+        head_dim=None,
+        sliding_window=4096,
+    ),
+    "qwen2": dict(
+        architecture="Qwen2ForCausalLM",
+        qkv_bias=True,
+        o_bias=False,
+        qk_norm=False,
+        head_dim=None,
+        sliding_window="use_sliding_window",
+    ),
+    "qwen3": dict(
+        architecture="Qwen3ForCausalLM",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm=True,
+        head_dim=128,
+        sliding_window="use_sliding_window",
+    ),
 }
 # Sizes beyond these are a damaged file, not a model.
-LIMITS = dict(vocab_size=1 << 24, hidden_size=1 << 20, intermediate_size=1 << 22, num_hidden_layers=1 << 12,
-              num_attention_heads=1 << 14, num_key_value_heads=1 << 14, head_dim=1 << 12, max_position_embeddings=1 << 31)
+LIMITS = dict(
+    vocab_size=1 << 24,
+    hidden_size=1 << 20,
+    intermediate_size=1 << 22,
+    num_hidden_layers=1 << 12,
+    num_attention_heads=1 << 14,
+    num_key_value_heads=1 << 14,
+    head_dim=1 << 12,
+    max_position_embeddings=1 << 31,
+)
 # Keys that, when set, ask for something the decoder does not do.
-REFUSED = ("attn_logit_softcapping", "final_logit_softcapping", "quantization_config", "num_local_experts", "num_experts")
+REFUSED = (
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "quantization_config",
+    "num_local_experts",
+    "num_experts",
+)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """One decoder. `raw` is the config.json as it was read; `rope` is what it says about positions."""
+
     family: str
     vocab_size: int
     hidden_size: int
@@ -107,7 +147,9 @@ def read_config(source, where="config"):
 def _config(raw, where):
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise UserError(f"{where}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+        raise UserError(
+            f"{where}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}"
+        )
     known = FAMILIES[family]
 
     def size(name, default=None):
@@ -123,7 +165,9 @@ def _config(raw, where):
     def number(name, default, low, high):
         value = raw.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
-            raise UserError(f"{where}: {name} should be a number above {low:g}, at most {high:g}, got {value!r}")
+            raise UserError(
+                f"{where}: {name} should be a number above {low:g}, at most {high:g}, got {value!r}"
+            )
         return float(value)
 
     def flag(name, default=False):
@@ -137,7 +181,9 @@ def _config(raw, where):
         if isinstance(value, list):
             value = value[0] if value else None
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise UserError(f"{where}: {name} should be a token id, a list of them or null, got {raw[name]!r}")
+            raise UserError(
+                f"{where}: {name} should be a token id, a list of them or null, got {raw[name]!r}"
+            )
         return value
 
     def decided(rule):
@@ -145,30 +191,57 @@ def _config(raw, where):
 
     _refuse(raw, known, where)
     heads, hidden, layers = size("num_attention_heads"), size("hidden_size"), size("num_hidden_layers")
-    kv_heads = size("num_key_value_heads", heads if family == "llama" or "num_key_value_heads" in raw else None)
+    kv_heads = size(
+        "num_key_value_heads", heads if family == "llama" or "num_key_value_heads" in raw else None
+    )
     if heads % kv_heads:
-        raise UserError(f"{where}: num_attention_heads {heads} should be a multiple of num_key_value_heads {kv_heads}")
+        raise UserError(
+            f"{where}: num_attention_heads {heads} should be a multiple of num_key_value_heads {kv_heads}"
+        )
     head_dim = raw.get("head_dim") or known["head_dim"]
     if head_dim is None and hidden % heads:
-        raise UserError(f"{where}: hidden_size {hidden} should be a multiple of num_attention_heads {heads}, or head_dim given")
-    head_dim = size("head_dim", head_dim or hidden // heads) if raw.get("head_dim") is not None else head_dim or hidden // heads
+        raise UserError(
+            f"{where}: hidden_size {hidden} should be a multiple of num_attention_heads {heads}, or head_dim given"
+        )
+    head_dim = (
+        size("head_dim", head_dim or hidden // heads)
+        if raw.get("head_dim") is not None
+        else head_dim or hidden // heads
+    )
     if head_dim % 2 or head_dim < 4:
         raise UserError(f"{where}: head_dim should be even and at least 4, got {head_dim}")
     _refuse_window(raw, known, layers, where)
     length = size("max_position_embeddings")
     return ModelConfig(
-        family=family, vocab_size=size("vocab_size"), hidden_size=hidden, intermediate_size=size("intermediate_size"),
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
-        rms_norm_eps=number("rms_norm_eps", 1e-6, 0.0, 1.0), tie_word_embeddings=flag("tie_word_embeddings"),
-        qkv_bias=decided(known["qkv_bias"]), o_bias=decided(known["o_bias"]), mlp_bias=False, qk_norm=known["qk_norm"],
-        max_position_embeddings=length, rope=rope_.read(raw, length, where), bos_token_id=token("bos_token_id"),
-        eos_token_id=token("eos_token_id"), initializer_range=number("initializer_range", 0.02, 0.0, 10.0), raw=raw)
+        family=family,
+        vocab_size=size("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=size("intermediate_size"),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=number("rms_norm_eps", 1e-6, 0.0, 1.0),
+        tie_word_embeddings=flag("tie_word_embeddings"),
+        qkv_bias=decided(known["qkv_bias"]),
+        o_bias=decided(known["o_bias"]),
+        mlp_bias=False,
+        qk_norm=known["qk_norm"],
+        max_position_embeddings=length,
+        rope=rope_.read(raw, length, where),
+        bos_token_id=token("bos_token_id"),
+        eos_token_id=token("eos_token_id"),
+        initializer_range=number("initializer_range", 0.02, 0.0, 10.0),
+        raw=raw,
+    )
 
 
 def _refuse(raw, known, where):
     found = raw.get("architectures")
     if found not in (None, [], [known["architecture"]]):
-        raise UserError(f"{where}: architectures {found!r} is not supported; supported is {known['architecture']}")
+        raise UserError(
+            f"{where}: architectures {found!r} is not supported; supported is {known['architecture']}"
+        )
     act = raw.get("hidden_act", "silu")
     if act not in ("silu", "swish"):
         raise UserError(f"{where}: hidden_act {act!r} is not supported; supported is silu")
@@ -176,15 +249,23 @@ def _refuse(raw, known, where):
         raise UserError(f"{where}: mlp_bias {raw['mlp_bias']!r} is not supported; supported is false")
     for name in REFUSED:
         if raw.get(name):
-            raise UserError(f"{where}: {name} {raw[name]!r} is not supported; supported is a plain dense decoder without it")
+            raise UserError(
+                f"{where}: {name} {raw[name]!r} is not supported; supported is a plain dense decoder without it"
+            )
 
 
 def _refuse_window(raw, known, layers, where):
     """Stop at an active sliding window, by the rules of transformers: Mistral's is active unless null, Qwen's by its flag."""
     types = raw.get("layer_types") or []
     if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
-        other = sorted({str(kind) for kind in types if kind != "full_attention"}) if isinstance(types, list) else [repr(types)]
-        raise UserError(f"{where}: layer_types has {', '.join(other)}; supported is full_attention in all layers")
+        other = (
+            sorted({str(kind) for kind in types if kind != "full_attention"})
+            if isinstance(types, list)
+            else [repr(types)]
+        )
+        raise UserError(
+            f"{where}: layer_types has {', '.join(other)}; supported is full_attention in all layers"
+        )
     rule = known["sliding_window"]
     if rule is None or types and rule == "use_sliding_window":
         return
@@ -192,5 +273,7 @@ def _refuse_window(raw, known, layers, where):
     if rule == "use_sliding_window" and (not raw.get(rule) or isinstance(first, int) and first >= layers):
         return
     if window is not None:
-        raise UserError(f"{where}: an active sliding_window of {window!r} is not supported; supported is full attention "
-                        "(sliding_window null)")
+        raise UserError(
+            f"{where}: an active sliding_window of {window!r} is not supported; supported is full attention "
+            "(sliding_window null)"
+        )

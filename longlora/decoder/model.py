@@ -9,6 +9,7 @@ comments are the steps of one layer:
 and n' is the backward of step n. d is the gradient of the residual stream, from x' down to x in one buffer. What is not
 kept is computed again by the same calls, so every choice of checkpointing gives the same bits.
 """
+
 import math
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from longlora import _C
-from longlora.memory import plan as plan_
 from longlora.decoder import rope as rope_
 from longlora.device import CPU, Inputs, host, send
 from longlora.errors import UserError
+from longlora.memory import plan as plan_
 from longlora.ops import BOUNDARIES, SHIFTS
 
 IGNORE = -100
@@ -49,8 +50,15 @@ class Linears:
         self.weight, self.bias, self.a, self.b, self.scale = weight, bias, a, b, scale
         self.dweight, self.dbias, self.da = dweight, dbias, da
         self.db = blocks[0][2] if len(blocks) == 1 and blocks[0][0] == slice(0, weight.shape[0]) else None
-        self.blocks = [] if self.db is not None else [
-            (rows, columns, db, weight[rows], a[columns], b[rows, columns]) for rows, columns, db in blocks if db is not None]
+        self.blocks = (
+            []
+            if self.db is not None
+            else [
+                (rows, columns, db, weight[rows], a[columns], b[rows, columns])
+                for rows, columns, db in blocks
+                if db is not None
+            ]
+        )
         self.learns = any(x is not None for x in (dweight, dbias, da, self.db)) or bool(self.blocks)
 
     def forward(self, out, u, x, residual=None):
@@ -58,10 +66,25 @@ class Linears:
 
     def backward(self, dx, dout, x, u):
         """dx (not if None) and the gradients of what is trained. x is not read when nothing is."""
-        _C.lora_linear_backward(dx, self.da, self.db, self.dweight, self.dbias, dout, x, self.weight, self.a, self.b, u,
-                                self.scale, 0)
+        _C.lora_linear_backward(
+            dx,
+            self.da,
+            self.db,
+            self.dweight,
+            self.dbias,
+            dout,
+            x,
+            self.weight,
+            self.a,
+            self.b,
+            u,
+            self.scale,
+            0,
+        )
         for rows, columns, db, weight, a, b in self.blocks:
-            _C.lora_linear_backward(None, None, db, None, None, dout[:, rows], None, weight, a, b, u[:, columns], self.scale, 0)
+            _C.lora_linear_backward(
+                None, None, db, None, None, dout[:, rows], None, weight, a, b, u[:, columns], self.scale, 0
+            )
 
 
 # The parts of a layer that can learn, in the order of the backward. Where nothing below a layer learns, its backward ends after
@@ -81,17 +104,37 @@ class Layer:
         for group, (_, outs) in plan_.widths(model.config).items():
             blocks, modules = [], plan_.GROUPS[group][1]
             for j, name in enumerate(plan_.adapted(group, model.lora)):
-                first = sum(outs[:modules.index(name)])
-                rows, columns = slice(first, first + outs[modules.index(name)]), slice(j * model.lora.r, (j + 1) * model.lora.r)
+                first = sum(outs[: modules.index(name)])
+                rows, columns = (
+                    slice(first, first + outs[modules.index(name)]),
+                    slice(j * model.lora.r, (j + 1) * model.lora.r),
+                )
                 blocks.append((rows, columns, view(f"grad.{group}.B.{name}.{i}")))
-            setattr(self, group, Linears(
-                view(f"{group}.weight.{i}"), view(f"{group}.bias.{i}"), view(f"{group}.A.{i}"), view(f"{group}.B.{i}"),
-                model.lora.scale if blocks else 1.0, view(f"grad.{group}.weight.{i}"), view(f"grad.{group}.bias.{i}"),
-                view(f"grad.{group}.A.{i}"), blocks))
+            setattr(
+                self,
+                group,
+                Linears(
+                    view(f"{group}.weight.{i}"),
+                    view(f"{group}.bias.{i}"),
+                    view(f"{group}.A.{i}"),
+                    view(f"{group}.B.{i}"),
+                    model.lora.scale if blocks else 1.0,
+                    view(f"grad.{group}.weight.{i}"),
+                    view(f"grad.{group}.bias.{i}"),
+                    view(f"grad.{group}.A.{i}"),
+                    blocks,
+                ),
+            )
         heads = self.dq_norm is not None or self.dk_norm is not None
-        learns = {W1: self.dw1 is not None, QKV: self.qkv.learns or heads, O: self.o.learns, W2: self.dw2 is not None,
-                  GATE_UP: self.gate_up.learns, DOWN: self.down.learns}
-        self.last = next((part for part, there in learns.items() if there), None)      # the last one that learns
+        learns = {
+            W1: self.dw1 is not None,
+            QKV: self.qkv.learns or heads,
+            O: self.o.learns,
+            W2: self.dw2 is not None,
+            GATE_UP: self.gate_up.learns,
+            DOWN: self.down.learns,
+        }
+        self.last = next((part for part, there in learns.items() if there), None)  # the last one that learns
 
 
 class Batch:
@@ -101,7 +144,12 @@ class Batch:
     """
 
     def __init__(self, config, buffers, B, T, layers):
-        H, K, D, F = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.intermediate_size
+        H, K, D, F = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.intermediate_size,
+        )
         self.B, self.T, self.M = B, T, B * T
 
         def per_layer(name):
@@ -110,24 +158,44 @@ class Batch:
         def heads(x):
             return x.reshape((B, T, x.shape[1] // D, D))
 
-        self.x, self.h, self.o, self.qkv, self.lse = (per_layer(name) for name in ("x", "h", "o", "qkv", "lse"))
+        self.x, self.h, self.o, self.qkv, self.lse = (
+            per_layer(name) for name in ("x", "h", "o", "qkv", "lse")
+        )
         if self.h[0] is None:
-            self.h = self.x                            # evaluation: the stream is one buffer
+            self.h = self.x  # evaluation: the stream is one buffer
         self.rstd2, self.gp = per_layer("rstd2"), per_layer("gp")
         self.u = {group: per_layer(f"u.{group}") for group in plan_.GROUPS}
         self.o4 = [heads(x) for x in self.o]
         # q and k side by side go through rope in one call; with norms of heads they get a buffer of their own
-        both = [heads(buffers["qk"])] * layers if config.qk_norm else [heads(x)[:, :, :H + K] for x in self.qkv]
+        both = (
+            [heads(buffers["qk"])] * layers if config.qk_norm else [heads(x)[:, :, : H + K] for x in self.qkv]
+        )
         self.qk4, self.q4, self.k4 = both, [x[:, :, :H] for x in both], [x[:, :, H:] for x in both]
-        self.v4 = [heads(x)[:, :, H + K:] for x in self.qkv]
-        for name in ("n", "rstd", "d", "dn", "do", "dqkv", "n2", "f", "losses", "dlosses", "head_lse", "qk", "qk_rstd", "ids",
-                     "targets", "order"):
+        self.v4 = [heads(x)[:, :, H + K :] for x in self.qkv]
+        for name in (
+            "n",
+            "rstd",
+            "d",
+            "dn",
+            "do",
+            "dqkv",
+            "n2",
+            "f",
+            "losses",
+            "dlosses",
+            "head_lse",
+            "qk",
+            "qk_rstd",
+            "ids",
+            "targets",
+            "order",
+        ):
             setattr(self, name, buffers.get(name))
-        self.stream = self.x[0] if self.d is None else self.d     # x after the last layer
+        self.stream = self.x[0] if self.d is None else self.d  # x after the last layer
         if self.dqkv is not None:
             d4 = heads(self.dqkv)
-            self.do4, self.dqk4 = heads(self.do), d4[:, :, :H + K]
-            self.dq4, self.dk4, self.dv4 = d4[:, :, :H], d4[:, :, H:H + K], d4[:, :, H + K:]
+            self.do4, self.dqk4 = heads(self.do), d4[:, :, : H + K]
+            self.dq4, self.dk4, self.dv4 = d4[:, :, :H], d4[:, :, H : H + K], d4[:, :, H + K :]
         self.head_columns = [slice(h * D, (h + 1) * D) for h in range(H + K)] if config.qk_norm else []
         self.tiles = [self._tile(start, F) for start in range(0, self.M, plan_.TILE)]
 
@@ -140,7 +208,9 @@ class Batch:
             gp = gp[rows] if gp.shape[0] == self.M else gp[count]
             u = self.u["gate_up"][i]
             after = self.x[i + 1] if i + 1 < len(self.x) else self.stream
-            layers.append((after[rows], self.h[i][rows], self.rstd2[i][rows], gp, gp[:, :F], gp[:, F:], u and u[rows]))
+            layers.append(
+                (after[rows], self.h[i][rows], self.rstd2[i][rows], gp, gp[:, :F], gp[:, F:], u and u[rows])
+            )
         gradients = (None, None) if self.dn is None else (self.d[rows], self.dn[rows])
         return self.n2[count], self.f[count], *gradients, layers
 
@@ -154,7 +224,9 @@ class Model:
     evaluation is always dense. Fill it by load(), or init_random(); both leave LoRA at its start, A random by `seed`, B 0.
     """
 
-    def __init__(self, config, *, dtype="float32", lora=None, rope=None, plan=None, attention=None, seed=0, device=CPU):
+    def __init__(
+        self, config, *, dtype="float32", lora=None, rope=None, plan=None, attention=None, seed=0, device=CPU
+    ):
         if dtype not in plan_.DTYPES:
             raise UserError(f"dtype should be one of {', '.join(plan_.DTYPES)}, got {dtype!r}")
         if plan is not None and dtype == "float16":
@@ -177,14 +249,16 @@ class Model:
         # the backward's last layer, and the part of it where it ends
         self._end = 0, ALL
         if self._dembedding is None:
-            self._end = next(((i, layer.last) for i, layer in enumerate(self._layers) if layer.last is not None),
-                             (len(self._layers), ALL))
+            self._end = next(
+                ((i, layer.last) for i, layer in enumerate(self._layers) if layer.last is not None),
+                (len(self._layers), ALL),
+            )
         self._places = self._name_places()
         self.parameters = list(self._trained(layout))
         self._batches, self._tables, self._evaluated, self._inputs = {}, None, (None, None), Inputs()
         self._init_lora()
 
-    # ---- parameters --------------------------------------------------------------------------------------------------
+    # ---- parameters ------------------------------------------------------------------------------
 
     @staticmethod
     def _carve(arena, buffer, start=0):
@@ -205,9 +279,12 @@ class Model:
         """The block of group.B.i that holds this B."""
         group, _, module, i = s.key.split(".")
         modules, outs = plan_.GROUPS[group][1], plan_.widths(self.config)[group][1]
-        first, column = sum(outs[:modules.index(module)]), plan_.adapted(group, self.lora).index(module) * self.lora.r
+        first, column = (
+            sum(outs[: modules.index(module)]),
+            plan_.adapted(group, self.lora).index(module) * self.lora.r,
+        )
         whole = self._view(f"{group}.B.{i}")
-        return whole[first:first + s.shape[0], column:column + self.lora.r]
+        return whole[first : first + s.shape[0], column : column + self.lora.r]
 
     def _trained(self, layout):
         for name, (s, rows) in self._places.items():
@@ -260,8 +337,10 @@ class Model:
             odd = sorted(set(checkpoint.names()) ^ set(wanted))
             raise UserError(f"{checkpoint.path}: is not of the model's config: {odd[0]}")
         names = checkpoint.names()
-        np.empty(16 << 20, np.uint8)                   # freed again: now the C library keeps the memory of smaller arrays
-        with ThreadPoolExecutor(_C.get_num_threads()) as pool:         # NumPy, which converts, lets go of the interpreter
+        np.empty(16 << 20, np.uint8)  # freed again: now the C library keeps the memory of smaller arrays
+        with ThreadPoolExecutor(
+            _C.get_num_threads()
+        ) as pool:  # NumPy, which converts, lets go of the interpreter
             for _ in pool.map(lambda name: self._write(name, lambda out: checkpoint.read(name, out)), names):
                 pass
         self.refresh()
@@ -272,9 +351,15 @@ class Model:
 
         UserError for a rank or a tensor that this model does not have.
         """
-        if lora is not None and self.lora is not None and (lora.r, lora.scale) != (self.lora.r, self.lora.scale):
-            raise UserError(f"adapter: r and scale should be {self.lora.r} and {self.lora.scale:g}, got {lora.r} and "
-                            f"{lora.scale:g}")
+        if (
+            lora is not None
+            and self.lora is not None
+            and (lora.r, lora.scale) != (self.lora.r, self.lora.scale)
+        ):
+            raise UserError(
+                f"adapter: r and scale should be {self.lora.r} and {self.lora.scale:g}, got {lora.r} and "
+                f"{lora.scale:g}"
+            )
         for name, array in tensors.items():
             if name not in self._places:
                 raise UserError(f"adapter: the model has no {name}")
@@ -295,7 +380,9 @@ class Model:
             if s.kind in ("norm", "bias"):
                 self._write(name, lambda out: out.fill(1 if s.kind == "norm" else 0))
             else:
-                self._write(name, lambda out: self.draw(name, seed, out, self.config.initializer_range, normal=True))
+                self._write(
+                    name, lambda out: self.draw(name, seed, out, self.config.initializer_range, normal=True)
+                )
         self.refresh()
         return self
 
@@ -320,20 +407,24 @@ class Model:
                 part = random.standard_normal((count, columns), np.float32) * np.float32(width)
             else:
                 part = random.random((count, columns), np.float32) * np.float32(2 * width) - np.float32(width)
-            out[start:start + count].copy_(part)
+            out[start : start + count].copy_(part)
 
     def zero_grad(self):
         """Gradients to 0; every micro-batch adds to them."""
         self._views["grad"].fill(0)
 
-    # ---- buffers -----------------------------------------------------------------------------------------------------
+    # ---- buffers ---------------------------------------------------------------------------------
 
     @staticmethod
     def _scalars(attention):
         """(group_size, boundary, shift) as the op takes them; None where dense."""
         if attention is None:
             return None
-        return (attention["group_size"], BOUNDARIES[attention.get("boundary", "split")], SHIFTS[attention.get("shift", "half")])
+        return (
+            attention["group_size"],
+            BOUNDARIES[attention.get("boundary", "split")],
+            SHIFTS[attention.get("shift", "half")],
+        )
 
     def _attention_scalars(self, v, training):
         scale = 1 / math.sqrt(self.config.head_dim)
@@ -344,7 +435,9 @@ class Model:
     def _rope_tables(self, length):
         if self._tables is None or self._tables[0].shape[0] < length:
             longest = max(length, self.plan.sequence_length if self.plan is not None else 0)
-            self._tables = [send(x, self.device) for x in rope_.tables(self.rope, self.config.head_dim, longest)]
+            self._tables = [
+                send(x, self.device) for x in rope_.tables(self.rope, self.config.head_dim, longest)
+            ]
         return self._tables
 
     def _batch(self, B, T):
@@ -353,11 +446,15 @@ class Model:
         if found is None:
             layout = self.plan.activations(B, T)
             if layout.size > self.arena.shape[0] - self._activations:
-                raise UserError(f"a batch of {B} x {T} tokens is larger than the planned {self.plan.batch_size} x "
-                                f"{self.plan.sequence_length}")
-            if len(self._batches) >= 8:                # ragged lengths: views are cheap, but not without end
+                raise UserError(
+                    f"a batch of {B} x {T} tokens is larger than the planned {self.plan.batch_size} x "
+                    f"{self.plan.sequence_length}"
+                )
+            if len(self._batches) >= 8:  # ragged lengths: views are cheap, but not without end
                 self._batches.clear()
-            buffers = {name: self._carve(self.arena, b, self._activations) for name, b in layout.buffers.items()}
+            buffers = {
+                name: self._carve(self.arena, b, self._activations) for name, b in layout.buffers.items()
+            }
             found = self._batches[B, T] = Batch(self.config, buffers, B, T, len(self._layers))
         return found
 
@@ -365,7 +462,7 @@ class Model:
         """The buffers of an evaluation: the training pass's memory where it is large enough, else their own, kept for the next."""
         length, found = self._evaluated
         if length != T:
-            self._evaluated = found = None, None       # its memory is free before the next is taken
+            self._evaluated = found = None, None  # its memory is free before the next is taken
             layout = plan_.evaluation(self.config, self.dtype, T, self.lora)
             arena, start = self.arena, self._activations
             if layout.size > arena.shape[0] - start:
@@ -375,13 +472,18 @@ class Model:
             self._evaluated = T, found
         return found
 
-    # ---- forward -----------------------------------------------------------------------------------------------------
+    # ---- forward ---------------------------------------------------------------------------------
 
     def _queries(self, layer, i, v, cos, sin):
         """3, 4: norms of heads, then rope in place on q and k."""
         for j, columns in enumerate(v.head_columns):
-            weight, x = layer.q_norm if j < self.config.num_attention_heads else layer.k_norm, v.qkv[i][:, columns]
-            _C.rms_norm_forward(v.qk[:, columns], v.qk_rstd[j], None, x, None, weight, self.config.rms_norm_eps)
+            weight, x = (
+                layer.q_norm if j < self.config.num_attention_heads else layer.k_norm,
+                v.qkv[i][:, columns],
+            )
+            _C.rms_norm_forward(
+                v.qk[:, columns], v.qk_rstd[j], None, x, None, weight, self.config.rms_norm_eps
+            )
         _C.rope_forward(v.qk4[i], v.qk4[i], cos, sin, None)
 
     def _attention_forward(self, layer, i, v, tables, scalars, attend=True):
@@ -412,7 +514,7 @@ class Model:
             self._attention_forward(layer, i, v, tables, scalars)
             self._mlp_forward(layer, i, v)
 
-    # ---- backward ----------------------------------------------------------------------------------------------------
+    # ---- backward --------------------------------------------------------------------------------
 
     def _layer_backward(self, layer, i, v, tables, scalars, keeps, last):
         """d: gradient of x' -> gradient of x; less where the part `last` is the last one that is needed."""
@@ -425,36 +527,53 @@ class Model:
                 _C.rms_norm_forward(n2, rstd2, None, h, None, layer.w2, eps)
             if keeps != "none":
                 layer.gate_up.forward(gp, u, n2)
-            if layer.down.learns:                      # 10': a again from g and p; then da takes its place
+            if layer.down.learns:  # 10': a again from g and p; then da takes its place
                 _C.swiglu_forward(f, g, p)
                 layer.down.backward(None, d, f, None)
             if last == DOWN:
                 continue
-            _C.lora_linear_backward(f, None, None, None, None, d, None, layer.down.weight, layer.down.a, layer.down.b, None,
-                                    layer.down.scale, 0)
-            _C.swiglu_backward(g, p, f, g, p)          # 9', dg and dp over g and p
+            _C.lora_linear_backward(
+                f,
+                None,
+                None,
+                None,
+                None,
+                d,
+                None,
+                layer.down.weight,
+                layer.down.a,
+                layer.down.b,
+                None,
+                layer.down.scale,
+                0,
+            )
+            _C.swiglu_backward(g, p, f, g, p)  # 9', dg and dp over g and p
             layer.gate_up.backward(dn if last > GATE_UP else None, gp, n2, u)  # 8'
             if last > GATE_UP:
-                _C.rms_norm_backward(d, layer.dw2, dn, h, rstd2, layer.w2, d)  # 7': d is now the gradient of h
+                _C.rms_norm_backward(
+                    d, layer.dw2, dn, h, rstd2, layer.w2, d
+                )  # 7': d is now the gradient of h
         if last <= W2:
             return
         layer.o.backward(v.do if last > O else None, v.d, v.o[i], v.u["o"][i])  # 6'
         if last == O:
             return
-        if keeps == "none":                            # n1 again; and q, k where what was kept is what went into their norms
+        if keeps == "none":  # n1 again; and q, k where what was kept is what went into their norms
             _C.rms_norm_forward(v.n, v.rstd, None, v.x[i], None, layer.w1, eps)
             if v.qk is not None:
                 self._queries(layer, i, v, *tables)
-        _C.s2_attention_backward(v.dq4, v.dk4, v.dv4, v.do4, v.q4[i], v.k4[i], v.v4[i], v.o4[i], v.lse[i], None, *scalars)  # 5'
-        _C.rope_backward(v.dqk4, v.dqk4, *tables, None)                       # 4'
-        for j, columns in enumerate(v.head_columns):                          # 3'
+        _C.s2_attention_backward(
+            v.dq4, v.dk4, v.dv4, v.do4, v.q4[i], v.k4[i], v.v4[i], v.o4[i], v.lse[i], None, *scalars
+        )  # 5'
+        _C.rope_backward(v.dqk4, v.dqk4, *tables, None)  # 4'
+        for j, columns in enumerate(v.head_columns):  # 3'
             query = j < self.config.num_attention_heads
             weight, dweight = (layer.q_norm, layer.dq_norm) if query else (layer.k_norm, layer.dk_norm)
             d, x = v.dqkv[:, columns], v.qkv[i][:, columns]
             _C.rms_norm_backward(d, dweight, d, x, v.qk_rstd[j], weight, None)
-        layer.qkv.backward(v.dn if last > QKV else None, v.dqkv, v.n, v.u["qkv"][i])          # 2'
+        layer.qkv.backward(v.dn if last > QKV else None, v.dqkv, v.n, v.u["qkv"][i])  # 2'
         if last > QKV:
-            _C.rms_norm_backward(v.d, layer.dw1, v.dn, v.x[i], v.rstd, layer.w1, v.d)         # 1'
+            _C.rms_norm_backward(v.d, layer.dw1, v.dn, v.x[i], v.rstd, layer.w1, v.d)  # 1'
 
     def train_microbatch(self, ids, targets, loss_scale, read=True):
         """ids, targets [B,T] int32 (targets -100: not scored) -> the sum of the losses; adds the gradients of loss_scale x sum.
@@ -467,13 +586,19 @@ class Model:
         B, T = ids.shape
         v = self._batch(B, T)
         ids, targets = (np.ascontiguousarray(x, np.int32).reshape(-1) for x in (ids, targets))
-        tables, scalars, keeps = self._rope_tables(T), self._attention_scalars(v, True), self.plan.checkpointing
+        tables, scalars, keeps = (
+            self._rope_tables(T),
+            self._attention_scalars(v, True),
+            self.plan.checkpointing,
+        )
         self._forward(ids, v, True)
         # the head: final norm, then logits, losses and their gradient by chunks
         _C.rms_norm_forward(v.n, v.rstd, None, v.d, None, self._norm, self.config.rms_norm_eps)
         self._inputs.put(v.targets, targets)
         self._inputs.put(v.dlosses, np.where(targets == IGNORE, np.float32(0), np.float32(loss_scale)))
-        _C.linear_cross_entropy_backward(v.losses, v.dn, self._dhead, v.n, self._head, v.targets, v.dlosses, IGNORE)
+        _C.linear_cross_entropy_backward(
+            v.losses, v.dn, self._dhead, v.n, self._head, v.targets, v.dlosses, IGNORE
+        )
         _C.rms_norm_backward(v.d, self._dnorm, v.dn, v.d, v.rstd, self._norm, None)
         lowest, last = self._end
         for i in range(len(self._layers) - 1, lowest - 1, -1):
@@ -488,7 +613,7 @@ class Model:
             raise UserError(f"the loss is not finite: {total}")
         return total
 
-    # ---- evaluation --------------------------------------------------------------------------------------------------
+    # ---- evaluation ------------------------------------------------------------------------------
 
     def _hidden(self, ids):
         """ids [T] -> the buffers, with the final norm's output in n."""
@@ -508,7 +633,9 @@ class Model:
     def logits(self, ids):
         """ids [T] int32 -> float32 ndarray [T,V], all at once: for short texts."""
         v = self._hidden(ids)
-        rows, out = (_C.Tensor((v.T, self.config.vocab_size), dtype, self.device) for dtype in (self.dtype, "float32"))
+        rows, out = (
+            _C.Tensor((v.T, self.config.vocab_size), dtype, self.device) for dtype in (self.dtype, "float32")
+        )
         _C.lora_linear_forward(rows, None, v.n, self._head, None, None, None, None, 1.0)
         _C.cast(out, rows)
         return host(out)

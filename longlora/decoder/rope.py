@@ -4,6 +4,7 @@ Position interpolation (arXiv 2306.15595), NTK-aware theta, YaRN (arXiv 2309.000
 inverse frequencies. `transformers` computes the same frequencies in float32; here they are float64 and only the cosines and
 sines are rounded, so that a long position costs no precision.
 """
+
 import math
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,7 @@ class Rope:
 
     "ntk" is "default" with a raised `theta`; `original_theta` is the one it was pretrained with.
     """
+
     type: str
     theta: float
     original_length: int
@@ -59,17 +61,31 @@ def read(raw, max_length, where):
     found = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     nested = sorted(key for key, value in found.items() if isinstance(value, dict))
     if nested:
-        raise UserError(f"{where}: rope differs by layer type ({', '.join(nested)}); supported is one rope for all layers")
+        raise UserError(
+            f"{where}: rope differs by layer type ({', '.join(nested)}); supported is one rope for all layers"
+        )
     kind = found.get("rope_type", found.get("type")) or "default"
     if kind not in TYPES or kind == "ntk":
-        raise UserError(f"{where}: rope type {kind!r} is not supported; supported are default, linear, yarn, llama3")
+        raise UserError(
+            f"{where}: rope type {kind!r} is not supported; supported are default, linear, yarn, llama3"
+        )
     found["rope_theta"] = found.get("rope_theta", raw.get("rope_theta")) or 10000.0
-    found["partial_rotary_factor"] = found.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1.0
+    found["partial_rotary_factor"] = (
+        found.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1.0
+    )
     if found["partial_rotary_factor"] != 1:
-        raise UserError(f"{where}: partial_rotary_factor {found['partial_rotary_factor']!r} is not supported; supported is 1")
-    original = raw.get("original_max_position_embeddings") or found.get("original_max_position_embeddings") or max_length
+        raise UserError(
+            f"{where}: partial_rotary_factor {found['partial_rotary_factor']!r} is not supported; supported is 1"
+        )
+    original = (
+        raw.get("original_max_position_embeddings")
+        or found.get("original_max_position_embeddings")
+        or max_length
+    )
     if isinstance(original, bool) or not isinstance(original, int) or not 1 <= original <= 1 << 31:
-        raise UserError(f"{where}: original_max_position_embeddings should be an integer above 0, got {original!r}")
+        raise UserError(
+            f"{where}: original_max_position_embeddings should be an integer above 0, got {original!r}"
+        )
     theta = float(_number(found, "rope_theta", where, 2.0, 1e12))
     if kind == "default":
         if raw.get("original_rope_theta") is None:
@@ -85,15 +101,17 @@ def read(raw, max_length, where):
         raise UserError(f"{where}: truncate should be true or false, got {truncate!r}")
     values = {name: float(_number(values, name, where, 1.0 if name == "factor" else 1e-3)) for name in values}
     if kind == "llama3" and not 0 < values["low_freq_factor"] < values["high_freq_factor"]:
-        raise UserError(f"{where}: high_freq_factor should be above low_freq_factor, got {values['high_freq_factor']:g} and "
-                        f"{values['low_freq_factor']:g}")
+        raise UserError(
+            f"{where}: high_freq_factor should be above low_freq_factor, got {values['high_freq_factor']:g} and "
+            f"{values['low_freq_factor']:g}"
+        )
     return Rope(kind, theta, original, truncate=truncate, **values)
 
 
 def inverse_frequencies(rope, head_dim):
     """-> inverse frequencies [D/2] in float64, and the factor that cosines and sines are multiplied by (1 but for yarn)."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
-    frequency = rope.theta ** -exponent
+    frequency = rope.theta**-exponent
     if rope.type in ("default", "ntk"):
         return frequency, 1.0
     if rope.type == "linear":
@@ -107,6 +125,7 @@ def inverse_frequencies(rope, head_dim):
 
 def _yarn(rope, head_dim, frequency):
     """arXiv 2309.00071 section 3.2: fast dimensions are kept, slow ones interpolated, a linear ramp between."""
+
     def dimension(turns):
         return head_dim * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
@@ -131,8 +150,8 @@ def tables(rope, head_dim, length):
     cos, sin = np.empty((2, length, head_dim // 2), np.float32)
     for start in range(0, length, 8192):
         angle = np.arange(start, min(start + 8192, length), dtype=np.float64)[:, None] * frequency
-        cos[start:start + 8192] = np.cos(angle) * factor
-        sin[start:start + 8192] = np.sin(angle) * factor
+        cos[start : start + 8192] = np.cos(angle) * factor
+        sin[start : start + 8192] = np.sin(angle) * factor
     return cos, sin
 
 
@@ -150,12 +169,20 @@ def extend(config, type, target_length):
         raise UserError(f"rope type should be one of {', '.join(EXTENSIONS)}, got {type!r}")
     original = reach if base.type == "llama3" else base.original_length
     if isinstance(target_length, bool) or not isinstance(target_length, int) or target_length <= original:
-        raise UserError(f"target length should be above the {original} tokens of the base model, got {target_length!r}")
+        raise UserError(
+            f"target length should be above the {original} tokens of the base model, got {target_length!r}"
+        )
     if base.type in ("llama3", "yarn") and type != base.type:
-        raise UserError(f"the base model's rope is {base.type} (factor {base.factor:g}); it can only be extended by "
-                        f"{base.type}, got {type}")
+        raise UserError(
+            f"the base model's rope is {base.type} (factor {base.factor:g}); it can only be extended by "
+            f"{base.type}, got {type}"
+        )
     factor = float(math.ceil(target_length / original))
-    before = "" if base.type == "default" else f" (the base was extended before: {base.type}, factor {base.factor:g})"
+    before = (
+        ""
+        if base.type == "default"
+        else f" (the base was extended before: {base.type}, factor {base.factor:g})"
+    )
     theta = base.original_theta or base.theta
     if type == "linear":
         rope = Rope("linear", theta, original, factor)
@@ -191,7 +218,9 @@ def to_config(raw, rope, target_length):
     if rope.type in ("yarn", "llama3"):
         parameters["original_max_position_embeddings"] = rope.original_length
     out = {**raw, "max_position_embeddings": target_length, "rope_theta": rope.theta}
-    out["rope_scaling"] = None if parameters["rope_type"] == "default" else {**parameters, "type": parameters["rope_type"]}
+    out["rope_scaling"] = (
+        None if parameters["rope_type"] == "default" else {**parameters, "type": parameters["rope_type"]}
+    )
     out["rope_parameters"] = {**parameters, "rope_theta": rope.theta}
     out.pop("original_max_position_embeddings", None)
     out.pop("original_rope_theta", None)

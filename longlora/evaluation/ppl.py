@@ -1,4 +1,5 @@
 """Perplexity by length, dense attention: the number that says whether a context was extended."""
+
 import math
 import os
 
@@ -32,14 +33,14 @@ def score(model, ids, length, stride=None, positions=None):
     for first, last, start in windows(len(ids), length, stride):
         window = np.ascontiguousarray(ids[first:last], np.int32)
         targets = np.append(window[1:], np.int32(-100)).astype(np.int32)
-        targets[:start - first - 1] = -100
+        targets[: start - first - 1] = -100
         losses = model.losses(window, targets)
         kept = targets != -100
         total += float(losses[kept].astype(np.float64).sum())
         tokens += int(kept.sum())
         if positions is not None:
-            positions[0, :len(window)] += np.where(kept, losses, 0)
-            positions[1, :len(window)] += kept
+            positions[0, : len(window)] += np.where(kept, losses, 0)
+            positions[1, : len(window)] += kept
     return tokens, total
 
 
@@ -61,7 +62,7 @@ def read_ids(path, tokenizer, config, max_tokens=None):
     if max_tokens is not None:
         room = max_tokens
         for i, ids in enumerate(parts):
-            parts[i] = ids[:max(0, room)]
+            parts[i] = ids[: max(0, room)]
             room -= len(ids)
     return parts
 
@@ -82,7 +83,12 @@ def measure(model, parts, lengths, stride=None, bins=None):
         tokens, total = map(sum, zip(*(score(model, ids, length, stride, positions) for ids in parts)))
         if not tokens:
             raise UserError("the data should hold at least two tokens")
-        result = {"length": length, "tokens": tokens, "loss": total / tokens, "perplexity": perplexity(total / tokens)}
+        result = {
+            "length": length,
+            "tokens": tokens,
+            "loss": total / tokens,
+            "perplexity": perplexity(total / tokens),
+        }
         if bins:
             result["by_position"] = _binned(positions, length, min(bins, length))
         results.append(result)
@@ -95,18 +101,26 @@ def _binned(positions, length, bins):
     for first, last in zip(edges, edges[1:]):
         total, count = positions[:, first:last].sum(1)
         if count:
-            found.append({"first": first, "last": last, "tokens": int(count), "loss": total / count,
-                          "perplexity": perplexity(total / count)})
+            found.append(
+                {
+                    "first": first,
+                    "last": last,
+                    "tokens": int(count),
+                    "loss": total / count,
+                    "perplexity": perplexity(total / count),
+                }
+            )
     return found
 
 
 def open_for_evaluation(model, adapter=None, rope_type=None, target_length=None, dtype="float32", device=CPU):
     """A Model that evaluates only, on `device` -> (Model, Checkpoint). With rope_type: interpolated to target_length, untrained."""
     from longlora.decoder import rope
-    from longlora.files import adapter as adapter_
     from longlora.decoder.config import read_config
     from longlora.decoder.model import Model
+    from longlora.files import adapter as adapter_
     from longlora.files.open_model import open_model
+
     base = open_model(model)
     config, lora, tensors = base.config, None, None
     if adapter is not None:
@@ -119,8 +133,19 @@ def open_for_evaluation(model, adapter=None, rope_type=None, target_length=None,
     return (made if tensors is None else made.load_adapter(tensors, lora)), base
 
 
-def run(model, data, lengths, adapter=None, stride=None, rope_type=None, target_length=None, dtype="float32", max_tokens=None,
-        bins=None, device="auto"):
+def run(
+    model,
+    data,
+    lengths,
+    adapter=None,
+    stride=None,
+    rope_type=None,
+    target_length=None,
+    dtype="float32",
+    max_tokens=None,
+    bins=None,
+    device="auto",
+):
     """Perplexity of the model at path `model` (with an adapter) on the text at `data`, in windows of each of `lengths` tokens.
 
     -> {"results": [{"length", "tokens", "loss", "perplexity"}, ...]}, loss in nats per token. Dense attention; memory does not
@@ -129,8 +154,13 @@ def run(model, data, lengths, adapter=None, stride=None, rope_type=None, target_
     auto is the first GPU where there is one, else the cpu.
     """
     lengths = [lengths] if isinstance(lengths, int) else list(lengths)
-    for name, values, low in (("lengths", lengths or [None], 2), ("stride", [stride], 1), ("target_length", [target_length], 1),
-                              ("max_tokens", [max_tokens], 2), ("bins", [bins], 1)):
+    for name, values, low in (
+        ("lengths", lengths or [None], 2),
+        ("stride", [stride], 1),
+        ("target_length", [target_length], 1),
+        ("max_tokens", [max_tokens], 2),
+        ("bins", [bins], 1),
+    ):
         for value in values:
             if (value is not None or name == "lengths") and (type(value) is not int or value < low):
                 raise UserError(f"{name} should be an integer of at least {low}, got {value!r}")
@@ -142,10 +172,19 @@ def run(model, data, lengths, adapter=None, stride=None, rope_type=None, target_
         target_length = max(lengths)
     device, _ = choose(device)
     made, base = open_for_evaluation(model, adapter, rope_type, target_length, dtype, device)
-    parts = read_ids(os.fspath(data), base.tokenizer() if base.has_tokenizer() else None, base.config, max_tokens)
-    return {"results": measure(made, parts, lengths, stride, bins), "model": os.fspath(model),
-            "adapter": None if adapter is None else os.fspath(adapter), "data": os.fspath(data), "attention": "dense",
-            "device": device, "stride": stride, "rope": {"type": made.config.rope.type, "factor": made.config.rope.factor}}
+    parts = read_ids(
+        os.fspath(data), base.tokenizer() if base.has_tokenizer() else None, base.config, max_tokens
+    )
+    return {
+        "results": measure(made, parts, lengths, stride, bins),
+        "model": os.fspath(model),
+        "adapter": None if adapter is None else os.fspath(adapter),
+        "data": os.fspath(data),
+        "attention": "dense",
+        "device": device,
+        "stride": stride,
+        "rope": {"type": made.config.rope.type, "factor": made.config.rope.factor},
+    }
 
 
 def text(results):

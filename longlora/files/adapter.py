@@ -3,6 +3,7 @@
 Names of tensors are those of the Hugging Face model ("model.layers.0.self_attn.q_proj.lora_A.weight"); PEFT's own prefix is put
 on when writing and taken off when reading.
 """
+
 import json
 import math
 import os
@@ -16,24 +17,51 @@ from longlora import _C
 from longlora.decoder.config import read_config, read_json
 from longlora.device import CPU, choose, host, send
 from longlora.errors import UserError
-from longlora.files.safetensors import WIDTHS, SafetensorsFile, flush, save as save_tensors, write, write_json, write_text
 from longlora.files.open_model import INDEX, SINGLE, from_float32, open_model, some, to_float32
+from longlora.files.safetensors import WIDTHS, SafetensorsFile, flush, write, write_json, write_text
+from longlora.files.safetensors import save as save_tensors
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-WHOLE = ("embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm", "model.norm")
+WHOLE = (
+    "embed_tokens",
+    "lm_head",
+    "input_layernorm",
+    "post_attention_layernorm",
+    "norm",
+    "q_norm",
+    "k_norm",
+    "model.norm",
+)
 # What PEFT can have switched on that changes the function, and the value that leaves it off.
-PLAIN = {"bias": "none", "fan_in_fan_out": False, "use_dora": False, "use_qalora": False, "lora_bias": False,
-         "rank_pattern": {}, "alpha_pattern": {}, "layers_to_transform": None, "layers_pattern": None,
-         "layer_replication": None, "trainable_token_indices": None, "target_parameters": None, "exclude_modules": None, "megatron_config": None,
-         "use_bdlora": None, "alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None}
+PLAIN = {
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_dora": False,
+    "use_qalora": False,
+    "lora_bias": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "layer_replication": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "exclude_modules": None,
+    "megatron_config": None,
+    "use_bdlora": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+}
 SHARD = 5_000_000_000  # bytes; a smaller model is one file
 
 
 @dataclass(frozen=True)
 class LoraConfig:
     """What is trained, in PEFT's words. The defaults are LongLoRA's (section 3.3): LoRA on attention, embedding, norms."""
+
     r: int = 8
     lora_alpha: float = 16
     target_modules: tuple = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -50,7 +78,13 @@ class LoraConfig:
             raise UserError(f"lora_alpha should be a number above 0, got {self.lora_alpha!r}")
         for field, known in (("target_modules", LINEARS), ("modules_to_save", WHOLE)):
             value = getattr(self, field)
-            value = () if value is None else LINEARS if value == "all-linear" and field == "target_modules" else value
+            value = (
+                ()
+                if value is None
+                else LINEARS
+                if value == "all-linear" and field == "target_modules"
+                else value
+            )
             if not isinstance(value, (list, tuple, set)) or any(name not in known for name in value):
                 raise UserError(f"{field} should be a list of {', '.join(known)}, got {value!r}")
             object.__setattr__(self, field, tuple(value))
@@ -71,7 +105,10 @@ class LoraConfig:
             if kind != "weight":
                 continue
             if module.rpartition(".")[2] in self.target_modules:
-                shapes[f"{module}.lora_A.weight"], shapes[f"{module}.lora_B.weight"] = (self.r, shape[1]), (shape[0], self.r)
+                shapes[f"{module}.lora_A.weight"], shapes[f"{module}.lora_B.weight"] = (
+                    (self.r, shape[1]),
+                    (shape[0], self.r),
+                )
             elif module.endswith(self.modules_to_save):
                 shapes[name] = shape
         if config.tie_word_embeddings and "lm_head" in self.modules_to_save:
@@ -95,19 +132,48 @@ def save(directory, tensors, lora, base, raw, tokenizer=None):
     if tied:
         modules = [*dict.fromkeys([*modules, "embed_tokens", "lm_head"])]
         out[PREFIX + "lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    described = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": os.path.abspath(base.path),
-                 "r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": 0.0, "target_modules": list(lora.target_modules),
-                 "modules_to_save": modules or None, "use_rslora": lora.use_rslora, "init_lora_weights": True,
-                 "inference_mode": True, "revision": None, "ensure_weight_tying": tied,
-                 **{key: PLAIN[key] for key in ("bias", "fan_in_fan_out", "use_dora", "rank_pattern", "alpha_pattern",
-                                                "layers_to_transform", "layers_pattern")}}
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": os.path.abspath(base.path),
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(lora.target_modules),
+        "modules_to_save": modules or None,
+        "use_rslora": lora.use_rslora,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "revision": None,
+        "ensure_weight_tying": tied,
+        **{
+            key: PLAIN[key]
+            for key in (
+                "bias",
+                "fan_in_fan_out",
+                "use_dora",
+                "rank_pattern",
+                "alpha_pattern",
+                "layers_to_transform",
+                "layers_pattern",
+            )
+        },
+    }
     _directory(directory)
     save_tensors(os.path.join(directory, WEIGHTS), out, {"format": "pt", "longlora_base": base.fingerprint()})
     write_json(os.path.join(directory, CONFIG), described, sort_keys=True)
     write_json(os.path.join(directory, "config.json"), raw)
-    write_text(os.path.join(directory, "README.md"), CARD.format(
-        base=json.dumps(described["base_model_name_or_path"]), length=config.max_position_embeddings, r=lora.r,
-        alpha=lora.lora_alpha, targets=", ".join(lora.target_modules), modules=", ".join(modules) or "nothing"))
+    write_text(
+        os.path.join(directory, "README.md"),
+        CARD.format(
+            base=json.dumps(described["base_model_name_or_path"]),
+            length=config.max_position_embeddings,
+            r=lora.r,
+            alpha=lora.lora_alpha,
+            targets=", ".join(lora.target_modules),
+            modules=", ".join(modules) or "nothing",
+        ),
+    )
     if tokenizer is not None:
         tokenizer.save(directory)
 
@@ -148,12 +214,21 @@ def load(directory, base=None):
     foreign = [name for name in file.entries if not name.startswith(PREFIX)]
     if foreign:
         raise UserError(f"{path}: {len(foreign)} tensors lack PEFT's prefix {PREFIX!r}: {some(foreign)}")
-    tensors = {name.removeprefix(PREFIX): to_float32(file.array(name), file.entries[name][0]) for name in file.entries}
+    tensors = {
+        name.removeprefix(PREFIX): to_float32(file.array(name), file.entries[name][0])
+        for name in file.entries
+    }
     described = os.path.join(directory, "config.json")
     raw = read_json(described) if os.path.exists(described) else None
     config = base.config if base is not None else None if raw is None else read_config(described)
-    if raw is not None and base is not None and read_config(described).tensor_shapes() != config.tensor_shapes():
-        raise UserError(f"{directory}: is an adapter for another base model than {base.path}: its config has other shapes")
+    if (
+        raw is not None
+        and base is not None
+        and read_config(described).tensor_shapes() != config.tensor_shapes()
+    ):
+        raise UserError(
+            f"{directory}: is an adapter for another base model than {base.path}: its config has other shapes"
+        )
     if config is not None:
         lora = _tie(lora, tensors, config, path)
         check(tensors, lora.tensor_shapes(config), path)
@@ -174,7 +249,9 @@ def read_lora(directory):
     for key, plain in PLAIN.items():
         if found.get(key) and found[key] != plain:
             raise UserError(f"{path}: {key} {found[key]!r} is not supported; supported is {plain!r}")
-    given = {field.name: found[field.name] for field in fields(LoraConfig) if found.get(field.name) is not None}
+    given = {
+        field.name: found[field.name] for field in fields(LoraConfig) if found.get(field.name) is not None
+    }
     # PEFT writes full names for what it tied and for "all-linear"; whether all layers have it shows in the tensors.
     given["modules_to_save"] = _last(found.get("modules_to_save") or (), "model.embed_tokens")
     given["target_modules"] = _last(found.get("target_modules") or (), "model.layers.")
@@ -188,7 +265,9 @@ def _last(names, prefix):
     """The last part of the names that start with `prefix`, the others as they are, each once."""
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         return names
-    return tuple(dict.fromkeys(name.rpartition(".")[2] if name.startswith(prefix) else name for name in names))
+    return tuple(
+        dict.fromkeys(name.rpartition(".")[2] if name.startswith(prefix) else name for name in names)
+    )
 
 
 def _tie(lora, tensors, config, path):
@@ -197,21 +276,28 @@ def _tie(lora, tensors, config, path):
     if not config.tie_word_embeddings or head is None and embedding is None:
         return lora
     if head is None or embedding is None or not np.array_equal(head, embedding):
-        raise UserError(f"{path}: the base model ties its head to the embedding, this adapter does not (trained without "
-                        "ensure_weight_tying); it is not supported")
+        raise UserError(
+            f"{path}: the base model ties its head to the embedding, this adapter does not (trained without "
+            "ensure_weight_tying); it is not supported"
+        )
     del tensors["lm_head.weight"]
     return replace(lora, modules_to_save=tuple(name for name in lora.modules_to_save if name != "lm_head"))
 
 
 def check(tensors, wanted, where):
-    missing, extra = [name for name in wanted if name not in tensors], [name for name in tensors if name not in wanted]
+    missing, extra = (
+        [name for name in wanted if name not in tensors],
+        [name for name in tensors if name not in wanted],
+    )
     if missing:
         raise UserError(f"{where}: {len(missing)} tensors of the adapter are missing: {some(missing)}")
     if extra:
         raise UserError(f"{where}: {len(extra)} tensors are not of this adapter: {some(extra)}")
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) != tuple(shape):
-            raise UserError(f"{where}: {name} should have shape {list(shape)}, got {list(tensors[name].shape)}")
+            raise UserError(
+                f"{where}: {name} should have shape {list(shape)}, got {list(tensors[name].shape)}"
+            )
 
 
 def merge(model, adapter, output_dir, device=CPU):
@@ -244,10 +330,14 @@ def merge(model, adapter, output_dir, device=CPU):
 
     output_dir = os.path.abspath(output_dir)
     _directory(os.path.dirname(output_dir))
-    aside = tempfile.mkdtemp(prefix=f".{os.path.basename(output_dir)}.", suffix=".partial", dir=os.path.dirname(output_dir))
+    aside = tempfile.mkdtemp(
+        prefix=f".{os.path.basename(output_dir)}.", suffix=".partial", dir=os.path.dirname(output_dir)
+    )
     try:
         dtypes = {name: base.dtype(name) for name in base.names()}
-        save_merged(aside, read, raw or base.config.raw, base.tokenizer() if base.has_tokenizer() else None, dtypes)
+        save_merged(
+            aside, read, raw or base.config.raw, base.tokenizer() if base.has_tokenizer() else None, dtypes
+        )
         generation = os.path.join(base.path, "generation_config.json")
         if os.path.exists(generation):
             write_json(os.path.join(aside, "generation_config.json"), read_json(generation))
@@ -280,9 +370,15 @@ def save_merged(directory, read, raw, tokenizer=None, dtype="float32"):
         return from_float32(np.asarray(read(name), np.float32), dtypes[name])
 
     _directory(directory)
-    files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    files = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    )
     for file, shard in zip(files, shards):
-        write(os.path.join(directory, file), {name: (dtypes[name], shapes[name]) for name, _ in shard}, rounded)
+        write(
+            os.path.join(directory, file), {name: (dtypes[name], shapes[name]) for name, _ in shard}, rounded
+        )
     if len(shards) > 1:
         places = {name: file for file, shard in zip(files, shards) for name, _ in shard}
         write_json(os.path.join(directory, INDEX), {"metadata": {"total_size": total}, "weight_map": places})

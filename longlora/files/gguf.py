@@ -3,6 +3,7 @@
 The header is walked here, each length checked against the file before it is believed: the `gguf` library's reader needs
 seconds for a vocabulary and may loop for ever on a damaged count. That library knows the block formats and dequantises.
 """
+
 import mmap
 import os
 import struct
@@ -11,24 +12,41 @@ import numpy as np
 
 from longlora.decoder.config import FAMILIES, read_config
 from longlora.errors import UserError
-from longlora.files.safetensors import release
 from longlora.files.open_model import Checkpoint
+from longlora.files.safetensors import release
 
 # Named as our families; Mistral is a llama here.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
 # Metadata value types 0..12: struct format of the scalars; 8 is a string, 9 an array.
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 # Keys of an architecture that change what it computes and that the decoder does not know.
-REFUSED = ("expert_count", "attention.sliding_window", "attention.clamp_kqv", "attention.max_alibi_bias", "attention.scale",
-           "logit_scale", "embedding_scale", "residual_scale", "attn_logit_softcapping", "final_logit_softcapping")
+REFUSED = (
+    "expert_count",
+    "attention.sliding_window",
+    "attention.clamp_kqv",
+    "attention.max_alibi_bias",
+    "attention.scale",
+    "logit_scale",
+    "embedding_scale",
+    "residual_scale",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
 
 
 class _Header:
@@ -49,7 +67,7 @@ class _Header:
     def string(self):
         size = self.scalar("Q")
         start = self.take(size)
-        return self.buffer[start:start + size].decode("utf-8")
+        return self.buffer[start : start + size].decode("utf-8")
 
     def value(self, kind):
         if kind == STRING:
@@ -69,7 +87,13 @@ class _Header:
 
     def strings(self, count):
         """As `string` so often: a vocabulary has a hundred thousand of them."""
-        buffer, at, end, length, found = self.buffer, self.at, len(self.buffer), struct.Struct("<Q").unpack_from, []
+        buffer, at, end, length, found = (
+            self.buffer,
+            self.at,
+            len(self.buffer),
+            struct.Struct("<Q").unpack_from,
+            [],
+        )
         if count * 8 > end:
             raise EOFError
         for _ in range(count):
@@ -86,6 +110,7 @@ class _Header:
 
 class Gguf(Checkpoint):
     """`.metadata` is the dict of the file's keys; tensors under Hugging Face names, q and k rows in Hugging Face order."""
+
     kind = "gguf"
 
     def __init__(self, path):
@@ -100,7 +125,9 @@ class Gguf(Checkpoint):
         try:
             self.metadata, infos, base = self._header()
         except EOFError:
-            raise UserError(f"{self.path}: truncated: the header goes on past the file's {len(self.buffer)} bytes") from None
+            raise UserError(
+                f"{self.path}: truncated: the header goes on past the file's {len(self.buffer)} bytes"
+            ) from None
         except (ValueError, OverflowError) as error:
             raise UserError(f"{self.path}: damaged header: {error}") from None
         self._tensors = self._places(infos, base)
@@ -148,14 +175,18 @@ class Gguf(Checkpoint):
             except (ValueError, KeyError):
                 raise UserError(f"{self.path}: {name} has the unknown type {code}") from None
             if 0 in shape or shape[-1] % block:
-                raise UserError(f"{self.path}: {name} has shape {list(shape)}, rows should be a multiple of {block}")
+                raise UserError(
+                    f"{self.path}: {name} has shape {list(shape)}, rows should be a multiple of {block}"
+                )
             row = shape[-1] // block * width
             size = row * int(np.prod([int(n) for n in shape[:-1]], dtype=object)) if len(shape) > 1 else row
             if base + offset < end:
                 raise UserError(f"{self.path}: {name} overlaps the tensor before it")
             end = base + offset + size
             if end > len(self.buffer):
-                raise UserError(f"{self.path}: truncated: {name} ends at byte {end}, the file has {len(self.buffer)}")
+                raise UserError(
+                    f"{self.path}: truncated: {name} ends at byte {end}, the file has {len(self.buffer)}"
+                )
             place = (shape, kind, base + offset, row)
             if name == "rope_freqs.weight":
                 self._freqs = self._dequantise(place, None)
@@ -167,19 +198,32 @@ class Gguf(Checkpoint):
         """The config.json that transformers would have for this file."""
         get, arch = self.metadata.get, self.metadata.get("general.architecture")
         if not isinstance(arch, str) or arch not in ARCHITECTURES:
-            raise UserError(f"{self.path}: architecture {arch!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
+            raise UserError(
+                f"{self.path}: architecture {arch!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            )
         for name in REFUSED:
             if get(f"{arch}.{name}"):
                 raise UserError(f"{self.path}: {arch}.{name} {get(f'{arch}.{name}')!r} is not supported")
         family, layer = arch, "model.layers.0.self_attn."
-        raw = {"architectures": [FAMILIES[family]["architecture"]], "model_type": family, "hidden_act": "silu",
-               "initializer_range": 0.02, "use_cache": True,
-               "tie_word_embeddings": "lm_head.weight" not in self._tensors,
-               "bos_token_id": get("tokenizer.ggml.bos_token_id"), "eos_token_id": get("tokenizer.ggml.eos_token_id"),
-               "pad_token_id": get("tokenizer.ggml.padding_token_id")}
-        for name, key in (("hidden_size", "embedding_length"), ("intermediate_size", "feed_forward_length"),
-                          ("num_hidden_layers", "block_count"), ("num_attention_heads", "attention.head_count"),
-                          ("max_position_embeddings", "context_length"), ("rms_norm_eps", "attention.layer_norm_rms_epsilon")):
+        raw = {
+            "architectures": [FAMILIES[family]["architecture"]],
+            "model_type": family,
+            "hidden_act": "silu",
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
+            "bos_token_id": get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": get("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": get("tokenizer.ggml.padding_token_id"),
+        }
+        for name, key in (
+            ("hidden_size", "embedding_length"),
+            ("intermediate_size", "feed_forward_length"),
+            ("num_hidden_layers", "block_count"),
+            ("num_attention_heads", "attention.head_count"),
+            ("max_position_embeddings", "context_length"),
+            ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+        ):
             if get(f"{arch}.{key}") is None:
                 raise UserError(f"{self.path}: the metadata lacks {arch}.{key}")
             raw[name] = get(f"{arch}.{key}")
@@ -188,12 +232,16 @@ class Gguf(Checkpoint):
         raw["rms_norm_eps"] = _decimal(raw["rms_norm_eps"])
         embedding = self._shapes.get("model.embed_tokens.weight")
         raw["vocab_size"] = embedding[0] if embedding else get(f"{arch}.vocab_size")
-        key, value, turned = (get(f"{arch}.{name}") for name in ("attention.key_length", "attention.value_length",
-                                                                "rope.dimension_count"))
+        key, value, turned = (
+            get(f"{arch}.{name}")
+            for name in ("attention.key_length", "attention.value_length", "rope.dimension_count")
+        )
         raw["head_dim"] = key or turned
         if value not in (None, key) or turned not in (None, raw["head_dim"]):
-            raise UserError(f"{self.path}: heads with key_length {key}, value_length {value}, {turned} of them rotated are not "
-                            "supported; supported is one size, rotated whole")
+            raise UserError(
+                f"{self.path}: heads with key_length {key}, value_length {value}, {turned} of them rotated are not "
+                "supported; supported is one size, rotated whole"
+            )
         if family in ("llama", "qwen3"):
             raw["attention_bias"] = layer + "q_proj.bias" in self._tensors
         raw["rope_theta"] = _decimal(get(f"{arch}.rope.freq_base", 10000.0))
@@ -201,10 +249,16 @@ class Gguf(Checkpoint):
         return raw
 
     def _rope_scaling(self, arch, raw):
-        found = {key.removeprefix(f"{arch}.rope.scaling."): value for key, value in self.metadata.items()
-                 if key.startswith(f"{arch}.rope.scaling.")}
+        found = {
+            key.removeprefix(f"{arch}.rope.scaling."): value
+            for key, value in self.metadata.items()
+            if key.startswith(f"{arch}.rope.scaling.")
+        }
         factor = found.pop("factor", None) or self.metadata.get(f"{arch}.rope.scale_linear")
-        kind, original = found.pop("type", "linear" if factor else "none"), found.pop("original_context_length", None)
+        kind, original = (
+            found.pop("type", "linear" if factor else "none"),
+            found.pop("original_context_length", None),
+        )
         found.pop("finetuned", None)
         if self._freqs is not None:
             return self._llama3(raw, kind)
@@ -229,11 +283,27 @@ class Gguf(Checkpoint):
         factor = float(self._freqs.max())
         plain = inverse_frequencies(Rope("default", float(raw["rope_theta"]), 1), 2 * self._freqs.size)[0]
         for power in range(9, 21):
-            rope = Rope("llama3", float(raw["rope_theta"]), 1 << power, factor, low_freq_factor=1.0, high_freq_factor=4.0)
-            if np.allclose(plain / inverse_frequencies(rope, 2 * self._freqs.size)[0], self._freqs, rtol=1e-4):
-                return {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                        "original_max_position_embeddings": 1 << power}
-        raise UserError(f"{self.path}: rope_freqs.weight does not follow Llama 3's rule, no other is supported")
+            rope = Rope(
+                "llama3",
+                float(raw["rope_theta"]),
+                1 << power,
+                factor,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+            )
+            if np.allclose(
+                plain / inverse_frequencies(rope, 2 * self._freqs.size)[0], self._freqs, rtol=1e-4
+            ):
+                return {
+                    "rope_type": "llama3",
+                    "factor": factor,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 1 << power,
+                }
+        raise UserError(
+            f"{self.path}: rope_freqs.weight does not follow Llama 3's rule, no other is supported"
+        )
 
     def dtype(self, name):
         """The dtype that the tensor is kept in, "float32" for a quantised one."""
@@ -265,7 +335,9 @@ class Gguf(Checkpoint):
         place = self._tensors[name]
         rows = slice(start, stop)
         if self.metadata["general.architecture"] == "llama" and ("q_proj" in name or "k_proj" in name):
-            pairs = np.arange(place[0][0]).reshape(-1, self.config.head_dim // 2, 2)    # llama.cpp keeps their rows interleaved
+            pairs = np.arange(place[0][0]).reshape(
+                -1, self.config.head_dim // 2, 2
+            )  # llama.cpp keeps their rows interleaved
             rows = pairs.swapaxes(1, 2).reshape(-1)[start:stop]
         if len(place[0]) == 1:
             return self._dequantise(place, None)[rows], "float32"
@@ -276,6 +348,7 @@ class Gguf(Checkpoint):
 
     def tokenizer(self):
         from longlora.files.tokenizer import Tokenizer
+
         return Tokenizer.from_gguf(self.metadata, self.path).check(self.config, self.path)
 
 

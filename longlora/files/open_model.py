@@ -2,6 +2,7 @@
 
 Files are mapped and nothing is kept: reading a model into place never needs twice its size.
 """
+
 import hashlib
 import json
 import os
@@ -37,12 +38,18 @@ class Checkpoint:
         for name, shape in wanted.items():
             if name not in found:
                 missing = [name for name in wanted if name not in found]
-                raise UserError(f"{self.path}: {len(missing)} tensors of the config are missing: {some(missing)}")
+                raise UserError(
+                    f"{self.path}: {len(missing)} tensors of the config are missing: {some(missing)}"
+                )
             if tuple(found[name]) != tuple(shape):
-                raise UserError(f"{self.path}: {name} should have shape {list(shape)} by the config, got {list(found[name])}")
+                raise UserError(
+                    f"{self.path}: {name} should have shape {list(shape)} by the config, got {list(found[name])}"
+                )
         extra = [name for name in found if name not in wanted]
         if extra:
-            raise UserError(f"{self.path}: {len(extra)} tensors are not of a {self.config.family} model: {some(extra)}")
+            raise UserError(
+                f"{self.path}: {len(extra)} tensors are not of a {self.config.family} model: {some(extra)}"
+            )
         self._names = [name for name in wanted if name != head or not self.config.tie_word_embeddings]
 
     def names(self):
@@ -80,25 +87,34 @@ class Checkpoint:
     def fingerprint(self):
         """A string that tells this base from another: config, names, shapes, and the first and last bytes of each tensor."""
         config = self.config
-        seen = [config.family, config.rms_norm_eps, config.tie_word_embeddings, config.num_attention_heads, repr(config.rope)]
+        seen = [
+            config.family,
+            config.rms_norm_eps,
+            config.tie_word_embeddings,
+            config.num_attention_heads,
+            repr(config.rope),
+        ]
         digest = hashlib.sha256(json.dumps(seen).encode())
         for name in self._names:
             digest.update(f"{name} {list(self.shape(name))} {self.dtype(name)}\n".encode())
             buffer, start, end = self._span(name)
             size = min(SAMPLE, end - start)
-            digest.update(buffer[start:start + size] + buffer[end - size:end])
+            digest.update(buffer[start : start + size] + buffer[end - size : end])
             release(buffer, start, end)
         return digest.hexdigest()
 
 
 class HuggingFace(Checkpoint):
     """config.json, model.safetensors (or shards and their index), tokenizer.json."""
+
     kind = "huggingface"
 
     def __init__(self, path):
         self.path = os.fspath(path)
         if os.path.exists(os.path.join(path, "adapter_config.json")):
-            raise UserError(f"{self.path}: is an adapter, wanted the model it was trained on (or merged into)")
+            raise UserError(
+                f"{self.path}: is an adapter, wanted the model it was trained on (or merged into)"
+            )
         self.config = read_config(path)
         index = os.path.join(path, INDEX)
         if os.path.exists(index):
@@ -107,7 +123,9 @@ class HuggingFace(Checkpoint):
             file = SafetensorsFile(os.path.join(path, SINGLE))
             self._files = dict.fromkeys(file.entries, file)
         else:
-            raise UserError(f"{self.path}: has neither {SINGLE} nor {INDEX}; only safetensors weights are read")
+            raise UserError(
+                f"{self.path}: has neither {SINGLE} nor {INDEX}; only safetensors weights are read"
+            )
         self._files = {name: file for name, file in self._files.items() if not name.endswith(IGNORED)}
         self._shapes = {name: file.entries[name][1] for name, file in self._files.items()}
         self._check()
@@ -116,10 +134,14 @@ class HuggingFace(Checkpoint):
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
             raise UserError(f"{index}: weight_map should be an object of tensor name to file name")
-        outside = [place for place in places.values() if os.path.basename(place) != place or place in ("", ".", "..")]
+        outside = [
+            place for place in places.values() if os.path.basename(place) != place or place in ("", ".", "..")
+        ]
         if outside:
             raise UserError(f"{index}: weight_map should name files beside it, got {outside[0]!r}")
-        files = {place: SafetensorsFile(os.path.join(self.path, place)) for place in sorted(set(places.values()))}
+        files = {
+            place: SafetensorsFile(os.path.join(self.path, place)) for place in sorted(set(places.values()))
+        }
         for name, place in places.items():
             if name not in files[place].entries:
                 raise UserError(f"{index}: {name} should be in {place}, which does not have it")
@@ -138,7 +160,9 @@ class HuggingFace(Checkpoint):
     def _span(self, name):
         dtype, _, start, end = self._files[name].entries[name]
         if dtype not in ("float32", "bfloat16", "float16", "float64"):
-            raise UserError(f"{self.path}: {name} has dtype {dtype}; supported are float32, bfloat16, float16 and float64")
+            raise UserError(
+                f"{self.path}: {name} has dtype {dtype}; supported are float32, bfloat16, float16 and float64"
+            )
         return self._files[name].buffer, start, end
 
     def has_tokenizer(self):
@@ -147,6 +171,7 @@ class HuggingFace(Checkpoint):
 
     def tokenizer(self):
         from longlora.files.tokenizer import Tokenizer
+
         return Tokenizer.from_directory(self.path).check(self.config, self.path)
 
 
@@ -155,8 +180,11 @@ def open_model(path):
     if os.path.isdir(path):
         return HuggingFace(path)
     if not os.path.exists(path):
-        raise UserError(f"{path}: no such file or directory; wanted a model directory with config.json, or a .gguf file")
+        raise UserError(
+            f"{path}: no such file or directory; wanted a model directory with config.json, or a .gguf file"
+        )
     from longlora.files.gguf import Gguf
+
     return Gguf(path)
 
 
@@ -195,13 +223,15 @@ def _writer(out):
         target = _bits(out)
 
         def write(start, rows):
-            target[start:start + len(rows)] = rows
+            target[start : start + len(rows)] = rows
     else:
+
         def write(start, rows):
-            part = out[start:start + len(rows)]
+            part = out[start : start + len(rows)]
             piece = staged(part)
             _bits(piece)[...] = rows
             part.copy_(piece)
+
     return write
 
 

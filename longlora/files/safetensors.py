@@ -4,6 +4,7 @@ Reader and writer are our own: the reader hands out views of the mapping without
 header as strictly as the format says (no holes, no overlaps, no duplicate names) before a single byte is used; the writer
 holds one tensor at a time, which the `safetensors` library cannot. The tests read and write across with that library.
 """
+
 import contextlib
 import json
 import math
@@ -19,11 +20,30 @@ from longlora.errors import UserError
 
 MAX_HEADER = 100_000_000
 # safetensors' names -> (ours, bytes per element); the others are legal in a file but not in a model we read.
-DTYPES = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2), "F64": ("float64", 8), "I32": ("int32", 4),
-          "I64": ("int64", 8), "U8": ("uint8", 1)}
+DTYPES = {
+    "F32": ("float32", 4),
+    "BF16": ("bfloat16", 2),
+    "F16": ("float16", 2),
+    "F64": ("float64", 8),
+    "I32": ("int32", 4),
+    "I64": ("int64", 8),
+    "U8": ("uint8", 1),
+}
 WIDTHS = dict(DTYPES.values())  # bytes per element, by our names
-OTHER_SIZES = {"BOOL": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "I16": 2,
-               "U16": 2, "U32": 4, "U64": 8, "C64": 8}
+OTHER_SIZES = {
+    "BOOL": 1,
+    "I8": 1,
+    "F8_E5M2": 1,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1,
+    "I16": 2,
+    "U16": 2,
+    "U32": 4,
+    "U64": 8,
+    "C64": 8,
+}
 
 
 class SafetensorsFile:
@@ -41,9 +61,11 @@ class SafetensorsFile:
             raise UserError(f"{self.path}: {error.strerror or error}") from None
         (length,) = struct.unpack("<Q", self.buffer[:8])
         if length > min(size - 8, MAX_HEADER):
-            raise UserError(f"{self.path}: truncated or not a safetensors file: its header should have {length} bytes, the "
-                            f"file has {size}")
-        self.metadata, self.entries = self._header(self.buffer[8:8 + length], 8 + length, size)
+            raise UserError(
+                f"{self.path}: truncated or not a safetensors file: its header should have {length} bytes, the "
+                f"file has {size}"
+            )
+        self.metadata, self.entries = self._header(self.buffer[8 : 8 + length], 8 + length, size)
 
     def _header(self, text, base, size):
         def unique(pairs):
@@ -69,8 +91,10 @@ class SafetensorsFile:
         end = base
         for name, (_, _, start, stop) in sorted(entries.items(), key=lambda item: item[1][2:]):
             if start != end:
-                raise UserError(f"{self.path}: {name}: data starts at byte {start}, should at {end}: tensors "
-                                f"{'overlap' if start < end else 'have a hole between them'}")
+                raise UserError(
+                    f"{self.path}: {name}: data starts at byte {start}, should at {end}: tensors "
+                    f"{'overlap' if start < end else 'have a hole between them'}"
+                )
             end = stop
         if end != size:
             raise UserError(f"{self.path}: the file has {size} bytes, its header speaks of {end}")
@@ -80,27 +104,39 @@ class SafetensorsFile:
         def integers(key):
             value = entry.get(key) if isinstance(entry, dict) else None
             if not isinstance(value, list) or any(type(n) is not int or not 0 <= n < 1 << 63 for n in value):
-                raise UserError(f"{self.path}: {name}: {key} should be a list of integers from 0, got {value!r}")
+                raise UserError(
+                    f"{self.path}: {name}: {key} should be a list of integers from 0, got {value!r}"
+                )
             return tuple(value)
 
         shape, offsets, dtype = integers("shape"), integers("data_offsets"), entry.get("dtype")
         width = (OTHER_SIZES | {code: size for code, (_, size) in DTYPES.items()}).get(str(dtype))
         if width is None:
-            raise UserError(f"{self.path}: {name}: dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
+            raise UserError(
+                f"{self.path}: {name}: dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}"
+            )
         if len(offsets) != 2 or offsets[1] < offsets[0]:
-            raise UserError(f"{self.path}: {name}: data_offsets should be a start and an end, got {list(offsets)}")
+            raise UserError(
+                f"{self.path}: {name}: data_offsets should be a start and an end, got {list(offsets)}"
+            )
         if offsets[1] > size - base:
-            raise UserError(f"{self.path}: truncated: {name} ends at byte {base + offsets[1]}, the file has {size}")
+            raise UserError(
+                f"{self.path}: truncated: {name} ends at byte {base + offsets[1]}, the file has {size}"
+            )
         if math.prod(shape) * width != offsets[1] - offsets[0]:
-            raise UserError(f"{self.path}: {name}: {dtype} of shape {list(shape)} needs {math.prod(shape) * width} bytes, its "
-                            f"data_offsets span {offsets[1] - offsets[0]}")
+            raise UserError(
+                f"{self.path}: {name}: {dtype} of shape {list(shape)} needs {math.prod(shape) * width} bytes, its "
+                f"data_offsets span {offsets[1] - offsets[0]}"
+            )
         return DTYPES.get(dtype, (dtype,))[0], shape, base + offsets[0], base + offsets[1]
 
     def array(self, name):
         """A read-only view of a tensor, as an ndarray; bfloat16 as uint16 bits (NumPy has no bfloat16 of its own)."""
         dtype, shape, start, end = self.entries[name]
         if dtype not in (known for known, _ in DTYPES.values()):
-            raise UserError(f"{self.path}: {name}: dtype {dtype} is not supported; supported are {', '.join(DTYPES)}")
+            raise UserError(
+                f"{self.path}: {name}: dtype {dtype} is not supported; supported are {', '.join(DTYPES)}"
+            )
         stored = np.dtype("uint16" if dtype == "bfloat16" else dtype)
         return np.frombuffer(self.buffer, stored, (end - start) // stored.itemsize, start).reshape(shape)
 
@@ -122,7 +158,9 @@ def replacing(path):
     aside = None
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        handle, aside = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", suffix=".partial", dir=os.path.dirname(path))
+        handle, aside = tempfile.mkstemp(
+            prefix=f".{os.path.basename(path)}.", suffix=".partial", dir=os.path.dirname(path)
+        )
         os.fchmod(handle, 0o644)
         os.close(handle)
         yield aside
@@ -131,7 +169,9 @@ def replacing(path):
         aside = None
         flush(os.path.dirname(path))
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}; what was there is untouched") from None
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror or error}; what was there is untouched"
+        ) from None
     finally:
         if aside is not None:
             with contextlib.suppress(OSError):
@@ -187,5 +227,9 @@ def write(path, tensors, read, metadata=None):
 
 def save(path, tensors, metadata=None):
     """Write the dict `tensors` of name -> array or Tensor to `path`, as `write` does; from a GPU one crosses at a time."""
-    write(path, {name: (str(array.dtype), array.shape) for name, array in tensors.items()}, lambda name: host(tensors[name]),
-          metadata)
+    write(
+        path,
+        {name: (str(array.dtype), array.shape) for name, array in tensors.items()},
+        lambda name: host(tensors[name]),
+        metadata,
+    )

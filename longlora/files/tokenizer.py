@@ -3,6 +3,7 @@
 The ids are those of transformers 5's `AutoTokenizer.from_pretrained(...)(text).input_ids`, so a model trained here meets the
 same tokens when it is served there. Where transformers does not take tokenizer.json by the letter, neither does this file.
 """
+
 import hashlib
 import json
 import os
@@ -15,15 +16,32 @@ from longlora.errors import UserError
 from longlora.files.safetensors import write_text
 
 # Everything transformers reads when it loads a tokenizer; copied as it is beside an adapter or a merged model.
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 # tokenizer.ggml.pre -> how words are split before BPE. "smollm" isolates digits in SmolLM2's own tokenizer.json, but
 # transformers splits it as GPT-2, and so do we: the ids differ only where spaces run up to a digit.
-SPLITS = {"gpt-2": None, "gpt2": None, "default": None, "smollm": None, "llama3": LLAMA3, "llama-v3": LLAMA3,
-          "llama-bpe": LLAMA3, "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2}
+SPLITS = {
+    "gpt-2": None,
+    "gpt2": None,
+    "default": None,
+    "smollm": None,
+    "llama3": LLAMA3,
+    "llama-v3": LLAMA3,
+    "llama-bpe": LLAMA3,
+    "qwen2": QWEN2,
+    "deepseek-r1-qwen": QWEN2,
+}
 CONTROL, USER_DEFINED = 3, 4
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
@@ -59,35 +77,58 @@ class Tokenizer:
         get = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}.get
         kind, tokens = get("model"), get("tokens")
         if kind not in ("gpt2", "llama"):
-            raise UserError(f"{path}: tokenizer {kind!r} is not supported; supported are gpt2 (byte-level BPE) and llama")
+            raise UserError(
+                f"{path}: tokenizer {kind!r} is not supported; supported are gpt2 (byte-level BPE) and llama"
+            )
         if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
             raise UserError(f"{path}: tokenizer.ggml.tokens should be a list of strings")
         vocab = {token: index for index, token in enumerate(tokens)}
         build = _byte_level if kind == "gpt2" else _sentence_piece
-        described = {"version": "1.0", "truncation": None, "padding": None, "post_processor": None,
-                     "added_tokens": _added(tokens, get("token_type"), kind), **build(get, vocab, path)}
+        described = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "post_processor": None,
+            "added_tokens": _added(tokens, get("token_type"), kind),
+            **build(get, vocab, path),
+        }
         backend = _backend(described, path)
-        ids = {"bos_token": get("bos_token_id"), "eos_token": get("eos_token_id"), "unk_token": get("unknown_token_id"),
-               "pad_token": get("padding_token_id")}
+        ids = {
+            "bos_token": get("bos_token_id"),
+            "eos_token": get("eos_token_id"),
+            "unk_token": get("unknown_token_id"),
+            "pad_token": get("padding_token_id"),
+        }
         for name, index in ids.items():
             if index is not None and not (isinstance(index, int) and 0 <= index < len(tokens)):
                 raise UserError(f"{path}: {name} has id {index!r}, the tokenizer has {len(tokens)} tokens")
         special = {name: tokens[index] for name, index in ids.items() if index is not None}
         _add_tokens(backend, {}, special)
         add_bos = get("add_bos_token", kind == "llama")
-        _set_template(backend, special.get("bos_token") if add_bos else None,
-                      special.get("eos_token") if get("add_eos_token") else None)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+        _set_template(
+            backend,
+            special.get("bos_token") if add_bos else None,
+            special.get("eos_token") if get("add_eos_token") else None,
+        )
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **special,
+        }
         if isinstance(metadata.get("tokenizer.chat_template"), str):
             config["chat_template"] = metadata["tokenizer.chat_template"]
-        files = {"tokenizer.json": lambda: backend.to_str(pretty=True),
-                 "tokenizer_config.json": lambda: json.dumps(config, indent=2) + "\n"}
+        files = {
+            "tokenizer.json": lambda: backend.to_str(pretty=True),
+            "tokenizer_config.json": lambda: json.dumps(config, indent=2) + "\n",
+        }
         return cls(backend, special, files)
 
     def check(self, config, path):
         """Stop when a token has no row in the embedding of `config`; more rows than tokens (padding) are fine -> self."""
         if self.vocab_size > config.vocab_size:
-            raise UserError(f"{path}: the tokenizer has {self.vocab_size} tokens, the embedding {config.vocab_size} rows")
+            raise UserError(
+                f"{path}: the tokenizer has {self.vocab_size} tokens, the embedding {config.vocab_size} rows"
+            )
         return self
 
     @property
@@ -116,7 +157,10 @@ class Tokenizer:
     def save(self, directory):
         """Write the tokenizer's files into `directory`, for transformers to load."""
         for name, content in self._files.items():
-            write_text(os.path.join(directory, name), content.read_text("utf-8") if isinstance(content, Path) else content())
+            write_text(
+                os.path.join(directory, name),
+                content.read_text("utf-8") if isinstance(content, Path) else content(),
+            )
 
     def fingerprint(self):
         """A string that tells this tokenizer from another: equal strings, equal ids for every text."""
@@ -150,7 +194,10 @@ def _as_class(described, config):
         described["pre_tokenizer"] = {**BYTE_LEVEL, "add_prefix_space": bool(config.get("add_prefix_space"))}
         model.update(fuse_unk=False, byte_fallback=False, ignore_merges=False, unk_token=None)
     elif declared == "Qwen2Tokenizer":
-        described["normalizer"], described["decoder"] = {"type": "NFC"}, {**BYTE_LEVEL, "add_prefix_space": True}
+        described["normalizer"], described["decoder"] = (
+            {"type": "NFC"},
+            {**BYTE_LEVEL, "add_prefix_space": True},
+        )
         described["pre_tokenizer"] = _split(QWEN2, bool(config.get("add_prefix_space")))
         model.update(fuse_unk=False, byte_fallback=False, ignore_merges=False, unk_token=None)
 
@@ -158,8 +205,17 @@ def _as_class(described, config):
 def _metaspace(described, prefix_space, legacy):
     scheme = "never" if not prefix_space else "always" if legacy else "first"
     described["normalizer"] = None
-    described["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
-    steps = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    described["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "prepend_scheme": scheme,
+        "split": False,
+    }
+    steps = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
     if prefix_space:
         steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     described["decoder"] = {"type": "Sequence", "decoders": steps}
@@ -168,8 +224,10 @@ def _metaspace(described, prefix_space, legacy):
 
 def _split(pattern, prefix_space=False):
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence",
-            "pretokenizers": [split, {**BYTE_LEVEL, "add_prefix_space": prefix_space, "use_regex": False}]}
+    return {
+        "type": "Sequence",
+        "pretokenizers": [split, {**BYTE_LEVEL, "add_prefix_space": prefix_space, "use_regex": False}],
+    }
 
 
 def _add_tokens(backend, config, special):
@@ -184,7 +242,9 @@ def _add_tokens(backend, config, special):
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     for _, token in sorted(decoder.items(), key=lambda item: int(item[0])):
         if token["content"] not in known:
-            backend.add_tokens([AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token})])
+            backend.add_tokens(
+                [AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token})]
+            )
             known.add(token["content"])
     for token in named:
         if token not in known:
@@ -199,7 +259,10 @@ def _set_template(backend, bos, eos):
     single = [*first, "$A:0", *last]
     pair = [*single, *([f"{bos}:1"] if bos else []), "$B:1", *([f"{eos}:1"] if eos else [])]
     backend.post_processor = processors.TemplateProcessing(
-        single=single, pair=pair, special_tokens=[(token, backend.token_to_id(token)) for token in (bos, eos) if token])
+        single=single,
+        pair=pair,
+        special_tokens=[(token, backend.token_to_id(token)) for token in (bos, eos) if token],
+    )
 
 
 def _byte_alphabet():
@@ -216,26 +279,53 @@ def _added(tokens, types, kind):
     for index, (token, type_) in enumerate(zip(tokens, types or ())):
         # In a byte-level vocabulary a control token in other letters is a mislabel of the converter.
         if type_ == USER_DEFINED or type_ == CONTROL and (kind != "gpt2" or set(token) <= letters):
-            added.append({"id": index, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-                          "normalized": False, "special": type_ == CONTROL})
+            added.append(
+                {
+                    "id": index,
+                    "content": token,
+                    "single_word": False,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                    "special": type_ == CONTROL,
+                }
+            )
     return added
 
 
 def _byte_level(get, vocab, path):
     pre, merges = get("pre", "default"), get("merges")
     if pre not in SPLITS:
-        raise UserError(f"{path}: pre-tokenizer {pre!r} is not supported; supported are {', '.join(sorted(SPLITS))}")
+        raise UserError(
+            f"{path}: pre-tokenizer {pre!r} is not supported; supported are {', '.join(sorted(SPLITS))}"
+        )
     if not isinstance(merges, list):
         raise UserError(f"{path}: the metadata lacks tokenizer.ggml.merges")
     letters = _byte_alphabet()
     alphabet = set(letters.values())
-    spelled = {token if set(token) <= alphabet else "".join(letters[byte] for byte in token.encode()): index
-               for token, index in vocab.items()}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "",
-             "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": spelled, "merges": merges}
+    spelled = {
+        token if set(token) <= alphabet else "".join(letters[byte] for byte in token.encode()): index
+        for token, index in vocab.items()
+    }
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": "",
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": spelled,
+        "merges": merges,
+    }
     split = SPLITS[pre]
-    return {"normalizer": None, "pre_tokenizer": BYTE_LEVEL if split is None else _split(split),
-            "decoder": {**BYTE_LEVEL, "add_prefix_space": True}, "model": model}
+    return {
+        "normalizer": None,
+        "pre_tokenizer": BYTE_LEVEL if split is None else _split(split),
+        "decoder": {**BYTE_LEVEL, "add_prefix_space": True},
+        "model": model,
+    }
 
 
 def _sentence_piece(get, vocab, path):
@@ -243,10 +333,18 @@ def _sentence_piece(get, vocab, path):
     if merges is None:
         scores = get("scores")
         if not isinstance(scores, list) or len(scores) != len(vocab):
-            raise UserError(f"{path}: the metadata has neither tokenizer.ggml.merges nor a score for each token")
+            raise UserError(
+                f"{path}: the metadata has neither tokenizer.ggml.merges nor a score for each token"
+            )
         merges = _merges(vocab, scores)
-    model = {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "vocab": vocab,
-             "merges": merges}
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "vocab": vocab,
+        "merges": merges,
+    }
     described = {"model": model}
     _metaspace(described, bool(get("add_space_prefix", True)), False)
     return described
@@ -261,4 +359,3 @@ def _merges(vocab, scores):
         found += sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
     found.sort(key=lambda pair: (pair[2], len(pair[0]), len(pair[1])), reverse=True)
     return [[left, right] for left, right, _ in found]
-

@@ -13,6 +13,7 @@ What the CUDA driver and cuBLAS take for themselves is not in it: how much that 
 
 B, T, M = B T, C, H, K, D, F, R, V as in csrc/ops.h; Q = H D, P = K D, S = Q + 2 P. Sizes are bytes.
 """
+
 from dataclasses import dataclass, field, replace
 
 from longlora import device as device_
@@ -38,6 +39,7 @@ KINDS = ("lora_A", "lora_B", "embedding", "head", "norm", "linear", "bias")
 @dataclass(frozen=True)
 class Buffer:
     """A piece of the arena: offset in bytes, shape, dtype."""
+
     offset: int
     shape: tuple
     dtype: str
@@ -46,6 +48,7 @@ class Buffer:
 @dataclass(frozen=True)
 class Stored:
     """A parameter as stored: tensors of one product lie under each other; members (Hugging Face name, first row, last)."""
+
     key: str
     kind: str
     shape: tuple
@@ -100,8 +103,12 @@ def stored(config, lora):
     yield Stored("embedding", "embedding", (config.vocab_size, C), ((embed, 0, config.vocab_size),))
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}."
-        for key, name, size in (("w1", "input_layernorm", C), ("w2", "post_attention_layernorm", C),
-                                ("q_norm", "self_attn.q_norm", D), ("k_norm", "self_attn.k_norm", D)):
+        for key, name, size in (
+            ("w1", "input_layernorm", C),
+            ("w2", "post_attention_layernorm", C),
+            ("q_norm", "self_attn.q_norm", D),
+            ("k_norm", "self_attn.k_norm", D),
+        ):
             if size == C or config.qk_norm:
                 yield Stored(f"{key}.{i}", "norm", (size,), ((f"{layer}{name}.weight", 0, size),))
         for group, (features, outs) in widths(config).items():
@@ -117,11 +124,18 @@ def stored(config, lora):
             if not found:
                 continue
             R = lora.r
-            stack = tuple((f"{layer}{prefix}{name}.lora_A.weight", j * R, (j + 1) * R) for j, name in enumerate(found))
+            stack = tuple(
+                (f"{layer}{prefix}{name}.lora_A.weight", j * R, (j + 1) * R) for j, name in enumerate(found)
+            )
             yield Stored(f"{group}.A.{i}", "lora_A", (len(found) * R, features), stack)
             for name in found:
                 out = outs[modules.index(name)]
-                yield Stored(f"{group}.B.{name}.{i}", "lora_B", (out, R), ((f"{layer}{prefix}{name}.lora_B.weight", 0, out),))
+                yield Stored(
+                    f"{group}.B.{name}.{i}",
+                    "lora_B",
+                    (out, R),
+                    ((f"{layer}{prefix}{name}.lora_B.weight", 0, out),),
+                )
     yield Stored("norm", "norm", (C,), (("model.norm.weight", 0, C),))
     if not config.tie_word_embeddings:
         yield Stored("head", "head", (config.vocab_size, C), (("lm_head.weight", 0, config.vocab_size),))
@@ -189,10 +203,24 @@ def activations(config, dtype, batch_size, length, lora, checkpointing, start=0)
     M, S, Q, f32 = B * T, (H + 2 * K) * D, H * D, "float32"
     tile = min(M, TILE)
     # u = x A' of each product with LoRA but the last, whose x is computed again anyway
-    us = [(f"u.{group}", (M, _rank(group, lora)), f32) for group in GROUPS if group != "down" and _rank(group, lora)]
+    us = [
+        (f"u.{group}", (M, _rank(group, lora)), f32)
+        for group in GROUPS
+        if group != "down" and _rank(group, lora)
+    ]
     attention = [("o", (M, Q), dtype), ("lse", (B, H, T), f32)]
-    kept = {"none": [("qkv", (M, S), dtype), *attention, ("h", (M, C), dtype), ("rstd2", (M,), f32),
-                     ("gp", (M, 2 * F), dtype), *us], "minimal": attention, "full": []}[checkpointing]
+    kept = {
+        "none": [
+            ("qkv", (M, S), dtype),
+            *attention,
+            ("h", (M, C), dtype),
+            ("rstd2", (M,), f32),
+            ("gp", (M, 2 * F), dtype),
+            *us,
+        ],
+        "minimal": attention,
+        "full": [],
+    }[checkpointing]
     layout = Layout(start)
     for i in range(L):
         for name, shape, kind in [("x", (M, C), dtype), *kept]:
@@ -200,7 +228,13 @@ def activations(config, dtype, batch_size, length, lora, checkpointing, start=0)
     layout.end_part("kept activations")
     names = {name for name, _, _ in kept}
     again = [b for b in [("qkv", (M, S), dtype), *attention, *us] if b[0] not in names]
-    for buffer in [("d", (M, C), dtype), ("dn", (M, C), dtype), ("n", (M, C), dtype), ("rstd", (M,), f32), *again]:
+    for buffer in [
+        ("d", (M, C), dtype),
+        ("dn", (M, C), dtype),
+        ("n", (M, C), dtype),
+        ("rstd", (M,), f32),
+        *again,
+    ]:
         layout.add(*buffer)
     if config.qk_norm:
         layout.add("qk", (M, (H + K) * D), dtype)
@@ -210,7 +244,13 @@ def activations(config, dtype, batch_size, length, lora, checkpointing, start=0)
         mlp += [("h", (M, C), dtype), ("gp", (tile, 2 * F), dtype), ("rstd2", (M,), f32)]
     layout.overlay(mlp, [("do", (M, Q), dtype), ("dqkv", (M, S), dtype)])
     layout.end_part("layer in hand")
-    for name, kind in (("losses", f32), ("dlosses", f32), ("ids", "int32"), ("targets", "int32"), ("order", "int32")):
+    for name, kind in (
+        ("losses", f32),
+        ("dlosses", f32),
+        ("ids", "int32"),
+        ("targets", "int32"),
+        ("order", "int32"),
+    ):
         layout.add(name, (M,), kind)
     layout.end_part("batch and tables")
     return layout
@@ -251,15 +291,21 @@ def _scratch(config, dtype, batch_size, length, lora):
     one block for the head's logits and the attention's sums, one for what a product packs and the attention's threads; and the
     sums of a product that is cut along its inner axis, where its result is not float32."""
     from longlora import _C
+
     M, narrow, F = batch_size * length, dtype != "float32", config.intermediate_size
-    head = _C.head_scratch(M, config.hidden_size, config.vocab_size, narrow, _head(config) in trained(config, lora, True))
-    thread, sums = _C.attention_scratch(batch_size, length, config.num_attention_heads, config.num_key_value_heads,
-                                        config.head_dim, narrow)
+    head = _C.head_scratch(
+        M, config.hidden_size, config.vocab_size, narrow, _head(config) in trained(config, lora, True)
+    )
+    thread, sums = _C.attention_scratch(
+        batch_size, length, config.num_attention_heads, config.num_key_value_heads, config.head_dim, narrow
+    )
     of_b, of_a = _C.matmul_scratch()
     width = max(config.hidden_size, config.num_attention_heads * config.head_dim)
     cut = 4 * max(min(M, TILE) * min(2 * F, 1024), M * width) if narrow else 0
     # of a there is little to pack unless the gradient of a weight is a product
-    return of_b + (of_a if lora is None else of_a // 4) + cut + _C.get_num_threads() * thread + max(head, sums)
+    return (
+        of_b + (of_a if lora is None else of_a // 4) + cut + _C.get_num_threads() * thread + max(head, sums)
+    )
 
 
 def _workspace(config, dtype, batch_size, length, group_size, lora):
@@ -267,9 +313,15 @@ def _workspace(config, dtype, batch_size, length, group_size, lora):
     real ones, large ones of which nothing is touched, so that they cost no memory."""
     from longlora import _C
     from longlora.ops import BOUNDARIES, SHIFTS
+
     B, T, M, f32 = batch_size, length, batch_size * length, "float32"
-    H, K, D, C, V = (config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size,
-                     config.vocab_size)
+    H, K, D, C, V = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.hidden_size,
+        config.vocab_size,
+    )
     whole, names = lora is None, trained(config, lora, True)
     sizes = []
 
@@ -282,30 +334,90 @@ def _workspace(config, dtype, batch_size, length, group_size, lora):
     for group, (features, outs) in widths(config).items():
         m, N, R = M if group in ("qkv", "o") else min(M, TILE), sum(outs), _rank(group, lora)
         x, weight, out = new(m, features), new(N, features), new(m, N)
-        a, b, u, da = (new(R, features), new(N, R), new(m, R, kind=f32), new(R, features, kind=f32)) if R else (None,) * 4
+        a, b, u, da = (
+            (new(R, features), new(N, R), new(m, R, kind=f32), new(R, features, kind=f32))
+            if R
+            else (None,) * 4
+        )
         bias = {"qkv": config.qkv_bias, "o": config.o_bias}.get(group)
         alone = R and len(outs) == 1
         ask("lora_linear_forward", out, u, x, weight, new(N) if bias else None, a, b, None, 1.0)
-        ask("lora_linear_backward", x, da, new(N, R, kind=f32) if alone else None, new(N, features, kind=f32) if whole else None,
-            new(N, kind=f32) if bias and whole else None, out, x, weight, a, b, u, 1.0, 0)
+        ask(
+            "lora_linear_backward",
+            x,
+            da,
+            new(N, R, kind=f32) if alone else None,
+            new(N, features, kind=f32) if whole else None,
+            new(N, kind=f32) if bias and whole else None,
+            out,
+            x,
+            weight,
+            a,
+            b,
+            u,
+            1.0,
+            0,
+        )
         for name in () if alone else adapted(group, lora):
             n = outs[GROUPS[group][1].index(name)]
-            ask("lora_linear_backward", None, None, new(n, lora.r, kind=f32), None, None, out[:, :n], None, weight[:n],
-                a[:lora.r], b[:n, :lora.r], u[:, :lora.r], 1.0, 0)
+            ask(
+                "lora_linear_backward",
+                None,
+                None,
+                new(n, lora.r, kind=f32),
+                None,
+                None,
+                out[:, :n],
+                None,
+                weight[:n],
+                a[: lora.r],
+                b[:n, : lora.r],
+                u[:, : lora.r],
+                1.0,
+                0,
+            )
     for rows, columns in ((M, C), (M, D)) if config.qk_norm else ((M, C),):
         x = new(rows, columns)
         ask("rms_norm_backward", x, new(columns, kind=f32), x, x, new(rows, kind=f32), new(columns), x)
     heads = new(M, (H + 2 * K) * D).reshape((B, T, H + 2 * K, D))
-    q, k, v, o = heads[:, :, :H], heads[:, :, H:H + K], heads[:, :, H + K:], new(B, T, H, D)
-    ask("s2_attention_backward", q, k, v, o, q, k, v, o, new(B, H, T, kind=f32), None, group_size or T, BOUNDARIES["split"],
-        SHIFTS["half" if group_size else "none"], 1.0)
+    q, k, v, o = heads[:, :, :H], heads[:, :, H : H + K], heads[:, :, H + K :], new(B, T, H, D)
+    ask(
+        "s2_attention_backward",
+        q,
+        k,
+        v,
+        o,
+        q,
+        k,
+        v,
+        o,
+        new(B, H, T, kind=f32),
+        None,
+        group_size or T,
+        BOUNDARIES["split"],
+        SHIFTS["half" if group_size else "none"],
+        1.0,
+    )
     of_row = new(M, kind=f32)
-    ask("linear_cross_entropy_backward", of_row, new(M, C), new(V, C, kind=f32) if _head(config) in names else None, new(M, C), new(V, C),
-        new(M, kind="int32"), of_row, -100)
+    ask(
+        "linear_cross_entropy_backward",
+        of_row,
+        new(M, C),
+        new(V, C, kind=f32) if _head(config) in names else None,
+        new(M, C),
+        new(V, C),
+        new(M, kind="int32"),
+        of_row,
+        -100,
+    )
     if "model.embed_tokens.weight" in names:
         ids = new(M, kind="int32")
         ask("embedding_backward", new(V, C, kind=f32), new(M, C), ids, ids)
-    largest = max(s.shape[0] * (s.shape[1] if len(s.shape) > 1 else 1) for s in stored(config, lora) if s.members[0][0] in names)
+    largest = max(
+        s.shape[0] * (s.shape[1] if len(s.shape) > 1 else 1)
+        for s in stored(config, lora)
+        if s.members[0][0] in names
+    )
     ask("sum_squares", new(1, kind="float64"), new(largest, kind=f32))
     return max(sizes)
 
@@ -313,6 +425,7 @@ def _workspace(config, dtype, batch_size, length, group_size, lora):
 @dataclass(frozen=True)
 class Plan:
     """What a run takes: parts (name -> bytes, in order), and what they follow from. `memory` is what `device` has, in bytes."""
+
     config: object = field(repr=False)
     dtype: str
     batch_size: int
@@ -339,17 +452,34 @@ class Plan:
 
     def to_json(self):
         """A dict for json.dumps; sizes in bytes."""
-        return {"dtype": self.dtype, "batch_size": self.batch_size, "sequence_length": self.sequence_length,
-                "group_size": self.group_size, "training": "full" if self.lora is None else "lora",
-                "checkpointing": self.checkpointing, "device": self.device, "parts": dict(self.parts), "total": self.total,
-                "memory": self.memory, "fits": self.fits, "changes": list(self.changes)}
+        return {
+            "dtype": self.dtype,
+            "batch_size": self.batch_size,
+            "sequence_length": self.sequence_length,
+            "group_size": self.group_size,
+            "training": "full" if self.lora is None else "lora",
+            "checkpointing": self.checkpointing,
+            "device": self.device,
+            "parts": dict(self.parts),
+            "total": self.total,
+            "memory": self.memory,
+            "fits": self.fits,
+            "changes": list(self.changes),
+        }
 
     def text(self):
         """A table in GiB, the verdict, and what would make it fit."""
         width = max(len(name) for name in (*self.parts, "total")) + 2
-        lines = [f"{name:<{width}}{size / 2**30:9.3f} GiB" for name, size in (*self.parts.items(), ("total", self.total))]
-        there = f"{self.memory / 2**30:.3f} GiB are available" + (f" on {self.device}" if self.device != device_.CPU else "")
-        lines.append(f"checkpointing {self.checkpointing}: {'fits' if self.fits else 'does not fit'}; {there}")
+        lines = [
+            f"{name:<{width}}{size / 2**30:9.3f} GiB"
+            for name, size in (*self.parts.items(), ("total", self.total))
+        ]
+        there = f"{self.memory / 2**30:.3f} GiB are available" + (
+            f" on {self.device}" if self.device != device_.CPU else ""
+        )
+        lines.append(
+            f"checkpointing {self.checkpointing}: {'fits' if self.fits else 'does not fit'}; {there}"
+        )
         return "\n".join([*lines, *(f"  {change}" for change in self.changes)])
 
 
@@ -358,12 +488,14 @@ def available_memory():
     with open("/proc/meminfo") as file:
         found = {line.split(":")[0]: int(line.split()[1]) << 10 for line in file}
     limits = [found["MemAvailable"]]
-    for limit, used in (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-                        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes")):
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
         try:
             with open(limit) as a, open(used) as b:
                 limits.append(max(0, int(a.read()) - int(b.read())))
-        except (OSError, ValueError):                  # no such group, or "max"
+        except (OSError, ValueError):  # no such group, or "max"
             pass
     return min(limits)
 
@@ -375,7 +507,7 @@ def _parts(config, dtype, batch_size, length, group_size, lora, checkpointing, d
     M, D = batch_size * length, config.head_dim
     parts["batch and tables"] += 2 * 4 * length * D // 2
     if device == device_.CPU:
-        parts["batch and tables"] += 4 * 4 * M         # NumPy's ids, targets and their order
+        parts["batch and tables"] += 4 * 4 * M  # NumPy's ids, targets and their order
         parts["scratch of the ops"] = _scratch(config, dtype, batch_size, length, lora)
         parts["runtime"] = RUNTIME
     else:
@@ -383,8 +515,18 @@ def _parts(config, dtype, batch_size, length, group_size, lora, checkpointing, d
     return {name: size for name, size in parts.items() if size}
 
 
-def plan(config, *, dtype="float32", batch_size=1, sequence_length, group_size=None, lora=None, checkpointing="auto",
-         memory=None, device=device_.CPU):
+def plan(
+    config,
+    *,
+    dtype="float32",
+    batch_size=1,
+    sequence_length,
+    group_size=None,
+    lora=None,
+    checkpointing="auto",
+    memory=None,
+    device=device_.CPU,
+):
     """What training of `config` takes, from the config alone -> Plan.
 
     lora None means full fine-tuning, group_size None dense attention. checkpointing "auto" is the fastest of none, minimal and
@@ -392,7 +534,9 @@ def plan(config, *, dtype="float32", batch_size=1, sequence_length, group_size=N
     changes.
     """
     if checkpointing not in ("auto", *CHECKPOINTING):
-        raise UserError(f"checkpointing should be one of auto, {', '.join(CHECKPOINTING)}, got {checkpointing!r}")
+        raise UserError(
+            f"checkpointing should be one of auto, {', '.join(CHECKPOINTING)}, got {checkpointing!r}"
+        )
     if dtype not in DTYPES:
         raise UserError(f"dtype should be one of {', '.join(DTYPES)}, got {dtype!r}")
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
@@ -402,8 +546,15 @@ def plan(config, *, dtype="float32", batch_size=1, sequence_length, group_size=N
         memory = available_memory() if device == device_.CPU else device_.free_memory(device)
 
     def parts(**changed):
-        given = dict(dtype=dtype, batch_size=batch_size, length=sequence_length, group_size=group_size, lora=lora,
-                     checkpointing=checkpointing, device=device)
+        given = dict(
+            dtype=dtype,
+            batch_size=batch_size,
+            length=sequence_length,
+            group_size=group_size,
+            lora=lora,
+            checkpointing=checkpointing,
+            device=device,
+        )
         return _parts(config, **{**given, **changed})
 
     if checkpointing == "auto":
@@ -416,32 +567,56 @@ def plan(config, *, dtype="float32", batch_size=1, sequence_length, group_size=N
     changes = ()
     if sum(found.values()) > memory:
         changes = _changes(parts, checkpointing, dtype, batch_size, sequence_length, lora, memory)
-    return Plan(config, dtype, batch_size, sequence_length, group_size, lora, checkpointing, memory, found, changes, device)
+    return Plan(
+        config,
+        dtype,
+        batch_size,
+        sequence_length,
+        group_size,
+        lora,
+        checkpointing,
+        memory,
+        found,
+        changes,
+        device,
+    )
 
 
 def _changes(parts, checkpointing, dtype, batch_size, length, lora, memory):
     """The changes that would make it fit, cheapest first: those that cost time, then precision, batch, what is trained, length.
 
     Each alone where one is enough; else one after the other, all together, until it fits."""
-    steps = [(f"--checkpointing {c}", dict(checkpointing=c)) for c in CHECKPOINTING[CHECKPOINTING.index(checkpointing) + 1:]]
+    steps = [
+        (f"--checkpointing {c}", dict(checkpointing=c))
+        for c in CHECKPOINTING[CHECKPOINTING.index(checkpointing) + 1 :]
+    ]
     if dtype == "float32":
         steps.append(("--dtype bfloat16", dict(dtype="bfloat16")))
     if batch_size > 1:
-        steps.append(("--per-device-train-batch-size 1, the rest by gradient accumulation", dict(batch_size=1)))
+        steps.append(
+            ("--per-device-train-batch-size 1, the rest by gradient accumulation", dict(batch_size=1))
+        )
     if lora is None:
         from longlora.files.adapter import LoraConfig
+
         steps.append(("LoRA instead of --full", dict(lora=LoraConfig())))
     elif {"embed_tokens", "lm_head"} & set(lora.modules_to_save):
         rest = tuple(name for name in lora.modules_to_save if name not in ("embed_tokens", "lm_head"))
         steps.append(("no training of the embedding", dict(lora=replace(lora, modules_to_save=rest))))
-    shorter = [(f"--sequence-length {length >> i}", dict(length=length >> i)) for i in range(1, 8) if length >> i >= 1]
+    shorter = [
+        (f"--sequence-length {length >> i}", dict(length=length >> i))
+        for i in range(1, 8)
+        if length >> i >= 1
+    ]
     alone = [(text, sum(parts(**change).values())) for text, change in steps + shorter]
     fitting = [(text, total) for text, total in alone if total <= memory]
     lengths = [found for found in fitting if found[0].startswith("--sequence-length")]
     if fitting:
-        return tuple(f"{text}: {total / 2**30:.3f} GiB" for text, total in fitting if (text, total) not in lengths[1:])
+        return tuple(
+            f"{text}: {total / 2**30:.3f} GiB" for text, total in fitting if (text, total) not in lengths[1:]
+        )
     sofar, done = {}, {}
-    for text, change in steps + shorter:               # a later choice of the same thing takes the place of the earlier
+    for text, change in steps + shorter:  # a later choice of the same thing takes the place of the earlier
         sofar.update(change)
         done[next(iter(change))] = text
         total = sum(parts(**sofar).values())

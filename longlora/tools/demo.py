@@ -3,16 +3,17 @@
 Model and texts ship with the package (longlora/assets; the scripts that made them are in the repository's demo/). Only the
 public calls are used: ppl, train, merge.
 """
+
 import math
 import shutil
 import time
 from pathlib import Path
 
 from longlora import plots
-from longlora.evaluation import ppl
-from longlora.files import adapter
 from longlora.decoder.config import read_config
 from longlora.errors import UserError
+from longlora.evaluation import ppl
+from longlora.files import adapter
 from longlora.files.safetensors import write_json
 from longlora.training.driver import train
 
@@ -23,8 +24,15 @@ TARGET = LENGTHS[-1]
 GROUP = 512
 STEPS = 240
 # AdamW's rates for LoRA, and for embedding and norms: a small model takes, and needs, far larger ones than the 2e-5 of the paper.
-SETTINGS = dict(target_length=TARGET, group_size=GROUP, learning_rate=1e-3, embedding_learning_rate=2e-3,
-                lr_scheduler_type="cosine", warmup_steps=10, logging_steps=10)
+SETTINGS = dict(
+    target_length=TARGET,
+    group_size=GROUP,
+    learning_rate=1e-3,
+    embedding_learning_rate=2e-3,
+    lr_scheduler_type="cosine",
+    warmup_steps=10,
+    logging_steps=10,
+)
 POINTS = 32  # of the curve of perplexity by position
 NEXT = """Next, a model of your own: a Hugging Face directory or a .gguf of the Llama, Mistral, Qwen2 or Qwen3 family.
     longlora inspect MODEL
@@ -46,17 +54,33 @@ def run(output_dir="longlora-demo", steps=None, say=print, device="auto"):
         raise UserError(f"steps should be at least 1, got {steps}")
     output = _prepared(Path(output_dir))
     native = read_config(MODEL).max_position_embeddings
-    say(f"A model of {_parameters():.1f} million parameters, pretrained on {native} tokens, learns to read {TARGET}. "
-        f"Files go to {output}.\n")
+    say(
+        f"A model of {_parameters():.1f} million parameters, pretrained on {native} tokens, learns to read {TARGET}. "
+        f"Files go to {output}.\n"
+    )
 
-    say(f"1. Before: perplexity on text that it never saw ({', '.join(sorted(p.stem for p in HELD_OUT.glob('*.txt')))})")
+    say(
+        f"1. Before: perplexity on text that it never saw ({', '.join(sorted(p.stem for p in HELD_OUT.glob('*.txt')))})"
+    )
     before, curve_before = _perplexity(say, "as it is", device=device)
-    interpolated, curve_interpolated = _perplexity(say, f"positions interpolated by {TARGET // native}, untrained",
-                                                   rope_type="linear", target_length=TARGET, device=device)
+    interpolated, curve_interpolated = _perplexity(
+        say,
+        f"positions interpolated by {TARGET // native}, untrained",
+        rope_type="linear",
+        target_length=TARGET,
+        device=device,
+    )
 
     say(f"\n2. LoRA and S2-Attn training on {TARGET} tokens")
-    result = train(model=MODEL, data=TEXT, output_dir=output / "adapter", max_steps=steps, say=lambda line: say(f"   {line}"),
-                   device=device, **SETTINGS)
+    result = train(
+        model=MODEL,
+        data=TEXT,
+        output_dir=output / "adapter",
+        max_steps=steps,
+        say=lambda line: say(f"   {line}"),
+        device=device,
+        **SETTINGS,
+    )
     if result.stopped is not None:
         raise KeyboardInterrupt
     adapter.merge(MODEL, output / "adapter", output / "merged")
@@ -65,17 +89,30 @@ def run(output_dir="longlora-demo", steps=None, say=print, device="auto"):
     after, curve_after = _perplexity(say, "extended", adapter=output / "adapter", device=device)
 
     plots.loss(output / "loss.png", result.history)
-    plots.perplexity(output / "perplexity.png", {"before": curve_before, "interpolated, untrained": curve_interpolated,
-                                                 "after": curve_after}, native=native)
+    plots.perplexity(
+        output / "perplexity.png",
+        {"before": curve_before, "interpolated, untrained": curve_interpolated, "after": curve_after},
+        native=native,
+    )
     plots.attention(output / "attention.png", TARGET, GROUP)
-    report = {"lengths": list(LENGTHS), "before": before, "interpolated": interpolated, "after": after, "native_length": native,
-              "steps": steps, "tokens_trained": steps * TARGET, "loss": [[row["step"], row["loss"]] for row in result.history],
-              "seconds": round(time.perf_counter() - started, 1)}
+    report = {
+        "lengths": list(LENGTHS),
+        "before": before,
+        "interpolated": interpolated,
+        "after": after,
+        "native_length": native,
+        "steps": steps,
+        "tokens_trained": steps * TARGET,
+        "loss": [[row["step"], row["loss"]] for row in result.history],
+        "seconds": round(time.perf_counter() - started, 1),
+    }
     write_json(output / "report.json", report)
 
     say("\n" + table(report))
-    say(f"\n{report['seconds']:.0f} seconds. In {output}: report.json, loss.png, perplexity.png, attention.png, adapter/ (PEFT "
-        "loads it), merged/\n(stock transformers loads it).\n")
+    say(
+        f"\n{report['seconds']:.0f} seconds. In {output}: report.json, loss.png, perplexity.png, attention.png, adapter/ (PEFT "
+        "loads it), merged/\n(stock transformers loads it).\n"
+    )
     say(NEXT)
     return report
 
@@ -93,7 +130,9 @@ def _prepared(output):
     """The output directory, rid of an earlier demo."""
     report = output / "report.json"
     if output.exists() and not (output.is_dir() and (report.exists() or not any(output.iterdir()))):
-        raise UserError(f"{output}: exists and holds no earlier demo (report.json); wanted a new or an empty directory")
+        raise UserError(
+            f"{output}: exists and holds no earlier demo (report.json); wanted a new or an empty directory"
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_json(report, {"lengths": list(LENGTHS)})

@@ -1,41 +1,73 @@
 """What this build and this machine are: the first thing to look at when something is slow or missing."""
+
 import importlib.metadata
 import os
 import platform
 import sys
 
-
-LIBRARIES = ("numpy", "tokenizers", "safetensors", "gguf", "pyyaml", "tqdm", "matplotlib", "ml_dtypes", "torch", "transformers",
-             "peft")
+LIBRARIES = (
+    "numpy",
+    "tokenizers",
+    "safetensors",
+    "gguf",
+    "pyyaml",
+    "tqdm",
+    "matplotlib",
+    "ml_dtypes",
+    "torch",
+    "transformers",
+    "peft",
+)
 
 
 def examine():
     """-> dict for JSON: versions, instruction sets, threads, memory, CUDA."""
     from longlora import _C, __version__
     from longlora.memory.plan import available_memory
+
     versions = {}
     for name in LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    return {"longlora": __version__, "python": sys.version.split()[0], "platform": platform.platform(),
-            "extension": _C.__file__, "processor": _processor(), "instruction_set": _C.isa_names[_C.get_isa()],
-            "instruction_sets": [name for name, there in zip(_C.isa_names, _C.isa_supported) if there],
-            "forced_by": os.environ.get("LONGLORA_ISA"), "threads": _C.get_num_threads(),
-            "processors": len(os.sched_getaffinity(0)), "memory_available": available_memory(),
-            "cuda": _cuda(), "versions": versions}
+    return {
+        "longlora": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "extension": _C.__file__,
+        "processor": _processor(),
+        "instruction_set": _C.isa_names[_C.get_isa()],
+        "instruction_sets": [name for name, there in zip(_C.isa_names, _C.isa_supported) if there],
+        "forced_by": os.environ.get("LONGLORA_ISA"),
+        "threads": _C.get_num_threads(),
+        "processors": len(os.sched_getaffinity(0)),
+        "memory_available": available_memory(),
+        "cuda": _cuda(),
+        "versions": versions,
+    }
 
 
 def _cuda():
     from longlora import cuda
+
     driver, runtime = cuda.versions()
-    found = {"available": cuda.is_available(), "reason": cuda.reason(), "built_for": cuda.built_for(), "runtime": runtime,
-             "driver": driver, "devices": [], "cublas": None, "cublas_missing": None}
+    found = {
+        "available": cuda.is_available(),
+        "reason": cuda.reason(),
+        "built_for": cuda.built_for(),
+        "runtime": runtime,
+        "driver": driver,
+        "devices": [],
+        "cublas": None,
+        "cublas_missing": None,
+    }
     for i in range(cuda.device_count()):
         why = cuda.refusal(i)
         free, total = (None, None) if why else cuda.memory_info(i)
-        found["devices"].append({**cuda.properties(i), "refused": why, "memory_free": free, "memory_total": total})
+        found["devices"].append(
+            {**cuda.properties(i), "refused": why, "memory_free": free, "memory_total": total}
+        )
     if found["built_for"]:
         try:
             found["cublas"] = dict(zip(("version", "file"), cuda.cublas()))
@@ -50,21 +82,35 @@ def _cuda_text(found):
         return [("CUDA", f"not available: {found['reason']}")]
     built = f"CUDA {found['runtime']} for sm {found['built_for']}"
     driver = f"driver for CUDA {found['driver']}" if found["driver"] else "no driver"
-    lines = [("CUDA", "available" if found["available"] else f"not available: {found['reason']}"),
-             ("CUDA build", f"{built}, {driver}")]
+    lines = [
+        ("CUDA", "available" if found["available"] else f"not available: {found['reason']}"),
+        ("CUDA build", f"{built}, {driver}"),
+    ]
     for i, device in enumerate(found["devices"]):
         what = f"{device['name']}, sm_{device['sm']}, {device['multiprocessors']} multiprocessors, bus {device['bus']}"
-        state = (f"not used: {device['refused']}" if device["refused"] else
-                 f"{device['memory_free'] / 2**30:.1f} of {device['memory_total'] / 2**30:.1f} GiB free")
+        state = (
+            f"not used: {device['refused']}"
+            if device["refused"]
+            else f"{device['memory_free'] / 2**30:.1f} of {device['memory_total'] / 2**30:.1f} GiB free"
+        )
         lines.append((f"cuda:{i}", f"{what}, {state}"))
     cublas = found["cublas"]
-    return [*lines, ("cuBLASLt", f"{cublas['version']}, {cublas['file']}" if cublas else f"missing: {found['cublas_missing']}")]
+    return [
+        *lines,
+        (
+            "cuBLASLt",
+            f"{cublas['version']}, {cublas['file']}" if cublas else f"missing: {found['cublas_missing']}",
+        ),
+    ]
 
 
 def _processor():
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.processor())
+            return next(
+                (line.split(":", 1)[1].strip() for line in file if line.startswith("model name")),
+                platform.processor(),
+            )
     except OSError:
         return platform.processor()
 
@@ -72,13 +118,25 @@ def _processor():
 def text(found):
     """`examine`'s dict as lines."""
     memory = found["memory_available"]
-    lines = [("longlora", f"{found['longlora']}, Python {found['python']}, {found['platform']}"),
-             ("extension", found["extension"]), ("processor", found["processor"]),
-             ("instruction set", f"{found['instruction_set']} of {', '.join(found['instruction_sets'])}"
-              + (f" (LONGLORA_ISA={found['forced_by']})" if found["forced_by"] else "")),
-             ("threads", f"{found['threads']} of {found['processors']} processors"),
-             ("memory", f"{memory / 2**30:.1f} GiB available"),
-             *_cuda_text(found["cuda"]),
-             ("libraries", ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)),
-             ("not installed", ", ".join(name for name, version in found["versions"].items() if not version) or "-")]
+    lines = [
+        ("longlora", f"{found['longlora']}, Python {found['python']}, {found['platform']}"),
+        ("extension", found["extension"]),
+        ("processor", found["processor"]),
+        (
+            "instruction set",
+            f"{found['instruction_set']} of {', '.join(found['instruction_sets'])}"
+            + (f" (LONGLORA_ISA={found['forced_by']})" if found["forced_by"] else ""),
+        ),
+        ("threads", f"{found['threads']} of {found['processors']} processors"),
+        ("memory", f"{memory / 2**30:.1f} GiB available"),
+        *_cuda_text(found["cuda"]),
+        (
+            "libraries",
+            ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version),
+        ),
+        (
+            "not installed",
+            ", ".join(name for name, version in found["versions"].items() if not version) or "-",
+        ),
+    ]
     return "\n".join(f"{name:<16} {value}" for name, value in lines)

@@ -1,12 +1,13 @@
 """What is this model, adapter or checkpoint: for `longlora inspect PATH`."""
+
 import math
 import os
 
-from longlora.files import adapter
 from longlora.decoder.config import read_config, read_json
 from longlora.errors import UserError
-from longlora.files.safetensors import SafetensorsFile
+from longlora.files import adapter
 from longlora.files.open_model import open_model
+from longlora.files.safetensors import SafetensorsFile
 
 STATE = "trainer_state.json"
 
@@ -27,8 +28,17 @@ def describe(path):
     count = sum(math.prod(model.shape(name)) for name in model.names())
     dtypes = sorted({model.dtype(name) for name in model.names()})
     kind = "checkpoint" if os.path.exists(os.path.join(path, STATE)) else "model"
-    return {"kind": kind, "path": path, "format": model.kind, **_step(path), **_config(model.config), "parameters": count,
-            "dtypes": dtypes, "bytes": _bytes(path), "fingerprint": model.fingerprint()}
+    return {
+        "kind": kind,
+        "path": path,
+        "format": model.kind,
+        **_step(path),
+        **_config(model.config),
+        "parameters": count,
+        "dtypes": dtypes,
+        "bytes": _bytes(path),
+        "fingerprint": model.fingerprint(),
+    }
 
 
 def _adapter(path):
@@ -43,10 +53,21 @@ def _adapter(path):
     if config.get("tied_embeddings"):
         trained.pop("head", None)  # the embedding under its second name
     found = read_json(os.path.join(path, adapter.CONFIG))
-    return {"kind": "checkpoint" if os.path.exists(os.path.join(path, STATE)) else "adapter", "path": path, "format": "peft",
-            "base": found.get("base_model_name_or_path"), **_step(path), **config, "r": lora.r, "lora_alpha": lora.lora_alpha,
-            "target_modules": list(lora.target_modules), "modules_to_save": list(lora.modules_to_save), "trained": trained,
-            "bytes": _bytes(path), "base_fingerprint": file.metadata.get("longlora_base")}
+    return {
+        "kind": "checkpoint" if os.path.exists(os.path.join(path, STATE)) else "adapter",
+        "path": path,
+        "format": "peft",
+        "base": found.get("base_model_name_or_path"),
+        **_step(path),
+        **config,
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "target_modules": list(lora.target_modules),
+        "modules_to_save": list(lora.modules_to_save),
+        "trained": trained,
+        "bytes": _bytes(path),
+        "base_fingerprint": file.metadata.get("longlora_base"),
+    }
 
 
 def _kind(name):
@@ -70,24 +91,43 @@ def _config(config):
     arithmetic = f"{rope.type}, theta {rope.theta:g}"
     if rope.type != "default":
         arithmetic += f", factor {rope.factor:g}, pretrained at {rope.original_length}"
-    return {"family": config.family, "layers": config.num_hidden_layers, "hidden_size": config.hidden_size,
-            "heads": config.num_attention_heads, "key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim,
-            "vocab_size": config.vocab_size, "tied_embeddings": config.tie_word_embeddings, "positions": length,
-            "rope": arithmetic}
+    return {
+        "family": config.family,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "tied_embeddings": config.tie_word_embeddings,
+        "positions": length,
+        "rope": arithmetic,
+    }
 
 
 def _bytes(path):
     if os.path.isfile(path):
         return os.path.getsize(path)
-    return sum(os.path.getsize(os.path.join(path, name)) for name in os.listdir(path) if name.endswith(".safetensors"))
+    return sum(
+        os.path.getsize(os.path.join(path, name))
+        for name in os.listdir(path)
+        if name.endswith(".safetensors")
+    )
 
 
 def text(described):
     """The dict of `describe` as lines for a terminal."""
+
     def shown(value):
         if isinstance(value, dict):
             return ", ".join(f"{key} {number:,}" for key, number in value.items())
-        return ", ".join(map(str, value)) if isinstance(value, list) else f"{value:,}" if type(value) is int else str(value)
+        return (
+            ", ".join(map(str, value))
+            if isinstance(value, list)
+            else f"{value:,}"
+            if type(value) is int
+            else str(value)
+        )
 
     width = max(map(len, described))
     known = {key.replace("_", " "): value for key, value in described.items() if value is not None}

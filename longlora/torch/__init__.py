@@ -3,6 +3,7 @@
 ops: functions with autograd. configure, extend, load: S2-Attn and LoRA on a model of transformers. swap, unswap: its layers by
 our kernels. torch is needed for the first, transformers and peft for the others, which are imported when they are installed.
 """
+
 import importlib.util
 
 import torch
@@ -16,7 +17,9 @@ __all__ = ["ops"]
 if importlib.util.find_spec("transformers"):
     from longlora.torch.attention import configure
     from longlora.torch.swap import swap, unswap
+
     __all__ += ["configure", "swap", "unswap"]
     if importlib.util.find_spec("peft"):
         from longlora.torch.extend import extend, load
+
         __all__ += ["extend", "load"]

@@ -4,6 +4,7 @@ Their get_trainable_weights.py writes embedding and norms beside the adapter, as
 torch.save, its names cut by the 17 characters of "base_model.model.". PEFT does not read it, and neither file says how far the
 context was extended. OUT is one PEFT adapter, modules_to_save and all, with a config.json that has the rope.
 """
+
 import os
 import sys
 
@@ -12,11 +13,11 @@ import torch
 
 from longlora import cli
 from longlora.decoder import rope
-from longlora.files import adapter
 from longlora.decoder.config import read_config
 from longlora.errors import UserError
-from longlora.files.safetensors import SafetensorsFile
+from longlora.files import adapter
 from longlora.files.open_model import open_model, some, to_float32
+from longlora.files.safetensors import SafetensorsFile
 
 PARAMETERS, WEIGHTS = "trainable_params.bin", ("adapter_model.bin", "adapter_model.safetensors")
 
@@ -30,17 +31,23 @@ def import_adapter(directory, output_dir, base, target_length, cut_embedding=Fal
     """
     model = open_model(base)
     if model.config.rope.type != "default":
-        raise UserError(f"{model.path}: was extended before (rope {model.config.rope.type}); the authors' script forgets "
-                        "that, so what the adapter was trained for cannot be told")
+        raise UserError(
+            f"{model.path}: was extended before (rope {model.config.rope.type}); the authors' script forgets "
+            "that, so what the adapter was trained for cannot be told"
+        )
     extended, sentence = rope.extend(model.config, "linear", target_length)
     raw = rope.to_config(model.config.raw, extended, target_length)
     described = adapter.read_lora(directory)
     if described.modules_to_save:
-        raise UserError(f"{directory}: has {', '.join(described.modules_to_save)} in the adapter itself; PEFT reads it as it is")
+        raise UserError(
+            f"{directory}: has {', '.join(described.modules_to_save)} in the adapter itself; PEFT reads it as it is"
+        )
     whole_path, lora_path = os.path.join(directory, PARAMETERS), _weights(directory)
     if not os.path.exists(whole_path):
-        raise UserError(f"{directory}: has no {PARAMETERS}: embedding and norms are in pytorch_model.bin, from which the "
-                        "authors' get_trainable_weights.py takes them, or were never saved")
+        raise UserError(
+            f"{directory}: has no {PARAMETERS}: embedding and norms are in pytorch_model.bin, from which the "
+            "authors' get_trainable_weights.py takes them, or were never saved"
+        )
     parts, whole = _read(lora_path), _read(whole_path)
     foreign = [name for name in parts if not name.startswith(adapter.PREFIX) or ".lora_" not in name]
     if foreign:
@@ -51,22 +58,34 @@ def import_adapter(directory, output_dir, base, target_length, cut_embedding=Fal
     lines = [sentence, *_cut(whole, model, whole_path, cut_embedding)]
     config = read_config(raw)
     modules = _modules(whole)
-    lora = adapter.LoraConfig(described.r, described.lora_alpha, described.target_modules, modules, described.use_rslora)
+    lora = adapter.LoraConfig(
+        described.r, described.lora_alpha, described.target_modules, modules, described.use_rslora
+    )
     wanted = lora.tensor_shapes(config)
-    for path, found, where in ((lora_path, {name.removeprefix(adapter.PREFIX): x for name, x in parts.items()}, True),
-                               (whole_path, whole, False)):
-        adapter.check(found, {name: shape for name, shape in wanted.items() if (".lora_" in name) == where}, path)
+    for path, found, where in (
+        (lora_path, {name.removeprefix(adapter.PREFIX): x for name, x in parts.items()}, True),
+        (whole_path, whole, False),
+    ):
+        adapter.check(
+            found, {name: shape for name, shape in wanted.items() if (".lora_" in name) == where}, path
+        )
     tensors = {**{name.removeprefix(adapter.PREFIX): x for name, x in parts.items()}, **whole}
     if os.path.exists(output_dir) and (not os.path.isdir(output_dir) or os.listdir(output_dir)):
         raise UserError(f"{output_dir}: exists and is not an empty directory")
     adapter.save(output_dir, tensors, lora, model, raw, model.tokenizer() if model.has_tokenizer() else None)
-    return [*lines, f"LoRA r {lora.r} on {', '.join(lora.target_modules)}; whole: {', '.join(modules)}", f"saved {output_dir}"]
+    return [
+        *lines,
+        f"LoRA r {lora.r} on {', '.join(lora.target_modules)}; whole: {', '.join(modules)}",
+        f"saved {output_dir}",
+    ]
 
 
 def _weights(directory):
     found = [name for name in WEIGHTS if os.path.exists(os.path.join(directory, name))]
     if len(found) != 1:
-        raise UserError(f"{directory}: wanted one of {' and '.join(WEIGHTS)}, found {'both' if found else 'neither'}")
+        raise UserError(
+            f"{directory}: wanted one of {' and '.join(WEIGHTS)}, found {'both' if found else 'neither'}"
+        )
     return os.path.join(directory, found[0])
 
 
@@ -79,9 +98,18 @@ def _read(path):
         try:
             found = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling garbage raises whatever it meets
-            raise UserError(f"{path}: torch cannot load it as weights only: {type(error).__name__}: {error}") from None
-        odd = [name for name, x in found.items() if not isinstance(name, str) or not isinstance(x, torch.Tensor)
-               or not x.is_floating_point()] if isinstance(found, dict) else [type(found).__name__]
+            raise UserError(
+                f"{path}: torch cannot load it as weights only: {type(error).__name__}: {error}"
+            ) from None
+        odd = (
+            [
+                name
+                for name, x in found.items()
+                if not isinstance(name, str) or not isinstance(x, torch.Tensor) or not x.is_floating_point()
+            ]
+            if isinstance(found, dict)
+            else [type(found).__name__]
+        )
         if odd:
             raise UserError(f"{path}: should be a dict of floating-point tensors, got {odd[0]!r}")
         arrays = {name: x.to(torch.float32).numpy() for name, x in found.items()}
@@ -95,12 +123,19 @@ def _cut(whole, model, path, allowed):
     """Cuts rows that the base's embedding does not have, in place -> what was done, in lines."""
     name = "model.embed_tokens.weight"
     rows, found = model.config.vocab_size, whole.get(name)
-    if found is None or found.ndim != 2 or found.shape[1] != model.config.hidden_size or found.shape[0] <= rows:
+    if (
+        found is None
+        or found.ndim != 2
+        or found.shape[1] != model.config.hidden_size
+        or found.shape[0] <= rows
+    ):
         return []
     extra = found.shape[0] - rows
     if not allowed:
-        raise UserError(f"{path}: {name} has {found.shape[0]} rows, the base {rows}: the authors' scripts add a [PAD] token; "
-                        "--cut-embedding leaves such rows out")
+        raise UserError(
+            f"{path}: {name} has {found.shape[0]} rows, the base {rows}: the authors' scripts add a [PAD] token; "
+            "--cut-embedding leaves such rows out"
+        )
     whole[name] = found[:rows]
     return [f"left out: the last {extra} rows of {name}, which the base does not have"]
 
@@ -109,21 +144,41 @@ def _modules(whole):
     """What modules_to_save says these tensors are. The authors match "norm" anywhere in a name, so it is all norms or none."""
     last = {name.removesuffix(".weight").rpartition(".")[2] for name in whole}
     norms = any(module.endswith("norm") for module in last)
-    default = [module for module in adapter.LoraConfig().modules_to_save if (norms if module.endswith("norm") else module in last)]
+    default = [
+        module
+        for module in adapter.LoraConfig().modules_to_save
+        if (norms if module.endswith("norm") else module in last)
+    ]
     return (*default, *sorted(module for module in last if not module.endswith(("norm", *default))))
 
 
 def main(argv=None):
-    parser = cli.Parser(prog="python -m longlora.torch.authors", description=import_adapter.__doc__.splitlines()[0],
-                        allow_abbrev=False)
-    parser.add_argument("directory", metavar="DIR", help=f"adapter_config.json, adapter_model.bin, {PARAMETERS}")
+    parser = cli.Parser(
+        prog="python -m longlora.torch.authors",
+        description=import_adapter.__doc__.splitlines()[0],
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "directory", metavar="DIR", help=f"adapter_config.json, adapter_model.bin, {PARAMETERS}"
+    )
     parser.add_argument("output_dir", metavar="OUT", help="the adapter, a new directory")
-    parser.add_argument("--model", required=True, help="the base model: a Hugging Face directory or a .gguf file")
-    parser.add_argument("--target-length", required=True, type=int, help="tokens that they trained to (their model_max_length)")
-    parser.add_argument("--cut-embedding", action="store_true", help="leave out embedding rows that the base does not have")
+    parser.add_argument(
+        "--model", required=True, help="the base model: a Hugging Face directory or a .gguf file"
+    )
+    parser.add_argument(
+        "--target-length",
+        required=True,
+        type=int,
+        help="tokens that they trained to (their model_max_length)",
+    )
+    parser.add_argument(
+        "--cut-embedding", action="store_true", help="leave out embedding rows that the base does not have"
+    )
     args = parser.parse_args(argv)
     try:
-        for line in import_adapter(args.directory, args.output_dir, args.model, args.target_length, args.cut_embedding):
+        for line in import_adapter(
+            args.directory, args.output_dir, args.model, args.target_length, args.cut_embedding
+        ):
             print(line)
     except UserError as error:
         print(f"longlora: error: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ one group's attention for a kind of head, a fourth of that when pieces are whole
 
 Docs, with the table that `python -m longlora.torch.context_parallel` prints: docs/context_parallel.md.
 """
+
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,12 +29,22 @@ from longlora.ops import SHIFTS, s2_attention_backward, s2_attention_forward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What the ranks compare, as integers, and how a message shows it. T, the first, is each one's own.
-SHOWN = {"T": int, "B": int, "H": int, "K": int, "D": int, "group_size": int, "requires_grad": bool, "position_ids": bool,
-         "shift": list(SHIFTS).__getitem__, "dtype": DTYPES.__getitem__,
-         "scale": lambda bits: struct.unpack("d", struct.pack("q", bits))[0]}
+SHOWN = {
+    "T": int,
+    "B": int,
+    "H": int,
+    "K": int,
+    "D": int,
+    "group_size": int,
+    "requires_grad": bool,
+    "position_ids": bool,
+    "shift": list(SHIFTS).__getitem__,
+    "dtype": DTYPES.__getitem__,
+    "scale": lambda bits: struct.unpack("d", struct.pack("q", bits))[0],
+}
 FACTS = ("T", "B", "H", "K", "D", "group_size", "shift", "dtype", "scale", "requires_grad")
 
-# ---- who needs what ----------------------------------------------------------------------------------------------------------
+# ---- who needs what ------------------------------------------------------------------------------
 
 
 def _start(t, G, shifted):
@@ -51,6 +62,7 @@ def _end(t, G, shifted):
 
 class Kv(NamedTuple):
     """KV heads first .. last - 1, which serve query heads of these kinds (False plain, True shifted)."""
+
     first: int
     last: int
     kinds: tuple
@@ -58,6 +70,7 @@ class Kv(NamedTuple):
 
 class Message(NamedTuple):
     """Rows first .. last - 1 of the whole sequence, K and V, go from source to target for the KV heads kv."""
+
     source: int
     target: int
     kv: Kv
@@ -115,6 +128,7 @@ class Call(NamedTuple):
     `prefix` received rows come before them, the last ones of what was received for KV heads number `kv` of the plan.
     again: these are the shifted heads of a KV head that serves plain ones too, so its gradients are a second term.
     """
+
     first: int
     last: int
     h0: int
@@ -130,14 +144,15 @@ class Call(NamedTuple):
 @dataclass(frozen=True)
 class Plan:
     """One rank's part: what it sends and receives, and its calls of the kernel."""
-    kinds: list                      # of Kv
-    begin: int                       # the first token of the piece
-    prefix: list                     # rows received for each of `kinds`
-    sends: list                      # of Message
+
+    kinds: list  # of Kv
+    begin: int  # the first token of the piece
+    prefix: list  # rows received for each of `kinds`
+    sends: list  # of Message
     receives: list
-    local: list                      # Calls that need nobody
-    cut: list                        # Calls with a prefix
-    shared: int                      # the KV head that calls of both kinds have, or -1
+    local: list  # Calls that need nobody
+    cut: list  # Calls with a prefix
+    shared: int  # the KV head that calls of both kinds have, or -1
 
 
 @lru_cache(64)
@@ -161,11 +176,19 @@ def _plan(lengths, rank, G, H, K, shift):
                 local.append(Call(rest, T, *heads))
     if T and not a:
         local.append(Call(0, T, 0, H, 0, K, shift))
-    return Plan(kinds, a, prefix, [m for m in messages if m.source == rank], [m for m in messages if m.target == rank], local,
-                cut, shared)
+    return Plan(
+        kinds,
+        a,
+        prefix,
+        [m for m in messages if m.source == rank],
+        [m for m in messages if m.target == rank],
+        local,
+        cut,
+        shared,
+    )
 
 
-# ---- the group ---------------------------------------------------------------------------------------------------------------
+# ---- the group -----------------------------------------------------------------------------------
 
 _sent = 0
 
@@ -180,11 +203,15 @@ def _process_group(op, group):
     if isinstance(group, DeviceMesh):
         if group.ndim > 1:
             if "cp" not in (group.mesh_dim_names or ()):
-                raise ValueError(f'{op}: group should be a mesh of one dimension or have one named "cp", got {group}')
+                raise ValueError(
+                    f'{op}: group should be a mesh of one dimension or have one named "cp", got {group}'
+                )
             group = group["cp"]
         group = group.get_group()
     if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"{op}: group should be a torch.distributed ProcessGroup or DeviceMesh, got {type(group).__name__}")
+        raise TypeError(
+            f"{op}: group should be a torch.distributed ProcessGroup or DeviceMesh, got {type(group).__name__}"
+        )
     if dist.get_rank(group) < 0:
         raise ValueError(f"{op}: this process is not in the group")
     return group
@@ -224,7 +251,9 @@ def pieces(length, ranks, multiple=1):
     multiple=group_size makes pieces of whole groups, for which plain heads exchange nothing.
     """
     if length < 0 or ranks < 1 or multiple < 1:
-        raise ValueError(f"pieces: wanted length >= 0, ranks >= 1, multiple >= 1, got {length}, {ranks}, {multiple}")
+        raise ValueError(
+            f"pieces: wanted length >= 0, ranks >= 1, multiple >= 1, got {length}, {ranks}, {multiple}"
+        )
     blocks = -(-length // multiple)
     borders = [min(-(-blocks * r // ranks) * multiple, length) for r in range(ranks + 1)]
     return [b - a for a, b in zip(borders, borders[1:])]
@@ -255,7 +284,7 @@ def next_tokens(ids, dim=-1, ignore_index=-100):
     return torch.cat([ids.narrow(dim, 1, ids.shape[dim] - 1), end], dim)
 
 
-# ---- the attention -----------------------------------------------------------------------------------------------------------
+# ---- the attention -------------------------------------------------------------------------------
 
 
 def _post(group, sends, receives):
@@ -282,24 +311,28 @@ def _arrivals(plan, buffers):
     for m in plan.receives:
         number = plan.kinds.index(m.kv)
         offset = plan.begin - plan.prefix[number]
-        yield buffers[number][m.first - offset:m.last - offset], m
+        yield buffers[number][m.first - offset : m.last - offset], m
 
 
 def _rows(call, buffers, x, which):
     """K (which 0) or V (1) of a cut group [B,N,heads,D]: the received rows, then the piece's own."""
-    before = buffers[call.kv][len(buffers[call.kv]) - call.prefix:, which].transpose(0, 1)
-    return torch.cat([before, x[:, call.first:call.last, call.k0:call.k1]], 1)
+    before = buffers[call.kv][len(buffers[call.kv]) - call.prefix :, which].transpose(0, 1)
+    return torch.cat([before, x[:, call.first : call.last, call.k0 : call.k1]], 1)
 
 
 def _padded(call, x):
     """Query rows of a cut group [B,N,heads,D]: zeros for the received rows, then the piece's own."""
-    x = x[:, call.first:call.last, call.h0:call.h1]
+    x = x[:, call.first : call.last, call.h0 : call.h1]
     return torch.cat([x.new_zeros(x.shape[0], call.prefix, *x.shape[2:]), x], 1)
 
 
 def _part(call, x, kv=False):
     """A call's rows and heads of x [B,T,heads,D], a view."""
-    return x[:, call.first:call.last, call.k0:call.k1] if kv else x[:, call.first:call.last, call.h0:call.h1]
+    return (
+        x[:, call.first : call.last, call.k0 : call.k1]
+        if kv
+        else x[:, call.first : call.last, call.h0 : call.h1]
+    )
 
 
 class _Attention(torch.autograd.Function):
@@ -312,19 +345,35 @@ class _Attention(torch.autograd.Function):
         for m in plan.sends:
             rows = k.new_empty(m.last - m.first, 2, B, m.kv.last - m.kv.first, D)
             for which, x in enumerate((k, v)):
-                part = x[:, m.first - plan.begin:m.last - plan.begin, m.kv.first:m.kv.last]
+                part = x[:, m.first - plan.begin : m.last - plan.begin, m.kv.first : m.kv.last]
                 rows[:, which] = part.transpose(0, 1)
             sends.append((rows, m.target))
         pending = _post(group, sends, [(rows, m.source) for rows, m in _arrivals(plan, buffers)])
         for c in plan.local:
-            _C.s2_attention_forward(_part(c, out), lse[:, c.h0:c.h1, c.first:c.last], _part(c, q), _part(c, k, True),
-                                    _part(c, v, True), None, group_size, 0, SHIFTS[c.shift], scale)
+            _C.s2_attention_forward(
+                _part(c, out),
+                lse[:, c.h0 : c.h1, c.first : c.last],
+                _part(c, q),
+                _part(c, k, True),
+                _part(c, v, True),
+                None,
+                group_size,
+                0,
+                SHIFTS[c.shift],
+                scale,
+            )
         _wait(pending)
         for c in plan.cut:
-            o, s = s2_attention_forward(_padded(c, q), _rows(c, buffers, k, 0), _rows(c, buffers, v, 1), group_size=group_size,
-                                        shift="none", scale=scale)
-            _part(c, out).copy_(o[:, c.prefix:])
-            lse[:, c.h0:c.h1, c.first:c.last] = s[:, :, c.prefix:]
+            o, s = s2_attention_forward(
+                _padded(c, q),
+                _rows(c, buffers, k, 0),
+                _rows(c, buffers, v, 1),
+                group_size=group_size,
+                shift="none",
+                scale=scale,
+            )
+            _part(c, out).copy_(o[:, c.prefix :])
+            lse[:, c.h0 : c.h1, c.first : c.last] = s[:, :, c.prefix :]
         ctx.save_for_backward(q, k, v, out, lse, *buffers)
         ctx.plan, ctx.group_size, ctx.scale, ctx.group = plan, group_size, scale, group
         return out
@@ -340,39 +389,60 @@ class _Attention(torch.autograd.Function):
         shares = [x.zero_() for x in _buffers(plan, B, D, k)]
 
         def target(c):
-            return second[:, :, c.first:c.last] if c.again else dkv[:, :, c.first:c.last, c.k0:c.k1]
+            return second[:, :, c.first : c.last] if c.again else dkv[:, :, c.first : c.last, c.k0 : c.k1]
 
         # The cut groups first: the neighbours wait for their share.
         for c in plan.cut:
             # With out, dout and lse of zero the received rows' queries have a probability of exp(0) and gradients of zero.
             before = lse.new_zeros(B, c.h1 - c.h0, c.prefix)
             gq, *gkv = s2_attention_backward(
-                _padded(c, dout), _padded(c, q), _rows(c, buffers, k, 0), _rows(c, buffers, v, 1), _padded(c, out),
-                torch.cat([before, lse[:, c.h0:c.h1, c.first:c.last]], 2), group_size=ctx.group_size, shift="none",
-                scale=ctx.scale)
-            _part(c, dq).copy_(gq[:, c.prefix:])
+                _padded(c, dout),
+                _padded(c, q),
+                _rows(c, buffers, k, 0),
+                _rows(c, buffers, v, 1),
+                _padded(c, out),
+                torch.cat([before, lse[:, c.h0 : c.h1, c.first : c.last]], 2),
+                group_size=ctx.group_size,
+                shift="none",
+                scale=ctx.scale,
+            )
+            _part(c, dq).copy_(gq[:, c.prefix :])
             for which, g in enumerate(gkv):
-                shares[c.kv][len(shares[c.kv]) - c.prefix:, which] += g[:, :c.prefix].transpose(0, 1)
-                target(c)[which].copy_(g[:, c.prefix:])
+                shares[c.kv][len(shares[c.kv]) - c.prefix :, which] += g[:, : c.prefix].transpose(0, 1)
+                target(c)[which].copy_(g[:, c.prefix :])
         sends = [(rows, m.source) for rows, m in _arrivals(plan, shares)]
         arrived = [(k.new_empty(m.last - m.first, 2, B, m.kv.last - m.kv.first, D), m) for m in plan.sends]
         pending = _post(ctx.group, sends, [(rows, m.target) for rows, m in arrived])
         for c in plan.local:
-            _C.s2_attention_backward(_part(c, dq), *target(c), _part(c, dout), _part(c, q), _part(c, k, True),
-                                     _part(c, v, True), _part(c, out), lse[:, c.h0:c.h1, c.first:c.last], None,
-                                     ctx.group_size, 0, SHIFTS[c.shift], ctx.scale)
+            _C.s2_attention_backward(
+                _part(c, dq),
+                *target(c),
+                _part(c, dout),
+                _part(c, q),
+                _part(c, k, True),
+                _part(c, v, True),
+                _part(c, out),
+                lse[:, c.h0 : c.h1, c.first : c.last],
+                None,
+                ctx.group_size,
+                0,
+                SHIFTS[c.shift],
+                ctx.scale,
+            )
         if second is not None:
-            dkv[:, :, :, plan.shared:plan.shared + 1] += second
+            dkv[:, :, :, plan.shared : plan.shared + 1] += second
         _wait(pending)
         # Shares of the right neighbours, in the order of their ranks, summed in float32 and rounded once.
         for kv in plan.kinds:
             mine = [(rows, m) for rows, m in arrived if m.kv == kv]
             if mine:
                 first = min(m.first for _, m in mine) - plan.begin
-                rows_of = dkv[:, :, first:, kv.first:kv.last]
+                rows_of = dkv[:, :, first:, kv.first : kv.last]
                 total = rows_of.float()
                 for rows, m in mine:
-                    total[:, :, m.first - plan.begin - first:m.last - plan.begin - first] += rows.permute(1, 2, 0, 3, 4)
+                    total[:, :, m.first - plan.begin - first : m.last - plan.begin - first] += rows.permute(
+                        1, 2, 0, 3, 4
+                    )
                 rows_of.copy_(total)
         return dq, *dkv, None, None, None, None
 
@@ -384,23 +454,36 @@ def _dense(x):
 def _refused(q, k, v, group_size, boundary, shift):
     """The error that a rank's own arguments deserve, or None."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor) or x.dtype not in DTYPES or x.dtype != q.dtype or x.device != q.device:
+        if (
+            not isinstance(x, torch.Tensor)
+            or x.dtype not in DTYPES
+            or x.dtype != q.dtype
+            or x.device != q.device
+        ):
             got = f"{x.dtype} on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
-            return TypeError(f"s2_attention: {name} should be a float32, bfloat16 or float16 tensor, of q's dtype and device, "
-                             f"got {got}")
+            return TypeError(
+                f"s2_attention: {name} should be a float32, bfloat16 or float16 tensor, of q's dtype and device, "
+                f"got {got}"
+            )
         if x.ndim != 4 or x.shape[:2] != q.shape[:2] or x.shape[3] != q.shape[3]:
-            return ValueError(f"s2_attention: {name} should be [B,T,heads,D] with q's B, T and D, got {list(x.shape)} "
-                              f"and q {list(q.shape)}")
+            return ValueError(
+                f"s2_attention: {name} should be [B,T,heads,D] with q's B, T and D, got {list(x.shape)} "
+                f"and q {list(q.shape)}"
+            )
     if v.shape != k.shape or not k.shape[2] or q.shape[2] % k.shape[2]:
-        return ValueError(f"s2_attention: k and v should have one K that divides H={q.shape[2]}, got {k.shape[2]} and "
-                          f"{v.shape[2]}")
+        return ValueError(
+            f"s2_attention: k and v should have one K that divides H={q.shape[2]}, got {k.shape[2]} and "
+            f"{v.shape[2]}"
+        )
     if not isinstance(group_size, int) or group_size < 1:
         return ValueError(f"s2_attention: group_size should be an integer of at least 1, got {group_size!r}")
     if shift not in SHIFTS:
         return ValueError(f"s2_attention: shift should be one of {', '.join(SHIFTS)}, got {shift!r}")
     if boundary != "split":
-        return ValueError("s2_attention: over several ranks boundary should be 'split' ('wrap' and 'swap' tie the two ends of "
-                          f"the sequence together), got {boundary!r}")
+        return ValueError(
+            "s2_attention: over several ranks boundary should be 'split' ('wrap' and 'swap' tie the two ends of "
+            f"the sequence together), got {boundary!r}"
+        )
     return None
 
 
@@ -420,13 +503,15 @@ def s2_attention(q, k, v, *, group_size, group, boundary="split", shift="half", 
     """
     if isinstance(q, torch.Tensor) and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in (q, k, v))
+        q, k, v = (
+            x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in (q, k, v)
+        )
     group = _process_group("s2_attention", group)
     error = _refused(q, k, v, group_size, boundary, shift)
     if error is None:
         B, T, H, D = q.shape
         K, scale = k.shape[2], 1 / sqrt(max(D, 1)) if scale is None else float(scale)
-        bits, = struct.unpack("q", struct.pack("d", scale))
+        (bits,) = struct.unpack("q", struct.pack("d", scale))
         grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         facts = T, B, H, K, D, group_size, SHIFTS[shift], DTYPES.index(q.dtype), bits, grad
     elif lengths is None:
@@ -437,13 +522,15 @@ def s2_attention(q, k, v, *, group_size, group, boundary="split", shift="half", 
         device = q.device if isinstance(q, torch.Tensor) else "cpu"
         lengths = _agree("s2_attention", dict(zip(FACTS, facts)), error, group, device)
     elif len(lengths) != dist.get_world_size(group) or lengths[dist.get_rank(group)] != T:
-        raise ValueError(f"s2_attention: lengths should have {dist.get_world_size(group)} entries, that of rank "
-                         f"{dist.get_rank(group)} being T={T}, got {list(lengths)}")
+        raise ValueError(
+            f"s2_attention: lengths should have {dist.get_world_size(group)} entries, that of rank "
+            f"{dist.get_rank(group)} being T={T}, got {list(lengths)}"
+        )
     plan = _plan(tuple(lengths), dist.get_rank(group), group_size, H, K, shift)
     return _Attention.apply(_dense(q), _dense(k), _dense(v), plan, group_size, scale, group)
 
 
-# ---- the loss ----------------------------------------------------------------------------------------------------------------
+# ---- the loss ------------------------------------------------------------------------------------
 
 
 class _Mean(torch.autograd.Function):
@@ -486,7 +573,7 @@ def loss(total, targets, group, *, gradients="mean", ignore_index=-100):
     return _Mean.apply(total, (targets != ignore_index).sum(), groups, ranks if gradients == "mean" else 1)
 
 
-# ---- transformers ------------------------------------------------------------------------------------------------------------
+# ---- transformers --------------------------------------------------------------------------------
 
 
 class _Model:
@@ -494,9 +581,9 @@ class _Model:
 
     def __init__(self, group):
         self.group = group
-        self.lengths = None          # of the forward pass under way
-        self.seen = set()            # lengths of all forward passes
-        self.compared = False        # the ranks have compared the arguments of an attention call
+        self.lengths = None  # of the forward pass under way
+        self.seen = set()  # lengths of all forward passes
+        self.compared = False  # the ranks have compared the arguments of an attention call
         self.hooks = []
 
     def __deepcopy__(self, memo):
@@ -507,27 +594,37 @@ class _Model:
         x = kwargs.get("inputs_embeds") if x is None else x
         mask, given, error = kwargs.get("attention_mask"), kwargs.get("position_ids"), None
         if x is None or len(args) > 1:
-            raise TypeError("context parallel: input_ids or inputs_embeds should be given, all arguments but the first by name")
+            raise TypeError(
+                "context parallel: input_ids or inputs_embeds should be given, all arguments but the first by name"
+            )
         B, T = x.shape[:2]
         if not model.training:
-            error = NotImplementedError("context parallel: only training is done over several ranks; disable(model) first, or "
-                                        "model.train()")
+            error = NotImplementedError(
+                "context parallel: only training is done over several ranks; disable(model) first, or "
+                "model.train()"
+            )
         elif mask is not None and not bool((mask == 1).all()):
-            error = ValueError("context parallel: attention_mask should be None or all ones, got one that hides tokens; "
-                               "padding at the right end needs no mask, only targets of -100")
+            error = ValueError(
+                "context parallel: attention_mask should be None or all ones, got one that hides tokens; "
+                "padding at the right end needs no mask, only targets of -100"
+            )
         elif kwargs.get("past_key_values") is not None:
             error = ValueError("context parallel: past_key_values should be None, got a cache")
         elif kwargs.get("labels") is not None and kwargs.get("shift_labels") is None:
-            error = ValueError("context parallel: labels would be shifted inside each piece and lose a target at every border; "
-                               "use next_tokens, split and loss of longlora.torch.context_parallel")
+            error = ValueError(
+                "context parallel: labels would be shifted inside each piece and lose a target at every border; "
+                "use next_tokens, split and loss of longlora.torch.context_parallel"
+            )
         facts = {"T": T, "B": B, "position_ids": given is not None}
         self.lengths = _agree("context parallel", facts, error, self.group, x.device)
         self.seen.add(self.lengths)
         whole = positions(self.lengths, self.group, x.device)[None]
         if given is not None:
             if given.shape[-1] != T or not bool((given == whole).all()):
-                error = ValueError("context parallel: position_ids should be those of the piece in the whole sequence (packed "
-                                   "documents are not supported), or be left out")
+                error = ValueError(
+                    "context parallel: position_ids should be those of the piece in the whole sequence (packed "
+                    "documents are not supported), or be left out"
+                )
             _agree("context parallel", {"T": T}, error, self.group, x.device)
         kwargs.update(attention_mask=None, position_ids=whole)
         kwargs.setdefault("use_cache", False)
@@ -539,21 +636,41 @@ class _Model:
     def __call__(self, module, q, k, v, *, cu_seqlens, boundary, shift, scale, window):
         """What longlora.torch.attention calls: q [B,T,H,D], k and v [B,T,K,D] of a module's piece -> out [B,T,H,D]."""
         from longlora.torch.attention import group_size_of
+
         if not module.training:
-            raise NotImplementedError("context parallel: only training is done over several ranks, got a module in eval mode")
+            raise NotImplementedError(
+                "context parallel: only training is done over several ranks, got a module in eval mode"
+            )
         sizes = self.lengths
         if sizes is None:
             # Outside of the model's forward only to recompute checkpointed layers in the backward pass.
             if torch._C._current_graph_task_id() < 0:
-                raise RuntimeError("context parallel: call the very model that enable() was given (not one around it, as PEFT's)")
+                raise RuntimeError(
+                    "context parallel: call the very model that enable() was given (not one around it, as PEFT's)"
+                )
             # All ranks have seen the same set, so that they all ask or all do not.
-            sizes = next(iter(self.seen)) if len(self.seen) == 1 else lengths(q.shape[1], self.group, q.device)
+            sizes = (
+                next(iter(self.seen)) if len(self.seen) == 1 else lengths(q.shape[1], self.group, q.device)
+            )
         if cu_seqlens is not None:
-            raise ValueError("context parallel: packed documents and padding are not supported, got an attention mask")
+            raise ValueError(
+                "context parallel: packed documents and padding are not supported, got an attention mask"
+            )
         if window is not None and sum(sizes) > window:
-            raise ValueError(f"context parallel: a sliding window of {window} tokens is active at {sum(sizes)}")
-        out = s2_attention(q, k, v, group_size=group_size_of(module.config, sum(sizes)), group=self.group, boundary=boundary,
-                           shift=shift, scale=scale, lengths=sizes if self.compared else None)
+            raise ValueError(
+                f"context parallel: a sliding window of {window} tokens is active at {sum(sizes)}"
+            )
+        out = s2_attention(
+            q,
+            k,
+            v,
+            group_size=group_size_of(module.config, sum(sizes)),
+            group=self.group,
+            boundary=boundary,
+            shift=shift,
+            scale=scale,
+            lengths=sizes if self.compared else None,
+        )
         self.compared = True
         return out
 
@@ -574,8 +691,10 @@ def enable(model, mesh):
     state = _Model(_process_group("enable", mesh))
     for module in model.modules():
         module._longlora_cp = state
-    state.hooks = [model.register_forward_pre_hook(state.before, with_kwargs=True),
-                   model.register_forward_hook(state.after, always_call=True)]
+    state.hooks = [
+        model.register_forward_pre_hook(state.before, with_kwargs=True),
+        model.register_forward_hook(state.after, always_call=True),
+    ]
     return model
 
 
@@ -588,9 +707,12 @@ def disable(model):
     return model
 
 
-# ---- the table of the docs ---------------------------------------------------------------------------------------------------
+# ---- the table of the docs -----------------------------------------------------------------------
 
-NVLINK, NETWORK = 450e9, 400e9 / 8      # bytes per second and direction: NVLink of an H100, a network port of 400 Gb/s
+NVLINK, NETWORK = (
+    450e9,
+    400e9 / 8,
+)  # bytes per second and direction: NVLink of an H100, a network port of 400 Gb/s
 
 
 def _busiest(sent, ranks):
@@ -611,7 +733,11 @@ def ring_bytes(length, ranks, K, D, itemsize, batch=1):
 def all_to_all_bytes(length, ranks, H, K, D, itemsize, batch=1):
     """All-to-all over heads, one layer, sent by a rank: q, k, v, out forward, their gradients backward, each (N-1)/N of a
     piece: 2 (N-1)/N L/N (2 H + 2 max(K, N)) D itemsize. None when there are more ranks than heads."""
-    return None if ranks > H else batch * 4 * (ranks - 1) * length * (H + max(K, ranks)) * D * itemsize // ranks**2
+    return (
+        None
+        if ranks > H
+        else batch * 4 * (ranks - 1) * length * (H + max(K, ranks)) * D * itemsize // ranks**2
+    )
 
 
 def _bytes(n):
@@ -634,15 +760,30 @@ def _time(n, rate):
 def table(group_size=8192, H=32, K=8, D=128, itemsize=2):
     """The scaling table as Markdown: bytes and times of one layer, forward and backward, of the busiest rank. All computed."""
     head = ["tokens", "ranks", "tokens per rank"]
-    head += [f"{name}: {what}" for name in ("S²-Attn", "ring", "all-to-all") for what in ("bytes", "NVLink", "400 Gb/s")]
+    head += [
+        f"{name}: {what}"
+        for name in ("S²-Attn", "ring", "all-to-all")
+        for what in ("bytes", "NVLink", "400 Gb/s")
+    ]
     rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    sizes = [(2**17, 8), (2**20, 64), (2**24, 1024), (2**20, 8), (2**22, 8), (2**24, 8), (2**24, 32), (2**24, 256),
-             (2**20, 1024)]
+    sizes = [
+        (2**17, 8),
+        (2**20, 64),
+        (2**24, 1024),
+        (2**20, 8),
+        (2**22, 8),
+        (2**24, 8),
+        (2**24, 32),
+        (2**24, 256),
+        (2**20, 1024),
+    ]
     for L, N in sizes:
         s2 = 2 * _busiest(exchange([L // N] * N, group_size, H, K, D, itemsize), N)
         cells = [f"{L // 2**20}M" if L >= 2**20 else f"{L // 2**10}k", str(N), f"{L // N:,}"]
         for n in (s2, ring_bytes(L, N, K, D, itemsize), all_to_all_bytes(L, N, H, K, D, itemsize)):
-            cells += ["not possible", "", ""] if n is None else [_bytes(n), _time(n, NVLINK), _time(n, NETWORK)]
+            cells += (
+                ["not possible", "", ""] if n is None else [_bytes(n), _time(n, NVLINK), _time(n, NETWORK)]
+            )
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

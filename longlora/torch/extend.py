@@ -1,4 +1,5 @@
 """extend: a model of transformers becomes a PeftModel that is trained to a longer context; load: the way back from its files."""
+
 from types import SimpleNamespace
 
 import torch
@@ -40,18 +41,38 @@ def set_rope(model, type, target_length):
     """
     config = model.config
     before = config.to_dict()
-    raw = {**before, **{key: dict(before[key]) for key in ("rope_scaling", "rope_parameters") if isinstance(before.get(key), dict)}}
+    raw = {
+        **before,
+        **{
+            key: dict(before[key])
+            for key in ("rope_scaling", "rope_parameters")
+            if isinstance(before.get(key), dict)
+        },
+    }
     dim = before.get("head_dim") or config.hidden_size // config.num_attention_heads
-    partial = next((found["partial_rotary_factor"] for found in (raw.get("rope_parameters") or {}, raw)
-                    if found.get("partial_rotary_factor") is not None), 1.0)
+    partial = next(
+        (
+            found["partial_rotary_factor"]
+            for found in (raw.get("rope_parameters") or {}, raw)
+            if found.get("partial_rotary_factor") is not None
+        ),
+        1.0,
+    )
     for found in (raw, raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}):
-        found.pop("partial_rotary_factor", None)               # no rule asks for it but by the number of rotated dimensions
-    base = SimpleNamespace(rope=rope_.read(raw, config.max_position_embeddings, f"{config.model_type}'s config"),
-                           max_position_embeddings=config.max_position_embeddings, head_dim=int(dim * partial))
+        found.pop(
+            "partial_rotary_factor", None
+        )  # no rule asks for it but by the number of rotated dimensions
+    base = SimpleNamespace(
+        rope=rope_.read(raw, config.max_position_embeddings, f"{config.model_type}'s config"),
+        max_position_embeddings=config.max_position_embeddings,
+        head_dim=int(dim * partial),
+    )
     new, sentence = rope_.extend(base, type, target_length)
     after = rope_.to_config(raw, new, target_length)
-    if "rope_parameters" in before:                            # transformers 5
-        config.rope_parameters = after["rope_parameters"] | ({"partial_rotary_factor": partial} if partial != 1 else {})
+    if "rope_parameters" in before:  # transformers 5
+        config.rope_parameters = after["rope_parameters"] | (
+            {"partial_rotary_factor": partial} if partial != 1 else {}
+        )
     else:
         config.rope_theta, config.rope_scaling = after["rope_theta"], after["rope_scaling"]
     config.max_position_embeddings = target_length
@@ -87,13 +108,30 @@ def lora_config(model, **changes):
             linears |= {child for child, part in module.named_children() if isinstance(part, torch.nn.Linear)}
         elif "Norm" in type(module).__name__:
             norms.add(last)
-    embedding = next(name.rpartition(".")[2] for name, module in model.named_modules() if module is model.get_input_embeddings())
+    embedding = next(
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if module is model.get_input_embeddings()
+    )
     if not linears or not norms:
-        raise ValueError(f"extend: found no attention linears or norms in {module_name(model)}; give lora=LoraConfig(...)")
+        raise ValueError(
+            f"extend: found no attention linears or norms in {module_name(model)}; give lora=LoraConfig(...)"
+        )
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    return LoraConfig(**{**dict(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=sorted(linears), task_type="CAUSAL_LM",
-                                modules_to_save=[embedding, *sorted(norms)]), **({"ensure_weight_tying": True} if tied else {}),
-                         **changes})
+    return LoraConfig(
+        **{
+            **dict(
+                r=8,
+                lora_alpha=16,
+                lora_dropout=0.0,
+                target_modules=sorted(linears),
+                task_type="CAUSAL_LM",
+                modules_to_save=[embedding, *sorted(norms)],
+            ),
+            **({"ensure_weight_tying": True} if tied else {}),
+            **changes,
+        }
+    )
 
 
 def extend(model, target_length, rope="linear", group_size=None, boundary="split", shift="half", lora=None):

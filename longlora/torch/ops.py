@@ -8,6 +8,7 @@ The dispatcher enters Python twice for an operator written in Python, which cost
 times what a tiny kernel takes. So the functions go to the same kernel and backward without it where it would decide nothing:
 plain tensors, no compiler, no autocast, no mode and no transform looking on.
 """
+
 import math
 from types import SimpleNamespace
 
@@ -20,9 +21,9 @@ from longlora import _C, ops
 
 _library = torch.library.Library("longlora", "DEF")
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-_OTHERS = frozenset((type(None), bool, int, float, str, list))        # of an operator's arguments
+_OTHERS = frozenset((type(None), bool, int, float, str, list))  # of an operator's arguments
 _contiguous = torch.contiguous_format
-_call = SimpleNamespace()              # name of an operator -> the function that calls it
+_call = SimpleNamespace()  # name of an operator -> the function that calls it
 
 
 def _dense(x):
@@ -45,33 +46,49 @@ def _like(x):
 
 
 def _floats(x, *shape):
-    return x.new_empty(*shape or ((),), dtype=torch.float32)           # sizes are read faster than a tuple of them
+    return x.new_empty(*shape or ((),), dtype=torch.float32)  # sizes are read faster than a tuple of them
 
 
 def _once(name):
     def refuse(ctx, *unused):
         raise RuntimeError(f"longlora::{name}: the gradient of a gradient is not available")
+
     return refuse
 
 
 def _autocast(name, dtype):
     """Under autocast the floating tensors of the call become `dtype`, or autocast's own for None, as for torch's matmul."""
+
     def rule(device, key):
         def call(keyset, *args):
             to = dtype or torch.get_autocast_dtype(device)
-            args = [x.to(to) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-                    for x in args]
-            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            args = [
+                x.to(to)
+                if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
+                else x
+                for x in args
+            ]
+            with torch._C._ExcludeDispatchKeyGuard(
+                torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+            ):
                 return getattr(torch.ops.longlora, name).default(*args)
+
         _library.impl(name, call, key, with_keyset=True)
+
     rule("cpu", "AutocastCPU")
     rule("cuda", "AutocastCUDA")
 
 
 def _watched(x):
     """Whether the dispatcher might come to something else than the kernel of x's device."""
-    return (is_compiling() or _is_any_autocast_enabled() or _len_torch_dispatch_stack() or _len_torch_function_stack()
-            or peek_interpreter_stack() is not None or not (x.is_cpu or x.is_cuda))
+    return (
+        is_compiling()
+        or _is_any_autocast_enabled()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or peek_interpreter_stack() is not None
+        or not (x.is_cpu or x.is_cuda)
+    )
 
 
 def _register(schema, kernel, shapes, backward=None, save=None, autocast=()):
@@ -97,8 +114,15 @@ def _register(schema, kernel, shapes, backward=None, save=None, autocast=()):
         if save is not None:
             save(ctx, args, output)
         return output
-    function = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
-    apply = super(torch.autograd.Function, function).apply     # without a look for transforms, which _watched did
+
+    function = type(
+        name,
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+    )
+    apply = super(
+        torch.autograd.Function, function
+    ).apply  # without a look for transforms, which _watched did
 
     def call(*args):
         if _watched(args[0]):
@@ -113,6 +137,7 @@ def _register(schema, kernel, shapes, backward=None, save=None, autocast=()):
         if differentiable and torch.is_grad_enabled():
             return apply(*args)
         return kernel(*args)
+
     setattr(_call, name, call)
 
 
@@ -123,29 +148,40 @@ def _wanted(ctx, index, grad, like):
 
 # ---- S2-Attn
 
+
 def _each(kernel, arrays, cu_seqlens, how):
     """The kernel on a whole batch, or sequence by sequence when each has borders of its own."""
     if cu_seqlens is None or cu_seqlens.ndim == 1:
         return kernel(*arrays, cu_seqlens, *how)
     if cu_seqlens.shape[0] != arrays[0].shape[0]:
-        raise ValueError(f"s2_attention: cu_seqlens axis 0 should be B={arrays[0].shape[0]}, got {cu_seqlens.shape[0]}")
+        raise ValueError(
+            f"s2_attention: cu_seqlens axis 0 should be B={arrays[0].shape[0]}, got {cu_seqlens.shape[0]}"
+        )
     for b, borders in enumerate(cu_seqlens):
-        kernel(*(x[b:b + 1] for x in arrays), borders, *how)
+        kernel(*(x[b : b + 1] for x in arrays), borders, *how)
 
 
 def _s2_attention_forward(q, k, v, cu_seqlens, group_size, boundary, shift, scale):
     q, k, v = _dense(q), _dense(k), _dense(v)
     out, lse = _like(q), _floats(q, q.shape[0], q.shape[2], q.shape[1])
-    _each(_C.s2_attention_forward, (out, lse, q, k, v), cu_seqlens,
-          ops.attention_scalars("s2_attention", q, group_size, boundary, shift, scale))
+    _each(
+        _C.s2_attention_forward,
+        (out, lse, q, k, v),
+        cu_seqlens,
+        ops.attention_scalars("s2_attention", q, group_size, boundary, shift, scale),
+    )
     return out, lse
 
 
 def _s2_attention_backward(dout, q, k, v, out, lse, cu_seqlens, group_size, boundary, shift, scale):
     dout, q, k, v = _dense(dout), _dense(q), _dense(k), _dense(v)
     grads = _like(q), _like(k), _like(v)
-    _each(_C.s2_attention_backward, (*grads, dout, q, k, v, out, lse), cu_seqlens,
-          ops.attention_scalars("s2_attention", q, group_size, boundary, shift, scale))
+    _each(
+        _C.s2_attention_backward,
+        (*grads, dout, q, k, v, out, lse),
+        cu_seqlens,
+        ops.attention_scalars("s2_attention", q, group_size, boundary, shift, scale),
+    )
     return grads
 
 
@@ -164,16 +200,29 @@ def _grad_attention(ctx, dout, dlse):
     return *grads, None, None, None, None, None
 
 
-_register("s2_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, SymInt group_size, str boundary, str shift, "
-          "float scale) -> (Tensor, Tensor)", _s2_attention_forward,
-          lambda q, k, v, *how: (q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)),
-          _grad_attention, _save_attention, None)
-_register("s2_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens, "
-          "SymInt group_size, str boundary, str shift, float scale) -> (Tensor, Tensor, Tensor)", _s2_attention_backward,
-          lambda dout, q, k, v, *how: tuple(x.new_empty(x.shape) for x in (q, k, v)))
+_register(
+    "s2_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, SymInt group_size, str boundary, str shift, "
+    "float scale) -> (Tensor, Tensor)",
+    _s2_attention_forward,
+    lambda q, k, v, *how: (
+        q.new_empty(q.shape),
+        q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32),
+    ),
+    _grad_attention,
+    _save_attention,
+    None,
+)
+_register(
+    "s2_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens, "
+    "SymInt group_size, str boundary, str shift, float scale) -> (Tensor, Tensor, Tensor)",
+    _s2_attention_backward,
+    lambda dout, q, k, v, *how: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+)
 
 
-def s2_attention_with_lse(q, k, v, *, group_size, boundary="split", shift="half", cu_seqlens=None, scale=None):
+def s2_attention_with_lse(
+    q, k, v, *, group_size, boundary="split", shift="half", cu_seqlens=None, scale=None
+):
     """As s2_attention -> out [B,T,H,D], lse [B,H,T] float32, the logarithm of each softmax's sum; it has no gradient."""
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[-1], 1))
@@ -188,11 +237,13 @@ def s2_attention(q, k, v, *, group_size, boundary="split", shift="half", cu_seql
     group_size, boundary and shift as in longlora.ops.s2_attention_forward. cu_seqlens, int32, packs documents: [S] for B = 1,
     or [B,S], rows 0, ..., T that may repeat T. ValueError names a wrong shape, TypeError a wrong dtype.
     """
-    return s2_attention_with_lse(q, k, v, group_size=group_size, boundary=boundary, shift=shift, cu_seqlens=cu_seqlens,
-                                 scale=scale)[0]
+    return s2_attention_with_lse(
+        q, k, v, group_size=group_size, boundary=boundary, shift=shift, cu_seqlens=cu_seqlens, scale=scale
+    )[0]
 
 
 # ---- RMSNorm
+
 
 def _rms_norm_forward(x, weight, eps):
     out, rstd = _like(x), _floats(x, *x.shape[:-1])
@@ -208,8 +259,15 @@ def _add_rms_norm_forward(x, residual, weight, eps):
 
 def _rms_norm_backward(dout, x, rstd, weight, dresidual, train_weight):
     dx, dweight = _like(x), torch.zeros_like(weight, dtype=torch.float32) if train_weight else _floats(x, 0)
-    _C.rms_norm_backward(_rows(dx), dweight if train_weight else None, _rows(dout), _rows(x), _flat(rstd), _dense(weight),
-                         _rows(dresidual))
+    _C.rms_norm_backward(
+        _rows(dx),
+        dweight if train_weight else None,
+        _rows(dout),
+        _rows(x),
+        _flat(rstd),
+        _dense(weight),
+        _rows(dresidual),
+    )
     return dx, dweight
 
 
@@ -240,14 +298,31 @@ def _rstd_of(x):
     return x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-_register("rms_norm_forward(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _rms_norm_forward,
-          lambda x, weight, eps: (x.new_empty(x.shape), _rstd_of(x)), _grad_norm, _save_norm, torch.float32)
-_register("add_rms_norm_forward(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
-          _add_rms_norm_forward, lambda x, residual, weight, eps: (x.new_empty(x.shape), _rstd_of(x), x.new_empty(x.shape)),
-          _grad_add_norm, _save_norm, torch.float32)
-_register("rms_norm_backward(Tensor dout, Tensor x, Tensor rstd, Tensor weight, Tensor? dresidual, bool train_weight) -> "
-          "(Tensor, Tensor)", _rms_norm_backward, lambda dout, x, rstd, weight, dresidual, train_weight:
-          (x.new_empty(x.shape), x.new_empty(weight.shape if train_weight else (0,), dtype=torch.float32)))
+_register(
+    "rms_norm_forward(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    _rms_norm_forward,
+    lambda x, weight, eps: (x.new_empty(x.shape), _rstd_of(x)),
+    _grad_norm,
+    _save_norm,
+    torch.float32,
+)
+_register(
+    "add_rms_norm_forward(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    _add_rms_norm_forward,
+    lambda x, residual, weight, eps: (x.new_empty(x.shape), _rstd_of(x), x.new_empty(x.shape)),
+    _grad_add_norm,
+    _save_norm,
+    torch.float32,
+)
+_register(
+    "rms_norm_backward(Tensor dout, Tensor x, Tensor rstd, Tensor weight, Tensor? dresidual, bool train_weight) -> "
+    "(Tensor, Tensor)",
+    _rms_norm_backward,
+    lambda dout, x, rstd, weight, dresidual, train_weight: (
+        x.new_empty(x.shape),
+        x.new_empty(weight.shape if train_weight else (0,), dtype=torch.float32),
+    ),
+)
 
 
 def rms_norm(x, weight, eps=1e-6, residual=None):
@@ -255,12 +330,15 @@ def rms_norm(x, weight, eps=1e-6, residual=None):
     if residual is None:
         return _call.rms_norm_forward(x, weight, eps)[0]
     if residual.shape != x.shape:
-        raise ValueError(f"rms_norm: residual should have x's shape {list(x.shape)}, got {list(residual.shape)}")
+        raise ValueError(
+            f"rms_norm: residual should have x's shape {list(x.shape)}, got {list(residual.shape)}"
+        )
     out, _, total = _call.add_rms_norm_forward(x, residual, weight, eps)
     return out, total
 
 
 # ---- rotary embedding
+
 
 def _rope_forward(x, cos, sin, positions):
     out = _like(x)
@@ -278,12 +356,21 @@ def _save_rope(ctx, inputs, output):
     ctx.save_for_backward(*inputs[1:])
 
 
-_register("rope_forward(Tensor x, Tensor cos, Tensor sin, Tensor? positions) -> Tensor",
-          _rope_forward, lambda x, *tables: x.new_empty(x.shape),
-          lambda ctx, dout: (_call.rope_backward(dout, *ctx.saved_tensors), None, None, None), _save_rope, torch.float32)
-_register("rope_backward(Tensor dout, Tensor cos, Tensor sin, Tensor? positions) -> Tensor",
-          _rope_backward, lambda dout, *tables: dout.new_empty(dout.shape),
-          lambda ctx, ddx: (_call.rope_forward(ddx, *ctx.saved_tensors), None, None, None), _save_rope)
+_register(
+    "rope_forward(Tensor x, Tensor cos, Tensor sin, Tensor? positions) -> Tensor",
+    _rope_forward,
+    lambda x, *tables: x.new_empty(x.shape),
+    lambda ctx, dout: (_call.rope_backward(dout, *ctx.saved_tensors), None, None, None),
+    _save_rope,
+    torch.float32,
+)
+_register(
+    "rope_backward(Tensor dout, Tensor cos, Tensor sin, Tensor? positions) -> Tensor",
+    _rope_backward,
+    lambda dout, *tables: dout.new_empty(dout.shape),
+    lambda ctx, ddx: (_call.rope_forward(ddx, *ctx.saved_tensors), None, None, None),
+    _save_rope,
+)
 
 
 def rope(x, cos, sin, positions=None):
@@ -293,29 +380,65 @@ def rope(x, cos, sin, positions=None):
 
 # ---- linear with LoRA
 
+
 def _lora_linear_forward(x, weight, bias, a, b, scale):
     shape = x.shape[:-1]
     out = x.new_empty(*shape, weight.shape[0])
     u = _floats(x, 0) if a is None else _floats(x, *shape, a.shape[0])
-    _C.lora_linear_forward(_rows(out), None if a is None else _rows(u), _rows(x), _dense(weight), _dense(bias), _dense(a),
-                           _dense(b), None, scale)
+    _C.lora_linear_forward(
+        _rows(out),
+        None if a is None else _rows(u),
+        _rows(x),
+        _dense(weight),
+        _dense(bias),
+        _dense(a),
+        _dense(b),
+        None,
+        scale,
+    )
     return out, u
 
 
 def _lora_linear_backward(dout, x, weight, a, b, u, scale, wanted):
     dx = _like(x) if wanted[0] else None
-    da, db, dweight, dbias = (torch.zeros_like(of, dtype=torch.float32, memory_format=_contiguous)
-                              if want and of is not None else None
-                              for want, of in zip(wanted[1:], (a, b, weight, weight[:, 0] if wanted[4] else None)))
-    _C.lora_linear_backward(_rows(dx), da, db, dweight, dbias, _rows(dout), _rows(x), _dense(weight), _dense(a), _dense(b),
-                            None if a is None else _rows(u), scale, 0)
+    da, db, dweight, dbias = (
+        torch.zeros_like(of, dtype=torch.float32, memory_format=_contiguous)
+        if want and of is not None
+        else None
+        for want, of in zip(wanted[1:], (a, b, weight, weight[:, 0] if wanted[4] else None))
+    )
+    _C.lora_linear_backward(
+        _rows(dx),
+        da,
+        db,
+        dweight,
+        dbias,
+        _rows(dout),
+        _rows(x),
+        _dense(weight),
+        _dense(a),
+        _dense(b),
+        None if a is None else _rows(u),
+        scale,
+        0,
+    )
     return tuple(x.new_empty(0) if grad is None else grad for grad in (dx, da, db, dweight, dbias))
 
 
 def _shapes_lora_linear_backward(dout, x, weight, a, b, u, scale, wanted):
-    shapes = (x.shape, None if a is None else a.shape, None if b is None else b.shape, weight.shape, weight.shape[:1])
-    return tuple(x.new_empty(0) if not want or shape is None else x.new_empty(shape, dtype=None if i == 0 else torch.float32)
-                 for i, (want, shape) in enumerate(zip(wanted, shapes)))
+    shapes = (
+        x.shape,
+        None if a is None else a.shape,
+        None if b is None else b.shape,
+        weight.shape,
+        weight.shape[:1],
+    )
+    return tuple(
+        x.new_empty(0)
+        if not want or shape is None
+        else x.new_empty(shape, dtype=None if i == 0 else torch.float32)
+        for i, (want, shape) in enumerate(zip(wanted, shapes))
+    )
 
 
 def _save_lora_linear(ctx, inputs, output):
@@ -328,19 +451,36 @@ def _save_lora_linear(ctx, inputs, output):
 def _grad_lora_linear(ctx, dout, du):
     x, weight, a, b, u = ctx.saved_tensors
     need = ctx.needs_input_grad
-    dx, da, db, dweight, dbias = _call.lora_linear_backward(dout, x, weight, a, b, u, ctx.scale,
-                                                            [need[0], need[3], need[4], need[1], need[2]])
-    return (dx if need[0] else None, _wanted(ctx, 1, dweight, weight), dbias.to(ctx.bias) if need[2] else None,
-            _wanted(ctx, 3, da, a), _wanted(ctx, 4, db, b), None)
+    dx, da, db, dweight, dbias = _call.lora_linear_backward(
+        dout, x, weight, a, b, u, ctx.scale, [need[0], need[3], need[4], need[1], need[2]]
+    )
+    return (
+        dx if need[0] else None,
+        _wanted(ctx, 1, dweight, weight),
+        dbias.to(ctx.bias) if need[2] else None,
+        _wanted(ctx, 3, da, a),
+        _wanted(ctx, 4, db, b),
+        None,
+    )
 
 
-_register("lora_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, float scale) -> (Tensor, Tensor)",
-          _lora_linear_forward, lambda x, weight, bias, a, b, scale:
-          (x.new_empty((*x.shape[:-1], weight.shape[0])),
-           x.new_empty((0,) if a is None else (*x.shape[:-1], a.shape[0]), dtype=torch.float32)),
-          _grad_lora_linear, _save_lora_linear, None)
-_register("lora_linear_backward(Tensor dout, Tensor x, Tensor weight, Tensor? a, Tensor? b, Tensor u, float scale, bool[] wanted) "
-          "-> (Tensor, Tensor, Tensor, Tensor, Tensor)", _lora_linear_backward, _shapes_lora_linear_backward)
+_register(
+    "lora_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, float scale) -> (Tensor, Tensor)",
+    _lora_linear_forward,
+    lambda x, weight, bias, a, b, scale: (
+        x.new_empty((*x.shape[:-1], weight.shape[0])),
+        x.new_empty((0,) if a is None else (*x.shape[:-1], a.shape[0]), dtype=torch.float32),
+    ),
+    _grad_lora_linear,
+    _save_lora_linear,
+    None,
+)
+_register(
+    "lora_linear_backward(Tensor dout, Tensor x, Tensor weight, Tensor? a, Tensor? b, Tensor u, float scale, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _lora_linear_backward,
+    _shapes_lora_linear_backward,
+)
 
 
 def lora_linear(x, weight, bias=None, a=None, b=None, scale=1.0):
@@ -352,6 +492,7 @@ def lora_linear(x, weight, bias=None, a=None, b=None, scale=1.0):
 
 
 # ---- SwiGLU
+
 
 def _swiglu_forward(gate, up):
     out = _like(gate)
@@ -365,11 +506,19 @@ def _swiglu_backward(dout, gate, up):
     return dgate, dup
 
 
-_register("swiglu_forward(Tensor gate, Tensor up) -> Tensor", _swiglu_forward,
-          lambda gate, up: gate.new_empty(gate.shape), lambda ctx, dout: _call.swiglu_backward(dout, *ctx.saved_tensors),
-          lambda ctx, inputs, output: ctx.save_for_backward(*inputs), None)
-_register("swiglu_backward(Tensor dout, Tensor gate, Tensor up) -> (Tensor, Tensor)", _swiglu_backward,
-          lambda dout, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)))
+_register(
+    "swiglu_forward(Tensor gate, Tensor up) -> Tensor",
+    _swiglu_forward,
+    lambda gate, up: gate.new_empty(gate.shape),
+    lambda ctx, dout: _call.swiglu_backward(dout, *ctx.saved_tensors),
+    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    None,
+)
+_register(
+    "swiglu_backward(Tensor dout, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    _swiglu_backward,
+    lambda dout, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)),
+)
 
 
 def swiglu(gate, up):
@@ -379,6 +528,7 @@ def swiglu(gate, up):
 
 # ---- linear layer and cross entropy
 
+
 def _loss_forward(x, weight, targets, ignore_index):
     return ops.linear_cross_entropy_forward(_dense(x), _dense(weight), targets, ignore_index)
 
@@ -387,14 +537,18 @@ def _loss_backward(x, weight, targets, dlosses, ignore_index, train_weight):
     x, weight, dlosses = _dense(x), _dense(weight), _dense(dlosses)
     losses, dx = _floats(x, x.shape[0]), _like(x)
     dweight = x.new_zeros(weight.shape if train_weight else 0, dtype=torch.float32)
-    _C.linear_cross_entropy_backward(losses, dx, dweight if train_weight else None, x, weight, targets, dlosses, ignore_index)
+    _C.linear_cross_entropy_backward(
+        losses, dx, dweight if train_weight else None, x, weight, targets, dlosses, ignore_index
+    )
     return losses, dx, dweight
 
 
 def _loss_and_gradients(x, weight, targets, ignore_index, mean, train_weight):
     counted = targets != ignore_index
     scale = 1 / counted.sum() if mean else torch.ones((), device=x.device)
-    losses, dx, dweight = _loss_backward(x, weight, targets, (counted * scale).float(), ignore_index, train_weight)
+    losses, dx, dweight = _loss_backward(
+        x, weight, targets, (counted * scale).float(), ignore_index, train_weight
+    )
     return (losses.double().sum() * scale).float(), dx, dweight
 
 
@@ -406,7 +560,9 @@ def _save_losses(ctx, inputs, output):
 
 def _grad_losses(ctx, dlosses, dlse):
     x, weight, targets = ctx.saved_tensors
-    _, dx, dweight = _call.linear_cross_entropy_backward(x, weight, targets, dlosses, ctx.ignore_index, ctx.needs_input_grad[1])
+    _, dx, dweight = _call.linear_cross_entropy_backward(
+        x, weight, targets, dlosses, ctx.ignore_index, ctx.needs_input_grad[1]
+    )
     return dx, _wanted(ctx, 1, dweight, weight), None, None
 
 
@@ -418,23 +574,51 @@ def _save_loss(ctx, inputs, output):
 
 def _grad_loss(ctx, dloss, *unused):
     dx, dweight = ctx.saved_tensors
-    return (dx * dloss).to(dx.dtype), (dweight * dloss).to(ctx.dtype) if ctx.needs_input_grad[1] else None, None, None, None, None
+    return (
+        (dx * dloss).to(dx.dtype),
+        (dweight * dloss).to(ctx.dtype) if ctx.needs_input_grad[1] else None,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 def _weight_shape(weight, train_weight):
     return weight.new_empty(weight.shape if train_weight else (0,), dtype=torch.float32)
 
 
-_register("linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor targets, SymInt ignore_index) -> (Tensor, Tensor)",
-          _loss_forward, lambda x, weight, targets, ignore_index: (_rstd_of(x), _rstd_of(x)), _grad_losses, _save_losses, None)
-_register("linear_cross_entropy_backward(Tensor x, Tensor weight, Tensor targets, Tensor dlosses, SymInt ignore_index, "
-          "bool train_weight) -> (Tensor, Tensor, Tensor)", _loss_backward,
-          lambda x, weight, targets, dlosses, ignore_index, train_weight:
-          (_rstd_of(x), x.new_empty(x.shape), _weight_shape(weight, train_weight)))
-_register("linear_cross_entropy_step(Tensor x, Tensor weight, Tensor targets, SymInt ignore_index, bool mean, bool train_weight) "
-          "-> (Tensor, Tensor, Tensor)", _loss_and_gradients, lambda x, weight, targets, ignore_index, mean, train_weight:
-          (x.new_empty((), dtype=torch.float32), x.new_empty(x.shape), _weight_shape(weight, train_weight)),
-          _grad_loss, _save_loss, None)
+_register(
+    "linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor targets, SymInt ignore_index) -> (Tensor, Tensor)",
+    _loss_forward,
+    lambda x, weight, targets, ignore_index: (_rstd_of(x), _rstd_of(x)),
+    _grad_losses,
+    _save_losses,
+    None,
+)
+_register(
+    "linear_cross_entropy_backward(Tensor x, Tensor weight, Tensor targets, Tensor dlosses, SymInt ignore_index, "
+    "bool train_weight) -> (Tensor, Tensor, Tensor)",
+    _loss_backward,
+    lambda x, weight, targets, dlosses, ignore_index, train_weight: (
+        _rstd_of(x),
+        x.new_empty(x.shape),
+        _weight_shape(weight, train_weight),
+    ),
+)
+_register(
+    "linear_cross_entropy_step(Tensor x, Tensor weight, Tensor targets, SymInt ignore_index, bool mean, bool train_weight) "
+    "-> (Tensor, Tensor, Tensor)",
+    _loss_and_gradients,
+    lambda x, weight, targets, ignore_index, mean, train_weight: (
+        x.new_empty((), dtype=torch.float32),
+        x.new_empty(x.shape),
+        _weight_shape(weight, train_weight),
+    ),
+    _grad_loss,
+    _save_loss,
+    None,
+)
 
 
 def linear_cross_entropy(x, weight, targets, ignore_index=-100, reduction="mean"):
@@ -444,11 +628,19 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-100, reduction="mean"
     the gradients are computed together with the loss, which saves one of four matrix products.
     """
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"linear_cross_entropy: reduction should be one of mean, sum, none, got {reduction!r}")
+        raise ValueError(
+            f"linear_cross_entropy: reduction should be one of mean, sum, none, got {reduction!r}"
+        )
     rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1).to(torch.int32)
-    if (reduction != "none" and x.dtype != torch.float16         # whose gradients want the loss scale first
-            and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-        return _call.linear_cross_entropy_step(rows, weight, flat, ignore_index, reduction == "mean", weight.requires_grad)[0]
+    if (
+        reduction != "none"
+        and x.dtype != torch.float16  # whose gradients want the loss scale first
+        and torch.is_grad_enabled()
+        and (x.requires_grad or weight.requires_grad)
+    ):
+        return _call.linear_cross_entropy_step(
+            rows, weight, flat, ignore_index, reduction == "mean", weight.requires_grad
+        )[0]
     losses = _call.linear_cross_entropy_forward(rows, weight, flat, ignore_index)[0]
     if reduction == "none":
         return losses.view(targets.shape)
@@ -457,21 +649,31 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-100, reduction="mean"
 
 # ---- embedding
 
+
 def _save_embedding(ctx, inputs, output):
     ctx.save_for_backward(inputs[1])
     ctx.rows, ctx.dtype = inputs[0].shape[0], inputs[0].dtype
 
 
 def _grad_embedding(ctx, dout):
-    ids, = ctx.saved_tensors
+    (ids,) = ctx.saved_tensors
     return _call.embedding_backward(dout, ids, ctx.rows).to(ctx.dtype), None
 
 
-_register("embedding_forward(Tensor weight, Tensor ids) -> Tensor", lambda weight, ids: ops.embedding_forward(_dense(weight), ids),
-          lambda weight, ids: weight.new_empty((ids.shape[0], weight.shape[1])), _grad_embedding, _save_embedding)
-_register("embedding_backward(Tensor dout, Tensor ids, SymInt rows) -> Tensor", lambda dout, ids, rows: ops.embedding_backward(
-          _dense(dout), ids, torch.argsort(ids, stable=True).to(torch.int32), rows),
-          lambda dout, ids, rows: dout.new_empty((rows, dout.shape[1]), dtype=torch.float32))
+_register(
+    "embedding_forward(Tensor weight, Tensor ids) -> Tensor",
+    lambda weight, ids: ops.embedding_forward(_dense(weight), ids),
+    lambda weight, ids: weight.new_empty((ids.shape[0], weight.shape[1])),
+    _grad_embedding,
+    _save_embedding,
+)
+_register(
+    "embedding_backward(Tensor dout, Tensor ids, SymInt rows) -> Tensor",
+    lambda dout, ids, rows: ops.embedding_backward(
+        _dense(dout), ids, torch.argsort(ids, stable=True).to(torch.int32), rows
+    ),
+    lambda dout, ids, rows: dout.new_empty((rows, dout.shape[1]), dtype=torch.float32),
+)
 
 
 def embedding(weight, ids):
@@ -481,6 +683,7 @@ def embedding(weight, ids):
 
 # ---- matrix product, conversion, sums, the optimizer
 
+
 def _save_matmul(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:2])
     ctx.alpha = inputs[2]
@@ -489,8 +692,11 @@ def _save_matmul(ctx, inputs, output):
 def _grad_matmul(ctx, dout):
     a, b = ctx.saved_tensors
     need = ctx.needs_input_grad
-    return (_call.matmul(dout, b.t(), ctx.alpha) if need[0] else None, _call.matmul(a.t(), dout, ctx.alpha) if need[1] else None,
-            None)
+    return (
+        _call.matmul(dout, b.t(), ctx.alpha) if need[0] else None,
+        _call.matmul(a.t(), dout, ctx.alpha) if need[1] else None,
+        None,
+    )
 
 
 def _save_dtype(ctx, inputs, output):
@@ -501,15 +707,32 @@ def _name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-_register("matmul(Tensor a, Tensor b, float alpha) -> Tensor", lambda a, b, alpha: ops.matmul(a, b, alpha),
-          lambda a, b, alpha: a.new_empty((a.shape[0], b.shape[1])), _grad_matmul, _save_matmul, None)
-_register("cast(Tensor x, ScalarType dtype) -> Tensor", lambda x, dtype: ops.cast(_dense(x), _name(dtype)),
-          lambda x, dtype: x.new_empty(x.shape, dtype=dtype), lambda ctx, dout: (_call.cast(dout, ctx.dtype), None), _save_dtype)
-_register("accumulate_(Tensor(a!) out, Tensor x, float scale) -> ()", lambda out, x, scale: _C.accumulate(out, _dense(x), scale),
-          lambda out, x, scale: None)
-_register("adamw_(Tensor(a!) param, Tensor(b!) m, Tensor(c!) v, Tensor grad, float lr, float beta1, float beta2, float eps, "
-          "float weight_decay, SymInt step, float grad_scale) -> ()",
-          lambda param, m, v, grad, *scalars: _C.adamw(param, m, v, None, grad, *scalars), lambda *unused: None)
+_register(
+    "matmul(Tensor a, Tensor b, float alpha) -> Tensor",
+    lambda a, b, alpha: ops.matmul(a, b, alpha),
+    lambda a, b, alpha: a.new_empty((a.shape[0], b.shape[1])),
+    _grad_matmul,
+    _save_matmul,
+    None,
+)
+_register(
+    "cast(Tensor x, ScalarType dtype) -> Tensor",
+    lambda x, dtype: ops.cast(_dense(x), _name(dtype)),
+    lambda x, dtype: x.new_empty(x.shape, dtype=dtype),
+    lambda ctx, dout: (_call.cast(dout, ctx.dtype), None),
+    _save_dtype,
+)
+_register(
+    "accumulate_(Tensor(a!) out, Tensor x, float scale) -> ()",
+    lambda out, x, scale: _C.accumulate(out, _dense(x), scale),
+    lambda out, x, scale: None,
+)
+_register(
+    "adamw_(Tensor(a!) param, Tensor(b!) m, Tensor(c!) v, Tensor grad, float lr, float beta1, float beta2, float eps, "
+    "float weight_decay, SymInt step, float grad_scale) -> ()",
+    lambda param, m, v, grad, *scalars: _C.adamw(param, m, v, None, grad, *scalars),
+    lambda *unused: None,
+)
 
 
 def _sum_squares(x):

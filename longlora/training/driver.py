@@ -2,6 +2,7 @@
 
 Nothing here computes on activations: a step is Model.train_microbatch for each batch and one optimizer step.
 """
+
 import contextlib
 import math
 import os
@@ -13,28 +14,50 @@ import zlib
 from longlora import __version__
 from longlora.data import text as data
 from longlora.decoder import rope
-from longlora.evaluation import ppl
-from longlora.files import adapter
-from longlora.memory import plan as plan_
-from longlora.training import resume as checkpoint, metrics, options as options_
 from longlora.decoder.config import read_config
 from longlora.device import CPU, choose, host
 from longlora.errors import UserError
+from longlora.evaluation import ppl
+from longlora.files import adapter
 from longlora.files.safetensors import write_json, write_text
+from longlora.memory import plan as plan_
+from longlora.training import metrics
+from longlora.training import options as options_
+from longlora.training import resume as checkpoint
 
 OPTIONS, PROFILE = "options.yaml", "profile.json"
 # What a directory holds when something was trained there or a model lies in it: never written over.
 TAKEN = (metrics.FILE, OPTIONS, "adapter_config.json", "config.json")
 # The options that a resumed run may change: none of them is in the arithmetic of a step. Weights and data are compared by
 # what they hold, the length of the run where the schedule depends on it.
-FREE = {"model", "init", "data", "output_dir", "cache_dir", "resume_from_checkpoint", "checkpointing", "max_memory",
-        "num_threads", "device", "max_steps", "num_train_epochs", "warmup_steps", "eval_data", "eval_steps", "max_eval_samples",
-        "save_steps", "save_total_limit", "logging_steps", "profile"}
+FREE = {
+    "model",
+    "init",
+    "data",
+    "output_dir",
+    "cache_dir",
+    "resume_from_checkpoint",
+    "checkpointing",
+    "max_memory",
+    "num_threads",
+    "device",
+    "max_steps",
+    "num_train_epochs",
+    "warmup_steps",
+    "eval_data",
+    "eval_steps",
+    "max_eval_samples",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "profile",
+}
 WHOLE = ("embedding", "head", "norm")  # the kinds that embedding_learning_rate is for
 
 
 class Result(dict):
     """What a run came to: output_dir, step, loss, eval_loss, stopped (None or the signal's number), history."""
+
     __getattr__ = dict.__getitem__
 
 
@@ -53,6 +76,7 @@ def plan_of(o):
     path = o.model or o.init
     if os.path.isfile(path) and path.endswith(".gguf"):
         from longlora.files.open_model import open_model
+
         config = open_model(path).config
     else:
         config = read_config(path)
@@ -62,6 +86,7 @@ def plan_of(o):
 def use_threads(o):
     if o.num_threads:
         from longlora import set_num_threads
+
         set_num_threads(o.num_threads)
 
 
@@ -77,14 +102,23 @@ class Setup:
             self.config = read_config(self.raw)
         o.resolve(self.config)
         dense = o.attention == "dense"
-        self.attention = None if dense else {"group_size": o.group_size, "boundary": o.boundary, "shift": o.shift}
-        self.multiple = 1 if dense or o.boundary == "split" else o.group_size      # of the length of every batch
+        self.attention = (
+            None if dense else {"group_size": o.group_size, "boundary": o.boundary, "shift": o.shift}
+        )
+        self.multiple = 1 if dense or o.boundary == "split" else o.group_size  # of the length of every batch
         targets = "all-linear" if o.target_modules == ("all-linear",) else o.target_modules
         self.lora = None if o.full else adapter.LoraConfig(o.r, o.lora_alpha, targets, o.modules_to_save)
         self.plan = plan_.plan(
-            self.config, dtype=o.dtype, batch_size=o.per_device_train_batch_size, sequence_length=o.sequence_length,
-            group_size=o.group_size, lora=self.lora, checkpointing=o.checkpointing,
-            memory=None if o.max_memory is None else int(o.max_memory * 2**30), device=device)
+            self.config,
+            dtype=o.dtype,
+            batch_size=o.per_device_train_batch_size,
+            sequence_length=o.sequence_length,
+            group_size=o.group_size,
+            lora=self.lora,
+            checkpointing=o.checkpointing,
+            memory=None if o.max_memory is None else int(o.max_memory * 2**30),
+            device=device,
+        )
 
 
 class Source:
@@ -93,12 +127,14 @@ class Source:
     def __init__(self, o):
         if o.model:
             from longlora.files.open_model import open_model
+
             self.base = open_model(o.model)
             self.config, self.fingerprint = self.base.config, self.base.fingerprint()
             self.tokenizer = self.base.tokenizer() if self.base.has_tokenizer() else None
             self.dtype = {name: self.base.dtype(name) for name in self.base.names()}
             return
         from longlora.files.tokenizer import Tokenizer
+
         directory = o.init if os.path.isdir(o.init) else os.path.dirname(o.init) or "."
         self.base, self.config, self.tokenizer = None, read_config(o.init), None
         self.fingerprint = f"random {o.seed}"
@@ -133,7 +169,7 @@ class Stop:
         return self
 
     def _note(self, number, frame):
-        if self.signal is not None:    # the second one means now
+        if self.signal is not None:  # the second one means now
             raise KeyboardInterrupt
         self.signal = number
 
@@ -168,10 +204,16 @@ class Moved:
             flat = [p for p in still if not host(p.grad).any()]
             if kind == "lora_A" and self.first or low and not flat:
                 continue
-            why = "its gradient is zero" if flat else "its updates are below the rounding of float32; raise the learning rate"
+            why = (
+                "its gradient is zero"
+                if flat
+                else "its updates are below the rounding of float32; raise the learning rate"
+            )
             names = ", ".join(p.name for p in (flat or still)[:2])
-            raise UserError(f"step {step}: {kind} does not train: {len(flat or still)} of {len(sums)} tensors have not moved "
-                            f"({names}): {why}")
+            raise UserError(
+                f"step {step}: {kind} does not train: {len(flat or still)} of {len(sums)} tensors have not moved "
+                f"({names}): {why}"
+            )
         self.first = False
 
 
@@ -186,8 +228,10 @@ def run(o, say=print):
     plan = setup.plan
     if not plan.fits:
         where = "" if device == CPU else f" on {device}"
-        raise UserError(f"this run needs {plan.total / 2**30:.2f} GiB, there are {plan.memory / 2**30:.2f}{where}; what would "
-                        "make it fit: " + "; ".join(plan.changes))
+        raise UserError(
+            f"this run needs {plan.total / 2**30:.2f} GiB, there are {plan.memory / 2**30:.2f}{where}; what would "
+            "make it fit: " + "; ".join(plan.changes)
+        )
     refuse_taken(o)
     with checkpoint.alone(o.output_dir):
         say(chosen)
@@ -203,8 +247,10 @@ def refuse_taken(o):
     taken = [name for name in TAKEN if os.path.exists(os.path.join(o.output_dir, name))]
     taken += [os.path.basename(path) for path in checkpoint.found(o.output_dir)]
     if taken:
-        raise UserError(f"{o.output_dir}: holds another run or a model ({taken[0]}); resume it (resume_from_checkpoint latest) "
-                        "or choose another output_dir")
+        raise UserError(
+            f"{o.output_dir}: holds another run or a model ({taken[0]}); resume it (resume_from_checkpoint latest) "
+            "or choose another output_dir"
+        )
 
 
 def _run(o, source, setup, device, say):
@@ -212,24 +258,42 @@ def _run(o, source, setup, device, say):
 
     from longlora.decoder.model import Model
     from longlora.training.optimizer import AdamW
+
     checkpoint.sweep(o.output_dir)
     resumed = checkpoint.resolve(o.resume_from_checkpoint, o.output_dir) if o.resume_from_checkpoint else None
     corpus, held_out, fingerprint = read_data(o, source, setup, say)
     each = o.per_device_train_batch_size * o.gradient_accumulation_steps
     steps = o.max_steps if o.max_steps > 0 else max(1, math.ceil(o.num_train_epochs * len(corpus) / each))
     warmup = int(o.warmup_steps) if o.warmup_steps >= 1 else math.ceil(o.warmup_steps * steps)
-    identity = {"data": fingerprint, "base": source.fingerprint, "schedule": [warmup, steps if o.lr_scheduler_type != "constant"
-                                                                               else None]}
+    identity = {
+        "data": fingerprint,
+        "base": source.fingerprint,
+        "schedule": [warmup, steps if o.lr_scheduler_type != "constant" else None],
+    }
 
     recorder = None
-    if o.profile:                                      # the peaks first: what they take is free again before the model is made
+    if o.profile:  # the peaks first: what they take is free again before the model is made
         from longlora import get_num_threads
         from longlora.training import profile
+
         recorder = profile.Recorder(profile.peaks(get_num_threads()))
-    model = Model(setup.config, dtype=o.dtype, lora=setup.lora, attention=setup.attention, plan=setup.plan, seed=o.seed,
-                  device=device)
-    optimizer = AdamW(model.parameters, beta1=o.adam_beta1, beta2=o.adam_beta2, eps=o.adam_epsilon, weight_decay=o.weight_decay,
-                      max_grad_norm=o.max_grad_norm)
+    model = Model(
+        setup.config,
+        dtype=o.dtype,
+        lora=setup.lora,
+        attention=setup.attention,
+        plan=setup.plan,
+        seed=o.seed,
+        device=device,
+    )
+    optimizer = AdamW(
+        model.parameters,
+        beta1=o.adam_beta1,
+        beta2=o.adam_beta2,
+        eps=o.adam_epsilon,
+        weight_decay=o.weight_decay,
+        max_grad_norm=o.max_grad_norm,
+    )
     kinds = {p.kind for p in model.parameters}
     order, step, history = data.Order(len(corpus), o.seed), 0, []
     if source.base is not None:
@@ -249,11 +313,22 @@ def _run(o, source, setup, device, say):
         if setup.lora is not None:
             adapter.save(directory, tensors, setup.lora, source.base, setup.raw, source.tokenizer)
         else:
-            adapter.save_merged(directory, lambda name: host(tensors[name]), setup.raw, source.tokenizer, source.dtype)
+            adapter.save_merged(
+                directory, lambda name: host(tensors[name]), setup.raw, source.tokenizer, source.dtype
+            )
 
     def save():
-        state = {"global_step": step, "max_steps": steps, "epoch": order.position / len(corpus), "position": order.position,
-                 "seed": o.seed, **identity, "options": o.to_dict(), "log_history": log.rows, "version": __version__}
+        state = {
+            "global_step": step,
+            "max_steps": steps,
+            "epoch": order.position / len(corpus),
+            "position": order.position,
+            "seed": o.seed,
+            **identity,
+            "options": o.to_dict(),
+            "log_history": log.rows,
+            "version": __version__,
+        }
         return checkpoint.save(o.output_dir, state, optimizer.state_dict(), write_model, o.save_total_limit)
 
     def evaluate():
@@ -261,15 +336,23 @@ def _run(o, source, setup, device, say):
         pairs = [ppl.score(model, held_out.get(i), o.sequence_length) for i in held_out_indices]
         return sum(loss for _, loss in pairs) / sum(tokens for tokens, _ in pairs)
 
-    held_out_indices = range(min(len(held_out), o.max_eval_samples or len(held_out))) if held_out is not None else ()
+    held_out_indices = (
+        range(min(len(held_out), o.max_eval_samples or len(held_out))) if held_out is not None else ()
+    )
     write_options(o)
     log = metrics.Log(o.output_dir, history)
     for sentence in describe(o, setup, model.parameters, corpus, len(held_out_indices), steps, warmup):
         say(sentence)
-    say(f"memory: {setup.plan.total / 2**30:.3f} GiB planned of {setup.plan.memory / 2**30:.3f} available, {o.dtype}, "
-        f"checkpointing {setup.plan.checkpointing}")
+    say(
+        f"memory: {setup.plan.total / 2**30:.3f} GiB planned of {setup.plan.memory / 2**30:.3f} available, {o.dtype}, "
+        f"checkpointing {setup.plan.checkpointing}"
+    )
     if o.resume_from_checkpoint:
-        say(f"resuming: {resumed}, after step {step}" if resumed else "resuming: no checkpoint yet, from the start")
+        say(
+            f"resuming: {resumed}, after step {step}"
+            if resumed
+            else "resuming: no checkpoint yet, from the start"
+        )
     if held_out_indices and step == 0:
         loss = evaluate()
         log.add(step=0, eval_loss=loss, eval_perplexity=ppl.perplexity(loss))
@@ -278,35 +361,58 @@ def _run(o, source, setup, device, say):
     with Stop() as stop, tqdm(total=steps, initial=step, desc="training", unit="step", disable=None) as bar:
         while step < steps and stop.signal is None:
             started = time.perf_counter()
-            micro = [data.batch(corpus, order.take(o.per_device_train_batch_size), setup.multiple)
-                     for _ in range(o.gradient_accumulation_steps)]
+            micro = [
+                data.batch(corpus, order.take(o.per_device_train_batch_size), setup.multiple)
+                for _ in range(o.gradient_accumulation_steps)
+            ]
             tokens = sum(int((targets != -100).sum()) for _, targets in micro)
             share = learning_rate(step + 1, steps, 1.0, warmup, o.lr_scheduler_type)
-            rates = {kind: (o.embedding_learning_rate if kind in WHOLE else o.learning_rate) * share for kind in kinds}
-            evaluates = held_out_indices and (step + 1 == steps or o.eval_steps and (step + 1) % o.eval_steps == 0)
+            rates = {
+                kind: (o.embedding_learning_rate if kind in WHOLE else o.learning_rate) * share
+                for kind in kinds
+            }
+            evaluates = held_out_indices and (
+                step + 1 == steps or o.eval_steps and (step + 1) % o.eval_steps == 0
+            )
             saves = o.save_steps and (step + 1) % o.save_steps == 0 and step + 1 < steps
             logs = evaluates or (step + 1) % o.logging_steps == 0 or step + 1 == steps
-            read = device == CPU or logs or saves      # a GPU is not waited for when nothing is said
+            read = device == CPU or logs or saves  # a GPU is not waited for when nothing is said
             # the first step of a run also faults its memory in: it is recorded only where there is no other
-            recorded = recorder if recorder is not None and (step > first or steps == step + 1) else contextlib.nullcontext()
+            recorded = (
+                recorder
+                if recorder is not None and (step > first or steps == step + 1)
+                else contextlib.nullcontext()
+            )
             with step_named(step + 1, checkpoint.found(o.output_dir)), recorded:
                 model.zero_grad()
-                sums = [model.train_microbatch(ids, targets, loss_scale=1 / tokens, read=read) for ids, targets in micro]
+                sums = [
+                    model.train_microbatch(ids, targets, loss_scale=1 / tokens, read=read)
+                    for ids, targets in micro
+                ]
                 norm = optimizer.step(rates)
             step += 1
             if moved.waiting:
                 moved.check(step, share < 0.5)
             speed = tokens / (time.perf_counter() - started)
             loss = sum(sums) / tokens if read else loss
-            row = {"step": step, "loss": loss, "grad_norm": norm, "tokens_per_s": round(speed, 1),
-                   "learning_rate": o.learning_rate * share, "embedding_learning_rate": o.embedding_learning_rate * share,
-                   "epoch": order.position / len(corpus), "num_input_tokens_seen": step * each * o.sequence_length}
+            row = {
+                "step": step,
+                "loss": loss,
+                "grad_norm": norm,
+                "tokens_per_s": round(speed, 1),
+                "learning_rate": o.learning_rate * share,
+                "embedding_learning_rate": o.embedding_learning_rate * share,
+                "epoch": order.position / len(corpus),
+                "num_input_tokens_seen": step * each * o.sequence_length,
+            }
             if evaluates:
                 row["eval_loss"] = evaluate()
                 row["eval_perplexity"] = ppl.perplexity(row["eval_loss"])
             row["peak_memory"] = metrics.peak_memory()
             bar.update(1)
-            evaluated = evaluated if "eval_loss" not in row else f", held-out perplexity {row['eval_perplexity']:.3f}"
+            evaluated = (
+                evaluated if "eval_loss" not in row else f", held-out perplexity {row['eval_perplexity']:.3f}"
+            )
             bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s{evaluated}")
             if logs:
                 log.add(**row)
@@ -323,13 +429,21 @@ def _run(o, source, setup, device, say):
         say(profile.text(found))
     stopped = stop.signal if step < steps else None
     if stopped:
-        say(f"stopped by {signal.Signals(stopped).name} after step {step}; go on with --resume-from-checkpoint {saved}")
+        say(
+            f"stopped by {signal.Signals(stopped).name} after step {step}; go on with --resume-from-checkpoint {saved}"
+        )
     else:
         write_model(o.output_dir)
         say(last_line(o, log.rows))
     last = {key: value for row in log.rows for key, value in row.items()}
-    return Result(output_dir=o.output_dir, step=step, loss=last.get("loss"), eval_loss=last.get("eval_loss"), stopped=stopped,
-                  history=log.rows)
+    return Result(
+        output_dir=o.output_dir,
+        step=step,
+        loss=last.get("loss"),
+        eval_loss=last.get("eval_loss"),
+        stopped=stopped,
+        history=log.rows,
+    )
 
 
 def read_data(o, source, setup, say):
@@ -352,7 +466,11 @@ def read_data(o, source, setup, say):
 
 def same_run(state, identity, o, where):
     """A resumed run must be the run that was stopped: what is in its arithmetic may not differ."""
-    what = {"data": "other data", "base": "another base model", "schedule": "a schedule of another warm-up or length"}
+    what = {
+        "data": "other data",
+        "base": "another base model",
+        "schedule": "a schedule of another warm-up or length",
+    }
     for key, words in what.items():
         if state.get(key) != identity[key]:
             raise UserError(f"{where}: was trained with {words}")
@@ -373,13 +491,16 @@ def step_named(step, checkpoints):
 
 def write_options(o):
     import yaml
+
     write_text(os.path.join(o.output_dir, OPTIONS), yaml.safe_dump(o.to_dict(), sort_keys=False))
 
 
 def line(row, steps, left):
     left = f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
-    text = (f"step {row['step']}/{steps}  loss {row['loss']:.4f}  learning rate {row['learning_rate']:.3g}  grad norm "
-            f"{row['grad_norm']:.3g}  {row['tokens_per_s']:,.0f} tokens/s  {left} left")
+    text = (
+        f"step {row['step']}/{steps}  loss {row['loss']:.4f}  learning rate {row['learning_rate']:.3g}  grad norm "
+        f"{row['grad_norm']:.3g}  {row['tokens_per_s']:,.0f} tokens/s  {left} left"
+    )
     return text + (f"  held-out perplexity {row['eval_perplexity']:.3f}" if "eval_loss" in row else "")
 
 
@@ -393,6 +514,7 @@ def last_line(o, rows):
 def draw(o, rows):
     if any("loss" in row for row in rows):
         from longlora import plots
+
         plots.loss(os.path.join(o.output_dir, "loss.png"), rows)
 
 
@@ -403,17 +525,25 @@ def describe(o, setup, parameters, corpus, held_out, steps, warmup, processes=No
         yield f"attention: dense causal, {H} heads"
     else:
         shifted = {"half": H - H // 2, "none": 0, "all": H}[o.shift]
-        yield (f"attention: S2 {o.boundary}, group {o.group_size} of {o.sequence_length} tokens, {shifted}/{H} heads shifted "
-               f"by {o.group_size // 2}; evaluation is dense")
+        yield (
+            f"attention: S2 {o.boundary}, group {o.group_size} of {o.sequence_length} tokens, {shifted}/{H} heads shifted "
+            f"by {o.group_size // 2}; evaluation is dense"
+        )
     counts = {}
     for p in parameters:
         counts[p.kind] = counts.get(p.kind, 0) + math.prod(p.shape)
-    yield "trainable: " + ", ".join(f"{kind} {count:,}" for kind, count in counts.items()) + f"; total {sum(counts.values()):,}"
+    yield (
+        "trainable: "
+        + ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
+        + f"; total {sum(counts.values()):,}"
+    )
     yield setup.rope
     yield f"data: {corpus.sentence}" + (f"; {held_out:,} sequences are evaluated" if held_out else "")
     each, shared = f"{B} x {n} x {o.sequence_length:,}", ""
     if processes is not None:
         each, shared = f"{processes} x {each}", f" by {processes} processes"
-    yield (f"steps: {steps:,} of {each} = {(processes or 1) * B * n * o.sequence_length:,} tokens{shared}; learning rate "
-           f"{o.learning_rate:g}, embedding, head and norms {o.embedding_learning_rate:g}, {o.lr_scheduler_type}"
-           + (f" after {warmup} steps of warm-up" if warmup else ""))
+    yield (
+        f"steps: {steps:,} of {each} = {(processes or 1) * B * n * o.sequence_length:,} tokens{shared}; learning rate "
+        f"{o.learning_rate:g}, embedding, head and norms {o.embedding_learning_rate:g}, {o.lr_scheduler_type}"
+        + (f" after {warmup} steps of warm-up" if warmup else "")
+    )

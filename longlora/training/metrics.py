@@ -1,4 +1,5 @@
 """What a run reports: metrics.jsonl, one JSON object a line."""
+
 import json
 import os
 import resource

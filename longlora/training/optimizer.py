@@ -1,4 +1,5 @@
 """AdamW on float32 masters, with the global gradient norm clipped."""
+
 import math
 
 import numpy as np
@@ -18,10 +19,18 @@ class AdamW:
 
     def __init__(self, parameters, *, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, max_grad_norm=0.0):
         self.parameters = list(parameters)
-        self.beta1, self.beta2, self.eps, self.weight_decay, self.max_grad_norm = beta1, beta2, eps, weight_decay, max_grad_norm
+        self.beta1, self.beta2, self.eps, self.weight_decay, self.max_grad_norm = (
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+            max_grad_norm,
+        )
         self.steps = 0
         self._flat = [self._flatten(p) for p in self.parameters]
-        self._squares = _C.Tensor((1,), "float64", self.parameters[0].value.device if self.parameters else CPU)
+        self._squares = _C.Tensor(
+            (1,), "float64", self.parameters[0].value.device if self.parameters else CPU
+        )
 
     @staticmethod
     def _flatten(p):
@@ -31,7 +40,13 @@ class AdamW:
             copy = None if p.copy is None else p.copy.reshape((size,))
         except ValueError:
             copy = None
-        return p.value.reshape((size,)), p.m.reshape((size,)), p.v.reshape((size,)), copy, p.grad.reshape((size,))
+        return (
+            p.value.reshape((size,)),
+            p.m.reshape((size,)),
+            p.v.reshape((size,)),
+            copy,
+            p.grad.reshape((size,)),
+        )
 
     def step(self, learning_rates):
         """One step with learning_rates (kind -> rate) -> the global norm of the gradient, before clipping.
@@ -50,12 +65,26 @@ class AdamW:
         if not math.isfinite(squares):
             raise UserError("the gradient is not finite")
         norm = math.sqrt(squares)
-        scale = self.max_grad_norm / (norm + 1e-6) if self.max_grad_norm and norm > self.max_grad_norm else 1.0
+        scale = (
+            self.max_grad_norm / (norm + 1e-6) if self.max_grad_norm and norm > self.max_grad_norm else 1.0
+        )
         self.steps += 1
         for p, (value, m, v, copy, grad) in zip(self.parameters, self._flat):
             decay = 0.0 if p.kind in NO_DECAY else self.weight_decay
-            _C.adamw(value, m, v, copy, grad, learning_rates[p.kind], self.beta1, self.beta2, self.eps, decay, self.steps,
-                     scale)
+            _C.adamw(
+                value,
+                m,
+                v,
+                copy,
+                grad,
+                learning_rates[p.kind],
+                self.beta1,
+                self.beta2,
+                self.eps,
+                decay,
+                self.steps,
+                scale,
+            )
             if p.copy is not None and copy is None:
                 p.publish()
         return norm
@@ -72,7 +101,9 @@ class AdamW:
             raise UserError(f"optimizer state: it is of other parameters: {odd[0]}")
         for name, shape in wanted.items():
             if tuple(state[name].shape) != shape:
-                raise UserError(f"optimizer state: {name} should have shape {list(shape)}, got {list(state[name].shape)}")
+                raise UserError(
+                    f"optimizer state: {name} should have shape {list(shape)}, got {list(state[name].shape)}"
+                )
         self.steps = int(steps)
         for p in self.parameters:
             for what in ("value", "m", "v"):

@@ -2,6 +2,7 @@
 
 Names are those of transformers' TrainingArguments and of PEFT's LoraConfig where those have the thing.
 """
+
 import argparse
 import difflib
 import functools
@@ -38,58 +39,112 @@ class TrainOptions:
     dtype is float32 unless told: a CPU without bfloat16 instructions is no faster in bfloat16, and float32 is what the
     tests hold against other implementations. adam_beta2 is the paper's 0.95, not the 0.999 of TrainingArguments.
     """
-    model: str | None = option(None, "the base model: a Hugging Face directory or a .gguf file", alias=("model_name_or_path",))
-    init: str | None = option(None, "start from random weights: a config.json, or a directory with one and a tokenizer.json")
-    data: str | None = option(None, "training text: .txt, .jsonl with a text field, a directory of them, or token .bin")
+
+    model: str | None = option(
+        None, "the base model: a Hugging Face directory or a .gguf file", alias=("model_name_or_path",)
+    )
+    init: str | None = option(
+        None, "start from random weights: a config.json, or a directory with one and a tokenizer.json"
+    )
+    data: str | None = option(
+        None, "training text: .txt, .jsonl with a text field, a directory of them, or token .bin"
+    )
     output_dir: str | None = option(None, "where the adapter, the checkpoints and the metrics go")
-    target_length: int | None = option(None, "tokens the model shall read, for the rope (default: as the base)", low=1)
-    sequence_length: int | None = option(None, "tokens of a training sequence (default: the target length)", low=2,
-                                         alias=("model_max_length", "max_length"))
-    rope_type: str = option("linear", "how positions are extended", choices=("linear", "ntk", "yarn", "llama3"))
-    attention: str = option("s2", "attention in training; evaluation is always dense", choices=("s2", "dense"))
-    group_size: int | None = option(None, "tokens of an S2-Attn group, even (default: a quarter of the sequence)", low=2)
-    boundary: str = option("split", "shifted groups at the ends: split (no leak), wrap (the paper's Algorithm 1, leaks), swap",
-                           choices=("split", "wrap", "swap"))
+    target_length: int | None = option(
+        None, "tokens the model shall read, for the rope (default: as the base)", low=1
+    )
+    sequence_length: int | None = option(
+        None,
+        "tokens of a training sequence (default: the target length)",
+        low=2,
+        alias=("model_max_length", "max_length"),
+    )
+    rope_type: str = option(
+        "linear", "how positions are extended", choices=("linear", "ntk", "yarn", "llama3")
+    )
+    attention: str = option(
+        "s2", "attention in training; evaluation is always dense", choices=("s2", "dense")
+    )
+    group_size: int | None = option(
+        None, "tokens of an S2-Attn group, even (default: a quarter of the sequence)", low=2
+    )
+    boundary: str = option(
+        "split",
+        "shifted groups at the ends: split (no leak), wrap (the paper's Algorithm 1, leaks), swap",
+        choices=("split", "wrap", "swap"),
+    )
     shift: str = option("half", "which heads are shifted", choices=("half", "none", "all"))
     r: int = option(8, "rank of LoRA", low=1, alias=("lora_r", "lora_rank"))
     lora_alpha: float = option(16.0, "LoRA's scale is alpha / r", above=0)
     target_modules: tuple = option(("q_proj", "k_proj", "v_proj", "o_proj"), "linears that get LoRA")
-    modules_to_save: tuple = option(("embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"),
-                                    "modules trained whole; none for LoRA alone")
+    modules_to_save: tuple = option(
+        ("embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"),
+        "modules trained whole; none for LoRA alone",
+    )
     full: bool = option(False, "train every weight instead of LoRA, and write a whole model")
-    dtype: str = option("float32", "storage of weights and activations; arithmetic is float32", choices=("float32", "bfloat16"))
-    checkpointing: str = option("auto", "what the forward pass keeps for the backward (auto: the fastest that fits in memory)",
-                                choices=CHECKPOINTING)
+    dtype: str = option(
+        "float32",
+        "storage of weights and activations; arithmetic is float32",
+        choices=("float32", "bfloat16"),
+    )
+    checkpointing: str = option(
+        "auto",
+        "what the forward pass keeps for the backward (auto: the fastest that fits in memory)",
+        choices=CHECKPOINTING,
+    )
     per_device_train_batch_size: int = option(1, "sequences at a time", low=1, alias=("batch_size",))
     gradient_accumulation_steps: int = option(1, "such batches in a step", low=1)
     max_steps: int = option(-1, "steps to train (-1: by num_train_epochs)", low=-1)
     num_train_epochs: float = option(1.0, "passes over the data when max_steps is -1", above=0)
-    learning_rate: float = option(2e-4, "peak rate of LoRA; with full, of everything but embedding and norms", above=0)
-    embedding_learning_rate: float | None = option(None, "peak rate of embedding, head, norms (default: the same)", above=0)
-    lr_scheduler_type: str = option("constant", "the rate after the warm-up; constant_with_warmup is constant",
-                                    choices=("constant", "cosine", "linear"))
-    warmup_steps: float = option(0, "steps of linear warm-up; below 1 a share of the run", low=0, alias=("warmup_ratio",))
+    learning_rate: float = option(
+        2e-4, "peak rate of LoRA; with full, of everything but embedding and norms", above=0
+    )
+    embedding_learning_rate: float | None = option(
+        None, "peak rate of embedding, head, norms (default: the same)", above=0
+    )
+    lr_scheduler_type: str = option(
+        "constant",
+        "the rate after the warm-up; constant_with_warmup is constant",
+        choices=("constant", "cosine", "linear"),
+    )
+    warmup_steps: float = option(
+        0, "steps of linear warm-up; below 1 a share of the run", low=0, alias=("warmup_ratio",)
+    )
     weight_decay: float = option(0.0, "AdamW's, on matrices only", low=0)
     adam_beta1: float = option(0.9, "AdamW's", low=0, high=0.99999)
     adam_beta2: float = option(0.95, "AdamW's; 0.95 is the paper's", low=0, high=0.99999)
     adam_epsilon: float = option(1e-8, "AdamW's", above=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this global norm (0: never)", low=0)
-    long_documents: str = option("split", "documents longer than a sequence", choices=("split", "refuse", "truncate", "drop"))
+    long_documents: str = option(
+        "split", "documents longer than a sequence", choices=("split", "refuse", "truncate", "drop")
+    )
     eval_data: str | None = option(None, "held-out text, in the same forms as data")
-    eval_fraction: float = option(0.0, "share of the sequences held out when there is no eval_data", low=0, high=0.5)
+    eval_fraction: float = option(
+        0.0, "share of the sequences held out when there is no eval_data", low=0, high=0.5
+    )
     max_eval_samples: int | None = option(None, "evaluate no more than so many held-out sequences", low=1)
     eval_steps: int = option(0, "evaluate every so many steps, besides at the start and the end", low=0)
     save_steps: int = option(0, "write checkpoint-N every so many steps (0: at the end only)", low=0)
     save_total_limit: int | None = option(None, "keep this many checkpoints", low=1)
     logging_steps: int = option(1, "a line of metrics every so many steps", low=1)
-    profile: bool = option(False, "say where the time of a step goes, op by op: a table at the end, profile.json in output_dir")
-    resume_from_checkpoint: str | None = option(None, "a checkpoint directory, or latest: the newest in output_dir, if any")
+    profile: bool = option(
+        False, "say where the time of a step goes, op by op: a table at the end, profile.json in output_dir"
+    )
+    resume_from_checkpoint: str | None = option(
+        None, "a checkpoint directory, or latest: the newest in output_dir, if any"
+    )
     seed: int = option(42, "of the initial weights and of the order of the data", low=0)
-    device: str = option("auto", "where to compute: cpu, cuda, cuda:1, ...; auto is the first GPU where there is one, else the cpu")
+    device: str = option(
+        "auto",
+        "where to compute: cpu, cuda, cuda:1, ...; auto is the first GPU where there is one, else the cpu",
+    )
     num_threads: int | None = option(None, "threads (default: OMP_NUM_THREADS, else all processors)", low=1)
-    max_memory: float | None = option(None, "GiB that the run may use (default: what the machine or the GPU has available)",
-                                      above=0)
-    cache_dir: str | None = option(None, "where tokenised text is kept (default: the folder cache in output_dir)")
+    max_memory: float | None = option(
+        None, "GiB that the run may use (default: what the machine or the GPU has available)", above=0
+    )
+    cache_dir: str | None = option(
+        None, "where tokenised text is kept (default: the folder cache in output_dir)"
+    )
 
     def check(self, planning=False):
         """Every value against its field and the fields against each other -> self; UserError names the option.
@@ -110,18 +165,27 @@ class TrainOptions:
             raise UserError("group_size is of s2 attention, got attention dense")
         if self.init is not None and self.target_length is not None:
             raise UserError("target_length extends a pretrained model; with init the length is the config's")
-        if None not in (self.sequence_length, self.target_length) and self.sequence_length > self.target_length:
-            raise UserError(f"sequence_length should be at most target_length {self.target_length}, got {self.sequence_length}")
+        if (
+            None not in (self.sequence_length, self.target_length)
+            and self.sequence_length > self.target_length
+        ):
+            raise UserError(
+                f"sequence_length should be at most target_length {self.target_length}, got {self.sequence_length}"
+            )
         if self.init is not None and not self.full:
             raise UserError("init needs full: LoRA on random weights trains nothing of use")
         if self.warmup_steps > 1 and self.warmup_steps % 1:
-            raise UserError(f"warmup_steps should be a whole number of steps or a share below 1, got {self.warmup_steps:g}")
+            raise UserError(
+                f"warmup_steps should be a whole number of steps or a share below 1, got {self.warmup_steps:g}"
+            )
         if self.max_steps == 0:
             raise UserError("max_steps should be at least 1, or -1 to go by num_train_epochs, got 0")
         if self.eval_data is not None and self.eval_fraction:
             raise UserError("wanted one of eval_data and eval_fraction, got both")
         if self.profile and self.device not in ("auto", "cpu"):
-            raise UserError("profile times the ops of the CPU, which are waited for; on a GPU use Nsight Systems")
+            raise UserError(
+                "profile times the ops of the CPU, which are waited for; on a GPU use Nsight Systems"
+            )
         return self
 
     def resolve(self, config):
@@ -130,15 +194,19 @@ class TrainOptions:
             self.sequence_length = self.target_length or config.max_position_embeddings
         length = self.sequence_length
         if self.target_length is None and length > config.max_position_embeddings:
-            raise UserError(f"sequence_length should be at most the {config.max_position_embeddings} tokens of the base model "
-                            f"unless target_length extends it, got {length}")
+            raise UserError(
+                f"sequence_length should be at most the {config.max_position_embeddings} tokens of the base model "
+                f"unless target_length extends it, got {length}"
+            )
         if self.group_size is None and self.attention == "s2":
             self.group_size = max(2, length // 8 * 2)
         if self.attention == "s2" and self.group_size > length:
             raise UserError(f"group_size should be at most sequence_length {length}, got {self.group_size}")
         if self.attention == "s2" and self.boundary != "split" and length % self.group_size:
-            raise UserError(f"boundary {self.boundary} needs sequence_length to be a multiple of group_size, "
-                            f"got {length} and {self.group_size}")
+            raise UserError(
+                f"boundary {self.boundary} needs sequence_length to be a multiple of group_size, "
+                f"got {length} and {self.group_size}"
+            )
         if self.embedding_learning_rate is None:
             self.embedding_learning_rate = self.learning_rate
         return self
@@ -174,7 +242,7 @@ def _checked(f, value):
         return tuple(v for part in value for v in part.replace(",", " ").split() if v != "none")
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
-            value = float(value)                       # YAML reads 1e-4 as a string
+            value = float(value)  # YAML reads 1e-4 as a string
         except ValueError:
             raise UserError(f"{name} should be a number, got {value!r}") from None
     if kind is str and name == "lr_scheduler_type" and value == "constant_with_warmup":
@@ -182,14 +250,14 @@ def _checked(f, value):
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if name == "resume_from_checkpoint" and value in (True, "true", "True"):
-        value = "latest"                               # as transformers spells it
+        value = "latest"  # as transformers spells it
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise UserError(f"{name} should be {kind.__name__}, got {value!r}")
     if meta["choices"] and value not in meta["choices"]:
         raise UserError(f"{name} should be one of {', '.join(meta['choices'])}, got {value!r}")
     if kind is float and not math.isfinite(value):
         raise UserError(f"{name} should be finite, got {value!r}")
-    if (meta["low"] is not None and value < meta["low"]):
+    if meta["low"] is not None and value < meta["low"]:
         raise UserError(f"{name} should be at least {meta['low']}, got {value!r}")
     if meta["above"] is not None and not value > meta["above"]:
         raise UserError(f"{name} should be above {meta['above']}, got {value!r}")
@@ -210,7 +278,9 @@ def from_dict(values, where="options", planning=False):
         name = other.get(key, key)
         if name not in names:
             near = difflib.get_close_matches(str(key), names + list(other), 1)
-            raise UserError(f"{where}: unknown option {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise UserError(
+                f"{where}: unknown option {key!r}" + (f"; did you mean {near[0]}?" if near else "")
+            )
         if name in found:
             raise UserError(f"{where}: {name} is given twice")
         found[name] = value
@@ -218,15 +288,23 @@ def from_dict(values, where="options", planning=False):
 
 
 # Where a section of --help starts, and what it is called.
-SECTIONS = {"model": "model and data", "target_length": "context and attention", "r": "what is trained",
-            "dtype": "memory and batches", "max_steps": "optimisation", "long_documents": "data and evaluation",
-            "save_steps": "run"}
+SECTIONS = {
+    "model": "model and data",
+    "target_length": "context and attention",
+    "r": "what is trained",
+    "dtype": "memory and batches",
+    "max_steps": "optimisation",
+    "long_documents": "data and evaluation",
+    "save_steps": "run",
+}
 
 
 def dashed(arguments):
     """Command-line arguments with every --some_flag spelled --some-flag."""
-    return [name.replace("_", "-") + equals + value if name.startswith("--") else name + equals + value
-            for name, equals, value in (argument.partition("=") for argument in arguments)]
+    return [
+        name.replace("_", "-") + equals + value if name.startswith("--") else name + equals + value
+        for name, equals, value in (argument.partition("=") for argument in arguments)
+    ]
 
 
 def add_flags(parser):
@@ -245,8 +323,11 @@ def add_flags(parser):
             section.add_argument(flag, action=argparse.BooleanOptionalAction, help=text, **how)
             continue
         choices, shown = f.metadata["choices"], {int: "N", float: "X", str: "PATH", tuple: "NAME"}[kind]
-        how.update(type={int: int, float: float}.get(kind, str), nargs="+" if kind is tuple else None,
-                   metavar="|".join(choices) if choices else shown)
+        how.update(
+            type={int: int, float: float}.get(kind, str),
+            nargs="+" if kind is tuple else None,
+            metavar="|".join(choices) if choices else shown,
+        )
         section.add_argument(flag, help=text, **how)
         if other:
             section.add_argument(*other, help=argparse.SUPPRESS, **how)
@@ -258,6 +339,7 @@ def from_flags(namespace, planning=False):
     if not namespace.config:
         return from_dict(given, "command line", planning)
     import yaml
+
     try:
         with open(namespace.config, encoding="utf-8") as file:
             values = yaml.safe_load(file) or {}

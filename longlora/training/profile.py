@@ -6,6 +6,7 @@ Bytes are each argument once, read or written. An op's floor is the longer of FL
 multiply-adds and bytes at the measured bandwidth of a copy; products of bfloat16 may come out below it where the processor
 multiplies bfloat16 faster.
 """
+
 import functools
 import math
 import re
@@ -21,6 +22,7 @@ from longlora.ops import BOUNDARIES, SHIFTS
 
 def pairs(T, H, G, boundary, shift):
     """(query, key) pairs of all H heads over a sequence of T tokens in groups of G; boundary and shift by name."""
+
     def causal(n):
         return n * (n + 1) // 2
 
@@ -34,9 +36,15 @@ def pairs(T, H, G, boundary, shift):
 
 
 def _attention(size, given):
-    boundary, shift = (next(name for name, n in names.items() if n == given[key])
-                       for names, key in ((BOUNDARIES, "boundary"), (SHIFTS, "shift")))
-    lengths = [size["T"]] * size["B"] if given["cu_seqlens"] is None else np.diff(np.asarray(given["cu_seqlens"])).tolist()
+    boundary, shift = (
+        next(name for name, n in names.items() if n == given[key])
+        for names, key in ((BOUNDARIES, "boundary"), (SHIFTS, "shift"))
+    )
+    lengths = (
+        [size["T"]] * size["B"]
+        if given["cu_seqlens"] is None
+        else np.diff(np.asarray(given["cu_seqlens"])).tolist()
+    )
     return size["D"] * sum(pairs(T, size["H"], int(given["group_size"]), boundary, shift) for T in lengths)
 
 
@@ -44,26 +52,34 @@ def _lora_linear_backward(size, given):
     M, N, C, R = (size.get(letter, 0) for letter in "MNCR")
     there = {name: value is not None for name, value in given.items()}
     du, u = there["dx"] or there["da"], there["db"] and not there["u"]
-    products = (there["dx"] + there["dweight"]) * N * C + (there["dx"] + there["da"] + u) * R * C + (du + there["db"]) * R * N
+    products = (
+        (there["dx"] + there["dweight"]) * N * C
+        + (there["dx"] + there["da"] + u) * R * C
+        + (du + there["db"]) * R * N
+    )
     return 2 * M * products
 
 
 # op -> FLOPs by the letters of its spec and its arguments; the ops that are not here only move memory.
 FLOPS = {
     "matmul": lambda size, given: 2 * size["M"] * size["N"] * size["C"],
-    "lora_linear_forward": lambda size, given: 2 * size["M"] * (size["N"] * size["C"]
-                                                                + size.get("R", 0) * (size["N"] + size["C"])),
+    "lora_linear_forward": lambda size, given: (
+        2 * size["M"] * (size["N"] * size["C"] + size.get("R", 0) * (size["N"] + size["C"]))
+    ),
     "lora_linear_backward": _lora_linear_backward,
     "s2_attention_forward": lambda size, given: 4 * _attention(size, given),
     "s2_attention_backward": lambda size, given: 10 * _attention(size, given),
     "linear_cross_entropy_forward": lambda size, given: 2 * size["M"] * size["V"] * size["C"],
-    "linear_cross_entropy_backward": lambda size, given: (2 * size["M"] * size["V"] * size["C"]
-                                                          * (2 if given["dweight"] is None else 3)),
+    "linear_cross_entropy_backward": lambda size, given: (
+        2 * size["M"] * size["V"] * size["C"] * (2 if given["dweight"] is None else 3)
+    ),
 }
 # (op, argument) -> bytes, where it is not all of the argument: of a table the rows that are named; what is set and not read.
 BYTES = {
     ("embedding_forward", "weight"): lambda given: given["out"].nbytes,
-    ("embedding_backward", "dweight"): lambda given: 2 * 4 * len(np.unique(given["ids"])) * given["dweight"].shape[1],
+    ("embedding_backward", "dweight"): lambda given: (
+        2 * 4 * len(np.unique(given["ids"])) * given["dweight"].shape[1]
+    ),
     ("lora_linear_backward", "dx"): lambda given: given["dx"].nbytes * (2 if given["accumulate"] else 1),
     ("matmul", "out"): lambda given: given["out"].nbytes * (2 if given["beta"] else 1),
 }
@@ -74,7 +90,9 @@ def _spec(op):
     """-> [(argument, letters of its axes, flags)], [scalar]."""
     tensors, _, scalars = _C.specs[op].partition("|")
     found = re.findall(r"(\w+)\[([^\]]*)\](\S*)", tensors)
-    return [(name, letters.split(","), flags) for name, letters, flags in found], [s.partition(":")[0] for s in scalars.split()]
+    return [(name, letters.split(","), flags) for name, letters, flags in found], [
+        s.partition(":")[0] for s in scalars.split()
+    ]
 
 
 def work(op, args):
@@ -100,7 +118,7 @@ class Recorder:
 
     def __init__(self, peaks):
         self.peaks, self.steps, self.seconds, self.system = peaks, 0, 0.0, 0.0
-        self.rows = {}                                 # (op, sizes) -> [calls, seconds, system seconds, FLOPs, bytes]
+        self.rows = {}  # (op, sizes) -> [calls, seconds, system seconds, FLOPs, bytes]
 
     def __enter__(self):
         self._ops = {op: getattr(_C, op) for op in _C.specs}
@@ -135,34 +153,62 @@ class Recorder:
             row["floor_seconds"] = max(row["flops"] / rate, row["bytes"] / bandwidth) / 1e9
             ops.setdefault(op, []).append({"sizes": dict(size), **row})
         keys += ("floor_seconds",)
-        found = [{"op": op, **{key: sum(row[key] for row in rows) for key in keys},
-                  "by_size": sorted(rows, key=lambda row: -row["seconds"])} for op, rows in ops.items()]
+        found = [
+            {
+                "op": op,
+                **{key: sum(row[key] for row in rows) for key in keys},
+                "by_size": sorted(rows, key=lambda row: -row["seconds"]),
+            }
+            for op, rows in ops.items()
+        ]
         found.sort(key=lambda row: -row["seconds"])
         seconds, system = self.seconds / max(self.steps, 1), self.system / max(self.steps, 1)
-        return {"steps": self.steps, "threads": _C.get_num_threads(), "instruction_set": _C.isa_names[_C.get_isa()],
-                "peak_gflops": rate, "copy_gbytes": bandwidth, "seconds": seconds, "system_seconds": system,
-                "floor_seconds": sum(row["floor_seconds"] for row in found), "ops": found,
-                "other": {"seconds": seconds - sum(row["seconds"] for row in found),
-                          "system_seconds": system - sum(row["system_seconds"] for row in found)}}
+        return {
+            "steps": self.steps,
+            "threads": _C.get_num_threads(),
+            "instruction_set": _C.isa_names[_C.get_isa()],
+            "peak_gflops": rate,
+            "copy_gbytes": bandwidth,
+            "seconds": seconds,
+            "system_seconds": system,
+            "floor_seconds": sum(row["floor_seconds"] for row in found),
+            "ops": found,
+            "other": {
+                "seconds": seconds - sum(row["seconds"] for row in found),
+                "system_seconds": system - sum(row["system_seconds"] for row in found),
+            },
+        }
 
 
 def text(found):
     """`report`'s dict as a table."""
-    lines = [f"a step of {found['seconds']:.3f} s, mean of {found['steps']}; {found['threads']} threads, "
-             f"{found['instruction_set']}; measured peaks: multiply-add {found['peak_gflops']:.0f} GF/s, copy "
-             f"{found['copy_gbytes']:.0f} GB/s",
-             f"{'op':<30} {'calls':>6} {'seconds':>9} {'share':>6} {'system':>7} {'GFLOP':>9} {'GF/s':>7} {'GB':>8} "
-             f"{'GB/s':>6} {'floor':>6}"]
+    lines = [
+        f"a step of {found['seconds']:.3f} s, mean of {found['steps']}; {found['threads']} threads, "
+        f"{found['instruction_set']}; measured peaks: multiply-add {found['peak_gflops']:.0f} GF/s, copy "
+        f"{found['copy_gbytes']:.0f} GB/s",
+        f"{'op':<30} {'calls':>6} {'seconds':>9} {'share':>6} {'system':>7} {'GFLOP':>9} {'GF/s':>7} {'GB':>8} "
+        f"{'GB/s':>6} {'floor':>6}",
+    ]
     for row in found["ops"]:
         spent = max(row["seconds"], 1e-9)
-        flops = f"{row['flops'] / 1e9:9.1f} {row['flops'] / spent / 1e9:7.1f}" if row["flops"] else f"{'-':>9} {'-':>7}"
-        lines.append(f"{row['op']:<30} {row['calls']:6.0f} {row['seconds']:9.4f} {row['seconds'] / found['seconds']:6.1%} "
-                     f"{row['system_seconds']:7.3f} {flops} {row['bytes'] / 1e9:8.2f} {row['bytes'] / spent / 1e9:6.1f} "
-                     f"{row['floor_seconds'] / spent:6.0%}")
+        flops = (
+            f"{row['flops'] / 1e9:9.1f} {row['flops'] / spent / 1e9:7.1f}"
+            if row["flops"]
+            else f"{'-':>9} {'-':>7}"
+        )
+        lines.append(
+            f"{row['op']:<30} {row['calls']:6.0f} {row['seconds']:9.4f} {row['seconds'] / found['seconds']:6.1%} "
+            f"{row['system_seconds']:7.3f} {flops} {row['bytes'] / 1e9:8.2f} {row['bytes'] / spent / 1e9:6.1f} "
+            f"{row['floor_seconds'] / spent:6.0%}"
+        )
     for name, row in (("Python and NumPy", found["other"]), ("all", found)):
-        floor = f"{found['floor_seconds'] / found['seconds']:>{9 + 8 + 9 + 7 + 7}.0%}" if name == "all" else ""
-        lines.append(f"{name:<30} {'':>6} {row['seconds']:9.4f} {row['seconds'] / found['seconds']:6.1%} "
-                     f"{row['system_seconds']:7.3f}{floor}")
+        floor = (
+            f"{found['floor_seconds'] / found['seconds']:>{9 + 8 + 9 + 7 + 7}.0%}" if name == "all" else ""
+        )
+        lines.append(
+            f"{name:<30} {'':>6} {row['seconds']:9.4f} {row['seconds'] / found['seconds']:6.1%} "
+            f"{row['system_seconds']:7.3f}{floor}"
+        )
     return "\n".join(lines)
 
 

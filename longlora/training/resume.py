@@ -4,6 +4,7 @@ The adapter (or, with --full, the whole model), optimizer.safetensors (float32 m
 position in the data, options, history): written to a directory beside, flushed file by file, renamed. A killed run leaves at
 most a *.partial, which the next one removes.
 """
+
 import contextlib
 import fcntl
 import os
@@ -12,7 +13,8 @@ import shutil
 
 from longlora.decoder.config import read_json
 from longlora.errors import UserError
-from longlora.files.safetensors import SafetensorsFile, flush, save as save_tensors, write_json
+from longlora.files.safetensors import SafetensorsFile, flush, write_json
+from longlora.files.safetensors import save as save_tensors
 
 STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 ASIDE = ".partial"
@@ -22,7 +24,9 @@ def found(output_dir):
     """The complete checkpoints of a run, oldest first: [path]."""
     if not os.path.isdir(output_dir):
         return []
-    steps = sorted(int(match[1]) for name in os.listdir(output_dir) if (match := re.fullmatch(r"checkpoint-(\d+)", name)))
+    steps = sorted(
+        int(match[1]) for name in os.listdir(output_dir) if (match := re.fullmatch(r"checkpoint-(\d+)", name))
+    )
     return [os.path.join(output_dir, f"checkpoint-{step}") for step in steps]
 
 
@@ -36,16 +40,18 @@ def save(output_dir, state, optimizer, write_model, limit=None):
     aside = final + ASIDE
     try:
         os.makedirs(aside)
-        write_model(aside)                             # every file is flushed by its writer
+        write_model(aside)  # every file is flushed by its writer
         save_tensors(os.path.join(aside, OPTIMIZER), optimizer)
         write_json(os.path.join(aside, STATE), state)
-        _remove(final)                                 # an equal one, of a run that was resumed from before it
+        _remove(final)  # an equal one, of a run that was resumed from before it
         os.rename(aside, final)
         flush(output_dir)
         for old in found(output_dir)[:-limit] if limit else []:
             _remove(old)
     except OSError as error:
-        raise UserError(f"{final}: cannot be written: {error.strerror or error}; older checkpoints are untouched") from None
+        raise UserError(
+            f"{final}: cannot be written: {error.strerror or error}; older checkpoints are untouched"
+        ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return final
@@ -82,7 +88,7 @@ def alone(directory):
         except BlockingIOError:
             raise UserError(f"{directory}: another run is writing there now") from None
         except OSError:
-            pass                                       # a file system without locks
+            pass  # a file system without locks
         yield
     finally:
         os.close(handle)

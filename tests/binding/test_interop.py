@@ -1,4 +1,5 @@
 """The raw ops on JAX and CuPy arrays: in by DLPack without a copy, out as arrays of the same kind, immutable ones never written to."""
+
 import checks
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from longlora import Tensor, cuda, ops
 
 try:
     import jax
+
     jnp = jax.numpy
 except ImportError:
     jax = None
@@ -77,7 +79,10 @@ def test_an_immutable_output_is_refused():
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_attention_on_cupy(cupy, dtype):
-    q, k, v = (checks.random(shape, dtype, seed) for seed, shape in enumerate([(1, 37, 4, 8), (1, 37, 2, 8), (1, 37, 2, 8)]))
+    q, k, v = (
+        checks.random(shape, dtype, seed)
+        for seed, shape in enumerate([(1, 37, 4, 8), (1, 37, 2, 8), (1, 37, 2, 8)])
+    )
     given = [cupy.asarray(x) for x in (q, k, v)]
     out, lse = ops.s2_attention_forward(*given, group_size=8)
     assert isinstance(out, cupy.ndarray) and out.dtype == given[0].dtype and lse.dtype == np.float32
@@ -85,12 +90,19 @@ def test_attention_on_cupy(cupy, dtype):
     low, _ = checks.plain("s2_attention_forward", q, k, v, group_size=8)
     checks.compare(cupy.asnumpy(out), want, low, floor=4)
     grads = ops.s2_attention_backward(out, *given, out, lse, group_size=8)
-    assert all(isinstance(g, cupy.ndarray) and g.shape == x.shape and cupy.isfinite(g).all() for g, x in zip(grads, given))
+    assert all(
+        isinstance(g, cupy.ndarray) and g.shape == x.shape and cupy.isfinite(g).all()
+        for g, x in zip(grads, given)
+    )
 
 
 def test_cupys_memory_and_stream_are_used(cupy):
     """An output of the caller's is written in place, behind what its stream has to do before."""
-    stream, x, total = cupy.cuda.Stream(non_blocking=True), cupy.zeros((512, 512), "float32"), cupy.ones((512, 512), "float32")
+    stream, x, total = (
+        cupy.cuda.Stream(non_blocking=True),
+        cupy.zeros((512, 512), "float32"),
+        cupy.ones((512, 512), "float32"),
+    )
     cupy.cuda.Device().synchronize()
     with stream:
         for _ in range(50):

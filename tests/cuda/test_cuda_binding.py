@@ -3,6 +3,7 @@
 Runs wherever longlora.cuda.is_available(): on a GPU and, by test_cuda_emulation.py, on a build against tests/emulation. What a
 machine may lack is set there by variables.
 """
+
 import contextlib
 import ctypes
 import os
@@ -15,7 +16,8 @@ import dlpack
 import ml_dtypes
 import numpy as np
 import pytest
-from longlora import Tensor, _C, arrays, cuda, ops
+
+from longlora import _C, Tensor, arrays, cuda, ops
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 EMULATED = cuda.built_for() == "emulation"
@@ -41,7 +43,8 @@ def back(t):
 
 class Borrowed:
     """A Tensor behind DLPack only, which counts capsules, deletions and remembers the stream it was asked for."""
-    all = []                                                           # a capsule may outlive its producer: none dies
+
+    all = []  # a capsule may outlive its producer: none dies
 
     def __init__(self, t, old=False, **said):
         self.t, self.shape, self.dtype, self.old, self.said = t, t.shape, t.dtype, old, said
@@ -49,7 +52,8 @@ class Borrowed:
         self.deleter = dlpack.Deleter(self._delete)
         self.name = b"dltensor" if old else b"dltensor_versioned"
         self.destructor = dlpack.CapsuleDestructor(
-            lambda capsule: self.deleter(None) if dlpack.raw_is_valid(capsule, self.name) else None)
+            lambda capsule: self.deleter(None) if dlpack.raw_is_valid(capsule, self.name) else None
+        )
         self.all.append(self)
 
     def _delete(self, managed):
@@ -67,8 +71,11 @@ class Borrowed:
         tensor = dlpack.tensor_of(self.t)
         for name, value in self.said.items():
             setattr(tensor, name, value)
-        self.managed = (dlpack.Old(tensor, None, self.deleter) if self.old else
-                        dlpack.Versioned(1, 0, None, self.deleter, 0, tensor))
+        self.managed = (
+            dlpack.Old(tensor, None, self.deleter)
+            if self.old
+            else dlpack.Versioned(1, 0, None, self.deleter, 0, tensor)
+        )
         return ctypes.addressof(self.managed)
 
     def __dlpack_device__(self):
@@ -76,14 +83,21 @@ class Borrowed:
         return kind, self.said.get("device_id", index)
 
 
-# ---- without a GPU ----------------------------------------------------------------------------------------------------------
+# ---- without a GPU -------------------------------------------------------------------------------
+
 
 @pytest.mark.skipif(cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_everything_says_why():
     why = cuda.reason()
     assert not cuda.is_available() and len(why) > 10 and cuda.device_count() == 0
-    for refused in (lambda: Tensor(3, "float32", "cuda"), lambda: Tensor(3, device="cuda:1"), lambda: Tensor(3, pinned=True),
-                    cuda.synchronize, cuda.memory_info, lambda: cuda.stream(0).__enter__()):
+    for refused in (
+        lambda: Tensor(3, "float32", "cuda"),
+        lambda: Tensor(3, device="cuda:1"),
+        lambda: Tensor(3, pinned=True),
+        cuda.synchronize,
+        cuda.memory_info,
+        lambda: cuda.stream(0).__enter__(),
+    ):
         with pytest.raises(RuntimeError, match=re.escape(why)):
             refused()
     borrowed = Borrowed(tensor(f32(2, 2), "cpu"), device_type=2)
@@ -101,16 +115,26 @@ def test_devices_are_named():
             cuda.memory_info(device)
     with pytest.raises(RuntimeError, match="Tensor: cuda:63 cannot be used: "):
         Tensor(3, "float32", "cuda:63")
-    assert Tensor(3, "float32", "cpu").device == "cpu" and not Tensor(3).pinned and repr(Tensor(3)).count("device") == 0
+    assert (
+        Tensor(3, "float32", "cpu").device == "cpu"
+        and not Tensor(3).pinned
+        and repr(Tensor(3)).count("device") == 0
+    )
 
 
 @needs_emulation
-@pytest.mark.parametrize("variables, words", [
-    (dict(DEVICES="0"), "the NVIDIA driver shows no GPU"),
-    (dict(DRIVER="0"), "there is no NVIDIA driver"),
-    (dict(DRIVER="12020"), "the NVIDIA driver is too old: it is for CUDA 12.2, this build is of CUDA 13.0"),
-    (dict(SM="75"), "the GPU is an sm_75, the oldest that is supported is sm_80"),
-])
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        (dict(DEVICES="0"), "the NVIDIA driver shows no GPU"),
+        (dict(DRIVER="0"), "there is no NVIDIA driver"),
+        (
+            dict(DRIVER="12020"),
+            "the NVIDIA driver is too old: it is for CUDA 12.2, this build is of CUDA 13.0",
+        ),
+        (dict(SM="75"), "the GPU is an sm_75, the oldest that is supported is sm_80"),
+    ],
+)
 def test_what_a_machine_may_lack(variables, words):
     script = """
 import numpy as np, longlora, longlora.ops, longlora.tools.doctor
@@ -123,11 +147,16 @@ longlora.ops.cast(np.ones((2, 2), np.float32), "float16")
 print(longlora.tools.doctor.text(longlora.tools.doctor.examine()))
 """
     environment = {**os.environ, **{f"LONGLORA_EMULATION_{name}": value for name, value in variables.items()}}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
-    assert f"False {words}\nTensor: cuda cannot be used: {words}\n" in done and f"not available: {words}" in done
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert (
+        f"False {words}\nTensor: cuda cannot be used: {words}\n" in done and f"not available: {words}" in done
+    )
 
 
-# ---- Tensors ----------------------------------------------------------------------------------------------------------------
+# ---- Tensors -------------------------------------------------------------------------------------
+
 
 @needs_cuda
 def test_a_tensor_on_a_gpu():
@@ -146,7 +175,9 @@ def test_a_tensor_on_a_gpu():
         t.fill(1)
         assert (back(t) == 1).all() and back(t).shape == t.shape
     for refused in (t.numpy, lambda: np.asarray(t), lambda: t.__array__()):
-        with pytest.raises(TypeError, match=r"the tensor is on cuda:0, NumPy is on the CPU; use cpu\(\).numpy\(\)"):
+        with pytest.raises(
+            TypeError, match=r"the tensor is on cuda:0, NumPy is on the CPU; use cpu\(\).numpy\(\)"
+        ):
             refused()
     with pytest.raises(BufferError, match="on a GPU, .* use cpu()"):
         memoryview(t)
@@ -171,7 +202,7 @@ def test_views_share_memory_on_a_gpu():
     del arena, a, b
     assert cuda.memory_info()[0] == free
     del last
-    assert cuda.memory_info()[0] > free or not EMULATED                # a GPU's allocator may keep a page
+    assert cuda.memory_info()[0] > free or not EMULATED  # a GPU's allocator may keep a page
 
 
 @needs_cuda
@@ -179,7 +210,10 @@ def test_views_share_memory_on_a_gpu():
 @pytest.mark.parametrize("source", ["numpy", "cpu", "pinned", "cuda", "borrowed"])
 def test_copies_between_devices(source, to):
     def place(shape, dtype, where):
-        return Tensor(shape, dtype, "cuda" if where in ("cuda", "borrowed") else "cpu", pinned=where == "pinned")
+        return Tensor(
+            shape, dtype, "cuda" if where in ("cuda", "borrowed") else "cpu", pinned=where == "pinned"
+        )
+
     wide = f32(6, 5, 9)
     for given in DTYPES:
         x = wide.astype(DTYPES[given])
@@ -188,9 +222,13 @@ def test_copies_between_devices(source, to):
             whole.copy_(x)
         for wanted in DTYPES:
             target = place((7, 6, 12), wanted, to)
-            for index, into in (((), (slice(1, 7), slice(0, 5), slice(2, 11))), ((2,), (3, slice(0, 5), slice(0, 9))),
-                                ((slice(0, 4), slice(1, 3), slice(2, 8)), (slice(0, 4), slice(0, 2), slice(0, 6))),
-                                ((1, slice(None), 4), (slice(0, 5), 2, 3)), ((0, 0, 0), (6, 5, 11))):
+            for index, into in (
+                ((), (slice(1, 7), slice(0, 5), slice(2, 11))),
+                ((2,), (3, slice(0, 5), slice(0, 9))),
+                ((slice(0, 4), slice(1, 3), slice(2, 8)), (slice(0, 4), slice(0, 2), slice(0, 6))),
+                ((1, slice(None), 4), (slice(0, 5), 2, 3)),
+                ((0, 0, 0), (6, 5, 11)),
+            ):
                 want = np.full((7, 6, 12), 2, DTYPES[wanted])
                 want[into] = x[index].astype(DTYPES[wanted])
                 target.fill(2)
@@ -229,11 +267,14 @@ def test_large_copies_in_pieces():
 @needs_cuda
 def test_copies_that_are_refused():
     t = tensor(f32(4, 5))
-    for source, error, words in ((f32(4, 4), ValueError, "source axis 1 should be 5, got 4"),
-                                 (f32(5), ValueError, "source should have 2 axes"),
-                                 (f32(4, 5).astype(np.int32), TypeError, "source should be float32, got int32"),
-                                 (t[:], ValueError, "source overlaps"), (None, TypeError, "source must be an array"),
-                                 (Borrowed(t, byte_offset=2), ValueError, "source is not aligned")):
+    for source, error, words in (
+        (f32(4, 4), ValueError, "source axis 1 should be 5, got 4"),
+        (f32(5), ValueError, "source should have 2 axes"),
+        (f32(4, 5).astype(np.int32), TypeError, "source should be float32, got int32"),
+        (t[:], ValueError, "source overlaps"),
+        (None, TypeError, "source must be an array"),
+        (Borrowed(t, byte_offset=2), ValueError, "source is not aligned"),
+    ):
         with pytest.raises(error, match="Tensor.copy_: " + words):
             t.copy_(source)
     np.testing.assert_array_equal(back(t), f32(4, 5))
@@ -244,7 +285,13 @@ def test_copies_that_are_refused():
 @needs_cuda
 def test_pinned_memory():
     t = Tensor((4, 5), "float32", pinned=True)
-    assert t.pinned and t.device == "cpu" and (t.numpy() == 0).all() and t[1:].pinned and t.__dlpack_device__() == (1, 0)
+    assert (
+        t.pinned
+        and t.device == "cpu"
+        and (t.numpy() == 0).all()
+        and t[1:].pinned
+        and t.__dlpack_device__() == (1, 0)
+    )
     x = np.asarray(t)
     x[...] = f32(4, 5)
     device = Tensor((4, 5), "float32", "cuda")
@@ -261,7 +308,8 @@ def test_pinned_memory():
     np.testing.assert_array_equal(ops.cast(t, "float32").numpy(), f32(4, 5))
 
 
-# ---- calls ------------------------------------------------------------------------------------------------------------------
+# ---- calls ---------------------------------------------------------------------------------------
+
 
 def swiglu_is_right(device="cuda"):
     x, y = f32(3, 8), f32(8, 3).reshape(3, 8)
@@ -275,19 +323,27 @@ def test_results_are_on_the_same_device():
     assert isinstance(out, Tensor) and out.device == "cuda:0"
     swiglu_is_right()
     for dtype in arrays.DTYPES:
-        assert (arrays.empty((2, 2), dtype, out).device, arrays.empty((2, 2), dtype, out).dtype) == ("cuda:0", dtype)
+        assert (arrays.empty((2, 2), dtype, out).device, arrays.empty((2, 2), dtype, out).dtype) == (
+            "cuda:0",
+            dtype,
+        )
         assert arrays.empty((2, 2), dtype, Borrowed(out)).device == "cuda:0"
     assert (back(arrays.zeros((2, 2), "float32", out)) == 0).all()
 
 
 @needs_cuda
-@pytest.mark.parametrize("place", [
-    lambda x: x, lambda x: tensor(x, "cpu"), lambda x: Tensor(x.shape, pinned=True)], ids=["numpy", "cpu", "pinned"])
+@pytest.mark.parametrize(
+    "place",
+    [lambda x: x, lambda x: tensor(x, "cpu"), lambda x: Tensor(x.shape, pinned=True)],
+    ids=["numpy", "cpu", "pinned"],
+)
 def test_mixed_devices_are_refused(place):
     x = f32(3, 8)
     out = tensor(x)
     for gate, up, name in ((place(x), tensor(x), "gate"), (tensor(x), place(x), "up")):
-        with pytest.raises(ValueError, match=f"^swiglu_forward: {name} should be on cuda:0 as out is, got cpu$"):
+        with pytest.raises(
+            ValueError, match=f"^swiglu_forward: {name} should be on cuda:0 as out is, got cpu$"
+        ):
             _C.swiglu_forward(out, gate, up)
     with pytest.raises(ValueError, match="^swiglu_forward: gate should be on cpu as out is, got cuda:0$"):
         _C.swiglu_forward(x.copy(), tensor(x), tensor(x))
@@ -299,16 +355,29 @@ def test_mixed_devices_are_refused(place):
 def test_checks_are_those_of_the_cpu():
     x = tensor(f32(4, 8))
     for arguments, error, words in (
-            ((x, x, tensor(f32(4, 7))), ValueError, "up axis 1 should be F=8, got 7"),
-            ((x, x, x[0]), ValueError, "up should have 2 axes, got 1"),
-            ((x, x, tensor(f32(4, 8).astype(np.float16))), TypeError, "up should be float32 as out is, got float16"),
-            ((x, Borrowed(x, byte_offset=2), x), ValueError, "gate is not aligned"),
-            ((x, Borrowed(x, lanes=2), x), TypeError, "gate has DLPack dtype"),
-            ((x, Borrowed(x, device_id=7), x), BufferError, "gate is on cuda:7, which cannot be used: there (is|are) . CUDA"),
-            ((x, Borrowed(x, device_type=10), x), BufferError, "gate should be on the CPU or a CUDA device, got DLPack device"),
-            ((x[:, :6], x[:, 2:], x[:, :6]), ValueError, "out is an output and overlaps gate"),
-            ((Borrowed(x, old=True), x, x), BufferError, "out is an output and should speak DLPack 1"),
-            ((x, x, None), TypeError, "up must be an array, got None")):
+        ((x, x, tensor(f32(4, 7))), ValueError, "up axis 1 should be F=8, got 7"),
+        ((x, x, x[0]), ValueError, "up should have 2 axes, got 1"),
+        (
+            (x, x, tensor(f32(4, 8).astype(np.float16))),
+            TypeError,
+            "up should be float32 as out is, got float16",
+        ),
+        ((x, Borrowed(x, byte_offset=2), x), ValueError, "gate is not aligned"),
+        ((x, Borrowed(x, lanes=2), x), TypeError, "gate has DLPack dtype"),
+        (
+            (x, Borrowed(x, device_id=7), x),
+            BufferError,
+            "gate is on cuda:7, which cannot be used: there (is|are) . CUDA",
+        ),
+        (
+            (x, Borrowed(x, device_type=10), x),
+            BufferError,
+            "gate should be on the CPU or a CUDA device, got DLPack device",
+        ),
+        ((x[:, :6], x[:, 2:], x[:, :6]), ValueError, "out is an output and overlaps gate"),
+        ((Borrowed(x, old=True), x, x), BufferError, "out is an output and should speak DLPack 1"),
+        ((x, x, None), TypeError, "up must be an array, got None"),
+    ):
         with pytest.raises(error, match="^swiglu_forward: " + words):
             _C.swiglu_forward(*arguments)
     np.testing.assert_array_equal(back(x), f32(4, 8))
@@ -335,7 +404,7 @@ def test_capsules_are_borrowed_with_the_stream_and_given_back(old):
     cuda.synchronize()
     assert gate.deleted == 1, "memory goes back when the work has run"
     before = sys.getrefcount(x)
-    for _ in range(200):                                               # more than are held at a time
+    for _ in range(200):  # more than are held at a time
         _C.swiglu_forward(out, gate, x)
         with pytest.raises(ValueError):
             _C.swiglu_forward(out, gate, x[:2])
@@ -349,6 +418,7 @@ def test_results_become_what_the_arguments_were():
         @staticmethod
         def from_dlpack(x):
             return "theirs", x
+
     x = Borrowed(tensor(f32(3, 8)))
     x.__class__.__array_namespace__ = lambda self: Library
     try:
@@ -358,7 +428,8 @@ def test_results_become_what_the_arguments_were():
     assert name == "theirs" and out.device == "cuda:0"
 
 
-# ---- DLPack out -------------------------------------------------------------------------------------------------------------
+# ---- DLPack out ----------------------------------------------------------------------------------
+
 
 @needs_cuda
 def test_dlpack_of_a_tensor_on_a_gpu():
@@ -368,10 +439,18 @@ def test_dlpack_of_a_tensor_on_a_gpu():
     assert (pointer.device_type, pointer.device_id, pointer.strides[0], pointer.shape[1]) == (2, 0, 3, 2)
     for stream in (None, 1, 2, -1):
         assert '"dltensor_versioned"' in repr(t.__dlpack__(stream=stream, max_version=(1, 0)))
-        assert '"dltensor_versioned"' in repr(t.__dlpack__(stream=stream, max_version=(1, 0), dl_device=(2, 0), copy=True))
-    for keywords, error in ((dict(stream=0), BufferError), (dict(stream=-2), BufferError), (dict(stream="x"), BufferError),
-                            (dict(dl_device=(2, 9)), BufferError), (dict(dl_device=(1, 1)), BufferError),
-                            (dict(dl_device=(1, 0), copy=False), BufferError), (dict(dl_device=(1, 0), stream=1), BufferError)):
+        assert '"dltensor_versioned"' in repr(
+            t.__dlpack__(stream=stream, max_version=(1, 0), dl_device=(2, 0), copy=True)
+        )
+    for keywords, error in (
+        (dict(stream=0), BufferError),
+        (dict(stream=-2), BufferError),
+        (dict(stream="x"), BufferError),
+        (dict(dl_device=(2, 9)), BufferError),
+        (dict(dl_device=(1, 1)), BufferError),
+        (dict(dl_device=(1, 0), copy=False), BufferError),
+        (dict(dl_device=(1, 0), stream=1), BufferError),
+    ):
         with pytest.raises(error):
             t.__dlpack__(**keywords)
     np.testing.assert_array_equal(np.from_dlpack(t, device="cpu"), f32(2, 3))
@@ -379,7 +458,7 @@ def test_dlpack_of_a_tensor_on_a_gpu():
         np.from_dlpack(t)
     moved = tensor(f32(2, 3), "cpu").__dlpack__(dl_device=(2, 0), max_version=(1, 0))
     there = dlpack.Versioned.from_address(dlpack.capsule_pointer(moved, b"dltensor_versioned"))
-    assert (there.tensor.device_type, there.tensor.device_id, there.flags) == (2, 0, 2)          # 2: it is a copy
+    assert (there.tensor.device_type, there.tensor.device_id, there.flags) == (2, 0, 2)  # 2: it is a copy
     before = sys.getrefcount(t)
     capsule = t.__dlpack__(max_version=(1, 0))
     assert sys.getrefcount(t) == before + 1
@@ -387,7 +466,8 @@ def test_dlpack_of_a_tensor_on_a_gpu():
     assert sys.getrefcount(t) == before
 
 
-# ---- streams ----------------------------------------------------------------------------------------------------------------
+# ---- streams -------------------------------------------------------------------------------------
+
 
 @contextlib.contextmanager
 def new_stream(device=0, capture=0):
@@ -405,6 +485,7 @@ def test_streams_of_a_thread():
     class Theirs:
         def __cuda_stream__(self):
             return 0, 2
+
     with new_stream() as handle:
         assert cuda.current_stream() == 0
         with cuda.stream(handle):
@@ -438,6 +519,7 @@ def test_streams_of_a_thread():
 @pytest.mark.parametrize("library", ["cupy", "torch"])
 def test_the_stream_of_the_arguments_library(library, monkeypatch):
     """CuPy is asked for its current stream, so is torch where it has no C exchange API; a module stands in for them."""
+
     class Stream:
         ptr = cuda_stream = 2
 
@@ -449,7 +531,9 @@ def test_the_stream_of_the_arguments_library(library, monkeypatch):
             def get_current_stream(device):
                 assert device == 0
                 return Stream
+
             current_stream = get_current_stream
+
     monkeypatch.setitem(sys.modules, library, Fake)
     x, out = Borrowed(tensor(f32(3, 8))), Tensor((3, 8), "float32", "cuda")
     _C.swiglu_forward(Borrowed(out), x, x)
@@ -460,8 +544,16 @@ def test_the_stream_of_the_arguments_library(library, monkeypatch):
 class ExchangeAPI(ctypes.Structure):
     Managed = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(ctypes.c_void_p))
     Stream = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p))
-    _fields_ = [("major", ctypes.c_uint32), ("minor", ctypes.c_uint32), ("older", ctypes.c_void_p), ("allocate", ctypes.c_void_p),
-                ("managed", Managed), ("back", ctypes.c_void_p), ("tensor", ctypes.c_void_p), ("stream", Stream)]
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("older", ctypes.c_void_p),
+        ("allocate", ctypes.c_void_p),
+        ("managed", Managed),
+        ("back", ctypes.c_void_p),
+        ("tensor", ctypes.c_void_p),
+        ("stream", Stream),
+    ]
 
 
 @needs_cuda
@@ -477,11 +569,17 @@ def test_the_stream_of_the_exchange_api():
         asked.append((kind, index))
         out[0] = 2
         return 0
+
     api = ExchangeAPI(1, 3, None, None, ExchangeAPI.Managed(managed), None, None, ExchangeAPI.Stream(stream))
 
     class Exchanged(Borrowed):
         __dlpack_c_exchange_api__ = dlpack.new_capsule(ctypes.addressof(api), b"dlpack_exchange_api", None)
-    x, out, third = Exchanged(tensor(f32(3, 8))), Tensor((3, 8), "float32", "cuda"), Borrowed(tensor(f32(3, 8)))
+
+    x, out, third = (
+        Exchanged(tensor(f32(3, 8))),
+        Tensor((3, 8), "float32", "cuda"),
+        Borrowed(tensor(f32(3, 8))),
+    )
     _C.swiglu_forward(out, third, x)
     np.testing.assert_array_equal(back(out), back(ops.swiglu_forward(x.t, x.t)))
     assert asked == [(2, 0)] and third.streams == [2] and x.deleted == 1
@@ -495,6 +593,7 @@ def test_the_stream_of_the_exchange_api():
     def workspace(nbytes, device, stream, like, capture):
         given.append((device, stream, like, capture))
         return hooks[0](nbytes, device, stream, None, capture)
+
     _C.cuda_hooks(workspace, hooks[1])
     try:
         _C.matmul(Tensor((5, 3), "float32", "cuda"), a, b, 1.0, 0.0)
@@ -503,7 +602,8 @@ def test_the_stream_of_the_exchange_api():
     assert given == [(0, 2, a, 0)]
 
 
-# ---- workspace --------------------------------------------------------------------------------------------------------------
+# ---- workspace -----------------------------------------------------------------------------------
+
 
 def matmul_is_right():
     a, b = f32(5, 7), f32(7, 3)
@@ -537,7 +637,7 @@ def test_a_captured_graph_keeps_its_workspace(monkeypatch):
     monkeypatch.setattr(cuda, "_graphs", [])
     with new_stream(capture=7) as handle, cuda.stream(handle):
         matmul_is_right()
-        piece, = cuda._graphs
+        (piece,) = cuda._graphs
         matmul_is_right()
         assert cuda._graphs == [piece] and cuda._arenas.pieces[0, handle, 7] is piece
         larger = cuda._workspace(piece.nbytes + 1, 0, handle, None, 7)
@@ -559,12 +659,19 @@ def test_capsules_of_a_capture_are_given_back_at_once():
 
 
 @needs_cuda
-@pytest.mark.parametrize("answer, error, words", [
-    (lambda: None, TypeError, "matmul: workspace must be an array, got None"),
-    (lambda: Tensor(1 << 26, "uint8"), SystemError, "matmul: workspace should be .* bytes on cuda:0, aligned to 256"),
-    (lambda: Tensor(1, "uint8", "cuda"), SystemError, "matmul: workspace should be .* bytes on cuda:0"),
-    (lambda: 1 // 0, ZeroDivisionError, "division"),
-])
+@pytest.mark.parametrize(
+    "answer, error, words",
+    [
+        (lambda: None, TypeError, "matmul: workspace must be an array, got None"),
+        (
+            lambda: Tensor(1 << 26, "uint8"),
+            SystemError,
+            "matmul: workspace should be .* bytes on cuda:0, aligned to 256",
+        ),
+        (lambda: Tensor(1, "uint8", "cuda"), SystemError, "matmul: workspace should be .* bytes on cuda:0"),
+        (lambda: 1 // 0, ZeroDivisionError, "division"),
+    ],
+)
 def test_a_wrong_workspace_is_refused(answer, error, words):
     hooks = cuda._workspace, cuda._stream
     _C.cuda_hooks(lambda *call: answer(), hooks[1])
@@ -576,7 +683,8 @@ def test_a_wrong_workspace_is_refused(answer, error, words):
     matmul_is_right()
 
 
-# ---- errors -----------------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
+
 
 @needs_cuda
 def test_out_of_memory():
@@ -606,11 +714,13 @@ def test_out_of_memory_in_a_call(monkeypatch):
 def test_a_lost_device_is_named(monkeypatch):
     t, x = tensor(f32(4, 5)), Tensor((4, 5))
     monkeypatch.setenv("LONGLORA_EMULATION_LOST", "1")
-    words = ("Tensor.copy_: CUDA: an illegal memory access was encountered. By this error, of this call or of work queued before it, "
-             "the process has lost cuda:0 and must be started anew")
+    words = (
+        "Tensor.copy_: CUDA: an illegal memory access was encountered. By this error, of this call or of work queued before it, "
+        "the process has lost cuda:0 and must be started anew"
+    )
     with pytest.raises(RuntimeError, match=f"^{words}$"):
         x.copy_(t)
-    ops.swiglu_forward(f32(2, 2), f32(2, 2))                           # the CPU is still there
+    ops.swiglu_forward(f32(2, 2), f32(2, 2))  # the CPU is still there
     monkeypatch.delenv("LONGLORA_EMULATION_LOST")
     swiglu_is_right()
 
@@ -631,6 +741,7 @@ def test_calls_on_a_gpu_leak_nothing():
                 x.copy_(host[:3])
         cuda.synchronize()
         return int(open("/proc/self/statm").read().split()[1]) * 4096
+
     rounds(300)
     before, free = sys.getrefcount(x), cuda.memory_info()[0]
     held = [rounds(300) for _ in range(4)]
@@ -639,12 +750,23 @@ def test_calls_on_a_gpu_leak_nothing():
     assert grown < 300 * 64, f"{grown} bytes more after 300 rounds"
 
 
-# ---- two devices ------------------------------------------------------------------------------------------------------------
+# ---- two devices ---------------------------------------------------------------------------------
+
 
 @needs_emulation
 @pytest.mark.skipif(cuda.device_count() > 1, reason="there are two devices")
 def test_again_with_two_devices():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "two_devices and not again", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "two_devices and not again",
+        __file__,
+    ]
     environment = {**os.environ, "LONGLORA_EMULATION_DEVICES": "2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "skipped" not in done.stdout.splitlines()[-1], done.stdout + done.stderr
@@ -657,7 +779,9 @@ def test_two_devices_are_not_mixed():
     assert (a.device, b.device, b.__dlpack_device__()) == ("cuda:0", "cuda:1", (2, 1))
     with pytest.raises(ValueError, match="^swiglu_forward: up should be on cuda:0 as out is, got cuda:1$"):
         _C.swiglu_forward(a, a, b)
-    assert ops.swiglu_forward(b, b).device == "cuda:1" and ops.swiglu_forward(Borrowed(b), b).device == "cuda:1"
+    assert (
+        ops.swiglu_forward(b, b).device == "cuda:1" and ops.swiglu_forward(Borrowed(b), b).device == "cuda:1"
+    )
     swiglu_is_right("cuda:0")
     swiglu_is_right("cuda:1")
     free = [cuda.memory_info(i)[0] for i in (0, 1)]

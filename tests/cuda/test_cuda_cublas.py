@@ -1,5 +1,6 @@
 """cuBLAS as the CUDA kernels find it: in which order, what is said when it is missing, what it refuses, and that products are
 remembered in a table that ends."""
+
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import checks
 import numpy as np
 import pytest
 
-from longlora import Tensor, _C, cuda, ops
+from longlora import _C, Tensor, cuda, ops
 
 ROOT = Path(__file__).resolve().parents[2]
 CC = os.environ.get("CC") or "cc"
@@ -36,13 +37,18 @@ print(out.cpu().numpy().sum())
 
 
 def printed(**environment):
-    run = subprocess.run([sys.executable, "-c", PRODUCT], env={**os.environ, **environment}, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", PRODUCT], env={**os.environ, **environment}, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()
 
 
 @needs_cuda
-@pytest.mark.parametrize("file,why", [("/nowhere/libcublasLt.so.13", "No such file"), ("libc.so.6", "libc.so.6 has no cublasLtGetVersion")])
+@pytest.mark.parametrize(
+    "file,why",
+    [("/nowhere/libcublasLt.so.13", "No such file"), ("libc.so.6", "libc.so.6 has no cublasLtGetVersion")],
+)
 def test_a_file_that_is_not_cublas(file, why):
     """Is named by the call that needs it and by doctor's question; other ops go on."""
     product, question, swiglu = printed(LONGLORA_CUBLAS=file)
@@ -72,17 +78,27 @@ def test_more_products_than_are_remembered(cuda):
 def test_what_cublas_has_no_algorithm_for(answer, dtype, cuda, poison, monkeypatch):
     """Is the plain kernel's work: any layout, with bias, onto another matrix, and with an alpha that is found on the device."""
     monkeypatch.setenv("LONGLORA_EMULATION_CUBLAS", answer)
-    K = {"refuses": 171, "none": 173}[answer]                          # products that no other test has: answers are remembered
-    a, b, bias = checks.random((70, K), dtype), checks.random((66, K), dtype, 1), checks.random((66,), dtype, 2)
+    K = {"refuses": 171, "none": 173}[answer]  # products that no other test has: answers are remembered
+    a, b, bias = (
+        checks.random((70, K), dtype),
+        checks.random((66, K), dtype, 1),
+        checks.random((66,), dtype, 2),
+    )
     checks.check("matmul", a, b.T)
     checks.check("matmul", np.ascontiguousarray(a.T).T, np.ascontiguousarray(b.T))
-    down, up, residual = checks.random((8, K), dtype, 3), checks.random((66, 8), dtype, 4), checks.random((70, 66), dtype, 5)
+    down, up, residual = (
+        checks.random((8, K), dtype, 3),
+        checks.random((66, 8), dtype, 4),
+        checks.random((70, 66), dtype, 5),
+    )
     checks.check("lora_linear_forward", a, b, bias, down, up, 0.5, residual, floor=8)
     targets, dlosses = np.arange(70, dtype=np.int32) % 66, np.full(70, 2.0**-20, np.float32)
     _, dx, dweight = ops.linear_cross_entropy_backward(a, b, targets, dlosses, train_weight=True)
     want = checks.reference.linear_cross_entropy_backward(a, b, targets, dlosses, train_weight=True)
     for got, x in ((dx, want[1]), (dweight, want[2])):
-        limit = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}[dtype]    # here float16's smallest steps are 1 % of dx
+        limit = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}[
+            dtype
+        ]  # here float16's smallest steps are 1 % of dx
         assert np.abs(got.astype(np.float64) - x).max() <= limit * np.abs(x).max()
 
 
@@ -99,37 +115,57 @@ def test_a_product_that_fails(monkeypatch):
     assert (out.cpu().numpy() == 177).all()
 
 
-# ---- the order, by libraries that have nothing but the names ----------------------------------------------------------------
+# ---- the order, by libraries that have nothing but the names -------------------------------------
+
 
 def stand_in(file, version, without=()):
     """A library with the functions that cuda/cublaslt.h names but `without`; its version says which one was taken."""
     names = re.findall(r"X\(\w+, (cublasLt\w+)", (ROOT / "cuda/cublaslt.h").read_text())
-    source = "".join(f"unsigned long {name}(void) {{ return {version}; }}\n" for name in names if name not in without)
+    source = "".join(
+        f"unsigned long {name}(void) {{ return {version}; }}\n" for name in names if name not in without
+    )
     file.parent.mkdir(parents=True)
-    subprocess.run([CC, "-shared", "-fPIC", "-x", "c", "-", f"-Wl,-soname,{file.name}", "-o", str(file)], input=source, text=True,
-                   check=True)
+    subprocess.run(
+        [CC, "-shared", "-fPIC", "-x", "c", "-", f"-Wl,-soname,{file.name}", "-o", str(file)],
+        input=source,
+        text=True,
+        check=True,
+    )
     return file
 
 
-@pytest.mark.skipif(not shutil.which(CC) or not (ROOT / "cuda").exists(), reason="no C compiler, or not in the source tree")
-@pytest.mark.skipif(cuda.versions()[0] is not None or cuda._cublas_files() != (), reason="there is a driver, or a cuBLAS")
+@pytest.mark.skipif(
+    not shutil.which(CC) or not (ROOT / "cuda").exists(), reason="no C compiler, or not in the source tree"
+)
+@pytest.mark.skipif(
+    cuda.versions()[0] is not None or cuda._cublas_files() != (), reason="there is a driver, or a cuBLAS"
+)
 @pytest.mark.skipif(cuda.built_for() in (None, "emulation"), reason="this build opens no cuBLAS")
 def test_where_it_is_looked_for(tmp_path):
     """The copy in the process, the pip packages' of CUDA 13, then 12, the system's; a file that lacks a function is passed over."""
-    there = {"process": stand_in(tmp_path / "torch/libcublasLt.so.12", 120001),
-             "pip 13": stand_in(tmp_path / "a/nvidia/cu13/lib/libcublasLt.so.13", 130002),
-             "pip 12": stand_in(tmp_path / "a/nvidia/cublas/lib/libcublasLt.so.12", 120003),
-             "system": stand_in(tmp_path / "system/libcublasLt.so.12", 120004)}
-    script = ("import ctypes, sys; [ctypes.CDLL(file) for file in sys.argv[1:]]\nfrom longlora import cuda\n"
-              "try: print(*cuda.cublas())\nexcept RuntimeError as error: print(error)")
+    there = {
+        "process": stand_in(tmp_path / "torch/libcublasLt.so.12", 120001),
+        "pip 13": stand_in(tmp_path / "a/nvidia/cu13/lib/libcublasLt.so.13", 130002),
+        "pip 12": stand_in(tmp_path / "a/nvidia/cublas/lib/libcublasLt.so.12", 120003),
+        "system": stand_in(tmp_path / "system/libcublasLt.so.12", 120004),
+    }
+    script = (
+        "import ctypes, sys; [ctypes.CDLL(file) for file in sys.argv[1:]]\nfrom longlora import cuda\n"
+        "try: print(*cuda.cublas())\nexcept RuntimeError as error: print(error)"
+    )
 
     def found(process=False, pip=False, system=False):
         environment = {name: value for name, value in os.environ.items() if name != "LONGLORA_CUBLAS"}
-        environment["PYTHONPATH"] = os.pathsep.join([environment["PYTHONPATH"], str(tmp_path / "a")][:1 + pip])
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [environment["PYTHONPATH"], str(tmp_path / "a")][: 1 + pip]
+        )
         if system:
             environment["LD_LIBRARY_PATH"] = str(there["system"].parent)
         command = [sys.executable, "-c", script, *[str(there["process"])] * process]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
     assert found(process=True, pip=True, system=True) == f"12.0.1 {there['process']}"
     assert found(pip=True, system=True) == f"13.0.2 {there['pip 13']}"
     there["pip 13"].unlink()

@@ -3,6 +3,7 @@
 It proves index arithmetic, barriers, masks and guard zones, and that results do not depend on the order of threads and blocks; it
 says nothing about speed, nor about what a compiler for GPUs makes of the sources.
 """
+
 import os
 import shutil
 import sys
@@ -13,12 +14,14 @@ import pytest
 from built import OPS, ROOT, build, run, run_tests
 
 CXX = os.environ.get("CXX") or "c++"
-TESTS = [OPS[:1], OPS[1:]]                                             # two runs side by side, of about the same length
-LEAST = 700                                                            # tests that must have run
+TESTS = [OPS[:1], OPS[1:]]  # two runs side by side, of about the same length
+LEAST = 700  # tests that must have run
 ORDERS = ["forward", "reversed", "shuffled"]
 
 pytestmark = [
-    pytest.mark.skipif(not (ROOT / "cuda").exists(), reason="the CUDA sources are not here: these tests need the source tree"),
+    pytest.mark.skipif(
+        not (ROOT / "cuda").exists(), reason="the CUDA sources are not here: these tests need the source tree"
+    ),
     pytest.mark.skipif(not shutil.which(CXX), reason=f"no C++ compiler: {CXX} is not installed"),
     pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="the sanitizers know nothing of fibers"),
 ]
@@ -33,16 +36,28 @@ def package(tmp_path_factory):
 def test_the_emulation_itself(tmp_path):
     """Kernels whose answers are known, and wrong ones that must be found out; no warning in any of it."""
     program = tmp_path / "test_emulation"
-    run([CXX, *"-std=c++17 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-exceptions -fno-rtti -fsanitize=alignment,bounds,shift "
-         "-DLONGLORA_EMULATION -Icuda -Itests/emulation -pthread -x c++".split(), "tests/emulation/test_emulation.cu",
-         "tests/emulation/emulation.cpp", "-o", program])
+    run(
+        [
+            CXX,
+            *"-std=c++17 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-exceptions -fno-rtti -fsanitize=alignment,bounds,shift "
+            "-DLONGLORA_EMULATION -Icuda -Itests/emulation -pthread -x c++".split(),
+            "tests/emulation/test_emulation.cu",
+            "tests/emulation/emulation.cpp",
+            "-o",
+            program,
+        ]
+    )
     print(run([program]))
 
 
 def test_every_op(package, tmp_path):
     """The op tests as they are, on CUDA: all must run, none may fail."""
+
     def part(names):
-        return run_tests(package, tmp_path / f"{names[0]}.xml", [f"tests/test_{name}.py" for name in names], "-k", "cuda")
+        return run_tests(
+            package, tmp_path / f"{names[0]}.xml", [f"tests/test_{name}.py" for name in names], "-k", "cuda"
+        )
+
     with ThreadPoolExecutor(2) as pool:
         parts = list(pool.map(part, TESTS))
     assert not [name for tests in parts for name, skipped in tests.items() if skipped or "cuda" not in name]
@@ -54,14 +69,23 @@ def test_the_border_and_the_driver(package, tmp_path):
     files = sorted(ROOT.glob("tests/test_cuda_*.py"))
     files.remove(Path(__file__).resolve())
     tests = run_tests(package, tmp_path / "others.xml", files)
-    assert {why for why in tests.values() if why} <= {"there is a GPU", "needs two CUDA devices", "this build opens no cuBLAS"}
+    assert {why for why in tests.values() if why} <= {
+        "there is a GPU",
+        "needs two CUDA devices",
+        "this build opens no cuBLAS",
+    }
 
 
 def test_results_do_not_depend_on_the_order_of_threads_and_blocks(package):
     """Bit for bit; a missing barrier shows as a difference between two orders."""
+
     def digests(order):
-        return run([sys.executable, "tests/cuda_digests.py"], LONGLORA_EMULATION_ORDER=order,
-                   PYTHONPATH=os.pathsep.join([str(package), "tests"]))
+        return run(
+            [sys.executable, "tests/cuda_digests.py"],
+            LONGLORA_EMULATION_ORDER=order,
+            PYTHONPATH=os.pathsep.join([str(package), "tests"]),
+        )
+
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(digests, ORDERS))
     print(len(results[0].splitlines()), "results in", *ORDERS, "order")

@@ -5,6 +5,7 @@ a gradient is all but zero; such steps hardly move the loss. Ten steps were with
 emulation; a GPU may sum in yet another order. In bfloat16 another number is rounded now and then, by 2^-8 of itself: 6e-4 of the
 mean loss of 64 tokens and 9e-3 of the norm.
 """
+
 import json
 import os
 import signal
@@ -17,15 +18,18 @@ import tiny
 
 from longlora import _C, cuda, device
 from longlora.decoder import model as model_
-from longlora.evaluation import ppl
-from longlora.files import adapter, open_model as weights
-from longlora.memory import plan as plan_
-from longlora.training import resume as checkpoint, metrics, driver as train
-from longlora.files.adapter import LoraConfig
 from longlora.decoder.config import read_config
 from longlora.errors import UserError
-from longlora.training.optimizer import AdamW
+from longlora.evaluation import ppl
+from longlora.files import adapter
+from longlora.files import open_model as weights
+from longlora.files.adapter import LoraConfig
 from longlora.files.open_model import open_model
+from longlora.memory import plan as plan_
+from longlora.training import driver as train
+from longlora.training import metrics
+from longlora.training import resume as checkpoint
+from longlora.training.optimizer import AdamW
 
 if not cuda.is_available():
     pytest.skip(f"no GPU and no emulation of one: {cuda.reason()}", allow_module_level=True)
@@ -35,15 +39,24 @@ SMALL = dict(target_length=96, sequence_length=64, group_size=32)
 
 
 def run(tmp_path, said=None, **fields):
-    return train.train(said.append if said is not None else lambda line: None, **tiny.options(tmp_path, **{**SMALL, **fields}))
+    return train.train(
+        said.append if said is not None else lambda line: None,
+        **tiny.options(tmp_path, **{**SMALL, **fields}),
+    )
 
 
 def on_both(tmp_path, **fields):
-    return [run(tmp_path, device=name, output_dir=str(tmp_path / name.partition(":")[0]), **fields) for name in ("cpu", GPU)]
+    return [
+        run(tmp_path, device=name, output_dir=str(tmp_path / name.partition(":")[0]), **fields)
+        for name in ("cpu", GPU)
+    ]
 
 
 def numbers(rows):
-    return [{key: value for key, value in row.items() if key not in ("tokens_per_s", "peak_memory")} for row in rows]
+    return [
+        {key: value for key, value in row.items() if key not in ("tokens_per_s", "peak_memory")}
+        for row in rows
+    ]
 
 
 def stored(path):
@@ -53,7 +66,9 @@ def stored(path):
         for name in names:
             if name.endswith(".safetensors"):
                 data = open(os.path.join(root, name), "rb").read()
-                found[os.path.relpath(os.path.join(root, name), path)] = data[8 + int.from_bytes(data[:8], "little"):]
+                found[os.path.relpath(os.path.join(root, name), path)] = data[
+                    8 + int.from_bytes(data[:8], "little") :
+                ]
     return found
 
 
@@ -67,10 +82,21 @@ def test_ten_steps_have_the_losses_of_the_cpu(tmp_path, dtype):
     assert stored(tmp_path / "cpu").keys() == stored(tmp_path / "cuda").keys()
 
 
-@pytest.mark.parametrize("fields", [
-    dict(full=True), dict(full=True, dtype="bfloat16", checkpointing="full"),
-    dict(checkpointing="minimal", target_modules=["all-linear"], modules_to_save=[], per_device_train_batch_size=2),
-    dict(attention="dense", group_size=None, gradient_accumulation_steps=3)], ids=["full", "full-bfloat16", "all-linear", "dense"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(full=True),
+        dict(full=True, dtype="bfloat16", checkpointing="full"),
+        dict(
+            checkpointing="minimal",
+            target_modules=["all-linear"],
+            modules_to_save=[],
+            per_device_train_batch_size=2,
+        ),
+        dict(attention="dense", group_size=None, gradient_accumulation_steps=3),
+    ],
+    ids=["full", "full-bfloat16", "all-linear", "dense"],
+)
 def test_other_kinds_of_runs_too(tmp_path, fields):
     cpu, gpu = on_both(tmp_path, max_steps=3, **fields)
     for a, b in zip(cpu.history, gpu.history, strict=True):
@@ -87,6 +113,7 @@ def test_the_loss_is_read_where_it_is_said(tmp_path, monkeypatch):
         found = real(*args, read=read, **kwargs)
         reads.append((read, device.waits() - before))
         return found
+
     monkeypatch.setattr(model_.Model, "train_microbatch", counted)
     some = run(tmp_path, device=GPU, max_steps=6, logging_steps=3, output_dir=str(tmp_path / "some"))
     assert reads == [(False, 0), (False, 0), (True, 1)] * 2
@@ -97,27 +124,35 @@ def test_the_loss_is_read_where_it_is_said(tmp_path, monkeypatch):
 
 def test_resuming_crosses_from_one_to_the_other(tmp_path):
     fields = dict(max_steps=4, eval_fraction=0.05, max_eval_samples=1)
-    whole = {name: run(tmp_path, device=name, save_steps=2, output_dir=str(tmp_path / name[:4]), **fields) for name in ("cpu", GPU)}
+    whole = {
+        name: run(tmp_path, device=name, save_steps=2, output_dir=str(tmp_path / name[:4]), **fields)
+        for name in ("cpu", GPU)
+    }
     for first, then in (("cpu", GPU), (GPU, "cpu"), (GPU, GPU)):
         out = tmp_path / f"{first[:4]}-{then[:4]}"
         since = str(tmp_path / first[:4] / "checkpoint-2")
         resumed = run(tmp_path, device=then, output_dir=str(out), resume_from_checkpoint=since, **fields)
-        if first == then:                              # bit by bit
+        if first == then:  # bit by bit
             assert numbers(resumed.history) == numbers(whole[then].history) == numbers(metrics.read(out))
             made = stored(tmp_path / then[:4])
-            assert stored(out) == {name: data for name, data in made.items() if not name.startswith("checkpoint-2")}
+            assert stored(out) == {
+                name: data for name, data in made.items() if not name.startswith("checkpoint-2")
+            }
         for a, b in zip(whole[then].history, resumed.history, strict=True):
             for key in ("loss", "eval_loss"):
-                assert (key in a) == (key in b) and b.get(key, 0) == pytest.approx(a.get(key, 0), rel=CLOSE["float32"])
+                assert (key in a) == (key in b) and b.get(key, 0) == pytest.approx(
+                    a.get(key, 0), rel=CLOSE["float32"]
+                )
 
 
 def test_a_signal_saves_and_the_run_goes_on(tmp_path):
     def say(line):
         if line.startswith("step 2/"):
             os.kill(os.getpid(), signal.SIGINT)
+
     fields = tiny.options(tmp_path, **SMALL, device=GPU, max_steps=4)
     stopped = train.train(say, **fields)
-    assert stopped.stopped == signal.SIGINT and stopped.step in (2, 3)     # the signal may be seen a step later
+    assert stopped.stopped == signal.SIGINT and stopped.step in (2, 3)  # the signal may be seen a step later
     (path,) = checkpoint.found(tmp_path / "out")
     assert path.endswith(f"checkpoint-{stopped.step}")
     resumed = run(tmp_path, device=GPU, max_steps=4, resume_from_checkpoint="latest")
@@ -130,8 +165,12 @@ def test_what_is_not_finite_is_named_and_never_saved(tmp_path, logging_steps):
     with pytest.raises(UserError, match=r"step \d+: the (loss|gradient) is not finite"):
         run(tmp_path, device=GPU, learning_rate=1e30, max_steps=20, logging_steps=logging_steps)
     assert not checkpoint.found(tmp_path / "out")
-    made = model_.Model(read_config(tiny.CONFIG), lora=LoraConfig(), device=GPU,
-                        plan=plan_.plan(read_config(tiny.CONFIG), sequence_length=8, lora=LoraConfig(), device=GPU)).init_random()
+    made = model_.Model(
+        read_config(tiny.CONFIG),
+        lora=LoraConfig(),
+        device=GPU,
+        plan=plan_.plan(read_config(tiny.CONFIG), sequence_length=8, lora=LoraConfig(), device=GPU),
+    ).init_random()
     optimizer = AdamW(made.parameters)
     before = {name: np.array(device.host(x)) for name, x in optimizer.state_dict().items()}
     made.parameters[0].grad.fill(float("nan"))
@@ -145,8 +184,10 @@ def test_perplexity_and_merge(tmp_path):
     run(tmp_path, device="cpu", max_steps=2)
     base, data, out = (str(tmp_path / name) for name in ("base", "text.txt", "out"))
     for dtype in CLOSE:
-        cpu, gpu = (ppl.run(base, data, [24, 64], adapter=out, max_tokens=150, bins=3, dtype=dtype, device=name)
-                    for name in ("cpu", GPU))
+        cpu, gpu = (
+            ppl.run(base, data, [24, 64], adapter=out, max_tokens=150, bins=3, dtype=dtype, device=name)
+            for name in ("cpu", GPU)
+        )
         assert gpu["device"] == GPU and cpu["device"] == "cpu"
         for a, b in zip(cpu["results"], gpu["results"], strict=True):
             assert b["tokens"] == a["tokens"] and b["loss"] == pytest.approx(a["loss"], rel=CLOSE[dtype])
@@ -176,33 +217,48 @@ def test_weights_go_through_a_small_piece_of_host_memory(tmp_path, monkeypatch):
     def counted(*args, **kwargs):
         pinned.append(_C.Tensor(*args, **kwargs))
         return pinned[-1]
+
     monkeypatch.setattr(weights, "CHUNK", 1024)
     monkeypatch.setattr(device, "_thread", threading.local())
     monkeypatch.setattr(device, "_C", SimpleNamespace(Tensor=counted))
     made.load(base)
     assert pinned and all(x.pinned and x.nbytes <= 4 * weights.CHUNK for x in pinned)
     assert 4 * max(np.prod(base.shape(name)) for name in base.names()) > 2 * 4 * weights.CHUNK
-    np.testing.assert_array_equal(device.host(made.arena), model_.Model(base.config, dtype="float32").load(base).arena.numpy())
+    np.testing.assert_array_equal(
+        device.host(made.arena), model_.Model(base.config, dtype="float32").load(base).arena.numpy()
+    )
 
 
-@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(target_modules="all-linear"), None], ids=["paper", "all", "full"])
-@pytest.mark.parametrize("fields", [dict(), dict(model_type="qwen2"),
-                                    dict(model_type="qwen3", num_attention_heads=3, num_key_value_heads=1)],
-                         ids=["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "lora", [LoraConfig(), LoraConfig(target_modules="all-linear"), None], ids=["paper", "all", "full"]
+)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(),
+        dict(model_type="qwen2"),
+        dict(model_type="qwen3", num_attention_heads=3, num_key_value_heads=1),
+    ],
+    ids=["llama", "qwen2", "qwen3"],
+)
 def test_the_plan_has_the_workspace_that_a_step_takes(fields, lora):
     """No call of a step asks for more, and one for as much: the thread's piece is what was planned."""
     config, length = read_config({**tiny.CONFIG, **fields}), 40
     asked, pieces = [], cuda._arenas.__dict__.setdefault("pieces", {})
     pieces.clear()
     about = plan_.plan(config, dtype="bfloat16", sequence_length=length, group_size=16, lora=lora, device=GPU)
-    made = model_.Model(config, dtype="bfloat16", lora=lora, plan=about, attention=dict(group_size=16), device=GPU).init_random()
+    made = model_.Model(
+        config, dtype="bfloat16", lora=lora, plan=about, attention=dict(group_size=16), device=GPU
+    ).init_random()
     optimizer, ids = AdamW(made.parameters), np.arange(length, dtype=np.int32)[None]
     real = {op: getattr(_C, op) for op in _C.specs}
     try:
         for op, function in real.items():
+
             def call(*args, op=op, function=function):
                 asked.append((_C.workspace(op, *args), op))
                 function(*args)
+
             setattr(_C, op, call)
         made.zero_grad()
         made.train_microbatch(ids, ids, 1 / length)
@@ -215,7 +271,9 @@ def test_the_plan_has_the_workspace_that_a_step_takes(fields, lora):
     assert max(asked)[0] == planned > 0, (max(asked), planned)
     (piece,) = pieces.values()
     assert planned <= piece.nbytes < planned + (1 << 20)
-    assert made.arena.nbytes <= sum(size for name, size in about.parts.items() if name != "workspace of the ops")
+    assert made.arena.nbytes <= sum(
+        size for name, size in about.parts.items() if name != "workspace of the ops"
+    )
 
 
 def test_the_plan_is_of_the_gpu(tmp_path):
@@ -224,7 +282,9 @@ def test_the_plan_is_of_the_gpu(tmp_path):
     free, total = cuda.memory_info(GPU)
     assert about.device == GPU and about.memory <= total and "runtime" not in about.parts and about.fits
     assert about.text().splitlines()[-1].endswith("GiB are available on cuda:0")
-    done = tiny.command("plan", "--model", tiny.model(tmp_path / "base"), "--target-length", 128, "--device", "cuda", "--json")
+    done = tiny.command(
+        "plan", "--model", tiny.model(tmp_path / "base"), "--target-length", 128, "--device", "cuda", "--json"
+    )
     assert json.loads(done.stdout)["device"] == GPU
     with pytest.raises(UserError, match=r"there are 0\.00 on cuda:0; what would make it fit"):
         run(tmp_path, device=GPU, max_memory=1e-4)

@@ -2,6 +2,7 @@
 and memory that begins one element past where vectors begin. One array of a call at a time, the others dense: the results are those
 of the call with dense ones, and what the kernels move in vectors of 16 bytes they take from there only where all of them allow it.
 """
+
 import math
 import sys
 from pathlib import Path
@@ -12,12 +13,12 @@ import numpy as np
 import pytest
 from checks import CUDA, DTYPES, EMULATED
 
-from longlora import Tensor, _C, cuda
+from longlora import _C, Tensor, cuda
 
 if not CUDA:
     pytest.skip(f"no GPU and no emulation of one: {cuda.reason()}", allow_module_level=True)
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}        # of the largest value: cuBLAS may choose another algorithm
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of the largest value: cuBLAS may choose another algorithm
 
 
 def calls():
@@ -31,10 +32,26 @@ def calls():
 
     def some(n):
         return random(n), "out", "float32"
+
     yield "cast", ((random(37, 72), "out", "common"), random(37, 72))
     yield "accumulate", ((random(37, 72), "out", "common"), random(37, 72), 0.5)
-    yield "adamw", (some(1000), some(1000), (np.abs(random(1000)), "out", "float32"), (random(1000), "out", "common"),
-                    (random(1000), "float32"), 1e-2, 0.9, 0.95, 1e-8, 0.1, 1, 0.5)
+    yield (
+        "adamw",
+        (
+            some(1000),
+            some(1000),
+            (np.abs(random(1000)), "out", "float32"),
+            (random(1000), "out", "common"),
+            (random(1000), "float32"),
+            1e-2,
+            0.9,
+            0.95,
+            1e-8,
+            0.1,
+            1,
+            0.5,
+        ),
+    )
     yield "sum_squares", ((np.ones(1, np.float32), "out", "float64"), random(1000))
 
 
@@ -45,7 +62,7 @@ class Laid:
         self.x = x = x.astype(np.int32 if x.dtype == np.int32 else DTYPES.get(dtype, dtype))
         axis = next((i for i, size in enumerate(x.shape) if size > 1), 0)
         whole = how == "dense" or axis == x.ndim - 1
-        self.rows, self.row = (1, x.size) if whole else (x.shape[axis], math.prod(x.shape[axis + 1:]))
+        self.rows, self.row = (1, x.size) if whole else (x.shape[axis], math.prod(x.shape[axis + 1 :]))
         apart = self.row
         if how == "far":
             apart = -(-(2**31 + 1) // (self.rows - 1) // 64) * 64
@@ -55,7 +72,7 @@ class Laid:
         if how == "backwards":
             self.first, apart = size - self.row, -apart
         self.apart = apart
-        if how == "far" and EMULATED:                                  # which is committed only where it is touched
+        if how == "far" and EMULATED:  # which is committed only where it is touched
             self.memory = np.zeros(size, x.dtype)
             start, like = mirror.address(self.memory), dlpack.tensor_of(Tensor(1, "uint8", "cuda"))
         else:
@@ -71,10 +88,13 @@ class Laid:
 
     def piece(self, i):
         at = self.first + i * self.apart
-        return self.memory[at:at + self.row]
+        return self.memory[at : at + self.row]
 
     def values(self):
-        found = [piece.cpu().numpy() if isinstance(piece, Tensor) else piece for piece in map(self.piece, range(self.rows))]
+        found = [
+            piece.cpu().numpy() if isinstance(piece, Tensor) else piece
+            for piece in map(self.piece, range(self.rows))
+        ]
         return np.concatenate(found).reshape(self.x.shape).astype(np.float64)
 
 
@@ -103,9 +123,13 @@ def test_an_array_of_a_call_as_a_view(dtype, how):
             if not isinstance(array, np.ndarray) or (how != "odd" and math.prod(array.shape[:-1]) < 2):
                 continue
             if how == "far" and not EMULATED and cuda.memory_info()[0] < 10 << 30:
-                pytest.skip(f"rows 2^31 elements apart take 8 GiB, the GPU has {cuda.memory_info()[0] / 2**30:.1f} free")
+                pytest.skip(
+                    f"rows 2^31 elements apart take 8 GiB, the GPU has {cuda.memory_info()[0] / 2**30:.1f} free"
+                )
             for got, x in zip(run(op, args, dtype, i, how), want, strict=True):
-                assert np.abs(got - x).max() <= TOLERANCE[dtype] * max(np.abs(x).max(), 1e-3), f"{op}: argument {i}"
+                assert np.abs(got - x).max() <= TOLERANCE[dtype] * max(np.abs(x).max(), 1e-3), (
+                    f"{op}: argument {i}"
+                )
             tried.add(op)
     assert tried >= set(_C.specs) - ({"adamw", "sum_squares"} if how != "odd" else set())
 
@@ -115,7 +139,9 @@ def test_a_view_with_a_reversed_last_axis_is_refused():
     back = mirror.View(x.x, dlpack.tensor_of(x.view).data + 7 * 4, dlpack.tensor_of(x.view))
     back.strides[1] = -1
     out = Tensor((3, 8), "float32", "cuda")
-    with pytest.raises(ValueError, match=r"^swiglu_forward: gate axis 1 should be dense \(stride 1\), got stride -1$"):
+    with pytest.raises(
+        ValueError, match=r"^swiglu_forward: gate axis 1 should be dense \(stride 1\), got stride -1$"
+    ):
         _C.swiglu_forward(out, back, x.view)
     assert (out.cpu().numpy() == 0).all()
     _C.swiglu_forward(out, x.view, x.view)

@@ -1,4 +1,5 @@
 """The way of NumPy's tests to a device, tried with other memory of the CPU as the device."""
+
 import ctypes
 
 import checks
@@ -6,6 +7,7 @@ import dlpack
 import mirror
 import numpy as np
 import pytest
+
 from longlora import _C, ops
 
 
@@ -24,7 +26,9 @@ def test_strides_of_every_kind(mirrored):
     a, b = checks.random((6, 5)), checks.random((5, 7), seed=1)
     want = a @ b
     np.testing.assert_allclose(ops.matmul(a[::-1, ::-1], b[::-1]), want[::-1], rtol=1e-5)
-    np.testing.assert_allclose(ops.matmul(a[::2, 1::3], b[1::3, 3:]), a[::2, 1::3] @ b[1::3, 3:], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        ops.matmul(a[::2, 1::3], b[1::3, 3:]), a[::2, 1::3] @ b[1::3, 3:], rtol=1e-5, atol=1e-6
+    )
     row = np.broadcast_to(a[:1], (4, 5))
     np.testing.assert_allclose(ops.matmul(row, b), row @ b, rtol=1e-5, atol=1e-6)
     far = np.lib.stride_tricks.as_strided(a[1:], (3, 5), (a.strides[0] * 2, 4))[:2]
@@ -60,9 +64,11 @@ def test_read_only_is_kept(mirrored):
 
 def test_what_was_written_outside_is_seen(monkeypatch):
     """A stand-in for an op with two faults: it writes behind its output, and to its input."""
+
     def faulty(out, x):
         for producer, at in ((out, 10), (x, 0))[:faults]:
             ctypes.c_float.from_address(dlpack.tensor_of(producer).data + 4 * at).value = 99
+
     monkeypatch.setattr(_C, "cast", mirror.mirrored("cast", faulty, None))
     outputs, x = checks.Outputs(), checks.random((2, 5))
     out, faults = outputs.empty((2, 2), "float32", x), 1

@@ -1,4 +1,5 @@
 """The house rules of cuda/, and what nvcc says of it: no warning, no register spilled. Needs no GPU."""
+
 import os
 import re
 import shutil
@@ -7,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from longlora import _C
 from test_sources import stem
+
+from longlora import _C
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(p for p in ROOT.glob("cuda/*") if p.suffix in (".cu", ".cuh", ".h"))
@@ -19,23 +21,30 @@ ARCHS = dict.fromkeys(("s2_attention.cu", "lora_linear.cu"), ("sm_80", "sm_90a",
 
 @pytest.mark.parametrize("op", _C.specs)
 def test_one_op_one_stem(op):
-    assert f"int {op}_cuda(const void *args, const CudaCall *call)" in (ROOT / f"cuda/{stem(op)}.cu").read_text()
+    assert (
+        f"int {op}_cuda(const void *args, const CudaCall *call)" in (ROOT / f"cuda/{stem(op)}.cu").read_text()
+    )
 
 
 def test_files_say_what_they_are():
     for path in FILES:
         assert path.read_text().startswith(f"/* {path.name} --- "), path
         if path.suffix == ".cu":
-            assert f"`{path.name}`" in (ROOT / "cuda/README.md").read_text(), f"cuda/README.md says nothing of {path.name}"
+            assert f"`{path.name}`" in (ROOT / "cuda/README.md").read_text(), (
+                f"cuda/README.md says nothing of {path.name}"
+            )
 
 
-@pytest.mark.parametrize("words, where", [
-    (r"\basm\b", "common.cuh"),                                        # inline PTX has a name there
-    (r"<<<", "common.cuh"),                                            # launches have their stream and their check
-    (r"\bcublasLt\w+\(", "cublaslt.h"),
-    (r"\batomic\w+\(|(?<![\w.])(printf|puts|exit|abort|assert)\s*\(", None),
-    (r"\bcuda(Malloc|Free|DeviceSynchronize|StreamSynchronize|HostAlloc)\w*\(", "device.cu"),
-])
+@pytest.mark.parametrize(
+    "words, where",
+    [
+        (r"\basm\b", "common.cuh"),  # inline PTX has a name there
+        (r"<<<", "common.cuh"),  # launches have their stream and their check
+        (r"\bcublasLt\w+\(", "cublaslt.h"),
+        (r"\batomic\w+\(|(?<![\w.])(printf|puts|exit|abort|assert)\s*\(", None),
+        (r"\bcuda(Malloc|Free|DeviceSynchronize|StreamSynchronize|HostAlloc)\w*\(", "device.cu"),
+    ],
+)
 def test_some_words_have_one_place(words, where):
     for path in FILES:
         if path.name != where:
@@ -54,10 +63,15 @@ def test_neither_driver_nor_cublas_is_linked():
 @pytest.mark.skipif(not NVCC, reason="nvcc is not installed")
 def test_what_nvcc_says(tmp_path):
     """By the flags of setup.py, warnings as errors; each kernel's line of ptxas -v; wgmma that ptxas runs one by one is a remark."""
-    flags = ("-std=c++17 -O3 -DNDEBUG -Xcompiler -fPIC,-Wall,-Wextra,-Werror,-fvisibility=hidden,-fno-exceptions,-fno-rtti "
-             "-Werror all-warnings -cubin -Xptxas -v").split()
-    jobs = [(path, arch) for path in sorted(ROOT.glob("cuda/*.cu"), key=os.path.getsize, reverse=True)
-            for arch in ARCHS.get(path.name, ("sm_90a",))]
+    flags = (
+        "-std=c++17 -O3 -DNDEBUG -Xcompiler -fPIC,-Wall,-Wextra,-Werror,-fvisibility=hidden,-fno-exceptions,-fno-rtti "
+        "-Werror all-warnings -cubin -Xptxas -v"
+    ).split()
+    jobs = [
+        (path, arch)
+        for path in sorted(ROOT.glob("cuda/*.cu"), key=os.path.getsize, reverse=True)
+        for arch in ARCHS.get(path.name, ("sm_90a",))
+    ]
 
     def compile_(job):
         path, arch = job
@@ -66,9 +80,13 @@ def test_what_nvcc_says(tmp_path):
         said = done.stdout + done.stderr
         assert done.returncode == 0, f"{path.name}: {said}"
         return [(path.name, arch, line) for line in said.splitlines()]
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         lines = [line for part in pool.map(compile_, jobs) for line in part]
-    spills = [(*where, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line)) for *where, line in lines]
+    spills = [
+        (*where, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line))
+        for *where, line in lines
+    ]
     spills = [(*where, m[0]) for *where, m in spills if m]
     assert {where[0] for where in spills} > {"s2_attention.cu", "swiglu.cu"}, "ptxas reported nothing"
     assert not [where for where in spills if where[2] != "0 bytes spill stores, 0 bytes spill loads"]

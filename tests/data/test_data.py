@@ -1,4 +1,5 @@
 """Text to sequences: the ids are those of the whole text however it is read, no token is lost unsaid, errors are named."""
+
 import json
 import os
 import resource
@@ -8,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 import tiny
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_tokenizer import UGLY, trained
 
 from longlora.data import text as data
@@ -20,13 +22,22 @@ def tokenizer(kind, template=None):
     backend = trained(kind)
     if template:
         from tokenizers import processors
+
         backend.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=[("<s>", backend.token_to_id("<s>")), ("</s>", backend.token_to_id("</s>"))])
+            single=template,
+            special_tokens=[("<s>", backend.token_to_id("<s>")), ("</s>", backend.token_to_id("</s>"))],
+        )
     return Tokenizer(backend, {"eos_token": "</s>" if kind == "llama" else "<|endoftext|>"}, {})
 
 
-KINDS = {"gpt2": tokenizer("gpt2"), "llama3": tokenizer("llama3"), "qwen2": tokenizer("qwen2"), "llama": tokenizer("llama"),
-         "llama-bos": tokenizer("llama", "<s> $A"), "llama-both": tokenizer("llama", "<s> $A </s>")}
+KINDS = {
+    "gpt2": tokenizer("gpt2"),
+    "llama3": tokenizer("llama3"),
+    "qwen2": tokenizer("qwen2"),
+    "llama": tokenizer("llama"),
+    "llama-bos": tokenizer("llama", "<s> $A"),
+    "llama-both": tokenizer("llama", "<s> $A </s>"),
+}
 
 
 def write(path, content):
@@ -47,12 +58,19 @@ def failure(function, *arguments):
     return str(caught.value)
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(parts=st.lists(st.sampled_from([*UGLY, " ", "\n", "\n\n", "the quick", "don't", "  x\n y", "12 34\n", ".\n", "é\r\n"]),
-                      max_size=30),
-       block=st.integers(1, 60))
+@given(
+    parts=st.lists(
+        st.sampled_from(
+            [*UGLY, " ", "\n", "\n\n", "the quick", "don't", "  x\n y", "12 34\n", ".\n", "é\r\n"]
+        ),
+        max_size=30,
+    ),
+    block=st.integers(1, 60),
+)
 @settings(max_examples=60, deadline=None)
 def test_a_text_read_in_blocks_has_the_ids_of_the_whole(tmp_path_factory, kind, parts, block):
     text = "".join(parts)
@@ -67,7 +85,11 @@ def test_a_text_read_in_blocks_has_the_ids_of_the_whole(tmp_path_factory, kind, 
         ids, ends = zip(*data.encode_documents(made, [pieces, ["it"], pieces]))
     one, two = made.encode(text.removeprefix("\ufeff")), made.encode("it")
     np.testing.assert_array_equal(np.concatenate(ids), np.concatenate([one, two, one]))
-    assert np.cumsum([len(part) for part in ids])[list(ends)].tolist() == [len(one), len(one) + len(two), 2 * len(one) + len(two)]
+    assert np.cumsum([len(part) for part in ids])[list(ends)].tolist() == [
+        len(one),
+        len(one) + len(two),
+        2 * len(one) + len(two),
+    ]
 
 
 def test_blocks_are_cut_where_the_tokenizer_lets_them(tmp_path, monkeypatch):
@@ -112,22 +134,25 @@ def test_a_document_that_cannot_be_cut_and_does_not_fit_is_refused(tmp_path, mon
 
 
 @pytest.mark.parametrize("block", [7, 1 << 20])
-@pytest.mark.parametrize("name, content, words", [
-    ("a.txt", "fine line\n" * 50 + "x", []),
-    ("bad.txt", b"fine line\n" * 50 + b"oh \xff no", ["not UTF-8 at byte 503"]),
-    ("cut.txt", "naïve".encode()[:3], ["not UTF-8 at byte 2"]),
-    ("empty.txt", "", ["holds no text"]),
-    ("blank.txt", " \n\t \n", ["holds no text"]),
-    ("empty.jsonl", "\n\n", ["holds no text"]),
-    ("nothing.jsonl", '{"text": ""}\n', ["holds no text"]),
-    ("bad.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', ["not UTF-8 at byte 24"]),
-    ("broken.jsonl", '{"text": "a"}\n\n{"text": \n', ["line 3 is not JSON"]),
-    ("deep.jsonl", "[" * 100_000 + "\n", ["line 1 is not JSON"]),
-    ("other.jsonl", '{"content": "a"}\n', ["line 1 should be an object with a string \"text\""]),
-    ("number.jsonl", '{"text": 3}\n', ["line 1 should be"]),
-    ("list.jsonl", '["a"]\n', ["line 1 should be"]),
-    ("text.csv", "a,b\n", ["should be .txt, .jsonl or .bin"]),
-])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.txt", "fine line\n" * 50 + "x", []),
+        ("bad.txt", b"fine line\n" * 50 + b"oh \xff no", ["not UTF-8 at byte 503"]),
+        ("cut.txt", "naïve".encode()[:3], ["not UTF-8 at byte 2"]),
+        ("empty.txt", "", ["holds no text"]),
+        ("blank.txt", " \n\t \n", ["holds no text"]),
+        ("empty.jsonl", "\n\n", ["holds no text"]),
+        ("nothing.jsonl", '{"text": ""}\n', ["holds no text"]),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', ["not UTF-8 at byte 24"]),
+        ("broken.jsonl", '{"text": "a"}\n\n{"text": \n', ["line 3 is not JSON"]),
+        ("deep.jsonl", "[" * 100_000 + "\n", ["line 1 is not JSON"]),
+        ("other.jsonl", '{"content": "a"}\n', ['line 1 should be an object with a string "text"']),
+        ("number.jsonl", '{"text": 3}\n', ["line 1 should be"]),
+        ("list.jsonl", '["a"]\n', ["line 1 should be"]),
+        ("text.csv", "a,b\n", ["should be .txt, .jsonl or .bin"]),
+    ],
+)
 def test_what_is_wrong_with_a_text_is_named(tmp_path, monkeypatch, block, name, content, words):
     monkeypatch.setattr(data, "BLOCK", block)
     path, cache = write(tmp_path / name, content), tmp_path / "cache"
@@ -156,7 +181,7 @@ def test_documents_end_in_one_end_token_and_the_cache_is_used(tmp_path, monkeypa
     tokens = data.tokenise(str(tmp_path), made, 500, cache, said.append)
     wanted = [made.encode(text) for text in ("hello world", "one", "two")]
     assert len(tokens) == 3 and said and "3 documents" in said[0]
-    for i, ids in enumerate(wanted):                   # the template has put </s> there already
+    for i, ids in enumerate(wanted):  # the template has put </s> there already
         np.testing.assert_array_equal(tokens.document(i), ids)
     plain = data.tokenise(str(tmp_path), KINDS["llama"], 500, cache, said.append)
     assert all(plain.document(i)[-1] == KINDS["llama"].eos_token_id for i in range(3))
@@ -182,7 +207,7 @@ def test_changed_text_is_tokenised_anew_and_a_damaged_cache_named(tmp_path):
 def test_a_tokenisation_that_fails_leaves_nothing(tmp_path, monkeypatch):
     path, cache = write(tmp_path / "a.txt", "some text\n" * 2000), tmp_path / "cache"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))     # a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # a full disk
     try:
         message = failure(data.tokenise, path, KINDS["gpt2"], 400, str(cache))
     finally:
@@ -190,7 +215,8 @@ def test_a_tokenisation_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert "cannot be written" in message and not tiny.listing(cache)
 
 
-# ---- token files -----------------------------------------------------------------------------------------------------
+# ---- token files ---------------------------------------------------------------------------------
+
 
 def test_token_files_of_both_kinds(tmp_path):
     ids = np.array([1, 2, 65535, 7] * 300)
@@ -210,13 +236,21 @@ def test_token_files_of_both_kinds(tmp_path):
     assert "no whole number" in failure(data.read_bin, write(tmp_path / "none.bin", b""), 100)
 
 
-# ---- sequences -------------------------------------------------------------------------------------------------------
+# ---- sequences -----------------------------------------------------------------------------------
 
-@given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=30), length=st.integers(2, 17),
-       rule=st.sampled_from(["split", "truncate", "drop"]))
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=30),
+    length=st.integers(2, 17),
+    rule=st.sampled_from(["split", "truncate", "drop"]),
+)
 @settings(max_examples=200, deadline=None)
 def test_every_token_is_in_one_sequence_or_counted_as_lost(sizes, length, rule):
-    kept = {"split": sizes, "truncate": [min(n, length) for n in sizes], "drop": [n for n in sizes if n <= length]}[rule]
+    kept = {
+        "split": sizes,
+        "truncate": [min(n, length) for n in sizes],
+        "drop": [n for n in sizes if n <= length],
+    }[rule]
     total = sum(kept)
     if total < 2:
         assert "leaves no sequence" in failure(data.Sequences, tokens_of(sizes), length, rule)
@@ -226,11 +260,14 @@ def test_every_token_is_in_one_sequence_or_counted_as_lost(sizes, length, rule):
     assert all(len(p) == length for p in pieces[:-1]) and 2 <= len(pieces[-1]) <= length
     ids = np.concatenate(pieces)
     starts = np.concatenate([[0], np.cumsum(sizes)])
-    wanted = [np.arange(a, a + (min(n, length) if rule == "truncate" else n)) for a, n in zip(starts, sizes)
-              if rule != "drop" or n <= length]
+    wanted = [
+        np.arange(a, a + (min(n, length) if rule == "truncate" else n))
+        for a, n in zip(starts, sizes)
+        if rule != "drop" or n <= length
+    ]
     wanted = np.concatenate(wanted)
-    assert len(wanted) - len(ids) == (total % length == 1)       # a token alone has no target
-    np.testing.assert_array_equal(ids, wanted[:len(ids)])
+    assert len(wanted) - len(ids) == (total % length == 1)  # a token alone has no target
+    np.testing.assert_array_equal(ids, wanted[: len(ids)])
     long = sum(n > length for n in sizes)
     assert (f"{long} longer documents" in found.sentence) is bool(long)
     if rule != "split" and long:
@@ -261,18 +298,23 @@ def test_a_batch_has_the_next_tokens_as_targets_and_no_target_in_padding():
     assert data.batch(found, [1])[0].shape == (1, 7) and data.batch(found, [1], 5)[0].shape == (1, 10)
 
 
-@given(n=st.integers(1, 20), seed=st.integers(0, 5), takes=st.lists(st.integers(0, 9), max_size=12), stop=st.integers(0, 12))
+@given(
+    n=st.integers(1, 20),
+    seed=st.integers(0, 5),
+    takes=st.lists(st.integers(0, 9), max_size=12),
+    stop=st.integers(0, 12),
+)
 @settings(deadline=None)
 def test_the_order_is_a_permutation_an_epoch_and_goes_on_exactly(n, seed, takes, stop):
     whole = data.Order(n, seed)
     taken = [whole.take(count) for count in takes]
     order = [i for part in taken for i in part]
     for start in range(0, len(order) - n + 1, n):
-        assert sorted(order[start:start + n]) == list(range(n))
+        assert sorted(order[start : start + n]) == list(range(n))
     resumed = data.Order(n, seed, sum(takes[:stop]))
     assert [resumed.take(count) for count in takes[stop:]] == taken[stop:]
 
 
 def test_another_seed_is_another_order():
     assert data.Order(50, 1).take(50) != data.Order(50, 2).take(50)
-    assert json.dumps(data.Order(50, 1).take(3))       # plain integers
+    assert json.dumps(data.Order(50, 1).take(3))  # plain integers

@@ -1,19 +1,30 @@
 """Configs of the families as transformers 5 writes them, and everything that is refused."""
+
 import json
 
 import pytest
-from hypothesis import given, settings, strategies as st
-from longlora.decoder.config import FAMILIES, ModelConfig, read_config
-from longlora.errors import UserError
-from longlora.decoder.rope import Rope
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-SIZES = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=64)
+from longlora.decoder.config import FAMILIES, ModelConfig, read_config
+from longlora.decoder.rope import Rope
+from longlora.errors import UserError
+
+SIZES = dict(
+    vocab_size=100,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
 RAW = dict(SIZES, model_type="llama", rms_norm_eps=1e-5)
 
 
 def theirs(family, **fields):
     import transformers
+
     name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
     if family == "mistral":
         fields.setdefault("sliding_window", None)
@@ -22,6 +33,7 @@ def theirs(family, **fields):
 
 def model(config):
     from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -44,7 +56,12 @@ def test_tensors_are_those_of_transformers(tmp_path, family, tied, bias):
 
 def test_sources_of_a_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(RAW))
-    assert read_config(tmp_path) == read_config(str(tmp_path)) == read_config(tmp_path / "config.json") == read_config(RAW)
+    assert (
+        read_config(tmp_path)
+        == read_config(str(tmp_path))
+        == read_config(tmp_path / "config.json")
+        == read_config(RAW)
+    )
     assert read_config(RAW).raw == RAW
 
 
@@ -54,7 +71,10 @@ def test_defaults_of_what_is_left_out():
     assert config.num_key_value_heads == 4 and config.head_dim == 8 and config.eos_token_id is None
     assert not (config.tie_word_embeddings or config.qkv_bias or config.o_bias or config.qk_norm)
     assert read_config({**RAW, "model_type": "qwen3", "num_key_value_heads": None}).head_dim == 128
-    assert read_config({**RAW, "model_type": "qwen2"}).qkv_bias and not read_config({**RAW, "model_type": "qwen2"}).o_bias
+    assert (
+        read_config({**RAW, "model_type": "qwen2"}).qkv_bias
+        and not read_config({**RAW, "model_type": "qwen2"}).o_bias
+    )
 
 
 @pytest.mark.parametrize("value, read", [(7, 7), ([5, 9], 5), ([], None), (None, None)])
@@ -63,60 +83,92 @@ def test_end_token(value, read):
 
 
 WINDOWS = [
-    ("mistral", dict(sliding_window=None), None), ("mistral", dict(sliding_window=16), 16), ("mistral", {}, 4096),
+    ("mistral", dict(sliding_window=None), None),
+    ("mistral", dict(sliding_window=16), 16),
+    ("mistral", {}, 4096),
     ("mistral", dict(sliding_window=16, layer_types=["full_attention"] * 3), 16),
-    ("qwen2", dict(use_sliding_window=False, sliding_window=16), None), ("qwen2", dict(sliding_window=16), None),
+    ("qwen2", dict(use_sliding_window=False, sliding_window=16), None),
+    ("qwen2", dict(sliding_window=16), None),
     ("qwen2", dict(use_sliding_window=True, sliding_window=16, max_window_layers=3), None),
     ("qwen2", dict(use_sliding_window=True, sliding_window=16, max_window_layers=2), 16),
     ("qwen3", dict(use_sliding_window=True, max_window_layers=0), 4096),
     ("qwen3", dict(use_sliding_window=True, sliding_window=None, max_window_layers=0), None),
-    ("qwen2", dict(use_sliding_window=True, sliding_window=16, max_window_layers=0, layer_types=["full_attention"] * 3), None),
+    (
+        "qwen2",
+        dict(
+            use_sliding_window=True,
+            sliding_window=16,
+            max_window_layers=0,
+            layer_types=["full_attention"] * 3,
+        ),
+        None,
+    ),
     ("llama", dict(sliding_window=16), None),
 ]
 
 
-@pytest.mark.parametrize("family, fields, window", WINDOWS, ids=[f"{case[0]}-{i}" for i, case in enumerate(WINDOWS)])
+@pytest.mark.parametrize(
+    "family, fields, window", WINDOWS, ids=[f"{case[0]}-{i}" for i, case in enumerate(WINDOWS)]
+)
 def test_sliding_windows_by_the_rules_of_transformers(family, fields, window):
     raw = {**RAW, "model_type": family, **fields}
     if window is None:
         assert read_config(raw)
     else:
-        with pytest.raises(UserError, match=f"active sliding_window of {window} is not supported; supported is full attention"):
+        with pytest.raises(
+            UserError,
+            match=f"active sliding_window of {window} is not supported; supported is full attention",
+        ):
             read_config(raw)
 
 
-@pytest.mark.parametrize("fields, message", [
-    ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported; supported are llama, mistral, qwen2, qwen3"),
-    ({"model_type": None}, "model_type None is not supported"),
-    ({"model_type": ["llama"]}, "model_type \\['llama'\\] is not supported"),
-    ({"architectures": ["LlamaForSequenceClassification"]}, "architectures .* is not supported; supported is LlamaForCausalLM"),
-    ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported is silu"),
-    ({"mlp_bias": True}, "mlp_bias True is not supported"),
-    ({"num_local_experts": 8}, "num_local_experts 8 is not supported"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .* is not supported"),
-    ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not supported"),
-    ({"layer_types": ["full_attention", "sliding_attention", "x"]}, "layer_types has sliding_attention, x; supported is full"),
-    ({"layer_types": 3}, "layer_types has 3"),
-    ({"hidden_size": None}, "hidden_size is missing"),
-    ({"vocab_size": 0}, "vocab_size should be an integer from 1 to 16777216, got 0"),
-    ({"num_hidden_layers": -2}, "num_hidden_layers should be an integer from 1 to 4096, got -2"),
-    ({"intermediate_size": "48"}, "intermediate_size should be an integer from 1 to .*, got '48'"),
-    ({"intermediate_size": 48.0}, "intermediate_size should be an integer"),
-    ({"hidden_size": 10**15}, "hidden_size should be an integer from 1 to 1048576"),
-    ({"num_attention_heads": True}, "num_attention_heads should be an integer"),
-    ({"num_attention_heads": 5}, "num_attention_heads 5 should be a multiple of num_key_value_heads 2"),
-    ({"hidden_size": 33}, "hidden_size 33 should be a multiple of num_attention_heads 4, or head_dim given"),
-    ({"head_dim": 7}, "head_dim should be even and at least 4, got 7"),
-    ({"head_dim": "8"}, "head_dim should be an integer"),
-    ({"head_dim": 0}, "head_dim should be an integer from 1"),
-    ({"max_position_embeddings": None}, "max_position_embeddings is missing"),
-    ({"rms_norm_eps": 0}, "rms_norm_eps should be a number above 0"),
-    ({"rms_norm_eps": float("nan")}, "rms_norm_eps should be a number"),
-    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings should be true or false, got 'yes'"),
-    ({"attention_bias": 1}, "attention_bias should be true or false, got 1"),
-    ({"eos_token_id": -1}, "eos_token_id should be a token id, a list of them or null, got -1"),
-    ({"eos_token_id": "</s>"}, "eos_token_id should be a token id"),
-])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            {"model_type": "mixtral"},
+            "model_type 'mixtral' is not supported; supported are llama, mistral, qwen2, qwen3",
+        ),
+        ({"model_type": None}, "model_type None is not supported"),
+        ({"model_type": ["llama"]}, "model_type \\['llama'\\] is not supported"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "architectures .* is not supported; supported is LlamaForCausalLM",
+        ),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported is silu"),
+        ({"mlp_bias": True}, "mlp_bias True is not supported"),
+        ({"num_local_experts": 8}, "num_local_experts 8 is not supported"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .* is not supported"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not supported"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention", "x"]},
+            "layer_types has sliding_attention, x; supported is full",
+        ),
+        ({"layer_types": 3}, "layer_types has 3"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"vocab_size": 0}, "vocab_size should be an integer from 1 to 16777216, got 0"),
+        ({"num_hidden_layers": -2}, "num_hidden_layers should be an integer from 1 to 4096, got -2"),
+        ({"intermediate_size": "48"}, "intermediate_size should be an integer from 1 to .*, got '48'"),
+        ({"intermediate_size": 48.0}, "intermediate_size should be an integer"),
+        ({"hidden_size": 10**15}, "hidden_size should be an integer from 1 to 1048576"),
+        ({"num_attention_heads": True}, "num_attention_heads should be an integer"),
+        ({"num_attention_heads": 5}, "num_attention_heads 5 should be a multiple of num_key_value_heads 2"),
+        (
+            {"hidden_size": 33},
+            "hidden_size 33 should be a multiple of num_attention_heads 4, or head_dim given",
+        ),
+        ({"head_dim": 7}, "head_dim should be even and at least 4, got 7"),
+        ({"head_dim": "8"}, "head_dim should be an integer"),
+        ({"head_dim": 0}, "head_dim should be an integer from 1"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is missing"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps should be a number above 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps should be a number"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings should be true or false, got 'yes'"),
+        ({"attention_bias": 1}, "attention_bias should be true or false, got 1"),
+        ({"eos_token_id": -1}, "eos_token_id should be a token id, a list of them or null, got -1"),
+        ({"eos_token_id": "</s>"}, "eos_token_id should be a token id"),
+    ],
+)
 def test_refused(tmp_path, fields, message):
     (tmp_path / "config.json").write_text(json.dumps({**RAW, **fields}))
     with pytest.raises(UserError, match=message) as caught:
@@ -144,21 +196,59 @@ def test_no_config(tmp_path):
         read_config(tmp_path)
 
 
-KEYS = [*RAW, "head_dim", "hidden_act", "architectures", "rope_theta", "rope_scaling", "rope_parameters",
-        "partial_rotary_factor", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "attention_bias",
-        "mlp_bias", "eos_token_id",
-        "tie_word_embeddings", "initializer_range", "original_max_position_embeddings", "original_rope_theta", "num_experts"]
-ROPE_KEYS = ["rope_type", "type", "factor", "rope_theta", "original_max_position_embeddings", "beta_fast", "low_freq_factor",
-             "high_freq_factor", "attention_factor", "truncate", "mscale"]
-SCALARS = (st.none() | st.booleans() | st.integers(-3, 70) | st.integers() | st.floats()
-           | st.sampled_from(["yarn", "linear", "llama3", ""]))
-VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.sampled_from(ROPE_KEYS), SCALARS, max_size=6)
+KEYS = [
+    *RAW,
+    "head_dim",
+    "hidden_act",
+    "architectures",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "partial_rotary_factor",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+    "attention_bias",
+    "mlp_bias",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "initializer_range",
+    "original_max_position_embeddings",
+    "original_rope_theta",
+    "num_experts",
+]
+ROPE_KEYS = [
+    "rope_type",
+    "type",
+    "factor",
+    "rope_theta",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "low_freq_factor",
+    "high_freq_factor",
+    "attention_factor",
+    "truncate",
+    "mscale",
+]
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 70)
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["yarn", "linear", "llama3", ""])
+)
+VALUES = (
+    SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.sampled_from(ROPE_KEYS), SCALARS, max_size=6)
+)
 
 
 @given(st.sampled_from(sorted(FAMILIES)), st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4))
 @settings(max_examples=500, deadline=None)
 def test_whatever_a_config_says_is_read_or_refused_in_one_line(family, fields):
     from longlora.decoder.rope import inverse_frequencies
+
     try:
         config = read_config({**RAW, "sliding_window": None, "model_type": family, **fields})
     except UserError as error:

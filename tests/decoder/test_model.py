@@ -1,25 +1,48 @@
 """The decoder against transformers and torch autograd on the same graph: loss and every gradient, then whole runs."""
+
 import functools
 
 import numpy as np
 import pytest
-
-from longlora import _C, set_num_threads, get_num_threads
-from longlora.decoder import model as model_
-from longlora.memory import plan as plan_
-from longlora.files.adapter import LoraConfig
-from longlora.decoder.config import read_config
-from longlora.errors import UserError
-from longlora.training.optimizer import AdamW
 import reference
 
-SMALL = dict(vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, initializer_range=0.15, hidden_act="silu",
-             rope_theta=1000.0, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+from longlora import _C, get_num_threads, set_num_threads
+from longlora.decoder import model as model_
+from longlora.decoder.config import read_config
+from longlora.errors import UserError
+from longlora.files.adapter import LoraConfig
+from longlora.memory import plan as plan_
+from longlora.training.optimizer import AdamW
+
+SMALL = dict(
+    vocab_size=101,
+    hidden_size=48,
+    intermediate_size=72,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+    initializer_range=0.15,
+    hidden_act="silu",
+    rope_theta=1000.0,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
 CONFIGS = {
     "llama": dict(SMALL, model_type="llama", tie_word_embeddings=True),
-    "llama_odd": dict(SMALL, model_type="llama", tie_word_embeddings=False, num_attention_heads=3, num_key_value_heads=1,
-                      hidden_size=42, head_dim=14, intermediate_size=55, attention_bias=True),
+    "llama_odd": dict(
+        SMALL,
+        model_type="llama",
+        tie_word_embeddings=False,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        hidden_size=42,
+        head_dim=14,
+        intermediate_size=55,
+        attention_bias=True,
+    ),
     "mistral": dict(SMALL, model_type="mistral", tie_word_embeddings=False, sliding_window=None, head_dim=16),
     "qwen2": dict(SMALL, model_type="qwen2", tie_word_embeddings=True, use_sliding_window=False),
     "qwen3": dict(SMALL, model_type="qwen3", tie_word_embeddings=False, use_sliding_window=False, head_dim=8),
@@ -27,7 +50,9 @@ CONFIGS = {
 LORAS = {
     "full": None,
     "paper": LoraConfig(r=4),
-    "all": LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", modules_to_save=("embed_tokens", "norm", "lm_head")),
+    "all": LoraConfig(
+        r=3, lora_alpha=5, target_modules="all-linear", modules_to_save=("embed_tokens", "norm", "lm_head")
+    ),
     "few": LoraConfig(r=2, target_modules=("v_proj", "up_proj"), modules_to_save=()),
 }
 S2 = dict(group_size=8, boundary="split", shift="half")
@@ -55,12 +80,23 @@ def tokens(B, T, V=101, seed=0):
 def build(name, lora, B=2, T=37, dtype="float32", checkpointing="none", attention=S2, seed=3):
     """Our model with random weights; B of LoRA too, so that A has a gradient, norms off 1 and biases off 0."""
     config = read_config(CONFIGS[name])
-    plan = plan_.plan(config, dtype=dtype, batch_size=B, sequence_length=T, group_size=attention and attention["group_size"],
-                      lora=lora, checkpointing=checkpointing)
-    made = model_.Model(config, dtype=dtype, lora=lora, plan=plan, attention=attention, seed=seed).init_random()
+    plan = plan_.plan(
+        config,
+        dtype=dtype,
+        batch_size=B,
+        sequence_length=T,
+        group_size=attention and attention["group_size"],
+        lora=lora,
+        checkpointing=checkpointing,
+    )
+    made = model_.Model(
+        config, dtype=dtype, lora=lora, plan=plan, attention=attention, seed=seed
+    ).init_random()
     random = np.random.default_rng(seed)
     names = [n for n in made._places if n.endswith(("norm.weight", "lora_B.weight", "bias"))]
-    made.load_adapter({n: random.normal("norm" in n, 0.2, shape_of(made, n)).astype(np.float32) for n in names})
+    made.load_adapter(
+        {n: random.normal("norm" in n, 0.2, shape_of(made, n)).astype(np.float32) for n in names}
+    )
     made.zero_grad()
     return made
 
@@ -75,7 +111,13 @@ def weights(made):
     out = {}
     for name, (s, rows) in made._places.items():
         master = made._view("value." + s.key)
-        source = master[rows] if master is not None else made._block(s) if s.kind == "lora_B" else made._view(s.key)[rows]
+        source = (
+            master[rows]
+            if master is not None
+            else made._block(s)
+            if s.kind == "lora_B"
+            else made._view(s.key)[rows]
+        )
         out[name] = np.asarray(source.numpy(), np.float32).copy()
     return out
 
@@ -103,9 +145,13 @@ def peer(made, name, lora, attention):
     torch, transformers = registered()
     config = transformers.AutoConfig.for_model(**CONFIGS[name])
     config.s2 = attention
-    module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="s2_by_mask", dtype=torch.float32)
+    module = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="s2_by_mask", dtype=torch.float32
+    )
     state = {n: torch.from_numpy(x) for n, x in weights(made).items()}
-    module.load_state_dict({n: x for n, x in state.items() if "lora_" not in n}, strict=not module.config.tie_word_embeddings)
+    module.load_state_dict(
+        {n: x for n, x in state.items() if "lora_" not in n}, strict=not module.config.tie_word_embeddings
+    )
     module.requires_grad_(False)
     named, trained = dict(module.named_parameters()), {p.name for p in made.parameters}
     for n in list(state):
@@ -114,7 +160,8 @@ def peer(made, name, lora, attention):
             a, b = (torch.nn.Parameter(state[f"{path}.lora_{x}.weight"]) for x in "AB")
             named[n], named[f"{path}.lora_B.weight"] = a, b
             module.get_submodule(path).register_forward_hook(
-                lambda _, inputs, out, a=a, b=b: out + lora.scale * (inputs[0] @ a.T @ b.T))
+                lambda _, inputs, out, a=a, b=b: out + lora.scale * (inputs[0] @ a.T @ b.T)
+            )
     for n in trained:
         named[n].requires_grad_(True)
     return module, {n: named[n] for n in trained}
@@ -123,7 +170,9 @@ def peer(made, name, lora, attention):
 def peer_losses(module, ids, targets):
     torch, _ = registered()
     logits = module(torch.from_numpy(ids).long(), use_cache=False).logits.flatten(0, 1)
-    return torch.nn.functional.cross_entropy(logits, torch.from_numpy(targets).long().flatten(), reduction="sum"), logits
+    return torch.nn.functional.cross_entropy(
+        logits, torch.from_numpy(targets).long().flatten(), reduction="sum"
+    ), logits
 
 
 def gradients(made, ids, targets, scale=0.01):
@@ -138,7 +187,11 @@ def close(got, want, tolerance, name=""):
     assert error <= tolerance * max(np.linalg.norm(want), 1e-6), (name, error, np.linalg.norm(want))
 
 
-OTHER = {"dense": None, "all shifted": dict(group_size=37, shift="all"), "one group": dict(group_size=200, shift="half")}
+OTHER = {
+    "dense": None,
+    "all shifted": dict(group_size=37, shift="all"),
+    "one group": dict(group_size=200, shift="half"),
+}
 CASES = [(name, lora, S2) for name in CONFIGS for lora in LORAS]
 CASES += [(name, lora, a) for name, lora in (("llama", "paper"), ("qwen3", "full")) for a in OTHER.values()]
 
@@ -161,9 +214,12 @@ def test_gradients_equal_autograd(name, lora, attention):
 @pytest.mark.parametrize("lora", LORAS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_checkpointing_changes_no_bit(name, lora, dtype, monkeypatch):
-    monkeypatch.setattr(plan_, "TILE", 32)             # several tiles, the last one short
+    monkeypatch.setattr(plan_, "TILE", 32)  # several tiles, the last one short
     ids, targets = tokens(2, 37)
-    kept = [gradients(build(name, LORAS[lora], dtype=dtype, checkpointing=c), ids, targets) for c in plan_.CHECKPOINTING]
+    kept = [
+        gradients(build(name, LORAS[lora], dtype=dtype, checkpointing=c), ids, targets)
+        for c in plan_.CHECKPOINTING
+    ]
     for loss, found in kept[1:]:
         assert loss == kept[0][0]
         for n, gradient in kept[0][1].items():
@@ -202,7 +258,7 @@ def test_gradients_accumulate():
     made = build("llama", LORAS["paper"], B=4)
     loss, whole = gradients(made, ids, targets)
     made.zero_grad()
-    parts = sum(made.train_microbatch(ids[i:i + 1], targets[i:i + 1], 0.01) for i in range(4))
+    parts = sum(made.train_microbatch(ids[i : i + 1], targets[i : i + 1], 0.01) for i in range(4))
     assert abs(parts - loss) <= 1e-6 * loss
     for p in made.parameters:
         close(p.grad.numpy(), whole[p.name], 1e-5, p.name)
@@ -212,7 +268,7 @@ def test_gradients_accumulate():
 def test_equal_bits_for_any_number_of_threads(name):
     ids, targets = tokens(2, 37)
     found, grain = [], _C.get_grain()
-    _C.set_grain(0)                                    # all threads take part
+    _C.set_grain(0)  # all threads take part
     for threads in (1, 2, 3):
         set_num_threads(threads)
         found.append(gradients(build(name, LORAS["paper"]), ids, targets))
@@ -235,7 +291,9 @@ def test_ten_losses_equal_torch(name, lora):
     module, named = peer(made, name, LORAS[lora], S2)
     decayed = [p for n, p in named.items() if "norm" not in n and "bias" not in n]
     plain = [p for n, p in named.items() if "norm" in n or "bias" in n]
-    torch_optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=0.1), dict(params=plain, weight_decay=0.0)], lr=3e-3)
+    torch_optimizer = torch.optim.AdamW(
+        [dict(params=decayed, weight_decay=0.1), dict(params=plain, weight_decay=0.0)], lr=3e-3
+    )
     ours = AdamW(made.parameters, weight_decay=0.1, max_grad_norm=0.5)
     for step in range(10):
         ids, targets = tokens(2, 37, seed=step % 3)
@@ -250,7 +308,7 @@ def test_ten_losses_equal_torch(name, lora):
         torch_optimizer.step()
         close(loss, total.item() / count, 3e-5, f"loss of step {step}")
         close(norm, torch_norm, 1e-3, f"norm of step {step}")
-    assert norm > 0.5                                  # else nothing was clipped
+    assert norm > 0.5  # else nothing was clipped
 
 
 def run(made, optimizer, steps):
@@ -270,7 +328,7 @@ def test_resume_gives_the_same_bits(lora, dtype):
     run(made, optimizer, range(3))
     kept = {n: np.array(x) for n, x in optimizer.state_dict().items()}
     went_on = run(made, optimizer, range(3, 6))
-    again = build("qwen3", LORAS[lora], dtype=dtype)   # frozen weights are those of the seed
+    again = build("qwen3", LORAS[lora], dtype=dtype)  # frozen weights are those of the seed
     other = AdamW(again.parameters, weight_decay=0.01, max_grad_norm=1.0)
     other.load_state_dict(kept, 3)
     assert run(again, other, range(3, 6)) == went_on
@@ -280,7 +338,7 @@ def test_resume_gives_the_same_bits(lora, dtype):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_evaluation_equals_transformers(name):
-    made = build(name, LORAS["all"], T=16)             # longer than the training batch: buffers of its own
+    made = build(name, LORAS["all"], T=16)  # longer than the training batch: buffers of its own
     module, _ = peer(made, name, LORAS["all"], None)
     ids, targets = tokens(1, 61)
     total, logits = peer_losses(module, ids, targets)
@@ -288,8 +346,10 @@ def test_evaluation_equals_transformers(name):
     losses = made.losses(ids[0], targets[0])
     close(losses.sum(dtype=np.float64), total.item(), 1e-6)
     assert (losses[targets[0] == -100] == 0).all() and (losses[targets[0] != -100] > 0).all()
-    short = made.losses(ids[0, :7], targets[0, :7])    # shorter than the training batch: in its buffers
-    np.testing.assert_allclose(short, losses[:7], rtol=1e-5, atol=1e-6)   # dense and causal: what follows changes nothing
+    short = made.losses(ids[0, :7], targets[0, :7])  # shorter than the training batch: in its buffers
+    np.testing.assert_allclose(
+        short, losses[:7], rtol=1e-5, atol=1e-6
+    )  # dense and causal: what follows changes nothing
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -299,7 +359,9 @@ def test_a_model_without_a_plan_only_evaluates(lora, dtype):
     trained = build("qwen2", LORAS[lora], dtype="float32" if dtype == "float16" else dtype)
     made = model_.Model(trained.config, dtype=dtype, lora=LORAS[lora]).load_adapter(weights(trained))
     ids, targets = tokens(1, 50)
-    close(made.losses(ids[0], targets[0]), trained.losses(ids[0], targets[0]), 1e-2 if dtype == "float16" else 0)
+    close(
+        made.losses(ids[0], targets[0]), trained.losses(ids[0], targets[0]), 1e-2 if dtype == "float16" else 0
+    )
     assert not made.parameters and made.arena.nbytes < trained.arena.nbytes
     with pytest.raises(UserError, match="without a plan"):
         made.train_microbatch(ids, targets, 1.0)
@@ -325,7 +387,9 @@ def test_shorter_batches_use_the_same_memory_and_longer_are_refused():
         loss, found = gradients(made, ids, targets)
         exact = build("llama", LORAS["paper"], B=B, T=T)
         assert (loss, *map(np.ndarray.tobytes, found.values())) == (
-            (w := gradients(exact, ids, targets))[0], *map(np.ndarray.tobytes, w[1].values()))
+            (w := gradients(exact, ids, targets))[0],
+            *map(np.ndarray.tobytes, w[1].values()),
+        )
     with pytest.raises(UserError, match="2 x 38 tokens is larger than the planned 2 x 37"):
         made.train_microbatch(*tokens(2, 38), 1.0)
 
@@ -334,11 +398,17 @@ def test_random_start_is_that_of_transformers_and_of_peft():
     """normal(0, initializer_range), LoRA A within 1/sqrt(C), B zero; by seed and name alone."""
     config = read_config(CONFIGS["qwen2"])
     made = model_.Model(config, lora=LORAS["paper"], seed=5).init_random()
-    again, other = (weights(model_.Model(config, lora=LORAS["paper"], seed=seed).init_random()) for seed in (5, 6))
+    again, other = (
+        weights(model_.Model(config, lora=LORAS["paper"], seed=seed).init_random()) for seed in (5, 6)
+    )
     for name, x in weights(made).items():
         np.testing.assert_array_equal(again[name], x)
         if name.endswith("lora_A.weight"):
-            assert np.abs(x).max() <= x.shape[1] ** -0.5 and np.abs(x).max() > 0.9 * x.shape[1] ** -0.5 and abs(x.mean()) < 0.02
+            assert (
+                np.abs(x).max() <= x.shape[1] ** -0.5
+                and np.abs(x).max() > 0.9 * x.shape[1] ** -0.5
+                and abs(x.mean()) < 0.02
+            )
         elif name.endswith(("lora_B.weight", "bias")):
             assert not x.any()
         elif "norm" in name:
@@ -354,7 +424,7 @@ def test_a_step_uses_no_other_memory_than_its_plan():
     made = build("qwen3", LORAS["all"], checkpointing="minimal")
     ids, targets = tokens(2, 37)
     _, clean = gradients(made, ids, targets)
-    made.arena[made._activations:].fill(255)           # bytes of NaN in every float dtype
+    made.arena[made._activations :].fill(255)  # bytes of NaN in every float dtype
     _, found = gradients(made, ids, targets)
     for n, gradient in clean.items():
         np.testing.assert_array_equal(found[n], gradient, n)
@@ -390,12 +460,21 @@ def test_what_is_wrong_is_named():
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("targets, last", [
-    (("down_proj",), "DOWN"), (("up_proj", "down_proj"), "GATE_UP"), (("o_proj",), "O"), (("v_proj",), "QKV")])
+@pytest.mark.parametrize(
+    "targets, last",
+    [
+        (("down_proj",), "DOWN"),
+        (("up_proj", "down_proj"), "GATE_UP"),
+        (("o_proj",), "O"),
+        (("v_proj",), "QKV"),
+    ],
+)
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_the_backward_ends_where_nothing_below_learns(name, targets, last, checkpointing):
     """The gradients are, bit for bit, those of a backward down to the embedding; calls of ops are saved in the lowest layer."""
-    made = build(name, LoraConfig(r=2, target_modules=targets, modules_to_save=()), checkpointing=checkpointing)
+    made = build(
+        name, LoraConfig(r=2, target_modules=targets, modules_to_save=()), checkpointing=checkpointing
+    )
     assert made._end == (0, getattr(model_, last))
     ids, targets = tokens(2, 37)
     counts, found = [], []
@@ -409,9 +488,16 @@ def test_the_backward_ends_where_nothing_below_learns(name, targets, last, check
         np.testing.assert_array_equal(found[0][1][n], gradient, n)
 
 
-@pytest.mark.parametrize("lora, end", [
-    (None, (0, "ALL")), (LoraConfig(), (0, "ALL")), (LoraConfig(modules_to_save=("norm",)), (0, "W1")),
-    (LoraConfig(modules_to_save=()), (0, "QKV")), (LoraConfig(target_modules=(), modules_to_save=("model.norm",)), (2, "ALL"))])
+@pytest.mark.parametrize(
+    "lora, end",
+    [
+        (None, (0, "ALL")),
+        (LoraConfig(), (0, "ALL")),
+        (LoraConfig(modules_to_save=("norm",)), (0, "W1")),
+        (LoraConfig(modules_to_save=()), (0, "QKV")),
+        (LoraConfig(target_modules=(), modules_to_save=("model.norm",)), (2, "ALL")),
+    ],
+)
 def test_where_the_backward_ends(lora, end):
     assert build("qwen2", lora)._end == (end[0], getattr(model_, end[1]))
 

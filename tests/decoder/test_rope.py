@@ -1,28 +1,58 @@
 """Frequencies are transformers'; extension counts from the length of pretraining; saved keys serve transformers 4 and 5."""
+
 import json
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from longlora.decoder import rope as rope_
 from longlora.decoder.config import read_config
-from longlora.errors import UserError
 from longlora.decoder.rope import Rope
+from longlora.errors import UserError
 
-RAW = dict(model_type="llama", vocab_size=64, hidden_size=128, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-           num_key_value_heads=2, max_position_embeddings=2048, rms_norm_eps=1e-5, rope_theta=10000.0)
+RAW = dict(
+    model_type="llama",
+    vocab_size=64,
+    hidden_size=128,
+    intermediate_size=96,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+)
 SCALINGS = {
     "default": None,
     "linear": {"rope_type": "linear", "factor": 4.0},
     "linear, old key": {"type": "linear", "factor": 2.5},
     "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 1024},
-    "yarn, all keys": {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 4096, "beta_fast": 20,
-                       "beta_slow": 2, "attention_factor": 1.3},
-    "yarn, mscale": {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0,
-                     "mscale_all_dim": 0.7, "truncate": False},
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 512},
+    "yarn, all keys": {
+        "rope_type": "yarn",
+        "factor": 3.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 20,
+        "beta_slow": 2,
+        "attention_factor": 1.3,
+    },
+    "yarn, mscale": {
+        "rope_type": "yarn",
+        "factor": 40.0,
+        "original_max_position_embeddings": 4096,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.7,
+        "truncate": False,
+    },
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 512,
+    },
 }
 
 
@@ -30,6 +60,7 @@ def theirs(raw):
     """Inverse frequencies and attention factor by transformers 5."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
     layer = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(raw))))
     return layer.inv_freq.double().numpy(), layer.attention_scaling
 
@@ -57,8 +88,11 @@ def test_frequencies(name, spelling):
 
 
 def test_the_old_key_wins_as_in_transformers():
-    raw = {**RAW, "rope_scaling": {"rope_type": "linear", "factor": 4.0},
-           "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}}
+    raw = {
+        **RAW,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0},
+    }
     assert same(raw).rope.factor == 4
 
 
@@ -79,7 +113,9 @@ def test_extended_config_is_read_back_the_same_by_us_and_by_transformers(kind, t
 def test_transformers_reads_the_saved_config_without_a_warning(caplog):
     import logging
 
-    from transformers import LlamaConfig, logging as theirs_
+    from transformers import LlamaConfig
+    from transformers import logging as theirs_
+
     theirs_.enable_propagation()
     with caplog.at_level(logging.WARNING):
         for kind in rope_.EXTENSIONS:
@@ -132,7 +168,9 @@ def test_llama_3_1_extends_from_its_real_length():
 
 @pytest.mark.parametrize("target", [2048, 1, 0, -5, True, 4096.0, "4096"])
 def test_target_not_above_the_original(target):
-    with pytest.raises(UserError, match="target length should be above the 2048 tokens of the base model, got"):
+    with pytest.raises(
+        UserError, match="target length should be above the 2048 tokens of the base model, got"
+    ):
         rope_.extend(read_config(RAW), "linear", target)
 
 
@@ -154,26 +192,46 @@ def test_tables(name):
     assert rope_.tables(rope, 32, 0)[0].shape == (0, 16)
 
 
-@pytest.mark.parametrize("fields, message", [
-    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported; supported are default"),
-    ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1], "long_factor": [1]}}, "rope type 'longrope' is not"),
-    ({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, "rope type 'ntk' is not supported"),
-    ({"rope_scaling": {"rope_type": ["linear"]}}, "rope type \\['linear'\\] is not supported"),
-    ({"rope_scaling": {"rope_type": "linear"}}, "rope of type linear lacks factor"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high_freq_factor"),
-    ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor should be a number from 1 to"),
-    ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "factor should be a number from 1 to 1e\\+09, got '4'"),
-    ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, "factor should be a number"),
-    ({"rope_scaling": {**SCALINGS["llama3"], "high_freq_factor": 1.0}}, "high_freq_factor should be above low_freq_factor"),
-    ({"rope_scaling": {**SCALINGS["yarn"], "truncate": 1}}, "truncate should be true or false"),
-    ({"rope_scaling": {**SCALINGS["yarn"], "original_max_position_embeddings": 1.5}},
-     "original_max_position_embeddings should be"),
-    ({"rope_scaling": "linear"}, "rope_scaling should be an object"),
-    ({"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": {}}}, "rope differs by layer type"),
-    ({"rope_theta": -1}, "rope_theta should be a number from 2"),
-    ({"rope_theta": "10000"}, "rope_theta should be a number"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported; supported is 1"),
-])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope type 'dynamic' is not supported; supported are default",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1], "long_factor": [1]}},
+            "rope type 'longrope' is not",
+        ),
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, "rope type 'ntk' is not supported"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, "rope type \\['linear'\\] is not supported"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope of type linear lacks factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high_freq_factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor should be a number from 1 to"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": "4"}},
+            "factor should be a number from 1 to 1e\\+09, got '4'",
+        ),
+        ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, "factor should be a number"),
+        (
+            {"rope_scaling": {**SCALINGS["llama3"], "high_freq_factor": 1.0}},
+            "high_freq_factor should be above low_freq_factor",
+        ),
+        ({"rope_scaling": {**SCALINGS["yarn"], "truncate": 1}}, "truncate should be true or false"),
+        (
+            {"rope_scaling": {**SCALINGS["yarn"], "original_max_position_embeddings": 1.5}},
+            "original_max_position_embeddings should be",
+        ),
+        ({"rope_scaling": "linear"}, "rope_scaling should be an object"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": {}}},
+            "rope differs by layer type",
+        ),
+        ({"rope_theta": -1}, "rope_theta should be a number from 2"),
+        ({"rope_theta": "10000"}, "rope_theta should be a number"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported; supported is 1"),
+    ],
+)
 def test_absurd_rope(fields, message):
     with pytest.raises(UserError, match=message):
         read_config({**RAW, **fields})

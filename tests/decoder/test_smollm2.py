@@ -1,22 +1,24 @@
 """A real model, SmolLM2-135M, end to end: perplexity and logits against transformers, every gradient against autograd, and a real
 extension: interpolated by 4, perplexity must fall by more than half in 24 steps of S2-Attn, and PEFT must find the same."""
+
 import math
 import shutil
 from pathlib import Path
 
-import longlora
 import numpy as np
 import pytest
 import reference
+from smollm2 import converted, smollm2  # noqa: F401 (fixtures)
+
+import longlora
 from longlora.decoder import rope
-from longlora.evaluation import ppl
-from longlora.files import adapter
-from longlora.memory import plan
-from longlora.training import driver as train
 from longlora.decoder.config import read_config
 from longlora.decoder.model import Model
+from longlora.evaluation import ppl
+from longlora.files import adapter
 from longlora.files.open_model import open_model
-from smollm2 import converted, smollm2  # noqa: F401 (fixtures)
+from longlora.memory import plan
+from longlora.training import driver as train
 
 torch = pytest.importorskip("torch", reason="transformers on torch is the peer compared with")
 transformers = pytest.importorskip("transformers", reason="the peer compared with")
@@ -45,7 +47,11 @@ def test_logits_and_perplexity_are_those_of_transformers(base, peer, acts):
         theirs = peer(torch.from_numpy(acts[None]).long()).logits[0]
     short = model.logits(acts[:256])
     assert np.abs(short - theirs[:256].numpy()).max() <= 1e-3 * np.abs(short).max()
-    want = torch.nn.functional.cross_entropy(theirs[:-1].double(), torch.from_numpy(acts[1:]).long()).exp().item()
+    want = (
+        torch.nn.functional.cross_entropy(theirs[:-1].double(), torch.from_numpy(acts[1:]).long())
+        .exp()
+        .item()
+    )
     tokens, loss = ppl.score(model, acts, 2048)
     assert tokens == len(acts) - 1
     assert abs(math.exp(loss / tokens) / want - 1) < 1e-3
@@ -53,13 +59,17 @@ def test_logits_and_perplexity_are_those_of_transformers(base, peer, acts):
 
 def autograd(peer, config, lora, trained, T, G, dtype):
     """transformers' model with LoRA by hooks and S2-Attn by mask, in `dtype` -> f(values by name, ids) -> loss, gradients by name."""
+
     def s2_by_mask(module, q, k, v, attention_mask, scaling, dropout=0.0, **unused):
         mask = torch.from_numpy(reference.attention_mask(T, q.shape[1], G))
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         p = (q @ k.transpose(2, 3) * scaling).masked_fill(~mask, -torch.inf).softmax(-1)
         return (p @ v).transpose(1, 2).contiguous(), None
+
     transformers.AttentionInterface.register("s2_of_this_test", s2_by_mask)
-    made = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**config.raw), attn_implementation="s2_of_this_test")
+    made = transformers.AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(**config.raw), attn_implementation="s2_of_this_test"
+    )
     made.load_state_dict(peer.state_dict())
     made.to(dtype).requires_grad_(False)
     named = dict(made.named_parameters())
@@ -67,8 +77,13 @@ def autograd(peer, config, lora, trained, T, G, dtype):
         named.setdefault(name, torch.zeros(shape, dtype=dtype))
         if name.endswith("lora_A.weight"):
             path = name.removesuffix(".lora_A.weight")
-            made.get_submodule(path).register_forward_hook(lambda _, x, out, path=path: out + lora.scale * (
-                x[0] @ named[f"{path}.lora_A.weight"].T @ named[f"{path}.lora_B.weight"].T))
+            made.get_submodule(path).register_forward_hook(
+                lambda _, x, out, path=path: (
+                    out
+                    + lora.scale
+                    * (x[0] @ named[f"{path}.lora_A.weight"].T @ named[f"{path}.lora_B.weight"].T)
+                )
+            )
     for name in trained:
         named[name].requires_grad_(True)
 
@@ -81,6 +96,7 @@ def autograd(peer, config, lora, trained, T, G, dtype):
         loss = torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(ids[1:]).long())
         loss.backward()
         return loss.item(), {name: named[name].grad.double().numpy() for name in trained}
+
     return gradients
 
 
@@ -92,17 +108,27 @@ def test_every_gradient_is_autograds(base, peer, acts):
     new, _ = rope.extend(base.config, "linear", 32768)
     config = read_config(rope.to_config(base.config.raw, new, 32768))
     lora = adapter.LoraConfig()
-    made = Model(config, lora=lora, attention={"group_size": G}, plan=plan.plan(config, sequence_length=T, group_size=G, lora=lora))
+    made = Model(
+        config,
+        lora=lora,
+        attention={"group_size": G},
+        plan=plan.plan(config, sequence_length=T, group_size=G, lora=lora),
+    )
     made.load(base)
     trained = [p.name for p in made.parameters]
-    exact, plain = (autograd(peer, config, lora, trained, T, G, dtype) for dtype in (torch.float64, torch.float32))
-    losses, errors = [], {}                # errors: of a kind, [tensors][steps][ours, torch's]
+    exact, plain = (
+        autograd(peer, config, lora, trained, T, G, dtype) for dtype in (torch.float64, torch.float32)
+    )
+    losses, errors = [], {}  # errors: of a kind, [tensors][steps][ours, torch's]
     for step in range(steps):
         random = np.random.default_rng(step)
-        given = {name: (random.standard_normal(shape) * 0.02).astype(np.float32)
-                 for name, shape in lora.tensor_shapes(config).items() if "lora_" in name}
+        given = {
+            name: (random.standard_normal(shape) * 0.02).astype(np.float32)
+            for name, shape in lora.tensor_shapes(config).items()
+            if "lora_" in name
+        }
         made.load_adapter(given)
-        ids = acts[step * T:][:T]
+        ids = acts[step * T :][:T]
         targets = np.append(ids[1:], np.int32(-100)).astype(np.int32)
         made.zero_grad()
         loss = made.train_microbatch(ids[None], targets[None], loss_scale=1 / (T - 1)) / (T - 1)
@@ -117,11 +143,13 @@ def test_every_gradient_is_autograds(base, peer, acts):
     assert set(errors) == {"lora_A", "lora_B", "embedding", "norm"}
     for kind, tensors in errors.items():
         pairs = np.array(list(tensors.values()))
-        ours, theirs = np.sqrt(np.mean(pairs ** 2, axis=0)).T
+        ours, theirs = np.sqrt(np.mean(pairs**2, axis=0)).T
         ratio = np.exp(np.mean(np.log(ours / theirs)))
         of_tensors = np.exp(np.mean(np.log(pairs[..., 0] / pairs[..., 1]), axis=1))
-        print(f"{kind}: median {np.median(ours):.1e}, torch's {np.median(theirs):.1e}, ratio {ratio:.2f}, of a tensor up to "
-              f"{of_tensors.max():.2f}")
+        print(
+            f"{kind}: median {np.median(ours):.1e}, torch's {np.median(theirs):.1e}, ratio {ratio:.2f}, of a tensor up to "
+            f"{of_tensors.max():.2f}"
+        )
         assert ratio <= 2, kind
         assert of_tensors.max() <= 3, list(tensors)[of_tensors.argmax()]
 
@@ -131,14 +159,27 @@ def test_extension_halves_the_perplexity(base, smollm2, converted, acts, tmp_pat
     held_out = tmp_path / "held_out.txt"
     held_out.write_text(HELD_OUT.read_text()[:24_000])
     native = ppl.run(smollm2, held_out, [1024])["results"][0]["perplexity"]
-    before = ppl.run(smollm2, held_out, [1024], rope_type="linear", target_length=32768)["results"][0]["perplexity"]
+    before = ppl.run(smollm2, held_out, [1024], rope_type="linear", target_length=32768)["results"][0][
+        "perplexity"
+    ]
     assert before > 3 * native
     output, books = tmp_path / "run", tmp_path / "books"
     books.mkdir()
     for path in (TEXT / "train").glob("kjv-*.txt"):
         shutil.copy(path, books)
-    done = train.train(say=lambda line: None, model=smollm2, data=books, target_length=32768, sequence_length=1024, group_size=256,
-                       learning_rate=2e-3, embedding_learning_rate=1e-4, max_steps=24, output_dir=output, seed=1)
+    done = train.train(
+        say=lambda line: None,
+        model=smollm2,
+        data=books,
+        target_length=32768,
+        sequence_length=1024,
+        group_size=256,
+        learning_rate=2e-3,
+        embedding_learning_rate=1e-4,
+        max_steps=24,
+        output_dir=output,
+        seed=1,
+    )
     after = ppl.run(smollm2, held_out, [1024], adapter=output)["results"][0]["perplexity"]
     print(f"native {native:.2f}, interpolated {before:.2f}, after 24 steps {after:.2f}")
     assert after < before / 2

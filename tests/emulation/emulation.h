@@ -1,17 +1,21 @@
-/* emulation.h --- CUDA's words for g++: what common.cuh's head comment lets a kernel use, the PTX functions of common.cuh, and
- * the part of the CUDA runtime that the binding calls, so that cuda/ compiles as C++ and runs on a machine without a GPU:
+/* emulation.h --- CUDA's words for g++: what common.cuh's head comment lets a kernel use, the PTX functions
+ * of common.cuh, and the part of the CUDA runtime that the binding calls, so that cuda/ compiles as C++ and
+ * runs on a machine without a GPU:
  *
- *     g++ -std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas -fsanitize=alignment,bounds,shift -DLONGLORA_EMULATION
- *         -Icuda -Itests/emulation -x c++ cuda/swiglu.cu tests/emulation/emulation.cpp ...
+ *     g++ -std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas -fsanitize=alignment,bounds,shift
+ * -DLONGLORA_EMULATION -Icuda -Itests/emulation -x c++ cuda/swiglu.cu tests/emulation/emulation.cpp ...
  *
- * Blocks run one after another on the calling thread, the threads of a block as fibers that change hands only where CUDA lets
- * a thread wait. What a GPU leaves undefined is made visible: memory of cudaMalloc and dynamic shared memory begin as NaN, the
- * target of a cp.async is NaN until it is waited for, a misaligned access or one outside an array is an error (the compiler's
- * checks above, answered in emulation.cpp), a block that stands still is an error that says who waits where, and
- * LONGLORA_EMULATION_ORDER=forward|reversed|shuffled chooses the order of threads and blocks: results must not depend on it.
+ * Blocks run one after another on the calling thread, the threads of a block as fibers that change hands only
+ * where CUDA lets a thread wait. What a GPU leaves undefined is made visible: memory of cudaMalloc and
+ * dynamic shared memory begin as NaN, the target of a cp.async is NaN until it is waited for, a misaligned
+ * access or one outside an array is an error (the compiler's checks above, answered in emulation.cpp), a
+ * block that stands still is an error that says who waits where, and
+ * LONGLORA_EMULATION_ORDER=forward|reversed|shuffled chooses the order of threads and blocks: results must
+ * not depend on it.
  *
- * What a machine may have or lack: LONGLORA_EMULATION_DEVICES (1), _MEMORY (bytes of a device), _SM (86, the compute capability),
- * _DRIVER (13000; 0: none), _LOST=1: what asks a stream hears of an illegal address, as after a kernel's. */
+ * What a machine may have or lack: LONGLORA_EMULATION_DEVICES (1), _MEMORY (bytes of a device), _SM (86, the
+ * compute capability), _DRIVER (13000; 0: none), _LOST=1: what asks a stream hears of an illegal address, as
+ * after a kernel's. */
 #ifndef LONGLORA_EMULATION_H
 #define LONGLORA_EMULATION_H
 
@@ -35,51 +39,88 @@
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
-/* ---- vectors ------------------------------------------------------------------------------------------------------ */
+/* ---- vectors --------------------------------------------------------------------------------- */
 
-struct uint3 { unsigned x, y, z; };
+struct uint3 {
+    unsigned x, y, z;
+};
 struct dim3 {
     unsigned x, y, z;
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) int2 { int x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) int2 {
+    int x, y;
+};
+struct alignas(16) int4 {
+    int x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return { x, y }; }
+inline float4 make_float4(float x, float y, float z, float w) { return { x, y, z, w }; }
+inline int2 make_int2(int x, int y) { return { x, y }; }
+inline int4 make_int4(int x, int y, int z, int w) { return { x, y, z, w }; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return { x, y }; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return { x, y, z, w }; }
 
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
-/* ---- dtypes: rounded to nearest even ------------------------------------------------------------------------------ */
+/* ---- dtypes: rounded to nearest even --------------------------------------------------------- */
 
-struct __nv_bfloat16 { uint16_t bits; };
-struct __half { uint16_t bits; };
+struct __nv_bfloat16 {
+    uint16_t bits;
+};
+struct __half {
+    uint16_t bits;
+};
 
-inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
-inline float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, 4); return x; }
-inline int __float_as_int(float x) { int i; memcpy(&i, &x, 4); return i; }
-inline float __int_as_float(int i) { float x; memcpy(&x, &i, 4); return x; }
+inline unsigned __float_as_uint(float x) {
+    unsigned u;
+    memcpy(&u, &x, 4);
+    return u;
+}
+inline float __uint_as_float(unsigned u) {
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+inline int __float_as_int(float x) {
+    int i;
+    memcpy(&i, &x, 4);
+    return i;
+}
+inline float __int_as_float(int i) {
+    float x;
+    memcpy(&x, &i, 4);
+    return x;
+}
 
 inline float __bfloat162float(__nv_bfloat16 h) { return __uint_as_float((unsigned)h.bits << 16); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
     unsigned u = __float_as_uint(x);
-    if (x != x) return {0x7fff};
-    return {(uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16)};
+    if (x != x) return { 0x7fff };
+    return { (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16) };
 }
 #ifdef __F16C__
 inline float __half2float(__half h) { return _cvtsh_ss(h.bits); }
-inline __half __float2half_rn(float x) { return {x != x ? (uint16_t)0x7fff : (uint16_t)_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)}; }
+inline __half __float2half_rn(float x) {
+    return { x != x ? (uint16_t)0x7fff : (uint16_t)_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT) };
+}
 #else
 inline float __half2float(__half h) {
-    unsigned sign = (unsigned)(h.bits & 0x8000) << 16, exponent = h.bits >> 10 & 31, mantissa = h.bits & 0x3ff;
+    unsigned sign = (unsigned)(h.bits & 0x8000) << 16, exponent = h.bits >> 10 & 31,
+             mantissa = h.bits & 0x3ff;
     if (exponent == 31) return __uint_as_float(sign | 0x7f800000 | mantissa << 13);
     if (exponent) return __uint_as_float(sign | (exponent + 112) << 23 | mantissa << 13);
     float x = (float)mantissa * 0x1p-24f;
@@ -87,26 +128,31 @@ inline float __half2float(__half h) {
 }
 inline __half __float2half_rn(float x) {
     unsigned u = __float_as_uint(x), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
-    if (x != x) return {0x7fff};
-    if (magnitude >= 0x477ff000) return {(uint16_t)(sign | 0x7c00)};                 /* 65520 and above */
-    if (magnitude < 0x38800000) {                                      /* subnormal: a sum that is rounded at 2^-24 */
+    if (x != x) return { 0x7fff };
+    if (magnitude >= 0x477ff000) return { (uint16_t)(sign | 0x7c00) }; /* 65520 and above */
+    if (magnitude < 0x38800000) { /* subnormal: a sum that is rounded at 2^-24 */
         volatile float sum = __uint_as_float(magnitude) + 0.5f;
-        return {(uint16_t)(sign | (__float_as_uint(sum) - 0x3f000000))};
+        return { (uint16_t)(sign | (__float_as_uint(sum) - 0x3f000000)) };
     }
-    return {(uint16_t)(sign | (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13)};
+    return { (uint16_t)(sign | (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13) };
 }
 #endif
 inline __nv_bfloat16 __float2bfloat16(float x) { return __float2bfloat16_rn(x); }
 inline __half __float2half(float x) { return __float2half_rn(x); }
 
-/* ---- arithmetic --------------------------------------------------------------------------------------------------- */
+/* ---- arithmetic ------------------------------------------------------------------------------ */
 
-template<class T> inline T __ldg(const T *p) { return *p; }
-#define EMULATE_MIN_MAX(T) inline T min(T a, T b) { return b < a ? b : a; } inline T max(T a, T b) { return a < b ? b : a; }
-EMULATE_MIN_MAX(int) EMULATE_MIN_MAX(unsigned) EMULATE_MIN_MAX(long) EMULATE_MIN_MAX(unsigned long)
-EMULATE_MIN_MAX(long long) EMULATE_MIN_MAX(unsigned long long)
+template <class T> inline T __ldg(const T *p) { return *p; }
+#define EMULATE_MIN_MAX(T)                           \
+    inline T min(T a, T b) { return b < a ? b : a; } \
+    inline T max(T a, T b) { return a < b ? b : a; }
+EMULATE_MIN_MAX(int)
+EMULATE_MIN_MAX(unsigned) EMULATE_MIN_MAX(long) EMULATE_MIN_MAX(unsigned long) EMULATE_MIN_MAX(long long)
+    EMULATE_MIN_MAX(unsigned long long)
 #undef EMULATE_MIN_MAX
-inline float min(float a, float b) { return fminf(a, b); }
+        inline float min(float a, float b) {
+    return fminf(a, b);
+}
 inline float max(float a, float b) { return fmaxf(a, b); }
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
@@ -124,17 +170,20 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
 
-/* ---- blocks and threads (emulation.cpp) --------------------------------------------------------------------------- */
+/* ---- blocks and threads (emulation.cpp) ------------------------------------------------------ */
 
 namespace emulation {
 
 /* Where in the source a thread waits, for messages; only threads at one place may meet at a barrier. */
-struct Place { const char *file; int line; };
-#define EMULATION_HERE emulation::Place place = {__builtin_FILE(), __builtin_LINE()}
+struct Place {
+    const char *file;
+    int line;
+};
+#define EMULATION_HERE emulation::Place place = { __builtin_FILE(), __builtin_LINE() }
 
 /* Runs body() in every thread of every block: 0, or -1 after fail(). */
 int run(dim3 grid, dim3 block, size_t shared, void (*body)(const void *context), const void *context);
-template<class F> int run(dim3 grid, dim3 block, size_t shared, const F &body) {
+template <class F> int run(dim3 grid, dim3 block, size_t shared, const F &body) {
     return run(grid, block, shared, [](const void *context) { (*(const F *)context)(); }, &body);
 }
 
@@ -144,16 +193,17 @@ template<class F> int run(dim3 grid, dim3 block, size_t shared, const F &body) {
 void *dynamic_shared();
 void sync_threads(Place place);
 void sync_warp(unsigned mask, Place place);
-uint64_t shuffle(unsigned mask, uint64_t value, int from, const char *name, Place place);   /* from lane `from`; all ones if it is not there */
+uint64_t shuffle(unsigned mask, uint64_t value, int from, const char *name,
+                 Place place); /* from lane `from`; all ones if it is not there */
 unsigned ballot(unsigned mask, bool predicate, Place place);
-unsigned live_lanes(unsigned mask);                                    /* those of mask that have not exited */
+unsigned live_lanes(unsigned mask); /* those of mask that have not exited */
 void ldmatrix(unsigned *r, const void *row, bool transposed, Place place);
 void mma(float *d, const unsigned *a, const unsigned *b, bool bf16, Place place);
 void copy_async(void *to, const void *from, bool there);
 void copy_commit();
 void copy_wait(int newest);
 
-template<class T> T shuffle_as(unsigned mask, T x, int from, const char *name, Place place) {
+template <class T> T shuffle_as(unsigned mask, T x, int from, const char *name, Place place) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
     uint64_t bits = 0;
     memcpy(&bits, &x, sizeof x);
@@ -161,76 +211,123 @@ template<class T> T shuffle_as(unsigned mask, T x, int from, const char *name, P
     memcpy(&x, &bits, sizeof x);
     return x;
 }
-inline int lane() { return (int)((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32); }
-
+inline int lane() {
+    return (int)((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32);
 }
+
+}  // namespace emulation
 
 inline void __syncthreads(EMULATION_HERE) { emulation::sync_threads(place); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATION_HERE) { emulation::sync_warp(mask, place); }
 
-/* `width` lanes (a power of two) are a group of their own; a lane that would read outside of it keeps its value. */
-template<class T> T __shfl_sync(unsigned mask, T x, int from, int width = 32, EMULATION_HERE) {
+/* `width` lanes (a power of two) are a group of their own; a lane that would read outside of it keeps its
+ * value. */
+template <class T> T __shfl_sync(unsigned mask, T x, int from, int width = 32, EMULATION_HERE) {
     int lane = emulation::lane();
     return emulation::shuffle_as(mask, x, (lane & ~(width - 1)) | (from & (width - 1)), "__shfl_sync", place);
 }
-template<class T> T __shfl_xor_sync(unsigned mask, T x, int with, int width = 32, EMULATION_HERE) {
+template <class T> T __shfl_xor_sync(unsigned mask, T x, int with, int width = 32, EMULATION_HERE) {
     int lane = emulation::lane(), from = lane ^ with;
-    return emulation::shuffle_as(mask, x, from < (lane | (width - 1)) + 1 ? from : lane, "__shfl_xor_sync", place);
+    return emulation::shuffle_as(mask, x, from < (lane | (width - 1)) + 1 ? from : lane, "__shfl_xor_sync",
+                                 place);
 }
-template<class T> T __shfl_down_sync(unsigned mask, T x, unsigned by, int width = 32, EMULATION_HERE) {
+template <class T> T __shfl_down_sync(unsigned mask, T x, unsigned by, int width = 32, EMULATION_HERE) {
     int lane = emulation::lane(), from = lane + (int)by;
-    return emulation::shuffle_as(mask, x, from <= (lane | (width - 1)) ? from : lane, "__shfl_down_sync", place);
+    return emulation::shuffle_as(mask, x, from <= (lane | (width - 1)) ? from : lane, "__shfl_down_sync",
+                                 place);
 }
-template<class T> T __shfl_up_sync(unsigned mask, T x, unsigned by, int width = 32, EMULATION_HERE) {
+template <class T> T __shfl_up_sync(unsigned mask, T x, unsigned by, int width = 32, EMULATION_HERE) {
     int lane = emulation::lane(), from = lane - (int)by;
-    return emulation::shuffle_as(mask, x, from >= (lane & ~(width - 1)) ? from : lane, "__shfl_up_sync", place);
+    return emulation::shuffle_as(mask, x, from >= (lane & ~(width - 1)) ? from : lane, "__shfl_up_sync",
+                                 place);
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATION_HERE) { return emulation::ballot(mask, predicate, place); }
-inline int __any_sync(unsigned mask, int predicate, EMULATION_HERE) { return emulation::ballot(mask, predicate, place) != 0; }
-inline int __all_sync(unsigned mask, int predicate, EMULATION_HERE) { return emulation::ballot(mask, !predicate, place) == 0; }
+inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATION_HERE) {
+    return emulation::ballot(mask, predicate, place);
+}
+inline int __any_sync(unsigned mask, int predicate, EMULATION_HERE) {
+    return emulation::ballot(mask, predicate, place) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, EMULATION_HERE) {
+    return emulation::ballot(mask, !predicate, place) == 0;
+}
 
-/* ---- the PTX functions of common.cuh ------------------------------------------------------------------------------ */
+/* ---- the PTX functions of common.cuh --------------------------------------------------------- */
 
-template<class T> void mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], EMULATION_HERE) {
+template <class T> void mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                                  EMULATION_HERE) {
     emulation::mma(d, a, b, std::is_same<T, __nv_bfloat16>::value, place);
 }
-inline void ldmatrix_x4(unsigned (&r)[4], const void *row, EMULATION_HERE) { emulation::ldmatrix(r, row, false, place); }
-inline void ldmatrix_x4_trans(unsigned (&r)[4], const void *row, EMULATION_HERE) { emulation::ldmatrix(r, row, true, place); }
+inline void ldmatrix_x4(unsigned (&r)[4], const void *row, EMULATION_HERE) {
+    emulation::ldmatrix(r, row, false, place);
+}
+inline void ldmatrix_x4_trans(unsigned (&r)[4], const void *row, EMULATION_HERE) {
+    emulation::ldmatrix(r, row, true, place);
+}
 inline void cp_async_16(void *to, const void *from, bool there) { emulation::copy_async(to, from, there); }
 inline void cp_async_commit() { emulation::copy_commit(); }
-template<int N> void cp_async_wait() { emulation::copy_wait(N); }
+template <int N> void cp_async_wait() { emulation::copy_wait(N); }
 inline void store_whole(uint4 *to, uint4 x) { *to = x; }
 inline void store_whole(uint2 *to, uint2 x) { *to = x; }
 inline void prefetch_l2(const void *, unsigned) {}
 inline float reciprocal_fast(float x) { return fabsf(x) > 0x1p126f ? 0.0f : 1.0f / x; }
 inline float exp2_fast(float x) { return exp2f(x); }
-template<class T> unsigned pack(float low, float high);
-template<> inline unsigned pack<__nv_bfloat16>(float low, float high) {
+template <class T> unsigned pack(float low, float high);
+template <> inline unsigned pack<__nv_bfloat16>(float low, float high) {
     return __float2bfloat16_rn(low).bits | (unsigned)__float2bfloat16_rn(high).bits << 16;
 }
-template<> inline unsigned pack<__half>(float low, float high) {
+template <> inline unsigned pack<__half>(float low, float high) {
     return __float2half_rn(low).bits | (unsigned)__float2half_rn(high).bits << 16;
 }
 
-/* ---- the CUDA runtime: device memory is host memory, all work is done at once -------------------------------------- */
+/* ---- the CUDA runtime: device memory is host memory, all work is done at once ---------------- */
 
 enum cudaError_t {
-    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInsufficientDriver = 35,
-    cudaErrorNoDevice = 100, cudaErrorInvalidDevice = 101, cudaErrorInvalidResourceHandle = 400, cudaErrorNotReady = 600,
-    cudaErrorIllegalAddress = 700, cudaErrorCapturedEvent = 907,
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorInsufficientDriver = 35,
+    cudaErrorNoDevice = 100,
+    cudaErrorInvalidDevice = 101,
+    cudaErrorInvalidResourceHandle = 400,
+    cudaErrorNotReady = 600,
+    cudaErrorIllegalAddress = 700,
+    cudaErrorCapturedEvent = 907,
 };
 enum cudaMemcpyKind {
-    cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault,
+    cudaMemcpyHostToHost,
+    cudaMemcpyHostToDevice,
+    cudaMemcpyDeviceToHost,
+    cudaMemcpyDeviceToDevice,
+    cudaMemcpyDefault,
 };
 enum cudaDeviceAttr {
-    cudaDevAttrMaxThreadsPerBlock = 1, cudaDevAttrMaxSharedMemoryPerBlock = 8, cudaDevAttrWarpSize = 10, cudaDevAttrClockRate = 13,
-    cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMemoryClockRate = 36, cudaDevAttrL2CacheSize = 38,
-    cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76,
-    cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+    cudaDevAttrMaxThreadsPerBlock = 1,
+    cudaDevAttrMaxSharedMemoryPerBlock = 8,
+    cudaDevAttrWarpSize = 10,
+    cudaDevAttrClockRate = 13,
+    cudaDevAttrMultiProcessorCount = 16,
+    cudaDevAttrMemoryClockRate = 36,
+    cudaDevAttrL2CacheSize = 38,
+    cudaDevAttrComputeCapabilityMajor = 75,
+    cudaDevAttrComputeCapabilityMinor = 76,
+    cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
-enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice, cudaMemoryTypeManaged };
-struct cudaPointerAttributes { cudaMemoryType type; int device; void *devicePointer, *hostPointer; };
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+    cudaFuncAttributePreferredSharedMemoryCarveout = 9
+};
+enum cudaMemoryType {
+    cudaMemoryTypeUnregistered,
+    cudaMemoryTypeHost,
+    cudaMemoryTypeDevice,
+    cudaMemoryTypeManaged
+};
+struct cudaPointerAttributes {
+    cudaMemoryType type;
+    int device;
+    void *devicePointer, *hostPointer;
+};
 struct cudaDeviceProp {
     char name[256];
     size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin;
@@ -241,7 +338,11 @@ typedef struct EmulatedEvent *cudaEvent_t;
 enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1 };
 enum { cudaEventDefault = 0, cudaEventDisableTiming = 2 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
+enum cudaStreamCaptureMode {
+    cudaStreamCaptureModeGlobal,
+    cudaStreamCaptureModeThreadLocal,
+    cudaStreamCaptureModeRelaxed
+};
 enum { cudaHostAllocDefault = 0, cudaHostAllocPortable = 1 };
 #define cudaStreamLegacy ((cudaStream_t)0x1)
 #define cudaStreamPerThread ((cudaStream_t)0x2)
@@ -261,10 +362,12 @@ cudaError_t cudaMallocHost(void **p, size_t bytes);
 cudaError_t cudaHostAlloc(void **p, size_t bytes, unsigned flags);
 cudaError_t cudaFreeHost(void *p);
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind);
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream = 0);
-cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height,
-                              cudaMemcpyKind kind, cudaStream_t stream = 0);
-cudaError_t cudaMemcpyPeerAsync(void *to, int to_device, const void *from, int from_device, size_t bytes, cudaStream_t stream = 0);
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream = 0);
+cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
+                              size_t height, cudaMemcpyKind kind, cudaStream_t stream = 0);
+cudaError_t cudaMemcpyPeerAsync(void *to, int to_device, const void *from, int from_device, size_t bytes,
+                                cudaStream_t stream = 0);
 cudaError_t cudaMemset(void *p, int value, size_t bytes);
 cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream = 0);
 cudaError_t cudaMemGetInfo(size_t *free, size_t *total);
@@ -276,7 +379,8 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaStreamQuery(cudaStream_t stream);
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags = 0);
 cudaError_t cudaStreamGetDevice(cudaStream_t stream, int *device);
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus *status, unsigned long long *number);
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus *status,
+                                     unsigned long long *number);
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *mode);
 cudaError_t cudaEventCreate(cudaEvent_t *event);
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags);
@@ -289,8 +393,10 @@ cudaError_t cudaGetLastError();
 cudaError_t cudaPeekAtLastError();
 const char *cudaGetErrorString(cudaError_t error);
 const char *cudaGetErrorName(cudaError_t error);
-template<class T> cudaError_t cudaMalloc(T **p, size_t bytes) { return cudaMalloc((void **)p, bytes); }
-template<class T> cudaError_t cudaMallocHost(T **p, size_t bytes) { return cudaMallocHost((void **)p, bytes); }
-template<class F> cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int) { return cudaSuccess; }
+template <class T> cudaError_t cudaMalloc(T **p, size_t bytes) { return cudaMalloc((void **)p, bytes); }
+template <class T> cudaError_t cudaMallocHost(T **p, size_t bytes) {
+    return cudaMallocHost((void **)p, bytes);
+}
+template <class F> cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int) { return cudaSuccess; }
 
 #endif

@@ -1,5 +1,6 @@
-/* test_emulation.cu --- the emulation itself: small kernels whose answers are known, and kernels that are wrong, each of which
- * must be found out. Prints a line for each test; the exit code is the number of those that failed. */
+/* test_emulation.cu --- the emulation itself: small kernels whose answers are known, and kernels that are
+ * wrong, each of which must be found out. Prints a line for each test; the exit code is the number of those
+ * that failed. */
 #include "common.cuh"
 
 #include <stdarg.h>
@@ -23,7 +24,7 @@ static const CudaCall *call = &a_call;
 static int failures;
 
 /* Runs test() in every order and says whether it held in each. */
-template<class F> static void check(const char *name, F test) {
+template <class F> static void check(const char *name, F test) {
     for (const char *order : orders) {
         set_order(order);
         message[0] = 0;
@@ -34,7 +35,7 @@ template<class F> static void check(const char *name, F test) {
 }
 static bool said(int status, const char *words) { return status == -1 && strstr(message, words); }
 
-/* ---- right kernels ------------------------------------------------------------------------------------------------- */
+/* ---- right kernels --------------------------------------------------------------------------- */
 
 __global__ void sum_kernel(float *out, const float *x, int n) {
     __shared__ float shared[32];
@@ -49,7 +50,8 @@ static bool block_sums() {
     double want[BLOCKS] = {};
     for (int i = 0; i < BLOCKS * N; i++) want[i / N] += x[i] = (float)(i % 17 - 5);
     if (launch(call, sum_kernel, BLOCKS, THREADS, 0, out, x, N)) return false;
-    for (int i = 0; i < BLOCKS * THREADS; i++) if (out[i] != (float)want[i / THREADS]) return false;
+    for (int i = 0; i < BLOCKS * THREADS; i++)
+        if (out[i] != (float)want[i / THREADS]) return false;
     return true;
 }
 
@@ -68,12 +70,15 @@ static bool transposes() {
     enum { N = 70 };
     static float x[N * N], out[N * N];
     for (int i = 0; i < N * N; i++) x[i] = (float)(i + 1);
-    for (int block = 0; block < 2; block++) if (launch(call, transpose_kernel, 2, N, N * N * sizeof(float), out, x, (int)N)) return false;
-    for (int i = 0; i < N * N; i++) if (out[i] != x[i % N * N + i / N]) return false;
+    for (int block = 0; block < 2; block++)
+        if (launch(call, transpose_kernel, 2, N, N * N * sizeof(float), out, x, (int)N)) return false;
+    for (int i = 0; i < N * N; i++)
+        if (out[i] != x[i % N * N + i / N]) return false;
     return true;
 }
 
-/* Every shuffle and vote of a warp of which 20 lanes are there, in groups of 8; threads that have left a barrier behind. */
+/* Every shuffle and vote of a warp of which 20 lanes are there, in groups of 8; threads that have left a
+ * barrier behind. */
 __global__ void warp_kernel(int *out) {
     int lane = threadIdx.x % 32;
     unsigned half = lane < 16 ? 0x0000ffffu : 0xffff0000u;
@@ -87,7 +92,7 @@ __global__ void warp_kernel(int *out) {
     mine[1] = __shfl_sync(all, lane * 10, 5, 8);
     mine[2] = __shfl_down_sync(all, lane * 10, 3u, 8);
     mine[3] = __shfl_up_sync(all, lane * 10, 3u, 8);
-    mine[4] = (int)__ballot_sync(0xffffffffu, lane % 3 == 0);          /* lanes that have left are not waited for */
+    mine[4] = (int)__ballot_sync(0xffffffffu, lane % 3 == 0); /* lanes that have left are not waited for */
     mine[5] = __any_sync(all, lane == 7) + 2 * __any_sync(all, lane == 25);
     mine[6] = __all_sync(all, lane < 20) + 2 * __all_sync(all, lane < 19);
     mine[7] = (int)(__shfl_sync(all, (int64_t)lane << 40, 9) >> 40);
@@ -105,36 +110,43 @@ static bool warps() {
         if (lane >= 20) continue;
         int first = lane / 8 * 8, partner = lane % 2 ? lane ^ 2 : lane ^ 4;
         int up = lane - 3 >= first ? lane - 3 : lane, down = lane + 3 < first + 8 ? lane + 3 : lane;
-        bool good = mine[0] == (lane < 16 ? 120 : 376) && mine[2] == (down < 20 ? down * 10 : -1) && mine[3] == up * 10;
-        good = good && mine[1] == (first + 5 < 20 ? (first + 5) * 10 : -1) && mine[4] == (0x49249 & 0xfffff) && mine[5] == 1;
-        good = good && mine[6] == 1 && mine[7] == 9 && mine[8] == (partner >= 20 ? -1 : lane % 2 ? partner : -partner);
-        if (!good) return fail("lane %d: %d %d %d %d %x %d %d %d %d", lane, mine[0], mine[1], mine[2], mine[3], (unsigned)mine[4],
-                               mine[5], mine[6], mine[7], mine[8]), false;
+        bool good = mine[0] == (lane < 16 ? 120 : 376) && mine[2] == (down < 20 ? down * 10 : -1) &&
+                    mine[3] == up * 10;
+        good = good && mine[1] == (first + 5 < 20 ? (first + 5) * 10 : -1) &&
+               mine[4] == (0x49249 & 0xfffff) && mine[5] == 1;
+        good = good && mine[6] == 1 && mine[7] == 9 &&
+               mine[8] == (partner >= 20 ? -1
+                           : lane % 2    ? partner
+                                         : -partner);
+        if (!good)
+            return fail("lane %d: %d %d %d %d %x %d %d %d %d", lane, mine[0], mine[1], mine[2], mine[3],
+                        (unsigned)mine[4], mine[5], mine[6], mine[7], mine[8]),
+                   false;
     }
     return true;
 }
 
-/* c[16,8] = a[16,16] b[16,8] by the path of a real kernel: cp.async to shared memory, ldmatrix, mma. `a` [row][k], `b` as [k][n]
- * by the transposing load (columns of k), or as [n][k] by the plain one. */
-template<class T, bool TRANS> __global__ void mma_kernel(float *c, const T *a, const T *b) {
+/* c[16,8] = a[16,16] b[16,8] by the path of a real kernel: cp.async to shared memory, ldmatrix, mma. `a`
+ * [row][k], `b` as [k][n] by the transposing load (columns of k), or as [n][k] by the plain one. */
+template <class T, bool TRANS> __global__ void mma_kernel(float *c, const T *a, const T *b) {
     __shared__ __align__(128) T sa[16 * 16], sb[16 * 16];
     int lane = threadIdx.x;
     cp_async_16(sa + lane * 8, a + lane * 8, true);
-    cp_async_16(sb + lane * 8, b + lane * 8, lane < 16);               /* 16 rows of 8; zeros after them */
+    cp_async_16(sb + lane * 8, b + lane * 8, lane < 16); /* 16 rows of 8; zeros after them */
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
     unsigned fa[4], fb[4], half[2];
-    float d[4] = {1, 1, 1, 1};
-    ldmatrix_x4(fa, sa + lane % 16 * 16 + lane / 16 * 8);              /* rows 0-7, 8-15 of k 0-7, then of k 8-15 */
-    if (TRANS) ldmatrix_x4_trans(fb, sb + lane % 16 * 8);              /* b is 16 rows (k) of 8 */
-    else ldmatrix_x4(fb, sb + lane % 8 * 16 + lane / 8 % 2 * 8);       /* b is 8 rows (n) of 16 */
+    float d[4] = { 1, 1, 1, 1 };
+    ldmatrix_x4(fa, sa + lane % 16 * 16 + lane / 16 * 8);        /* rows 0-7, 8-15 of k 0-7, then of k 8-15 */
+    if (TRANS) ldmatrix_x4_trans(fb, sb + lane % 16 * 8);        /* b is 16 rows (k) of 8 */
+    else ldmatrix_x4(fb, sb + lane % 8 * 16 + lane / 8 % 2 * 8); /* b is 8 rows (n) of 16 */
     half[0] = fb[0], half[1] = fb[1];
     mma_16816<T>(d, fa, half);
     int g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; i++) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
 }
-template<class T, bool TRANS> static bool products() {
+template <class T, bool TRANS> static bool products() {
     alignas(16) T a[256], b[128];
     float c[128];
     for (int i = 0; i < 256; i++) a[i] = from_float<T>((float)((i * 7) % 11 - 5) / 4);
@@ -143,13 +155,16 @@ template<class T, bool TRANS> static bool products() {
     for (int m = 0; m < 16; m++)
         for (int n = 0; n < 8; n++) {
             float want = 1;
-            for (int k = 0; k < 16; k++) want += to_float(a[m * 16 + k]) * to_float(b[TRANS ? k * 8 + n : n * 16 + k]);
-            if (c[m * 8 + n] != want) return fail("c[%d,%d] = %g, wanted %g", m, n, c[m * 8 + n], want), false;
+            for (int k = 0; k < 16; k++)
+                want += to_float(a[m * 16 + k]) * to_float(b[TRANS ? k * 8 + n : n * 16 + k]);
+            if (c[m * 8 + n] != want)
+                return fail("c[%d,%d] = %g, wanted %g", m, n, c[m * 8 + n], want), false;
         }
     return true;
 }
 
-/* The PTX manual's table for ldmatrix: thread 4 g + t, register i: elements 2t, 2t+1 of row g of matrix i; .trans of column g. */
+/* The PTX manual's table for ldmatrix: thread 4 g + t, register i: elements 2t, 2t+1 of row g of matrix i;
+ * .trans of column g. */
 __global__ void ldmatrix_kernel(unsigned *out, const uint16_t *x, bool transposed) {
     __shared__ __align__(16) uint16_t rows[32 * 8];
     int lane = threadIdx.x;
@@ -163,12 +178,14 @@ __global__ void ldmatrix_kernel(unsigned *out, const uint16_t *x, bool transpose
 static bool ldmatrix_layout() {
     uint16_t x[256];
     unsigned out[128];
-    for (int i = 0; i < 256; i++) x[i] = (uint16_t)(i / 64 * 1000 + i / 8 % 8 * 10 + i % 8);   /* matrix, row, column */
+    for (int i = 0; i < 256; i++)
+        x[i] = (uint16_t)(i / 64 * 1000 + i / 8 % 8 * 10 + i % 8); /* matrix, row, column */
     for (int transposed = 0; transposed < 2; transposed++) {
         if (launch(call, ldmatrix_kernel, 1, 32, 0, out, x, transposed != 0)) return false;
         for (int lane = 0; lane < 32; lane++)
             for (int i = 0; i < 4; i++) {
-                unsigned g = lane / 4, t = lane % 4, low = i * 1000 + (transposed ? 2 * t * 10 + g : g * 10 + 2 * t);
+                unsigned g = lane / 4, t = lane % 4,
+                         low = i * 1000 + (transposed ? 2 * t * 10 + g : g * 10 + 2 * t);
                 if (out[lane * 4 + i] != (low | (low + (transposed ? 10 : 1)) << 16)) return false;
             }
     }
@@ -178,14 +195,16 @@ static bool ldmatrix_layout() {
 /* Every 16-bit value survives the way through float32; ties go to even; the ends. */
 static bool roundings() {
     for (unsigned bits = 0; bits < 1 << 16; bits++) {
-        f16 h = {(uint16_t)bits};
-        bf16 b = {(uint16_t)bits};
+        f16 h = { (uint16_t)bits };
+        bf16 b = { (uint16_t)bits };
         bool nan_h = (bits & 0x7fff) > 0x7c00, nan_b = (bits & 0x7fff) > 0x7f80;
-        if (nan_h ? !isnan(to_float(h)) : from_float<f16>(to_float(h)).bits != bits) return fail("half %04x", bits), false;
-        if (nan_b ? !isnan(to_float(b)) : from_float<bf16>(to_float(b)).bits != bits) return fail("bfloat16 %04x", bits), false;
+        if (nan_h ? !isnan(to_float(h)) : from_float<f16>(to_float(h)).bits != bits)
+            return fail("half %04x", bits), false;
+        if (nan_b ? !isnan(to_float(b)) : from_float<bf16>(to_float(b)).bits != bits)
+            return fail("bfloat16 %04x", bits), false;
         if (nan_h || nan_b || (bits & 0x7fff) >= 0x7bff) continue;
-        for (int i = -1; i < 2; i++) {                                 /* around the middle of two neighbours */
-            float low = to_float(h), high = to_float(f16{(uint16_t)(bits + 1)}), middle = (low + high) / 2;
+        for (int i = -1; i < 2; i++) { /* around the middle of two neighbours */
+            float low = to_float(h), high = to_float(f16{ (uint16_t)(bits + 1) }), middle = (low + high) / 2;
             float x = i ? nextafterf(middle, i < 0 ? low : high) : middle;
             unsigned want = i < 0 ? bits : i > 0 ? bits + 1 : bits + (bits & 1);
             if (from_float<f16>(x).bits != want) return fail("%a to half", x), false;
@@ -194,8 +213,9 @@ static bool roundings() {
             if (from_float<bf16>(x).bits != want) return fail("%a to bfloat16", x), false;
         }
     }
-    return pack<bf16>(1, -2) == 0xc0003f80 && pack<f16>(1, -2) == 0xc0003c00 && from_float<f16>(65519.0f).bits == 0x7bff &&
-           from_float<f16>(65520.0f).bits == 0x7c00 && isnan(to_float(from_float<f16>(NAN))) && isnan(to_float(from_float<bf16>(NAN))) &&
+    return pack<bf16>(1, -2) == 0xc0003f80 && pack<f16>(1, -2) == 0xc0003c00 &&
+           from_float<f16>(65519.0f).bits == 0x7bff && from_float<f16>(65520.0f).bits == 0x7c00 &&
+           isnan(to_float(from_float<f16>(NAN))) && isnan(to_float(from_float<bf16>(NAN))) &&
            exp2_fast(-INFINITY) == 0 && exp2_fast(3) == 8;
 }
 
@@ -206,11 +226,12 @@ static bool every_block_once() {
     static int seen[7 * 5 * 3 * 33];
     memset(seen, 0, sizeof seen);
     if (launch(call, indices_kernel, dim3(7, 5, 3), 33, 0, seen)) return false;
-    for (int n : seen) if (n != 1) return false;
+    for (int n : seen)
+        if (n != 1) return false;
     return !launch(call, indices_kernel, dim3(7, 0, 3), 33, 0, seen);
 }
 
-/* ---- wrong kernels ------------------------------------------------------------------------------------------------- */
+/* ---- wrong kernels --------------------------------------------------------------------------- */
 
 /* Without its __syncthreads: reads what a thread of another warp may not have written. */
 __global__ void race_kernel(float *out) {
@@ -262,13 +283,28 @@ static bool a_missing_wait_shows() {
     alignas(16) float in[128], out[64];
     for (int i = 0; i < 128; i++) in[i] = (float)i;
     if (launch(call, no_wait_kernel, 1, 32, 0, out, in, true)) return false;
-    for (int i = 0; i < 32; i++) if (out[i] != (float)(4 * i) || !isnan(out[32 + i])) return false;
+    for (int i = 0; i < 32; i++)
+        if (out[i] != (float)(4 * i) || !isnan(out[32 + i])) return false;
     if (launch(call, no_wait_kernel, 1, 32, 0, out, in, false)) return false;
-    for (float x : out) if (!isnan(x)) return false;
+    for (float x : out)
+        if (!isnan(x)) return false;
     return true;
 }
 
-enum Wrong { DEADLOCK, TWO_BARRIERS, NOT_IN_MASK, LANES_MISSING, MISALIGNED_ROW, MISALIGNED_COPY, MISALIGNED_VECTOR, OUTSIDE, OVERFLOW_SHARED, ILLEGAL, STACK, OUTSIDE_MEMORY };
+enum Wrong {
+    DEADLOCK,
+    TWO_BARRIERS,
+    NOT_IN_MASK,
+    LANES_MISSING,
+    MISALIGNED_ROW,
+    MISALIGNED_COPY,
+    MISALIGNED_VECTOR,
+    OUTSIDE,
+    OVERFLOW_SHARED,
+    ILLEGAL,
+    STACK,
+    OUTSIDE_MEMORY
+};
 static void deep(int n) {
     volatile char much[4096];
     much[n % 4096] = 1;
@@ -278,8 +314,8 @@ static void deep(int n) {
 __global__ void wrong_kernel(Wrong what, float *global) {
     __shared__ __align__(16) float x[64];
     DYNAMIC_SHARED(float, dynamic);
-    unsigned r[4], b[2] = {0, 0};
-    float d[4] = {0, 0, 0, 0};
+    unsigned r[4], b[2] = { 0, 0 };
+    float d[4] = { 0, 0, 0, 0 };
     int i = threadIdx.x;
     switch (what) {
         case DEADLOCK:
@@ -288,19 +324,28 @@ __global__ void wrong_kernel(Wrong what, float *global) {
             break;
         case TWO_BARRIERS:
             if (i < 32) __syncthreads();
-            else
-                __syncthreads();
+            else __syncthreads();
             break;
         case NOT_IN_MASK: __syncwarp(0xfu); break;
         case LANES_MISSING:
-            if (i % 32 < 30) { for (unsigned &y : r) y = 0; mma_16816<bf16>(d, r, b); }
+            if (i % 32 < 30) {
+                for (unsigned &y : r) y = 0;
+                mma_16816<bf16>(d, r, b);
+            }
             break;
         case MISALIGNED_ROW: ldmatrix_x4(r, x + i % 8 + 1); break;
         case MISALIGNED_COPY: cp_async_16(x, global + 1, true); break;
-        case MISALIGNED_VECTOR: { float y[4]; load(y, global + 2); x[0] = y[0]; break; }
+        case MISALIGNED_VECTOR: {
+            float y[4];
+            load(y, global + 2);
+            x[0] = y[0];
+            break;
+        }
         case OUTSIDE: x[i + 1] = 1; break;
         case OVERFLOW_SHARED: dynamic[i] = 1; break;
-        case ILLEGAL: if (i == 7) global[(int64_t)1 << 40] = 1; break;
+        case ILLEGAL:
+            if (i == 7) global[(int64_t)1 << 40] = 1;
+            break;
         case OUTSIDE_MEMORY: x[i] = global[i + 1]; break;
         case STACK: deep(1 << 20); break;
     }
@@ -315,7 +360,7 @@ static bool limits() {
            said(launch(call, indices_kernel, 1, 32, 100 << 10, (int *)nullptr), "shared memory");
 }
 
-/* ---- the runtime --------------------------------------------------------------------------------------------------- */
+/* ---- the runtime ----------------------------------------------------------------------------- */
 
 static bool runtime() {
     float *p, *q, back[3];
@@ -324,14 +369,22 @@ static bool runtime() {
     size_t before, free, total;
     setenv("LONGLORA_EMULATION_MEMORY", "1000000", 1);
     bool good = !cudaMemGetInfo(&before, &total) && total == 1000000 && !cudaMalloc(&p, 3 * sizeof(float));
-    good = good && !cudaMemGetInfo(&free, &total) && before - free == 12 && !cudaMemcpy(back, p, 12, cudaMemcpyDeviceToHost);
-    good = good && isnan(back[0]) && isnan(back[2]) && !cudaPointerGetAttributes(&of, p + 1) && of.type == cudaMemoryTypeDevice;
-    good = good && of.device == 0 && !cudaPointerGetAttributes(&of, back) && of.type == cudaMemoryTypeUnregistered;
-    good = good && cudaMalloc(&q, 1000000) == cudaErrorMemoryAllocation && !q && cudaGetLastError() == cudaErrorMemoryAllocation;
-    good = good && !cudaGetLastError() && !strcmp(cudaGetErrorString(cudaErrorMemoryAllocation), "out of memory");
-    good = good && cudaFree(p + 1) == cudaErrorInvalidValue && !cudaFree(p) && cudaFree(p) == cudaErrorInvalidValue;
-    good = good && !cudaMallocHost(&q, 100) && !cudaPointerGetAttributes(&of, q) && of.type == cudaMemoryTypeHost && !cudaFreeHost(q);
-    good = good && !cudaGetDevice(&device) && device == 0 && cudaSetDevice(1) == cudaErrorInvalidDevice && !cudaGetDeviceCount(&count) && count == 1;
+    good = good && !cudaMemGetInfo(&free, &total) && before - free == 12 &&
+           !cudaMemcpy(back, p, 12, cudaMemcpyDeviceToHost);
+    good = good && isnan(back[0]) && isnan(back[2]) && !cudaPointerGetAttributes(&of, p + 1) &&
+           of.type == cudaMemoryTypeDevice;
+    good = good && of.device == 0 && !cudaPointerGetAttributes(&of, back) &&
+           of.type == cudaMemoryTypeUnregistered;
+    good = good && cudaMalloc(&q, 1000000) == cudaErrorMemoryAllocation && !q &&
+           cudaGetLastError() == cudaErrorMemoryAllocation;
+    good = good && !cudaGetLastError() &&
+           !strcmp(cudaGetErrorString(cudaErrorMemoryAllocation), "out of memory");
+    good = good && cudaFree(p + 1) == cudaErrorInvalidValue && !cudaFree(p) &&
+           cudaFree(p) == cudaErrorInvalidValue;
+    good = good && !cudaMallocHost(&q, 100) && !cudaPointerGetAttributes(&of, q) &&
+           of.type == cudaMemoryTypeHost && !cudaFreeHost(q);
+    good = good && !cudaGetDevice(&device) && device == 0 && cudaSetDevice(1) == cudaErrorInvalidDevice &&
+           !cudaGetDeviceCount(&count) && count == 1;
     unsetenv("LONGLORA_EMULATION_MEMORY");
     cudaGetLastError();
     return good;
@@ -342,7 +395,9 @@ __global__ void switch_kernel(float *out, int rounds) {
     for (int i = 0; i < rounds; i++) x = warp_max(x);
     out[threadIdx.x] = x;
 }
-__global__ void barrier_kernel(int rounds) { for (int i = 0; i < rounds; i++) __syncthreads(); }
+__global__ void barrier_kernel(int rounds) {
+    for (int i = 0; i < rounds; i++) __syncthreads();
+}
 static double seconds() {
     timespec t;
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
@@ -376,7 +431,8 @@ int main() {
     check("a stack too deep", [] { return wrong(STACK, "illegal address"); });
     check("memory behind an allocation", [] {
         float *p;
-        bool found = !cudaMalloc(&p, 256) && said(launch(call, wrong_kernel, 1, 64, 252, OUTSIDE_MEMORY, p), "illegal address");
+        bool found = !cudaMalloc(&p, 256) &&
+                     said(launch(call, wrong_kernel, 1, 64, 252, OUTSIDE_MEMORY, p), "illegal address");
         return cudaFree(p) == cudaSuccess && found;
     });
     check("limits", limits);

@@ -1,18 +1,20 @@
 """Perplexity: which targets are scored, and that the numbers are transformers'."""
+
 import json
 import math
 
 import numpy as np
 import pytest
 import tiny
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from longlora import get_num_threads, set_num_threads
 from longlora.data import text as data
-from longlora.evaluation import ppl
-from longlora.training import driver as train
 from longlora.errors import UserError
+from longlora.evaluation import ppl
 from longlora.files.open_model import open_model
+from longlora.training import driver as train
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +29,7 @@ def one_thread():
 @given(count=st.integers(0, 60), length=st.integers(2, 20), stride=st.integers(1, 20))
 @settings(max_examples=300, deadline=None)
 def test_a_sliding_window_scores_every_target_once_with_all_the_context_there_is(count, length, stride):
-    stride = min(stride, length - 1)                   # at stride = length the first target of a window has nothing before it
+    stride = min(stride, length - 1)  # at stride = length the first target of a window has nothing before it
     seen = []
     for first, last, start in ppl.windows(count, length, stride):
         assert first < start <= last <= min(first + length, count)
@@ -47,6 +49,7 @@ def losses_of(base, config=None):
     """Per-token losses of transformers on ids: [N - 1] float64."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+
     config = config and AutoConfig.from_pretrained(config)
     model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float32).eval()
 
@@ -54,11 +57,13 @@ def losses_of(base, config=None):
         with torch.no_grad():
             logits = model(torch.tensor(ids)[None]).logits[0, :-1].double()
         return torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none").numpy()
+
     return losses
 
 
 def ids_of(path):
     from transformers import AutoTokenizer
+
     return lambda text: AutoTokenizer.from_pretrained(path)(text).input_ids
 
 
@@ -67,7 +72,7 @@ def test_perplexity_is_transformers(tmp_path):
     ids, losses = ids_of(base)(path.read_text()), losses_of(base)
     found = ppl.run(str(base), str(path), [16, 64], bins=4)["results"]
     for result, length in zip(found, (16, 64)):
-        parts = [losses(ids[i:i + length]) for i in range(0, len(ids) - 1, length)]
+        parts = [losses(ids[i : i + length]) for i in range(0, len(ids) - 1, length)]
         wanted = np.concatenate(parts)
         assert result["length"] == length and result["tokens"] == len(wanted)
         assert result["loss"] == pytest.approx(wanted.mean(), rel=1e-5)
@@ -75,8 +80,10 @@ def test_perplexity_is_transformers(tmp_path):
         bins = result["by_position"]
         assert [b["first"] for b in bins] == [length * i // 4 for i in range(4)]
         # the loss at position t is that of predicting token t + 1
-        quarter = np.concatenate([part[length // 4:length // 2] for part in parts])
-        assert bins[1]["loss"] == pytest.approx(quarter.mean(), rel=1e-5) and bins[1]["tokens"] == len(quarter)
+        quarter = np.concatenate([part[length // 4 : length // 2] for part in parts])
+        assert bins[1]["loss"] == pytest.approx(quarter.mean(), rel=1e-5) and bins[1]["tokens"] == len(
+            quarter
+        )
         assert sum(b["tokens"] for b in bins) == len(wanted)
 
 
@@ -86,23 +93,34 @@ def test_a_stride_is_the_usual_sliding_window(tmp_path):
     ids, losses, total, count, previous = ids_of(base)(path.read_text()), losses_of(base), 0.0, 0, 0
     for begin in range(0, len(ids), 16):
         end = min(begin + 48, len(ids))
-        part = losses(ids[begin:end])[-(end - previous):]
+        part = losses(ids[begin:end])[-(end - previous) :]
         total, count, previous = total + part.sum(), count + len(part), end
         if end == len(ids):
             break
     (found,) = ppl.run(str(base), str(path), 48, stride=16)["results"]
-    assert found["tokens"] == count == len(ids) - 1 and found["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert found["tokens"] == count == len(ids) - 1 and found["loss"] == pytest.approx(
+        total / count, rel=1e-5
+    )
 
 
 def test_adapter_and_interpolation_are_in_the_number(tmp_path):
     train.train(lambda line: None, **tiny.options(tmp_path, max_steps=8))
-    base, path, out = str(tmp_path / "base"), str(tiny.text(tmp_path / "held.txt", 200, seed=3)), str(tmp_path / "out")
-    before, linear, ntk, after = (ppl.run(base, path, 128, **how)["results"][0]["loss"] for how in (
-        {}, dict(rope_type="linear"), dict(rope_type="ntk", target_length=256), dict(adapter=out)))
+    base, path, out = (
+        str(tmp_path / "base"),
+        str(tiny.text(tmp_path / "held.txt", 200, seed=3)),
+        str(tmp_path / "out"),
+    )
+    before, linear, ntk, after = (
+        ppl.run(base, path, 128, **how)["results"][0]["loss"]
+        for how in ({}, dict(rope_type="linear"), dict(rope_type="ntk", target_length=256), dict(adapter=out))
+    )
     assert after < min(before, linear) and len({before, linear, ntk}) == 3
-    ids, losses = ids_of(tmp_path / "base")((tmp_path / "held.txt").read_text()), losses_of(tmp_path / "base", out)
-    wanted = np.concatenate([losses(ids[i:i + 128]) for i in range(0, len(ids) - 1, 128)])
-    assert linear == pytest.approx(wanted.mean(), rel=1e-5)          # the saved config carries the rope
+    ids, losses = (
+        ids_of(tmp_path / "base")((tmp_path / "held.txt").read_text()),
+        losses_of(tmp_path / "base", out),
+    )
+    wanted = np.concatenate([losses(ids[i : i + 128]) for i in range(0, len(ids) - 1, 128)])
+    assert linear == pytest.approx(wanted.mean(), rel=1e-5)  # the saved config carries the rope
 
 
 def test_documents_are_windows_of_their_own(tmp_path):
@@ -125,28 +143,39 @@ def test_memory_does_not_grow_with_the_vocabulary(tmp_path):
     """2048 tokens by 65,536 entries are 512 MiB of logits; they may never exist."""
     import subprocess
     import sys
+
     base = tiny.model(tmp_path / "base", vocab_size=65536, max_position_embeddings=2048)
     path = tiny.text(tmp_path / "t.txt", 700)
-    script = ("import resource; from longlora.evaluation import ppl\n"
-              f"made, _ = ppl.open_for_evaluation({str(base)!r})\n"
-              "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-              f"print(ppl.run({str(base)!r}, {str(path)!r}, 2048)['results'][0]['tokens'],"
-              " (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)\n")
+    script = (
+        "import resource; from longlora.evaluation import ppl\n"
+        f"made, _ = ppl.open_for_evaluation({str(base)!r})\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"print(ppl.run({str(base)!r}, {str(path)!r}, 2048)['results'][0]['tokens'],"
+        " (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)\n"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     tokens, growth = map(int, done.stdout.split())
     assert tokens > 2048 and growth < 150, growth
 
 
-@pytest.mark.parametrize("fields, words", [
-    (dict(lengths=1), "lengths should be an integer of at least 2"), (dict(lengths=[]), "lengths should be"),
-    (dict(lengths=[64, "x"]), "lengths should be"), (dict(stride=0), "stride should be"),
-    (dict(stride=65), "stride should be at most the shortest length 64"),
-    (dict(target_length=128), "target_length needs rope_type"),
-    (dict(rope_type="linear", target_length=64), "target length should be above the 64 tokens"),
-    (dict(rope_type="x"), "rope type"),
-    (dict(max_tokens=0), "max_tokens should be"), (dict(adapter="base"), "is not an adapter"),
-    (dict(model="no"), "no such file"),
-    (dict(data="no.txt"), "no such file"), (dict(data="one.txt"), "at least two tokens")])
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(lengths=1), "lengths should be an integer of at least 2"),
+        (dict(lengths=[]), "lengths should be"),
+        (dict(lengths=[64, "x"]), "lengths should be"),
+        (dict(stride=0), "stride should be"),
+        (dict(stride=65), "stride should be at most the shortest length 64"),
+        (dict(target_length=128), "target_length needs rope_type"),
+        (dict(rope_type="linear", target_length=64), "target length should be above the 64 tokens"),
+        (dict(rope_type="x"), "rope type"),
+        (dict(max_tokens=0), "max_tokens should be"),
+        (dict(adapter="base"), "is not an adapter"),
+        (dict(model="no"), "no such file"),
+        (dict(data="no.txt"), "no such file"),
+        (dict(data="one.txt"), "at least two tokens"),
+    ],
+)
 def test_what_is_wrong_is_named(tmp_path, fields, words):
     tiny.model(tmp_path / "base")
     (tmp_path / "one.txt").write_text("a")

@@ -1,20 +1,23 @@
 """Adapters go to PEFT and back with equal logits; merged = adapter; what is wrong with an adapter is named."""
+
 import json
 import os
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
-from longlora.decoder import rope as rope_
-from longlora.files import adapter
-from longlora.tools import inspect
-from longlora.files.adapter import LoraConfig
-from longlora.errors import UserError
-from longlora.files.open_model import open_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from smollm2 import converted, smollm2  # noqa: F401 (fixtures)
 from test_tokenizer import directory, trained
 from test_weights import build
+
+from longlora.decoder import rope as rope_
+from longlora.errors import UserError
+from longlora.files import adapter
+from longlora.files.adapter import LoraConfig
+from longlora.files.open_model import open_model
+from longlora.tools import inspect
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*ensure_weight_tying:UserWarning")
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
@@ -44,7 +47,10 @@ def saved(tmp_path, lora=LoraConfig(), kind="linear", **fields):
 def with_peft(base, path):
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(base, config=AutoConfig.from_pretrained(path), dtype=torch.float32)
+
+    model = AutoModelForCausalLM.from_pretrained(
+        base, config=AutoConfig.from_pretrained(path), dtype=torch.float32
+    )
     return PeftModel.from_pretrained(model, path).eval()
 
 
@@ -57,28 +63,38 @@ def logits(model, count=TARGET):
 def reference(base, path, tensors, lora):
     """The logits that the trained tensors stand for: stock transformers with the weights put in by hand."""
     from transformers import AutoConfig, AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(base, config=AutoConfig.from_pretrained(path), dtype=torch.float64)
+
+    model = AutoModelForCausalLM.from_pretrained(
+        base, config=AutoConfig.from_pretrained(path), dtype=torch.float64
+    )
     state = model.state_dict()
     with torch.no_grad():
         for name, array in tensors.items():
             if name in state:
                 state[name].copy_(torch.from_numpy(array))
             elif ".lora_A." in name:
-                change = tensors[name.replace("lora_A", "lora_B")].astype(np.float64) @ array.astype(np.float64)
+                change = tensors[name.replace("lora_A", "lora_B")].astype(np.float64) @ array.astype(
+                    np.float64
+                )
                 state[name.replace(".lora_A", "")].add_(torch.from_numpy(lora.scale * change))
     return logits(model.eval())
 
 
-@pytest.mark.parametrize("family, lora", [
-    *((family, LoraConfig()) for family in FAMILIES),
-    ("qwen2", LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_rslora=True)),
-    ("llama", LoraConfig(modules_to_save=None)),
-    ("qwen3", LoraConfig(target_modules=("q_proj", "down_proj"), modules_to_save=("norm",))),
-    ("llama", LoraConfig(modules_to_save=("embed_tokens", "lm_head", "norm"))),
-], ids=[*FAMILIES, "all-linear", "lora-only", "norms", "head"])
+@pytest.mark.parametrize(
+    "family, lora",
+    [
+        *((family, LoraConfig()) for family in FAMILIES),
+        ("qwen2", LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_rslora=True)),
+        ("llama", LoraConfig(modules_to_save=None)),
+        ("qwen3", LoraConfig(target_modules=("q_proj", "down_proj"), modules_to_save=("norm",))),
+        ("llama", LoraConfig(modules_to_save=("embed_tokens", "lm_head", "norm"))),
+    ],
+    ids=[*FAMILIES, "all-linear", "lora-only", "norms", "head"],
+)
 @pytest.mark.parametrize("tied", [False, True])
 def test_peft_gives_our_logits_and_so_does_the_merged_model(tmp_path, family, tied, lora):
     from transformers import AutoModelForCausalLM
+
     base, path, tensors = saved(tmp_path, lora, family=family, tie_word_embeddings=tied)
     wanted = reference(base, path, tensors, lora)
     near = dict(rtol=0, atol=2e-4 * np.abs(wanted).max())
@@ -88,7 +104,9 @@ def test_peft_gives_our_logits_and_so_does_the_merged_model(tmp_path, family, ti
     np.testing.assert_allclose(logits(merged), wanted, **near)
     assert merged.config.tie_word_embeddings is tied and merged.config.max_position_embeddings == TARGET
     back, again, raw = adapter.load(path, open_model(base))
-    assert back.scale == lora.scale and raw["max_position_embeddings"] == TARGET and set(again) == set(tensors)
+    assert (
+        back.scale == lora.scale and raw["max_position_embeddings"] == TARGET and set(again) == set(tensors)
+    )
     for name, array in tensors.items():
         np.testing.assert_array_equal(again[name], array)
 
@@ -97,12 +115,19 @@ def test_peft_gives_our_logits_and_so_does_the_merged_model(tmp_path, family, ti
 def test_every_rope_goes_with_the_adapter(tmp_path, kind):
     base, path, tensors = saved(tmp_path, kind=kind)
     adapter.merge(base, path, tmp_path / "merged")
-    assert open_model(tmp_path / "merged").config.rope == rope_.extend(open_model(base).config, kind, TARGET)[0]
+    assert (
+        open_model(tmp_path / "merged").config.rope == rope_.extend(open_model(base).config, kind, TARGET)[0]
+    )
 
 
 def test_files_of_an_adapter(tmp_path):
     base, path, _ = saved(tmp_path)
-    assert sorted(os.listdir(path)) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "config.json"]
+    assert sorted(os.listdir(path)) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "config.json",
+    ]
     text = (path / "adapter_config.json").read_text()
     assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
     found = json.loads(text)
@@ -120,13 +145,26 @@ def test_peft_reads_the_adapter_without_a_warning(tmp_path, recwarn):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("fields", [dict(r=4, lora_alpha=7), dict(r=2, use_rslora=True, target_modules="all-linear"),
-                                    dict(target_modules=["v_proj"], modules_to_save=None)], ids=["a", "b", "c"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(r=4, lora_alpha=7),
+        dict(r=2, use_rslora=True, target_modules="all-linear"),
+        dict(target_modules=["v_proj"], modules_to_save=None),
+    ],
+    ids=["a", "b", "c"],
+)
 def test_an_adapter_that_peft_wrote(tmp_path, tied, fields):
-    from peft import LoraConfig as Theirs, get_peft_model
+    from peft import LoraConfig as Theirs
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
+
     model = build(tmp_path / "base", tie_word_embeddings=tied)
-    fields = {"target_modules": ["q_proj", "o_proj"], "modules_to_save": ["embed_tokens", "input_layernorm", "norm"], **fields}
+    fields = {
+        "target_modules": ["q_proj", "o_proj"],
+        "modules_to_save": ["embed_tokens", "input_layernorm", "norm"],
+        **fields,
+    }
     theirs = get_peft_model(model, Theirs(task_type="CAUSAL_LM", ensure_weight_tying=tied, **fields))
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -141,9 +179,13 @@ def test_an_adapter_that_peft_wrote(tmp_path, tied, fields):
 
 def test_an_untied_adapter_of_a_tied_base_is_refused(tmp_path):
     """PEFT without ensure_weight_tying trains the embedding and leaves the head at the old one: two tensors."""
-    from peft import LoraConfig as Theirs, get_peft_model
-    theirs = get_peft_model(build(tmp_path / "base", tie_word_embeddings=True),
-                            Theirs(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    from peft import LoraConfig as Theirs
+    from peft import get_peft_model
+
+    theirs = get_peft_model(
+        build(tmp_path / "base", tie_word_embeddings=True),
+        Theirs(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+    )
     theirs.save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match="ties its head to the embedding, this adapter does not"):
         adapter.load(tmp_path / "adapter", open_model(tmp_path / "base"))
@@ -159,13 +201,16 @@ def test_merged_is_rounded_once_to_the_dtype_of_the_base(tmp_path, dtype):
     a, b = (tensors[name.replace("weight", f"lora_{side}.weight")] for side in "AB")
     exact = before.read(name) + 2 * (b @ a)
     assert after.dtype(name) == dtype
-    np.testing.assert_array_equal(after.read(name), torch.from_numpy(exact).to(getattr(torch, dtype)).float().numpy())
+    np.testing.assert_array_equal(
+        after.read(name), torch.from_numpy(exact).to(getattr(torch, dtype)).float().numpy()
+    )
     name = "model.layers.0.mlp.up_proj.weight"
     np.testing.assert_array_equal(after.read(name), before.read(name))
 
 
 def test_merged_in_shards(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
+
     monkeypatch.setattr(adapter, "SHARD", 3000)
     base, path, tensors = saved(tmp_path)
     (base / "generation_config.json").write_text('{"do_sample": true}')
@@ -183,14 +228,22 @@ def test_merged_in_shards(tmp_path, monkeypatch):
 
 def test_tokenizer_goes_along(tmp_path):
     from transformers import AutoTokenizer
+
     build(tmp_path / "base", vocab_size=512)
-    directory(tmp_path / "base", trained("gpt2"), tokenizer_class="PreTrainedTokenizerFast", eos_token="<|im_end|>")
+    directory(
+        tmp_path / "base", trained("gpt2"), tokenizer_class="PreTrainedTokenizerFast", eos_token="<|im_end|>"
+    )
     build(tmp_path / "base", vocab_size=512)
     base = open_model(tmp_path / "base")
-    adapter.save(tmp_path / "adapter", made(base, LoraConfig()), LoraConfig(), base, extended(base), base.tokenizer())
+    adapter.save(
+        tmp_path / "adapter", made(base, LoraConfig()), LoraConfig(), base, extended(base), base.tokenizer()
+    )
     adapter.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     for path in ("adapter", "merged"):
-        assert AutoTokenizer.from_pretrained(tmp_path / path)("a b").input_ids == base.tokenizer().encode("a b").tolist()
+        assert (
+            AutoTokenizer.from_pretrained(tmp_path / path)("a b").input_ids
+            == base.tokenizer().encode("a b").tolist()
+        )
 
 
 def test_merging_leaves_what_was_there(tmp_path, monkeypatch):
@@ -225,6 +278,7 @@ def test_an_adapter_for_another_base(tmp_path):
 def edit(path, change):
     from safetensors import safe_open
     from safetensors.numpy import load_file, save_file
+
     file = path / "adapter_model.safetensors"
     with safe_open(file, "np") as found:
         metadata = found.metadata()
@@ -236,15 +290,33 @@ def edit(path, change):
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj."
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop(FIRST + "lora_A.weight"), "1 tensors of the adapter are missing: model.layers.0.self_attn.q_proj.lora_A"),
-    (lambda t: t.pop("base_model.model.model.norm.weight"), "1 tensors of the adapter are missing: model.norm.weight"),
-    (lambda t: t.update({FIRST + "lora_magnitude_vector": np.ones(3, np.float32)}), "1 tensors are not of this adapter: .*"),
-    (lambda t: t.update({FIRST + "lora_A.weight": np.ones((8, 15), np.float32)}), "should have shape \\[8, 16\\], got"),
-    (lambda t: t.update({"model.norm.weight": np.ones(16, np.float32)}), "1 tensors lack PEFT's prefix 'base_model.model.'"),
-    (lambda t: t[FIRST + "lora_B.weight"].__setitem__((0, 0), np.nan), "lora_B.weight is not finite"),
-    (lambda t: t.clear(), "tensors of the adapter are missing"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda t: t.pop(FIRST + "lora_A.weight"),
+            "1 tensors of the adapter are missing: model.layers.0.self_attn.q_proj.lora_A",
+        ),
+        (
+            lambda t: t.pop("base_model.model.model.norm.weight"),
+            "1 tensors of the adapter are missing: model.norm.weight",
+        ),
+        (
+            lambda t: t.update({FIRST + "lora_magnitude_vector": np.ones(3, np.float32)}),
+            "1 tensors are not of this adapter: .*",
+        ),
+        (
+            lambda t: t.update({FIRST + "lora_A.weight": np.ones((8, 15), np.float32)}),
+            "should have shape \\[8, 16\\], got",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": np.ones(16, np.float32)}),
+            "1 tensors lack PEFT's prefix 'base_model.model.'",
+        ),
+        (lambda t: t[FIRST + "lora_B.weight"].__setitem__((0, 0), np.nan), "lora_B.weight is not finite"),
+        (lambda t: t.clear(), "tensors of the adapter are missing"),
+    ],
+)
 def test_wrong_adapter_tensors(tmp_path, change, message):
     base, path, _ = saved(tmp_path)
     edit(path, change)
@@ -255,16 +327,22 @@ def test_wrong_adapter_tensors(tmp_path, change, message):
         adapter.load(path)
 
 
-@pytest.mark.parametrize("fields, message", [
-    ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported; supported is LORA"),
-    ({"use_dora": True}, "use_dora True is not supported"), ({"bias": "all"}, "bias 'all' is not supported"),
-    ({"rank_pattern": {"q_proj": 4}}, "rank_pattern .* is not supported"), ({"r": 0}, "r should be an integer above 0, got 0"),
-    ({"r": "8"}, "r should be an integer above 0, got '8'"), ({"lora_alpha": -1}, "lora_alpha should be a number above 0"),
-    ({"target_modules": "q_.*"}, "target_modules should be a list of q_proj"),
-    ({"target_modules": ["c_attn"]}, "target_modules should be a list of q_proj"),
-    ({"target_modules": 3}, "target_modules should be"),
-    ({"modules_to_save": ["score"]}, "modules_to_save should be a list of embed_tokens"),
-])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported; supported is LORA"),
+        ({"use_dora": True}, "use_dora True is not supported"),
+        ({"bias": "all"}, "bias 'all' is not supported"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern .* is not supported"),
+        ({"r": 0}, "r should be an integer above 0, got 0"),
+        ({"r": "8"}, "r should be an integer above 0, got '8'"),
+        ({"lora_alpha": -1}, "lora_alpha should be a number above 0"),
+        ({"target_modules": "q_.*"}, "target_modules should be a list of q_proj"),
+        ({"target_modules": ["c_attn"]}, "target_modules should be a list of q_proj"),
+        ({"target_modules": 3}, "target_modules should be"),
+        ({"modules_to_save": ["score"]}, "modules_to_save should be a list of embed_tokens"),
+    ],
+)
 def test_wrong_adapter_config(tmp_path, fields, message):
     base, path, _ = saved(tmp_path)
     file = path / "adapter_config.json"
@@ -273,10 +351,29 @@ def test_wrong_adapter_config(tmp_path, fields, message):
         adapter.load(path, open_model(base))
 
 
-@given(st.dictionaries(st.sampled_from([*adapter.PLAIN, "r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora",
-                                        "peft_type"]),
-                       st.none() | st.booleans() | st.integers() | st.floats() | st.lists(st.integers() | st.text(), max_size=2)
-                       | st.just("LORA") | st.dictionaries(st.text(), st.integers(), max_size=1), max_size=3))
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [
+                *adapter.PLAIN,
+                "r",
+                "lora_alpha",
+                "target_modules",
+                "modules_to_save",
+                "use_rslora",
+                "peft_type",
+            ]
+        ),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats()
+        | st.lists(st.integers() | st.text(), max_size=2)
+        | st.just("LORA")
+        | st.dictionaries(st.text(), st.integers(), max_size=1),
+        max_size=3,
+    )
+)
 @settings(max_examples=200, deadline=None)
 def test_whatever_an_adapter_config_says_is_read_or_refused_in_one_line(tmp_path_factory, fields):
     path = tmp_path_factory.getbasetemp() / "adapter_config.json"
@@ -316,7 +413,9 @@ def test_inspect(tmp_path):
     base, path, tensors = saved(tmp_path, tie_word_embeddings=True)
     found = inspect.describe(base)
     assert (found["kind"], found["format"], found["rope"]) == ("model", "huggingface", "default, theta 10000")
-    assert found["parameters"] == sum(p.numel() for p in build(tmp_path / "again", tie_word_embeddings=True).parameters())
+    assert found["parameters"] == sum(
+        p.numel() for p in build(tmp_path / "again", tie_word_embeddings=True).parameters()
+    )
     found = inspect.describe(path)
     assert found["kind"] == "adapter" and found["base"] == str(base)
     assert found["rope"] == "linear, theta 10000, factor 4, pretrained at 64" and found["positions"] == TARGET
@@ -331,6 +430,7 @@ def test_smollm2_merged_from_gguf(smollm2, converted, tmp_path):  # noqa: F811
     """Adapter on a quantised, permuted, tied base: PEFT on transformers' own GGUF loading = our merged directory."""
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     base, lora = open_model(smollm2), LoraConfig(modules_to_save=("input_layernorm", "norm"))
     rng = np.random.default_rng(0)
     tensors = {}
@@ -347,4 +447,7 @@ def test_smollm2_merged_from_gguf(smollm2, converted, tmp_path):  # noqa: F811
     assert config.rope_parameters["factor"] == 2 and merged.config.rope_parameters["factor"] == 2
     one, two = logits(theirs, 30), logits(merged, 30)
     np.testing.assert_allclose(two, one, rtol=0, atol=1e-4 * np.abs(one).max())
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("a b").input_ids == base.tokenizer().encode("a b").tolist()
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "merged")("a b").input_ids
+        == base.tokenizer().encode("a b").tolist()
+    )

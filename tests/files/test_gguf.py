@@ -1,4 +1,5 @@
 """GGUF files: the weights are transformers', bit by bit; metadata becomes the right config; a damaged file is one line."""
+
 import mmap
 import os
 import subprocess
@@ -8,23 +9,38 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
-from longlora.errors import UserError
-from longlora.files.gguf import Gguf
-from longlora.decoder.rope import Rope
-from longlora.files.open_model import open_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from smollm2 import converted, smollm2  # noqa: F401 (fixtures)
 from test_weights import build
 
-LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-         "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-         "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
-         "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+from longlora.decoder.rope import Rope
+from longlora.errors import UserError
+from longlora.files.gguf import Gguf
+from longlora.files.open_model import open_model
+
+LAYER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
 def permute(weights, heads):
     """llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute."""
-    return weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)
+    return (
+        weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weights.shape)
+    )
 
 
 def write(path, model, kind="F32", vocab=True, extra=None, **keys):
@@ -43,24 +59,36 @@ def write(path, model, kind="F32", vocab=True, extra=None, **keys):
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     for key, value in keys.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+        }[type(value)]
         add(f"{arch}.{key.replace('__', '.')}", value)
     if vocab:
         writer.add_tokenizer_model("gpt2")
         writer.add_token_list([f"<{index}>" for index in range(config.vocab_size)])
     state = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
     names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-    names |= {f"blk.{i}.{ours}": f"model.layers.{i}.{theirs}" for i in range(config.num_hidden_layers)
-              for ours, theirs in LAYER.items()}
+    names |= {
+        f"blk.{i}.{ours}": f"model.layers.{i}.{theirs}"
+        for i in range(config.num_hidden_layers)
+        for ours, theirs in LAYER.items()
+    }
     for ours, theirs in names.items():
         for suffix in ("weight", "bias"):
             array = state.get(f"{theirs}.{suffix}")
             if array is None or ours == "output" and config.tie_word_embeddings:
                 continue
             if arch == "llama" and theirs.endswith(("q_proj", "k_proj")):
-                array = permute(array, config.num_attention_heads if "q_proj" in theirs else config.num_key_value_heads)
+                array = permute(
+                    array, config.num_attention_heads if "q_proj" in theirs else config.num_key_value_heads
+                )
             type_ = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
-            writer.add_tensor(f"{ours}.{suffix}", gguf.quants.quantize(np.ascontiguousarray(array), type_), raw_dtype=type_)
+            writer.add_tensor(
+                f"{ours}.{suffix}", gguf.quants.quantize(np.ascontiguousarray(array), type_), raw_dtype=type_
+            )
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -74,14 +102,25 @@ def tiny(path, family="llama", **fields):
     return build(path, family, **{"hidden_size": 32, "intermediate_size": 64, **fields})
 
 
-@pytest.mark.parametrize("family, fields", [("llama", {}), ("llama", dict(attention_bias=True)), ("mistral", {}), ("qwen2", {}),
-                                            ("qwen3", {}), ("llama", dict(tie_word_embeddings=True))])
+@pytest.mark.parametrize(
+    "family, fields",
+    [
+        ("llama", {}),
+        ("llama", dict(attention_bias=True)),
+        ("mistral", {}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("llama", dict(tie_word_embeddings=True)),
+    ],
+)
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
 def test_every_family_and_storage(tmp_path, family, fields, kind):
     model = tiny(tmp_path / "hf", family, **fields)
     ours, state = write(tmp_path / "m.gguf", model, kind), model.state_dict()
     assert ours.kind == "gguf"
-    assert set(ours.names()) == set(state) - ({"lm_head.weight"} if fields.get("tie_word_embeddings") else set())
+    assert set(ours.names()) == set(state) - (
+        {"lm_head.weight"} if fields.get("tie_word_embeddings") else set()
+    )
     for name in ours.names():
         wanted, got = state[name].numpy(), ours.read(name)
         if kind == "F32" or wanted.ndim == 1:
@@ -92,9 +131,21 @@ def test_every_family_and_storage(tmp_path, family, fields, kind):
         assert ours.dtype(name) == stored.get(kind, "float32")
     config = open_model(tmp_path / "hf").config
     assert {"mistral": "llama"}.get(config.family, config.family) == ours.config.family
-    assert (config.rope, config.qkv_bias, config.o_bias, config.qk_norm, config.tie_word_embeddings, config.rms_norm_eps) == (
-        ours.config.rope, ours.config.qkv_bias, ours.config.o_bias, ours.config.qk_norm, ours.config.tie_word_embeddings,
-        ours.config.rms_norm_eps)
+    assert (
+        config.rope,
+        config.qkv_bias,
+        config.o_bias,
+        config.qk_norm,
+        config.tie_word_embeddings,
+        config.rms_norm_eps,
+    ) == (
+        ours.config.rope,
+        ours.config.qkv_bias,
+        ours.config.o_bias,
+        ours.config.qk_norm,
+        ours.config.tie_word_embeddings,
+        ours.config.rms_norm_eps,
+    )
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
@@ -108,15 +159,27 @@ def test_reading_in_pieces_is_reading_whole(tmp_path, kind, monkeypatch):
 
 def test_smollm2_weights_are_those_of_transformers(smollm2, converted):  # noqa: F811
     from transformers import AutoModelForCausalLM
+
     theirs = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
     ours, state = open_model(smollm2), theirs.state_dict()
     assert len(ours.names()) == 272
     for name in ours.names():
         np.testing.assert_array_equal(ours.read(name), state[name].numpy(), err_msg=name)
     config = ours.config
-    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, config.hidden_size,
-            config.intermediate_size, config.vocab_size, config.head_dim) == (30, 9, 3, 576, 1536, 49152, 64)
-    assert config.rope == Rope("default", 100000.0, 8192) and config.tie_word_embeddings and config.rms_norm_eps == 1e-5
+    assert (
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.hidden_size,
+        config.intermediate_size,
+        config.vocab_size,
+        config.head_dim,
+    ) == (30, 9, 3, 576, 1536, 49152, 64)
+    assert (
+        config.rope == Rope("default", 100000.0, 8192)
+        and config.tie_word_embeddings
+        and config.rms_norm_eps == 1e-5
+    )
 
 
 def test_loading_needs_little_more_than_the_weights(smollm2):  # noqa: F811
@@ -165,15 +228,20 @@ def test_loading_is_quick(smollm2):  # noqa: F811
     done = subprocess.run([sys.executable, "-c", script, str(smollm2)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     seconds, faults = map(float, done.stdout.split())
-    assert seconds < 2.5 and faults < 40_000           # 0.6 and 2,000 here; the file itself has 24,000 pages
+    assert seconds < 2.5 and faults < 40_000  # 0.6 and 2,000 here; the file itself has 24,000 pages
 
 
 def test_linear_and_yarn_metadata(tmp_path):
     model = tiny(tmp_path / "hf")
     config = write(tmp_path / "a.gguf", model, rope__scaling__type="linear", rope__scaling__factor=4.0).config
     assert config.rope == Rope("linear", 10000.0, 64, 4.0)
-    config = write(tmp_path / "b.gguf", model, rope__scaling__type="yarn", rope__scaling__factor=8.0,
-                   rope__scaling__original_context_length=16).config
+    config = write(
+        tmp_path / "b.gguf",
+        model,
+        rope__scaling__type="yarn",
+        rope__scaling__factor=8.0,
+        rope__scaling__original_context_length=16,
+    ).config
     assert config.rope == Rope("yarn", 10000.0, 16, 8.0)
     assert write(tmp_path / "c.gguf", model, rope__scaling__type="none").config.rope.type == "default"
 
@@ -182,6 +250,7 @@ def test_linear_and_yarn_metadata(tmp_path):
 def test_llama3_frequencies_are_found_again(tmp_path, original):
     """llama.cpp writes the divisors of the frequencies, as its converter computes them from the config."""
     from longlora.decoder.rope import inverse_frequencies
+
     model = tiny(tmp_path / "hf", head_dim=64)
     rope = Rope("llama3", 10000.0, original, 8.0, low_freq_factor=1.0, high_freq_factor=4.0)
     factors = inverse_frequencies(Rope("default", 10000.0, 1), 64)[0] / inverse_frequencies(rope, 64)[0]
@@ -193,14 +262,22 @@ def test_llama3_frequencies_are_found_again(tmp_path, original):
         write(tmp_path / "other.gguf", model, extra={"rope_freqs.weight": np.arange(1, 33, dtype=np.float32)})
 
 
-@pytest.mark.parametrize("keys, message", [
-    (dict(expert_count=8), "llama.expert_count 8 is not supported"),
-    (dict(attention__sliding_window=64), "llama.attention.sliding_window 64 is not supported"),
-    (dict(logit_scale=0.5), "llama.logit_scale 0.5 is not supported"),
-    (dict(rope__scaling__type="longrope", rope__scaling__factor=2.0), "rope type 'longrope' is not supported"),
-    (dict(rope__scaling__type="yarn", rope__scaling__factor=2.0, rope__scaling__attn_factor=2.0),
-     "rope scaling with attn_factor"),
-])
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (dict(expert_count=8), "llama.expert_count 8 is not supported"),
+        (dict(attention__sliding_window=64), "llama.attention.sliding_window 64 is not supported"),
+        (dict(logit_scale=0.5), "llama.logit_scale 0.5 is not supported"),
+        (
+            dict(rope__scaling__type="longrope", rope__scaling__factor=2.0),
+            "rope type 'longrope' is not supported",
+        ),
+        (
+            dict(rope__scaling__type="yarn", rope__scaling__factor=2.0, rope__scaling__attn_factor=2.0),
+            "rope scaling with attn_factor",
+        ),
+    ],
+)
 def test_unsupported_metadata(tmp_path, keys, message):
     with pytest.raises(UserError, match=message):
         write(tmp_path / "m.gguf", tiny(tmp_path / "hf"), **keys)
@@ -213,7 +290,9 @@ def test_another_architecture(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UserError, match="architecture 'gemma2' is not supported; supported are llama, qwen2, qwen3"):
+    with pytest.raises(
+        UserError, match="architecture 'gemma2' is not supported; supported are llama, qwen2, qwen3"
+    ):
         open_model(tmp_path / "m.gguf")
 
 
@@ -222,10 +301,14 @@ def test_extra_and_misshapen_tensors(tmp_path):
     with pytest.raises(UserError, match="1 tensors are not of a llama model: blk.0.more.weight"):
         write(tmp_path / "m.gguf", model, extra={"blk.0.more.weight": np.ones(32, np.float32)})
     model.config.intermediate_size = 96
-    with pytest.raises(UserError, match="gate_proj.weight should have shape \\[96, 32\\] by the config, got \\[64, 32\\]"):
+    with pytest.raises(
+        UserError, match="gate_proj.weight should have shape \\[96, 32\\] by the config, got \\[64, 32\\]"
+    ):
         write(tmp_path / "n.gguf", model)
     model.config.intermediate_size, model.config.num_hidden_layers = 64, 3
-    with pytest.raises(UserError, match="9 tensors of the config are missing: model.layers.2.input_layernorm.weight"):
+    with pytest.raises(
+        UserError, match="9 tensors of the config are missing: model.layers.2.input_layernorm.weight"
+    ):
         write(tmp_path / "o.gguf", model)
 
 
@@ -276,7 +359,7 @@ def small(tmp_path_factory):
 @settings(max_examples=100, deadline=None)
 def test_a_damaged_header_never_hangs_or_crashes(small, at, noise):
     whole = bytearray(small.read_bytes())
-    whole[at:at + len(noise)] = noise
+    whole[at : at + len(noise)] = noise
     path = small.parent / "noise.gguf"
     path.write_bytes(whole)
     opened(path)

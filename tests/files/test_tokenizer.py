@@ -1,46 +1,76 @@
 """Token ids are transformers', on ugly texts, from tokenizer.json of every class and from every kind of GGUF vocabulary."""
+
 import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
-from longlora.errors import UserError
-from longlora.files.tokenizer import QWEN2, SPLITS, Tokenizer, _split
-from longlora.files.open_model import open_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from smollm2 import smollm2  # noqa: F401 (a fixture)
 
+from longlora.errors import UserError
+from longlora.files.open_model import open_model
+from longlora.files.tokenizer import QWEN2, SPLITS, Tokenizer, _split
+
 UGLY = [
-    "", " ", "\n", "Hello world", "  two  spaces   three\t\ttabs", "don't WON'T I'll they've", "1234567890 3.14 1 22 333  4444",
-    "line\r\nbreaks\n\n\n  indented\n", "naïve café ÅÄÖ ﬁ e\u0301 \u1e9b\u0323", "日本語のテキスト 中文 한국어 עברית العربية", "🙂👩‍👩‍👧‍👦🇫🇷",
+    "",
+    " ",
+    "\n",
+    "Hello world",
+    "  two  spaces   three\t\ttabs",
+    "don't WON'T I'll they've",
+    "1234567890 3.14 1 22 333  4444",
+    "line\r\nbreaks\n\n\n  indented\n",
+    "naïve café ÅÄÖ ﬁ e\u0301 \u1e9b\u0323",
+    "日本語のテキスト 中文 한국어 עברית العربية",
+    "🙂👩‍👩‍👧‍👦🇫🇷",
     "\u200b\u00a0\ufeff\u2028x",
-    "x" * 500, "<|im_start|>user\nhi<|im_end|>\n", "a<|endoftext|>b <|endoftext|> c", "<s>not</s> <unk>", "\x00\x01\x7f",
-    "def f(x):\n    return x**2  # ∑\n", "▁under▁line", "\ud7ff\U0010ffff",
+    "x" * 500,
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "a<|endoftext|>b <|endoftext|> c",
+    "<s>not</s> <unk>",
+    "\x00\x01\x7f",
+    "def f(x):\n    return x**2  # ∑\n",
+    "▁under▁line",
+    "\ud7ff\U0010ffff",
 ]
-TRAIN = ["the quick brown fox jumps over the lazy dog 0123456789 don't I'll we've", "naïve café, 日本語 🙂! <tag> (x) [y] {z}",
-         "    indented code\n\n\ttabs   and spaces  ", "Hello World HELLO WORLD aaaa bbbb 11 22 333 4444"] * 3
+TRAIN = [
+    "the quick brown fox jumps over the lazy dog 0123456789 don't I'll we've",
+    "naïve café, 日本語 🙂! <tag> (x) [y] {z}",
+    "    indented code\n\n\ttabs   and spaces  ",
+    "Hello World HELLO WORLD aaaa bbbb 11 22 333 4444",
+] * 3
 
 
 def trained(kind):
     """A small tokenizers.Tokenizer: byte-level with `kind` as its split, or "llama" for SentencePiece-like BPE."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
     if kind == "llama":
         bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
         tok = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
         tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=500, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False
+        )
         tok.train_from_iterator(TRAIN, trainer)
         # The byte tokens are plain vocabulary in a real model, only the first three are special.
         described = json.loads(tok.to_str())
         described["added_tokens"] = described["added_tokens"][:3]
         tok = Tokenizer.from_str(json.dumps(described))
-        tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                         decoders.Strip(" ", 1, 0)])
+        tok.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
         return tok
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tok.train_from_iterator(TRAIN, trainer)
     if SPLITS.get(kind):
         described = json.loads(tok.to_str())
@@ -53,6 +83,7 @@ def directory(path, tok, **config):
     tok.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     from transformers import LlamaConfig
+
     LlamaConfig(vocab_size=512, hidden_size=8, num_attention_heads=2).save_pretrained(path)
     return path
 
@@ -66,30 +97,72 @@ def equal(ours, theirs, texts=UGLY):
 
 def auto(path, **kwargs):
     from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(path, **kwargs)
 
 
-@pytest.mark.parametrize("config", [
-    dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<|im_start|>", eos_token="<|im_end|>"),
-    dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<|im_start|>", eos_token="<|im_end|>", add_bos_token=True,
-         add_eos_token=True),
-    dict(tokenizer_class="GPT2Tokenizer", bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|endoftext|>"),
-    dict(tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>", add_bos_token=False),
-    dict(tokenizer_class="LlamaTokenizerFast", bos_token="<|im_start|>", eos_token="<|im_end|>"),
-    dict(eos_token={"content": "<|im_end|>", "lstrip": False, "__type": "AddedToken"}, extra_special_tokens=["<|extra|>"]),
-], ids=lambda config: config.get("tokenizer_class", "none") + ("+bos" if config.get("add_bos_token") else ""))
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<|im_start|>", eos_token="<|im_end|>"),
+        dict(
+            tokenizer_class="PreTrainedTokenizerFast",
+            bos_token="<|im_start|>",
+            eos_token="<|im_end|>",
+            add_bos_token=True,
+            add_eos_token=True,
+        ),
+        dict(
+            tokenizer_class="GPT2Tokenizer",
+            bos_token="<|im_start|>",
+            eos_token="<|im_end|>",
+            unk_token="<|endoftext|>",
+        ),
+        dict(tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>", add_bos_token=False),
+        dict(tokenizer_class="LlamaTokenizerFast", bos_token="<|im_start|>", eos_token="<|im_end|>"),
+        dict(
+            eos_token={"content": "<|im_end|>", "lstrip": False, "__type": "AddedToken"},
+            extra_special_tokens=["<|extra|>"],
+        ),
+    ],
+    ids=lambda config: (
+        config.get("tokenizer_class", "none") + ("+bos" if config.get("add_bos_token") else "")
+    ),
+)
 @pytest.mark.parametrize("kind", ["gpt2", "llama-bpe", "qwen2"])
 def test_byte_level_directory(tmp_path, kind, config):
     path = directory(tmp_path, trained(kind), **config)
     equal(Tokenizer.from_directory(path), auto(path), [*UGLY, "a <|extra|> b"])
 
 
-@pytest.mark.parametrize("config", [
-    dict(tokenizer_class="LlamaTokenizer", add_bos_token=True, add_eos_token=False, bos_token="<s>", eos_token="</s>"),
-    dict(tokenizer_class="LlamaTokenizerFast", legacy=True, bos_token="<s>", eos_token="</s>", unk_token="<unk>"),
-    dict(tokenizer_class="LlamaTokenizer", add_prefix_space=False, bos_token="<s>", eos_token="</s>", add_bos_token=True),
-    dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>"),
-], ids=["llama", "legacy", "no-space", "by-the-letter"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(
+            tokenizer_class="LlamaTokenizer",
+            add_bos_token=True,
+            add_eos_token=False,
+            bos_token="<s>",
+            eos_token="</s>",
+        ),
+        dict(
+            tokenizer_class="LlamaTokenizerFast",
+            legacy=True,
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+        ),
+        dict(
+            tokenizer_class="LlamaTokenizer",
+            add_prefix_space=False,
+            bos_token="<s>",
+            eos_token="</s>",
+            add_bos_token=True,
+        ),
+        dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>"),
+    ],
+    ids=["llama", "legacy", "no-space", "by-the-letter"],
+)
 def test_sentence_piece_directory(tmp_path, config):
     path = directory(tmp_path, trained("llama"), **config)
     equal(Tokenizer.from_directory(path), auto(path))
@@ -98,29 +171,44 @@ def test_sentence_piece_directory(tmp_path, config):
 def gguf_file(path, tok, model, **keys):
     """A GGUF with the vocabulary of `tok` and the smallest of models."""
     import gguf
+
     described = json.loads(tok.to_str())
     vocab = sorted(tok.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
     tokens, special = [token for token, _ in vocab], {token["content"] for token in described["added_tokens"]}
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model(model)
     writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in special else 6 if token.startswith("<0x") else 1 for token in tokens])
+    writer.add_token_types(
+        [3 if token in special else 6 if token.startswith("<0x") else 1 for token in tokens]
+    )
     merges = [" ".join(pair) for pair in described["model"]["merges"]]
     if model == "gpt2":
         writer.add_token_merges(merges)
     else:
         writer.add_token_scores([-float(index) for index in range(len(tokens))])
     for key, value in keys.items():
-        {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}[type(value)](f"tokenizer.ggml.{key}", value)
+        {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}[type(value)](
+            f"tokenizer.ggml.{key}", value
+        )
     writer.add_block_count(1)
     writer.add_context_length(64)
     writer.add_embedding_length(8)
     writer.add_feed_forward_length(16)
     writer.add_head_count(2)
     writer.add_layer_norm_rms_eps(1e-5)
-    shapes = {"token_embd": (len(tokens), 8), "output_norm": (8,), "blk.0.attn_norm": (8,), "blk.0.ffn_norm": (8,),
-              "blk.0.attn_q": (8, 8), "blk.0.attn_k": (8, 8), "blk.0.attn_v": (8, 8), "blk.0.attn_output": (8, 8),
-              "blk.0.ffn_gate": (16, 8), "blk.0.ffn_up": (16, 8), "blk.0.ffn_down": (8, 16)}
+    shapes = {
+        "token_embd": (len(tokens), 8),
+        "output_norm": (8,),
+        "blk.0.attn_norm": (8,),
+        "blk.0.ffn_norm": (8,),
+        "blk.0.attn_q": (8, 8),
+        "blk.0.attn_k": (8, 8),
+        "blk.0.attn_v": (8, 8),
+        "blk.0.attn_output": (8, 8),
+        "blk.0.ffn_gate": (16, 8),
+        "blk.0.ffn_up": (16, 8),
+        "blk.0.ffn_down": (8, 16),
+    }
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
     writer.write_header_to_file()
@@ -133,7 +221,15 @@ def gguf_file(path, tok, model, **keys):
 @pytest.mark.parametrize("pre", ["default", "smollm", "llama-bpe", "qwen2"])
 @pytest.mark.parametrize("bos", [False, True])
 def test_byte_level_gguf(tmp_path, pre, bos):
-    path = gguf_file(tmp_path / "model.gguf", trained(pre), "gpt2", pre=pre, bos_token_id=1, eos_token_id=2, add_bos_token=bos)
+    path = gguf_file(
+        tmp_path / "model.gguf",
+        trained(pre),
+        "gpt2",
+        pre=pre,
+        bos_token_id=1,
+        eos_token_id=2,
+        add_bos_token=bos,
+    )
     ours = open_model(path).tokenizer()
     equal(ours, auto(tmp_path, gguf_file="model.gguf"))
     assert ours.bos_token_id == 1 and ours.eos_token_id == 2
@@ -141,8 +237,15 @@ def test_byte_level_gguf(tmp_path, pre, bos):
 
 @pytest.mark.parametrize("keys", [{}, {"add_bos_token": False}], ids=["bos", "no-bos"])
 def test_sentence_piece_gguf(tmp_path, keys):
-    path = gguf_file(tmp_path / "model.gguf", trained("llama"), "llama", bos_token_id=1, eos_token_id=2,
-                     unknown_token_id=0, **keys)
+    path = gguf_file(
+        tmp_path / "model.gguf",
+        trained("llama"),
+        "llama",
+        bos_token_id=1,
+        eos_token_id=2,
+        unknown_token_id=0,
+        **keys,
+    )
     equal(open_model(path).tokenizer(), auto(tmp_path, gguf_file="model.gguf"))
 
 
@@ -168,7 +271,9 @@ def test_smollm2(smollm2, tmp_path):  # noqa: F811
 
 def test_saved_directory_is_the_one_read(tmp_path):
     (tmp_path / "a").mkdir()
-    path = directory(tmp_path / "a", trained("qwen2"), tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>")
+    path = directory(
+        tmp_path / "a", trained("qwen2"), tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>"
+    )
     Tokenizer.from_directory(path).save(tmp_path / "b")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "b" / name).read_bytes() == (path / name).read_bytes()
@@ -187,8 +292,10 @@ def test_more_tokens_than_rows(tmp_path):
     assert tokenizer.check(Config, path) is tokenizer
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": 3}',
-                                  '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"model": 3}', '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}'],
+)
 def test_damaged_tokenizer(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match="tokenizer.json") as caught:
@@ -201,20 +308,26 @@ def test_missing_tokenizer(tmp_path):
         Tokenizer.from_directory(tmp_path)
 
 
-@pytest.mark.parametrize("key, value, message", [
-    ("tokenizer.ggml.model", "bert", "tokenizer 'bert' is not supported"),
-    ("tokenizer.ggml.pre", "tekken", "pre-tokenizer 'tekken' is not supported"),
-    ("tokenizer.ggml.tokens", 7, "should be a list of strings"),
-    ("tokenizer.ggml.merges", None, "lacks tokenizer.ggml.merges"),
-    ("tokenizer.ggml.merges", ["x y z"], "not a tokenizer"),
-    ("tokenizer.ggml.eos_token_id", 400, "eos_token has id 400, the tokenizer has 395 tokens"),
-])
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("tokenizer.ggml.model", "bert", "tokenizer 'bert' is not supported"),
+        ("tokenizer.ggml.pre", "tekken", "pre-tokenizer 'tekken' is not supported"),
+        ("tokenizer.ggml.tokens", 7, "should be a list of strings"),
+        ("tokenizer.ggml.merges", None, "lacks tokenizer.ggml.merges"),
+        ("tokenizer.ggml.merges", ["x y z"], "not a tokenizer"),
+        ("tokenizer.ggml.eos_token_id", 400, "eos_token has id 400, the tokenizer has 395 tokens"),
+    ],
+)
 def test_unsupported_gguf_tokenizer(tmp_path, key, value, message):
-    path = gguf_file(tmp_path / "model.gguf", trained("default"), "gpt2", pre="default", bos_token_id=1, eos_token_id=2)
+    path = gguf_file(
+        tmp_path / "model.gguf", trained("default"), "gpt2", pre="default", bos_token_id=1, eos_token_id=2
+    )
     with pytest.raises(UserError, match=message):
         Tokenizer.from_gguf({**open_model(path).metadata, key: value}, path)
 
 
 def test_the_split_of_qwen2_is_transformers():
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
     assert QWEN2 == PRETOKENIZE_REGEX

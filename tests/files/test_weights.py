@@ -1,4 +1,5 @@
 """Model directories as transformers writes them are read bit by bit; whatever is wrong with one is named, in one line."""
+
 import json
 import os
 import re
@@ -8,19 +9,30 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
-from longlora.files import safetensors as safetensors_file
-from longlora.errors import UserError
-from longlora.files.safetensors import SafetensorsFile
-from longlora.files.open_model import from_float32, open_model, to_float32
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-SIZES = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=64, head_dim=8)
+from longlora.errors import UserError
+from longlora.files import safetensors as safetensors_file
+from longlora.files.open_model import from_float32, open_model, to_float32
+from longlora.files.safetensors import SafetensorsFile
+
+SIZES = dict(
+    vocab_size=50,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    head_dim=8,
+)
 
 
 def build(path, family="llama", dtype=torch.float32, **fields):
     """A tiny random model of a family, saved by transformers at `path`, by save_pretrained(**save) -> the model."""
     import transformers
+
     save = fields.pop("save", {})
     name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
     if family == "mistral":
@@ -54,7 +66,9 @@ def test_reading_is_what_transformers_saved(tmp_path, family, tied, dtype, shard
     model = build(tmp_path, family, getattr(torch, dtype), tie_word_embeddings=tied, save=save)
     assert os.path.exists(tmp_path / "model.safetensors.index.json") is sharded
     ours, state = open_model(tmp_path), model.state_dict()
-    assert ours.kind == "huggingface" and set(ours.names()) == set(state) - ({"lm_head.weight"} if tied else set())
+    assert ours.kind == "huggingface" and set(ours.names()) == set(state) - (
+        {"lm_head.weight"} if tied else set()
+    )
     for name in ours.names():
         assert ours.shape(name) == tuple(state[name].shape) and ours.dtype(name) == dtype
         wanted = state[name].float().numpy()
@@ -100,20 +114,42 @@ def test_fingerprint_tells_models_apart(tmp_path):
 def edit(path, change, file="model.safetensors"):
     """Rewrite a safetensors file with its tensors changed by `change`, a function on the dict."""
     from safetensors.numpy import load_file, save_file
+
     tensors = load_file(path / file)
     save_file(change(tensors) or tensors, path / file)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop("model.norm.weight"), "1 tensors of the config are missing: model.norm.weight"),
-    (lambda t: [t.pop(name) for name in list(t) if "layers.1" in name], "9 tensors of the config are missing: .*, ..."),
-    (lambda t: t.update({"model.extra": np.ones(1, np.float32)}), "1 tensors are not of a llama model: model.extra"),
-    (lambda t: t.update({"model.norm.weight": np.ones(15, np.float32)}), "should have shape \\[16\\] by the config"),
-    (lambda t: t["model.layers.1.mlp.up_proj.weight"].__setitem__((3, 5), np.nan), "weight is not finite at \\[3, 5\\]"),
-    (lambda t: t["model.norm.weight"].__setitem__(4, -np.inf), "model.norm.weight is not finite at \\[4\\]"),
-    (lambda t: t.update({"model.norm.weight": np.ones(16, np.int32)}), "model.norm.weight has dtype int32"),
-    (lambda t: t.update({"model.norm.weight": np.ones(16, np.int8)}), "model.norm.weight has dtype I8"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("model.norm.weight"), "1 tensors of the config are missing: model.norm.weight"),
+        (
+            lambda t: [t.pop(name) for name in list(t) if "layers.1" in name],
+            "9 tensors of the config are missing: .*, ...",
+        ),
+        (
+            lambda t: t.update({"model.extra": np.ones(1, np.float32)}),
+            "1 tensors are not of a llama model: model.extra",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": np.ones(15, np.float32)}),
+            "should have shape \\[16\\] by the config",
+        ),
+        (
+            lambda t: t["model.layers.1.mlp.up_proj.weight"].__setitem__((3, 5), np.nan),
+            "weight is not finite at \\[3, 5\\]",
+        ),
+        (
+            lambda t: t["model.norm.weight"].__setitem__(4, -np.inf),
+            "model.norm.weight is not finite at \\[4\\]",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": np.ones(16, np.int32)}),
+            "model.norm.weight has dtype int32",
+        ),
+        (lambda t: t.update({"model.norm.weight": np.ones(16, np.int8)}), "model.norm.weight has dtype I8"),
+    ],
+)
 def test_wrong_tensors_are_named(tmp_path, change, message):
     build(tmp_path)
 
@@ -127,7 +163,9 @@ def test_wrong_tensors_are_named(tmp_path, change, message):
 
 def test_old_buffers_are_passed_over(tmp_path):
     build(tmp_path)
-    edit(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}))
+    edit(
+        tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)})
+    )
     assert open_model(tmp_path).names()
 
 
@@ -137,13 +175,25 @@ def test_tied_head_written_twice(tmp_path):
     assert "lm_head.weight" not in open_model(tmp_path).names()
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda m: m.popitem(), "are not in the index"),
-    (lambda m: m.update({"model.norm.weight": "nowhere.safetensors"}), "nowhere.safetensors: No such file"),
-    (lambda m: m.update({"model.other": next(iter(m.values()))}), "model.other should be in .*, which does not have it"),
-    (lambda m: m.update({"model.norm.weight": "../model.safetensors"}), "should name files beside it"),
-    (lambda m: m.update({"model.norm.weight": 3}), "weight_map should be an object of tensor name to file name"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m: m.popitem(), "are not in the index"),
+        (
+            lambda m: m.update({"model.norm.weight": "nowhere.safetensors"}),
+            "nowhere.safetensors: No such file",
+        ),
+        (
+            lambda m: m.update({"model.other": next(iter(m.values()))}),
+            "model.other should be in .*, which does not have it",
+        ),
+        (lambda m: m.update({"model.norm.weight": "../model.safetensors"}), "should name files beside it"),
+        (
+            lambda m: m.update({"model.norm.weight": 3}),
+            "weight_map should be an object of tensor name to file name",
+        ),
+    ],
+)
 def test_wrong_index(tmp_path, change, message):
     build(tmp_path, save=dict(max_shard_size="3KB"))
     index = tmp_path / "model.safetensors.index.json"
@@ -174,34 +224,45 @@ def raw_file(path, header, data=b"", length=None):
 
 
 def entry(start, end, shape=None, dtype="F32"):
-    return {"dtype": dtype, "shape": [(end - start) // 4] if shape is None else shape, "data_offsets": [start, end]}
+    return {
+        "dtype": dtype,
+        "shape": [(end - start) // 4] if shape is None else shape,
+        "data_offsets": [start, end],
+    }
 
 
-@pytest.mark.parametrize("header, size, message", [
-    ({"a": entry(0, 16)}, 12, "truncated: a ends at byte"),
-    ({"a": entry(0, 16)}, 20, "the file has .* bytes, its header speaks of"),
-    ({"a": entry(0, 16), "b": entry(8, 24)}, 24, "b: data starts at byte .*: tensors overlap"),
-    ({"a": entry(0, 8), "b": entry(12, 24)}, 24, "tensors have a hole between them"),
-    ({"a": entry(4, 8)}, 8, "tensors have a hole between them"),
-    ({"a": entry(0, 16, [5])}, 16, "F32 of shape \\[5\\] needs 20 bytes, its data_offsets span 16"),
-    ({"a": entry(0, 16, [1 << 40, 1 << 40])}, 16, "needs .* bytes"),
-    ({"a": entry(0, 16, [-4])}, 16, "shape should be a list of integers from 0, got \\[-4\\]"),
-    ({"a": entry(0, 16, [4.0])}, 16, "shape should be a list of integers"),
-    ({"a": entry(0, 16, "4")}, 16, "shape should be a list of integers"),
-    ({"a": {**entry(0, 16), "data_offsets": [16, 0]}}, 16, "data_offsets should be a start and an end"),
-    ({"a": {**entry(0, 16), "data_offsets": [-16, 0]}}, 16, "data_offsets should be a list of integers from 0"),
-    ({"a": {**entry(0, 16), "data_offsets": [0]}}, 16, "data_offsets should be a start and an end"),
-    ({"a": entry(0, 16, dtype="F31")}, 16, "dtype 'F31' is not supported"),
-    ({"a": entry(0, 16, dtype=["F32"])}, 16, "dtype \\['F32'\\] is not supported"),
-    ({"a": 3}, 0, "a: shape should be a list of integers from 0"),
-    ({"a\nb": entry(0, 16)}, 12, "truncated: a b ends at byte"),
-    ({"__metadata__": [1]}, 0, "__metadata__ should be a JSON object"),
-    ([], 0, "should be a JSON object, got list"),
-    (b"{", 0, "the header is not JSON"),
-    (b'{"a": 1, "a": 2}', 0, "names 'a' twice"),
-    (b"\xff\xff", 0, "the header is not JSON"),
-    (b"[" * 100000, 0, "the header is not JSON"),
-])
+@pytest.mark.parametrize(
+    "header, size, message",
+    [
+        ({"a": entry(0, 16)}, 12, "truncated: a ends at byte"),
+        ({"a": entry(0, 16)}, 20, "the file has .* bytes, its header speaks of"),
+        ({"a": entry(0, 16), "b": entry(8, 24)}, 24, "b: data starts at byte .*: tensors overlap"),
+        ({"a": entry(0, 8), "b": entry(12, 24)}, 24, "tensors have a hole between them"),
+        ({"a": entry(4, 8)}, 8, "tensors have a hole between them"),
+        ({"a": entry(0, 16, [5])}, 16, "F32 of shape \\[5\\] needs 20 bytes, its data_offsets span 16"),
+        ({"a": entry(0, 16, [1 << 40, 1 << 40])}, 16, "needs .* bytes"),
+        ({"a": entry(0, 16, [-4])}, 16, "shape should be a list of integers from 0, got \\[-4\\]"),
+        ({"a": entry(0, 16, [4.0])}, 16, "shape should be a list of integers"),
+        ({"a": entry(0, 16, "4")}, 16, "shape should be a list of integers"),
+        ({"a": {**entry(0, 16), "data_offsets": [16, 0]}}, 16, "data_offsets should be a start and an end"),
+        (
+            {"a": {**entry(0, 16), "data_offsets": [-16, 0]}},
+            16,
+            "data_offsets should be a list of integers from 0",
+        ),
+        ({"a": {**entry(0, 16), "data_offsets": [0]}}, 16, "data_offsets should be a start and an end"),
+        ({"a": entry(0, 16, dtype="F31")}, 16, "dtype 'F31' is not supported"),
+        ({"a": entry(0, 16, dtype=["F32"])}, 16, "dtype \\['F32'\\] is not supported"),
+        ({"a": 3}, 0, "a: shape should be a list of integers from 0"),
+        ({"a\nb": entry(0, 16)}, 12, "truncated: a b ends at byte"),
+        ({"__metadata__": [1]}, 0, "__metadata__ should be a JSON object"),
+        ([], 0, "should be a JSON object, got list"),
+        (b"{", 0, "the header is not JSON"),
+        (b'{"a": 1, "a": 2}', 0, "names 'a' twice"),
+        (b"\xff\xff", 0, "the header is not JSON"),
+        (b"[" * 100000, 0, "the header is not JSON"),
+    ],
+)
 def test_damaged_header(tmp_path, header, size, message):
     with pytest.raises(UserError, match=message) as caught:
         SafetensorsFile(raw_file(tmp_path / "x.safetensors", header, bytes(size)))
@@ -226,7 +287,12 @@ def test_a_file_cut_anywhere(tmp_path):
 @settings(max_examples=150, deadline=None)
 def test_a_header_of_noise(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "noise.safetensors"
-    raw_file(path, data.draw(st.binary(max_size=40)), data.draw(st.binary(max_size=20)), data.draw(st.integers(0, 70)))
+    raw_file(
+        path,
+        data.draw(st.binary(max_size=40)),
+        data.draw(st.binary(max_size=20)),
+        data.draw(st.integers(0, 70)),
+    )
     try:
         SafetensorsFile(path)
     except UserError as error:
@@ -235,10 +301,15 @@ def test_a_header_of_noise(tmp_path_factory, data):
 
 def test_written_files_are_read_by_the_safetensors_library(tmp_path):
     from safetensors import safe_open
+
     rng = np.random.default_rng(0)
-    tensors = {"half": rng.standard_normal((3, 5)).astype(np.float16), "c": rng.standard_normal((7,)).astype(np.float32),
-               "b": rng.standard_normal((2, 3)).astype(ml_dtypes.bfloat16), "i": np.arange(3, dtype=np.int64),
-               "scalar": np.array(2.5, np.float32)}
+    tensors = {
+        "half": rng.standard_normal((3, 5)).astype(np.float16),
+        "c": rng.standard_normal((7,)).astype(np.float32),
+        "b": rng.standard_normal((2, 3)).astype(ml_dtypes.bfloat16),
+        "i": np.arange(3, dtype=np.int64),
+        "scalar": np.array(2.5, np.float32),
+    }
     safetensors_file.save(tmp_path / "x.safetensors", tensors, {"format": "pt", "who": "us"})
     with safe_open(tmp_path / "x.safetensors", "pt") as theirs:
         assert theirs.metadata() == {"format": "pt", "who": "us"} and set(theirs.keys()) == set(tensors)
@@ -259,13 +330,16 @@ def test_empty_tensors_are_not_saved(tmp_path):
 def test_a_full_disk_leaves_what_was_there(tmp_path):
     import resource
     import signal
+
     path = tmp_path / "x.safetensors"
     safetensors_file.save(path, {"a": np.ones(4, np.float32)})
     before = path.read_bytes()
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
     try:
-        with pytest.raises(UserError, match="x.safetensors: cannot be written: .*; what was there is untouched"):
+        with pytest.raises(
+            UserError, match="x.safetensors: cannot be written: .*; what was there is untouched"
+        ):
             safetensors_file.save(path, {"a": np.ones(4000, np.float32)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

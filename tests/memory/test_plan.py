@@ -1,4 +1,5 @@
 """The plan: its total against the measured peak of a run in a process of its own, and what it says where memory is short."""
+
 import json
 import os
 import subprocess
@@ -7,26 +8,66 @@ import time
 
 import pytest
 
-from longlora.memory import plan as plan_
-from longlora.files.adapter import LoraConfig
 from longlora.decoder.config import read_config
 from longlora.errors import UserError
+from longlora.files.adapter import LoraConfig
+from longlora.memory import plan as plan_
 
-MIDDLE = dict(model_type="llama", vocab_size=16000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
-              num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=4096, rms_norm_eps=1e-5,
-              tie_word_embeddings=True, hidden_act="silu", initializer_range=0.02)
-LLAMA_70B = dict(MIDDLE, vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
-                 num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=131072, tie_word_embeddings=False)
+MIDDLE = dict(
+    model_type="llama",
+    vocab_size=16000,
+    hidden_size=512,
+    intermediate_size=1408,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    hidden_act="silu",
+    initializer_range=0.02,
+)
+LLAMA_70B = dict(
+    MIDDLE,
+    vocab_size=128256,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    max_position_embeddings=131072,
+    tie_word_embeddings=False,
+)
 LORA = LoraConfig()
-PACKAGE = os.path.dirname(os.path.dirname(plan_.__file__))         # the one under test, installed or not
+PACKAGE = os.path.dirname(os.path.dirname(plan_.__file__))  # the one under test, installed or not
 
-CASES = [dict(dtype=dtype, checkpointing=c, sequence_length=length, batch_size=1, full=full)
-         for dtype in ("float32", "bfloat16") for c in plan_.CHECKPOINTING for length, full in ((1600, False), (512, True))]
-CASES += [dict(dtype="float32", checkpointing="full", sequence_length=3000, batch_size=1, full=False),
-          dict(dtype="bfloat16", checkpointing="full", sequence_length=3000, batch_size=1, full=False),
-          dict(dtype="float32", checkpointing="none", sequence_length=300, batch_size=5, full=False),
-          dict(dtype="float32", checkpointing="minimal", sequence_length=1000, batch_size=1, full=False, model_type="qwen3"),
-          dict(dtype="bfloat16", checkpointing="none", sequence_length=700, batch_size=1, full=True, tie_word_embeddings=False)]
+CASES = [
+    dict(dtype=dtype, checkpointing=c, sequence_length=length, batch_size=1, full=full)
+    for dtype in ("float32", "bfloat16")
+    for c in plan_.CHECKPOINTING
+    for length, full in ((1600, False), (512, True))
+]
+CASES += [
+    dict(dtype="float32", checkpointing="full", sequence_length=3000, batch_size=1, full=False),
+    dict(dtype="bfloat16", checkpointing="full", sequence_length=3000, batch_size=1, full=False),
+    dict(dtype="float32", checkpointing="none", sequence_length=300, batch_size=5, full=False),
+    dict(
+        dtype="float32",
+        checkpointing="minimal",
+        sequence_length=1000,
+        batch_size=1,
+        full=False,
+        model_type="qwen3",
+    ),
+    dict(
+        dtype="bfloat16",
+        checkpointing="none",
+        sequence_length=700,
+        batch_size=1,
+        full=True,
+        tie_word_embeddings=False,
+    ),
+]
 
 STEP = """
 import json, sys
@@ -58,15 +99,23 @@ print(json.dumps({"planned": plan.total, "measured": status("VmHWM") - before, "
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_total_is_the_measured_peak(case):
     """Within 5 % of the growth of the resident size from after the import to the highest point of a step and an evaluation."""
-    done = subprocess.run([sys.executable, "-c", STEP, json.dumps(case), json.dumps(MIDDLE)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": PACKAGE}, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", STEP, json.dumps(case), json.dumps(MIDDLE)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": PACKAGE},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert abs(found["planned"] / found["measured"] - 1) <= 0.05, found
 
 
-@pytest.mark.parametrize("lora", [None, LORA, LoraConfig(target_modules="all-linear"), LoraConfig(modules_to_save=())],
-                         ids=["full", "paper", "all", "no modules"])
+@pytest.mark.parametrize(
+    "lora",
+    [None, LORA, LoraConfig(target_modules="all-linear"), LoraConfig(modules_to_save=())],
+    ids=["full", "paper", "all", "no modules"],
+)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_every_tensor_has_its_place(family, lora):
     """The stored tensors are those of the config and of LoRA, each once, and buffers overlap only where they take turns."""
@@ -78,7 +127,11 @@ def test_every_tensor_has_its_place(family, lora):
         assert sum(last - first for _, first, last in s.members) == s.shape[0]
     layout = plan_.parameters(config, "bfloat16", lora, True)
     assert layout.size == sum(layout.parts.values())
-    ends = sorted((b.offset, b.offset + size_of(b)) for name, b in layout.buffers.items() if name not in ("grad", "m", "v"))
+    ends = sorted(
+        (b.offset, b.offset + size_of(b))
+        for name, b in layout.buffers.items()
+        if name not in ("grad", "m", "v")
+    )
     assert all(end <= start for (_, end), (start, _) in zip(ends, ends[1:]))
 
 
@@ -93,17 +146,28 @@ def size_of(buffer):
 def test_a_shorter_batch_needs_no_more(checkpointing):
     """What lets ragged batches use the planned memory."""
     config = read_config({**MIDDLE, "model_type": "qwen3", "head_dim": 64})
-    sizes = [plan_.activations(config, "bfloat16", 1, T, LORA, checkpointing).size for T in (1, 5, 100, 2047, 2048, 2049, 4500)]
+    sizes = [
+        plan_.activations(config, "bfloat16", 1, T, LORA, checkpointing).size
+        for T in (1, 5, 100, 2047, 2048, 2049, 4500)
+    ]
     assert sizes == sorted(sizes)
 
 
 def test_under_a_second_for_the_largest():
     started = time.perf_counter()
-    plan = plan_.plan(read_config(LLAMA_70B), dtype="bfloat16", sequence_length=32768, group_size=8192, lora=LORA,
-                      memory=64 << 30)
+    plan = plan_.plan(
+        read_config(LLAMA_70B),
+        dtype="bfloat16",
+        sequence_length=32768,
+        group_size=8192,
+        lora=LORA,
+        memory=64 << 30,
+    )
     assert time.perf_counter() - started < 1
     assert not plan.fits and plan.changes and plan.checkpointing == "full"
-    assert plan.parts["frozen weights"] == pytest.approx(2 * 69.5e9, rel=0.01)   # 70.6e9 less the trained embedding
+    assert plan.parts["frozen weights"] == pytest.approx(
+        2 * 69.5e9, rel=0.01
+    )  # 70.6e9 less the trained embedding
 
 
 def test_auto_is_the_fastest_that_fits():
@@ -125,10 +189,18 @@ def test_changes_that_would_make_it_fit():
     found = plan_.plan(config, memory=least - 1, **given)
     assert not found.fits
     texts = [change.split(":")[0] for change in found.changes]
-    assert texts[0] == "--dtype bfloat16" and texts[-1] == "--sequence-length 2048" and "no training of the embedding" in texts
+    assert (
+        texts[0] == "--dtype bfloat16"
+        and texts[-1] == "--sequence-length 2048"
+        and "no training of the embedding" in texts
+    )
     assert plan_.plan(config, memory=least - 1, dtype="bfloat16", **given).fits
     assert plan_.plan(config, memory=least - 1, **{**given, "sequence_length": 2048}).fits
-    assert plan_.plan(config, checkpointing="none", memory=least, **given).changes[0].startswith("--checkpointing full: ")
+    assert (
+        plan_.plan(config, checkpointing="none", memory=least, **given)
+        .changes[0]
+        .startswith("--checkpointing full: ")
+    )
     smaller = plan_.plan(config, memory=180 << 20, **given)
     assert len(smaller.changes) == 1 and " and " in smaller.changes[0]
     assert plan_.plan(config, memory=1 << 20, **given).changes[0].startswith("nothing: ")
@@ -137,8 +209,14 @@ def test_changes_that_would_make_it_fit():
 
 
 def test_what_it_prints():
-    plan = plan_.plan(read_config(MIDDLE), sequence_length=4096, group_size=1024, lora=LORA, memory=1 << 29,
-                      checkpointing="none")
+    plan = plan_.plan(
+        read_config(MIDDLE),
+        sequence_length=4096,
+        group_size=1024,
+        lora=LORA,
+        memory=1 << 29,
+        checkpointing="none",
+    )
     found = json.loads(json.dumps(plan.to_json()))
     assert found["total"] == sum(found["parts"].values()) == plan.total and found["fits"] is plan.fits
     lines = plan.text().splitlines()
@@ -150,7 +228,9 @@ def test_what_it_prints():
 
 def test_what_is_wrong_is_named():
     config = read_config(MIDDLE)
-    with pytest.raises(UserError, match="checkpointing should be one of auto, none, minimal, full, got 'some'"):
+    with pytest.raises(
+        UserError, match="checkpointing should be one of auto, none, minimal, full, got 'some'"
+    ):
         plan_.plan(config, sequence_length=8, checkpointing="some")
     with pytest.raises(UserError, match="dtype should be one of"):
         plan_.plan(config, sequence_length=8, dtype="int8")

@@ -1,4 +1,5 @@
 """adamw against the reference and against torch."""
+
 import checks
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ def test_against_the_reference(N, isa):
     param, m, grad = (checks.random((N,), seed=seed) for seed in range(3))
     v, copy = checks.random((N,), seed=3) ** 2, np.full(N, np.nan, checks.DTYPES["bfloat16"])
     kwargs = dict(lr=0.01, step=3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_scale=0.5)
-    want, low = checks.reference.adamw(param, m, v, grad, **kwargs), checks.plain("adamw", param, m, v, grad, **kwargs)
+    want, low = (
+        checks.reference.adamw(param, m, v, grad, **kwargs),
+        checks.plain("adamw", param, m, v, grad, **kwargs),
+    )
     ops.adamw(param, m, v, grad, copy=copy, **kwargs)
     for got, w, p in zip((param, m, v), want, low):
         checks.compare(got, w, p, floor=4)
@@ -23,7 +27,10 @@ def test_against_the_reference(N, isa):
 def test_a_view_gives_the_bits_of_its_copy(N, to, isa):
     results = []
     for start in (0, 1):
-        param, m, v, grad = (np.concatenate([x[:start], x])[start:] for x in (checks.random((N,), seed=seed) for seed in range(4)))
+        param, m, v, grad = (
+            np.concatenate([x[:start], x])[start:]
+            for x in (checks.random((N,), seed=seed) for seed in range(4))
+        )
         v *= v
         copy = np.full(N + start, np.nan, checks.DTYPES[to])[start:]
         ops.adamw(param, m, v, grad, lr=0.01, step=3, weight_decay=0.1, copy=copy)

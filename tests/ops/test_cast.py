@@ -1,4 +1,5 @@
 """cast, accumulate and the global norm."""
+
 import checks
 import ml_dtypes
 import numpy as np
@@ -20,16 +21,20 @@ def test_every_16_bit_value(to, isa):
 
 def test_rounds_to_nearest_even(isa):
     bits = np.random.default_rng(0).integers(0, 1 << 32, 1 << 16, dtype=np.uint32)
-    bits[:4096] = (bits[:4096] & 0xffff0000) | 0x8000                  # ties
-    x = np.concatenate([bits.view(np.float32), np.float32([0, -0.0, np.inf, -np.inf, 1e-45, 65504, 65520, 3.4e38])])[None]
+    bits[:4096] = (bits[:4096] & 0xFFFF0000) | 0x8000  # ties
+    x = np.concatenate(
+        [bits.view(np.float32), np.float32([0, -0.0, np.inf, -np.inf, 1e-45, 65504, 65520, 3.4e38])]
+    )[None]
     for to, kind in checks.DTYPES.items():
         with np.errstate(over="ignore", invalid="ignore"):
             want = x.astype(kind)
         got = ops.cast(x, to)
         kept = ~np.isnan(want.astype(np.float32))
         assert np.isnan(got.astype(np.float32))[~kept].all()
-        np.testing.assert_array_equal(got[kept].view(np.uint32 if to == "float32" else np.uint16),
-                                      want[kept].view(np.uint32 if to == "float32" else np.uint16))
+        np.testing.assert_array_equal(
+            got[kept].view(np.uint32 if to == "float32" else np.uint16),
+            want[kept].view(np.uint32 if to == "float32" else np.uint16),
+        )
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (1, 1), (7, 123), (3, 5000)])
@@ -43,7 +48,7 @@ def test_accumulate(shape, dtype, isa):
 @pytest.mark.parametrize("shape", [(1, 8), (3, 16), (300, 8), (5, 128), (70, 1032), (2, 9000)])
 def test_dense_and_strided_rows(shape, to, dtype, isa):
     x, out = checks.random(shape, dtype), checks.random(shape, to, 1)
-    got, = checks.dense_and_strided(lambda x: ops.cast(x, to), x)
+    (got,) = checks.dense_and_strided(lambda x: ops.cast(x, to), x)
     assert got.tobytes() == x.astype(out.dtype).tobytes()
     want, low = checks.reference.accumulate(out, x, 0.7), checks.plain("accumulate", out, x, 0.7)[0]
     wide = checks.strided(out)

@@ -1,4 +1,5 @@
 """embedding against the reference; its gradient rows are summed in the order of the tokens."""
+
 import checks
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ def ids_of(M, V, seed=0):
     return ids, np.argsort(ids, kind="stable").astype(np.int32)
 
 
-@pytest.mark.parametrize("M,V,C", [(0, 3, 4), (1, 1, 1), (7, 3, 5), (123, 2, 33), (100, 1, 17), (65, 1000, 64)])
+@pytest.mark.parametrize(
+    "M,V,C", [(0, 3, 4), (1, 1, 1), (7, 3, 5), (123, 2, 33), (100, 1, 17), (65, 1000, 64)]
+)
 def test_forward_and_backward(M, V, C, dtype, isa, poison):
     ids, order = ids_of(M, V)
     checks.check("embedding_forward", checks.random((V, C), dtype), ids, floor=0)
@@ -20,14 +23,21 @@ def test_forward_and_backward(M, V, C, dtype, isa, poison):
 
 def dense_rows(M, C, kind, dtype):
     V = {"few": 5, "one": 3, "all": 2 * M, "skewed": 1000}[kind]
-    ids = {"few": np.arange(M) * 7 % 5, "one": np.full(M, 2), "all": np.arange(M) * 7919 % M * 2,
-           "skewed": np.random.default_rng(0).pareto(1, M).clip(0, 999)}[kind].astype(np.int32)
+    ids = {
+        "few": np.arange(M) * 7 % 5,
+        "one": np.full(M, 2),
+        "all": np.arange(M) * 7919 % M * 2,
+        "skewed": np.random.default_rng(0).pareto(1, M).clip(0, 999),
+    }[kind].astype(np.int32)
     order = np.argsort(ids, kind="stable").astype(np.int32)
     weight, dout = checks.random((V, C), dtype), checks.random((M, C), dtype, 1)
-    out, = checks.dense_and_strided(lambda w: ops.embedding_forward(w, ids), weight)
+    (out,) = checks.dense_and_strided(lambda w: ops.embedding_forward(w, ids), weight)
     assert out.tobytes() == weight[ids].tobytes()
-    dweight, = checks.dense_and_strided(lambda d: ops.embedding_backward(d, ids, order, V), dout)
-    want, low = checks.reference.embedding_backward(dout, ids, order, V), checks.plain("embedding_backward", dout, ids, order, V)[0]
+    (dweight,) = checks.dense_and_strided(lambda d: ops.embedding_backward(d, ids, order, V), dout)
+    want, low = (
+        checks.reference.embedding_backward(dout, ids, order, V),
+        checks.plain("embedding_backward", dout, ids, order, V)[0],
+    )
     checks.compare(dweight, want, low)
     wide = checks.strided(dweight)
     _C.embedding_backward(wide, dout, ids, order)
@@ -72,7 +82,7 @@ def test_bad_ids_and_orders_are_named():
 
 
 def test_bad_ids_on_cuda_give_nan_and_no_gradient(cuda, poison):
-    weight, ids = checks.random((5, 40)), np.array([0, 5, 4, -1, 2**31 - 1, -2**31, 3], np.int32)
+    weight, ids = checks.random((5, 40)), np.array([0, 5, 4, -1, 2**31 - 1, -(2**31), 3], np.int32)
     out, good = ops.embedding_forward(weight, ids), (ids >= 0) & (ids < 5)
     assert np.isnan(out[~good]).all()
     np.testing.assert_array_equal(out[good], weight[ids[good]])
@@ -82,7 +92,7 @@ def test_bad_ids_on_cuda_give_nan_and_no_gradient(cuda, poison):
     np.testing.assert_array_equal(ops.embedding_backward(dout, ids, order, 5), want)
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2], [1, 2, 0], [1, 0, 0], [1, 0, 7], [-1, -2**31, 2**31 - 1]])
+@pytest.mark.parametrize("order", [[0, 1, 2], [1, 2, 0], [1, 0, 0], [1, 0, 7], [-1, -(2**31), 2**31 - 1]])
 def test_bad_orders_on_cuda_touch_nothing_else(order, cuda, poison):
     """What comes out is not said, but it is written where it should be, which `poison` checks."""
     ops.embedding_backward(checks.random((3, 4)), np.array([2, 0, 2], np.int32), np.array(order, np.int32), 5)

@@ -1,4 +1,5 @@
 """linear_cross_entropy against the reference; its memory is a chunk of logits."""
+
 import subprocess
 import sys
 
@@ -32,15 +33,26 @@ def check_rounded(x, w, targets, dtype):
     assert (dx[~kept].astype(np.float32) == 0).all() and (losses[~kept] == 0).all()
 
 
-@pytest.mark.parametrize("M,C,V", [(0, 4, 5), (1, 1, 1), (7, 33, 123), (65, 64, 1000), (100, 16, 257), (3, 8, 60007)])
+@pytest.mark.parametrize(
+    "M,C,V", [(0, 4, 5), (1, 1, 1), (7, 33, 123), (65, 64, 1000), (100, 16, 257), (3, 8, 60007)]
+)
 def test_forward_and_backward(M, C, V, dtype, isa, poison):
     """60007: a row that a GPU passes in fifteen stretches, the last of them not kept in the shared memory of even the largest."""
-    x, w, targets = checks.strided(checks.random((M, C), dtype)), checks.strided(checks.random((V, C), dtype, 1)), targets_of(M, V)
+    x, w, targets = (
+        checks.strided(checks.random((M, C), dtype)),
+        checks.strided(checks.random((V, C), dtype, 1)),
+        targets_of(M, V),
+    )
     check_rounded(x, w, targets, dtype)
 
 
 def test_dweight_accumulates(place):
-    x, w, targets, d = checks.random((9, 8)), checks.random((20, 8), seed=1), targets_of(9, 20), checks.random((9,), seed=2)
+    x, w, targets, d = (
+        checks.random((9, 8)),
+        checks.random((20, 8), seed=1),
+        targets_of(9, 20),
+        checks.random((9,), seed=2),
+    )
     losses, dx, dw = ops.linear_cross_entropy_backward(x, w, targets, d, train_weight=True)
     twice = dw.copy()
     ops._C.linear_cross_entropy_backward(losses, dx, twice, x, w, targets, d, -100)
@@ -52,14 +64,21 @@ def test_gradients_of_losses_of_any_size(exponent, dtype, isa, poison):
     """Those of 32768 tokens' mean, times probabilities of 2^-12, are too small for float16; those of a loss scale of 2^16 too large:
     both gradients are those of dlosses of about 1 times a power of two, bit for bit as far as dx can say it."""
     M, C, V = 8, 16, 4096
-    x, w = checks.random((M, C), dtype, scale=2**-7), (checks.random((V, C), seed=1, scale=2**-4) + 2).astype(checks.DTYPES[dtype])
+    x, w = (
+        checks.random((M, C), dtype, scale=2**-7),
+        (checks.random((V, C), seed=1, scale=2**-4) + 2).astype(checks.DTYPES[dtype]),
+    )
     targets, d = targets_of(M, V), (checks.random((M,), seed=2) + 4).astype(np.float32)
     _, dx, dw = ops.linear_cross_entropy_backward(x, w, targets, d, train_weight=True)
-    d[targets == -100] = 1e30                                          # not used, and so of no weight
-    _, dx_scaled, dw_scaled = ops.linear_cross_entropy_backward(x, w, targets, np.ldexp(d, exponent), train_weight=True)
+    d[targets == -100] = 1e30  # not used, and so of no weight
+    _, dx_scaled, dw_scaled = ops.linear_cross_entropy_backward(
+        x, w, targets, np.ldexp(d, exponent), train_weight=True
+    )
     np.testing.assert_array_equal(dw_scaled, np.ldexp(dw, exponent))
     want = np.ldexp(dx.astype(np.float32), exponent)
-    np.testing.assert_allclose(dx_scaled.astype(np.float32), want, rtol=0, atol=2.0**-24 if dtype == "float16" else 0)
+    np.testing.assert_allclose(
+        dx_scaled.astype(np.float32), want, rtol=0, atol=2.0**-24 if dtype == "float16" else 0
+    )
 
 
 def check_backward(x, w, targets, d, trained, atol=1e-5):
@@ -88,7 +107,9 @@ def test_more_than_one_chunk_of_kept_bfloat16(isa):
     M, C, V = 133, 8, 200001
     rows, kept = ops._C.head_scratch(128, C, V, True, True), 2 * M * V
     assert ops._C.head_scratch(M, C, V, True, True) < min(rows, kept)
-    check_rounded(checks.random((M, C), "bfloat16"), checks.random((V, C), "bfloat16", 1), targets_of(M, V), "bfloat16")
+    check_rounded(
+        checks.random((M, C), "bfloat16"), checks.random((V, C), "bfloat16", 1), targets_of(M, V), "bfloat16"
+    )
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -97,10 +118,10 @@ def test_a_maximum_that_grows_along_the_vocabulary(trained, isa, poison):
     M, C, V = 41, 9, 7001
     x, w = checks.random((M, C)), checks.random((V, C), seed=1)
     x[:, 0], w[:, 0] = np.linspace(-3, 3, M), np.linspace(0, 70, V)
-    x, w = np.round(8 * x) / 8, np.round(8 * w) / 8                    # logits without rounding errors
+    x, w = np.round(8 * x) / 8, np.round(8 * w) / 8  # logits without rounding errors
     targets, d = targets_of(M, V), checks.random((M,), seed=2)
     targets[::7] = (x @ w.T).argmax(1)[::7]
-    check_backward(x, w, targets, d, trained, atol=7e-5)               # of 70, the largest weight
+    check_backward(x, w, targets, d, trained, atol=7e-5)  # of 70, the largest weight
 
 
 def test_large_logits(isa):
@@ -109,8 +130,15 @@ def test_large_logits(isa):
 
 
 def test_same_bits_for_any_number_of_threads(dtype, place, each_thread_count):
-    x, w, targets, d = checks.random((77, 40), dtype), checks.random((999, 40), dtype, 1), targets_of(77, 999), checks.random((77,), seed=2)
-    results = each_thread_count(lambda: ops.linear_cross_entropy_backward(x, w, targets, d, train_weight=True))
+    x, w, targets, d = (
+        checks.random((77, 40), dtype),
+        checks.random((999, 40), dtype, 1),
+        targets_of(77, 999),
+        checks.random((77,), seed=2),
+    )
+    results = each_thread_count(
+        lambda: ops.linear_cross_entropy_backward(x, w, targets, d, train_weight=True)
+    )
     for result in results[1:]:
         for got, want in zip(result, results[0]):
             np.testing.assert_array_equal(got, want)
@@ -119,7 +147,9 @@ def test_same_bits_for_any_number_of_threads(dtype, place, each_thread_count):
 @pytest.mark.parametrize("bad", [5, -1, -101])
 def test_a_target_out_of_range_is_named(bad):
     with pytest.raises(ValueError, match=rf"targets\[1\].*{bad}"):
-        ops.linear_cross_entropy_forward(checks.random((2, 3)), checks.random((5, 3)), np.array([0, bad], np.int32))
+        ops.linear_cross_entropy_forward(
+            checks.random((2, 3)), checks.random((5, 3)), np.array([0, bad], np.int32)
+        )
 
 
 @pytest.mark.parametrize("bad", [5, -1, -101, 2**31 - 1])
@@ -129,7 +159,9 @@ def test_a_target_out_of_range_has_a_loss_of_nan_on_cuda(bad, cuda, poison):
     losses, _ = ops.linear_cross_entropy_forward(x, w, targets)
     again, dx, _ = ops.linear_cross_entropy_backward(x, w, targets, d, train_weight=True)
     assert np.isnan(losses[1]) and np.isnan(again[1])
-    want, want_dx, _ = ops.linear_cross_entropy_backward(x, w, np.where(targets == bad, -100, targets).astype(np.int32), d)
+    want, want_dx, _ = ops.linear_cross_entropy_backward(
+        x, w, np.where(targets == bad, -100, targets).astype(np.int32), d
+    )
     np.testing.assert_array_equal(again[rest], want[rest])
     np.testing.assert_array_equal(dx[rest], want_dx[rest])
 

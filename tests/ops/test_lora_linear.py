@@ -1,15 +1,28 @@
 """lora_linear against the reference: every optional part, ugly shapes, dtypes, instruction sets, threads."""
+
 import checks
 import numpy as np
 import pytest
 
 from longlora import _C, ops
 
-SHAPES = [(0, 4, 3, 2), (1, 1, 1, 1), (3, 7, 5, 2), (17, 123, 33, 8), (64, 64, 96, 16), (70, 300, 129, 7), (5, 0, 3, 2), (129, 576, 50, 24)]
+SHAPES = [
+    (0, 4, 3, 2),
+    (1, 1, 1, 1),
+    (3, 7, 5, 2),
+    (17, 123, 33, 8),
+    (64, 64, 96, 16),
+    (70, 300, 129, 7),
+    (5, 0, 3, 2),
+    (129, 576, 50, 24),
+]
 
 
 def parts(M, C, N, R, dtype):
-    return [checks.random(shape, dtype, seed) for seed, shape in enumerate(((M, C), (N, C), (N,), (R, C), (N, R), (M, N), (M, N)))]
+    return [
+        checks.random(shape, dtype, seed)
+        for seed, shape in enumerate(((M, C), (N, C), (N,), (R, C), (N, R), (M, N), (M, N)))
+    ]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -22,16 +35,42 @@ def test_forward_and_backward(shape, dtype, isa, poison):
     _, u = checks.check("lora_linear_forward", x, w, bias, a, b, 0.5, residual, floor=4)
     checks.check("lora_linear_backward", dout, x, w, floor=4)
     checks.check("lora_linear_backward", dout, x, w, a, b, 2.0, floor=4)
-    checks.check("lora_linear_backward", dout, x, w, a, b, 2.0, np.asarray(u), train_weight=True, train_bias=True, floor=4)
+    checks.check(
+        "lora_linear_backward",
+        dout,
+        x,
+        w,
+        a,
+        b,
+        2.0,
+        np.asarray(u),
+        train_weight=True,
+        train_bias=True,
+        floor=4,
+    )
 
 
 # Rows that start on 16 bytes, more rows than one piece of a sum over them, more ranks than one block of it, one rank.
-@pytest.mark.parametrize("shape", [(300, 136, 264, 72), (257, 64, 40, 8), (33, 512, 256, 64), (600, 40, 24, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(300, 136, 264, 72), (257, 64, 40, 8), (33, 512, 256, 64), (600, 40, 24, 1)], ids=str
+)
 def test_dense_rows(shape, dtype, isa):
     x, w, bias, a, b, residual, dout = parts(*shape, dtype)
     _, u = checks.check("lora_linear_forward", x, w, bias, a, b, 0.5, residual, floor=4)
     checks.check("lora_linear_forward", x, w, bias, None, None, 1.0, residual, floor=4)
-    checks.check("lora_linear_backward", dout, x, w, a, b, 2.0, np.asarray(u), train_weight=True, train_bias=True, floor=4)
+    checks.check(
+        "lora_linear_backward",
+        dout,
+        x,
+        w,
+        a,
+        b,
+        2.0,
+        np.asarray(u),
+        train_weight=True,
+        train_bias=True,
+        floor=4,
+    )
     dx = checks.random(x.shape, dtype, 9)
     want = dx.astype(float) + checks.reference.lora_linear_backward(dout, x, w, a, b, 2.0)[0]
     _C.lora_linear_backward(dx, None, None, None, None, dout, None, w, a, b, None, 2.0, 1)
@@ -56,14 +95,18 @@ def test_u_may_be_beyond_float16(isa):
 def test_u_may_be_kept_or_made_again(shape, place):
     x, w, _, a, b, _, dout = parts(*shape, "float32")
     _, u = ops.lora_linear_forward(x, w, None, a, b, 2.0)
-    for kept, again in zip(ops.lora_linear_backward(dout, x, w, a, b, 2.0, u), ops.lora_linear_backward(dout, x, w, a, b, 2.0)):
+    for kept, again in zip(
+        ops.lora_linear_backward(dout, x, w, a, b, 2.0, u), ops.lora_linear_backward(dout, x, w, a, b, 2.0)
+    ):
         if kept is not None:
             np.testing.assert_array_equal(kept, again)
 
 
 def test_gradients_of_parameters_accumulate_and_dx_when_asked(place):
     x, w, _, a, b, _, dout = parts(9, 12, 10, 4, "float32")
-    dx, da, db, dw, dbias = ops.lora_linear_backward(dout, x, w, a, b, 2.0, train_weight=True, train_bias=True)
+    dx, da, db, dw, dbias = ops.lora_linear_backward(
+        dout, x, w, a, b, 2.0, train_weight=True, train_bias=True
+    )
     out = [g.copy() for g in (dx, da, db, dw, dbias)]
     _C.lora_linear_backward(*out, dout, x, w, a, b, None, 2.0, 1)
     for twice, once in zip(out, (dx, da, db, dw, dbias)):
@@ -84,10 +127,12 @@ def test_u_is_written_between_columns_of_others(dtype, isa):
     for M, R in (33, 8), (500, 8), (500, 24):
         x, w, _, a, b, _, _ = parts(M, 72, 200, R, dtype)
         wide, out = np.full((M, R + 5), np.nan, np.float32), np.full((M, 200), np.nan, x.dtype)
-        _C.lora_linear_forward(out, wide[:, 2:2 + R], x, w, None, a, b, None, 2.0)
-        for got, want in zip((out, wide[:, 2:2 + R]), checks.check("lora_linear_forward", x, w, None, a, b, 2.0, floor=4)):
+        _C.lora_linear_forward(out, wide[:, 2 : 2 + R], x, w, None, a, b, None, 2.0)
+        for got, want in zip(
+            (out, wide[:, 2 : 2 + R]), checks.check("lora_linear_forward", x, w, None, a, b, 2.0, floor=4)
+        ):
             np.testing.assert_array_equal(got, want)
-        assert np.isnan(wide[:, :2]).all() and np.isnan(wide[:, 2 + R:]).all()
+        assert np.isnan(wide[:, :2]).all() and np.isnan(wide[:, 2 + R :]).all()
 
 
 def test_more_columns_than_are_packed_at_once(isa):
@@ -97,28 +142,51 @@ def test_more_columns_than_are_packed_at_once(isa):
 
 
 # Of each: rows of u made by tasks of rows, by tasks of columns, over several slices of a sum, by tiles where R is above 16.
-@pytest.mark.parametrize("shape", [(301, 200, 150, 8), (1000, 96, 72, 8), (1000, 1500, 40, 24), (500, 512, 96, 8)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(301, 200, 150, 8), (1000, 96, 72, 8), (1000, 1500, 40, 24), (500, 512, 96, 8)], ids=str
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_same_bits_for_any_number_of_threads(dtype, shape, place, each_thread_count):
     x, w, bias, a, b, residual, dout = parts(*shape, dtype)
 
     def once():
-        return (*ops.lora_linear_forward(x, w, bias, a, b, 2.0, residual),
-                *ops.lora_linear_backward(dout, x, w, a, b, 2.0, train_weight=True, train_bias=True))
+        return (
+            *ops.lora_linear_forward(x, w, bias, a, b, 2.0, residual),
+            *ops.lora_linear_backward(dout, x, w, a, b, 2.0, train_weight=True, train_bias=True),
+        )
+
     results = each_thread_count(once)
     for result in results[1:]:
         for got, want in zip(result, results[0]):
             np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("change,message", [
-    (dict(a=None), "a"), (dict(b=None), "b"), (dict(x=None, da=1), "x"), (dict(x=None, dweight=1), "x"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [(dict(a=None), "a"), (dict(b=None), "b"), (dict(x=None, da=1), "x"), (dict(x=None, dweight=1), "x")],
+)
 def test_what_is_missing_is_named_before_anything_is_written(change, message, place):
     x, w, _, a, b, _, dout = parts(5, 6, 7, 2, "float32")
     given = dict(x=x, a=a, b=b) | {k: v for k, v in change.items() if k in "xab"}
-    dx, da, dw = np.full((5, 6), np.nan, np.float32), np.zeros((2, 6), np.float32), np.zeros((7, 6), np.float32)
+    dx, da, dw = (
+        np.full((5, 6), np.nan, np.float32),
+        np.zeros((2, 6), np.float32),
+        np.zeros((7, 6), np.float32),
+    )
     with pytest.raises(ValueError, match=f"lora_linear_backward: .*{message}"):
-        _C.lora_linear_backward(dx, da if given["a"] is not None else None, None, dw if "dweight" in change else None, None, dout, given["x"], w,
-                                given["a"], given["b"], None, 1.0, 0)
+        _C.lora_linear_backward(
+            dx,
+            da if given["a"] is not None else None,
+            None,
+            dw if "dweight" in change else None,
+            None,
+            dout,
+            given["x"],
+            w,
+            given["a"],
+            given["b"],
+            None,
+            1.0,
+            0,
+        )
     assert np.isnan(dx).all()

@@ -1,4 +1,5 @@
 """rms_norm against the reference: shapes, dtypes, instruction sets, the fused residual, threads."""
+
 import checks
 import numpy as np
 import pytest
@@ -14,13 +15,24 @@ def test_forward_and_backward(shape, residual, dtype, isa, poison):
     x, weight = checks.strided(checks.random(shape, dtype)), checks.random(shape[1:], dtype, 1)
     extra = checks.random(shape, dtype, 2) if residual else None
     out, rstd, total = ops.rms_norm_forward(x, weight, 1e-5, extra)
-    want, low = checks.reference.rms_norm_forward(x, weight, 1e-5, extra), checks.plain("rms_norm_forward", x, weight, 1e-5, extra)
+    want, low = (
+        checks.reference.rms_norm_forward(x, weight, 1e-5, extra),
+        checks.plain("rms_norm_forward", x, weight, 1e-5, extra),
+    )
     for name, got, w, p in zip(("out", "rstd", "sum"), (out, rstd, total), want, low):
-        if not (residual and dtype != "float32" and name != "sum"):    # there the statistics are of the sum as it is stored
+        if not (
+            residual and dtype != "float32" and name != "sum"
+        ):  # there the statistics are of the sum as it is stored
             checks.compare(got, w, p, name)
     if residual:
-        checks.compare(out, *(r("rms_norm_forward", total, weight, 1e-5)[0] for r in (
-            lambda n, *a: getattr(checks.reference, n)(*a), checks.plain)), "out of the stored sum")
+        checks.compare(
+            out,
+            *(
+                r("rms_norm_forward", total, weight, 1e-5)[0]
+                for r in (lambda n, *a: getattr(checks.reference, n)(*a), checks.plain)
+            ),
+            "out of the stored sum",
+        )
     dout = checks.random(shape, dtype, 3)
     checks.check("rms_norm_backward", dout, total, np.asarray(rstd), weight, extra, floor=4)
 
@@ -29,14 +41,21 @@ def rows_of_any_length(M, C, dtype):
     """Sizes around those at which rows change hands on a GPU: a part of a warp, a warp, a block, more than a block."""
     x, residual, dout, d = (checks.random((M, C), dtype, seed) for seed in range(4))
     weight = checks.random((C,), dtype, 4)
-    out, _, total = checks.dense_and_strided(lambda x, r: ops.rms_norm_forward(x, weight, 1e-5, r), x, residual)
+    out, _, total = checks.dense_and_strided(
+        lambda x, r: ops.rms_norm_forward(x, weight, 1e-5, r), x, residual
+    )
     assert total.tobytes() == (x.astype(np.float32) + residual.astype(np.float32)).astype(x.dtype).tobytes()
-    checks.compare(out, checks.reference.rms_norm_forward(total, weight, 1e-5)[0],
-                   checks.plain("rms_norm_forward", total, weight, 1e-5)[0])
+    checks.compare(
+        out,
+        checks.reference.rms_norm_forward(total, weight, 1e-5)[0],
+        checks.plain("rms_norm_forward", total, weight, 1e-5)[0],
+    )
     _, rstd, _ = checks.dense_and_strided(lambda x: ops.rms_norm_forward(x, weight, 1e-5), x)
     checks.check("rms_norm_forward", x, weight, 1e-5)
     for dresidual in (None, d):
-        dx, dweight = checks.dense_and_strided(lambda *a: ops.rms_norm_backward(*a[:2], rstd, weight, a[2]), dout, x, dresidual)
+        dx, dweight = checks.dense_and_strided(
+            lambda *a: ops.rms_norm_backward(*a[:2], rstd, weight, a[2]), dout, x, dresidual
+        )
         checks.check("rms_norm_backward", dout, x, rstd, weight, dresidual, floor=4)
     over, twice = dout.copy(), dweight.copy()
     _C.rms_norm_backward(over, twice, over, x, rstd, weight, d)
@@ -46,8 +65,10 @@ def rows_of_any_length(M, C, dtype):
     assert over.tobytes() == dx.tobytes()
 
 
-@pytest.mark.parametrize("M,C", [(1, 8), (70, 16), (3, 24), (300, 64), (70, 128), (3, 136), (3, 256), (5, 520), (3, 1024),
-                                 (70, 1032)])
+@pytest.mark.parametrize(
+    "M,C",
+    [(1, 8), (70, 16), (3, 24), (300, 64), (70, 128), (3, 136), (3, 256), (5, 520), (3, 1024), (70, 1032)],
+)
 def test_dense_and_strided_rows(M, C, dtype, isa):
     rows_of_any_length(M, C, dtype)
 
@@ -60,9 +81,14 @@ def test_long_rows(dtype, isa):
 def test_the_stored_sum_is_rounded_to_nearest_even(dtype, isa):
     """Of numbers of every kind, a few powers of two apart, so that many are ties; infinities and NaN among them."""
     kind, rng = np.dtype(checks.DTYPES[dtype]), np.random.default_rng(0)
-    whole, fraction = {"float32": (np.uint32, 23), "bfloat16": (np.uint16, 7), "float16": (np.uint16, 10)}[dtype]
+    whole, fraction = {"float32": (np.uint32, 23), "bfloat16": (np.uint16, 7), "float16": (np.uint16, 10)}[
+        dtype
+    ]
     bits = rng.integers(0, np.iinfo(whole).max, (64, 1037), whole, endpoint=True)
-    x, residual = bits.view(kind), (bits - (rng.integers(0, 13, bits.shape, whole) << fraction).astype(whole)).view(kind)
+    x, residual = (
+        bits.view(kind),
+        (bits - (rng.integers(0, 13, bits.shape, whole) << fraction).astype(whole)).view(kind),
+    )
     with np.errstate(over="ignore", invalid="ignore"):
         want = (x.astype(np.float32) + residual.astype(np.float32)).astype(kind)
     _, _, total = ops.rms_norm_forward(x, np.ones(1037, kind), 1e-5, residual)
@@ -87,7 +113,9 @@ def test_backward_in_place_and_accumulating(place):
 
 def test_same_bits_for_any_number_of_threads(place, each_thread_count):
     x, weight, dout = checks.random((301, 96)), checks.random((96,), seed=1), checks.random((301, 96), seed=2)
-    results = each_thread_count(lambda: ops.rms_norm_backward(dout, x, ops.rms_norm_forward(x, weight)[1], weight))
+    results = each_thread_count(
+        lambda: ops.rms_norm_backward(dout, x, ops.rms_norm_forward(x, weight)[1], weight)
+    )
     for result in results[1:]:
         for a, b in zip(result, results[0]):
             np.testing.assert_array_equal(a, b)

@@ -1,4 +1,5 @@
 """The rope op against the reference (test_rope.py is about the frequencies)."""
+
 import checks
 import numpy as np
 import pytest
@@ -17,13 +18,29 @@ def test_forward_and_backward(shape, dtype, isa, poison):
         checks.check("rope_backward", x, cos, sin, where)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 1, 16), (2, 5, 3, 64), (1, 2, 4, 72), (1, 3, 9, 80), (2, 2, 32, 128), (1, 1, 70, 256),
-                                   (1, 1, 2, 4160)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 3, 1, 16),
+        (2, 5, 3, 64),
+        (1, 2, 4, 72),
+        (1, 3, 9, 80),
+        (2, 2, 32, 128),
+        (1, 1, 70, 256),
+        (1, 1, 2, 4160),
+    ],
+)
 @pytest.mark.parametrize("name", ["rope_forward", "rope_backward"])
 def test_dense_and_strided_rows_and_in_place(name, shape, dtype, isa):
-    cos, sin, x = checks.random((20, shape[3] // 2)), checks.random((20, shape[3] // 2), seed=1), checks.random(shape, dtype)
+    cos, sin, x = (
+        checks.random((20, shape[3] // 2)),
+        checks.random((20, shape[3] // 2), seed=1),
+        checks.random(shape, dtype),
+    )
     positions = np.random.default_rng(0).integers(0, 20, shape[:2]).astype(np.int32)
-    got, = checks.dense_and_strided(lambda x, cos, sin: getattr(ops, name)(x, cos, sin, positions), x, cos, sin)
+    (got,) = checks.dense_and_strided(
+        lambda x, cos, sin: getattr(ops, name)(x, cos, sin, positions), x, cos, sin
+    )
     checks.check(name, x, cos, sin, positions)
     getattr(_C, name)(x, x, cos, sin, positions)
     assert x.tobytes() == got.tobytes()
@@ -42,9 +59,11 @@ def test_far_positions_are_exact(place):
     cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
     x = checks.random((1, 3, 2, D))
     got = ops.rope_forward(x, cos, sin)
-    first, second = x[..., :D // 2].astype(np.float64), x[..., D // 2:].astype(np.float64)
+    first, second = x[..., : D // 2].astype(np.float64), x[..., D // 2 :].astype(np.float64)
     c, s = np.cos(angle)[None, :, None], np.sin(angle)[None, :, None]
-    np.testing.assert_allclose(got, np.concatenate([first * c - second * s, second * c + first * s], -1), atol=3e-7)
+    np.testing.assert_allclose(
+        got, np.concatenate([first * c - second * s, second * c + first * s], -1), atol=3e-7
+    )
 
 
 def test_what_does_not_fit_is_named(place):
@@ -63,7 +82,7 @@ def test_positions_outside_the_tables_are_named():
 
 def test_positions_outside_the_tables_give_nan_on_cuda(cuda, poison):
     cos, sin = tables(Rope("default", 1e4, 2048), 8, 5)
-    x, positions = checks.random((2, 3, 2, 8)), np.array([[0, 5, 4], [-1, 2**31 - 1, -2**31]], np.int32)
+    x, positions = checks.random((2, 3, 2, 8)), np.array([[0, 5, 4], [-1, 2**31 - 1, -(2**31)]], np.int32)
     good = (positions >= 0) & (positions < 5)
     want = ops.rope_forward(x, cos, sin, np.where(good, positions, 0).astype(np.int32))
     for op in (ops.rope_forward, ops.rope_backward):

@@ -1,4 +1,5 @@
 """S2-Attn against the reference: every boundary and shift, GQA, odd everything, packed documents, causality, determinism."""
+
 import checks
 import mirror
 import numpy as np
@@ -22,14 +23,24 @@ def score_noise(q, k, scale=None, **pattern):
     if not q.size:
         return 0.0
     squares = (reference._heads(x, q.shape[2] // x.shape[2]) ** 2 for x in (q, k))
-    visible = reference._scores(*squares, 1.0, pattern["group_size"], pattern.get("boundary", "split"),
-                                pattern.get("shift", "half"), pattern.get("cu_seqlens"))
-    return 8 * 2.0**-24 * abs(q.shape[3] ** -0.5 if scale is None else scale) * np.sqrt(visible.max(initial=0))
+    visible = reference._scores(
+        *squares,
+        1.0,
+        pattern["group_size"],
+        pattern.get("boundary", "split"),
+        pattern.get("shift", "half"),
+        pattern.get("cu_seqlens"),
+    )
+    return (
+        8 * 2.0**-24 * abs(q.shape[3] ** -0.5 if scale is None else scale) * np.sqrt(visible.max(initial=0))
+    )
 
 
 def both(q, k, v, dout, **kwargs):
     """Forward and backward against the reference -> what the ops returned. The backward of both sees the op's own out and lse."""
-    out, lse = checks.check("s2_attention_forward", q, k, v, floor=4, noise=(0.0, score_noise(q, k, **kwargs)), **kwargs)
+    out, lse = checks.check(
+        "s2_attention_forward", q, k, v, floor=4, noise=(0.0, score_noise(q, k, **kwargs)), **kwargs
+    )
     grads = ops.s2_attention_backward(dout, q, k, v, out, lse, **kwargs)
     want = reference.s2_attention_backward(dout, q, k, v, out, lse, **kwargs)
     # On a GPU 16 bits are what the tensor cores multiply: the plain computation there rounds between its products too.
@@ -39,7 +50,11 @@ def both(q, k, v, dout, **kwargs):
         low = checks.plain("s2_attention_backward", dout, q, k, v, out, lse, **kwargs)
     for name, got, w, p in zip(("dq", "dk", "dv"), grads, want, low):
         # The gradient of a query that sees one key is a difference of equals: its noise is that of the terms.
-        noise = np.abs(dout.astype(np.float64)).max(initial=0) * np.abs(v.astype(np.float64)).max(initial=0) * 2.0**-21
+        noise = (
+            np.abs(dout.astype(np.float64)).max(initial=0)
+            * np.abs(v.astype(np.float64)).max(initial=0)
+            * 2.0**-21
+        )
         assert got.shape == w.shape
         if w.size:
             error, plain = (np.abs(x.astype(got.dtype).astype(np.float64) - w).max() for x in (got, p))
@@ -83,7 +98,12 @@ def test_every_head_size(D, dtype, isa, poison):
 def test_segments_of_several_tiles(D, boundary, dtype, place):
     """A GPU takes up to 128 queries and 64 keys at a time: here are whole tiles, rests of tiles, and tiles of two runs of tokens, for
     each size that 16-bit kernels are compiled for."""
-    both(*inputs(1, 300, 3, 1, D, dtype), group_size=150, boundary=boundary, scale=-0.1 if boundary == "swap" else None)
+    both(
+        *inputs(1, 300, 3, 1, D, dtype),
+        group_size=150,
+        boundary=boundary,
+        scale=-0.1 if boundary == "swap" else None,
+    )
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
@@ -97,17 +117,25 @@ def test_the_lengths_that_broke_others(place):
         out, lse = ops.s2_attention_forward(q, k, v, group_size=G)
         start = np.arange(T) // G * G
         for t in (0, T // 2, T - 1):
-            s = (k[0, start[t]:t + 1, 0].astype(np.float64) @ q[0, t, 0]) / np.sqrt(8)
+            s = (k[0, start[t] : t + 1, 0].astype(np.float64) @ q[0, t, 0]) / np.sqrt(8)
             p = np.exp(s - s.max())
-            np.testing.assert_allclose(out[0, t, 0], p @ v[0, start[t]:t + 1, 0] / p.sum(), atol=1e-5)
+            np.testing.assert_allclose(out[0, t, 0], p @ v[0, start[t] : t + 1, 0] / p.sum(), atol=1e-5)
         assert np.isfinite(lse).all()
 
 
-@settings(max_examples=checks.examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=checks.examples(60),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(data=st.data())
 def test_anything(place, data):
     draw = data.draw
-    B, K, D = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 7, 16, 33, 64, 80, 96, 128]))
+    B, K, D = (
+        draw(st.integers(0, 3)),
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from([1, 2, 7, 16, 33, 64, 80, 96, 128])),
+    )
     H, G, boundary = K * draw(st.integers(1, 4)), draw(st.integers(1, 70)), draw(st.sampled_from(BOUNDARIES))
     T = draw(st.integers(0, 150))
     T = T // G * G if boundary != "split" else T
@@ -138,7 +166,11 @@ def test_packed_documents_are_separate_runs(borders, isa):
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_packed_documents_of_several_tiles(D, dtype, place):
-    both(*inputs(1, 420, 3, 1, D, dtype), group_size=140, cu_seqlens=np.array([0, 150, 151, 151, 270, 420], np.int32))
+    both(
+        *inputs(1, 420, 3, 1, D, dtype),
+        group_size=140,
+        cu_seqlens=np.array([0, 150, 151, 151, 270, 420], np.int32),
+    )
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
@@ -173,14 +205,16 @@ def test_wrap_is_the_papers_algorithm(place):
     rolled = []
     for x in (q, k, v):
         x = x.copy()
-        x[:, :, H // 2:] = np.roll(x[:, :, H // 2:], -G // 2, 1)
+        x[:, :, H // 2 :] = np.roll(x[:, :, H // 2 :], -G // 2, 1)
         rolled.append(x.reshape(B * T // G, G, H, D))
     s = np.einsum("bthd,bshd->bhts", rolled[0], rolled[1]) / np.sqrt(D)
     s = np.where(np.tril(np.ones((G, G), bool)), s, -np.inf)
     p = np.exp(s - s.max(-1, keepdims=True))
     want = np.einsum("bhts,bshd->bthd", p / p.sum(-1, keepdims=True), rolled[2]).reshape(B, T, H, D)
-    want[:, :, H // 2:] = np.roll(want[:, :, H // 2:], G // 2, 1)
-    got, _ = ops.s2_attention_forward(*(x.astype(np.float32) for x in (q, k, v)), group_size=G, boundary="wrap")
+    want[:, :, H // 2 :] = np.roll(want[:, :, H // 2 :], G // 2, 1)
+    got, _ = ops.s2_attention_forward(
+        *(x.astype(np.float32) for x in (q, k, v)), group_size=G, boundary="wrap"
+    )
     np.testing.assert_allclose(got, want, atol=2e-6)
 
 
@@ -196,7 +230,7 @@ def test_one_key_moves_exactly_the_queries_that_see_it(place):
             after, _ = ops.s2_attention_forward(*other, group_size=G)
             seen = mask[:, :, t].copy()
             if which == 1:
-                seen[mask.sum(-1) == 1] = False                        # a query with one key: its weight is 1 whatever the key
+                seen[mask.sum(-1) == 1] = False  # a query with one key: its weight is 1 whatever the key
             np.testing.assert_array_equal((before != after).any(-1)[0].T, seen)
 
 
@@ -205,8 +239,10 @@ def test_dense_is_a_case_of_it(place):
     both(q, k, v, dout, group_size=10**12, shift="none")
 
 
-@pytest.mark.parametrize("G,kwargs", [(1400, {}), (1500, dict(boundary="wrap")), (1500, dict(boundary="swap")),
-                                      (1501, dict(shift="none"))])
+@pytest.mark.parametrize(
+    "G,kwargs",
+    [(1400, {}), (1500, dict(boundary="wrap")), (1500, dict(boundary="swap")), (1501, dict(shift="none"))],
+)
 def test_groups_longer_than_a_chunk(G, kwargs, dtype, place):
     """Longer than the 1024 rows that the backward takes at a time; one KV head for a plain and a shifted head."""
     both(*inputs(1, 1500, 2, 1, 8, dtype), group_size=G, **kwargs)
@@ -220,13 +256,19 @@ def test_more_sums_than_are_kept_at_once():
         assert np.isfinite(x[0].astype(np.float32)).all() and (x == x[:1]).all()
 
 
-@pytest.mark.parametrize("shape", [(0, 5, 2, 2, 4), (2, 0, 2, 2, 4), (2, 5, 0, 2, 4), (2, 5, 0, 0, 4), (2, 5, 2, 2, 0)])
+@pytest.mark.parametrize(
+    "shape", [(0, 5, 2, 2, 4), (2, 0, 2, 2, 4), (2, 5, 0, 2, 4), (2, 5, 0, 0, 4), (2, 5, 2, 2, 0)]
+)
 def test_sizes_of_zero(shape, dtype, poison, isa):
     """No heads: the gradients of the keys are zero. No elements in a head: all scores are zero."""
     q, k, v, dout = inputs(*shape, dtype)
     out, lse = ops.s2_attention_forward(q, k, v, group_size=2, shift="none")
-    assert np.array_equal(lse, np.broadcast_to(np.log(np.arange(shape[1]) % 2 + 1).astype(np.float32), lse.shape))
-    for got, x in zip(ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=2, shift="none"), (q, k, v)):
+    assert np.array_equal(
+        lse, np.broadcast_to(np.log(np.arange(shape[1]) % 2 + 1).astype(np.float32), lse.shape)
+    )
+    for got, x in zip(
+        ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=2, shift="none"), (q, k, v)
+    ):
         assert np.array_equal(got, np.zeros_like(x))
 
 
@@ -238,8 +280,12 @@ def test_infinities_and_nan_stay_where_they_are(dtype, isa):
     out, lse = ops.s2_attention_forward(q, other, v, group_size=8, shift="none")
     assert (out[0, 8] == 0).all() and np.isneginf(lse[0, :, 8]).all()
     assert np.isfinite(out).all() and np.isfinite(np.delete(lse, 8, 2)).all()
-    assert all(np.isfinite(x).all() for x in ops.s2_attention_backward(dout, q, k, v, out, np.where(lse > -1e30, 9, lse),
-                                                                       group_size=8, shift="none"))
+    assert all(
+        np.isfinite(x).all()
+        for x in ops.s2_attention_backward(
+            dout, q, k, v, out, np.where(lse > -1e30, 9, lse), group_size=8, shift="none"
+        )
+    )
     other = k.copy()
     other[0, 20] = np.nan
     out, _ = ops.s2_attention_forward(q, other, v, group_size=8, shift="none")
@@ -262,16 +308,18 @@ def test_logits_of_ten_thousands(isa):
     assert largest > 5e3
     assert np.abs(out - want).max() <= 4 * largest * 2.0**-24 * np.abs(v).max()
     assert np.abs(lse - want_lse).max() <= 4 * largest * 2.0**-24
-    assert all(np.isfinite(x).all() for x in ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=16))
+    assert all(
+        np.isfinite(x).all() for x in ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=16)
+    )
 
 
 def test_views_of_one_matrix_and_broadcast_gradients(place):
     B, T, H, K, D = 2, 30, 4, 2, 16
     fused = checks.random((B, T, (H + 2 * K) * D))
-    q = fused[..., :H * D].reshape(B, T, H, D)
-    k = fused[..., H * D:(H + K) * D].reshape(B, T, K, D)
-    v = fused[..., (H + K) * D:].reshape(B, T, K, D)
-    dout = np.broadcast_to(np.float32([1] * D), (B, T, H, D))          # what y.sum().backward() hands over: strides 0
+    q = fused[..., : H * D].reshape(B, T, H, D)
+    k = fused[..., H * D : (H + K) * D].reshape(B, T, K, D)
+    v = fused[..., (H + K) * D :].reshape(B, T, K, D)
+    dout = np.broadcast_to(np.float32([1] * D), (B, T, H, D))  # what y.sum().backward() hands over: strides 0
     views = both(q, k, v, dout, group_size=8)
     for a, b in zip(views, both(*(np.ascontiguousarray(x) for x in (q, k, v, dout)), group_size=8)):
         np.testing.assert_array_equal(a, b)
@@ -279,7 +327,7 @@ def test_views_of_one_matrix_and_broadcast_gradients(place):
 
 def test_offsets_beyond_2_to_the_31():
     T, D, far = 3, 8, (1 << 31) // 2 + 64
-    memory = np.zeros(2 * far + D, np.float32)                         # committed only where it is touched
+    memory = np.zeros(2 * far + D, np.float32)  # committed only where it is touched
     q = np.lib.stride_tricks.as_strided(memory, (1, T, 1, D), (0, 4 * far, 4 * D, 4))
     q[...] = checks.random((1, T, 1, D))
     k, v = checks.random((1, T, 1, D), seed=1), checks.random((1, T, 1, D), seed=2)
@@ -296,27 +344,37 @@ def test_equal_bits(T, G, place, each_thread_count):
     def once():
         out, lse = ops.s2_attention_forward(q, k, v, group_size=G)
         return (out, lse, *ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=G))
+
     results = each_thread_count(once) + [once() for _ in range(5)]
     for result in results[1:]:
         for a, b in zip(result, results[0]):
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("change,message", [
-    (dict(group_size=0), "group_size should be at least 1, got 0"), (dict(group_size=1.5), "group_size should be an integer"),
-    (dict(boundary="roll"), "boundary should be one of split, wrap, swap, got 'roll'"),
-    (dict(shift="some"), "shift should be one of half, none, all"),
-    (dict(boundary="wrap", group_size=7), "multiple of group_size=7, got 24"),
-    (dict(cu_seqlens=np.array([], np.int32)), "cu_seqlens"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(group_size=0), "group_size should be at least 1, got 0"),
+        (dict(group_size=1.5), "group_size should be an integer"),
+        (dict(boundary="roll"), "boundary should be one of split, wrap, swap, got 'roll'"),
+        (dict(shift="some"), "shift should be one of half, none, all"),
+        (dict(boundary="wrap", group_size=7), "multiple of group_size=7, got 24"),
+        (dict(cu_seqlens=np.array([], np.int32)), "cu_seqlens"),
+    ],
+)
 def test_bad_arguments_are_named_before_anything_is_written(change, message, place):
     q, k, v, _ = inputs(1, 24, 4, 2, 8)
     with pytest.raises((ValueError, TypeError), match=message):
         ops.s2_attention_forward(q, k, v, **{"group_size": 8, **change})
 
 
-BAD_BORDERS = [([0, 20], "begin with 0 and end with T=24"), ([0, 9, 8, 24], "should not decrease, got 8 after 9"),
-               ([5, 24], "begin with 0"), ([-2**31, 2**31 - 1, 24], "begin with 0"), ([0, 2**31 - 1, -5, 24], "should not decrease")]
+BAD_BORDERS = [
+    ([0, 20], "begin with 0 and end with T=24"),
+    ([0, 9, 8, 24], "should not decrease, got 8 after 9"),
+    ([5, 24], "begin with 0"),
+    ([-(2**31), 2**31 - 1, 24], "begin with 0"),
+    ([0, 2**31 - 1, -5, 24], "should not decrease"),
+]
 
 
 @pytest.mark.parametrize("borders,message", BAD_BORDERS)
@@ -332,7 +390,9 @@ def test_heads_wider_than_256_are_refused_on_cuda(cuda, dtype):
     with pytest.raises(ValueError, match="s2_attention_forward: D should be at most 256 on a GPU, got 257"):
         _C.s2_attention_forward(out, lse, q, k, v, None, 4, 0, 0, 1.0)
     with pytest.raises(ValueError, match="s2_attention_backward: D should be at most 256 on a GPU, got 257"):
-        _C.s2_attention_backward(out, np.full_like(k, np.nan), np.full_like(v, np.nan), dout, q, k, v, q, lse, None, 4, 0, 0, 1.0)
+        _C.s2_attention_backward(
+            out, np.full_like(k, np.nan), np.full_like(v, np.nan), dout, q, k, v, q, lse, None, 4, 0, 0, 1.0
+        )
     assert np.isnan(out.astype(np.float32)).all() and np.isnan(lse).all()
 
 
@@ -341,23 +401,31 @@ def test_heads_that_do_not_divide(place):
     with pytest.raises(ValueError, match="divide H=4, got 3"):
         ops.s2_attention_forward(q, k, v, group_size=4)
     with pytest.raises(ValueError, match="B=1, got B=2"):
-        ops.s2_attention_forward(*(np.concatenate([q, q]) for _ in range(3)), group_size=4, cu_seqlens=np.array([0, 8], np.int32))
+        ops.s2_attention_forward(
+            *(np.concatenate([q, q]) for _ in range(3)), group_size=4, cu_seqlens=np.array([0, 8], np.int32)
+        )
 
 
-@pytest.mark.parametrize("borders", [[5, 1000000, -3, 24, 7], [30, 20, 10, 0], [-2**31, 2**31 - 1], [2**31 - 1, -2**31]])
+@pytest.mark.parametrize(
+    "borders", [[5, 1000000, -3, 24, 7], [30, 20, 10, 0], [-(2**31), 2**31 - 1], [2**31 - 1, -(2**31)]]
+)
 def test_borders_that_a_gpu_cannot_refuse(borders, dtype, cuda, poison):
     """They are not read on the host: nothing outside of the outputs is touched, and the next call is right."""
     q, k, v, dout = inputs(1, 40, 4, 2, 16, dtype)
     cu = np.array(borders, np.int64).astype(np.int32)
     out, lse = ops.s2_attention_forward(q, k, v, group_size=6, cu_seqlens=cu)
-    ops.s2_attention_backward(dout, q, k, v, np.nan_to_num(out), np.nan_to_num(lse), group_size=6, cu_seqlens=cu)
+    ops.s2_attention_backward(
+        dout, q, k, v, np.nan_to_num(out), np.nan_to_num(lse), group_size=6, cu_seqlens=cu
+    )
     both(q, k, v, dout, group_size=6, cu_seqlens=np.array([0, 13, 40], np.int32))
 
 
 @pytest.mark.parametrize("boundary", ["wrap", "swap"])
 def test_a_document_of_a_wrong_length_is_nan(boundary, dtype, cuda):
     q, k, v, dout = inputs(1, 40, 2, 2, 16, dtype)
-    kwargs = dict(group_size=6, boundary=boundary, shift="all", cu_seqlens=np.array([0, 12, 28, 40], np.int32))
+    kwargs = dict(
+        group_size=6, boundary=boundary, shift="all", cu_seqlens=np.array([0, 12, 28, 40], np.int32)
+    )
     out, lse = ops.s2_attention_forward(q, k, v, **kwargs)
     results = (out, np.moveaxis(lse, 1, 2), *ops.s2_attention_backward(dout, q, k, v, out, lse, **kwargs))
     for x in results:

@@ -1,4 +1,5 @@
 """swiglu against the reference, and written over its inputs."""
+
 import checks
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ def test_dense_and_strided_rows(shape, dtype, isa):
     checks.check("swiglu_forward", gate, up, floor=8)
     checks.check("swiglu_backward", dout, gate, up, floor=8)
     both = np.concatenate([gate, up], 1)
-    gate, up = both[:, :shape[1]], both[:, shape[1]:]
+    gate, up = both[:, : shape[1]], both[:, shape[1] :]
     _C.swiglu_backward(gate, up, dout, gate, up)
     assert gate.tobytes() == dgate.tobytes() and up.tobytes() == dup.tobytes()
 

@@ -1,4 +1,5 @@
 """Threads: equal bits for any number of them, calls from several at once, and forked children."""
+
 import os
 import subprocess
 import sys
@@ -6,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+
 from longlora import _C, ops
 
 
@@ -32,17 +34,28 @@ def work():
     param, m, v = f32(1000), f32(1000), np.abs(f32(1000))
     ops.adamw(param, m, v, f32(1000), lr=1e-3, step=2)
     results = [
-        ops.cast(x, "float16"), ops.accumulate(f32(96, 130), x, 0.5), ops.matmul(x, w.T), ops.embedding_forward(w, ids),
+        ops.cast(x, "float16"),
+        ops.accumulate(f32(96, 130), x, 0.5),
+        ops.matmul(x, w.T),
+        ops.embedding_forward(w, ids),
         ops.embedding_backward(x, ids, np.argsort(ids, kind="stable").astype(np.int32), 200),
-        *ops.rms_norm_forward(x, f32(130), residual=x + 1), *ops.rms_norm_backward(x, x, f32(96), f32(130)),
-        ops.rope_forward(q, cos, sin), ops.rope_backward(q, cos, sin), out, lse,
+        *ops.rms_norm_forward(x, f32(130), residual=x + 1),
+        *ops.rms_norm_backward(x, x, f32(96), f32(130)),
+        ops.rope_forward(q, cos, sin),
+        ops.rope_backward(q, cos, sin),
+        out,
+        lse,
         *ops.lora_linear_forward(x, w, a=a, b=b, scale=2.0),
         *ops.lora_linear_backward(dout, x, w, a=a, b=b, scale=2.0, train_weight=True, train_bias=True),
         *ops.s2_attention_backward(f32(1, 96, 4, 16), q, k, k, out, lse, group_size=16),
-        ops.swiglu_forward(x, x + 1), *ops.swiglu_backward(x, x + 1, x + 2),
+        ops.swiglu_forward(x, x + 1),
+        *ops.swiglu_backward(x, x + 1, x + 2),
         *ops.linear_cross_entropy_forward(x, w, ids),
         *ops.linear_cross_entropy_backward(x, w, ids, f32(96), train_weight=True),
-        param, m, v, np.array(ops.global_norm([f32(100_000), x.ravel()])),
+        param,
+        m,
+        v,
+        np.array(ops.global_norm([f32(100_000), x.ravel()])),
     ]
     return [r.tobytes() for r in results]
 
@@ -65,6 +78,7 @@ def test_equal_bits_from_several_python_threads_at_once():
     def run(i):
         start.wait()
         got[i] = [work() for _ in range(2)]
+
     threads = [threading.Thread(target=run, args=(i,)) for i in range(8)]
     for thread in threads:
         thread.start()
@@ -81,17 +95,26 @@ def test_errors_of_several_threads_are_their_own():
             with pytest.raises(ValueError) as error:
                 ops.embedding_forward(f32(4, 4), np.array([100 + i], np.int32))
             wrong.setdefault(i, set()).add(str(error.value))
+
     threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(len(messages) == 1 and str(100 + i) in next(iter(messages)) for i, messages in wrong.items()), wrong
+    assert all(
+        len(messages) == 1 and str(100 + i) in next(iter(messages)) for i, messages in wrong.items()
+    ), wrong
 
 
 def python(script, **environment):
-    return subprocess.run([sys.executable, "-c", script], env={**os.environ, **environment}, timeout=60, check=True, text=True,
-                          capture_output=True).stdout.split()
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **environment},
+        timeout=60,
+        check=True,
+        text=True,
+        capture_output=True,
+    ).stdout.split()
 
 
 BODY = """
@@ -104,7 +127,9 @@ want = ops.matmul(x, x).tobytes()
 
 
 def test_forked_child_after_the_parent_used_threads():
-    out = python(BODY + """
+    out = python(
+        BODY
+        + """
 children = []
 for _ in range(3):
     child = os.fork()
@@ -116,22 +141,27 @@ for _ in range(3):
     children.append(child)
     assert ops.matmul(x, x).tobytes() == want
 print([os.waitpid(child, 0)[1] for child in children] == [0, 0, 0], longlora.get_num_threads())
-""")
+"""
+    )
     assert out == ["True", "3"]
 
 
 def test_multiprocessing_by_fork():
-    out = python(BODY + """
+    out = python(
+        BODY
+        + """
 import multiprocessing
 def run(i): return ops.matmul(x, x).tobytes() == want
 with multiprocessing.get_context("fork").Pool(2) as pool: print(all(pool.map(run, range(4))))
-""")
+"""
+    )
     assert out == ["True"]
 
 
 def test_small_work_starts_no_threads():
     """A call of a few microseconds stays on the thread that makes it; with a grain of 0 it does not."""
-    out = python("""
+    out = python(
+        """
 import os, numpy as np, longlora
 from longlora import _C, ops
 longlora.set_num_threads(3)
@@ -146,15 +176,20 @@ def small():
 print(small())
 _C.set_grain(0)
 print(small())
-""", OPENBLAS_NUM_THREADS="1")
+""",
+        OPENBLAS_NUM_THREADS="1",
+    )
     assert out[0] == "1" and int(out[1]) > 1
 
 
-@pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="the sanitizer's allocator has its own idea of memory")
+@pytest.mark.skipif(
+    "ASAN_OPTIONS" in os.environ, reason="the sanitizer's allocator has its own idea of memory"
+)
 def test_large_scratch_is_not_faulted_in_anew():
     """Calls that take megabytes of scratch cost hardly a page fault once they have run; without the blocks that are kept, each
     costs hundreds (or, where there are huge pages, several). A fork in between takes none of it away."""
-    out = python("""
+    out = python(
+        """
 import os, resource, numpy as np
 from longlora import ops
 x, w = np.ones((700, 1100), np.float32), np.ones((1000, 1100), np.float32)
@@ -175,7 +210,9 @@ if not os.fork():
     os._exit(0)
 print(os.wait()[1])
 calls()
-""", OPENBLAS_NUM_THREADS="1")
+""",
+        OPENBLAS_NUM_THREADS="1",
+    )
     assert int(out[0]) < 25 and out[1] == "0"
 
 
@@ -200,13 +237,21 @@ def test_number_of_threads():
     show = "import longlora; print(longlora.get_num_threads())"
     assert python(show, OMP_NUM_THREADS="3") == ["3"] and python(show, OMP_NUM_THREADS="1") == ["1"]
     unset = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    out = subprocess.run([sys.executable, "-c", show], env=unset, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", show], env=unset, capture_output=True, text=True, check=True
+    ).stdout
     assert int(out) == len(os.sched_getaffinity(0))
     before = _C.get_num_threads()
     try:
         _C.set_num_threads(5)
         assert _C.get_num_threads() == 5
-        for wrong, error in ((0, ValueError), (-1, ValueError), (2**40, ValueError), ("2", TypeError), (1.5, TypeError)):
+        for wrong, error in (
+            (0, ValueError),
+            (-1, ValueError),
+            (2**40, ValueError),
+            ("2", TypeError),
+            (1.5, TypeError),
+        ):
             with pytest.raises(error):
                 _C.set_num_threads(wrong)
         assert _C.get_num_threads() == 5
@@ -216,30 +261,50 @@ def test_number_of_threads():
 
 def test_threads_really_run():
     """More than one thread of this process has used the processor: counted in the kernel's own book of threads."""
-    out = python(BODY + """
+    out = python(
+        BODY
+        + """
 import glob
 def used():
     return sum(int(open(f).read().rsplit(")", 1)[1].split()[11]) > 0 for f in glob.glob("/proc/self/task/*/stat"))
 big = np.ones((1500, 1500), np.float32)
 for _ in range(20): ops.matmul(big, big)
 print(len(os.listdir("/proc/self/task")) >= 3, used() >= 2)
-""", OPENBLAS_NUM_THREADS="1")
+""",
+        OPENBLAS_NUM_THREADS="1",
+    )
     assert out == ["True", "True"]
 
 
 @pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}], ids=str)
 def test_how_threads_wait(given):
     """They sleep soon, but what the user has set wins, and the environment is as it was."""
-    code = ("import os; before = dict(os.environ); from longlora import get_num_threads; get_num_threads(); "
-            "assert dict(os.environ) == before")
+    code = (
+        "import os; before = dict(os.environ); from longlora import get_num_threads; get_num_threads(); "
+        "assert dict(os.environ) == before"
+    )
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-    environment = {name: value for name, value in os.environ.items() if name not in names} | given | {"OMP_DISPLAY_ENV": "verbose"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    environment = (
+        {name: value for name, value in os.environ.items() if name not in names}
+        | given
+        | {"OMP_DISPLAY_ENV": "verbose"}
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     if "GOMP_SPINCOUNT" not in done.stderr:
         pytest.skip("this build's OpenMP is not GCC's")
-    policy, count = ((line.partition("'")[2].partition("'")[0]) for name in names for line in done.stderr.splitlines() if name in line)
+    policy, count = (
+        (line.partition("'")[2].partition("'")[0])
+        for name in names
+        for line in done.stderr.splitlines()
+        if name in line
+    )
     if given:
-        assert given.get("OMP_WAIT_POLICY", policy).upper() == policy and given.get("GOMP_SPINCOUNT", count) == count != "1000"
+        assert (
+            given.get("OMP_WAIT_POLICY", policy).upper() == policy
+            and given.get("GOMP_SPINCOUNT", count) == count != "1000"
+        )
     else:
         assert (policy, count) == ("PASSIVE", "1000")

@@ -1,16 +1,21 @@
 """The sizes that the kernels have with AVX-512, tiles of bfloat16 pairs included, on any processor: the op tests on a build of
 portable C with vectors as wide (WIDE in setup.py). AVX-512's own instructions are not seen here."""
+
 import pytest
 from built import OPS, ROOT, build, run_tests
 
-LEAST = 700                                                            # tests that must have run
+LEAST = 700  # tests that must have run
 
-pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="the sources are not here: these tests need the source tree")
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "csrc").exists(), reason="the sources are not here: these tests need the source tree"
+)
 
 
 def test_the_sizes_of_avx512(tmp_path):
     package = build(tmp_path / "package", WIDE="1", LONGLORA_CUDA="0")
     files = [f"tests/test_{name}.py" for name in OPS]
     tests = run_tests(package, tmp_path / "wide.xml", files, "-k", "portable or avx2")
-    assert not [name for name, skipped in tests.items() if skipped or "avx2" in name]      # this build has no avx2
+    assert not [
+        name for name, skipped in tests.items() if skipped or "avx2" in name
+    ]  # this build has no avx2
     assert len(tests) >= LEAST

@@ -1,4 +1,5 @@
 """`longlora demo`: what ships, what it leaves, and that a context does get longer. A few steps here; the whole run is the user's."""
+
 import itertools
 import json
 import re
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from longlora.files import adapter
-from longlora.tools import demo
+
 from longlora.errors import UserError
+from longlora.files import adapter
 from longlora.files.open_model import open_model
+from longlora.tools import demo
 
 STEPS = 60
 
@@ -20,8 +22,12 @@ STEPS = 60
 def done(tmp_path_factory):
     """A short demo by the command -> (its directory, what it printed)."""
     output = tmp_path_factory.mktemp("demo") / "out"
-    ran = subprocess.run([sys.executable, "-m", "longlora", "demo", "--output-dir", output, "--steps", str(STEPS)],
-                         capture_output=True, text=True, timeout=600)
+    ran = subprocess.run(
+        [sys.executable, "-m", "longlora", "demo", "--output-dir", output, "--steps", str(STEPS)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert ran.returncode == 0, ran.stderr
     return output, ran.stdout
 
@@ -44,13 +50,16 @@ def test_held_out_text_is_not_in_the_training_text():
     def passages(folder):
         lines = itertools.chain.from_iterable(path.read_text().splitlines() for path in folder.glob("*.txt"))
         return {line for line in lines if len(line) > 60}
+
     held_out = passages(demo.HELD_OUT)
     assert len(held_out) > 500
     assert not held_out & passages(demo.TEXT)
 
 
 def test_the_context_gets_longer(report):
-    before, interpolated, after = (dict(zip(report["lengths"], report[name])) for name in ("before", "interpolated", "after"))
+    before, interpolated, after = (
+        dict(zip(report["lengths"], report[name])) for name in ("before", "interpolated", "after")
+    )
     native, target = min(before), max(before)
     assert report["lengths"] == [256, 512, 1024, 2048] == list(demo.LENGTHS)
     assert before[target] > 1.5 * before[native]
@@ -67,23 +76,30 @@ def test_what_it_leaves(done, report):
     assert demo.table(report) in printed and demo.NEXT in printed and str(output) in printed
     lora, tensors, raw = adapter.load(output / "adapter", open_model(demo.MODEL))
     assert lora.r == 8 and "model.embed_tokens.weight" in tensors
-    assert raw["max_position_embeddings"] == demo.TARGET == open_model(output / "merged").config.max_position_embeddings
+    assert (
+        raw["max_position_embeddings"]
+        == demo.TARGET
+        == open_model(output / "merged").config.max_position_embeddings
+    )
 
 
 def test_transformers_gives_the_merged_models_perplexity(done, report):
     import torch
     import transformers
+
     model = transformers.AutoModelForCausalLM.from_pretrained(done[0] / "merged", dtype=torch.float32)
     base = open_model(demo.MODEL)
     total = count = 0
     for path in sorted(demo.HELD_OUT.glob("*.txt")):
         ids = base.tokenizer().encode(path.read_text())
         for first in range(0, len(ids) - 1, demo.TARGET):
-            window = torch.from_numpy(ids[None, first:first + demo.TARGET].astype(np.int64))
+            window = torch.from_numpy(ids[None, first : first + demo.TARGET].astype(np.int64))
             with torch.no_grad():
                 total += model(window, labels=window).loss.item() * (window.shape[1] - 1)
             count += window.shape[1] - 1
-    assert np.exp(total / count) == pytest.approx(report["after"][-1], rel=0.01)  # merged weights are rounded to bfloat16
+    assert np.exp(total / count) == pytest.approx(
+        report["after"][-1], rel=0.01
+    )  # merged weights are rounded to bfloat16
 
 
 def test_only_an_earlier_demo_is_replaced(tmp_path):

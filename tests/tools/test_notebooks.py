@@ -1,9 +1,11 @@
 """Every notebook runs from its first cell to its last, made small by SMOKE=1."""
+
 import os
 from pathlib import Path
 
-import longlora
 import pytest
+
+import longlora
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
@@ -16,6 +18,7 @@ def test_there_are_notebooks():
 def test_runs(path, tmp_path, monkeypatch):
     import nbclient
     import nbformat
+
     monkeypatch.setenv("SMOKE", "1")
     # The kernel is a process of its own and shall import the very package that is under test.
     monkeypatch.setenv("PYTHONPATH", str(Path(longlora.__file__).parent.parent), prepend=os.pathsep)
@@ -25,4 +28,6 @@ def test_runs(path, tmp_path, monkeypatch):
     assert committed, "notebooks are committed with their outputs"
     assert path.stat().st_size < 1 << 20
     assert not any(output.output_type == "error" for output in committed)
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()

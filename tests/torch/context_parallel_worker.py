@@ -3,6 +3,7 @@
 Each runs every case of this number of ranks in one process group (gloo) and writes DIRECTORY/RANK.json, case -> what went wrong.
 They are forked after the imports, which take longer than most cases.
 """
+
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 if __name__ == "__main__" and sys.argv[1] != "4":
-    sys.modules["transformers"] = None                   # longlora.torch would import it: seconds, and only four ranks use it
+    sys.modules["transformers"] = None  # longlora.torch would import it: seconds, and only four ranks use it
 
 import checks
 import ml_dtypes
@@ -21,14 +22,15 @@ import numpy as np
 import reference
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
 from longlora import ops
 from longlora.torch import context_parallel as cp
-from torch.distributed.device_mesh import init_device_mesh
 
 RANK = WORLD = None
 GROUP = None
 
-# ---- attention: (lengths, G, H, K, further arguments) by name ---------------------------------------------------------------
+# ---- attention: (lengths, G, H, K, further arguments) by name ------------------------------------
 
 FIXED = {
     2: {
@@ -77,14 +79,27 @@ def attention_cases(world):
         K = int(draw.integers(1, 4))
         H, G, B = K * int(draw.integers(1, 5)), int(draw.integers(1, 50)), int(draw.integers(1, 3))
         lengths = [int(x) for x in draw.integers(0, draw.choice([4, 30, 70]), world)]
-        dtype, shift = str(draw.choice(list(checks.DTYPES))), str(draw.choice(["half", "half", "half", "all", "none"]))
-        cases[f"random {number}"] = lengths, G, H, K, {"B": B, "D": int(draw.integers(1, 20)), "dtype": dtype, "shift": shift}
+        dtype, shift = (
+            str(draw.choice(list(checks.DTYPES))),
+            str(draw.choice(["half", "half", "half", "all", "none"])),
+        )
+        cases[f"random {number}"] = (
+            lengths,
+            G,
+            H,
+            K,
+            {"B": B, "D": int(draw.integers(1, 20)), "dtype": dtype, "shift": shift},
+        )
     return cases
 
 
 def to_torch(x):
     x = np.ascontiguousarray(x)
-    return torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16) if x.dtype == ml_dtypes.bfloat16 else torch.from_numpy(x)
+    return (
+        torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16)
+        if x.dtype == ml_dtypes.bfloat16
+        else torch.from_numpy(x)
+    )
 
 
 def to_numpy(x):
@@ -100,7 +115,7 @@ def needed(lengths, G, H, K, shift):
     for target, (a, b) in enumerate(zip(borders, borders[1:])):
         seen = mask[:, a:b].any(1).reshape(K, H // K, -1).any(1)
         for source in range(target):
-            n = int(seen[:, borders[source]:borders[source + 1]].sum())
+            n = int(seen[:, borders[source] : borders[source + 1]].sum())
             if n:
                 pairs[source, target] = n
     return pairs
@@ -117,7 +132,7 @@ def run_attention(lengths, G, H, K, B=1, D=9, dtype="float32", shift="half", sca
     kwargs, T = {"group_size": G, "shift": shift, "scale": scale}, sum(lengths)
     whole = [checks.random((B, T, heads, D), dtype, seed) for seed, heads in enumerate((H, K, K, H))]
     a = sum(lengths[:RANK])
-    q, k, v, dout = (x[:, a:a + lengths[RANK]] for x in whole)
+    q, k, v, dout = (x[:, a : a + lengths[RANK]] for x in whole)
 
     def once(give_lengths):
         leaves = [to_torch(x).requires_grad_() for x in (q, k, v)]
@@ -128,7 +143,12 @@ def run_attention(lengths, G, H, K, B=1, D=9, dtype="float32", shift="half", sca
         out = cp.s2_attention(*views, group=GROUP, lengths=lengths if give_lengths else None, **kwargs)
         forward = cp.bytes_sent()
         out.backward(to_torch(dout))
-        return [to_numpy(x) for x in (out, *(x.grad for x in leaves))], forward - before, cp.bytes_sent() - forward
+        return (
+            [to_numpy(x) for x in (out, *(x.grad for x in leaves))],
+            forward - before,
+            cp.bytes_sent() - forward,
+        )
+
     got, *sent = once(False)
     again, *sent_again = once(True)
     assert [x.tobytes() for x in got] == [x.tobytes() for x in again], "another run, other bits"
@@ -151,11 +171,20 @@ def judge(got, whole, kwargs):
     out, lse = ops.s2_attention_forward(*whole[:3], **kwargs)
     one = [out, *ops.s2_attention_backward(whole[3], *whole[:3], out, lse, **kwargs)]
     backward = whole[3], *whole[:3], out, lse
-    want = reference.s2_attention_forward(*whole[:3], **kwargs)[0], *reference.s2_attention_backward(*backward, **kwargs)
-    low = (checks.plain("s2_attention_forward", *whole[:3], **kwargs)[0],
-           *checks.plain("s2_attention_backward", *backward, **kwargs))
+    want = (
+        reference.s2_attention_forward(*whole[:3], **kwargs)[0],
+        *reference.s2_attention_backward(*backward, **kwargs),
+    )
+    low = (
+        checks.plain("s2_attention_forward", *whole[:3], **kwargs)[0],
+        *checks.plain("s2_attention_backward", *backward, **kwargs),
+    )
     # The gradient of a query that sees one key is a difference of equals: its noise is that of the terms.
-    noise = np.abs(reference.f64(whole[3])).max(initial=0) * np.abs(reference.f64(whole[2])).max(initial=0) * 2.0**-21
+    noise = (
+        np.abs(reference.f64(whole[3])).max(initial=0)
+        * np.abs(reference.f64(whole[2])).max(initial=0)
+        * 2.0**-21
+    )
     for name, x, y, w, p in zip(("out", "dq", "dk", "dv"), got, one, want, low):
         assert x.shape == w.shape and x.dtype == whole[0].dtype
         if w.size:
@@ -181,6 +210,7 @@ def aligned_pieces_talk_to_one_neighbour():
         def s2_attention_forward(self, *args):
             events.append("local")
             return saved[2].s2_attention_forward(*args)
+
     try:
         cp._post = lambda *args: events.append("post") or saved[0](*args)
         cp._wait = lambda *args: events.append("wait") or saved[1](*args)
@@ -191,10 +221,13 @@ def aligned_pieces_talk_to_one_neighbour():
     finally:
         cp._post, cp._wait, cp._C, cp.s2_attention_forward = saved
     assert cp.bytes_sent() - before == (each if RANK < WORLD - 1 else 0)
-    assert events == ["post", "local", "wait"] if RANK == 0 else ["post", "local", "local", "wait", "cut"], events
+    assert events == ["post", "local", "wait"] if RANK == 0 else ["post", "local", "local", "wait", "cut"], (
+        events
+    )
 
 
-# ---- what is refused --------------------------------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
+
 
 @contextmanager
 def refusal(kind, pattern):
@@ -214,7 +247,10 @@ def bad_arguments_stop_every_rank():
     last = RANK == WORLD - 1
 
     def call(tensors, group=None, **kwargs):
-        return cp.s2_attention(*tensors, group=GROUP if group is None else group, **{"group_size": 4, **kwargs})
+        return cp.s2_attention(
+            *tensors, group=GROUP if group is None else group, **{"group_size": 4, **kwargs}
+        )
+
     for boundary in ("wrap", "swap", "none"):
         with refusal(ValueError, f"boundary.*'split'.*{boundary}"):
             call(qkv(), boundary=boundary)
@@ -237,7 +273,9 @@ def bad_arguments_stop_every_rank():
     with refusal(ValueError, "same requires_grad"):
         call([x.requires_grad_(last) for x in qkv()])
     refused = f"rank {WORLD - 1} of the group refused"
-    with refusal(TypeError if last else ValueError, "v should be a float32.*got torch.float64" if last else refused):
+    with refusal(
+        TypeError if last else ValueError, "v should be a float32.*got torch.float64" if last else refused
+    ):
         call([*qkv()[:2], torch.zeros(1, 8, 2, 8, dtype=torch.float64 if last else torch.float32)])
     with refusal(TypeError if last else ValueError, "k should be.*got ndarray" if last else refused):
         call([qkv()[0], np.zeros((1, 8, 2, 8), np.float32) if last else qkv()[1], qkv()[2]])
@@ -266,7 +304,7 @@ def bad_arguments_stop_every_rank():
     if RANK:
         with refusal((TypeError, ValueError), "not in the group|group should be"):
             call(qkv(), group=only_first)
-    call(qkv())                                          # all that left the ranks in step
+    call(qkv())  # all that left the ranks in step
 
 
 def modes_of_torch():
@@ -282,17 +320,20 @@ def modes_of_torch():
         one, other = (cp.s2_attention(*tensors, group_size=4, group=x) for x in (group, GROUP))
         assert torch.equal(one, other)
     leaves = [x.clone().requires_grad_() for x in tensors]
-    cp.s2_attention(*leaves, group_size=5, group=GROUP).sum().backward()              # a gradient of strides 0
+    cp.s2_attention(*leaves, group_size=5, group=GROUP).sum().backward()  # a gradient of strides 0
     dense = [x.clone().requires_grad_() for x in tensors]
     out = cp.s2_attention(*dense, group_size=5, group=GROUP)
     out.backward(torch.ones_like(out))
     assert all(torch.equal(x.grad, y.grad) for x, y in zip(leaves, dense))
     compiled = [x.clone().requires_grad_() for x in tensors]
-    torch.compile(lambda *x: cp.s2_attention(*x, group_size=5, group=GROUP) * 1, backend="eager")(*compiled).sum().backward()
+    torch.compile(lambda *x: cp.s2_attention(*x, group_size=5, group=GROUP) * 1, backend="eager")(
+        *compiled
+    ).sum().backward()
     assert all(torch.equal(x.grad, y.grad) for x, y in zip(compiled, dense))
 
 
-# ---- helpers and the loss ---------------------------------------------------------------------------------------------------
+# ---- helpers and the loss ------------------------------------------------------------------------
+
 
 def helpers():
     ids = torch.arange(2 * 23).reshape(2, 23)
@@ -301,7 +342,7 @@ def helpers():
     assert list(sizes) == cp.pieces(23, WORLD)
     assert torch.equal(torch.cat(everywhere(mine), 1), ids)
     assert torch.equal(torch.cat(everywhere(cp.positions(sizes, GROUP))), torch.arange(23))
-    assert mine.data_ptr() == ids[:, sum(sizes[:RANK]):].data_ptr()
+    assert mine.data_ptr() == ids[:, sum(sizes[:RANK]) :].data_ptr()
     assert all(x.shape[1] % 4 == 0 for x in everywhere(cp.split(ids, 1, GROUP, multiple=4))[:-1])
 
 
@@ -332,15 +373,27 @@ def loss_is_the_mean_over_all_targets():
         cp.loss(x, local, GROUP)
 
 
-# ---- transformers -----------------------------------------------------------------------------------------------------------
+# ---- transformers --------------------------------------------------------------------------------
+
 
 def tiny(family="Llama", group_size=12, **config):
     import transformers
+
     from longlora.torch import configure
+
     torch.manual_seed(3)
     config = getattr(transformers, f"{family}Config")(
-        vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
-        head_dim=8, max_position_embeddings=128, initializer_range=0.3, **config)
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        **config,
+    )
     return configure(getattr(transformers, f"{family}ForCausalLM")(config).train(), group_size)
 
 
@@ -387,8 +440,10 @@ def transformers_model():
     for length in (52, 49):
         ids = text(1, length)
         sums = {name: sums[name] + g for name, g in one_process(ids)[1].items()}
-        mine, targets = (x[:, 13 * RANK:13 * RANK + 13] for x in (ids, cp.next_tokens(ids)))
-        losses.append(cp.loss(total_of(model(input_ids=mine).logits, targets), targets, GROUP, gradients="sum"))
+        mine, targets = (x[:, 13 * RANK : 13 * RANK + 13] for x in (ids, cp.next_tokens(ids)))
+        losses.append(
+            cp.loss(total_of(model(input_ids=mine).logits, targets), targets, GROUP, gradients="sum")
+        )
     sum(losses).backward()
     for p in model.parameters():
         dist.all_reduce(p.grad)
@@ -397,12 +452,18 @@ def transformers_model():
     last = RANK == WORLD - 1
     refused = f"rank {WORLD - 1} of the group refused"
     ones = torch.ones_like(mine)
-    model(input_ids=mine, attention_mask=ones, position_ids=torch.arange(13 * RANK, 13 * RANK + mine.shape[1])[None])
+    model(
+        input_ids=mine,
+        attention_mask=ones,
+        position_ids=torch.arange(13 * RANK, 13 * RANK + mine.shape[1])[None],
+    )
     mask = ones.clone()
     mask[:, -1] = not last
     with refusal(ValueError, "attention_mask should be None or all ones" if last else refused):
         model(input_ids=mine, attention_mask=mask)
-    with refusal(ValueError, "position_ids should be those of the piece" if RANK else "rank 1 of the group refused"):
+    with refusal(
+        ValueError, "position_ids should be those of the piece" if RANK else "rank 1 of the group refused"
+    ):
         model(input_ids=mine, position_ids=torch.arange(mine.shape[1])[None])
     with refusal(ValueError, "labels would be shifted inside each piece"):
         model(input_ids=mine, labels=mine)
@@ -429,7 +490,13 @@ def peft_model():
 
     def lora(model):
         torch.manual_seed(4)
-        return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "k_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=2, target_modules=["q_proj", "k_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+            ),
+        )
+
     ids = text(1, 50)
     targets = cp.next_tokens(ids)
     want = lora(tiny())
@@ -447,6 +514,7 @@ def peft_model():
 def fsdp():
     """Two sequences, two pieces of each: FSDP2 over a mesh dp x cp."""
     from torch.distributed.fsdp import fully_shard
+
     ids = text(2, 45)
     want, grads = one_process(ids)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
@@ -455,15 +523,20 @@ def fsdp():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     row = mesh.get_local_rank("dp")
-    mine, targets = (cp.split(x[row:row + 1], 1, mesh) for x in (ids, cp.next_tokens(ids)))
+    mine, targets = (cp.split(x[row : row + 1], 1, mesh) for x in (ids, cp.next_tokens(ids)))
     loss = cp.loss(total_of(model(input_ids=mine).logits, targets), targets, mesh)
     loss.backward()
     assert abs(loss - want) <= 1e-5 * want
     same_gradients(model, grads)
 
 
-OTHERS = {"aligned": aligned_pieces_talk_to_one_neighbour, "bad": bad_arguments_stop_every_rank,
-          "modes": modes_of_torch, "helpers": helpers, "loss": loss_is_the_mean_over_all_targets}
+OTHERS = {
+    "aligned": aligned_pieces_talk_to_one_neighbour,
+    "bad": bad_arguments_stop_every_rank,
+    "modes": modes_of_torch,
+    "helpers": helpers,
+    "loss": loss_is_the_mean_over_all_targets,
+}
 FOUR = {"transformers": transformers_model, "peft": peft_model, "fsdp": fsdp}
 
 
@@ -475,8 +548,13 @@ def main(rank, world, directory):
     global RANK, WORLD, GROUP
     RANK, WORLD = rank, world
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/init", rank=rank, world_size=world,
-                            timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{directory}/init",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
+    )
     GROUP = dist.group.WORLD
     attention, report = attention_cases(world), {}
     for name in case_names(world):

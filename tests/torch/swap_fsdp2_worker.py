@@ -2,6 +2,7 @@
 
 Says as JSON the losses of the group and of one process, how far apart the adapters are, and what swap says of sharded parameters.
 """
+
 import json
 import os
 import sys
@@ -19,12 +20,20 @@ STEPS = 4
 
 def model(tied):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                                      num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=tied)
+    config = transformers.LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+    )
     made = longlora.torch.extend(transformers.AutoModelForCausalLM.from_config(config), 512, group_size=6)
     with torch.no_grad():
         for name, p in made.named_parameters():
-            if "lora_B" in name:           # else they are zero, and so are A's gradients
+            if "lora_B" in name:  # else they are zero, and so are A's gradients
                 p.add_(torch.randn_like(p) * 0.1)
     return made.train()
 
@@ -63,13 +72,22 @@ def main(rank, directory):
             refusal = None
         except ValueError as error:
             refusal = str(error)
-        report.append({"counts": counts, "losses": (losses / 2).tolist(), "alone": want.tolist(), "refusal": refusal,
-                       "names": sorted(found), "wanted": sorted(adapter), "numbers": min(x.numel() for x in found.values()),
-                       "apart": max(((found[name] - x).norm() / x.norm()).item() for name, x in adapter.items())})
+        report.append(
+            {
+                "counts": counts,
+                "losses": (losses / 2).tolist(),
+                "alone": want.tolist(),
+                "refusal": refusal,
+                "names": sorted(found),
+                "wanted": sorted(adapter),
+                "numbers": min(x.numel() for x in found.values()),
+                "apart": max(((found[name] - x).norm() / x.norm()).item() for name, x in adapter.items()),
+            }
+        )
     print(json.dumps(report))
 
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), sys.argv[2])
     sys.stdout.flush()
-    os._exit(0)                            # as longlora.torch.train.leave
+    os._exit(0)  # as longlora.torch.train.leave

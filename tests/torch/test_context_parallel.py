@@ -1,5 +1,6 @@
 """S²-Attn over ranks of torch.distributed. What needs processes is in context_parallel_worker.py, started once for each number of
 ranks; what does not is here."""
+
 import json
 import os
 import signal
@@ -25,10 +26,22 @@ def report(world, directory):
     """Case -> what went wrong on each rank."""
     if world not in REPORTS:
         path = os.pathsep.join([str(HERE), os.environ["PYTHONPATH"]])
-        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
+        env = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "HF_HUB_OFFLINE": "1",
+        }
         command = [sys.executable, str(HERE / "context_parallel_worker.py"), str(world), str(directory)]
-        ranks = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                 start_new_session=True)
+        ranks = subprocess.Popen(
+            command,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
         try:
             printed, _ = ranks.communicate(timeout=240)
         except subprocess.TimeoutExpired:
@@ -39,16 +52,21 @@ def report(world, directory):
     return REPORTS[world]
 
 
-@pytest.mark.parametrize("world,case", [(world, case) for world in (2, 3, 4) for case in worker.case_names(world)])
+@pytest.mark.parametrize(
+    "world,case", [(world, case) for world in (2, 3, 4) for case in worker.case_names(world)]
+)
 def test_ranks(world, case, tmp_path_factory):
     for rank, cases in enumerate(report(world, tmp_path_factory.mktemp("ranks"))):
         assert not cases[case], f"rank {rank}:\n{cases[case]}"
 
 
-# ---- without processes ------------------------------------------------------------------------------------------------------
+# ---- without processes ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("length,ranks,multiple", [(0, 3, 1), (1, 3, 1), (23, 4, 1), (64, 4, 16), (65, 4, 16), (7, 4, 16),
-                                                   (80, 3, 16)])
+
+@pytest.mark.parametrize(
+    "length,ranks,multiple",
+    [(0, 3, 1), (1, 3, 1), (23, 4, 1), (64, 4, 16), (65, 4, 16), (7, 4, 16), (80, 3, 16)],
+)
 def test_pieces(length, ranks, multiple):
     sizes = cp.pieces(length, ranks, multiple)
     assert len(sizes) == ranks and sum(sizes) == length
@@ -88,6 +106,7 @@ def one_after_the_other(lengths, G, shift, scale, q, k, v, dout):
     def wait(receives):
         for x, peer in receives:
             x.copy_(boxes[turn["pass"]][peer, turn["rank"]].pop(0))
+
     H, K, ranks = q.shape[2], k.shape[2], []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cp, "_post", post)
@@ -95,9 +114,15 @@ def one_after_the_other(lengths, G, shift, scale, q, k, v, dout):
         for rank, T in enumerate(lengths):
             a = sum(lengths[:rank])
             turn.update({"rank": rank, "pass": 0})
-            leaves = [worker.to_torch(x[:, a:a + T]).requires_grad_() for x in (q, k, v)]
+            leaves = [worker.to_torch(x[:, a : a + T]).requires_grad_() for x in (q, k, v)]
             plan = cp._plan(tuple(lengths), rank, G, H, K, shift)
-            ranks.append((leaves, cp._Attention.apply(*leaves, plan, G, scale, None), worker.to_torch(dout[:, a:a + T])))
+            ranks.append(
+                (
+                    leaves,
+                    cp._Attention.apply(*leaves, plan, G, scale, None),
+                    worker.to_torch(dout[:, a : a + T]),
+                )
+            )
         for rank, (_, out, gradient) in reversed(list(enumerate(ranks))):
             turn.update({"rank": rank, "pass": 1})
             out.backward(gradient)

@@ -1,13 +1,14 @@
 """What the authors' scripts write, made up with torch.save: the adapter of ours that comes of it, what is refused by name."""
+
 import json
 
 import numpy as np
 import pytest
 import tiny
 
+from longlora.errors import UserError
 from longlora.evaluation import ppl
 from longlora.files import adapter
-from longlora.errors import UserError
 from longlora.files.open_model import open_model
 
 torch = pytest.importorskip("torch", reason="what the authors wrote is torch's")
@@ -15,10 +16,24 @@ pytest.importorskip("peft", reason="PEFT loads what is imported")
 authors = pytest.importorskip("longlora.torch.authors", reason="the importer needs torch")
 
 # adapter_config.json as the PEFT of 2023 wrote it.
-CONFIG = {"auto_mapping": None, "base_model_name_or_path": "Llama-2-7b-hf", "bias": "none", "fan_in_fan_out": False,
-          "inference_mode": True, "init_lora_weights": True, "layers_pattern": None, "layers_to_transform": None,
-          "lora_alpha": 16, "lora_dropout": 0.0, "modules_to_save": None, "peft_type": "LORA", "r": 8, "revision": None,
-          "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "task_type": "CAUSAL_LM"}
+CONFIG = {
+    "auto_mapping": None,
+    "base_model_name_or_path": "Llama-2-7b-hf",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "lora_alpha": 16,
+    "lora_dropout": 0.0,
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "r": 8,
+    "revision": None,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "task_type": "CAUSAL_LM",
+}
 
 
 def left_by_them(tmp_path, rows=0, dtype=torch.bfloat16, change=None, **fields):
@@ -26,11 +41,15 @@ def left_by_them(tmp_path, rows=0, dtype=torch.bfloat16, change=None, **fields):
     base = tiny.model(tmp_path / "base", **fields)
     config = open_model(base).config
     random = np.random.default_rng(1)
-    tensors = {name: random.standard_normal(shape).astype(np.float32) * 0.1 + np.float32(len(shape) == 1)
-               for name, shape in adapter.LoraConfig().tensor_shapes(config).items()}
+    tensors = {
+        name: random.standard_normal(shape).astype(np.float32) * 0.1 + np.float32(len(shape) == 1)
+        for name, shape in adapter.LoraConfig().tensor_shapes(config).items()
+    }
     if rows:
         table = tensors["model.embed_tokens.weight"]
-        tensors["model.embed_tokens.weight"] = np.concatenate([table, np.ones((rows, table.shape[1]), np.float32)])
+        tensors["model.embed_tokens.weight"] = np.concatenate(
+            [table, np.ones((rows, table.shape[1]), np.float32)]
+        )
     tensors = {name: torch.from_numpy(array).to(dtype) for name, array in tensors.items()}
     lora = {adapter.PREFIX + name: tensor for name, tensor in tensors.items() if ".lora_" in name}
     whole = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
@@ -48,7 +67,10 @@ def left_by_them(tmp_path, rows=0, dtype=torch.bfloat16, change=None, **fields):
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_adapter_of_theirs_becomes_one_of_ours(tmp_path, tied, capsys):
     base, directory, tensors = left_by_them(tmp_path, tie_word_embeddings=tied)
-    assert authors.main([str(directory), str(tmp_path / "ours"), "--model", str(base), "--target-length", "256"]) == 0
+    assert (
+        authors.main([str(directory), str(tmp_path / "ours"), "--model", str(base), "--target-length", "256"])
+        == 0
+    )
     assert "factor ceil(256 / 64) = 4" in capsys.readouterr().out
     lora, found, raw = adapter.load(tmp_path / "ours", open_model(base))
     assert lora == adapter.LoraConfig() and found.keys() == tensors.keys()
@@ -59,17 +81,23 @@ def test_an_adapter_of_theirs_becomes_one_of_ours(tmp_path, tied, capsys):
     # As the authors put it together: base, then trainable_params.bin by load_state_dict, then PEFT's adapter merged.
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.from_pretrained(tmp_path / "ours")
     theirs = AutoModelForCausalLM.from_pretrained(base, config=config)
     theirs.load_state_dict(torch.load(directory / "trainable_params.bin", weights_only=True), strict=False)
     theirs = PeftModel.from_pretrained(theirs, directory).merge_and_unload().eval()
-    ours = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, config=config), tmp_path / "ours").eval()
+    ours = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, config=config), tmp_path / "ours"
+    ).eval()
     ids = torch.arange(200)[None] % 250
     with torch.no_grad():
         want, got = theirs(ids).logits, ours(ids).logits
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
     made, _ = ppl.open_for_evaluation(base, tmp_path / "ours")
-    assert np.abs(made.logits(ids[0].numpy().astype(np.int32)) - want[0].numpy()).max() <= 1e-4 * want.abs().max()
+    assert (
+        np.abs(made.logits(ids[0].numpy().astype(np.int32)) - want[0].numpy()).max()
+        <= 1e-4 * want.abs().max()
+    )
 
 
 def test_a_padding_row_is_left_out_only_when_told(tmp_path):
@@ -80,13 +108,17 @@ def test_a_padding_row_is_left_out_only_when_told(tmp_path):
     lines = authors.import_adapter(directory, tmp_path / "ours", base, 128, cut_embedding=True)
     assert any("left out: the last 1 rows of model.embed_tokens.weight" in line for line in lines)
     _, found, _ = adapter.load(tmp_path / "ours", open_model(base))
-    np.testing.assert_array_equal(found["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"][:260])
+    np.testing.assert_array_equal(
+        found["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"][:260]
+    )
 
 
 def test_norms_alone_and_a_safetensors_adapter(tmp_path):
-    base, directory, _ = left_by_them(tmp_path, dtype=torch.float32,
-                                      change=lambda lora, whole, _: whole.pop("model.embed_tokens.weight"))
+    base, directory, _ = left_by_them(
+        tmp_path, dtype=torch.float32, change=lambda lora, whole, _: whole.pop("model.embed_tokens.weight")
+    )
     from safetensors.torch import save_file
+
     save_file(torch.load(directory / "adapter_model.bin"), directory / "adapter_model.safetensors")
     with pytest.raises(UserError, match="found both"):
         authors.import_adapter(directory, tmp_path / "ours", base, 128)
@@ -100,22 +132,58 @@ NORM = "model.layers.1.input_layernorm.weight"
 A = f"{adapter.PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda lora, whole, config: whole.pop(NORM), f"trainable_params.bin: 1 tensors of the adapter are missing: {NORM}"),
-    (lambda lora, whole, config: lora.pop(A), "adapter_model.bin: 1 tensors of the adapter are missing: model.layers.0"),
-    (lambda lora, whole, config: whole.update({NORM: torch.ones(5)}), f"{NORM} should have shape [32], got [5]"),
-    (lambda lora, whole, config: lora.update({A: torch.empty(0)}), "lora_A.weight should have shape [8, 32], got [0]"),
-    (lambda lora, whole, config: whole.update({NORM: torch.full((32,), torch.nan)}), f"{NORM} is not finite"),
-    (lambda lora, whole, config: whole.update({"odd.weight": torch.ones(3)}), "modules_to_save should be a list of"),
-    (lambda lora, whole, config: whole.update({"model.layers.7.input_layernorm.weight": torch.ones(32)}),
-     "trainable_params.bin: 1 tensors are not of this adapter: model.layers.7.input_layernorm.weight"),
-    (lambda lora, whole, config: whole.update({NORM: torch.ones(32, dtype=torch.int32)}),
-     f"should be a dict of floating-point tensors, got '{NORM}'"),
-    (lambda lora, whole, config: whole.update({A: torch.ones(3)}), "trainable_params.bin: 1 tensors are not of the base model"),
-    (lambda lora, whole, config: lora.update({"lm_head.weight": torch.ones(3)}), "are not of a PEFT LoRA: lm_head.weight"),
-    (lambda lora, whole, config: config.update(use_dora=True), "use_dora True is not supported"),
-    (lambda lora, whole, config: config.update(modules_to_save=["norm"]), "has norm in the adapter itself"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda lora, whole, config: whole.pop(NORM),
+            f"trainable_params.bin: 1 tensors of the adapter are missing: {NORM}",
+        ),
+        (
+            lambda lora, whole, config: lora.pop(A),
+            "adapter_model.bin: 1 tensors of the adapter are missing: model.layers.0",
+        ),
+        (
+            lambda lora, whole, config: whole.update({NORM: torch.ones(5)}),
+            f"{NORM} should have shape [32], got [5]",
+        ),
+        (
+            lambda lora, whole, config: lora.update({A: torch.empty(0)}),
+            "lora_A.weight should have shape [8, 32], got [0]",
+        ),
+        (
+            lambda lora, whole, config: whole.update({NORM: torch.full((32,), torch.nan)}),
+            f"{NORM} is not finite",
+        ),
+        (
+            lambda lora, whole, config: whole.update({"odd.weight": torch.ones(3)}),
+            "modules_to_save should be a list of",
+        ),
+        (
+            lambda lora, whole, config: whole.update(
+                {"model.layers.7.input_layernorm.weight": torch.ones(32)}
+            ),
+            "trainable_params.bin: 1 tensors are not of this adapter: model.layers.7.input_layernorm.weight",
+        ),
+        (
+            lambda lora, whole, config: whole.update({NORM: torch.ones(32, dtype=torch.int32)}),
+            f"should be a dict of floating-point tensors, got '{NORM}'",
+        ),
+        (
+            lambda lora, whole, config: whole.update({A: torch.ones(3)}),
+            "trainable_params.bin: 1 tensors are not of the base model",
+        ),
+        (
+            lambda lora, whole, config: lora.update({"lm_head.weight": torch.ones(3)}),
+            "are not of a PEFT LoRA: lm_head.weight",
+        ),
+        (lambda lora, whole, config: config.update(use_dora=True), "use_dora True is not supported"),
+        (
+            lambda lora, whole, config: config.update(modules_to_save=["norm"]),
+            "has norm in the adapter itself",
+        ),
+    ],
+)
 def test_what_is_wrong_is_named_and_nothing_is_written(tmp_path, change, words):
     base, directory, _ = left_by_them(tmp_path, change=change)
     with pytest.raises(UserError) as caught:
@@ -130,7 +198,9 @@ class Unpickled:
 
 
 def test_code_in_a_file_is_not_run(tmp_path, capfd):
-    base, directory, _ = left_by_them(tmp_path, change=lambda lora, whole, _: whole.update({NORM: Unpickled()}))
+    base, directory, _ = left_by_them(
+        tmp_path, change=lambda lora, whole, _: whole.update({NORM: Unpickled()})
+    )
     with pytest.raises(UserError, match="cannot load it as weights only"):
         authors.import_adapter(directory, tmp_path / "ours", base, 128)
     assert "was run" not in capfd.readouterr().out
@@ -146,7 +216,10 @@ def test_files_that_are_not_there_and_other_bases(tmp_path, capsys):
     with pytest.raises(UserError, match="was extended before"):
         authors.import_adapter(directory, tmp_path / "ours", long, 256)
     (directory / "trainable_params.bin").unlink()
-    assert authors.main([str(directory), str(tmp_path / "ours"), "--model", str(base), "--target-length", "128"]) == 2
+    assert (
+        authors.main([str(directory), str(tmp_path / "ours"), "--model", str(base), "--target-length", "128"])
+        == 2
+    )
     assert "has no trainable_params.bin" in capsys.readouterr().err
     (directory / "adapter_model.bin").unlink()
     with pytest.raises(UserError, match="found neither"):

@@ -1,4 +1,5 @@
 """extend, load and swap: positions, what is trained, round trips through files, and equal values with our layers."""
+
 import copy
 import gc
 import json
@@ -9,14 +10,15 @@ import pytest
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
 transformers = pytest.importorskip("transformers", reason="transformers is what is extended here")
 peft = pytest.importorskip("peft", reason="extend makes a PeftModel")
-import longlora.torch  # noqa: E402
 from devices import device, put  # noqa: E402, F401 (a fixture)
+from test_torch_transformers import FAMILIES, SMALL, VERSION, close, ids_of, tiny, without_interface  # noqa: E402
+
+import longlora.torch  # noqa: E402
 from longlora.decoder import rope  # noqa: E402
+from longlora.decoder.config import read_config  # noqa: E402
 from longlora.evaluation import ppl  # noqa: E402
 from longlora.files import adapter  # noqa: E402
-from longlora.decoder.config import read_config  # noqa: E402
 from longlora.torch.extend import lora_config  # noqa: E402
-from test_torch_transformers import FAMILIES, SMALL, VERSION, close, ids_of, tiny, without_interface  # noqa: E402
 
 
 def tokens():
@@ -25,7 +27,7 @@ def tokens():
 
 def moved(model, seed=0):
     """LoRA's B off zero and every trained tensor moved, as after training."""
-    generator = torch.Generator().manual_seed(seed)             # on the CPU: the same numbers everywhere
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers everywhere
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -33,7 +35,9 @@ def moved(model, seed=0):
     return model
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt_neox", "smollm3", "olmo2", "granite", "mistral"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "phi3", "gpt_neox", "smollm3", "olmo2", "granite", "mistral"]
+)
 def test_a_family_trains(family):
     model = longlora.torch.extend(tiny(family, "sdpa"), 512, group_size=6)
     assert isinstance(model, peft.PeftModel) and model.config.max_position_embeddings == 512
@@ -42,7 +46,7 @@ def test_a_family_trains(family):
     assert any("embed" in name for name in trained) and not any("mlp" in name for name in trained)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
-    for _ in range(2):                     # B is zero at first, and so is A's gradient
+    for _ in range(2):  # B is zero at first, and so is A's gradient
         optimizer.zero_grad()
         model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
         optimizer.step()
@@ -57,13 +61,17 @@ def test_the_positions_are_the_drivers(kind, family):
     """Frequencies as longlora.decoder.rope has them, the config's keys read back to the same; extended again, they count from the first."""
     base = tiny(family, "sdpa", hidden_size=128)
     raw = base.config.to_dict()
-    dim = int(base.config.hidden_size // base.config.num_attention_heads * (0.25 if family == "gpt_neox" else 1))
+    dim = int(
+        base.config.hidden_size // base.config.num_attention_heads * (0.25 if family == "gpt_neox" else 1)
+    )
     model = longlora.torch.extend(base, 300, rope=kind)
     again = longlora.torch.extend(model.merge_and_unload(), 1024, rope=kind)
     again = again.get_base_model()
     if family == "llama":
         want, _ = rope.extend(read_config(raw), kind, 1024)
-        assert read_config(again.config.to_dict()).rope == (want if kind != "llama3" else read_config(again.config.to_dict()).rope)
+        assert read_config(again.config.to_dict()).rope == (
+            want if kind != "llama3" else read_config(again.config.to_dict()).rope
+        )
         frequencies = rope.inverse_frequencies(read_config(again.config.to_dict()).rope, dim)[0]
         np.testing.assert_allclose(again.model.rotary_emb.inv_freq.cpu().numpy(), frequencies, rtol=1e-5)
     else:
@@ -72,7 +80,9 @@ def test_the_positions_are_the_drivers(kind, family):
         if VERSION >= (5, 0):
             assert again.config.rope_parameters["partial_rotary_factor"] == 0.25
         if kind == "linear":
-            np.testing.assert_allclose(inv_freq.cpu().numpy(), 10000.0 ** -(np.arange(0, dim, 2) / dim) / 8, rtol=1e-5)
+            np.testing.assert_allclose(
+                inv_freq.cpu().numpy(), 10000.0 ** -(np.arange(0, dim, 2) / dim) / 8, rtol=1e-5
+            )
     assert again.config.max_position_embeddings == 1024
 
 
@@ -88,23 +98,33 @@ def test_round_trips_keep_everything(tmp_path, tied):
     close(loaded.eval()(tokens()).logits, want)
     close(loaded.train()(input_ids=tokens(), labels=tokens()).loss, trained)
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert any(p.requires_grad for p in longlora.torch.load(tmp_path / "adapter", tmp_path / "base", is_trainable=True).parameters())
+    assert any(
+        p.requires_grad
+        for p in longlora.torch.load(tmp_path / "adapter", tmp_path / "base", is_trainable=True).parameters()
+    )
     # the driver reads the same files
     adapter.merge(str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "driver"))
     model.eval().merge_and_unload().save_pretrained(tmp_path / "merged")
     for name in ("merged", "driver"):
-        merged = put(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, attn_implementation="sdpa"))
+        merged = put(
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, attn_implementation="sdpa")
+        )
         assert merged.config.max_position_embeddings == 512
         close(merged(tokens()).logits, want)
 
 
 def test_the_drivers_adapter_is_loaded(tmp_path):
     import tiny as driver
+
     base, text = driver.model(tmp_path / "base"), driver.text(tmp_path / "text.txt", 300)
     from longlora.training import driver as train
+
     train.train(lambda line: None, **driver.options(tmp_path, max_steps=2))
     from longlora.files.open_model import open_model
-    ids = torch.from_numpy(open_model(str(base)).tokenizer().encode(text.read_text())[:64].astype(np.int64))[None]
+
+    ids = torch.from_numpy(open_model(str(base)).tokenizer().encode(text.read_text())[:64].astype(np.int64))[
+        None
+    ]
     loss = longlora.torch.load(tmp_path / "out", base)(input_ids=ids, labels=ids).loss
     ours = ppl.run(str(base), str(text), [64], adapter=str(tmp_path / "out"), max_tokens=64)["results"][0]
     assert ours["tokens"] == 63 and abs(loss.item() - ours["loss"]) < 1e-4 * ours["loss"]
@@ -118,13 +138,24 @@ def test_lora_of_ones_own():
     assert lora_config(tiny("llama", "sdpa"), r=3).r == 3
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: longlora.torch.extend(tiny("llama", "sdpa"), 128), "above the 128 tokens"),
-    (lambda: longlora.torch.extend(tiny("llama", "sdpa"), 512, rope="cubic"), "rope type should be one of"),
-    (lambda: longlora.torch.extend(tiny("llama", "sdpa"), 512, group_size=-1), "group_size"),
-    (lambda: longlora.torch.extend(tiny("llama", "sdpa"), 512, lora=peft.LoraConfig(task_type="SEQ_CLS")), "CAUSAL_LM, got"),
-    (lambda: longlora.torch.swap(swapped(tiny("llama", "sdpa"))), "swapped already"),
-])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: longlora.torch.extend(tiny("llama", "sdpa"), 128), "above the 128 tokens"),
+        (
+            lambda: longlora.torch.extend(tiny("llama", "sdpa"), 512, rope="cubic"),
+            "rope type should be one of",
+        ),
+        (lambda: longlora.torch.extend(tiny("llama", "sdpa"), 512, group_size=-1), "group_size"),
+        (
+            lambda: longlora.torch.extend(
+                tiny("llama", "sdpa"), 512, lora=peft.LoraConfig(task_type="SEQ_CLS")
+            ),
+            "CAUSAL_LM, got",
+        ),
+        (lambda: longlora.torch.swap(swapped(tiny("llama", "sdpa"))), "swapped already"),
+    ],
+)
 def test_bad_input_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
@@ -145,8 +176,8 @@ def grads_of(model, **inputs):
 EXPECTED = {
     "llama": dict(rms_norm=5, swiglu=2, rope=2, linear_cross_entropy=1),
     "qwen3": dict(rms_norm=9, swiglu=2, rope=2, linear_cross_entropy=1),
-    "gemma": dict(rms_norm=0, swiglu=0, rope=2, linear_cross_entropy=1),       # its norm is (1 + w), its MLP GeGLU
-    "granite": dict(rms_norm=5, swiglu=2, rope=2, linear_cross_entropy=0),     # it scales its logits
+    "gemma": dict(rms_norm=0, swiglu=0, rope=2, linear_cross_entropy=1),  # its norm is (1 + w), its MLP GeGLU
+    "granite": dict(rms_norm=5, swiglu=2, rope=2, linear_cross_entropy=0),  # it scales its logits
     "gpt_neox": dict(rms_norm=0, swiglu=0, linear_cross_entropy=1),
 }
 
@@ -171,20 +202,29 @@ def test_swapped_layers_give_the_same_values(family):
     finally:
         longlora.torch.unswap(model)
     other, again = grads_of(model)
-    assert torch.equal(other, loss) and all(torch.equal(again[name], grads[name]) for name in grads), "unswap left something"
+    assert torch.equal(other, loss) and all(torch.equal(again[name], grads[name]) for name in grads), (
+        "unswap left something"
+    )
     assert model(input_ids=tokens(), labels=tokens()).logits is not None
 
 
 def test_swapped_lora_linears():
-    model = moved(longlora.torch.extend(tiny("llama", "sdpa", tie_word_embeddings=True), 512, group_size=6)).train()
+    model = moved(
+        longlora.torch.extend(tiny("llama", "sdpa", tie_word_embeddings=True), 512, group_size=6)
+    ).train()
     loss, grads = grads_of(model)
     counts = longlora.torch.swap(model)
     assert counts["lora_linear"] == 8 and counts["linear_cross_entropy"] == 1
     other, again = grads_of(model)
     close(other, loss)
-    assert set(again) == set(grads) and all((again[n] - grads[n]).norm() <= 1e-4 * grads[n].norm() for n in grads)
-    assert model(input_ids=tokens(), labels=tokens()).logits is None and model.eval()(input_ids=tokens()).logits is not None
-    with model.disable_adapter():          # PEFT's state decides call by call
+    assert set(again) == set(grads) and all(
+        (again[n] - grads[n]).norm() <= 1e-4 * grads[n].norm() for n in grads
+    )
+    assert (
+        model(input_ids=tokens(), labels=tokens()).logits is None
+        and model.eval()(input_ids=tokens()).logits is not None
+    )
+    with model.disable_adapter():  # PEFT's state decides call by call
         plain = model(tokens()).logits
     longlora.torch.unswap(model)
     with model.disable_adapter():
@@ -206,7 +246,7 @@ def test_swapped_loss_counts_as_trainer_does():
 
 def test_two_swapped_models_of_a_family():
     one, two, three = (tiny("llama", "sdpa") for _ in range(3))
-    gc.collect()                           # other tests' models
+    gc.collect()  # other tests' models
     longlora.torch.unswap(one)
     source = transformers.models.llama.modeling_llama
     theirs = source.apply_rotary_pos_emb
@@ -216,14 +256,17 @@ def test_two_swapped_models_of_a_family():
     longlora.torch.unswap(two)
     assert source.apply_rotary_pos_emb is theirs
     longlora.torch.swap(one)
-    exact = tiny("llama", "sdpa").double()                 # the kernels have no float64: others of the family go their own way
+    exact = tiny(
+        "llama", "sdpa"
+    ).double()  # the kernels have no float64: others of the family go their own way
     assert exact(tokens()).logits.dtype == torch.float64
     ours = source.apply_rotary_pos_emb
     del one
 
     def collecting(graph, inputs):
-        gc.collect()                                       # between a model's trace and its guards
+        gc.collect()  # between a model's trace and its guards
         return graph
+
     torch._dynamo.reset()
     close(torch.compile(three, backend=collecting)(tokens(), use_cache=False).logits, three(tokens()).logits)
     assert source.apply_rotary_pos_emb is ours
@@ -240,6 +283,9 @@ def test_bfloat16_within_its_noise():
     loss, grads = grads_of(model)
     longlora.torch.unswap(model)
     assert (loss - want).abs() <= 2 * (plain_loss - want).abs() + 4e-3 * want.abs()
-    worst = [max((g[n].float() - exact_grads[n]).norm() / exact_grads[n].norm() for n in exact_grads) for g in (grads, plain)]
+    worst = [
+        max((g[n].float() - exact_grads[n]).norm() / exact_grads[n].norm() for n in exact_grads)
+        for g in (grads, plain)
+    ]
     assert worst[0] <= 2 * worst[1], worst
     assert SMALL["vocab_size"] == model.config.vocab_size

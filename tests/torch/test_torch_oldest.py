@@ -1,4 +1,5 @@
 """The tests of longlora.torch with transformers, once more on the oldest one, which is installed beside everything else for this."""
+
 import os
 import subprocess
 import sys
@@ -13,18 +14,56 @@ FILES = ["test_torch_transformers.py", "test_torch_extend.py"]
 
 
 def test_on_the_oldest_transformers(tmp_path):
-    cache = Path(os.environ.get("LONGLORA_TEST_CACHE") or Path.home() / ".cache" / "longlora-tests") / f"transformers-{OLDEST}"
+    cache = (
+        Path(os.environ.get("LONGLORA_TEST_CACHE") or Path.home() / ".cache" / "longlora-tests")
+        / f"transformers-{OLDEST}"
+    )
     if not (cache / "complete").exists():
-        done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", cache,
-                               f"transformers=={OLDEST}", "tokenizers==0.21.4", "huggingface_hub==0.36.0"], capture_output=True,
-                              text=True, timeout=600)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--no-deps",
+                "--upgrade",
+                "--target",
+                cache,
+                f"transformers=={OLDEST}",
+                "tokenizers==0.21.4",
+                "huggingface_hub==0.36.0",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
         if done.returncode:
-            pytest.skip(f"transformers {OLDEST} cannot be installed: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
+            pytest.skip(
+                f"transformers {OLDEST} cannot be installed: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}"
+            )
         (cache / "complete").touch()
     paths = os.pathsep.join([str(cache), os.environ["PYTHONPATH"]])
     here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", tmp_path / "old",
-                           "--rootdir", here.parent, *(here / name for name in FILES)], capture_output=True, text=True,
-                          cwd=tmp_path, timeout=900, env={**os.environ, "PYTHONPATH": paths, "LONGLORA_TRANSFORMERS": OLDEST})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--basetemp",
+            tmp_path / "old",
+            "--rootdir",
+            here.parent,
+            *(here / name for name in FILES),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=900,
+        env={**os.environ, "PYTHONPATH": paths, "LONGLORA_TRANSFORMERS": OLDEST},
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "passed" in done.stdout

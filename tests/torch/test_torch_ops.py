@@ -1,5 +1,6 @@
 """The torch operators against the float64 reference, and as citizens of torch: opcheck, compile, autocast, checkpointing, memory,
 streams and graphs; on the CPU, and on a GPU where there is one."""
+
 import itertools
 import math
 
@@ -9,9 +10,10 @@ import pytest
 import reference
 
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
-import longlora.torch  # noqa: E402
 import devices  # noqa: E402
 from devices import device, gpu, put  # noqa: E402, F401 (fixtures)
+
+import longlora.torch  # noqa: E402
 from longlora.torch import ops  # noqa: E402
 
 B, T, H, K, D, C, N, R, F, V = 2, 13, 4, 2, 8, 12, 10, 3, 9, 21
@@ -30,15 +32,24 @@ def attention_reference(dout, q, k, v, **how):
 
 
 def packed_reference(dout, q, k, v):
-    parts = [attention_reference(dout[b:b + 1], q[b:b + 1], k[b:b + 1], v[b:b + 1], cu_seqlens=BORDERS[b], **PATTERN)
-             for b in range(B)]
-    return (np.concatenate([out for out, _ in parts]), [np.concatenate(x) for x in zip(*(grads for _, grads in parts))])
+    parts = [
+        attention_reference(
+            dout[b : b + 1], q[b : b + 1], k[b : b + 1], v[b : b + 1], cu_seqlens=BORDERS[b], **PATTERN
+        )
+        for b in range(B)
+    ]
+    return (
+        np.concatenate([out for out, _ in parts]),
+        [np.concatenate(x) for x in zip(*(grads for _, grads in parts))],
+    )
 
 
 def norm_reference(dout, x, weight, residual=None):
     out, rstd, total = reference.rms_norm_forward(x, weight, 1e-6, residual)
     dx, dweight = reference.rms_norm_backward(dout, total, rstd, weight, None if residual is None else dout)
-    return (out if residual is None else out + total), ([dx, dweight] if residual is None else [dx, dweight, dx])
+    return (out if residual is None else out + total), (
+        [dx, dweight] if residual is None else [dx, dweight, dx]
+    )
 
 
 def linear_reference(dout, x, weight, bias, a, b):
@@ -52,13 +63,18 @@ def loss_reference(reduction):
         kept = TARGETS != -100
         scale = {"mean": 1 / kept.sum(), "sum": 1.0, "none": 1.0}[reduction]
         dlosses = dout * scale * np.ones(M)
-        losses, dx, dweight = reference.linear_cross_entropy_backward(x, weight, TARGETS, dlosses, train_weight=True)
+        losses, dx, dweight = reference.linear_cross_entropy_backward(
+            x, weight, TARGETS, dlosses, train_weight=True
+        )
         return losses if reduction == "none" else np.array(losses.sum() * scale), [dx, dweight]
+
     return call
 
 
 def embedding_reference(dout, weight):
-    return reference.embedding_forward(weight, IDS.ravel()), [reference.embedding_backward(dout, IDS.ravel(), None, V)]
+    return reference.embedding_forward(weight, IDS.ravel()), [
+        reference.embedding_backward(dout, IDS.ravel(), None, V)
+    ]
 
 
 def rope_reference(dout, x):
@@ -80,21 +96,61 @@ def summed(pair):
 QKV = [(B, T, H, D), (B, T, K, D), (B, T, K, D)]
 # name: shapes of the differentiable inputs, the call, its reference
 CASES = {
-    "s2_attention": (QKV, lambda q, k, v: ops.s2_attention(q, k, v, **PATTERN), lambda *x: attention_reference(*x, **PATTERN)),
-    "packed": (QKV, lambda q, k, v: ops.s2_attention(q, k, v, cu_seqlens=constant(BORDERS), **PATTERN), packed_reference),
+    "s2_attention": (
+        QKV,
+        lambda q, k, v: ops.s2_attention(q, k, v, **PATTERN),
+        lambda *x: attention_reference(*x, **PATTERN),
+    ),
+    "packed": (
+        QKV,
+        lambda q, k, v: ops.s2_attention(q, k, v, cu_seqlens=constant(BORDERS), **PATTERN),
+        packed_reference,
+    ),
     "rms_norm": ([(M, C), (C,)], ops.rms_norm, norm_reference),
-    "add_rms_norm": ([(M, C), (C,), (M, C)], lambda x, weight, residual: summed(ops.rms_norm(x, weight, 1e-6, residual)),
-                     norm_reference),
+    "add_rms_norm": (
+        [(M, C), (C,), (M, C)],
+        lambda x, weight, residual: summed(ops.rms_norm(x, weight, 1e-6, residual)),
+        norm_reference,
+    ),
     "rope": ([(B, T, H, D)], lambda x: ops.rope(x, constant(COS), constant(SIN)), rope_reference),
-    "lora_linear": ([(M, C), (N, C), (N,), (R, C), (N, R)], lambda *x: ops.lora_linear(*x, 0.5), linear_reference),
-    "swiglu": ([(M, F), (M, F)], ops.swiglu,
-               lambda dout, *x: (reference.swiglu_forward(*x), reference.swiglu_backward(dout, *x))),
-    **{f"loss_{reduction}": ([(M, C), (V, C)], lambda x, weight, r=reduction: ops.linear_cross_entropy(
-        x, weight, constant(TARGETS), reduction=r), loss_reference(reduction)) for reduction in ("mean", "sum", "none")},
-    "embedding": ([(V, C)], lambda weight: ops.embedding(weight, constant(IDS)).view(M, C), embedding_reference),
-    "matmul": ([(M, C), (C, N)], lambda a, b: torch.ops.longlora.matmul(a, b, 0.5), lambda dout, a, b: (
-        0.5 * reference.matmul(a, b), [0.5 * reference.f64(dout) @ reference.f64(b).T, 0.5 * reference.f64(a).T @ dout])),
-    "cast": ([(M, C)], lambda x: torch.ops.longlora.cast(x, torch.float32), lambda dout, x: (reference.f64(x), [dout])),
+    "lora_linear": (
+        [(M, C), (N, C), (N,), (R, C), (N, R)],
+        lambda *x: ops.lora_linear(*x, 0.5),
+        linear_reference,
+    ),
+    "swiglu": (
+        [(M, F), (M, F)],
+        ops.swiglu,
+        lambda dout, *x: (reference.swiglu_forward(*x), reference.swiglu_backward(dout, *x)),
+    ),
+    **{
+        f"loss_{reduction}": (
+            [(M, C), (V, C)],
+            lambda x, weight, r=reduction: ops.linear_cross_entropy(
+                x, weight, constant(TARGETS), reduction=r
+            ),
+            loss_reference(reduction),
+        )
+        for reduction in ("mean", "sum", "none")
+    },
+    "embedding": (
+        [(V, C)],
+        lambda weight: ops.embedding(weight, constant(IDS)).view(M, C),
+        embedding_reference,
+    ),
+    "matmul": (
+        [(M, C), (C, N)],
+        lambda a, b: torch.ops.longlora.matmul(a, b, 0.5),
+        lambda dout, a, b: (
+            0.5 * reference.matmul(a, b),
+            [0.5 * reference.f64(dout) @ reference.f64(b).T, 0.5 * reference.f64(a).T @ dout],
+        ),
+    ),
+    "cast": (
+        [(M, C)],
+        lambda x: torch.ops.longlora.cast(x, torch.float32),
+        lambda dout, x: (reference.f64(x), [dout]),
+    ),
 }
 
 
@@ -115,12 +171,22 @@ def plain_reference(call, *inputs):
 def judge(name, dtype, out, grads, dout, arrays, wanted):
     dout = dout.detach().float().cpu().numpy()
     dout = dout.astype(checks.DTYPES[dtype]) if dout.ndim else dout
-    (want, want_grads), (low, low_grads) = (f(CASES[name][2], dout, *arrays) for f in (lambda c, *x: c(*x), plain_reference))
-    results = [("out", out, want, low)] + [(f"grad {i}", g, want_grads[i], low_grads[i]) for i, g in zip(wanted, grads)]
+    (want, want_grads), (low, low_grads) = (
+        f(CASES[name][2], dout, *arrays) for f in (lambda c, *x: c(*x), plain_reference)
+    )
+    results = [("out", out, want, low)] + [
+        (f"grad {i}", g, want_grads[i], low_grads[i]) for i, g in zip(wanted, grads)
+    ]
     for label, got, w, p in results:
         rounded = checks.DTYPES[str(got.dtype).removeprefix("torch.")]
         # two more roundings to the dtype than the kernel's own: a sum of two results, a gradient scaled by the loss's
-        checks.compare(got.detach().float().cpu().numpy().astype(rounded), np.asarray(w, np.float64), np.asarray(p), f"{name} {label}", 6)
+        checks.compare(
+            got.detach().float().cpu().numpy().astype(rounded),
+            np.asarray(w, np.float64),
+            np.asarray(p),
+            f"{name} {label}",
+            6,
+        )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -128,7 +194,9 @@ def test_values_and_gradients(name, dtype):
     arrays, tensors = given(name, dtype)
     tensors = [x.requires_grad_() for x in tensors]
     out = CASES[name][1](*tensors)
-    dout = checks.random(tuple(out.shape), dtype, 9).astype(np.float32) if out.ndim else np.array(2, np.float32)
+    dout = (
+        checks.random(tuple(out.shape), dtype, 9).astype(np.float32) if out.ndim else np.array(2, np.float32)
+    )
     dout = put(dout).to(out.dtype)
     grads = torch.autograd.grad(out, tensors, dout)
     assert [g.dtype for g in grads] == [x.dtype for x in tensors]
@@ -156,7 +224,7 @@ def orders(x):
     """x with its axes in every order in memory, and with gaps between its rows."""
     for order in itertools.permutations(range(x.ndim)):
         yield x.permute(order).contiguous().permute([order.index(axis) for axis in range(x.ndim)])
-    yield torch.cat([x, torch.full_like(x, torch.nan)], -1)[..., :x.shape[-1]]
+    yield torch.cat([x, torch.full_like(x, torch.nan)], -1)[..., : x.shape[-1]]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -185,12 +253,23 @@ def test_leading_axes(name, lead):
     """[...,C] is the same rows as [M,C], bit by bit, forward and backward; no axes before the last are one row."""
     rows = M if math.prod(lead) == M else 1
     plain = [(x[:rows] if len(x) == M else x).requires_grad_() for x in given(name)[1]]
-    shaped = [(x.detach().view(*lead, x.shape[-1]) if len(x) == rows and x.ndim == 2 else x.detach()).requires_grad_() for x in plain]
+    shaped = [
+        (
+            x.detach().view(*lead, x.shape[-1]) if len(x) == rows and x.ndim == 2 else x.detach()
+        ).requires_grad_()
+        for x in plain
+    ]
     want, got = (CASES[name][1](*inputs) for inputs in (plain, shaped))
     assert got.shape == (*lead, want.shape[-1]) and torch.equal(got.view(want.shape), want)
     dout = put(checks.random(tuple(want.shape)))
-    wanted, grads = torch.autograd.grad(want, plain, dout), torch.autograd.grad(got, shaped, dout.view(got.shape))
-    assert all(x.shape == grad.shape and torch.equal(grad.view(other.shape), other) for x, grad, other in zip(shaped, grads, wanted))
+    wanted, grads = (
+        torch.autograd.grad(want, plain, dout),
+        torch.autograd.grad(got, shaped, dout.view(got.shape)),
+    )
+    assert all(
+        x.shape == grad.shape and torch.equal(grad.view(other.shape), other)
+        for x, grad, other in zip(shaped, grads, wanted)
+    )
 
 
 def none_of(name):
@@ -212,7 +291,7 @@ def none_of(name):
 def test_empty_batches(name):
     out, inputs = none_of(name)
     if name == "loss_mean":
-        assert out.isnan()                 # as torch's cross_entropy
+        assert out.isnan()  # as torch's cross_entropy
         return
     assert out.numel() == 0 or out.item() == 0
     out.sum().backward()
@@ -248,17 +327,44 @@ def calls():
     yield "add_rms_norm_forward", (norm_x.clone(), norm_x, norm_weight, 1e-6)
     yield "rms_norm_backward", (norm_x.detach(), norm_x.detach(), rows, norm_weight.detach(), None, True)
     yield "rms_norm_forward", (rand(B, T, C).requires_grad_(), norm_weight.detach().requires_grad_(), 1e-6)
-    yield "rms_norm_backward", (rand(B, T, C), rand(T, B, C).transpose(0, 1), rand(B, T), norm_weight.detach(), rand(B, T, C), False)
+    yield (
+        "rms_norm_backward",
+        (
+            rand(B, T, C),
+            rand(T, B, C).transpose(0, 1),
+            rand(B, T),
+            norm_weight.detach(),
+            rand(B, T, C),
+            False,
+        ),
+    )
     yield "rope_forward", (q.clone().requires_grad_(), cos, sin, None)
     yield "rope_backward", (q.clone().requires_grad_(), cos, sin, None)
-    yield "lora_linear_forward", (x.requires_grad_(), weight, bias, a.requires_grad_(), b.requires_grad_(), 0.5)
+    yield (
+        "lora_linear_forward",
+        (x.requires_grad_(), weight, bias, a.requires_grad_(), b.requires_grad_(), 0.5),
+    )
     yield "lora_linear_forward", (x, weight.clone().requires_grad_(), None, None, None, 0.5)
     yield "lora_linear_forward", (rand(B, T, C).requires_grad_(), weight.detach(), None, a, b, 0.5)
-    yield "lora_linear_backward", (rand(M, N), x.detach(), weight.detach(), a.detach(), b.detach(), rand(M, R), 0.5,
-                                   [True, True, True, False, False])
+    yield (
+        "lora_linear_backward",
+        (
+            rand(M, N),
+            x.detach(),
+            weight.detach(),
+            a.detach(),
+            b.detach(),
+            rand(M, R),
+            0.5,
+            [True, True, True, False, False],
+        ),
+    )
     yield "swiglu_forward", tuple(x.requires_grad_() for x in given("swiglu")[1])
     yield "swiglu_backward", (rand(M, F), *given("swiglu")[1])
-    yield "swiglu_forward", (rand(B, T, F).requires_grad_(), rand(F, T, B).requires_grad_().mT.transpose(0, 1).mT)
+    yield (
+        "swiglu_forward",
+        (rand(B, T, F).requires_grad_(), rand(F, T, B).requires_grad_().mT.transpose(0, 1).mT),
+    )
     yield "linear_cross_entropy_forward", (head_x.requires_grad_(), head.requires_grad_(), targets, -100)
     yield "linear_cross_entropy_backward", (head_x.detach(), head.detach(), targets, rows, -100, True)
     yield "linear_cross_entropy_step", (head_x, head, targets, -100, True, True)
@@ -273,9 +379,13 @@ def calls():
 
 def test_every_operator_has_a_call_here():
     from longlora import _C
+
     names = {name for name, _ in calls()}
-    assert names == {op.removeprefix("longlora::").partition(".")[0] for op in torch._C._dispatch_get_all_op_names()
-                     if op.startswith("longlora::")}
+    assert names == {
+        op.removeprefix("longlora::").partition(".")[0]
+        for op in torch._C._dispatch_get_all_op_names()
+        if op.startswith("longlora::")
+    }
     inplace = {"accumulate": "accumulate_", "adamw": "adamw_"}
     assert {inplace.get(op, op) for op in _C.specs} <= names
 
@@ -300,8 +410,15 @@ def block(x, norm, weights, ids):
 
 def block_inputs():
     shapes = [((H + 2 * K) * D, C), (R, C), ((H + 2 * K) * D, R), (2 * C, C), (V, C)]
-    weights = [put(checks.random(shape, seed=i) * np.float32(0.3)).requires_grad_() for i, shape in enumerate(shapes)]
-    return put(checks.random((B, T, C))).requires_grad_(), put(torch.ones(C)).requires_grad_(), weights, put(IDS)
+    weights = [
+        put(checks.random(shape, seed=i) * np.float32(0.3)).requires_grad_() for i, shape in enumerate(shapes)
+    ]
+    return (
+        put(checks.random((B, T, C))).requires_grad_(),
+        put(torch.ones(C)).requires_grad_(),
+        weights,
+        put(IDS),
+    )
 
 
 def run(function, inputs):
@@ -347,19 +464,34 @@ def test_autocast(device):  # noqa: F811
 
 def test_a_gradient_of_a_gradient_is_refused():
     q = rand(1, 4, 1, 8).requires_grad_()
-    grad, = torch.autograd.grad(ops.s2_attention(q, q, q, group_size=2).square().sum(), q, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        ops.s2_attention(q, q, q, group_size=2).square().sum(), q, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="gradient of a gradient"):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("call, error, words", [
-    (lambda q: ops.s2_attention(q, q[:, :3], q, group_size=2), ValueError, "k axis 1"),
-    (lambda q: ops.s2_attention(q, q.double(), q, group_size=2), TypeError, "k should be"),
-    (lambda q: ops.s2_attention(q, q, q, group_size=0), ValueError, "group_size"),
-    (lambda q: ops.s2_attention(q, q, q, group_size=2, boundary="warp"), ValueError, "split, wrap, swap"),
-    (lambda q: ops.s2_attention(q, q, q, group_size=2, cu_seqlens=torch.tensor([[0, 4]] * 3, dtype=torch.int32)), ValueError, "B=1"),
-    (lambda q: ops.linear_cross_entropy(q.view(-1, 8), q.view(-1, 8), rand(4), reduction="max"), ValueError, "mean, sum, none"),
-])
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (lambda q: ops.s2_attention(q, q[:, :3], q, group_size=2), ValueError, "k axis 1"),
+        (lambda q: ops.s2_attention(q, q.double(), q, group_size=2), TypeError, "k should be"),
+        (lambda q: ops.s2_attention(q, q, q, group_size=0), ValueError, "group_size"),
+        (lambda q: ops.s2_attention(q, q, q, group_size=2, boundary="warp"), ValueError, "split, wrap, swap"),
+        (
+            lambda q: ops.s2_attention(
+                q, q, q, group_size=2, cu_seqlens=torch.tensor([[0, 4]] * 3, dtype=torch.int32)
+            ),
+            ValueError,
+            "B=1",
+        ),
+        (
+            lambda q: ops.linear_cross_entropy(q.view(-1, 8), q.view(-1, 8), rand(4), reduction="max"),
+            ValueError,
+            "mean, sum, none",
+        ),
+    ],
+)
 def test_bad_input_is_named(call, error, words):
     with pytest.raises(error, match=words):
         call(rand(1, 4, 1, 8))
@@ -380,6 +512,7 @@ def test_q_k_and_v_are_not_copied(device):  # noqa: F811
             kept = function()
         events = [e.self_cpu_memory_usage for e in profile.key_averages() if e.self_cpu_memory_usage > 0]
         return sum(events), kept
+
     forward, out = allocated(lambda: ops.s2_attention(q, k, v, group_size=128))
     lse = 4 * 512 * 4
     assert forward == size + lse
@@ -389,6 +522,7 @@ def test_q_k_and_v_are_not_copied(device):  # noqa: F811
 
 
 # ---- the GPU's queues
+
 
 def test_work_goes_to_the_current_stream(gpu):  # noqa: F811
     """The stream waits before it fills the input: on any other stream the op would see zeros."""
@@ -414,6 +548,7 @@ def test_a_cuda_graph(name, gpu):  # noqa: F811
     def work():
         out = CASES[name][1](*inputs)
         return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -439,6 +574,7 @@ def test_a_gpu_that_is_not_the_current_one(gpu):  # noqa: F811
 
 # ---- processes
 
+
 class Attended(torch.utils.data.Dataset):
     """Rows that a worker makes by an op."""
 
@@ -453,5 +589,7 @@ class Attended(torch.utils.data.Dataset):
 def test_workers_of_a_dataloader_by_fork():
     """Forked after this process has used its threads."""
     want = torch.stack(list(Attended()[i] for i in range(6)))
-    loader = torch.utils.data.DataLoader(Attended(), batch_size=2, num_workers=2, multiprocessing_context="fork")
+    loader = torch.utils.data.DataLoader(
+        Attended(), batch_size=2, num_workers=2, multiprocessing_context="fork"
+    )
     assert torch.equal(torch.cat(list(loader)), want)

@@ -1,5 +1,6 @@
 """longlora.torch.train against the driver: equal losses, adapters and files; checkpoints that go on in the other, and in groups
 of processes; what is refused. The processes of a group run on the CPU over gloo; torch_worker.py says what is pretended."""
+
 import importlib.util
 import json
 import os
@@ -9,18 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import longlora
 import numpy as np
 import pytest
 import tiny
 from smollm2 import smollm2  # noqa: F401 (a fixture)
 
+import longlora
 from longlora import get_num_threads, set_num_threads
+from longlora.errors import UserError
 from longlora.evaluation import ppl
 from longlora.files import adapter
-from longlora.training import resume as checkpoint, metrics, driver
-from longlora.errors import UserError
 from longlora.files.open_model import open_model
+from longlora.training import driver, metrics
+from longlora.training import resume as checkpoint
 
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
@@ -70,59 +72,102 @@ def same_rows(ours, theirs, rel=1e-5):
     for a, b in zip(ours, theirs):
         assert a.keys() == b.keys()
         for key in a.keys() - {"tokens_per_s", "peak_memory"}:
-            assert a[key] == pytest.approx(b[key], rel=10 * rel if key == "grad_norm" else rel), (a["step"], key)
+            assert a[key] == pytest.approx(b[key], rel=10 * rel if key == "grad_norm" else rel), (
+                a["step"],
+                key,
+            )
 
 
-# ---- against the driver ----------------------------------------------------------------------------------------------
+# ---- against the driver --------------------------------------------------------------------------
+
 
 def test_a_run_is_the_drivers(tmp_path):
     """Two batches of two of a text that ends in a short sequence, more than an epoch of it, evaluated, saved on the way."""
-    fields = dict(data=str(tiny.text(tmp_path / "few.txt", 320)), eval_fraction=0.1, eval_steps=2, save_steps=3, max_steps=7,
-                  save_total_limit=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-                  embedding_learning_rate=3e-3, weight_decay=0.1, lr_scheduler_type="cosine", warmup_steps=0.3)
+    fields = dict(
+        data=str(tiny.text(tmp_path / "few.txt", 320)),
+        eval_fraction=0.1,
+        eval_steps=2,
+        save_steps=3,
+        max_steps=7,
+        save_total_limit=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        embedding_learning_rate=3e-3,
+        weight_decay=0.1,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.3,
+    )
     said, wanted = [], []
     theirs = run(driver.train, tmp_path, "theirs", wanted, **fields)
     mine = run(ours.train, tmp_path, "mine", said, **fields)
     assert theirs.history[-1]["epoch"] > 1
     same_rows(mine.history, theirs.history)
     assert metrics.read(tmp_path / "mine") == mine.history
-    assert {name: mine[name] for name in ("step", "stopped")} == {name: theirs[name] for name in ("step", "stopped")}
+    assert {name: mine[name] for name in ("step", "stopped")} == {
+        name: theirs[name] for name in ("step", "stopped")
+    }
     close(trained(tmp_path / "mine"), trained(tmp_path / "theirs"))
-    listing = {os.path.relpath(path, tmp_path / "mine"): text for path, text in tiny.listing(tmp_path / "mine").items()}
-    listed = {os.path.relpath(path, tmp_path / "theirs"): text for path, text in tiny.listing(tmp_path / "theirs").items()}
+    listing = {
+        os.path.relpath(path, tmp_path / "mine"): text
+        for path, text in tiny.listing(tmp_path / "mine").items()
+    }
+    listed = {
+        os.path.relpath(path, tmp_path / "theirs"): text
+        for path, text in tiny.listing(tmp_path / "theirs").items()
+    }
     assert listing.keys() == listed.keys()
     for name in listing:
         if name.endswith(("config.json", "README.md", "tokenizer.json")):
             assert listing[name] == listed[name], name
 
     def sentences(lines):
-        return [line for line in lines if line.startswith(("attention:", "trainable:", "rope:", "data:", "steps:"))]
+        return [
+            line
+            for line in lines
+            if line.startswith(("attention:", "trainable:", "rope:", "data:", "steps:"))
+        ]
 
     def before(lines):
-        return [float(re.match(r"before: held-out perplexity ([\d.]+), dense attention$", line)[1]) for line in lines if "before" in line]
+        return [
+            float(re.match(r"before: held-out perplexity ([\d.]+), dense attention$", line)[1])
+            for line in lines
+            if "before" in line
+        ]
+
     assert sentences(said) == sentences(wanted) and len(sentences(said)) == 5
     assert before(said) == pytest.approx(before(wanted), rel=1e-5) and len(before(said)) == 1
     assert any(line.startswith("step 7/7") and "held-out perplexity" in line for line in said)
 
 
-@pytest.mark.parametrize("fields", [
-    dict(tie_word_embeddings=False, modules_to_save=["embed_tokens", "lm_head", "norm"]),
-    dict(rope_type="yarn", boundary="wrap", group_size=64), dict(attention="dense", checkpointing="full"),
-    dict(target_modules=["all-linear"], modules_to_save=[], shift="all", max_grad_norm=0),
-    dict(target_length=None, modules_to_save=["lm_head"], r=3, lora_alpha=7)], ids=lambda fields: next(iter(fields)))
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(tie_word_embeddings=False, modules_to_save=["embed_tokens", "lm_head", "norm"]),
+        dict(rope_type="yarn", boundary="wrap", group_size=64),
+        dict(attention="dense", checkpointing="full"),
+        dict(target_modules=["all-linear"], modules_to_save=[], shift="all", max_grad_norm=0),
+        dict(target_length=None, modules_to_save=["lm_head"], r=3, lora_alpha=7),
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
 def test_every_kind_of_run_is_the_drivers(tmp_path, fields):
     if "tie_word_embeddings" in fields:
         tiny.model(tmp_path / "base", tie_word_embeddings=fields["tie_word_embeddings"])
         fields = {name: value for name, value in fields.items() if name != "tie_word_embeddings"}
-    mine, theirs = (run(train, tmp_path, name, **fields) for train, name in ((ours.train, "mine"), (driver.train, "theirs")))
+    mine, theirs = (
+        run(train, tmp_path, name, **fields)
+        for train, name in ((ours.train, "mine"), (driver.train, "theirs"))
+    )
     same_rows(mine.history, theirs.history)
     close(trained(tmp_path / "mine"), trained(tmp_path / "theirs"))
 
 
 def test_bfloat16_learns_as_the_driver_does(tmp_path):
     """The base and the products are bfloat16 in both, the stream between layers only in the driver."""
-    mine, theirs = (run(train, tmp_path, name, dtype="bfloat16", checkpointing="full")
-                    for train, name in ((ours.train, "mine"), (driver.train, "theirs")))
+    mine, theirs = (
+        run(train, tmp_path, name, dtype="bfloat16", checkpointing="full")
+        for train, name in ((ours.train, "mine"), (driver.train, "theirs"))
+    )
     for a, b in zip(mine.history, theirs.history):
         assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
     assert all(array.dtype == np.float32 for array in trained(tmp_path / "mine").values())
@@ -138,10 +183,24 @@ def test_ten_steps_of_smollm2_are_the_drivers(tmp_path, smollm2):  # noqa: F811
     """
     torch.set_num_threads(get_num_threads())
     text = Path(longlora.__file__).parent / "assets" / "held_out" / "kjv-44-acts.txt"
-    fields = dict(model=str(smollm2), data=str(text), target_length=32768, sequence_length=128, group_size=32, max_steps=10,
-                  learning_rate=1e-4, embedding_learning_rate=1e-5, num_threads=None)
-    mine, theirs = (run(train, tmp_path, name, **fields) for train, name in ((ours.train, "mine"), (driver.train, "theirs")))
-    assert [row["step"] for row in mine.history] == [row["step"] for row in theirs.history] == list(range(1, 11))
+    fields = dict(
+        model=str(smollm2),
+        data=str(text),
+        target_length=32768,
+        sequence_length=128,
+        group_size=32,
+        max_steps=10,
+        learning_rate=1e-4,
+        embedding_learning_rate=1e-5,
+        num_threads=None,
+    )
+    mine, theirs = (
+        run(train, tmp_path, name, **fields)
+        for train, name in ((ours.train, "mine"), (driver.train, "theirs"))
+    )
+    assert (
+        [row["step"] for row in mine.history] == [row["step"] for row in theirs.history] == list(range(1, 11))
+    )
     for a, b in zip(mine.history, theirs.history):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     assert mine.history[0]["grad_norm"] == pytest.approx(theirs.history[0]["grad_norm"], rel=1e-3)
@@ -153,15 +212,26 @@ def test_ten_steps_of_smollm2_are_the_drivers(tmp_path, smollm2):  # noqa: F811
                 start = base.read(name) if "lora_" not in name else 0
                 moved += np.linalg.norm(theirs[name] - start) ** 2
                 apart += np.linalg.norm(mine[name] - theirs[name]) ** 2
-        assert 0 < apart ** 0.5 <= 1e-2 * moved ** 0.5, kind
+        assert 0 < apart**0.5 <= 1e-2 * moved**0.5, kind
 
 
-# ---- adapters and checkpoints of one in the other --------------------------------------------------------------------
+# ---- adapters and checkpoints of one in the other ------------------------------------------------
 
-@pytest.mark.parametrize("first, then", [(driver.train, ours.train), (ours.train, driver.train), (ours.train, ours.train)],
-                         ids=["driver-torch", "torch-driver", "torch-torch"])
+
+@pytest.mark.parametrize(
+    "first, then",
+    [(driver.train, ours.train), (ours.train, driver.train), (ours.train, ours.train)],
+    ids=["driver-torch", "torch-driver", "torch-torch"],
+)
 def test_a_run_goes_on_in_the_other(tmp_path, first, then):
-    fields = dict(max_steps=6, eval_fraction=0.1, eval_steps=2, lr_scheduler_type="linear", warmup_steps=2, weight_decay=0.1)
+    fields = dict(
+        max_steps=6,
+        eval_fraction=0.1,
+        eval_steps=2,
+        lr_scheduler_type="linear",
+        warmup_steps=2,
+        weight_decay=0.1,
+    )
     whole = run(first, tmp_path, "whole", save_steps=2, **fields)
     since = tmp_path / "whole" / "checkpoint-4"
     said = []
@@ -184,7 +254,9 @@ def test_a_run_that_is_done_is_finished_by_resuming(tmp_path):
     assert again.step == 4 and len(again.history) == 4
     for name, array in trained(tmp_path / "out").items():
         np.testing.assert_array_equal(array, before[name])
-    assert "4 steps, which is more than the 3" in failure(tmp_path, max_steps=3, resume_from_checkpoint="latest")
+    assert "4 steps, which is more than the 3" in failure(
+        tmp_path, max_steps=3, resume_from_checkpoint="latest"
+    )
     message = failure(tmp_path, learning_rate=0.02, resume_from_checkpoint="latest")
     assert "was trained with learning_rate 0.01, got 0.02" in message
 
@@ -196,10 +268,14 @@ def test_a_signal_ends_the_step_and_saves(tmp_path):
         said.append(line)
         if line.startswith("step 2/"):
             os.kill(os.getpid(), signal.SIGINT)
+
     fields = tiny.options(tmp_path, max_steps=6)
     result = ours.train(say, **fields)
     assert result.stopped == signal.SIGINT and result.step in (2, 3)
-    assert f"stopped by SIGINT after step {result.step}" in said[-1] and not (tmp_path / "out" / adapter.CONFIG).exists()
+    assert (
+        f"stopped by SIGINT after step {result.step}" in said[-1]
+        and not (tmp_path / "out" / adapter.CONFIG).exists()
+    )
     rest = run(ours.train, tmp_path, "out", max_steps=6, resume_from_checkpoint="latest")
     whole = run(ours.train, tmp_path, "whole", max_steps=6)
     same_rows(rest.history, whole.history, rel=0)
@@ -207,45 +283,68 @@ def test_a_signal_ends_the_step_and_saves(tmp_path):
 
 def test_an_adapter_is_read_everywhere(tmp_path):
     """Ours by `longlora ppl` and `longlora merge`; the driver's by PEFT, which trains on."""
-    from longlora.torch import load
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    from longlora.torch import load
+
     held_out = tiny.text(tmp_path / "held.txt", 300, seed=9)
     fields = dict(eval_data=str(held_out), max_steps=3)
-    mine, theirs = (run(train, tmp_path, name, **fields) for train, name in ((ours.train, "mine"), (driver.train, "theirs")))
+    mine, theirs = (
+        run(train, tmp_path, name, **fields)
+        for train, name in ((ours.train, "mine"), (driver.train, "theirs"))
+    )
     (found,) = ppl.run(tmp_path / "base", held_out, [128], adapter=tmp_path / "mine")["results"]
-    assert found["loss"] == pytest.approx(mine.eval_loss, rel=2e-2)            # this one has no token after the text
+    assert found["loss"] == pytest.approx(mine.eval_loss, rel=2e-2)  # this one has no token after the text
     adapter.merge(tmp_path / "base", tmp_path / "mine", tmp_path / "merged")
     (merged,) = ppl.run(tmp_path / "merged", held_out, [128])["results"]
     assert merged["loss"] == pytest.approx(found["loss"], rel=1e-5)
 
     model = load(str(tmp_path / "theirs"), str(tmp_path / "base"), is_trainable=True)
     ids = torch.from_numpy(open_model(tmp_path / "base").tokenizer().encode(held_out.read_text())).long()
-    windows = [{"input_ids": ids[i:i + 128], "labels": ids[i:i + 128]} for i in range(0, 128 * 8, 128)]
+    windows = [{"input_ids": ids[i : i + 128], "labels": ids[i : i + 128]} for i in range(0, 128 * 8, 128)]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     model.eval()
     with torch.no_grad():
         start = model(**{name: x[None] for name, x in windows[0].items()}).loss.item()
-        assert start == pytest.approx(plain(**{name: x[None] for name, x in windows[0].items()}).loss.item(), rel=1e-3)
+        assert start == pytest.approx(
+            plain(**{name: x[None] for name, x in windows[0].items()}).loss.item(), rel=1e-3
+        )
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     assert len(before) == len(trained(tmp_path / "theirs"))
-    args = TrainingArguments(output_dir=str(tmp_path / "on"), max_steps=2, learning_rate=1e-2, per_device_train_batch_size=4,
-                             report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True)
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "on"),
+        max_steps=2,
+        learning_rate=1e-2,
+        per_device_train_batch_size=4,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     Trainer(model=model, args=args, train_dataset=windows).train()
     assert all((p != before[name]).any() for name, p in model.named_parameters() if p.requires_grad)
     model.save_pretrained(tmp_path / "on")
     assert trained(tmp_path / "on").keys() == trained(tmp_path / "theirs").keys()
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("fields, words", [
-    (dict(full=True), "full is not available with torch"), (dict(max_memory=1.0), "max_memory is not available with torch"),
-    (dict(profile=True), "profile is not available with torch"),
-    (dict(device="cuda:1"), "device cuda:1 is not available with torch: wanted auto or cpu"),
-    (dict(model=None, init="x", full=True, target_length=None), "init is not available with torch"),
-    (dict(checkpointing="minimal"), "checkpointing minimal is not available with torch: wanted none"),
-    (dict(modules_to_save=["wte"]), "modules_to_save should be a list of"), (dict(group_size=31), "group_size should be even"),
-    (dict(data="nothing.txt"), "nothing.txt: no such file")], ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(full=True), "full is not available with torch"),
+        (dict(max_memory=1.0), "max_memory is not available with torch"),
+        (dict(profile=True), "profile is not available with torch"),
+        (dict(device="cuda:1"), "device cuda:1 is not available with torch: wanted auto or cpu"),
+        (dict(model=None, init="x", full=True, target_length=None), "init is not available with torch"),
+        (dict(checkpointing="minimal"), "checkpointing minimal is not available with torch: wanted none"),
+        (dict(modules_to_save=["wte"]), "modules_to_save should be a list of"),
+        (dict(group_size=31), "group_size should be even"),
+        (dict(data="nothing.txt"), "nothing.txt: no such file"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
 def test_options_that_do_not_apply_are_named(tmp_path, fields, words):
     assert words in failure(tmp_path, **fields)
     assert not (tmp_path / "out" / adapter.CONFIG).exists() and not (tmp_path / "out" / metrics.FILE).exists()
@@ -264,60 +363,119 @@ def test_a_run_is_never_written_over_and_numbers_stay_finite(tmp_path):
     before = tiny.listing(tmp_path / "out")
     assert "holds another run" in failure(tmp_path)
     assert tiny.listing(tmp_path / "out") == before
-    fields = tiny.options(tmp_path, learning_rate=1e30, max_steps=20, save_steps=1, output_dir=str(tmp_path / "wild"))
-    with pytest.raises(UserError, match=r"step \d+: the (loss|gradient) is not finite; stopped, the last checkpoint is"):
+    fields = tiny.options(
+        tmp_path, learning_rate=1e30, max_steps=20, save_steps=1, output_dir=str(tmp_path / "wild")
+    )
+    with pytest.raises(
+        UserError, match=r"step \d+: the (loss|gradient) is not finite; stopped, the last checkpoint is"
+    ):
         ours.train(lambda line: None, **fields)
     with pytest.raises(UserError, match="step 2: lora_A does not train: .* below the rounding of float32"):
         run(ours.train, tmp_path, "slow", learning_rate=1e-30, embedding_learning_rate=1e-2)
 
 
 def test_the_command_line(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "longlora.torch.train", *tiny.flags(tiny.options(tmp_path, full=True))],
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "longlora.torch.train", *tiny.flags(tiny.options(tmp_path, full=True))],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     tiny.refused(done, "full is not available with torch")
 
 
-# ---- groups of processes ---------------------------------------------------------------------------------------------
+# ---- groups of processes -------------------------------------------------------------------------
 
 # As `accelerate config` writes it.
-FSDP2 = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "machine_rank": 0, "num_machines": 1,
-         "num_processes": 2, "main_process_port": 0, "mixed_precision": "no", "use_cpu": False,
-         "fsdp_config": {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-                         "fsdp_reshard_after_forward": True, "fsdp_cpu_ram_efficient_loading": True,
-                         "fsdp_state_dict_type": "SHARDED_STATE_DICT"}}
-DEEPSPEED = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "machine_rank": 0, "num_machines": 1,
-             "num_processes": 2, "main_process_port": 0, "mixed_precision": "no", "use_cpu": False}
+FSDP2 = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "FSDP",
+    "machine_rank": 0,
+    "num_machines": 1,
+    "num_processes": 2,
+    "main_process_port": 0,
+    "mixed_precision": "no",
+    "use_cpu": False,
+    "fsdp_config": {
+        "fsdp_version": 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_reshard_after_forward": True,
+        "fsdp_cpu_ram_efficient_loading": True,
+        "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+    },
+}
+DEEPSPEED = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "DEEPSPEED",
+    "machine_rank": 0,
+    "num_machines": 1,
+    "num_processes": 2,
+    "main_process_port": 0,
+    "mixed_precision": "no",
+    "use_cpu": False,
+}
 
 
 def launched(tmp_path, output, config=None, **fields):
     """A run by two processes: by torchrun, or by accelerate launch with `config` -> what it said."""
     fields = tiny.options(tmp_path, output_dir=str(tmp_path / output), **fields)
     if config is None:
-        command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "longlora.torch.train"]
+        command = [
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "longlora.torch.train",
+        ]
     else:
         file = tmp_path / "accelerate.yaml"
         file.write_text(json.dumps(config))
         command = ["accelerate.commands.launch", "--config_file", str(file), str(HERE / "torch_worker.py")]
-    done = subprocess.run([sys.executable, "-m", *command, *tiny.flags(fields)], capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
+    done = subprocess.run(
+        [sys.executable, "-m", *command, *tiny.flags(fields)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def two_equal_one(tmp_path, config):
     """Two processes make the steps of one with twice the batches: rows, adapter, checkpoints; one goes on for two, and back."""
-    fields = dict(data=str(tiny.text(tmp_path / "few.txt", 320)), eval_fraction=0.2, max_steps=5, embedding_learning_rate=3e-3,
-                  lr_scheduler_type="cosine", weight_decay=0.1, per_device_train_batch_size=2)
+    fields = dict(
+        data=str(tiny.text(tmp_path / "few.txt", 320)),
+        eval_fraction=0.2,
+        max_steps=5,
+        embedding_learning_rate=3e-3,
+        lr_scheduler_type="cosine",
+        weight_decay=0.1,
+        per_device_train_batch_size=2,
+    )
     one = run(ours.train, tmp_path, "one", gradient_accumulation_steps=4, save_steps=2, **fields)
     said = launched(tmp_path, "two", config, gradient_accumulation_steps=2, save_steps=2, **fields)
     assert said.count("step 5/5") == 1 and "2 x 2 x 2 x 128 = 1,024 tokens by 2 processes" in said
     same_rows(metrics.read(tmp_path / "two"), one.history, rel=2e-5)
     close(trained(tmp_path / "two"), trained(tmp_path / "one"))
-    rest = run(ours.train, tmp_path, "rest", gradient_accumulation_steps=4,
-               resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-4"), **fields)
+    rest = run(
+        ours.train,
+        tmp_path,
+        "rest",
+        gradient_accumulation_steps=4,
+        resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-4"),
+        **fields,
+    )
     same_rows(rest.history, one.history, rel=2e-5)
-    launched(tmp_path, "rest2", config, gradient_accumulation_steps=2,
-             resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-2"), **fields)
+    launched(
+        tmp_path,
+        "rest2",
+        config,
+        gradient_accumulation_steps=2,
+        resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-2"),
+        **fields,
+    )
     same_rows(metrics.read(tmp_path / "rest2"), one.history, rel=2e-5)
     close(trained(tmp_path / "rest2"), trained(tmp_path / "one"))
     for name, array in checkpoint.load(tmp_path / "two" / "checkpoint-5")[1].items():
@@ -335,8 +493,12 @@ def test_two_processes_by_fsdp2_make_the_steps_of_one(tmp_path):
 
 def test_swapped_layers_under_fsdp2(tmp_path):
     command = [sys.executable, str(HERE / "swap_fsdp2_worker.py")]
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-             for rank in range(2)]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
     try:
         said = [process.communicate(timeout=120) for process in ranks]
     finally:
@@ -345,7 +507,9 @@ def test_swapped_layers_under_fsdp2(tmp_path):
     assert [process.returncode for process in ranks] == [0, 0], said
     for out, _ in said:
         for case in json.loads(out):
-            assert case["counts"] == dict(rms_norm=10, swiglu=2, lora_linear=8, rope=2, linear_cross_entropy=1)
+            assert case["counts"] == dict(
+                rms_norm=10, swiglu=2, lora_linear=8, rope=2, linear_cross_entropy=1
+            )
             assert case["losses"] == pytest.approx(case["alone"], rel=1e-5)
             assert case["names"] == case["wanted"] and case["numbers"] > 0 and case["apart"] < 1e-4
             assert "sharded already" in case["refusal"]
@@ -354,4 +518,6 @@ def test_swapped_layers_under_fsdp2(tmp_path):
 @pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_processes_by_deepspeed_make_the_steps_of_one(tmp_path, stage):
-    two_equal_one(tmp_path, {**DEEPSPEED, "deepspeed_config": {"zero_stage": stage, "zero3_init_flag": stage == 3}})
+    two_equal_one(
+        tmp_path, {**DEEPSPEED, "deepspeed_config": {"zero_stage": stage, "zero3_init_flag": stage == 3}}
+    )

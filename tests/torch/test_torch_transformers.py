@@ -1,5 +1,6 @@
 """attn_implementation="longlora_s2" on tiny random models of many families: dense is sdpa, S2-Attn is the reference, padding and
 packing are the unpadded runs, generate gives sdpa's tokens. test_torch_oldest.py runs this again on transformers 4.53."""
+
 import os
 
 import numpy as np
@@ -8,17 +9,40 @@ import reference
 
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
 transformers = pytest.importorskip("transformers", reason="transformers is what is extended here")
-import longlora.torch  # noqa: E402
 from devices import device, put  # noqa: E402, F401 (a fixture)
+
+import longlora.torch  # noqa: E402
 from longlora.torch import attention  # noqa: E402
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-SMALL = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+SMALL = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 FAMILIES = {
-    "llama": {}, "mistral": dict(sliding_window=None), "qwen2": {}, "qwen3": dict(head_dim=8), "phi3": dict(original_max_position_embeddings=128), "olmo2": {}, "olmo": {},
-    "gpt_neox": dict(num_key_value_heads=None), "smollm3": dict(no_rope_layers=[1, 0]), "granite": dict(attention_multiplier=0.3),
-    "starcoder2": dict(sliding_window=None), "cohere": {}, "gemma": dict(head_dim=8), "glm": dict(head_dim=8), "stablelm": {},
+    "llama": {},
+    "mistral": dict(sliding_window=None),
+    "qwen2": {},
+    "qwen3": dict(head_dim=8),
+    "phi3": dict(original_max_position_embeddings=128),
+    "olmo2": {},
+    "olmo": {},
+    "gpt_neox": dict(num_key_value_heads=None),
+    "smollm3": dict(no_rope_layers=[1, 0]),
+    "granite": dict(attention_multiplier=0.3),
+    "starcoder2": dict(sliding_window=None),
+    "cohere": {},
+    "gemma": dict(head_dim=8),
+    "glm": dict(head_dim=8),
+    "stablelm": {},
     "helium": dict(head_dim=8),
 }
 G = 6
@@ -27,12 +51,13 @@ G = 6
 def tiny(family, implementation, **changes):
     """A model of the family; the same weights for every implementation."""
     given = {**SMALL, **FAMILIES[family], **changes}
-    config = transformers.AutoConfig.for_model(family, **{key: value for key, value in given.items() if value is not None
-                                                          or key == "sliding_window"})
+    config = transformers.AutoConfig.for_model(
+        family, **{key: value for key, value in given.items() if value is not None or key == "sliding_window"}
+    )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     with torch.no_grad():
-        for p in model.parameters():                           # far enough from uniform that attention matters
+        for p in model.parameters():  # far enough from uniform that attention matters
             p.mul_(3 if p.ndim > 1 else 1)
     return put(model).eval()
 
@@ -74,17 +99,25 @@ def test_a_family(family):
     without_interface(family)
     ours, sdpa = tiny(family, "longlora_s2"), tiny(family, "sdpa")
     ids = ids_of(2, 23)
-    close(ours(ids).logits, sdpa(ids).logits)                                          # dense
-    assert torch.equal(*(m.generate(ids[:, :9], attention_mask=torch.ones_like(ids[:, :9]), max_new_tokens=6, do_sample=False)
-                         for m in (ours, sdpa)))
+    close(ours(ids).logits, sdpa(ids).logits)  # dense
+    assert torch.equal(
+        *(
+            m.generate(
+                ids[:, :9], attention_mask=torch.ones_like(ids[:, :9]), max_new_tokens=6, do_sample=False
+            )
+            for m in (ours, sdpa)
+        )
+    )
     longlora.torch.configure(ours, group_size=G)
     ours.train()
     whole = ours(ids, use_cache=False).logits
-    close(whole, tiny(family, "s2_by_the_reference").train()(ids, use_cache=False).logits)      # S2-Attn
+    close(whole, tiny(family, "s2_by_the_reference").train()(ids, use_cache=False).logits)  # S2-Attn
     assert (whole - sdpa(ids).logits).abs().max() > 1e-3 * whole.abs().max()
     loss = ours(ids, labels=ids, use_cache=False).loss
     loss.backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in ours.parameters() if p.requires_grad)
+    assert all(
+        p.grad is not None and torch.isfinite(p.grad).all() for p in ours.parameters() if p.requires_grad
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,9 +143,14 @@ def test_padding_and_packing_are_the_unpadded_runs(family, training):
         got = model(packed, position_ids=position_ids, use_cache=False).logits[0]
         close(got, torch.cat(want))
         documents = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
-        mask = put((documents[:, None] == documents) & torch.ones(len(documents), len(documents), dtype=torch.bool).tril())
-        for given in (mask, torch.where(mask, 0.0, torch.finfo(torch.float32).min)):   # the same as a 4-D mask
-            got = model(packed, attention_mask=given[None, None], position_ids=position_ids, use_cache=False).logits[0]
+        mask = put(
+            (documents[:, None] == documents)
+            & torch.ones(len(documents), len(documents), dtype=torch.bool).tril()
+        )
+        for given in (mask, torch.where(mask, 0.0, torch.finfo(torch.float32).min)):  # the same as a 4-D mask
+            got = model(
+                packed, attention_mask=given[None, None], position_ids=position_ids, use_cache=False
+            ).logits[0]
             close(got, torch.cat(want))
 
 
@@ -127,12 +165,20 @@ def test_documents_that_transformers_leaves_out_of_its_mask(family, training):
     packed, position_ids = torch.cat(rows, 1), put(torch.cat([torch.arange(n) for n in lengths]))[None]
     with torch.no_grad():
         want = torch.cat([model(row, use_cache=False).logits[0] for row in rows])
-        close(model(packed, attention_mask=torch.ones_like(packed), position_ids=position_ids, use_cache=False).logits[0], want)
-        for left in (0, 3):                                # padding on both ends, its positions all 1
+        close(
+            model(
+                packed, attention_mask=torch.ones_like(packed), position_ids=position_ids, use_cache=False
+            ).logits[0],
+            want,
+        )
+        for left in (0, 3):  # padding on both ends, its positions all 1
             ids, seen, positions = (torch.full((1, T), fill, device=packed.device) for fill in (0, 0, 1))
             place = slice(left, left + 23)
             ids[:, place], seen[:, place], positions[:, place] = packed, 1, position_ids
-            close(model(ids, attention_mask=seen, position_ids=positions, use_cache=False).logits[0, place], want)
+            close(
+                model(ids, attention_mask=seen, position_ids=positions, use_cache=False).logits[0, place],
+                want,
+            )
 
 
 def test_documents_by_cu_seq_lens():
@@ -158,7 +204,9 @@ def test_the_default_group_is_a_quarter():
 def test_settings_are_saved(tmp_path):
     model = longlora.torch.configure(tiny("llama", "sdpa"), group_size=4, boundary="swap", shift="all")
     model.save_pretrained(tmp_path)
-    loaded = put(transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="longlora_s2"))
+    loaded = put(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="longlora_s2")
+    )
     ids = ids_of(1, 16)
     assert loaded.config.longlora_group_size == 4
     close(loaded.train()(ids).logits, model.train()(ids).logits)
@@ -179,7 +227,9 @@ def test_activation_checkpointing(kwargs):
     assert all(map(torch.equal, *grads))
 
 
-@pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4 does not trace its own masks without a graph break")
+@pytest.mark.skipif(
+    VERSION < (5, 0), reason="transformers 4 does not trace its own masks without a graph break"
+)
 def test_a_model_compiles_in_one_graph():
     torch._dynamo.reset()
     model, ids = longlora.torch.configure(tiny("llama", "longlora_s2"), G).train(), ids_of(2, 17)
@@ -192,29 +242,63 @@ def test_generate_with_left_padding_and_a_static_cache():
     ours, sdpa = tiny("llama", "longlora_s2"), tiny("llama", "sdpa")
     ids, mask = ids_of(2, 9), put(torch.ones(2, 9, dtype=torch.long))
     mask[0, :4] = 0
-    for kwargs in (dict(), dict(cache_implementation="static", disable_compile=True), dict(use_cache=False), dict(num_beams=2)):
-        assert torch.equal(*(m.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False, **kwargs) for m in (ours, sdpa)))
+    for kwargs in (
+        dict(),
+        dict(cache_implementation="static", disable_compile=True),
+        dict(use_cache=False),
+        dict(num_beams=2),
+    ):
+        assert torch.equal(
+            *(
+                m.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False, **kwargs)
+                for m in (ours, sdpa)
+            )
+        )
 
 
 def bidirectional():
     return dict(attention_mask=put(torch.ones(1, 1, 8, 8, dtype=torch.bool)))
 
 
-@pytest.mark.parametrize("family, changes, inputs, words", [
-    ("mistral", dict(sliding_window=4), dict, "sliding window of 4 tokens is active at 8"),
-    ("llama", dict(attention_dropout=0.1), dict, "dropout of attention weights is not supported, got 0.1"),
-    ("llama", {}, bidirectional, "not causal attention within documents"),
-    ("llama", {}, lambda: dict(attention_mask=put(torch.ones(1, 1, 8, 9, dtype=torch.bool))), "should be"),
-    ("llama", {}, lambda: dict(attention_mask=put(torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1]]))), "not causal attention within documents"),
-])
+@pytest.mark.parametrize(
+    "family, changes, inputs, words",
+    [
+        ("mistral", dict(sliding_window=4), dict, "sliding window of 4 tokens is active at 8"),
+        (
+            "llama",
+            dict(attention_dropout=0.1),
+            dict,
+            "dropout of attention weights is not supported, got 0.1",
+        ),
+        ("llama", {}, bidirectional, "not causal attention within documents"),
+        (
+            "llama",
+            {},
+            lambda: dict(attention_mask=put(torch.ones(1, 1, 8, 9, dtype=torch.bool))),
+            "should be",
+        ),
+        (
+            "llama",
+            {},
+            lambda: dict(attention_mask=put(torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1]]))),
+            "not causal attention within documents",
+        ),
+    ],
+)
 def test_what_cannot_be_trained_is_refused(family, changes, inputs, words):
     model = tiny(family, "longlora_s2", **changes).train()
     with pytest.raises(ValueError, match=words):
         model(ids_of(1, 8), use_cache=False, **inputs())
 
 
-@pytest.mark.parametrize("asked, words", [(dict(s_aux=torch.zeros(4)), "attention sinks"), (dict(softcap=30.0), "soft-capped"),
-                                          (dict(is_causal=False), "not causal")])
+@pytest.mark.parametrize(
+    "asked, words",
+    [
+        (dict(s_aux=torch.zeros(4)), "attention sinks"),
+        (dict(softcap=30.0), "soft-capped"),
+        (dict(is_causal=False), "not causal"),
+    ],
+)
 def test_what_the_kernel_does_not_do_is_refused(asked, words):
     module = tiny("llama", "longlora_s2").model.layers[0].self_attn
     x = put(torch.randn(1, 4, 8, 8))
@@ -226,13 +310,26 @@ def test_in_evaluation_a_sliding_window_and_a_gap_are_sdpas():
     ids = ids_of(2, 12)
     mask = torch.ones_like(ids)
     mask[0, 3:5] = 0
-    for family, changes, kwargs in (("mistral", dict(sliding_window=4), {}), ("llama", {}, dict(attention_mask=mask))):
-        ours, sdpa = (tiny(family, name, **changes)(ids, use_cache=False, **kwargs).logits for name in ("longlora_s2", "sdpa"))
+    for family, changes, kwargs in (
+        ("mistral", dict(sliding_window=4), {}),
+        ("llama", {}, dict(attention_mask=mask)),
+    ):
+        ours, sdpa = (
+            tiny(family, name, **changes)(ids, use_cache=False, **kwargs).logits
+            for name in ("longlora_s2", "sdpa")
+        )
         close(ours[mask.bool()], sdpa[mask.bool()])
 
 
-@pytest.mark.parametrize("asked, words", [(dict(group_size=0), "above 0, got 0"), (dict(group_size=True), "got True"),
-                                          (dict(boundary="warp"), "split, wrap, swap"), (dict(shift="most"), "half, none, all")])
+@pytest.mark.parametrize(
+    "asked, words",
+    [
+        (dict(group_size=0), "above 0, got 0"),
+        (dict(group_size=True), "got True"),
+        (dict(boundary="warp"), "split, wrap, swap"),
+        (dict(shift="most"), "half, none, all"),
+    ],
+)
 def test_configure_names_what_is_wrong(asked, words):
     with pytest.raises(ValueError, match=words):
         longlora.torch.configure(tiny("llama", "sdpa"), **asked)

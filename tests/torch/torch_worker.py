@@ -3,6 +3,7 @@
 accelerate shards over processes that have a GPU each and over no others: this one says that it has one. What follows, FSDP2 and
 DeepSpeed themselves, runs on the CPU over gloo.
 """
+
 import os
 
 from accelerate.state import DistributedType, PartialState

@@ -1,4 +1,5 @@
 """A checkpoint is whole or not there: whenever a run is killed, whatever fails while it is written."""
+
 import os
 import random
 import subprocess
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 import tiny
 
-from longlora.files import adapter
-from longlora.tools import inspect
-from longlora.training import resume as checkpoint, driver as train
 from longlora.errors import UserError
-from longlora.files.safetensors import write_text
+from longlora.files import adapter
 from longlora.files.open_model import open_model
+from longlora.files.safetensors import write_text
+from longlora.tools import inspect
+from longlora.training import driver as train
+from longlora.training import resume as checkpoint
 
 
 def state(step):
@@ -26,19 +28,33 @@ def save(path, step, limit=None, write_model=lambda directory: None):
 
 def test_saved_is_what_is_loaded_and_the_oldest_go_last(tmp_path):
     for step in (5, 10, 100):
-        path = save(tmp_path, step, limit=2, write_model=lambda directory: write_text(os.path.join(directory, "model"), "x"))
+        path = save(
+            tmp_path,
+            step,
+            limit=2,
+            write_model=lambda directory: write_text(os.path.join(directory, "model"), "x"),
+        )
         found, tensors = checkpoint.load(path)
         assert found == state(step) and tensors["m.x"].tolist() == [step] * 3
         assert sorted(os.listdir(path)) == ["model", "optimizer.safetensors", "trainer_state.json"]
-    assert [os.path.basename(path) for path in checkpoint.found(str(tmp_path))] == ["checkpoint-10", "checkpoint-100"]
+    assert [os.path.basename(path) for path in checkpoint.found(str(tmp_path))] == [
+        "checkpoint-10",
+        "checkpoint-100",
+    ]
     assert checkpoint.resolve("latest", str(tmp_path)).endswith("checkpoint-100")
     assert checkpoint.resolve("some/where", str(tmp_path)) == "some/where"
-    save(tmp_path, 100)                                # an equal one takes the place of the old
+    save(tmp_path, 100)  # an equal one takes the place of the old
     assert len(os.listdir(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), UserError("x: cannot be written: disk full"),
-                                   KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        UserError("x: cannot be written: disk full"),
+        KeyboardInterrupt(),
+    ],
+)
 def test_what_fails_in_the_middle_leaves_the_older_ones(tmp_path, error):
     save(tmp_path, 1, limit=1)
     before = tiny.listing(tmp_path)
@@ -46,6 +62,7 @@ def test_what_fails_in_the_middle_leaves_the_older_ones(tmp_path, error):
     def fail(directory):
         write_text(os.path.join(directory, "model"), "half")
         raise error
+
     with pytest.raises((UserError, KeyboardInterrupt), match="cannot be written: |^$"):
         save(tmp_path, 2, limit=1, write_model=fail)
     assert tiny.listing(tmp_path) == before and os.listdir(tmp_path) == ["checkpoint-1"]
@@ -62,13 +79,19 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path):
     assert [os.path.basename(path) for path in checkpoint.found(str(tmp_path))] == ["checkpoint-1"]
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda path: os.unlink(path / "optimizer.safetensors"), "it has no optimizer.safetensors"),
-    (lambda path: os.unlink(path / "trainer_state.json"), "it has no trainer_state.json"),
-    (lambda path: (path / "trainer_state.json").write_text('{"global_step": 1}'), "lacks base, data, log_history"),
-    (lambda path: (path / "trainer_state.json").write_text("{"), "not JSON"),
-    (lambda path: (path / "optimizer.safetensors").write_bytes(b"x" * 30), "optimizer.safetensors"),
-])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda path: os.unlink(path / "optimizer.safetensors"), "it has no optimizer.safetensors"),
+        (lambda path: os.unlink(path / "trainer_state.json"), "it has no trainer_state.json"),
+        (
+            lambda path: (path / "trainer_state.json").write_text('{"global_step": 1}'),
+            "lacks base, data, log_history",
+        ),
+        (lambda path: (path / "trainer_state.json").write_text("{"), "not JSON"),
+        (lambda path: (path / "optimizer.safetensors").write_bytes(b"x" * 30), "optimizer.safetensors"),
+    ],
+)
 def test_a_damaged_checkpoint_is_named(tmp_path, damage, words):
     path = save(tmp_path, 1)
     damage(tmp_path / "checkpoint-1")
@@ -92,14 +115,29 @@ def test_a_checkpoint_is_an_adapter_of_its_own(tmp_path):
 @pytest.mark.parametrize("full", [False, True])
 def test_a_run_killed_at_any_moment_goes_on_from_its_newest_checkpoint(tmp_path, full):
     """kill -9 again and again at random moments; in the end the bits are those of a run that nobody touched."""
-    steps, moments = 200, random.Random(7 + full)          # more than a busy machine does before this process wakes up
-    fields = tiny.options(tmp_path, max_steps=steps, save_steps=1, save_total_limit=2, full=full,
-                          resume_from_checkpoint="latest")
-    arguments = [sys.executable, "-m", "longlora", "train", *tiny.flags({k: v for k, v in fields.items() if v is not False})]
+    steps, moments = (
+        200,
+        random.Random(7 + full),
+    )  # more than a busy machine does before this process wakes up
+    fields = tiny.options(
+        tmp_path,
+        max_steps=steps,
+        save_steps=1,
+        save_total_limit=2,
+        full=full,
+        resume_from_checkpoint="latest",
+    )
+    arguments = [
+        sys.executable,
+        "-m",
+        "longlora",
+        "train",
+        *tiny.flags({k: v for k, v in fields.items() if v is not False}),
+    ]
     out, kills = tmp_path / "out", 0
     for _ in range(8):
         process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for line in process.stdout:                    # wait until it is at work, then for a random while
+        for line in process.stdout:  # wait until it is at work, then for a random while
             if line.startswith("step "):
                 break
         try:
@@ -113,7 +151,9 @@ def test_a_run_killed_at_any_moment_goes_on_from_its_newest_checkpoint(tmp_path,
         assert len(complete) <= 3
         for path in complete:
             found, tensors = checkpoint.load(path)
-            assert path.endswith(f"checkpoint-{found['global_step']}") and all(np.isfinite(t).all() for t in tensors.values())
+            assert path.endswith(f"checkpoint-{found['global_step']}") and all(
+                np.isfinite(t).all() for t in tensors.values()
+            )
             assert inspect.describe(path)["step"] == found["global_step"]
         if process.returncode == 0:
             break
@@ -121,8 +161,12 @@ def test_a_run_killed_at_any_moment_goes_on_from_its_newest_checkpoint(tmp_path,
     if process.returncode:
         subprocess.run(arguments, check=True, capture_output=True)
     assert not [name for name in tiny.listing(out) if "partial" in name]
-    train.train(lambda line: None, **{**fields, "output_dir": str(tmp_path / "whole"), "resume_from_checkpoint": None})
+    train.train(
+        lambda line: None, **{**fields, "output_dir": str(tmp_path / "whole"), "resume_from_checkpoint": None}
+    )
     ours, theirs = (checkpoint.load(str(path / f"checkpoint-{steps}")) for path in (out, tmp_path / "whole"))
     for name in theirs[1]:
         np.testing.assert_array_equal(ours[1][name], theirs[1][name], name)
-    assert [row["loss"] for row in ours[0]["log_history"]] == [row["loss"] for row in theirs[0]["log_history"]]
+    assert [row["loss"] for row in ours[0]["log_history"]] == [
+        row["loss"] for row in theirs[0]["log_history"]
+    ]

@@ -1,4 +1,5 @@
 """The profile: FLOPs and bytes by hand and against the reference's mask, ops put back, what a run prints and writes."""
+
 import json
 
 import numpy as np
@@ -7,7 +8,8 @@ import reference
 import tiny
 
 from longlora import _C
-from longlora.training import profile, driver as train
+from longlora.training import driver as train
+from longlora.training import profile
 
 PEAKS = (100.0, 10.0)
 
@@ -21,8 +23,10 @@ SIZES = [(24, 6), (24, 24), (30, 10), (12, 1), (21, 7), (25, 7), (5, 40), (1, 4)
 
 
 @pytest.mark.parametrize("shift", ["half", "none", "all"])
-@pytest.mark.parametrize("T, G, boundary", [(T, G, b) for T, G in SIZES for b in ("split", "wrap", "swap")
-                                            if b == "split" or T % G == 0])
+@pytest.mark.parametrize(
+    "T, G, boundary",
+    [(T, G, b) for T, G in SIZES for b in ("split", "wrap", "swap") if b == "split" or T % G == 0],
+)
 def test_pairs_are_those_of_the_mask(T, G, boundary, shift):
     mask = reference.attention_mask(T, 3, G, boundary=boundary, shift=shift)
     assert profile.pairs(T, 3, G, boundary, shift) == np.broadcast_to(mask, (3, T, T)).sum()
@@ -43,10 +47,12 @@ def test_flops_and_bytes_by_hand():
     du, dx, da, db, dw = 2 * M * N * R, 2 * M * C * (N + R), 2 * M * R * C, 2 * M * N * R, 2 * M * N * C
     assert profile.work("lora_linear_backward", everything)[1] == du + dx + da + db + dw
     no_dx = (None, *everything[1:3], None, *everything[4:10], None, 1.0, 0)
-    assert profile.work("lora_linear_backward", no_dx)[1] == du + da + db + 2 * M * R * C      # u is computed again
+    assert (
+        profile.work("lora_linear_backward", no_dx)[1] == du + da + db + 2 * M * R * C
+    )  # u is computed again
     plain = (f32(M, C), None, None, None, None, out, None, w, None, None, None, 1.0, 1)
     _, flops, moved = profile.work("lora_linear_backward", plain)
-    assert flops == 2 * M * N * C and moved == 4 * (2 * M * C + M * N + N * C)                # dx is added to
+    assert flops == 2 * M * N * C and moved == 4 * (2 * M * C + M * N + N * C)  # dx is added to
     table, ids, losses = f32(V, C), np.zeros(M, np.int32), f32(M)
     head = (losses, x, f32(V, C), f32(M, C), table, ids, losses, -100)
     assert profile.work("linear_cross_entropy_backward", head)[1] == 6 * M * V * C
@@ -54,11 +60,19 @@ def test_flops_and_bytes_by_hand():
     q, k = f32(1, 20, 4, 8), f32(1, 20, 2, 8)
     pairs = 2 * (2 * 55) + 2 * (15 + 55 + 15)
     scalars = (10, 0, 0, 1.0)
-    assert profile.work("s2_attention_forward", (q, f32(1, 4, 20), q, k, k, None, *scalars))[1] == 4 * 8 * pairs
-    assert profile.work("s2_attention_backward", (q, k, k, q, q, k, k, q, f32(1, 4, 20), None, *scalars))[1] == 10 * 8 * pairs
+    assert (
+        profile.work("s2_attention_forward", (q, f32(1, 4, 20), q, k, k, None, *scalars))[1] == 4 * 8 * pairs
+    )
+    assert (
+        profile.work("s2_attention_backward", (q, k, k, q, q, k, k, q, f32(1, 4, 20), None, *scalars))[1]
+        == 10 * 8 * pairs
+    )
     packed = np.array([0, 10, 20], np.int32)
     apart = 2 * (2 * 55) + 2 * 2 * (15 + 15)
-    assert profile.work("s2_attention_forward", (q, f32(1, 4, 20), q, k, k, packed, *scalars))[1] == 4 * 8 * apart
+    assert (
+        profile.work("s2_attention_forward", (q, f32(1, 4, 20), q, k, k, packed, *scalars))[1]
+        == 4 * 8 * apart
+    )
     assert profile.work("embedding_forward", (f32(M, C), f32(1000, C), ids))[1:] == (0, 4 * (2 * M * C + M))
     assert profile.work("adamw", (f32(5), f32(5), f32(5), None, f32(5), *[0.0] * 7))[1:] == (0, 4 * 7 * 5)
     product = (f32(M, N), f32(M, C), f32(C, N), 1.0, 0.0)
@@ -68,7 +82,7 @@ def test_flops_and_bytes_by_hand():
 def test_a_run_says_where_its_time_goes(tmp_path):
     before, said = dict(vars(_C)), []
     result = train.train(said.append, **tiny.options(tmp_path, max_steps=3, profile=True))
-    assert dict(vars(_C)) == before                    # off again, nothing is left in the way
+    assert dict(vars(_C)) == before  # off again, nothing is left in the way
     found = json.loads((tmp_path / "out" / "profile.json").read_text())
     assert found["steps"] == 2 and [found["peak_gflops"], found["copy_gbytes"]] == list(PEAKS)
     ops = {row["op"]: row for row in found["ops"]}
@@ -78,13 +92,21 @@ def test_a_run_says_where_its_time_goes(tmp_path):
         by_size = row["by_size"]
         for key in ("calls", "seconds", "flops", "bytes", "floor_seconds"):
             assert row[key] == pytest.approx(sum(part[key] for part in by_size))
-        assert row["bytes"] > 0 and row["floor_seconds"] >= max(row["flops"] / 1e11, row["bytes"] / 1e10) * (1 - 1e-9)
+        assert row["bytes"] > 0 and row["floor_seconds"] >= max(row["flops"] / 1e11, row["bytes"] / 1e10) * (
+            1 - 1e-9
+        )
     spent = sum(row["seconds"] for row in found["ops"])
-    assert found["other"]["seconds"] == pytest.approx(found["seconds"] - spent) and 0 < spent < found["seconds"]
+    assert (
+        found["other"]["seconds"] == pytest.approx(found["seconds"] - spent) and 0 < spent < found["seconds"]
+    )
     (table,) = [text for text in said if "measured peaks" in text]
     assert all(op in table for op in ops) and "Python and NumPy" in table
-    assert result.history[-1]["loss"] == train.train(lambda line: None, **tiny.options(
-        tmp_path, max_steps=3, output_dir=str(tmp_path / "plain"))).history[-1]["loss"]
+    assert (
+        result.history[-1]["loss"]
+        == train.train(
+            lambda line: None, **tiny.options(tmp_path, max_steps=3, output_dir=str(tmp_path / "plain"))
+        ).history[-1]["loss"]
+    )
     assert not (tmp_path / "plain" / "profile.json").exists()
 
 

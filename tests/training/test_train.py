@@ -1,4 +1,5 @@
 """Runs of tiny models: what is said, what is written, that a stopped run goes on bit by bit, that nothing goes wrong unsaid."""
+
 import json
 import math
 import os
@@ -13,10 +14,12 @@ import yaml
 
 from longlora import get_num_threads, set_num_threads
 from longlora.decoder import model as model_
-from longlora.files import adapter
-from longlora.training import resume as checkpoint, metrics, options, driver as train
 from longlora.errors import UserError
+from longlora.files import adapter
 from longlora.files.open_model import open_model
+from longlora.training import driver as train
+from longlora.training import metrics, options
+from longlora.training import resume as checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +31,9 @@ def threads():
 
 
 def run(tmp_path, said=None, **fields):
-    return train.train(said.append if said is not None else lambda line: None, **tiny.options(tmp_path, **fields))
+    return train.train(
+        said.append if said is not None else lambda line: None, **tiny.options(tmp_path, **fields)
+    )
 
 
 def failure(tmp_path, **fields):
@@ -40,7 +45,10 @@ def failure(tmp_path, **fields):
 
 def numbers(rows):
     """What must be equal between equal runs: everything but times and memory."""
-    return [{key: value for key, value in row.items() if key not in ("tokens_per_s", "peak_memory")} for row in rows]
+    return [
+        {key: value for key, value in row.items() if key not in ("tokens_per_s", "peak_memory")}
+        for row in rows
+    ]
 
 
 def weights(path):
@@ -57,38 +65,86 @@ def equal(a, b):
         np.testing.assert_array_equal(a[name], b[name], name)
 
 
-# ---- a whole run -----------------------------------------------------------------------------------------------------
+# ---- a whole run ---------------------------------------------------------------------------------
+
 
 def test_a_run_says_what_it_does_and_leaves_what_is_needed(tmp_path):
     said = []
-    result = run(tmp_path, said, max_steps=6, eval_fraction=0.05, save_steps=2, eval_steps=3, gradient_accumulation_steps=2)
+    result = run(
+        tmp_path,
+        said,
+        max_steps=6,
+        eval_fraction=0.05,
+        save_steps=2,
+        eval_steps=3,
+        gradient_accumulation_steps=2,
+    )
     report = "\n".join(said)
-    for words in ("S2 split, group 32 of 128 tokens, 2/4 heads shifted by 16", "lora_A", "embedding 8,320", "norm 160",
-                  "factor ceil(128 / 64) = 2", "steps: 6 of 1 x 2 x 128 = 256 tokens", "GiB planned", "checkpointing none",
-                  "longer documents split", "before: held-out perplexity", "step 6/6", "held-out perplexity"):
+    for words in (
+        "S2 split, group 32 of 128 tokens, 2/4 heads shifted by 16",
+        "lora_A",
+        "embedding 8,320",
+        "norm 160",
+        "factor ceil(128 / 64) = 2",
+        "steps: 6 of 1 x 2 x 128 = 256 tokens",
+        "GiB planned",
+        "checkpointing none",
+        "longer documents split",
+        "before: held-out perplexity",
+        "step 6/6",
+        "held-out perplexity",
+    ):
         assert words in report, words
     out = tmp_path / "out"
     assert sorted(os.listdir(out)) == sorted(
-        ["README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoint-2", "checkpoint-4", "checkpoint-6",
-         "config.json", "loss.png", "metrics.jsonl", "options.yaml", "tokenizer.json", "tokenizer_config.json"])
+        [
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "checkpoint-2",
+            "checkpoint-4",
+            "checkpoint-6",
+            "config.json",
+            "loss.png",
+            "metrics.jsonl",
+            "options.yaml",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ]
+    )
     rows = metrics.read(out)
     assert rows == result.history and [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
-    assert all({"loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory"} <= set(row) for row in rows[1:])
+    assert all(
+        {"loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory"} <= set(row) for row in rows[1:]
+    )
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, 3, 6]
     assert result.step == 6 and result.stopped is None and result.loss == rows[-1]["loss"] < rows[1]["loss"]
     assert result.eval_loss < rows[0]["eval_loss"]
     equal(weights(out), weights(out / "checkpoint-6"))
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 128
     resolved = yaml.safe_load((out / "options.yaml").read_text())
-    assert resolved["group_size"] == 32 and resolved["sequence_length"] == 128 and resolved["embedding_learning_rate"] == 1e-2
+    assert (
+        resolved["group_size"] == 32
+        and resolved["sequence_length"] == 128
+        and resolved["embedding_learning_rate"] == 1e-2
+    )
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("fields", [dict(full=True), dict(dtype="bfloat16"), dict(attention="dense"), dict(rope_type="yarn"),
-                                    dict(target_modules=["all-linear"], modules_to_save=[]),
-                                    dict(boundary="wrap", group_size=64), dict(shift="all"),
-                                    dict(checkpointing="full", per_device_train_batch_size=2)],
-                         ids=lambda fields: next(iter(fields)))
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(full=True),
+        dict(dtype="bfloat16"),
+        dict(attention="dense"),
+        dict(rope_type="yarn"),
+        dict(target_modules=["all-linear"], modules_to_save=[]),
+        dict(boundary="wrap", group_size=64),
+        dict(shift="all"),
+        dict(checkpointing="full", per_device_train_batch_size=2),
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
 def test_every_kind_of_run_learns(tmp_path, fields):
     result = run(tmp_path, **fields)
     assert result.history[-1]["loss"] < result.history[0]["loss"]
@@ -104,7 +160,9 @@ def test_a_random_start_needs_only_a_config(tmp_path):
     (base,) = [open_model(tmp_path / "out")]
     assert base.dtype("model.norm.weight") == "float32" and base.tokenizer().vocab_size == 257
     fields["init"] += "/config.json"
-    assert numbers(run(tmp_path, **fields, output_dir=str(tmp_path / "again")).history) == numbers(result.history)
+    assert numbers(run(tmp_path, **fields, output_dir=str(tmp_path / "again")).history) == numbers(
+        result.history
+    )
 
 
 def test_tokens_need_no_tokenizer(tmp_path):
@@ -121,7 +179,9 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path):
     one = run(tmp_path, per_device_train_batch_size=4, output_dir=str(tmp_path / "one"))
     four = run(tmp_path, gradient_accumulation_steps=4, output_dir=str(tmp_path / "four"))
     for a, b in zip(one.history, four.history):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-4
+        )
 
 
 def test_the_loss_is_over_target_tokens_not_over_batches(tmp_path):
@@ -138,9 +198,14 @@ def test_the_loss_is_over_target_tokens_not_over_batches(tmp_path):
     assert result.loss == pytest.approx(sum(part.sum() for part in losses) / (127 + 2), rel=1e-5)
 
 
-@pytest.mark.parametrize("schedule, wanted", [
-    ("constant", [0.5, 1, 1, 1, 1, 1]), ("linear", [0.5, 1, 0.8, 0.6, 0.4, 0.2]),
-    ("cosine", [0.5, 1, *(0.5 + 0.5 * math.cos(math.pi * t) for t in (0.2, 0.4, 0.6, 0.8))])])
+@pytest.mark.parametrize(
+    "schedule, wanted",
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 0.8, 0.6, 0.4, 0.2]),
+        ("cosine", [0.5, 1, *(0.5 + 0.5 * math.cos(math.pi * t) for t in (0.2, 0.4, 0.6, 0.8))]),
+    ],
+)
 def test_schedules(schedule, wanted):
     rates = [train.learning_rate(step, 6, 3.0, 2, schedule) for step in range(1, 7)]
     np.testing.assert_allclose(rates, 3 * np.array(wanted), atol=1e-12)
@@ -158,14 +223,24 @@ def test_both_learning_rates_reach_their_kinds(tmp_path):
             assert np.abs(array - base.read(name)).max() == pytest.approx(1e-5, rel=0.05)
 
 
-# ---- stopping and going on -------------------------------------------------------------------------------------------
+# ---- stopping and going on -----------------------------------------------------------------------
 
-@pytest.mark.parametrize("fields", [
-    dict(), dict(full=True), dict(dtype="bfloat16", lr_scheduler_type="cosine", warmup_steps=0.3),
-    dict(full=True, dtype="bfloat16"), dict(gradient_accumulation_steps=2, per_device_train_batch_size=2, weight_decay=0.1)],
-    ids=["lora", "full", "bfloat16", "full-bfloat16", "batches"])
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(),
+        dict(full=True),
+        dict(dtype="bfloat16", lr_scheduler_type="cosine", warmup_steps=0.3),
+        dict(full=True, dtype="bfloat16"),
+        dict(gradient_accumulation_steps=2, per_device_train_batch_size=2, weight_decay=0.1),
+    ],
+    ids=["lora", "full", "bfloat16", "full-bfloat16", "batches"],
+)
 def test_resuming_gives_the_bits_of_never_having_stopped(tmp_path, fields):
-    fields = dict(fields, max_steps=7, eval_fraction=0.1, eval_steps=2, data=str(tiny.text(tmp_path / "few.txt", 400)))
+    fields = dict(
+        fields, max_steps=7, eval_fraction=0.1, eval_steps=2, data=str(tiny.text(tmp_path / "few.txt", 400))
+    )
     whole = run(tmp_path, save_steps=3, **fields)
     assert whole.history[-1]["epoch"] > 1 or "gradient_accumulation_steps" not in fields
     for step in (3, 6):
@@ -179,11 +254,17 @@ def test_resuming_gives_the_bits_of_never_having_stopped(tmp_path, fields):
 
 def test_resume_latest_goes_on_in_place_and_may_go_further(tmp_path):
     run(tmp_path, max_steps=2)
-    assert "has made 2 steps, which is more than the 1 of max_steps" in failure(tmp_path, max_steps=1, resume_from_checkpoint="latest")
+    assert "has made 2 steps, which is more than the 1 of max_steps" in failure(
+        tmp_path, max_steps=1, resume_from_checkpoint="latest"
+    )
     said = []
-    result = run(tmp_path, said, max_steps=4, resume_from_checkpoint="latest", checkpointing="full", num_threads=2)
+    result = run(
+        tmp_path, said, max_steps=4, resume_from_checkpoint="latest", checkpointing="full", num_threads=2
+    )
     whole = run(tmp_path, max_steps=4, output_dir=str(tmp_path / "whole"))
-    assert numbers(result.history) == numbers(whole.history) and any("checkpoint-2, after step 2" in line for line in said)
+    assert numbers(result.history) == numbers(whole.history) and any(
+        "checkpoint-2, after step 2" in line for line in said
+    )
     equal(weights(tmp_path / "out"), weights(tmp_path / "whole"))
 
 
@@ -203,18 +284,29 @@ def test_resume_latest_without_a_checkpoint_starts(tmp_path):
     assert any("no checkpoint yet" in line for line in said)
 
 
-@pytest.mark.parametrize("fields, words", [
-    (dict(learning_rate=2e-3), "was trained with learning_rate 0.01, got 0.002"), (dict(seed=1), "seed 42, got 1"),
-    (dict(group_size=64), "group_size 32, got 64"), (dict(r=4), "r 8, got 4"), (dict(dtype="bfloat16"), "dtype 'float32'"),
-    (dict(data="other.txt"), "other data"), (dict(model="other"), "another base model"),
-    (dict(eval_fraction=0.3), "other data"),
-    (dict(warmup_steps=3), "another warm-up or length"), (dict(resume_from_checkpoint="base"), "is not a checkpoint"),
-])
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(learning_rate=2e-3), "was trained with learning_rate 0.01, got 0.002"),
+        (dict(seed=1), "seed 42, got 1"),
+        (dict(group_size=64), "group_size 32, got 64"),
+        (dict(r=4), "r 8, got 4"),
+        (dict(dtype="bfloat16"), "dtype 'float32'"),
+        (dict(data="other.txt"), "other data"),
+        (dict(model="other"), "another base model"),
+        (dict(eval_fraction=0.3), "other data"),
+        (dict(warmup_steps=3), "another warm-up or length"),
+        (dict(resume_from_checkpoint="base"), "is not a checkpoint"),
+    ],
+)
 def test_a_resumed_run_must_be_the_run_that_stopped(tmp_path, fields, words):
     run(tmp_path, max_steps=2)
     tiny.text(tmp_path / "other.txt", seed=5)
     tiny.model(tmp_path / "other", seed=5)
-    fields = {key: str(tmp_path / value) if value in ("other.txt", "other", "base") else value for key, value in fields.items()}
+    fields = {
+        key: str(tmp_path / value) if value in ("other.txt", "other", "base") else value
+        for key, value in fields.items()
+    }
     before = tiny.listing(tmp_path / "out")
     assert words in failure(tmp_path, **{**dict(max_steps=4, resume_from_checkpoint="latest"), **fields})
     assert tiny.listing(tmp_path / "out") == before
@@ -228,8 +320,12 @@ def test_a_schedule_that_depends_on_the_length_of_the_run_keeps_it(tmp_path):
 
 def started(tmp_path, **fields):
     """A run in a process of its own, past its first steps."""
-    process = subprocess.Popen([sys.executable, "-m", "longlora", "train", *tiny.flags(tiny.options(tmp_path, **fields))],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "longlora", "train", *tiny.flags(tiny.options(tmp_path, **fields))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if line.startswith("step 3/"):
             return process
@@ -246,9 +342,13 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on_exactly(tmp_path, numb
     (path,) = checkpoint.found(tmp_path / "out")
     state, _ = checkpoint.load(path)
     step = state["global_step"]
-    assert f"stopped by {number.name} after step {step}" in output and path in output and "Traceback" not in errors
+    assert (
+        f"stopped by {number.name} after step {step}" in output
+        and path in output
+        and "Traceback" not in errors
+    )
     assert metrics.read(tmp_path / "out")[-1]["step"] == step
-    assert not (tmp_path / "out" / adapter.CONFIG).exists()          # the run has not ended
+    assert not (tmp_path / "out" / adapter.CONFIG).exists()  # the run has not ended
     whole = run(tmp_path, max_steps=step + 2, output_dir=str(tmp_path / "whole"))
     resumed = run(tmp_path, max_steps=step + 2, resume_from_checkpoint="latest")
     assert numbers(resumed.history) == numbers(whole.history)
@@ -262,16 +362,19 @@ def test_two_runs_do_not_share_a_directory(tmp_path):
     finally:
         process.kill()
         process.communicate()
-    run(tmp_path, resume_from_checkpoint="latest")     # the lock died with its holder
+    run(tmp_path, resume_from_checkpoint="latest")  # the lock died with its holder
 
 
-# ---- what goes wrong -------------------------------------------------------------------------------------------------
+# ---- what goes wrong -----------------------------------------------------------------------------
+
 
 def test_a_run_or_a_model_is_never_written_over(tmp_path):
     run(tmp_path, max_steps=1)
     before = tiny.listing(tmp_path)
     assert "holds another run" in failure(tmp_path)
-    assert "holds another run or a model (config.json)" in failure(tmp_path, output_dir=str(tmp_path / "base"))
+    assert "holds another run or a model (config.json)" in failure(
+        tmp_path, output_dir=str(tmp_path / "base")
+    )
     assert "is not a directory" in failure(tmp_path, output_dir=str(tmp_path / "text.txt"))
     assert tiny.listing(tmp_path) == before
 
@@ -289,22 +392,37 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
     def spoil(name, array):
         if name == "model.layers.1.mlp.up_proj.weight":
             array[3, 4] = np.nan
+
     tiny.model(tmp_path / "base", change=spoil)
     assert "model.layers.1.mlp.up_proj.weight is not finite at [3, 4]" in failure(tmp_path)
 
 
-@pytest.mark.parametrize("fields, kind", [(dict(learning_rate=1e-30, embedding_learning_rate=0.01), "lora_A"),
-                                          (dict(embedding_learning_rate=1e-30), "embedding")])
+@pytest.mark.parametrize(
+    "fields, kind",
+    [
+        (dict(learning_rate=1e-30, embedding_learning_rate=0.01), "lora_A"),
+        (dict(embedding_learning_rate=1e-30), "embedding"),
+    ],
+)
 def test_updates_lost_in_rounding_are_named(tmp_path, fields, kind):
     message = failure(tmp_path, **fields)
-    assert f"{kind} does not train" in message and "below the rounding" in message and message.startswith("step ")
+    assert (
+        f"{kind} does not train" in message
+        and "below the rounding" in message
+        and message.startswith("step ")
+    )
 
 
 def test_a_warm_up_may_start_below_rounding(tmp_path):
     fields = dict(max_steps=12, warmup_steps=10, lr_scheduler_type="cosine")
     assert run(tmp_path, **fields, learning_rate=3e-7, save_steps=11).step == 12
-    resumed = run(tmp_path, **fields, learning_rate=3e-7, output_dir=str(tmp_path / "resumed"),
-                  resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-11"))
+    resumed = run(
+        tmp_path,
+        **fields,
+        learning_rate=3e-7,
+        output_dir=str(tmp_path / "resumed"),
+        resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-11"),
+    )
     assert resumed.step == 12
 
 
@@ -317,6 +435,7 @@ def test_a_kind_without_gradient_is_named(tmp_path, monkeypatch, kind, step):
                 if p.kind == kind:
                     p.grad.fill(0)
             return loss
+
     monkeypatch.setattr(model_, "Model", Broken)
     message = failure(tmp_path)
     assert message.startswith(f"step {step}: {kind} does not train") and "its gradient is zero" in message
@@ -325,12 +444,22 @@ def test_a_kind_without_gradient_is_named(tmp_path, monkeypatch, kind, step):
 
 def test_a_run_that_does_not_fit_says_what_would(tmp_path):
     message = failure(tmp_path, max_memory=1e-6)
-    assert "this run needs" in message and "what would make it fit" in message and not (tmp_path / "out").exists()
+    assert (
+        "this run needs" in message
+        and "what would make it fit" in message
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_what_is_evaluated_can_be_limited(tmp_path):
     said = []
-    run(tmp_path, said, eval_data=str(tiny.text(tmp_path / "held.txt", 900, seed=9)), max_eval_samples=2, max_steps=1)
+    run(
+        tmp_path,
+        said,
+        eval_data=str(tiny.text(tmp_path / "held.txt", 900, seed=9)),
+        max_eval_samples=2,
+        max_steps=1,
+    )
     assert any("2 sequences are evaluated" in line for line in said)
 
 
@@ -344,8 +473,10 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path):
     """Files may not grow above 50 kB: the metrics may, the optimizer's state may not."""
     run(tmp_path, max_steps=1)
     before = tiny.listing(tmp_path / "out")
-    script = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
-              "from longlora.cli import main; sys.exit(main())")
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+        "from longlora.cli import main; sys.exit(main())"
+    )
     fields = tiny.options(tmp_path, max_steps=3, save_steps=2, resume_from_checkpoint="latest")
     done = in_process(script, fields)
     tiny.refused(done, "checkpoint-2", "cannot be written")
@@ -358,8 +489,10 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path):
 
 
 def test_a_run_takes_no_torch(tmp_path):
-    script = ("import sys; from longlora.cli import main; code = main(); "
-              "assert not {'torch', 'transformers', 'peft'} & set(sys.modules); sys.exit(code)")
+    script = (
+        "import sys; from longlora.cli import main; code = main(); "
+        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules); sys.exit(code)"
+    )
     done = in_process(script, tiny.options(tmp_path))
     assert done.returncode == 0, done.stderr
 
@@ -370,5 +503,7 @@ def test_peak_memory_is_not_that_of_the_program_that_started_it():
         pytest.skip("this system has no /proc/self/status to read the peak from")
     held = np.ones(300 << 20, np.uint8)
     code = "from longlora.training import metrics; print(metrics.peak_memory())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
     assert 1 << 20 < int(done.stdout) < held.nbytes < metrics.peak_memory()
