@@ -34,9 +34,9 @@ V3 = ["-mavx2", "-mfma", "-mf16c"]
 ISAS = {"portable": ["-DWIDE", "-O1" if SANITIZE else "-O2", "-Wno-psabi"] if WIDE else []}
 if X86:
     ISAS |= {"avx2": V3, "avx512": V3 + V4, "avx512_bf16": V3 + V4 + ["-mavx512bf16"]}
-ONCE = [*sorted(glob.glob("csrc/*.c")), "csrc/cpu/parallel.c"]  # all other .c files are kernels
+ONCE = [*sorted(glob.glob("csrc/*.c")), *sorted(glob.glob("csrc/python/*.c")), "csrc/cpu/parallel.c"]  # all other .c files are kernels
 KERNELS = sorted(set(glob.glob("csrc/cpu/*.c")) - set(ONCE))
-HEADERS = [*glob.glob("csrc/*.h"), *glob.glob("csrc/cpu/*.h")]
+HEADERS = glob.glob("csrc/**/*.h", recursive=True)
 CUDA_HEADERS = [
     *glob.glob("csrc/*.h"),
     *glob.glob("cuda/*.cuh"),

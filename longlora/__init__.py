@@ -1,22 +1,38 @@
 """LongLoRA (arXiv 2309.12307): extend the context of a pretrained decoder on one machine.
 
-longlora.ops and Tensor: the kernels, on NumPy, torch and other DLPack arrays; longlora.cuda: the GPUs. The commands of the
-command line are functions of modules: train.train, plan.plan, ppl.run, adapter.merge, inspect.describe, doctor.examine,
-demo.run. Everything is imported when it is first used, so that `longlora --help` waits for nothing, not even for NumPy.
+The commands of the command line are functions here, with the same words: train, plan, ppl, merge, inspect, doctor, demo.
+longlora.ops and Tensor are the kernels, on NumPy, torch and other DLPack arrays. longlora.torch works on models of transformers.
+longlora.cuda describes the GPUs. Every name is imported at its first use, so `import longlora` loads nothing, not even NumPy.
 """
 
 import importlib
 import os
 
-TYPE_CHECKING = False  # as typing has it, which takes longer to import than all of this
+TYPE_CHECKING = False  # as in typing, which takes longer to import than this file
 if TYPE_CHECKING:
-    from . import _C, adapter, cuda, demo, doctor, inspect, model, ops, plan, ppl, train, weights
-    from ._C import Tensor, get_num_threads, set_num_threads
+    from longlora import _C, cuda, ops
+    from longlora._C import Tensor, get_num_threads, set_num_threads
+    from longlora.evaluation.ppl import run as ppl
+    from longlora.files.adapter import merge
+    from longlora.tools.demo import run as demo
+    from longlora.tools.doctor import examine as doctor
+    from longlora.tools.inspect import describe as inspect
+    from longlora.training.driver import plan, train
 
 __version__ = "0.1.0"
 _COMPILED = ("Tensor", "get_num_threads", "set_num_threads")
-_MODULES = ("adapter", "cuda", "demo", "doctor", "inspect", "model", "ops", "plan", "ppl", "train", "weights")
-__all__ = [*_COMPILED, *_MODULES]
+_MODULES = ("cuda", "ops", "torch")
+# The commands: module and function.
+_COMMANDS = {
+    "train": "training.driver:train",
+    "plan": "training.driver:plan",
+    "ppl": "evaluation.ppl:run",
+    "merge": "files.adapter:merge",
+    "inspect": "tools.inspect:describe",
+    "doctor": "tools.doctor:examine",
+    "demo": "tools.demo:run",
+}
+__all__ = [*_COMPILED, *_COMMANDS, "cuda", "ops"]  # not torch: `import *` works where it is not installed
 
 
 def _compiled():
@@ -49,6 +65,10 @@ def __getattr__(name):
         return _compiled()
     if name in _COMPILED:
         value = globals()[name] = getattr(_compiled(), name)
+        return value
+    if name in _COMMANDS:
+        module, _, function = _COMMANDS[name].partition(":")
+        value = globals()[name] = getattr(importlib.import_module(f".{module}", __name__), function)
         return value
     if name in _MODULES:
         return importlib.import_module(f".{name}", __name__)

@@ -4,15 +4,21 @@ Ops, views and fills are the same calls on both; Tensor.copy_ copies between the
 what waits is `host`, and it is called where a number is needed.
 """
 
+import re
 import threading
 
 import numpy as np
 
 from longlora import _C
 from longlora.errors import UserError
-from longlora.training.options import check_device
 
 CPU = "cpu"
+
+
+def check_device(wanted):
+    """UserError unless `wanted` is how a device is written."""
+    if not isinstance(wanted, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted):
+        raise UserError(f"device should be auto, cpu, cuda, or cuda:0 and so on, got {wanted!r}")
 
 
 def choose(wanted):

@@ -10,13 +10,13 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 LONGLORA_CUDA=0 SANITIZE=address,undefined CC=gcc python setup.py -q build_ext --build-temp "$work/temp" --build-lib "$work/lib"
-cp longlora/*.py "$work/lib/longlora/"
+cp -r longlora/. "$work/lib/longlora/"
 cp -r tests "$work/"
 ops=$(python - <<'PY'
 import glob, re
 stems = {re.sub("_(forward|backward)$", "", op) for op in re.findall(r"OP\((\w+),", open("csrc/ops.c").read())}
-files = {f"tests/test_{stem}.py" for stem in stems | {"rope_op", "binding", "threads"}}
-print(*sorted(files & set(glob.glob("tests/*.py"))))
+files = {f"tests/ops/test_{stem}.py" for stem in stems | {"rope_op", "threads"}} | {"tests/binding/test_binding.py"}
+print(*sorted(files & set(glob.glob("tests/*/*.py"))))
 PY
 )
 # Python and torch keep memory to the end, so leaks are the business of test_binding.py, which needs freed memory to be reused.

@@ -39,7 +39,7 @@ def test_one_op_one_stem(op):
     assert hasattr(reference, name) or hasattr(reference, op)
     tests = [
         p
-        for p in ROOT.glob("tests/test_*.py")
+        for p in ROOT.glob("tests/**/test_*.py")
         if p.name not in ("test_sources.py", "test_threads.py", "test_binding.py")
     ]
     assert any(re.search(rf"\b({name}|{op}|{stem(op)})\b", p.read_text()) for p in tests), (
@@ -79,7 +79,7 @@ def test_files_say_what_they_are():
     for path in SOURCES:
         if path.name != "dlpack.h":
             assert path.read_text().startswith(f"/* {path.name} --- "), path
-    for path in ROOT.glob("longlora/*.py"):
+    for path in ROOT.glob("longlora/**/*.py"):
         if path.name != "__main__.py":
             assert path.read_text().startswith('"""'), path
 
@@ -87,7 +87,7 @@ def test_files_say_what_they_are():
 def test_nothing_is_left_to_do():
     files = [p for p in SOURCES if p.name != "dlpack.h"]
     for folder in ("longlora", "tests", "benchmarks", "demo"):
-        files += ROOT.glob(f"{folder}/*.py")
+        files += ROOT.glob(f"{folder}/**/*.py")
     for path in [*files, ROOT / "setup.py"]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert not re.search(r"\b(TO" r"DO|FIX" r"ME|X" r"XX)\b", line), (
@@ -152,7 +152,7 @@ def test_no_warning(compiler, tmp_path):
         *["-DLONGLORA_X86"] * x86,
     ]
     jobs = []
-    for source in ROOT.glob("csrc/*.c"):
+    for source in [*ROOT.glob("csrc/*.c"), *ROOT.glob("csrc/python/*.c")]:
         jobs.append([source, "-DPy_LIMITED_API=0x030b0000", "-I" + include, "-I" + numpy.get_include()])
     for source in ROOT.glob("csrc/cpu/*.c"):
         jobs.append([source, "-DISA=portable"])

@@ -17,7 +17,7 @@ from longlora.files import adapter
 from longlora.files.safetensors import write_json
 from longlora.training.driver import train
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 MODEL, TEXT, HELD_OUT = ASSETS / "model", ASSETS / "train", ASSETS / "held_out"
 LENGTHS = (256, 512, 1024, 2048)
 TARGET = LENGTHS[-1]

@@ -70,6 +70,11 @@ def train(say=print, **keywords):
     return run(options_.from_dict(keywords), say)
 
 
+def plan(**keywords):
+    """The Plan of a run with these keywords (the fields of options.TrainOptions), from the config alone."""
+    return plan_of(options_.from_dict(keywords, planning=True))
+
+
 def plan_of(o):
     """The Plan of a run with these options: from the config alone, no weight is read."""
     use_threads(o)

@@ -8,7 +8,6 @@ import difflib
 import functools
 import math
 import os
-import re
 import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields
@@ -16,12 +15,6 @@ from dataclasses import MISSING, dataclass, field, fields
 from longlora.errors import UserError
 
 CHECKPOINTING = ("auto", "none", "minimal", "full")
-
-
-def check_device(wanted):
-    """UserError unless `wanted` is how a device is written."""
-    if not isinstance(wanted, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted):
-        raise UserError(f"device should be auto, cpu, cuda, or cuda:0 and so on, got {wanted!r}")
 
 
 def option(default, help, choices=None, low=None, above=None, high=None, alias=()):
@@ -153,6 +146,8 @@ class TrainOptions:
         """
         for f in fields(self):
             setattr(self, f.name, _checked(f, getattr(self, f.name)))
+        from longlora.device import check_device  # brings NumPy, which --help does not need
+
         check_device(self.device)
         if (self.model is None) == (self.init is None):
             raise UserError("wanted one of model and init, got " + ("both" if self.model else "neither"))

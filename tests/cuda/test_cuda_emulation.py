@@ -55,7 +55,7 @@ def test_every_op(package, tmp_path):
 
     def part(names):
         return run_tests(
-            package, tmp_path / f"{names[0]}.xml", [f"tests/test_{name}.py" for name in names], "-k", "cuda"
+            package, tmp_path / f"{names[0]}.xml", [f"tests/ops/test_{name}.py" for name in names], "-k", "cuda"
         )
 
     with ThreadPoolExecutor(2) as pool:
@@ -66,7 +66,7 @@ def test_every_op(package, tmp_path):
 
 def test_the_border_and_the_driver(package, tmp_path):
     """The other tests of CUDA; what needs two devices starts a process of its own that has them."""
-    files = sorted(ROOT.glob("tests/test_cuda_*.py"))
+    files = sorted(ROOT.glob("tests/cuda/test_cuda_*.py"))
     files.remove(Path(__file__).resolve())
     tests = run_tests(package, tmp_path / "others.xml", files)
     assert {why for why in tests.values() if why} <= {
@@ -81,7 +81,7 @@ def test_results_do_not_depend_on_the_order_of_threads_and_blocks(package):
 
     def digests(order):
         return run(
-            [sys.executable, "tests/cuda_digests.py"],
+            [sys.executable, "tests/cuda/cuda_digests.py"],
             LONGLORA_EMULATION_ORDER=order,
             PYTHONPATH=os.pathsep.join([str(package), "tests"]),
         )

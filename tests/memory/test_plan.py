@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+import longlora
+
 from longlora.decoder.config import read_config
 from longlora.errors import UserError
 from longlora.files.adapter import LoraConfig
@@ -39,7 +41,7 @@ LLAMA_70B = dict(
     tie_word_embeddings=False,
 )
 LORA = LoraConfig()
-PACKAGE = os.path.dirname(os.path.dirname(plan_.__file__))  # the one under test, installed or not
+PACKAGE = os.path.dirname(os.path.dirname(longlora.__file__))  # the one under test, installed or not
 
 CASES = [
     dict(dtype=dtype, checkpointing=c, sequence_length=length, batch_size=1, full=full)

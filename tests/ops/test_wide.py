@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_the_sizes_of_avx512(tmp_path):
     package = build(tmp_path / "package", WIDE="1", LONGLORA_CUDA="0")
-    files = [f"tests/test_{name}.py" for name in OPS]
+    files = [f"tests/ops/test_{name}.py" for name in OPS]
     tests = run_tests(package, tmp_path / "wide.xml", files, "-k", "portable or avx2")
     assert not [
         name for name, skipped in tests.items() if skipped or "avx2" in name

@@ -56,7 +56,7 @@ def test_on_the_oldest_transformers(tmp_path):
             "--basetemp",
             tmp_path / "old",
             "--rootdir",
-            here.parent,
+            here.parents[1],
             *(here / name for name in FILES),
         ],
         capture_output=True,
