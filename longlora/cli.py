@@ -1,4 +1,4 @@
-"""The command line: `longlora COMMAND` parses flags, calls the Python function of the same name, prints the result.
+"""The command line. `longlora COMMAND` parses flags, calls the function of the same name, prints the result.
 
 A command is one row of COMMANDS. A user's error is one line on stderr and exit code 2, never a traceback.
 """
