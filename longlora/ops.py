@@ -13,6 +13,17 @@ from longlora.arrays import dtype_name, empty, empty_like, give_back, zeros
 
 BOUNDARIES = {"split": 0, "wrap": 1, "swap": 2}
 SHIFTS = {"half": 0, "none": 1, "all": 2}
+IGNORE = -100  # the target of a token that is not scored, as in torch.nn.functional.cross_entropy
+
+
+def shifted_heads(heads, shift="half"):
+    """How many of the query heads are shifted; they are the last ones. LongLoRA section 3.2."""
+    return {"half": heads - heads // 2, "none": 0, "all": heads}[shift]
+
+
+def quarter_group(length):
+    """The default group_size in tokens for sequences of `length` tokens: a quarter of them, even. LongLoRA section 3.2."""
+    return max(2, length // 8 * 2)
 
 
 def _choice(op, name, value, choices):
@@ -185,7 +196,7 @@ def swiglu_backward(dout, gate, up):
     return give_back(gate, dgate, dup)
 
 
-def linear_cross_entropy_forward(x, weight, targets, ignore_index=-100):
+def linear_cross_entropy_forward(x, weight, targets, ignore_index=IGNORE):
     """x [M,C], weight [V,C], targets [M] int32 -> losses [M], lse [M] float32; the logits never exist whole.
 
     losses = lse - logit of the target, natural logarithm; 0 where the target is ignore_index.
@@ -195,7 +206,7 @@ def linear_cross_entropy_forward(x, weight, targets, ignore_index=-100):
     return give_back(x, losses, lse)
 
 
-def linear_cross_entropy_backward(x, weight, targets, dlosses, ignore_index=-100, train_weight=False):
+def linear_cross_entropy_backward(x, weight, targets, dlosses, ignore_index=IGNORE, train_weight=False):
     """As forward, and dlosses [M] float32, the gradient of each row's loss -> losses [M], dx [M,C], dweight [V,C] or None.
 
     The losses come with it: a training step calls this alone.
