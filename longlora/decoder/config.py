@@ -82,7 +82,6 @@ class ModelConfig:
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
-    mlp_bias: bool
     qk_norm: bool
     max_position_embeddings: int
     rope: rope_.Rope
@@ -90,6 +89,14 @@ class ModelConfig:
     eos_token_id: int | None
     initializer_range: float
     raw: dict = field(repr=False, compare=False)
+    # Names of the linears as the files have them; a fused one holds the rows of its parts one after the other.
+    qkv_modules: tuple = ("q_proj", "k_proj", "v_proj")  # or ("qkv_proj",)
+    gate_up_modules: tuple = ("gate_proj", "up_proj")  # or ("gate_up_proj",)
+    embedding_multiplier: float = 1.0  # on the embedding's output
+    residual_multiplier: float = 1.0  # on what a block adds to the stream
+    attention_multiplier: float | None = None  # on q k'; None is 1 / sqrt(head_dim)
+    logits_scaling: float = 1.0  # the logits are divided by it
+    rope_layers: tuple | None = None  # per layer, whether q and k are rotated; None is all
 
     def tensor_shapes(self):
         """-> dict of the model's tensors, Hugging Face name -> shape, in the order of the layers. A tied head is not in it."""
@@ -99,17 +106,20 @@ class ModelConfig:
         for i in range(self.num_hidden_layers):
             p = f"model.layers.{i}."
             shapes[p + "input_layernorm.weight"] = (hidden,)
-            for name, rows in (("q", q), ("k", kv), ("v", kv)):
-                shapes[f"{p}self_attn.{name}_proj.weight"] = (rows, hidden)
+            for name, rows in zip(
+                self.qkv_modules, (q, kv, kv) if len(self.qkv_modules) == 3 else (q + 2 * kv,)
+            ):
+                shapes[f"{p}self_attn.{name}.weight"] = (rows, hidden)
                 if self.qkv_bias:
-                    shapes[f"{p}self_attn.{name}_proj.bias"] = (rows,)
+                    shapes[f"{p}self_attn.{name}.bias"] = (rows,)
             if self.qk_norm:
                 shapes[p + "self_attn.q_norm.weight"] = shapes[p + "self_attn.k_norm.weight"] = (dim,)
             shapes[p + "self_attn.o_proj.weight"] = (hidden, q)
             if self.o_bias:
                 shapes[p + "self_attn.o_proj.bias"] = (hidden,)
             shapes[p + "post_attention_layernorm.weight"] = (hidden,)
-            shapes[p + "mlp.gate_proj.weight"] = shapes[p + "mlp.up_proj.weight"] = (inner, hidden)
+            for name in self.gate_up_modules:
+                shapes[f"{p}mlp.{name}.weight"] = (2 * inner // len(self.gate_up_modules), hidden)
             shapes[p + "mlp.down_proj.weight"] = (hidden, inner)
         shapes["model.norm.weight"] = (hidden,)
         if not self.tie_word_embeddings:
@@ -225,7 +235,6 @@ def _config(raw, where):
         tie_word_embeddings=flag("tie_word_embeddings"),
         qkv_bias=decided(known["qkv_bias"]),
         o_bias=decided(known["o_bias"]),
-        mlp_bias=False,
         qk_norm=known["qk_norm"],
         max_position_embeddings=length,
         rope=rope_.read(raw, length, where),
