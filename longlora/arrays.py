@@ -1,4 +1,4 @@
-"""Arrays for results, of the caller's own library: NumPy in, NumPy out; torch in, torch out. Imports NumPy only."""
+"""Arrays for results, of the caller's own library: NumPy in, NumPy out; torch in, torch out."""
 
 import functools
 import sys
@@ -34,8 +34,8 @@ def _is_cupy(x: Any) -> bool:
 def empty(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
     """An uninitialised array that ops can write to, of the library and on the device of `like`.
 
-    dtype is one of DTYPES. Arrays of other libraries than NumPy, torch and CuPy may be immutable (JAX); for these
-    the result is a Tensor, which `give_back` turns into theirs. TypeError if `like` is no array.
+    dtype is one of DTYPES. Arrays of other libraries than NumPy, torch and CuPy may be immutable (JAX); for
+    these the result is a Tensor, which `give_back` turns into theirs. TypeError if `like` is no array.
     """
     if isinstance(like, np.ndarray):
         if dtype == "bfloat16":
@@ -56,7 +56,8 @@ def empty(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         kind, index = like.__dlpack_device__() if hasattr(like, "__dlpack_device__") else (1, 0)
         return Tensor(shape, dtype, f"cuda:{index}" if kind == 2 else "cpu")
     raise TypeError(
-        f"wanted an array (NumPy, torch, longlora.Tensor or another that speaks DLPack), got {type(like).__name__}"
+        "wanted an array (NumPy, torch, longlora.Tensor or another that speaks DLPack), "
+        f"got {type(like).__name__}"
     )
 
 
@@ -80,8 +81,8 @@ def empty_like(x: Any) -> Any:
 def give_back(like: Any, *results: Any) -> Any:
     """The results as arrays of like's own library, without a copy. A single result is returned by itself.
 
-    Each result is None or was made by `empty(..., like)`. Tensors go through from_dlpack of the array API that
-    `like` belongs to; without one they stay Tensors.
+    Each result is None or was made by `empty(..., like)`. Tensors go through from_dlpack of the array API
+    that `like` belongs to; without one they stay Tensors.
     """
     if (
         not isinstance(like, (np.ndarray, Tensor))

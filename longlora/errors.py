@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """An argument or a file is wrong. The message is one line that says what was found and what was expected."""
+    """An argument or a file is wrong. The message is one line: what was wanted and what was found."""
 
     def __init__(self, message: object) -> None:
         super().__init__(" ".join(str(message).splitlines()))

@@ -1,14 +1,15 @@
-"""One function per op. It allocates the results as arrays of the caller's library, calls the kernel and returns them.
+"""One function per op: it allocates results as arrays of the caller's library, then calls the kernel.
 
-Shapes use the letters of csrc/ops.h: B batch, T tokens, M rows (B T), H query heads, K key/value heads, D head size,
-C and N features, R rank of LoRA, F feed-forward size, V vocabulary, P positions. [M,C] also takes [B,T,C] where the
-axes B and T lie in memory as one; [M] is then [B,T].
+Shapes use the letters of csrc/ops.h: B batch, T tokens, M rows (B T), H query heads, K key/value heads, D
+head size, C and N features, R rank of LoRA, F feed-forward size, V vocabulary, P positions. [M,C] also takes
+[B,T,C] where the axes B and T lie in memory as one; [M] is then [B,T].
 
-Arrays are NumPy, torch, CuPy, JAX, longlora.Tensor or others that speak DLPack. A call takes one dtype: float32,
-bfloat16 or float16. It computes in float32. Statistics and gradients of parameters are float32. Equal inputs give
-equal bits for any number of threads.
+Arrays are NumPy, torch, CuPy, JAX, longlora.Tensor or others that speak DLPack. A call takes one dtype:
+float32, bfloat16 or float16. It computes in float32. Statistics and gradients of parameters are float32.
+Equal inputs give equal bits for any number of threads.
 
-Every function raises TypeError for a wrong dtype or object and ValueError for a wrong shape, before it writes.
+Every function raises TypeError for a wrong dtype or object and ValueError for a wrong shape, before it
+writes.
 """
 
 import math
@@ -90,8 +91,8 @@ def rms_norm_forward(
 ) -> tuple[Array, Array, Array]:
     """Normalise x [M,C], with residual [M,C] added first if given -> out [M,C], rstd [M] float32, sum [M,C].
 
-    sum = x + residual; rstd = 1/sqrt(mean(sum^2) + eps); out = sum rstd weight. weight [C]. Without a residual,
-    sum is x itself. RMSNorm, arXiv 1910.07467.
+    sum = x + residual; rstd = 1/sqrt(mean(sum^2) + eps); out = sum rstd weight. weight [C]. Without a
+    residual, sum is x itself. RMSNorm, arXiv 1910.07467.
     """
     out, rstd = empty_like(x), empty(tuple(x.shape[:-1]), "float32", x)
     total = None if residual is None else empty_like(x)
@@ -160,10 +161,12 @@ def lora_linear_backward(
     train_weight: bool = False,
     train_bias: bool = False,
 ) -> tuple[Array, Array | None, Array | None, Array | None, Array | None]:
-    """Gradients of lora_linear_forward for dout [M,N] -> dx [M,C], da [R,C], db [N,R], dweight [N,C], dbias [N].
+    """Gradients of lora_linear_forward for dout [M,N].
 
-    da and db are None without a and b, dweight and dbias unless asked for. Those four are float32. u, if given,
-    is the forward's; else it is computed again from x.
+    -> dx [M,C], da [R,C], db [N,R], dweight [N,C], dbias [N].
+
+    da and db are None without a and b, dweight and dbias unless asked for. Those four are float32. u, if
+    given, is the forward's; else it is computed again from x.
     """
     dx = empty_like(x)
     da = None if a is None else zeros(tuple(a.shape), "float32", x)
@@ -190,8 +193,9 @@ def s2_attention_forward(
     q [B,T,H,D], k and v [B,T,K,D]. csrc/ops.h states the exact rule.
 
     group_size: tokens of a group, G >= 1. group_size >= T with shift="none" is dense causal attention.
-    boundary: "split" cuts the shifted groups at both ends (no leak); "wrap" is the paper's Algorithm 1, where the
-        first G/2 tokens of shifted heads see the last G/2, so the future leaks; "swap" is its Variant 3.
+    boundary: "split" cuts the shifted groups at both ends (no leak); "wrap" is the paper's Algorithm 1,
+        where the first G/2 tokens of shifted heads see the last G/2, so the future leaks; "swap" is its
+        Variant 3.
     shift: "half" of the query heads are shifted, "none" or "all".
     cu_seqlens: int32 [S], 0 ... T: the boundaries of packed documents, with B = 1. Groups restart in each.
     scale: factor of q k^T (default: 1/sqrt(D)). lse is the log-sum-exp of the scaled scores.
@@ -249,7 +253,9 @@ def s2_attention_backward(
 def attention_scalars(
     op: str, q: Array, group_size: int, boundary: str, shift: str, scale: float | None
 ) -> tuple[int, int, int, float]:
-    """The four scalars of the attention kernels: group_size, boundary, shift, scale. ValueError for a bad word."""
+    """The four scalars of the attention kernels: group_size, boundary, shift, scale. ValueError for a bad
+    word.
+    """
     return (
         group_size,
         _choice(op, "boundary", boundary, BOUNDARIES),
@@ -293,7 +299,8 @@ def linear_cross_entropy_backward(
     ignore_index: int = IGNORE,
     train_weight: bool = False,
 ) -> tuple[Array, Array, Array | None]:
-    """Losses and gradients in one -> losses [M] float32, dx [M,C], dweight [V,C] float32 (None unless asked for).
+    """Losses and gradients in one -> losses [M] float32, dx [M,C], dweight [V,C] float32 (None unless asked
+    for).
 
     dlosses [M] float32 is the gradient of each row's loss; the rest is as in linear_cross_entropy_forward.
     A training step needs this call alone.
