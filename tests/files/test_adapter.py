@@ -84,7 +84,7 @@ def reference(base, path, tensors, lora):
     "family, lora",
     [
         *((family, LoraConfig()) for family in FAMILIES),
-        ("qwen2", LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_rslora=True)),
+        ("qwen2", LoraConfig(r=3, lora_alpha=7.5, target_modules="all-linear", use_rslora=True)),
         ("llama", LoraConfig(modules_to_save=None)),
         ("qwen3", LoraConfig(target_modules=("q_proj", "down_proj"), modules_to_save=("norm",))),
         ("llama", LoraConfig(modules_to_save=("embed_tokens", "lm_head", "norm"))),
@@ -121,7 +121,7 @@ def test_every_rope_goes_with_the_adapter(tmp_path, kind):
 
 
 def test_files_of_an_adapter(tmp_path):
-    base, path, _ = saved(tmp_path)
+    base, path, _ = saved(tmp_path, LoraConfig(r=4, lora_alpha=7.5))
     assert sorted(os.listdir(path)) == [
         "README.md",
         "adapter_config.json",
@@ -131,6 +131,7 @@ def test_files_of_an_adapter(tmp_path):
     text = (path / "adapter_config.json").read_text()
     assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
     found = json.loads(text)
+    assert (found["r"], found["lora_alpha"], found["use_rslora"]) == (4, 7.5, False)
     assert found["peft_type"] == "LORA" and found["base_model_name_or_path"] == str(base)
     assert found["modules_to_save"] == ["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"]
     assert (path / "README.md").read_text().startswith("---\nlibrary_name: peft\nbase_model: ")
