@@ -92,29 +92,10 @@ class ModelConfig:
     raw: dict = field(repr=False, compare=False)
 
     def tensor_shapes(self):
-        """-> dict of the model's tensors, Hugging Face name -> shape, in the order of the layers. A tied head is not in it."""
-        hidden, inner, dim = self.hidden_size, self.intermediate_size, self.head_dim
-        q, kv = self.num_attention_heads * dim, self.num_key_value_heads * dim
-        shapes = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
-        for i in range(self.num_hidden_layers):
-            p = f"model.layers.{i}."
-            shapes[p + "input_layernorm.weight"] = (hidden,)
-            for name, rows in (("q", q), ("k", kv), ("v", kv)):
-                shapes[f"{p}self_attn.{name}_proj.weight"] = (rows, hidden)
-                if self.qkv_bias:
-                    shapes[f"{p}self_attn.{name}_proj.bias"] = (rows,)
-            if self.qk_norm:
-                shapes[p + "self_attn.q_norm.weight"] = shapes[p + "self_attn.k_norm.weight"] = (dim,)
-            shapes[p + "self_attn.o_proj.weight"] = (hidden, q)
-            if self.o_bias:
-                shapes[p + "self_attn.o_proj.bias"] = (hidden,)
-            shapes[p + "post_attention_layernorm.weight"] = (hidden,)
-            shapes[p + "mlp.gate_proj.weight"] = shapes[p + "mlp.up_proj.weight"] = (inner, hidden)
-            shapes[p + "mlp.down_proj.weight"] = (hidden, inner)
-        shapes["model.norm.weight"] = (hidden,)
-        if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, hidden)
-        return shapes
+        """-> dict of the model's tensors, Hugging Face name -> shape, in the order of the file. There is no tied head."""
+        from longlora.decoder.network import Network
+
+        return Network(self).tensor_shapes()
 
 
 def read_json(path):
