@@ -1,1 +1,1 @@
-"""Training data: text, tokens, sequences."""
+"""Training data: text files, token ids, sequences."""

@@ -1,1 +1,1 @@
-"""Numbers that show whether training worked."""
+"""Evaluation: perplexity."""

@@ -1,18 +1,27 @@
-"""Perplexity by length, dense attention: the number that says whether a context was extended."""
+"""Perplexity by length with dense attention: the number that shows whether a context was extended."""
 
 import math
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
-from longlora.data import text as data
+from longlora.data.text import documents, files_of
+from longlora.data.tokens import encode_documents, read_bin
+from longlora.decoder.config import ModelConfig
+from longlora.decoder.model import Model
 from longlora.device import CPU, choose
 from longlora.errors import UserError
+from longlora.files.tokenizer import Tokenizer
+from longlora.ops import IGNORE
 
 
-def windows(count, length, stride=None):
-    """(first, last, scored from) over `count` tokens: windows of `length`, each scored at all its targets, a shorter last one
-    too; with a stride the usual sliding window, each scored at the targets that no window before it had."""
+def windows(count: int, length: int, stride: int | None = None) -> list[tuple[int, int, int]]:
+    """Cut `count` tokens into windows of `length` -> [(first, last, index of the first scored target)].
+
+    Without a stride the windows lie side by side, the last one may be shorter, and each is scored at all its targets.
+    With a stride this is the usual sliding window: each window is scored only at the targets that no earlier window had.
+    """
     out, first, scored = [], 0, 1
     while first < count - 1:
         last = min(first + length, count)
@@ -24,18 +33,20 @@ def windows(count, length, stride=None):
     return out
 
 
-def score(model, ids, length, stride=None, positions=None):
-    """Mean loss of `ids` (int32 [N]) in windows of `length` tokens -> (tokens scored, sum of losses in nats).
+def score(
+    model: Model, ids: np.ndarray, length: int, stride: int | None = None, positions: np.ndarray | None = None
+) -> tuple[int, float]:
+    """Score `ids` (int32 [N]) in windows of `length` tokens -> (tokens scored, sum of their losses in nats).
 
-    positions, float64 [2, length]: sums of losses and counts by position in the window are added to it.
+    The sums of losses and the counts by position in the window are added to `positions`, float64 [2,length], if given.
     """
     total, tokens = 0.0, 0
     for first, last, start in windows(len(ids), length, stride):
         window = np.ascontiguousarray(ids[first:last], np.int32)
-        targets = np.append(window[1:], np.int32(-100)).astype(np.int32)
-        targets[: start - first - 1] = -100
+        targets = np.append(window[1:], np.int32(IGNORE)).astype(np.int32)
+        targets[: start - first - 1] = IGNORE
         losses = model.losses(window, targets)
-        kept = targets != -100
+        kept = targets != IGNORE
         total += float(losses[kept].astype(np.float64).sum())
         tokens += int(kept.sum())
         if positions is not None:
@@ -44,17 +55,22 @@ def score(model, ids, length, stride=None, positions=None):
     return tokens, total
 
 
-def read_ids(path, tokenizer, config, max_tokens=None):
-    """The token ids of the text at `path`, each document of its own, as transformers' tokenizer(text) gives them."""
+def read_ids(
+    path: str, tokenizer: Tokenizer | None, config: ModelConfig, max_tokens: int | None = None
+) -> list[np.ndarray]:
+    """The token ids of the text at `path`: int32 [N] for each document, as transformers' tokenizer(text) gives them.
+
+    Only the first `max_tokens` of all tokens are kept. UserError for text that cannot be read.
+    """
     parts = []
-    for file in data.files_of(path):
+    for file in files_of(path):
         if file.endswith(".bin"):
-            parts.append(np.asarray(data.read_bin(file, config.vocab_size).ids, np.int32))
+            parts.append(np.asarray(read_bin(file, config.vocab_size).ids, np.int32))
         elif tokenizer is None:
             raise UserError(f"{file}: the model has no tokenizer; wanted a token .bin")
         else:
             document = []
-            for ids, ends in data.encode_documents(tokenizer, data.documents(file)):
+            for ids, ends in encode_documents(tokenizer, documents(file)):
                 document.append(ids)
                 if ends:
                     parts.append(np.concatenate(document))
@@ -67,20 +83,28 @@ def read_ids(path, tokenizer, config, max_tokens=None):
     return parts
 
 
-def perplexity(loss):
-    """exp of a mean loss in nats; infinity where that is above what a float holds."""
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats; infinity where a float cannot hold the result."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def measure(model, parts, lengths, stride=None, bins=None):
-    """parts: list of int32 ids [N], the documents -> one dict(length, tokens, loss, perplexity) for each length.
+def measure(
+    model: Model,
+    parts: list[np.ndarray],
+    lengths: Sequence[int],
+    stride: int | None = None,
+    bins: int | None = None,
+) -> list[dict]:
+    """Score documents (int32 [N] each) at each of `lengths` -> [{length, tokens, loss, perplexity}], loss in nats per token.
 
-    bins: also by_position, a list of dict(first, last, tokens, loss, perplexity) over so many equal parts of the window.
+    With bins, each result also has by_position: [{first, last, tokens, loss, perplexity}] over `bins` equal parts of the
+    window. UserError if no document holds two tokens.
     """
     results = []
     for length in lengths:
         positions = np.zeros((2, length)) if bins else None
-        tokens, total = map(sum, zip(*(score(model, ids, length, stride, positions) for ids in parts)))
+        scores = [score(model, ids, length, stride, positions) for ids in parts]
+        tokens, total = sum(tokens for tokens, _ in scores), sum(loss for _, loss in scores)
         if not tokens:
             raise UserError("the data should hold at least two tokens")
         result = {
@@ -89,16 +113,16 @@ def measure(model, parts, lengths, stride=None, bins=None):
             "loss": total / tokens,
             "perplexity": perplexity(total / tokens),
         }
-        if bins:
+        if positions is not None:
             result["by_position"] = _binned(positions, length, min(bins, length))
         results.append(result)
     return results
 
 
-def _binned(positions, length, bins):
+def _binned(positions: np.ndarray, length: int, bins: int) -> list[dict]:
     edges = [length * i // bins for i in range(bins + 1)]
     found = []
-    for first, last in zip(edges, edges[1:]):
+    for first, last in zip(edges, edges[1:], strict=False):
         total, count = positions[:, first:last].sum(1)
         if count:
             found.append(
@@ -113,18 +137,28 @@ def _binned(positions, length, bins):
     return found
 
 
-def open_for_evaluation(model, adapter=None, rope_type=None, target_length=None, dtype="float32", device=CPU):
-    """A Model that evaluates only, on `device` -> (Model, Checkpoint). With rope_type: interpolated to target_length, untrained."""
+def open_for_evaluation(
+    model: str | os.PathLike,
+    adapter: str | os.PathLike | None = None,
+    rope_type: str | None = None,
+    target_length: int | None = None,
+    dtype: str = "float32",
+    device: str = CPU,
+):
+    """Open the model at path `model`, with an adapter if given, for evaluation only -> (Model, opened base model).
+
+    With rope_type the positions are interpolated to target_length, without training. UserError for files that cannot
+    be read or do not belong together.
+    """
     from longlora.decoder import rope
     from longlora.decoder.config import read_config
-    from longlora.decoder.model import Model
-    from longlora.files import adapter as adapter_
+    from longlora.files import adapter as adapters
     from longlora.files.open_model import open_model
 
     base = open_model(model)
     config, lora, tensors = base.config, None, None
     if adapter is not None:
-        lora, tensors, raw = adapter_.load(adapter, base)
+        lora, tensors, raw = adapters.load(adapter, base)
         config = read_config(raw) if raw is not None else config
     if rope_type is not None:
         extended, _ = rope.extend(config, rope_type, target_length)
@@ -134,24 +168,28 @@ def open_for_evaluation(model, adapter=None, rope_type=None, target_length=None,
 
 
 def run(
-    model,
-    data,
-    lengths,
-    adapter=None,
-    stride=None,
-    rope_type=None,
-    target_length=None,
-    dtype="float32",
-    max_tokens=None,
-    bins=None,
-    device="auto",
-):
-    """Perplexity of the model at path `model` (with an adapter) on the text at `data`, in windows of each of `lengths` tokens.
+    model: str | os.PathLike,
+    data: str | os.PathLike,
+    lengths: int | Sequence[int],
+    adapter: str | os.PathLike | None = None,
+    stride: int | None = None,
+    rope_type: str | None = None,
+    target_length: int | None = None,
+    dtype: str = "float32",
+    max_tokens: int | None = None,
+    bins: int | None = None,
+    device: str = "auto",
+) -> dict:
+    """Perplexity of the model at path `model`, with an adapter if given, on the text at `data`, with dense attention.
 
-    -> {"results": [{"length", "tokens", "loss", "perplexity"}, ...]}, loss in nats per token. Dense attention; memory does not
-    grow with the vocabulary. stride: sliding window. rope_type and target_length: interpolate first, without training.
-    max_tokens: of the data, from its start. bins: each result also by_position, in so many parts. device: cpu, cuda, cuda:1, ...;
-    auto is the first GPU where there is one, else the cpu.
+    Returns {"results": [{"length", "tokens", "loss", "perplexity"}, ...], ...}, one result for each of `lengths` (tokens
+    of a window), loss in nats per token. Memory does not grow with the vocabulary.
+    stride: tokens between windows (a sliding window); by default windows lie side by side.
+    rope_type, target_length: interpolate the positions first, without training; the default target is the longest window.
+    max_tokens: use only this many tokens from the start of the data.
+    bins: give each result by_position too, in this many parts of the window.
+    device: auto, cpu, cuda, cuda:1, ...; auto is the first usable GPU, or else the CPU.
+    UserError names an argument that is out of range and files that cannot be read.
     """
     lengths = [lengths] if isinstance(lengths, int) else list(lengths)
     for name, values, low in (
@@ -167,14 +205,13 @@ def run(
     if stride is not None and stride > min(lengths):
         raise UserError(f"stride should be at most the shortest length {min(lengths)}, got {stride}")
     if rope_type is None and target_length is not None:
-        raise UserError("target_length needs rope_type: it interpolates the model before it is measured")
+        raise UserError("target_length needs rope_type: it interpolates the model before the measurement")
     if rope_type is not None and target_length is None:
         target_length = max(lengths)
     device, _ = choose(device)
     made, base = open_for_evaluation(model, adapter, rope_type, target_length, dtype, device)
-    parts = read_ids(
-        os.fspath(data), base.tokenizer() if base.has_tokenizer() else None, base.config, max_tokens
-    )
+    tokenizer = base.tokenizer() if base.has_tokenizer() else None
+    parts = read_ids(os.fspath(data), tokenizer, base.config, max_tokens)
     return {
         "results": measure(made, parts, lengths, stride, bins),
         "model": os.fspath(model),
@@ -187,8 +224,8 @@ def run(
     }
 
 
-def text(results):
-    """`run`'s dict as a table."""
+def text(results: dict) -> str:
+    """The result of `run` as a table."""
     lines = [f"{'length':>8} {'tokens':>10} {'loss':>8} {'perplexity':>11}"]
     for r in results["results"]:
         lines.append(f"{r['length']:>8} {r['tokens']:>10,} {r['loss']:>8.4f} {r['perplexity']:>11.3f}")

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from longlora import _C, __version__, cli
-from longlora.data import text as data
+from longlora.data import sequences as data
 from longlora.decoder.model import Model
 from longlora.decoder.network import Network
 from longlora.errors import UserError

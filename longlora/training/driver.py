@@ -12,7 +12,8 @@ import time
 import zlib
 
 from longlora import __version__
-from longlora.data import text as data
+from longlora.data.sequences import Order, Sequences, batch
+from longlora.data.tokens import tokenise
 from longlora.decoder import rope
 from longlora.decoder import plan as plan_
 from longlora.decoder.config import read_config
@@ -301,7 +302,7 @@ def _run(o, source, setup, device, say):
         max_grad_norm=o.max_grad_norm,
     )
     kinds = {p.kind for p in model.parameters}
-    order, step, history = data.Order(len(corpus), o.seed), 0, []
+    order, step, history = Order(len(corpus), o.seed), 0, []
     if source.base is not None:
         model.load(source.base)
     else:
@@ -368,7 +369,7 @@ def _run(o, source, setup, device, say):
         while step < steps and stop.signal is None:
             started = time.perf_counter()
             micro = [
-                data.batch(corpus, order.take(o.per_device_train_batch_size), setup.multiple)
+                batch(corpus, order.take(o.per_device_train_batch_size), setup.multiple)
                 for _ in range(o.gradient_accumulation_steps)
             ]
             tokens = sum(int((targets != -100).sum()) for _, targets in micro)
@@ -459,8 +460,8 @@ def read_data(o, source, setup, say):
         checkpoint.sweep(cache)
 
     def sequences(path):
-        tokens = data.tokenise(path, source.tokenizer, setup.config.vocab_size, cache, say)
-        return data.Sequences(tokens, o.sequence_length, o.long_documents, path)
+        tokens = tokenise(path, source.tokenizer, setup.config.vocab_size, cache, say)
+        return Sequences(tokens, o.sequence_length, o.long_documents, path)
 
     corpus, held_out = sequences(o.data), None
     if o.eval_data:

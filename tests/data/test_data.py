@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer import UGLY, trained
 
-from longlora.data import text as data
+from longlora.data import text, tokens
+from longlora.data.sequences import Order, Sequences, batch
+from longlora.data.tokens import Tokens, encode_documents, read_bin, tokenise
 from longlora.errors import UserError
 from longlora.files.tokenizer import Tokenizer
 
@@ -48,7 +50,7 @@ def write(path, content):
 def tokens_of(sizes):
     """Tokens of documents of these sizes, whose ids count up."""
     borders = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    return data.Tokens(np.arange(borders[-1], dtype=np.int32), borders, "")
+    return Tokens(np.arange(borders[-1], dtype=np.int32), borders, "")
 
 
 def failure(function, *arguments):
@@ -73,17 +75,17 @@ def failure(function, *arguments):
 )
 @settings(max_examples=60, deadline=None)
 def test_a_text_read_in_blocks_has_the_ids_of_the_whole(tmp_path_factory, kind, parts, block):
-    text = "".join(parts)
-    if not text.strip():
+    whole = "".join(parts)
+    if not whole.strip():
         return
     path, made = tmp_path_factory.getbasetemp() / f"{kind}.txt", KINDS[kind]
-    write(path, text)
+    write(path, whole)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "BLOCK", block)
-        pieces = list(data._blocks(str(path)))
-        assert "".join(pieces) == text.removeprefix("\ufeff")
-        ids, ends = zip(*data.encode_documents(made, [pieces, ["it"], pieces]))
-    one, two = made.encode(text.removeprefix("\ufeff")), made.encode("it")
+        patch.setattr(text, "BLOCK", block)
+        pieces = list(text._blocks(str(path)))
+        assert "".join(pieces) == whole.removeprefix("\ufeff")
+        ids, ends = zip(*encode_documents(made, [pieces, ["it"], pieces]))
+    one, two = made.encode(whole.removeprefix("\ufeff")), made.encode("it")
     np.testing.assert_array_equal(np.concatenate(ids), np.concatenate([one, two, one]))
     assert np.cumsum([len(part) for part in ids])[list(ends)].tolist() == [
         len(one),
@@ -94,9 +96,9 @@ def test_a_text_read_in_blocks_has_the_ids_of_the_whole(tmp_path_factory, kind, 
 
 def test_blocks_are_cut_where_the_tokenizer_lets_them(tmp_path, monkeypatch):
     path = write(tmp_path / "long.txt", "the quick brown fox jumps\nover the lazy dog\n" * 500)
-    monkeypatch.setattr(data, "BLOCK", 1000)
-    assert len(list(data.encode_documents(KINDS["gpt2"], [data._blocks(path)]))) > 15
-    assert len(list(data.encode_documents(KINDS["llama"], [data._blocks(path)]))) == 1
+    monkeypatch.setattr(text, "BLOCK", 1000)
+    assert len(list(encode_documents(KINDS["gpt2"], [text._blocks(path)]))) > 15
+    assert len(list(encode_documents(KINDS["llama"], [text._blocks(path)]))) == 1
 
 
 def test_a_file_larger_than_memory_is_tokenised_in_it(tmp_path):
@@ -105,13 +107,13 @@ def test_a_file_larger_than_memory_is_tokenised_in_it(tmp_path):
     tiny.config(tmp_path / "model")
     script = f"""
 import resource
-from longlora.data import text as data
+from longlora.data import text, tokens
 from longlora.files.tokenizer import Tokenizer
-data.BLOCK = 1 << 11                  # of which AT_ONCE are in memory
+text.BLOCK = 1 << 11                  # AT_ONCE of them are in memory
 made = Tokenizer.from_directory({str(tmp_path / "model")!r})
 made.encode("warm")
 def tokenise(name):
-    return data.tokenise(name, made, 257, {str(tmp_path / "cache")!r}, str)
+    return tokens.tokenise(name, made, 257, {str(tmp_path / "cache")!r}, str)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 count = len(tokenise({path!r}).ids)
 print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
@@ -124,13 +126,13 @@ print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 102
 
 
 def test_a_document_that_cannot_be_cut_and_does_not_fit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 1000)
-    monkeypatch.setattr(data, "available_memory", lambda: 100_000)
+    monkeypatch.setattr(text, "BLOCK", 1000)
+    monkeypatch.setattr(tokens, "available_memory", lambda: 100_000)
     path = write(tmp_path / "long.txt", "the quick brown fox\n" * 500)
-    message = failure(data.tokenise, path, KINDS["llama"], 500, str(tmp_path / "cache"))
+    message = failure(tokenise, path, KINDS["llama"], 500, str(tmp_path / "cache"))
     assert "does not fit in memory" in message and "jsonl" in message
     assert not tiny.listing(tmp_path / "cache")
-    assert len(data.tokenise(path, KINDS["gpt2"], 400, str(tmp_path / "cache"), str))
+    assert len(tokenise(path, KINDS["gpt2"], 400, str(tmp_path / "cache"), str))
 
 
 @pytest.mark.parametrize("block", [7, 1 << 20])
@@ -154,23 +156,23 @@ def test_a_document_that_cannot_be_cut_and_does_not_fit_is_refused(tmp_path, mon
     ],
 )
 def test_what_is_wrong_with_a_text_is_named(tmp_path, monkeypatch, block, name, content, words):
-    monkeypatch.setattr(data, "BLOCK", block)
+    monkeypatch.setattr(text, "BLOCK", block)
     path, cache = write(tmp_path / name, content), tmp_path / "cache"
     if not words:
-        assert len(data.tokenise(path, KINDS["gpt2"], 400, str(cache), str).ids)
+        assert len(tokenise(path, KINDS["gpt2"], 400, str(cache), str).ids)
         return
-    message = failure(data.tokenise, path, KINDS["gpt2"], 400, str(cache))
+    message = failure(tokenise, path, KINDS["gpt2"], 400, str(cache))
     assert path in message and all(word in message for word in words), message
     assert not cache.exists() or not tiny.listing(cache)
 
 
 def test_missing_and_unreadable_paths_are_named(tmp_path):
-    assert "no such file" in failure(data.files_of, str(tmp_path / "no.txt"))
-    assert "no .txt and no .jsonl" in failure(data.files_of, str(tmp_path))
+    assert "no such file" in failure(text.files_of, str(tmp_path / "no.txt"))
+    assert "no .txt and no .jsonl" in failure(text.files_of, str(tmp_path))
     (tmp_path / "folder.txt").mkdir()
     write(tmp_path / "folder.txt" / "b.jsonl", '{"text": "b"}')
     write(tmp_path / "folder.txt" / "a.txt", "a")
-    assert [os.path.basename(f) for f in data.files_of(str(tmp_path / "folder.txt"))] == ["a.txt", "b.jsonl"]
+    assert [os.path.basename(f) for f in text.files_of(str(tmp_path / "folder.txt"))] == ["a.txt", "b.jsonl"]
 
 
 def test_documents_end_in_one_end_token_and_the_cache_is_used(tmp_path, monkeypatch):
@@ -178,30 +180,30 @@ def test_documents_end_in_one_end_token_and_the_cache_is_used(tmp_path, monkeypa
     write(tmp_path / "a.txt", "hello world")
     write(tmp_path / "b.jsonl", '{"text": "one"}\n\n{"text": "two"}\n')
     said = []
-    tokens = data.tokenise(str(tmp_path), made, 500, cache, said.append)
-    wanted = [made.encode(text) for text in ("hello world", "one", "two")]
-    assert len(tokens) == 3 and said and "3 documents" in said[0]
+    found = tokenise(str(tmp_path), made, 500, cache, said.append)
+    wanted = [made.encode(words) for words in ("hello world", "one", "two")]
+    assert len(found) == 3 and said and "3 documents" in said[0]
     for i, ids in enumerate(wanted):  # the template has put </s> there already
-        np.testing.assert_array_equal(tokens.document(i), ids)
-    plain = data.tokenise(str(tmp_path), KINDS["llama"], 500, cache, said.append)
+        np.testing.assert_array_equal(found.document(i), ids)
+    plain = tokenise(str(tmp_path), KINDS["llama"], 500, cache, said.append)
     assert all(plain.document(i)[-1] == KINDS["llama"].eos_token_id for i in range(3))
-    assert plain.fingerprint != tokens.fingerprint and len(said) == 2
-    monkeypatch.setattr(data, "_tokenise", None)
-    again = data.tokenise(str(tmp_path), made, 500, cache, said.append)
-    np.testing.assert_array_equal(again.ids, tokens.ids)
-    assert again.fingerprint == tokens.fingerprint and len(said) == 2
+    assert plain.fingerprint != found.fingerprint and len(said) == 2
+    monkeypatch.setattr(tokens, "_tokenise", None)
+    again = tokenise(str(tmp_path), made, 500, cache, said.append)
+    np.testing.assert_array_equal(again.ids, found.ids)
+    assert again.fingerprint == found.fingerprint and len(said) == 2
 
 
 def test_changed_text_is_tokenised_anew_and_a_damaged_cache_named(tmp_path):
     path, cache = write(tmp_path / "a.txt", "one"), tmp_path / "cache"
-    first = data.tokenise(path, KINDS["gpt2"], 400, str(cache), str)
+    first = tokenise(path, KINDS["gpt2"], 400, str(cache), str)
     write(tmp_path / "a.txt", "three")
     os.utime(path, (1, 1))
-    second = data.tokenise(path, KINDS["gpt2"], 400, str(cache), str)
+    second = tokenise(path, KINDS["gpt2"], 400, str(cache), str)
     assert first.fingerprint != second.fingerprint and len(first.ids) != len(second.ids)
     for file in cache.glob("*.bin"):
         file.write_bytes(b"")
-    assert "damaged" in failure(data.tokenise, path, KINDS["gpt2"], 400, str(cache))
+    assert "damaged" in failure(tokenise, path, KINDS["gpt2"], 400, str(cache))
 
 
 def test_a_tokenisation_that_fails_leaves_nothing(tmp_path, monkeypatch):
@@ -209,7 +211,7 @@ def test_a_tokenisation_that_fails_leaves_nothing(tmp_path, monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # a full disk
     try:
-        message = failure(data.tokenise, path, KINDS["gpt2"], 400, str(cache))
+        message = failure(tokenise, path, KINDS["gpt2"], 400, str(cache))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "cannot be written" in message and not tiny.listing(cache)
@@ -222,18 +224,18 @@ def test_token_files_of_both_kinds(tmp_path):
     ids = np.array([1, 2, 65535, 7] * 300)
     small = write(tmp_path / "s.bin", ids.astype("<u2").tobytes())
     large = write(tmp_path / "l.bin", ids.astype("<u4").tobytes())
-    np.testing.assert_array_equal(data.read_bin(small, 1 << 16).ids, ids)
-    np.testing.assert_array_equal(data.read_bin(large, 1 << 17).ids, ids)
+    np.testing.assert_array_equal(read_bin(small, 1 << 16).ids, ids)
+    np.testing.assert_array_equal(read_bin(large, 1 << 17).ids, ids)
     for magic, kind in ((20240520, "<u2"), (20240801, "<u4")):
         head = np.zeros(256, np.int32)
         head[:3] = magic, 1, len(ids)
         path = write(tmp_path / "h.bin", head.tobytes() + ids.astype(kind).tobytes())
-        np.testing.assert_array_equal(data.read_bin(path, 1 << 17).ids, ids)
+        np.testing.assert_array_equal(read_bin(path, 1 << 17).ids, ids)
         write(tmp_path / "h.bin", head.tobytes() + ids[:-1].astype(kind).tobytes())
-        assert "should hold 1200 tokens by its header, holds 1199" in failure(data.read_bin, path, 1 << 17)
-    assert "token 2 is 65535, the model has 100" in failure(data.read_bin, small, 100)
-    assert "no whole number of uint16" in failure(data.read_bin, write(tmp_path / "odd.bin", b"123"), 100)
-    assert "no whole number" in failure(data.read_bin, write(tmp_path / "none.bin", b""), 100)
+        assert "should hold 1200 tokens by its header, holds 1199" in failure(read_bin, path, 1 << 17)
+    assert "token 2 is 65535, the model has 100" in failure(read_bin, small, 100)
+    assert "no whole number of uint16" in failure(read_bin, write(tmp_path / "odd.bin", b"123"), 100)
+    assert "no whole number" in failure(read_bin, write(tmp_path / "none.bin", b""), 100)
 
 
 # ---- sequences -----------------------------------------------------------------------------------
@@ -253,9 +255,9 @@ def test_every_token_is_in_one_sequence_or_counted_as_lost(sizes, length, rule):
     }[rule]
     total = sum(kept)
     if total < 2:
-        assert "leaves no sequence" in failure(data.Sequences, tokens_of(sizes), length, rule)
+        assert "leaves no sequence" in failure(Sequences, tokens_of(sizes), length, rule)
         return
-    found = data.Sequences(tokens_of(sizes), length, rule)
+    found = Sequences(tokens_of(sizes), length, rule)
     pieces = [found.get(i) for i in range(len(found))]
     assert all(len(p) == length for p in pieces[:-1]) and 2 <= len(pieces[-1]) <= length
     ids = np.concatenate(pieces)
@@ -275,27 +277,27 @@ def test_every_token_is_in_one_sequence_or_counted_as_lost(sizes, length, rule):
 
 
 def test_long_documents_are_refused_by_name():
-    message = failure(data.Sequences, tokens_of([5, 20, 30]), 10, "refuse", "some.txt")
+    message = failure(Sequences, tokens_of([5, 20, 30]), 10, "refuse", "some.txt")
     assert message.startswith("some.txt: document 1 has 20 tokens, the sequence 10 (2 such)")
-    assert len(data.Sequences(tokens_of([5, 10, 3]), 10, "refuse")) == 2
+    assert len(Sequences(tokens_of([5, 10, 3]), 10, "refuse")) == 2
 
 
 def test_holding_out_takes_the_last_sequences():
-    found = data.Sequences(tokens_of([100]), 10)
+    found = Sequences(tokens_of([100]), 10)
     held = found.hold_out(0.2)
     assert len(found) == 8 and len(held) == 2 and held.get(0)[0] == 80
-    assert len(data.Sequences(tokens_of([100]), 10).hold_out(0.001)) == 1
-    assert "leaves none to train on" in failure(data.Sequences(tokens_of([10]), 10).hold_out, 0.5)
+    assert len(Sequences(tokens_of([100]), 10).hold_out(0.001)) == 1
+    assert "leaves none to train on" in failure(Sequences(tokens_of([10]), 10).hold_out, 0.5)
 
 
 def test_a_batch_has_the_next_tokens_as_targets_and_no_target_in_padding():
-    found = data.Sequences(tokens_of([17]), 10)
-    ids, targets = data.batch(found, [1, 0])
+    found = Sequences(tokens_of([17]), 10)
+    ids, targets = batch(found, [1, 0])
     assert ids.dtype == targets.dtype == np.int32 and ids.shape == targets.shape == (2, 10)
     np.testing.assert_array_equal(targets[1], [*range(1, 10), -100])
     np.testing.assert_array_equal(ids[0], [*range(10, 17), 0, 0, 0])
     np.testing.assert_array_equal(targets[0], [*range(11, 17), -100, -100, -100, -100])
-    assert data.batch(found, [1])[0].shape == (1, 7) and data.batch(found, [1], 5)[0].shape == (1, 10)
+    assert batch(found, [1])[0].shape == (1, 7) and batch(found, [1], 5)[0].shape == (1, 10)
 
 
 @given(
@@ -306,15 +308,15 @@ def test_a_batch_has_the_next_tokens_as_targets_and_no_target_in_padding():
 )
 @settings(deadline=None)
 def test_the_order_is_a_permutation_an_epoch_and_goes_on_exactly(n, seed, takes, stop):
-    whole = data.Order(n, seed)
+    whole = Order(n, seed)
     taken = [whole.take(count) for count in takes]
     order = [i for part in taken for i in part]
     for start in range(0, len(order) - n + 1, n):
         assert sorted(order[start : start + n]) == list(range(n))
-    resumed = data.Order(n, seed, sum(takes[:stop]))
+    resumed = Order(n, seed, sum(takes[:stop]))
     assert [resumed.take(count) for count in takes[stop:]] == taken[stop:]
 
 
 def test_another_seed_is_another_order():
-    assert data.Order(50, 1).take(50) != data.Order(50, 2).take(50)
-    assert json.dumps(data.Order(50, 1).take(3))  # plain integers
+    assert Order(50, 1).take(50) != Order(50, 2).take(50)
+    assert json.dumps(Order(50, 1).take(3))  # plain integers

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longlora import get_num_threads, set_num_threads
-from longlora.data import text as data
+from longlora.data import text
 from longlora.errors import UserError
 from longlora.evaluation import ppl
 from longlora.files.open_model import open_model
-from longlora.training import driver as train
+from longlora.training import driver
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,7 @@ def test_a_stride_is_the_usual_sliding_window(tmp_path):
 
 
 def test_adapter_and_interpolation_are_in_the_number(tmp_path):
-    train.train(lambda line: None, **tiny.options(tmp_path, max_steps=8))
+    driver.train(lambda line: None, **tiny.options(tmp_path, max_steps=8))
     base, path, out = (
         str(tmp_path / "base"),
         str(tiny.text(tmp_path / "held.txt", 200, seed=3)),
@@ -196,4 +196,4 @@ def test_the_table_and_the_json_hold_the_same(tmp_path):
     table = tiny.command("ppl", "--model", base, "--data", path, "--lengths", "32,64").stdout
     for result in results:
         assert f"{result['perplexity']:.3f}" in table and f"{result['tokens']:,}" in table
-    assert data.files_of(str(path)) == [str(path)]
+    assert text.files_of(str(path)) == [str(path)]

@@ -1,0 +1,213 @@
+"""Documents to token ids: tokenised once into a memory-mapped cache, or read from a token .bin file."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from longlora.data import text
+from longlora.decoder.config import read_json
+from longlora.errors import UserError
+from longlora.files.safetensors import replacing, write_json
+from longlora.files.tokenizer import Tokenizer
+from longlora.memory.plan import available_memory
+
+AT_ONCE = 16  # blocks of text that are tokenised in parallel
+BYTES_PER_CHARACTER = 64  # memory that the tokenizers library needs while it works, measured on English text
+NEIGHBOURS = 256  # characters on each side of a cut that must tokenise as if the cut were not there
+
+
+def encode_documents(
+    tokenizer: Tokenizer, documents: Iterable[Iterable[str]]
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """Tokenise `documents`, each an iterable of pieces of its text.
+
+    Yields, block by block, int32 ids and whether the document ends there. The ids equal those of the whole document
+    tokenised at once. Blocks are tokenised in parallel on all cores, also across documents.
+    """
+    front, back = _affixes(tokenizer)
+    nothing, waiting, size = front[:0], [], 0
+
+    def encoded():
+        done = tokenizer.backend.encode_batch_fast([part for part, _, _ in waiting], add_special_tokens=False)
+        for (_, first, last), found in zip(waiting, done, strict=True):
+            ids = np.array(found.ids, np.int32)
+            yield np.concatenate([front if first else nothing, ids, back if last else nothing]), last
+
+    for pieces in documents:
+        first = True
+        for part, last in _parts(tokenizer, pieces):
+            waiting.append((part, first, last))
+            size, first = size + max(len(part), 64), False  # even the shortest part takes memory
+            if size >= AT_ONCE * text.BLOCK:
+                yield from encoded()
+                waiting, size = [], 0
+    yield from encoded()
+
+
+def _parts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Join the pieces into parts that can be tokenised one by one; yield each part and whether it is the last.
+
+    A cut between two pieces is kept only where the text around it tokenises the same with and without the cut. The
+    tokenizers of our families split text by a regular expression or byte by byte, so text far from a cut cannot depend
+    on it. Where no such cut exists (a SentencePiece model that puts a space before a text's first word) the pieces are
+    joined, and memory limits the length of the document.
+    """
+
+    def bare(part):
+        return tokenizer.backend.encode(part, add_special_tokens=False).ids
+
+    def clean(left, right):
+        left, right = left[-NEIGHBOURS:], right[:NEIGHBOURS]
+        # A cut in a long run of spaces can agree with the run's own tokens by chance.
+        if not left.strip() or not right[:2].strip():
+            return False
+        return bare(left + right) == bare(left) + bare(right)
+
+    held = ""
+    for piece in pieces:
+        at = _cut(held, piece, clean) if held else None
+        if at is not None:
+            yield held[:at], False
+            held = held[at:]
+        held += piece
+        if len(held) * BYTES_PER_CHARACTER > available_memory():
+            raise UserError(
+                f"a document of more than {len(held):,} characters does not fit in memory while it is tokenised; "
+                "split it into several files, or into the lines of a .jsonl file"
+            )
+    yield held, True
+
+
+def _cut(held: str, piece: str, clean: Callable[[str, str], bool]) -> int | None:
+    """Where to cut `held`, which `piece` follows: the last of its ends and line breaks that is clean, or None."""
+    at = len(held)
+    for _ in range(8):
+        if at <= 0:
+            return None
+        if clean(held[:at], (held[at : at + NEIGHBOURS] + piece)[:NEIGHBOURS]):
+            return at
+        at = held.rfind("\n", 0, at - 1) + 1
+    return None
+
+
+def _affixes(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The special tokens that the tokenizer puts before and after a text."""
+    bare = tokenizer.backend.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a").tolist()
+    at = next(i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
+    return np.array(whole[:at], np.int32), np.array(whole[at + len(bare) :], np.int32)
+
+
+class Tokens:
+    """Token ids of a corpus: `ids` [N], integers, memory-mapped; `borders` int64 [documents + 1], where each document
+    begins in `ids`, and N; `fingerprint`, a hash of both."""
+
+    def __init__(self, ids: np.ndarray, borders: np.ndarray, fingerprint: str):
+        self.ids, self.borders, self.fingerprint = ids, borders, fingerprint
+
+    def document(self, i: int) -> np.ndarray:
+        """The ids of document i."""
+        return self.ids[self.borders[i] : self.borders[i + 1]]
+
+    def __len__(self) -> int:
+        """The number of documents."""
+        return len(self.borders) - 1
+
+
+def read_bin(path: str, vocab_size: int) -> Tokens:
+    """Read a token .bin file as one document, without copying it.
+
+    The file is headerless little-endian uint16 (uint32 if vocab_size is above 65536), or llm.c's format with its
+    1024-byte header. UserError if its size does not fit or an id is not below vocab_size.
+    """
+    size = os.path.getsize(path)
+    head = np.fromfile(path, np.int32, 3) if size >= 1024 else np.zeros(3, np.int32)
+    dtype, start = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4"), 0
+    if head[0] in (20240520, 20240801):
+        dtype, start = np.dtype("<u2" if head[0] == 20240520 else "<u4"), 1024
+        count = (size - start) // dtype.itemsize
+        if count != head[2]:
+            raise UserError(f"{path}: should hold {head[2]} tokens by its header, holds {count}")
+    if size == start or (size - start) % dtype.itemsize:
+        raise UserError(f"{path}: {size - start} bytes are no whole number of {dtype.name} tokens")
+    ids, digest = np.memmap(path, dtype, "r", start), hashlib.sha256()
+    for first in range(0, len(ids), 1 << 22):
+        part = ids[first : first + (1 << 22)]
+        if int(part.max()) >= vocab_size:
+            at = first + int(np.argmax(part >= vocab_size))
+            raise UserError(f"{path}: token {at} is {ids[at]}, the model has {vocab_size}")
+        digest.update(part)
+    return Tokens(ids, np.array([0, len(ids)], np.int64), digest.hexdigest())
+
+
+def tokenise(
+    path: str,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    cache_dir: str,
+    say: Callable[[str], object] = print,
+) -> Tokens:
+    """Return the Tokens of the text at `path`, from the cache if text and tokenizer are unchanged.
+
+    Each document ends with the tokenizer's end-of-text token, if it has one. The cache consists of two files, each
+    written aside and renamed. Its key covers the files' paths, sizes and times, and the tokenizer. `say` receives a
+    sentence when the text is tokenised anew. UserError for text that cannot be read and for a damaged cache.
+    """
+    files = text.files_of(path)
+    if files[0].endswith(".bin"):
+        return read_bin(files[0], vocab_size)
+    if tokenizer is None:
+        raise UserError(f"{path}: the model has no tokenizer; wanted a token .bin")
+    facts = [(os.path.abspath(f), os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files]
+    key = hashlib.sha256(json.dumps([facts, tokenizer.fingerprint()]).encode()).hexdigest()[:16]
+    stem = os.path.join(cache_dir, f"tokens-{key}")
+    if not os.path.exists(stem + ".json"):
+        _tokenise(files, tokenizer, stem, say)
+    found = read_json(stem + ".json")
+    borders = np.array(found["borders"], np.int64)
+    if not os.path.exists(stem + ".bin") or os.path.getsize(stem + ".bin") != 4 * int(borders[-1]):
+        raise UserError(f"{stem}.bin: is damaged; remove it and {stem}.json")
+    return Tokens(np.memmap(stem + ".bin", "<i4", "r"), borders, found["fingerprint"])
+
+
+def _tokenise(files: list[str], tokenizer: Tokenizer, stem: str, say: Callable[[str], object]) -> None:
+    from tqdm import tqdm
+
+    eos, borders, digest = tokenizer.eos_token_id, [0], hashlib.sha256()
+    total = sum(os.path.getsize(f) for f in files)
+    # The .json file is written last: it marks the cache as complete.
+    with (
+        replacing(stem + ".bin") as aside,
+        open(aside, "wb") as out,
+        tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", leave=False, disable=None) as bar,
+    ):
+
+        def put(ids):
+            ids = ids.astype("<i4", copy=False)
+            digest.update(ids)
+            out.write(ids)
+            return len(ids)
+
+        def counted(pieces):
+            for piece in pieces:
+                yield piece
+                bar.update(len(piece.encode()))
+
+        size, final = 0, None
+        found = (counted(pieces) for path in files for pieces in text.documents(path))
+        for ids, ends in encode_documents(tokenizer, found):
+            size += put(ids)
+            final = int(ids[-1]) if len(ids) else final
+            if not ends:
+                continue
+            if eos is not None and final != eos:
+                size += put(np.array([eos]))
+            borders.append(borders[-1] + size)
+            size, final = 0, None
+    digest.update(np.array(borders))
+    write_json(stem + ".json", {"files": files, "fingerprint": digest.hexdigest(), "borders": borders})
+    count, each = len(borders) - 1, total / max(borders[-1], 1)
+    say(f"tokenised {count:,} documents, {borders[-1]:,} tokens, {each:.2f} bytes each")
