@@ -82,7 +82,7 @@ def our_step(length, group, dtype, layers):
     from longlora.decoder.config import read_config
     from longlora.decoder.model import Model
     from longlora.files.adapter import LoraConfig
-    from longlora.memory.plan import plan
+    from longlora.decoder.plan import plan
     from longlora.training.optimizer import AdamW
 
     config = read_config(CONFIG | {"num_hidden_layers": layers})
@@ -196,7 +196,7 @@ def gpu_step(length, device, repeats, smoke):
     from longlora.decoder.config import read_config
     from longlora.decoder.model import Model
     from longlora.files.adapter import LoraConfig
-    from longlora.memory.plan import plan
+    from longlora.decoder.plan import plan
     from longlora.training.optimizer import AdamW
 
     from .gpu import Gpu
@@ -257,12 +257,12 @@ def fill(model, gpu):
     """Random weights, drawn on the GPU where torch can do that."""
     if gpu.torch is None:
         return model.init_random(0)
-    for s, rows in model._places.values():
-        where = model._view("value." + s.key)
-        if s.kind in ("lora_A", "lora_B"):  # as Model has made them
-            continue
-        there = gpu.torch.from_dlpack((model._view(s.key) if where is None else where)[rows])
-        there.fill_(1) if s.kind == "norm" else there.normal_(0, model.config.initializer_range)
+    for name in model.config.tensor_shapes():  # LoRA's are as Model has made them
+        there = gpu.torch.from_dlpack(model.tensor(name))
+        if name.endswith("norm.weight"):
+            there.fill_(1)
+        else:
+            there.normal_(0, model.config.initializer_range)
     gpu.torch.cuda.synchronize()
     model.refresh()
 

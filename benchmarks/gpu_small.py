@@ -147,7 +147,7 @@ def training(steps, length):
     from longlora.decoder.model import Model
     from longlora.files.adapter import LoraConfig
     from longlora.files.open_model import open_model
-    from longlora.memory import plan as plan_
+    from longlora.decoder import plan as plan_
     from longlora.tools import demo
     from longlora.training.optimizer import AdamW
 

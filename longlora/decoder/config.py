@@ -9,6 +9,7 @@ from typing import Any
 
 from longlora.decoder import rope as rope_
 from longlora.decoder.families import FAMILIES
+from longlora.decoder.network import Network
 from longlora.disk import read_json
 from longlora.errors import UserError
 
@@ -68,30 +69,7 @@ class ModelConfig:
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Give Hugging Face name -> shape of each tensor, in the order of the layers, without a tied head."""
-        hidden, inner, dim = self.hidden_size, self.intermediate_size, self.head_dim
-        q, kv = self.num_attention_heads * dim, self.num_key_value_heads * dim
-        parts = (q, kv, kv) if len(self.qkv_modules) == 3 else (q + 2 * kv,)
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
-        for i in range(self.num_hidden_layers):
-            p = f"model.layers.{i}."
-            shapes[p + "input_layernorm.weight"] = (hidden,)
-            for name, rows in zip(self.qkv_modules, parts, strict=True):
-                shapes[f"{p}self_attn.{name}.weight"] = (rows, hidden)
-                if self.qkv_bias:
-                    shapes[f"{p}self_attn.{name}.bias"] = (rows,)
-            if self.qk_norm:
-                shapes[p + "self_attn.q_norm.weight"] = shapes[p + "self_attn.k_norm.weight"] = (dim,)
-            shapes[p + "self_attn.o_proj.weight"] = (hidden, q)
-            if self.o_bias:
-                shapes[p + "self_attn.o_proj.bias"] = (hidden,)
-            shapes[p + "post_attention_layernorm.weight"] = (hidden,)
-            for name in self.gate_up_modules:
-                shapes[f"{p}mlp.{name}.weight"] = (2 * inner // len(self.gate_up_modules), hidden)
-            shapes[p + "mlp.down_proj.weight"] = (hidden, inner)
-        shapes["model.norm.weight"] = (hidden,)
-        if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, hidden)
-        return shapes
+        return Network(self).tensor_shapes()
 
 
 def read_config(source: dict[str, Any] | str | os.PathLike[str], where: str = "config") -> ModelConfig:

@@ -1,1 +1,1 @@
-"""Memory, planned: the layout of buffers and what a run takes."""
+"""Memory: what a run takes, counted before it starts. It knows sizes, no layer and no op."""

@@ -24,10 +24,10 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from longlora import _C, __version__, cli
 from longlora.data import sequences as data
 from longlora.decoder.model import Model
+from longlora.decoder.network import Network
 from longlora.errors import UserError
 from longlora.evaluation import ppl
 from longlora.files import adapter
-from longlora.memory import plan
 from longlora.torch.attention import NAME, configure
 from longlora.torch.extend import ExtendedModel, extend
 from longlora.training import driver, metrics
@@ -429,7 +429,7 @@ class Run:
         o, args = self.o, self.args
         left = self.steps - self.step
         kinds = {
-            name: s.kind for s in plan.stored(self.setup.config, self.setup.lora) for name, _, _ in s.members
+            name: w.kind for w in Network(self.setup.config, self.setup.lora).weights() for name in w.members
         }
         shapes = self.setup.lora.tensor_shapes(self.setup.config)
         self.trained = [Trained(name, kinds[name], shape) for name, shape in shapes.items()]

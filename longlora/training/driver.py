@@ -15,13 +15,13 @@ from longlora import __version__
 from longlora.data.sequences import Order, Sequences, batch
 from longlora.data.tokens import tokenise
 from longlora.decoder import rope
+from longlora.decoder import plan as plan_
 from longlora.decoder.config import read_config
 from longlora.device import CPU, choose, host
 from longlora.errors import UserError
 from longlora.evaluation import ppl
 from longlora.files import adapter
 from longlora.files.safetensors import write_json, write_text
-from longlora.memory import plan as plan_
 from longlora.training import metrics
 from longlora.training import options as options_
 from longlora.training import resume as checkpoint
@@ -124,6 +124,7 @@ class Setup:
             checkpointing=o.checkpointing,
             memory=None if o.max_memory is None else int(o.max_memory * 2**30),
             device=device,
+            lora_instead=adapter.LoraConfig(),
         )
 
 

@@ -18,6 +18,7 @@ import tiny
 
 from longlora import _C, cuda, device
 from longlora.decoder import model as model_
+from longlora.decoder import plan as plan_
 from longlora.decoder.config import read_config
 from longlora.errors import UserError
 from longlora.evaluation import ppl
@@ -25,7 +26,6 @@ from longlora.files import adapter
 from longlora.files import open_model as weights
 from longlora.files.adapter import LoraConfig
 from longlora.files.open_model import open_model
-from longlora.memory import plan as plan_
 from longlora.training import driver as train
 from longlora.training import metrics
 from longlora.training import resume as checkpoint

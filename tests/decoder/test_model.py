@@ -1,4 +1,4 @@
-"""The decoder against transformers and torch autograd on the same graph: loss and every gradient, then whole runs."""
+"""The decoder against transformers and autograd on the same graph: loss and every gradient, then whole runs."""
 
 import functools
 
@@ -7,11 +7,13 @@ import pytest
 import reference
 
 from longlora import _C, get_num_threads, set_num_threads
+from longlora.decoder import layer as layer_
 from longlora.decoder import model as model_
+from longlora.decoder import plan as plan_
 from longlora.decoder.config import read_config
+from longlora.decoder.layer import Reach
 from longlora.errors import UserError
 from longlora.files.adapter import LoraConfig
-from longlora.memory import plan as plan_
 from longlora.training.optimizer import AdamW
 
 SMALL = dict(
@@ -60,7 +62,7 @@ S2 = dict(group_size=8, boundary="split", shift="half")
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Models this small are only slowed down by a second thread; test_equal_bits_for_any_number_of_threads has more."""
+    """A second thread only slows such small models; test_equal_bits_for_any_number_of_threads has more."""
     before = get_num_threads()
     set_num_threads(1)
     yield
@@ -78,7 +80,7 @@ def tokens(B, T, V=101, seed=0):
 
 
 def build(name, lora, B=2, T=37, dtype="float32", checkpointing="none", attention=S2, seed=3):
-    """Our model with random weights; B of LoRA too, so that A has a gradient, norms off 1 and biases off 0."""
+    """Our model with random weights: LoRA's B too, so that A has a gradient; norms off 1 and biases off 0."""
     config = read_config(CONFIGS[name])
     plan = plan_.plan(
         config,
@@ -93,38 +95,22 @@ def build(name, lora, B=2, T=37, dtype="float32", checkpointing="none", attentio
         config, dtype=dtype, lora=lora, plan=plan, attention=attention, seed=seed
     ).init_random()
     random = np.random.default_rng(seed)
-    names = [n for n in made._places if n.endswith(("norm.weight", "lora_B.weight", "bias"))]
+    names = [n for n in made.names() if n.endswith(("norm.weight", "lora_B.weight", "bias"))]
     made.load_adapter(
-        {n: random.normal("norm" in n, 0.2, shape_of(made, n)).astype(np.float32) for n in names}
+        {n: random.normal("norm" in n, 0.2, made.tensor(n).shape).astype(np.float32) for n in names}
     )
     made.zero_grad()
     return made
 
 
-def shape_of(made, name):
-    stored, rows = made._places[name]
-    return (rows.stop - rows.start, *stored.shape[1:])
-
-
 def weights(made):
     """Every tensor of the model, float32, by Hugging Face name."""
-    out = {}
-    for name, (s, rows) in made._places.items():
-        master = made._view("value." + s.key)
-        source = (
-            master[rows]
-            if master is not None
-            else made._block(s)
-            if s.kind == "lora_B"
-            else made._view(s.key)[rows]
-        )
-        out[name] = np.asarray(source.numpy(), np.float32).copy()
-    return out
+    return {name: np.array(made.tensor(name).numpy(), np.float32) for name in made.names()}
 
 
 @functools.lru_cache
 def registered():
-    """torch and transformers, with S2-Attn by mask as an attention implementation: the rule of tests/reference.py."""
+    """torch and transformers, with S2-Attn by the mask of tests/reference.py as an attention implementation."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.set_num_threads(1)
 
@@ -141,7 +127,7 @@ def registered():
 
 
 def peer(made, name, lora, attention):
-    """transformers' model with the same weights, LoRA as in peft: y + scale (x A') B'. -> torch module, name -> Parameter."""
+    """transformers' model with the same weights and LoRA as in peft, y + scale (x A') B' -> module, name -> Parameter."""
     torch, transformers = registered()
     config = transformers.AutoConfig.for_model(**CONFIGS[name])
     config.s2 = attention
@@ -214,11 +200,11 @@ def test_gradients_equal_autograd(name, lora, attention):
 @pytest.mark.parametrize("lora", LORAS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_checkpointing_changes_no_bit(name, lora, dtype, monkeypatch):
-    monkeypatch.setattr(plan_, "TILE", 32)  # several tiles, the last one short
+    monkeypatch.setattr(layer_, "TILE", 32)  # several tiles, the last one short
     ids, targets = tokens(2, 37)
     kept = [
         gradients(build(name, LORAS[lora], dtype=dtype, checkpointing=c), ids, targets)
-        for c in plan_.CHECKPOINTING
+        for c in layer_.RECOMPUTE
     ]
     for loss, found in kept[1:]:
         assert loss == kept[0][0]
@@ -231,7 +217,7 @@ def test_checkpointing_changes_no_bit(name, lora, dtype, monkeypatch):
 def test_tiles_change_only_rounding(name, lora, monkeypatch):
     ids, targets = tokens(2, 37)
     _, whole = gradients(build(name, LORAS[lora]), ids, targets)
-    monkeypatch.setattr(plan_, "TILE", 7)
+    monkeypatch.setattr(layer_, "TILE", 7)
     _, tiled = gradients(build(name, LORAS[lora]), ids, targets)
     for n, gradient in whole.items():
         close(tiled[n], gradient, 1e-5, n)
@@ -285,7 +271,7 @@ def rates(made, rate=3e-3):
 
 @pytest.mark.parametrize("name,lora", [("llama", "paper"), ("qwen2", "full"), ("qwen3", "all")])
 def test_ten_losses_equal_torch(name, lora):
-    """The check that catches what no single gradient does: AdamW, clipping, the working copies, ten steps long."""
+    """Ten steps check what no single gradient does: AdamW, clipping, the working copies."""
     torch, _ = registered()
     made = build(name, LORAS[lora])
     module, named = peer(made, name, LORAS[lora], S2)
@@ -332,7 +318,7 @@ def test_resume_gives_the_same_bits(lora, dtype):
     other = AdamW(again.parameters, weight_decay=0.01, max_grad_norm=1.0)
     other.load_state_dict(kept, 3)
     assert run(again, other, range(3, 6)) == went_on
-    for p, q in zip(made.parameters, again.parameters):
+    for p, q in zip(made.parameters, again.parameters, strict=True):
         np.testing.assert_array_equal(p.value.numpy(), q.value.numpy(), p.name)
 
 
@@ -435,7 +421,7 @@ def test_what_is_wrong_is_named():
     with pytest.raises(UserError, match="dtype should be one of float32, bfloat16, float16, got 'int8'"):
         model_.Model(config, dtype="int8")
     plan = plan_.plan(config, sequence_length=8, lora=LORAS["paper"])
-    with pytest.raises(UserError, match="float16 would need loss scaling"):
+    with pytest.raises(UserError, match="float16 cannot be trained without loss scaling"):
         model_.Model(config, dtype="float16", plan=plan)
     made = build("llama", LORAS["paper"])
     with pytest.raises(UserError, match="the model has no model.layers.9"):
@@ -463,23 +449,24 @@ def test_what_is_wrong_is_named():
 @pytest.mark.parametrize(
     "targets, last",
     [
-        (("down_proj",), "DOWN"),
-        (("up_proj", "down_proj"), "GATE_UP"),
-        (("o_proj",), "O"),
-        (("v_proj",), "QKV"),
+        (("down_proj",), Reach.DOWN),
+        (("up_proj", "down_proj"), Reach.GATE_UP),
+        (("o_proj",), Reach.O_PROJ),
+        (("v_proj",), Reach.QKV),
     ],
 )
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_the_backward_ends_where_nothing_below_learns(name, targets, last, checkpointing):
-    """The gradients are, bit for bit, those of a backward down to the embedding; calls of ops are saved in the lowest layer."""
+    """The gradients have the bits of a backward down to the embedding; the lowest layer makes fewer calls of ops."""
     made = build(
         name, LoraConfig(r=2, target_modules=targets, modules_to_save=()), checkpointing=checkpointing
     )
-    assert made._end == (0, getattr(model_, last))
+    network = made.network
+    assert (network.lowest, network.reach) == (0, last)
     ids, targets = tokens(2, 37)
     counts, found = [], []
-    for end in (made._end, (0, model_.ALL)):
-        made._end = end
+    for reach in (last, Reach.INPUT):
+        network.reach = reach
         before = sum(_C.calls().values())
         found.append(gradients(made, ids, targets))
         counts.append(sum(_C.calls().values()) - before)
@@ -491,15 +478,16 @@ def test_the_backward_ends_where_nothing_below_learns(name, targets, last, check
 @pytest.mark.parametrize(
     "lora, end",
     [
-        (None, (0, "ALL")),
-        (LoraConfig(), (0, "ALL")),
-        (LoraConfig(modules_to_save=("norm",)), (0, "W1")),
-        (LoraConfig(modules_to_save=()), (0, "QKV")),
-        (LoraConfig(target_modules=(), modules_to_save=("model.norm",)), (2, "ALL")),
+        (None, (0, Reach.INPUT)),
+        (LoraConfig(), (0, Reach.INPUT)),
+        (LoraConfig(modules_to_save=("norm",)), (0, Reach.INPUT_NORM)),
+        (LoraConfig(modules_to_save=()), (0, Reach.QKV)),
+        (LoraConfig(target_modules=(), modules_to_save=("model.norm",)), (2, Reach.INPUT)),
     ],
 )
 def test_where_the_backward_ends(lora, end):
-    assert build("qwen2", lora)._end == (end[0], getattr(model_, end[1]))
+    network = build("qwen2", lora).network
+    assert (network.lowest, network.reach) == end
 
 
 def test_a_step_is_made_of_ops():

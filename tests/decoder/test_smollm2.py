@@ -11,13 +11,12 @@ import reference
 from smollm2 import converted, smollm2  # noqa: F401 (fixtures)
 
 import longlora
-from longlora.decoder import rope
+from longlora.decoder import plan, rope
 from longlora.decoder.config import read_config
 from longlora.decoder.model import Model
 from longlora.evaluation import ppl
 from longlora.files import adapter
 from longlora.files.open_model import open_model
-from longlora.memory import plan
 from longlora.training import driver as train
 
 torch = pytest.importorskip("torch", reason="transformers on torch is the peer compared with")

@@ -224,7 +224,7 @@ def test_loading_is_quick(smollm2):  # noqa: F811
         import resource, sys
         from longlora.decoder import model
         from longlora.files import adapter, open_model as weights
-        from longlora.memory import plan
+        from longlora.decoder import plan
         def used(): found = resource.getrusage(resource.RUSAGE_SELF); return found.ru_utime, found.ru_minflt
         first = used()
         base = weights.open_model(sys.argv[1])

@@ -1,5 +1,6 @@
-"""The plan: its total against the measured peak of a run in a process of its own, and what it says where memory is short."""
+"""The plan: its total against the measured peak of a process that trains, and what it says where memory is short."""
 
+import itertools
 import json
 import os
 import re
@@ -10,11 +11,12 @@ import time
 import pytest
 
 import longlora
-
+from longlora.decoder import plan as plan_
 from longlora.decoder.config import read_config
+from longlora.decoder.layer import RECOMPUTE
+from longlora.decoder.network import Network
 from longlora.errors import UserError
 from longlora.files.adapter import LoraConfig
-from longlora.memory import plan as plan_
 
 MIDDLE = dict(
     model_type="llama",
@@ -47,7 +49,7 @@ PACKAGE = os.path.dirname(os.path.dirname(longlora.__file__))  # the one under t
 CASES = [
     dict(dtype=dtype, checkpointing=c, sequence_length=length, batch_size=1, full=full)
     for dtype in ("float32", "bfloat16")
-    for c in plan_.CHECKPOINTING
+    for c in RECOMPUTE
     for length, full in ((1600, False), (512, True))
 ]
 CASES += [
@@ -75,7 +77,11 @@ CASES += [
 STEP = """
 import json, sys
 import numpy as np
-import longlora.files.adapter, longlora.decoder.config, longlora.decoder.model, longlora.training.optimizer, longlora.memory.plan
+from longlora.decoder.config import read_config
+from longlora.decoder.model import Model
+from longlora.decoder.plan import plan
+from longlora.files.adapter import LoraConfig
+from longlora.training.optimizer import AdamW
 
 
 def status(key):
@@ -85,23 +91,24 @@ def status(key):
 
 case, raw = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 full, changed = case.pop("full"), {k: case.pop(k) for k in ("model_type", "tie_word_embeddings") if k in case}
-config, lora = longlora.decoder.config.read_config({**raw, **changed}), None if full else longlora.files.adapter.LoraConfig()
-B, T, before = case["batch_size"], case["sequence_length"], status("VmRSS")
-plan = longlora.memory.plan.plan(config, lora=lora, group_size=T // 4, **case)
-model = longlora.decoder.model.Model(config, dtype=plan.dtype, lora=lora, plan=plan, attention=dict(group_size=T // 4)).init_random()
-optimizer = longlora.training.optimizer.AdamW(model.parameters, max_grad_norm=1.0)
+config, lora = read_config({**raw, **changed}), None if full else LoraConfig()
+B, T = case["batch_size"], case["sequence_length"]
+found = plan(config, lora=lora, group_size=T // 4, **case)
+attention = dict(group_size=T // 4)
+model = Model(config, dtype=found.dtype, lora=lora, plan=found, attention=attention).init_random()
+optimizer = AdamW(model.parameters, max_grad_norm=1.0)
 ids = np.random.default_rng(0).integers(0, config.vocab_size, (B, T)).astype(np.int32)
 model.zero_grad()
 model.train_microbatch(ids, ids, 1 / ids.size)
 optimizer.step(dict.fromkeys(model.kinds, 1e-3))
 model.losses(ids[0, :256], ids[0, :256])
-print(json.dumps({"planned": plan.total, "measured": status("VmHWM") - before, "parts": plan.parts}))
+print(json.dumps({"planned": found.total, "measured": status("VmHWM"), "parts": found.parts}))
 """
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_total_is_the_measured_peak(case):
-    """Within 5 % of the growth of the resident size from after the import to the highest point of a step and an evaluation."""
+    """Within 5 % of the highest resident size of a process that makes a step and an evaluation."""
     done = subprocess.run(
         [sys.executable, "-c", STEP, json.dumps(case), json.dumps(MIDDLE)],
         capture_output=True,
@@ -121,43 +128,35 @@ def test_total_is_the_measured_peak(case):
 )
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_every_tensor_has_its_place(family, lora):
-    """The stored tensors are those of the config and of LoRA, each once, and buffers overlap only where they take turns."""
+    """The weights are those of the config and of LoRA, each once, and no two buffers of them overlap."""
     config = read_config({**MIDDLE, "model_type": family, "sliding_window": None, "head_dim": 64})
-    names = [name for s in plan_.stored(config, lora) for name, _, _ in s.members]
+    network = Network(config, lora)
+    names = [name for w in network.weights() for name in w.members]
     wanted = set(config.tensor_shapes()) | set(lora.tensor_shapes(config) if lora is not None else ())
     assert len(names) == len(set(names)) and set(names) == wanted
-    for s in plan_.stored(config, lora):
-        assert sum(last - first for _, first, last in s.members) == s.shape[0]
-    layout = plan_.parameters(config, "bfloat16", lora, True)
+    layout = network.lay_out("bfloat16", training=True)
     assert layout.size == sum(layout.parts.values())
-    ends = sorted(
-        (b.offset, b.offset + size_of(b))
-        for name, b in layout.buffers.items()
-        if name not in ("grad", "m", "v")
-    )
-    assert all(end <= start for (_, end), (start, _) in zip(ends, ends[1:]))
+    places = [b for w in network.weights() for b in w.places.values()]
+    places += [p._b_place for layer in network.layers for p in layer.products if p.rank]
+    ends = sorted((b.offset, b.offset + b.nbytes) for b in places)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
+    trained = {name for w in network.weights() if w.learns for name in w.members}
+    assert trained == (set(lora.tensor_shapes(config)) if lora is not None else wanted)
 
 
-def size_of(buffer):
-    size = plan_.DTYPES.get(buffer.dtype, 4)
-    for n in buffer.shape:
-        size *= n
-    return size
-
-
-@pytest.mark.parametrize("checkpointing", plan_.CHECKPOINTING)
-def test_a_shorter_batch_needs_no_more(checkpointing):
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_a_shorter_batch_needs_no_more(recompute):
     """What lets ragged batches use the planned memory."""
-    config = read_config({**MIDDLE, "model_type": "qwen3", "head_dim": 64})
+    network = Network(read_config({**MIDDLE, "model_type": "qwen3", "head_dim": 64}), LORA)
     sizes = [
-        plan_.activations(config, "bfloat16", 1, T, LORA, checkpointing).size
+        network.activations(1, T, "bfloat16", recompute).layout.size
         for T in (1, 5, 100, 2047, 2048, 2049, 4500)
     ]
     assert sizes == sorted(sizes)
 
 
 def test_under_a_second_for_the_largest():
-    started = time.perf_counter()
+    started = time.process_time()  # this process's alone, whatever else the machine does
     plan = plan_.plan(
         read_config(LLAMA_70B),
         dtype="bfloat16",
@@ -166,7 +165,7 @@ def test_under_a_second_for_the_largest():
         lora=LORA,
         memory=64 << 30,
     )
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert not plan.fits and plan.changes and plan.checkpointing == "full"
     assert plan.parts["frozen weights"] == pytest.approx(
         2 * 69.5e9, rel=0.01
@@ -192,7 +191,7 @@ def test_parts_by_hand():
 def test_auto_is_the_fastest_that_fits():
     config = read_config(MIDDLE)
     given = dict(sequence_length=4096, group_size=1024, lora=LORA)
-    totals = {c: plan_.plan(config, checkpointing=c, **given).total for c in plan_.CHECKPOINTING}
+    totals = {c: plan_.plan(config, checkpointing=c, **given).total for c in RECOMPUTE}
     assert totals["none"] > totals["minimal"] > totals["full"]
     for c, total in totals.items():
         found = plan_.plan(config, memory=total, **given)
@@ -220,10 +219,11 @@ def test_changes_that_would_make_it_fit():
         .changes[0]
         .startswith("--checkpointing full: ")
     )
-    smaller = plan_.plan(config, memory=180 << 20, **given)
+    own = found.parts["runtime"]  # this process's, with all that other tests have loaded
+    smaller = plan_.plan(config, memory=own + (176 << 20), **given)
     assert len(smaller.changes) == 1 and " and " in smaller.changes[0]
     assert plan_.plan(config, memory=1 << 20, **given).changes[0].startswith("nothing: ")
-    full = plan_.plan(config, memory=420 << 20, sequence_length=1024)
+    full = plan_.plan(config, memory=own + (416 << 20), sequence_length=1024, lora_instead=LORA)
     assert any(change.startswith("LoRA instead") for change in full.changes)
 
 
