@@ -144,8 +144,8 @@ def ops():
 
 def training(steps, length):
     """The demo's model trains on the bytes of its text, on the CPU and on the GPU -> whether the losses agree."""
+    from longlora.decoder.lora import LoraConfig
     from longlora.decoder.model import Model
-    from longlora.files.adapter import LoraConfig
     from longlora.files.open_model import open_model
     from longlora.memory import plan as plan_
     from longlora.tools import demo

@@ -138,12 +138,12 @@ def _ppl(args):
 
 def _merge(args):
     from longlora.device import CPU, choose
-    from longlora.files import adapter
+    from longlora.files.merge import merge
 
     device, chosen = choose(args.device)
     if args.device != CPU:
         print(chosen)
-    adapter.merge(args.model, args.adapter, args.output_dir, device)
+    merge(args.model, args.adapter, args.output_dir, device)
     print(f"saved {args.output_dir}")
     return 0
 

@@ -7,9 +7,8 @@ import os
 
 import numpy as np
 
-from longlora.decoder.config import read_json
+from longlora.disk import read_json, replacing, write_json
 from longlora.errors import UserError
-from longlora.files.safetensors import replacing, write_json
 from longlora.memory.plan import available_memory
 
 BLOCK = 1 << 17  # bytes of a .txt that are read, and tokenised on one core, at a time

@@ -114,7 +114,7 @@ def _binned(positions, length, bins):
 
 
 def open_for_evaluation(model, adapter=None, rope_type=None, target_length=None, dtype="float32", device=CPU):
-    """A Model that evaluates only, on `device` -> (Model, Checkpoint). With rope_type: interpolated to target_length, untrained."""
+    """A Model that evaluates only, on `device` -> (Model, ModelFile). With rope_type: interpolated to target_length, untrained."""
     from longlora.decoder import rope
     from longlora.decoder.config import read_config
     from longlora.decoder.model import Model

@@ -597,7 +597,7 @@ def _changes(parts, checkpointing, dtype, batch_size, length, lora, memory):
             ("--per-device-train-batch-size 1, the rest by gradient accumulation", dict(batch_size=1))
         )
     if lora is None:
-        from longlora.files.adapter import LoraConfig
+        from longlora.decoder.lora import LoraConfig
 
         steps.append(("LoRA instead of --full", dict(lora=LoraConfig())))
     elif {"embed_tokens", "lm_head"} & set(lora.modules_to_save):

@@ -15,11 +15,12 @@ from longlora import __version__
 from longlora.data import text as data
 from longlora.decoder import rope
 from longlora.decoder.config import read_config
+from longlora.decoder.lora import LoraConfig
 from longlora.device import CPU, choose, host
+from longlora.disk import write_json, write_text
 from longlora.errors import UserError
 from longlora.evaluation import ppl
-from longlora.files import adapter
-from longlora.files.safetensors import write_json, write_text
+from longlora.files import adapter, merge
 from longlora.memory import plan as plan_
 from longlora.training import metrics
 from longlora.training import options as options_
@@ -112,7 +113,7 @@ class Setup:
         )
         self.multiple = 1 if dense or o.boundary == "split" else o.group_size  # of the length of every batch
         targets = "all-linear" if o.target_modules == ("all-linear",) else o.target_modules
-        self.lora = None if o.full else adapter.LoraConfig(o.r, o.lora_alpha, targets, o.modules_to_save)
+        self.lora = None if o.full else LoraConfig(o.r, o.lora_alpha, targets, o.modules_to_save)
         self.plan = plan_.plan(
             self.config,
             dtype=o.dtype,
@@ -318,7 +319,7 @@ def _run(o, source, setup, device, say):
         if setup.lora is not None:
             adapter.save(directory, tensors, setup.lora, source.base, setup.raw, source.tokenizer)
         else:
-            adapter.save_merged(
+            merge.save_merged(
                 directory, lambda name: host(tensors[name]), setup.raw, source.tokenizer, source.dtype
             )
 

@@ -9,8 +9,8 @@ import reference
 from longlora import _C, get_num_threads, set_num_threads
 from longlora.decoder import model as model_
 from longlora.decoder.config import read_config
+from longlora.decoder.lora import LoraConfig
 from longlora.errors import UserError
-from longlora.files.adapter import LoraConfig
 from longlora.memory import plan as plan_
 from longlora.training.optimizer import AdamW
 

@@ -9,10 +9,9 @@ import time
 import pytest
 
 import longlora
-
 from longlora.decoder.config import read_config
+from longlora.decoder.lora import LoraConfig
 from longlora.errors import UserError
-from longlora.files.adapter import LoraConfig
 from longlora.memory import plan as plan_
 
 MIDDLE = dict(
@@ -74,7 +73,7 @@ CASES += [
 STEP = """
 import json, sys
 import numpy as np
-import longlora.files.adapter, longlora.decoder.config, longlora.decoder.model, longlora.training.optimizer, longlora.memory.plan
+import longlora.decoder.lora, longlora.decoder.config, longlora.decoder.model, longlora.training.optimizer, longlora.memory.plan
 
 
 def status(key):
@@ -84,7 +83,7 @@ def status(key):
 
 case, raw = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 full, changed = case.pop("full"), {k: case.pop(k) for k in ("model_type", "tie_word_embeddings") if k in case}
-config, lora = longlora.decoder.config.read_config({**raw, **changed}), None if full else longlora.files.adapter.LoraConfig()
+config, lora = longlora.decoder.config.read_config({**raw, **changed}), None if full else longlora.decoder.lora.LoraConfig()
 B, T, before = case["batch_size"], case["sequence_length"], status("VmRSS")
 plan = longlora.memory.plan.plan(config, lora=lora, group_size=T // 4, **case)
 model = longlora.decoder.model.Model(config, dtype=plan.dtype, lora=lora, plan=plan, attention=dict(group_size=T // 4)).init_random()
