@@ -439,7 +439,8 @@ def test_help_is_quick_and_imports_little():
         seconds.append(spent)
         assert "train" in done.stdout and "others set()" in done.stderr
         assert (
-            "ours ['longlora', 'longlora.cli', 'longlora.errors', 'longlora.training', 'longlora.training.options']" in done.stderr
+            "ours ['longlora', 'longlora.cli', 'longlora.errors', 'longlora.training', 'longlora.training.options']"
+            in done.stderr
         )
     assert min(seconds) < 0.3, seconds  # of the processor; 0.04 s here
 

@@ -14,9 +14,9 @@ import longlora
 from longlora.decoder import plan as plan_
 from longlora.decoder.config import read_config
 from longlora.decoder.layer import RECOMPUTE
+from longlora.decoder.lora import LoraConfig
 from longlora.decoder.network import Network
 from longlora.errors import UserError
-from longlora.files.adapter import LoraConfig
 
 MIDDLE = dict(
     model_type="llama",
@@ -80,7 +80,7 @@ import numpy as np
 from longlora.decoder.config import read_config
 from longlora.decoder.model import Model
 from longlora.decoder.plan import plan
-from longlora.files.adapter import LoraConfig
+from longlora.decoder.lora import LoraConfig
 from longlora.training.optimizer import AdamW
 
 
