@@ -1,7 +1,8 @@
-"""Results in the caller's own kind: NumPy in, NumPy out; torch in, torch out; imports none of the others."""
+"""Arrays for results, of the caller's own library: NumPy in, NumPy out; torch in, torch out."""
 
 import functools
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -11,29 +12,30 @@ DTYPES = ("float32", "bfloat16", "float16", "float64", "int32", "int64", "uint8"
 
 
 @functools.cache
-def _name(dtype):
+def _name(dtype: Any) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def dtype_name(x):
-    """The name of x's dtype in our words, whatever library x comes from."""
+def dtype_name(x: Any) -> str:
+    """The name of x's dtype, one of DTYPES, for an array of any library."""
     return _name(x.dtype)
 
 
-def _is_torch(x):
+def _is_torch(x: Any) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
 
 
-def _is_cupy(x):
+def _is_cupy(x: Any) -> bool:
     cupy = sys.modules.get("cupy")
     return cupy is not None and isinstance(x, cupy.ndarray)
 
 
-def empty(shape, dtype, like):
-    """An uninitialised array of `shape` that ops can write to, of the kind and on the device of `like`; dtype a name of DTYPES.
+def empty(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+    """An uninitialised array that ops can write to, of the library and on the device of `like`.
 
-    A Tensor for kinds other than NumPy, torch and CuPy, whose arrays may be immutable (JAX): `give_back` makes it theirs.
+    dtype is one of DTYPES. Arrays of other libraries than NumPy, torch and CuPy may be immutable (JAX); for
+    these the result is a Tensor, which `give_back` turns into theirs. TypeError if `like` is no array.
     """
     if isinstance(like, np.ndarray):
         if dtype == "bfloat16":
@@ -46,7 +48,7 @@ def empty(shape, dtype, like):
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
     if isinstance(like, Tensor):
         return Tensor(shape, dtype, like.device)
-    if _is_cupy(like) and dtype != "bfloat16":  # which CuPy has not
+    if _is_cupy(like) and dtype != "bfloat16":  # CuPy has no bfloat16
         cupy = sys.modules["cupy"]
         with like.device:
             return cupy.empty(shape, dtype)
@@ -54,11 +56,13 @@ def empty(shape, dtype, like):
         kind, index = like.__dlpack_device__() if hasattr(like, "__dlpack_device__") else (1, 0)
         return Tensor(shape, dtype, f"cuda:{index}" if kind == 2 else "cpu")
     raise TypeError(
-        f"wanted an array (NumPy, torch, longlora.Tensor or another that speaks DLPack), got {type(like).__name__}"
+        "wanted an array (NumPy, torch, longlora.Tensor or another that speaks DLPack), "
+        f"got {type(like).__name__}"
     )
 
 
-def zeros(shape, dtype, like):
+def zeros(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+    """As `empty`, filled with 0."""
     out = empty(shape, dtype, like)
     if isinstance(out, Tensor):
         out.fill(0)
@@ -67,16 +71,18 @@ def zeros(shape, dtype, like):
     return out
 
 
-def empty_like(x):
+def empty_like(x: Any) -> Any:
+    """As `empty`, with the shape and dtype of x."""
     if type(x) is np.ndarray:
         return np.empty(x.shape, x.dtype)
     return empty(tuple(x.shape), dtype_name(x), x)
 
 
-def give_back(like, *results):
-    """The results, each None or made by `empty(..., like)`, as arrays of like's own kind, without a copy; one alone as itself.
+def give_back(like: Any, *results: Any) -> Any:
+    """The results as arrays of like's own library, without a copy. A single result is returned by itself.
 
-    The way back is from_dlpack of the array API that `like` belongs to; without one the results stay Tensors.
+    Each result is None or was made by `empty(..., like)`. Tensors go through from_dlpack of the array API
+    that `like` belongs to; without one they stay Tensors.
     """
     if (
         not isinstance(like, (np.ndarray, Tensor))

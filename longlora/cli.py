@@ -1,29 +1,179 @@
-"""The command line: `longlora train|plan|ppl|merge|inspect|doctor|demo`. Parses, calls the Python function of the same name,
-prints. What is the user's to mend is one line and exit code 2, never a traceback."""
+"""The command line. `longlora COMMAND` parses flags, calls the function of the same name, prints the result.
+
+A command is one row of COMMANDS. A user's error is one line on stderr and exit code 2, never a traceback.
+"""
 
 import argparse
 import difflib
 import json
 import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
 
 from longlora.errors import UserError
+from longlora.training import options
 
 
-def _lengths(text):
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"wanted integers with commas between, got {text!r}") from None
+class Command(NamedTuple):
+    """A row of the table: add_flags puts the flags on a parser, run takes them and returns the exit code."""
+
+    name: str
+    help: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
 
 
 class Parser(argparse.ArgumentParser):
-    """What is wrong with the flags is one line, as any other error is."""
+    """An ArgumentParser that reports wrong flags in one line, as every other error."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"longlora: error: {message} (see {self.prog} --help)\n")
 
 
-def parser():
+def _lengths(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers separated by commas, got {text!r}") from None
+
+
+def _device_flag(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--device", default=default, metavar="auto|cpu|cuda|cuda:N", help=f"where to compute [{default}]"
+    )
+
+
+def _json_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _print(args: argparse.Namespace, found: dict, text: Callable[[dict], str]) -> int:
+    print(json.dumps(found, indent=2) if args.json else text(found))
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from longlora.training import driver
+
+    result = driver.run(options.from_flags(args))
+    return 0 if result.stopped is None else 128 + result.stopped
+
+
+def _plan_flags(parser: argparse.ArgumentParser) -> None:
+    options.add_flags(parser)
+    _json_flag(parser)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from longlora.device import choose
+    from longlora.training import driver
+
+    o = options.from_flags(args, planning=True)
+    o.device, chosen = choose(o.device)
+    plan = driver.plan_of(o)
+    return _print(args, plan.to_json(), lambda _: f"{chosen}\n{plan.text()}")
+
+
+def _ppl_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    rope_types = options.TrainOptions.__dataclass_fields__["rope_type"].metadata["choices"]
+    add("--model", required=True, help="a Hugging Face directory or a .gguf file")
+    add("--adapter", help="an adapter trained on that model")
+    add("--data", required=True, help=".txt, .jsonl, a directory of them, or token .bin")
+    add("--lengths", required=True, type=_lengths, help="tokens of a window: 2048,4096,...")
+    add("--stride", type=int, help="sliding window: tokens between windows (default: windows side by side)")
+    add("--rope-type", choices=rope_types, help="interpolate the positions first, without training")
+    add("--target-length", type=int, help="the length --rope-type extends to (default: the largest length)")
+    add("--max-tokens", type=int, help="use only the first N tokens of the data")
+    add("--bins", type=int, help="with --json: also report each length by position, in N equal parts")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="storage [float32]")
+    _device_flag(parser, "auto")
+    _json_flag(parser)
+
+
+def _ppl(args: argparse.Namespace) -> int:
+    from longlora.device import choose
+    from longlora.evaluation import ppl
+
+    device, chosen = choose(args.device)
+    if not args.json:
+        print(chosen)
+    given = {name: value for name, value in vars(args).items() if name not in ("command", "json")}
+    result = ppl.run(**{**given, "device": device})
+    print(json.dumps(result) if args.json else ppl.text(result))
+    return 0
+
+
+def _merge_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, help="the base model: a Hugging Face directory or a .gguf file"
+    )
+    parser.add_argument("--adapter", required=True, help="an adapter trained on that model")
+    parser.add_argument("--output-dir", required=True, help="a new directory for the merged model")
+    _device_flag(parser, "cpu")
+
+
+def _merge(args: argparse.Namespace) -> int:
+    import longlora
+    from longlora.device import CPU, choose
+
+    device, chosen = choose(args.device)
+    if args.device != CPU:
+        print(chosen)
+    longlora.merge(args.model, args.adapter, args.output_dir, device)
+    print(f"saved {args.output_dir}")
+    return 0
+
+
+def _inspect_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", help="a model, an adapter or a checkpoint")
+    _json_flag(parser)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from longlora.tools import inspect
+
+    return _print(args, inspect.describe(args.path), inspect.text)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from longlora.tools import doctor
+
+    return _print(args, doctor.examine(), doctor.text)
+
+
+def _demo_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output-dir", default="longlora-demo", help="a directory for its files [longlora-demo]"
+    )
+    parser.add_argument("--steps", type=int, help="training steps [240]")
+    _device_flag(parser, "auto")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    import longlora
+
+    longlora.demo(args.output_dir, steps=args.steps, device=args.device)
+    return 0
+
+
+COMMANDS = (
+    Command("train", "extend a model: LoRA, S2-Attn, position interpolation", options.add_flags, _train),
+    Command("plan", "show the memory a training run takes, from the config alone", _plan_flags, _plan),
+    Command("ppl", "measure perplexity by length, with dense attention", _ppl_flags, _ppl),
+    Command("merge", "write base model and adapter as one model for any server", _merge_flags, _merge),
+    Command("inspect", "describe a model, an adapter or a checkpoint", _inspect_flags, _inspect),
+    Command(
+        "doctor", "show the build, the processor, versions, and why CUDA is unavailable", _json_flag, _doctor
+    ),
+    Command(
+        "demo", "extend a small model that ships with the package, and show that it works", _demo_flags, _demo
+    ),
+)
+
+
+def parser() -> Parser:
+    """The parser of the whole command line, one subparser for each row of COMMANDS."""
     from longlora import __version__
 
     p = Parser(
@@ -32,153 +182,22 @@ def parser():
         allow_abbrev=False,
     )
     p.add_argument("--version", action="version", version=f"longlora {__version__}")
-    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name, help):
-        return commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-
-    def device(command, default):
-        command.add_argument(
-            "--device", default=default, metavar="auto|cpu|cuda|cuda:N", help=f"where to compute [{default}]"
+    subparsers = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_flags(
+            subparsers.add_parser(
+                command.name, help=command.help, description=command.help, allow_abbrev=False
+            )
         )
-
-    from longlora.training import options
-
-    options.add_flags(command("train", "extend a model: LoRA, S2-Attn, position interpolation"))
-    c = command("plan", "memory of a run, from the config alone")
-    options.add_flags(c)
-    c.add_argument("--json", action="store_true", help="print JSON")
-    c = command("ppl", "perplexity by length, dense attention")
-    c.add_argument("--model", required=True, help="a Hugging Face directory or a .gguf file")
-    c.add_argument("--adapter", help="an adapter for it")
-    c.add_argument("--data", required=True, help=".txt, .jsonl, a directory of them, or token .bin")
-    c.add_argument("--lengths", required=True, type=_lengths, help="tokens of a window: 2048,4096,...")
-    c.add_argument(
-        "--stride", type=int, help="sliding window: tokens between windows (default: windows side by side)"
-    )
-    c.add_argument(
-        "--rope-type",
-        choices=options.TrainOptions.__dataclass_fields__["rope_type"].metadata["choices"],
-        help="interpolate first, without training",
-    )
-    c.add_argument(
-        "--target-length", type=int, help="what --rope-type extends to (default: the largest length)"
-    )
-    c.add_argument(
-        "--max-tokens", type=int, help="use no more of the data than so many tokens from its start"
-    )
-    c.add_argument(
-        "--bins", type=int, help="each length also by position in the window, in so many parts (with --json)"
-    )
-    c.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="storage [float32]")
-    device(c, "auto")
-    c.add_argument("--json", action="store_true", help="print JSON")
-    c = command("merge", "write base and adapter as one model that any server takes")
-    c.add_argument("--model", required=True, help="the base model")
-    c.add_argument("--adapter", required=True)
-    c.add_argument("--output-dir", required=True)
-    device(c, "cpu")
-    c = command("inspect", "what is this model, adapter or checkpoint")
-    c.add_argument("path")
-    c.add_argument("--json", action="store_true", help="print JSON")
-    c = command("doctor", "build, instruction set, threads, versions, CUDA and why not")
-    c.add_argument("--json", action="store_true", help="print JSON")
-    c = command(
-        "demo", "extend a small model that ships with the package, and show by perplexity that it worked"
-    )
-    c.add_argument("--output-dir", default="longlora-demo", help="where its files go [longlora-demo]")
-    c.add_argument("--steps", type=int, help="training steps")
-    device(c, "auto")
     return p
 
 
-def _train(args):
-    from longlora.training import driver as train
-    from longlora.training import options
-
-    result = train.run(options.from_flags(args))
-    return 0 if result.stopped is None else 128 + result.stopped
-
-
-def _plan(args):
-    from longlora.device import choose
-    from longlora.training import driver as train
-    from longlora.training import options
-
-    o = options.from_flags(args, planning=True)
-    o.device, chosen = choose(o.device)
-    made = train.plan_of(o)
-    print(json.dumps(made.to_json(), indent=2) if args.json else f"{chosen}\n{made.text()}")
-    return 0
-
-
-def _ppl(args):
-    from longlora.device import choose
-    from longlora.evaluation import ppl
-
-    device, chosen = choose(args.device)
-    if not args.json:
-        print(chosen)
-    result = ppl.run(
-        args.model,
-        args.data,
-        args.lengths,
-        adapter=args.adapter,
-        stride=args.stride,
-        rope_type=args.rope_type,
-        target_length=args.target_length,
-        dtype=args.dtype,
-        max_tokens=args.max_tokens,
-        bins=args.bins,
-        device=device,
-    )
-    print(json.dumps(result) if args.json else ppl.text(result))
-    return 0
-
-
-def _merge(args):
-    from longlora.device import CPU, choose
-    from longlora.files import adapter
-
-    device, chosen = choose(args.device)
-    if args.device != CPU:
-        print(chosen)
-    adapter.merge(args.model, args.adapter, args.output_dir, device)
-    print(f"saved {args.output_dir}")
-    return 0
-
-
-def _inspect(args):
-    from longlora.tools import inspect
-
-    found = inspect.describe(args.path)
-    print(json.dumps(found, indent=2) if args.json else inspect.text(found))
-    return 0
-
-
-def _doctor(args):
-    from longlora.tools import doctor
-
-    found = doctor.examine()
-    print(json.dumps(found, indent=2) if args.json else doctor.text(found))
-    return 0
-
-
-def _demo(args):
-    from longlora.tools import demo
-
-    demo.run(args.output_dir, steps=args.steps, device=args.device)
-    return 0
-
-
-def _parsed(argv):
-    from longlora.training import options
-
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     p = parser()
     args, unknown = p.parse_known_args(options.dashed(sys.argv[1:] if argv is None else argv))
     if unknown:
-        commands = next(action.choices for action in p._actions if action.dest == "command")
-        known = [flag for action in commands[args.command]._actions for flag in action.option_strings]
+        subparsers = next(action.choices for action in p._actions if action.dest == "command")
+        known = [flag for action in subparsers[args.command]._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
         p.error(
             f"{args.command}: unknown option {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else "")
@@ -186,28 +205,19 @@ def _parsed(argv):
     return args
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: that of the process) -> the exit code."""
     args = _parsed(argv)
     try:
-        return {
-            "train": _train,
-            "plan": _plan,
-            "ppl": _ppl,
-            "merge": _merge,
-            "inspect": _inspect,
-            "doctor": _doctor,
-            "demo": _demo,
-        }[args.command](args)
+        return next(command.run for command in COMMANDS if command.name == args.command)(args)
     except UserError as error:
         print(f"longlora: error: {error}", file=sys.stderr)
         return 2
     except MemoryError:
-        print(
-            "longlora: error: out of memory; `longlora plan` says what would make a run fit", file=sys.stderr
-        )
+        print("longlora: error: out of memory; `longlora plan` shows what makes a run fit", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        sys.stderr.close()  # the reader has gone; so do we, without another word
+        sys.stderr.close()  # the reader of our output has gone: nobody is left to tell
         return 141
     except KeyboardInterrupt:
         return 130

@@ -1,11 +1,12 @@
-"""Where a run computes: "cpu", or "cuda:0" and so on. All that the driver knows of the difference is in here.
+"""The device of a run: "cpu", "cuda:0" and so on. Everything the driver treats differently on a GPU is here.
 
-Ops, views and fills are the same calls on both; Tensor.copy_ copies between them. On a GPU calls are queued and not waited for:
-what waits is `host`, and it is called where a number is needed.
+Ops, views and fills are the same calls on both; Tensor.copy_ copies between them. Calls on a GPU are queued,
+and the caller does not wait. `host` waits; it is called where a number is needed.
 """
 
 import re
 import threading
+from typing import Any
 
 import numpy as np
 
@@ -15,16 +16,16 @@ from longlora.errors import UserError
 CPU = "cpu"
 
 
-def check_device(wanted):
-    """UserError unless `wanted` is how a device is written."""
+def check_device(wanted: object) -> None:
+    """UserError unless `wanted` is "auto", "cpu", "cuda" or "cuda:N"."""
     if not isinstance(wanted, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted):
         raise UserError(f"device should be auto, cpu, cuda, or cuda:0 and so on, got {wanted!r}")
 
 
-def choose(wanted):
-    """What `wanted` comes to here -> ("cpu" or "cuda:N", a sentence that says what was chosen and why).
+def choose(wanted: str) -> tuple[str, str]:
+    """Choose a device -> ("cpu" or "cuda:N", a sentence that says what was chosen and why).
 
-    auto is the first GPU, where there is one that can be used. UserError if a GPU is asked for that cannot be.
+    "auto" is the first usable GPU, else the CPU. UserError if `wanted` is a GPU that cannot be used.
     """
     check_device(wanted)
     if wanted == CPU:
@@ -46,8 +47,8 @@ def choose(wanted):
     )
 
 
-def _refusal(number):
-    """Why a run cannot be on this GPU, None where it can: that there is no cuBLAS is better known before it has begun."""
+def _refusal(number: int) -> str | None:
+    """Why a run cannot use this GPU, or None. A missing cuBLAS is found here, before the run begins."""
     from longlora import cuda
 
     why = _C.cuda_refusal(number)
@@ -59,19 +60,19 @@ def _refusal(number):
     return why
 
 
-def _cpu():
+def _cpu() -> str:
     return f"cpu, {_C.get_num_threads()} threads, {_C.isa_names[_C.get_isa()]}"
 
 
-def free_memory(device):
-    """Bytes that a run can have on the GPU `device`."""
+def free_memory(device: str) -> int:
+    """The free memory of the GPU `device` in bytes."""
     from longlora import cuda
 
     return cuda.memory_info(int(device.partition(":")[2]))[0]
 
 
-def send(array, device):
-    """An ndarray as ops on `device` take it: itself on the CPU."""
+def send(array: np.ndarray, device: str) -> Any:
+    """The ndarray as ops on `device` take it: itself on the CPU, a Tensor on a GPU."""
     if device == CPU:
         return array
     out = _C.Tensor(array.shape, str(array.dtype), device)
@@ -82,9 +83,12 @@ def send(array, device):
 _thread = threading.local()
 
 
-def staged(out):
-    """Pinned memory in the shape of `out`, a Tensor on a GPU, to fill and to copy from. It is this thread's only piece: what was
-    queued before is waited for."""
+def staged(out: Any) -> Any:
+    """A Tensor in pinned memory with the shape and dtype of `out`, a Tensor on a GPU: fill it, then copy from
+    it.
+
+    Each thread has one piece of pinned memory, so this waits for earlier copies from it.
+    """
     from longlora import cuda
 
     cuda.synchronize(out.device)
@@ -94,8 +98,10 @@ def staged(out):
     return piece.view(out.shape, out.dtype)
 
 
-def host(x):
-    """x as an ndarray: itself, or of a Tensor a view, if it is on a GPU a copy, made when all that was queued before is done."""
+def host(x: Any) -> np.ndarray:
+    """x as an ndarray. A Tensor on the CPU gives a view; one on a GPU a copy, after all queued work is
+    done.
+    """
     if isinstance(x, np.ndarray):
         return x
     if x.device != CPU:
@@ -105,21 +111,26 @@ def host(x):
     return x.numpy()
 
 
-def waits():
-    """How often `host` has waited in this thread: each time all that was queued before is done."""
+def waits() -> int:
+    """How many times `host` has waited in this thread. After each wait, all work queued before it is done."""
     return getattr(_thread, "waits", 0)
 
 
 class Inputs(threading.local):
-    """Writes small arrays to Tensors, to a GPU in the background: from pinned memory, of which a piece is written again only when
-    its copy is known to be done, because `host` has waited since. Each thread has its own, and keeps to one stream."""
+    """Writes small arrays to Tensors, on a GPU in the background, through pieces of pinned memory.
 
-    def __init__(self):
-        self._pieces = []  # [Tensor, waits() when it was last copied from]
+    A piece is used again only when its last copy is done, which is known once `host` has waited. Each thread
+    has its own pieces, and must keep to one stream.
+    """
 
-    def put(self, out, array):
+    def __init__(self) -> None:
+        self._pieces: list[list[Any]] = []  # [Tensor, waits() at its last copy]
+
+    def put(self, out: Any, array: np.ndarray) -> None:
+        """Copy `array` to the Tensor `out` of the same shape."""
         if out.device == CPU:
-            return out.copy_(array)
+            out.copy_(array)
+            return
         piece = next((p for p in self._pieces if p[1] < waits() and p[0].nbytes >= out.nbytes), None)
         if piece is None:
             piece = [_C.Tensor((out.nbytes,), "uint8", pinned=True), 0]

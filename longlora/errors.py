@@ -1,8 +1,8 @@
-"""Errors that are the user's to mend: the command line prints them as one line and exits with code 2."""
+"""Errors that the user can correct. The command line prints them in one line and exits with code 2."""
 
 
 class UserError(ValueError):
-    """Something given is wrong; the message says what was found and what was wanted, in one line whatever it quotes."""
+    """An argument or a file is wrong. The message is one line: what was wanted and what was found."""
 
-    def __init__(self, message):
+    def __init__(self, message: object) -> None:
         super().__init__(" ".join(str(message).splitlines()))

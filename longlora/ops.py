@@ -1,52 +1,65 @@
-"""One function per op: allocate the results in the caller's kind of array, call the kernel, return them.
+"""One function per op: it allocates results as arrays of the caller's library, then calls the kernel.
 
-Shapes in the vocabulary of csrc/ops.h. dtypes float32, bfloat16 or float16 (one per call), arithmetic in float32,
-statistics and gradients of parameters in float32. Equal inputs give equal bits, for any number of threads.
-M, the rows, may be several axes that lie as one: [B,T,C] for [M,C], and then [B,T] for [M], in arguments and results.
-All raise TypeError for a wrong dtype or object and ValueError for a wrong shape, before anything is written.
+Shapes use the letters of csrc/ops.h: B batch, T tokens, M rows (B T), H query heads, K key/value heads, D
+head size, C and N features, R rank of LoRA, F feed-forward size, V vocabulary, P positions. [M,C] also takes
+[B,T,C] where the axes B and T lie in memory as one; [M] is then [B,T].
+
+Arrays are NumPy, torch, CuPy, JAX, longlora.Tensor or others that speak DLPack. A call takes one dtype:
+float32, bfloat16 or float16. It computes in float32. Statistics and gradients of parameters are float32.
+Equal inputs give equal bits for any number of threads.
+
+Every function raises TypeError for a wrong dtype or object and ValueError for a wrong shape, before it
+writes.
 """
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 from longlora import _C
 from longlora.arrays import dtype_name, empty, empty_like, give_back, zeros
+
+Array = Any  # an array of any library that speaks DLPack
 
 BOUNDARIES = {"split": 0, "wrap": 1, "swap": 2}
 SHIFTS = {"half": 0, "none": 1, "all": 2}
 IGNORE = -100  # the target of a token that is not scored, as in torch.nn.functional.cross_entropy
 
 
-def shifted_heads(heads, shift="half"):
-    """How many of the query heads are shifted; they are the last ones. LongLoRA section 3.2."""
+def shifted_heads(heads: int, shift: str = "half") -> int:
+    """The number of shifted query heads; they are the last ones. LongLoRA section 3.2."""
     return {"half": heads - heads // 2, "none": 0, "all": heads}[shift]
 
 
-def quarter_group(length):
-    """The default group_size in tokens for sequences of `length` tokens: a quarter of them, even. LongLoRA section 3.2."""
+def quarter_group(length: int) -> int:
+    """The default group_size for sequences of `length` tokens: a quarter, made even. LongLoRA section 3.2."""
     return max(2, length // 8 * 2)
 
 
-def _choice(op, name, value, choices):
+def _choice(op: str, name: str, value: str, choices: dict[str, int]) -> int:
     if value not in choices:
         raise ValueError(f"{op}: {name} should be one of {', '.join(choices)}, got {value!r}")
     return choices[value]
 
 
-def cast(x, dtype):
-    """x [M,N] -> out [M,N] of `dtype` ("float32", "bfloat16", "float16"), rounded to nearest even."""
+def cast(x: Array, dtype: str) -> Array:
+    """Convert x [M,N] to `dtype` ("float32", "bfloat16", "float16"), rounded to nearest even -> out [M,N]."""
     out = empty(tuple(x.shape), dtype, x)
     _C.cast(out, x)
     return give_back(x, out)
 
 
-def accumulate(out, x, scale=1.0):
-    """out [M,N] += scale x [M,N], in place; any float dtypes."""
+def accumulate(out: Array, x: Array, scale: float = 1.0) -> Array:
+    """Add scale x [M,N] to out [M,N] in place -> out. Each may have its own float dtype."""
     _C.accumulate(out, x, scale)
     return out
 
 
-def matmul(a, b, alpha=1.0, dtype=None):
-    """a [M,C], b [C,N], any strides and float dtypes -> alpha a b [M,N], of dtype (by default a's)."""
+def matmul(a: Array, b: Array, alpha: float = 1.0, dtype: str | None = None) -> Array:
+    """Multiply a [M,C] by b [C,N] -> alpha a b [M,N] of `dtype` (default: a's).
+
+    a and b may have any strides and each its own float dtype.
+    """
     if len(a.shape) < 2 or len(b.shape) != 2:
         raise ValueError(
             f"matmul: a should have 2 axes or more and b 2, got {len(a.shape)} and {len(b.shape)}"
@@ -56,24 +69,30 @@ def matmul(a, b, alpha=1.0, dtype=None):
     return give_back(a, out)
 
 
-def embedding_forward(weight, ids):
-    """weight [V,C], ids [M] int32 -> out [M,C]. ValueError for an id outside 0..V-1."""
+def embedding_forward(weight: Array, ids: Array) -> Array:
+    """Gather the rows ids [M] int32 of weight [V,C] -> out [M,C]. ValueError for an id outside 0..V-1."""
     out = empty((*ids.shape, weight.shape[1]), dtype_name(weight), weight)
     _C.embedding_forward(out, weight, ids)
     return give_back(weight, out)
 
 
-def embedding_backward(dout, ids, order, rows):
-    """dout [M,C], ids [M] int32, order [M] int32 = argsort(ids), stable -> dweight [rows,C] float32."""
+def embedding_backward(dout: Array, ids: Array, order: Array, rows: int) -> Array:
+    """Sum the rows of dout [M,C] by id -> dweight [rows,C] float32.
+
+    ids [M] int32; order [M] int32 is the stable argsort of ids, which fixes the order of the sum.
+    """
     dweight = zeros((rows, dout.shape[-1]), "float32", dout)
     _C.embedding_backward(dweight, dout, ids, order)
     return give_back(dout, dweight)
 
 
-def rms_norm_forward(x, weight, eps=1e-6, residual=None):
-    """x [M,C], weight [C], residual [M,C] or None -> out [M,C], rstd [M] float32, sum [M,C] (x itself without residual).
+def rms_norm_forward(
+    x: Array, weight: Array, eps: float = 1e-6, residual: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """Normalise x [M,C], with residual [M,C] added first if given -> out [M,C], rstd [M] float32, sum [M,C].
 
-    sum = x + residual; rstd = 1/sqrt(mean(sum^2) + eps); out = sum rstd weight.
+    sum = x + residual; rstd = 1/sqrt(mean(sum^2) + eps); out = sum rstd weight. weight [C]. Without a
+    residual, sum is x itself. RMSNorm, arXiv 1910.07467.
     """
     out, rstd = empty_like(x), empty(tuple(x.shape[:-1]), "float32", x)
     total = None if residual is None else empty_like(x)
@@ -81,31 +100,49 @@ def rms_norm_forward(x, weight, eps=1e-6, residual=None):
     return give_back(x, out, rstd, x if total is None else total)
 
 
-def rms_norm_backward(dout, x, rstd, weight, dresidual=None):
-    """dout [M,C], x [M,C] (the forward's sum), rstd [M], dresidual [M,C] or None -> dx [M,C], dweight [C] float32."""
+def rms_norm_backward(
+    dout: Array, x: Array, rstd: Array, weight: Array, dresidual: Array | None = None
+) -> tuple[Array, Array]:
+    """Gradients of rms_norm_forward for dout [M,C] -> dx [M,C], dweight [C] float32.
+
+    x [M,C] is the forward's sum, rstd [M] its statistic. dresidual [M,C], if given, is added to dx.
+    """
     dx, dweight = empty_like(x), zeros(tuple(weight.shape), "float32", x)
     _C.rms_norm_backward(dx, dweight, dout, x, rstd, weight, dresidual)
     return give_back(x, dx, dweight)
 
 
-def rope_forward(x, cos, sin, positions=None):
-    """x [B,T,H,D], cos and sin [P,D/2] float32, positions [B,T] int32 or None (0..T-1) -> out [B,T,H,D]. Rotate-half form."""
+def rope_forward(x: Array, cos: Array, sin: Array, positions: Array | None = None) -> Array:
+    """Rotate the heads of x [B,T,H,D] by position, in the rotate-half form -> out [B,T,H,D].
+
+    cos and sin [P,D/2] are float32 tables; positions [B,T] int32 names their rows (default: 0..T-1).
+    RoFormer, arXiv 2104.09864.
+    """
     out = empty_like(x)
     _C.rope_forward(out, x, cos, sin, positions)
     return give_back(x, out)
 
 
-def rope_backward(dout, cos, sin, positions=None):
-    """dout [B,T,H,D] -> dx [B,T,H,D], the inverse rotation."""
+def rope_backward(dout: Array, cos: Array, sin: Array, positions: Array | None = None) -> Array:
+    """Rotate dout [B,T,H,D] back -> dx [B,T,H,D]. Arguments as in rope_forward."""
     dx = empty_like(dout)
     _C.rope_backward(dx, dout, cos, sin, positions)
     return give_back(dout, dx)
 
 
-def lora_linear_forward(x, weight, bias=None, a=None, b=None, scale=1.0, residual=None):
-    """x [M,C], weight [N,C], bias [N], a [R,C], b [N,R], residual [M,N] -> out [M,N], u [M,R] float32 (None without a).
+def lora_linear_forward(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    a: Array | None = None,
+    b: Array | None = None,
+    scale: float = 1.0,
+    residual: Array | None = None,
+) -> tuple[Array, Array | None]:
+    """Linear layer with LoRA -> out [M,N], u [M,R] float32 (None without a).
 
-    u = x a^T; out = x weight^T + bias + scale u b^T + residual. LoRA, arXiv 2106.09685 section 4.1.
+    u = x a^T; out = x weight^T + bias + scale u b^T + residual. x [M,C], weight [N,C], bias [N], a [R,C],
+    b [N,R], residual [M,N]. LoRA, arXiv 2106.09685 section 4.1.
     """
     out = empty((*x.shape[:-1], weight.shape[0]), dtype_name(x), x)
     u = None if a is None else empty((*x.shape[:-1], a.shape[0]), "float32", x)
@@ -114,11 +151,22 @@ def lora_linear_forward(x, weight, bias=None, a=None, b=None, scale=1.0, residua
 
 
 def lora_linear_backward(
-    dout, x, weight, a=None, b=None, scale=1.0, u=None, train_weight=False, train_bias=False
-):
-    """dout [M,N] and the forward's inputs -> dx [M,C], da [R,C], db [N,R], dweight [N,C], dbias [N]; None where not asked.
+    dout: Array,
+    x: Array,
+    weight: Array,
+    a: Array | None = None,
+    b: Array | None = None,
+    scale: float = 1.0,
+    u: Array | None = None,
+    train_weight: bool = False,
+    train_bias: bool = False,
+) -> tuple[Array, Array | None, Array | None, Array | None, Array | None]:
+    """Gradients of lora_linear_forward for dout [M,N].
 
-    Gradients of parameters are float32. The frozen weight gets none (train_weight=False).
+    -> dx [M,C], da [R,C], db [N,R], dweight [N,C], dbias [N].
+
+    da and db are None without a and b, dweight and dbias unless asked for. Those four are float32. u, if
+    given, is the forward's; else it is computed again from x.
     """
     dx = empty_like(x)
     da = None if a is None else zeros(tuple(a.shape), "float32", x)
@@ -129,13 +177,28 @@ def lora_linear_backward(
     return give_back(x, dx, da, db, dweight, dbias)
 
 
-def s2_attention_forward(q, k, v, *, group_size, boundary="split", shift="half", cu_seqlens=None, scale=None):
-    """q [B,T,H,D], k and v [B,T,K,D] -> out [B,T,H,D], lse [B,H,T] float32. LongLoRA section 3.2; exact rule in csrc/ops.h.
+def s2_attention_forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    group_size: int,
+    boundary: str = "split",
+    shift: str = "half",
+    cu_seqlens: Array | None = None,
+    scale: float | None = None,
+) -> tuple[Array, Array]:
+    """Shifted sparse attention, causal -> out [B,T,H,D], lse [B,H,T] float32. LongLoRA section 3.2.
 
-    group_size G >= 1 tokens; boundary "split" (no leak), "wrap" (the paper's Algorithm 1: the first G/2 tokens of shifted
-    heads see the last G/2, so the future leaks), "swap" (Variant 3); shift "half" of the query heads, "none" or "all".
-    group_size >= T with shift="none" is dense causal attention. cu_seqlens [S] int32 packs documents (B = 1).
-    scale multiplies q k^T, by default 1/sqrt(D). lse is over the scaled scores.
+    q [B,T,H,D], k and v [B,T,K,D]. csrc/ops.h states the exact rule.
+
+    group_size: tokens of a group, G >= 1. group_size >= T with shift="none" is dense causal attention.
+    boundary: "split" cuts the shifted groups at both ends (no leak); "wrap" is the paper's Algorithm 1,
+        where the first G/2 tokens of shifted heads see the last G/2, so the future leaks; "swap" is its
+        Variant 3.
+    shift: "half" of the query heads are shifted, "none" or "all".
+    cu_seqlens: int32 [S], 0 ... T: the boundaries of packed documents, with B = 1. Groups restart in each.
+    scale: factor of q k^T (default: 1/sqrt(D)). lse is the log-sum-exp of the scaled scores.
     """
     if len(q.shape) != 4:
         raise ValueError(f"s2_attention_forward: q should have 4 axes, got {len(q.shape)}")
@@ -153,9 +216,23 @@ def s2_attention_forward(q, k, v, *, group_size, boundary="split", shift="half",
 
 
 def s2_attention_backward(
-    dout, q, k, v, out, lse, *, group_size, boundary="split", shift="half", cu_seqlens=None, scale=None
-):
-    """dout [B,T,H,D], the forward's inputs and results -> dq [B,T,H,D], dk and dv [B,T,K,D]."""
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    *,
+    group_size: int,
+    boundary: str = "split",
+    shift: str = "half",
+    cu_seqlens: Array | None = None,
+    scale: float | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of s2_attention_forward for dout [B,T,H,D] -> dq [B,T,H,D], dk and dv [B,T,K,D].
+
+    q, k, v and the keywords are the forward's arguments, out and lse its results.
+    """
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     _C.s2_attention_backward(
         dq,
@@ -173,7 +250,12 @@ def s2_attention_backward(
     return give_back(q, dq, dk, dv)
 
 
-def attention_scalars(op, q, group_size, boundary, shift, scale):
+def attention_scalars(
+    op: str, q: Array, group_size: int, boundary: str, shift: str, scale: float | None
+) -> tuple[int, int, int, float]:
+    """The four scalars of the attention kernels: group_size, boundary, shift, scale. ValueError for a bad
+    word.
+    """
     return (
         group_size,
         _choice(op, "boundary", boundary, BOUNDARIES),
@@ -182,34 +264,46 @@ def attention_scalars(op, q, group_size, boundary, shift, scale):
     )
 
 
-def swiglu_forward(gate, up):
-    """gate and up [M,F] -> silu(gate) up [M,F]."""
+def swiglu_forward(gate: Array, up: Array) -> Array:
+    """silu(gate) up, element by element, for gate and up [M,F] -> out [M,F]. SwiGLU, arXiv 2002.05202."""
     out = empty_like(gate)
     _C.swiglu_forward(out, gate, up)
     return give_back(gate, out)
 
 
-def swiglu_backward(dout, gate, up):
-    """dout, gate, up [M,F] -> dgate, dup [M,F]."""
+def swiglu_backward(dout: Array, gate: Array, up: Array) -> tuple[Array, Array]:
+    """Gradients of swiglu_forward for dout [M,F] -> dgate, dup [M,F]."""
     dgate, dup = empty_like(gate), empty_like(up)
     _C.swiglu_backward(dgate, dup, dout, gate, up)
     return give_back(gate, dgate, dup)
 
 
-def linear_cross_entropy_forward(x, weight, targets, ignore_index=IGNORE):
-    """x [M,C], weight [V,C], targets [M] int32 -> losses [M], lse [M] float32; the logits never exist whole.
+def linear_cross_entropy_forward(
+    x: Array, weight: Array, targets: Array, ignore_index: int = IGNORE
+) -> tuple[Array, Array]:
+    """Linear layer and cross entropy in one, chunk by chunk of rows -> losses [M], lse [M] float32, in nats.
 
-    losses = lse - logit of the target, natural logarithm; 0 where the target is ignore_index.
+    x [M,C], weight [V,C], targets [M] int32. losses = lse - logit of the target, and 0 where the target is
+    ignore_index. The logits [M,V] never exist whole.
     """
     losses, lse = empty(tuple(x.shape[:-1]), "float32", x), empty(tuple(x.shape[:-1]), "float32", x)
     _C.linear_cross_entropy_forward(losses, lse, x, weight, targets, ignore_index)
     return give_back(x, losses, lse)
 
 
-def linear_cross_entropy_backward(x, weight, targets, dlosses, ignore_index=IGNORE, train_weight=False):
-    """As forward, and dlosses [M] float32, the gradient of each row's loss -> losses [M], dx [M,C], dweight [V,C] or None.
+def linear_cross_entropy_backward(
+    x: Array,
+    weight: Array,
+    targets: Array,
+    dlosses: Array,
+    ignore_index: int = IGNORE,
+    train_weight: bool = False,
+) -> tuple[Array, Array, Array | None]:
+    """Losses and gradients in one -> losses [M] float32, dx [M,C], dweight [V,C] float32 (None unless asked
+    for).
 
-    The losses come with it: a training step calls this alone.
+    dlosses [M] float32 is the gradient of each row's loss; the rest is as in linear_cross_entropy_forward.
+    A training step needs this call alone.
     """
     losses, dx = empty(tuple(x.shape[:-1]), "float32", x), empty_like(x)
     dweight = zeros(tuple(weight.shape), "float32", x) if train_weight else None
@@ -218,29 +312,30 @@ def linear_cross_entropy_backward(x, weight, targets, dlosses, ignore_index=IGNO
 
 
 def adamw(
-    param,
-    m,
-    v,
-    grad,
+    param: Array,
+    m: Array,
+    v: Array,
+    grad: Array,
     *,
-    lr,
-    step,
-    beta1=0.9,
-    beta2=0.999,
-    eps=1e-8,
-    weight_decay=0.0,
-    grad_scale=1.0,
-    copy=None,
-):
-    """One step in place on float32 param, m, v [N]; copy [N], if given, takes the new value in its own dtype.
+    lr: float,
+    step: int,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    grad_scale: float = 1.0,
+    copy: Array | None = None,
+) -> None:
+    """One optimizer step in place on param, m and v [N] float32, with the gradient grad_scale grad [N].
 
-    AdamW, arXiv 1711.05101 algorithm 2, as torch.optim.AdamW has it. step counts from 1.
+    step counts from 1. copy [N], if given, receives the new value in its own dtype. AdamW, arXiv 1711.05101
+    algorithm 2; the same as torch.optim.AdamW.
     """
     _C.adamw(param, m, v, copy, grad, lr, beta1, beta2, eps, weight_decay, step, grad_scale)
 
 
-def global_norm(arrays):
-    """The 2-norm of all elements of all arrays [N], summed in float64 in a fixed order where they are. A Python float."""
+def global_norm(arrays: Iterable[Array]) -> float:
+    """The 2-norm of all elements of all arrays [N]. Each device sums in float64, in a fixed order."""
     total = None
     for x in arrays:
         total = zeros((1,), "float64", x) if total is None else total

@@ -1,4 +1,6 @@
-"""Pictures of a run: the loss, perplexity along the text, the attention pattern. PNG files, drawn without a display."""
+"""Pictures of a run: the loss, perplexity along the text, the attention pattern. PNG files, drawn without a
+display.
+"""
 
 
 def _figure(width=7, height=4, columns=1):
@@ -41,7 +43,9 @@ def loss(path, metrics, title="training loss"):
 
 
 def perplexity(path, curves, native=None, title="perplexity by position"):
-    """curves: dict of label -> (positions, perplexities); native: the length of pretraining, drawn as a line."""
+    """curves: dict of label -> (positions, perplexities); native: the length of pretraining, drawn as a
+    line.
+    """
     figure, ((axes,),) = _figure()
     for (label, (x, y)), colour in zip(curves.items(), ("#969696", "#d94801", "#2171b5", "#238b45")):
         axes.plot(x, y, label=label, color=colour, marker="o" if len(x) < 20 else None)
@@ -57,7 +61,9 @@ def perplexity(path, curves, native=None, title="perplexity by position"):
 
 
 def attention(path, length, group_size, boundary="split", shift="half"):
-    """Which keys a query sees, in a plain and in a shifted head: the rule of S2-Attn (LongLoRA section 3.2), drawn."""
+    """Which keys a query sees, in a plain and in a shifted head: the rule of S2-Attn (LongLoRA section 3.2),
+    drawn.
+    """
     import numpy as np
 
     scale = max(1, length // 256)

@@ -1,51 +1,18 @@
-"""config.json -> ModelConfig. The families are data; whatever else a config asks for stops here, by name.
+"""config.json -> ModelConfig. What a config asks for and the decoder does not compute is refused by name.
 
-A field that would change the function computed and that we do not compute is never passed over.
+A field that changes the function computed is never ignored.
 """
 
-import json
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 from longlora.decoder import rope as rope_
+from longlora.decoder.families import FAMILIES
+from longlora.disk import read_json
 from longlora.errors import UserError
 
-# What tells the families apart, as transformers' modeling files have it. A string names the config key that decides.
-FAMILIES = {
-    "llama": dict(
-        architecture="LlamaForCausalLM",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        qk_norm=False,
-        head_dim=None,
-        sliding_window=None,
-    ),
-    "mistral": dict(
-        architecture="MistralForCausalLM",
-        qkv_bias=False,
-        o_bias=False,
-        qk_norm=False,
-        head_dim=None,
-        sliding_window=4096,
-    ),
-    "qwen2": dict(
-        architecture="Qwen2ForCausalLM",
-        qkv_bias=True,
-        o_bias=False,
-        qk_norm=False,
-        head_dim=None,
-        sliding_window="use_sliding_window",
-    ),
-    "qwen3": dict(
-        architecture="Qwen3ForCausalLM",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        qk_norm=True,
-        head_dim=128,
-        sliding_window="use_sliding_window",
-    ),
-}
-# Sizes beyond these are a damaged file, not a model.
+# A size beyond these means a damaged file.
 LIMITS = dict(
     vocab_size=1 << 24,
     hidden_size=1 << 20,
@@ -56,7 +23,8 @@ LIMITS = dict(
     head_dim=1 << 12,
     max_position_embeddings=1 << 31,
 )
-# Keys that, when set, ask for something the decoder does not do.
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+# Keys that, when set, ask for something that the decoder does not compute.
 REFUSED = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
@@ -68,7 +36,7 @@ REFUSED = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One decoder. `raw` is the config.json as it was read; `rope` is what it says about positions."""
+    """One decoder. `raw` is the config.json as read; `rope` is what it says about positions."""
 
     family: str
     vocab_size: int
@@ -82,34 +50,43 @@ class ModelConfig:
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
-    mlp_bias: bool
     qk_norm: bool
     max_position_embeddings: int
     rope: rope_.Rope
     bos_token_id: int | None
     eos_token_id: int | None
     initializer_range: float
-    raw: dict = field(repr=False, compare=False)
+    raw: dict[str, Any] = field(repr=False, compare=False)
+    # Names of the linears in the files. A fused linear holds the rows of its parts one after the other.
+    qkv_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")  # or ("qkv_proj",)
+    gate_up_modules: tuple[str, ...] = ("gate_proj", "up_proj")  # or ("gate_up_proj",)
+    embedding_multiplier: float = 1.0  # scales the embedding's output
+    residual_multiplier: float = 1.0  # scales what attention and MLP add to the residual stream
+    attention_multiplier: float | None = None  # scales q k'; None: 1 / sqrt(head_dim)
+    logits_scaling: float = 1.0  # divides the logits
+    rope_layers: tuple[bool, ...] | None = None  # per layer, whether q and k are rotated; None: all are
 
-    def tensor_shapes(self):
-        """-> dict of the model's tensors, Hugging Face name -> shape, in the order of the layers. A tied head is not in it."""
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Give Hugging Face name -> shape of each tensor, in the order of the layers, without a tied head."""
         hidden, inner, dim = self.hidden_size, self.intermediate_size, self.head_dim
         q, kv = self.num_attention_heads * dim, self.num_key_value_heads * dim
-        shapes = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
+        parts = (q, kv, kv) if len(self.qkv_modules) == 3 else (q + 2 * kv,)
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
         for i in range(self.num_hidden_layers):
             p = f"model.layers.{i}."
             shapes[p + "input_layernorm.weight"] = (hidden,)
-            for name, rows in (("q", q), ("k", kv), ("v", kv)):
-                shapes[f"{p}self_attn.{name}_proj.weight"] = (rows, hidden)
+            for name, rows in zip(self.qkv_modules, parts, strict=True):
+                shapes[f"{p}self_attn.{name}.weight"] = (rows, hidden)
                 if self.qkv_bias:
-                    shapes[f"{p}self_attn.{name}_proj.bias"] = (rows,)
+                    shapes[f"{p}self_attn.{name}.bias"] = (rows,)
             if self.qk_norm:
                 shapes[p + "self_attn.q_norm.weight"] = shapes[p + "self_attn.k_norm.weight"] = (dim,)
             shapes[p + "self_attn.o_proj.weight"] = (hidden, q)
             if self.o_bias:
                 shapes[p + "self_attn.o_proj.bias"] = (hidden,)
             shapes[p + "post_attention_layernorm.weight"] = (hidden,)
-            shapes[p + "mlp.gate_proj.weight"] = shapes[p + "mlp.up_proj.weight"] = (inner, hidden)
+            for name in self.gate_up_modules:
+                shapes[f"{p}mlp.{name}.weight"] = (2 * inner // len(self.gate_up_modules), hidden)
             shapes[p + "mlp.down_proj.weight"] = (hidden, inner)
         shapes["model.norm.weight"] = (hidden,)
         if not self.tie_word_embeddings:
@@ -117,24 +94,11 @@ class ModelConfig:
         return shapes
 
 
-def read_json(path):
-    """The JSON object in the file `path`; UserError names the file otherwise."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: should hold a JSON object, got {type(found).__name__}")
-    return found
+def read_config(source: dict[str, Any] | str | os.PathLike[str], where: str = "config") -> ModelConfig:
+    """Read the ModelConfig of a model directory, a config.json or its dict.
 
-
-def read_config(source, where="config"):
-    """`source`: a model directory, a config.json or its dict (then `where` says whose it is) -> ModelConfig.
-
-    UserError names the field that is missing, absurd or asks for something that is not supported.
+    where: the name of the dict in messages. UserError names the field that is missing, absurd or asks for
+    something that is not supported.
     """
     if isinstance(source, dict):
         return _config(source, where)
@@ -144,103 +108,136 @@ def read_config(source, where="config"):
     return _config(read_json(path), path)
 
 
-def _config(raw, where):
-    family = raw.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise UserError(
-            f"{where}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}"
-        )
-    known = FAMILIES[family]
+class _Fields:
+    """The values of a config, checked one by one; what the file leaves out has the family's default."""
 
-    def size(name, default=None):
-        value = raw.get(name)
+    def __init__(self, raw, family, where):
+        self.values, self.where = {**family.defaults, **raw}, where
+
+    def get(self, name):
+        return self.values.get(name)
+
+    def size(self, name, default=None):
+        value = self.values.get(name)
         if value is None:
             value = default
         if value is None:
-            raise UserError(f"{where}: {name} is missing")
+            raise UserError(f"{self.where}: {name} is missing")
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LIMITS[name]:
-            raise UserError(f"{where}: {name} should be an integer from 1 to {LIMITS[name]}, got {value!r}")
+            raise UserError(
+                f"{self.where}: {name} should be an integer from 1 to {LIMITS[name]}, got {value!r}"
+            )
         return value
 
-    def number(name, default, low, high):
-        value = raw.get(name, default)
+    def number(self, name, default, low, high):
+        value = self.values.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
             raise UserError(
-                f"{where}: {name} should be a number above {low:g}, at most {high:g}, got {value!r}"
+                f"{self.where}: {name} should be a number above {low:g}, at most {high:g}, got {value!r}"
             )
         return float(value)
 
-    def flag(name, default=False):
-        value = raw.get(name, default)
+    def flag(self, name, default=False):
+        value = self.values.get(name, default)
         if not isinstance(value, bool):
-            raise UserError(f"{where}: {name} should be true or false, got {value!r}")
+            raise UserError(f"{self.where}: {name} should be true or false, got {value!r}")
         return value
 
-    def token(name):
-        value = raw.get(name)
+    def token(self, name):
+        value = self.values.get(name)
         if isinstance(value, list):
             value = value[0] if value else None
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            found = self.values[name]
             raise UserError(
-                f"{where}: {name} should be a token id, a list of them or null, got {raw[name]!r}"
+                f"{self.where}: {name} should be a token id, a list of them or null, got {found!r}"
             )
         return value
 
-    def decided(rule):
-        return flag(rule) if isinstance(rule, str) else rule
+    def decided(self, rule):
+        return self.flag(rule) if isinstance(rule, str) else rule
 
-    _refuse(raw, known, where)
-    heads, hidden, layers = size("num_attention_heads"), size("hidden_size"), size("num_hidden_layers")
-    kv_heads = size(
-        "num_key_value_heads", heads if family == "llama" or "num_key_value_heads" in raw else None
-    )
-    if heads % kv_heads:
-        raise UserError(
-            f"{where}: num_attention_heads {heads} should be a multiple of num_key_value_heads {kv_heads}"
-        )
-    head_dim = raw.get("head_dim") or known["head_dim"]
-    if head_dim is None and hidden % heads:
-        raise UserError(
-            f"{where}: hidden_size {hidden} should be a multiple of num_attention_heads {heads}, or head_dim given"
-        )
-    head_dim = (
-        size("head_dim", head_dim or hidden // heads)
-        if raw.get("head_dim") is not None
-        else head_dim or hidden // heads
-    )
-    if head_dim % 2 or head_dim < 4:
-        raise UserError(f"{where}: head_dim should be even and at least 4, got {head_dim}")
-    _refuse_window(raw, known, layers, where)
-    length = size("max_position_embeddings")
+
+def _config(raw, where):
+    name = raw.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise UserError(f"{where}: model_type {name!r} is not supported; supported are {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    fields = _Fields(raw, family, where)
+    _refuse(raw, family, where)
+    layers = fields.size("num_hidden_layers")
+    heads, kv_heads, head_dim = _heads(fields, family, where)
+    rope_layers = _rope_layers(fields, layers, where) if family.no_rope_layers else None
+    _refuse_window(fields, family, layers, rope_layers, where)
+    length = fields.size("max_position_embeddings")
     return ModelConfig(
-        family=family,
-        vocab_size=size("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=size("intermediate_size"),
+        family=name,
+        vocab_size=fields.size("vocab_size"),
+        hidden_size=fields.size("hidden_size"),
+        intermediate_size=fields.size("intermediate_size"),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=number("rms_norm_eps", 1e-6, 0.0, 1.0),
-        tie_word_embeddings=flag("tie_word_embeddings"),
-        qkv_bias=decided(known["qkv_bias"]),
-        o_bias=decided(known["o_bias"]),
-        mlp_bias=False,
-        qk_norm=known["qk_norm"],
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6, 0.0, 1.0),
+        tie_word_embeddings=fields.flag("tie_word_embeddings"),
+        qkv_bias=fields.decided(family.qkv_bias),
+        o_bias=fields.decided(family.o_bias),
+        qk_norm=family.qk_norm,
         max_position_embeddings=length,
-        rope=rope_.read(raw, length, where),
-        bos_token_id=token("bos_token_id"),
-        eos_token_id=token("eos_token_id"),
-        initializer_range=number("initializer_range", 0.02, 0.0, 10.0),
+        rope=rope_.read(raw, family, length, where),
+        bos_token_id=fields.token("bos_token_id"),
+        eos_token_id=fields.token("eos_token_id"),
+        initializer_range=fields.number("initializer_range", 0.02, 0.0, 10.0),
         raw=raw,
+        qkv_modules=family.qkv_modules,
+        gate_up_modules=family.gate_up_modules,
+        rope_layers=rope_layers,
+        **({name: fields.number(name, 1.0, 0.0, 1e6) for name in MULTIPLIERS} if family.multipliers else {}),
     )
 
 
-def _refuse(raw, known, where):
-    found = raw.get("architectures")
-    if found not in (None, [], [known["architecture"]]):
+def _heads(fields, family, where):
+    """-> number of query heads, of key and value heads, size of a head."""
+    heads, hidden = fields.size("num_attention_heads"), fields.size("hidden_size")
+    kv_heads = fields.size("num_key_value_heads", heads if "num_key_value_heads" in fields.values else None)
+    if heads % kv_heads:
         raise UserError(
-            f"{where}: architectures {found!r} is not supported; supported is {known['architecture']}"
+            f"{where}: num_attention_heads {heads} should be a multiple of num_key_value_heads {kv_heads}"
+        )
+    if fields.get("head_dim") is None and family.head_dim is None and hidden % heads:
+        raise UserError(
+            f"{where}: hidden_size {hidden} should be a multiple of num_attention_heads {heads}, "
+            "or head_dim given"
+        )
+    head_dim = fields.size("head_dim", family.head_dim or hidden // heads)
+    if head_dim % 2 or head_dim < 4:
+        raise UserError(f"{where}: head_dim should be even and at least 4, got {head_dim}")
+    return heads, kv_heads, head_dim
+
+
+def _rope_layers(fields, layers, where):
+    """-> per layer whether it rotates q and k, or None if all do. A 1 in no_rope_layers says that it does."""
+    listed = fields.get("no_rope_layers")
+    if listed is None:
+        interval = fields.get("no_rope_layer_interval")
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+            raise UserError(f"{where}: no_rope_layer_interval should be an integer above 0, got {interval!r}")
+        listed = [(i + 1) % interval != 0 for i in range(layers)]
+    if not isinstance(listed, list) or len(listed) < layers or any(flag not in (0, 1) for flag in listed):
+        raise UserError(
+            f"{where}: no_rope_layers should be a list of 0 or 1 for each of {layers} layers, got {listed!r}"
+        )
+    rotated = tuple(bool(flag) for flag in listed[:layers])
+    return None if all(rotated) else rotated
+
+
+def _refuse(raw, family, where):
+    """Stop at what the decoder does not compute, whatever the family."""
+    found = raw.get("architectures")
+    if found not in (None, [], [family.architecture]):
+        raise UserError(
+            f"{where}: architectures {found!r} is not supported; supported is {family.architecture}"
         )
     act = raw.get("hidden_act", "silu")
     if act not in ("silu", "swish"):
@@ -250,13 +247,14 @@ def _refuse(raw, known, where):
     for name in REFUSED:
         if raw.get(name):
             raise UserError(
-                f"{where}: {name} {raw[name]!r} is not supported; supported is a plain dense decoder without it"
+                f"{where}: {name} {raw[name]!r} is not supported; "
+                "supported is a plain dense decoder without it"
             )
 
 
-def _refuse_window(raw, known, layers, where):
-    """Stop at an active sliding window, by the rules of transformers: Mistral's is active unless null, Qwen's by its flag."""
-    types = raw.get("layer_types") or []
+def _refuse_window(fields, family, layers, rope_layers, where):
+    """Stop at a sliding window that is active by transformers' rule for the family."""
+    types = fields.get("layer_types") or []
     if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
         other = (
             sorted({str(kind) for kind in types if kind != "full_attention"})
@@ -266,13 +264,14 @@ def _refuse_window(raw, known, layers, where):
         raise UserError(
             f"{where}: layer_types has {', '.join(other)}; supported is full_attention in all layers"
         )
-    rule = known["sliding_window"]
-    if rule is None or types and rule == "use_sliding_window":
-        return
-    window, first = raw.get("sliding_window", 4096), raw.get("max_window_layers", 28)
-    if rule == "use_sliding_window" and (not raw.get(rule) or isinstance(first, int) and first >= layers):
-        return
-    if window is not None:
+    if family.sliding_window == "flagged":
+        first = fields.get("max_window_layers")  # the first layer with a window, in Qwen's families
+        spared = rope_layers is None if family.no_rope_layers else isinstance(first, int) and first >= layers
+        active = bool(fields.get("use_sliding_window")) and not types and not spared
+    else:
+        active = family.sliding_window == "given"
+    window = fields.get("sliding_window")
+    if active and window is not None:
         raise UserError(
             f"{where}: an active sliding_window of {window!r} is not supported; supported is full attention "
             "(sliding_window null)"

@@ -1,20 +1,22 @@
-"""Rotary position embedding: which frequencies a config asks for, how to extend them, how to write them back.
+"""Rotary position embedding: read the frequencies that a config asks for, extend them, write them back.
 
-Position interpolation (arXiv 2306.15595), NTK-aware theta, YaRN (arXiv 2309.00071) and Llama 3's rule are one table of
-inverse frequencies. `transformers` computes the same frequencies in float32; here they are float64 and only the cosines and
-sines are rounded, so that a long position costs no precision.
+Position interpolation (arXiv 2306.15595), NTK-aware theta, YaRN (arXiv 2309.00071) and Llama 3's rule each
+give one table of inverse frequencies. transformers computes them in float32. Here they are float64 and only
+the cosines and sines are rounded, so long positions lose no precision.
 """
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from longlora.decoder.families import FAMILIES, Family
 from longlora.errors import UserError
 
 TYPES = ("default", "linear", "ntk", "yarn", "llama3")
 EXTENSIONS = TYPES[1:]
-# Required and optional parameters of a type in a config, as transformers validates them.
+# The parameters of a type in a config, and the required ones among them, as transformers validates them.
 PARAMETERS = {
     "linear": ("factor",),
     "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
@@ -25,9 +27,9 @@ REQUIRED = {"linear": ("factor",), "yarn": ("factor",), "llama3": PARAMETERS["ll
 
 @dataclass(frozen=True)
 class Rope:
-    """What the rotary embedding of a model is. `original_length` is the length it was pretrained at, before any extension.
+    """The rotary embedding of a model. `original_length` is its length in pretraining, before any extension.
 
-    "ntk" is "default" with a raised `theta`; `original_theta` is the one it was pretrained with.
+    "ntk" is "default" with a raised `theta`; `original_theta` is the theta of pretraining.
     """
 
     type: str
@@ -52,12 +54,16 @@ def _number(found, name, where, low, high=1e9):
     return value
 
 
-def read(raw, max_length, where):
-    """The Rope of a config.json read as `raw`, spelled for transformers 4 or 5; UserError names what is not supported."""
+def read(raw: dict[str, Any], family: Family, max_length: int, where: str) -> Rope:
+    """Read the Rope of a config.json that is spelled for transformers 4 or 5.
+
+    raw: the config; family: its row of FAMILIES; max_length: its max_position_embeddings; where: its name in
+    messages. UserError names what is not supported.
+    """
     for key in ("rope_scaling", "rope_parameters"):
         if raw.get(key) is not None and not isinstance(raw[key], dict):
             raise UserError(f"{where}: {key} should be an object, got {raw[key]!r}")
-    # As transformers 5 does: the old key wins over the new one, and what is not in it is looked for at the top level.
+    # As in transformers 5, the old key wins over the new one. A parameter may also stand at the top level.
     found = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     nested = sorted(key for key, value in found.items() if isinstance(value, dict))
     if nested:
@@ -65,18 +71,15 @@ def read(raw, max_length, where):
             f"{where}: rope differs by layer type ({', '.join(nested)}); supported is one rope for all layers"
         )
     kind = found.get("rope_type", found.get("type")) or "default"
-    if kind not in TYPES or kind == "ntk":
+    if kind not in family.rope_types:
+        verb = "is" if len(family.rope_types) == 1 else "are"
         raise UserError(
-            f"{where}: rope type {kind!r} is not supported; supported are default, linear, yarn, llama3"
+            f"{where}: rope type {kind!r} is not supported; supported {verb} {', '.join(family.rope_types)}"
         )
-    found["rope_theta"] = found.get("rope_theta", raw.get("rope_theta")) or 10000.0
-    found["partial_rotary_factor"] = (
-        found.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1.0
-    )
-    if found["partial_rotary_factor"] != 1:
-        raise UserError(
-            f"{where}: partial_rotary_factor {found['partial_rotary_factor']!r} is not supported; supported is 1"
-        )
+    found["rope_theta"] = found.get("rope_theta", raw.get("rope_theta")) or family.theta
+    partial = found.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1.0
+    if partial != 1:
+        raise UserError(f"{where}: partial_rotary_factor {partial!r} is not supported; supported is 1")
     original = (
         raw.get("original_max_position_embeddings")
         or found.get("original_max_position_embeddings")
@@ -87,11 +90,16 @@ def read(raw, max_length, where):
             f"{where}: original_max_position_embeddings should be an integer above 0, got {original!r}"
         )
     theta = float(_number(found, "rope_theta", where, 2.0, 1e12))
-    if kind == "default":
-        if raw.get("original_rope_theta") is None:
-            return Rope("default", theta, original)
-        before = float(_number(raw, "original_rope_theta", where, 2.0, 1e12))
-        return Rope("ntk", theta, original, float(math.ceil(max_length / original)), original_theta=before)
+    if kind != "default":
+        return _scaled(kind, found, theta, original, where)
+    if raw.get("original_rope_theta") is None:
+        return Rope("default", theta, max_length if family.states_original_length else original)
+    before = float(_number(raw, "original_rope_theta", where, 2.0, 1e12))
+    return Rope("ntk", theta, original, float(math.ceil(max_length / original)), original_theta=before)
+
+
+def _scaled(kind, found, theta, original, where):
+    """-> the Rope of a type that has parameters, from the dict `found` of them."""
     missing = [name for name in REQUIRED[kind] if found.get(name) is None]
     if missing:
         raise UserError(f"{where}: rope of type {kind} lacks {', '.join(missing)}")
@@ -102,14 +110,14 @@ def read(raw, max_length, where):
     values = {name: float(_number(values, name, where, 1.0 if name == "factor" else 1e-3)) for name in values}
     if kind == "llama3" and not 0 < values["low_freq_factor"] < values["high_freq_factor"]:
         raise UserError(
-            f"{where}: high_freq_factor should be above low_freq_factor, got {values['high_freq_factor']:g} and "
-            f"{values['low_freq_factor']:g}"
+            f"{where}: high_freq_factor should be above low_freq_factor, "
+            f"got {values['high_freq_factor']:g} and {values['low_freq_factor']:g}"
         )
     return Rope(kind, theta, original, truncate=truncate, **values)
 
 
-def inverse_frequencies(rope, head_dim):
-    """-> inverse frequencies [D/2] in float64, and the factor that cosines and sines are multiplied by (1 but for yarn)."""
+def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
+    """Give float64 inverse frequencies [head_dim / 2] and the factor on cosines and sines (yarn: not 1)."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     frequency = rope.theta**-exponent
     if rope.type in ("default", "ntk"):
@@ -124,7 +132,7 @@ def inverse_frequencies(rope, head_dim):
 
 
 def _yarn(rope, head_dim, frequency):
-    """arXiv 2309.00071 section 3.2: fast dimensions are kept, slow ones interpolated, a linear ramp between."""
+    """arXiv 2309.00071 section 3.2: keep fast dimensions, interpolate slow ones, ramp between them."""
 
     def dimension(turns):
         return head_dim * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -144,8 +152,8 @@ def _yarn(rope, head_dim, frequency):
     return frequency * (1 - ramp + ramp / rope.factor), factor
 
 
-def tables(rope, head_dim, length):
-    """-> cos, sin [length, D/2] float32 for positions 0..length-1: angles in float64, rounded once."""
+def tables(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Give cos and sin, float32 [length, head_dim / 2], of positions 0..length-1, rounded once."""
     frequency, factor = inverse_frequencies(rope, head_dim)
     cos, sin = np.empty((2, length, head_dim // 2), np.float32)
     for start in range(0, length, 8192):
@@ -155,18 +163,23 @@ def tables(rope, head_dim, length):
     return cos, sin
 
 
-def extend(config, type, target_length):
-    """The rope that extends `config` (a ModelConfig) to `target_length` tokens -> (Rope, one sentence with the arithmetic).
+def extend(config: Any, type: str, target_length: int) -> tuple[Rope, str]:
+    """Give the rope that extends `config`, a ModelConfig, to `target_length` tokens, and how it was computed.
 
-    Everything counts from the length of pretraining, also when the base was extended before: linear (and ntk) by
-    ceil(target / original), as upstream's LongLoRA, whose factor however forgot an earlier extension; yarn by
-    target / original exactly, since transformers 4 recomputes it so. A base whose own rope is llama3 or yarn can only be
-    extended by the same rule: llama3's factor grows by target / max_position_embeddings (Llama 3.1 has factor 8 for 131072
-    positions, not 16), yarn's is taken from its original length and an explicit attention_factor is computed anew.
+    Factors count from the length of pretraining, even when the base was extended before. linear and ntk use
+    ceil(target / original), as upstream's LongLoRA does (which forgets an earlier extension). yarn uses
+    target / original exactly, because transformers 4 recomputes it that way. A base whose own rope is llama3
+    or yarn can only be extended by the same rule: llama3's factor grows by target / max_position_embeddings
+    (Llama 3.1 has factor 8 for 131072 positions, not 16), and an explicit attention_factor of yarn is
+    computed anew. UserError for an extension that the base's family does not have, or a target that is not
+    above the base's length.
     """
     base, reach = config.rope, config.max_position_embeddings
     if type not in EXTENSIONS:
         raise UserError(f"rope type should be one of {', '.join(EXTENSIONS)}, got {type!r}")
+    possible = [name for name in EXTENSIONS if _written(name) in FAMILIES[config.family].rope_types]
+    if type not in possible:
+        raise UserError(f"a {config.family} model can only be extended by {', '.join(possible)}, got {type}")
     original = reach if base.type == "llama3" else base.original_length
     if isinstance(target_length, bool) or not isinstance(target_length, int) or target_length <= original:
         raise UserError(
@@ -206,12 +219,17 @@ def extend(config, type, target_length):
     return rope, f"rope: {text}{before}"
 
 
-def to_config(raw, rope, target_length):
-    """A copy of the config dict `raw` with `rope` and `target_length` positions, in the keys of transformers 4 and of 5.
+def _written(type):
+    """The name of a rope type in a config."""
+    return "default" if type == "ntk" else type
+
+
+def to_config(raw: dict[str, Any], rope: Rope, target_length: int) -> dict[str, Any]:
+    """Copy the config `raw` with `rope` and `target_length` positions, in the keys of transformers 4 and 5.
 
     The length and theta of pretraining stand at the top level, where neither version warns about them.
     """
-    parameters = {"rope_type": "default" if rope.type == "ntk" else rope.type}
+    parameters: dict[str, Any] = {"rope_type": _written(rope.type)}
     for name in PARAMETERS.get(rope.type, ()):
         if getattr(rope, name) is not None:
             parameters[name] = getattr(rope, name)

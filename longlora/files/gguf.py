@@ -10,7 +10,8 @@ import struct
 
 import numpy as np
 
-from longlora.decoder.config import FAMILIES, read_config
+from longlora.decoder.config import read_config
+from longlora.decoder.families import FAMILIES
 from longlora.errors import UserError
 from longlora.files.open_model import Checkpoint
 from longlora.files.safetensors import release
@@ -206,7 +207,7 @@ class Gguf(Checkpoint):
                 raise UserError(f"{self.path}: {arch}.{name} {get(f'{arch}.{name}')!r} is not supported")
         family, layer = arch, "model.layers.0.self_attn."
         raw = {
-            "architectures": [FAMILIES[family]["architecture"]],
+            "architectures": [FAMILIES[family].architecture],
             "model_type": family,
             "hidden_act": "silu",
             "initializer_range": 0.02,

@@ -1,13 +1,16 @@
-"""`longlora demo`: a small model that was pretrained on 256 tokens learns to read 2048, and perplexity shows that it did.
+"""`longlora demo` extends a small model from 256 to 2048 tokens and shows by perplexity that it worked.
 
-Model and texts ship with the package (longlora/assets; the scripts that made them are in the repository's demo/). Only the
-public calls are used: ppl, train, merge.
+Model and texts ship with the package in longlora/assets; the scripts that made them are in the repository's
+demo/. The demo uses only the public functions ppl, train and merge.
 """
 
 import math
+import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from longlora import plots
 from longlora.decoder.config import read_config
@@ -23,7 +26,7 @@ LENGTHS = (256, 512, 1024, 2048)
 TARGET = LENGTHS[-1]
 GROUP = 512
 STEPS = 240
-# AdamW's rates for LoRA, and for embedding and norms: a small model takes, and needs, far larger ones than the 2e-5 of the paper.
+# A small model needs far larger learning rates than the paper's 2e-5.
 SETTINGS = dict(
     target_length=TARGET,
     group_size=GROUP,
@@ -33,8 +36,9 @@ SETTINGS = dict(
     warmup_steps=10,
     logging_steps=10,
 )
-POINTS = 32  # of the curve of perplexity by position
-NEXT = """Next, a model of your own: a Hugging Face directory or a .gguf of the Llama, Mistral, Qwen2 or Qwen3 family.
+Curve = tuple[list[float], list[float]]
+POINTS = 32  # on the curve of perplexity by position
+NEXT = """Next, a model of your own: a Hugging Face directory or a .gguf file.
     longlora inspect MODEL
     longlora plan  --model MODEL --target-length 32768
     longlora train --model MODEL --data TEXT.txt --target-length 32768 --output-dir extended
@@ -42,11 +46,17 @@ NEXT = """Next, a model of your own: a Hugging Face directory or a .gguf of the 
     longlora merge --model MODEL --adapter extended --output-dir merged"""
 
 
-def run(output_dir="longlora-demo", steps=None, say=print, device="auto"):
-    """Run the demo -> the dict that output_dir/report.json holds: lengths, before, interpolated, after (perplexities), ...
+def run(
+    output_dir: str | os.PathLike[str] = "longlora-demo",
+    steps: int | None = None,
+    say: Callable[[str], object] = print,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Run the demo -> the content of report.json: lengths, and perplexities before and after.
 
-    Leaves in output_dir: report.json, loss.png, perplexity.png, attention.png, adapter/ and merged/. steps: of training, by
-    default STEPS (under 5 minutes on 2 cores). device: as train's. UserError if output_dir holds something else than an earlier demo.
+    Writes report.json, loss.png, perplexity.png, attention.png, adapter/ and merged/ to output_dir. steps:
+    training steps (default: STEPS, under 5 minutes on 2 cores). device: as in train. UserError if output_dir
+    holds anything but an earlier demo.
     """
     started = time.perf_counter()
     steps = STEPS if steps is None else steps
@@ -55,13 +65,12 @@ def run(output_dir="longlora-demo", steps=None, say=print, device="auto"):
     output = _prepared(Path(output_dir))
     native = read_config(MODEL).max_position_embeddings
     say(
-        f"A model of {_parameters():.1f} million parameters, pretrained on {native} tokens, learns to read {TARGET}. "
-        f"Files go to {output}.\n"
+        f"A model of {_parameters():.1f} million parameters, pretrained on {native} tokens, learns to read "
+        f"{TARGET}. Files go to {output}.\n"
     )
 
-    say(
-        f"1. Before: perplexity on text that it never saw ({', '.join(sorted(p.stem for p in HELD_OUT.glob('*.txt')))})"
-    )
+    books = ", ".join(sorted(path.stem for path in HELD_OUT.glob("*.txt")))
+    say(f"1. Before: perplexity on text it has never seen ({books})")
     before, curve_before = _perplexity(say, "as it is", device=device)
     interpolated, curve_interpolated = _perplexity(
         say,
@@ -110,28 +119,29 @@ def run(output_dir="longlora-demo", steps=None, say=print, device="auto"):
 
     say("\n" + table(report))
     say(
-        f"\n{report['seconds']:.0f} seconds. In {output}: report.json, loss.png, perplexity.png, attention.png, adapter/ (PEFT "
-        "loads it), merged/\n(stock transformers loads it).\n"
+        f"\n{report['seconds']:.0f} seconds. In {output}: report.json, loss.png, perplexity.png, "
+        "attention.png, adapter/ (PEFT loads it), merged/\n(stock transformers loads it).\n"
     )
     say(NEXT)
     return report
 
 
-def table(report):
-    """The report's perplexities as lines of text."""
+def table(report: dict[str, Any]) -> str:
+    """The perplexities of the report as a table."""
     lines = ["Perplexity by length    before    interpolated    after training"]
     for length, *figures in zip(*(report[name] for name in ("lengths", "before", "interpolated", "after"))):
         mark = "  (pretrained on this length)" if length == report["native_length"] else ""
-        lines.append("{:>20}{:>10.1f}{:>16.1f}{:>18.1f}{}".format(length, *figures, mark))
+        before, interpolated, after = figures
+        lines.append(f"{length:>20}{before:>10.1f}{interpolated:>16.1f}{after:>18.1f}{mark}")
     return "\n".join(lines)
 
 
-def _prepared(output):
-    """The output directory, rid of an earlier demo."""
+def _prepared(output: Path) -> Path:
+    """The output directory, made if necessary, without the files of an earlier demo."""
     report = output / "report.json"
     if output.exists() and not (output.is_dir() and (report.exists() or not any(output.iterdir()))):
         raise UserError(
-            f"{output}: exists and holds no earlier demo (report.json); wanted a new or an empty directory"
+            f"{output}: exists and holds no earlier demo (report.json); expected a new or an empty directory"
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -144,12 +154,12 @@ def _prepared(output):
     return output
 
 
-def _parameters():
+def _parameters() -> float:
     return sum(math.prod(shape) for shape in read_config(MODEL).tensor_shapes().values()) / 1e6
 
 
-def _perplexity(say, what, **options):
-    """-> perplexity by length, and the curve (positions, perplexities) inside the longest windows."""
+def _perplexity(say: Callable[[str], object], what: str, **options: Any) -> tuple[list[float], Curve]:
+    """The perplexity at each length, and the curve (positions, perplexities) inside the longest windows."""
     results = ppl.run(MODEL, HELD_OUT, LENGTHS, bins=POINTS, **options)["results"]
     say(f"   {what}: " + ", ".join(f"{row['perplexity']:.1f} at {row['length']}" for row in results))
     parts = results[-1]["by_position"]

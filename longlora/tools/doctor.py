@@ -1,9 +1,12 @@
-"""What this build and this machine are: the first thing to look at when something is slow or missing."""
+"""`longlora doctor` describes the build and the machine: look here first when something is slow or
+missing.
+"""
 
 import importlib.metadata
 import os
 import platform
 import sys
+from typing import Any
 
 LIBRARIES = (
     "numpy",
@@ -20,8 +23,8 @@ LIBRARIES = (
 )
 
 
-def examine():
-    """-> dict for JSON: versions, instruction sets, threads, memory, CUDA."""
+def examine() -> dict[str, Any]:
+    """Versions, instruction sets, threads, memory and CUDA, as a dict for JSON. Memory is in bytes."""
     from longlora import _C, __version__
     from longlora.memory.plan import available_memory
 
@@ -48,11 +51,11 @@ def examine():
     }
 
 
-def _cuda():
+def _cuda() -> dict[str, Any]:
     from longlora import cuda
 
     driver, runtime = cuda.versions()
-    found = {
+    found: dict[str, Any] = {
         "available": cuda.is_available(),
         "reason": cuda.reason(),
         "built_for": cuda.built_for(),
@@ -76,8 +79,8 @@ def _cuda():
     return found
 
 
-def _cuda_text(found):
-    """-> lines of (name, value)."""
+def _cuda_text(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The lines about CUDA, as (name, value)."""
     if not found["built_for"]:
         return [("CUDA", f"not available: {found['reason']}")]
     built = f"CUDA {found['runtime']} for sm {found['built_for']}"
@@ -87,7 +90,10 @@ def _cuda_text(found):
         ("CUDA build", f"{built}, {driver}"),
     ]
     for i, device in enumerate(found["devices"]):
-        what = f"{device['name']}, sm_{device['sm']}, {device['multiprocessors']} multiprocessors, bus {device['bus']}"
+        what = (
+            f"{device['name']}, sm_{device['sm']}, {device['multiprocessors']} multiprocessors, "
+            f"bus {device['bus']}"
+        )
         state = (
             f"not used: {device['refused']}"
             if device["refused"]
@@ -104,7 +110,7 @@ def _cuda_text(found):
     ]
 
 
-def _processor():
+def _processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(
@@ -115,8 +121,8 @@ def _processor():
         return platform.processor()
 
 
-def text(found):
-    """`examine`'s dict as lines."""
+def text(found: dict[str, Any]) -> str:
+    """The result of `examine` as a table."""
     memory = found["memory_available"]
     lines = [
         ("longlora", f"{found['longlora']}, Python {found['python']}, {found['platform']}"),

@@ -13,7 +13,8 @@ STATE = "trainer_state.json"
 
 
 def describe(path):
-    """What lies at `path` -> a dict for JSON: kind ("model", "adapter", "checkpoint"), sizes, rope, what is trained.
+    """What lies at `path` -> a dict for JSON: kind ("model", "adapter", "checkpoint"), sizes, rope, what is
+    trained.
 
     Nothing but headers is read. UserError if it is none of these, or damaged.
     """

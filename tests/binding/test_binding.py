@@ -334,9 +334,27 @@ def unaligned(x):
     return view
 
 
+def field_of_packed(x, count):
+    """x as a field of packed structures of `count` numbers and a byte: strides are no multiple of 4 bytes."""
+    structure = [("number", np.float32, (count,)), ("byte", np.uint8)]
+    packed = np.zeros((x.shape[0], x.shape[1] // count), structure)["number"]
+    packed[...] = x.reshape(packed.shape)
+    return packed[..., 0] if count == 1 else packed[:, 0]
+
+
 @pytest.mark.parametrize(
     "change, error, words",
     [
+        (
+            dict(x=lambda x: field_of_packed(x, 1)),
+            ValueError,
+            "x axis 1 has a stride that is no multiple of its",
+        ),
+        (
+            dict(x=lambda x: field_of_packed(x, 8)),
+            ValueError,
+            "x axis 0 has a stride that is no multiple of its",
+        ),
         (dict(x=lambda x: x.astype(">f4")), TypeError, "x is not in the machine's byte order"),
         (dict(x=lambda x: x.astype(np.complex64)), TypeError, "x has dtype complex64, which no op takes"),
         (
@@ -611,10 +629,12 @@ def test_tensor_wrap(tmp_path):
     np.testing.assert_array_equal(ops.cast(t, "float32").numpy(), x)
     with pytest.raises(BufferError):
         buffer.close()  # the Tensor still needs it
-    for view in (t, t[1:], t.view(4)):
+    for view in (t, t[1:], t.view(4), t.reshape((4, 16)), t.reshape(64)[3:]):
+        assert not view.numpy().flags.writeable
         with pytest.raises(ValueError, match="read-only"):
             view.fill(0)
-        assert not view.numpy().flags.writeable
+        with pytest.raises(ValueError, match="read-only"):
+            view.copy_(np.zeros(view.shape, np.float32))
     with pytest.raises(ValueError, match="cast: out is an output and read-only"):
         _C.cast(t, x)
     with pytest.raises(BufferError, match="read-only tensor needs max_version"):
@@ -647,6 +667,11 @@ def test_tensor_copy_and_fill():
             t.copy_(source)
             np.testing.assert_array_equal(t.numpy(), np.asarray(source).astype(t.numpy().dtype))
         Tensor((5, 9), dtype)[:, 1:7].copy_(x)
+    for dtype in ("uint8", "float16", "float32", "int64"):
+        large = Tensor((3, 87383), dtype)  # 262,149 elements: 2**18 and a rest
+        for number in (7, 0, 2):
+            large.fill(number)
+            assert (large.numpy() == number).all()
     column = Tensor((6, 5))
     column[:, 1].fill(3)
     assert (column.numpy()[:, 1] == 3).all()

@@ -1,4 +1,4 @@
-"""Configs of the families as transformers 5 writes them, and everything that is refused."""
+"""Configs of the families as transformers 5 writes them, its defaults, and everything that is refused."""
 
 import json
 
@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longlora.decoder.config import FAMILIES, ModelConfig, read_config
+from longlora.decoder.config import ModelConfig, read_config
+from longlora.decoder.families import FAMILIES
 from longlora.decoder.rope import Rope
 from longlora.errors import UserError
 
@@ -25,10 +26,10 @@ RAW = dict(SIZES, model_type="llama", rms_norm_eps=1e-5)
 def theirs(family, **fields):
     import transformers
 
-    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    name = FAMILIES[family].architecture.removesuffix("ForCausalLM")
     if family == "mistral":
         fields.setdefault("sliding_window", None)
-    return getattr(transformers, f"{name}Config")(**{**SIZES, **fields})
+    return getattr(transformers, f"{name}Config")(**{**SIZES, "pad_token_id": None, **fields})
 
 
 def model(config):
@@ -41,7 +42,7 @@ def model(config):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_tensors_are_those_of_transformers(tmp_path, family, tied, bias):
-    fields = dict(attention_bias=bias) if family in ("llama", "qwen3") else {}
+    fields = dict(attention_bias=bias) if family in ("llama", "qwen3", "granite", "smollm3") else {}
     config = theirs(family, tie_word_embeddings=tied, head_dim=16, **fields)
     config.save_pretrained(tmp_path)
     ours = read_config(tmp_path)
@@ -49,9 +50,68 @@ def test_tensors_are_those_of_transformers(tmp_path, family, tied, bias):
     if tied:
         del wanted["lm_head.weight"]
     assert ours.tensor_shapes() == wanted
-    assert ours.family == family and ours.tie_word_embeddings is tied and ours.mlp_bias is False
-    assert (ours.head_dim, ours.num_key_value_heads, ours.rms_norm_eps) == (16, 2, 1e-6)
-    assert ours.rope == Rope("default", 10000.0, 64)
+    assert ours.family == family and ours.tie_word_embeddings is tied
+    assert (ours.head_dim, ours.num_key_value_heads, ours.rms_norm_eps) == (16, 2, config.rms_norm_eps)
+    assert ours.rope == Rope("default", 2000000.0 if family == "smollm3" else 10000.0, 64)
+
+
+@pytest.mark.parametrize("family", ["phi3", "granite", "smollm3"])
+@pytest.mark.parametrize("given", [{}, SIZES, dict(num_key_value_heads=None), dict(num_hidden_layers=9)])
+def test_a_missing_key_has_the_default_of_transformers(family, given):
+    import transformers
+
+    ours = read_config({"model_type": family, **given})
+    config = getattr(transformers, f"{FAMILIES[family].architecture.removesuffix('ForCausalLM')}Config")(
+        **given
+    )
+    for name in (
+        *SIZES,
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "initializer_range",
+        "hidden_size",
+    ):
+        assert getattr(ours, name) == getattr(config, name), name
+    assert ours.head_dim == config.hidden_size // config.num_attention_heads
+    assert ours.rope.theta == config.rope_parameters["rope_theta"] and ours.rope.type == "default"
+    assert ours.qkv_bias is ours.o_bias is getattr(config, "attention_bias", False)
+    rotated = tuple(map(bool, getattr(config, "no_rope_layers", [1])))
+    assert ours.rope_layers == (None if all(rotated) else rotated)
+    for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling"):
+        assert getattr(ours, name) == getattr(config, name, 1.0)
+    assert ours.attention_multiplier == getattr(config, "attention_multiplier", None)
+
+
+def test_multipliers_of_granite():
+    fields = dict(
+        embedding_multiplier=12, residual_multiplier=0.22, attention_multiplier=0.015625, logits_scaling=8.0
+    )
+    granite = read_config({**RAW, "model_type": "granite", **fields})
+    assert {name: getattr(granite, name) for name in fields} == fields
+    # transformers' Llama does not know these keys, nor does ours
+    assert read_config({**RAW, **fields}) == read_config(RAW)
+    assert read_config(RAW).attention_multiplier is None
+
+
+@pytest.mark.parametrize(
+    "fields, rotated",
+    [
+        ({}, (True, True, True, False, True, True)),
+        (dict(no_rope_layer_interval=2), (True, False) * 3),
+        (dict(no_rope_layer_interval=1), (False,) * 6),
+        (dict(no_rope_layer_interval=7), None),
+        (dict(no_rope_layers=[0, 1, 1, 0, 1, 1, 0, 0]), (False, True, True, False, True, True)),
+        (dict(no_rope_layers=[1] * 6, no_rope_layer_interval=2), None),
+    ],
+)
+def test_layers_of_smollm3_that_rotate(fields, rotated):
+    config = theirs("smollm3", **{**fields, "num_hidden_layers": 6})
+    decided = tuple(bool(layer.self_attn.use_rope) for layer in model(config).model.layers)
+    raw = {**RAW, "model_type": "smollm3", "num_hidden_layers": 6, **fields}
+    assert read_config(raw).rope_layers == rotated and decided == (rotated or (True,) * 6)
+    assert read_config({**raw, "model_type": "llama"}).rope_layers is None
 
 
 def test_sources_of_a_config(tmp_path):
@@ -104,6 +164,24 @@ WINDOWS = [
         None,
     ),
     ("llama", dict(sliding_window=16), None),
+    ("phi3", {}, None),
+    ("phi3", dict(sliding_window=None), None),
+    ("phi3", dict(sliding_window=2047), 2047),
+    ("granite", dict(sliding_window=16), None),
+    ("smollm3", dict(sliding_window=16), None),
+    ("smollm3", dict(use_sliding_window=True), None),
+    ("smollm3", dict(use_sliding_window=True, sliding_window=16, no_rope_layers=[1, 1, 0]), 16),
+    ("smollm3", dict(use_sliding_window=True, sliding_window=16), None),  # 3 layers: all rotate
+    (
+        "smollm3",
+        dict(
+            use_sliding_window=True,
+            sliding_window=16,
+            no_rope_layers=[1, 0, 1],
+            layer_types=["full_attention"] * 3,
+        ),
+        None,
+    ),
 ]
 
 
@@ -127,7 +205,8 @@ def test_sliding_windows_by_the_rules_of_transformers(family, fields, window):
     [
         (
             {"model_type": "mixtral"},
-            "model_type 'mixtral' is not supported; supported are llama, mistral, qwen2, qwen3",
+            "model_type 'mixtral' is not supported; supported are llama, mistral, qwen2, qwen3, phi3, "
+            "granite, smollm3",
         ),
         ({"model_type": None}, "model_type None is not supported"),
         ({"model_type": ["llama"]}, "model_type \\['llama'\\] is not supported"),
@@ -176,6 +255,52 @@ def test_refused(tmp_path, fields, message):
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "family, fields, message",
+    [
+        ("granite", {"mlp_bias": True}, "mlp_bias True is not supported"),
+        ("smollm3", {"mlp_bias": True}, "mlp_bias True is not supported"),
+        (
+            "granite",
+            {"logits_scaling": 0},
+            "logits_scaling should be a number above 0, at most 1e\\+06, got 0",
+        ),
+        ("granite", {"attention_multiplier": None}, "attention_multiplier should be a number"),
+        ("granite", {"residual_multiplier": "1"}, "residual_multiplier should be a number"),
+        (
+            "smollm3",
+            {"no_rope_layers": [1, 1]},
+            "no_rope_layers should be a list of 0 or 1 for each of 3 layers",
+        ),
+        ("smollm3", {"no_rope_layers": [1, 2, 1]}, "no_rope_layers should be a list of 0 or 1"),
+        ("smollm3", {"no_rope_layers": 1}, "no_rope_layers should be a list"),
+        (
+            "smollm3",
+            {"no_rope_layer_interval": 0},
+            "no_rope_layer_interval should be an integer above 0, got 0",
+        ),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 3}, "layer_types has sliding_attention"),
+        (
+            "phi3",
+            {"partial_rotary_factor": 0.75},
+            "partial_rotary_factor 0.75 is not supported; supported is 1",
+        ),
+        ("phi3", {"architectures": ["PhiForCausalLM"]}, "supported is Phi3ForCausalLM"),
+    ],
+)
+def test_refused_of_a_family(family, fields, message):
+    with pytest.raises(UserError, match=message):
+        read_config({**RAW, "model_type": family, **fields})
+
+
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn", "linear", "llama3", "dynamic"])
+def test_phi3_has_the_plain_rope_only(kind):
+    """transformers reads su and yarn of a Phi-3 as longrope, and refuses the others."""
+    scaling = {"type": kind, "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    with pytest.raises(UserError, match=f"rope type '{kind}' is not supported; supported is default"):
+        read_config({**RAW, "model_type": "phi3", "rope_scaling": scaling})
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
 def test_key_value_heads_have_no_default_outside_llama(family):
     raw = {key: value for key, value in RAW.items() if key != "num_key_value_heads"}
@@ -217,6 +342,9 @@ KEYS = [
     "original_max_position_embeddings",
     "original_rope_theta",
     "num_experts",
+    "attention_multiplier",
+    "no_rope_layers",
+    "no_rope_layer_interval",
 ]
 ROPE_KEYS = [
     "rope_type",

@@ -1,4 +1,4 @@
-"""Frequencies are transformers'; extension counts from the length of pretraining; saved keys serve transformers 4 and 5."""
+"""Frequencies are transformers'; factors count from the original length; saved configs suit versions 4 and 5."""
 
 import json
 import math
@@ -123,6 +123,49 @@ def test_transformers_reads_the_saved_config_without_a_warning(caplog):
             LlamaConfig(**rope_.to_config(RAW, rope, 8192))
     theirs_.disable_propagation()
     assert not caplog.records
+
+
+@pytest.mark.parametrize("family", ["granite", "smollm3"])
+@pytest.mark.parametrize("kind", rope_.EXTENSIONS)
+def test_other_families_are_extended_as_llama(family, kind):
+    raw = {**RAW, "model_type": family}
+    rope, _ = rope_.extend(read_config(raw), kind, 8192)
+    config = same(rope_.to_config(raw, rope, 8192))
+    assert config.rope == rope == rope_.extend(read_config(RAW), kind, 8192)[0]
+
+
+def test_phi3_is_extended_by_ntk(caplog):
+    """transformers refuses other types in a Phi-3 config, and writes 4096 as the original length always."""
+    import logging
+
+    from transformers import Phi3Config
+    from transformers import logging as theirs_
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    raw = {**RAW, "model_type": "phi3", "original_max_position_embeddings": 4096}
+    base = read_config(raw)
+    assert base.rope == Rope("default", 10000.0, 2048)
+    rope, text = rope_.extend(base, "ntk", 8192)
+    assert text.startswith("rope: ntk, factor ceil(8192 / 2048) = 4, theta 10000 -> ")
+    extended = rope_.to_config(raw, rope, 8192)
+    assert read_config(extended).rope == rope
+    assert rope_.extend(read_config(extended), "ntk", 16384)[0] == rope_.extend(base, "ntk", 16384)[0]
+    theirs_.enable_propagation()
+    with caplog.at_level(logging.WARNING):
+        config = Phi3Config(**{**extended, "pad_token_id": None, "eos_token_id": 2})
+    theirs_.disable_propagation()
+    assert not caplog.records and config.max_position_embeddings == 8192
+    frequency, _ = rope_.inverse_frequencies(rope, 32)
+    np.testing.assert_allclose(frequency, Phi3RotaryEmbedding(config).inv_freq.double().numpy(), rtol=2e-6)
+    for kind in ("linear", "yarn", "llama3"):
+        with pytest.raises(UserError, match=f"a phi3 model can only be extended by ntk, got {kind}"):
+            rope_.extend(base, kind, 8192)
+        with pytest.raises(Exception, match="longrope"):
+            Phi3Config(
+                **rope_.to_config(
+                    raw, Rope(kind, 10000.0, 2048, 4.0, low_freq_factor=1.0, high_freq_factor=4.0), 8192
+                )
+            )
 
 
 @pytest.mark.parametrize("target, factor", [(2049, 2), (4096, 2), (4097, 3), (8192, 4), (100000, 49)])

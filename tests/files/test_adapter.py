@@ -196,6 +196,7 @@ def test_merged_is_rounded_once_to_the_dtype_of_the_base(tmp_path, dtype):
     base, path, tensors = saved(tmp_path, dtype=getattr(torch, dtype))
     adapter.merge(base, path, tmp_path / "merged")
     before, after = open_model(base), open_model(tmp_path / "merged")
+    assert (tmp_path / "merged").stat().st_mode & 0o777 == 0o755  # mkdtemp's own would be 0o700
     assert after.config.raw["torch_dtype"] == dtype and before.names() == after.names()
     name = "model.layers.1.self_attn.v_proj.weight"
     a, b = (tensors[name.replace("weight", f"lora_{side}.weight")] for side in "AB")

@@ -43,10 +43,12 @@ def permute(weights, heads):
     )
 
 
-def write(path, model, kind="F32", vocab=True, extra=None, **keys):
-    """`model` of transformers as llama.cpp's converter would write it, matrices of type `kind` -> its config."""
+def write(path, model, kind="F32", vocab=True, extra=None, alignment=None, **keys):
+    """`model` of transformers as llama.cpp's converter writes it, matrices of type `kind` -> it, opened."""
     config, arch = model.config, {"mistral": "llama"}.get(model.config.model_type, model.config.model_type)
     writer = gguf.GGUFWriter(path, arch)
+    if alignment:
+        writer.add_custom_alignment(alignment)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -146,6 +148,15 @@ def test_every_family_and_storage(tmp_path, family, fields, kind):
         ours.config.tie_word_embeddings,
         ours.config.rms_norm_eps,
     )
+
+
+@pytest.mark.parametrize("alignment", [8, 256, 4096])
+def test_general_alignment(tmp_path, alignment):
+    """The data and each tensor begin at a multiple of general.alignment, or of 32 without that key."""
+    model = tiny(tmp_path / "hf")
+    ours, state = write(tmp_path / "m.gguf", model, alignment=alignment), model.state_dict()
+    for name in ours.names():
+        np.testing.assert_array_equal(ours.read(name), state[name].numpy(), err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])

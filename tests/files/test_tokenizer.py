@@ -249,6 +249,25 @@ def test_sentence_piece_gguf(tmp_path, keys):
     equal(open_model(path).tokenizer(), auto(tmp_path, gguf_file="model.gguf"))
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"add_eos_token": True},
+        {"add_eos_token": False},
+        {"add_eos_token": True, "add_bos_token": True},
+        {"add_eos_token": True, "add_bos_token": False},
+    ],
+    ids=str,
+)
+def test_gguf_with_an_end_token(tmp_path, kind, keys):
+    model, split = ("llama", {}) if kind == "llama" else ("gpt2", {"pre": kind})
+    keys = keys | {"bos_token_id": 1, "eos_token_id": 2}
+    ours = open_model(gguf_file(tmp_path / "model.gguf", trained(kind), model, **split, **keys)).tokenizer()
+    equal(ours, auto(tmp_path, gguf_file="model.gguf"))
+    assert (ours.encode("Hello")[-1] == 2) == keys["add_eos_token"]
+
+
 def test_smollm2(smollm2, tmp_path):  # noqa: F811
     ours, theirs = open_model(smollm2).tokenizer(), auto(smollm2.parent, gguf_file=smollm2.name)
     equal(ours, theirs)

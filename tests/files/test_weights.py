@@ -111,6 +111,22 @@ def test_fingerprint_tells_models_apart(tmp_path):
     assert len({open_model(tmp_path / name).fingerprint() for name in "acd"}) == 3
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_fingerprint_tells_the_ends_of_a_large_tensor_apart(tmp_path, place):
+    """The tensor has 33 KB; the fingerprint reads its first and its last 4 KB."""
+    name = "model.embed_tokens.weight"
+    build(tmp_path, vocab_size=520)
+    before = open_model(tmp_path)
+    assert before.read(name).nbytes == 33280
+    fingerprint = before.fingerprint()
+
+    def change(tensors):
+        tensors[name].reshape(-1)[place] += 1
+
+    edit(tmp_path, change)
+    assert open_model(tmp_path).fingerprint() != fingerprint
+
+
 def edit(path, change, file="model.safetensors"):
     """Rewrite a safetensors file with its tensors changed by `change`, a function on the dict."""
     from safetensors.numpy import load_file, save_file
@@ -269,6 +285,35 @@ def test_damaged_header(tmp_path, header, size, message):
     assert "\n" not in str(caught.value) and "x.safetensors" in str(caught.value)
 
 
+@pytest.mark.parametrize("order", ["abcd", "dcba"])
+def test_empty_tensors_may_begin_where_others_do(tmp_path, order):
+    """The safetensors library reads them too, and the order of names in the header does not matter."""
+    from safetensors.numpy import load_file
+
+    entries = {"a": entry(0, 0, [0, 3]), "b": entry(0, 16), "c": entry(16, 16, [4, 0]), "d": entry(16, 24)}
+    header, data = {name: entries[name] for name in order}, np.arange(6, dtype=np.float32).tobytes()
+    path = raw_file(tmp_path / "x.safetensors", header, data)
+    ours, theirs = SafetensorsFile(path), load_file(path)
+    assert set(ours.entries) == set(theirs) == set("abcd")
+    for name, array in theirs.items():
+        assert ours.array(name).shape == array.shape
+        np.testing.assert_array_equal(ours.array(name), array)
+
+
+def test_a_header_above_the_limit_of_the_format(tmp_path):
+    """The format allows 100,000,000 bytes. Here is one more, in a sparse file that is long enough for it."""
+    from safetensors import SafetensorError, safe_open
+
+    path = tmp_path / "x.safetensors"
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", 100_000_001))
+        file.truncate(300_000_000)
+    with pytest.raises(SafetensorError, match="(?i)header ?too ?large"):
+        safe_open(path, "np")
+    with pytest.raises(UserError, match="its header should have 100000001 bytes"):
+        SafetensorsFile(path)
+
+
 @pytest.mark.parametrize("length", [0, 1, 3, 1 << 40, (1 << 64) - 1])
 def test_lying_header_length(tmp_path, length):
     with pytest.raises(UserError):
@@ -325,6 +370,55 @@ def test_empty_tensors_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match="a: refusing to save an empty tensor of shape \\[0, 4\\]"):
         safetensors_file.save(tmp_path / "x.safetensors", {"a": np.ones((0, 4), np.float32)})
     assert not list(tmp_path.iterdir())
+
+
+def test_files_have_the_rights_of_any_other(tmp_path):
+    """With a umask of 022 open() lets all users read a file and the owner write it."""
+    before = os.umask(0o022)
+    try:
+        (tmp_path / "other").write_text("x")
+        safetensors_file.save(tmp_path / "x.safetensors", {"a": np.ones(4, np.float32)})
+        safetensors_file.write_json(tmp_path / "x.json", {})
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "other": 0o644,
+        "x.safetensors": 0o644,
+        "x.json": 0o644,
+    }
+
+
+def disk_calls(monkeypatch):
+    """-> a list to which each later fsync and rename adds its name, the inode and the size of the file."""
+    calls = []
+
+    def watch(function, name, stat):
+        original = getattr(os, function)
+
+        def call(what, *rest, **keywords):
+            found = stat(what)
+            calls.append((name, found.st_ino, found.st_size))
+            return original(what, *rest, **keywords)
+
+        monkeypatch.setattr(os, function, call)
+
+    watch("fsync", "fsync", os.fstat)
+    watch("replace", "rename", os.stat)
+    watch("rename", "rename", os.stat)
+    return calls
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """First all bytes of the file, then its name, then the directory that holds the name."""
+    calls = disk_calls(monkeypatch)
+    safetensors_file.save(tmp_path / "x.safetensors", {"a": np.ones(5000, np.float32)})
+    file, directory = os.stat(tmp_path / "x.safetensors"), os.stat(tmp_path)
+    assert [call[:2] for call in calls] == [
+        ("fsync", file.st_ino),
+        ("rename", file.st_ino),
+        ("fsync", directory.st_ino),
+    ]
+    assert calls[0][2] == file.st_size > 20000
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):

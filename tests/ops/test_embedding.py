@@ -75,6 +75,12 @@ def test_bad_ids_and_orders_are_named():
         ops.embedding_forward(weight, np.array([0, 5], np.int32))
     with pytest.raises(ValueError, match=r"ids\[0\] should be in 0..4, got -1"):
         ops.embedding_forward(weight, np.array([-1], np.int32))
+    for ids, order, message in (
+        ([0, 7], [0, 1], r"ids\[1\] should be in 0..4, got 7"),
+        ([3, -1], [1, 0], r"ids\[1\] should be in 0..4, got -1"),
+    ):
+        with pytest.raises(ValueError, match="embedding_backward: " + message):
+            ops.embedding_backward(checks.random((2, 4)), np.int32(ids), np.int32(order), 5)
     dout, ids = checks.random((3, 4)), np.array([2, 0, 2], np.int32)
     for order in ([0, 1, 2], [1, 2, 0], [1, 0, 0], [1, 0, 7]):
         with pytest.raises(ValueError, match="order"):

@@ -102,6 +102,12 @@ def test_more_than_one_chunk(M, V, trained, isa):
     check_backward(x, w, targets_of(M, V), d, trained)
 
 
+def test_more_rows_than_a_gpu_takes_at_once(dtype, place):
+    """A GPU takes at most 2048 rows at a time, here 1088 and then 1012. Each part needs its own targets."""
+    x, w = checks.random((2100, 8), dtype), checks.random((37, 8), dtype, 1)
+    check_rounded(x, w, targets_of(2100, 37), dtype)
+
+
 def test_more_than_one_chunk_of_kept_bfloat16(isa):
     """The exponentials of all of the vocabulary in 16 bits: nine units of 16 rows, the last less eleven rows, of which eight fit."""
     M, C, V = 133, 8, 200001

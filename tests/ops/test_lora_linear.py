@@ -77,6 +77,21 @@ def test_dense_rows(shape, dtype, isa):
     checks.compare(dx, want, want, "dx", floor=6)
 
 
+# With few rows a block of the sum has at most 108 of the K + R steps; a step of bfloat16 products is a pair.
+# In each shape a block ends between K and K + R, in the last shape for pairs too.
+@pytest.mark.parametrize("shape", [(33, 64, 40, 72), (60, 40, 48, 80), (60, 80, 48, 160)], ids=str)
+def test_a_block_of_the_sum_that_ends_within_the_ranks(shape, dtype, isa):
+    x, w, _, a, b, _, dout = parts(*shape, dtype)
+    checks.check("lora_linear_forward", x, w, None, a, b, 2.0, floor=4)
+    checks.check("lora_linear_backward", dout, x, w, a, b, 2.0, floor=4)
+
+
+def test_a_residual_is_added_once(dtype, isa):
+    """The sum over k is packed in two parts, one after the other; the output is no multiple of a tile."""
+    x, w, _, _, _, residual, _ = parts(133, 2600, 21, 0, dtype)
+    checks.check("lora_linear_forward", x, w, None, None, None, 1.0, residual, floor=4)
+
+
 def test_a_bias_at_any_address(dtype, isa):
     x, w, bias, a, b, residual, _ = parts(33, 40, 72, 8, dtype)
     bias = np.concatenate([bias[:1], bias])[1:]

@@ -384,6 +384,22 @@ def test_borders_of_documents_that_cannot_be_are_named(borders, message):
         ops.s2_attention_forward(q, k, v, group_size=8, cu_seqlens=np.array(borders, np.int32))
 
 
+@pytest.mark.parametrize("boundary", ["wrap", "swap"])
+def test_documents_of_a_length_that_the_boundary_does_not_allow_are_named(boundary):
+    """T=24 is a multiple of 8, the documents' 12 is not. Without shifted heads every length is allowed."""
+    q, k, v, dout = inputs(1, 24, 4, 2, 8)
+    cu = np.array([0, 12, 24], np.int32)
+    kwargs = dict(group_size=8, boundary=boundary, cu_seqlens=cu)
+    with pytest.raises(ValueError, match=f"boundary {boundary} needs .* multiple of group_size=8, got 12"):
+        ops.s2_attention_forward(q, k, v, **kwargs)
+    out, lse = ops.s2_attention_forward(q, k, v, **kwargs, shift="none")
+    with pytest.raises(ValueError, match=f"boundary {boundary} needs .* multiple of group_size=8, got 12"):
+        ops.s2_attention_backward(dout, q, k, v, out, lse, **kwargs)
+    want, want_lse = reference.s2_attention_forward(q, k, v, group_size=8, shift="none", cu_seqlens=cu)
+    np.testing.assert_allclose(out, want, atol=2e-6)
+    np.testing.assert_allclose(lse, want_lse, atol=2e-6)
+
+
 def test_heads_wider_than_256_are_refused_on_cuda(cuda, dtype):
     q, k, v, dout = inputs(1, 9, 2, 1, 257, dtype)
     out, lse = np.full_like(q, np.nan), np.full((1, 2, 9), np.nan, np.float32)

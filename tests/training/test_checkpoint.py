@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import tiny
+from test_weights import disk_calls
 
 from longlora.errors import UserError
 from longlora.files import adapter
@@ -44,6 +45,20 @@ def test_saved_is_what_is_loaded_and_the_oldest_go_last(tmp_path):
     assert resume.resolve("some/where", str(tmp_path)) == "some/where"
     save(tmp_path, 100)  # an equal one takes the place of the old
     assert len(os.listdir(tmp_path)) == 2
+
+
+def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Each file is flushed and renamed, then its directory is flushed, which gets its own name last."""
+    calls = disk_calls(monkeypatch)
+    path = save(tmp_path, 1, write_model=lambda directory: write_text(os.path.join(directory, "model"), "x"))
+    files = ["model", "optimizer.safetensors", "trainer_state.json"]
+    names = {os.stat(os.path.join(path, name)).st_ino: name for name in files}
+    names |= {os.stat(path).st_ino: "checkpoint", os.stat(tmp_path).st_ino: "output_dir"}
+    assert [(call, names[inode]) for call, inode, _ in calls] == [
+        *(step for name in files for step in (("fsync", name), ("rename", name), ("fsync", "checkpoint"))),
+        ("rename", "checkpoint"),
+        ("fsync", "output_dir"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""Text and JSON on disk. A file is written under another name, flushed and renamed: none is half there."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from longlora.errors import UserError
+
+Path = str | os.PathLike[str]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the JSON object in the file `path`. UserError names the file if there is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: should hold a JSON object, got {type(found).__name__}")
+    return found
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[str]:
+    """Give a temporary path beside `path` to write to. On success flush and rename it, on failure remove it.
+
+    The old file at `path` stays untouched until the rename. An OSError (a full disk) becomes a UserError.
+    """
+    path = os.path.abspath(path)
+    aside = None
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        handle, aside = tempfile.mkstemp(
+            prefix=f".{os.path.basename(path)}.", suffix=".partial", dir=os.path.dirname(path)
+        )
+        os.fchmod(handle, 0o644)
+        os.close(handle)
+        yield aside
+        flush(aside)
+        os.replace(aside, path)
+        aside = None
+        flush(os.path.dirname(path))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror or error}; what was there is untouched"
+        ) from None
+    finally:
+        if aside is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(aside)
+
+
+def flush(path: Path) -> None:
+    """fsync the file or directory at `path`."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` in UTF-8. UserError if that fails; the old file is then untouched."""
+    with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
+    """Write `value` to `path` as indented JSON with a final newline, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n")
+
+
+def make_directory(path: Path) -> None:
+    """Make the directory `path` and its parents unless they exist. UserError if that fails."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made: {error.strerror or error}") from None
