@@ -8,8 +8,7 @@ from longlora.errors import UserError
 from longlora.files import adapter
 from longlora.files.open_model import open_model
 from longlora.files.safetensors import SafetensorsFile
-
-STATE = "trainer_state.json"
+from longlora.training.resume import STATE
 
 
 def describe(path):

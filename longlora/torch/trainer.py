@@ -27,7 +27,7 @@ from longlora.torch.attention import NAME, configure
 from longlora.torch.extend import ExtendedModel, extend
 from longlora.training import metrics
 from longlora.training.inputs import Setup
-from longlora.training.optimizer import NO_DECAY
+from longlora.training.optimizer import decay_of
 from longlora.training.options import TrainOptions
 from longlora.training.run import Result, Run, peak_rate
 
@@ -234,8 +234,7 @@ class Steps(Trainer):
             o, groups = self.run.o, {}
             for name, parameter in named(model or self.model, self.run.setup):
                 kind = self.kinds[name]
-                decay = 0.0 if kind in NO_DECAY else o.weight_decay
-                groups.setdefault((peak_rate(o, kind), decay), []).append(parameter)
+                groups.setdefault((peak_rate(o, kind), decay_of(kind, o.weight_decay)), []).append(parameter)
             self.optimizer = torch.optim.AdamW(
                 [
                     {"params": parameters, "lr": rate, "weight_decay": decay}
