@@ -17,7 +17,7 @@ from longlora.decoder.config import read_config
 from longlora.device import choose
 from longlora.errors import UserError
 from longlora.evaluation import ppl
-from longlora.training import driver as train
+from longlora.training import driver
 from longlora.training import options
 
 GIVEN = dict(model="m", data="d", output_dir="o")
@@ -251,7 +251,7 @@ def test_bad_input_is_one_line_and_touches_nothing(tmp_path, monkeypatch, capsys
 
 
 def test_an_adapter_for_another_base_is_refused(tmp_path):
-    train.train(lambda line: None, **tiny.options(tmp_path, max_steps=1))
+    driver.train(lambda line: None, **tiny.options(tmp_path, max_steps=1))
     other = tiny.model(tmp_path / "other", seed=9)
     before = tiny.listing(tmp_path)
     both = ["--model", other, "--adapter", tmp_path / "out"]
@@ -288,7 +288,7 @@ def test_what_auto_chose_is_said(tmp_path):
     )
     assert f"device: {device}" in done.stdout.splitlines()[0]
     said = []
-    train.train(said.append, **fields)
+    driver.train(said.append, **fields)
     assert said[0].startswith("device: cpu, 1 threads") and "no GPU" not in said[0]  # which was asked for
 
 
@@ -341,7 +341,7 @@ def test_train_merge_inspect_from_the_command_line(tmp_path):
 def test_every_flag_of_ppl_is_passed_on(tmp_path, monkeypatch, capsys, flags, keywords):
     """The result is that of the keyword, and another one than without."""
     monkeypatch.chdir(tmp_path)
-    train.train(lambda line: None, **tiny.options(tmp_path, max_steps=1))
+    driver.train(lambda line: None, **tiny.options(tmp_path, max_steps=1))
     tiny.text(tmp_path / "held.txt", 30)
     always = "ppl --model base --data held.txt --lengths 32,100 --device cpu --json"
     assert cli.main([*always.split(), *flags.split()]) == 0

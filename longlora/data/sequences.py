@@ -12,10 +12,10 @@ from longlora.ops import IGNORE
 class Sequences:
     """The training sequences of a corpus, each of 2 to `length` tokens.
 
-    Documents shorter than a sequence are packed: joined to the next until the sequence is full. long_documents says what
-    happens to longer ones: "split", "truncate", "drop" or "refuse" (UserError). A single token left at the very end has
-    no target and makes no sequence. `sentence` reports what was done, with every token that is lost. `where` names the
-    corpus in messages. UserError if no sequence results.
+    Documents shorter than a sequence are packed: joined to the next until the sequence is full.
+    long_documents says what happens to longer ones: "split", "truncate", "drop" or "refuse" (UserError). A
+    single token left at the very end has no target and makes no sequence. `sentence` reports what was done,
+    with every token that is lost. `where` names the corpus in messages. UserError if no sequence results.
     """
 
     def __init__(self, tokens: Tokens, length: int, long_documents: str = "split", where: str = "data"):
@@ -44,7 +44,7 @@ class Sequences:
         )
 
     def _pack(self, sizes: np.ndarray, long_documents: str) -> int:
-        """Fill `pieces` from documents of these sizes -> the number of tokens of long documents that are lost."""
+        """Fill `pieces` from documents of these sizes -> the tokens of long documents that are lost."""
         open_, room, lost = [], self.length, 0
         for first, size in zip(self.tokens.borders[:-1].tolist(), sizes.tolist(), strict=True):
             if size > self.length and long_documents == "drop":
@@ -78,16 +78,20 @@ class Sequences:
         self.pieces, other.pieces = self.pieces[:-count], self.pieces[-count:]
         return other
 
+    def targets(self, i: int) -> int:
+        """The number of targets in sequence i: of its tokens that a token before them predicts."""
+        return sum(last - first for first, last in self.pieces[i]) - 1
+
     def get(self, i: int) -> np.ndarray:
         """The ids of sequence i, int32 [n], n <= length."""
         return np.concatenate([np.asarray(self.tokens.ids[a:b], np.int32) for a, b in self.pieces[i]])
 
 
 def batch(sequences: Sequences, indices: list[int], multiple: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """The sequences `indices` as ids and targets [B,T] int32: targets are the next tokens, IGNORE where there is none.
+    """The sequences `indices` as ids and targets [B,T] int32.
 
-    T is the length of the longest row, rounded up to `multiple`: a short rest of a document costs no more than its
-    length. Shorter rows end in padding.
+    Targets are the next tokens, and IGNORE where there is none. T is the length of the longest row, rounded
+    up to `multiple`: a short rest of a document costs no more than its length. Shorter rows end in padding.
     """
     rows = [sequences.get(i) for i in indices]
     length = -(-max(map(len, rows)) // multiple) * multiple
@@ -99,7 +103,10 @@ def batch(sequences: Sequences, indices: list[int], multiple: int = 1) -> tuple[
 
 
 class Order:
-    """Endless seeded permutations of 0..n-1. `position` alone determines what comes next, so resuming is exact."""
+    """Endless seeded permutations of 0..n-1.
+
+    `position`, how many numbers were taken, alone determines what comes next, so resuming is exact.
+    """
 
     def __init__(self, n: int, seed: int, position: int = 0):
         self.n, self.seed, self.position, self._epoch = n, seed, position, -1

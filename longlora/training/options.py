@@ -194,7 +194,9 @@ class TrainOptions:
                 f"unless target_length extends it, got {length}"
             )
         if self.group_size is None and self.attention == "s2":
-            self.group_size = max(2, length // 8 * 2)
+            from longlora.ops import quarter_group
+
+            self.group_size = quarter_group(length)
         if self.attention == "s2" and self.group_size > length:
             raise UserError(f"group_size should be at most sequence_length {length}, got {self.group_size}")
         if self.attention == "s2" and self.boundary != "split" and length % self.group_size:

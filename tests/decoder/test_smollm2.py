@@ -18,7 +18,7 @@ from longlora.decoder.model import Model
 from longlora.evaluation import ppl
 from longlora.files import adapter, merge
 from longlora.files.open_model import open_model
-from longlora.training import driver as train
+from longlora.training import driver
 
 torch = pytest.importorskip("torch", reason="transformers on torch is the peer compared with")
 transformers = pytest.importorskip("transformers", reason="the peer compared with")
@@ -167,7 +167,7 @@ def test_extension_halves_the_perplexity(base, smollm2, converted, acts, tmp_pat
     books.mkdir()
     for path in (TEXT / "train").glob("kjv-*.txt"):
         shutil.copy(path, books)
-    done = train.train(
+    done = driver.train(
         say=lambda line: None,
         model=smollm2,
         data=books,

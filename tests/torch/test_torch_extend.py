@@ -117,9 +117,9 @@ def test_the_drivers_adapter_is_loaded(tmp_path):
     import tiny as driver
 
     base, text = driver.model(tmp_path / "base"), driver.text(tmp_path / "text.txt", 300)
-    from longlora.training import driver as train
+    from longlora.training import driver
 
-    train.train(lambda line: None, **driver.options(tmp_path, max_steps=2))
+    driver.train(lambda line: None, **driver.options(tmp_path, max_steps=2))
     from longlora.files.open_model import open_model
 
     ids = torch.from_numpy(open_model(str(base)).tokenizer().encode(text.read_text())[:64].astype(np.int64))[

@@ -21,8 +21,7 @@ from longlora.errors import UserError
 from longlora.evaluation import ppl
 from longlora.files import adapter, merge
 from longlora.files.open_model import open_model
-from longlora.training import driver, metrics
-from longlora.training import resume as checkpoint
+from longlora.training import driver, metrics, resume
 
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
@@ -240,7 +239,7 @@ def test_a_run_goes_on_in_the_other(tmp_path, first, then):
     assert rest.history[:5] == whole.history[:5]
     same_rows(rest.history, whole.history, rel=0 if first is then else 1e-5)
     if first is then:
-        tensors = [checkpoint.load(tmp_path / output / "checkpoint-6")[1] for output in ("rest", "whole")]
+        tensors = [resume.load(tmp_path / output / "checkpoint-6")[1] for output in ("rest", "whole")]
         for name in tensors[1]:
             np.testing.assert_array_equal(*(found[name] for found in tensors), name)
     close(trained(tmp_path / "rest"), trained(tmp_path / "whole"))
@@ -478,8 +477,8 @@ def two_equal_one(tmp_path, config):
     )
     same_rows(metrics.read(tmp_path / "rest2"), one.history, rel=2e-5)
     close(trained(tmp_path / "rest2"), trained(tmp_path / "one"))
-    for name, array in checkpoint.load(tmp_path / "two" / "checkpoint-5")[1].items():
-        want = checkpoint.load(tmp_path / "one" / "checkpoint-5")[1][name]
+    for name, array in resume.load(tmp_path / "two" / "checkpoint-5")[1].items():
+        want = resume.load(tmp_path / "one" / "checkpoint-5")[1][name]
         assert np.linalg.norm(array - want) <= 2e-2 * np.linalg.norm(want), name
 
 

@@ -18,9 +18,9 @@ from longlora.decoder import model as model_
 from longlora.errors import UserError
 from longlora.files import adapter
 from longlora.files.open_model import open_model
-from longlora.training import driver as train
-from longlora.training import metrics, options
-from longlora.training import resume as checkpoint
+from longlora.training import driver, metrics, options, resume
+from longlora.training.inputs import Setup
+from longlora.training.run import learning_rate
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def threads():
 
 
 def run(tmp_path, said=None, **fields):
-    return train.train(
+    return driver.train(
         said.append if said is not None else lambda line: None, **tiny.options(tmp_path, **fields)
     )
 
@@ -193,7 +193,7 @@ def test_the_loss_is_over_target_tokens_not_over_batches(tmp_path):
     base = tiny.model(tmp_path / "base")
     result = run(tmp_path, gradient_accumulation_steps=2, max_steps=1, attention="dense", target_length=128)
     plain = open_model(base)
-    setup = train.Setup(options.from_dict(tiny.options(tmp_path, attention="dense")), plain.config)
+    setup = Setup(options.from_dict(tiny.options(tmp_path, attention="dense")), plain.config)
     made = model_.Model(setup.config).load(plain)
     ids = plain.tokenizer().encode("a" * 128 + "zq").tolist() + [256]
     parts = [np.array(ids[:128], np.int32), np.array(ids[128:], np.int32)]
@@ -214,7 +214,7 @@ COSINE = [0.9045084972, 0.6545084972, 0.3454915028, 0.0954915028]  # (1 + cos(k 
     ],
 )
 def test_schedules(schedule, wanted):
-    rates = [train.learning_rate(step, 6, 3.0, 2, schedule) for step in range(1, 7)]
+    rates = [learning_rate(step, 6, 3.0, 2, schedule) for step in range(1, 7)]
     np.testing.assert_allclose(rates, 3 * np.array(wanted), rtol=0, atol=1e-9)
 
 
@@ -368,7 +368,7 @@ def test_epochs_are_rounded_up_to_whole_steps(tmp_path, epochs, accumulation, st
     for row, step in zip(result.history, range(1, steps + 1), strict=True):
         assert row["epoch"] == pytest.approx(step * accumulation / 100)
         assert row["num_input_tokens_seen"] == step * accumulation * 128
-    state, _ = checkpoint.load(tmp_path / "out" / f"checkpoint-{steps}")
+    state, _ = resume.load(tmp_path / "out" / f"checkpoint-{steps}")
     wanted = dict(global_step=steps, max_steps=steps, position=steps * accumulation, seed=42)
     assert {name: state[name] for name in wanted} == wanted and state["epoch"] == result.history[-1]["epoch"]
 
@@ -416,7 +416,7 @@ def test_resuming_gives_the_bits_of_never_having_stopped(tmp_path, fields):
         resumed = run(tmp_path, **fields, output_dir=str(other), resume_from_checkpoint=str(since))
         assert numbers(resumed.history) == numbers(whole.history) == numbers(metrics.read(other))
         equal(weights(other), weights(tmp_path / "out"))
-        ours, theirs = (checkpoint.load(path / "checkpoint-7")[1] for path in (other, tmp_path / "out"))
+        ours, theirs = (resume.load(path / "checkpoint-7")[1] for path in (other, tmp_path / "out"))
         equal(ours, theirs)
 
 
@@ -643,8 +643,8 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on_exactly(tmp_path, numb
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
-    (path,) = checkpoint.found(tmp_path / "out")
-    state, _ = checkpoint.load(path)
+    (path,) = resume.found(tmp_path / "out")
+    state, _ = resume.load(path)
     step = state["global_step"]
     assert (
         f"stopped by {number.name} after step {step}" in output
@@ -704,7 +704,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
     assert message.startswith("step ") and "not finite" in message and "stopped" in message
     step = int(message.split()[1].rstrip(":"))
     assert step > 1 and metrics.read(tmp_path / "out")[-1]["step"] == step - 1
-    (newest,) = checkpoint.found(tmp_path / "out")[-1:]
+    (newest,) = resume.found(tmp_path / "out")[-1:]
     assert newest.endswith(f"checkpoint-{step - 1}") and newest in message
 
 
@@ -765,7 +765,7 @@ def test_a_kind_without_gradient_is_named(tmp_path, monkeypatch, kind, step):
     monkeypatch.setattr(model_, "Model", Broken)
     message = failure(tmp_path)
     assert message.startswith(f"step {step}: {kind} does not train") and "its gradient is zero" in message
-    assert not checkpoint.found(tmp_path / "out")
+    assert not resume.found(tmp_path / "out")
 
 
 def test_a_run_that_does_not_fit_says_what_would(tmp_path):
