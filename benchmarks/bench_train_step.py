@@ -80,8 +80,8 @@ def tokens(length):
 
 def our_step(length, group, dtype, layers):
     from longlora.decoder.config import read_config
+    from longlora.decoder.lora import LoraConfig
     from longlora.decoder.model import Model
-    from longlora.files.adapter import LoraConfig
     from longlora.decoder.plan import plan
     from longlora.training.optimizer import AdamW
 
@@ -194,8 +194,8 @@ def gpu_step(length, device, repeats, smoke):
     """In a process of its own: steps on a GPU -> one JSON line."""
     from longlora import cuda
     from longlora.decoder.config import read_config
+    from longlora.decoder.lora import LoraConfig
     from longlora.decoder.model import Model
-    from longlora.files.adapter import LoraConfig
     from longlora.decoder.plan import plan
     from longlora.training.optimizer import AdamW
 

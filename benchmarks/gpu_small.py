@@ -144,10 +144,10 @@ def ops():
 
 def training(steps, length):
     """The demo's model trains on the bytes of its text, on the CPU and on the GPU -> whether the losses agree."""
-    from longlora.decoder.model import Model
-    from longlora.files.adapter import LoraConfig
-    from longlora.files.open_model import open_model
     from longlora.decoder import plan as plan_
+    from longlora.decoder.lora import LoraConfig
+    from longlora.decoder.model import Model
+    from longlora.files.open_model import open_model
     from longlora.tools import demo
     from longlora.training.optimizer import AdamW
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from longlora import _C, cuda, ops
     from longlora._C import Tensor, get_num_threads, set_num_threads
     from longlora.evaluation.ppl import run as ppl
-    from longlora.files.adapter import merge
+    from longlora.files.merge import merge
     from longlora.tools.demo import run as demo
     from longlora.tools.doctor import examine as doctor
     from longlora.tools.inspect import describe as inspect
@@ -27,7 +27,7 @@ _COMMANDS = {
     "train": "training.driver:train",
     "plan": "training.driver:plan",
     "ppl": "evaluation.ppl:run",
-    "merge": "files.adapter:merge",
+    "merge": "files.merge:merge",
     "inspect": "tools.inspect:describe",
     "doctor": "tools.doctor:examine",
     "demo": "tools.demo:run",

@@ -15,7 +15,7 @@ def _figure(width=7, height=4, columns=1):
 def _save(figure, path):
     from matplotlib import pyplot
 
-    from longlora.files.safetensors import replacing
+    from longlora.disk import replacing
 
     with replacing(path) as aside:
         figure.savefig(aside, format="png")

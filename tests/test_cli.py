@@ -7,13 +7,16 @@ import resource
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tiny
 import yaml
 
 from longlora import _C, cli, cuda
+from longlora.decoder.config import read_config
 from longlora.device import choose
 from longlora.errors import UserError
+from longlora.evaluation import ppl
 from longlora.training import driver as train
 from longlora.training import options
 
@@ -41,6 +44,8 @@ def test_flags_yaml_and_keywords_are_the_same_words(tmp_path):
         save_total_limit=2,
     )
     keywords = options.from_dict({**GIVEN, **fields})
+    values = keywords.to_dict()
+    assert {name: values[name] for name in (*GIVEN, *fields)} == {**GIVEN, **fields}
     assert parsed(*tiny.flags(fields)) == keywords
     dashed = [a.replace("_", "-") if a.startswith("--") else a for a in tiny.flags(fields)]
     assert (
@@ -55,6 +60,68 @@ def test_flags_yaml_and_keywords_are_the_same_words(tmp_path):
     assert parsed("--config", str(file), "--learning-rate", "2e-4", "--no-full").learning_rate == 2e-4
     file.write_text(yaml.safe_dump(keywords.to_dict()))  # what a run writes can be read back
     assert options.from_flags(argparse.Namespace(config=str(file))) == keywords
+
+
+def test_defaults():
+    """The paper's (arXiv 2309.12307) where it says something: LoRA on attention, embedding and norms trained,
+    half of the heads shifted, AdamW with 0.9 and 0.95 without decay."""
+    nothing = (
+        "init target_length sequence_length group_size embedding_learning_rate eval_data "
+        "max_eval_samples save_total_limit resume_from_checkpoint num_threads max_memory "
+        "cache_dir"
+    ).split()
+    assert options.from_dict(GIVEN).to_dict() == GIVEN | dict.fromkeys(nothing) | dict(
+        rope_type="linear",
+        attention="s2",
+        boundary="split",
+        shift="half",
+        r=8,
+        lora_alpha=16.0,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        modules_to_save=["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"],
+        full=False,
+        dtype="float32",
+        checkpointing="auto",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        max_steps=-1,
+        num_train_epochs=1.0,
+        learning_rate=2e-4,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        weight_decay=0.0,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_epsilon=1e-8,
+        max_grad_norm=1.0,
+        long_documents="split",
+        eval_fraction=0.0,
+        eval_steps=0,
+        save_steps=0,
+        logging_steps=1,
+        profile=False,
+        seed=42,
+        device="auto",
+    )
+
+
+@pytest.mark.parametrize(
+    "given, length, group",
+    [
+        (dict(), 64, 16),
+        (dict(target_length=128), 128, 32),
+        (dict(sequence_length=50), 50, 12),
+        (dict(target_length=128, sequence_length=100), 100, 24),
+        (dict(sequence_length=6), 6, 2),
+        (dict(group_size=64), 64, 64),
+        (dict(attention="dense"), 64, None),
+    ],
+)
+def test_what_is_left_open_is_resolved(tmp_path, given, length, group):
+    """The sequence is the target, or the base's 64 tokens; the group is a quarter of it, rounded to even."""
+    o = options.from_dict({**GIVEN, "learning_rate": 1e-3, **given})
+    o.resolve(read_config(tiny.config(tmp_path / "base")))
+    assert (o.sequence_length, o.group_size, o.embedding_learning_rate) == (length, group, 1e-3)
 
 
 def test_other_spellings_of_transformers_and_upstream():
@@ -198,6 +265,7 @@ def test_an_adapter_for_another_base_is_refused(tmp_path):
 
 def test_a_gpu_that_cannot_be_used_is_said_with_the_reason(tmp_path):
     given, why = tiny.options(tmp_path, device="cuda:63"), _C.cuda_refusal(63)
+    assert len(why) > 10  # words
     before = tiny.listing(tmp_path)
     base = ["--model", tmp_path / "base"]
     for arguments in (
@@ -258,6 +326,51 @@ def test_train_merge_inspect_from_the_command_line(tmp_path):
         assert json.loads(tiny.command("inspect", path, "--json").stdout)["kind"] == kind
 
 
+@pytest.mark.parametrize(
+    "flags, keywords",
+    [
+        ("--stride 16", dict(stride=16)),
+        ("--bins 2", dict(bins=2)),
+        ("--max-tokens 50", dict(max_tokens=50)),
+        ("--dtype bfloat16", dict(dtype="bfloat16")),
+        ("--rope-type yarn", dict(rope_type="yarn")),
+        ("--rope-type linear --target-length 256", dict(rope_type="linear", target_length=256)),
+        ("--adapter out", dict(adapter="out")),
+    ],
+)
+def test_every_flag_of_ppl_is_passed_on(tmp_path, monkeypatch, capsys, flags, keywords):
+    """The result is that of the keyword, and another one than without."""
+    monkeypatch.chdir(tmp_path)
+    train.train(lambda line: None, **tiny.options(tmp_path, max_steps=1))
+    tiny.text(tmp_path / "held.txt", 30)
+    always = "ppl --model base --data held.txt --lengths 32,100 --device cpu --json"
+    assert cli.main([*always.split(), *flags.split()]) == 0
+    found, given = json.loads(capsys.readouterr().out), dict(lengths=[32, 100], device="cpu")
+    assert found == ppl.run("base", "held.txt", **given, **keywords)
+    assert found["results"] != ppl.run("base", "held.txt", **given)["results"]
+
+
+def test_the_parts_of_a_window_hold_their_targets(tmp_path, monkeypatch, capsys):
+    """100 tokens are windows of 32, 32, 32 and 4. The first half has 3 x 16 targets and the 3 of the last."""
+    monkeypatch.chdir(tmp_path)
+    tiny.model(tmp_path / "base")
+    (tmp_path / "text.txt").write_text("a" * 100)
+    assert cli.main("ppl --model base --data text.txt --lengths 32 --bins 2 --device cpu --json".split()) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    found = [(part["first"], part["last"], part["tokens"]) for part in result["by_position"]]
+    assert found == [(0, 16, 51), (16, 32, 45)]
+
+
+def test_too_little_memory_is_one_line_and_code_2(tmp_path, monkeypatch, capsys):
+    """The sums of a window of 10^15 tokens by position are 16 PB, which no machine can address."""
+    monkeypatch.chdir(tmp_path)
+    tiny.model(tmp_path / "base")
+    tiny.text(tmp_path / "text.txt")
+    code = cli.main(f"ppl --model base --data text.txt --lengths {10**15} --bins 2 --device cpu".split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert code == 2 and line.startswith("longlora: error: out of memory; `longlora plan` shows")
+
+
 def test_plan_needs_a_config_only_and_is_quick(tmp_path):
     tiny.config(
         tmp_path / "model",
@@ -303,11 +416,11 @@ def test_plan_needs_a_config_only_and_is_quick(tmp_path):
 
 def test_doctor_names_what_is_in_use():
     found = json.loads(tiny.command("doctor", "--json").stdout)
-    assert (
-        found["instruction_set"] in found["instruction_sets"]
-        and found["threads"] >= 1
-        and found["cuda"]["reason"]
-    )
+    assert found["instruction_set"] in found["instruction_sets"] and found["cuda"]["reason"]
+    assert found["threads"] == 1  # OMP_NUM_THREADS
+    assert found["processors"] == len(os.sched_getaffinity(0))
+    assert found["versions"]["numpy"] == np.__version__
+    assert sys.version.startswith(found["python"] + " ")
     text = tiny.command("doctor").stdout
     assert found["instruction_set"] in text and "CUDA" in text and "numpy" in text
 
@@ -317,7 +430,8 @@ def test_help_is_quick_and_imports_little():
         "import sys; before = set(sys.modules); from longlora.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
         "others = {name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names\n"
         "print('others', others - {'longlora'}, file=sys.stderr)\n"
-        "print('ours', sorted(name for name in sys.modules if 'longlora' in name), file=sys.stderr)"
+        "ours = sorted(name for name in sys.modules if name.partition('.')[0] == 'longlora')\n"
+        "print('ours', ours, file=sys.stderr)"
     )
     seconds = []
     for _ in range(3):
@@ -325,7 +439,8 @@ def test_help_is_quick_and_imports_little():
         seconds.append(spent)
         assert "train" in done.stdout and "others set()" in done.stderr
         assert (
-            "ours ['longlora', 'longlora.cli', 'longlora.errors', 'longlora.training', 'longlora.training.options']" in done.stderr
+            "ours ['longlora', 'longlora.cli', 'longlora.errors', 'longlora.training', 'longlora.training.options']"
+            in done.stderr
         )
     assert min(seconds) < 0.3, seconds  # of the processor; 0.04 s here
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from longlora.decoder.config import read_config
-from longlora.files.adapter import save_merged
+from longlora.files.merge import save_merged
 
 CONFIG = dict(
     model_type="llama",

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from longlora.data import text
-from longlora.decoder.config import read_json
+from longlora.disk import read_json, replacing, write_json
 from longlora.errors import UserError
-from longlora.files.safetensors import replacing, write_json
 from longlora.files.tokenizer import Tokenizer
 from longlora.memory.plan import available_memory
 

@@ -1,1 +1,1 @@
-"""Model files: read, checked, written."""
+"""Models, adapters and tokenizers on disk: read and checked, written."""

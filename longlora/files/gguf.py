@@ -1,23 +1,24 @@
-"""A GGUF file of a llama, qwen2 or qwen3 model, seen as a Hugging Face checkpoint.
+"""A GGUF file of one of our families, read as a Hugging Face model.
 
-The header is walked here, each length checked against the file before it is believed: the `gguf` library's reader needs
-seconds for a vocabulary and may loop for ever on a damaged count. That library knows the block formats and dequantises.
+The `gguf` library knows the block formats and dequantises. Names, order of rows and metadata are those that
+llama.cpp's convert_hf_to_gguf.py writes.
 """
 
 import mmap
 import os
-import struct
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from longlora.decoder.config import read_config
 from longlora.decoder.families import FAMILIES
+from longlora.decoder.rope import Rope, inverse_frequencies
 from longlora.errors import UserError
-from longlora.files.open_model import Checkpoint
-from longlora.files.safetensors import release
+from longlora.files.gguf_header import read_header
+from longlora.files.model_file import ModelFile
+from longlora.files.tokenizer import Tokenizer
 
-# Named as our families; Mistral is a llama here.
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -32,10 +33,16 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Metadata value types 0..12: struct format of the scalars; 8 is a string, 9 an array.
-SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
-# Keys of an architecture that change what it computes and that the decoder does not know.
+# The config keys that a file must have, and what the metadata calls them.
+REQUIRED = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}
+# Metadata keys that change the function computed, for architectures to which they are foreign.
 REFUSED = (
     "expert_count",
     "attention.sliding_window",
@@ -50,71 +57,47 @@ REFUSED = (
 )
 
 
-class _Header:
-    """A cursor over the mapped file: every read is inside the file or raises EOFError."""
+@dataclass(frozen=True)
+class Architecture:
+    """How llama.cpp stores a family."""
 
-    def __init__(self, buffer):
-        self.buffer, self.at = buffer, 0
-
-    def take(self, size):
-        start, self.at = self.at, self.at + size
-        if self.at > len(self.buffer):
-            raise EOFError
-        return start
-
-    def scalar(self, code):
-        return struct.unpack_from("<" + code, self.buffer, self.take(struct.calcsize(code)))[0]
-
-    def string(self):
-        size = self.scalar("Q")
-        start = self.take(size)
-        return self.buffer[start : start + size].decode("utf-8")
-
-    def value(self, kind):
-        if kind == STRING:
-            return self.string()
-        if kind in SCALARS:
-            return self.scalar(SCALARS[kind])
-        if kind != ARRAY:
-            raise ValueError(f"metadata of unknown type {kind}")
-        kind, count = self.scalar("I"), self.scalar("Q")
-        if kind in SCALARS:
-            dtype = np.dtype(SCALARS[kind]).newbyteorder("<")
-            start = self.take(count * dtype.itemsize)
-            return np.frombuffer(self.buffer, dtype, count, start).tolist()
-        if kind != STRING:
-            raise ValueError(f"an array of type {kind}")
-        return self.strings(count)
-
-    def strings(self, count):
-        """As `string` so often: a vocabulary has a hundred thousand of them."""
-        buffer, at, end, length, found = (
-            self.buffer,
-            self.at,
-            len(self.buffer),
-            struct.Struct("<Q").unpack_from,
-            [],
-        )
-        if count * 8 > end:
-            raise EOFError
-        for _ in range(count):
-            start = at + 8
-            if start > end:
-                raise EOFError
-            at = start + length(buffer, at)[0]
-            if at > end:
-                raise EOFError
-            found.append(buffer[start:at].decode("utf-8"))
-        self.at = at
-        return found
+    interleaved: bool = False  # the rows of q and k, so that the two that rotate together are neighbours
+    rotated_whole: bool = True  # rope.dimension_count is also the size of a head
+    names: dict[str, str] = field(default_factory=lambda: LAYER_NAMES)
+    multipliers: dict[str, str] = field(default_factory=dict)  # metadata key -> config key
+    fixed: dict[str, Any] = field(
+        default_factory=dict
+    )  # config keys that llama.cpp knows by the architecture
 
 
-class Gguf(Checkpoint):
-    """`.metadata` is the dict of the file's keys; tensors under Hugging Face names, q and k rows in Hugging Face order."""
+# Architectures have the names of our families; Mistral is stored as a llama.
+ARCHITECTURES = {
+    "llama": Architecture(interleaved=True),
+    "qwen2": Architecture(),
+    "qwen3": Architecture(),
+    "phi3": Architecture(
+        rotated_whole=False,
+        names={**LAYER_NAMES, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+    ),
+    "granite": Architecture(
+        interleaved=True,
+        multipliers={
+            "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "attention.scale": "attention_multiplier",
+            "logit_scale": "logits_scaling",
+        },
+    ),
+    "smollm3": Architecture(interleaved=True, fixed={"no_rope_layer_interval": 4}),
+}
+
+
+class Gguf(ModelFile):
+    """A mapped GGUF file; `.metadata` is the dict of its keys. q and k come in Hugging Face's row order."""
 
     kind = "gguf"
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = os.fspath(path)
         try:
             with open(path, "rb") as file:
@@ -124,48 +107,31 @@ class Gguf(Checkpoint):
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror or error}") from None
         try:
-            self.metadata, infos, base = self._header()
+            self.metadata, infos, base = read_header(self.buffer)
         except EOFError:
             raise UserError(
                 f"{self.path}: truncated: the header goes on past the file's {len(self.buffer)} bytes"
             ) from None
         except (ValueError, OverflowError) as error:
             raise UserError(f"{self.path}: damaged header: {error}") from None
+        self._family = self.metadata.get("general.architecture")
+        if not isinstance(self._family, str) or self._family not in ARCHITECTURES:
+            raise UserError(
+                f"{self.path}: architecture {self._family!r} is not supported; "
+                f"supported are {', '.join(ARCHITECTURES)}"
+            )
+        self._arch = ARCHITECTURES[self._family]
         self._tensors = self._places(infos, base)
         self._shapes = {name: tensor[0] for name, tensor in self._tensors.items()}
         self.config = read_config(self._config(), self.path)
         self._check()
 
-    def _header(self):
-        header = _Header(self.buffer)
-        header.take(4)
-        version = header.scalar("I")
-        if version not in (2, 3):
-            raise ValueError(f"GGUF version {version} is not supported; supported are 2 and 3, little-endian")
-        tensors, pairs = header.scalar("Q"), header.scalar("Q")
-        metadata = {}
-        for _ in range(pairs):
-            key = header.string()
-            if key in metadata:
-                raise ValueError(f"key {key!r} twice")
-            metadata[key] = header.value(header.scalar("I"))
-        infos = {}
-        for _ in range(tensors):
-            name = header.string()
-            if name in infos:
-                raise ValueError(f"tensor {name!r} twice")
-            axes = header.scalar("I")
-            if not 1 <= axes <= 4:
-                raise ValueError(f"tensor {name!r} with {axes} axes")
-            shape = tuple(header.scalar("Q") for _ in range(axes))[::-1]
-            infos[name] = (shape, header.scalar("I"), header.scalar("Q"))
-        alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise ValueError(f"general.alignment {alignment!r}")
-        return metadata, infos, -(-header.at // alignment) * alignment
+    def _get(self, key, default=None):
+        """The architecture's own metadata under `key`."""
+        return self.metadata.get(f"{self._family}.{key}", default)
 
     def _places(self, infos, base):
-        """-> dict of Hugging Face name -> (shape, gguf type, first byte, bytes per row); `self._freqs` gets rope_freqs."""
+        """-> Hugging Face name -> (shape, gguf type, first byte, bytes per row). Sets `self._freqs`."""
         import gguf
 
         found, self._freqs, end = {}, None, base
@@ -192,77 +158,87 @@ class Gguf(Checkpoint):
             if name == "rope_freqs.weight":
                 self._freqs = self._dequantise(place, None)
             else:
-                found[_hugging_face_name(name)] = place
+                found[self._hugging_face_name(name)] = place
         return found
+
+    def _hugging_face_name(self, name):
+        stem, _, suffix = name.rpartition(".")
+        if stem in NAMES:
+            return f"{NAMES[stem]}.{suffix}"
+        parts, names = stem.split("."), self._arch.names
+        if len(parts) == 3 and parts[0] == "blk" and parts[1].isdecimal() and parts[2] in names:
+            return f"model.layers.{parts[1]}.{names[parts[2]]}.{suffix}"
+        return name
 
     def _config(self):
         """The config.json that transformers would have for this file."""
-        get, arch = self.metadata.get, self.metadata.get("general.architecture")
-        if not isinstance(arch, str) or arch not in ARCHITECTURES:
-            raise UserError(
-                f"{self.path}: architecture {arch!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
-            )
+        get, arch = self._get, self._arch
         for name in REFUSED:
-            if get(f"{arch}.{name}"):
-                raise UserError(f"{self.path}: {arch}.{name} {get(f'{arch}.{name}')!r} is not supported")
-        family, layer = arch, "model.layers.0.self_attn."
+            if get(name) and name not in arch.multipliers:
+                raise UserError(f"{self.path}: {self._family}.{name} {get(name)!r} is not supported")
+        for name in ("rope_factors_long.weight", "rope_factors_short.weight"):
+            if name in self._tensors:
+                raise UserError(f"{self.path}: {name} asks for longrope, which is not supported")
+        family = FAMILIES[self._family]
         raw = {
-            "architectures": [FAMILIES[family].architecture],
-            "model_type": family,
+            "architectures": [family.architecture],
+            "model_type": self._family,
             "hidden_act": "silu",
             "initializer_range": 0.02,
             "use_cache": True,
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
-            "bos_token_id": get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": get("tokenizer.ggml.eos_token_id"),
-            "pad_token_id": get("tokenizer.ggml.padding_token_id"),
+            "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self.metadata.get("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": self.metadata.get("tokenizer.ggml.padding_token_id"),
         }
-        for name, key in (
-            ("hidden_size", "embedding_length"),
-            ("intermediate_size", "feed_forward_length"),
-            ("num_hidden_layers", "block_count"),
-            ("num_attention_heads", "attention.head_count"),
-            ("max_position_embeddings", "context_length"),
-            ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
-        ):
-            if get(f"{arch}.{key}") is None:
-                raise UserError(f"{self.path}: the metadata lacks {arch}.{key}")
-            raw[name] = get(f"{arch}.{key}")
-        raw["num_key_value_heads"] = get(f"{arch}.attention.head_count_kv", raw["num_attention_heads"])
-        # float32 in the file; the shortest decimal that gives the same float32 is what the model's config.json said.
+        for name, key in REQUIRED.items():
+            if get(key) is None:
+                raise UserError(f"{self.path}: the metadata lacks {self._family}.{key}")
+            raw[name] = get(key)
+        raw["num_key_value_heads"] = get("attention.head_count_kv", raw["num_attention_heads"])
+        # The file holds a float32. The shortest decimal that rounds to it is what the model's config.json
+        # said.
         raw["rms_norm_eps"] = _decimal(raw["rms_norm_eps"])
         embedding = self._shapes.get("model.embed_tokens.weight")
-        raw["vocab_size"] = embedding[0] if embedding else get(f"{arch}.vocab_size")
-        key, value, turned = (
-            get(f"{arch}.{name}")
-            for name in ("attention.key_length", "attention.value_length", "rope.dimension_count")
-        )
-        raw["head_dim"] = key or turned
-        if value not in (None, key) or turned not in (None, raw["head_dim"]):
-            raise UserError(
-                f"{self.path}: heads with key_length {key}, value_length {value}, {turned} of them rotated are not "
-                "supported; supported is one size, rotated whole"
-            )
-        if family in ("llama", "qwen3"):
-            raw["attention_bias"] = layer + "q_proj.bias" in self._tensors
-        raw["rope_theta"] = _decimal(get(f"{arch}.rope.freq_base", 10000.0))
-        raw["rope_scaling"] = self._rope_scaling(arch, raw)
+        raw["vocab_size"] = embedding[0] if embedding else get("vocab_size")
+        head_dim = self._head_dim(raw["hidden_size"], raw["num_attention_heads"])
+        if head_dim is not None:
+            raw["head_dim"] = head_dim
+        if family.qkv_bias == "attention_bias":
+            raw["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self._tensors
+        for key, name in arch.multipliers.items():
+            raw[name] = _decimal(get(key)) or (head_dim**-0.5 if key == "attention.scale" else 1.0)
+        raw.update(arch.fixed)
+        raw["rope_theta"] = _decimal(get("rope.freq_base", 10000.0))
+        raw["rope_scaling"] = self._rope_scaling(raw)
         return raw
 
-    def _rope_scaling(self, arch, raw):
-        found = {
-            key.removeprefix(f"{arch}.rope.scaling."): value
-            for key, value in self.metadata.items()
-            if key.startswith(f"{arch}.rope.scaling.")
-        }
-        factor = found.pop("factor", None) or self.metadata.get(f"{arch}.rope.scale_linear")
-        kind, original = (
-            found.pop("type", "linear" if factor else "none"),
-            found.pop("original_context_length", None),
+    def _head_dim(self, hidden, heads):
+        """The size of a head, which must be rotated whole; None where nothing tells it."""
+        key, value, turned = (
+            self._get(name)
+            for name in ("attention.key_length", "attention.value_length", "rope.dimension_count")
         )
+        plain = hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
+        head_dim = key or (turned if self._arch.rotated_whole else plain)
+        if value not in (None, key) or turned not in (None, head_dim):
+            raise UserError(
+                f"{self.path}: heads with key_length {key}, value_length {value}, {turned} of them rotated "
+                "are not supported; supported is one size, rotated whole"
+            )
+        return head_dim
+
+    def _rope_scaling(self, raw):
+        prefix = f"{self._family}.rope.scaling."
+        found = {
+            key.removeprefix(prefix): value for key, value in self.metadata.items() if key.startswith(prefix)
+        }
+        factor = found.pop("factor", None) or self._get("rope.scale_linear")
+        kind = found.pop("type", "linear" if factor else "none")
+        original = found.pop("original_context_length", None)
         found.pop("finetuned", None)
         if self._freqs is not None:
-            return self._llama3(raw, kind)
+            return self._llama3(raw)
         if kind == "none" or kind == "linear" and factor in (None, 0, 1):
             return None
         scaling = {"rope_type": kind, "factor": _decimal(factor)}
@@ -275,9 +251,8 @@ class Gguf(Checkpoint):
             raise UserError(f"{self.path}: rope scaling with {', '.join(sorted(found))} is not supported")
         return scaling
 
-    def _llama3(self, raw, kind):
-        """llama.cpp stores Llama 3's rule only as its result, the divisors of the frequencies: find the rule again."""
-        from longlora.decoder.rope import Rope, inverse_frequencies
+    def _llama3(self, raw):
+        """Find Llama 3's rule again: llama.cpp stores only its result, the divisors of the frequencies."""
 
         if np.allclose(self._freqs, 1):
             return None
@@ -306,8 +281,7 @@ class Gguf(Checkpoint):
             f"{self.path}: rope_freqs.weight does not follow Llama 3's rule, no other is supported"
         )
 
-    def dtype(self, name):
-        """The dtype that the tensor is kept in, "float32" for a quantised one."""
+    def dtype(self, name: str) -> str:
         return {"F16": "float16", "BF16": "bfloat16"}.get(self._tensors[name][1].name, "float32")
 
     def _span(self, name):
@@ -315,7 +289,7 @@ class Gguf(Checkpoint):
         return self.buffer, start, start + (row * int(np.prod(shape[:-1])) if len(shape) > 1 else row)
 
     def _dequantise(self, place, rows):
-        """-> float32 [len(rows), ...] of the given rows (a slice or indices) of a matrix, or the whole of a vector."""
+        """-> float32 [len(rows), ...]: rows (a slice or indices) of a matrix, or the whole of a vector."""
         import gguf
 
         shape, kind, start, row = place
@@ -326,7 +300,8 @@ class Gguf(Checkpoint):
             if kind.name in ("F32", "F16"):
                 values = data.view("<f4" if kind.name == "F32" else "<f2").astype(np.float32, copy=False)
             else:
-                # as one row: the library goes through rows by sixteens, which takes longer than the arithmetic
+                # As one row, because the library's loop over rows, 16 at a time, takes longer than the
+                # arithmetic.
                 values = gguf.quants.dequantize(np.ascontiguousarray(data).reshape(1, -1), kind)
         except NotImplementedError:
             raise UserError(f"{self.path}: weights of type {kind.name} cannot be dequantised") from None
@@ -335,32 +310,18 @@ class Gguf(Checkpoint):
     def _part(self, name, start, stop):
         place = self._tensors[name]
         rows = slice(start, stop)
-        if self.metadata["general.architecture"] == "llama" and ("q_proj" in name or "k_proj" in name):
-            pairs = np.arange(place[0][0]).reshape(
-                -1, self.config.head_dim // 2, 2
-            )  # llama.cpp keeps their rows interleaved
+        if self._arch.interleaved and ("q_proj" in name or "k_proj" in name):
+            pairs = np.arange(place[0][0]).reshape(-1, self.config.head_dim // 2, 2)
             rows = pairs.swapaxes(1, 2).reshape(-1)[start:stop]
         if len(place[0]) == 1:
             return self._dequantise(place, None)[rows], "float32"
         return self._dequantise(place, rows), "float32"
 
-    def has_tokenizer(self):
+    def has_tokenizer(self) -> bool:
         return "tokenizer.ggml.tokens" in self.metadata
 
-    def tokenizer(self):
-        from longlora.files.tokenizer import Tokenizer
-
+    def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_gguf(self.metadata, self.path).check(self.config, self.path)
-
-
-def _hugging_face_name(name):
-    stem, _, suffix = name.rpartition(".")
-    if stem in NAMES:
-        return f"{NAMES[stem]}.{suffix}"
-    parts = stem.split(".")
-    if len(parts) == 3 and parts[0] == "blk" and parts[1].isdecimal() and parts[2] in LAYER_NAMES:
-        return f"model.layers.{parts[1]}.{LAYER_NAMES[parts[2]]}.{suffix}"
-    return name
 
 
 def _decimal(value):

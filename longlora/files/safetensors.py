@@ -1,25 +1,28 @@
-"""safetensors: read by mapping the file, written tensor by tensor, aside and renamed.
+"""safetensors files: read by mapping, written one tensor at a time.
 
-Reader and writer are our own: the reader hands out views of the mapping without a copy, in bfloat16 too, and checks the
-header as strictly as the format says (no holes, no overlaps, no duplicate names) before a single byte is used; the writer
-holds one tensor at a time, which the `safetensors` library cannot. The tests read and write across with that library.
+The reader gives views of the mapping without a copy, bfloat16 included. It checks the header as strictly as
+the format demands (no holes, no overlaps, no duplicate names) before it uses a byte. The writer holds one
+tensor at a time, which the `safetensors` library cannot.
 """
 
-import contextlib
 import json
 import math
 import mmap
 import os
 import struct
-import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from longlora.device import host
+from longlora.disk import replacing
 from longlora.errors import UserError
 
+Path = str | os.PathLike[str]
+
 MAX_HEADER = 100_000_000
-# safetensors' names -> (ours, bytes per element); the others are legal in a file but not in a model we read.
+# safetensors' names -> (ours, bytes per element). A file may hold others, a model that we read may not.
 DTYPES = {
     "F32": ("float32", 4),
     "BF16": ("bfloat16", 2),
@@ -47,9 +50,9 @@ OTHER_SIZES = {
 
 
 class SafetensorsFile:
-    """An open file: `.entries` is a dict of name -> (dtype, shape, start, end), offsets in bytes of the file; `.metadata`."""
+    """An open file. `.entries`: name -> (dtype, shape, first byte in the file, end); UserError if damaged."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path):
         self.path = os.fspath(path)
         try:
             with open(path, "rb") as file:
@@ -62,8 +65,8 @@ class SafetensorsFile:
         (length,) = struct.unpack("<Q", self.buffer[:8])
         if length > min(size - 8, MAX_HEADER):
             raise UserError(
-                f"{self.path}: truncated or not a safetensors file: its header should have {length} bytes, the "
-                f"file has {size}"
+                f"{self.path}: truncated or not a safetensors file: its header should have {length} bytes, "
+                f"the file has {size}"
             )
         self.metadata, self.entries = self._header(self.buffer[8 : 8 + length], 8 + length, size)
 
@@ -125,13 +128,13 @@ class SafetensorsFile:
             )
         if math.prod(shape) * width != offsets[1] - offsets[0]:
             raise UserError(
-                f"{self.path}: {name}: {dtype} of shape {list(shape)} needs {math.prod(shape) * width} bytes, its "
-                f"data_offsets span {offsets[1] - offsets[0]}"
+                f"{self.path}: {name}: {dtype} of shape {list(shape)} needs "
+                f"{math.prod(shape) * width} bytes, its data_offsets span {offsets[1] - offsets[0]}"
             )
         return DTYPES.get(dtype, (dtype,))[0], shape, base + offsets[0], base + offsets[1]
 
-    def array(self, name):
-        """A read-only view of a tensor, as an ndarray; bfloat16 as uint16 bits (NumPy has no bfloat16 of its own)."""
+    def array(self, name: str) -> np.ndarray:
+        """A read-only view of a tensor (bfloat16: uint16 bits). UserError for a dtype that we do not read."""
         dtype, shape, start, end = self.entries[name]
         if dtype not in (known for known, _ in DTYPES.values()):
             raise UserError(
@@ -141,72 +144,30 @@ class SafetensorsFile:
         return np.frombuffer(self.buffer, stored, (end - start) // stored.itemsize, start).reshape(shape)
 
 
-def release(buffer, start, end):
-    """Let go of the pages of a mapped file that were read: bytes start .. end, which count as this process's memory until then."""
+def release(buffer: mmap.mmap, start: int, end: int) -> None:
+    """Give back the pages of bytes start..end of a mapped file, which count as this process's memory."""
     first = start // mmap.PAGESIZE * mmap.PAGESIZE
     if end > first and hasattr(buffer, "madvise"):
         buffer.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """A temporary path beside `path` to write to; on success flushed to disk and renamed, on failure removed.
+def write(
+    path: Path,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    read: Callable[[str], Any],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write a safetensors file to `path` with one tensor in memory at a time.
 
-    What was at `path` stays untouched until the rename. OSError (a full disk) comes out as UserError.
-    """
-    path = os.path.abspath(path)
-    aside = None
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        handle, aside = tempfile.mkstemp(
-            prefix=f".{os.path.basename(path)}.", suffix=".partial", dir=os.path.dirname(path)
-        )
-        os.fchmod(handle, 0o644)
-        os.close(handle)
-        yield aside
-        flush(aside)
-        os.replace(aside, path)
-        aside = None
-        flush(os.path.dirname(path))
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written: {error.strerror or error}; what was there is untouched"
-        ) from None
-    finally:
-        if aside is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(aside)
-
-
-def flush(path):
-    """fsync the file or directory at `path`."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path, text):
-    """Write `text` to `path`, aside, flushed and renamed."""
-    with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-
-
-def write_json(path, value, sort_keys=False):
-    write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n")
-
-
-def write(path, tensors, read, metadata=None):
-    """Write a safetensors file to `path`, one tensor in memory at a time.
-
-    tensors: dict of name -> (dtype name, shape); read(name) -> C-contiguous array of it (bfloat16 may come as uint16 bits).
-    ValueError for an empty tensor: a zero-byte weight in a saved model is always somebody's mistake.
+    tensors: name -> (dtype name, shape); read(name) gives its array (bfloat16 may come as uint16 bits).
+    ValueError for an empty tensor, because a weight without bytes in a saved model is always a mistake, and
+    for an array of another size. UserError when the file cannot be written.
     """
     codes = {name: (code, width) for code, (name, width) in DTYPES.items()}
-    # Wide elements first: every tensor is then aligned to its own element.
+    # Wide elements come first, so every tensor is aligned to its own element.
     order = sorted(tensors, key=lambda name: -codes[tensors[name][0]][1])
-    header, end = {"__metadata__": metadata or {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
+    end = 0
     for name in order:
         (code, width), shape = codes[tensors[name][0]], list(tensors[name][1])
         size = math.prod(shape) * width
@@ -225,8 +186,8 @@ def write(path, tensors, read, metadata=None):
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
-def save(path, tensors, metadata=None):
-    """Write the dict `tensors` of name -> array or Tensor to `path`, as `write` does; from a GPU one crosses at a time."""
+def save(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
+    """Write `tensors` (name -> ndarray or longlora.Tensor) as `write` does. A GPU's cross one at a time."""
     write(
         path,
         {name: (str(array.dtype), array.shape) for name, array in tensors.items()},

@@ -1,21 +1,25 @@
 """Text <-> token ids by the `tokenizers` library, from tokenizer.json or rebuilt from the metadata of a GGUF.
 
-The ids are those of transformers 5's `AutoTokenizer.from_pretrained(...)(text).input_ids`, so a model trained here meets the
-same tokens when it is served there. Where transformers does not take tokenizer.json by the letter, neither does this file.
+The ids are those of transformers 5's `AutoTokenizer.from_pretrained(...)(text).input_ids`, so a model trained
+here meets the same tokens when it is served there. Where transformers does not take tokenizer.json by the
+letter, neither does this file.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from longlora.decoder.config import read_json
+from longlora.decoder.config import ModelConfig
+from longlora.disk import read_json, write_text
 from longlora.errors import UserError
-from longlora.files.safetensors import write_text
 
-# Everything transformers reads when it loads a tokenizer; copied as it is beside an adapter or a merged model.
+# Everything transformers reads when it loads a tokenizer; copied as it is beside an adapter or a merged
+# model.
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -29,8 +33,9 @@ LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-# tokenizer.ggml.pre -> how words are split before BPE. "smollm" isolates digits in SmolLM2's own tokenizer.json, but
-# transformers splits it as GPT-2, and so do we: the ids differ only where spaces run up to a digit.
+# tokenizer.ggml.pre -> how words are split before BPE. "smollm" isolates digits in SmolLM2's own
+# tokenizer.json, but transformers splits it as GPT-2, and so do we: the ids differ only where spaces run up
+# to a digit.
 SPLITS = {
     "gpt-2": None,
     "gpt2": None,
@@ -39,6 +44,8 @@ SPLITS = {
     "llama3": LLAMA3,
     "llama-v3": LLAMA3,
     "llama-bpe": LLAMA3,
+    "smaug-bpe": LLAMA3,
+    "dbrx": LLAMA3,
     "qwen2": QWEN2,
     "deepseek-r1-qwen": QWEN2,
 }
@@ -47,17 +54,23 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
 
 
 class Tokenizer:
-    """`backend` is the tokenizers.Tokenizer, `special` maps "bos_token", ... to their text, `files` name -> Path, or a function
-    that makes its text."""
+    """Text to ids and back, as transformers does it.
 
-    def __init__(self, backend, special, files):
+    backend: a tokenizers.Tokenizer; special: "bos_token", ... -> their text; files: name -> its Path, or a
+    function that makes its text.
+    """
+
+    def __init__(self, backend: Any, special: dict[str, str], files: dict[str, Path | Callable[[], str]]):
         self.backend, self.special, self._files = backend, special, files
         backend.no_truncation()
         backend.no_padding()
 
     @classmethod
-    def from_directory(cls, path):
-        """From tokenizer.json and tokenizer_config.json, as transformers 5 reads them."""
+    def from_directory(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """Read tokenizer.json and tokenizer_config.json in the directory `path`, as transformers 5 does.
+
+        UserError if there is none, or it is damaged.
+        """
         file = os.path.join(path, "tokenizer.json")
         if not os.path.exists(file):
             raise UserError(f"{path}: has no tokenizer.json")
@@ -72,8 +85,11 @@ class Tokenizer:
         return cls(backend, special, files)
 
     @classmethod
-    def from_gguf(cls, metadata, path):
-        """Rebuilt from `tokenizer.ggml.*`: byte-level BPE ("gpt2") or SentencePiece ("llama")."""
+    def from_gguf(cls, metadata: dict[str, Any], path: str) -> "Tokenizer":
+        """Rebuild it from the keys `tokenizer.ggml.*`: byte-level BPE ("gpt2") or SentencePiece ("llama").
+
+        path: the file's name in messages. UserError for another kind or missing keys.
+        """
         get = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}.get
         kind, tokens = get("model"), get("tokens")
         if kind not in ("gpt2", "llama"):
@@ -123,8 +139,8 @@ class Tokenizer:
         }
         return cls(backend, special, files)
 
-    def check(self, config, path):
-        """Stop when a token has no row in the embedding of `config`; more rows than tokens (padding) are fine -> self."""
+    def check(self, config: ModelConfig, path: str) -> "Tokenizer":
+        """Return self. UserError if a token has no row in the embedding of `config`; more rows are fine."""
         if self.vocab_size > config.vocab_size:
             raise UserError(
                 f"{path}: the tokenizer has {self.vocab_size} tokens, the embedding {config.vocab_size} rows"
@@ -132,38 +148,38 @@ class Tokenizer:
         return self
 
     @property
-    def vocab_size(self):
+    def vocab_size(self) -> int:
         """One more than the largest id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property
-    def eos_token_id(self):
+    def eos_token_id(self) -> int | None:
         """Id of the token that ends a text, or None."""
         return self.backend.token_to_id(self.special["eos_token"]) if "eos_token" in self.special else None
 
     @property
-    def bos_token_id(self):
+    def bos_token_id(self) -> int | None:
         """Id of the token that starts a text, or None."""
         return self.backend.token_to_id(self.special["bos_token"]) if "bos_token" in self.special else None
 
-    def encode(self, text):
-        """`text` -> int32 ids [T], special tokens as transformers adds them."""
+    def encode(self, text: str) -> np.ndarray:
+        """Give the ids of `text`, int32 [T], with the special tokens that transformers adds."""
         return np.array(self.backend.encode(text).ids, np.int32)
 
-    def decode(self, ids, skip_special_tokens=False):
-        """ids -> text."""
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Give the text of `ids`."""
         return self.backend.decode([int(index) for index in ids], skip_special_tokens=skip_special_tokens)
 
-    def save(self, directory):
-        """Write the tokenizer's files into `directory`, for transformers to load."""
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the tokenizer's files into `directory` for transformers to load. UserError if that fails."""
         for name, content in self._files.items():
             write_text(
                 os.path.join(directory, name),
                 content.read_text("utf-8") if isinstance(content, Path) else content(),
             )
 
-    def fingerprint(self):
-        """A string that tells this tokenizer from another: equal strings, equal ids for every text."""
+    def fingerprint(self) -> str:
+        """Identify this tokenizer: two with equal fingerprints give equal ids for every text."""
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
 
@@ -181,7 +197,7 @@ def _text(token):
 
 
 def _as_class(described, config):
-    """What transformers 5 rebuilds, in place of what tokenizer.json says, for the classes that our families declare."""
+    """Change `described` as transformers 5 does for the tokenizer classes that our families declare."""
     declared, model = str(config.get("tokenizer_class") or "").removesuffix("Fast"), described.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE":
         return
@@ -231,7 +247,7 @@ def _split(pattern, prefix_space=False):
 
 
 def _add_tokens(backend, config, special):
-    """Tokens that tokenizer_config.json names and tokenizer.json does not have are added, as transformers does."""
+    """Add the tokens that tokenizer_config.json names and tokenizer.json lacks, as transformers does."""
     from tokenizers import AddedToken
 
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
@@ -273,10 +289,10 @@ def _byte_alphabet():
 
 
 def _added(tokens, types, kind):
-    """Control tokens are special, user-defined ones are matched whole but plain; the rest is what BPE makes of the text."""
+    """The tokens matched before BPE: control tokens, which are special, and user-defined ones."""
     letters = set(_byte_alphabet().values())
     added = []
-    for index, (token, type_) in enumerate(zip(tokens, types or ())):
+    for index, (token, type_) in enumerate(zip(tokens, types or (), strict=False)):
         # In a byte-level vocabulary a control token in other letters is a mislabel of the converter.
         if type_ == USER_DEFINED or type_ == CONTROL and (kind != "gpt2" or set(token) <= letters):
             added.append(
@@ -351,9 +367,9 @@ def _sentence_piece(get, vocab, path):
 
 
 def _merges(vocab, scores):
-    """The merges that a SentencePiece vocabulary implies: every split of a token into two tokens, best score first."""
+    """The merges that a SentencePiece vocabulary implies: each token's splits into two, best score first."""
     found = []
-    for token, score in zip(vocab, scores):
+    for token, score in zip(vocab, scores, strict=True):
         pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
         pairs = [(left, right, score) for left, right in pairs if left in vocab and right in vocab]
         found += sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))

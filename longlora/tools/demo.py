@@ -14,10 +14,10 @@ from typing import Any
 
 from longlora import plots
 from longlora.decoder.config import read_config
+from longlora.disk import write_json
 from longlora.errors import UserError
 from longlora.evaluation import ppl
-from longlora.files import adapter
-from longlora.files.safetensors import write_json
+from longlora.files.merge import merge
 from longlora.training.driver import train
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -92,7 +92,7 @@ def run(
     )
     if result.stopped is not None:
         raise KeyboardInterrupt
-    adapter.merge(MODEL, output / "adapter", output / "merged")
+    merge(MODEL, output / "adapter", output / "merged")
 
     say("\n3. After: the same text, dense attention")
     after, curve_after = _perplexity(say, "extended", adapter=output / "adapter", device=device)

@@ -3,13 +3,13 @@
 import math
 import os
 
-from longlora.decoder.config import read_config, read_json
+from longlora.decoder.config import read_config
+from longlora.disk import read_json
 from longlora.errors import UserError
 from longlora.files import adapter
 from longlora.files.open_model import open_model
 from longlora.files.safetensors import SafetensorsFile
-
-STATE = "trainer_state.json"
+from longlora.training.resume import STATE
 
 
 def describe(path):

@@ -14,6 +14,7 @@ import torch
 from longlora import cli
 from longlora.decoder import rope
 from longlora.decoder.config import read_config
+from longlora.decoder.lora import LoraConfig
 from longlora.errors import UserError
 from longlora.files import adapter
 from longlora.files.open_model import open_model, some, to_float32
@@ -58,7 +59,7 @@ def import_adapter(directory, output_dir, base, target_length, cut_embedding=Fal
     lines = [sentence, *_cut(whole, model, whole_path, cut_embedding)]
     config = read_config(raw)
     modules = _modules(whole)
-    lora = adapter.LoraConfig(
+    lora = LoraConfig(
         described.r, described.lora_alpha, described.target_modules, modules, described.use_rslora
     )
     wanted = lora.tensor_shapes(config)
@@ -146,7 +147,7 @@ def _modules(whole):
     norms = any(module.endswith("norm") for module in last)
     default = [
         module
-        for module in adapter.LoraConfig().modules_to_save
+        for module in LoraConfig().modules_to_save
         if (norms if module.endswith("norm") else module in last)
     ]
     return (*default, *sorted(module for module in last if not module.endswith(("norm", *default))))

@@ -14,14 +14,15 @@ import zlib
 from longlora import __version__
 from longlora.data.sequences import Order, Sequences, batch
 from longlora.data.tokens import tokenise
-from longlora.decoder import rope
 from longlora.decoder import plan as plan_
+from longlora.decoder import rope
 from longlora.decoder.config import read_config
+from longlora.decoder.lora import LoraConfig
 from longlora.device import CPU, choose, host
+from longlora.disk import write_json, write_text
 from longlora.errors import UserError
 from longlora.evaluation import ppl
-from longlora.files import adapter
-from longlora.files.safetensors import write_json, write_text
+from longlora.files import adapter, merge
 from longlora.training import metrics
 from longlora.training import options as options_
 from longlora.training import resume as checkpoint
@@ -113,7 +114,7 @@ class Setup:
         )
         self.multiple = 1 if dense or o.boundary == "split" else o.group_size  # of the length of every batch
         targets = "all-linear" if o.target_modules == ("all-linear",) else o.target_modules
-        self.lora = None if o.full else adapter.LoraConfig(o.r, o.lora_alpha, targets, o.modules_to_save)
+        self.lora = None if o.full else LoraConfig(o.r, o.lora_alpha, targets, o.modules_to_save)
         self.plan = plan_.plan(
             self.config,
             dtype=o.dtype,
@@ -124,7 +125,7 @@ class Setup:
             checkpointing=o.checkpointing,
             memory=None if o.max_memory is None else int(o.max_memory * 2**30),
             device=device,
-            lora_instead=adapter.LoraConfig(),
+            lora_instead=LoraConfig(),
         )
 
 
@@ -320,7 +321,7 @@ def _run(o, source, setup, device, say):
         if setup.lora is not None:
             adapter.save(directory, tensors, setup.lora, source.base, setup.raw, source.tokenizer)
         else:
-            adapter.save_merged(
+            merge.save_merged(
                 directory, lambda name: host(tensors[name]), setup.raw, source.tokenizer, source.dtype
             )
 

@@ -4,8 +4,8 @@ import json
 import os
 import resource
 
+from longlora.disk import write_text
 from longlora.errors import UserError
-from longlora.files.safetensors import write_text
 
 FILE = "metrics.jsonl"
 

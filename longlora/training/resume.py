@@ -11,9 +11,9 @@ import os
 import re
 import shutil
 
-from longlora.decoder.config import read_json
+from longlora.disk import flush, read_json, write_json
 from longlora.errors import UserError
-from longlora.files.safetensors import SafetensorsFile, flush, write_json
+from longlora.files.safetensors import SafetensorsFile
 from longlora.files.safetensors import save as save_tensors
 
 STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"

@@ -55,7 +55,11 @@ def test_every_op(package, tmp_path):
 
     def part(names):
         return run_tests(
-            package, tmp_path / f"{names[0]}.xml", [f"tests/ops/test_{name}.py" for name in names], "-k", "cuda"
+            package,
+            tmp_path / f"{names[0]}.xml",
+            [f"tests/ops/test_{name}.py" for name in names],
+            "-k",
+            "cuda",
         )
 
     with ThreadPoolExecutor(2) as pool:

@@ -20,11 +20,11 @@ from longlora import _C, cuda, device
 from longlora.decoder import model as model_
 from longlora.decoder import plan as plan_
 from longlora.decoder.config import read_config
+from longlora.decoder.lora import LoraConfig
 from longlora.errors import UserError
 from longlora.evaluation import ppl
-from longlora.files import adapter
+from longlora.files import merge
 from longlora.files import open_model as weights
-from longlora.files.adapter import LoraConfig
 from longlora.files.open_model import open_model
 from longlora.training import driver as train
 from longlora.training import metrics
@@ -192,7 +192,7 @@ def test_perplexity_and_merge(tmp_path):
         for a, b in zip(cpu["results"], gpu["results"], strict=True):
             assert b["tokens"] == a["tokens"] and b["loss"] == pytest.approx(a["loss"], rel=CLOSE[dtype])
     for name in ("cpu", GPU):
-        adapter.merge(base, out, tmp_path / f"merged-{name[:4]}", device=name)
+        merge.merge(base, out, tmp_path / f"merged-{name[:4]}", device=name)
     cpu, gpu = (open_model(tmp_path / f"merged-{name[:4]}") for name in ("cpu", GPU))
     for name in cpu.names():
         np.testing.assert_allclose(gpu.read(name), cpu.read(name), rtol=1e-6, atol=1e-7)

@@ -206,6 +206,23 @@ def test_changed_text_is_tokenised_anew_and_a_damaged_cache_named(tmp_path):
     assert "damaged" in failure(tokenise, path, KINDS["gpt2"], 400, str(cache))
 
 
+@pytest.mark.parametrize(
+    "name, content, time",
+    [("a.txt", "two", 2), ("a.txt", "three", 1), ("b.txt", "two", 1)],
+    ids=["time", "size", "path"],
+)
+def test_text_of_another_time_size_or_path_is_tokenised_anew(tmp_path, name, content, time):
+    """One of the three is enough. The tokens are those of the text and of no other."""
+    cache, made = tmp_path / "cache", KINDS["gpt2"]
+    for file, words, seconds in (("a.txt", "one", 1), (name, content, time)):
+        path = write(tmp_path / file, words)
+        os.utime(path, (seconds, seconds))
+        found = tokenise(path, made, 400, str(cache), str)
+        assert made.backend.decode(found.ids[:-1].tolist()) == words
+        assert found.ids[-1] == made.eos_token_id
+    assert len(list(cache.glob("*.bin"))) == 2
+
+
 def test_a_tokenisation_that_fails_leaves_nothing(tmp_path, monkeypatch):
     path, cache = write(tmp_path / "a.txt", "some text\n" * 2000), tmp_path / "cache"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -234,8 +251,18 @@ def test_token_files_of_both_kinds(tmp_path):
         write(tmp_path / "h.bin", head.tobytes() + ids[:-1].astype(kind).tobytes())
         assert "should hold 1200 tokens by its header, holds 1199" in failure(read_bin, path, 1 << 17)
     assert "token 2 is 65535, the model has 100" in failure(read_bin, small, 100)
+    assert "token 0 is 1, the model has 1" in failure(read_bin, small, 1)
     assert "no whole number of uint16" in failure(read_bin, write(tmp_path / "odd.bin", b"123"), 100)
     assert "no whole number" in failure(read_bin, write(tmp_path / "none.bin", b""), 100)
+
+
+@pytest.mark.parametrize("vocab_size", [100, 70_000])
+def test_the_first_id_that_the_model_does_not_have_is_refused(tmp_path, vocab_size):
+    kind = "<u2" if vocab_size < 1 << 16 else "<u4"
+    path = write(tmp_path / "a.bin", np.array([1, vocab_size - 1], kind).tobytes())
+    np.testing.assert_array_equal(read_bin(path, vocab_size).ids, [1, vocab_size - 1])
+    write(tmp_path / "a.bin", np.array([1, vocab_size], kind).tobytes())
+    assert f"token 1 is {vocab_size}, the model has {vocab_size}" in failure(read_bin, path, vocab_size)
 
 
 # ---- sequences -----------------------------------------------------------------------------------
@@ -274,6 +301,22 @@ def test_every_token_is_in_one_sequence_or_counted_as_lost(sizes, length, rule):
     assert (f"{long} longer documents" in found.sentence) is bool(long)
     if rule != "split" and long:
         assert f"{sum(sizes) - total:,} tokens lost" in found.sentence
+
+
+@pytest.mark.parametrize(
+    "rule, sequences, end",
+    [
+        ("split", 7, "2 longer documents split"),
+        ("truncate", 3, "2 longer documents truncated, 38 tokens lost"),
+        ("drop", 1, "2 longer documents dropped, 58 tokens lost"),
+    ],
+)
+def test_what_becomes_of_documents_is_said_in_numbers(rule, sequences, end):
+    """Documents of 20, 5 and 38 tokens in sequences of 10."""
+    found = Sequences(tokens_of([20, 5, 38]), 10, rule)
+    assert len(found) == sequences and found.sentence == (
+        f"3 documents, 63 tokens (shortest 5, median 20, longest 38) -> {sequences} sequences of 10; {end}"
+    )
 
 
 def test_long_documents_are_refused_by_name():
@@ -317,6 +360,11 @@ def test_the_order_is_a_permutation_an_epoch_and_goes_on_exactly(n, seed, takes,
     assert [resumed.take(count) for count in takes[stop:]] == taken[stop:]
 
 
-def test_another_seed_is_another_order():
+def test_another_seed_or_epoch_is_another_order():
+    """The order is NumPy's, so that a run goes on in it years later."""
     assert Order(50, 1).take(50) != Order(50, 2).take(50)
+    epochs = Order(50, 1).take(150)
+    assert epochs[:50] != epochs[50:100] != epochs[100:] != epochs[:50]
+    wanted = [np.random.default_rng([42, epoch]).permutation(7).tolist() for epoch in (0, 1)]
+    assert Order(7, 42).take(14) == wanted[0] + wanted[1]
     assert json.dumps(Order(50, 1).take(3))  # plain integers

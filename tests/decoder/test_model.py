@@ -12,8 +12,8 @@ from longlora.decoder import model as model_
 from longlora.decoder import plan as plan_
 from longlora.decoder.config import read_config
 from longlora.decoder.layer import Reach
+from longlora.decoder.lora import LoraConfig
 from longlora.errors import UserError
-from longlora.files.adapter import LoraConfig
 from longlora.training.optimizer import AdamW
 
 SMALL = dict(

@@ -13,9 +13,10 @@ from smollm2 import converted, smollm2  # noqa: F401 (fixtures)
 import longlora
 from longlora.decoder import plan, rope
 from longlora.decoder.config import read_config
+from longlora.decoder.lora import LoraConfig
 from longlora.decoder.model import Model
 from longlora.evaluation import ppl
-from longlora.files import adapter
+from longlora.files import adapter, merge
 from longlora.files.open_model import open_model
 from longlora.training import driver as train
 
@@ -106,7 +107,7 @@ def test_every_gradient_is_autograds(base, peer, acts):
     T, G, steps = 75, 20, 8
     new, _ = rope.extend(base.config, "linear", 32768)
     config = read_config(rope.to_config(base.config.raw, new, 32768))
-    lora = adapter.LoraConfig()
+    lora = LoraConfig()
     made = Model(
         config,
         lora=lora,
@@ -193,7 +194,7 @@ def test_extension_halves_the_perplexity(base, smollm2, converted, acts, tmp_pat
     config = transformers.AutoConfig.from_pretrained(output)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32, config=config)
     theirs = peft.PeftModel.from_pretrained(theirs, str(output)).eval()
-    adapter.merge(smollm2, output, tmp_path / "merged")
+    merge.merge(smollm2, output, tmp_path / "merged")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     x = torch.from_numpy(acts[None, :200]).long()
     with torch.no_grad():

@@ -45,13 +45,14 @@ def test_windows_side_by_side_score_all_their_targets(count, length):
     assert all(last == min(first + length, count) and start == first + 1 for first, last, start in found)
 
 
-def losses_of(base, config=None):
-    """Per-token losses of transformers on ids: [N - 1] float64."""
+def losses_of(base, config=None, adapted=None):
+    """Per-token losses of transformers on ids: [N - 1] float64. adapted: what becomes of the model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = config and AutoConfig.from_pretrained(config)
-    model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float32)
+    model = (adapted(model) if adapted else model).eval()
 
     def losses(ids):
         with torch.no_grad():
@@ -121,6 +122,28 @@ def test_adapter_and_interpolation_are_in_the_number(tmp_path):
     )
     wanted = np.concatenate([losses(ids[i : i + 128]) for i in range(0, len(ids) - 1, 128)])
     assert linear == pytest.approx(wanted.mean(), rel=1e-5)  # the saved config carries the rope
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_a_run_says_of_held_out_text_is_transformers(tmp_path, limit):
+    """Before and after training, dense: the mean over the targets of 4 sequences (the last is short) or 2."""
+    from peft import PeftModel
+
+    path = tiny.text(tmp_path / "held.txt", 70, seed=3)
+    said = []
+    fields = tiny.options(tmp_path, eval_data=str(path), max_eval_samples=limit, max_steps=2)
+    rows = driver.train(said.append, **fields).history
+    base, out = tmp_path / "base", tmp_path / "out"
+    ids = [*ids_of(base)(path.read_text()), 256]  # the end of the text is a target too
+    parts = [ids[i : i + 128] for i in range(0, len(ids) - 1, 128)]
+    assert len(parts) == 4
+    for row, adapter in ((rows[0], None), (rows[-1], out)):
+        losses = losses_of(base, out, adapter and (lambda model: PeftModel.from_pretrained(model, adapter)))
+        wanted = np.concatenate([losses(part) for part in parts[:limit]]).mean()
+        assert row["eval_loss"] == pytest.approx(wanted, rel=1e-5)
+        assert row["eval_perplexity"] == pytest.approx(math.exp(wanted), rel=1e-4)
+        assert any(f"held-out perplexity {row['eval_perplexity']:.3f}" in line for line in said)
 
 
 def test_documents_are_windows_of_their_own(tmp_path):

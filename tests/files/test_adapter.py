@@ -13,9 +13,9 @@ from test_tokenizer import directory, trained
 from test_weights import build
 
 from longlora.decoder import rope as rope_
+from longlora.decoder.lora import LoraConfig
 from longlora.errors import UserError
-from longlora.files import adapter
-from longlora.files.adapter import LoraConfig
+from longlora.files import adapter, merge
 from longlora.files.open_model import open_model
 from longlora.tools import inspect
 
@@ -84,7 +84,7 @@ def reference(base, path, tensors, lora):
     "family, lora",
     [
         *((family, LoraConfig()) for family in FAMILIES),
-        ("qwen2", LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_rslora=True)),
+        ("qwen2", LoraConfig(r=3, lora_alpha=7.5, target_modules="all-linear", use_rslora=True)),
         ("llama", LoraConfig(modules_to_save=None)),
         ("qwen3", LoraConfig(target_modules=("q_proj", "down_proj"), modules_to_save=("norm",))),
         ("llama", LoraConfig(modules_to_save=("embed_tokens", "lm_head", "norm"))),
@@ -99,7 +99,7 @@ def test_peft_gives_our_logits_and_so_does_the_merged_model(tmp_path, family, ti
     wanted = reference(base, path, tensors, lora)
     near = dict(rtol=0, atol=2e-4 * np.abs(wanted).max())
     np.testing.assert_allclose(logits(with_peft(base, path)), wanted, **near)
-    adapter.merge(base, path, tmp_path / "merged")
+    merge.merge(base, path, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     np.testing.assert_allclose(logits(merged), wanted, **near)
     assert merged.config.tie_word_embeddings is tied and merged.config.max_position_embeddings == TARGET
@@ -114,14 +114,14 @@ def test_peft_gives_our_logits_and_so_does_the_merged_model(tmp_path, family, ti
 @pytest.mark.parametrize("kind", rope_.EXTENSIONS)
 def test_every_rope_goes_with_the_adapter(tmp_path, kind):
     base, path, tensors = saved(tmp_path, kind=kind)
-    adapter.merge(base, path, tmp_path / "merged")
+    merge.merge(base, path, tmp_path / "merged")
     assert (
         open_model(tmp_path / "merged").config.rope == rope_.extend(open_model(base).config, kind, TARGET)[0]
     )
 
 
 def test_files_of_an_adapter(tmp_path):
-    base, path, _ = saved(tmp_path)
+    base, path, _ = saved(tmp_path, LoraConfig(r=4, lora_alpha=7.5))
     assert sorted(os.listdir(path)) == [
         "README.md",
         "adapter_config.json",
@@ -131,6 +131,7 @@ def test_files_of_an_adapter(tmp_path):
     text = (path / "adapter_config.json").read_text()
     assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
     found = json.loads(text)
+    assert (found["r"], found["lora_alpha"], found["use_rslora"]) == (4, 7.5, False)
     assert found["peft_type"] == "LORA" and found["base_model_name_or_path"] == str(base)
     assert found["modules_to_save"] == ["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"]
     assert (path / "README.md").read_text().startswith("---\nlibrary_name: peft\nbase_model: ")
@@ -172,7 +173,7 @@ def test_an_adapter_that_peft_wrote(tmp_path, tied, fields):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     theirs.save_pretrained(tmp_path / "adapter")
     wanted = logits(theirs.eval(), 60)
-    adapter.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     np.testing.assert_allclose(logits(merged, 60), wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
 
@@ -194,7 +195,7 @@ def test_an_untied_adapter_of_a_tied_base_is_refused(tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_merged_is_rounded_once_to_the_dtype_of_the_base(tmp_path, dtype):
     base, path, tensors = saved(tmp_path, dtype=getattr(torch, dtype))
-    adapter.merge(base, path, tmp_path / "merged")
+    merge.merge(base, path, tmp_path / "merged")
     before, after = open_model(base), open_model(tmp_path / "merged")
     assert (tmp_path / "merged").stat().st_mode & 0o777 == 0o755  # mkdtemp's own would be 0o700
     assert after.config.raw["torch_dtype"] == dtype and before.names() == after.names()
@@ -212,17 +213,17 @@ def test_merged_is_rounded_once_to_the_dtype_of_the_base(tmp_path, dtype):
 def test_merged_in_shards(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(adapter, "SHARD", 3000)
+    monkeypatch.setattr(merge, "SHARD", 3000)
     base, path, tensors = saved(tmp_path)
     (base / "generation_config.json").write_text('{"do_sample": true}')
-    adapter.merge(base, path, tmp_path / "merged")
+    merge.merge(base, path, tmp_path / "merged")
     index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     np.testing.assert_allclose(logits(merged), reference(base, path, tensors, LoraConfig()), atol=1e-3)
     assert (tmp_path / "merged" / "generation_config.json").exists()
     monkeypatch.undo()
-    adapter.save_merged(tmp_path / "merged", open_model(base).read, open_model(base).config.raw)
+    merge.save_merged(tmp_path / "merged", open_model(base).read, open_model(base).config.raw)
     again = open_model(tmp_path / "merged")
     np.testing.assert_array_equal(again.read("lm_head.weight"), open_model(base).read("lm_head.weight"))
 
@@ -239,7 +240,7 @@ def test_tokenizer_goes_along(tmp_path):
     adapter.save(
         tmp_path / "adapter", made(base, LoraConfig()), LoraConfig(), base, extended(base), base.tokenizer()
     )
-    adapter.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     for path in ("adapter", "merged"):
         assert (
             AutoTokenizer.from_pretrained(tmp_path / path)("a b").input_ids
@@ -252,15 +253,15 @@ def test_merging_leaves_what_was_there(tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("mine")
     with pytest.raises(UserError, match="there: exists and is not an empty directory"):
-        adapter.merge(base, path, tmp_path / "there")
+        merge.merge(base, path, tmp_path / "there")
     assert os.listdir(tmp_path / "there") == ["file"]
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(adapter, "write_json", full)
+    monkeypatch.setattr(merge, "write_json", full)
     with pytest.raises(UserError, match="new: cannot be written: No space left on device"):
-        adapter.merge(base, path, tmp_path / "new")
+        merge.merge(base, path, tmp_path / "new")
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "there"]
 
 
@@ -440,7 +441,7 @@ def test_smollm2_merged_from_gguf(smollm2, converted, tmp_path):  # noqa: F811
         tensors[name] = noise if ".lora_" in name else base.read(name) + noise
     raw = rope_.to_config(base.config.raw, rope_.extend(base.config, "linear", 16384)[0], 16384)
     adapter.save(tmp_path / "adapter", tensors, lora, base, raw, base.tokenizer())
-    adapter.merge(smollm2, tmp_path / "adapter", tmp_path / "merged")
+    merge.merge(smollm2, tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     config = AutoConfig.from_pretrained(tmp_path / "adapter")
     theirs = AutoModelForCausalLM.from_pretrained(converted, config=config, dtype=torch.float32)

@@ -163,7 +163,7 @@ def test_general_alignment(tmp_path, alignment):
 def test_reading_in_pieces_is_reading_whole(tmp_path, kind, monkeypatch):
     ours = write(tmp_path / "m.gguf", tiny(tmp_path / "hf"), kind)
     whole = {name: ours.read(name) for name in ours.names()}
-    monkeypatch.setattr("longlora.files.open_model.CHUNK", 100)
+    monkeypatch.setattr("longlora.files.model_file.CHUNK", 100)
     for name, array in whole.items():
         np.testing.assert_array_equal(ours.read(name), array)
 
@@ -223,13 +223,14 @@ def test_loading_is_quick(smollm2):  # noqa: F811
     script = """if True:
         import resource, sys
         from longlora.decoder import model
-        from longlora.files import adapter, open_model as weights
         from longlora.decoder import plan
+        from longlora.decoder.lora import LoraConfig
+        from longlora.files import open_model as weights
         def used(): found = resource.getrusage(resource.RUSAGE_SELF); return found.ru_utime, found.ru_minflt
         first = used()
         base = weights.open_model(sys.argv[1])
         base.tokenizer()
-        lora = adapter.LoraConfig()
+        lora = LoraConfig()
         made = model.Model(base.config, lora=lora, plan=plan.plan(base.config, sequence_length=512, lora=lora, memory=1 << 40))
         made.load(base)
         loaded = used()

@@ -12,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longlora.disk import write_text
 from longlora.errors import UserError
 from longlora.files import safetensors as safetensors_file
-from longlora.files.open_model import from_float32, open_model, to_float32
+from longlora.files.model_file import from_float32, to_float32
+from longlora.files.open_model import open_model
 from longlora.files.safetensors import SafetensorsFile
 
 SIZES = dict(
@@ -444,7 +446,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written: File exists"):
-        safetensors_file.write_text(tmp_path / "file" / "x.json", "{}")
+        write_text(tmp_path / "file" / "x.json", "{}")
 
 
 def test_an_adapter_is_not_a_model(tmp_path):

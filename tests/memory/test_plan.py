@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,9 +14,9 @@ import longlora
 from longlora.decoder import plan as plan_
 from longlora.decoder.config import read_config
 from longlora.decoder.layer import RECOMPUTE
+from longlora.decoder.lora import LoraConfig
 from longlora.decoder.network import Network
 from longlora.errors import UserError
-from longlora.files.adapter import LoraConfig
 
 MIDDLE = dict(
     model_type="llama",
@@ -79,7 +80,7 @@ import numpy as np
 from longlora.decoder.config import read_config
 from longlora.decoder.model import Model
 from longlora.decoder.plan import plan
-from longlora.files.adapter import LoraConfig
+from longlora.decoder.lora import LoraConfig
 from longlora.training.optimizer import AdamW
 
 
@@ -171,6 +172,22 @@ def test_under_a_second_for_the_largest():
     )  # 70.6e9 less the trained embedding
 
 
+def test_parts_by_hand():
+    """8 layers 512 wide, k and v 256, MLP 1408, 16,000 words. Rank 8 on q, k, v and o."""
+    config, T = read_config(MIDDLE), 4096
+    found = plan_.plan(config, sequence_length=T, group_size=1024, lora=LORA, checkpointing="full").parts
+    embedding, norms = 16_000 * 512, (8 * 2 + 1) * 512
+    lora = 8 * (4 * 8 * 512 + 8 * (512 + 256 + 256 + 512))
+    trained = embedding + norms + lora
+    assert trained == 8_430_080 and found["trained parameters, float32"] == found["gradients"] == 4 * trained
+    assert found["moments"] == 8 * trained
+    linears = 8 * (512 * (512 + 256 + 256) + 512 * 512 + 3 * 512 * 1408)
+    assert found["frozen weights"] == 4 * linears
+    assert found["kept activations"] == 8 * 4 * T * 512  # the input of each layer
+    # cosines and sines of 32 angles a position; losses, their gradient, ids, targets and the order of the ids
+    assert found["batch and tables"] >= 2 * 4 * T * 32 + 5 * 4 * T
+
+
 def test_auto_is_the_fastest_that_fits():
     config = read_config(MIDDLE)
     given = dict(sequence_length=4096, group_size=1024, lora=LORA)
@@ -222,6 +239,9 @@ def test_what_it_prints():
     found = json.loads(json.dumps(plan.to_json()))
     assert found["total"] == sum(found["parts"].values()) == plan.total and found["fits"] is plan.fits
     lines = plan.text().splitlines()
+    table = [re.fullmatch(r"(.*?) +([\d.]+) GiB", line).groups() for line in lines[: len(plan.parts) + 1]]
+    sizes = {**found["parts"], "total": found["total"]}
+    assert table == [(name, f"{size / 2**30:.3f}") for name, size in sizes.items()]
     assert lines[0].startswith("frozen weights") and lines[0].endswith("GiB")
     assert any(line.startswith("total") for line in lines)
     assert "checkpointing none: does not fit; 0.500 GiB are available" in lines

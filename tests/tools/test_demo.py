@@ -20,8 +20,11 @@ STEPS = 60
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A short demo by the command -> (its directory, what it printed)."""
+    """A short demo by the command, over what an earlier one left -> (its directory, what it printed)."""
     output = tmp_path_factory.mktemp("demo") / "out"
+    for name in ("adapter/adapter_config.json", "adapter/checkpoint-9/old", "merged/old", "report.json"):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text("{}")
     ran = subprocess.run(
         [sys.executable, "-m", "longlora", "demo", "--output-dir", output, "--steps", str(STEPS)],
         capture_output=True,
@@ -100,6 +103,26 @@ def test_transformers_gives_the_merged_models_perplexity(done, report):
     assert np.exp(total / count) == pytest.approx(
         report["after"][-1], rel=0.01
     )  # merged weights are rounded to bfloat16
+
+
+def test_nothing_of_an_earlier_demo_stays(done):
+    assert [path for path in done[0].rglob("*") if path.name in ("old", "checkpoint-9")] == []
+
+
+@pytest.mark.parametrize("left", ["adapter", "merged"])
+def test_an_earlier_demo_is_removed_first(tmp_path, monkeypatch, left):
+    """Before anything is computed, so that nothing old is left where a demo is stopped."""
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo.ppl, "run", stop)
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / left).mkdir()
+    (tmp_path / left / "old").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(tmp_path, say=lambda line: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
 def test_only_an_earlier_demo_is_replaced(tmp_path):

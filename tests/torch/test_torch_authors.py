@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
+from longlora.decoder.lora import LoraConfig
 from longlora.errors import UserError
 from longlora.evaluation import ppl
 from longlora.files import adapter
@@ -43,7 +44,7 @@ def left_by_them(tmp_path, rows=0, dtype=torch.bfloat16, change=None, **fields):
     random = np.random.default_rng(1)
     tensors = {
         name: random.standard_normal(shape).astype(np.float32) * 0.1 + np.float32(len(shape) == 1)
-        for name, shape in adapter.LoraConfig().tensor_shapes(config).items()
+        for name, shape in LoraConfig().tensor_shapes(config).items()
     }
     if rows:
         table = tensors["model.embed_tokens.weight"]
@@ -73,7 +74,7 @@ def test_an_adapter_of_theirs_becomes_one_of_ours(tmp_path, tied, capsys):
     )
     assert "factor ceil(256 / 64) = 4" in capsys.readouterr().out
     lora, found, raw = adapter.load(tmp_path / "ours", open_model(base))
-    assert lora == adapter.LoraConfig() and found.keys() == tensors.keys()
+    assert lora == LoraConfig() and found.keys() == tensors.keys()
     for name in found:
         np.testing.assert_array_equal(found[name], tensors[name], name)
     assert raw["rope_scaling"]["factor"] == 4 and raw["max_position_embeddings"] == 256

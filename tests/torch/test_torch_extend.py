@@ -17,7 +17,7 @@ import longlora.torch  # noqa: E402
 from longlora.decoder import rope  # noqa: E402
 from longlora.decoder.config import read_config  # noqa: E402
 from longlora.evaluation import ppl  # noqa: E402
-from longlora.files import adapter  # noqa: E402
+from longlora.files import merge  # noqa: E402
 from longlora.torch.extend import lora_config  # noqa: E402
 
 
@@ -103,7 +103,7 @@ def test_round_trips_keep_everything(tmp_path, tied):
         for p in longlora.torch.load(tmp_path / "adapter", tmp_path / "base", is_trainable=True).parameters()
     )
     # the driver reads the same files
-    adapter.merge(str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "driver"))
+    merge.merge(str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "driver"))
     model.eval().merge_and_unload().save_pretrained(tmp_path / "merged")
     for name in ("merged", "driver"):
         merged = put(

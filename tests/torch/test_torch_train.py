@@ -19,7 +19,7 @@ import longlora
 from longlora import get_num_threads, set_num_threads
 from longlora.errors import UserError
 from longlora.evaluation import ppl
-from longlora.files import adapter
+from longlora.files import adapter, merge
 from longlora.files.open_model import open_model
 from longlora.training import driver, metrics
 from longlora.training import resume as checkpoint
@@ -295,7 +295,7 @@ def test_an_adapter_is_read_everywhere(tmp_path):
     )
     (found,) = ppl.run(tmp_path / "base", held_out, [128], adapter=tmp_path / "mine")["results"]
     assert found["loss"] == pytest.approx(mine.eval_loss, rel=2e-2)  # this one has no token after the text
-    adapter.merge(tmp_path / "base", tmp_path / "mine", tmp_path / "merged")
+    merge.merge(tmp_path / "base", tmp_path / "mine", tmp_path / "merged")
     (merged,) = ppl.run(tmp_path / "merged", held_out, [128])["results"]
     assert merged["loss"] == pytest.approx(found["loss"], rel=1e-5)
 

@@ -10,10 +10,10 @@ import pytest
 import tiny
 from test_weights import disk_calls
 
+from longlora.disk import write_text
 from longlora.errors import UserError
 from longlora.files import adapter
 from longlora.files.open_model import open_model
-from longlora.files.safetensors import write_text
 from longlora.tools import inspect
 from longlora.training import driver as train
 from longlora.training import resume as checkpoint

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,8 @@ def test_a_random_start_needs_only_a_config(tmp_path):
     assert numbers(run(tmp_path, **fields, output_dir=str(tmp_path / "again")).history) == numbers(
         result.history
     )
+    resumed = run(tmp_path, **fields, max_steps=5, resume_from_checkpoint="latest")
+    assert numbers(resumed.history)[:4] == numbers(result.history) and resumed.step == 5
 
 
 def test_tokens_need_no_tokenizer(tmp_path):
@@ -198,29 +201,194 @@ def test_the_loss_is_over_target_tokens_not_over_batches(tmp_path):
     assert result.loss == pytest.approx(sum(part.sum() for part in losses) / (127 + 2), rel=1e-5)
 
 
+# By hand: a line or a half cosine from 1 at the end of the warm-up to 0 one step after the last.
+COSINE = [0.9045084972, 0.6545084972, 0.3454915028, 0.0954915028]  # (1 + cos(k pi / 5)) / 2
+
+
 @pytest.mark.parametrize(
     "schedule, wanted",
     [
         ("constant", [0.5, 1, 1, 1, 1, 1]),
         ("linear", [0.5, 1, 0.8, 0.6, 0.4, 0.2]),
-        ("cosine", [0.5, 1, *(0.5 + 0.5 * math.cos(math.pi * t) for t in (0.2, 0.4, 0.6, 0.8))]),
+        ("cosine", [0.5, 1, *COSINE]),
     ],
 )
 def test_schedules(schedule, wanted):
     rates = [train.learning_rate(step, 6, 3.0, 2, schedule) for step in range(1, 7)]
-    np.testing.assert_allclose(rates, 3 * np.array(wanted), atol=1e-12)
+    np.testing.assert_allclose(rates, 3 * np.array(wanted), rtol=0, atol=1e-9)
 
 
-def test_both_learning_rates_reach_their_kinds(tmp_path):
-    result = run(tmp_path, max_steps=1, learning_rate=1e-3, embedding_learning_rate=1e-5, warmup_steps=0)
-    (row,) = result.history
-    assert (row["learning_rate"], row["embedding_learning_rate"]) == (1e-3, 1e-5)
-    trained, base = weights(tmp_path / "out"), open_model(tmp_path / "base")
-    for name, array in trained.items():
-        if "lora_B" in name:
-            assert np.abs(array).max() == pytest.approx(1e-3, rel=1e-3)
-        elif "lora_" not in name:
-            assert np.abs(array - base.read(name)).max() == pytest.approx(1e-5, rel=0.05)
+@pytest.mark.parametrize(
+    "steps, warmup, schedule, wanted",
+    [
+        (3, 0, "constant", [1, 1, 1]),
+        (3, 1, "constant", [1, 1, 1]),
+        (4, 2, "constant", [1 / 2, 1, 1, 1]),
+        (4, 0.5, "constant", [1 / 2, 1, 1, 1]),
+        (4, 0.3, "constant", [1 / 2, 1, 1, 1]),
+        (4, 0.2, "constant", [1, 1, 1, 1]),
+        (2, 4, "constant", [1 / 4, 1 / 2]),
+        (4, 0, "linear", [0.8, 0.6, 0.4, 0.2]),
+        (4, 1, "linear", [1, 3 / 4, 1 / 2, 1 / 4]),
+        (4, 0, "cosine", COSINE),
+        (5, 1, "cosine", [1, *COSINE]),
+    ],
+)
+def test_the_rates_of_a_run_are_the_schedules(tmp_path, steps, warmup, schedule, wanted):
+    """warmup_steps counts steps if it is at least 1; below 1 it is a share of the run, rounded up."""
+    result = run(
+        tmp_path,
+        max_steps=steps,
+        warmup_steps=warmup,
+        lr_scheduler_type=schedule,
+        embedding_learning_rate=1e-3,
+    )
+    for name, peak in (("learning_rate", 1e-2), ("embedding_learning_rate", 1e-3)):
+        np.testing.assert_allclose([row[name] for row in result.history], peak * np.array(wanted), rtol=1e-9)
+
+
+def whole(name):
+    """Whether a tensor is an embedding, a head or a norm, which embedding_learning_rate is for."""
+    return any(part in name for part in ("embed_tokens", "lm_head", "norm"))
+
+
+@pytest.mark.parametrize(
+    "family, fields, share",
+    [
+        ("llama", dict(), 1),
+        ("llama", dict(modules_to_save=["embed_tokens", "lm_head", "norm"]), 1),
+        ("llama", dict(warmup_steps=4), 1 / 4),
+        ("qwen2", dict(full=True), 1),
+        ("qwen3", dict(full=True), 1),
+    ],
+    ids=["lora", "lora-head", "warm-up", "qwen2", "qwen3"],
+)
+def test_both_learning_rates_reach_their_kinds(tmp_path, family, fields, share):
+    """Adam's first step moves an element by the rate, wherever its gradient is not next to 0. LoRA's A has
+    its first gradient in step 2, when B has moved: Adam's mean is then 0.1 / 0.19 of it, that of its square
+    0.05 / 0.0975."""
+    base = open_model(tiny.model(tmp_path / "base", model_type=family, tie_word_embeddings=False))
+    run(tmp_path, max_steps=2, save_steps=1, learning_rate=1e-3, embedding_learning_rate=1e-5, **fields)
+    first, second = (weights(tmp_path / "out" / f"checkpoint-{step}") for step in (1, 2))
+    for name, array in first.items():
+        if "k_proj.bias" in name:  # its gradient is nothing but rounding
+            continue
+        if "lora_A" in name:
+            moved, wanted = second[name] - array, 1e-3 * min(1, 2 * share) * 0.73495
+        elif "lora_B" in name:
+            moved, wanted = array, 1e-3 * share
+        else:
+            whole = any(part in name for part in ("embed_tokens", "lm_head", "norm"))
+            moved, wanted = array - base.read(name), (1e-5 if whole else 1e-3) * share
+        assert np.abs(moved).max() == pytest.approx(wanted, rel=0.05), name
+
+
+@pytest.mark.parametrize(
+    "family, fields",
+    [("llama", dict()), ("qwen2", dict(full=True)), ("qwen3", dict(full=True))],
+    ids=["lora", "bias", "norms"],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_decays_is_what_decays_under_the_trainer_of_transformers(tmp_path, family, fields):
+    """Rate x decay is 1/2: a step halves what decays, and moves all by at most the rate, 0.01."""
+    import peft
+    from transformers import AutoModelForCausalLM, Trainer
+
+    base = tiny.model(tmp_path / "base", model_type=family, tie_word_embeddings=False)
+    theirs, lora = AutoModelForCausalLM.from_pretrained(base), options.TrainOptions()
+    if not fields:
+        theirs = peft.get_peft_model(
+            theirs,
+            peft.LoraConfig(
+                target_modules=list(lora.target_modules), modules_to_save=list(lora.modules_to_save)
+            ),
+        )
+    decayed = {
+        name.replace(".modules_to_save", "").replace(".default", "").removeprefix("base_model.model.")
+        for name in Trainer.get_decay_parameter_names(None, theirs)
+    }
+    run(tmp_path, max_steps=2, save_steps=1, weight_decay=50, **fields)
+    first, second = (weights(tmp_path / "out" / f"checkpoint-{step}") for step in (1, 2))
+    assert 0 < len(decayed & set(first)) < len(first)
+    for name, array in first.items():
+        if "lora_A" in name:  # it starts within 1 / sqrt(32) = 0.1768 and has no gradient yet
+            assert name in decayed and 0.08 < np.abs(array).max() < 0.0884
+        elif "lora_B" in name:  # 0, 0.01, then half of that and 0.01; 0.02 without decay
+            assert name in decayed and 0.005 < np.abs(second[name]).max() < 0.0151
+        else:
+            start = open_model(base).read(name)
+            kept = 0.5 if name in decayed else 1
+            assert np.abs(start).max() > 0.1 and np.abs(array - kept * start).max() < 0.0101, name
+
+
+@pytest.mark.parametrize("beta1, beta2, share", [(0.9, 0.95, 0.734964), (0.5, 0, 2 / 3), (0, 0.5, 1.224745)])
+def test_adams_means_are_those_of_the_options(tmp_path, beta1, beta2, share):
+    """LoRA's A has its first gradient in step 2: it moves by sqrt(1 + beta2) / (1 + beta1) of the rate."""
+    run(tmp_path, max_steps=2, save_steps=1, adam_beta1=beta1, adam_beta2=beta2)
+    first, second = (weights(tmp_path / "out" / f"checkpoint-{step}") for step in (1, 2))
+    moved = [np.abs(second[name] - first[name]).max() for name in first if "lora_A" in name]
+    assert moved == pytest.approx([1e-2 * share] * 8, rel=2e-3)
+
+
+@pytest.mark.parametrize("limit", [0, 0.5])
+def test_gradients_are_clipped_to_the_norm_of_the_options(tmp_path, limit):
+    """Where epsilon is far above gradients, a step is rate / epsilon, here 1, times the clipped gradient."""
+    result = run(tmp_path, max_steps=1, full=True, learning_rate=1e3, adam_epsilon=1e3, max_grad_norm=limit)
+    base, (row,) = open_model(tmp_path / "base"), result.history
+    moved = math.sqrt(
+        sum(
+            np.square(array - base.read(name), dtype=np.float64).sum()
+            for name, array in weights(tmp_path / "out").items()
+        )
+    )
+    assert row["grad_norm"] > 0.6 and moved == pytest.approx(limit or row["grad_norm"], rel=1e-3)
+
+
+def test_the_seed_is_that_of_lora_and_of_the_order(tmp_path):
+    results = [run(tmp_path, max_steps=1, seed=seed, output_dir=str(tmp_path / f"{seed}")) for seed in (1, 2)]
+    assert results[0].loss != results[1].loss  # B is 0, so it is the order that differs
+    start = [weights(result.output_dir) for result in results]
+    assert all((start[0][name] != start[1][name]).all() for name in start[0] if "lora_A" in name)
+
+
+@pytest.mark.parametrize(
+    "epochs, accumulation, steps", [(0.1, 4, 3), (0.01, 4, 1), (0.04, 4, 1), (0.05, 4, 2), (0.06, 1, 6)]
+)
+def test_epochs_are_rounded_up_to_whole_steps(tmp_path, epochs, accumulation, steps):
+    """An epoch here is 100 sequences."""
+    (np.arange(12_800) % 250).astype("<u2").tofile(tmp_path / "ids.bin")
+    result = run(
+        tmp_path,
+        data=str(tmp_path / "ids.bin"),
+        max_steps=-1,
+        num_train_epochs=epochs,
+        gradient_accumulation_steps=accumulation,
+    )
+    assert result.step == steps
+    for row, step in zip(result.history, range(1, steps + 1), strict=True):
+        assert row["epoch"] == pytest.approx(step * accumulation / 100)
+        assert row["num_input_tokens_seen"] == step * accumulation * 128
+    state, _ = checkpoint.load(tmp_path / "out" / f"checkpoint-{steps}")
+    wanted = dict(global_step=steps, max_steps=steps, position=steps * accumulation, seed=42)
+    assert {name: state[name] for name in wanted} == wanted and state["epoch"] == result.history[-1]["epoch"]
+
+
+@pytest.mark.parametrize(
+    "fields, steps",
+    [
+        (dict(logging_steps=2), [2, 4, 5]),
+        (dict(logging_steps=5), [5]),
+        (dict(logging_steps=7), [5]),
+        (dict(logging_steps=4, eval_fraction=0.05, eval_steps=3), [0, 3, 4, 5]),
+    ],
+)
+def test_every_nth_step_and_the_last_are_logged(tmp_path, fields, steps):
+    said = []
+    result = run(tmp_path, said, max_steps=5, **fields)
+    assert [row["step"] for row in result.history] == steps
+    assert metrics.read(tmp_path / "out") == result.history
+    told = [line.split()[1] for line in said if line.startswith("step ")]
+    assert told == [f"{step}/5" for step in steps if step]
 
 
 # ---- stopping and going on -----------------------------------------------------------------------
@@ -278,6 +446,32 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished_by_resuming(tmp_path
     equal(weights(tmp_path / "out"), before)
 
 
+def test_rows_after_the_checkpoint_that_is_resumed_are_made_anew(tmp_path):
+    run(tmp_path, max_steps=4, save_steps=2)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    with open(tmp_path / "out" / metrics.FILE, "a") as file:
+        file.write('{"step": 5, "lo')  # a run was killed while it wrote this line
+    assert [row["step"] for row in metrics.read(tmp_path / "out")] == [1, 2, 3, 4]
+    result = run(tmp_path, max_steps=4, resume_from_checkpoint="latest")
+    assert [row["step"] for row in metrics.read(tmp_path / "out")] == [1, 2, 3, 4]
+    assert metrics.read(tmp_path / "out") == result.history
+
+
+def test_a_half_written_line_is_no_row(tmp_path):
+    one, two = {"step": 1}, {"step": 2}
+    for text, rows in (
+        ('{"step": 1}\n{"st', [one]),
+        ('{"step": 1}\n{"step": 2}', [one]),
+        ('{"step": 1}\n{"step": 2}\n', [one, two]),
+        ("", []),
+    ):
+        (tmp_path / metrics.FILE).write_text(text)
+        assert metrics.read(tmp_path) == rows
+    (tmp_path / metrics.FILE).write_text('{"st\n{"step": 2}\n')
+    with pytest.raises(UserError, match="is damaged"):
+        metrics.read(tmp_path)
+
+
 def test_resume_latest_without_a_checkpoint_starts(tmp_path):
     said = []
     run(tmp_path, said, resume_from_checkpoint="latest")
@@ -310,6 +504,116 @@ def test_a_resumed_run_must_be_the_run_that_stopped(tmp_path, fields, words):
     before = tiny.listing(tmp_path / "out")
     assert words in failure(tmp_path, **{**dict(max_steps=4, resume_from_checkpoint="latest"), **fields})
     assert tiny.listing(tmp_path / "out") == before
+
+
+# Every option stands in one of the two. KEPT: a resumed run must have it as it was; here is another value.
+KEPT = dict(
+    target_length=256,
+    sequence_length=126,
+    rope_type="yarn",
+    attention="dense",
+    group_size=64,
+    boundary="swap",
+    shift="all",
+    r=4,
+    lora_alpha=8.0,
+    target_modules=["q_proj"],
+    modules_to_save=[],
+    full=True,
+    dtype="bfloat16",
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    learning_rate=2e-2,
+    embedding_learning_rate=2e-2,
+    lr_scheduler_type="linear",
+    weight_decay=0.1,
+    adam_beta1=0.8,
+    adam_beta2=0.9,
+    adam_epsilon=1e-6,
+    max_grad_norm=0.5,
+    long_documents="drop",
+    eval_fraction=0.2,
+    seed=1,
+)
+# FREE: a resumed run may change it, to this value for one.
+FREE = dict(
+    model="copy",
+    init=None,
+    data="copy.jsonl",
+    output_dir="other",
+    cache_dir="elsewhere",
+    eval_data="held.txt",
+    resume_from_checkpoint="out/checkpoint-2",
+    checkpointing="full",
+    max_memory=2.0,
+    num_threads=2,
+    device="auto",
+    max_steps=4,
+    num_train_epochs=2.0,
+    warmup_steps=0.25,
+    eval_steps=1,
+    max_eval_samples=1,
+    save_steps=1,
+    save_total_limit=1,
+    logging_steps=2,
+    profile=False,
+)
+FIRST = dict(
+    max_steps=2,
+    eval_fraction=0.1,
+    sequence_length=128,
+    group_size=32,
+    embedding_learning_rate=1e-2,
+    lr_scheduler_type="cosine",
+)
+
+
+def few(path):
+    """Eight documents of 60 tokens and an end: 4 sequences of 128 tokens, and of 126."""
+    path.write_text("".join(json.dumps({"text": letter * 60}) + "\n" for letter in "abcdefgh"))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A directory with a finished run of the options FIRST."""
+    path = tmp_path_factory.mktemp("stopped")
+    run(path, data=few(path / "few.jsonl"), **FIRST)
+    return path
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_in_the_arithmetic_may_not_change_on_resuming(stopped, name):
+    before = tiny.listing(stopped / "out")
+    fields = dict(FIRST, data=str(stopped / "few.jsonl"), resume_from_checkpoint="latest")
+    fields[name] = KEPT[name]
+    if name == "attention":
+        del fields["group_size"]  # dense attention has none
+    message = failure(stopped, **fields)
+    assert f"was trained with {name} " in message and message.endswith(f", got {KEPT[name]!r}")
+    assert tiny.listing(stopped / "out") == before
+
+
+def test_everything_else_may_change_on_resuming(tmp_path):
+    assert sorted([*KEPT, *FREE]) == sorted(options.TrainOptions.__dataclass_fields__)
+    first = run(tmp_path, max_steps=2, data=few(tmp_path / "few.jsonl"), warmup_steps=1)
+    shutil.copytree(tmp_path / "base", tmp_path / "copy")
+    few(tmp_path / "copy.jsonl")
+    tiny.text(tmp_path / "held.txt", 100)
+    paths = "model", "data", "output_dir", "cache_dir", "eval_data", "resume_from_checkpoint"
+    fields = FREE | {name: str(tmp_path / FREE[name]) for name in paths}
+    result = run(tmp_path, **fields)
+    assert [row["step"] for row in result.history] == [1, 2, 3, 4] and result.eval_loss
+    assert numbers(result.history)[:2] == numbers(first.history)
+    result = run(
+        tmp_path,
+        max_steps=3,
+        data=few(tmp_path / "few.jsonl"),
+        warmup_steps=1,
+        profile=True,
+        resume_from_checkpoint="latest",
+    )
+    assert result.step == 3
 
 
 def test_a_schedule_that_depends_on_the_length_of_the_run_keeps_it(tmp_path):
@@ -379,6 +683,22 @@ def test_a_run_or_a_model_is_never_written_over(tmp_path):
     assert tiny.listing(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "metrics.jsonl",
+        "options.yaml",
+        "adapter_config.json",
+        "config.json",
+        "checkpoint-12/trainer_state.json",
+    ],
+)
+def test_one_file_of_a_run_or_a_model_is_enough_to_refuse(tmp_path, name):
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("{}")
+    assert f"holds another run or a model ({name.partition('/')[0]})" in failure(tmp_path)
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
     message = failure(tmp_path, learning_rate=1e30, max_steps=20, save_steps=1)
     assert message.startswith("step ") and "not finite" in message and "stopped" in message
@@ -388,13 +708,19 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
     assert newest.endswith(f"checkpoint-{step - 1}") and newest in message
 
 
-def test_weights_that_are_not_finite_are_named(tmp_path):
-    def spoil(name, array):
-        if name == "model.layers.1.mlp.up_proj.weight":
-            array[3, 4] = np.nan
+@pytest.mark.parametrize(
+    "spoilt, row, column",
+    [("model.layers.1.mlp.up_proj.weight", 3, 4), ("model.embed_tokens.weight", 8000, 7)],
+)
+def test_weights_that_are_not_finite_are_named(tmp_path, spoilt, row, column):
+    """A tensor of 288,000 numbers is read piece by piece."""
 
-    tiny.model(tmp_path / "base", change=spoil)
-    assert "model.layers.1.mlp.up_proj.weight is not finite at [3, 4]" in failure(tmp_path)
+    def spoil(name, array):
+        if name == spoilt:
+            array[row, column] = np.nan
+
+    tiny.model(tmp_path / "base", change=spoil, vocab_size=9000)
+    assert f"{spoilt} is not finite at [{row}, {column}]" in failure(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,110 @@
+"""The header of a GGUF file: its metadata, and where its tensors lie.
+
+Each length is checked against the file before it is believed. The `gguf` library's reader needs seconds for a
+vocabulary and may loop forever on a damaged count.
+"""
+
+import mmap
+import struct
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Metadata value types 0..12: struct format of the scalars; 8 is a string, 9 an array.
+SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+
+class TensorInfo(NamedTuple):
+    """A tensor in the header: `code` is its GGML type, `offset` counts from the start of the data."""
+
+    shape: tuple[int, ...]
+    code: int
+    offset: int
+
+
+class _Header:
+    """A cursor over the mapped file: every read is inside the file or raises EOFError."""
+
+    def __init__(self, buffer):
+        self.buffer, self.at = buffer, 0
+
+    def take(self, size):
+        start, self.at = self.at, self.at + size
+        if self.at > len(self.buffer):
+            raise EOFError
+        return start
+
+    def scalar(self, code):
+        return struct.unpack_from("<" + code, self.buffer, self.take(struct.calcsize(code)))[0]
+
+    def string(self):
+        size = self.scalar("Q")
+        start = self.take(size)
+        return self.buffer[start : start + size].decode("utf-8")
+
+    def value(self, kind):
+        if kind == STRING:
+            return self.string()
+        if kind in SCALARS:
+            return self.scalar(SCALARS[kind])
+        if kind != ARRAY:
+            raise ValueError(f"metadata of unknown type {kind}")
+        kind, count = self.scalar("I"), self.scalar("Q")
+        if kind in SCALARS:
+            dtype = np.dtype(SCALARS[kind]).newbyteorder("<")
+            start = self.take(count * dtype.itemsize)
+            return np.frombuffer(self.buffer, dtype, count, start).tolist()
+        if kind != STRING:
+            raise ValueError(f"an array of type {kind}")
+        return self.strings(count)
+
+    def strings(self, count):
+        """As `count` calls of `string`, but quick: a vocabulary has a hundred thousand strings."""
+        buffer, at, end, found = self.buffer, self.at, len(self.buffer), []
+        length = struct.Struct("<Q").unpack_from
+        if count * 8 > end:
+            raise EOFError
+        for _ in range(count):
+            start = at + 8
+            if start > end:
+                raise EOFError
+            at = start + length(buffer, at)[0]
+            if at > end:
+                raise EOFError
+            found.append(buffer[start:at].decode("utf-8"))
+        self.at = at
+        return found
+
+
+def read_header(buffer: mmap.mmap) -> tuple[dict[str, Any], dict[str, TensorInfo], int]:
+    """Read the header of a mapped file -> metadata, name -> TensorInfo, first byte of the data.
+
+    EOFError if the header goes past the end of the file, ValueError or OverflowError for other damage.
+    """
+    header = _Header(buffer)
+    header.take(4)
+    version = header.scalar("I")
+    if version not in (2, 3):
+        raise ValueError(f"GGUF version {version} is not supported; supported are 2 and 3, little-endian")
+    tensors, pairs = header.scalar("Q"), header.scalar("Q")
+    metadata = {}
+    for _ in range(pairs):
+        key = header.string()
+        if key in metadata:
+            raise ValueError(f"key {key!r} twice")
+        metadata[key] = header.value(header.scalar("I"))
+    infos = {}
+    for _ in range(tensors):
+        name = header.string()
+        if name in infos:
+            raise ValueError(f"tensor {name!r} twice")
+        axes = header.scalar("I")
+        if not 1 <= axes <= 4:
+            raise ValueError(f"tensor {name!r} with {axes} axes")
+        shape = tuple(header.scalar("Q") for _ in range(axes))[::-1]
+        infos[name] = TensorInfo(shape, header.scalar("I"), header.scalar("Q"))
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"general.alignment {alignment!r}")
+    return metadata, infos, -(-header.at // alignment) * alignment
