@@ -30,6 +30,7 @@
 const Op ops[] = {
     OP(cast, Cast, "out[M,N]:any <- x[M,N]:any"),
     OP(accumulate, Accumulate, "out[M,N]:any+ <- x[M,N]:any | scale"),
+    OP(scale, Scale, "out[M,N] <- x[M,N]~ | scale"),
     OP(matmul, Matmul, "out[M,N]:any+ <- a[M,C]:any* b[C,N]:any* | alpha beta", WORKSPACE(matmul)),
     OP(embedding_forward, EmbeddingForward, "out[M,C] <- weight[V,C] ids[M]:i32"),
     OP(embedding_backward, EmbeddingBackward, "dweight[V,C]:f32+ <- dout[M,C] ids[M]:i32 order[M]:i32",

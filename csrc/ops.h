@@ -65,6 +65,13 @@ typedef struct {
 } Accumulate;
 DECLARE_OP(accumulate)
 
+/* scale: out = scale * x. */
+typedef struct {
+    Tensor out, x;
+    double scale;
+} Scale;
+DECLARE_OP(scale)
+
 /* matmul: out = alpha a b + beta out; out is not read when beta is 0. */
 typedef struct {
     Tensor out, a, b;

@@ -8,7 +8,7 @@
 template <class To, class From> constexpr int elements =
     16 / (sizeof(To) > sizeof(From) ? sizeof(To) : sizeof(From));
 
-/* out = x, or out += scale x. */
+/* out = scale x, or out += scale x. */
 template <class To, class From, bool ALIGNED> __global__ void __launch_bounds__(BLOCK)
     rows_kernel(To *out, int64_t out_row, const From *x, int64_t x_row, int64_t M, int64_t C, float scale,
                 bool add, unsigned shift) {
@@ -31,6 +31,9 @@ template <class To, class From, bool ALIGNED> __global__ void __launch_bounds__(
                 widen<To>(sum, outs[u]);
 #pragma unroll
                 for (int j = 0; j < N; j++) y[j] = sum[j] + scale * y[j];
+            } else if (scale != 1) {
+#pragma unroll
+                for (int j = 0; j < N; j++) y[j] *= scale;
             }
             narrow<To>(outs[u], y);
             put<ALIGNED>(out + m * out_row, outs[u], p.c + u * p.step, C);
@@ -62,6 +65,11 @@ extern "C" int cast_cuda(const void *args, const CudaCall *call) {
 extern "C" int accumulate_cuda(const void *args, const CudaCall *call) {
     const Accumulate *a = (const Accumulate *)args;
     return rows(call, &a->out, &a->x, (float)a->scale, true);
+}
+
+extern "C" int scale_cuda(const void *args, const CudaCall *call) {
+    const Scale *a = (const Scale *)args;
+    return rows(call, &a->out, &a->x, (float)a->scale, false);
 }
 
 /* ---- sum of squares -------------------------------------------------------------------------- */

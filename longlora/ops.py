@@ -55,6 +55,13 @@ def accumulate(out: Array, x: Array, scale: float = 1.0) -> Array:
     return out
 
 
+def scale(x: Array, scale: float) -> Array:
+    """Multiply x [M,N] by a number -> out [M,N] of x's dtype."""
+    out = empty_like(x)
+    _C.scale(out, x, scale)
+    return give_back(x, out)
+
+
 def matmul(a: Array, b: Array, alpha: float = 1.0, dtype: str | None = None) -> Array:
     """Multiply a [M,C] by b [C,N] -> alpha a b [M,N] of `dtype` (default: a's).
 

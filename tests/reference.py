@@ -21,6 +21,10 @@ def accumulate(out, x, scale=1.0):
     return f64(out) + scale * f64(x)
 
 
+def scale(x, scale):
+    return scale * f64(x)
+
+
 def matmul(a, b, alpha=1.0, dtype=None):
     return alpha * f64(a) @ f64(b)
 

@@ -21,7 +21,7 @@ SOURCES = sorted(ROOT.glob("csrc/**/*.[ch]"))
 OPS_H = (ROOT / "csrc/ops.h").read_text()
 # Ops that users have under another name, and small ones that share a file.
 PYTHON_NAME = {"sum_squares": "global_norm"}
-STEM = {"accumulate": "cast", "sum_squares": "cast"}
+STEM = {"accumulate": "cast", "scale": "cast", "sum_squares": "cast"}
 
 
 def stem(op):

@@ -24,6 +24,8 @@ static int row_block(int64_t task, void *context) {
         int64_t i = 0;
         for (; i + VW <= n; i += VW) vf_store(row + i, vf_load(sum + i) + r->scale * vf_load(row + i));
         for (; i < n; i++) row[i] = sum[i] + r->scale * row[i];
+    } else if (r->scale != 1) {
+        for (int64_t i = 0; i < n; i++) row[i] *= r->scale;
     }
     store_row(out, r->out.dtype, row, n);
     return 0;
@@ -46,6 +48,12 @@ int CPU(accumulate)(const void *args, void *stream) {
     const Accumulate *a = args;
     (void)stream;
     return rows(a->out, a->x, (float)a->scale, 1);
+}
+
+int CPU(scale)(const void *args, void *stream) {
+    const Scale *a = args;
+    (void)stream;
+    return rows(a->out, a->x, (float)a->scale, 0);
 }
 
 /* Blocks of BLOCK elements, each summed in float64 in eight strands; then the blocks in rising order. */

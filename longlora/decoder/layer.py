@@ -58,17 +58,19 @@ class Layer:
             return Weight("norm", {f"{name}.weight": size} if there else {})
 
         self.input_norm = norm(layer + "input_layernorm", C)
-        qkv = {"q_proj": Q, "k_proj": P, "v_proj": P}
-        self.qkv = Fused(attention, qkv, C, bias=config.qkv_bias, lora=lora)
+        self.qkv = Fused(attention, _rows(config.qkv_modules, Q, P, P), C, bias=config.qkv_bias, lora=lora)
         self.q_norm = norm(attention + "q_norm", D, config.qk_norm)
         self.k_norm = norm(attention + "k_norm", D, config.qk_norm)
         self.o = Fused(attention, {"o_proj": C}, Q, bias=config.o_bias, lora=lora)
         self.mlp_norm = norm(layer + "post_attention_layernorm", C)
-        self.gate_up = Fused(layer + "mlp.", {"gate_proj": F, "up_proj": F}, C, lora=lora)
+        self.gate_up = Fused(layer + "mlp.", _rows(config.gate_up_modules, F, F), C, lora=lora)
         self.down = Fused(layer + "mlp.", {"down_proj": C}, F, lora=lora)
         self.products = (self.qkv, self.o, self.gate_up, self.down)
-        self.eps, self.scale = config.rms_norm_eps, 1 / math.sqrt(D)
-        self.head_norms = config.qk_norm
+        self.head_norms, self.head_eps = config.qk_norm, config.rms_norm_eps
+        self.stream_eps = stream_eps(config)
+        self.rotates = config.rope_layers is None or config.rope_layers[index]
+        factor = config.attention_multiplier
+        self.scale = 1 / math.sqrt(D) if factor is None else factor
 
     # ---- weights ---------------------------------------------------------------------------------
 
@@ -141,7 +143,7 @@ class Layer:
         """1 to 10: views.x -> views.after. batch: what the whole pass shares (network.Batch)."""
         self._attention(batch, views)
         for tile in views.tiles:
-            batch.ops.rms_norm_forward(tile.n2, tile.rstd2, None, tile.h, None, self.mlp_norm.data, self.eps)
+            self._mlp_norm(batch.ops, tile)
             self.gate_up.forward(batch.ops, tile.gp, tile.u, tile.n2)
             batch.ops.swiglu_forward(tile.f, tile.g, tile.p)
             self.down.forward(batch.ops, tile.after, None, tile.f, tile.h)
@@ -149,7 +151,7 @@ class Layer:
     def _attention(self, batch, views, attend=True):
         """1 to 6: x -> h. attend=False: o and lse are kept."""
         ops = batch.ops
-        self._input_norm(batch, views)
+        self._input_norm(ops, views)
         self.qkv.forward(ops, views.qkv, views.u_qkv, views.n)
         self._queries_and_keys(batch, views)
         if attend:
@@ -159,15 +161,21 @@ class Layer:
             )
         self.o.forward(ops, views.h, views.u_o, views.o, views.x)
 
-    def _input_norm(self, batch, views):
-        batch.ops.rms_norm_forward(views.n, views.rstd, None, views.x, None, self.input_norm.data, self.eps)
+    def _input_norm(self, ops, views):
+        weight = self.input_norm.data
+        ops.rms_norm_forward(views.n, views.rstd, None, views.x, None, weight, self.stream_eps)
+
+    def _mlp_norm(self, ops, tile):
+        weight = self.mlp_norm.data
+        ops.rms_norm_forward(tile.n2, tile.rstd2, None, tile.h, None, weight, self.stream_eps)
 
     def _queries_and_keys(self, batch, views):
-        """3, 4: norms of the heads, then rope in place."""
+        """3, 4: norms of the heads, then rope in place, in the layers that have it."""
         for j, columns, norm in self._normed_heads():
             out, x = views.qk_normed[:, columns], views.qkv[:, columns]
-            batch.ops.rms_norm_forward(out, views.qk_rstd[j], None, x, None, norm.data, self.eps)
-        batch.ops.rope_forward(views.qk, views.qk, batch.cos, batch.sin, batch.positions)
+            batch.ops.rms_norm_forward(out, views.qk_rstd[j], None, x, None, norm.data, self.head_eps)
+        if self.rotates:
+            batch.ops.rope_forward(views.qk, views.qk, batch.cos, batch.sin, batch.positions)
 
     def _normed_heads(self):
         """(number, columns in qkv, norm) of each head that has one."""
@@ -190,7 +198,7 @@ class Layer:
         """10' to 7': d of x' -> d of h."""
         ops, again = batch.ops, batch.recompute != "none"
         if again or self.gate_up.learns:
-            ops.rms_norm_forward(tile.n2, tile.rstd2, None, tile.h, None, self.mlp_norm.data, self.eps)
+            self._mlp_norm(ops, tile)
         if again:
             self.gate_up.forward(ops, tile.gp, tile.u, tile.n2)
         if self.down.learns:  # a again from g and p; then its gradient takes its place
@@ -212,13 +220,14 @@ class Layer:
         if reach == Reach.O_PROJ:
             return
         if batch.recompute == "none":  # n1 again; and q, k where what was kept is what went into their norms
-            self._input_norm(batch, views)
+            self._input_norm(ops, views)
             if self.head_norms:
                 self._queries_and_keys(batch, views)
         gradients, q, k, v = (views.dq, views.dk, views.dv), views.q, views.k, views.v
         scalars = batch.cu_seqlens, *batch.attention, self.scale
         ops.s2_attention_backward(*gradients, views.do4, q, k, v, views.o4, views.lse, *scalars)
-        ops.rope_backward(views.dqk, views.dqk, batch.cos, batch.sin, batch.positions)
+        if self.rotates:
+            ops.rope_backward(views.dqk, views.dqk, batch.cos, batch.sin, batch.positions)
         for j, columns, norm in self._normed_heads():
             d, x = views.dqkv[:, columns], views.qkv[:, columns]
             ops.rms_norm_backward(d, norm.grad, d, x, views.qk_rstd[j], norm.data, None)
@@ -226,6 +235,19 @@ class Layer:
         if reach > Reach.QKV:
             norm = self.input_norm
             ops.rms_norm_backward(views.d, norm.grad, views.dn, views.x, views.rstd, norm.data, views.d)
+
+
+def stream_eps(config):
+    """eps of the norms of the residual stream, which holds x / m for the residual multiplier m of the model.
+
+    x' = x + m f(norm(x)) is then x' / m = x / m + f(norm(x / m)) with eps / m^2 in the norm: no product has a factor.
+    """
+    return config.rms_norm_eps / config.residual_multiplier**2
+
+
+def _rows(modules, *rows):
+    """-> dict of module -> features out. One module may hold the rows of all."""
+    return dict(zip(modules, rows if len(modules) > 1 else (sum(rows),)))
 
 
 class Tile(NamedTuple):

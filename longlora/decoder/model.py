@@ -205,28 +205,41 @@ class Model:
             self._tables = [send(x, self.device) for x in tables]
         return self._tables
 
-    def _fill(self, batch, ids, attention):
-        """ids and how they are attended; attention None: dense."""
+    def _fill(self, batch, ids, attention, positions, cu_seqlens):
+        """Writes ids [M] and says how they are attended. attention None is dense. positions: [M] or None."""
         batch.attention = attention or (max(batch.T, 1), BOUNDARIES["split"], SHIFTS["none"])
-        batch.cos, batch.sin = self._rope_tables(batch.T)
+        batch.positions = batch.cu_seqlens = None
+        longest = batch.T
+        if cu_seqlens is not None:
+            if positions is None:
+                positions = np.arange(batch.T) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
+            batch.cu_seqlens = batch.cu_seqlens_room[: len(cu_seqlens)]
+            self._inputs.put(batch.cu_seqlens, cu_seqlens)
+        if positions is not None:
+            longest = int(positions.max(initial=-1)) + 1
+            batch.positions = batch.positions_room
+            self._inputs.put(batch.positions, positions.astype(np.int32).reshape(batch.B, batch.T))
+        batch.cos, batch.sin = self._rope_tables(longest)
         self._inputs.put(batch.ids, ids)
 
     # ---- training --------------------------------------------------------------------------------
 
-    def train_microbatch(self, ids, targets, loss_scale, read=True):
+    def train_microbatch(self, ids, targets, loss_scale, read=True, cu_seqlens=None):
         """Adds the gradients of loss_scale times the sum of the losses -> that sum, a float.
 
         ids, targets: int32 [B,T]; a target of -100 is not scored.
         loss_scale: 1 over the target tokens of the whole optimizer step, so accumulation changes nothing.
         read: False does not wait for a GPU; the result is None.
+        cu_seqlens: borders of packed documents, int32 [S] from 0 to B T over the tokens of all rows. Attention and
+            positions restart in each document.
 
         UserError if the sum is not finite; the gradients are then useless.
         """
         if self.plan is None:
             raise UserError("this model was made without a plan: it evaluates only")
-        network, batch = self.network, self._batch(*ids.shape)
+        network, batch = self.network, self._batch(*_rows(ids.shape, cu_seqlens))
         ids, targets = (np.ascontiguousarray(x, np.int32).reshape(-1) for x in (ids, targets))
-        self._fill(batch, ids, self._attention)
+        self._fill(batch, ids, self._attention, None, _borders(cu_seqlens, ids.size))
         network.forward(batch)
         self._inputs.put(batch.targets, targets)
         self._inputs.put(batch.dlosses, np.where(targets == IGNORE, np.float32(0), np.float32(loss_scale)))
@@ -243,29 +256,63 @@ class Model:
 
     # ---- evaluation ------------------------------------------------------------------------------
 
-    def _forward(self, ids):
-        """ids [T] -> the Batch, with the final norm's output in n."""
-        ids = np.ascontiguousarray(ids, np.int32)
-        batch = self._evaluation_batch(1, ids.shape[0])
-        self._fill(batch, ids, None)
+    def _forward(self, ids, positions, cu_seqlens):
+        """-> the Batch, with the head's input in n."""
+        batch = self._evaluation_batch(*_rows(ids.shape, cu_seqlens))
+        if positions is not None:
+            positions = np.ascontiguousarray(positions, np.int32).reshape(-1)
+            if len(positions) != ids.size or positions.min(initial=0) < 0:
+                raise ValueError("positions should be integers from 0, as many as ids")
+        ids = np.ascontiguousarray(ids, np.int32).reshape(-1)
+        self._fill(batch, ids, None, positions, _borders(cu_seqlens, ids.size))
         self.network.forward(batch)
         return batch
 
-    def losses(self, ids, targets):
-        """ids, targets: int32 [T] -> each token's loss, float32 ndarray [T], 0 where the target is -100."""
-        batch = self._forward(ids)
-        self._inputs.put(batch.targets, np.ascontiguousarray(targets, np.int32))
-        self.network.losses(batch)
-        return np.array(host(batch.losses))
+    def losses(self, ids, targets, *, positions=None, cu_seqlens=None):
+        """Gives each token's loss with dense attention, 0 where its target is -100 -> float32 ndarray like ids.
 
-    def logits(self, ids):
-        """ids: int32 [T] -> float32 ndarray [T,V], all at once: for short texts."""
-        batch = self._forward(ids)
-        shape = batch.B * batch.T, self.config.vocab_size
-        rows, out = (_C.Tensor(shape, dtype, self.device) for dtype in (self.dtype, "float32"))
+        ids, targets: int32 [T] or [B,T].
+        positions: for rope, int32 like ids; None: each row has 0 to T-1, each packed document has its own from 0.
+        cu_seqlens: borders of packed documents, int32 [S] from 0 to B T over the tokens of all rows.
+        """
+        shape = ids.shape
+        batch = self._forward(ids, positions, cu_seqlens)
+        self._inputs.put(batch.targets, np.ascontiguousarray(targets, np.int32).reshape(-1))
+        self.network.losses(batch)
+        return np.array(host(batch.losses)).reshape(shape)
+
+    def logits(self, ids, *, positions=None, cu_seqlens=None):
+        """Gives the logits after each token -> float32 ndarray [T,V] or [B,T,V], all at once. Arguments as in losses."""
+        shape, V = ids.shape, self.config.vocab_size
+        batch = self._forward(ids, positions, cu_seqlens)
+        rows, out = (
+            _C.Tensor((batch.B * batch.T, V), dtype, self.device) for dtype in (self.dtype, "float32")
+        )
         self.network.logits(batch, rows)
         _C.cast(out, rows)
-        return host(out)
+        return host(out).reshape(*shape, V)
+
+
+def _rows(shape, cu_seqlens):
+    """-> B, T of ids of `shape`, [T] or [B,T]. Packed documents lie in one row."""
+    B, T = (1, *shape)[-2:]
+    return (B, T) if cu_seqlens is None else (1, B * T)
+
+
+def _borders(cu_seqlens, tokens):
+    """cu_seqlens as an int32 ndarray; ValueError unless it rises from 0 to `tokens`."""
+    if cu_seqlens is None:
+        return None
+    borders = np.ascontiguousarray(cu_seqlens, np.int32)
+    if (
+        borders.ndim != 1
+        or not len(borders)
+        or borders[0]
+        or borders[-1] != tokens
+        or (np.diff(borders) < 0).any()
+    ):
+        raise ValueError(f"cu_seqlens should rise from 0 to {tokens}, got {borders.tolist()[:8]}")
+    return borders
 
 
 def _scalars(attention):

@@ -6,7 +6,7 @@ The ops that compute are an argument of a pass: longlora._C, or what stands in f
 import functools
 from dataclasses import dataclass
 
-from longlora.decoder.layer import Layer, Reach, Views
+from longlora.decoder.layer import Layer, Reach, Views, stream_eps
 from longlora.decoder.weights import Parameter, Weight, lay_out
 from longlora.memory.layout import Layout
 
@@ -40,7 +40,10 @@ class Network:
         self.norm = Weight("norm", {"model.norm.weight": C})
         tied = config.tie_word_embeddings
         self.head = self.embedding if tied else Weight("head", {"lm_head.weight": V}, C)
-        self.eps = config.rms_norm_eps
+        self.eps = stream_eps(config)
+        # the stream holds x / residual_multiplier: see stream_eps
+        self.embedding_scale = config.embedding_multiplier / config.residual_multiplier
+        self.logits_scale = 1 / config.logits_scaling
         self.gradients = None  # all of them in one Tensor
         self._gradients = None
         # the backward ends in this layer (their number: above all of them), and there after this part
@@ -103,17 +106,21 @@ class Network:
         ends = {"losses": "float32", "ids": "int32", "targets": "int32"}
         ends |= {"head_lse": "float32"} if recompute is None else {"dlosses": "float32", "order": "int32"}
         shared |= layout.add_all({name: ((M,), kind) for name, kind in ends.items()})
+        shared |= layout.add_all({"positions": ((B, T), "int32"), "cu_seqlens": ((M + 1,), "int32")})
         layout.end_part("batch and tables")
         return Activations(B, T, recompute, layout, layers, shared)
 
     # ---- passes ----------------------------------------------------------------------------------
 
     def forward(self, batch):
-        """batch.ids -> batch.n: the final norm's output."""
-        batch.ops.embedding_forward(batch.layers[0].x, self.embedding.data, batch.ids)
+        """batch.ids -> batch.n: the head's input."""
+        x = batch.layers[0].x
+        batch.ops.embedding_forward(x, self.embedding.data, batch.ids)
+        _scale(batch.ops, x, self.embedding_scale)
         for layer, views in zip(self.layers, batch.layers):
             layer.forward(batch, views)
         batch.ops.rms_norm_forward(batch.n, batch.rstd, None, batch.stream, None, self.norm.data, self.eps)
+        _scale(batch.ops, batch.n, self.logits_scale)
 
     def losses(self, batch):
         """batch.n, batch.targets -> batch.losses."""
@@ -137,6 +144,7 @@ class Network:
             batch.dlosses,
             IGNORE,
         )
+        _scale(batch.ops, batch.dn, self.logits_scale)
         d, norm = batch.stream, self.norm
         batch.ops.rms_norm_backward(d, norm.grad, batch.dn, d, batch.rstd, norm.data, None)
 
@@ -146,7 +154,13 @@ class Network:
             reach = Reach.INPUT if i > self.lowest else self.reach
             self.layers[i].backward(batch, batch.layers[i], reach)
         if self.embedding.learns:
+            _scale(batch.ops, batch.stream, self.embedding_scale)
             batch.ops.embedding_backward(self.embedding.grad, batch.stream, batch.ids, batch.order)
+
+
+def _scale(ops, x, scale):
+    if scale != 1:
+        ops.scale(x, x, scale)
 
 
 @functools.lru_cache(8)
@@ -159,10 +173,11 @@ class Batch:
     """A pass over [B,T] tokens: the ops that compute it, its buffers in `arena` from byte `start` on, and how it attends.
 
     Whoever runs a pass fills ids, targets, dlosses and order, and sets:
-      attention  (group_size, boundary, shift) as the op takes them
-      cos, sin   the tables of rope
-      positions  int32 [B,T] into them, None: 0 to T-1
-      cu_seqlens int32 borders of packed documents, which need B = 1, None without
+      attention   (group_size, boundary, shift) as the op takes them
+      cos, sin    the tables of rope
+      positions   rows of the tables, int32 [B,T]; None: each row of tokens has 0 to T-1
+      cu_seqlens  the borders of packed documents, int32 [S], where B is 1; None without
+    positions_room and cu_seqlens_room are the memory for the last two.
     """
 
     def __init__(self, ops, network, activations, arena, start):
@@ -183,4 +198,5 @@ class Batch:
         self.losses, self.dlosses, self.head_lse = (
             shared.get(name) for name in ("losses", "dlosses", "head_lse")
         )
+        self.positions_room, self.cu_seqlens_room = shared["positions"], shared["cu_seqlens"]
         self.attention = self.cos = self.sin = self.positions = self.cu_seqlens = None

@@ -4,6 +4,8 @@ import functools
 import math
 from dataclasses import replace
 
+import numpy as np
+
 from longlora.decoder.layer import RECOMPUTE
 from longlora.decoder.network import Batch, Network
 from longlora.decoder.weights import DTYPES
@@ -25,12 +27,13 @@ def plan(
     checkpointing="auto",
     memory=None,
     device=CPU,
+    packed=False,
     lora_instead=None,
 ):
     """What training of `config` (a ModelConfig) takes -> Plan. It reads no weight and takes less than a second.
 
     lora: a LoraConfig; None is full fine-tuning. group_size: None is dense attention. checkpointing: "auto" is the fastest of
-    none, minimal and full that fits in `memory`. memory: bytes, by default what `device` has now. lora_instead: the LoraConfig
+    none, minimal and full that fits in `memory`. memory: bytes, by default what `device` has now. packed: documents are packed. lora_instead: the LoraConfig
     that Plan.changes may propose in place of full fine-tuning. UserError for a choice that does not exist.
     """
     if checkpointing not in ("auto", *RECOMPUTE):
@@ -48,6 +51,7 @@ def plan(
         length=sequence_length,
         group_size=group_size,
         lora=lora,
+        packed=packed,
         device=device,
     )
 
@@ -84,15 +88,18 @@ def _steps(recompute, dtype, batch_size, length, lora, lora_instead):
             yield f"--sequence-length {length >> i}", "length", length >> i
 
 
-def _parts(config, *, dtype, batch_size, length, group_size, lora, recompute, device):
+def _parts(config, *, dtype, batch_size, length, group_size, lora, packed, recompute, device):
     """-> dict of what the run takes, name -> bytes."""
     parts = dict(_weights(config, dtype, lora))
     parts |= Network(config, lora).activations(batch_size, length, dtype, recompute).layout.parts
     parts["batch and tables"] += 2 * 4 * length * config.head_dim // 2
     ops = Recorder(device)
-    _dry_run(ops, config, dtype, batch_size, length, group_size, lora, recompute)
+    B, T = (1, batch_size * length) if packed else (batch_size, length)
+    _dry_run(ops, config, dtype, B, T, group_size, lora, recompute, packed)
     if device == CPU:
-        parts["batch and tables"] += 4 * 4 * batch_size * length  # NumPy's ids, targets and their order
+        parts["batch and tables"] += (
+            4 * (6 if packed else 4) * B * T
+        )  # NumPy's ids, targets, order, positions
         parts["scratch of the ops"] = ops.bytes
         parts["runtime"] = own_memory() + GROWTH
     else:
@@ -106,9 +113,14 @@ def _weights(config, dtype, lora):
     return Network(config, lora).lay_out(dtype, training=True).parts
 
 
-def _dry_run(ops, config, dtype, B, T, group_size, lora, recompute):
-    """Runs a training step of a network of two layers, the lowest and one above it, with `ops` in place of the ops."""
-    network = Network(config, lora, layers=range(min(2, config.num_hidden_layers)))
+def _dry_run(ops, config, dtype, B, T, group_size, lora, recompute, packed):
+    """Runs a training step of a network of a few layers with `ops` in place of the ops.
+
+    It has the lowest two layers of each kind, since the backward may end in the lowest.
+    """
+    kinds = config.rope_layers or (True,) * config.num_hidden_layers
+    layers = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < 2]
+    network = Network(config, lora, layers)
     weights = network.lay_out(dtype, training=True)
     needs = network.activations(B, T, dtype, recompute)
     arena = untouched(weights.size + needs.layout.size)
@@ -117,6 +129,9 @@ def _dry_run(ops, config, dtype, B, T, group_size, lora, recompute):
     batch.attention = group_size or T, BOUNDARIES["split"], SHIFTS["half" if group_size else "none"]
     tables = (T, config.head_dim // 2)
     batch.cos = batch.sin = untouched(4 * math.prod(tables)).view(tables, "float32")
+    if packed:
+        batch.positions, batch.cu_seqlens = batch.positions_room, batch.cu_seqlens_room[:2]
+        batch.cu_seqlens.copy_(np.array([0, T], np.int32))
     network.forward(batch)
     network.head_backward(batch)
     network.layers_backward(batch)

@@ -29,6 +29,7 @@ def results(dtype, M):
     copy = np.empty(1000, checks.DTYPES[dtype])
     yield "cast", ops.cast(x, "float16")
     yield "accumulate", ops.accumulate(x.copy(), y, 0.5)
+    yield "scale", ops.scale(x, 0.3)
     yield "global_norm", np.array(ops.global_norm([random(1000 * M + 1), x.ravel()]))
     yield "matmul", ops.matmul(x, w.T)
     yield "matmul, strides", ops.matmul(x[:, ::2], w.T[::2])

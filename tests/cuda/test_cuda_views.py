@@ -35,6 +35,7 @@ def calls():
 
     yield "cast", ((random(37, 72), "out", "common"), random(37, 72))
     yield "accumulate", ((random(37, 72), "out", "common"), random(37, 72), 0.5)
+    yield "scale", ((random(37, 72), "out", "common"), random(37, 72), 0.3)
     yield (
         "adamw",
         (

@@ -1,11 +1,11 @@
-"""cast, accumulate and the global norm."""
+"""cast, accumulate, scale and the global norm."""
 
 import checks
 import ml_dtypes
 import numpy as np
 import pytest
 
-from longlora import ops
+from longlora import _C, ops
 
 
 @pytest.mark.parametrize("to", list(checks.DTYPES))
@@ -42,6 +42,16 @@ def test_accumulate(shape, dtype, isa):
     out, x = checks.strided(checks.random(shape, dtype)), checks.strided(checks.random(shape, "float32", 1))
     want, low = checks.reference.accumulate(out, x, 0.7), checks.plain("accumulate", out, x, 0.7)[0]
     checks.compare(ops.accumulate(out, x, 0.7), want, low)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (7, 123), (3, 5000), (300, 8)])
+def test_scale(shape, dtype, isa):
+    """Of strided rows, of dense ones, and in place."""
+    x = checks.random(shape, dtype)
+    checks.check("scale", checks.strided(x), 0.3)
+    (got,) = checks.dense_and_strided(lambda x: checks.ops.scale(x, 0.3), x)
+    _C.scale(x, x, 0.3)
+    assert x.tobytes() == got.tobytes()
 
 
 @pytest.mark.parametrize("to", list(checks.DTYPES))

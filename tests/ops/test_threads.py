@@ -36,6 +36,7 @@ def work():
     results = [
         ops.cast(x, "float16"),
         ops.accumulate(f32(96, 130), x, 0.5),
+        ops.scale(x, 0.3),
         ops.matmul(x, w.T),
         ops.embedding_forward(w, ids),
         ops.embedding_backward(x, ids, np.argsort(ids, kind="stable").astype(np.int32), 200),
