@@ -1,4 +1,4 @@
-"""Frequencies are transformers'; factors count from the original length; saved configs suit versions 4 and 5."""
+"""Frequencies are transformers'; factors count from the original length; saved configs suit v4 and v5."""
 
 import json
 import math
