@@ -171,6 +171,14 @@ def test_a_flag_wins_over_the_yaml_under_any_name(tmp_path):
         (dict(seed=None), "seed is missing"),
         (dict(eval_data="x", eval_fraction=0.1), "one of eval_data and eval_fraction"),
         (dict(eval_fraction=0.9), "at most 0.5"),
+        (
+            dict(packing_boundaries="document", boundary="wrap"),
+            "packing_boundaries document needs boundary split",
+        ),
+        (
+            dict(packing_boundaries="document", boundary="swap"),
+            "packing_boundaries document needs boundary split",
+        ),
         (dict(sequence_length=100, target_length=50), "sequence_length should be at most target_length 50"),
         (dict(device="gpu"), "device should be auto, cpu, cuda, or cuda:0 and so on, got 'gpu'"),
         (dict(device=0), "device should be str"),

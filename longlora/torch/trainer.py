@@ -205,10 +205,14 @@ class Places(torch.utils.data.Dataset):
 def batch(corpus: sequences.Sequences, indices: list[int], multiple: int) -> dict[str, torch.Tensor]:
     """data.sequences.batch as transformers takes it: its losses shift the labels, so the first label is never
     scored."""
-    ids, targets = sequences.batch(corpus, indices, multiple)
+    ids, targets, borders = sequences.batch(corpus, indices, multiple)
     labels = np.full_like(targets, IGNORE)
     labels[:, 1:] = targets[:, :-1]
-    return {"input_ids": torch.from_numpy(ids).long(), "labels": torch.from_numpy(labels).long()}
+    arrays = {"input_ids": ids, "labels": labels}
+    if borders is not None:
+        positions = np.arange(ids.size) - np.repeat(borders[:-1], np.diff(borders))
+        arrays["position_ids"] = positions.reshape(ids.shape)
+    return {name: torch.from_numpy(array).long() for name, array in arrays.items()}
 
 
 class Steps(Trainer):

@@ -133,7 +133,7 @@ class Driver:
                     for _ in range(run.o.gradient_accumulation_steps)
                 ]
                 micro = [batch(run.corpus, indices, run.setup.multiple) for indices in places]
-                tokens = sum(int((targets != IGNORE).sum()) for _, targets in micro)
+                tokens = sum(int((targets != IGNORE).sum()) for _, targets, _ in micro)
                 with run.named():
                     total, norm = self._step(micro, tokens)
                 loss = loss if total is None else total / tokens
@@ -153,10 +153,10 @@ class Driver:
         recorded = self.recorder is not None and (run.step > run.first or run.step + 1 == run.steps)
         with self.recorder if recorded else contextlib.nullcontext():
             self.model.zero_grad()
-            sums = [
-                self.model.train_microbatch(ids, targets, loss_scale=1 / tokens, read=read)
-                for ids, targets in micro
-            ]
+            sums = []
+            for ids, targets, cu_seqlens in micro:
+                packed = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+                sums.append(self.model.train_microbatch(ids, targets, 1 / tokens, read, **packed))
             norm = self.optimizer.step({kind: run.rate(kind) for kind in self.model.kinds})
         return sum(sums) if read else None, norm
 
@@ -170,9 +170,8 @@ class Driver:
 
     def evaluate(self) -> float:
         run = self.run
-        scores = [
-            ppl.score(self.model, run.held_out.get(i), run.o.sequence_length) for i in range(run.evaluated)
-        ]
+        texts = [text for i in range(run.evaluated) for text in run.held_out.texts(i)]
+        scores = [ppl.score(self.model, text, run.o.sequence_length) for text in texts]
         return sum(loss for _, loss in scores) / sum(tokens for tokens, _ in scores)
 
     def values(self) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def read_data(
 
     def sequences(path):
         tokens = tokenise(path, source.tokenizer, setup.config.vocab_size, cache, say)
-        return Sequences(tokens, o.sequence_length, o.long_documents, path)
+        return Sequences(tokens, o.sequence_length, o.long_documents, path, o.packing_boundaries)
 
     corpus, held_out = sequences(o.data), None
     if o.eval_data:

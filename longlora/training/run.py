@@ -154,9 +154,11 @@ def same_run(state: dict, identity: dict, o: TrainOptions, where: str) -> None:
     for key, words in what.items():
         if state.get(key) != identity[key]:
             raise UserError(f"{where}: was trained with {words}")
+    defaults = TrainOptions().to_dict()  # of an option that did not exist yet
     for name, value in o.to_dict().items():
-        if name not in FREE and state["options"].get(name) != value:
-            raise UserError(f"{where}: was trained with {name} {state['options'].get(name)!r}, got {value!r}")
+        before = state["options"].get(name, defaults[name])
+        if name not in FREE and before != value:
+            raise UserError(f"{where}: was trained with {name} {before!r}, got {value!r}")
 
 
 def refuse_taken(o: TrainOptions) -> None:

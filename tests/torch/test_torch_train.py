@@ -2,6 +2,7 @@
 of processes; what is refused. The processes of a group run on the CPU over gloo; torch_worker.py says what is pretended."""
 
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -17,6 +18,9 @@ from smollm2 import smollm2  # noqa: F401 (a fixture)
 
 import longlora
 from longlora import get_num_threads, set_num_threads
+from longlora.data.sequences import Sequences
+from longlora.data.tokens import Tokens
+from longlora.decoder.model import Model
 from longlora.errors import UserError
 from longlora.evaluation import ppl
 from longlora.files import adapter, merge
@@ -26,6 +30,7 @@ from longlora.training import driver, metrics, resume
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 ours = pytest.importorskip("longlora.torch.train", reason="longlora.torch.train needs transformers and peft")
+trainer = pytest.importorskip("longlora.torch.trainer", reason="it is a part of longlora.torch.train")
 
 HERE = Path(__file__).parent
 
@@ -212,6 +217,71 @@ def test_ten_steps_of_smollm2_are_the_drivers(tmp_path, smollm2):  # noqa: F811
                 moved += np.linalg.norm(theirs[name] - start) ** 2
                 apart += np.linalg.norm(mine[name] - theirs[name]) ** 2
         assert 0 < apart**0.5 <= 1e-2 * moved**0.5, kind
+
+
+def test_a_batch_of_packed_documents_by_hand():
+    """Positions start again with each document; the first token of a document is no label."""
+    tokens = Tokens(np.arange(14, dtype=np.int32), np.array([0, 3, 7, 8, 14]), "")
+    inputs = trainer.batch(Sequences(tokens, 8, packing_boundaries="document"), [1, 0], 1)
+    none = -100
+    assert {name: x.tolist() for name, x in inputs.items()} == {
+        "input_ids": [[8, 9, 10, 11, 12, 13, 0], [0, 1, 2, 3, 4, 5, 6]],
+        "labels": [[none, 9, 10, 11, 12, 13, none], [none, 1, 2, none, 4, 5, 6]],
+        "position_ids": [[0, 1, 2, 3, 4, 5, 0], [0, 1, 2, 0, 1, 2, 3]],
+    }
+    assert "position_ids" not in trainer.batch(Sequences(tokens, 8), [0], 1)
+
+
+def test_packed_documents_train_as_if_each_were_alone(tmp_path):
+    """Two documents of 64 tokens in one sequence, or a sequence each; the groups are of 16. Evaluated likewise."""
+    tiny.documents(tmp_path / "few.jsonl", [64, 64])
+    tiny.documents(tmp_path / "held.jsonl", [64, 64], seed=1)
+    fields = dict(
+        data=str(tmp_path / "few.jsonl"),
+        eval_data=str(tmp_path / "held.jsonl"),
+        max_steps=3,
+        group_size=16,
+        packing_boundaries="document",
+    )
+    together = run(ours.train, tmp_path, "together", **fields)
+    apart = run(ours.train, tmp_path, "apart", sequence_length=64, per_device_train_batch_size=2, **fields)
+    for a, b in zip(together.history, apart.history, strict=True):
+        for key in {"loss", "eval_loss", "grad_norm"} & a.keys():
+            assert a[key] == pytest.approx(b[key], rel=1e-4 if key == "grad_norm" else 1e-5)
+    joined = run(ours.train, tmp_path, "joined", **{**fields, "packing_boundaries": "none"})
+    assert joined.history[1]["loss"] != pytest.approx(together.history[1]["loss"], rel=1e-4)
+
+
+@pytest.mark.skipif(
+    "cu_seqlens" not in inspect.signature(Model.train_microbatch).parameters,
+    reason="Model.train_microbatch does not take cu_seqlens yet",
+)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(),
+        dict(attention="dense"),
+        dict(checkpointing="full", shift="all"),
+        dict(per_device_train_batch_size=3, gradient_accumulation_steps=2),
+    ],
+    ids=str,
+)
+def test_packed_documents_train_as_in_the_driver(tmp_path, fields):
+    random = np.random.default_rng(3)
+    tiny.documents(tmp_path / "few.jsonl", random.integers(5, 90, 60))
+    tiny.documents(tmp_path / "held.jsonl", random.integers(5, 90, 20), seed=1)
+    fields = dict(
+        data=str(tmp_path / "few.jsonl"),
+        eval_data=str(tmp_path / "held.jsonl"),
+        packing_boundaries="document",
+        **fields,
+    )
+    mine, theirs = (
+        run(train, tmp_path, name, **fields)
+        for train, name in ((ours.train, "mine"), (driver.train, "theirs"))
+    )
+    same_rows(mine.history, theirs.history)
+    close(trained(tmp_path / "mine"), trained(tmp_path / "theirs"))
 
 
 # ---- adapters and checkpoints of one in the other ------------------------------------------------
