@@ -17,8 +17,7 @@ from longlora.decoder.config import read_config
 from longlora.device import choose
 from longlora.errors import UserError
 from longlora.evaluation import ppl
-from longlora.training import driver
-from longlora.training import options
+from longlora.training import driver, options
 
 GIVEN = dict(model="m", data="d", output_dir="o")
 

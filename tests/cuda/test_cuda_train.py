@@ -26,8 +26,7 @@ from longlora.evaluation import ppl
 from longlora.files import merge
 from longlora.files import open_model as weights
 from longlora.files.open_model import open_model
-from longlora.training import driver
-from longlora.training import metrics
+from longlora.training import driver, metrics
 from longlora.training import resume as checkpoint
 from longlora.training.optimizer import AdamW
 

@@ -15,6 +15,7 @@ from test_weights import build
 from longlora.decoder import rope as rope_
 from longlora.decoder.families import FAMILIES
 from longlora.decoder.lora import LoraConfig
+from longlora.decoder.rope import Rope
 from longlora.errors import UserError
 from longlora.files import adapter, merge
 from longlora.files.open_model import open_model
@@ -114,13 +115,87 @@ def test_peft_gives_our_logits_and_so_does_the_merged_model(tmp_path, family, ti
         np.testing.assert_array_equal(again[name], array)
 
 
+# From 64 positions to TARGET, by pencil: heads of 8 numbers, so that NTK raises theta by factor^(8 / 6).
+ROPES = {
+    "linear": (Rope("linear", 10000.0, 64, 4.0), dict(rope_type="linear", factor=4.0)),
+    "ntk": (
+        Rope("ntk", 10000.0 * 4 ** (8 / 6), 64, 4.0, original_theta=10000.0),
+        dict(rope_type="default", rope_theta=10000.0 * 4 ** (8 / 6)),
+    ),
+    "yarn": (
+        Rope("yarn", 10000.0, 64, 3.125),
+        dict(rope_type="yarn", factor=3.125, original_max_position_embeddings=64),
+    ),
+    "llama3": (
+        Rope("llama3", 10000.0, 64, 4.0, low_freq_factor=1.0, high_freq_factor=4.0),
+        dict(
+            rope_type="llama3",
+            factor=4.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+    ),
+}
+
+
 @pytest.mark.parametrize("kind", rope_.EXTENSIONS)
 def test_every_rope_goes_with_the_adapter(tmp_path, kind):
+    from transformers import AutoConfig
+
     base, path, tensors = saved(tmp_path, kind=kind)
     merge.merge(base, path, tmp_path / "merged")
-    assert (
-        open_model(tmp_path / "merged").config.rope == rope_.extend(open_model(base).config, kind, TARGET)[0]
+    ours, theirs = ROPES[kind]
+    assert open_model(tmp_path / "merged").config.rope == ours
+    for place in (path, tmp_path / "merged"):
+        found = AutoConfig.from_pretrained(place).rope_parameters
+        assert {key: value for key, value in found.items() if key != "type"} == {
+            "rope_theta": 10000.0,
+            **theirs,
+        }
+
+
+@pytest.mark.parametrize(
+    "family, lora",
+    [
+        *((family, {}) for family in FAMILIES),
+        *(
+            ("qwen3", fields)
+            for fields in (
+                dict(r=3, target_modules="all-linear", modules_to_save=["lm_head"]),
+                dict(target_modules=["v_proj"], modules_to_save=["norm"]),
+                dict(
+                    target_modules=["up_proj", "o_proj"],
+                    modules_to_save=["model.norm", "k_norm", "post_attention_layernorm"],
+                ),
+            )
+        ),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_trained_is_what_peft_trains(tmp_path, family, lora, tied):
+    from peft import LoraConfig as Theirs
+    from peft import get_peft_model
+
+    model = build(tmp_path, family, tie_word_embeddings=tied)
+    ours = LoraConfig(**lora)
+    # What is tied PEFT takes under the embedding's name.
+    whole = ["embed_tokens" if tied and name == "lm_head" else name for name in ours.modules_to_save]
+    how = dict(
+        target_modules=lora.get("target_modules", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+        modules_to_save=whole,
+        ensure_weight_tying=tied and "embed_tokens" in whole,
     )
+    wanted = {
+        name.removeprefix(adapter.PREFIX)
+        .replace(".modules_to_save.default", "")
+        .replace(".default", ""): tuple(p.shape)
+        for name, p in get_peft_model(
+            model, Theirs(task_type="CAUSAL_LM", r=ours.r, **how)
+        ).named_parameters()
+        if p.requires_grad
+    }
+    assert ours.tensor_shapes(open_model(tmp_path).config) == wanted
 
 
 def test_files_of_an_adapter(tmp_path):

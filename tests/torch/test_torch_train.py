@@ -252,10 +252,6 @@ def test_packed_documents_train_as_if_each_were_alone(tmp_path):
     assert joined.history[1]["loss"] != pytest.approx(together.history[1]["loss"], rel=1e-4)
 
 
-@pytest.mark.skipif(
-    "cu_seqlens" not in inspect.signature(Model.train_microbatch).parameters,
-    reason="Model.train_microbatch does not take cu_seqlens yet",
-)
 @pytest.mark.parametrize(
     "fields",
     [
@@ -282,6 +278,45 @@ def test_packed_documents_train_as_in_the_driver(tmp_path, fields):
     )
     same_rows(mine.history, theirs.history)
     close(trained(tmp_path / "mine"), trained(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("train", [driver.train, ours.train], ids=["driver", "torch"])
+def test_rates_and_decay_by_hand(tmp_path, train):
+    """Adam's first step is the rate for every number that has a gradient, whatever its size; decay takes rate x decay of a matrix
+    and nothing of a norm. A has no gradient while B is zero: what it loses is decay. A run without decay tells its start."""
+    rate, slow, decay = 1e-2, 1e-3, 0.5
+    fields = dict(
+        max_steps=1,
+        learning_rate=rate,
+        embedding_learning_rate=slow,
+        lr_scheduler_type="constant",
+        max_grad_norm=0,
+        modules_to_save=["embed_tokens", "lm_head", "norm"],
+    )
+    tiny.model(tmp_path / "base", tie_word_embeddings=False)
+    for name, weight_decay in (("plain", 0.0), ("decayed", decay)):
+        run(train, tmp_path, name, weight_decay=weight_decay, **fields)
+    base, plain, decayed = (
+        open_model(tmp_path / "base"),
+        trained(tmp_path / "plain"),
+        trained(tmp_path / "decayed"),
+    )
+    for name, array in decayed.items():
+        if "lora_A" in name:
+            np.testing.assert_allclose(array, plain[name] * (1 - rate * decay), rtol=1e-6)
+            continue
+        start, lost = (
+            (np.float32(0), 0)
+            if "lora_B" in name
+            else (base.read(name), 0 if "norm" in name else slow * decay)
+        )
+        moved = np.abs(array - start * (1 - lost))
+        wanted = rate if "lora_B" in name else slow
+        seen = (
+            moved[(moved > 1e-6).any(-1)] if name == "model.embed_tokens.weight" else moved
+        )  # rows of the bytes in the text
+        assert np.median(seen) == pytest.approx(wanted, rel=1e-3), name
+        assert moved.max() <= wanted * 1.001, name
 
 
 # ---- adapters and checkpoints of one in the other ------------------------------------------------
@@ -326,8 +361,15 @@ def test_a_run_that_is_done_is_finished_by_resuming(tmp_path):
     assert "4 steps, which is more than the 3" in failure(
         tmp_path, max_steps=3, resume_from_checkpoint="latest"
     )
-    message = failure(tmp_path, learning_rate=0.02, resume_from_checkpoint="latest")
-    assert "was trained with learning_rate 0.01, got 0.02" in message
+    for fields, words in (
+        (dict(learning_rate=0.02), "learning_rate 0.01, got 0.02"),
+        (dict(weight_decay=0.1), "weight_decay 0.0, got 0.1"),
+        (dict(gradient_accumulation_steps=2), "gradient_accumulation_steps 1, got 2"),
+        (dict(lr_scheduler_type="cosine"), "a schedule of another warm-up or length"),
+        (dict(data=str(tiny.text(tmp_path / "other.txt", seed=1))), "other data"),
+        (dict(model=str(tiny.model(tmp_path / "other", seed=1))), "another base model"),
+    ):
+        assert f"was trained with {words}" in failure(tmp_path, resume_from_checkpoint="latest", **fields)
 
 
 def test_a_signal_ends_the_step_and_saves(tmp_path):
@@ -513,10 +555,12 @@ def launched(tmp_path, output, config=None, **fields):
 
 
 def two_equal_one(tmp_path, config):
-    """Two processes make the steps of one with twice the batches: rows, adapter, checkpoints; one goes on for two, and back."""
+    """Two processes make the steps of one with twice the batches: rows, adapter, checkpoints; one goes on for two, and back.
+
+    The text ends in a short sequence, which makes the two processes' shares of a step's tokens unequal."""
     fields = dict(
         data=str(tiny.text(tmp_path / "few.txt", 320)),
-        eval_fraction=0.2,
+        eval_data=str(tiny.text(tmp_path / "held.txt", 80, seed=9)),
         max_steps=5,
         embedding_learning_rate=3e-3,
         lr_scheduler_type="cosine",

@@ -602,6 +602,7 @@ def test_a_resumed_run_must_be_the_run_that_stopped(tmp_path, fields, words):
 
 # Every option stands in one of the two. KEPT: a resumed run must have it as it was; here is another value.
 KEPT = dict(
+    packing_boundaries="document",
     target_length=256,
     sequence_length=126,
     rope_type="yarn",
