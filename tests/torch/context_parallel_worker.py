@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from longlora import ops
 from longlora.torch import context_parallel as cp
+from longlora.torch.context_parallel import attention as inside
 
 RANK = WORLD = None
 GROUP = None
@@ -204,7 +205,7 @@ def aligned_pieces_talk_to_one_neighbour():
     assert cp.exchange(lengths, G, H, K, D, 4, shift="none") == {}
     q, k, v = (torch.randn(1, 2 * G, heads, D) for heads in (H, K, K))
     events = []
-    saved = cp._post, cp._wait, cp._C, cp.s2_attention_forward
+    saved = inside._post, inside._wait, inside._C, inside.s2_attention_forward
 
     class Recorded:
         def s2_attention_forward(self, *args):
@@ -212,14 +213,16 @@ def aligned_pieces_talk_to_one_neighbour():
             return saved[2].s2_attention_forward(*args)
 
     try:
-        cp._post = lambda *args: events.append("post") or saved[0](*args)
-        cp._wait = lambda *args: events.append("wait") or saved[1](*args)
-        cp.s2_attention_forward = lambda *args, **kwargs: events.append("cut") or saved[3](*args, **kwargs)
-        cp._C = Recorded()
+        inside._post = lambda *args: events.append("post") or saved[0](*args)
+        inside._wait = lambda *args: events.append("wait") or saved[1](*args)
+        inside.s2_attention_forward = lambda *args, **kwargs: (
+            events.append("cut") or saved[3](*args, **kwargs)
+        )
+        inside._C = Recorded()
         before = cp.bytes_sent()
         cp.s2_attention(q, k, v, group_size=G, group=GROUP)
     finally:
-        cp._post, cp._wait, cp._C, cp.s2_attention_forward = saved
+        inside._post, inside._wait, inside._C, inside.s2_attention_forward = saved
     assert cp.bytes_sent() - before == (each if RANK < WORLD - 1 else 0)
     assert events == ["post", "local", "wait"] if RANK == 0 else ["post", "local", "local", "wait", "cut"], (
         events

@@ -17,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longlora.torch import context_parallel as cp
+from longlora.torch.context_parallel import attention as inside
+from longlora.torch.context_parallel.plan import plan_of
 
 HERE = Path(__file__).resolve().parent
 REPORTS = {}
@@ -25,7 +27,7 @@ REPORTS = {}
 def report(world, directory):
     """Case -> what went wrong on each rank."""
     if world not in REPORTS:
-        path = os.pathsep.join([str(HERE), os.environ["PYTHONPATH"]])
+        path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ["PYTHONPATH"]])
         env = {
             **os.environ,
             "PYTHONPATH": path,
@@ -109,17 +111,17 @@ def one_after_the_other(lengths, G, shift, scale, q, k, v, dout):
 
     H, K, ranks = q.shape[2], k.shape[2], []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cp, "_post", post)
-        patch.setattr(cp, "_wait", wait)
+        patch.setattr(inside, "_post", post)
+        patch.setattr(inside, "_wait", wait)
         for rank, T in enumerate(lengths):
             a = sum(lengths[:rank])
             turn.update({"rank": rank, "pass": 0})
             leaves = [worker.to_torch(x[:, a : a + T]).requires_grad_() for x in (q, k, v)]
-            plan = cp._plan(tuple(lengths), rank, G, H, K, shift)
+            plan = plan_of(tuple(lengths), rank, G, H, K, shift)
             ranks.append(
                 (
                     leaves,
-                    cp._Attention.apply(*leaves, plan, G, scale, None),
+                    inside._Attention.apply(*leaves, plan, G, scale, None),
                     worker.to_torch(dout[:, a : a + T]),
                 )
             )
