@@ -171,11 +171,11 @@ A = f"{adapter.PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
         ),
         (
             lambda lora, whole, config: whole.update({A: torch.ones(3)}),
-            "trainable_params.bin: 1 tensors are not of the base model",
+            "trainable_params.bin: 1 tensors do not belong to the base model",
         ),
         (
             lambda lora, whole, config: lora.update({"lm_head.weight": torch.ones(3)}),
-            "are not of a PEFT LoRA: lm_head.weight",
+            "do not belong to a PEFT LoRA: lm_head.weight",
         ),
         (lambda lora, whole, config: config.update(use_dora=True), "use_dora True is not supported"),
         (

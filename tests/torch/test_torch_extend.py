@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
 transformers = pytest.importorskip("transformers", reason="transformers is what is extended here")
 peft = pytest.importorskip("peft", reason="extend makes a PeftModel")
 from devices import device, put  # noqa: E402, F401 (a fixture)
-from test_torch_transformers import FAMILIES, SMALL, VERSION, close, ids_of, tiny, without_interface  # noqa: E402
+from families import FAMILIES, SMALL, VERSION, close, ids_of, tiny, without_interface  # noqa: E402
 
 import longlora.torch  # noqa: E402
 from longlora.decoder import rope  # noqa: E402
