@@ -1,4 +1,5 @@
-"""What the authors' scripts write, made up with torch.save: the adapter of ours that comes of it, what is refused by name."""
+"""Files as the authors' scripts write them, made with torch.save: they are imported, and faults in them are
+named."""
 
 import json
 
@@ -78,7 +79,7 @@ def test_an_adapter_of_theirs_becomes_one_of_ours(tmp_path, tied, capsys):
         np.testing.assert_array_equal(found[name], tensors[name], name)
     assert raw["rope_scaling"]["factor"] == 4 and raw["max_position_embeddings"] == 256
 
-    # As the authors put it together: base, then trainable_params.bin by load_state_dict, then PEFT's adapter merged.
+    # The authors' own way: base, then trainable_params.bin by load_state_dict, then PEFT's adapter merged.
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 

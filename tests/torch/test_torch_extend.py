@@ -1,4 +1,5 @@
-"""extend, load and swap: positions, what is trained, round trips through files, and equal values with our layers."""
+"""extend, load and swap: positions, trained parameters, round trips through files, equal values with our
+layers."""
 
 import copy
 import gc
@@ -58,7 +59,8 @@ def test_a_family_trains(family):
 @pytest.mark.parametrize("kind", ["linear", "ntk", "yarn", "llama3"])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_the_positions_are_the_drivers(kind, family):
-    """Frequencies as longlora.decoder.rope has them, the config's keys read back to the same; extended again, they count from the first."""
+    """Frequencies are those of longlora.decoder.rope, and the config reads back to them. Factors of a second
+    extension count from the first length."""
     base = tiny(family, "sdpa", hidden_size=128)
     raw = base.config.to_dict()
     dim = int(

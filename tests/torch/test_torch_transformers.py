@@ -1,5 +1,8 @@
-"""attn_implementation="longlora_s2" on tiny random models of many families: dense is sdpa, S2-Attn is the reference, padding and
-packing are the unpadded runs, generate gives sdpa's tokens. test_torch_oldest.py runs this again on transformers 4.53."""
+"""attn_implementation="longlora_s2" on tiny random models of many families.
+
+Dense attention equals sdpa's, S²-Attn the reference's, padded and packed runs the unpadded ones, and generate
+gives sdpa's tokens. test_torch_oldest.py runs this again on transformers 4.53.
+"""
 
 import os
 
@@ -123,11 +126,12 @@ def test_documents_that_transformers_leaves_out_of_its_mask(family, training):
 
 
 def test_documents_by_cu_seq_lens():
-    """As DataCollatorWithFlattening gives them; without position_ids the rotary embedding counts on, which only distances feel."""
+    """As DataCollatorWithFlattening gives them. Without position_ids positions go on in the next document,
+    which changes nothing: attention depends on distances."""
     model = longlora.torch.configure(tiny("llama", "longlora_s2"), group_size=G).train()
     rows = [ids_of(1, n, seed=n) for n in (14, 9)]
-    borders = put(torch.tensor([0, 14, 23], dtype=torch.int32))
-    how = dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=14, max_length_k=14)
+    boundaries = put(torch.tensor([0, 14, 23], dtype=torch.int32))
+    how = dict(cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries, max_length_q=14, max_length_k=14)
     with torch.no_grad():
         want = torch.cat([model(row, use_cache=False).logits[0] for row in rows])
         for position_ids in (None, put(torch.cat([torch.arange(14), torch.arange(9)]))[None]):
