@@ -6,7 +6,7 @@ not dense. Every function raises TypeError for a wrong dtype and ValueError for 
 writes.
 """
 
-import longlora.torch.ops.optimizer  # noqa: F401 (registers operators that have no function here)
+from longlora.torch.ops import optimizer  # noqa: F401 (registers operators without a function here)
 from longlora.torch.ops.attention import rope, s2_attention, s2_attention_with_lse
 from longlora.torch.ops.linear import lora_linear, swiglu
 from longlora.torch.ops.norm import rms_norm
