@@ -43,6 +43,7 @@ def test_the_emulation_itself(tmp_path):
             "-DLONGLORA_EMULATION -Icuda -Itests/emulation -pthread -x c++".split(),
             "tests/emulation/test_emulation.cu",
             "tests/emulation/emulation.cpp",
+            "tests/emulation/runtime.cpp",
             "-o",
             program,
         ]
@@ -55,7 +56,11 @@ def test_every_op(package, tmp_path):
 
     def part(names):
         return run_tests(
-            package, tmp_path / f"{names[0]}.xml", [f"tests/ops/test_{name}.py" for name in names], "-k", "cuda"
+            package,
+            tmp_path / f"{names[0]}.xml",
+            [f"tests/ops/test_{name}.py" for name in names],
+            "-k",
+            "cuda",
         )
 
     with ThreadPoolExecutor(2) as pool:

@@ -3,6 +3,7 @@
  * that failed. */
 #include "common.cuh"
 
+#include <initializer_list>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,7 +20,7 @@ extern "C" int fail(const char *format, ...) {
 
 static const char *const orders[] = { "forward", "reversed", "shuffled" };
 static void set_order(const char *order) { setenv("LONGLORA_EMULATION_ORDER", order, 1); }
-static const CudaCall a_call = {};
+static const CudaCall a_call = { nullptr, nullptr, 0, 0, 86, emulation::SHARED };
 static const CudaCall *call = &a_call;
 static int failures;
 
@@ -390,6 +391,33 @@ static bool runtime() {
     return good;
 }
 
+/* A call that does not describe the current device. */
+static bool wrong_calls() {
+    CudaCall other = a_call, older = a_call, larger = a_call;
+    other.device = 1;
+    older.sm = 0;
+    larger.shared_bytes++;
+    for (const CudaCall *wrong : { &other, &older, &larger })
+        if (!said(launch(wrong, indices_kernel, 1, 32, 0, (int *)nullptr), "the call is for")) return false;
+    return true;
+}
+
+/* Code for sm_90a runs on sm_90 only, and a build may lack it. */
+static bool choices() {
+    struct {
+        int sm;
+        bool hopper;
+    } cases[] = { { 80, false }, { 86, false }, { 89, false }, { 90, true }, { 100, false }, { 120, false } };
+    for (auto of : cases) {
+        CudaCall there = a_call;
+        there.sm = of.sm;
+        if (choose(&there, 'g', 'h') != (of.hopper ? 'h' : 'g') ||
+            choose(&there, &block_sums, HOPPER(&transposes)) != &block_sums)
+            return false;
+    }
+    return true;
+}
+
 __global__ void switch_kernel(float *out, int rounds) {
     float x = (float)threadIdx.x;
     for (int i = 0; i < rounds; i++) x = warp_max(x);
@@ -436,6 +464,8 @@ int main() {
         return cudaFree(p) == cudaSuccess && found;
     });
     check("limits", limits);
+    check("wrong calls", wrong_calls);
+    check("the choice of a kernel", choices);
     check("runtime", runtime);
     check("after all that", block_sums);
     set_order("forward");
