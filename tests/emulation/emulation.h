@@ -3,8 +3,7 @@
  * machine without a GPU. setup.py builds the package for it; by hand:
  *
  *     g++ -std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas -fsanitize=alignment,bounds,shift
- *         -DLONGLORA_EMULATION -Icuda -Itests/emulation -x c++ cuda/swiglu.cu tests/emulation/emulation.cpp
- * ...
+ *         -DLONGLORA_EMULATION -Icuda -Itests/emulation -x c++ cuda/swiglu.cu tests/emulation/[a-z]*.cpp
  *
  * Blocks run one after another on the calling thread. The threads of a block are fibers, which change only
  * where CUDA lets a thread wait. What a GPU leaves undefined becomes visible:
