@@ -9,7 +9,7 @@
  * and float32 copies, and with equal bits in every run. At most one KV head has plain and shifted query
  * heads; their segments differ, so two launches sum it.
  *
- * Of D = 256, dk and dv are computed in two halves, each of which computes the scores.
+ * For D = 256, dk and dv are computed in two halves, and each half computes the scores.
  *
  * NaN and infinities of a key spread to the queries that see it. Those of a value or a query may also reach
  * rows in the same step of the diagonal, by a product with a weight of 0. */
