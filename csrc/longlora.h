@@ -33,6 +33,8 @@ typedef struct {
     void *workspace; /* device memory, 256-byte aligned, for the time of the call's work on the stream */
     int64_t workspace_bytes; /* as many as the op's workspace function asked for */
     int32_t device;          /* the CUDA device, which is the current one */
+    int32_t sm;              /* its compute capability, 90 for 9.0 */
+    int32_t shared_bytes;    /* shared memory that a block can have on it, dynamic and static together */
 } CudaCall;
 
 /* Records the message for the calling thread and returns -1. The binding turns it into an exception. */

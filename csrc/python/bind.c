@@ -319,7 +319,7 @@ static int call_cuda(const Op *op, const void *all, int device, const Queue *que
     }
     int status;
     Py_BEGIN_ALLOW_THREADS int entered = cuda->enter(how.device);
-    status = entered < 0 ? -1 : op->cuda(all, &how);
+    status = entered < 0 || cuda->describe(&how) ? -1 : op->cuda(all, &how);
     cuda->leave(entered);
     Py_END_ALLOW_THREADS if (status) { /* "op: ..." is the kernel's word on its arguments */
         size_t n = strlen(op->name);
