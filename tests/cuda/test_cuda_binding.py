@@ -301,7 +301,7 @@ def test_pinned_memory():
     t.copy_(device)
     cuda.synchronize()
     np.testing.assert_array_equal(x, f32(4, 5))
-    with pytest.raises(ValueError, match="pinned memory is the CPU's, got device 'cuda'"):
+    with pytest.raises(ValueError, match="pinned memory is on the CPU, got device 'cuda'"):
         Tensor(3, "float32", "cuda", pinned=True)
     with pytest.raises(MemoryError, match="Tensor: out of memory"):
         Tensor(1 << 55, "uint8", pinned=True)
@@ -342,10 +342,10 @@ def test_mixed_devices_are_refused(place):
     out = tensor(x)
     for gate, up, name in ((place(x), tensor(x), "gate"), (tensor(x), place(x), "up")):
         with pytest.raises(
-            ValueError, match=f"^swiglu_forward: {name} should be on cuda:0 as out is, got cpu$"
+            ValueError, match=f"^swiglu_forward: {name} should be on cuda:0 like out, got cpu$"
         ):
             _C.swiglu_forward(out, gate, up)
-    with pytest.raises(ValueError, match="^swiglu_forward: gate should be on cpu as out is, got cuda:0$"):
+    with pytest.raises(ValueError, match="^swiglu_forward: gate should be on cpu like out, got cuda:0$"):
         _C.swiglu_forward(x.copy(), tensor(x), tensor(x))
     np.testing.assert_array_equal(back(out), x)
     swiglu_is_right()
@@ -360,7 +360,7 @@ def test_checks_are_those_of_the_cpu():
         (
             (x, x, tensor(f32(4, 8).astype(np.float16))),
             TypeError,
-            "up should be float32 as out is, got float16",
+            "up should be float32 like out, got float16",
         ),
         ((x, Borrowed(x, byte_offset=2), x), ValueError, "gate is not aligned"),
         ((x, Borrowed(x, lanes=2), x), TypeError, "gate has DLPack dtype"),
@@ -375,7 +375,7 @@ def test_checks_are_those_of_the_cpu():
             "gate should be on the CPU or a CUDA device, got DLPack device",
         ),
         ((x[:, :6], x[:, 2:], x[:, :6]), ValueError, "out is an output and overlaps gate"),
-        ((Borrowed(x, old=True), x, x), BufferError, "out is an output and should speak DLPack 1"),
+        ((Borrowed(x, old=True), x, x), BufferError, "out is an output and needs DLPack 1"),
         ((x, x, None), TypeError, "up must be an array, got None"),
     ):
         with pytest.raises(error, match="^swiglu_forward: " + words):
@@ -715,8 +715,8 @@ def test_a_lost_device_is_named(monkeypatch):
     t, x = tensor(f32(4, 5)), Tensor((4, 5))
     monkeypatch.setenv("LONGLORA_EMULATION_LOST", "1")
     words = (
-        "Tensor.copy_: CUDA: an illegal memory access was encountered. By this error, of this call or of work queued before it, "
-        "the process has lost cuda:0 and must be started anew"
+        "Tensor.copy_: CUDA: an illegal memory access was encountered. After this error, in this call or in "
+        "work queued before it, the process cannot use cuda:0 any more: start it again"
     )
     with pytest.raises(RuntimeError, match=f"^{words}$"):
         x.copy_(t)
@@ -777,7 +777,7 @@ def test_two_devices_are_not_mixed():
     x = f32(3, 8)
     a, b = tensor(x, "cuda:0"), tensor(x, "cuda:1")
     assert (a.device, b.device, b.__dlpack_device__()) == ("cuda:0", "cuda:1", (2, 1))
-    with pytest.raises(ValueError, match="^swiglu_forward: up should be on cuda:0 as out is, got cuda:1$"):
+    with pytest.raises(ValueError, match="^swiglu_forward: up should be on cuda:0 like out, got cuda:1$"):
         _C.swiglu_forward(a, a, b)
     assert (
         ops.swiglu_forward(b, b).device == "cuda:1" and ops.swiglu_forward(Borrowed(b), b).device == "cuda:1"
@@ -813,13 +813,13 @@ def test_a_stream_of_the_other_of_two_devices():
     with new_stream(1) as handle:
         with cuda.stream(handle):
             assert ops.swiglu_forward(b, b).device == "cuda:1"
-            words = "the stream set by longlora.cuda.stream is of cuda:1, the call is on cuda:0"
+            words = "the stream set by longlora.cuda.stream belongs to cuda:1, the call is on cuda:0"
             with pytest.raises(ValueError, match=f"swiglu_forward: out cannot be used: {words}"):
                 ops.swiglu_forward(a, a)
             for refused in (lambda: a.fill(0), lambda: a.copy_(b), a.cpu, a.__dlpack__):
                 with pytest.raises(ValueError, match=words):
                     refused()
-        with pytest.raises(BufferError, match="stream is of cuda:1, the tensor is on cuda:0"):
+        with pytest.raises(BufferError, match="stream belongs to cuda:1, the tensor is on cuda:0"):
             a.__dlpack__(stream=handle)
         assert '"dltensor"' in repr(b.__dlpack__(stream=handle))
     np.testing.assert_array_equal(back(a), f32(3, 8))
