@@ -135,7 +135,7 @@ done:
     return result;
 }
 
-/* The bytes of workspace of a call on a GPU, for arrays of these shapes on any device; nothing is read or
+/* The workspace of a call on a GPU, asked with arrays of its shapes wherever they are; nothing is read or
  * written. */
 static PyObject *py_workspace(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
@@ -144,7 +144,7 @@ static PyObject *py_workspace(PyObject *self, PyObject *const *args, Py_ssize_t 
     Queue queue = { 0 };
     int index = 0;
     if (!count || !PyUnicode_Check(args[0]))
-        return PyErr_Format(PyExc_TypeError, "workspace: expected an op's name and its arguments");
+        return PyErr_Format(PyExc_TypeError, "workspace: wanted an op's name and its arguments");
     while (index < op_count && PyUnicode_CompareWithASCIIString(args[0], ops[index].name)) index++;
     if (index == op_count) return PyErr_Format(PyExc_ValueError, "workspace: there is no op %R", args[0]);
     int status = take(index, args + 1, count - 1, &all, loans, &queue);
@@ -259,8 +259,8 @@ static PyMethodDef methods[] = {
       "set_isa($module, index, /)\n--\n\nSelects an instruction set by its index in isa_names." },
     { "get_isa", py_get_isa, METH_NOARGS, "get_isa($module, /)\n--\n\n" },
     { "peak", py_peak, METH_O,
-      "peak($module, n, /)\n--\n\nRuns n rounds of multiply-adds in registers on this thread -> number of "
-      "floating point operations." },
+      "peak($module, n, /)\n--\n\nn rounds of multiply-adds in registers on this thread -> floating point "
+      "operations." },
     { "matmul_scratch", py_matmul_scratch, METH_NOARGS,
       "matmul_scratch($module, /)\n--\n\nBytes that a product packs at most: of b, of a." },
     { "head_scratch", py_head_scratch, METH_VARARGS,
@@ -271,8 +271,7 @@ static PyMethodDef methods[] = {
       "attention_scratch($module, B, T, H, K, D, narrow, /)\n--\n\nBytes of s2_attention_backward: of a "
       "thread, of sums." },
     { "workspace", (PyCFunction)(void (*)(void))py_workspace, METH_FASTCALL,
-      "workspace($module, op, /, *args)\n--\n\nBytes of workspace that a call with these arguments needs on "
-      "a "
+      "workspace($module, op, /, *args)\n--\n\nBytes that the op takes for a call with these arguments on a "
       "GPU; 0 without CUDA." },
     { "calls", py_calls, METH_NOARGS, "calls($module, /)\n--\n\nHow often each op has run in this process." },
     { NULL, NULL, 0, NULL },

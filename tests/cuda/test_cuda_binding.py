@@ -175,9 +175,7 @@ def test_a_tensor_on_a_gpu():
         t.fill(1)
         assert (back(t) == 1).all() and back(t).shape == t.shape
     for refused in (t.numpy, lambda: np.asarray(t), lambda: t.__array__()):
-        with pytest.raises(
-            TypeError, match=r"the tensor is on cuda:0, NumPy is on the CPU; use cpu\(\).numpy\(\)"
-        ):
+        with pytest.raises(TypeError, match=r"the tensor is on cuda:0; use cpu\(\).numpy\(\)"):
             refused()
     with pytest.raises(BufferError, match="on a GPU, .* use cpu()"):
         memoryview(t)
@@ -278,7 +276,7 @@ def test_copies_that_are_refused():
         with pytest.raises(error, match="Tensor.copy_: " + words):
             t.copy_(source)
     np.testing.assert_array_equal(back(t), f32(4, 5))
-    with pytest.raises(ValueError, match="Tensor.fill: 0.5 is no int32"):
+    with pytest.raises(ValueError, match="Tensor.fill: 0.5 is not a valid int32"):
         Tensor(3, "int32", "cuda").fill(0.5)
 
 
