@@ -1,4 +1,4 @@
-"""House rules that a machine can check: ops in every folder, Python.h only in the binding, no warnings, a light import."""
+"""House rules that a machine can check: ops in every folder, Python.h in the binding, no warnings, light imports."""
 
 import os
 import re

@@ -81,8 +81,6 @@ int parse_spec(const char *text, Spec *spec) {
     return 0;
 }
 
-/* ---- checks ---------------------------------------------------------------------------------- */
-
 /* ---- shapes and dtypes ----------------------------------------------------------------------- */
 
 int merge_rows(const char *op, const Spec *spec, Tensor *tensors) {
