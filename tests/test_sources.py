@@ -1,4 +1,4 @@
-"""House rules that a machine can check: ops in every folder, Python.h in the binding, no warnings, light imports."""
+"""House rules that a machine can check: where an op appears, who knows Python, warnings, the import."""
 
 import os
 import re
