@@ -251,7 +251,7 @@ def test_two_devices_are_not_mixed():
     x = f32(3, 8)
     a, b = tensor(x, "cuda:0"), tensor(x, "cuda:1")
     assert (a.device, b.device, b.__dlpack_device__()) == ("cuda:0", "cuda:1", (2, 1))
-    with pytest.raises(ValueError, match="^swiglu_forward: up should be on cuda:0 as out is, got cuda:1$"):
+    with pytest.raises(ValueError, match="^swiglu_forward: up should be on cuda:0 like out, got cuda:1$"):
         _C.swiglu_forward(a, a, b)
     assert (
         ops.swiglu_forward(b, b).device == "cuda:1" and ops.swiglu_forward(Borrowed(b), b).device == "cuda:1"
@@ -287,13 +287,13 @@ def test_a_stream_of_the_other_of_two_devices():
     with new_stream(1) as handle:
         with cuda.stream(handle):
             assert ops.swiglu_forward(b, b).device == "cuda:1"
-            words = "the stream set by longlora.cuda.stream is of cuda:1, the call is on cuda:0"
+            words = "the stream set by longlora.cuda.stream belongs to cuda:1, the call is on cuda:0"
             with pytest.raises(ValueError, match=f"swiglu_forward: out cannot be used: {words}"):
                 ops.swiglu_forward(a, a)
             for refused in (lambda: a.fill(0), lambda: a.copy_(b), a.cpu, a.__dlpack__):
                 with pytest.raises(ValueError, match=words):
                     refused()
-        with pytest.raises(BufferError, match="stream is of cuda:1, the tensor is on cuda:0"):
+        with pytest.raises(BufferError, match="stream belongs to cuda:1, the tensor is on cuda:0"):
             a.__dlpack__(stream=handle)
         assert '"dltensor"' in repr(b.__dlpack__(stream=handle))
     np.testing.assert_array_equal(back(a), f32(3, 8))
