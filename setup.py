@@ -35,7 +35,7 @@ ISAS = {"portable": ["-DWIDE", "-O1" if SANITIZE else "-O2", "-Wno-psabi"] if WI
 if X86:
     ISAS |= {"avx2": V3, "avx512": V3 + V4, "avx512_bf16": V3 + V4 + ["-mavx512bf16"]}
 ONCE = [*sorted(glob.glob("csrc/*.c")), *sorted(glob.glob("csrc/python/*.c")), "csrc/cpu/parallel.c"]  # all other .c files are kernels
-KERNELS = sorted(set(glob.glob("csrc/cpu/*.c")) - set(ONCE))
+KERNELS = sorted(set(glob.glob("csrc/cpu/**/*.c", recursive=True)) - set(ONCE))
 HEADERS = glob.glob("csrc/**/*.h", recursive=True)
 CUDA_HEADERS = [
     *glob.glob("csrc/*.h"),

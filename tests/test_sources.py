@@ -154,7 +154,7 @@ def test_no_warning(compiler, tmp_path):
     jobs = []
     for source in [*ROOT.glob("csrc/*.c"), *ROOT.glob("csrc/python/*.c")]:
         jobs.append([source, "-DPy_LIMITED_API=0x030b0000", "-I" + include, "-I" + numpy.get_include()])
-    for source in ROOT.glob("csrc/cpu/*.c"):
+    for source in ROOT.glob("csrc/cpu/**/*.c"):
         jobs.append([source, "-DISA=portable"])
         if x86 and source.name != "parallel.c":
             jobs.append([source, "-DISA=avx512", *avx512])

@@ -20,7 +20,7 @@
  * stretches of 1024, 4096 then 0.93, 0.97 to 1.04 trained, bfloat16, two cores of a Zen 5: exponentials kept
  * in bfloat16 instead of float32, so that a chunk has 176 rows instead of 112, 416 instead of 256: 1.12, 1.09
  */
-#include "gemm.h"
+#include "gemm/gemm.h"
 #include "scratch.h"
 
 enum {

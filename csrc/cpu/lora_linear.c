@@ -3,7 +3,7 @@
  * LoRA is a property of one product: u continues x along C as b continues weight, so the second half costs R
  * more steps of the same sums and no pass over out, and u is made of the rows of x that the same task
  * multiplies. The frozen weight gets no gradient unless it is asked for. */
-#include "gemm.h"
+#include "gemm/gemm.h"
 
 int CPU(lora_linear_forward)(const void *args, void *stream) {
     const LoraLinearForward *f = args;

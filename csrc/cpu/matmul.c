@@ -1,5 +1,5 @@
 /* matmul.c --- out = alpha a b + beta out. */
-#include "gemm.h"
+#include "gemm/gemm.h"
 
 int CPU(matmul)(const void *args, void *stream) {
     const Matmul *m = args;
