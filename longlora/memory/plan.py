@@ -15,6 +15,7 @@ B, T, M = B T, C, H, K, D, F, R, V as in csrc/ops.h; Q = H D, P = K D, S = Q + 2
 """
 
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 from longlora import device as device_
 from longlora.errors import UserError
@@ -286,31 +287,25 @@ def _head(config):
     return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
 
 
-def _scratch(config, dtype, batch_size, length, lora):
-    """What the ops take while they run. They keep large blocks for the next call, which what comes one after the other shares:
-    one block for the head's logits and the attention's sums, one for what a product packs and the attention's threads; and the
-    sums of a product that is cut along its inner axis, where its result is not float32."""
+def _scratch(calls):
+    """What the ops take on the CPU while they run. They keep large blocks for the next call, so a run holds, for each rank, the
+    largest block of this rank in any call."""
     from longlora import _C
 
-    M, narrow, F = batch_size * length, dtype != "float32", config.intermediate_size
-    head = _C.head_scratch(
-        M, config.hidden_size, config.vocab_size, narrow, _head(config) in trained(config, lora, True)
-    )
-    thread, sums = _C.attention_scratch(
-        batch_size, length, config.num_attention_heads, config.num_key_value_heads, config.head_dim, narrow
-    )
-    of_b, of_a = _C.matmul_scratch()
-    width = max(config.hidden_size, config.num_attention_heads * config.head_dim)
-    cut = 4 * max(min(M, TILE) * min(2 * F, 1024), M * width) if narrow else 0
-    # of a there is little to pack unless the gradient of a weight is a product
-    return (
-        of_b + (of_a if lora is None else of_a // 4) + cut + _C.get_num_threads() * thread + max(head, sums)
-    )
+    blocks = [sorted(_C.scratch(op, *args), reverse=True) for op, args in calls]
+    return sum(map(max, zip_longest(*blocks, fillvalue=0)))
 
 
-def _workspace(config, dtype, batch_size, length, group_size, lora):
-    """What the ops take on a GPU while they run: the largest of a step's calls. They are asked with arrays of the shapes of the
-    real ones, large ones of which nothing is touched, so that they cost no memory."""
+def _workspace(calls):
+    """What the ops take on a GPU while they run: the largest of the calls."""
+    from longlora import _C
+
+    return max(_C.workspace(op, *args) for op, args in calls)
+
+
+def _calls(config, dtype, batch_size, length, group_size, lora):
+    """-> [(op, arguments)] of a step, as far as they take memory of their own. The arrays have the shapes of the real ones; of
+    large ones nothing is touched, so that they cost no memory."""
     from longlora import _C
     from longlora.ops import BOUNDARIES, SHIFTS
 
@@ -323,13 +318,13 @@ def _workspace(config, dtype, batch_size, length, group_size, lora):
         config.vocab_size,
     )
     whole, names = lora is None, trained(config, lora, True)
-    sizes = []
+    calls = []
 
     def new(*shape, kind=dtype):
         return _C.Tensor(shape, kind)
 
     def ask(op, *args):
-        sizes.append(_C.workspace(op, *args))
+        calls.append((op, args))
 
     for group, (features, outs) in widths(config).items():
         m, N, R = M if group in ("qkv", "o") else min(M, TILE), sum(outs), _rank(group, lora)
@@ -419,7 +414,7 @@ def _workspace(config, dtype, batch_size, length, group_size, lora):
         if s.members[0][0] in names
     )
     ask("sum_squares", new(1, kind="float64"), new(largest, kind=f32))
-    return max(sizes)
+    return calls
 
 
 @dataclass(frozen=True)
@@ -508,10 +503,12 @@ def _parts(config, dtype, batch_size, length, group_size, lora, checkpointing, d
     parts["batch and tables"] += 2 * 4 * length * D // 2
     if device == device_.CPU:
         parts["batch and tables"] += 4 * 4 * M  # NumPy's ids, targets and their order
-        parts["scratch of the ops"] = _scratch(config, dtype, batch_size, length, lora)
+        parts["scratch of the ops"] = _scratch(_calls(config, dtype, batch_size, length, group_size, lora))
         parts["runtime"] = RUNTIME
     else:
-        parts["workspace of the ops"] = _workspace(config, dtype, batch_size, length, group_size, lora)
+        parts["workspace of the ops"] = _workspace(
+            _calls(config, dtype, batch_size, length, group_size, lora)
+        )
     return {name: size for name, size in parts.items() if size}
 
 

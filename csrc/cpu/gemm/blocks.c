@@ -50,7 +50,7 @@ static inline void run_tile(const Job *job, const Gemm *onward, const Block *blo
                               : job->packed_b + (n - at->n0) * steps + (block->s - at->s0) * width;
     int first = block->s == (job->sums ? 0 : at->s0);
     int last = block->next == (job->sums ? plan->steps + plan->steps2 : at->s1);
-    int entire = cols == width && rows == tall; /* else the tile is larger than what is left of c */
+    int entire = cols == width && rows == tall; /* the tile does not reach beyond c */
     int by_tile = plan->writes_of_c == BY_TILES && entire;
     int in_bf16 = plan->writes_of_c == BY_TILES_BF16 && entire && last;
     int64_t sums_row = job->sums ? plan->wide_n : block->near_row;
@@ -170,7 +170,7 @@ static int pack_for_u(Job *job, int64_t threads) {
     return CPU(gemm_pack_slice)(u, 0);
 }
 
-/* Packs what is not packed yet of the slice, and multiplies it. `packs_a`: its rows of a are not. */
+/* Packs the slice and multiplies it. `packs_a`: its rows of a are not packed yet. */
 static int run_slice(Job *job, int64_t threads, int packs_a) {
     const Plan *plan = job->plan;
     Slice *at = &job->at;
@@ -182,7 +182,8 @@ static int run_slice(Job *job, int64_t threads, int packs_a) {
         parallel_for(ceil_div(rows, MR * PANELS), MR * PANELS * (plan->R + 8) * steps / 64, ready_task, job))
         return -1;
     int64_t tasks = ceil_div(rows, at->tile_m) * at->tiles_n;
-    int64_t packing = plan->panels_of_b == BY_TASK ? 32 : 0; /* as much work as so many more rows */
+    int64_t packing =
+        plan->panels_of_b == BY_TASK ? 32 : 0; /* each task's packing costs as much as 32 more rows */
     return parallel_for(tasks, (rows + packing) * cols * steps / 64 / tasks, tile_task, job);
 }
 

@@ -4,8 +4,7 @@
  * rows. */
 #include "pack.h"
 
-/* Steps of several panels are taken so many at a time where k is dense. */
-enum { STRIP = 64 };
+enum { STRIP = 64 }; /* steps that are packed of one panel before the next takes its turn */
 
 /* Steps of `width` columns where k is dense. line: bytes from column to column. A panel narrower than a
  * vector (of a) is written in whole vectors too: each store covers the excess of the one before, and the last

@@ -22,37 +22,36 @@ enum { MR = 6, NV = 2 };
 enum { MR = 4, NV = 2 };
 #endif
 enum {
-    NR = NV * VW,
-    FEW = 4,   /* rows of the lower tile, for a rest of MR rows: enough sums to keep two multipliers busy */
-    EXTRA = 8, /* a block or slice may be 1/EXTRA longer if that saves one: LoRA's few steps are then free */
+    NR = NV * VW, /* columns of a panel of b */
+    FEW = 4, /* rows of the lower tile, for a rest of MR rows: enough sums to keep two multipliers busy */
 
-    /* blocks of steps */
-    KC = VW == 16 ? 512 : 576, /* MR rows of a fit the L1 cache */
-    SIDE = VW == 16 ? 2 : 4,   /* as many panels of b fit the L2 cache */
-    PAIRS_KC = 288,            /* for pairs of bfloat16: longer sums would be less exact */
-    FEW_ROWS = 64,             /* up to so many rows of c: FEW_KC */
-    FEW_KC = 96,               /* shorter sums are more exact, and few rows add them up quickly */
-    MID_ROWS = 128,            /* up to so many, where tasks pack b: MID_KC and twice SIDE panels */
-    MID_KC = VW == 16 ? 144 : 288,
+    /* Blocks. The first of these that applies gives the number of steps. Shorter sums are more exact, and few
+     * rows add them up quickly. */
+    FEW_ROWS = 64,
+    FEW_KC = 96, /* at most FEW_ROWS rows of c */
+    MID_ROWS = 128,
+    MID_KC = VW == 16 ? 144 : 288, /* at most MID_ROWS, where tasks pack b; twice as many panels then */
+    PAIRS_KC = 288,                /* pairs of bfloat16: longer sums would be less exact */
+    KC = VW == 16 ? 512 : 576,     /* otherwise: MR rows of a fit the L1 cache */
+    SIDE = VW == 16 ? 2 : 4,       /* panels of b that stay in the L2 cache while rows of a pass by */
 
-    /* slices and tasks */
-    KS = 1280,                                 /* steps of a slice at most; twice that where b is small */
-    PACK_BYTES = 9 << 19,                      /* packed panels of b at most; twice that of a */
-    SUM_BYTES = 8 << 20,                       /* sums kept in float32 between slices at most */
-    ROWS = 576,                                /* rows of a task at most */
-    TASK_BYTES = (VW == 16 ? 320 : 240) << 10, /* rows of a of a task: a third or half of an L2 cache */
-    TURNED_ROWS = VW == 16 ? 256 : FEW_ROWS,   /* up to so many rows, a transposed a is read in place */
-    LEAST_PANELS = 4, /* panels that a packing task takes side by side, at least and at most */
-    PANELS = 16,
+    /* Slices, at most. */
+    KS = 1280,            /* steps; twice that where b is small */
+    PACK_BYTES = 9 << 19, /* packed panels of b; twice that of a */
+    SUM_BYTES = 8 << 20,  /* sums that are kept in float32 until the next slice */
+    EXTRA = 8, /* a block or slice may be 1/EXTRA longer if that saves one, so LoRA's few steps cost none */
 
-    /* what a task keeps on its stack */
-    NEAR = ROWS * SIDE * NR,                /* sums */
-    NEAR_B = (KC + KC / EXTRA) * SIDE * NR, /* its own panels of b */
+    /* Tasks, at most. */
+    ROWS = 576,
+    TASK_BYTES = (VW == 16 ? 320 : 240) << 10, /* rows of a: a third or half of an L2 cache */
+    NEAR = ROWS * SIDE * NR,                   /* floats of sums on the stack */
+    NEAR_B = (KC + KC / EXTRA) * SIDE * NR,    /* floats of its own panels of b there */
+    LEAST_PANELS = 4,                          /* panels of a packing task, at least */
+    PANELS = 16,                               /* and at most */
 
-    /* what is read with a stride is fetched so many steps ahead */
-    AHEAD = 8,
-
-    NARROW_COLUMNS = VW / 2, /* columns that narrow.c multiplies at a time */
+    TURNED_ROWS = VW == 16 ? 256 : FEW_ROWS, /* rows up to which a transposed a is read in place */
+    AHEAD = 8,                               /* steps that strided reads are fetched ahead */
+    NARROW_COLUMNS = VW / 2,                 /* columns that narrow.c multiplies at a time */
 };
 _Static_assert((int)PAIRS_KC <= KC && (int)FEW_KC <= KC && 2 * (MID_KC + MID_KC / EXTRA) <= KC + KC / EXTRA,
                "the panels of b of a task fit NEAR_B");
@@ -64,9 +63,9 @@ typedef enum {
 } Way;
 
 typedef enum {
-    FLOATS,
-    PAIRS
-} Step; /* what a step is; PAIRS where both matrices are bfloat16 and the CPU has it */
+    FLOATS, /* a step is a float */
+    PAIRS,  /* a step is a pair of bfloat16: both matrices are bfloat16 and the CPU multiplies them */
+} Step;
 
 typedef enum {
     PACKED,    /* in panels of MR rows */
@@ -99,22 +98,24 @@ typedef struct {
     int64_t steps, steps2; /* K and R in steps */
 
     int64_t panel;          /* columns of a panel of b: NR, or fewer where that divides N better */
-    int64_t kc, group;      /* steps and columns of a block of b */
+    int64_t kc, group;      /* steps and columns of a block */
     int64_t depth;          /* steps of a slice at most, without those of R */
     int64_t wide_m, wide_n; /* rows and columns of a slice at most */
-    int64_t a_row, a_step;  /* floats from row to row and from step to step of what tiles read of a; a_row of
-                               PACKED is the slice's */
-    int64_t ahead; /* floats from what a tile reads of a to what it fetches; 0: it fetches the same */
+    int64_t a_row, a_step;  /* floats from row to row (unless PACKED) and from step to step of a */
+    int64_t ahead;          /* floats from what a tile reads of a to what it fetches; 0: nothing new */
 
     struct {
-        int64_t b, u, a2, a, sums;
-    } floats; /* of scratch: panels of b, panels of the product that makes u, panels of u, rows of a, sums */
+        int64_t b, u; /* panels of b, and those of the product that makes u */
+        int64_t a2;   /* panels of u, where rows_of_a are not PACKED: else they are in a */
+        int64_t a;    /* rows of a, panels or converted */
+        int64_t sums;
+    } floats; /* of scratch */
 } Plan;
 
 /* The slice in work. */
 typedef struct {
     int64_t m0, m1, n0, n1, s0, s1; /* rows, columns, steps: s counts those of K, then those of R */
-    int64_t a_row;                  /* as in Plan */
+    int64_t a_row;                  /* floats from row to row of a, or of its panels */
     int64_t tile_m, tile_n;         /* rows and columns of a task, */
     int64_t tiles_n;                /* and how many tasks lie side by side */
     int64_t pack_n;                 /* columns of b that a packing task takes */

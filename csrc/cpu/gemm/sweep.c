@@ -71,7 +71,7 @@ static inline __attribute__((always_inline)) void sweep_steps(float *sum, int64_
         sweep_rows(sum, pitch, a + s * ABREAST, steps, rows, b + s * line, line, cols, dtype, 1);
 }
 
-/* Rows m.. of a, ABREAST of them or what is left, from step s on. gemm_pack would take a transposed a that
+/* Rows m.. of a, ABREAST of them or the rest, from step s on. gemm_pack would take a transposed a that
  * has fewer rows than a vector one element at a time. */
 static void pack_rows(float *out, const Plan *plan, int64_t m, int64_t s, int64_t steps) {
     int64_t n = min64(ABREAST, plan->M - m);
