@@ -37,7 +37,7 @@ if X86:
     ISAS |= {"avx2": V3, "avx512": V3 + V4, "avx512_bf16": V3 + V4 + ["-mavx512bf16"]}
 # All other .c files are kernels.
 ONCE = [*sorted(glob.glob("csrc/*.c")), *sorted(glob.glob("csrc/python/*.c")), "csrc/cpu/parallel.c"]
-KERNELS = sorted(set(glob.glob("csrc/cpu/*.c")) - set(ONCE))
+KERNELS = sorted(set(glob.glob("csrc/cpu/**/*.c", recursive=True)) - set(ONCE))
 HEADERS = glob.glob("csrc/**/*.h", recursive=True)
 CUDA_HEADERS = [
     *glob.glob("csrc/*.h"),

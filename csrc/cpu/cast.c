@@ -89,3 +89,8 @@ int CPU(sum_squares)(const void *args, void *stream) {
     scratch_free(s.partial);
     return status;
 }
+
+Scratch CPU(sum_squares_scratch)(const void *args) {
+    const SumSquares *a = args;
+    return (Scratch){ { (a->x.shape[0] + BLOCK - 1) / BLOCK * (int64_t)sizeof(double) } };
+}

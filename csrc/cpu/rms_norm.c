@@ -244,3 +244,10 @@ int CPU(rms_norm_backward)(const void *args, void *stream) {
     }
     return status;
 }
+
+/* The partial rows of dweight. */
+Scratch CPU(rms_norm_backward_scratch)(const void *args) {
+    const RmsNormBackward *a = args;
+    int64_t C = a->x.shape[1], tasks = (a->x.shape[0] + ROWS - 1) / ROWS;
+    return (Scratch){ { given(&a->dweight) ? tasks * ((C + STEP - 1) / STEP * STEP) * 4 : 0 } };
+}

@@ -343,3 +343,22 @@ int CPU(s2_attention_backward)(const void *args, void *stream) {
     free_work(&b.w);
     return status;
 }
+
+/* ---- scratch --------------------------------------------------------------------------------- */
+
+/* The blocks of all threads, and the sums; not the lists of segments and tasks, which are small. */
+Scratch CPU(s2_attention_forward_scratch)(const void *args) {
+    const S2AttentionForward *a = args;
+    int64_t pitch = round_up(a->q.shape[3], VW);
+    int64_t floats = round_up(2 * (ROWS + BK) * pitch + 2 * ROWS + BQ + BK * BQ, VW);
+    return (Scratch){ { get_threads() * floats * (int64_t)sizeof(float) } };
+}
+
+Scratch CPU(s2_attention_backward_scratch)(const void *args) {
+    const S2AttentionBackward *a = args;
+    int64_t B = a->q.shape[0], T = a->q.shape[1], H = a->q.shape[2], K = a->k.shape[2], D = a->q.shape[3];
+    if (H == 0) return (Scratch){ 0 };
+    int64_t sums =
+        a->q.dtype == F32 ? 0 : attention_heads_at_once(B, T, H, K, D) * attention_head_sums(T, H, K, D);
+    return (Scratch){ { get_threads() * attention_thread_scratch(round_up(D, VW)), sums } };
+}

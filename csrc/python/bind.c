@@ -4,7 +4,6 @@
 #define IMPORTS_NUMPY
 #include "binding.h"
 #include "cpu/cpu.h"
-#include "cpu/scratch.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -135,23 +134,54 @@ done:
     return result;
 }
 
-/* The workspace of a call on a GPU, asked with arrays of its shapes wherever they are; nothing is read or
- * written. */
-static PyObject *py_workspace(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
-    Struct all = { 0 };
+/* ---- questions about a call ------------------------------------------------------------------ */
+
+/* Fills `all` for the op args[0] and its arguments args[1..], wherever its arrays are; their memory is not
+ * read. The op's index, or -1 with an exception. */
+static int take_question(const char *asker, PyObject *const *args, Py_ssize_t count, Struct *all) {
     Loan loans[MAX_ARGS] = { 0 };
     Queue queue = { 0 };
     int index = 0;
     if (!count || !PyUnicode_Check(args[0]))
-        return PyErr_Format(PyExc_TypeError, "workspace: wanted an op's name and its arguments");
+        return PyErr_Format(PyExc_TypeError, "%s: takes the name of an op and its arguments", asker), -1;
     while (index < op_count && PyUnicode_CompareWithASCIIString(args[0], ops[index].name)) index++;
-    if (index == op_count) return PyErr_Format(PyExc_ValueError, "workspace: there is no op %R", args[0]);
-    int status = take(index, args + 1, count - 1, &all, loans, &queue);
-    int64_t bytes = status || !ops[index].workspace ? 0 : ops[index].workspace(&all);
+    if (index == op_count) return PyErr_Format(PyExc_ValueError, "%s: there is no op %R", asker, args[0]), -1;
+    int status = take(index, args + 1, count - 1, all, loans, &queue);
     give_back(loans, specs[index].tensors, NULL);
-    if (bytes < 0) PyErr_SetString(PyExc_ValueError, last_error());
-    return status || bytes < 0 ? NULL : PyLong_FromLongLong(bytes);
+    return status ? -1 : index;
+}
+
+static PyObject *py_workspace(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    Struct all = { 0 };
+    int index = take_question("workspace", args, count, &all);
+    if (index < 0) return NULL;
+    int64_t bytes = ops[index].workspace ? ops[index].workspace(&all) : 0;
+    if (bytes < 0) return PyErr_SetString(PyExc_ValueError, last_error()), NULL;
+    return PyLong_FromLongLong(bytes);
+}
+
+static PyObject *py_scratch(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    Struct all = { 0 };
+    int index = take_question("scratch", args, count, &all), blocks = 0;
+    if (index < 0) return NULL;
+    ScratchFunction ask = ops[index].scratch[isa];
+    Scratch s = ask ? ask(&all) : (Scratch){ 0 };
+    for (int i = 0; i < SCRATCH_BLOCKS; i++)
+        if (s.bytes[i]) s.bytes[blocks++] = s.bytes[i];
+    PyObject *tuple = PyTuple_New(blocks);
+    for (int i = 0; tuple && i < blocks; i++) {
+        PyObject *n = PyLong_FromLongLong(s.bytes[i]);
+        if (!n || PyTuple_SetItem(tuple, i, n)) Py_CLEAR(tuple);
+    }
+    return tuple;
+}
+
+static PyObject *py_scratch_peak(PyObject *self, PyObject *unused) {
+    (void)self;
+    (void)unused;
+    return PyLong_FromLongLong(scratch_peak());
 }
 
 /* ---- the module ------------------------------------------------------------------------------ */
@@ -214,27 +244,6 @@ static PyObject *py_peak(PyObject *self, PyObject *arg) {
     return PyFloat_FromDouble(flops);
 }
 
-static PyObject *py_matmul_scratch(PyObject *self, PyObject *unused) {
-    (void)self;
-    (void)unused;
-    return Py_BuildValue("(LL)", (long long)PACK_BYTES, 2 * (long long)PACK_BYTES);
-}
-static PyObject *py_head_scratch(PyObject *self, PyObject *args) {
-    (void)self;
-    long long M, C, V;
-    int narrow, trained;
-    if (!PyArg_ParseTuple(args, "LLLpp:head_scratch", &M, &C, &V, &narrow, &trained)) return NULL;
-    return PyLong_FromLongLong(head_scratch(M, C, V, narrow, !trained ? 0 : narrow ? 2 : 4));
-}
-static PyObject *py_attention_scratch(PyObject *self, PyObject *args) {
-    (void)self;
-    long long B, T, H, K, D;
-    int narrow;
-    if (!PyArg_ParseTuple(args, "LLLLLp:attention_scratch", &B, &T, &H, &K, &D, &narrow)) return NULL;
-    int64_t sums = narrow ? attention_heads_at_once(B, T, H, K, D) * attention_head_sums(T, H, K, D) : 0;
-    return Py_BuildValue("(LL)", (long long)attention_thread_scratch((D + 15) / 16 * 16), (long long)sums);
-}
-
 static PyObject *py_calls(PyObject *self, PyObject *unused) {
     (void)self;
     (void)unused;
@@ -261,18 +270,21 @@ static PyMethodDef methods[] = {
     { "peak", py_peak, METH_O,
       "peak($module, n, /)\n--\n\nn rounds of multiply-adds in registers on this thread -> floating point "
       "operations." },
-    { "matmul_scratch", py_matmul_scratch, METH_NOARGS,
-      "matmul_scratch($module, /)\n--\n\nBytes that a product packs at most: of b, of a." },
-    { "head_scratch", py_head_scratch, METH_VARARGS,
-      "head_scratch($module, M, C, V, narrow, trained, /)\n--\n\nBytes of linear_cross_entropy_backward; "
-      "narrow: x is bfloat16, "
-      "else float32; trained: with dweight." },
-    { "attention_scratch", py_attention_scratch, METH_VARARGS,
-      "attention_scratch($module, B, T, H, K, D, narrow, /)\n--\n\nBytes of s2_attention_backward: of a "
-      "thread, of sums." },
+    { "scratch", (PyCFunction)(void (*)(void))py_scratch, METH_FASTCALL,
+      "scratch($module, op, /, *args)\n--\n\n"
+      "The blocks of memory, in bytes, that the op holds at one time while it runs on the CPU with these\n"
+      "arguments, in the order in which it takes them, for the current instruction set and number of "
+      "threads.\n"
+      "Arrays are neither read nor written, so they may be untouched memory. Consecutive calls share "
+      "blocks:\n"
+      "a run holds, for each rank, the largest block of this rank in any of its calls." },
+    { "scratch_peak", py_scratch_peak, METH_NOARGS,
+      "scratch_peak($module, /)\n--\n\n"
+      "The most bytes of scratch that were in use at one time since the last call of this function." },
     { "workspace", (PyCFunction)(void (*)(void))py_workspace, METH_FASTCALL,
-      "workspace($module, op, /, *args)\n--\n\nBytes that the op takes for a call with these arguments on a "
-      "GPU; 0 without CUDA." },
+      "workspace($module, op, /, *args)\n--\n\n"
+      "The bytes of workspace that the op takes on a GPU with these arguments; 0 without CUDA. Arrays are\n"
+      "neither read nor written." },
     { "calls", py_calls, METH_NOARGS, "calls($module, /)\n--\n\nHow often each op has run in this process." },
     { NULL, NULL, 0, NULL },
 };
