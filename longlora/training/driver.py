@@ -125,7 +125,6 @@ class Setup:
             checkpointing=o.checkpointing,
             memory=None if o.max_memory is None else int(o.max_memory * 2**30),
             device=device,
-            lora_instead=LoraConfig(),
         )
 
 
