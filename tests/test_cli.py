@@ -17,8 +17,7 @@ from longlora.decoder.config import read_config
 from longlora.device import choose
 from longlora.errors import UserError
 from longlora.evaluation import ppl
-from longlora.training import driver as train
-from longlora.training import options
+from longlora.training import driver, options
 
 GIVEN = dict(model="m", data="d", output_dir="o")
 
@@ -171,6 +170,14 @@ def test_a_flag_wins_over_the_yaml_under_any_name(tmp_path):
         (dict(seed=None), "seed is missing"),
         (dict(eval_data="x", eval_fraction=0.1), "one of eval_data and eval_fraction"),
         (dict(eval_fraction=0.9), "at most 0.5"),
+        (
+            dict(packing_boundaries="document", boundary="wrap"),
+            "packing_boundaries document needs boundary split",
+        ),
+        (
+            dict(packing_boundaries="document", boundary="swap"),
+            "packing_boundaries document needs boundary split",
+        ),
         (dict(sequence_length=100, target_length=50), "sequence_length should be at most target_length 50"),
         (dict(device="gpu"), "device should be auto, cpu, cuda, or cuda:0 and so on, got 'gpu'"),
         (dict(device=0), "device should be str"),
@@ -251,7 +258,7 @@ def test_bad_input_is_one_line_and_touches_nothing(tmp_path, monkeypatch, capsys
 
 
 def test_an_adapter_for_another_base_is_refused(tmp_path):
-    train.train(lambda line: None, **tiny.options(tmp_path, max_steps=1))
+    driver.train(lambda line: None, **tiny.options(tmp_path, max_steps=1))
     other = tiny.model(tmp_path / "other", seed=9)
     before = tiny.listing(tmp_path)
     both = ["--model", other, "--adapter", tmp_path / "out"]
@@ -288,7 +295,7 @@ def test_what_auto_chose_is_said(tmp_path):
     )
     assert f"device: {device}" in done.stdout.splitlines()[0]
     said = []
-    train.train(said.append, **fields)
+    driver.train(said.append, **fields)
     assert said[0].startswith("device: cpu, 1 threads") and "no GPU" not in said[0]  # which was asked for
 
 
@@ -341,7 +348,7 @@ def test_train_merge_inspect_from_the_command_line(tmp_path):
 def test_every_flag_of_ppl_is_passed_on(tmp_path, monkeypatch, capsys, flags, keywords):
     """The result is that of the keyword, and another one than without."""
     monkeypatch.chdir(tmp_path)
-    train.train(lambda line: None, **tiny.options(tmp_path, max_steps=1))
+    driver.train(lambda line: None, **tiny.options(tmp_path, max_steps=1))
     tiny.text(tmp_path / "held.txt", 30)
     always = "ppl --model base --data held.txt --lengths 32,100 --device cpu --json"
     assert cli.main([*always.split(), *flags.split()]) == 0

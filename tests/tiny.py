@@ -93,6 +93,14 @@ def text(path, words=3000, seed=0):
     return Path(path)
 
 
+def documents(path, sizes, seed=0):
+    """A .jsonl file of documents of these numbers of tokens, with the end token that a run adds -> their ids."""
+    random = np.random.default_rng(seed)
+    texts = ["".join(random.choice(list("shift group"), size - 1)) for size in sizes]
+    Path(path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return [np.array([*text.encode(), CONFIG["eos_token_id"]]) for text in texts]
+
+
 def options(tmp_path, **fields):
     """Keywords of a short run on the CPU: base, text and output directory lie in tmp_path, made if they are not there."""
     base, data = tmp_path / "base", tmp_path / "text.txt"

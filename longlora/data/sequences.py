@@ -1,6 +1,7 @@
 """Token ids to training batches: cut and packed into sequences, dealt out in a seeded order."""
 
 import copy
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -12,14 +13,27 @@ from longlora.ops import IGNORE
 class Sequences:
     """The training sequences of a corpus, each of 2 to `length` tokens.
 
-    Documents shorter than a sequence are packed: joined to the next until the sequence is full. long_documents says what
-    happens to longer ones: "split", "truncate", "drop" or "refuse" (UserError). A single token left at the very end has
-    no target and makes no sequence. `sentence` reports what was done, with every token that is lost. `where` names the
-    corpus in messages. UserError if no sequence results.
+    Documents shorter than a sequence are packed: joined to the next until the sequence is full.
+    long_documents says what happens to longer ones: "split", "truncate", "drop" or "refuse" (UserError).
+
+    packing_boundaries says whether the documents of a sequence see each other. "none": a sequence is one
+    text; a single token left at the very end has no target and makes no sequence. "document": every document
+    is a text of its own, and its last token has no target; a piece of a single token is left out.
+
+    `pieces` holds (first, last) in tokens.ids for every document's part of every sequence. `sentence` reports
+    what was done, with the number of lost tokens. `where` names the corpus in messages. UserError if no
+    sequence results.
     """
 
-    def __init__(self, tokens: Tokens, length: int, long_documents: str = "split", where: str = "data"):
-        self.tokens, self.length = tokens, length
+    def __init__(
+        self,
+        tokens: Tokens,
+        length: int,
+        long_documents: str = "split",
+        where: str = "data",
+        packing_boundaries: str = "none",
+    ):
+        self.tokens, self.length, self.apart = tokens, length, packing_boundaries == "document"
         sizes = np.diff(tokens.borders)
         long = int((sizes > length).sum())
         if long and long_documents == "refuse":
@@ -28,8 +42,8 @@ class Sequences:
                 f"{where}: document {i} has {int(sizes[i]):,} tokens, the sequence {length:,} ({long} such); "
                 "long_documents can be split, truncate or drop"
             )
-        self.pieces: list[list[tuple[int, int]]] = []  # for each sequence (first, last) in tokens.ids
-        lost = self._pack(sizes, long_documents)
+        self.pieces: list[list[tuple[int, int]]] = []
+        lost, single = self._pack(sizes, long_documents)
         if not self.pieces:
             raise UserError(f"{where}: leaves no sequence of {length} tokens")
         done = {
@@ -42,27 +56,33 @@ class Sequences:
             f"{int(np.median(sizes)):,}, longest {int(sizes.max()):,}) -> {len(self.pieces):,} sequences of "
             f"{length:,}" + (f"; {long:,} longer documents {done.get(long_documents)}" if long else "")
         )
+        if self.apart:
+            self.sentence += "; documents do not see each other"
+            self.sentence += f", {single:,} single tokens left out" if single else ""
 
-    def _pack(self, sizes: np.ndarray, long_documents: str) -> int:
-        """Fill `pieces` from documents of these sizes -> the number of tokens of long documents that are lost."""
-        open_, room, lost = [], self.length, 0
-        for first, size in zip(self.tokens.borders[:-1].tolist(), sizes.tolist(), strict=True):
+    def _pack(self, sizes: np.ndarray, long_documents: str) -> tuple[int, int]:
+        """Fill `pieces` from documents of these sizes -> lost tokens of long documents, single tokens left
+        out."""
+        open_, room, lost, single = [], self.length, 0, 0
+        least = 2 if self.apart else 1  # the smallest piece
+        for first, size in zip(self.tokens.borders[:-1].tolist(), sizes.tolist()):
             if size > self.length and long_documents == "drop":
                 lost += size
                 continue
             if size > self.length and long_documents == "truncate":
                 lost += size - self.length
                 size = self.length
-            while size:
+            while size >= least:
                 take = min(size, room)
                 open_.append((first, first + take))
                 first, size, room = first + take, size - take, room - take
-                if room == 0:
+                if room < least:
                     self.pieces.append(open_)
                     open_, room = [], self.length
+            single += size
         if open_ and self.length - room >= 2:
             self.pieces.append(open_)
-        return lost
+        return lost, single
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -80,26 +100,56 @@ class Sequences:
 
     def get(self, i: int) -> np.ndarray:
         """The ids of sequence i, int32 [n], n <= length."""
-        return np.concatenate([np.asarray(self.tokens.ids[a:b], np.int32) for a, b in self.pieces[i]])
+        return np.concatenate(self._parts(i))
+
+    def texts(self, i: int) -> list[np.ndarray]:
+        """The ids of sequence i, int32, cut where a text ends that the next does not see."""
+        return self._parts(i) if self.apart else [self.get(i)]
+
+    def _parts(self, i: int) -> list[np.ndarray]:
+        return [np.asarray(self.tokens.ids[a:b], np.int32) for a, b in self.pieces[i]]
+
+    def targets(self, i: int) -> int:
+        """The number of tokens in sequence i that another token predicts."""
+        sizes = [last - first for first, last in self.pieces[i]]
+        return sum(sizes) - (len(sizes) if self.apart else 1)
 
 
-def batch(sequences: Sequences, indices: list[int], multiple: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """The sequences `indices` as ids and targets [B,T] int32: targets are the next tokens, IGNORE where there is none.
+def batch(
+    sequences: Sequences, indices: Iterable[int], multiple: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The sequences `indices` as a batch -> ids, targets, cu_seqlens.
 
-    T is the length of the longest row, rounded up to `multiple`: a short rest of a document costs no more than its
-    length. Shorter rows end in padding.
+    ids and targets [B,T] are int32. A target is the next token of the same text, or IGNORE. T is the length
+    of the longest row, rounded up to `multiple`: a short rest of a document costs no more than its length.
+    Shorter rows end in padding.
+
+    cu_seqlens is None if every row is one text. Otherwise (packing_boundaries "document") it holds the
+    borders of the texts among the B*T tokens, int32 [S], from 0 to B*T. Padding forms pieces of its own.
     """
-    rows = [sequences.get(i) for i in indices]
-    length = -(-max(map(len, rows)) // multiple) * multiple
-    ids, targets = np.zeros((len(rows), length), np.int32), np.full((len(rows), length), IGNORE, np.int32)
-    for row, found in enumerate(rows):
-        ids[row, : len(found)] = found
-        targets[row, : len(found) - 1] = found[1:]
-    return ids, targets
+    rows = [sequences.texts(i) for i in indices]
+    lengths = [sum(map(len, texts)) for texts in rows]
+    T = -(-max(lengths) // multiple) * multiple
+    ids, targets = np.zeros((len(rows), T), np.int32), np.full((len(rows), T), IGNORE, np.int32)
+    starts = []
+    for row, texts in enumerate(rows):
+        first = 0
+        for text in texts:
+            last = first + len(text)
+            ids[row, first:last] = text
+            targets[row, first : last - 1] = text[1:]
+            starts.append(row * T + first)
+            first = last
+        if first < T:
+            starts.append(row * T + first)
+    return ids, targets, np.array([*starts, len(rows) * T], np.int32) if sequences.apart else None
 
 
 class Order:
-    """Endless seeded permutations of 0..n-1. `position` alone determines what comes next, so resuming is exact."""
+    """Endless seeded permutations of 0..n-1.
+
+    `position`, how many numbers were taken, alone determines what comes next, so resuming is exact.
+    """
 
     def __init__(self, n: int, seed: int, position: int = 0):
         self.n, self.seed, self.position, self._epoch = n, seed, position, -1

@@ -1,4 +1,4 @@
-"""Text files to documents: .txt files (one document each) and .jsonl files (one document a line), read in blocks."""
+"""Text files to documents. A .txt file is one document, a .jsonl file has one document a line."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def _opened(path: str) -> BinaryIO:
 
 
 def _blocks(path: str) -> Iterator[str]:
-    """Yield the text of a .txt file in pieces of about BLOCK bytes, cut after a line break, or else before a space."""
+    """Yield the text of a .txt in pieces of about BLOCK bytes, cut after a line break or before a space."""
     left, offset, some = b"", 0, False
     with _opened(path) as file:
         while left is not None:

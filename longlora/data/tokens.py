@@ -23,8 +23,8 @@ def encode_documents(
 ) -> Iterator[tuple[np.ndarray, bool]]:
     """Tokenise `documents`, each an iterable of pieces of its text.
 
-    Yields, block by block, int32 ids and whether the document ends there. The ids equal those of the whole document
-    tokenised at once. Blocks are tokenised in parallel on all cores, also across documents.
+    Yields, block by block, int32 ids and whether the document ends there. The ids equal those of the whole
+    document tokenised at once. Blocks are tokenised in parallel on all cores, also across documents.
     """
     front, back = _affixes(tokenizer)
     nothing, waiting, size = front[:0], [], 0
@@ -47,12 +47,12 @@ def encode_documents(
 
 
 def _parts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Join the pieces into parts that can be tokenised one by one; yield each part and whether it is the last.
+    """Join the pieces into parts that can be tokenised one by one; yield (part, whether it is the last).
 
-    A cut between two pieces is kept only where the text around it tokenises the same with and without the cut. The
-    tokenizers of our families split text by a regular expression or byte by byte, so text far from a cut cannot depend
-    on it. Where no such cut exists (a SentencePiece model that puts a space before a text's first word) the pieces are
-    joined, and memory limits the length of the document.
+    A cut between two pieces is kept only where the text around it tokenises the same with and without the
+    cut. The tokenizers of our families split text by a regular expression or byte by byte, so text far from a
+    cut cannot depend on it. Where no such cut exists (a SentencePiece model that puts a space before a text's
+    first word) the pieces are joined, and memory limits the length of the document.
     """
 
     def bare(part):
@@ -74,14 +74,14 @@ def _parts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[tuple[str, b
         held += piece
         if len(held) * BYTES_PER_CHARACTER > available_memory():
             raise UserError(
-                f"a document of more than {len(held):,} characters does not fit in memory while it is tokenised; "
+                f"a document of more than {len(held):,} characters does not fit in memory to be tokenised; "
                 "split it into several files, or into the lines of a .jsonl file"
             )
     yield held, True
 
 
 def _cut(held: str, piece: str, clean: Callable[[str, str], bool]) -> int | None:
-    """Where to cut `held`, which `piece` follows: the last of its ends and line breaks that is clean, or None."""
+    """Where to cut `held`, which `piece` follows: at its end or its last clean line break, or None."""
     at = len(held)
     for _ in range(8):
         if at <= 0:
@@ -101,8 +101,8 @@ def _affixes(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Tokens:
-    """Token ids of a corpus: `ids` [N], integers, memory-mapped; `borders` int64 [documents + 1], where each document
-    begins in `ids`, and N; `fingerprint`, a hash of both."""
+    """Token ids of a corpus: `ids` [N], integers, memory-mapped; `borders` int64 [documents + 1], where each
+    document begins in `ids`, and N; `fingerprint`, a hash of both."""
 
     def __init__(self, ids: np.ndarray, borders: np.ndarray, fingerprint: str):
         self.ids, self.borders, self.fingerprint = ids, borders, fingerprint
@@ -119,8 +119,8 @@ class Tokens:
 def read_bin(path: str, vocab_size: int) -> Tokens:
     """Read a token .bin file as one document, without copying it.
 
-    The file is headerless little-endian uint16 (uint32 if vocab_size is above 65536), or llm.c's format with its
-    1024-byte header. UserError if its size does not fit or an id is not below vocab_size.
+    The file is headerless little-endian uint16 (uint32 if vocab_size is above 65536), or llm.c's format with
+    its 1024-byte header. UserError if its size does not fit or an id is not below vocab_size.
     """
     size = os.path.getsize(path)
     head = np.fromfile(path, np.int32, 3) if size >= 1024 else np.zeros(3, np.int32)
@@ -151,9 +151,10 @@ def tokenise(
 ) -> Tokens:
     """Return the Tokens of the text at `path`, from the cache if text and tokenizer are unchanged.
 
-    Each document ends with the tokenizer's end-of-text token, if it has one. The cache consists of two files, each
-    written aside and renamed. Its key covers the files' paths, sizes and times, and the tokenizer. `say` receives a
-    sentence when the text is tokenised anew. UserError for text that cannot be read and for a damaged cache.
+    Each document ends with the tokenizer's end-of-text token, if it has one. The cache consists of two files,
+    each written aside and renamed. Its key covers the files' paths, sizes and times, and the tokenizer. `say`
+    receives a sentence when the text is tokenised anew. UserError for text that cannot be read and for a
+    damaged cache.
     """
     files = text.files_of(path)
     if files[0].endswith(".bin"):

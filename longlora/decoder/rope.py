@@ -125,10 +125,15 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
     if rope.type == "linear":
         return frequency / rope.factor, 1.0
     if rope.type == "llama3":
-        turns = rope.original_length * frequency / (2 * math.pi)
-        keep = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
-        return frequency * (keep + (1 - keep) / rope.factor), 1.0
+        return _llama3(rope, frequency), 1.0
     return _yarn(rope, head_dim, frequency)
+
+
+def _llama3(rope, frequency):
+    """Llama 3.1's rule: keep fast dimensions, interpolate slow ones, ramp between them."""
+    turns = rope.original_length * frequency / (2 * math.pi)
+    keep = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+    return frequency * (keep + (1 - keep) / rope.factor)
 
 
 def _yarn(rope, head_dim, frequency):

@@ -19,8 +19,9 @@ from longlora.ops import IGNORE
 def windows(count: int, length: int, stride: int | None = None) -> list[tuple[int, int, int]]:
     """Cut `count` tokens into windows of `length` -> [(first, last, index of the first scored target)].
 
-    Without a stride the windows lie side by side, the last one may be shorter, and each is scored at all its targets.
-    With a stride this is the usual sliding window: each window is scored only at the targets that no earlier window had.
+    Without a stride the windows lie side by side, the last one may be shorter, and each is scored at all its
+    targets. With a stride this is the usual sliding window: each window is scored only at the targets that no
+    earlier window had.
     """
     out, first, scored = [], 0, 1
     while first < count - 1:
@@ -38,7 +39,8 @@ def score(
 ) -> tuple[int, float]:
     """Score `ids` (int32 [N]) in windows of `length` tokens -> (tokens scored, sum of their losses in nats).
 
-    The sums of losses and the counts by position in the window are added to `positions`, float64 [2,length], if given.
+    The sums of losses and the counts by position in the window are added to `positions`, float64 [2,length],
+    if given.
     """
     total, tokens = 0.0, 0
     for first, last, start in windows(len(ids), length, stride):
@@ -58,9 +60,10 @@ def score(
 def read_ids(
     path: str, tokenizer: Tokenizer | None, config: ModelConfig, max_tokens: int | None = None
 ) -> list[np.ndarray]:
-    """The token ids of the text at `path`: int32 [N] for each document, as transformers' tokenizer(text) gives them.
+    """The token ids of the text at `path`, int32 [N] for each document.
 
-    Only the first `max_tokens` of all tokens are kept. UserError for text that cannot be read.
+    They equal those of transformers' tokenizer(text). Only the first `max_tokens` of all tokens are kept.
+    UserError for text that cannot be read.
     """
     parts = []
     for file in files_of(path):
@@ -95,10 +98,10 @@ def measure(
     stride: int | None = None,
     bins: int | None = None,
 ) -> list[dict]:
-    """Score documents (int32 [N] each) at each of `lengths` -> [{length, tokens, loss, perplexity}], loss in nats per token.
+    """Score documents (int32 [N] each) at each of `lengths` -> [{length, tokens, loss, perplexity}].
 
-    With bins, each result also has by_position: [{first, last, tokens, loss, perplexity}] over `bins` equal parts of the
-    window. UserError if no document holds two tokens.
+    The loss is in nats per token. With bins, each result also has by_position: [{first, last, tokens, loss,
+    perplexity}] over `bins` equal parts of the window. UserError if no document holds two tokens.
     """
     results = []
     for length in lengths:
@@ -145,10 +148,10 @@ def open_for_evaluation(
     dtype: str = "float32",
     device: str = CPU,
 ):
-    """Open the model at path `model`, with an adapter if given, for evaluation only -> (Model, opened base model).
+    """Open the model at path `model`, with an adapter if given, for evaluation only.
 
-    With rope_type the positions are interpolated to target_length, without training. UserError for files that cannot
-    be read or do not belong together.
+    Returns the Model and the opened base model. With rope_type the positions are interpolated to
+    target_length, without training. UserError for files that cannot be read or do not belong together.
     """
     from longlora.decoder import rope
     from longlora.decoder.config import read_config
@@ -180,15 +183,19 @@ def run(
     bins: int | None = None,
     device: str = "auto",
 ) -> dict:
-    """Perplexity of the model at path `model`, with an adapter if given, on the text at `data`, with dense attention.
+    """Perplexity of the model at path `model`, with an adapter if given, on the text at `data`.
 
-    Returns {"results": [{"length", "tokens", "loss", "perplexity"}, ...], ...}, one result for each of `lengths` (tokens
-    of a window), loss in nats per token. Memory does not grow with the vocabulary.
-    stride: tokens between windows (a sliding window); by default windows lie side by side.
-    rope_type, target_length: interpolate the positions first, without training; the default target is the longest window.
-    max_tokens: use only this many tokens from the start of the data.
-    bins: give each result by_position too, in this many parts of the window.
-    device: auto, cpu, cuda, cuda:1, ...; auto is the first usable GPU, or else the CPU.
+    Attention is dense. Memory does not grow with the vocabulary. Returns {"results": [{"length", "tokens",
+    "loss", "perplexity"}, ...], ...}, one result for each of `lengths`, loss in nats per token.
+
+    lengths        tokens of a window
+    stride         tokens between windows (a sliding window); by default windows lie side by side
+    rope_type      interpolate the positions first, without training
+    target_length  the length to interpolate to; by default the longest window
+    max_tokens     use only this many tokens from the start of the data
+    bins           give each result by_position too, in this many parts of the window
+    device         auto, cpu, cuda, cuda:1, ...; auto is the first usable GPU, or else the CPU
+
     UserError names an argument that is out of range and files that cannot be read.
     """
     lengths = [lengths] if isinstance(lengths, int) else list(lengths)

@@ -142,9 +142,9 @@ Servers that do not take `modules_to_save` (vLLM, llama.cpp) need the merged mod
 def load(
     directory: Path, base: ModelFile | None = None
 ) -> tuple[LoraConfig, dict[str, np.ndarray], dict[str, Any] | None]:
-    """Read an adapter -> (LoraConfig, name -> float32 array, the dict of its config.json or None).
+    """Read an adapter -> (LoraConfig, name -> float32 array, its config.json or None).
 
-    base: the model it should be for. UserError for an adapter of another base, for missing, extra or misshapen
+    base: the model it should be for. UserError for an adapter of another base, for missing, extra, misshapen
     tensors, and for PEFT features that are not supported, each by name.
     """
     lora = read_lora(directory)
@@ -166,13 +166,17 @@ def load(
     if (
         raw is not None
         and base is not None
-        and read_config(described).tensor_shapes() != config.tensor_shapes()
+        and read_config(described).tensor_shapes() != base.config.tensor_shapes()
     ):
         raise UserError(
             f"{directory}: is an adapter for another base model than {base.path}: its config has other shapes"
         )
     if config is not None:
-        lora = _tie(lora.for_model(config), tensors, config, path)
+        try:
+            lora = lora.for_model(config)
+        except UserError as error:
+            raise UserError(f"{os.path.join(directory, CONFIG)}: {error}") from None
+        lora = _tie(lora, tensors, config, path)
         check(tensors, lora.tensor_shapes(config), path)
     for name, array in tensors.items():
         if not np.isfinite(array).all():

@@ -91,7 +91,8 @@ def save_merged(
     """
     shapes = read_config(raw).tensor_shapes()
     dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(shapes, dtype)
-    shards, total = [[]], 0
+    shards: list[list[tuple[str, int]]] = [[]]
+    total = 0
     for name, shape in shapes.items():
         size = math.prod(shape) * WIDTHS[dtypes[name]]
         if shards[-1] and sum(known for _, known in shards[-1]) + size > SHARD:

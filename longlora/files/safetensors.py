@@ -183,7 +183,7 @@ def write(
             array = np.asarray(read(name))
             if array.nbytes != header[name]["data_offsets"][1] - header[name]["data_offsets"][0]:
                 raise ValueError(f"{name}: wanted {tensors[name]}, got {array.dtype} of shape {array.shape}")
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def save(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:

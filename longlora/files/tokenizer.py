@@ -8,7 +8,7 @@ letter, neither does this file.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Tokenizer:
     function that makes its text.
     """
 
-    def __init__(self, backend: Any, special: dict[str, str], files: dict[str, Path | Callable[[], str]]):
+    def __init__(self, backend: Any, special: dict[str, str], files: Mapping[str, Path | Callable[[], str]]):
         self.backend, self.special, self._files = backend, special, files
         backend.no_truncation()
         backend.no_padding()

@@ -66,7 +66,7 @@ def configure(model, group_size=None, boundary="split", shift="half"):
 
 def group_size_of(config, T):
     """Tokens of a group for sequences of T: as configured, or a quarter, even."""
-    return getattr(config, "longlora_group_size", None) or max(2, T // 8 * 2)
+    return getattr(config, "longlora_group_size", None) or raw.quarter_group(T)
 
 
 def _rows(function, b, q, k):

@@ -17,7 +17,8 @@ from longlora.decoder.config import read_config
 from longlora.decoder.lora import LoraConfig
 from longlora.errors import UserError
 from longlora.files import adapter
-from longlora.files.open_model import open_model, some, to_float32
+from longlora.files.model_file import some, to_float32
+from longlora.files.open_model import open_model
 from longlora.files.safetensors import SafetensorsFile
 
 PARAMETERS, WEIGHTS = "trainable_params.bin", ("adapter_model.bin", "adapter_model.safetensors")

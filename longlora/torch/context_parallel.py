@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from longlora import _C
-from longlora.ops import SHIFTS, s2_attention_backward, s2_attention_forward
+from longlora.ops import IGNORE, SHIFTS, s2_attention_backward, s2_attention_forward, shifted_heads
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What the ranks compare, as integers, and how a message shows it. T, the first, is each one's own.
@@ -79,7 +79,7 @@ class Message(NamedTuple):
 
 
 def _plain_heads(H, shift):
-    return {"half": H // 2, "none": H, "all": 0}[shift]
+    return H - shifted_heads(H, shift)
 
 
 def _kv_kinds(H, K, shift):
@@ -273,7 +273,7 @@ def positions(lengths, group, device=None):
     return torch.arange(begin, begin + lengths[rank], device=device)
 
 
-def next_tokens(ids, dim=-1, ignore_index=-100):
+def next_tokens(ids, dim=-1, ignore_index=IGNORE):
     """Targets of the whole sequence ids: the token after each one, ignore_index after the last.
 
     To be called before `split`, because the last target of a piece is the first token of the right neighbour's.
@@ -548,7 +548,7 @@ class _Mean(torch.autograd.Function):
         return (dloss * ctx.weight).to(dloss.dtype), None, None, None
 
 
-def loss(total, targets, group, *, gradients="mean", ignore_index=-100):
+def loss(total, targets, group, *, gradients="mean", ignore_index=IGNORE):
     """The loss of a step: the sum over the targets of all ranks divided by their number, the same value on every rank.
 
     total: 0-d, the sum of the losses over this rank's targets (cross_entropy with reduction="sum"). targets: those of this

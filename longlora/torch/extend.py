@@ -7,6 +7,7 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longlora.decoder import rope as rope_
+from longlora.decoder.families import FAMILIES
 from longlora.torch.attention import NAME, configure
 
 
@@ -62,8 +63,13 @@ def set_rope(model, type, target_length):
         found.pop(
             "partial_rotary_factor", None
         )  # no rule asks for it but by the number of rotated dimensions
+    # In transformers every family takes every type of rope, as llama does in the driver.
+    family = "llama"
     base = SimpleNamespace(
-        rope=rope_.read(raw, config.max_position_embeddings, f"{config.model_type}'s config"),
+        family=family,
+        rope=rope_.read(
+            raw, FAMILIES[family], config.max_position_embeddings, f"{config.model_type}'s config"
+        ),
         max_position_embeddings=config.max_position_embeddings,
         head_dim=int(dim * partial),
     )

@@ -621,7 +621,7 @@ _register(
 )
 
 
-def linear_cross_entropy(x, weight, targets, ignore_index=-100, reduction="mean"):
+def linear_cross_entropy(x, weight, targets, ignore_index=ops.IGNORE, reduction="mean"):
     """Cross entropy of the logits x weight^T, which never exist whole. x [...,C], weight [V,C], targets [...] integers.
 
     reduction "mean" over the targets that are not ignored, "sum", or "none" ([...] float32). float32. With "mean" and "sum"

@@ -13,6 +13,7 @@ import weakref
 import torch
 from torch.distributed.tensor import DTensor
 
+from longlora.ops import IGNORE
 from longlora.torch import ops
 
 _MARK = "longlora_original_forward"
@@ -168,7 +169,7 @@ def _loss(model):
             kwargs.pop(name, default)
             for name, default in (
                 ("num_items_in_batch", None),
-                ("ignore_index", -100),
+                ("ignore_index", IGNORE),
                 ("shift_labels", None),
                 ("logits_to_keep", None),
             )

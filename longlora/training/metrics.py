@@ -1,8 +1,10 @@
-"""What a run reports: metrics.jsonl, one JSON object a line."""
+"""The metrics of a run: metrics.jsonl, one JSON object a line."""
 
 import json
 import os
 import resource
+from collections.abc import Iterable
+from typing import Any
 
 from longlora.disk import write_text
 from longlora.errors import UserError
@@ -10,9 +12,11 @@ from longlora.errors import UserError
 FILE = "metrics.jsonl"
 
 
-def peak_memory():
-    """The largest resident size of this program so far, in bytes. Where there is no /proc it is what getrusage says, which may be
-    that of the program that started this one."""
+def peak_memory() -> int:
+    """The largest resident size of this program so far, in bytes.
+
+    Without /proc the figure is getrusage's, which may be that of the program that started this one.
+    """
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
             return int(next(line for line in file if line.startswith("VmHWM:")).split()[1]) * 1024
@@ -20,8 +24,11 @@ def peak_memory():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def read(output_dir):
-    """The rows of a run's metrics.jsonl, in order; a line that was being written when the run was killed is left out."""
+def read(output_dir: str | os.PathLike) -> list[dict]:
+    """The rows of a run's metrics.jsonl, in order, without a last line that a killed run left half written.
+
+    UserError if the file cannot be read or is damaged.
+    """
     path = os.path.join(output_dir, FILE)
     try:
         with open(path, encoding="utf-8") as file:
@@ -34,14 +41,22 @@ def read(output_dir):
 
 
 class Log:
-    """metrics.jsonl of a run: it starts with `rows`, those up to the checkpoint that is resumed, and grows a line at a time."""
+    """The metrics.jsonl of a run. It starts with `rows`, those up to the checkpoint that is resumed, and
+    grows by lines.
 
-    def __init__(self, output_dir, rows=()):
-        self.path, self.rows = os.path.join(output_dir, FILE), list(rows)
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+    With writes=False it only keeps the rows: in a group of processes one of them writes the file.
+    """
 
-    def add(self, **row):
+    def __init__(self, output_dir: str, rows: Iterable[dict] = (), writes: bool = True):
+        self.path, self.rows, self.writes = os.path.join(output_dir, FILE), list(rows), writes
+        if writes:
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def add(self, **row: Any) -> None:
+        """Add a row. UserError if the file cannot be written."""
         self.rows.append(row)
+        if not self.writes:
+            return
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

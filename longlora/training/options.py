@@ -111,6 +111,11 @@ class TrainOptions:
     long_documents: str = option(
         "split", "documents longer than a sequence", choices=("split", "refuse", "truncate", "drop")
     )
+    packing_boundaries: str = option(
+        "none",
+        "documents packed into one sequence: none (they form one text) or document (they do not see each other)",
+        choices=("none", "document"),
+    )
     eval_data: str | None = option(None, "held-out text, in the same forms as data")
     eval_fraction: float = option(
         0.0, "share of the sequences held out when there is no eval_data", low=0, high=0.5
@@ -158,6 +163,11 @@ class TrainOptions:
             raise UserError(f"group_size should be even, half of it is the shift, got {self.group_size}")
         if self.group_size is not None and self.attention == "dense":
             raise UserError("group_size is of s2 attention, got attention dense")
+        if self.packing_boundaries == "document" and self.attention == "s2" and self.boundary != "split":
+            raise UserError(
+                f"packing_boundaries document needs boundary split; boundary {self.boundary} would need every "
+                "document to be a multiple of group_size"
+            )
         if self.init is not None and self.target_length is not None:
             raise UserError("target_length extends a pretrained model; with init the length is the config's")
         if (
@@ -194,7 +204,9 @@ class TrainOptions:
                 f"unless target_length extends it, got {length}"
             )
         if self.group_size is None and self.attention == "s2":
-            self.group_size = max(2, length // 8 * 2)
+            from longlora.ops import quarter_group
+
+            self.group_size = quarter_group(length)
         if self.attention == "s2" and self.group_size > length:
             raise UserError(f"group_size should be at most sequence_length {length}, got {self.group_size}")
         if self.attention == "s2" and self.boundary != "split" and length % self.group_size:

@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from longlora import _C
-from longlora.ops import BOUNDARIES, SHIFTS
+from longlora.ops import BOUNDARIES, SHIFTS, shifted_heads
 
 
 def pairs(T, H, G, boundary, shift):
@@ -31,7 +31,7 @@ def pairs(T, H, G, boundary, shift):
 
     half = G // 2
     shifted = causal(min(half, T)) + groups(max(T - half, 0)) + (half * half if boundary != "split" else 0)
-    count = {"half": H - H // 2, "none": 0, "all": H}[shift]
+    count = shifted_heads(H, shift)
     return (H - count) * groups(T) + count * shifted
 
 

@@ -1,8 +1,9 @@
-"""checkpoint-N: everything a run needs to go on as if it had never stopped, in one directory that is whole or not there.
+"""Checkpoints: everything a run needs to continue as if it had never stopped, in one directory, checkpoint-N.
 
-The adapter (or, with --full, the whole model), optimizer.safetensors (float32 masters and moments), trainer_state.json (step,
-position in the data, options, history): written to a directory beside, flushed file by file, renamed. A killed run leaves at
-most a *.partial, which the next one removes.
+It holds the adapter (or, with `full`, the whole model), optimizer.safetensors (float32 masters and moments)
+and trainer_state.json (step, position in the data, options, history). The directory is written under another
+name, flushed file by file and then renamed, so a checkpoint is complete or absent. A killed run leaves at
+most a *.partial, which the next run removes.
 """
 
 import contextlib
@@ -10,6 +11,10 @@ import fcntl
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
 
 from longlora.disk import flush, read_json, write_json
 from longlora.errors import UserError
@@ -20,30 +25,40 @@ STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 ASIDE = ".partial"
 
 
-def found(output_dir):
-    """The complete checkpoints of a run, oldest first: [path]."""
+def path_of(output_dir: str, step: int) -> str:
+    """The directory of the checkpoint after `step` steps."""
+    return os.path.join(output_dir, f"checkpoint-{step}")
+
+
+def found(output_dir: str) -> list[str]:
+    """The directories of a run's complete checkpoints, oldest first."""
     if not os.path.isdir(output_dir):
         return []
-    steps = sorted(
-        int(match[1]) for name in os.listdir(output_dir) if (match := re.fullmatch(r"checkpoint-(\d+)", name))
-    )
-    return [os.path.join(output_dir, f"checkpoint-{step}") for step in steps]
+    matches = (re.fullmatch(r"checkpoint-(\d+)", name) for name in os.listdir(output_dir))
+    return [path_of(output_dir, step) for step in sorted(int(match[1]) for match in matches if match)]
 
 
-def save(output_dir, state, optimizer, write_model, limit=None):
-    """Write checkpoint-N, N = state["global_step"] -> its path. UserError when it cannot be written; older ones are untouched.
+def save(
+    output_dir: str,
+    state: dict,
+    optimizer: dict[str, Any],
+    write_model: Callable[[str], object],
+    limit: int | None = None,
+) -> str:
+    """Write checkpoint-N, N = state["global_step"] -> its path.
 
-    write_model(directory) puts the adapter or model there; optimizer is name -> float32 array. With `limit` the oldest are
-    removed, once the new one is in place.
+    write_model(directory) writes the adapter or the model; optimizer is name -> float32 array. With `limit`,
+    only that many checkpoints stay: the oldest are removed once the new one is in place. UserError if it
+    cannot be written; the older checkpoints are then untouched.
     """
-    final = os.path.join(output_dir, f"checkpoint-{state['global_step']}")
+    final = path_of(output_dir, state["global_step"])
     aside = final + ASIDE
     try:
         os.makedirs(aside)
-        write_model(aside)  # every file is flushed by its writer
+        write_model(aside)  # each writer flushes its files
         save_tensors(os.path.join(aside, OPTIMIZER), optimizer)
         write_json(os.path.join(aside, STATE), state)
-        _remove(final)  # an equal one, of a run that was resumed from before it
+        _remove(final)  # it exists if the run resumed from an earlier checkpoint
         os.rename(aside, final)
         flush(output_dir)
         for old in found(output_dir)[:-limit] if limit else []:
@@ -57,14 +72,14 @@ def save(output_dir, state, optimizer, write_model, limit=None):
     return final
 
 
-def _remove(path):
-    """Remove a checkpoint so that at no time half of it is left under its name."""
+def _remove(path: str) -> None:
+    """Remove a checkpoint. At no time is half of it left under its name."""
     if os.path.exists(path):
         os.rename(path, path + ".old" + ASIDE)
         shutil.rmtree(path + ".old" + ASIDE)
 
 
-def sweep(directory):
+def sweep(directory: str) -> None:
     """Remove what a killed run left half written."""
     for name in os.listdir(directory):
         path = os.path.join(directory, name)
@@ -75,8 +90,12 @@ def sweep(directory):
 
 
 @contextlib.contextmanager
-def alone(directory):
-    """Hold `directory`, making it if need be, against other runs. The lock is the process's: a killed run leaves none."""
+def alone(directory: str) -> Iterator[None]:
+    """Create `directory` if it does not exist and lock it against other runs; UserError if another run holds
+    it.
+
+    The lock belongs to the process, so a killed run leaves none.
+    """
     try:
         os.makedirs(directory, exist_ok=True)
         handle = os.open(directory, os.O_RDONLY)
@@ -88,14 +107,17 @@ def alone(directory):
         except BlockingIOError:
             raise UserError(f"{directory}: another run is writing there now") from None
         except OSError:
-            pass  # a file system without locks
+            pass  # the file system has no locks
         yield
     finally:
         os.close(handle)
 
 
-def load(path):
-    """A checkpoint -> (state dict, dict of name -> float32 array, mapped). UserError if a part is missing or damaged."""
+def load(path: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """Read a checkpoint -> (state, optimizer state as name -> float32 array, memory-mapped).
+
+    UserError if a part is missing or damaged.
+    """
     for name in (STATE, OPTIMIZER):
         if not os.path.exists(os.path.join(path, name)):
             raise UserError(f"{path}: is not a checkpoint: it has no {name}")
@@ -107,8 +129,9 @@ def load(path):
     return state, {name: tensors.array(name) for name in tensors.entries}
 
 
-def resolve(resume, output_dir):
-    """What resume_from_checkpoint means -> a checkpoint's path, or None: 'latest' of a run that has written none yet."""
-    if resume == "latest":
+def resolve(resume_from_checkpoint: str, output_dir: str) -> str | None:
+    """The checkpoint that the option names. For "latest" it is the newest one in output_dir, or None if there
+    is none."""
+    if resume_from_checkpoint == "latest":
         return found(output_dir)[-1] if found(output_dir) else None
-    return resume
+    return resume_from_checkpoint

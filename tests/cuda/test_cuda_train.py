@@ -26,8 +26,7 @@ from longlora.evaluation import ppl
 from longlora.files import merge
 from longlora.files import open_model as weights
 from longlora.files.open_model import open_model
-from longlora.training import driver as train
-from longlora.training import metrics
+from longlora.training import driver, metrics
 from longlora.training import resume as checkpoint
 from longlora.training.optimizer import AdamW
 
@@ -39,7 +38,7 @@ SMALL = dict(target_length=96, sequence_length=64, group_size=32)
 
 
 def run(tmp_path, said=None, **fields):
-    return train.train(
+    return driver.train(
         said.append if said is not None else lambda line: None,
         **tiny.options(tmp_path, **{**SMALL, **fields}),
     )
@@ -151,7 +150,7 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
 
     fields = tiny.options(tmp_path, **SMALL, device=GPU, max_steps=4)
-    stopped = train.train(say, **fields)
+    stopped = driver.train(say, **fields)
     assert stopped.stopped == signal.SIGINT and stopped.step in (2, 3)  # the signal may be seen a step later
     (path,) = checkpoint.found(tmp_path / "out")
     assert path.endswith(f"checkpoint-{stopped.step}")

@@ -335,12 +335,67 @@ def test_holding_out_takes_the_last_sequences():
 
 def test_a_batch_has_the_next_tokens_as_targets_and_no_target_in_padding():
     found = Sequences(tokens_of([17]), 10)
-    ids, targets = batch(found, [1, 0])
+    ids, targets, cu_seqlens = batch(found, [1, 0])
+    assert cu_seqlens is None
     assert ids.dtype == targets.dtype == np.int32 and ids.shape == targets.shape == (2, 10)
     np.testing.assert_array_equal(targets[1], [*range(1, 10), -100])
     np.testing.assert_array_equal(ids[0], [*range(10, 17), 0, 0, 0])
     np.testing.assert_array_equal(targets[0], [*range(11, 17), -100, -100, -100, -100])
     assert batch(found, [1])[0].shape == (1, 7) and batch(found, [1], 5)[0].shape == (1, 10)
+
+
+def test_documents_that_do_not_see_each_other_by_hand():
+    """Two documents leave room for one token, which could not be scored: the sequence ends. A single token is left out."""
+    found = Sequences(tokens_of([3, 4, 1, 6]), 8, packing_boundaries="document")
+    assert found.pieces == [[(0, 3), (3, 7)], [(8, 14)]]
+    assert "documents do not see each other, 1 single tokens left out" in found.sentence
+    ids, targets, cu_seqlens = batch(found, [1, 0])
+    none = -100
+    assert ids.tolist() == [[8, 9, 10, 11, 12, 13, 0], [0, 1, 2, 3, 4, 5, 6]]
+    assert targets.tolist() == [[9, 10, 11, 12, 13, none, none], [1, 2, none, 4, 5, 6, none]]
+    assert cu_seqlens.tolist() == [0, 6, 7, 10, 14] and cu_seqlens.dtype == np.int32
+    assert [text.tolist() for text in found.texts(0)] == [[0, 1, 2], [3, 4, 5, 6]]
+    joined = Sequences(tokens_of([3, 4, 1, 6]), 8)
+    assert [text.tolist() for text in joined.texts(0)] == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert "leaves no sequence" in failure(Sequences, tokens_of([1, 1, 1]), 8, "split", "data", "document")
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=30),
+    length=st.integers(2, 17),
+    rule=st.sampled_from(["split", "truncate", "drop"]),
+    boundaries=st.sampled_from(["none", "document"]),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_target_is_the_next_token_of_the_same_text(sizes, length, rule, boundaries):
+    tokens = tokens_of(sizes)
+    try:
+        found = Sequences(tokens, length, rule, packing_boundaries=boundaries)
+    except UserError:
+        return
+    document = np.repeat(np.arange(len(sizes)), sizes)
+    used = []
+    for i in range(len(found)):
+        ids, targets, cu_seqlens = batch(found, [i, 0])
+        assert (targets[0] >= 0).sum() == found.targets(i) > 0
+        scored = targets >= 0
+        if boundaries == "none":
+            assert cu_seqlens is None
+        else:
+            assert (targets[scored] == ids[scored] + 1).all()
+            assert (document[ids[scored]] == document[targets[scored]]).all()
+            assert cu_seqlens[0] == 0 and cu_seqlens[-1] == ids.size and (np.diff(cu_seqlens) > 0).all()
+            ends = cu_seqlens[1:] - 1
+            assert not scored.ravel()[ends].any()  # no text's last token has a target
+            filled = np.array([[len(found.get(i))], [len(found.get(0))]])
+            padding = np.flatnonzero(np.arange(ids.shape[1]) >= filled)
+            others = np.setdiff1d(np.arange(ids.size), np.concatenate([ends, padding]))
+            assert scored.ravel()[others].all()
+        used += found.get(i).tolist()
+    assert len(used) == len(set(used)) and used == sorted(used)
+    if boundaries == "document" and rule == "split":
+        left = sum(sizes) - len(used)
+        assert left == 0 or f"{left:,} single tokens left out" in found.sentence
 
 
 @given(

@@ -24,7 +24,7 @@ SMALL = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=256,
-    rms_norm_eps=1e-5,
+    rms_norm_eps=1e-2,
     initializer_range=0.15,
     hidden_act="silu",
     rope_theta=1000.0,
@@ -86,6 +86,51 @@ S2 = dict(group_size=8, boundary="split", shift="half")
 
 def lora_of(name, lora):
     return FEW if (name, lora) == ("phi3", "few") else LORAS[lora]
+
+
+def linears(name, *names):
+    """Names of LoRA's tensors in both layers."""
+    if name == "phi3":
+        fused = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+        names = [fused.get(n, n) for n in names]
+    return {
+        f"model.layers.{i}.{'self_attn' if n in ('q', 'k', 'v', 'o', 'qkv') else 'mlp'}.{n}_proj.lora_{x}.weight"
+        for i in range(2)
+        for n in names
+        for x in "AB"
+    }
+
+
+def norms(name):
+    inner = [f"self_attn.{n}_norm" for n in "qk"] if name == "qwen3" else []
+    return {"model.norm.weight"} | {
+        f"model.layers.{i}.{n}.weight"
+        for i in range(2)
+        for n in ("input_layernorm", "post_attention_layernorm", *inner)
+    }
+
+
+def head(name):
+    return set() if CONFIGS[name]["tie_word_embeddings"] else {"lm_head.weight"}
+
+
+def whole(name):
+    """Every parameter of transformers' model; a tied head is the embedding."""
+    _, transformers = registered()
+    module = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**CONFIGS[name]))
+    return set(dict(module.named_parameters()))
+
+
+EMBEDDING = {"model.embed_tokens.weight"}
+# What is trained, by the words of LORAS.
+TRAINED = {
+    "full": whole,
+    "paper": lambda name: EMBEDDING | norms(name) | linears(name, "q", "k", "v", "o"),
+    "all": lambda name: (
+        EMBEDDING | norms(name) | head(name) | linears(name, "q", "k", "v", "o", "gate", "up", "down")
+    ),
+    "few": lambda name: linears(name, *([] if name == "phi3" else ["v"]), "up"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -218,7 +263,7 @@ def test_gradients_equal_autograd(name, lora, attention):
     loss, found = gradients(made, ids, targets)
     total, _ = peer_losses(module, ids, targets)
     (total * 0.01).backward()
-    assert set(found) == set(named) and found
+    assert set(found) == TRAINED[lora](name)
     close(loss, total.item(), 1e-6)
     for n, parameter in named.items():
         close(found[n], parameter.grad.numpy(), 2e-5, n)
@@ -254,16 +299,25 @@ def test_tiles_change_only_rounding(name, lora, monkeypatch):
 @pytest.mark.parametrize("lora", ["full", "paper"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bfloat16_is_near_float32(name, lora):
-    """bfloat16 rounds to 3 digits; a gradient through two layers of it keeps the direction."""
-    ids, targets = tokens(2, 37)
-    wide = build(name, lora_of(name, lora))
-    narrow = build(name, lora_of(name, lora), dtype="bfloat16")
-    narrow.load_adapter(weights(wide))
-    loss, exact = gradients(wide, ids, targets)
-    rounded_loss, rounded = gradients(narrow, ids, targets)
-    assert abs(rounded_loss - loss) <= 0.01 * loss
-    for n, gradient in exact.items():
-        close(rounded[n], gradient, 0.06, n)
+    """The errors of a gradient's tensors are those of some hundred roundings to bfloat16 by half a unit, 2^-9, in either direction:
+    sqrt(100) 2^-9 = 0.02. One draw may be five times as far off where a sum cancels, so the median of twelve counts."""
+    errors, losses = {}, []
+    for seed in range(12):
+        ids, targets = tokens(2, 37, seed=seed)
+        wide = build(name, lora_of(name, lora), seed=seed)
+        narrow = build(name, lora_of(name, lora), dtype="bfloat16", seed=seed)
+        narrow.load_adapter(weights(wide))
+        loss, exact = gradients(wide, ids, targets)
+        rounded_loss, rounded = gradients(narrow, ids, targets)
+        losses.append(abs(rounded_loss / loss - 1))
+        for n, gradient in exact.items():
+            errors.setdefault(n, []).append(
+                np.linalg.norm(np.float64(rounded[n]) - gradient) / np.linalg.norm(gradient)
+            )
+    assert np.median(losses) <= 2.0**-9
+    assert np.median(list(errors.values())) <= 0.03
+    for n, draws in errors.items():
+        assert np.median(draws) <= 0.05, n
 
 
 def test_gradients_accumulate():

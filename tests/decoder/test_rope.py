@@ -1,4 +1,4 @@
-"""Frequencies are transformers'; factors count from the original length; saved configs suit versions 4 and 5."""
+"""Frequencies are transformers'; factors count from the original length; saved configs suit v4 and v5."""
 
 import json
 import math
@@ -53,6 +53,13 @@ SCALINGS = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 512,
     },
+}
+# RAW extended from 2048 to 16384 positions, by pencil. NTK-aware: theta grows by factor^(D / (D - 2)), D = 32.
+BY_HAND = {
+    "linear": Rope("linear", 10000.0, 2048, 8.0),
+    "ntk": Rope("ntk", 10000.0 * 8 ** (32 / 30), 2048, 8.0, original_theta=10000.0),
+    "yarn": Rope("yarn", 10000.0, 2048, 8.0),
+    "llama3": Rope("llama3", 10000.0, 2048, 8.0, low_freq_factor=1.0, high_freq_factor=4.0),
 }
 
 
@@ -175,24 +182,36 @@ def test_linear_factor(target, factor):
     assert text == f"rope: linear, factor ceil({target} / 2048) = {factor}"
 
 
+@pytest.mark.parametrize("kind", rope_.EXTENSIONS)
+def test_extending_once(kind):
+    assert rope_.extend(read_config(RAW), kind, 16384)[0] == BY_HAND[kind]
+
+
 @pytest.mark.parametrize("first", ["linear", "ntk"])
 @pytest.mark.parametrize("second", rope_.EXTENSIONS)
 def test_extending_twice_is_extending_once(first, second):
     """Upstream's fault: 4096 by 4, then to 32768, gave a factor of 2 in place of 8."""
-    once, _ = rope_.extend(read_config(RAW), second, 16384)
     half, _ = rope_.extend(read_config(RAW), first, 8192)
     twice, text = rope_.extend(read_config(rope_.to_config(RAW, half, 8192)), second, 16384)
-    assert twice == once and "extended before" in text
+    assert twice == BY_HAND[second] and "extended before" in text
 
 
 @pytest.mark.parametrize("kind", ["yarn", "llama3"])
 def test_extending_yarn_and_llama3_again_goes_on_with_their_own_rule(kind):
-    once, _ = rope_.extend(read_config(RAW), kind, 16384)
     half, _ = rope_.extend(read_config(RAW), kind, 8192)
     extended = read_config(rope_.to_config(RAW, half, 8192))
-    assert rope_.extend(extended, kind, 16384)[0] == once
+    assert rope_.extend(extended, kind, 16384)[0] == BY_HAND[kind]
     with pytest.raises(UserError, match=f"rope is {kind} .* can only be extended by {kind}, got linear"):
         rope_.extend(extended, "linear", 16384)
+
+
+def test_extending_yarn_keeps_its_ramp_and_computes_the_attention_factor_anew():
+    """An attention_factor that the base gives belongs to the base's factor. The paper's rule gives 0.1 ln 8 + 1 for 8."""
+    base = read_config({**RAW, "rope_scaling": SCALINGS["yarn, all keys"]})
+    rope, _ = rope_.extend(base, "yarn", 32768)
+    assert rope == Rope("yarn", 10000.0, 4096, 8.0, beta_fast=20.0, beta_slow=2.0)
+    assert math.isclose(rope_.inverse_frequencies(rope, 32)[1], 1.2079441541679836, rel_tol=1e-12)
+    same(rope_.to_config(RAW, rope, 32768))
 
 
 def test_a_linear_base_without_the_original_length_counts_max_positions_as_original():
@@ -278,8 +297,3 @@ def test_tables(name):
 def test_absurd_rope(fields, message):
     with pytest.raises(UserError, match=message):
         read_config({**RAW, **fields})
-
-
-def test_ntk_is_a_raised_theta():
-    rope, _ = rope_.extend(read_config(RAW), "ntk", 8192)
-    assert rope == Rope("ntk", 10000.0 * 4 ** (32 / 30), 2048, 4.0, original_theta=10000.0)

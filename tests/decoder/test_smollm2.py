@@ -18,7 +18,7 @@ from longlora.decoder.model import Model
 from longlora.evaluation import ppl
 from longlora.files import adapter, merge
 from longlora.files.open_model import open_model
-from longlora.training import driver as train
+from longlora.training import driver
 
 torch = pytest.importorskip("torch", reason="transformers on torch is the peer compared with")
 transformers = pytest.importorskip("transformers", reason="the peer compared with")
@@ -57,7 +57,7 @@ def test_logits_and_perplexity_are_those_of_transformers(base, peer, acts):
     assert abs(math.exp(loss / tokens) / want - 1) < 1e-3
 
 
-def autograd(peer, config, lora, trained, T, G, dtype):
+def autograd(converted, config, lora, trained, T, G, dtype):  # noqa: F811
     """transformers' model with LoRA by hooks and S2-Attn by mask, in `dtype` -> f(values by name, ids) -> loss, gradients by name."""
 
     def s2_by_mask(module, q, k, v, attention_mask, scaling, dropout=0.0, **unused):
@@ -67,11 +67,12 @@ def autograd(peer, config, lora, trained, T, G, dtype):
         return (p @ v).transpose(1, 2).contiguous(), None
 
     transformers.AttentionInterface.register("s2_of_this_test", s2_by_mask)
-    made = transformers.AutoModelForCausalLM.from_config(
-        transformers.LlamaConfig(**config.raw), attn_implementation="s2_of_this_test"
-    )
-    made.load_state_dict(peer.state_dict())
-    made.to(dtype).requires_grad_(False)
+    made = transformers.AutoModelForCausalLM.from_pretrained(
+        converted,
+        config=transformers.LlamaConfig(**config.raw),
+        dtype=dtype,
+        attn_implementation="s2_of_this_test",
+    ).requires_grad_(False)
     named = dict(made.named_parameters())
     for name, shape in lora.tensor_shapes(config).items():
         named.setdefault(name, torch.zeros(shape, dtype=dtype))
@@ -100,13 +101,13 @@ def autograd(peer, config, lora, trained, T, G, dtype):
     return gradients
 
 
-def test_every_gradient_is_autograds(base, peer, acts):
-    """LoRA on q, k, v, o (B off zero), embedding and norms, S2-Attn, interpolated: against float64, at most twice torch's error.
-    The errors of one step move together, by ten times either way, with whatever changes the order of a sum: they are compared step
-    by step, and the ratio of eight steps is their geometric mean, which no single step decides."""
-    T, G, steps = 75, 20, 8
-    new, _ = rope.extend(base.config, "linear", 32768)
-    config = read_config(rope.to_config(base.config.raw, new, 32768))
+def errors_of_steps(base, converted, acts, layers, steps, dtype):  # noqa: F811
+    """LoRA on q, k, v, o (B off zero), embedding and norms, S2-Attn, interpolated, the first `layers` layers, against torch in
+    `dtype` -> relative errors of the losses [steps] and of the gradients, name -> [steps]."""
+    T, G = 75, 20
+    raw = {**base.config.raw, "num_hidden_layers": layers}
+    new, _ = rope.extend(read_config(raw), "linear", 32768)
+    config = read_config(rope.to_config(raw, new, 32768))
     lora = LoraConfig()
     made = Model(
         config,
@@ -114,12 +115,9 @@ def test_every_gradient_is_autograds(base, peer, acts):
         attention={"group_size": G},
         plan=plan.plan(config, sequence_length=T, group_size=G, lora=lora),
     )
-    made.load(base)
-    trained = [p.name for p in made.parameters]
-    exact, plain = (
-        autograd(peer, config, lora, trained, T, G, dtype) for dtype in (torch.float64, torch.float32)
-    )
-    losses, errors = [], {}  # errors: of a kind, [tensors][steps][ours, torch's]
+    made.load_adapter({name: base.read(name) for name in config.tensor_shapes()})
+    peer = autograd(converted, config, lora, [p.name for p in made.parameters], T, G, dtype)
+    losses, errors = [], {}
     for step in range(steps):
         random = np.random.default_rng(step)
         given = {
@@ -132,26 +130,38 @@ def test_every_gradient_is_autograds(base, peer, acts):
         targets = np.append(ids[1:], np.int32(-100)).astype(np.int32)
         made.zero_grad()
         loss = made.train_microbatch(ids[None], targets[None], loss_scale=1 / (T - 1)) / (T - 1)
-        (want_loss, want), (plain_loss, theirs) = exact(given, ids), plain(given, ids)
-        losses.append([abs(loss / want_loss - 1), abs(plain_loss / want_loss - 1)])
+        want_loss, want = peer(given, ids)
+        losses.append(abs(loss / want_loss - 1))
         for p in made.parameters:
-            size = np.linalg.norm(want[p.name])
-            pair = [np.linalg.norm(g - want[p.name]) / size for g in (p.grad.numpy(), theirs[p.name])]
-            errors.setdefault(p.kind, {}).setdefault(p.name, []).append(pair)
-    ours, theirs = np.array(losses).T
-    assert ours.max() <= 2 * theirs.max() + 1e-6
-    assert set(errors) == {"lora_A", "lora_B", "embedding", "norm"}
-    for kind, tensors in errors.items():
-        pairs = np.array(list(tensors.values()))
-        ours, theirs = np.sqrt(np.mean(pairs**2, axis=0)).T
-        ratio = np.exp(np.mean(np.log(ours / theirs)))
-        of_tensors = np.exp(np.mean(np.log(pairs[..., 0] / pairs[..., 1]), axis=1))
-        print(
-            f"{kind}: median {np.median(ours):.1e}, torch's {np.median(theirs):.1e}, ratio {ratio:.2f}, of a tensor up to "
-            f"{of_tensors.max():.2f}"
-        )
-        assert ratio <= 2, kind
-        assert of_tensors.max() <= 3, list(tensors)[of_tensors.argmax()]
+            error = np.linalg.norm(p.grad.numpy() - want[p.name]) / np.linalg.norm(want[p.name])
+            errors.setdefault(p.name, []).append(error)
+    return losses, errors
+
+
+def test_every_gradient_is_autograds(base, converted, acts):  # noqa: F811
+    """Three layers of it in float64. With u = 2^-24: a sum of n products in float32 is off by about sqrt(n) u, that is 24 to 39 u
+    here, and some thirty of them follow each other, forward and backward: 39 sqrt(30) = 214 u, a power of two above which nothing
+    may be. The median of five steps counts, because one step may be ill-conditioned; the loss is a mean, which is far nearer.
+    Below the third layer of this model a rounding is enlarged tenfold: thirty layers would say little, see the next test."""
+    losses, errors = errors_of_steps(base, converted, acts, 3, 5, torch.float64)
+    medians = {name: np.median(steps) * 2**24 for name, steps in errors.items()}
+    print(
+        f"loss {np.median(losses) * 2**24:.1f} u, gradients {np.median(list(medians.values())):.0f} u, up to {max(medians.values()):.0f} u"
+    )
+    assert len(errors) == 1 + 3 * (8 + 2) + 1
+    assert np.median(losses) <= 2.0**-24 * 8
+    assert np.median(list(medians.values())) <= 128
+    assert max(medians.values()) <= 256, max(medians, key=medians.get)
+
+
+def test_every_gradient_of_the_whole_model_is_near_autograds(base, converted, acts):  # noqa: F811
+    """All layers, one step, against torch's float32: a layer that takes another's weights or buffers is off by its whole size, a
+    rounding in either of them by some ten-thousandths."""
+    (loss,), errors = errors_of_steps(base, converted, acts, base.config.num_hidden_layers, 1, torch.float32)
+    print(f"loss {loss:.1e}, gradients up to {max(errors.values())[0]:.1e}")
+    assert len(errors) == 1 + 30 * (8 + 2) + 1
+    assert loss <= 1e-3
+    assert max(errors.values())[0] <= 1e-2, max(errors, key=errors.get)
 
 
 def test_extension_halves_the_perplexity(base, smollm2, converted, acts, tmp_path):  # noqa: F811
@@ -167,7 +177,7 @@ def test_extension_halves_the_perplexity(base, smollm2, converted, acts, tmp_pat
     books.mkdir()
     for path in (TEXT / "train").glob("kjv-*.txt"):
         shutil.copy(path, books)
-    done = train.train(
+    done = driver.train(
         say=lambda line: None,
         model=smollm2,
         data=books,

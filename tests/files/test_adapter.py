@@ -1,4 +1,4 @@
-"""Adapters go to PEFT and back with equal logits; merged = adapter; what is wrong with an adapter is named."""
+"""Adapters go to PEFT and back with equal logits; merged models equal them; a wrong adapter is named."""
 
 import json
 import os
@@ -13,14 +13,15 @@ from test_tokenizer import directory, trained
 from test_weights import build
 
 from longlora.decoder import rope as rope_
+from longlora.decoder.families import FAMILIES
 from longlora.decoder.lora import LoraConfig
+from longlora.decoder.rope import Rope
 from longlora.errors import UserError
 from longlora.files import adapter, merge
 from longlora.files.open_model import open_model
 from longlora.tools import inspect
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*ensure_weight_tying:UserWarning")
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 TARGET = 200
 
 
@@ -31,11 +32,12 @@ def made(base, lora, seed=0):
     return {name: (rng.standard_normal(shape) * 0.2).astype(np.float32) for name, shape in shapes.items()}
 
 
-def extended(base, kind="linear"):
+def extended(base, kind=None):
+    kind = kind or ("ntk" if base.config.family == "phi3" else "linear")
     return rope_.to_config(base.config.raw, rope_.extend(base.config, kind, TARGET)[0], TARGET)
 
 
-def saved(tmp_path, lora=LoraConfig(), kind="linear", **fields):
+def saved(tmp_path, lora=LoraConfig(), kind=None, **fields):
     """A tiny base, an adapter for it -> base path, adapter path, tensors."""
     build(tmp_path / "base", **fields)
     base = open_model(tmp_path / "base")
@@ -85,11 +87,13 @@ def reference(base, path, tensors, lora):
     [
         *((family, LoraConfig()) for family in FAMILIES),
         ("qwen2", LoraConfig(r=3, lora_alpha=7.5, target_modules="all-linear", use_rslora=True)),
+        ("phi3", LoraConfig(target_modules="all-linear")),
+        ("phi3", LoraConfig(target_modules=("gate_up_proj",), modules_to_save=("norm",))),
         ("llama", LoraConfig(modules_to_save=None)),
         ("qwen3", LoraConfig(target_modules=("q_proj", "down_proj"), modules_to_save=("norm",))),
         ("llama", LoraConfig(modules_to_save=("embed_tokens", "lm_head", "norm"))),
     ],
-    ids=[*FAMILIES, "all-linear", "lora-only", "norms", "head"],
+    ids=[*FAMILIES, "all-linear", "phi3-all-linear", "phi3-gate-up", "lora-only", "norms", "head"],
 )
 @pytest.mark.parametrize("tied", [False, True])
 def test_peft_gives_our_logits_and_so_does_the_merged_model(tmp_path, family, tied, lora):
@@ -111,13 +115,87 @@ def test_peft_gives_our_logits_and_so_does_the_merged_model(tmp_path, family, ti
         np.testing.assert_array_equal(again[name], array)
 
 
+# From 64 positions to TARGET, by pencil: heads of 8 numbers, so that NTK raises theta by factor^(8 / 6).
+ROPES = {
+    "linear": (Rope("linear", 10000.0, 64, 4.0), dict(rope_type="linear", factor=4.0)),
+    "ntk": (
+        Rope("ntk", 10000.0 * 4 ** (8 / 6), 64, 4.0, original_theta=10000.0),
+        dict(rope_type="default", rope_theta=10000.0 * 4 ** (8 / 6)),
+    ),
+    "yarn": (
+        Rope("yarn", 10000.0, 64, 3.125),
+        dict(rope_type="yarn", factor=3.125, original_max_position_embeddings=64),
+    ),
+    "llama3": (
+        Rope("llama3", 10000.0, 64, 4.0, low_freq_factor=1.0, high_freq_factor=4.0),
+        dict(
+            rope_type="llama3",
+            factor=4.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+    ),
+}
+
+
 @pytest.mark.parametrize("kind", rope_.EXTENSIONS)
 def test_every_rope_goes_with_the_adapter(tmp_path, kind):
+    from transformers import AutoConfig
+
     base, path, tensors = saved(tmp_path, kind=kind)
     merge.merge(base, path, tmp_path / "merged")
-    assert (
-        open_model(tmp_path / "merged").config.rope == rope_.extend(open_model(base).config, kind, TARGET)[0]
+    ours, theirs = ROPES[kind]
+    assert open_model(tmp_path / "merged").config.rope == ours
+    for place in (path, tmp_path / "merged"):
+        found = AutoConfig.from_pretrained(place).rope_parameters
+        assert {key: value for key, value in found.items() if key != "type"} == {
+            "rope_theta": 10000.0,
+            **theirs,
+        }
+
+
+@pytest.mark.parametrize(
+    "family, lora",
+    [
+        *((family, {}) for family in FAMILIES),
+        *(
+            ("qwen3", fields)
+            for fields in (
+                dict(r=3, target_modules="all-linear", modules_to_save=["lm_head"]),
+                dict(target_modules=["v_proj"], modules_to_save=["norm"]),
+                dict(
+                    target_modules=["up_proj", "o_proj"],
+                    modules_to_save=["model.norm", "k_norm", "post_attention_layernorm"],
+                ),
+            )
+        ),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_trained_is_what_peft_trains(tmp_path, family, lora, tied):
+    from peft import LoraConfig as Theirs
+    from peft import get_peft_model
+
+    model = build(tmp_path, family, tie_word_embeddings=tied)
+    ours = LoraConfig(**lora)
+    # What is tied PEFT takes under the embedding's name.
+    whole = ["embed_tokens" if tied and name == "lm_head" else name for name in ours.modules_to_save]
+    how = dict(
+        target_modules=lora.get("target_modules", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+        modules_to_save=whole,
+        ensure_weight_tying=tied and "embed_tokens" in whole,
     )
+    wanted = {
+        name.removeprefix(adapter.PREFIX)
+        .replace(".modules_to_save.default", "")
+        .replace(".default", ""): tuple(p.shape)
+        for name, p in get_peft_model(
+            model, Theirs(task_type="CAUSAL_LM", r=ours.r, **how)
+        ).named_parameters()
+        if p.requires_grad
+    }
+    assert ours.tensor_shapes(open_model(tmp_path).config) == wanted
 
 
 def test_files_of_an_adapter(tmp_path):
@@ -179,7 +257,7 @@ def test_an_adapter_that_peft_wrote(tmp_path, tied, fields):
 
 
 def test_an_untied_adapter_of_a_tied_base_is_refused(tmp_path):
-    """PEFT without ensure_weight_tying trains the embedding and leaves the head at the old one: two tensors."""
+    """PEFT without ensure_weight_tying trains the embedding and keeps the old head: two tensors."""
     from peft import LoraConfig as Theirs
     from peft import get_peft_model
 
@@ -342,6 +420,10 @@ def test_wrong_adapter_tensors(tmp_path, change, message):
         ({"target_modules": "q_.*"}, "target_modules should be a list of q_proj"),
         ({"target_modules": ["c_attn"]}, "target_modules should be a list of q_proj"),
         ({"target_modules": 3}, "target_modules should be"),
+        (
+            {"target_modules": ["qkv_proj"]},
+            "adapter_config.json: target_modules: a llama model has no qkv_proj; it has",
+        ),
         ({"modules_to_save": ["score"]}, "modules_to_save should be a list of embed_tokens"),
     ],
 )
@@ -428,8 +510,20 @@ def test_inspect(tmp_path):
         inspect.describe(tmp_path)
 
 
+@pytest.mark.parametrize("family", ["phi3", "granite", "smollm3"])
+def test_inspect_of_other_families(tmp_path, family):
+    base, path, tensors = saved(tmp_path, family=family, tie_word_embeddings=True)
+    model, found = build(tmp_path / "again", family, tie_word_embeddings=True), inspect.describe(base)
+    assert (found["kind"], found["family"]) == ("model", family)
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    found = inspect.describe(path)
+    attention = ["qkv_proj", "o_proj"] if family == "phi3" else ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert (found["kind"], found["family"], found["target_modules"]) == ("adapter", family, attention)
+    assert sum(found["trained"].values()) == sum(array.size for array in tensors.values())
+
+
 def test_smollm2_merged_from_gguf(smollm2, converted, tmp_path):  # noqa: F811
-    """Adapter on a quantised, permuted, tied base: PEFT on transformers' own GGUF loading = our merged directory."""
+    """On a quantised, permuted, tied base, our merged directory equals PEFT on transformers' GGUF loading."""
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

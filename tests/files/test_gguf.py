@@ -1,5 +1,6 @@
-"""GGUF files: the weights are transformers', bit by bit; metadata becomes the right config; a damaged file is one line."""
+"""GGUF files: weights are transformers', bit by bit; metadata becomes the config; damage is one line."""
 
+import dataclasses
 import mmap
 import os
 import subprocess
@@ -17,21 +18,11 @@ from test_weights import build
 from longlora.decoder.rope import Rope
 from longlora.errors import UserError
 from longlora.files.gguf import Gguf
+from longlora.files.merge import save_merged
 from longlora.files.open_model import open_model
 
-LAYER = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+ARCH = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+PERMUTED = ("llama", "granite", "smollm3")  # their converters derive from LlamaModel, which permutes q and k
 
 
 def permute(weights, heads):
@@ -44,7 +35,7 @@ def permute(weights, heads):
 
 
 def write(path, model, kind="F32", vocab=True, extra=None, alignment=None, **keys):
-    """`model` of transformers as llama.cpp's converter writes it, matrices of type `kind` -> it, opened."""
+    """Write `model` as llama.cpp's converter would, matrices of type `kind` -> the file, opened."""
     config, arch = model.config, {"mistral": "llama"}.get(model.config.model_type, model.config.model_type)
     writer = gguf.GGUFWriter(path, arch)
     if alignment:
@@ -57,9 +48,18 @@ def write(path, model, kind="F32", vocab=True, extra=None, alignment=None, **key
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim if hasattr(config, "head_dim") else 0)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    if arch == "phi3":  # Phi3MiniModel
+        writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+        writer.add_sliding_window(config.sliding_window or 0)
+    elif arch == "granite":  # GraniteModel
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    else:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
     for key, value in keys.items():
         add = {
             bool: writer.add_bool,
@@ -71,26 +71,20 @@ def write(path, model, kind="F32", vocab=True, extra=None, alignment=None, **key
     if vocab:
         writer.add_tokenizer_model("gpt2")
         writer.add_token_list([f"<{index}>" for index in range(config.vocab_size)])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_pad_token_id(0)
     state = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
-    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-    names |= {
-        f"blk.{i}.{ours}": f"model.layers.{i}.{theirs}"
-        for i in range(config.num_hidden_layers)
-        for ours, theirs in LAYER.items()
-    }
-    for ours, theirs in names.items():
-        for suffix in ("weight", "bias"):
-            array = state.get(f"{theirs}.{suffix}")
-            if array is None or ours == "output" and config.tie_word_embeddings:
-                continue
-            if arch == "llama" and theirs.endswith(("q_proj", "k_proj")):
-                array = permute(
-                    array, config.num_attention_heads if "q_proj" in theirs else config.num_key_value_heads
-                )
-            type_ = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
-            writer.add_tensor(
-                f"{ours}.{suffix}", gguf.quants.quantize(np.ascontiguousarray(array), type_), raw_dtype=type_
-            )
+    names = gguf.get_tensor_name_map(ARCH[arch], config.num_hidden_layers)
+    for theirs, array in state.items():
+        if theirs == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if arch in PERMUTED and ("q_proj" in theirs or "k_proj" in theirs):
+            heads = config.num_attention_heads if "q_proj" in theirs else config.num_key_value_heads
+            array = permute(array, heads)
+        type_ = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
+        ours = names.get_name(theirs, (".weight", ".bias"))
+        writer.add_tensor(ours, gguf.quants.quantize(np.ascontiguousarray(array), type_), raw_dtype=type_)
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -101,7 +95,13 @@ def write(path, model, kind="F32", vocab=True, extra=None, alignment=None, **key
 
 
 def tiny(path, family="llama", **fields):
-    return build(path, family, **{"hidden_size": 32, "intermediate_size": 64, **fields})
+    return build(
+        path, family, **{"hidden_size": 32, "intermediate_size": 64, **FOUR_LAYERS.get(family, {}), **fields}
+    )
+
+
+# llama.cpp leaves out the rope in every fourth layer of SmolLM3; no metadata says so.
+FOUR_LAYERS = {"smollm3": dict(num_hidden_layers=4, no_rope_layer_interval=4)}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,10 @@ def tiny(path, family="llama", **fields):
         ("mistral", {}),
         ("qwen2", {}),
         ("qwen3", {}),
+        ("phi3", {}),
+        ("granite", {}),
+        ("granite", dict(attention_bias=True, tie_word_embeddings=True)),
+        ("smollm3", {}),
         ("llama", dict(tie_word_embeddings=True)),
     ],
 )
@@ -121,7 +125,7 @@ def test_every_family_and_storage(tmp_path, family, fields, kind):
     ours, state = write(tmp_path / "m.gguf", model, kind), model.state_dict()
     assert ours.kind == "gguf"
     assert set(ours.names()) == set(state) - (
-        {"lm_head.weight"} if fields.get("tie_word_embeddings") else set()
+        {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     )
     for name in ours.names():
         wanted, got = state[name].numpy(), ours.read(name)
@@ -132,22 +136,65 @@ def test_every_family_and_storage(tmp_path, family, fields, kind):
         stored = {"F16": "float16", "BF16": "bfloat16"} if wanted.ndim == 2 else {}
         assert ours.dtype(name) == stored.get(kind, "float32")
     config = open_model(tmp_path / "hf").config
+    other = ("raw", "family", "bos_token_id", "eos_token_id")
     assert {"mistral": "llama"}.get(config.family, config.family) == ours.config.family
-    assert (
-        config.rope,
-        config.qkv_bias,
-        config.o_bias,
-        config.qk_norm,
-        config.tie_word_embeddings,
-        config.rms_norm_eps,
-    ) == (
-        ours.config.rope,
-        ours.config.qkv_bias,
-        ours.config.o_bias,
-        ours.config.qk_norm,
-        ours.config.tie_word_embeddings,
-        ours.config.rms_norm_eps,
-    )
+    for field in dataclasses.fields(config):
+        if field.name not in other:
+            assert getattr(ours.config, field.name) == getattr(config, field.name), field.name
+
+
+@pytest.mark.parametrize("family", ["phi3", "granite", "smollm3"])
+def test_a_gguf_becomes_a_directory_that_transformers_reads(tmp_path, family):
+    """Multipliers, layers without rope and the order of rows: wrong ones give other logits."""
+    from transformers import AutoModelForCausalLM
+
+    model = tiny(tmp_path / "hf", family).eval()
+    ours = write(tmp_path / "m.gguf", model)
+    save_merged(tmp_path / "saved", ours.read, ours.config.raw)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    ids = torch.arange(40)[None] * 7 % 50
+    with torch.no_grad():
+        wanted, got = model(ids).logits, again(ids).logits
+    np.testing.assert_allclose(got.numpy(), wanted.numpy(), rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_transformers_reads_a_phi3_gguf_as_we_do(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = tiny(tmp_path / "hf", "phi3")
+    ours = write(tmp_path / "m.gguf", model, kind="Q8_0")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    state = theirs.state_dict()
+    assert set(ours.names()) == set(state)
+    for name in ours.names():
+        np.testing.assert_array_equal(ours.read(name), state[name].numpy(), err_msg=name)
+    for name in ("hidden_size", "num_key_value_heads", "rms_norm_eps", "max_position_embeddings"):
+        assert ours.config.raw[name] == pytest.approx(getattr(theirs.config, name), rel=1e-6)
+
+
+def test_granite_without_scales_has_those_of_llama_cpp(tmp_path):
+    """llama.cpp takes 1 for a scale that is absent, 1 / sqrt(head_dim) for attention.scale."""
+    model = tiny(tmp_path / "hf", "granite")
+    model.config.embedding_multiplier = model.config.residual_multiplier = 0.0
+    model.config.attention_multiplier = 0.0
+    config = write(tmp_path / "m.gguf", model).config
+    assert (config.embedding_multiplier, config.residual_multiplier, config.logits_scaling) == (1.0, 1.0, 1.5)
+    assert config.attention_multiplier == 8**-0.5
+
+
+def test_phi3_ggufs_that_are_refused(tmp_path):
+    model = tiny(tmp_path / "hf", "phi3")
+    factors = {"rope_factors_long.weight": np.ones(4, np.float32)}
+    with pytest.raises(UserError, match="rope_factors_long.weight asks for longrope, which is not supported"):
+        write(tmp_path / "m.gguf", model, extra=factors)
+    model.config.sliding_window = 2047
+    with pytest.raises(UserError, match="phi3.attention.sliding_window 2047 is not supported"):
+        write(tmp_path / "n.gguf", model)
+    model.config.sliding_window, model.config.head_dim = None, 6  # rope.dimension_count
+    with pytest.raises(
+        UserError, match="6 of them rotated are not supported; supported is one size, rotated"
+    ):
+        write(tmp_path / "o.gguf", model)
 
 
 @pytest.mark.parametrize("alignment", [8, 256, 4096])
@@ -218,8 +265,9 @@ def test_loading_needs_little_more_than_the_weights(smollm2):  # noqa: F811
 
 
 def test_loading_is_quick(smollm2):  # noqa: F811
-    """From the file to a model that can be trained: seconds of the processor in user mode, and page faults, of which only the
-    first reading, into fresh memory, has many."""
+    """From the file to a model that can be trained: seconds of the processor in user mode, and page faults.
+
+    Only the first reading, into fresh memory, has many of those."""
     script = """if True:
         import resource, sys
         from longlora.decoder import model
@@ -231,7 +279,8 @@ def test_loading_is_quick(smollm2):  # noqa: F811
         base = weights.open_model(sys.argv[1])
         base.tokenizer()
         lora = LoraConfig()
-        made = model.Model(base.config, lora=lora, plan=plan.plan(base.config, sequence_length=512, lora=lora, memory=1 << 40))
+        planned = plan.plan(base.config, sequence_length=512, lora=lora, memory=1 << 40)
+        made = model.Model(base.config, lora=lora, plan=planned)
         made.load(base)
         loaded = used()
         made.load(base)
@@ -303,7 +352,8 @@ def test_another_architecture(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(
-        UserError, match="architecture 'gemma2' is not supported; supported are llama, qwen2, qwen3"
+        UserError,
+        match="'gemma2' is not supported; supported are llama, qwen2, qwen3, phi3, granite, smollm3",
     ):
         open_model(tmp_path / "m.gguf")
 

@@ -1,4 +1,4 @@
-"""Token ids are transformers', on ugly texts, from tokenizer.json of every class and from every kind of GGUF vocabulary."""
+"""Token ids are transformers', on ugly texts, for tokenizer.json of each class and each GGUF vocabulary."""
 
 import json
 
@@ -43,7 +43,7 @@ TRAIN = [
 
 
 def trained(kind):
-    """A small tokenizers.Tokenizer: byte-level with `kind` as its split, or "llama" for SentencePiece-like BPE."""
+    """A small tokenizers.Tokenizer: byte-level with `kind` as its split, or "llama" for SentencePiece."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     if kind == "llama":
@@ -218,7 +218,7 @@ def gguf_file(path, tok, model, **keys):
     return path
 
 
-@pytest.mark.parametrize("pre", ["default", "smollm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("pre", ["default", "smollm", "llama-bpe", "smaug-bpe", "dbrx", "qwen2"])
 @pytest.mark.parametrize("bos", [False, True])
 def test_byte_level_gguf(tmp_path, pre, bos):
     path = gguf_file(

@@ -1,4 +1,4 @@
-"""Model directories as transformers writes them are read bit by bit; whatever is wrong with one is named, in one line."""
+"""Model directories that transformers wrote are read bit by bit; what is wrong with one is named."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longlora.decoder.families import FAMILIES
 from longlora.disk import write_text
 from longlora.errors import UserError
 from longlora.files import safetensors as safetensors_file
@@ -29,19 +30,27 @@ SIZES = dict(
     max_position_embeddings=64,
     head_dim=8,
 )
+# What a tiny model of a family needs beside the sizes, and what sets the family apart.
+OF_FAMILY = {
+    "mistral": dict(sliding_window=None),
+    "phi3": dict(bos_token_id=1, eos_token_id=2, pad_token_id=None),
+    "granite": dict(
+        embedding_multiplier=3.0, residual_multiplier=0.25, attention_multiplier=0.3, logits_scaling=1.5
+    ),
+    "smollm3": dict(bos_token_id=1, eos_token_id=2, pad_token_id=None, no_rope_layer_interval=2),
+}
 
 
 def build(path, family="llama", dtype=torch.float32, **fields):
-    """A tiny random model of a family, saved by transformers at `path`, by save_pretrained(**save) -> the model."""
+    """Save a tiny random model of a family at `path`, by save_pretrained(**save) -> the model."""
     import transformers
 
     save = fields.pop("save", {})
-    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
-    if family == "mistral":
-        fields["sliding_window"] = None
+    name = FAMILIES[family].architecture
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, **fields})
-    model = getattr(transformers, f"{name}ForCausalLM")(config).to(dtype)
+    config = getattr(transformers, name.replace("ForCausalLM", "Config"))
+    config = config(**{**SIZES, **OF_FAMILY.get(family, {}), **fields})
+    model = getattr(transformers, name)(config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.2 + 0.05)
@@ -59,7 +68,7 @@ def failure(path):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("sharded", [False, True])

@@ -14,8 +14,6 @@ from devices import device, put  # noqa: E402, F401 (a fixture)
 from test_torch_transformers import FAMILIES, SMALL, VERSION, close, ids_of, tiny, without_interface  # noqa: E402
 
 import longlora.torch  # noqa: E402
-from longlora.decoder import rope  # noqa: E402
-from longlora.decoder.config import read_config  # noqa: E402
 from longlora.evaluation import ppl  # noqa: E402
 from longlora.files import merge  # noqa: E402
 from longlora.torch.extend import lora_config  # noqa: E402
@@ -55,35 +53,44 @@ def test_a_family_trains(family):
     assert len(still) == len(before) - len(trained), "something frozen moved"
 
 
-@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn", "llama3"])
+# From 128 positions to 300, then to 1024, by pencil: theta with D numbers rotated, and the words of transformers. llama3's second
+# factor counts from the 300 that its first one, ceil(300 / 128), reaches.
+POSITIONS = {
+    "linear": (lambda D: 10000.0, dict(rope_type="linear", factor=8.0)),
+    "ntk": (lambda D: 10000.0 * 8 ** (D / (D - 2)), dict(rope_type="default")),
+    "yarn": (lambda D: 10000.0, dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=128)),
+    "llama3": (
+        lambda D: 10000.0,
+        dict(
+            rope_type="llama3",
+            factor=3 * 1024 / 300,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=128,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_the_positions_are_the_drivers(kind, family):
-    """Frequencies as longlora.decoder.rope has them, the config's keys read back to the same; extended again, they count from the first."""
-    base = tiny(family, "sdpa", hidden_size=128)
-    raw = base.config.to_dict()
-    dim = int(
-        base.config.hidden_size // base.config.num_attention_heads * (0.25 if family == "gpt_neox" else 1)
+def test_extended_twice_the_positions_are_those_of_transformers(kind, family):
+    """gpt_neox rotates a quarter of each head."""
+    dim = 32 if family == "llama" else 8
+    model = longlora.torch.extend(tiny(family, "sdpa", hidden_size=128), 300, rope=kind)
+    again = longlora.torch.extend(model.merge_and_unload(), 1024, rope=kind).get_base_model()
+    theta, scaling = POSITIONS[kind]
+    config = transformers.LlamaConfig(
+        head_dim=dim, max_position_embeddings=1024, rope_theta=theta(dim), rope_scaling={**scaling}
     )
-    model = longlora.torch.extend(base, 300, rope=kind)
-    again = longlora.torch.extend(model.merge_and_unload(), 1024, rope=kind)
-    again = again.get_base_model()
-    if family == "llama":
-        want, _ = rope.extend(read_config(raw), kind, 1024)
-        assert read_config(again.config.to_dict()).rope == (
-            want if kind != "llama3" else read_config(again.config.to_dict()).rope
-        )
-        frequencies = rope.inverse_frequencies(read_config(again.config.to_dict()).rope, dim)[0]
-        np.testing.assert_allclose(again.model.rotary_emb.inv_freq.cpu().numpy(), frequencies, rtol=1e-5)
-    else:
-        inv_freq = again.gpt_neox.rotary_emb.inv_freq
-        assert inv_freq.shape == (dim // 2,)
-        if VERSION >= (5, 0):
-            assert again.config.rope_parameters["partial_rotary_factor"] == 0.25
-        if kind == "linear":
-            np.testing.assert_allclose(
-                inv_freq.cpu().numpy(), 10000.0 ** -(np.arange(0, dim, 2) / dim) / 8, rtol=1e-5
-            )
+    wanted = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    rotary = again.model.rotary_emb if family == "llama" else again.gpt_neox.rotary_emb
+    assert rotary.inv_freq.shape == (dim // 2,)
+    torch.testing.assert_close(rotary.inv_freq.cpu(), wanted.inv_freq, rtol=1e-6, atol=0)
+    assert rotary.attention_scaling == pytest.approx(wanted.attention_scaling, rel=1e-6)
     assert again.config.max_position_embeddings == 1024
+    if family == "gpt_neox" and VERSION >= (5, 0):
+        assert again.config.rope_parameters["partial_rotary_factor"] == 0.25
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -117,9 +124,9 @@ def test_the_drivers_adapter_is_loaded(tmp_path):
     import tiny as driver
 
     base, text = driver.model(tmp_path / "base"), driver.text(tmp_path / "text.txt", 300)
-    from longlora.training import driver as train
+    from longlora.training import driver
 
-    train.train(lambda line: None, **driver.options(tmp_path, max_steps=2))
+    driver.train(lambda line: None, **driver.options(tmp_path, max_steps=2))
     from longlora.files.open_model import open_model
 
     ids = torch.from_numpy(open_model(str(base)).tokenizer().encode(text.read_text())[:64].astype(np.int64))[
@@ -173,12 +180,24 @@ def grads_of(model, **inputs):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+ALL = dict(rms_norm=5, swiglu=2, lora_linear=0, rope=2, linear_cross_entropy=1)
 EXPECTED = {
-    "llama": dict(rms_norm=5, swiglu=2, rope=2, linear_cross_entropy=1),
-    "qwen3": dict(rms_norm=9, swiglu=2, rope=2, linear_cross_entropy=1),
-    "gemma": dict(rms_norm=0, swiglu=0, rope=2, linear_cross_entropy=1),  # its norm is (1 + w), its MLP GeGLU
-    "granite": dict(rms_norm=5, swiglu=2, rope=2, linear_cross_entropy=0),  # it scales its logits
-    "gpt_neox": dict(rms_norm=0, swiglu=0, linear_cross_entropy=1),
+    "llama": ALL,
+    "mistral": ALL,
+    "qwen2": ALL,
+    "smollm3": ALL,
+    "qwen3": ALL | dict(rms_norm=9),
+    "olmo2": ALL | dict(rms_norm=9),  # norms of heads
+    "phi3": ALL | dict(swiglu=0),  # gate and up are one linear
+    "olmo": ALL | dict(rms_norm=0),
+    "stablelm": ALL | dict(rms_norm=0),  # their norms take the mean off
+    "starcoder2": ALL | dict(rms_norm=0, swiglu=0),
+    "gpt_neox": ALL | dict(rms_norm=0, swiglu=0),  # so do these, with GELU
+    "gemma": ALL | dict(rms_norm=0, swiglu=0),  # its norm is (1 + w), its MLP GeGLU
+    "granite": ALL | dict(linear_cross_entropy=0),  # it scales its logits
+    "cohere": ALL | dict(rms_norm=0, rope=0, linear_cross_entropy=0),  # so does it; it rotates neighbours
+    "glm": ALL | dict(swiglu=0, rope=0),
+    "helium": ALL | dict(rope=0),  # so do these
 }
 
 
@@ -191,8 +210,7 @@ def test_swapped_layers_give_the_same_values(family):
     logits = model.eval()(tokens()).logits
     counts = longlora.torch.swap(model)
     try:
-        for kind, count in EXPECTED.get(family, {}).items():
-            assert counts[kind] == count, (kind, counts)
+        assert counts == EXPECTED[family]
         assert (model(tokens()).logits - logits).abs().max() <= 1e-4 * logits.abs().max()
         other, again = grads_of(model.train())
         close(other, loss)
@@ -229,6 +247,21 @@ def test_swapped_lora_linears():
     longlora.torch.unswap(model)
     with model.disable_adapter():
         close(plain, model(tokens()).logits)
+
+
+def test_swapped_lora_linears_that_peft_merged():
+    """The base's weights hold the adapter then: it may not be added again."""
+    model = moved(longlora.torch.extend(tiny("llama", "sdpa"), 512, group_size=6)).eval()
+    want = model(tokens()).logits
+    with model.disable_adapter():
+        assert (model(tokens()).logits - want).abs().max() > 1e-2 * want.abs().max()
+    assert longlora.torch.swap(model)["lora_linear"] == 8
+    model.merge_adapter()
+    merged = model(tokens()).logits
+    assert (merged - want).abs().max() <= 1e-4 * want.abs().max()
+    model.unmerge_adapter()
+    assert (model(tokens()).logits - want).abs().max() <= 1e-4 * want.abs().max()
+    longlora.torch.unswap(model)
 
 
 def test_swapped_loss_counts_as_trainer_does():

@@ -2,6 +2,7 @@
 of processes; what is refused. The processes of a group run on the CPU over gloo; torch_worker.py says what is pretended."""
 
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -17,16 +18,19 @@ from smollm2 import smollm2  # noqa: F401 (a fixture)
 
 import longlora
 from longlora import get_num_threads, set_num_threads
+from longlora.data.sequences import Sequences
+from longlora.data.tokens import Tokens
+from longlora.decoder.model import Model
 from longlora.errors import UserError
 from longlora.evaluation import ppl
 from longlora.files import adapter, merge
 from longlora.files.open_model import open_model
-from longlora.training import driver, metrics
-from longlora.training import resume as checkpoint
+from longlora.training import driver, metrics, resume
 
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 ours = pytest.importorskip("longlora.torch.train", reason="longlora.torch.train needs transformers and peft")
+trainer = pytest.importorskip("longlora.torch.trainer", reason="it is a part of longlora.torch.train")
 
 HERE = Path(__file__).parent
 
@@ -215,6 +219,106 @@ def test_ten_steps_of_smollm2_are_the_drivers(tmp_path, smollm2):  # noqa: F811
         assert 0 < apart**0.5 <= 1e-2 * moved**0.5, kind
 
 
+def test_a_batch_of_packed_documents_by_hand():
+    """Positions start again with each document; the first token of a document is no label."""
+    tokens = Tokens(np.arange(14, dtype=np.int32), np.array([0, 3, 7, 8, 14]), "")
+    inputs = trainer.batch(Sequences(tokens, 8, packing_boundaries="document"), [1, 0], 1)
+    none = -100
+    assert {name: x.tolist() for name, x in inputs.items()} == {
+        "input_ids": [[8, 9, 10, 11, 12, 13, 0], [0, 1, 2, 3, 4, 5, 6]],
+        "labels": [[none, 9, 10, 11, 12, 13, none], [none, 1, 2, none, 4, 5, 6]],
+        "position_ids": [[0, 1, 2, 3, 4, 5, 0], [0, 1, 2, 0, 1, 2, 3]],
+    }
+    assert "position_ids" not in trainer.batch(Sequences(tokens, 8), [0], 1)
+
+
+def test_packed_documents_train_as_if_each_were_alone(tmp_path):
+    """Two documents of 64 tokens in one sequence, or a sequence each; the groups are of 16. Evaluated likewise."""
+    tiny.documents(tmp_path / "few.jsonl", [64, 64])
+    tiny.documents(tmp_path / "held.jsonl", [64, 64], seed=1)
+    fields = dict(
+        data=str(tmp_path / "few.jsonl"),
+        eval_data=str(tmp_path / "held.jsonl"),
+        max_steps=3,
+        group_size=16,
+        packing_boundaries="document",
+    )
+    together = run(ours.train, tmp_path, "together", **fields)
+    apart = run(ours.train, tmp_path, "apart", sequence_length=64, per_device_train_batch_size=2, **fields)
+    for a, b in zip(together.history, apart.history, strict=True):
+        for key in {"loss", "eval_loss", "grad_norm"} & a.keys():
+            assert a[key] == pytest.approx(b[key], rel=1e-4 if key == "grad_norm" else 1e-5)
+    joined = run(ours.train, tmp_path, "joined", **{**fields, "packing_boundaries": "none"})
+    assert joined.history[1]["loss"] != pytest.approx(together.history[1]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(),
+        dict(attention="dense"),
+        dict(checkpointing="full", shift="all"),
+        dict(per_device_train_batch_size=3, gradient_accumulation_steps=2),
+    ],
+    ids=str,
+)
+def test_packed_documents_train_as_in_the_driver(tmp_path, fields):
+    random = np.random.default_rng(3)
+    tiny.documents(tmp_path / "few.jsonl", random.integers(5, 90, 60))
+    tiny.documents(tmp_path / "held.jsonl", random.integers(5, 90, 20), seed=1)
+    fields = dict(
+        data=str(tmp_path / "few.jsonl"),
+        eval_data=str(tmp_path / "held.jsonl"),
+        packing_boundaries="document",
+        **fields,
+    )
+    mine, theirs = (
+        run(train, tmp_path, name, **fields)
+        for train, name in ((ours.train, "mine"), (driver.train, "theirs"))
+    )
+    same_rows(mine.history, theirs.history)
+    close(trained(tmp_path / "mine"), trained(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("train", [driver.train, ours.train], ids=["driver", "torch"])
+def test_rates_and_decay_by_hand(tmp_path, train):
+    """Adam's first step is the rate for every number that has a gradient, whatever its size; decay takes rate x decay of a matrix
+    and nothing of a norm. A has no gradient while B is zero: what it loses is decay. A run without decay tells its start."""
+    rate, slow, decay = 1e-2, 1e-3, 0.5
+    fields = dict(
+        max_steps=1,
+        learning_rate=rate,
+        embedding_learning_rate=slow,
+        lr_scheduler_type="constant",
+        max_grad_norm=0,
+        modules_to_save=["embed_tokens", "lm_head", "norm"],
+    )
+    tiny.model(tmp_path / "base", tie_word_embeddings=False)
+    for name, weight_decay in (("plain", 0.0), ("decayed", decay)):
+        run(train, tmp_path, name, weight_decay=weight_decay, **fields)
+    base, plain, decayed = (
+        open_model(tmp_path / "base"),
+        trained(tmp_path / "plain"),
+        trained(tmp_path / "decayed"),
+    )
+    for name, array in decayed.items():
+        if "lora_A" in name:
+            np.testing.assert_allclose(array, plain[name] * (1 - rate * decay), rtol=1e-6)
+            continue
+        start, lost = (
+            (np.float32(0), 0)
+            if "lora_B" in name
+            else (base.read(name), 0 if "norm" in name else slow * decay)
+        )
+        moved = np.abs(array - start * (1 - lost))
+        wanted = rate if "lora_B" in name else slow
+        seen = (
+            moved[(moved > 1e-6).any(-1)] if name == "model.embed_tokens.weight" else moved
+        )  # rows of the bytes in the text
+        assert np.median(seen) == pytest.approx(wanted, rel=1e-3), name
+        assert moved.max() <= wanted * 1.001, name
+
+
 # ---- adapters and checkpoints of one in the other ------------------------------------------------
 
 
@@ -240,7 +344,7 @@ def test_a_run_goes_on_in_the_other(tmp_path, first, then):
     assert rest.history[:5] == whole.history[:5]
     same_rows(rest.history, whole.history, rel=0 if first is then else 1e-5)
     if first is then:
-        tensors = [checkpoint.load(tmp_path / output / "checkpoint-6")[1] for output in ("rest", "whole")]
+        tensors = [resume.load(tmp_path / output / "checkpoint-6")[1] for output in ("rest", "whole")]
         for name in tensors[1]:
             np.testing.assert_array_equal(*(found[name] for found in tensors), name)
     close(trained(tmp_path / "rest"), trained(tmp_path / "whole"))
@@ -257,8 +361,15 @@ def test_a_run_that_is_done_is_finished_by_resuming(tmp_path):
     assert "4 steps, which is more than the 3" in failure(
         tmp_path, max_steps=3, resume_from_checkpoint="latest"
     )
-    message = failure(tmp_path, learning_rate=0.02, resume_from_checkpoint="latest")
-    assert "was trained with learning_rate 0.01, got 0.02" in message
+    for fields, words in (
+        (dict(learning_rate=0.02), "learning_rate 0.01, got 0.02"),
+        (dict(weight_decay=0.1), "weight_decay 0.0, got 0.1"),
+        (dict(gradient_accumulation_steps=2), "gradient_accumulation_steps 1, got 2"),
+        (dict(lr_scheduler_type="cosine"), "a schedule of another warm-up or length"),
+        (dict(data=str(tiny.text(tmp_path / "other.txt", seed=1))), "other data"),
+        (dict(model=str(tiny.model(tmp_path / "other", seed=1))), "another base model"),
+    ):
+        assert f"was trained with {words}" in failure(tmp_path, resume_from_checkpoint="latest", **fields)
 
 
 def test_a_signal_ends_the_step_and_saves(tmp_path):
@@ -444,10 +555,12 @@ def launched(tmp_path, output, config=None, **fields):
 
 
 def two_equal_one(tmp_path, config):
-    """Two processes make the steps of one with twice the batches: rows, adapter, checkpoints; one goes on for two, and back."""
+    """Two processes make the steps of one with twice the batches: rows, adapter, checkpoints; one goes on for two, and back.
+
+    The text ends in a short sequence, which makes the two processes' shares of a step's tokens unequal."""
     fields = dict(
         data=str(tiny.text(tmp_path / "few.txt", 320)),
-        eval_fraction=0.2,
+        eval_data=str(tiny.text(tmp_path / "held.txt", 80, seed=9)),
         max_steps=5,
         embedding_learning_rate=3e-3,
         lr_scheduler_type="cosine",
@@ -478,8 +591,8 @@ def two_equal_one(tmp_path, config):
     )
     same_rows(metrics.read(tmp_path / "rest2"), one.history, rel=2e-5)
     close(trained(tmp_path / "rest2"), trained(tmp_path / "one"))
-    for name, array in checkpoint.load(tmp_path / "two" / "checkpoint-5")[1].items():
-        want = checkpoint.load(tmp_path / "one" / "checkpoint-5")[1][name]
+    for name, array in resume.load(tmp_path / "two" / "checkpoint-5")[1].items():
+        want = resume.load(tmp_path / "one" / "checkpoint-5")[1][name]
         assert np.linalg.norm(array - want) <= 2e-2 * np.linalg.norm(want), name
 
 

@@ -1,6 +1,7 @@
 """attn_implementation="longlora_s2" on tiny random models of many families: dense is sdpa, S2-Attn is the reference, padding and
 packing are the unpadded runs, generate gives sdpa's tokens. test_torch_oldest.py runs this again on transformers 4.53."""
 
+import functools
 import os
 
 import numpy as np
@@ -62,12 +63,12 @@ def tiny(family, implementation, **changes):
     return put(model).eval()
 
 
-def by_mask(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **unused):
-    """S2-Attn by the reference's mask, document by document: what `attention` must equal."""
+def by_mask(module, query, key, value, attention_mask, scaling=None, dropout=0.0, pattern=(G,), **unused):
+    """S2-Attn by the reference's mask, document by document: what `attention` must equal. pattern: group, boundary, shift."""
     H, T = query.shape[1:3]
     key, value = (x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
     borders = [[0, T]] * len(query) if attention_mask is None else attention_mask.tolist()
-    mask = put(np.stack([reference.attention_mask(T, H, G, cu_seqlens=row) for row in borders]))
+    mask = put(np.stack([reference.attention_mask(T, H, *pattern, cu_seqlens=row) for row in borders]))
     scores = (query.double() @ key.double().transpose(2, 3)) * (scaling or query.shape[-1] ** -0.5)
     p = scores.masked_fill(~mask, -torch.inf).softmax(-1)
     return (p @ value.double()).to(query.dtype).transpose(1, 2).contiguous(), None
@@ -75,6 +76,13 @@ def by_mask(module, query, key, value, attention_mask, scaling=None, dropout=0.0
 
 transformers.AttentionInterface.register("s2_by_the_reference", by_mask)
 attention.AttentionMaskInterface.register("s2_by_the_reference", attention.mask)
+for name, pattern in (
+    ("s2_split_none", (4, "split", "none")),
+    ("s2_wrap_half", (4, "wrap", "half")),
+    ("s2_swap_all", (4, "swap", "all")),
+):
+    transformers.AttentionInterface.register(name, functools.partial(by_mask, pattern=pattern))
+    attention.AttentionMaskInterface.register(name, attention.mask)
 
 
 def ids_of(B, T, seed=0):
@@ -201,15 +209,18 @@ def test_the_default_group_is_a_quarter():
     assert attention.group_size_of(model.config, 3) == 2
 
 
-def test_settings_are_saved(tmp_path):
-    model = longlora.torch.configure(tiny("llama", "sdpa"), group_size=4, boundary="swap", shift="all")
+@pytest.mark.parametrize("boundary, shift", [("split", "none"), ("wrap", "half"), ("swap", "all")])
+def test_settings_count_and_are_saved(tmp_path, boundary, shift):
+    ids = ids_of(1, 16)
+    want = tiny("llama", f"s2_{boundary}_{shift}").train()(ids, use_cache=False).logits
+    model = longlora.torch.configure(tiny("llama", "sdpa"), group_size=4, boundary=boundary, shift=shift)
+    close(model.train()(ids).logits, want)
     model.save_pretrained(tmp_path)
     loaded = put(
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="longlora_s2")
     )
-    ids = ids_of(1, 16)
     assert loaded.config.longlora_group_size == 4
-    close(loaded.train()(ids).logits, model.train()(ids).logits)
+    close(loaded.train()(ids).logits, want)
 
 
 @pytest.mark.parametrize("kwargs", [dict(use_reentrant=False), dict(use_reentrant=True)])

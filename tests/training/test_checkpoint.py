@@ -15,8 +15,7 @@ from longlora.errors import UserError
 from longlora.files import adapter
 from longlora.files.open_model import open_model
 from longlora.tools import inspect
-from longlora.training import driver as train
-from longlora.training import resume as checkpoint
+from longlora.training import driver, resume
 
 
 def state(step):
@@ -24,7 +23,7 @@ def state(step):
 
 
 def save(path, step, limit=None, write_model=lambda directory: None):
-    return checkpoint.save(str(path), state(step), {"m.x": np.full(3, step, np.float32)}, write_model, limit)
+    return resume.save(str(path), state(step), {"m.x": np.full(3, step, np.float32)}, write_model, limit)
 
 
 def test_saved_is_what_is_loaded_and_the_oldest_go_last(tmp_path):
@@ -35,15 +34,15 @@ def test_saved_is_what_is_loaded_and_the_oldest_go_last(tmp_path):
             limit=2,
             write_model=lambda directory: write_text(os.path.join(directory, "model"), "x"),
         )
-        found, tensors = checkpoint.load(path)
+        found, tensors = resume.load(path)
         assert found == state(step) and tensors["m.x"].tolist() == [step] * 3
         assert sorted(os.listdir(path)) == ["model", "optimizer.safetensors", "trainer_state.json"]
-    assert [os.path.basename(path) for path in checkpoint.found(str(tmp_path))] == [
+    assert [os.path.basename(path) for path in resume.found(str(tmp_path))] == [
         "checkpoint-10",
         "checkpoint-100",
     ]
-    assert checkpoint.resolve("latest", str(tmp_path)).endswith("checkpoint-100")
-    assert checkpoint.resolve("some/where", str(tmp_path)) == "some/where"
+    assert resume.resolve("latest", str(tmp_path)).endswith("checkpoint-100")
+    assert resume.resolve("some/where", str(tmp_path)) == "some/where"
     save(tmp_path, 100)  # an equal one takes the place of the old
     assert len(os.listdir(tmp_path)) == 2
 
@@ -89,9 +88,9 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path):
         (tmp_path / name / "file").write_text("x")
     for name in (".metrics.jsonl.abc.partial", "my.partial", "metrics.jsonl"):
         (tmp_path / name).write_text("x")
-    checkpoint.sweep(str(tmp_path))
+    resume.sweep(str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "metrics.jsonl", "my.partial", "notes"]
-    assert [os.path.basename(path) for path in checkpoint.found(str(tmp_path))] == ["checkpoint-1"]
+    assert [os.path.basename(path) for path in resume.found(str(tmp_path))] == ["checkpoint-1"]
 
 
 @pytest.mark.parametrize(
@@ -111,18 +110,18 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage, words):
     path = save(tmp_path, 1)
     damage(tmp_path / "checkpoint-1")
     with pytest.raises(UserError, match=words) as caught:
-        checkpoint.load(path)
+        resume.load(path)
     assert path in str(caught.value)
 
 
 def test_a_checkpoint_is_an_adapter_of_its_own(tmp_path):
-    train.train(lambda line: None, **tiny.options(tmp_path, max_steps=1))
+    driver.train(lambda line: None, **tiny.options(tmp_path, max_steps=1))
     path = tmp_path / "out" / "checkpoint-1"
     assert inspect.describe(path)["kind"] == "checkpoint" and inspect.describe(path)["step"] == 1
     lora, tensors, raw = adapter.load(path, open_model(tmp_path / "base"))
     assert lora.r == 8 and raw["max_position_embeddings"] == 128
     # what it holds is what the optimizer goes on from
-    for name, array in checkpoint.load(path)[1].items():
+    for name, array in resume.load(path)[1].items():
         if name.startswith("value."):
             np.testing.assert_array_equal(array, tensors[name.removeprefix("value.")])
 
@@ -162,10 +161,10 @@ def test_a_run_killed_at_any_moment_goes_on_from_its_newest_checkpoint(tmp_path,
             kills += 1
         _, errors = process.communicate()
         assert process.returncode in (0, -9), errors
-        complete = checkpoint.found(str(out))
+        complete = resume.found(str(out))
         assert len(complete) <= 3
         for path in complete:
-            found, tensors = checkpoint.load(path)
+            found, tensors = resume.load(path)
             assert path.endswith(f"checkpoint-{found['global_step']}") and all(
                 np.isfinite(t).all() for t in tensors.values()
             )
@@ -176,10 +175,10 @@ def test_a_run_killed_at_any_moment_goes_on_from_its_newest_checkpoint(tmp_path,
     if process.returncode:
         subprocess.run(arguments, check=True, capture_output=True)
     assert not [name for name in tiny.listing(out) if "partial" in name]
-    train.train(
+    driver.train(
         lambda line: None, **{**fields, "output_dir": str(tmp_path / "whole"), "resume_from_checkpoint": None}
     )
-    ours, theirs = (checkpoint.load(str(path / f"checkpoint-{steps}")) for path in (out, tmp_path / "whole"))
+    ours, theirs = (resume.load(str(path / f"checkpoint-{steps}")) for path in (out, tmp_path / "whole"))
     for name in theirs[1]:
         np.testing.assert_array_equal(ours[1][name], theirs[1][name], name)
     assert [row["loss"] for row in ours[0]["log_history"]] == [

@@ -8,8 +8,7 @@ import reference
 import tiny
 
 from longlora import _C
-from longlora.training import driver as train
-from longlora.training import profile
+from longlora.training import driver, profile
 
 PEAKS = (100.0, 10.0)
 
@@ -81,7 +80,7 @@ def test_flops_and_bytes_by_hand():
 
 def test_a_run_says_where_its_time_goes(tmp_path):
     before, said = dict(vars(_C)), []
-    result = train.train(said.append, **tiny.options(tmp_path, max_steps=3, profile=True))
+    result = driver.train(said.append, **tiny.options(tmp_path, max_steps=3, profile=True))
     assert dict(vars(_C)) == before  # off again, nothing is left in the way
     found = json.loads((tmp_path / "out" / "profile.json").read_text())
     assert found["steps"] == 2 and [found["peak_gflops"], found["copy_gbytes"]] == list(PEAKS)
@@ -103,7 +102,7 @@ def test_a_run_says_where_its_time_goes(tmp_path):
     assert all(op in table for op in ops) and "Python and NumPy" in table
     assert (
         result.history[-1]["loss"]
-        == train.train(
+        == driver.train(
             lambda line: None, **tiny.options(tmp_path, max_steps=3, output_dir=str(tmp_path / "plain"))
         ).history[-1]["loss"]
     )
@@ -111,7 +110,7 @@ def test_a_run_says_where_its_time_goes(tmp_path):
 
 
 def test_a_run_of_one_step_profiles_it(tmp_path):
-    train.train(lambda line: None, **tiny.options(tmp_path, max_steps=1, profile=True))
+    driver.train(lambda line: None, **tiny.options(tmp_path, max_steps=1, profile=True))
     assert json.loads((tmp_path / "out" / "profile.json").read_text())["steps"] == 1
 
 

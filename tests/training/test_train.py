@@ -1,5 +1,6 @@
 """Runs of tiny models: what is said, what is written, that a stopped run goes on bit by bit, that nothing goes wrong unsaid."""
 
+import inspect
 import json
 import math
 import os
@@ -18,9 +19,9 @@ from longlora.decoder import model as model_
 from longlora.errors import UserError
 from longlora.files import adapter
 from longlora.files.open_model import open_model
-from longlora.training import driver as train
-from longlora.training import metrics, options
-from longlora.training import resume as checkpoint
+from longlora.training import driver, metrics, options, resume
+from longlora.training.inputs import Setup
+from longlora.training.run import learning_rate
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def threads():
 
 
 def run(tmp_path, said=None, **fields):
-    return train.train(
+    return driver.train(
         said.append if said is not None else lambda line: None, **tiny.options(tmp_path, **fields)
     )
 
@@ -193,7 +194,7 @@ def test_the_loss_is_over_target_tokens_not_over_batches(tmp_path):
     base = tiny.model(tmp_path / "base")
     result = run(tmp_path, gradient_accumulation_steps=2, max_steps=1, attention="dense", target_length=128)
     plain = open_model(base)
-    setup = train.Setup(options.from_dict(tiny.options(tmp_path, attention="dense")), plain.config)
+    setup = Setup(options.from_dict(tiny.options(tmp_path, attention="dense")), plain.config)
     made = model_.Model(setup.config).load(plain)
     ids = plain.tokenizer().encode("a" * 128 + "zq").tolist() + [256]
     parts = [np.array(ids[:128], np.int32), np.array(ids[128:], np.int32)]
@@ -214,7 +215,7 @@ COSINE = [0.9045084972, 0.6545084972, 0.3454915028, 0.0954915028]  # (1 + cos(k 
     ],
 )
 def test_schedules(schedule, wanted):
-    rates = [train.learning_rate(step, 6, 3.0, 2, schedule) for step in range(1, 7)]
+    rates = [learning_rate(step, 6, 3.0, 2, schedule) for step in range(1, 7)]
     np.testing.assert_allclose(rates, 3 * np.array(wanted), rtol=0, atol=1e-9)
 
 
@@ -368,7 +369,7 @@ def test_epochs_are_rounded_up_to_whole_steps(tmp_path, epochs, accumulation, st
     for row, step in zip(result.history, range(1, steps + 1), strict=True):
         assert row["epoch"] == pytest.approx(step * accumulation / 100)
         assert row["num_input_tokens_seen"] == step * accumulation * 128
-    state, _ = checkpoint.load(tmp_path / "out" / f"checkpoint-{steps}")
+    state, _ = resume.load(tmp_path / "out" / f"checkpoint-{steps}")
     wanted = dict(global_step=steps, max_steps=steps, position=steps * accumulation, seed=42)
     assert {name: state[name] for name in wanted} == wanted and state["epoch"] == result.history[-1]["epoch"]
 
@@ -389,6 +390,86 @@ def test_every_nth_step_and_the_last_are_logged(tmp_path, fields, steps):
     assert metrics.read(tmp_path / "out") == result.history
     told = [line.split()[1] for line in said if line.startswith("step ")]
     assert told == [f"{step}/5" for step in steps if step]
+
+
+# ---- packed documents ----------------------------------------------------------------------------
+
+needs_packing = pytest.mark.skipif(
+    "cu_seqlens" not in inspect.signature(model_.Model.train_microbatch).parameters,
+    reason="Model.train_microbatch does not take cu_seqlens yet",
+)
+
+
+def mean_loss(base, config, documents):
+    """The mean loss of transformers over the targets of documents that do not see each other, dense attention."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(config)
+    model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float32).eval()
+    losses = []
+    for ids in documents:
+        with torch.no_grad():
+            logits = model(torch.tensor(ids)[None]).logits[0, :-1].double()
+        target = torch.tensor(ids[1:])
+        losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+    return torch.cat(losses).mean().item()
+
+
+def test_a_batch_of_packed_documents_reaches_the_model_with_its_borders(tmp_path, monkeypatch):
+    seen = []
+
+    class Recording(model_.Model):
+        def train_microbatch(self, ids, targets, loss_scale, read=True, cu_seqlens=None):
+            seen.append((cu_seqlens.tolist(), int((targets >= 0).sum())))
+            return super().train_microbatch(ids, targets, loss_scale, read)
+
+    monkeypatch.setattr(model_, "Model", Recording)
+    tiny.documents(tmp_path / "few.jsonl", [64, 64, 30, 98, 128])
+    fields = dict(data=str(tmp_path / "few.jsonl"), packing_boundaries="document", max_steps=3)
+    run(tmp_path, **fields)
+    assert sorted(seen) == [([0, 30, 128], 126), ([0, 64, 128], 126), ([0, 128], 127)]
+
+
+@needs_packing
+def test_held_out_documents_do_not_see_each_other(tmp_path):
+    tiny.documents(tmp_path / "few.jsonl", [64, 64, 30, 98, 128])
+    fields = dict(data=str(tmp_path / "few.jsonl"), max_steps=1)
+    held = tiny.documents(tmp_path / "held.jsonl", [64, 64, 20, 60, 48], seed=1)
+    fields["eval_data"] = str(tmp_path / "held.jsonl")
+    apart = run(tmp_path, packing_boundaries="document", output_dir=str(tmp_path / "apart"), **fields)
+    joined = run(tmp_path, output_dir=str(tmp_path / "joined"), **fields)
+    losses = (
+        mean_loss(tmp_path / "base", tmp_path / "apart", documents)
+        for documents in (held, [np.concatenate(held[:2]), np.concatenate(held[2:])])
+    )
+    for result, wanted in zip((apart, joined), losses, strict=True):
+        assert result.history[0]["eval_loss"] == pytest.approx(wanted, rel=1e-5)
+    assert apart.history[0]["eval_loss"] != pytest.approx(joined.history[0]["eval_loss"], rel=1e-3)
+
+
+@needs_packing
+@pytest.mark.parametrize("name", ["per_device_train_batch_size", "gradient_accumulation_steps"])
+def test_packed_documents_train_as_if_each_were_alone(tmp_path, name):
+    """A step over three sequences. The last one is shorter, so that the batch of three ends in padding."""
+    documents = tiny.documents(tmp_path / "few.jsonl", [64, 64, 30, 98, 70])
+    fields = dict(data=str(tmp_path / "few.jsonl"), packing_boundaries="document", attention="dense")
+    result = run(tmp_path, max_steps=1, **fields, **{name: 3})
+    wanted = mean_loss(tmp_path / "base", tmp_path / "out", documents)
+    assert result.loss == pytest.approx(wanted, rel=1e-5)
+
+
+@needs_packing
+def test_s2_attention_of_a_document_does_not_depend_on_what_it_is_packed_with(tmp_path):
+    """One step over two documents of 64 tokens: packed into a sequence, or a sequence each. The groups are of 16."""
+    tiny.documents(tmp_path / "few.jsonl", [64, 64])
+    fields = dict(data=str(tmp_path / "few.jsonl"), max_steps=2, group_size=16, packing_boundaries="document")
+    together = run(tmp_path, output_dir=str(tmp_path / "together"), **fields)
+    fields.update(sequence_length=64, per_device_train_batch_size=2)
+    apart = run(tmp_path, output_dir=str(tmp_path / "apart"), **fields)
+    for a, b in zip(together.history, apart.history, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
 # ---- stopping and going on -----------------------------------------------------------------------
@@ -416,7 +497,7 @@ def test_resuming_gives_the_bits_of_never_having_stopped(tmp_path, fields):
         resumed = run(tmp_path, **fields, output_dir=str(other), resume_from_checkpoint=str(since))
         assert numbers(resumed.history) == numbers(whole.history) == numbers(metrics.read(other))
         equal(weights(other), weights(tmp_path / "out"))
-        ours, theirs = (checkpoint.load(path / "checkpoint-7")[1] for path in (other, tmp_path / "out"))
+        ours, theirs = (resume.load(path / "checkpoint-7")[1] for path in (other, tmp_path / "out"))
         equal(ours, theirs)
 
 
@@ -472,6 +553,18 @@ def test_a_half_written_line_is_no_row(tmp_path):
         metrics.read(tmp_path)
 
 
+def test_an_option_that_a_checkpoint_does_not_know_has_its_default(tmp_path):
+    first = run(tmp_path, max_steps=2)
+    path = tmp_path / "out" / "checkpoint-2" / resume.STATE
+    state = json.loads(path.read_text())
+    del state["options"]["packing_boundaries"]
+    path.write_text(json.dumps(state))
+    message = failure(tmp_path, packing_boundaries="document", resume_from_checkpoint="latest")
+    assert "packing_boundaries 'none', got 'document'" in message
+    again = run(tmp_path, max_steps=3, resume_from_checkpoint="latest")
+    assert again.step == 3 and numbers(again.history[:2]) == numbers(first.history)
+
+
 def test_resume_latest_without_a_checkpoint_starts(tmp_path):
     said = []
     run(tmp_path, said, resume_from_checkpoint="latest")
@@ -489,6 +582,7 @@ def test_resume_latest_without_a_checkpoint_starts(tmp_path):
         (dict(data="other.txt"), "other data"),
         (dict(model="other"), "another base model"),
         (dict(eval_fraction=0.3), "other data"),
+        (dict(packing_boundaries="document"), "packing_boundaries 'none', got 'document'"),
         (dict(warmup_steps=3), "another warm-up or length"),
         (dict(resume_from_checkpoint="base"), "is not a checkpoint"),
     ],
@@ -508,6 +602,7 @@ def test_a_resumed_run_must_be_the_run_that_stopped(tmp_path, fields, words):
 
 # Every option stands in one of the two. KEPT: a resumed run must have it as it was; here is another value.
 KEPT = dict(
+    packing_boundaries="document",
     target_length=256,
     sequence_length=126,
     rope_type="yarn",
@@ -643,8 +738,8 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on_exactly(tmp_path, numb
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
-    (path,) = checkpoint.found(tmp_path / "out")
-    state, _ = checkpoint.load(path)
+    (path,) = resume.found(tmp_path / "out")
+    state, _ = resume.load(path)
     step = state["global_step"]
     assert (
         f"stopped by {number.name} after step {step}" in output
@@ -704,7 +799,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
     assert message.startswith("step ") and "not finite" in message and "stopped" in message
     step = int(message.split()[1].rstrip(":"))
     assert step > 1 and metrics.read(tmp_path / "out")[-1]["step"] == step - 1
-    (newest,) = checkpoint.found(tmp_path / "out")[-1:]
+    (newest,) = resume.found(tmp_path / "out")[-1:]
     assert newest.endswith(f"checkpoint-{step - 1}") and newest in message
 
 
@@ -765,7 +860,7 @@ def test_a_kind_without_gradient_is_named(tmp_path, monkeypatch, kind, step):
     monkeypatch.setattr(model_, "Model", Broken)
     message = failure(tmp_path)
     assert message.startswith(f"step {step}: {kind} does not train") and "its gradient is zero" in message
-    assert not checkpoint.found(tmp_path / "out")
+    assert not resume.found(tmp_path / "out")
 
 
 def test_a_run_that_does_not_fit_says_what_would(tmp_path):

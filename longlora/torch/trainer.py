@@ -1,0 +1,424 @@
+"""The Engine of a run (longlora.training.run) on transformers.Trainer: the model, the batches, and the
+tensors wherever DDP, FSDP2 or DeepSpeed ZeRO keep their parts."""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from longlora import _C
+from longlora.data import sequences
+from longlora.decoder.model import Model
+from longlora.decoder.network import Network
+from longlora.errors import UserError
+from longlora.files import adapter
+from longlora.ops import IGNORE
+from longlora.torch.attention import NAME, configure
+from longlora.torch.extend import ExtendedModel, extend
+from longlora.training import metrics
+from longlora.training.inputs import Setup
+from longlora.training.optimizer import decay_of
+from longlora.training.options import TrainOptions
+from longlora.training.run import Result, Run, peak_rate
+
+MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}  # our names of Adam's moments -> torch's
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
+def build(o: TrainOptions, setup: Setup, saved: dict[str, np.ndarray] | None = None) -> peft.PeftModel:
+    """The base model at o.model with rope, S2-Attn and LoRA as the options say.
+
+    The trained tensors start as in the driver, or from `saved`, the optimizer state of a checkpoint.
+    """
+    version, path, how = tuple(int(part) for part in transformers.__version__.split(".")[:2]), o.model, {}
+    if os.path.isfile(path):
+        path, how["gguf_file"] = os.path.split(os.path.abspath(path))
+        # Without this the weights may stay packed, and Trainer assumes that they do.
+        if hasattr(transformers, "GgufConfig"):
+            how["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    how["dtype" if version >= (4, 56) else "torch_dtype"] = getattr(torch, o.dtype)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=NAME, **how)
+    # A head that is tied to the embedding is the embedding.
+    tied, whole = setup.config.tie_word_embeddings, list(setup.lora.modules_to_save)
+    whole = ["embed_tokens" if tied and name == "lm_head" else name for name in whole]
+    tie = {"ensure_weight_tying": True} if tied and "embed_tokens" in whole else {}
+    lora = peft.LoraConfig(
+        r=setup.lora.r,
+        lora_alpha=setup.lora.lora_alpha,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+        target_modules=list(setup.lora.target_modules),
+        modules_to_save=whole or None,
+        **tie,
+    )
+    # Dense attention is one group without a shift, in the same kernel.
+    attention = setup.attention or {"group_size": o.sequence_length, "boundary": "split", "shift": "none"}
+    if o.target_length is not None:
+        model = extend(model, o.target_length, rope=o.rope_type, lora=lora, **attention)
+    else:
+        model = ExtendedModel(configure(model, **attention), lora)
+    shapes = setup.lora.tensor_shapes(setup.config)
+    for name, parameter in named(model, setup):
+        # Float32 masters, as in the driver; under bfloat16 autocast does the rest.
+        parameter.data = parameter.data.float()
+        if saved is not None:
+            put(parameter, saved[f"value.{name}"])
+        elif name.endswith("lora_A.weight"):
+            start = _C.Tensor(shapes[name], "float32")
+            Model.draw(name, o.seed, start, 1 / math.sqrt(shapes[name][1]))
+            put(parameter, start.numpy())
+    return model
+
+
+def put(parameter: torch.nn.Parameter, array: np.ndarray) -> None:
+    """Copy `array` into a parameter that no engine holds yet; ZeRO-3 may have partitioned it while it was
+    read."""
+    whole: Any = contextlib.nullcontext()
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.zero import GatheredParameters
+
+        whole = GatheredParameters([parameter], modifier_rank=0)
+    with whole:
+        parameter.data.copy_(torch.from_numpy(np.array(array)))
+
+
+def named(model: torch.nn.Module, setup: Setup) -> list[tuple[str, torch.nn.Parameter]]:
+    """The trained parameters with the driver's names, in the order of the layers. UserError if they are
+    others."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            for part in ("_checkpoint_wrapped_module.", ".modules_to_save.default", ".default"):
+                name = name.replace(part, "")
+            found[name.removeprefix(adapter.PREFIX)] = parameter
+    wanted = setup.lora.tensor_shapes(setup.config)
+    if set(found) != set(wanted):
+        raise UserError(
+            f"the model of transformers trains other tensors: {sorted(set(found) ^ set(wanted))[0]}"
+        )
+    return [(name, found[name]) for name in wanted]
+
+
+class Trained:
+    """One trained tensor (training.run.Trained): whole and float32, wherever the engine keeps its parts.
+
+    All processes must read and write the tensors in the same order.
+    """
+
+    def __init__(self, name: str, kind: str, shape: Iterable[int]):
+        self.name, self.kind, self.shape = name, kind, tuple(shape)
+
+    def bind(self, parameter: torch.nn.Parameter, trainer: Trainer) -> None:
+        """Say where the tensor is. Call once the engine has put it there."""
+        self._parameter, self._trainer = parameter, trainer
+
+    @torch.no_grad()
+    def read(self, what: str) -> torch.Tensor:
+        """value, m or v -> float32 tensor on the CPU."""
+        p = self._parameter
+        if self._trainer.is_deepspeed_enabled:
+            from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+            if what == "value":
+                found = safe_get_full_fp32_param(p)
+            else:
+                found = safe_get_full_optimizer_state(p, MOMENTS[what])
+        else:
+            found = p.detach() if what == "value" else self._trainer.optimizer.state[p][MOMENTS[what]]
+            found = found.full_tensor() if isinstance(found, DTensor) else found
+        return found.reshape(self.shape).to("cpu", torch.float32)
+
+    @torch.no_grad()
+    def restore(self, value: np.ndarray, m: np.ndarray, v: np.ndarray, step: int) -> None:
+        """Put back the optimizer's part, float32, as it was after `step` steps; the parameter itself has
+        `value`."""
+        p, arrays = self._parameter, {"value": value, "m": m, "v": v}
+        tensors = {what: torch.from_numpy(np.array(array)).to(p.device) for what, array in arrays.items()}
+        if self._trainer.is_deepspeed_enabled:
+            from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+            safe_set_full_fp32_param(p, tensors["value"])
+            for what, name in MOMENTS.items():
+                safe_set_full_optimizer_state(p, tensors[what], name)
+            return
+        if isinstance(p, DTensor):
+            where = dict(device_mesh=p.device_mesh, placements=p.placements, src_data_rank=None)
+            tensors = {what: distribute_tensor(x, **where) for what, x in tensors.items()}
+        moments = {name: tensors[what] for what, name in MOMENTS.items()}
+        self._trainer.optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
+
+    @property
+    def value(self) -> np.ndarray:
+        """The tensor, float32."""
+        return self.read("value").numpy()
+
+    @property
+    def grad(self) -> np.ndarray:
+        """Zero where all gradients so far were zero: it is the optimizer's mean of them, since they are
+        freed."""
+        return self.read("m").numpy()
+
+
+def made_steps(zero: Any, step: int) -> None:
+    """Give DeepSpeed's ZeRO optimizer, stage 1 to 3, the state that it would otherwise create in its first
+    step.
+
+    Without this, stages 1 and 2 find the moments of the first group of parameters only (seen with DeepSpeed
+    0.19).
+    """
+    flat = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
+    for x in flat:
+        moments = {name: torch.zeros_like(x) for name in MOMENTS.values()}
+        zero.optimizer.state[x] = {"step": torch.tensor(float(step)), **moments}
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+# ---- the steps -----------------------------------------------------------------------------------
+
+
+class Places(torch.utils.data.Dataset):
+    """The numbers of the sequences of all steps in the driver's order: for Trainer a run is one epoch."""
+
+    def __init__(self, corpus: sequences.Sequences, seed: int, first: int, count: int):
+        self.places = sequences.Order(len(corpus), seed, first).take(count)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> int:
+        return self.places[i]
+
+
+def batch(corpus: sequences.Sequences, indices: list[int], multiple: int) -> dict[str, torch.Tensor]:
+    """data.sequences.batch as transformers takes it: its losses shift the labels, so the first label is never
+    scored."""
+    ids, targets, borders = sequences.batch(corpus, indices, multiple)
+    labels = np.full_like(targets, IGNORE)
+    labels[:, 1:] = targets[:, :-1]
+    arrays = {"input_ids": ids, "labels": labels}
+    if borders is not None:
+        positions = np.arange(ids.size) - np.repeat(borders[:-1], np.diff(borders))
+        arrays["position_ids"] = positions.reshape(ids.shape)
+    return {name: torch.from_numpy(array).long() for name, array in arrays.items()}
+
+
+class Steps(Trainer):
+    """Trainer with the batches, learning rates and schedule of `run`. `loss` sums this process's losses since
+    it was 0."""
+
+    def __init__(self, run: Run, kinds: dict[str, str], **how: Any):
+        self.run, self.kinds, self.loss = run, kinds, 0.0
+        super().__init__(**how)
+
+    def get_train_dataloader(self):
+        return self.accelerator.prepare(
+            torch.utils.data.DataLoader(
+                self.train_dataset,
+                batch_size=self.run.o.per_device_train_batch_size,
+                collate_fn=self.data_collator,
+                pin_memory=self.args.dataloader_pin_memory,
+            )
+        )
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            o, groups = self.run.o, {}
+            for name, parameter in named(model or self.model, self.run.setup):
+                kind = self.kinds[name]
+                groups.setdefault((peak_rate(o, kind), decay_of(kind, o.weight_decay)), []).append(parameter)
+            self.optimizer = torch.optim.AdamW(
+                [
+                    {"params": parameters, "lr": rate, "weight_decay": decay}
+                    for (rate, decay), parameters in groups.items()
+                ],
+                betas=(o.adam_beta1, o.adam_beta2),
+                eps=o.adam_epsilon,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        first = self.run.first + 1
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, lambda made: self.run.share(first + made)
+        )
+        return self.lr_scheduler
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.loss += loss
+        return loss
+
+
+class Callback(TrainerCallback):
+    """Calls `begin` when Trainer has prepared everything, and `after_step` after each step; true from it ends
+    the run."""
+
+    def __init__(self, begin: Callable[[], None], after_step: Callable[[float], bool]):
+        self.begin, self.after_step = begin, after_step
+
+    def on_train_begin(self, args, state, control, **unused):
+        self.begin()
+
+    def on_log(self, args, state, control, logs=None, **unused):
+        if "loss" in logs:
+            stops = self.after_step(float(logs["grad_norm"]))
+            control.should_training_stop = stops or control.should_training_stop
+
+
+# ---- the engine ----------------------------------------------------------------------------------
+
+
+class TorchEngine:
+    """The Engine of a run (training.run.Engine) made of a model of transformers and Trainer."""
+
+    def __init__(self, run: Run, args: TrainingArguments):
+        self.run, self.args, self._signal = run, args, None
+        setup = run.setup
+        kinds = {name: w.kind for w in Network(setup.config, setup.lora).weights() for name in w.members}
+        shapes = setup.lora.tensor_shapes(setup.config)
+        self.parameters = [Trained(name, kinds[name], shape) for name, shape in shapes.items()]
+        left = run.steps - run.step
+        self.trainer = None
+        if left:
+            args.max_steps = left
+            self.trainer = Steps(
+                run,
+                kinds,
+                model=build(run.o, setup, run.tensors),
+                args=args,
+                callbacks=[Callback(self._begin, self._after_step)],
+                train_dataset=Places(run.corpus, run.o.seed, run.position, left * run.each),
+                data_collator=lambda places: batch(run.corpus, places, setup.multiple),
+            )
+            self.trainer.remove_callback(transformers.PrinterCallback)
+            check_accelerator(self.trainer.accelerator, run.o.dtype, args.device.type)
+            if run.o.dtype == "bfloat16" and self.trainer.is_fsdp_enabled:  # the loss is float32 and stays so
+                sharding = self.trainer.accelerator.state.fsdp_plugin
+                sharding.mixed_precision_policy = replace(sharding.mixed_precision_policy, output_dtype=None)
+
+    def train(self) -> Result:
+        """Make the steps of the run and finish it."""
+        self.run.start(self)
+        with self.run.training():
+            if self.trainer is not None:
+                self.trainer.train()
+        return self.run.finish()
+
+    def _begin(self):
+        """Every tensor is where the engine wants it: restore what was saved; nothing has moved yet."""
+        run, parameters = self.run, dict(named(self.trainer.model, self.run.setup))
+        for p in self.parameters:
+            p.bind(parameters[p.name], self.trainer)
+        if self.trainer.is_deepspeed_enabled:
+            made_steps(self.trainer.model_wrapped.optimizer, run.step)
+        if run.tensors is not None:
+            for p in self.parameters:
+                p.restore(*(run.tensors[f"{what}.{p.name}"] for what in ("value", "m", "v")), run.step)
+        self.trainer.loss = 0.0
+        run.begin()
+
+    def _after_step(self, norm):
+        """After a step -> whether it was the last one because of a signal, in any process."""
+        run, trainer = self.run, self.trainer
+        signal = torch.tensor(float(run.stop.signal or 0), device=self.args.device)
+        everyone = trainer.accelerator.gather(torch.stack([trainer.loss.float(), signal])[None])
+        loss, self._signal = everyone[:, 0].double().mean().item(), int(everyone[:, 1].max()) or None
+        trainer.loss = 0.0
+        with run.named():
+            if not math.isfinite(loss):
+                raise UserError("the loss is not finite")
+            if not math.isfinite(norm):
+                raise UserError("the gradient is not finite")
+        places = trainer.train_dataset.places[(run.step - run.first) * run.each :][: run.each]
+        run.after_step(loss, norm, sum(run.corpus.targets(place) for place in places))
+        return self._signal is not None
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """As Engine.evaluate. Every process makes the same number of passes, which sharded models need."""
+        run, model, args = self.run, self.trainer.model, self.args
+        training, total = model.training, torch.zeros(2, dtype=torch.float64, device=args.device)
+        model.eval()
+        for start in range(0, run.evaluated, args.world_size):
+            i = start + args.process_index
+            inputs = batch(run.held_out, [min(i, run.evaluated - 1)], run.setup.multiple)
+            inputs = {name: x.to(args.device) for name, x in inputs.items()}
+            loss = model(**inputs, num_items_in_batch=1).loss
+            if i < run.evaluated:
+                total += torch.stack([loss.double(), (inputs["labels"] != IGNORE).sum().double()])
+        model.train(training)
+        loss, tokens = self.trainer.accelerator.gather(total[None]).sum(0).tolist()
+        return loss / tokens
+
+    def _gather(self, what):
+        """value, m or v of every tensor: name -> float32 array on rank 0. The others take part and get
+        nothing."""
+        found = {}
+        for p in self.parameters:
+            array = p.read(what).numpy()
+            if self.args.process_index == 0:
+                found[p.name] = array
+        return found
+
+    def values(self) -> dict[str, Any]:
+        if self.trainer is None:  # the run has nothing left to do but to write its model
+            return {p.name: self.run.tensors[f"value.{p.name}"] for p in self.parameters}
+        return self._gather("value")
+
+    def state(self) -> dict[str, Any]:
+        return {
+            f"{what}.{name}": array
+            for what in ("value", *MOMENTS)
+            for name, array in self._gather(what).items()
+        }
+
+    def signal(self) -> int | None:
+        return self._signal
+
+    def peak_memory(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.args.device.type == "cuda" else metrics.peak_memory()
+
+
+def check_accelerator(accelerator: Any, dtype: str, device: str) -> None:
+    """UserError if accelerate's configuration asks for something that it does not do here, or that this run
+    lacks."""
+    kind, precision = accelerator.distributed_type, accelerator.mixed_precision
+    if precision != ("bf16" if dtype == "bfloat16" else "no"):
+        raise UserError(
+            f"accelerate's mixed_precision is {precision}, dtype is {dtype}; wanted bf16 with bfloat16, "
+            "no with float32"
+        )
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true") and kind != name:
+            raise UserError(
+                f"accelerate's configuration asks for {name}, but here accelerate does not do it (one "
+                f"process, or {device})"
+            )
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UserError(
+            "accelerate's fsdp_version is 1; wanted 2 (accelerate to-fsdp2 converts the configuration)"
+        )
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if kind == DistributedType.MEGATRON_LM or parallel is not None:
+        raise UserError(
+            "accelerate's configuration splits layers or sequences; wanted DDP, FSDP2 or DeepSpeed ZeRO"
+        )
+    if kind == DistributedType.DEEPSPEED:
+        for name in ("optimizer", "scheduler"):
+            if name in accelerator.state.deepspeed_plugin.deepspeed_config:
+                raise UserError(
+                    f"the DeepSpeed configuration has {name!r}; here the options of the run decide that"
+                )

@@ -1,0 +1,115 @@
+"""What a run starts from: the base model, what the options mean for it, and its sequences."""
+
+import os
+from collections.abc import Callable
+
+from longlora.data.sequences import Sequences
+from longlora.data.tokens import tokenise
+from longlora.decoder import plan, rope
+from longlora.decoder.config import ModelConfig, read_config
+from longlora.decoder.lora import LoraConfig
+from longlora.device import CPU
+from longlora.training import resume
+from longlora.training.options import TrainOptions
+
+Say = Callable[[str], object]  # receives the lines of a run's report
+
+
+def use_threads(o: TrainOptions) -> None:
+    """Set the number of threads of this process, if the options say one."""
+    if o.num_threads:
+        from longlora import set_num_threads
+
+        set_num_threads(o.num_threads)
+
+
+class Source:
+    """Where weights and tokenizer come from: a base model, or a config and random weights (`base` is None).
+
+    Also `config` (a ModelConfig), `fingerprint` (a string that identifies the weights), `tokenizer` or None,
+    and `dtype`, the storage of a whole model that the run saves: one name, or a name for each tensor.
+    UserError for files that cannot be read.
+    """
+
+    def __init__(self, o: TrainOptions):
+        if o.model:
+            from longlora.files.open_model import open_model
+
+            self.base = open_model(o.model)
+            self.config, self.fingerprint = self.base.config, self.base.fingerprint()
+            self.tokenizer = self.base.tokenizer() if self.base.has_tokenizer() else None
+            self.dtype = {name: self.base.dtype(name) for name in self.base.names()}
+            return
+        from longlora.files.tokenizer import Tokenizer
+
+        directory = o.init if os.path.isdir(o.init) else os.path.dirname(o.init) or "."
+        self.base, self.config, self.tokenizer = None, read_config(o.init), None
+        self.fingerprint = f"random {o.seed}"
+        if os.path.exists(os.path.join(directory, "tokenizer.json")):
+            self.tokenizer = Tokenizer.from_directory(directory).check(self.config, directory)
+        self.dtype = self.config.raw.get("dtype") or self.config.raw.get("torch_dtype") or "float32"
+
+
+class Setup:
+    """What the options mean for a base model of config `base`.
+
+    config     the ModelConfig of the run, with extended positions; `raw` is its dict for config.json
+    rope       a sentence about the positions
+    attention  group_size, boundary and shift of S2-Attn as a dict, or None for dense attention
+    multiple   the length of every batch is a multiple of this many tokens
+    lora       a LoraConfig, or None if every weight is trained
+    plan       the Plan of its memory on `device`
+
+    It completes the options (TrainOptions.resolve). UserError if they do not fit the base model.
+    """
+
+    def __init__(self, o: TrainOptions, base: ModelConfig, device: str = CPU):
+        self.config, self.raw = base, base.raw
+        self.rope = f"rope: {base.rope.type}, as the base: {base.max_position_embeddings} positions"
+        if o.target_length is not None:
+            extended, self.rope = rope.extend(base, o.rope_type, o.target_length)
+            self.raw = rope.to_config(base.raw, extended, o.target_length)
+            self.config = read_config(self.raw)
+        o.resolve(self.config)
+        dense = o.attention == "dense"
+        s2 = {"group_size": o.group_size, "boundary": o.boundary, "shift": o.shift}
+        self.attention = None if dense else s2
+        self.multiple = 1 if dense or o.boundary == "split" else o.group_size
+        targets = "all-linear" if o.target_modules == ("all-linear",) else o.target_modules
+        self.lora = None if o.full else LoraConfig(o.r, o.lora_alpha, targets, o.modules_to_save)
+        self.plan = plan.plan(
+            self.config,
+            dtype=o.dtype,
+            batch_size=o.per_device_train_batch_size,
+            sequence_length=o.sequence_length,
+            group_size=o.group_size,
+            lora=self.lora,
+            packed=o.packing_boundaries == "document",
+            checkpointing=o.checkpointing,
+            memory=None if o.max_memory is None else int(o.max_memory * 2**30),
+            device=device,
+        )
+
+
+def read_data(
+    o: TrainOptions, source: Source, setup: Setup, say: Say
+) -> tuple[Sequences, Sequences | None, str]:
+    """Tokenise the data, or take it from the cache.
+
+    Returns the sequences to train on, those held out or None, and a fingerprint that identifies the former.
+    UserError for data that cannot be read.
+    """
+    cache = o.cache_dir or os.path.join(o.output_dir, "cache")
+    if os.path.isdir(cache):
+        resume.sweep(cache)
+
+    def sequences(path):
+        tokens = tokenise(path, source.tokenizer, setup.config.vocab_size, cache, say)
+        return Sequences(tokens, o.sequence_length, o.long_documents, path, o.packing_boundaries)
+
+    corpus, held_out = sequences(o.data), None
+    if o.eval_data:
+        held_out = sequences(o.eval_data)
+    elif o.eval_fraction:
+        held_out = corpus.hold_out(o.eval_fraction)
+    return corpus, held_out, f"{corpus.tokens.fingerprint} {len(corpus)}"

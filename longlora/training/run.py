@@ -1,0 +1,484 @@
+"""The policy of a run: every rule that does not depend on what computes the steps.
+
+An Engine computes the steps: the driver (driver.py) with our Model and AdamW, the Trainer path
+(longlora.torch.trainer) with those of torch. Run holds the number of steps, the schedule, the learning rates,
+what is logged, evaluated and saved and when, and what a resumed run may change. The sentences of the report
+are in report.py.
+"""
+
+import contextlib
+import math
+import os
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from longlora import __version__
+from longlora.device import host
+from longlora.errors import UserError
+from longlora.evaluation.ppl import perplexity
+from longlora.files import adapter, merge
+from longlora.training import metrics, report, resume
+from longlora.training.inputs import Say, Setup, Source, read_data
+from longlora.training.options import TrainOptions
+
+# A directory that holds one of these holds a run or a model and is never overwritten.
+TAKEN = (metrics.FILE, report.OPTIONS, adapter.CONFIG, "config.json")
+# The options that a resumed run may change: the arithmetic of a step does not depend on them. Weights and
+# data are compared by content, and the length of the run where the schedule depends on it.
+FREE = {
+    "model",
+    "init",
+    "data",
+    "output_dir",
+    "cache_dir",
+    "resume_from_checkpoint",
+    "checkpointing",
+    "max_memory",
+    "num_threads",
+    "device",
+    "max_steps",
+    "num_train_epochs",
+    "warmup_steps",
+    "eval_data",
+    "eval_steps",
+    "max_eval_samples",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "profile",
+}
+# The kinds of parameters that train at embedding_learning_rate; all others train at learning_rate.
+EMBEDDING_RATE = ("embedding", "head", "norm")
+
+
+class Trained(Protocol):
+    """A trained tensor: name, kind (decoder.weights.KINDS), shape, float32 value and gradient."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def value(self) -> Any: ...
+
+    @property
+    def grad(self) -> Any: ...
+
+
+class Engine(Protocol):
+    """What computes the steps of a run.
+
+    In a group of processes, every process calls the same methods in the same order.
+    """
+
+    parameters: list[Trained]
+
+    def evaluate(self) -> float:
+        """The mean loss of the held-out sequences in nats per token, with dense attention."""
+
+    def values(self) -> dict[str, Any]:
+        """The trained tensors, name -> float32 array."""
+
+    def state(self) -> dict[str, Any]:
+        """What the optimizer continues from: "value.", "m." and "v." before each name -> float32 array."""
+
+    def signal(self) -> int | None:
+        """The signal that ends the run after this step, the same in every process; None to go on."""
+
+    def peak_memory(self) -> int:
+        """The largest memory in use so far, in bytes."""
+
+
+class Result(dict):
+    """The result of a run: output_dir, step, loss, eval_loss, stopped, history, as keys and as attributes.
+
+    The losses are the last ones, in nats per token. stopped is the number of the signal that ended the run,
+    or None. history holds the rows of metrics.jsonl.
+    """
+
+    __getattr__ = dict.__getitem__
+
+
+@dataclass(frozen=True)
+class Due:
+    """What follows a step: an evaluation, a checkpoint, a row of metrics."""
+
+    evaluates: bool
+    saves: bool
+    logs: bool
+
+
+# ---- rules ---------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """The learning rate of step 1..steps: it rises linearly over `warmup` steps, then follows the schedule.
+
+    "constant" stays at the peak. "cosine" and "linear" fall from the peak to 0 at step `steps` + 1, so that
+    the last step still trains.
+    """
+    if step <= warmup:
+        return peak * step / warmup
+    if schedule == "constant":
+        return peak
+    done = (step - warmup) / (steps - warmup + 1)
+    return peak * (0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done)
+
+
+def peak_rate(o: TrainOptions, kind: str) -> float:
+    """The peak learning rate of parameters of this kind."""
+    rate = o.embedding_learning_rate if kind in EMBEDDING_RATE else o.learning_rate
+    assert rate is not None  # TrainOptions.resolve has filled it in
+    return rate
+
+
+def length(o: TrainOptions, sequences: int, each: int) -> tuple[int, int]:
+    """The number of steps of a run over `sequences` sequences, `each` of them a step, and how many of them
+    warm up."""
+    steps = o.max_steps if o.max_steps > 0 else max(1, math.ceil(o.num_train_epochs * sequences / each))
+    return steps, int(o.warmup_steps) if o.warmup_steps >= 1 else math.ceil(o.warmup_steps * steps)
+
+
+def same_run(state: dict, identity: dict, o: TrainOptions, where: str) -> None:
+    """UserError unless the checkpoint `where`, of this state, belongs to a run with the same arithmetic."""
+    what = {
+        "data": "other data",
+        "base": "another base model",
+        "schedule": "a schedule of another warm-up or length",
+    }
+    for key, words in what.items():
+        if state.get(key) != identity[key]:
+            raise UserError(f"{where}: was trained with {words}")
+    defaults = TrainOptions().to_dict()  # of an option that did not exist yet
+    for name, value in o.to_dict().items():
+        before = state["options"].get(name, defaults[name])
+        if name not in FREE and before != value:
+            raise UserError(f"{where}: was trained with {name} {before!r}, got {value!r}")
+
+
+def refuse_taken(o: TrainOptions) -> None:
+    """UserError if output_dir holds something that this run would overwrite."""
+    if os.path.exists(o.output_dir) and not os.path.isdir(o.output_dir):
+        raise UserError(f"{o.output_dir}: is not a directory")
+    if o.resume_from_checkpoint:
+        return
+    taken = [name for name in TAKEN if os.path.exists(os.path.join(o.output_dir, name))]
+    taken += [os.path.basename(path) for path in resume.found(o.output_dir)]
+    if taken:
+        raise UserError(
+            f"{o.output_dir}: holds another run or a model ({taken[0]}); resume it (resume_from_checkpoint "
+            "latest) or choose another output_dir"
+        )
+
+
+class Stop:
+    """Remembers SIGINT and SIGTERM while it is entered, so that the current step ends before the run does."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.before: dict = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number, frame):
+        if self.signal is not None:  # a second signal stops at once
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __exit__(self, *unused: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Moved:
+    """Stops a run that trains nothing: every tensor of every kind has to change.
+
+    It compares checksums, so that nothing is copied.
+    """
+
+    def __init__(self, parameters: Iterable[Trained]):
+        self.waiting: dict[str, dict[Trained, int]] = {}
+        for p in parameters:
+            self.waiting.setdefault(p.kind, {})[p] = self._sum(p)
+        self.first = True
+
+    @staticmethod
+    def _sum(p):
+        return zlib.crc32(host(p.value))
+
+    def check(self, step: int, low: bool) -> None:
+        """Call after a step. UserError names a kind that has not moved.
+
+        LoRA's A may wait for the second step: it has no gradient while B is zero. low: the rate is far below
+        its peak, so the schedule may keep an update below the rounding of float32; then a gradient is enough.
+        """
+        for kind, sums in list(self.waiting.items()):
+            still = [p for p, before in sums.items() if self._sum(p) == before]
+            # A bias of k has almost no gradient; every other tensor has one.
+            if not still or kind == "bias" and len(still) < len(sums):
+                del self.waiting[kind]
+                continue
+            flat = [p for p in still if not host(p.grad).any()]
+            if kind == "lora_A" and self.first or low and not flat:
+                continue
+            why = (
+                "its gradient is zero"
+                if flat
+                else "its updates are below the rounding of float32; raise the learning rate"
+            )
+            names = ", ".join(p.name for p in (flat or still)[:2])
+            raise UserError(
+                f"step {step}: {kind} does not train: {len(flat or still)} of {len(sums)} tensors have not "
+                f"moved ({names}): {why}"
+            )
+        self.first = False
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+class Run:
+    """A run around an Engine. The calls, in order:
+
+        run = Run(...); run.start(engine); run.begin()
+        with run.training():
+            while run.goes_on(): the engine makes a step as run.due() and run.rate() say; run.after_step(...)
+        run.finish() -> Result
+
+    processes: how many share a step. once(function) calls the function in the one process that writes, where
+    `writes` is true, while the others wait; a UserError there is raised in all.
+
+    steps, warmup, each   steps of the run; those of the warm-up; sequences in a step
+    first, step           steps made before this run and so far
+    tensors               the optimizer state of the checkpoint that is resumed, or None
+    evaluated             how many held-out sequences are evaluated
+    """
+
+    def __init__(
+        self,
+        o: TrainOptions,
+        source: Source,
+        setup: Setup,
+        say: Say,
+        processes: int = 1,
+        writes: bool = True,
+        once: Callable[[Callable[[], object]], object] = lambda function: function(),
+    ):
+        self.o, self.source, self.setup, self.say = o, source, setup, say
+        self.processes, self.writes, self.once = processes, writes, once
+        resumes = o.resume_from_checkpoint
+        self.resumed = resume.resolve(resumes, o.output_dir) if resumes else None
+        self.corpus, self.held_out, fingerprint = read_data(o, source, setup, say)
+        count = 0 if self.held_out is None else len(self.held_out)
+        self.evaluated = min(count, o.max_eval_samples or count)
+        self.each = o.per_device_train_batch_size * o.gradient_accumulation_steps * processes
+        self.steps, self.warmup = length(o, len(self.corpus), self.each)
+        schedule = [self.warmup, self.steps if o.lr_scheduler_type != "constant" else None]
+        self.identity = {"data": fingerprint, "base": source.fingerprint, "schedule": schedule}
+        # A checkpoint belongs to one process that makes the same steps.
+        self.alone = replace(o, gradient_accumulation_steps=o.gradient_accumulation_steps * processes)
+        self.step, self.tensors, self.rows = 0, None, []
+        if self.resumed is not None:
+            self._resume(self.resumed)
+        self.first = self.step
+
+    def _resume(self, path):
+        state, self.tensors = resume.load(path)
+        same_run(state, self.identity, self.alone, path)
+        self.step, self.rows = state["global_step"], state["log_history"]
+        if self.step > self.steps:
+            raise UserError(
+                f"{path}: has made {self.step} steps, which is more than the {self.steps} of max_steps"
+            )
+        if state["position"] != self.position:
+            raise UserError(
+                f"{path}: its position is sequence {state['position']}, but {self.step} steps use "
+                f"{self.position}"
+            )
+
+    @property
+    def position(self) -> int:
+        """How many sequences the steps so far have used."""
+        return self.step * self.each
+
+    def start(self, engine: Engine, memory: str | None = None) -> None:
+        """Write the options and the metrics so far, and say what the run will do.
+
+        memory: a sentence about the memory of the run.
+        """
+        o, self.engine = self.o, engine
+        if self.writes:
+            report.write_options(o)
+        self.log = metrics.Log(o.output_dir, self.rows, self.writes)
+        for sentence in report.describe(self, engine.parameters):
+            self.say(sentence)
+        if memory is not None:
+            self.say(memory)
+        if o.resume_from_checkpoint:
+            self.say(
+                f"resuming: {self.resumed}, after step {self.step}"
+                if self.resumed
+                else "resuming: no checkpoint yet, from the start"
+            )
+
+    def begin(self) -> None:
+        """Evaluate before the first step, and note the parameters' checksums and the time.
+
+        Call it once the engine can evaluate.
+        """
+        if self.evaluated and self.step == 0:
+            loss = self.engine.evaluate()
+            self.log.add(step=0, eval_loss=loss, eval_perplexity=perplexity(loss))
+            self.say(f"before: held-out perplexity {perplexity(loss):.3f}, dense attention")
+        self.moved, self.shown = Moved(self.engine.parameters), ""
+        self.began = self.started = time.perf_counter()
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Entered around the steps: notes signals, shows the progress, and saves a checkpoint at the end."""
+        from tqdm import tqdm
+
+        quiet = None if self.writes else True
+        with (
+            Stop() as self.stop,
+            tqdm(
+                total=self.steps, initial=self.step, desc="training", unit="step", disable=quiet
+            ) as self.bar,
+        ):
+            yield
+            new = self.step > self.first or self.resumed is None
+            self.saved = self.save() if new else self.resumed
+
+    def goes_on(self) -> bool:
+        """Whether there is another step to make."""
+        return self.step < self.steps and self.engine.signal() is None
+
+    def share(self, step: int) -> float:
+        """The share of the peak learning rates in this step, which counts from 1."""
+        return learning_rate(step, self.steps, 1.0, self.warmup, self.o.lr_scheduler_type)
+
+    def rate(self, kind: str) -> float:
+        """The learning rate of this kind of parameters in the next step."""
+        return peak_rate(self.o, kind) * self.share(self.step + 1)
+
+    def due(self) -> Due:
+        """What follows the next step."""
+        o, step, last = self.o, self.step + 1, self.step + 1 == self.steps
+        evaluates = bool(self.evaluated and (last or o.eval_steps and step % o.eval_steps == 0))
+        saves = bool(o.save_steps and step % o.save_steps == 0 and not last)
+        return Due(evaluates, saves, evaluates or last or step % o.logging_steps == 0)
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """A UserError in here gets the number of the next step and the checkpoint to return to."""
+        try:
+            yield
+        except UserError as error:
+            checkpoints = resume.found(self.o.output_dir)
+            left = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "nothing was saved"
+            raise UserError(f"step {self.step + 1}: {error}; stopped, {left}") from None
+
+    def after_step(self, loss: float, norm: float, tokens: int) -> None:
+        """Check, log, evaluate and save as is due.
+
+        loss is the mean over the step's `tokens` targets in nats, norm that of the gradient before clipping.
+        """
+        o, due, share = self.o, self.due(), self.share(self.step + 1)
+        self.step += 1
+        if self.moved.waiting:
+            self.moved.check(self.step, share < 0.5)
+        speed = tokens / (time.perf_counter() - self.started)
+        row = {
+            "step": self.step,
+            "loss": loss,
+            "grad_norm": norm,
+            "tokens_per_s": round(speed, 1),
+            "learning_rate": o.learning_rate * share,
+            "embedding_learning_rate": o.embedding_learning_rate * share,
+            "epoch": self.position / len(self.corpus),
+            "num_input_tokens_seen": self.position * o.sequence_length,
+        }
+        if due.evaluates:
+            row["eval_loss"] = self.engine.evaluate()
+            row["eval_perplexity"] = perplexity(row["eval_loss"])
+            self.shown = f", held-out perplexity {row['eval_perplexity']:.3f}"
+        row["peak_memory"] = self.engine.peak_memory()
+        self.bar.update(1)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s{self.shown}")
+        if due.logs:
+            self.log.add(**row)
+            if self.bar.disable:
+                each = (time.perf_counter() - self.began) / (self.step - self.first)
+                self.say(report.line(row, self.steps, each * (self.steps - self.step)))
+        if due.saves and self.engine.signal() is None:
+            self.save()
+        self.started = time.perf_counter()
+
+    def save(self) -> str:
+        """Write checkpoint-N, N = step -> its path."""
+        tensors = self.engine.state()
+        state = {
+            "global_step": self.step,
+            "max_steps": self.steps,
+            "epoch": self.position / len(self.corpus),
+            "position": self.position,
+            "seed": self.o.seed,
+            **self.identity,
+            "options": self.alone.to_dict(),
+            "log_history": self.log.rows,
+            "version": __version__,
+        }
+
+        values = {
+            name.removeprefix("value."): array for name, array in tensors.items() if name.startswith("value.")
+        }
+        output_dir, limit = self.o.output_dir, self.o.save_total_limit
+        self.once(
+            lambda: resume.save(
+                output_dir, state, tensors, lambda path: self.write_model(path, values), limit
+            )
+        )
+        return resume.path_of(output_dir, self.step)
+
+    def write_model(self, directory: str, values: dict[str, Any]) -> None:
+        """Write the adapter, or with `full` the whole model, into the directory."""
+        source, setup = self.source, self.setup
+        if setup.lora is not None:
+            adapter.save(directory, values, setup.lora, source.base, setup.raw, source.tokenizer)
+        else:
+            merge.save_merged(
+                directory, lambda name: host(values[name]), setup.raw, source.tokenizer, source.dtype
+            )
+
+    def finish(self) -> Result:
+        """Draw the loss; write the model unless a signal stopped the run -> Result."""
+        o, rows = self.o, self.log.rows
+        self.once(lambda: report.draw(o, rows))
+        stopped = self.engine.signal() if self.step < self.steps else None
+        if stopped:
+            self.say(
+                f"stopped by {signal.Signals(stopped).name} after step {self.step}; go on with "
+                f"--resume-from-checkpoint {self.saved}"
+            )
+        else:
+            values = self.engine.values()
+            self.once(lambda: self.write_model(o.output_dir, values))
+            self.say(report.last_line(o, rows))
+        last = {key: value for row in rows for key, value in row.items()}
+        return Result(
+            output_dir=o.output_dir,
+            step=self.step,
+            loss=last.get("loss"),
+            eval_loss=last.get("eval_loss"),
+            stopped=stopped,
+            history=rows,
+        )

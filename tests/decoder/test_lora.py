@@ -1,0 +1,111 @@
+"""Trained tensors have the names and shapes that PEFT gives them, whatever a family calls its linears."""
+
+import pytest
+
+from longlora.decoder.config import read_config
+from longlora.decoder.families import FAMILIES
+from longlora.decoder.lora import LoraConfig
+from longlora.errors import UserError
+
+SIZES = dict(
+    vocab_size=50,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    head_dim=8,
+    pad_token_id=None,
+    tie_word_embeddings=False,
+)
+FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
+def config(family):
+    return read_config({**SIZES, "model_type": family, "sliding_window": None})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_names_and_shapes_are_those_of_peft(family, targets):
+    """PEFT is given names that the family has, or "all-linear"; we are given the default, or "all-linear"."""
+    import peft
+    import transformers
+
+    name = FAMILIES[family].architecture
+    theirs = getattr(transformers, name.replace("ForCausalLM", "Config"))(**{**SIZES, "sliding_window": None})
+    attention = ["qkv_proj", "o_proj"] if family == "phi3" else ["q_proj", "k_proj", "v_proj", "o_proj"]
+    ours = LoraConfig(r=3) if targets is None else LoraConfig(r=3, target_modules=targets)
+    wanted = peft.get_peft_model(
+        getattr(transformers, name)(theirs),
+        peft.LoraConfig(
+            r=3,
+            target_modules=targets or attention,
+            modules_to_save=list(ours.modules_to_save),
+            task_type="CAUSAL_LM",
+        ),
+    )
+    trained = {
+        name.removeprefix("base_model.model.")
+        .replace(".default", "")
+        .replace("modules_to_save.", ""): parameter
+        for name, parameter in wanted.named_parameters()
+        if parameter.requires_grad
+    }
+    assert ours.tensor_shapes(config(family)) == {name: tuple(x.shape) for name, x in trained.items()}
+
+
+def test_parts_that_name_a_fused_linear_together():
+    def targets(*names):
+        return LoraConfig(target_modules=names).for_model(config("phi3")).target_modules
+
+    assert LoraConfig().for_model(config("phi3")).target_modules == ("qkv_proj", "o_proj")
+    assert LoraConfig(target_modules="all-linear").for_model(config("phi3")).target_modules == FUSED
+    assert targets("down_proj", "v_proj", "k_proj", "q_proj") == ("down_proj", "qkv_proj")
+    assert targets("gate_proj", "up_proj", "gate_up_proj") == ("gate_up_proj",)
+    assert targets("qkv_proj") == ("qkv_proj",)
+    assert LoraConfig().for_model(config("llama")) == LoraConfig()
+
+
+@pytest.mark.parametrize(
+    "family, names, message",
+    [
+        ("phi3", ("q_proj", "v_proj"), f"a phi3 model has no q_proj, v_proj; it has {', '.join(FUSED)}"),
+        ("phi3", ("up_proj",), "a phi3 model has no up_proj; it has"),
+        (
+            "granite",
+            ("qkv_proj", "o_proj"),
+            "a granite model has no qkv_proj; "
+            "it has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+        ),
+    ],
+)
+def test_a_linear_that_the_family_lacks(family, names, message):
+    lora = LoraConfig(target_modules=names)
+    for refuses in (lora.for_model, lora.tensor_shapes):
+        with pytest.raises(UserError, match=f"target_modules: {message}"):
+            refuses(config(family))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(r=0), "r should be an integer above 0, got 0"),
+        (dict(r=True), "r should be an integer above 0, got True"),
+        (dict(lora_alpha="1"), "lora_alpha should be a number above 0, got '1'"),
+        (
+            dict(target_modules=("c_attn",)),
+            "target_modules should be a list of q_proj, .*, gate_up_proj, got",
+        ),
+        (dict(modules_to_save="all-linear"), "modules_to_save should be a list of embed_tokens"),
+    ],
+)
+def test_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        LoraConfig(**fields)
+
+
+def test_scale():
+    assert LoraConfig(r=4, lora_alpha=8).scale == 2
+    assert LoraConfig(r=4, lora_alpha=8, use_rslora=True).scale == 4
