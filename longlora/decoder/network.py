@@ -33,6 +33,7 @@ class Network:
 
     def __init__(self, config, lora=None, layers=None):
         C, V = config.hidden_size, config.vocab_size
+        lora = lora and lora.for_model(config)
         self.config, self.lora = config, lora
         self.embedding = Weight("embedding", {"model.embed_tokens.weight": V}, C)
         indices = range(config.num_hidden_layers) if layers is None else layers

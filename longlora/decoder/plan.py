@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from longlora.decoder.layer import RECOMPUTE
+from longlora.decoder.lora import LoraConfig
 from longlora.decoder.network import Batch, Network
 from longlora.decoder.weights import DTYPES
 from longlora.device import CPU, free_memory
@@ -28,13 +29,11 @@ def plan(
     memory=None,
     device=CPU,
     packed=False,
-    lora_instead=None,
 ):
     """What training of `config` (a ModelConfig) takes -> Plan. It reads no weight and takes less than a second.
 
     lora: a LoraConfig; None is full fine-tuning. group_size: None is dense attention. checkpointing: "auto" is the fastest of
-    none, minimal and full that fits in `memory`. memory: bytes, by default what `device` has now. packed: documents are packed. lora_instead: the LoraConfig
-    that Plan.changes may propose in place of full fine-tuning. UserError for a choice that does not exist.
+    none, minimal and full that fits in `memory`. memory: bytes, by default what `device` has now. packed: documents are packed. UserError for a choice that does not exist.
     """
     if checkpointing not in ("auto", *RECOMPUTE):
         raise UserError(f"checkpointing should be one of auto, {', '.join(RECOMPUTE)}, got {checkpointing!r}")
@@ -62,7 +61,7 @@ def plan(
     chosen, found = choose(((choice, parts(recompute=choice)) for choice in choices), memory)
     changes = ()
     if sum(found.values()) > memory:
-        steps = _steps(chosen, dtype, batch_size, sequence_length, lora, lora_instead)
+        steps = _steps(chosen, dtype, batch_size, sequence_length, lora)
         given["recompute"] = chosen
         changes = what_would_fit(lambda **changed: sum(parts(**changed).values()), steps, memory)
     return Plan(
@@ -70,7 +69,7 @@ def plan(
     )
 
 
-def _steps(recompute, dtype, batch_size, length, lora, lora_instead):
+def _steps(recompute, dtype, batch_size, length, lora):
     """The changes to consider: those that cost time, then precision, batch, what is trained, length."""
     for choice in RECOMPUTE[RECOMPUTE.index(recompute) + 1 :]:
         yield f"--checkpointing {choice}", "recompute", choice
@@ -78,9 +77,9 @@ def _steps(recompute, dtype, batch_size, length, lora, lora_instead):
         yield "--dtype bfloat16", "dtype", "bfloat16"
     if batch_size > 1:
         yield "--per-device-train-batch-size 1, the rest by gradient accumulation", "batch_size", 1
-    if lora is None and lora_instead is not None:
-        yield "LoRA instead of --full", "lora", lora_instead
-    elif lora is not None and {"embed_tokens", "lm_head"} & set(lora.modules_to_save):
+    if lora is None:
+        yield "LoRA instead of --full", "lora", LoraConfig()
+    elif {"embed_tokens", "lm_head"} & set(lora.modules_to_save):
         rest = tuple(name for name in lora.modules_to_save if name not in ("embed_tokens", "lm_head"))
         yield "no training of the embedding", "lora", replace(lora, modules_to_save=rest)
     for i in range(1, 8):

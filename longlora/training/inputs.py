@@ -84,7 +84,7 @@ class Setup:
             sequence_length=o.sequence_length,
             group_size=o.group_size,
             lora=self.lora,
-            lora_instead=LoraConfig(),
+            packed=o.packing_boundaries == "document",
             checkpointing=o.checkpointing,
             memory=None if o.max_memory is None else int(o.max_memory * 2**30),
             device=device,

@@ -44,10 +44,31 @@ CONFIGS = {
         head_dim=14,
         intermediate_size=55,
         attention_bias=True,
+        rms_norm_eps=1e-2,  # large enough that a wrong one shows
     ),
     "mistral": dict(SMALL, model_type="mistral", tie_word_embeddings=False, sliding_window=None, head_dim=16),
     "qwen2": dict(SMALL, model_type="qwen2", tie_word_embeddings=True, use_sliding_window=False),
-    "qwen3": dict(SMALL, model_type="qwen3", tie_word_embeddings=False, use_sliding_window=False, head_dim=8),
+    "qwen3": dict(
+        SMALL,
+        model_type="qwen3",
+        tie_word_embeddings=False,
+        use_sliding_window=False,
+        head_dim=8,
+        rms_norm_eps=1e-2,
+    ),
+    "phi3": dict(SMALL, model_type="phi3", tie_word_embeddings=False, sliding_window=None),
+    "granite": dict(
+        SMALL,
+        model_type="granite",
+        tie_word_embeddings=True,
+        attention_bias=True,
+        rms_norm_eps=1e-2,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.11,
+        logits_scaling=1.7,
+    ),
+    "smollm3": dict(SMALL, model_type="smollm3", tie_word_embeddings=True, no_rope_layers=[0, 1]),
 }
 LORAS = {
     "full": None,
@@ -57,13 +78,23 @@ LORAS = {
     ),
     "few": LoraConfig(r=2, target_modules=("v_proj", "up_proj"), modules_to_save=()),
 }
+FEW = LoraConfig(
+    r=2, target_modules=("gate_up_proj",), modules_to_save=()
+)  # Phi-3 has no v_proj and no up_proj
 S2 = dict(group_size=8, boundary="split", shift="half")
 
 
-def linears(*names):
+def lora_of(name, lora):
+    return FEW if (name, lora) == ("phi3", "few") else LORAS[lora]
+
+
+def linears(name, *names):
     """Names of LoRA's tensors in both layers."""
+    if name == "phi3":
+        fused = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+        names = [fused.get(n, n) for n in names]
     return {
-        f"model.layers.{i}.{'mlp' if n in ('gate', 'up', 'down') else 'self_attn'}.{n}_proj.lora_{x}.weight"
+        f"model.layers.{i}.{'self_attn' if n in ('q', 'k', 'v', 'o', 'qkv') else 'mlp'}.{n}_proj.lora_{x}.weight"
         for i in range(2)
         for n in names
         for x in "AB"
@@ -94,11 +125,11 @@ EMBEDDING = {"model.embed_tokens.weight"}
 # What is trained, by the words of LORAS.
 TRAINED = {
     "full": whole,
-    "paper": lambda name: EMBEDDING | norms(name) | linears("q", "k", "v", "o"),
+    "paper": lambda name: EMBEDDING | norms(name) | linears(name, "q", "k", "v", "o"),
     "all": lambda name: (
-        EMBEDDING | norms(name) | head(name) | linears("q", "k", "v", "o", "gate", "up", "down")
+        EMBEDDING | norms(name) | head(name) | linears(name, "q", "k", "v", "o", "gate", "up", "down")
     ),
-    "few": lambda name: linears("v", "up"),
+    "few": lambda name: linears(name, *([] if name == "phi3" else ["v"]), "up"),
 }
 
 
@@ -226,8 +257,8 @@ CASES += [(name, lora, a) for name, lora in (("llama", "paper"), ("qwen3", "full
 
 @pytest.mark.parametrize("name,lora,attention", CASES)
 def test_gradients_equal_autograd(name, lora, attention):
-    made = build(name, LORAS[lora], attention=attention)
-    module, named = peer(made, name, LORAS[lora], attention)
+    made = build(name, lora_of(name, lora), attention=attention)
+    module, named = peer(made, name, lora_of(name, lora), attention)
     ids, targets = tokens(2, 37)
     loss, found = gradients(made, ids, targets)
     total, _ = peer_losses(module, ids, targets)
@@ -245,7 +276,7 @@ def test_checkpointing_changes_no_bit(name, lora, dtype, monkeypatch):
     monkeypatch.setattr(layer_, "TILE", 32)  # several tiles, the last one short
     ids, targets = tokens(2, 37)
     kept = [
-        gradients(build(name, LORAS[lora], dtype=dtype, checkpointing=c), ids, targets)
+        gradients(build(name, lora_of(name, lora), dtype=dtype, checkpointing=c), ids, targets)
         for c in layer_.RECOMPUTE
     ]
     for loss, found in kept[1:]:
@@ -258,9 +289,9 @@ def test_checkpointing_changes_no_bit(name, lora, dtype, monkeypatch):
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_tiles_change_only_rounding(name, lora, monkeypatch):
     ids, targets = tokens(2, 37)
-    _, whole = gradients(build(name, LORAS[lora]), ids, targets)
+    _, whole = gradients(build(name, lora_of(name, lora)), ids, targets)
     monkeypatch.setattr(layer_, "TILE", 7)
-    _, tiled = gradients(build(name, LORAS[lora]), ids, targets)
+    _, tiled = gradients(build(name, lora_of(name, lora)), ids, targets)
     for n, gradient in whole.items():
         close(tiled[n], gradient, 1e-5, n)
 
@@ -273,8 +304,8 @@ def test_bfloat16_is_near_float32(name, lora):
     errors, losses = {}, []
     for seed in range(12):
         ids, targets = tokens(2, 37, seed=seed)
-        wide = build(name, LORAS[lora], seed=seed)
-        narrow = build(name, LORAS[lora], dtype="bfloat16", seed=seed)
+        wide = build(name, lora_of(name, lora), seed=seed)
+        narrow = build(name, lora_of(name, lora), dtype="bfloat16", seed=seed)
         narrow.load_adapter(weights(wide))
         loss, exact = gradients(wide, ids, targets)
         rounded_loss, rounded = gradients(narrow, ids, targets)
@@ -324,8 +355,8 @@ def rates(made, rate=3e-3):
 def test_ten_losses_equal_torch(name, lora):
     """Ten steps check what no single gradient does: AdamW, clipping, the working copies."""
     torch, _ = registered()
-    made = build(name, LORAS[lora])
-    module, named = peer(made, name, LORAS[lora], S2)
+    made = build(name, lora_of(name, lora))
+    module, named = peer(made, name, lora_of(name, lora), S2)
     decayed = [p for n, p in named.items() if "norm" not in n and "bias" not in n]
     plain = [p for n, p in named.items() if "norm" in n or "bias" in n]
     torch_optimizer = torch.optim.AdamW(
@@ -387,6 +418,76 @@ def test_evaluation_equals_transformers(name):
     np.testing.assert_allclose(
         short, losses[:7], rtol=1e-5, atol=1e-6
     )  # dense and causal: what follows changes nothing
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_batches_and_positions_equal_transformers(name):
+    made = build(name, LORAS["all"], B=1, T=16)
+    module, _ = peer(made, name, LORAS["all"], None)
+    torch, _ = registered()
+    ids, targets = tokens(3, 29)
+    positions = np.random.default_rng(1).integers(0, 200, ids.shape).astype(np.int32)
+    want = {}
+    for key, given in (("rows", {}), ("positions", {"position_ids": torch.from_numpy(positions).long()})):
+        want[key] = module(torch.from_numpy(ids).long(), use_cache=False, **given).logits.detach().numpy()
+    close(made.logits(ids), want["rows"], 1e-5)
+    found = made.logits(ids, positions=positions)
+    assert found.shape == (3, 29, 101) and found.dtype == np.float32
+    close(found, want["positions"], 1e-5)
+    close(made.logits(ids[1], positions=positions[1]), want["positions"][1], 1e-5)
+    losses = made.losses(ids, targets, positions=positions)
+    logits = torch.from_numpy(want["positions"])
+    flat = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.from_numpy(targets).long().flatten(), reduction="none"
+    )
+    close(losses, flat.numpy().reshape(3, 29), 1e-5)
+
+
+BORDERS = np.array([0, 9, 10, 50, 50, 74], np.int32)  # of two rows: one token, across the rows, empty
+
+
+def documents(ids):
+    """The packed documents of ids [B,T], each [1,L]."""
+    flat = ids.reshape(-1)
+    return [flat[None, a:b] for a, b in zip(BORDERS[:-1], BORDERS[1:]) if b > a]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_documents_evaluate_as_they_do_alone(name):
+    made = build(name, LORAS["all"], B=1, T=16)
+    module, _ = peer(made, name, LORAS["all"], None)
+    ids, targets = tokens(2, 37)
+    found = made.logits(ids, cu_seqlens=BORDERS)
+    alone = [peer_losses(module, x, t) for x, t in zip(documents(ids), documents(targets))]
+    close(found.reshape(74, -1), np.concatenate([logits.detach().numpy() for _, logits in alone]), 1e-5)
+    losses = made.losses(ids, targets, cu_seqlens=BORDERS)
+    assert losses.shape == (2, 37)
+    close(losses.sum(dtype=np.float64), sum(total.item() for total, _ in alone), 1e-6)
+    again = made.losses(ids, targets)  # of rows: nothing of the documents is left
+    total, _ = peer_losses(module, ids, targets)
+    close(again.sum(dtype=np.float64), total.item(), 1e-6)
+
+
+@pytest.mark.parametrize("attention", [S2, None], ids=["s2", "dense"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "granite", "smollm3"])
+def test_packed_documents_train_as_they_do_alone(name, attention):
+    """Groups and positions restart in each: loss and gradients are the sums of transformers' of the documents."""
+    ids, targets = tokens(2, 37)
+    found = []
+    for choice in layer_.RECOMPUTE:
+        made = build(name, LORAS["all"], attention=attention, checkpointing=choice)
+        loss = made.train_microbatch(ids, targets, 0.01, cu_seqlens=BORDERS)
+        found.append((loss, {p.name: p.grad.numpy().copy() for p in made.parameters}))
+    module, named = peer(made, name, LORAS["all"], attention)
+    total = sum(peer_losses(module, x, t)[0] for x, t in zip(documents(ids), documents(targets)))
+    (total * 0.01).backward()
+    close(found[0][0], total.item(), 1e-6)
+    for n, parameter in named.items():
+        close(found[0][1][n], parameter.grad.numpy(), 2e-5, n)
+        for _, other in found[1:]:
+            np.testing.assert_array_equal(other[n], found[0][1][n], n)
+    rows, _ = gradients(made, ids, targets)  # of rows again: no document is left
+    assert rows == gradients(build(name, LORAS["all"], attention=attention), ids, targets)[0] != found[0][0]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -481,6 +582,15 @@ def test_what_is_wrong_is_named():
         made.load_adapter({"model.norm.weight": np.zeros(47, np.float32)})
     with pytest.raises(UserError, match="r and scale should be 4 and 4, got 8 and 2"):
         made.load_adapter({}, LoraConfig(r=8))
+    ids, targets = tokens(2, 37)
+    for borders in ([0, 5, 73], [1, 74], [0, 50, 40, 74], [], [[0, 74]]):
+        with pytest.raises(ValueError, match="cu_seqlens should rise from 0 to 74"):
+            made.train_microbatch(ids, targets, 1.0, cu_seqlens=borders)
+        with pytest.raises(ValueError, match="cu_seqlens should rise from 0 to 74"):
+            made.losses(ids, targets, cu_seqlens=borders)
+    for positions in (np.zeros((2, 36)), np.full((2, 37), -1)):
+        with pytest.raises(ValueError, match="positions should be integers from 0"):
+            made.logits(ids, positions=positions)
     made.load_adapter({"model.norm.weight": np.full(48, np.nan, np.float32)})
     with pytest.raises(UserError, match="the loss is not finite"):
         made.train_microbatch(*tokens(2, 37), 1.0)
