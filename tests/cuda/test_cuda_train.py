@@ -287,5 +287,5 @@ def test_the_plan_is_of_the_gpu(tmp_path):
         "plan", "--model", tiny.model(tmp_path / "base"), "--target-length", 128, "--device", "cuda", "--json"
     )
     assert json.loads(done.stdout)["device"] == GPU
-    with pytest.raises(UserError, match=r"there are 0\.00 on cuda:0; what would make it fit"):
+    with pytest.raises(UserError, match=r"0\.00 GiB are available on cuda:0; what would make it fit"):
         run(tmp_path, device=GPU, max_memory=1e-4)
