@@ -95,6 +95,7 @@ def test_defaults():
         adam_epsilon=1e-8,
         max_grad_norm=1.0,
         long_documents="split",
+        packing_boundaries="none",
         eval_fraction=0.0,
         eval_steps=0,
         save_steps=0,
