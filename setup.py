@@ -1,15 +1,16 @@
-"""Builds longlora._C: one abi3 extension, the CPU kernels compiled once per instruction set, the CUDA kernels beside them.
+"""Builds longlora._C: one abi3 extension with the CPU kernels, one set per ISA, and the CUDA kernels.
 
 Switches (environment):
-    LONGLORA_CUDA       auto (default): cuda/*.cu are built when nvcc (CUDA 12.8 or later) is found; 0: never; 1: an error
-                        without nvcc; emulation: they are compiled as C++ against tests/emulation, for machines without a GPU
-    LONGLORA_CUDA_ARCH  the GPUs to build for instead of "80 90a 100 120"; of the last one PTX is kept too, for later GPUs
-    NVCC, CUDA_HOME, CUDA_PATH      where nvcc is; else the first of PATH, then /usr/local/cuda
-    CC, CXX, MAX_JOBS   compilers, and how many at a time, by default one per processor
+    LONGLORA_CUDA       auto (default): build the CUDA kernels if nvcc (CUDA 12.8 or later) is found;
+                        0: never build them; 1: fail without nvcc;
+                        emulation: compile them as C++ against tests/emulation, for machines without a GPU
+    LONGLORA_CUDA_ARCH  GPUs to build for, default "80 90a 100 120"; PTX of the last one serves later GPUs
+    NVCC, CUDA_HOME, CUDA_PATH      where nvcc is; else PATH, then /usr/local/cuda
+    CC, CXX, MAX_JOBS   compilers; how many run at a time, by default one per processor
     DEBUG=1             -O0 -g, assertions
     SANITIZE=address,undefined      instrumented build; tests/sanitize.sh runs the op tests on one
-    WIDE=1              no kernels but the portable ones, in the sizes of the AVX-512 ones, products of bfloat16 included: slow,
-                        for tests/test_wide.py on processors without AVX-512
+    WIDE=1              only the portable kernels, but in the sizes of the AVX-512 ones, products of bfloat16
+                        included: slow, for tests/ops/test_wide.py on processors without AVX-512
 """
 
 import glob
@@ -34,12 +35,13 @@ V3 = ["-mavx2", "-mfma", "-mf16c"]
 ISAS = {"portable": ["-DWIDE", "-O1" if SANITIZE else "-O2", "-Wno-psabi"] if WIDE else []}
 if X86:
     ISAS |= {"avx2": V3, "avx512": V3 + V4, "avx512_bf16": V3 + V4 + ["-mavx512bf16"]}
-ONCE = [*sorted(glob.glob("csrc/*.c")), *sorted(glob.glob("csrc/python/*.c")), "csrc/cpu/parallel.c"]  # all other .c files are kernels
-KERNELS = sorted(set(glob.glob("csrc/cpu/*.c")) - set(ONCE))
+# All other .c files are kernels.
+ONCE = [*sorted(glob.glob("csrc/*.c")), *sorted(glob.glob("csrc/python/*.c")), "csrc/cpu/parallel.c"]
+KERNELS = sorted(set(glob.glob("csrc/cpu/**/*.c", recursive=True)) - set(ONCE))
 HEADERS = glob.glob("csrc/**/*.h", recursive=True)
 CUDA_HEADERS = [
     *glob.glob("csrc/*.h"),
-    *glob.glob("cuda/*.cuh"),
+    *glob.glob("cuda/**/*.cuh", recursive=True),
     *glob.glob("cuda/*.h"),
     *glob.glob("tests/emulation/*.h"),
 ]
@@ -53,17 +55,17 @@ SANITIZERS = (
 )
 FLAGS = ["-std=c11", "-fopenmp", *WARN, *OPTIMISE, *SANITIZERS]
 MATH = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-# gcc for aarch64 would load the next operands of a tile so early that its sums go to memory; on x86 it does not by itself.
+# gcc for aarch64 would load the next operands of a tile so early that sums spill. On x86 it does not.
 if platform.machine() == "aarch64" and "clang" not in (
     os.environ.get("CC") or sysconfig.get_config_var("CC") or ""
 ):
     MATH.append("-fno-schedule-insns")
-# Without these three the C++ of the CUDA sources would need libstdc++ at run time.
+# Without the last three flags the CUDA sources would need libstdc++ at run time.
 CXX_FLAGS = ["-std=c++17", "-fPIC", *WARN, "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
 
 
 def find_nvcc():
-    """-> the command, None where it is not wanted or not there."""
+    """The nvcc command, None if it is not wanted or not found."""
     wanted = os.environ.get("LONGLORA_CUDA") or "auto"
     if wanted not in ("auto", "0", "1", "emulation"):
         raise SystemExit(f"LONGLORA_CUDA should be auto, 0, 1 or emulation, got {wanted}")
@@ -79,13 +81,13 @@ def find_nvcc():
     nvcc = next(filter(None, (shutil.which(place) for place in places if place)), None)
     if wanted == "1" and not nvcc:
         raise SystemExit(
-            "LONGLORA_CUDA=1, but there is no nvcc in NVCC, CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda"
+            "LONGLORA_CUDA=1, but NVCC, CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda lead to no nvcc"
         )
     return nvcc
 
 
 def cuda_libraries(nvcc):
-    """Where nvcc's own libraries are, as it says itself."""
+    """The folder of nvcc's libraries, as nvcc itself reports it."""
     says = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
     top = re.search(r"#\$ TOP=(.*)", says)
     folders = re.findall(r'"-L([^"]*)"', says) + [
@@ -96,22 +98,28 @@ def cuda_libraries(nvcc):
 
 NVCC, EMULATION = find_nvcc(), os.environ.get("LONGLORA_CUDA") == "emulation"
 ARCHS = re.findall(r"\w+", os.environ.get("LONGLORA_CUDA_ARCH") or "80 90a 100 120")
-CUDA_SOURCES = sorted(
-    glob.glob("cuda/*.cu"), key=os.path.getsize, reverse=True
-)  # the longest to compile first
+# Folders of cuda/ whose files are compiled for one architecture only. Other builds leave them out.
+ONE_ARCH = {"hopper": "90a"}
+ONE_ARCH_SOURCES = {
+    source: arch
+    for folder, arch in ONE_ARCH.items()
+    if NVCC and arch in ARCHS
+    for source in glob.glob(f"cuda/{folder}/*.cu")
+}
+# The largest first, because they take longest.
+CUDA_SOURCES = sorted([*glob.glob("cuda/*.cu"), *ONE_ARCH_SOURCES], key=os.path.getsize, reverse=True)
 if NVCC:
+    folders = {os.path.basename(os.path.dirname(source)) for source in ONE_ARCH_SOURCES}
     CUDA_COMMAND = [
         NVCC,
         *CXX_FLAGS[:1],
         "-O3",
         "-DNDEBUG",
         f"-DLONGLORA_CUDA_ARCHS={' '.join(ARCHS)}",
+        *[f"-DLONGLORA_{folder.upper()}" for folder in sorted(folders)],
         "-Xcompiler",
         ",".join(CXX_FLAGS[1:]),
     ]
-    for arch in ARCHS:
-        CUDA_COMMAND += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    CUDA_COMMAND += ["-gencode", f"arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}"]
 elif EMULATION:
     CUDA_SOURCES += glob.glob("tests/emulation/*.cpp")
     CUDA_COMMAND = [
@@ -133,13 +141,27 @@ CUDA_LINK = ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs
 CUDA = bool(NVCC or EMULATION)
 
 
+def cuda_command(source):
+    """The command that compiles a CUDA source, without its input and output."""
+    if not NVCC:
+        return CUDA_COMMAND
+    archs = [ONE_ARCH_SOURCES[source]] if source in ONE_ARCH_SOURCES else ARCHS
+    codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    if source not in ONE_ARCH_SOURCES:
+        codes.append(f"arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    return CUDA_COMMAND + [word for code in codes for word in ("-gencode", code)]
+
+
 def newer(made, *inputs):
     return os.path.exists(made) and os.path.getmtime(made) > max(map(os.path.getmtime, ["setup.py", *inputs]))
 
 
 class BuildExt(build_ext):
-    """Each kernel file becomes one object per instruction set, named apart by -DISA, each .cu one for all GPUs. All objects are
-    compiled side by side; one that is newer than its source and every header, made with the same flags, is kept."""
+    """Compiles each CPU kernel once per instruction set, with -DISA, and each .cu once for all its GPUs.
+
+    Objects are compiled in parallel. An object is kept if it is newer than its source and all headers and was
+    made with the same flags.
+    """
 
     def build_extension(self, ext):
         cc = self.compiler.compiler_so
@@ -151,8 +173,8 @@ class BuildExt(build_ext):
         )
         if probe.returncode:
             raise SystemExit(
-                f"OpenMP is needed, and {cc[0]} -fopenmp does not find it: gcc brings it along, clang's is libomp-dev "
-                f"(Debian), Apple's clang has none\n{probe.stderr}"
+                f"{cc[0]} -fopenmp does not find OpenMP, which is needed: gcc includes it, for clang install "
+                f"libomp-dev (Debian), Apple's clang has none\n{probe.stderr}"
             )
         jobs = [(source, None, []) for source in CUDA_SOURCES if CUDA]
         jobs += [(source, [("LONGLORA_CUDA", "1")] * CUDA, []) for source in ext.sources]
@@ -162,10 +184,11 @@ class BuildExt(build_ext):
             return os.path.join(self.build_temp, f"{zlib.crc32(repr(how).encode()):08x}")
 
         def build_cuda(source):
-            made = os.path.join(folder(CUDA_COMMAND), source + ".o")
+            command = cuda_command(source)
+            made = os.path.join(folder(command), source + ".o")
             if not newer(made, source, *CUDA_HEADERS):
                 os.makedirs(os.path.dirname(made), exist_ok=True)
-                self.spawn([*CUDA_COMMAND, "-c", source, "-o", made])
+                self.spawn([*command, "-c", source, "-o", made])
             return made
 
         def build(job):

@@ -1,5 +1,5 @@
-/* checks.c --- what an op refuses beside wrong shapes and dtypes, once for all devices: the binding asks
- * before it calls. What arrays contain is the kernels' matter, which can look at it only on the CPU. */
+/* checks.c --- what an op refuses apart from wrong shapes and dtypes, once for all devices: the binding asks
+ * before it calls. Kernels check the contents of arrays, and can do so on the CPU only. */
 #include "ops.h"
 
 int check_rms_norm_forward(const char *op, const void *args) {

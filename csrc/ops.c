@@ -1,4 +1,5 @@
-/* ops.c --- the table of ops, and the choice of an instruction set. A new op is one row here. */
+/* ops.c --- the table of ops, and the choice of an instruction set. A new op is one row here. The language of
+ * the specs is explained in ops.h. */
 #include "ops.h"
 #include "cuda.h"
 
@@ -24,58 +25,84 @@
       .cuda = CUDA(op##_cuda),   \
       .args_size = sizeof(Args), \
       __VA_ARGS__ }
+#define SCRATCH(op) .scratch = CPU(op##_scratch)
 #define WORKSPACE(op) .workspace = CUDA(op##_cuda_workspace)
 #define CHECK(name) .check = check_##name
 
+/* clang-format off */
 const Op ops[] = {
-    OP(cast, Cast, "out[M,N]:any <- x[M,N]:any"),
-    OP(accumulate, Accumulate, "out[M,N]:any+ <- x[M,N]:any | scale"),
-    OP(scale, Scale, "out[M,N] <- x[M,N]~ | scale"),
-    OP(matmul, Matmul, "out[M,N]:any+ <- a[M,C]:any* b[C,N]:any* | alpha beta", WORKSPACE(matmul)),
-    OP(embedding_forward, EmbeddingForward, "out[M,C] <- weight[V,C] ids[M]:i32"),
-    OP(embedding_backward, EmbeddingBackward, "dweight[V,C]:f32+ <- dout[M,C] ids[M]:i32 order[M]:i32",
+    OP(cast, Cast,
+       "out[M,N]:any <- x[M,N]:any"),
+    OP(accumulate, Accumulate,
+       "out[M,N]:any+ <- x[M,N]:any | scale"),
+    OP(scale, Scale,
+       "out[M,N] <- x[M,N]~ | scale"),
+    OP(sum_squares, SumSquares,
+       "out[1]:f64+ <- x[N]:any",
+       SCRATCH(sum_squares), WORKSPACE(sum_squares)),
+    OP(matmul, Matmul,
+       "out[M,N]:any+ <- a[M,C]:any* b[C,N]:any* | alpha beta",
+       SCRATCH(matmul), WORKSPACE(matmul)),
+
+    OP(embedding_forward, EmbeddingForward,
+       "out[M,C] <- weight[V,C] ids[M]:i32"),
+    OP(embedding_backward, EmbeddingBackward,
+       "dweight[V,C]:f32+ <- dout[M,C] ids[M]:i32 order[M]:i32",
        WORKSPACE(embedding_backward)),
+
     OP(rms_norm_forward, RmsNormForward,
-       "out[M,C] rstd[M]:f32 sum[M,C]? <- x[M,C] residual[M,C]?~ weight[C] | eps", CHECK(rms_norm_forward)),
+       "out[M,C] rstd[M]:f32 sum[M,C]? <- x[M,C] residual[M,C]?~ weight[C] | eps",
+       CHECK(rms_norm_forward)),
     OP(rms_norm_backward, RmsNormBackward,
        "dx[M,C] dweight[C]:f32+? <- dout[M,C]~ x[M,C]~ rstd[M]:f32 weight[C] dresidual[M,C]?~",
-       WORKSPACE(rms_norm_backward)),
-    OP(rope_forward, Rope, "out[B,T,H,D] <- x[B,T,H,D]~ cos[P,E]:f32 sin[P,E]:f32 positions[B,T]:i32?",
+       SCRATCH(rms_norm_backward), WORKSPACE(rms_norm_backward)),
+
+    OP(rope_forward, Rope,
+       "out[B,T,H,D] <- x[B,T,H,D]~ cos[P,E]:f32 sin[P,E]:f32 positions[B,T]:i32?",
        CHECK(rope)),
-    OP(rope_backward, Rope, "dx[B,T,H,D] <- dout[B,T,H,D]~ cos[P,E]:f32 sin[P,E]:f32 positions[B,T]:i32?",
+    OP(rope_backward, Rope,
+       "dx[B,T,H,D] <- dout[B,T,H,D]~ cos[P,E]:f32 sin[P,E]:f32 positions[B,T]:i32?",
        CHECK(rope)),
+
     OP(lora_linear_forward, LoraLinearForward,
-       "out[M,N] u[M,R]:f32? <- x[M,C] weight[N,C] bias[N]? a[R,C]? b[N,R]? residual[M,N]?~ | scale",
-       WORKSPACE(lora_linear_forward), CHECK(lora_linear_forward)),
+       "out[M,N] u[M,R]:f32? "
+       "<- x[M,C] weight[N,C] bias[N]? a[R,C]? b[N,R]? residual[M,N]?~ | scale",
+       SCRATCH(lora_linear_forward), WORKSPACE(lora_linear_forward), CHECK(lora_linear_forward)),
     OP(lora_linear_backward, LoraLinearBackward,
-       "dx[M,C]+? da[R,C]:f32+? db[N,R]:f32+? dweight[N,C]:f32+? dbias[N]:f32+? <- dout[M,N] x[M,C]? "
-       "weight[N,C] a[R,C]? "
-       "b[N,R]? u[M,R]:f32? | scale accumulate:int",
-       WORKSPACE(lora_linear_backward), CHECK(lora_linear_backward)),
+       "dx[M,C]+? da[R,C]:f32+? db[N,R]:f32+? dweight[N,C]:f32+? dbias[N]:f32+? "
+       "<- dout[M,N] x[M,C]? weight[N,C] a[R,C]? b[N,R]? u[M,R]:f32? | scale accumulate:int",
+       SCRATCH(lora_linear_backward), WORKSPACE(lora_linear_backward), CHECK(lora_linear_backward)),
+
     OP(s2_attention_forward, S2AttentionForward,
-       "out[B,T,H,D] lse[B,H,T]:f32 <- q[B,T,H,D] k[B,T,K,D] v[B,T,K,D] cu_seqlens[S]:i32? | group_size:int "
-       "boundary:int "
-       "shift:int scale",
-       CHECK(s2_attention_forward)),
+       "out[B,T,H,D] lse[B,H,T]:f32 "
+       "<- q[B,T,H,D] k[B,T,K,D] v[B,T,K,D] cu_seqlens[S]:i32? "
+       "| group_size:int boundary:int shift:int scale",
+       SCRATCH(s2_attention_forward), CHECK(s2_attention_forward)),
     OP(s2_attention_backward, S2AttentionBackward,
-       "dq[B,T,H,D] dk[B,T,K,D] dv[B,T,K,D] <- dout[B,T,H,D] q[B,T,H,D] k[B,T,K,D] v[B,T,K,D] out[B,T,H,D] "
-       "lse[B,H,T]:f32 cu_seqlens[S]:i32? | group_size:int boundary:int shift:int scale",
-       WORKSPACE(s2_attention_backward), CHECK(s2_attention_backward)),
-    OP(swiglu_forward, SwigluForward, "out[M,F] <- gate[M,F]~ up[M,F]~"),
-    OP(swiglu_backward, SwigluBackward, "dgate[M,F] dup[M,F] <- dout[M,F] gate[M,F]~ up[M,F]~"),
+       "dq[B,T,H,D] dk[B,T,K,D] dv[B,T,K,D] "
+       "<- dout[B,T,H,D] q[B,T,H,D] k[B,T,K,D] v[B,T,K,D] out[B,T,H,D] lse[B,H,T]:f32 cu_seqlens[S]:i32? "
+       "| group_size:int boundary:int shift:int scale",
+       SCRATCH(s2_attention_backward), WORKSPACE(s2_attention_backward), CHECK(s2_attention_backward)),
+
+    OP(swiglu_forward, SwigluForward,
+       "out[M,F] <- gate[M,F]~ up[M,F]~"),
+    OP(swiglu_backward, SwigluBackward,
+       "dgate[M,F] dup[M,F] <- dout[M,F] gate[M,F]~ up[M,F]~"),
+
     OP(linear_cross_entropy_forward, LinearCrossEntropyForward,
        "losses[M]:f32 lse[M]:f32 <- x[M,C] weight[V,C] targets[M]:i32 | ignore_index:int",
-       WORKSPACE(linear_cross_entropy_forward)),
+       SCRATCH(linear_cross_entropy_forward), WORKSPACE(linear_cross_entropy_forward)),
     OP(linear_cross_entropy_backward, LinearCrossEntropyBackward,
-       "losses[M]:f32 dx[M,C] dweight[V,C]:f32+? <- x[M,C] weight[V,C] targets[M]:i32 dlosses[M]:f32 | "
-       "ignore_index:int",
-       WORKSPACE(linear_cross_entropy_backward)),
+       "losses[M]:f32 dx[M,C] dweight[V,C]:f32+? "
+       "<- x[M,C] weight[V,C] targets[M]:i32 dlosses[M]:f32 | ignore_index:int",
+       SCRATCH(linear_cross_entropy_backward), WORKSPACE(linear_cross_entropy_backward)),
+
     OP(adamw, Adamw,
-       "param[N]:f32+ m[N]:f32+ v[N]:f32+ copy[N]:any? <- grad[N]:f32 | lr beta1 beta2 eps weight_decay "
-       "step:int grad_scale",
+       "param[N]:f32+ m[N]:f32+ v[N]:f32+ copy[N]:any? "
+       "<- grad[N]:f32 | lr beta1 beta2 eps weight_decay step:int grad_scale",
        CHECK(adamw)),
-    OP(sum_squares, SumSquares, "out[1]:f64+ <- x[N]:any", WORKSPACE(sum_squares)),
 };
+/* clang-format on */
 const int op_count = sizeof ops / sizeof *ops;
 const CudaRuntime *const cuda = CUDA(&cuda_runtime);
 
@@ -99,7 +126,7 @@ const char *const isa_names[ISA_COUNT] = { FOR_EACH_ISA(NAME) };
 int isa_supported(int isa) {
 #ifdef LONGLORA_X86
     __builtin_cpu_init();
-    /* F16C came before AVX2 in every processor, and clang 14 has no word for it. */
+    /* Every processor with AVX2 has F16C, which clang 14 cannot ask for. */
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -115,8 +142,8 @@ int isa_supported(int isa) {
 #endif
 }
 
-/* Dot products of bfloat16 run at twice the rate of float32 on AMD (Zen 4 and 5), at half of it on the Xeons
- * measured: there bfloat16 is converted while it is packed, and multiplied in float32. */
+/* Products of bfloat16 pairs run at twice the rate of float32 on AMD (Zen 4 and 5) and at half of it on the
+ * Xeons that were measured. There bfloat16 is converted while it is packed, and multiplied in float32. */
 static int preferred(int isa) {
 #ifdef LONGLORA_X86
     if (isa == 3) return __builtin_cpu_is("amd");
@@ -135,7 +162,7 @@ int choose_isa(void) {
     }
     for (int i = 0; i < ISA_COUNT; i++) {
         if (strcmp(wanted, isa_names[i])) continue;
-        return isa_supported(i) ? i : fail("LONGLORA_ISA: this machine or build has no %s", wanted);
+        return isa_supported(i) ? i : fail("LONGLORA_ISA: this machine or build does not have %s", wanted);
     }
-    return fail("LONGLORA_ISA: wanted portable, avx2, avx512 or avx512_bf16, got %s", wanted);
+    return fail("LONGLORA_ISA should be portable, avx2, avx512 or avx512_bf16, got %s", wanted);
 }

@@ -1,11 +1,11 @@
-/* adamw.cu --- AdamW (arXiv 1711.05101, algorithm 2) on float32 masters and moments, in place, one pass.
+/* adamw.cu --- AdamW (arXiv 1711.05101, algorithm 2) on float32 masters and moments, in place, in one pass.
  *
- * Bound by memory: 16 bytes in and 12 out per parameter, and those of the copy: 30 bytes with one in 16 bits.
- * Each thread has 4 vectors of 16 bytes under way. What depends on the step alone is taken in float64 once on
- * the host, as in csrc/cpu/adamw.c. */
+ * Bound by memory: a parameter has 16 bytes in and 12 out, and 2 more for a copy in 16 bits. Each thread
+ * loads 4 vectors of 16 bytes at a time. The host computes what depends on the step only, in float64, as
+ * csrc/cpu/adamw.c does. */
 #include "rows.cuh"
 
-enum { N = 4 }; /* parameters of a thread */
+enum { N = 4 }; /* parameters per thread */
 
 struct Step {
     float decay, rate, root, keep1, keep2, add1, add2, eps, scale;

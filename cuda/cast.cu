@@ -1,8 +1,8 @@
-/* cast.cu --- rows from one float dtype to another, scaled sums, and the sum of squares behind the gradient
- * norm.
+/* cast.cu --- converts rows from one float dtype to another, adds scaled rows, and sums squares for the
+ * gradient norm.
  *
- * Bound by memory: cast moves each element once in and once out, accumulate reads out too; sum_squares reads
- * once. A thread takes 16 elements, in vectors that are 16 bytes of the wider of the two dtypes. */
+ * Bound by memory: cast reads and writes each element once, accumulate also reads out, sum_squares reads
+ * once. A thread takes 16 elements, in vectors that are 16 bytes of the wider dtype. */
 #include "rows.cuh"
 
 template <class To, class From> constexpr int elements =
@@ -74,8 +74,8 @@ extern "C" int scale_cuda(const void *args, const CudaCall *call) {
 
 /* ---- sum of squares -------------------------------------------------------------------------- */
 
-/* At most PARTIALS blocks, each with a sum in float64; then one block adds those. Who adds what depends on N
- * alone. A thread reads UNROLL vectors at a time. */
+/* At most PARTIALS blocks compute a sum in float64 each, then one block adds these. The order depends on the
+ * number of elements only. A thread reads UNROLL vectors at a time. */
 enum { PARTIALS = 1024, UNROLL = 4 };
 
 static __device__ __forceinline__ double warp_sum(double x) {
@@ -84,7 +84,7 @@ static __device__ __forceinline__ double warp_sum(double x) {
     return x;
 }
 
-/* Thread 0 of BLOCK gets the sum. */
+/* Thread 0 of a block gets the sum. */
 static __device__ __forceinline__ double sum_of_block(double x) {
     __shared__ double sums[BLOCK / WARP];
     x = warp_sum(x);

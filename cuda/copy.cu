@@ -1,12 +1,12 @@
-/* copy.cu --- Tensor.copy_ and Tensor.fill between tensors of any strides: one thread for each element. Bound
- * by memory; where both sides are dense and of one dtype it is the copy engine's work instead. Pinned host
- * memory is read and written through the bus. */
+/* copy.cu --- Tensor.copy_ and Tensor.fill for tensors of any strides, one thread per element. Bound by
+ * memory. Dense tensors of one dtype are copied by the copy engine instead. Kernels access pinned host memory
+ * through the bus. */
 #include "common.cuh"
 #include "../csrc/cuda.h"
 
 enum { BLOCK = 256 };
 
-/* Axes that lie behind each other in both tensors count as one. */
+/* Axes that follow each other without gaps in both tensors are merged. */
 struct Walk {
     int ndim;
     int64_t n, size[MAX_NDIM], out[MAX_NDIM], x[MAX_NDIM];
@@ -57,7 +57,7 @@ template <class T> __global__ void __launch_bounds__(BLOCK) fill_kernel(T *out, 
     out[to] = value;
 }
 
-/* f(type<T>()) for an unsigned integer of `bytes` bytes. */
+/* f(type<T>()) with T an unsigned integer of `bytes` bytes. */
 template <class F> static int for_size(int64_t bytes, F f) {
     switch (bytes) {
         case 1: return f(type<uint8_t>());
@@ -70,6 +70,7 @@ template <class F> static int for_size(int64_t bytes, F f) {
 extern "C" int copy_tensor(const Tensor *out, const Tensor *x, void *stream) {
     CudaCall call = {};
     call.stream = stream;
+    if (describe_device(&call)) return -1;
     Walk w = walk(out, x);
     dim3 grid((unsigned)ceil_div(w.n, BLOCK));
     auto run = [&](auto t, auto u) {
@@ -94,6 +95,7 @@ extern "C" int copy_tensor(const Tensor *out, const Tensor *x, void *stream) {
 extern "C" int fill_tensor(const Tensor *out, const void *value, void *stream) {
     CudaCall call = {};
     call.stream = stream;
+    if (describe_device(&call)) return -1;
     Walk w = walk(out, out);
     return for_size(size_of(out->dtype), [&](auto t) {
         using T = typename decltype(t)::is;

@@ -1,6 +1,6 @@
-/* cublaslt.h --- the part of cuBLASLt that gemm.cu uses, declared here because a toolkit may come without
- * cuBLAS' headers. It is the same in CUDA 12 and 13; where the real header is found, gemm.cu is compiled with
- * a check of every line against it. */
+/* cublaslt.h --- the part of cuBLASLt that gemm.cu uses. It is declared here because some toolkits lack the
+ * headers of cuBLAS. CUDA 12 and 13 have the same declarations; if the real header is found, the compiler
+ * checks every line against it. */
 #ifndef LONGLORA_CUBLASLT_H
 #define LONGLORA_CUBLASLT_H
 
@@ -56,7 +56,7 @@ struct Heuristic {
 
 }  // namespace lt
 
-/* name in gemm.cu, name in the library, what it returns, what it takes */
+/* X(name in gemm.cu, name in the library, result, parameters) */
 #define FOR_EACH_CUBLASLT(X)                                                                                \
     X(version, cublasLtGetVersion, size_t, ())                                                              \
     X(status_string, cublasLtGetStatusString, const char *, (lt::Status))                                   \
@@ -90,7 +90,7 @@ struct CublasLt {
 #include <cublasLt.h>
 #include <type_traits>
 
-/* The same number of parameters, each of the same size, pointers where pointers are. */
+/* Equally many parameters, of equal sizes, with pointers in the same places. */
 template <class R, class... P, class S, class... Q> constexpr bool alike(R (*)(P...), S (*)(Q...)) {
     return sizeof(R) == sizeof(S) &&
            ((sizeof(P) == sizeof(Q) && std::is_pointer<P>::value == std::is_pointer<Q>::value) && ...);

@@ -1,5 +1,4 @@
-/* device.cu --- devices, memory, copies and streams for the binding: csrc/cuda.h, in the words of the CUDA
- * runtime. */
+/* device.cu --- devices, memory, copies and streams for the binding: csrc/cuda.h on the CUDA runtime. */
 #include "common.cuh"
 #include "../csrc/cuda.h"
 
@@ -7,7 +6,7 @@
 
 /* ---- devices --------------------------------------------------------------------------------- */
 
-static bool touched[MAX_DEVICES]; /* devices that work may have been queued on */
+static bool touched[MAX_DEVICES]; /* devices that may have queued work */
 
 static void versions(int *driver, int *runtime) {
     if (cudaDriverGetVersion(driver) != cudaSuccess) *driver = 0;
@@ -24,7 +23,7 @@ static int count() {
     versions(&driver, &runtime);
     if (!driver) return fail("there is no NVIDIA driver");
     if (error == cudaErrorInsufficientDriver)
-        return fail("the NVIDIA driver is too old: it is for CUDA %d.%d, this build is of CUDA %d.%d",
+        return fail("the NVIDIA driver is too old: it supports CUDA %d.%d, this build needs CUDA %d.%d",
                     driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
     if (error == cudaSuccess || error == cudaErrorNoDevice) {
         const char *visible = getenv("CUDA_VISIBLE_DEVICES");
@@ -42,7 +41,7 @@ static int sm_of(int device, int *sm) {
     return 0;
 }
 
-/* "80 90a 100 120": what there is code for, of the last one PTX too. */
+/* "80 90a 100 120": the GPUs that this build has code for, and PTX for GPUs later than the last one. */
 #ifdef LONGLORA_EMULATION
 static const char built_for[] = "emulation";
 static bool covered(int) { return true; }
@@ -51,8 +50,8 @@ static bool covered(int) { return true; }
 #define TEXT(...) TEXT_(__VA_ARGS__)
 static const char built_for[] = TEXT(LONGLORA_CUDA_ARCHS);
 
-/* Code runs on GPUs of its generation from its own number on, with a letter only on its own; PTX on all later
- * ones. */
+/* Code for sm_80 runs on sm_80 and later GPUs of the same generation. Code with a letter (90a) runs on that
+ * GPU only. PTX, of the last entry, runs on all later GPUs. */
 static bool covered(int sm) {
     for (const char *p = built_for; *p;) {
         char *end;
@@ -75,9 +74,9 @@ static int usable(int device) {
         return fail("there %s %d CUDA device%s", n == 1 ? "is" : "are", n, n == 1 ? "" : "s");
     if (sm_of(device, &sm)) return -1;
     if (sm < OLDEST_SM)
-        return fail("the GPU is an sm_%d, the oldest that is supported is sm_%d", sm, (int)OLDEST_SM);
+        return fail("the GPU is an sm_%d, the oldest supported one is sm_%d", sm, (int)OLDEST_SM);
     if (!covered(sm))
-        return fail("the GPU is an sm_%d, this build is for sm %s: see LONGLORA_CUDA_ARCH in setup.py", sm,
+        return fail("the GPU is an sm_%d, this build has code for %s: see LONGLORA_CUDA_ARCH in setup.py", sm,
                     built_for);
     known[device] = true;
     return 0;
@@ -92,8 +91,8 @@ static int properties(int device, CudaProperties *p) {
     return sm_of(device, &p->sm);
 }
 
-/* Another device than the thread's is entered by pushing its primary context: unlike cudaSetDevice there and
- * back, this leaves the thread as it was and makes no context on a device that nobody uses. */
+/* enter() pushes the primary context of a device that is not the thread's current one. Unlike two calls of
+ * cudaSetDevice, this restores the thread's state exactly and creates no context on an unused device. */
 #ifdef LONGLORA_EMULATION
 static thread_local int before;
 static int push(int device) {
@@ -119,8 +118,7 @@ static int push(int device) {
         return -1;
     int error = contexts[device] ? 0 : retain_context(&contexts[device], device);
     if (!error) error = push_context(contexts[device]);
-    return error ? fail("CUDA: cuda:%d cannot be made the current device: driver error %d", device, error)
-                 : 0;
+    return error ? fail("CUDA: cannot make cuda:%d the current device: driver error %d", device, error) : 0;
 }
 static void pop() {
     void *context;
@@ -139,8 +137,24 @@ static void leave(int entered) {
     if (entered > 0) pop();
 }
 
-/* While one lives, what a capture elsewhere would forbid this thread is allowed: it is no part of any graph.
- */
+extern "C" int describe_device(CudaCall *call) {
+    static uint64_t
+        known[MAX_DEVICES]; /* sm and shared bytes; one number, so that no thread sees half of it */
+    CUDA_TRY(cudaGetDevice(&call->device));
+    uint64_t *both = &known[call->device];
+    if (!*both) {
+        int sm, bytes;
+        if (sm_of(call->device, &sm)) return -1;
+        CUDA_TRY(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, call->device));
+        *both = (uint64_t)sm << 32 | (uint32_t)bytes;
+    }
+    call->sm = (int32_t)(*both >> 32);
+    call->shared_bytes = (int32_t)*both;
+    return 0;
+}
+
+/* While an object lives, this thread may do what a capture on another stream forbids. Its work is part of no
+ * graph. */
 struct Relaxed {
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
@@ -152,7 +166,7 @@ static int recover(int device) {
     int entered = enter(device);
     Relaxed relaxed;
     cudaError_t error =
-        cudaStreamQuery(cudaStreamPerThread); /* after a fatal error everything answers with it */
+        cudaStreamQuery(cudaStreamPerThread); /* after a fatal error, every call returns that error */
     cudaGetLastError();
     leave(entered);
     return error != cudaSuccess && error != cudaErrorNotReady;
@@ -171,7 +185,7 @@ static int memory(int64_t *free, int64_t *total) {
 static int no_memory(cudaError_t error, int64_t bytes) {
     if (error != cudaErrorMemoryAllocation) return fail("CUDA: %s", cudaGetErrorString(error));
     cudaGetLastError();
-    return fail("out of memory: %lld bytes cannot be had", (long long)bytes);
+    return fail("out of memory: cannot allocate %lld bytes", (long long)bytes);
 }
 
 static int allocate(int64_t bytes, void **p) {
@@ -179,7 +193,7 @@ static int allocate(int64_t bytes, void **p) {
     cudaError_t error = cudaMalloc(p, bytes ? (size_t)bytes : 1);
     if (error != cudaSuccess) return no_memory(error, bytes);
     CUDA_TRY(cudaMemsetAsync(*p, 0, (size_t)bytes, cudaStreamPerThread));
-    CUDA_TRY(cudaStreamSynchronize(cudaStreamPerThread)); /* zero for every stream */
+    CUDA_TRY(cudaStreamSynchronize(cudaStreamPerThread)); /* so that every stream sees zeros */
     return 0;
 }
 static void release(void *p) {
@@ -236,7 +250,7 @@ static int64_t capture(void *stream) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     unsigned long long number = 0;
     if ((uintptr_t)stream >
-        (uintptr_t)cudaStreamLegacy) /* which is never captured, nor is the default stream */
+        (uintptr_t)cudaStreamLegacy) /* neither it nor the default stream is ever captured */
         CUDA_TRY(cudaStreamGetCaptureInfo((cudaStream_t)stream, &status, &number));
     return status == cudaStreamCaptureStatusActive ? (int64_t)number : 0;
 }
@@ -255,7 +269,7 @@ static int wait(void *stream, void *mark) {
 static int passed(void *mark) {
     cudaError_t error = cudaEventQuery((cudaEvent_t)mark);
     if (error == cudaSuccess) return 1;
-    cudaGetLastError(); /* that the next launch does not take it for its own */
+    cudaGetLastError(); /* so that the next launch does not report it */
     return error == cudaErrorNotReady ? 0 : fail("CUDA: %s", cudaGetErrorString(error));
 }
 static int await(void *mark) {
@@ -266,33 +280,11 @@ static void forget(void *mark) { cudaEventDestroy((cudaEvent_t)mark); }
 
 /* ---- the table ------------------------------------------------------------------------------- */
 
-extern "C" const CudaRuntime cuda_runtime = {
-    built_for,
-    count,
-    usable,
-    properties,
-    versions,
-    enter,
-    leave,
-    recover,
-    allocate,
-    release,
-    allocate_pinned,
-    release_pinned,
-    memory,
-    copy_tensor,
-    fill_tensor,
-    copy_bytes,
-    copy_peer,
-    synchronize,
-    synchronize_device,
-    stream_device,
-    capture,
-    mark,
-    wait,
-    passed,
-    await,
-    forget,
-    cublas_paths,
-    cublas_version,
-};
+extern "C" const CudaRuntime cuda_runtime = { built_for,      count,     usable,      properties,
+                                              versions,       enter,     leave,       describe_device,
+                                              recover,        allocate,  release,     allocate_pinned,
+                                              release_pinned, memory,    copy_tensor, fill_tensor,
+                                              copy_bytes,     copy_peer, synchronize, synchronize_device,
+                                              stream_device,  capture,   mark,        wait,
+                                              passed,         await,     forget,      cublas_paths,
+                                              cublas_version };

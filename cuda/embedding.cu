@@ -1,19 +1,19 @@
-/* embedding.cu --- rows of a table by token id, and their gradients summed back without atomics.
+/* embedding.cu --- rows of a table by token id, and the sums of their gradients, without atomics.
  *
- * Forward is bound by memory: each row read once and written once (2 M C elements); a thread has 64 bytes
- * under way.
+ * The forward is bound by memory: it reads and writes each row once (2 M C elements). A thread loads 64 bytes
+ * at a time.
  *
- * Backward walks the tokens in the order of their ids, in pieces of equal length, whatever the ids are: a
- * block sums one piece for some columns in registers. A run of equal ids that begins in the piece is added to
- * its row of dweight, of which no other block of the launch knows; what belongs to a run that began before
- * goes to the piece's row of `partial`, and a second kernel adds a run's partial rows in a fixed order. So a
- * token that makes up most of the text costs what any other does. Floor: M C elements of dout read, 8 C bytes
- * for each distinct id. */
+ * The backward goes through the tokens in the order of their ids, in pieces of equal length. A block sums one
+ * piece, for some columns, in registers. It adds a run of equal ids that begins in the piece to its row of
+ * dweight, which no other block of the launch touches. The sum of a run that began before the piece goes to
+ * the piece's row of `partial`; a second kernel adds the partial rows of a run in a fixed order. So a token
+ * that fills most of the text costs no more than others. At least M C elements of dout are read, and 8 C
+ * bytes moved for each distinct id. */
 #include "rows.cuh"
 
-enum { U = 4 }; /* vectors of a thread, forward */
+enum { U = 4 }; /* vectors per thread in the forward */
 
-/* V: 16, 4 or 2 bytes, C of them to a row. The pattern 7fff7fff is NaN in every dtype. */
+/* V is 16, 4 or 2 bytes, and a row has C of them. 7fff7fff is NaN in every dtype. */
 template <class V> static __device__ __forceinline__ V not_a_number() {
     unsigned words[4] = { 0x7fff7fff, 0x7fff7fff, 0x7fff7fff, 0x7fff7fff };
     V v;
@@ -61,9 +61,10 @@ extern "C" int embedding_forward_cuda(const void *args, const CudaCall *call) {
 
 /* ---- backward -------------------------------------------------------------------------------- */
 
-enum { N = 4, AT_ONCE = 4, CHUNK = 64 }; /* columns of a thread; rows it loads at once; ids kept at hand */
+enum { N = 4, AT_ONCE = 4, CHUNK = 64 }; /* columns per thread; rows loaded at once; ids in shared memory */
 
-/* The id of the token at place i of the order, and that token; -1 for what is not there or not an id. */
+/* The id of the token at place i of the order, negative if it is invalid, and that token. -1 if there is
+ * none. */
 static __device__ __forceinline__ int32_t id_at(const int32_t *ids, const int32_t *order, int64_t i,
                                                 int64_t M, int64_t rows, int32_t *token) {
     int32_t m = i >= 0 && i < M ? order[i] : -1, id = m >= 0 && m < M ? ids[m] : -1;
@@ -71,7 +72,7 @@ static __device__ __forceinline__ int32_t id_at(const int32_t *ids, const int32_
     return id < rows ? id : -1;
 }
 
-/* Piece blockIdx.y. carried[piece] is the id whose run goes on into the piece, or -1. */
+/* Sums piece blockIdx.y. carried[piece]: the id of the run that continues into the piece, or -1. */
 template <class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK)
     runs_kernel(float *dweight, int64_t dweight_row, float *partial, int64_t pitch, int32_t *carried,
                 const T *dout, int64_t dout_row, const int32_t *ids, const int32_t *order, int64_t rows,
@@ -94,7 +95,7 @@ template <class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK)
         for (int i = 1; i <= n; i += AT_ONCE) {
             Raw<T, N> ds[AT_ONCE];
             Raw<float, N> ws[AT_ONCE];
-            /* Bit g: the run of place i+g ends there. */
+            /* Bit g: a run ends at place i+g. */
             unsigned ends = 0;
             bool before = from_before;
 #pragma unroll
@@ -126,8 +127,9 @@ template <class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK)
     }
 }
 
-/* A run that began in piece blockIdx.y - 1 and goes on into this one and perhaps further: a warp sums a share
- * of its partial rows for WARP vectors of columns, then the warps' sums are added in order. */
+/* Sums the run that began in piece blockIdx.y - 1 and continues into this one and perhaps into further ones.
+ * Each warp sums a share of the run's partial rows for WARP vectors of columns, then the sums of the warps
+ * are added in order. */
 template <bool ALIGNED> __global__ void __launch_bounds__(BLOCK)
     carry_kernel(float *dweight, int64_t dweight_row, const float *partial, int64_t pitch,
                  const int32_t *carried, int pieces, int64_t C) {
@@ -136,7 +138,8 @@ template <bool ALIGNED> __global__ void __launch_bounds__(BLOCK)
     int32_t first = (int32_t)blockIdx.y, id = carried[first];
     if (id < 0 || (first && carried[first - 1] == id)) return;
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n = 0;
-    for (unsigned all = ~0u; all == ~0u; n += WARP) { /* rows of the run, by warps' lengths, then exactly */
+    /* Counts the run's rows: whole warps of them, then the rest. */
+    for (unsigned all = ~0u; all == ~0u; n += WARP) {
         int i = first + n + lane;
         all = __ballot_sync(0xffffffffu, i < pieces && carried[i] == id);
         if (all != ~0u) {
@@ -176,7 +179,7 @@ template <bool ALIGNED> __global__ void __launch_bounds__(BLOCK)
     }
 }
 
-/* At most 1024 pieces, so the partial rows stay few and short, of at least 32 tokens. */
+/* Pieces of at least 32 tokens, and at most 1024 of them, so that there are few partial rows. */
 struct Pieces {
     int64_t length, count, pitch;
 };

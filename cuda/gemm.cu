@@ -1,16 +1,16 @@
-/* gemm.cu --- the matrix product, and the only file that says cuBLAS.
+/* gemm.cu --- the matrix product, and the only file that knows cuBLAS.
  *
- * What cuBLASLt does, it does: both inputs of one dtype with one dense axis each, float32 sums, the output of
- * that dtype or float32. Float32 is multiplied as float32 (no TF32). Anything else goes to a plain kernel of
- * our own: mixed dtypes, any strides, K = 0, what cuBLASLt has no algorithm for.
+ * cuBLASLt multiplies inputs of one dtype that have a dense axis each, with float32 sums, into that dtype or
+ * float32. Float32 is multiplied as float32, not as TF32. A plain kernel in this file does the rest: mixed
+ * dtypes, other strides, K = 0, and products that cuBLASLt has no algorithm for.
  *
- * The library is opened at the first product: the file that LONGLORA_CUBLAS names, else the copy that is in
- * the process already (torch's), else the paths that Python found, else the system's. It is never closed.
+ * The first product opens the library: the file named by LONGLORA_CUBLAS, else the copy that the process has
+ * already loaded (torch's), else the paths that Python found, else the system's. It is never closed.
  *
- * Descriptors and algorithm of a product are made once and kept in a table of fixed size. Sums that are split
- * over K are added in a second step, in float32 (REDUCTION_COMPUTE_TYPE) or not split at all; never in place,
- * never in the output's dtype. The algorithm depends on shapes, strides, dtypes, alignment, device and
- * library: for the same of these, equal inputs give equal bits. */
+ * The descriptors and the algorithm of a product are made once and kept in a table of fixed size. A sum over
+ * K is not split, or its parts are added in float32 in a second step (REDUCTION_COMPUTE_TYPE); never in place
+ * and never in the output's dtype. The algorithm depends on shapes, strides, dtypes, alignment, device and
+ * library only, so equal inputs give equal bits. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE /* dladdr */
 #endif
@@ -28,14 +28,14 @@
 
 enum { DEVICES = 64, PATHS = 16, PATH_BYTES = 1024 };
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of everything static in this file */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* protects everything static in this file */
 static CublasLt lib;
 static bool loaded;
 static char loaded_path[PATH_BYTES], paths[PATHS][PATH_BYTES];
 static int path_count;
 static lt::Handle handles[DEVICES];
 
-/* 0, or -1 and what was wrong in `why`. */
+/* 0, or -1 with the reason in `why`. */
 static int open_library(const char *name, int flags, char (&why)[512]) {
     void *library = dlopen(name, RTLD_NOW | RTLD_LOCAL | flags);
     if (!library) {
@@ -66,10 +66,9 @@ static int load_library() {
     if (loaded) return 0;
     const char *wanted = getenv("LONGLORA_CUBLAS");
     if (wanted && *wanted)
-        return open_library(wanted, 0, why) ? fail("cuBLAS was not found where LONGLORA_CUBLAS says: %s", why)
-                                            : 0;
+        return open_library(wanted, 0, why) ? fail("cuBLAS was not found at LONGLORA_CUBLAS: %s", why) : 0;
 #ifdef LONGLORA_EMULATION
-    Dl_info self; /* an emulated build carries its own */
+    Dl_info self; /* an emulated build contains a cuBLASLt */
     if (dladdr((void *)load_library, &self) && !open_library(self.dli_fname, 0, why)) return 0;
 #endif
     for (const char *name : names)
@@ -79,13 +78,13 @@ static int load_library() {
     CUDA_TRY(cudaDriverGetVersion(&driver));
     for (int i = driver >= 13000 ? 0 : 1; i < 2; i++)
         if (!open_library(names[i], 0, why)) return 0;
-    return fail("cuBLAS was not found: neither in the process, nor a pip package (pip install nvidia-cublas "
-                "for CUDA 13, "
-                "nvidia-cublas-cu12 for CUDA 12), nor the system's; LONGLORA_CUBLAS=/path/libcublasLt.so.13 "
-                "names one");
+    return fail(
+        "cuBLAS was not found in the process, in a pip package (pip install nvidia-cublas for CUDA 13, "
+        "nvidia-cublas-cu12 for CUDA 12) or in the system; "
+        "LONGLORA_CUBLAS=/path/libcublasLt.so.13 sets its path");
 }
 
-/* Where else to look, for the first product to come; copied. */
+/* Sets further paths for the first product to try. They are copied. */
 extern "C" void cublas_paths(const char *const *names, int count) {
     pthread_mutex_lock(&lock);
     path_count = 0;
@@ -93,8 +92,8 @@ extern "C" void cublas_paths(const char *const *names, int count) {
     pthread_mutex_unlock(&lock);
 }
 
-/* What is used, loaded if need be -> version as cublasLtGetVersion says, and its file; -1 and fail() when
- * there is none. */
+/* The version in use, as cublasLtGetVersion returns it, and its file. Loads the library if necessary; -1
+ * after fail() if there is none. */
 extern "C" int64_t cublas_version(const char **path) {
     pthread_mutex_lock(&lock);
     int64_t version = load_library() ? -1 : (int64_t)lib.version();
@@ -105,8 +104,8 @@ extern "C" int64_t cublas_version(const char **path) {
 
 /* ---- plans ----------------------------------------------------------------------------------- */
 
-/* All that a choice depends on. In columns: cuBLASLt's matrices are ours transposed, d[N,M] = b' a' + c +
- * bias. */
+/* All that the choice of an algorithm depends on. cuBLASLt stores columns, so its matrices are ours
+ * transposed: d[N,M] = b' a' + c + bias. */
 struct Key {
     int64_t M, N, K, a_ld, b_ld, c_ld, d_ld;
     int32_t device, in, out;
@@ -153,7 +152,7 @@ static void forget(Plan *p) {
     memset(p, 0, sizeof *p);
 }
 
-static int choose(Plan *p, lt::Preference wanted, lt::Handle handle) {
+static int choose_algorithm(Plan *p, lt::Preference wanted, lt::Handle handle) {
     const Key &k = p->key;
     uint64_t workspace = GEMM_WORKSPACE;
     uint32_t reductions = lt::REDUCTION_NONE | lt::REDUCTION_COMPUTE_TYPE;
@@ -175,7 +174,7 @@ static int choose(Plan *p, lt::Preference wanted, lt::Handle handle) {
     return 0;
 }
 
-/* The bias is set already where there is one: the heuristic may look at its address. */
+/* Sets the bias, if there is one, before the heuristic runs: it may look at the address. */
 static int make(Plan *p, const Key &key, const void *bias, lt::Handle handle) {
     p->key = key;
     LT_TRY(lib.desc_create(&p->desc, lt::COMPUTE_32F, lt::R_32F), "product");
@@ -198,13 +197,13 @@ static int make(Plan *p, const Key &key, const void *bias, lt::Handle handle) {
     LT_TRY(lib.layout_create(&p->d, out, N, M, key.d_ld), "layout");
     lt::Preference wanted;
     LT_TRY(lib.preference_create(&wanted), "preference");
-    int status = choose(p, wanted, handle);
+    int status = choose_algorithm(p, wanted, handle);
     lib.preference_destroy(wanted);
     return status;
 }
 
-/* The plan of a product, made if there is none; the one that was used longest ago gives its place. NULL after
- * fail(). */
+/* The plan of a product. A new one replaces the one among PROBES places that was not used for longest. NULL
+ * after fail(). */
 static Plan *plan_of(const Key &key, const void *bias, lt::Handle handle) {
     uint64_t hash = 0, word;
     for (size_t i = 0; i < sizeof key; i += 8) {
@@ -230,8 +229,8 @@ static Plan *plan_of(const Key &key, const void *bias, lt::Handle handle) {
     return oldest;
 }
 
-/* 0 done, -1 fail(), 1 cuBLASLt does not do this. Called with the lock held: the bias is an attribute of a
- * shared descriptor. */
+/* 0, -1 after fail(), or 1 if cuBLASLt has no algorithm. The caller holds the lock, because the bias is an
+ * attribute of a shared descriptor. */
 static int multiply(const CudaCall *call, const Gemm &g, const Key &key) {
     if (load_library()) return -1;
     if (call->device < 0 || call->device >= DEVICES) return fail("cuBLAS: no device %d", (int)call->device);
@@ -260,8 +259,8 @@ static __device__ __forceinline__ float element(const void *data, int64_t i, int
                            : to_float(((const f16 *)data)[i]);
 }
 
-/* One block makes a tile of c, one thread 4x4 of it, 16 apart: the tiles of a and b lie in shared memory as
- * float32, k first. Loads run along whichever axis is the denser one. Each sum is in rising k. */
+/* A block computes a tile of c, a thread 4x4 elements of it, 16 apart. Tiles of a and b are in shared memory
+ * as float32, k first. Loads follow the axis with the smaller stride. Each sum is in order of rising k. */
 static __global__ void __launch_bounds__(BLOCK) plain_kernel(Gemm g) {
     __shared__ float a[DEPTH][TILE + 1], b[DEPTH][TILE + 1];
     int64_t across = ceil_div(g.N, TILE), m0 = blockIdx.x / across * TILE, n0 = blockIdx.x % across * TILE;
@@ -305,7 +304,7 @@ static __global__ void __launch_bounds__(BLOCK) plain_kernel(Gemm g) {
 
 /* ---- which of the two ------------------------------------------------------------------------ */
 
-/* Whether a matrix has a dense axis and distinct elements, as cuBLASLt wants them. `turned`: columns are
+/* Whether a matrix has a dense axis and distinct elements, as cuBLASLt requires. turned: its columns are
  * dense. */
 static bool dense(const Matrix &m, int64_t rows, int64_t cols, int64_t *ld, bool *turned) {
     if ((m.col == 1 || cols == 1) && (m.row >= cols || rows == 1)) {
@@ -316,7 +315,7 @@ static bool dense(const Matrix &m, int64_t rows, int64_t cols, int64_t *ld, bool
     return (m.row == 1 || rows == 1) && (m.col >= rows || cols == 1);
 }
 
-/* The bias has no alignment among the preferences, and an algorithm that reads it in vectors would fault. */
+/* The preferences cannot state the alignment of the bias, and an algorithm may read it in vectors. */
 enum { BIAS_ALIGNMENT = 16 };
 
 static bool fits(const Gemm &g, int32_t device, Key *k) {

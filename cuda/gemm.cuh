@@ -1,25 +1,25 @@
-/* gemm.cuh --- the one matrix product of the GPU side: everything that multiplies matrices calls it. */
+/* gemm.cuh --- the matrix product on GPUs, for all ops. */
 #ifndef LONGLORA_GEMM_CUH
 #define LONGLORA_GEMM_CUH
 
 #include "common.cuh"
 
-/* cuBLASLt's part of an op's workspace: the first bytes of it. The same on every device, so that its choice
- * of an algorithm, and with it each bit of a result, depends on nothing else that is in memory. */
+/* The first bytes of an op's workspace belong to cuBLASLt. Their number is constant, because the choice of an
+ * algorithm, and so every bit of a result, depends on it. */
 enum { GEMM_WORKSPACE = 32 << 20 };
 
-/* Borrowed; strides in elements, any of them, so a transposed matrix is the same memory with row and col
- * swapped. */
+/* A borrowed matrix with any strides, in elements: to swap row and col transposes it. */
 typedef struct {
     const void *data;
     int64_t row, col;
     int32_t dtype;
 } Matrix;
 
-/* c[M,N] = alpha a[M,K] b[K,N] + beta from[M,N] + bias[N], float32 sums. `from` is c itself when NULL, else
- * another matrix or the same memory as c with the same strides; it is not read when beta is 0. bias and from
- * have c's dtype. Rows of c and from are dense. scalars, where it is not NULL: {alpha, 0, 1} in device
- * memory, for an alpha that the host does not know; beta is 0 or 1 then. */
+/* c[M,N] = alpha a[M,K] b[K,N] + beta from[M,N] + bias[N], float32 sums.
+ *
+ * from: NULL for c itself, or another matrix, or the memory of c with the strides of c. It is not read if
+ * beta is 0. bias and from have c's dtype; rows of c and from are dense. scalars: NULL, or {alpha, 0, 1} in
+ * device memory for an alpha that only the device knows; then beta must be 0 or 1. */
 typedef struct {
     int64_t M, N, K;
     Matrix a, b;

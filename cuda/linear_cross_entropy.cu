@@ -1,17 +1,15 @@
-/* linear_cross_entropy.cu --- the head's matrix product and the loss, a chunk of rows at a time.
+/* linear_cross_entropy.cu --- the head's matrix product and the loss, for a chunk of rows at a time.
  *
- * A chunk's logits are float32 in the workspace, [rows, V], LOGITS_BYTES at most. One block per row finds
- * maximum and sum in one pass, then (backward) writes the gradient of the logits in its place, in the dtype
- * of x, so that both products that read it run on the tensor cores. The second pass reads the head of the row
- * from shared memory, as much as the device has (all of V = 32000 on an H100, 45 % of 128256), the rest from
- * memory or L2: there is one block at a time on a multiprocessor. 4 V C FLOPs per row, 6 V C with dweight,
- * and 8 V .. 12 V bytes beside the products' own: at V = 128256, C = 4096 on an H100 (720 TFLOP/s, 3.35
- * TB/s) 2.9 + 0.3 us a row, so 650 TFLOP/s at best. Computed, not measured.
+ * The logits of a chunk are float32 in the workspace, [rows, V], at most LOGITS_BYTES. One block per row
+ * finds the maximum and the sum in one pass. In the backward it then writes the gradient of the logits in
+ * their place, in the dtype of x, so that both products that read it run on the tensor cores. The second pass
+ * reads as many logits of the row as fit from shared memory, and the others from L2 or memory.
+ * docs/tuning/cuda_linear_cross_entropy.md has the figures.
  *
- * In float16 the gradients of the logits of a long step would be too small, or with a scaled loss too large:
- * there they are stored times a power of two that brings the largest of dlosses to 2^14 .. 2^15, so that
- * 2^-39 of it is still told from 0, and the products are multiplied by its inverse. Both numbers are found
- * and stay on the device. */
+ * In float16 the gradients of the logits of a long step would be too small and, with a scaled loss, too
+ * large. They are stored times a power of two that brings the largest of dlosses to 2^14 .. 2^15, so that
+ * 2^-39 of it still differs from 0. The products are multiplied by the inverse. The device computes and keeps
+ * both numbers. */
 #include "gemm.cuh"
 
 #include <float.h>
@@ -26,15 +24,15 @@ typedef struct {
     const int32_t *targets;
     const float *dlosses;
     int64_t losses_step, lse_step, targets_step, dlosses_step, ignore;
-    int64_t kept;   /* so many logits of a row fit into shared memory */
-    float *scalars; /* {scale, 1 / scale, 0, 1}: gradients are written times scale; NULL: as they are */
+    int64_t kept;   /* logits of a row that fit into shared memory */
+    float *scalars; /* {scale, 1 / scale, 0, 1}: gradients are stored times scale; NULL: unscaled */
 } Chunk;
 
 static __device__ __forceinline__ bool counts(const Chunk &c, int64_t target) {
     return target != c.ignore && target >= 0 && target < c.V;
 }
 
-/* Every thread gets the largest, as in block_sum. */
+/* Every thread gets the maximum, as in block_sum. */
 static __device__ __forceinline__ float block_max(float x, float *shared) {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     x = warp_max(x);
@@ -44,8 +42,8 @@ static __device__ __forceinline__ float block_max(float x, float *shared) {
     return warp_max(lane < (int)blockDim.x / WARP ? shared[lane] : -FLT_MAX);
 }
 
-/* One block, of all M rows. Powers of two, so nothing is rounded, within 2^-115 .. 2^115, so neither is
- * subnormal. */
+/* One block computes the scalars from all M rows. They are powers of two, so scaling does not round, and
+ * within 2^-115 .. 2^115, so neither is subnormal. */
 static __global__ void __launch_bounds__(BLOCK) scale_kernel(Chunk c, int64_t M) {
     __shared__ float shared[WARP];
     float max = 0;
@@ -62,7 +60,7 @@ static __global__ void __launch_bounds__(BLOCK) scale_kernel(Chunk c, int64_t M)
     c.scalars[3] = 1;
 }
 
-/* ELEMENTS logits from i on; -inf beyond V. */
+/* Loads ELEMENTS logits from i on; -inf from V on. */
 static __device__ __forceinline__ void load_logits(float (&x)[ELEMENTS], const float *row, int64_t i,
                                                    int64_t V) {
     if (i + ELEMENTS <= V) load(x, row + i);
@@ -70,8 +68,8 @@ static __device__ __forceinline__ void load_logits(float (&x)[ELEMENTS], const f
         for (int e = 0; e < ELEMENTS; e++) x[e] = i + e < V ? row[i + e] : -INFINITY;
 }
 
-/* T: of the gradient. Its element i lies in front of where logit i was, so a block that has read a stretch of
- * logits may write their gradients: what it overwrites has been read. */
+/* The gradient has elements T, which are not longer than logits. So its element i is not behind logit i, and
+ * a block that has read a stretch of logits may write their gradients over them. */
 template <class T, bool GRADIENT> static __global__ void __launch_bounds__(BLOCK) row_kernel(Chunk c) {
     __shared__ float shared[WARP];
     DYNAMIC_SHARED(float, kept);
@@ -94,7 +92,7 @@ template <class T, bool GRADIENT> static __global__ void __launch_bounds__(BLOCK
     float top = block_max(max, shared);
     sum = block_sum(sum * expf(max - top), shared);
     float log_sum = logf(sum),
-          loss = log_sum - (picked - top); /* without what lse rounds off of large logits */
+          loss = log_sum - (picked - top); /* more precise than lse - picked for large logits */
     if (threadIdx.x == 0) {
         c.losses[blockIdx.x * c.losses_step] = used ? loss : target == c.ignore ? 0.0f : NAN;
         if (c.lse) c.lse[blockIdx.x * c.lse_step] = top + log_sum;
@@ -120,7 +118,7 @@ template <class T, bool GRADIENT> static __global__ void __launch_bounds__(BLOCK
     if (used && threadIdx.x == 0) out[target] = from_float<T>(dloss * expm1f(-loss));
 }
 
-/* Rows of logits in floats, and rows of a chunk: as many as fit, the chunks about equally long. */
+/* The floats of a row of logits, and the rows of a chunk: as many as fit, in chunks of about equal length. */
 static int64_t stride_of(int64_t V) { return ceil_div(V, 8) * 8; }
 static int64_t rows_of(int64_t M, int64_t V) {
     int64_t fit = V ? LOGITS_BYTES / (4 * stride_of(V)) : (int64_t)MAX_ROWS;
@@ -131,7 +129,7 @@ static int64_t rows_of(int64_t M, int64_t V) {
     int64_t rows = ceil_div(ceil_div(M, ceil_div(M, fit)), ROUND) * ROUND;
     return rows < fit ? rows : fit;
 }
-enum { SCALARS = 256 }; /* bytes for them, between cuBLAS' workspace and the logits */
+enum { SCALARS = 256 }; /* their bytes, between the workspace of cuBLAS and the logits */
 static int64_t workspace_of(int64_t M, int64_t V) {
     return GEMM_WORKSPACE + SCALARS + align_up(4 * rows_of(M, V) * stride_of(V));
 }
@@ -142,22 +140,17 @@ static Matrix rows_from(const Tensor *t, int64_t row) {
     return m;
 }
 
-/* How many floats of dynamic shared memory a block may have; asked once per device. */
-static int64_t shared_floats(int device) {
-    static int bytes[64];
-    if (device < 0 || device >= 64) return 0;
-    if (!bytes[device])
-        cudaDeviceGetAttribute(&bytes[device], cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    return bytes[device] < 1024 ? 0
-                                : (bytes[device] - 1024) / 4 / ELEMENTS * ELEMENTS; /* less what is static */
+/* Floats that fit into a block's shared memory beside its static part, for which 1024 bytes are kept. */
+static int64_t shared_floats(const CudaCall *call) {
+    return (call->shared_bytes - 1024) / 4 / ELEMENTS * ELEMENTS;
 }
 
-/* dx NULL: forward. */
+/* dx NULL: the forward. */
 static int run(const CudaCall *call, const Tensor *losses, const Tensor *lse, const Tensor *dx,
                const Tensor *dweight, const Tensor *x, const Tensor *weight, const Tensor *targets,
                const Tensor *dlosses, int64_t ignore) {
     int64_t M = x->shape[0], C = x->shape[1], V = weight->shape[0], chunk = rows_of(M, V);
-    unsigned block = BLOCK; /* no more threads than a row has work for */
+    unsigned block = BLOCK; /* at most as many threads as a row has work for */
     while (block > WARP && block / 2 * ELEMENTS >= V) block /= 2;
     Chunk c = {};
     char *scalars = (char *)call->workspace + GEMM_WORKSPACE;
@@ -183,7 +176,7 @@ static int run(const CudaCall *call, const Tensor *losses, const Tensor *lse, co
             continue;
         }
         c.dlosses = (const float *)dlosses->data + m * c.dlosses_step;
-        int64_t room = shared_floats(call->device);
+        int64_t room = shared_floats(call);
         c.kept = room < c.stride ? room : c.stride;
         int status = for_dtype(x->dtype, [&](auto t) {
             return launch(call, row_kernel<typename decltype(t)::is, true>, dim3((unsigned)rows), block,

@@ -1,25 +1,14 @@
 /* lora_linear.cu --- a linear layer with LoRA (arXiv 2106.09685 section 4.1), forward and backward.
  *
- * Ways to add scale u b^T to out = x weight^T, and what each moves beyond the frozen layer: P is one pass
- * over a 16-bit [M,4096], 5.2 % of the frozen product's time at 720 TFLOP/s and 3.35 TB/s. Computed, not
- * measured:
- *   1. product, then out += scale u b^T: reads x for u, reads and writes out 3 P
- *   2. out = scale u b^T + residual, then the product on top of it (beta = 1): reads x for u, writes out; the
- *      read of out in the product's epilogue runs beside other tiles' arithmetic 2 P (+ 1 P hidden)
- *   3. 2. by slices of rows that stay in L2 (50 MB): little memory traffic, but more launches and tails ?
- *   4. a copy of x with u beside it, times a copy of [weight scale b]: reads and writes x, copies weight 2 P
- * + 2 N C
- *   5. weight + scale b a, made for each call: 2 N C and no pass over x or out, but what b a adds below half
- * a unit in the last place of weight is lost, so a young adapter would do nothing wrong
- *   6. a product of our own (wgmma) that goes on from x weight^T to u b^T in its accumulators 1 P Here: 2.
- * The order of two lines in the forward and in the backward is all that 1 would change.
+ * Forward: out = scale u b^T + residual, u = x a^T, in one kernel; then the frozen product is added on top
+ * (beta = 1). docs/tuning/cuda_lora_linear.md compares this with five other ways.
  *
  * u and du stay float32. Where they meet 16-bit matrices on the tensor cores, each number is split into two
- * or three 16-bit ones that add up to it. da and db are sums over M with small results: rows in at most
- * PIECES pieces, each summed by itself, then the pieces in order. Backward reads dout for du and db, x for da
- * (and for u where it is not given), and writes dx before the product: 4 P, less what db finds in L2, because
- * it goes through dout backwards right after du went through it forwards. Next would be du and db in one pass
- * (sums of du over blocks of columns: 0.75 P less at R = 8, nothing at R = 32). */
+ * or three 16-bit ones that add up to it. da and db are sums over M with small results: at most PIECES pieces
+ * of the rows are summed one by one, then the pieces are added in order.
+ *
+ * Backward reads dout for du and db, and x for da (and for u where it is not given), and writes dx before the
+ * product. db goes backwards through dout right after du went forwards, to find the last rows in L2. */
 #include "gemm.cuh"
 
 #include <string.h>
@@ -27,7 +16,7 @@
 
 enum { BLOCK = 256, WARPS = BLOCK / WARP };
 
-/* The bits of two 16-bit numbers, the first in the low half, and back. */
+/* Two 16-bit numbers as bits, the first one in the low half, and back. */
 template <class T> static __device__ __forceinline__ unsigned bits_of(T low, T high) {
     Vector<T, 2> v = { { low, high } };
     unsigned bits;
@@ -42,9 +31,9 @@ template <class T> static __device__ __forceinline__ Vector<T, 2> numbers_of(uns
 
 /* ---- out = scale u b^T + from: 16-bit -------------------------------------------------------- */
 
-/* A block makes 128 x 128 of out, a warp 32 x 64. A step of mma takes 8 ranks: k 0..7 are the high parts of
- * u, k 8..15 the low ones, and b stands twice. A row of u is scaled by a power of two before, so that none
- * leaves the range of T. */
+/* A block computes 128 x 128 elements of out, a warp 32 x 64. A step of mma takes 8 ranks: k 0..7 are the
+ * high parts of u and k 8..15 the low ones, both times the same b. Each row of u is first scaled by a power
+ * of two, so that all its parts are in the range of T. */
 enum { UPDATE_ROWS = 128, UPDATE_COLS = 128, WARP_ROWS = 32, WARP_COLS = 64, STAGE_PITCH = WARP_COLS + 4 };
 
 template <class T> struct Update {
@@ -54,70 +43,16 @@ template <class T> struct Update {
     int64_t out_row, from_row, u_row, b_row, b_col, M, N;
     int R;
     float scale;
-    bool vectors, u_pairs,
-        b_pairs; /* what may be loaded and stored at once: 16 bytes of out and from, two of u, two of b */
+    /* What can be loaded and stored at once: 16 bytes of out and from, two elements of u, two of b. */
+    bool vectors, u_pairs, b_pairs;
 };
 
-template <class T> static __global__ void __launch_bounds__(BLOCK) update_kernel(Update<T> f) {
-    __shared__ float stage[WARPS][16][STAGE_PITCH];
-    int64_t across = ceil_div(f.N, UPDATE_COLS);
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-    int64_t m0 = blockIdx.x / across * UPDATE_ROWS + warp / 2 * WARP_ROWS;
-    int64_t n0 = blockIdx.x % across * UPDATE_COLS + warp % 2 * WARP_COLS;
-    float d[2][8][4] = {}, down[2][2];
-    /* The pair r, r+1 of row m. */
-    auto pair_of_u = [&](int64_t m, int r) {
-        float2 v = make_float2(0, 0);
-        if (m >= f.M || r >= f.R) return v;
-        const float *at = f.u + m * f.u_row + r;
-        if (f.u_pairs) return *(const float2 *)at;
-        v.x = at[0];
-        if (r + 1 < f.R) v.y = at[1];
-        return v;
-    };
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float top = 0;
-            for (int r = 2 * t; r < f.R; r += 8) {
-                float2 v = pair_of_u(m0 + i * 16 + h * 8 + g, r);
-                top = fmaxf(top, fmaxf(fabsf(v.x), fabsf(v.y)));
-            }
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-            int power = (int)(__float_as_uint(top) >> 23); /* 1 .. 254 for 2^-126 .. 2^127 */
-            down[i][h] =
-                power > 254 ? 1.0f : __uint_as_float((unsigned)(power > 253 ? 1 : 254 - power) << 23);
-        }
-    for (int r0 = 0; r0 < f.R; r0 += 8) {
-        int r = r0 + 2 * t;
-        unsigned a[2][4];
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float2 v = pair_of_u(m0 + i * 16 + h * 8 + g, r);
-                v.x *= down[i][h], v.y *= down[i][h];
-                a[i][h] = pack<T>(v.x, v.y);
-                Vector<T, 2> high = numbers_of<T>(a[i][h]);
-                a[i][2 + h] = pack<T>(v.x - to_float(high.x[0]), v.y - to_float(high.x[1]));
-            }
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            int64_t n = n0 + j * 8 + g;
-            unsigned twice[2] = { 0, 0 };
-            if (n < f.N && r < f.R) {
-                const T *at = f.b + n * f.b_row + r * f.b_col;
-                if (f.b_pairs) twice[0] = *(const unsigned *)at;
-                else twice[0] = bits_of<T>(at[0], r + 1 < f.R ? at[f.b_col] : from_float<T>(0.0f));
-                twice[1] = twice[0];
-            }
-            mma_16816<T>(d[0][j], a[0], twice);
-            mma_16816<T>(d[1][j], a[1], twice);
-        }
-    }
-    float (*rows)[STAGE_PITCH] = stage[warp];
+/* Stores the 32 x 64 elements of a warp at row m0, column n0, through its rows of shared memory: from + scale
+ * d, with the scaling of u's rows undone. */
+template <class T> static __device__ __forceinline__ void
+store_update(const Update<T> &f, const float (&d)[2][8][4], const float (&down)[2][2],
+             float (*rows)[STAGE_PITCH], int64_t m0, int64_t n0) {
+    int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const float up[2] = { 1.0f / down[i][0], 1.0f / down[i][1] }; /* exact */
@@ -150,8 +85,69 @@ template <class T> static __global__ void __launch_bounds__(BLOCK) update_kernel
     }
 }
 
-/* out = scale u b^T + beta from, from (NULL: out itself) read only when beta is not 0; beta is 0 or 1. u
- * float32, b [R,N]. */
+template <class T> static __global__ void __launch_bounds__(BLOCK) update_kernel(Update<T> f) {
+    __shared__ float stage[WARPS][16][STAGE_PITCH];
+    int64_t across = ceil_div(f.N, UPDATE_COLS);
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    int64_t m0 = blockIdx.x / across * UPDATE_ROWS + warp / 2 * WARP_ROWS;
+    int64_t n0 = blockIdx.x % across * UPDATE_COLS + warp % 2 * WARP_COLS;
+    float d[2][8][4] = {}, down[2][2];
+    /* Elements r and r+1 of row m. */
+    auto pair_of_u = [&](int64_t m, int r) {
+        float2 v = make_float2(0, 0);
+        if (m >= f.M || r >= f.R) return v;
+        const float *at = f.u + m * f.u_row + r;
+        if (f.u_pairs) return *(const float2 *)at;
+        v.x = at[0];
+        if (r + 1 < f.R) v.y = at[1];
+        return v;
+    };
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float top = 0;
+            for (int r = 2 * t; r < f.R; r += 8) {
+                float2 v = pair_of_u(m0 + i * 16 + h * 8 + g, r);
+                top = fmaxf(top, fmaxf(fabsf(v.x), fabsf(v.y)));
+            }
+            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+            int power = (int)(__float_as_uint(top) >> 23); /* 1 .. 254 mean 2^-126 .. 2^127 */
+            down[i][h] =
+                power > 254 ? 1.0f : __uint_as_float((unsigned)(power > 253 ? 1 : 254 - power) << 23);
+        }
+    for (int r0 = 0; r0 < f.R; r0 += 8) {
+        int r = r0 + 2 * t;
+        unsigned a[2][4];
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float2 v = pair_of_u(m0 + i * 16 + h * 8 + g, r);
+                v.x *= down[i][h], v.y *= down[i][h];
+                a[i][h] = pack<T>(v.x, v.y);
+                Vector<T, 2> high = numbers_of<T>(a[i][h]);
+                a[i][2 + h] = pack<T>(v.x - to_float(high.x[0]), v.y - to_float(high.x[1]));
+            }
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            int64_t n = n0 + j * 8 + g;
+            unsigned twice[2] = { 0, 0 };
+            if (n < f.N && r < f.R) {
+                const T *at = f.b + n * f.b_row + r * f.b_col;
+                if (f.b_pairs) twice[0] = *(const unsigned *)at;
+                else twice[0] = bits_of<T>(at[0], r + 1 < f.R ? at[f.b_col] : from_float<T>(0.0f));
+                twice[1] = twice[0];
+            }
+            mma_16816<T>(d[0][j], a[0], twice);
+            mma_16816<T>(d[1][j], a[1], twice);
+        }
+    }
+    store_update(f, d, down, stage[warp], m0, n0);
+}
+
+/* out = scale u b^T + (beta ? from : 0). from NULL: out itself. u is float32, b is [R,N]. */
 static int update(const CudaCall *call, const Tensor *out, Matrix u, Matrix b, int64_t R, float scale,
                   bool beta, const Tensor *from) {
     int64_t M = out->shape[0], N = out->shape[1];
@@ -181,11 +177,11 @@ static int update(const CudaCall *call, const Tensor *out, Matrix u, Matrix b, i
 
 /* ---- sums over M: out[r,c] += alpha (sum over m of q[m,r] x[m,c]) ---------------------------- */
 
-/* q float32, or ones. A block takes SUM_COLS columns of x, up to SUM_RANKS of q and one piece of the rows. A
- * piece is every gridDim.z-th stretch of SUM_ROWS rows, from the last one down: all blocks go backwards
- * through x together. A warp makes 16 columns. In shared memory x and q are bfloat16 numbers that add up to
- * them: q three, x as many as its dtype needs. Products of parts below 2^-24 are left out. Sums on the tensor
- * cores, which round worse than others, are as long as a step. */
+/* q is float32, or all ones. A block takes SUM_COLS columns of x, up to SUM_RANKS of q and one piece of the
+ * rows. A piece is every gridDim.z-th stretch of SUM_ROWS rows, from the last one to the first, so that all
+ * blocks go backwards through x together. A warp computes 16 columns. In shared memory, x and q are bfloat16
+ * numbers that add up to them: three for q, as many as its dtype needs for x. Products of parts below 2^-24
+ * are left out. The tensor cores sum over one stretch only, because they round worse. */
 enum {
     PIECES = 16,
     PIECE_ROWS = 256,
@@ -194,7 +190,8 @@ enum {
     SUM_RANKS = 32,
     X_PITCH = SUM_COLS + 8,
     Q_PITCH = SUM_RANKS + 8,
-    Q_PARTS = 3
+    Q_PARTS = 3,
+    Q_LOADS = SUM_ROWS * SUM_RANKS / BLOCK
 };
 
 static int64_t pieces_of(int64_t M) {
@@ -202,18 +199,74 @@ static int64_t pieces_of(int64_t M) {
     return pieces < PIECES ? pieces : (int64_t)PIECES;
 }
 
-/* The next part of x, which is taken from it. */
+/* Takes the next bfloat16 part from x. */
 static __device__ __forceinline__ bf16 take(float &x) {
     bf16 part = from_float<bf16>(x);
     x -= to_float(part);
     return part;
 }
 
+/* Loads this thread's vectors of SUM_ROWS rows of x from m0 on, `columns` columns; zeros elsewhere. */
+template <class T, int N, int LOADS> static __device__ __forceinline__ void
+fetch_x(Vector<T, N> (&next)[LOADS], const T *x, int64_t x_row, int64_t m0, int64_t M, int columns,
+        bool vectors) {
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) {
+        int at = threadIdx.x + i * BLOCK;
+        int64_t m = m0 + at / (SUM_COLS / N);
+        int c = at % (SUM_COLS / N) * N;
+        const T *from = x + m * x_row + c;
+        if (vectors && m < M && c < columns) next[i] = *(const Vector<T, N> *)from;
+        else
+            for (int e = 0; e < N; e++)
+                next[i].x[e] = m < M && c + e < columns ? from[e] : from_float<T>(0.0f);
+    }
+}
+
+/* The same for q, whose rows are read 1 << shift ranks wide. */
+static __device__ __forceinline__ void fetch_q(float (&next)[Q_LOADS], const float *q, int64_t q_row, int r0,
+                                               int64_t m0, int64_t M, int ranks, int shift) {
+#pragma unroll
+    for (int i = 0; i < Q_LOADS; i++) {
+        int at = threadIdx.x + i * BLOCK, r = at & ((1 << shift) - 1);
+        int64_t m = m0 + (at >> shift);
+        next[i] = at < SUM_ROWS << shift && m < M && r < ranks ? (q ? q[m * q_row + r0 + r] : 1.0f) : 0.0f;
+    }
+}
+
+/* Puts the parts of what was fetched into shared memory. */
+template <class T, int N, int LOADS, int PARTS> static __device__ __forceinline__ void
+put_x(bf16 (&xs)[PARTS][SUM_ROWS][X_PITCH], const Vector<T, N> (&next)[LOADS]) {
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) {
+        int at = threadIdx.x + i * BLOCK;
+        float rest[N];
+#pragma unroll
+        for (int e = 0; e < N; e++) rest[e] = to_float(next[i].x[e]);
+#pragma unroll
+        for (int p = 0; p < PARTS; p++) {
+            Vector<bf16, N> v;
+#pragma unroll
+            for (int e = 0; e < N; e++) v.x[e] = take(rest[e]);
+            *(Vector<bf16, N> *)&xs[p][at / (SUM_COLS / N)][at % (SUM_COLS / N) * N] = v;
+        }
+    }
+}
+static __device__ __forceinline__ void put_q(bf16 (&qs)[Q_PARTS][SUM_ROWS][Q_PITCH], float (&next)[Q_LOADS],
+                                             int shift) {
+#pragma unroll
+    for (int i = 0; i < Q_LOADS; i++) {
+        int at = threadIdx.x + i * BLOCK;
+        if (at >= SUM_ROWS << shift) continue;
+#pragma unroll
+        for (int p = 0; p < Q_PARTS; p++) qs[p][at >> shift][at & ((1 << shift) - 1)] = take(next[i]);
+    }
+}
+
 template <class T, int PARTS> static __global__ void __launch_bounds__(BLOCK, PARTS == 1 ? 3 : 2)
     sum_kernel(float *partial, const T *x, int64_t x_row, const float *q, int64_t q_row, int64_t M, int64_t C,
                int R, bool vectors) {
     constexpr int N = 16 / sizeof(T), LOADS = SUM_ROWS * SUM_COLS / BLOCK / N;
-    constexpr int Q_LOADS = SUM_ROWS * SUM_RANKS / BLOCK;
     __shared__ __align__(16) bf16 xs[PARTS][SUM_ROWS][X_PITCH];
     __shared__ __align__(16) bf16 qs[Q_PARTS][SUM_ROWS][Q_PITCH];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -225,58 +278,20 @@ template <class T, int PARTS> static __global__ void __launch_bounds__(BLOCK, PA
     Vector<T, N> next[LOADS];
     float next_q[Q_LOADS];
     auto fetch = [&](int64_t m0) {
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) {
-            int at = threadIdx.x + i * BLOCK;
-            int64_t m = m0 + at / (SUM_COLS / N);
-            int c = at % (SUM_COLS / N) * N;
-            const T *from = x + c0 + m * x_row + c;
-            if (vectors && m < M && c < columns) next[i] = *(const Vector<T, N> *)from;
-            else
-                for (int e = 0; e < N; e++)
-                    next[i].x[e] = m < M && c + e < columns ? from[e] : from_float<T>(0.0f);
-        }
-#pragma unroll
-        for (int i = 0; i < Q_LOADS; i++) {
-            int at = threadIdx.x + i * BLOCK, r = at & ((1 << shift) - 1);
-            int64_t m = m0 + (at >> shift);
-            next_q[i] =
-                at < SUM_ROWS << shift && m < M && r < ranks ? (q ? q[m * q_row + r0 + r] : 1.0f) : 0.0f;
-        }
-    };
-    auto put = [&] {
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) {
-            int at = threadIdx.x + i * BLOCK;
-            float rest[N];
-#pragma unroll
-            for (int e = 0; e < N; e++) rest[e] = to_float(next[i].x[e]);
-#pragma unroll
-            for (int p = 0; p < PARTS; p++) {
-                Vector<bf16, N> v;
-#pragma unroll
-                for (int e = 0; e < N; e++) v.x[e] = take(rest[e]);
-                *(Vector<bf16, N> *)&xs[p][at / (SUM_COLS / N)][at % (SUM_COLS / N) * N] = v;
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < Q_LOADS; i++) {
-            int at = threadIdx.x + i * BLOCK;
-            if (at >= SUM_ROWS << shift) continue;
-#pragma unroll
-            for (int p = 0; p < Q_PARTS; p++) qs[p][at >> shift][at & ((1 << shift) - 1)] = take(next_q[i]);
-        }
+        fetch_x(next, x + c0, x_row, m0, M, columns, vectors);
+        fetch_q(next_q, q, q_row, r0, m0, M, ranks, shift);
     };
     float sum[SUM_RANKS / 8][4] = {};
     int64_t end = first + (M - 1 - first) / step * step;
     fetch(end);
     for (int64_t m0 = end; m0 >= 0; m0 -= step) {
         __syncthreads();
-        put();
+        put_x(xs, next);
+        put_q(qs, next_q, shift);
         __syncthreads();
         if (m0 >= step) fetch(m0 - step);
         float d[SUM_RANKS / 8][4] = {};
-#pragma unroll 1 /* unrolled, bfloat16 spills on sm_100 and sm_120 */
+#pragma unroll 1 /* saves registers: unrolled, bfloat16 spills on sm_100 and sm_120 */
         for (int k = 0; k < SUM_ROWS; k += 16) {
             unsigned a[PARTS][4]; /* columns of x are the rows of mma, rows of x its k */
 #pragma unroll
@@ -324,7 +339,7 @@ static __global__ void __launch_bounds__(BLOCK)
     out[i / C * out_r + i % C * out_c] += alpha * sum;
 }
 
-/* out[r,c] at out + r out_r + c out_c. q.data NULL: ones. */
+/* out[r,c] is at out + r out_r + c out_c. q.data NULL: all ones. */
 static int add_sums(const CudaCall *call, float *out, int64_t out_r, int64_t out_c, Matrix q, int64_t R,
                     const Tensor *x, float alpha, float *partial) {
     int64_t M = x->shape[0], C = x->shape[1], pieces = pieces_of(M);
@@ -343,7 +358,7 @@ static int add_sums(const CudaCall *call, float *out, int64_t out_r, int64_t out
 
 /* ---- the ops --------------------------------------------------------------------------------- */
 
-/* c = alpha a b + beta from + bias, c a whole tensor. */
+/* c = alpha a b + (beta ? from : 0) + bias. c is a whole tensor. */
 static int product(const CudaCall *call, const Tensor *c, Matrix a, Matrix b, int64_t K, float alpha,
                    bool beta, const Tensor *from = NULL, const Tensor *bias = NULL) {
     Gemm g = {};
@@ -384,7 +399,7 @@ extern "C" int lora_linear_forward_cuda(const void *args, const CudaCall *call) 
     return product(call, &f->out, matrix(&f->x), transposed(matrix(&f->weight)), C, 1, from, from, &f->bias);
 }
 
-/* Where the parts of the backward's workspace are. */
+/* Offsets of the parts of the backward's workspace. */
 typedef struct {
     int64_t du, u, partial, bytes;
 } Parts;

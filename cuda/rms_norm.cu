@@ -1,22 +1,22 @@
-/* rms_norm.cu --- RMSNorm with trainable weight, the residual addition fused in; forward and backward.
+/* rms_norm.cu --- RMSNorm with a trainable weight, fused with the addition of a residual; forward and
+ * backward.
  *
- * Bound by memory: forward reads x and writes out (with a residual reads it and writes sum too), backward
- * reads dout, x and the residual's gradient and writes dx. 8192 rows of 4096 in 16 bits: 134 (268) MB and 201
- * (268) MB.
+ * Bound by memory. Forward reads x and writes out; with a residual it also reads that and writes sum.
+ * Backward reads dout, x and the gradient of the residual and writes dx. For 8192 rows of 4096 elements of 16
+ * bits that is 134 MB (with a residual 268) and 201 MB (268).
  *
- * `width` threads have a row, ELEMENTS elements each, which stay in registers between the row's sum and its
- * use: a power of two up to a warp, then whole warps up to MOST threads, which are a block. Rows that are
- * longer still (over 16384 elements; 8192 of float32 backward) are taken in pieces, and all but the last
- * piece are read twice.
+ * A team of `width` threads takes a row. Its elements stay in registers between the row's sum and their use.
+ * A team is a power of two up to a warp, then whole warps up to MOST threads, which are a block. Longer rows
+ * (over 16384 elements; in the backward of float32 over 8192) are taken in pieces, and all pieces but the
+ * last are read twice.
  *
- * dweight sums over rows: every block keeps the sums of its own rows in registers and writes them once (for
- * rows in pieces a kernel of its own reads x and dout again); another kernel adds the blocks in a fixed
- * order. */
+ * dweight sums over rows. Every block keeps the sums of its rows in registers and writes them once; for rows
+ * in pieces another kernel reads x and dout again. A last kernel adds the blocks in a fixed order. */
 #include "rows.cuh"
 
 enum { MOST = 512 };
 
-/* Threads of a row of C elements when each has N * U of them, and rows of a block. */
+/* A row of C elements has `width` threads with up to `elements` each; a block has `rows` rows. */
 struct Team {
     unsigned width, rows;
 };
@@ -27,14 +27,14 @@ static Team team(int64_t C, int elements) {
     return { (unsigned)least(ceil_div(C, (int64_t)WARP * elements) * WARP, MOST), 1 };
 }
 
-/* Every thread of a row's team gets the sum; `shared` has 32 floats. */
+/* Every thread of a team gets the sum. `shared` has 32 floats. */
 static __device__ __forceinline__ float team_sum(float x, unsigned width, float *shared) {
     if (width > WARP) return block_sum(x, shared);
     for (unsigned offset = width / 2; offset; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
     return x;
 }
 
-/* The sum of squares is taken of the sum as stored, which is what the backward pass reads. */
+/* Squares are those of the rounded sum, because the backward reads that. */
 template <class T, bool ALIGNED> __global__ void __launch_bounds__(MOST)
     forward_kernel(T *out, int64_t out_row, float *rstd, T *sum, int64_t sum_row, const T *x, int64_t x_row,
                    const T *residual, int64_t residual_row, const T *weight, int64_t M, int64_t C, float eps,
@@ -44,7 +44,7 @@ template <class T, bool ALIGNED> __global__ void __launch_bounds__(MOST)
     unsigned team = threadIdx.x / width, lane = threadIdx.x - team * width;
     int64_t m = (int64_t)blockIdx.x * (blockDim.x / width) + team, piece = (int64_t)width * (N * U),
             step = (int64_t)width * N;
-    int64_t end = m < M ? C : 0; /* teams without a row take part in the sums */
+    int64_t end = m < M ? C : 0; /* teams without a row still take part in the barriers */
     if (m >= M) m = 0;
     out += m * out_row;
     x += m * x_row;
@@ -121,11 +121,64 @@ extern "C" int rms_norm_forward_cuda(const void *args, const CudaCall *call) {
 
 /* ---- backward -------------------------------------------------------------------------------- */
 
-enum { VECTORS = 4 }; /* of a thread: 16 bytes each of x, dout, dresidual, weight */
+enum { VECTORS = 4 }; /* per thread: of 16 bytes, of each of x, dout, dresidual and weight */
 
-/* out_i = x_i r w_i with r = (mean x^2 + eps)^-1/2, so dx_i = r g_i - x_i r^3 mean(g x), g = dout w. A block
- * takes the rows blockIdx.x, blockIdx.x + gridDim.x, ... (as many at once as it has teams) and asks for the
- * next ones ahead of time. */
+/* Stores the sums over a block's rows as its row of `partial`. */
+template <int N> static __device__ __forceinline__ void store_totals(const float (&total)[VECTORS][N],
+                                                                     float *partial, int64_t pitch,
+                                                                     float *sums, int64_t C, unsigned width,
+                                                                     unsigned lane) {
+    constexpr int U = VECTORS;
+    int64_t step = (int64_t)width * N;
+    if (width > WARP) {
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            Raw<float, N> raw;
+            narrow<float>(raw, total[u]);
+            put<true>(partial, raw, lane * N + u * step, pitch);
+        }
+        return;
+    }
+    /* Adds the teams of a warp, then the warps of the block, in order. */
+    unsigned columns = width * (N * U);
+#pragma unroll
+    for (int u = 0; u < U; u++)
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            float sum = total[u][j];
+            for (unsigned offset = width; offset < WARP; offset *= 2)
+                sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+            if (threadIdx.x % WARP < width)
+                sums[threadIdx.x / WARP * columns + lane * N + u * step + j] = sum;
+        }
+    __syncthreads();
+    for (unsigned c = threadIdx.x; c < C; c += blockDim.x) {
+        float sum = 0;
+        for (unsigned warp = 0; warp < blockDim.x / WARP; warp++) sum += sums[warp * columns + c];
+        partial[c] = sum;
+    }
+}
+
+/* dot += the sum of dout weight x over this thread's vectors, which begin at column c. */
+template <class T, bool ALIGNED, int N, int U> static __device__ __forceinline__ void
+add_products(float &dot, const Words<sizeof(T) * N> (&xs)[U], const Words<sizeof(T) * N> (&ds)[U],
+             const T *weight, int64_t c, int64_t step, int64_t C) {
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        Raw<T, N> ws;
+        float w[N], d[N], v[N];
+        get<ALIGNED>(ws, weight, c + u * step, C);
+        widen<T>(w, ws);
+        widen<T>(d, ds[u]);
+        widen<T>(v, xs[u]);
+#pragma unroll
+        for (int j = 0; j < N; j++) dot += d[j] * w[j] * v[j];
+    }
+}
+
+/* out_i = x_i r w_i with r = (mean x^2 + eps)^-1/2, so dx_i = r g_i - x_i r^3 mean(g x) with g = dout w. A
+ * block takes rows blockIdx.x, blockIdx.x + gridDim.x, ..., one per team at a time, and prefetches the next
+ * ones. */
 template <class T, bool ALIGNED> __global__ void __launch_bounds__(MOST, 1)
     backward_kernel(T *dx, int64_t dx_row, float *partial, int64_t pitch, const T *dout, int64_t dout_row,
                     const T *x, int64_t x_row, const float *rstd, const T *weight, const T *dresidual,
@@ -159,17 +212,7 @@ template <class T, bool ALIGNED> __global__ void __launch_bounds__(MOST, 1)
 #pragma unroll
                 for (int u = 0; u < U; u++)
                     get<ALIGNED>(more[u], dresidual + m * dresidual_row, c + u * step, end);
-#pragma unroll
-            for (int u = 0; u < U; u++) {
-                Raw<T, N> ws;
-                float w[N], d[N], v[N];
-                get<ALIGNED>(ws, weight, c + u * step, C);
-                widen<T>(w, ws);
-                widen<T>(d, ds[u]);
-                widen<T>(v, xs[u]);
-#pragma unroll
-                for (int j = 0; j < N; j++) dot += d[j] * w[j] * v[j];
-            }
+            add_products<T, ALIGNED, N, U>(dot, xs, ds, weight, c, step, C);
         }
         float k = team_sum(dot, width, shared) * r * r * r / (float)C;
         for (int64_t base = last; base >= 0; base -= piece) {
@@ -204,38 +247,12 @@ template <class T, bool ALIGNED> __global__ void __launch_bounds__(MOST, 1)
         }
     }
     if (!partial) return;
-    partial += blockIdx.x * pitch;
-    if (width > WARP) {
-#pragma unroll
-        for (int u = 0; u < U; u++) {
-            Raw<float, N> raw;
-            narrow<float>(raw, total[u]);
-            put<true>(partial, raw, lane * N + u * step, pitch);
-        }
-        return;
-    }
-    /* The teams of a warp, then the warps of the block, in order. */
-    unsigned columns = width * (N * U);
-#pragma unroll
-    for (int u = 0; u < U; u++)
-#pragma unroll
-        for (int j = 0; j < N; j++) {
-            float sum = total[u][j];
-            for (unsigned offset = width; offset < WARP; offset *= 2)
-                sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-            if (threadIdx.x % WARP < width)
-                sums[threadIdx.x / WARP * columns + lane * N + u * step + j] = sum;
-        }
-    __syncthreads();
-    for (unsigned c = threadIdx.x; c < C; c += blockDim.x) {
-        float sum = 0;
-        for (unsigned warp = 0; warp < blockDim.x / WARP; warp++) sum += sums[warp * columns + c];
-        partial[c] = sum;
-    }
+    store_totals(total, partial + blockIdx.x * pitch, pitch, sums, C, width, lane);
 }
 
-/* For rows in pieces, whose sums do not fit in registers: those of the rows blockIdx.y, blockIdx.y +
- * gridDim.y, ... */
+/* For rows in pieces, whose sums do not fit in registers. A block sums rows blockIdx.y, blockIdx.y +
+ * gridDim.y,
+ * ... */
 template <class T> __global__ void __launch_bounds__(BLOCK)
     columns_kernel(float *partial, int64_t pitch, const T *dout, int64_t dout_row, const T *x, int64_t x_row,
                    const float *rstd, int64_t M, int64_t C) {
@@ -248,7 +265,7 @@ template <class T> __global__ void __launch_bounds__(BLOCK)
     partial[blockIdx.y * pitch + c] = sum;
 }
 
-/* dweight += the sum of n rows of partial: a warp has 32 columns of every WARPSth row, then the warps are
+/* dweight += the sum of n rows of partial. A warp sums 32 columns of every WARPS-th row, then the warps are
  * added. */
 enum { WARPS = 16 };
 __global__ void __launch_bounds__(WARPS *WARP)
@@ -267,9 +284,9 @@ __global__ void __launch_bounds__(WARPS *WARP)
     dweight[c] += sum;
 }
 
-/* Blocks: enough for every multiprocessor of the largest GPU to have rows under way while others are summed,
- * few enough for their partial sums to be little beside the rows. A function of the shape alone, as the order
- * of the sums depends on it. */
+/* The number of blocks. They must be enough to keep every multiprocessor of the largest GPU busy, and few, so
+ * that their partial sums are small beside the rows. It depends on the shape only, because the order of the
+ * sums depends on it. */
 struct Backward {
     Team team;
     unsigned blocks;
@@ -304,7 +321,7 @@ extern "C" int rms_norm_backward_cuda(const void *args, const CudaCall *call) {
             b.team.width > WARP ? 0 : (size_t)threads / WARP * b.team.width * (N * VECTORS) * sizeof(float);
         bool fit = aligned(N, C, &a->dx, &a->dout, &a->x, &a->weight, &a->dresidual);
         bool whole = C <= (int64_t)b.team.width * (N * VECTORS);
-        if (partial && !whole) { /* first, as dx may lie over dout or x */
+        if (partial && !whole) { /* first, because dx may be the memory of dout or x */
             int status = launch(call, columns_kernel<T>, dim3((unsigned)ceil_div(C, BLOCK), b.blocks), BLOCK,
                                 0, partial, b.pitch, dout, a->dout.stride[0], x, a->x.stride[0], rstd, M, C);
             if (status) return status;

@@ -1,20 +1,21 @@
-/* rope.cu --- rotary embedding, rotate-half form, from float32 tables; backward is the inverse rotation. May
- * be done in place.
+/* rope.cu --- rotary embedding, rotate-half form, from float32 tables. The backward is the inverse rotation.
+ * Both can work in place.
  *
- * Bound by memory: each element once in and once out, the tables (4 D bytes a token) beside H heads of it. A
- * thread has 16 bytes of the first half of a head and their partners of the second, for HEADS heads at once:
- * 128 bytes under way, and cos and sin of the token's position in registers for all of its heads. */
+ * Bound by memory: each element is read and written once, and a token's rows of the tables (4 D bytes) serve
+ * all its heads. A thread takes 16 bytes of the first half of a head and their partners in the second half,
+ * of HEADS heads at a time: 128 bytes of loads. It keeps cos and sin of the token's position in registers for
+ * all heads. */
 #include "rows.cuh"
 
 enum { HEADS = 4 };
 
-/* One of [B,T,H,D] with its strides. */
+/* [B,T,H,D] and its strides. */
 template <class T> struct Array {
     T *data;
     int64_t b, t, h;
 };
 
-/* A block is BLOCK >> (lanes + groups) tokens by 1 << groups groups of heads by 1 << lanes vectors. */
+/* A block has BLOCK >> (lanes + groups) tokens by 1 << groups groups of heads by 1 << lanes vectors. */
 template <class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK, 2)
     rotate_kernel(Array<T> out, Array<const T> x, const float *cos, int64_t cos_row, const float *sin,
                   int64_t sin_row, const int32_t *positions, int64_t positions_row, int64_t tokens,

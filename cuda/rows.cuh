@@ -1,9 +1,9 @@
-/* rows.cuh --- what the kernels bound by memory share: rows read and written in vectors of 16 bytes, and how
- * the vectors of a matrix are dealt to threads without a division.
+/* rows.cuh --- for kernels that are bound by memory: moves rows in vectors of 16 bytes, and deals the vectors
+ * of a matrix to threads without a division.
  *
- * Every such kernel has two instances: ALIGNED, where data, row strides and row lengths are multiples of a
- * vector, and one that moves the same elements by the same threads one by one. So a view gives the bits of
- * its dense copy. */
+ * Every such kernel has two instances. ALIGNED needs addresses, row strides and row lengths that are
+ * multiples of a vector. In the other one the same threads move the same elements one by one. So the results
+ * of a view have the bits of its dense copy's. */
 #ifndef LONGLORA_ROWS_CUH
 #define LONGLORA_ROWS_CUH
 
@@ -15,8 +15,8 @@ enum { BLOCK = 256 };
 
 static inline __host__ __device__ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* N elements as they lie in memory. Kept as words until they are used: were they elements of 16 bits at once,
- * the compiler would wait for each load to take them apart before it issues the next. */
+/* N elements as they are in memory. They stay words until they are used: with elements of 16 bits, the
+ * compiler would wait for each load to take it apart before it issues the next one. */
 template <int BYTES> struct Words {
     uint4 word[BYTES / 16];
 } __attribute__((may_alias));
@@ -38,7 +38,7 @@ template <class T, int N> static __device__ __forceinline__ void narrow(Raw<T, N
     memcpy(&raw, &v, sizeof v);
 }
 
-/* What is not ALIGNED goes through calls: inlined in so many places it would take all registers. */
+/* Loads and stores that are not ALIGNED are calls: inlined everywhere, they would take all registers. */
 template <class T, int N> static __device__ __attribute__((noinline)) Raw<T, N> get_single(const T *from,
                                                                                            int64_t n) {
     Vector<T, N> v;
@@ -57,7 +57,7 @@ template <class T, int N> static __device__ __attribute__((noinline)) void put_s
         if (j < n) to[j] = v.x[j];
 }
 
-/* Elements c .. c+N-1 of a row of C; zeros past its end. */
+/* Moves elements c .. c+N-1 of a row of C. get() returns zeros behind its end. */
 template <bool ALIGNED, class T, int BYTES>
 static __device__ __forceinline__ void get(Words<BYTES> &raw, const T *row, int64_t c, int64_t C) {
     raw = {};
@@ -75,7 +75,7 @@ static __device__ __forceinline__ void put(T *row, const Words<BYTES> &raw, int6
     else put_single<T, BYTES / sizeof(T)>(row + c, raw, C - c);
 }
 
-/* Whether rows of C elements of each tensor can be moved ALIGNED in vectors of N. Absent tensors can. */
+/* Whether rows of C elements of all given tensors can be moved ALIGNED in vectors of N. */
 template <class... R> bool aligned(int N, int64_t C, const R *...tensors) {
     if (C % N) return false;
     for (const Tensor *t : { tensors... }) {
@@ -88,10 +88,10 @@ template <class... R> bool aligned(int N, int64_t C, const R *...tensors) {
     return true;
 }
 
-/* The rows of a matrix follow each other without gaps. */
+/* Whether the rows of a matrix follow each other without gaps. */
 static inline bool dense(const Tensor *t) { return t->shape[0] <= 1 || t->stride[0] == t->shape[1]; }
 
-/* M rows of C elements. When all tensors are dense they are one row. */
+/* M rows of C elements. Dense tensors count as one row. */
 struct Matrix {
     int64_t M, C;
 };
@@ -102,9 +102,9 @@ template <class... R> Matrix flatten(const Tensor *first, const R *...rest) {
     return flat ? Matrix{ M && C, M * C } : Matrix{ M, C };
 }
 
-/* A block of BLOCK threads is BLOCK >> shift rows by 1 << shift vectors, and a thread takes U vectors of its
- * row, 1 << shift apart. Blocks go along the rows first; where the grid ends, a block goes on with further
- * rows. */
+/* A block has BLOCK threads: BLOCK >> shift rows by 1 << shift vectors. A thread takes U vectors of its row,
+ * 1 << shift apart. Blocks go along the rows first. If there are more rows than the grid covers, a block
+ * continues with further rows. */
 struct Deal {
     dim3 grid;
     unsigned shift;
@@ -118,8 +118,8 @@ template <int N, int U> Deal deal(int64_t M, int64_t C) {
              shift };
 }
 
-/* A thread's part of a Deal: rows m, m + rows, ... below M, and of each the vectors at column c + u * step, u
- * < U. */
+/* A thread's part of a Deal: rows m, m + rows, ... below M, and in each of them the vectors at columns c + u
+ * * step for u < U. */
 struct Part {
     int64_t m, rows, c;
     unsigned step;

@@ -1,22 +1,22 @@
-/* s2_attention.cuh --- which rows a block of the S2-Attn kernels works on: index arithmetic alone; the rule
- * is in csrc/ops.h.
+/* s2_attention.cuh --- which rows a block of the S2-Attn kernels works on, its arguments and its grid.
+ * csrc/ops.h has the rule.
  *
- * Every pattern is a list of segments, each a causal attention of its own, as on the CPU: a run of tokens, or
- * (wrap, swap) two runs one after the other. So a shifted group is addressed, and nothing is masked but the
- * diagonal (and, with an odd G, the one token by which the two runs differ: `low`). Segments are cut into
- * tiles of rows that begin where the segment begins.
+ * Every pattern is a list of segments, and each segment is a causal attention of its own, as on the CPU: one
+ * run of tokens, or (wrap, swap) two runs one after the other. A shifted group is therefore addressed, not
+ * masked: only the diagonal is masked and, if G is odd, the one token by which the two runs differ (`low`).
+ * Segments are cut into tiles of rows. A segment's first tile begins where the segment begins.
  *
- * Blocks find their tile themselves: what cu_seqlens holds is known on the device only. A document of L
- * tokens has at most L/tile + L/G + 2 tiles, so document d, which begins at token t, gets the slots from
- * t/tile + t/G + 4 d on: they never overlap, and a search by halves finds d. Slots without a tile are blocks
- * that end at once. Whatever cu_seqlens holds, borders are taken as 0 .. T, so nothing outside of the tensors
- * is touched. */
+ * A block finds its tile itself, because only the device knows what cu_seqlens holds. A document of L tokens
+ * has at most L/tile + L/G + 2 tiles. So document d, which begins at token t, gets the slots from
+ * t/tile + t/G + 4 d on: slots of two documents never overlap, and a binary search finds d. A block whose
+ * slot has no tile ends at once. Borders are clamped to 0 .. T, so that no content of cu_seqlens makes a
+ * block touch memory outside the tensors. */
 #ifndef LONGLORA_S2_ATTENTION_CUH
 #define LONGLORA_S2_ATTENTION_CUH
 
 #include "common.cuh"
 
-/* Rows are those of a segment, tokens those of the sequence. */
+/* Rows are counted in a segment, tokens in the sequence. */
 struct Pattern {
     int G, boundary, border; /* query heads from `border` on are shifted */
     int B, T, H, K, D, documents;
@@ -24,9 +24,9 @@ struct Pattern {
 };
 
 struct Segment {
-    int rows, turn, start, next; /* row r is token start + r before `turn`, next + r from there on */
+    int rows, turn, start, next; /* row r is token start + r if r < turn, else next + r */
     int low_from, low_to, low;   /* rows low_from .. low_to-1 see no key below `low` */
-    bool wrong;                  /* of a document that wrap or swap cannot take: its results are NaN */
+    bool wrong;                  /* wrap or swap cannot take the length of its document: results are NaN */
 };
 
 static __host__ __device__ __forceinline__ int min_of(int a, int b) { return a < b ? a : b; }
@@ -39,24 +39,24 @@ static __device__ __forceinline__ int64_t token(const Segment &s, int row) {
     return row + (row < s.turn ? s.start : s.next);
 }
 
-/* The first key that a row sees; the last one is the row's own. */
+/* The first key that a row sees. The last one is the row itself. */
 static __device__ __forceinline__ int first_key(const Segment &s, int row) {
     return row >= s.low_from && row < s.low_to ? s.low : 0;
 }
-/* Whether any of `keys` keys from `key` on is hidden from any of `rows` rows from `row` on. */
+/* Whether any of the `keys` keys from `key` on is hidden from any of the `rows` rows from `row` on. */
 static __device__ __forceinline__ bool any_hidden(const Segment &s, int row, int rows, int key, int keys) {
     return key + keys - 1 > row || (key < s.low && s.low_from < row + rows && s.low_to > row);
 }
 
-/* Tile i of a document at tokens origin .. origin+L-1: its segment and its first row there. False: there is
- * no such tile. */
+/* Finds tile i of the document at tokens origin .. origin+L-1: its segment, and its first row in it. Returns
+ * false if there is no such tile. */
 static __device__ bool find_tile(const Pattern &p, bool shifted, int origin, int L, int i, int tile,
                                  Segment *s, int *first) {
     int half = shifted ? p.G / 2 : 0;
     bool joined = half && p.boundary != SPLIT, wrong = joined && L % p.G;
     *s = Segment{ min_of(half, L), INT32_MAX, origin, 0, 0, 0, 0, wrong };
     joined = joined && !wrong;
-    if (!joined) { /* the half group at the beginning */
+    if (!joined) { /* the half group in front */
         int tiles = tiles_in(s->rows, tile);
         *first = i * tile;
         if (i < tiles) return i >= 0;
@@ -67,7 +67,7 @@ static __device__ bool find_tile(const Pattern &p, bool shifted, int origin, int
     int64_t begin = half + (int64_t)(i / each) * p.G;
     *first = i % each * tile;
     if (begin >= L) return false;
-    int at = (int)begin, last = L - at; /* of the joined segment: h tokens, h + 1 for an odd G */
+    int at = (int)begin, last = L - at; /* tokens of the joined segment here */
     s->rows = joined ? p.G : min_of(p.G, last);
     s->start = origin + at;
     if (joined && last < p.G) {
@@ -90,13 +90,14 @@ static __device__ __forceinline__ int first_slot(const Pattern &p, int document,
     return t / tile + t / p.G + 4 * document;
 }
 
-/* What a block works on. In shared memory, that its threads need not keep it in registers. */
+/* What a block works on. It lies in shared memory to save registers. */
 struct Work {
     Segment s;
-    int first, batch, kv_head, head, to_head;
-}; /* first: row of the tile, -1 when there is none */
+    int first; /* row of the tile, -1 if the slot has none */
+    int batch, kv_head, head, to_head;
+};
 
-/* The tile of a slot: find_tile in its document. */
+/* Finds the document and the tile of a slot. */
 static __device__ void find_work(const Pattern &p, bool shifted, int slot, int tile, Work *w) {
     int from = 0, to = p.cu_seqlens ? p.documents - 1 : 0, origin = 0, L = p.T;
     while (from < to) {
@@ -112,8 +113,8 @@ static __device__ void find_work(const Pattern &p, bool shifted, int slot, int t
     if (!find_tile(p, shifted, origin, L, slot, tile, &w->s, &w->first)) w->first = -1;
 }
 
-/* Of blocks with a tile of queries of one head: head by head, the last tiles first, since they see most keys.
- * False: the block has none, and all its threads hear so. */
+/* Finds the work of a block that takes a tile of queries of one head. Blocks go head by head; in a head the
+ * last tiles come first, because they see most keys. Returns false to all threads if the block has none. */
 static __device__ __forceinline__ bool find_queries(const Pattern &p, int slots, int tile, Work *w) {
     if (threadIdx.x == 0) {
         int rest = blockIdx.x / slots;
@@ -126,9 +127,9 @@ static __device__ __forceinline__ bool find_queries(const Pattern &p, int slots,
     return w->first >= 0;
 }
 
-/* Of blocks with a tile of keys of one KV head, for the query heads head .. to_head-1 of one kind. `mixed` is
- * the KV head that has both kinds: its plain ones, and in the second launch, which is about it alone, its
- * shifted ones. */
+/* Finds the work of a block that takes a tile of keys of one KV head, for the query heads head .. to_head-1,
+ * all plain or all shifted. `mixed` is the KV head that has both kinds: the first launch takes its plain
+ * heads, and the second one, which has no other KV head, takes its shifted heads. */
 static __device__ __forceinline__ bool find_keys(const Pattern &p, int slots, int tile, int mixed,
                                                  bool second, Work *w) {
     if (threadIdx.x == 0) {
@@ -151,7 +152,7 @@ static int64_t tiles_of_document(const Pattern *p, bool shifted, int tile) {
     return tiles_in(lead, tile) + (int64_t)(rest / p->G) * tiles_in(p->G, tile) + tiles_in(rest % p->G, tile);
 }
 
-/* Slots of one head in tiles of so many rows. */
+/* Slots of one head for tiles of `tile` rows. */
 static int64_t slots_of(const Pattern *p, int tile) {
     if (p->cu_seqlens) return p->T / tile + p->T / p->G + 4 * (int64_t)p->documents;
     int64_t plain = p->border > 0 ? tiles_of_document(p, false, tile) : 0;
@@ -159,7 +160,7 @@ static int64_t slots_of(const Pattern *p, int tile) {
     return plain > shifted ? plain : shifted;
 }
 
-/* x: the arguments of forward or backward. */
+/* x: the op's arguments, forward or backward. 0, or -1 after fail(). */
 template <class Args> static int make_pattern(const char *op, Pattern *p, const Args *x) {
     const Tensor *q = &x->q, *k = &x->k, *cu_seqlens = &x->cu_seqlens;
     double boundary = x->boundary, shift = x->shift;
@@ -169,7 +170,7 @@ template <class Args> static int make_pattern(const char *op, Pattern *p, const 
     if (T > 1 << 28 || documents > 1 << 26)
         return fail("%s: T should be at most 2^28 and cu_seqlens at most 2^26 long on a GPU, got T=%lld", op,
                     (long long)T);
-    int64_t most = 2 * T + 1; /* from there on every G means the same */
+    int64_t most = 2 * T + 1; /* larger groups all mean the same */
     int border = (int)(shift == HALF ? H / 2 : shift == NONE ? H : 0);
     *p = Pattern{ (int)(G < most ? G : most),
                   (int)boundary,
@@ -182,6 +183,35 @@ template <class Args> static int make_pattern(const char *op, Pattern *p, const 
                   (int)documents,
                   given(cu_seqlens) ? (const int32_t *)cu_seqlens->data : nullptr };
     return 0;
+}
+
+/* The grid: one block per slot of `heads` heads of each sequence. 0, or -1 after fail(). */
+static int blocks_of(const char *op, const Pattern *p, int heads, int tile, int *slots, dim3 *grid) {
+    int64_t each = slots_of(p, tile), blocks = (int64_t)p->B * heads;
+    if (each && blocks > INT32_MAX / each)
+        return fail("%s: too much for one call: B=%d T=%d H=%d group_size=%d", op, p->B, p->T, p->H, p->G);
+    *slots = (int)each;
+    *grid = dim3((unsigned)(blocks * each));
+    return 0;
+}
+
+/* ---- arguments ------------------------------------------------------------------------------- */
+
+/* A tensor [B,T,heads,D] (lse: [B,H,T] with token stride 1). Strides are in elements. */
+struct Rows {
+    void *data;
+    int64_t batch, token, head;
+    bool vectors; /* rows are whole, aligned pieces of 16 bytes */
+};
+
+static Rows rows_of(const Tensor *t) {
+    return Rows{ t->data, t->stride[0], t->stride[1], t->stride[2],
+                 vectors_fit(t, (int)(16 / size_of(t->dtype))) };
+}
+static Rows lse_of(const Tensor *t) { return Rows{ t->data, t->stride[0], 1, t->stride[1], false }; }
+
+template <class T> __device__ __forceinline__ T *head_of(const Rows &x, int batch, int head) {
+    return (T *)x.data + batch * x.batch + head * x.head;
 }
 
 #endif

@@ -1,11 +1,11 @@
-/* swiglu.cu --- out = silu(gate) * up, forward and backward; backward may write over its inputs.
+/* swiglu.cu --- out = silu(gate) * up, forward and backward. The backward may overwrite its inputs.
  *
- * Bound by memory: 3 and 5 passes, so for M F elements of 16 bits 6 M F and 10 M F bytes; at F = 11008 and
- * 8192 rows 0.54 and 0.90 GB. A thread has 64 (forward) or 48 bytes (backward) of loads under way before the
- * first is used. */
+ * Bound by memory: 3 passes over the elements forward and 5 backward, which are 6 M F and 10 M F bytes in 16
+ * bits; 0.54 and 0.90 GB for F = 11008 and 8192 rows. A thread issues loads of 64 bytes (forward) or 48 bytes
+ * (backward) before it uses the first one. */
 #include "rows.cuh"
 
-enum { FORWARD = 2, BACKWARD = 1 }; /* vectors of each array per thread */
+enum { FORWARD = 2, BACKWARD = 1 }; /* vectors per thread, of each array */
 
 static __device__ __forceinline__ float sigmoid(float x) { return reciprocal_fast(1.0f + expf(-x)); }
 
@@ -34,7 +34,7 @@ template <class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK)
     }
 }
 
-/* d silu(g)/dg = s (1 + g (1 - s)), s = sigmoid(g). */
+/* d silu(g)/dg = s (1 + g (1 - s)) with s = sigmoid(g). */
 template <class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK)
     backward_kernel(T *dgate, int64_t dgate_row, T *dup, int64_t dup_row, const T *dout, int64_t dout_row,
                     const T *gate, int64_t gate_row, const T *up, int64_t up_row, int64_t M, int64_t F,

@@ -60,7 +60,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _plan_flags(parser: argparse.ArgumentParser) -> None:
-    options.add_flags(parser)
+    options.add_flags(parser, options.PLANNED)
     _json_flag(parser)
 
 

@@ -1,10 +1,11 @@
-"""CUDA devices: what is there, streams, memory. Importing it needs neither a GPU nor a driver nor a build with CUDA.
+"""CUDA devices, their streams and memory. Importing this module needs no GPU, driver or build with CUDA.
 
-Ops run on the device of their arrays, queued on a stream and not waited for: torch's current one where an argument is torch's,
-CuPy's where one is CuPy's, else this thread's, which `stream` sets and which is the default stream at first.
+Ops run on the device of their arrays. They are queued on a stream, and nothing waits for them. The stream is
+torch's current one if an argument is torch's, CuPy's if one is CuPy's, else this thread's. `stream` sets this
+thread's, which is the default stream at first.
 
-They can be captured in a graph, by whoever captures that stream, once each has run before: first calls load code and libraries.
-Arrays are the graph's owner's to keep; workspace that is not torch's is kept until the process ends.
+A graph can capture an op once it has run before, because first calls load code and libraries. The owner of
+the graph must keep its arrays. Workspace that is not torch's is kept until the process ends.
 """
 
 import os
@@ -14,25 +15,25 @@ import threading
 from longlora import _C
 
 
-def reason():
-    """Why no GPU can be used, None where one can."""
+def reason() -> str | None:
+    """Why no GPU can be used; None if one can."""
     count, why = _C.cuda_devices()
     refusals = [refusal(i) for i in range(count)]
     return why if not count else None if None in refusals else refusals[0]
 
 
-def is_available():
-    """Whether a GPU can be used; `reason` says why not."""
+def is_available() -> bool:
+    """Whether a GPU can be used. `reason` says why not."""
     return reason() is None
 
 
-def device_count():
-    """How many CUDA devices there are, usable or not."""
+def device_count() -> int:
+    """The number of CUDA devices, usable or not."""
     return _C.cuda_devices()[0]
 
 
-def _index(device):
-    """0 of 0, "cuda", "cuda:0" or torch's device."""
+def _index(device) -> int:
+    """The index of a device: 0 for 0, "cuda", "cuda:0" or torch's device. ValueError for other devices."""
     if isinstance(device, int):
         return device
     kind, colon, index = str(device).partition(":")
@@ -41,38 +42,41 @@ def _index(device):
     return int(index or 0)
 
 
-def refusal(device):
-    """Why this device cannot be used (it does not exist, is too old), None where it can."""
+def refusal(device) -> str | None:
+    """Why this device cannot be used (it does not exist, is too old); None if it can."""
     return _C.cuda_refusal(_index(device))
 
 
-def synchronize(device="cuda"):
-    """Waits for all work queued on the device."""
+def synchronize(device="cuda") -> None:
+    """Waits for all work queued on the device. RuntimeError if the device cannot be used or has failed."""
     _C.cuda_synchronize(_index(device))
 
 
-def memory_info(device="cuda"):
-    """-> (free, total) bytes of the device."""
+def memory_info(device="cuda") -> tuple[int, int]:
+    """(free, total) bytes of the device. RuntimeError if it cannot be used."""
     return _C.cuda_memory(_index(device))
 
 
-def properties(device="cuda"):
-    """-> dict: name, sm (90 for compute capability 9.0), multiprocessors, bus."""
+def properties(device="cuda") -> dict:
+    """name, sm (90 for compute capability 9.0), multiprocessors and bus of a device."""
     return _C.cuda_properties(_index(device))
 
 
-def versions():
-    """-> (driver, runtime) as "13.0"; the driver is None where there is none, the runtime in a build without CUDA."""
+def versions() -> tuple[str | None, str | None]:
+    """(driver, runtime), as "13.0". None without a driver, or in a build without CUDA."""
     return tuple(f"{v // 1000}.{v % 1000 // 10}" if v else None for v in _C.cuda_versions())
 
 
-def built_for():
-    """The GPUs that this build has code for, as "80 90a 100 120" (of the last one PTX too); "emulation"; None without CUDA."""
+def built_for() -> str | None:
+    """The GPUs that this build has code for, as "80 90a 100 120" (and PTX of the last one), or "emulation".
+
+    None in a build without CUDA.
+    """
     return _C.cuda_built_for or None
 
 
-def cublas():
-    """-> (version, file) of the cuBLASLt in use, loaded if it is not yet. RuntimeError where none is found."""
+def cublas() -> tuple[str, str]:
+    """(version, file) of the cuBLASLt in use; loads it if necessary. RuntimeError if none is found."""
     version, path = _C.cublas_version()
     return f"{version // 10000}.{version % 10000 // 100}.{version % 100}", path
 
@@ -80,7 +84,7 @@ def cublas():
 # ---- streams -------------------------------------------------------------------------------------
 
 
-def _handle(stream):
+def _handle(stream) -> int:
     if stream is None:
         return 0
     if isinstance(stream, int):
@@ -96,9 +100,10 @@ def _handle(stream):
 
 
 class stream:
-    """The stream of this thread inside `with`: a handle, torch's, CuPy's or any with __cuda_stream__; None: the default one.
+    """`with stream(s):` sets this thread's stream, for Tensors and arrays whose library has no current one.
 
-    For Tensors and other arrays whose library does not say its own. A call on another device than the stream's is refused.
+    s is a handle, a stream of torch or CuPy, an object with __cuda_stream__ (else TypeError), or None for the
+    default stream. Inside, a call on another device than the stream's raises ValueError.
     """
 
     def __init__(self, stream):
@@ -112,22 +117,22 @@ class stream:
         _C.cuda_set_stream(self._before.pop())
 
 
-def current_stream():
-    """The handle of this thread's stream."""
+def current_stream() -> int:
+    """The handle of this thread's stream, 0 for the default one."""
     return _C.cuda_get_stream()[0]
 
 
-# ---- what the extension asks for -----------------------------------------------------------------
+# ---- called by the extension ---------------------------------------------------------------------
 
 _arenas = threading.local()
-_graphs = []  # workspace of captured graphs, which run again whenever they like: it stays
+_graphs: list = []  # workspace of captured graphs: it stays, because a graph may be replayed at any time
 
 
 def _workspace(nbytes, device, stream, like, capture):
-    """Memory for one call: from torch for torch's arrays, else one piece per thread, device and stream that grows when it must.
+    """Device memory for a call: torch's for torch's arrays, else one piece per thread, device and stream.
 
-    Calls of one thread on one stream run one after another and may share it. Each capture (its number, 0 outside of one) has
-    pieces of its own.
+    Calls of one thread on one stream run one after another, so they share a piece, which grows if necessary.
+    Each capture (a number, 0 outside captures) has pieces of its own.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(like, torch.Tensor):
@@ -137,7 +142,7 @@ def _workspace(nbytes, device, stream, like, capture):
     piece = arenas.get(key)
     if piece is None or piece.nbytes < nbytes:
         arenas.pop(key, None)
-        piece = None  # the former goes first
+        piece = None  # frees the old piece first
         piece = arenas[key] = _C.Tensor((nbytes + 0xFFFFF) & ~0xFFFFF, "uint8", f"cuda:{device}")
         if capture:
             _graphs.append(piece)
@@ -145,8 +150,7 @@ def _workspace(nbytes, device, stream, like, capture):
 
 
 def _stream(like, device):
-    """The current stream of an array's library where it can be asked: CuPy's, that of a torch without the C exchange API; None
-    else."""
+    """The current stream of CuPy, or of a torch without the exchange API, for their arrays; else None."""
     cupy, torch = sys.modules.get("cupy"), sys.modules.get("torch")
     if cupy is not None and isinstance(like, cupy.ndarray):
         return cupy.cuda.get_current_stream(device).ptr
@@ -156,8 +160,10 @@ def _stream(like, device):
 
 
 def _cublas_files():
-    """cuBLASLt of pip's and conda's packages, for the driver that is there. What is in the process already goes before these,
-    the system's after."""
+    """The files of cuBLASLt in pip and conda packages that the driver supports.
+
+    A copy that the process has already loaded comes before these, the system's after them.
+    """
     driver = _C.cuda_versions()[0] // 1000
     folders = [
         (*name, folder)

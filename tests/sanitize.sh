@@ -15,11 +15,11 @@ cp -r tests "$work/"
 ops=$(python - <<'PY'
 import glob, re
 stems = {re.sub("_(forward|backward)$", "", op) for op in re.findall(r"OP\((\w+),", open("csrc/ops.c").read())}
-files = {f"tests/ops/test_{stem}.py" for stem in stems | {"rope_op", "threads"}} | {"tests/binding/test_binding.py"}
+files = {f"tests/ops/test_{stem}.py" for stem in stems | {"rope_op", "threads"}} | {f"tests/binding/test_{name}.py" for name in ("binding", "dlpack", "tensor")}
 print(*sorted(files & set(glob.glob("tests/*/*.py"))))
 PY
 )
-# Python and torch keep memory to the end, so leaks are the business of test_binding.py, which needs freed memory to be reused.
+# Python and torch keep memory to the end, so test_dlpack.py looks for leaks. It needs freed memory to be reused.
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=4 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$work/lib" PYTHONMALLOC=malloc
 cd "$work"

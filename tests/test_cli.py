@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -152,7 +153,7 @@ def test_a_flag_wins_over_the_yaml_under_any_name(tmp_path):
         (dict(learning_rate=float("inf")), "should be finite"),
         (dict(group_size=0), "group_size should be at least 2"),
         (dict(group_size=33), "group_size should be even"),
-        (dict(group_size=16, attention="dense"), "group_size is of s2 attention"),
+        (dict(group_size=16, attention="dense"), "group_size needs attention s2"),
         (dict(max_steps=0), "max_steps should be"),
         (dict(max_steps=1.5), "max_steps should be int"),
         (dict(max_steps=True), "max_steps should be int"),
@@ -170,18 +171,12 @@ def test_a_flag_wins_over_the_yaml_under_any_name(tmp_path):
         (dict(seed=None), "seed is missing"),
         (dict(eval_data="x", eval_fraction=0.1), "one of eval_data and eval_fraction"),
         (dict(eval_fraction=0.9), "at most 0.5"),
-        (
-            dict(packing_boundaries="document", boundary="wrap"),
-            "packing_boundaries document needs boundary split",
-        ),
-        (
-            dict(packing_boundaries="document", boundary="swap"),
-            "packing_boundaries document needs boundary split",
-        ),
+        (dict(packing_boundaries="document", boundary="wrap"), "document needs boundary split"),
+        (dict(packing_boundaries="document", boundary="swap"), "document needs boundary split"),
         (dict(sequence_length=100, target_length=50), "sequence_length should be at most target_length 50"),
         (dict(device="gpu"), "device should be auto, cpu, cuda, or cuda:0 and so on, got 'gpu'"),
         (dict(device=0), "device should be str"),
-        (dict(device="cuda:0", profile=True), "profile times the ops of the CPU"),
+        (dict(device="cuda:0", profile=True), "profile supports the CPU only"),
         (dict(target_modules=[3]), "target_modules should be a list of names"),
         (dict(lora_r=3, r=4), "r is given twice"),
     ],
@@ -198,6 +193,32 @@ def test_every_option_is_in_the_help(capsys):
     shown = capsys.readouterr().out
     for name in options.TrainOptions.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in shown
+
+
+def test_help_lists_what_the_command_takes_and_every_default(capsys):
+    """plan accepts the other flags of a run, but lists only those that it depends on."""
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--help"])
+    shown = set(re.findall(r"^  --([a-z0-9-]+)", capsys.readouterr().out, re.M))
+    assert shown - {"config", "json"} == {name.replace("_", "-") for name in options.PLANNED}
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    flags = re.split(r" (?=--[a-z])", " ".join(capsys.readouterr().out.split()))
+    described = {flag.split()[0]: flag for flag in flags}  # the usage comes first, the descriptions win
+    for name, default in (
+        ("warmup-steps", "0"),
+        ("weight-decay", "0.0"),
+        ("eval-steps", "0"),
+        ("no-full", "false"),
+        ("no-profile", "false"),
+        ("max-steps", "-1"),
+        ("packing-boundaries", "none"),
+        ("target-modules", "q_proj k_proj v_proj o_proj"),
+    ):
+        assert f"[{default}]" in described[f"--{name}"], name
+    for name, f in options.TrainOptions.__dataclass_fields__.items():
+        if f.default is None and name not in ("model", "init", "data", "output_dir"):
+            assert "(default: " in f.metadata["help"], name
 
 
 # ---- bad input, from the command line ------------------------------------------------------------

@@ -1,7 +1,8 @@
-/* adamw.c --- AdamW (arXiv 1711.05101, algorithm 2) on float32 masters and moments, in place, one pass.
+/* adamw.c --- AdamW (arXiv 1711.05101, algorithm 2) on float32 masters and moments, in place, in one pass:
  *
- * What depends on the step alone is taken in float64 once: param = param (1 - lr wd) - (lr / c1) m / (sqrt(v)
- * / sqrt(c2) + eps), c = 1 - beta^step. */
+ *     param = param (1 - lr weight_decay) - (lr / c1) m / (sqrt(v) / sqrt(c2) + eps),  c = 1 - beta^step
+ *
+ * The factors that depend only on the step are computed once, in float64. */
 #include "cpu.h"
 
 enum { BLOCK = 8192 };
@@ -12,7 +13,7 @@ typedef struct {
 } Step;
 
 static int update_block(int64_t block, void *context) {
-    const Step s = *(const Step *)context; /* which no store below can change: a loop of vectors */
+    const Step s = *(const Step *)context; /* a copy, which no store below can change: vectors need that */
     const Adamw *a = s.a;
     int64_t first = block * BLOCK, n = a->grad.shape[0] - first < BLOCK ? a->grad.shape[0] - first : BLOCK;
     float *restrict param = (float *)a->param.data + first, *restrict m = (float *)a->m.data + first;

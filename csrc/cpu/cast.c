@@ -1,8 +1,7 @@
-/* cast.c --- rows from one float dtype to another, scaled sums, and the sum of squares behind the gradient
- * norm. */
+/* cast.c --- rows from one float dtype to another, scaled sums, and sums of squares for the gradient norm. */
 #include "cpu.h"
 
-enum { BLOCK = 4096 }; /* elements of a row at a time: in float32 16 KiB, a third of an L1 cache */
+enum { BLOCK = 4096 }; /* elements of a row at a time: 16 KiB in float32, a third of an L1 cache */
 
 typedef struct {
     Tensor out, x;
@@ -56,7 +55,7 @@ int CPU(scale)(const void *args, void *stream) {
     return rows(a->out, a->x, (float)a->scale, 0);
 }
 
-/* Blocks of BLOCK elements, each summed in float64 in eight strands; then the blocks in rising order. */
+/* A block of BLOCK elements is summed in float64, in eight strands; the blocks are added in rising order. */
 typedef struct {
     const SumSquares *a;
     double *partial;
@@ -89,4 +88,9 @@ int CPU(sum_squares)(const void *args, void *stream) {
     *(double *)a->out.data += sum;
     scratch_free(s.partial);
     return status;
+}
+
+Scratch CPU(sum_squares_scratch)(const void *args) {
+    const SumSquares *a = args;
+    return (Scratch){ { (a->x.shape[0] + BLOCK - 1) / BLOCK * (int64_t)sizeof(double) } };
 }

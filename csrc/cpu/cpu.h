@@ -1,9 +1,9 @@
-/* cpu.h --- what every CPU kernel stands on: the vector of this instruction set, rows of any dtype to float32
- * and back, parallel loops, scratch memory.
+/* cpu.h --- what every CPU kernel uses: the vector of this instruction set, conversion of rows of any dtype
+ * to float32 and back, parallel loops, scratch memory.
  *
  * Every file of this folder but parallel.c is compiled once for each ISA of ops.h, with -DISA=<name> and that
- * ISA's flags. Kernels are plain C on `vf`, a vector of VW floats (GCC vector extension, also clang's): one
- * source, every width. */
+ * ISA's flags. Kernels are plain C on `vf`, a vector of VW floats (an extension of GCC and clang), so one
+ * source serves every width. */
 #ifndef LONGLORA_CPU_H
 #define LONGLORA_CPU_H
 
@@ -19,15 +19,16 @@
 #endif
 
 #ifndef ISA
-#define ISA portable /* for editors; setup.py always says which */
+#define ISA portable /* for editors; setup.py always defines it */
 #endif
 #define PASTE_(name, isa) name##_##isa
 #define PASTE(name, isa) PASTE_(name, isa)
-/* CPU(rms_norm_forward) is rms_norm_forward_avx512 in the AVX-512 build of a file. Every non-static name goes
- * through it. */
+/* CPU(rms_norm_forward) is rms_norm_forward_avx512 in the AVX-512 build of a file. Every name that is not
+ * static needs it. */
 #define CPU(name) PASTE(name, ISA)
 
-/* Before a loop over registers, of at most 32 turns: straight code. clang 14 takes a number for a wish. */
+/* Stands before a loop over registers, of at most 32 turns, and turns it into straight code. clang 14 treats
+ * a number as a hint, so it is told "full". */
 #if defined __clang__
 #define UNROLLED _Pragma("clang loop unroll(full)")
 #else
@@ -36,8 +37,8 @@
 
 /* ---- vectors --------------------------------------------------------------------------------- */
 
-/* WIDE (see setup.py): portable C in the sizes of AVX-512, with products of bfloat16, for processors without
- * them to test. */
+/* WIDE (see setup.py): portable C in the sizes of AVX-512, with products of bfloat16, so that processors
+ * without them can test those sizes. */
 #if defined __AVX512F__ || defined WIDE
 #define VW 16
 #elif defined __AVX2__
@@ -70,7 +71,7 @@ static inline vf vf_select(vi mask, vf a, vf b) {
     return (vf)(((vi)a & mask) | ((vi)b & ~mask));
 #endif
 }
-/* a > b ? a : b and a < b ? a : b, so b where one is a NaN: what one instruction of x86 does. */
+/* a > b ? a : b and a < b ? a : b, so b where one is a NaN, as the instructions of x86 have it. */
 static inline vf vf_max(vf a, vf b) {
 #if defined __AVX512F__
     return (vf)_mm512_max_ps((__m512)a, (__m512)b);
@@ -89,7 +90,7 @@ static inline vf vf_min(vf a, vf b) {
     return vf_select(a < b, a, b);
 #endif
 }
-/* x in a register, where gcc would load it again for every use. */
+/* Keeps x in a register. gcc would load it again for every use. */
 static inline vf vf_keep(vf x) {
 #if defined __AVX2__
     __asm__("" : "+v"(x));
@@ -97,8 +98,8 @@ static inline vf vf_keep(vf x) {
     return x;
 }
 
-/* Sum of the lanes, in a fixed tree: halves, quarters, ... In shuffles, because gcc makes a loop through
- * memory of indices. */
+/* The sum of the lanes, in a fixed tree: halves, quarters, ... Written as shuffles, because gcc turns indices
+ * into a loop through memory. */
 static inline float vf_sum(vf x) {
 #define HALF(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
 #if VW == 16
@@ -117,8 +118,8 @@ static inline float vf_sum(vf x) {
     return sum[0] + sum[1];
 }
 
-/* exp, relative error below 2 ulp; 0 under -87.3, +inf above 88.7, NaN stays NaN. x = n ln2 + r with |r| <=
- * ln2/2, ln2 in two parts, a polynomial of degree 6 in r, then 2^n put together in two halves so that the
+/* exp with a relative error below 2 ulp; 0 below -87.3, +inf above 88.7, NaN stays NaN. x = n ln2 + r with
+ * |r| <= ln2/2, where ln2 has two parts; a polynomial of degree 6 in r; then 2^n in two halves, so that the
  * ends do not overflow. */
 static inline vf vf_exp(vf x) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
@@ -138,9 +139,9 @@ static inline vf vf_exp(vf x) {
     return vf_select(x == x, p, x);
 }
 
-/* exp for x in -88..88, relative error below 2^-22 where |x| is below 40, 2^-21.6 at the ends: as vf_exp, but
- * the magic number brings the exponent's bias with it, so that n need only be shifted into place; and with x
- * - n ln2 rounded once, ln2 is in one part. 0 from -87.7 down. */
+/* exp for x in -88..88, with a relative error below 2^-22 for |x| below 40 and 2^-21.6 at the ends; 0 from
+ * -87.7 down. As vf_exp, but the magic number contains the exponent's bias, so n need only be shifted into
+ * place; and x - n ln2 is rounded once, so ln2 needs only one part. */
 static inline vf vf_exp_within(vf x) {
     const float magic = 12582912.0f + 127.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     vf t = x * 1.44269504088896341f + magic, n = t - magic;
@@ -160,7 +161,7 @@ static inline vf vf_exp_within(vf x) {
 /* The same for any x below 88; NaN stays NaN. */
 static inline vf vf_exp_below(vf x) { return vf_exp_within(vf_max(vf_set1(-88.0f), x)); }
 
-/* ---- dtypes: the one place on the CPU that knows how elements are stored --------------------- */
+/* ---- dtypes: only this part of the CPU side knows how elements are stored -------------------- */
 
 static inline int64_t dtype_size(int32_t dtype) {
     switch (dtype) {
@@ -190,8 +191,8 @@ static inline uint16_t float_to_bf16(float x) { /* to nearest even; a NaN stays 
     return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-/* float16 in plain C, bit for bit what F16C and aarch64 do: _Float16 is not in clang before 15, nor in every
- * C library. */
+/* float16 in plain C, with the same bits as F16C and aarch64. clang before 15 and some C libraries have no
+ * _Float16. */
 static inline float f16_to_float(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, u = (uint32_t)(h & 0x7fff) << 13;
     float x;
@@ -200,7 +201,7 @@ static inline float f16_to_float(uint16_t h) {
         memcpy(&x, &u, 4);
         x *= 0x1p112f;
         memcpy(&u, &x, 4);
-    } /* the exponents' difference, right for subnormals too */
+    } /* 2^112 is the difference of the exponents' biases; the product is right for subnormals too */
     u |= sign;
     memcpy(&x, &u, 4);
     return x;
@@ -275,7 +276,7 @@ static inline vh vf_to_f16(vf x) {
 #endif
 }
 static inline vf vf_from_bf16(vh h) {
-#if defined __AVX2__ && !defined __AVX512F__ /* gcc widens each half by itself */
+#if defined __AVX2__ && !defined __AVX512F__ /* gcc would widen each half on its own */
     return (vf)((vu)_mm256_cvtepu16_epi32((__m128i)h) << 16);
 #else
     return (vf)(__builtin_convertvector(h, vu) << 16);
@@ -300,7 +301,7 @@ static inline void vf_store_any(void *p, int32_t dtype, vf x) {
     if (dtype == BF16) {
         vu u = (vu)x, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16, nan = (u >> 16) | 0x40;
         vu whole = (vu)vf_select(x != x, (vf)nan, (vf)rounded);
-#if defined __AVX2__ && !defined __AVX512F__ /* gcc clears the upper halves once more */
+#if defined __AVX2__ && !defined __AVX512F__ /* gcc would clear the upper halves once more */
         vh h = (vh)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)whole),
                                     _mm256_extracti128_si256((__m256i)whole, 1));
 #else
@@ -313,14 +314,13 @@ static inline void vf_store_any(void *p, int32_t dtype, vf x) {
     memcpy(p, &h, sizeof h);
 }
 
-/* 2 VW elements, which of them is where being the pair's own affair: for sums, and for results that vf_store2
- * puts back. With AVX2 bfloat16 lies in turn, the even ones in v[0] and the odd ones in v[1], so that nothing
- * crosses a lane. */
+/* 2 VW elements in an order of the pair's own, for sums and for results that vf_store2 puts back. With AVX2
+ * the even elements of bfloat16 are in v[0] and the odd ones in v[1], so that nothing crosses a lane. */
 typedef struct {
     vf v[2];
 } vf2;
 
-/* Where element i of the 2 VW is in the pair, v[1] behind v[0]. */
+/* The place of element i in the pair, where v[1] follows v[0]. */
 static inline int64_t vf2_place(int32_t dtype, int64_t i) {
 #if defined __AVX2__ && !defined __AVX512F__
     if (dtype == BF16) return i % 2 * VW + i / 2;
@@ -344,7 +344,7 @@ static inline void vf_store2(void *p, int32_t dtype, vf2 x) {
         vu even = (vu)x.v[0], odd = (vu)x.v[1];
         __m256i high = _mm256_blend_epi16((__m256i)(even >> 16), (__m256i)odd, 0xaa);
         __m256i low = _mm256_blend_epi16((__m256i)even, (__m256i)(odd << 16), 0xaa);
-        /* (low + 0x7fff + (high & 1)) >> 16, which is what rounding carries; avg is (a + b + 1) >> 1 of 17
+        /* (low + 0x7fff + (high & 1)) >> 16 is what rounding carries; avg computes (a + b + 1) >> 1 in 17
          * bits */
         __m256i half =
             _mm256_and_si256(_mm256_or_si256(high, _mm256_set1_epi16(0x7ffe)), _mm256_set1_epi16(0x7fff));
@@ -377,22 +377,25 @@ static inline void store_row(void *row, int32_t dtype, const float *x, int64_t n
 
 /* ---- loops and memory (parallel.c, compiled once) -------------------------------------------- */
 
-/* body(i, context) for i in 0..n-1, each exactly once, on the threads of set_threads(), but on no more of
- * them than have set_grain() nanoseconds of work each (0: on all): `cost` is about how many a body takes on
- * one core. What a body computes must not depend on the thread that runs it, so results are the same for any
- * number of threads. A body that fails returns non-zero (after fail()); then the first such message is kept
- * and -1 comes back. */
+/* Calls body(i, context) for i in 0..n-1, each exactly once, on at most set_threads() threads, and on fewer
+ * where each would have less than set_grain() nanoseconds of work (0: no such limit). `cost` is about how
+ * many nanoseconds a body takes on one core. The result of a body must not depend on the thread that runs it,
+ * so that results are the same for any number of threads. A body that fails returns non-zero after fail().
+ * Then parallel_for returns -1, and the first message is kept. */
 int parallel_for(int64_t n, int64_t cost, int (*body)(int64_t i, void *context), void *context);
 void set_threads(int n);
 int get_threads(void);
 void set_grain(int64_t nanoseconds);
 int64_t get_grain(void);
 
-/* 64-byte aligned; NULL and fail() when there is none. Freed by scratch_free before the op returns. */
+/* Memory for the time of a call, aligned to 64 bytes; NULL after fail() if there is none. The op gives it
+ * back with scratch_free before it returns, and lists it in its scratch function (see ops.h). */
 void *scratch(int64_t bytes);
 void scratch_free(void *p);
+/* The most bytes of scratch that were in use at one time since the last call of this function. */
+int64_t scratch_peak(void);
 
-/* Zeroed pages of the system, for what lives longer than a call; NULL when there are none. */
+/* Zeroed pages of the system, for memory that lives longer than a call; NULL if there are none. */
 void *map_memory(int64_t bytes);
 void unmap_memory(void *p, int64_t bytes);
 

@@ -1,11 +1,11 @@
-/* embedding.c --- rows of a table by token id, and their gradients summed back without atomics: the ids come
- * sorted, so each row of the table is summed by one task, in the order of the tokens. */
+/* embedding.c --- rows of a table by token id, and the sum of their gradients without atomics: `order` sorts
+ * the ids, so one task sums each row of the table, in the order of the tokens. */
 #include "cpu.h"
 
 enum {
     ROWS = 16,     /* tokens of a task */
-    PIECE = 128,   /* tokens of one id that are summed apart, so that many of them stay exact */
-    COLUMNS = 512, /* of such a sum at a time */
+    PIECE = 128,   /* tokens of one id per partial sum, so that sums of frequent ids stay exact */
+    COLUMNS = 512, /* columns of a partial sum at a time */
 };
 
 static int check_ids(const char *op, const Tensor *ids, int64_t rows) {
@@ -37,7 +37,7 @@ int CPU(embedding_forward)(const void *args, void *stream) {
                         (void *)a);
 }
 
-/* row[c] += dout[order[i], c] for the places `first` to `last` of order and n columns from c0 on. */
+/* row[c] += dout[order[i], c0 + c] for i = first .. last-1 and c = 0 .. n-1. */
 static inline void add_rows(float *row, const EmbeddingBackward *a, int64_t first, int64_t last, int64_t c0,
                             int64_t n) {
     const int32_t *order = a->order.data;
@@ -51,7 +51,7 @@ static inline void add_rows(float *row, const EmbeddingBackward *a, int64_t firs
     }
 }
 
-/* A task owns the runs of equal ids that begin in its ROWS places of `order`, to their ends. */
+/* A task owns the runs of equal ids that begin in its ROWS elements of `order`, up to their ends. */
 static int backward_runs(int64_t task, void *context) {
     const EmbeddingBackward *a = context;
     const int32_t *ids = a->ids.data, *order = a->order.data;
@@ -88,8 +88,9 @@ int CPU(embedding_backward)(const void *args, void *stream) {
                         (long long)a->ids.shape[0] - 1, order[i]);
         if (i && (ids[order[i - 1]] > ids[order[i]] ||
                   (ids[order[i - 1]] == ids[order[i]] && order[i - 1] >= order[i])))
-            return fail("embedding_backward: order should be argsort(ids), stable, but is not at place %lld",
-                        (long long)i);
+            return fail(
+                "embedding_backward: order should be the stable argsort of ids, but is not at index %lld",
+                (long long)i);
     }
     return parallel_for((a->ids.shape[0] + ROWS - 1) / ROWS, ROWS * (a->dout.shape[1] / 2 + 1), backward_runs,
                         (void *)a);

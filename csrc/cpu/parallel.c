@@ -1,14 +1,10 @@
 /* parallel.c --- the one place that starts threads and takes memory.
  *
- * OpenMP runtimes keep a pool of threads that does not survive fork(): a child that enters a parallel region
- * after its parent did waits for ever for threads that do not exist. So a forked child runs its loops on the
- * calling thread only.
+ * OpenMP runtimes keep a pool of threads that does not survive fork(). If a parent has entered a parallel
+ * region, its child would wait for ever for threads that do not exist. So a forked child runs its loops on
+ * the calling thread only.
  *
- * The ladder, on two cores of a Zen 5 in a virtual machine:
- *   to start a second thread that sleeps costs 5 us: rms_norm of 64x256 3.0 us alone, 8.3 in two; matmul
- * 64x64x64 2.9, 7.9 a step of SmolLM2, T 4096, bfloat16: with scratch from malloc 8,480 page faults, 0.11 to
- * 0.28 s of system time; with large blocks kept none, 0.02 to 0.09 s memory that the host has to find first
- * costs 2 s a GiB there, memory used a moment ago 0.06 in huge pages, 0.6 in small */
+ * Figures for what a thread and fresh memory cost: docs/tuning/parallel.md. */
 #define _DEFAULT_SOURCE /* madvise, MAP_ANONYMOUS */
 #include "cpu.h"
 
@@ -83,19 +79,28 @@ void *map_memory(int64_t bytes) {
 
 void unmap_memory(void *p, int64_t bytes) { munmap(p, (size_t)bytes); }
 
-/* A block begins with its size. Freed blocks of LARGE bytes and more are kept, touched as they are, for the
- * next call: fresh pages would have to be faulted in and cleared each time, which costs as much as packing a
- * matrix. A request takes the smallest block that is large enough; where there is none, all go back to the
- * system before a larger one is mapped, so a run of equal steps soon lives on a few blocks that fit its
- * largest calls. KEEP bytes at most are kept. */
+/* Scratch. Freed blocks of LARGE bytes and more are kept for the next call, with their pages touched: the
+ * system would have to find and clear fresh pages each time, which costs as much as packing a matrix. A
+ * request takes the smallest kept block that is large enough. If there is none, all kept blocks go back to
+ * the system before a new one is mapped, so a run of equal steps soon lives on a few blocks that fit its
+ * largest calls. KEEP bytes at most are kept. What a run holds in the end: for each rank, the largest block
+ * of this rank in any of its calls. */
 enum { LARGE = 1 << 20, SLOTS = 16 };
 static const int64_t KEEP = (int64_t)128 << 20;
-typedef struct {
-    int64_t bytes;
+typedef struct { /* in front of each block */
+    int64_t size, asked;
 } Block;
 static Block *kept[SLOTS];
 static int64_t kept_bytes;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of the two above */
+static atomic_llong in_use, peak;                        /* bytes asked for and not given back */
+
+static void count(int64_t bytes) {
+    long long now = atomic_fetch_add(&in_use, bytes) + bytes, before = peak;
+    while (now > before && !atomic_compare_exchange_weak(&peak, &before, now)) {}
+}
+
+int64_t scratch_peak(void) { return atomic_exchange(&peak, in_use); }
 
 static void take_lock(void) { pthread_mutex_lock(&lock); }
 static void drop_lock(void) { pthread_mutex_unlock(&lock); }
@@ -110,11 +115,11 @@ static Block *from_kept(int64_t bytes) {
     int best = -1;
     take_lock();
     for (int i = 0; i < SLOTS; i++)
-        if (kept[i] && kept[i]->bytes >= bytes && (best < 0 || kept[i]->bytes < kept[best]->bytes)) best = i;
+        if (kept[i] && kept[i]->size >= bytes && (best < 0 || kept[i]->size < kept[best]->size)) best = i;
     if (best >= 0) {
         found = kept[best];
         kept[best] = NULL;
-        kept_bytes -= found->bytes;
+        kept_bytes -= found->size;
     } else {
         memcpy(gone, kept, sizeof gone);
         memset(kept, 0, sizeof kept);
@@ -122,7 +127,7 @@ static Block *from_kept(int64_t bytes) {
     }
     drop_lock();
     for (int i = 0; i < SLOTS; i++)
-        if (gone[i]) unmap_memory(gone[i], gone[i]->bytes);
+        if (gone[i]) unmap_memory(gone[i], gone[i]->size);
     return found;
 }
 
@@ -131,31 +136,33 @@ void *scratch(int64_t bytes) {
     Block *block = NULL;
     if (size >= LARGE) {
         size = (size + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-        if ((block = from_kept(size))) return (char *)block + LINE;
-        block = map_memory(size);
+        if ((block = from_kept(size))) size = block->size;
+        else block = map_memory(size);
     } else if (size >= 0) block = aligned_alloc(LINE, (size_t)size);
     if (!block) {
         fail("out of memory: %lld bytes of scratch", (long long)bytes);
         return NULL;
     }
-    block->bytes = size;
+    *block = (Block){ size, bytes };
+    count(bytes);
     return (char *)block + LINE;
 }
 
 void scratch_free(void *p) {
     if (!p) return;
     Block *block = (Block *)((char *)p - LINE);
-    if (block->bytes < LARGE) {
+    count(-block->asked);
+    if (block->size < LARGE) {
         free(block);
         return;
     }
     take_lock();
-    for (int i = 0; i < SLOTS && block && kept_bytes + block->bytes <= KEEP; i++)
+    for (int i = 0; i < SLOTS && block && kept_bytes + block->size <= KEEP; i++)
         if (!kept[i]) {
             kept[i] = block;
-            kept_bytes += block->bytes;
+            kept_bytes += block->size;
             block = NULL;
         }
     drop_lock();
-    if (block) unmap_memory(block, block->bytes);
+    if (block) unmap_memory(block, block->size);
 }

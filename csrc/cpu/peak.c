@@ -1,9 +1,9 @@
-/* peak.c --- multiply-adds as fast as this processor has them: what profiles and benchmarks compare with. */
+/* peak.c --- multiply-adds as fast as this processor runs them. Profiles and benchmarks compare with this. */
 #include "cpu.h"
 
-enum { CHAINS = VW == 16 ? 24 : 12 }; /* independent, so that latency does not count */
+enum { CHAINS = VW == 16 ? 24 : 12 }; /* independent of each other, so that latency does not matter */
 
-/* n rounds of CHAINS vectors in registers -> the floating point operations done. */
+/* Runs n rounds of CHAINS vectors in registers -> the number of floating point operations. */
 double CPU(peak)(int64_t n, float *out) {
     vf a[CHAINS], x = vf_set1(0.999f), y = vf_set1(1e-3f);
     UNROLLED

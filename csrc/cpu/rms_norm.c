@@ -1,20 +1,14 @@
-/* rms_norm.c --- RMSNorm with trainable weight, the residual addition fused in; forward and backward.
+/* rms_norm.c --- RMSNorm with a trainable weight, fused with the residual addition; forward and backward.
  *
- * A task is ROWS rows. dweight sums over rows: each task sums its own into a partial row, then the partials
- * are added in rising order, so the bits do not depend on who ran what.
- *
- * The ladder, bfloat16, ns for 8 elements in cache, one Zen 3 core with other work beside it, forward and
- * backward: 5.3, 8.2; bfloat16 widened by one instruction 4.0, 5.9; and (the former at 3.3, 4.4 then) pairs
- * of vectors with bfloat16 in turn, four sums, the end of a row apart: 1.5, 2.5. Rows of memory, two such
- * cores, GB/s: 10.7, 11.2 before that; so, the next row fetched in the second pass, 18.3, 16.7; where the
- * result goes fetched in the first, 20.0, 17.7; float32 12.7, 13.3, then 16.8, 18.2. */
+ * A task is ROWS rows. dweight is a sum over rows: each task sums its own rows into a partial row, and the
+ * partial rows are added in rising order. So the bits do not depend on which thread ran what. Measurements:
+ * docs/tuning/rms_norm.md. */
 #include "cpu.h"
 
 enum {
     ROWS = 32,
-    STEP = 4 * VW, /* elements at a time, two pairs of vectors: four sums, since one would wait for itself */
-    SPAN = 16 *
-        STEP, /* elements of a row in one run of sums; runs are added up, so that long rows stay exact */
+    STEP = 4 * VW,    /* elements at a time, two pairs of vectors: a single sum would wait for itself */
+    SPAN = 16 * STEP, /* elements per partial sum of a row, so that sums of long rows stay exact */
 };
 typedef struct {
     vf v[4];
@@ -22,8 +16,8 @@ typedef struct {
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* The first n elements of a pair, with zeros for the others: those of a row's end. In two masked loads where
- * there are such: a load of what several smaller stores have just written waits until they are through. */
+/* The first n elements of a pair of vectors at the end of a row, and zeros for the others. Masked loads where
+ * the processor has them: a load that covers several recent, smaller stores waits until they are done. */
 static __attribute__((noinline)) vf2 get_part(const char *p, int32_t dtype, int64_t n) {
 #if defined __AVX512F__
     if (dtype == F32) {
@@ -49,7 +43,7 @@ static __attribute__((noinline)) void put_part(char *p, int32_t dtype, int64_t n
     vf_store2(part, dtype, x);
     memcpy(p, part, (size_t)(n * dtype_size(dtype)));
 }
-/* The elements of a row from c on, n of them where the row ends before STEP: then zeros follow. */
+/* STEP elements of a row from c on: its last n, then zeros, if the row ends before. */
 INLINE Step get(const char *row, int32_t dtype, int64_t c, int64_t n) {
     const char *p = row + c * dtype_size(dtype), *q = p + 2 * VW * dtype_size(dtype);
     vf2 low = n >= 2 * VW ? vf_load2(p, dtype) : get_part(p, dtype, n);
@@ -66,15 +60,15 @@ INLINE void put(char *row, int32_t dtype, int64_t c, int64_t n, Step x) {
     if (n >= STEP) vf_store2(q, dtype, high);
     else if (n > 2 * VW) put_part(q, dtype, n - 2 * VW, high);
 }
-/* The first pass over a row fetches where its result goes, the second fetches the next row: the processor's
- * own fetching ahead ends with each page. */
+/* The first pass over a row prefetches where its result goes, the second prefetches the next row: the
+ * processor's own prefetches end with each page. */
 INLINE void fetch(const char *row, int32_t dtype, int64_t c) {
     for (int64_t i = 0; i < STEP * dtype_size(dtype); i += 64)
         __builtin_prefetch(row + c * dtype_size(dtype) + i);
 }
 
 /* dtype is a constant in each of the three calls below, so the compiler makes three loops without a branch.
- * The sum of squares is taken of the sum as stored, which is what the backward pass reads. */
+ * Squares are those of the sum as it is stored, which is what the backward pass reads. */
 INLINE void square_step(const char *x, const char *residual, char *sum, int32_t dtype, int64_t c, int64_t n,
                         vf squares[4]) {
     Step v = get(x, dtype, c, n);
@@ -249,4 +243,11 @@ int CPU(rms_norm_backward)(const void *args, void *stream) {
         scratch_free(b.partial);
     }
     return status;
+}
+
+/* The partial rows of dweight. */
+Scratch CPU(rms_norm_backward_scratch)(const void *args) {
+    const RmsNormBackward *a = args;
+    int64_t C = a->x.shape[1], tasks = (a->x.shape[0] + ROWS - 1) / ROWS;
+    return (Scratch){ { given(&a->dweight) ? tasks * ((C + STEP - 1) / STEP * STEP) * 4 : 0 } };
 }

@@ -1,4 +1,4 @@
-/* rope.c --- rotary embedding, rotate-half form, from float32 tables; backward is the inverse rotation. */
+/* rope.c --- rotary embedding in rotate-half form from float32 tables. Backward is the inverse rotation. */
 #include "cpu.h"
 
 enum { ROWS = 8 }; /* tokens of a task */

@@ -1,17 +1,10 @@
-/* swiglu.c --- out = silu(gate) * up, forward and backward; backward may write over its inputs.
- *
- * The ladder, bfloat16, ns for 8 elements in cache, one Zen 3 core with other work beside it, forward and
- * backward: 9.1, 13.9; bfloat16 widened by one instruction 7.8, 12.4; the polynomial of exp in
- * pairs 6.6, 11.8; and (the former at 6.9, 11.0 then) pairs of vectors with bfloat16 in turn 4.9, 7.5; gate
- * by 1 + exp, no sum for the exponent's bias 4.4, 7.1; ln2 in one part 4.1, 6.6. No gain: the steps of two or
- * four exps by turns; the polynomial as one chain (+6 %). Rows of memory, two such cores, GB/s, all of that
- * in tasks of 2048 elements 9.2, 9.6, of one row of 5504 10.3, 10.8; and (the former at 11.3, 12.5 then) of
- * four rows 13.7, 15.7. Not kept: fetching 1 or 2 KiB ahead (+3 %); tasks of 131072 elements (+1 %, +6 %). */
+/* swiglu.c --- out = silu(gate) * up, forward and backward. Backward may write over its inputs. Measurements:
+ * docs/tuning/swiglu.md. */
 #include "cpu.h"
 
-enum { TASK = 32768 }; /* elements of a task: as many rows as that, or a part of one */
+enum { TASK = 32768 }; /* elements of a task: several rows, or a part of one */
 
-/* 1 + exp(-x): sigmoid(x) is one by it. NaN stays NaN. */
+/* 1 + exp(-x) = 1 / sigmoid(x). NaN stays NaN. */
 static inline vf one_and_exp(vf x) {
     return 1.0f + vf_exp_within(-vf_max(vf_set1(-87.0f), vf_min(vf_set1(88.0f), x)));
 }
@@ -37,7 +30,7 @@ static inline void backward_pair(char *dgate, char *dup, const char *dout, const
     vf_store2(dup, dtype, du);
 }
 
-/* The last, shorter pair of vectors goes through buffers of a whole one. */
+/* The last pair of vectors may be shorter: it goes through buffers of full length. */
 static inline void forward_block(const SwigluForward *a, int64_t m, int64_t first, int64_t last,
                                  int32_t dtype) {
     int64_t size = dtype_size(dtype), i = first;
@@ -81,7 +74,7 @@ static inline void backward_block(const SwigluBackward *a, int64_t m, int64_t fi
         default: block(__VA_ARGS__, F16);           \
     }
 
-/* Of [M,F]: rows m .. m_end-1, columns first .. last-1. */
+/* Rows m .. m_end-1 and columns first .. last-1 of [M,F]. */
 typedef struct {
     int64_t m, m_end, first, last;
 } Part;

@@ -1,5 +1,5 @@
-/* borrow.c --- arrays of others for one call: NumPy by its C API, the rest by DLPack; and which stream the
- * call's work goes to. */
+/* borrow.c --- arrays of other libraries for one call, NumPy's through its C API and others through DLPack;
+ * and the stream that the call's work goes to. */
 #include "binding.h"
 #include "cpu/cpu.h"
 
@@ -16,8 +16,8 @@ int refuse(PyObject *type, const char *op, const Arg *arg, const char *format, .
     return -1;
 }
 
-/* Capsules whose memory queued work still reads or writes: a producer may use it again as soon as it has its
- * capsule back. They go back when the work has run, which later calls look for. */
+/* Capsules whose memory queued work still uses: a producer may reuse it as soon as it has its capsule back.
+ * Later calls give them back when the work has run. */
 enum { MOST_HELD = 64 };
 static struct {
     PyObject *capsule;
@@ -35,12 +35,12 @@ void release_held(int all) {
         PyObject *capsule = held[i].capsule;
         cuda->forget(held[i].mark);
         held[i] = held[--held_count];
-        Py_DECREF(capsule); /* may run Python, which may come here again */
+        Py_DECREF(capsule); /* may run Python code that calls this function */
     }
 }
 
-/* What a graph works on its owner keeps; and while it is captured, marks may not be asked whether they have
- * passed. */
+/* Holds a capsule until work on the stream has run. Not during a capture: the owner of the graph keeps its
+ * memory, and marks cannot be asked then whether they have passed. */
 static void hold(PyObject *capsule, int device, void *stream) {
     void *mark = NULL;
     int64_t capture = capture_of(device, stream);
@@ -55,11 +55,11 @@ static void hold(PyObject *capsule, int device, void *stream) {
 
 void give_back(Loan *loans, int count, const Queue *queue) {
     PyObject *type, *value, *traceback;
-    PyErr_Fetch(&type, &value, &traceback); /* deleters may run Python, without an exception set */
+    PyErr_Fetch(&type, &value, &traceback); /* deleters may run Python code, which needs no exception set */
     for (int i = 0; i < count; i++) {
         if (queue && loans[i].capsule && loans[i].device)
             hold(loans[i].capsule, loans[i].device, queue->stream);
-        else Py_XDECREF(loans[i].capsule); /* still named as it came: its destructor frees it */
+        else Py_XDECREF(loans[i].capsule); /* it was not renamed, so its destructor frees the memory */
         if (loans[i].managed && loans[i].managed->deleter) loans[i].managed->deleter(loans[i].managed);
     }
     PyErr_Restore(type, value, traceback);
@@ -70,7 +70,7 @@ static int borrow_numpy(PyArrayObject *array, Tensor *t, const char *op, const A
         int num, dtype;
     } nums[] = { { NPY_FLOAT32, F32 }, { NPY_FLOAT16, F16 }, { NPY_FLOAT64, F64 },
                  { NPY_INT32, I32 },   { NPY_INT64, I64 },   { NPY_UINT8, U8 } };
-    static atomic_int bfloat16 = NPY_NOTYPE; /* the number ml_dtypes was given, once it was seen */
+    static atomic_int bfloat16 = NPY_NOTYPE; /* the type number of ml_dtypes, once it is known */
     int num = PyArray_TYPE(array);
     t->dtype = num == bfloat16 ? BF16 : -1;
     for (size_t i = 0; i < sizeof nums / sizeof *nums; i++)
@@ -98,7 +98,7 @@ static int borrow_numpy(PyArrayObject *array, Tensor *t, const char *op, const A
         t->stride[i] = PyArray_STRIDE(array, i) / size;
         if (PyArray_STRIDE(array, i) % size && t->shape[i] > 1)
             return refuse(PyExc_ValueError, op, arg,
-                          "axis %d has a stride that is no multiple of its element", i);
+                          "axis %d has a stride that is not a multiple of the element size", i);
     }
     t->data = PyArray_DATA(array);
     return 0;
@@ -137,8 +137,7 @@ static int borrow_dltensor(const DLTensor *d, Tensor *t, const char *op, const A
     return 0;
 }
 
-/* The C exchange API of an object's type, or NULL. Looked up anew each call: one attribute of a type, about
- * 50 ns. */
+/* The C exchange API of an object's type, or NULL. The lookup is one attribute of a type, about 50 ns. */
 static const DLPackExchangeAPI *exchange_api(PyObject *object) {
     PyObject *capsule = PyObject_GetAttrString((PyObject *)Py_TYPE(object), "__dlpack_c_exchange_api__");
     if (!capsule) {
@@ -153,7 +152,7 @@ static const DLPackExchangeAPI *exchange_api(PyObject *object) {
     return header && header->version.major == 1 ? (const DLPackExchangeAPI *)header : NULL;
 }
 
-/* A producer's own words, as a BufferError that says whose argument it was. */
+/* Turns a producer's exception into a BufferError that names the argument. */
 static int producer_failed(const char *op, const Arg *arg) {
     if (!PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError)) return -1;
     PyObject *type, *value, *traceback;
@@ -168,19 +167,20 @@ static int producer_failed(const char *op, const Arg *arg) {
 
 static int borrow_managed(const DLManagedTensorVersioned *m, Tensor *t, const char *op, const Arg *arg) {
     if (m->version.major != 1)
-        return refuse(PyExc_BufferError, op, arg, "speaks DLPack %u, wanted 1", (unsigned)m->version.major);
+        return refuse(PyExc_BufferError, op, arg, "uses DLPack version %u, expected 1",
+                      (unsigned)m->version.major);
     if (arg->output && (m->flags & DLPACK_FLAG_BITMASK_READ_ONLY))
         return refuse(PyExc_ValueError, op, arg, "is an output and read-only");
     return borrow_dltensor(&m->dl_tensor, t, op, arg);
 }
 
-/* The device that an object says it is on, as Tensor counts: 0 for the CPU and what borrow_dltensor refuses;
- * -1 with an exception. */
+/* The device of an object, in Tensor's numbering. 0 also for devices that borrow_dltensor() refuses; -1 with
+ * an exception. */
 static int device_of(PyObject *object, const char *op, const Arg *arg) {
     int type = kDLCPU, id = 0;
     PyObject *pair = PyObject_CallMethod(object, "__dlpack_device__", NULL);
     if (!pair && !PyErr_ExceptionMatches(PyExc_AttributeError)) return producer_failed(op, arg);
-    if (!pair) PyErr_Clear(); /* NumPy's consumers want it, so only odd ones lack it */
+    if (!pair) PyErr_Clear(); /* few producers lack it: NumPy requires it */
     int status = pair && (!PyTuple_Check(pair) || !PyArg_ParseTuple(pair, "ii", &type, &id))
                      ? producer_failed(op, arg)
                      : 0;
@@ -189,7 +189,7 @@ static int device_of(PyObject *object, const char *op, const Arg *arg) {
     return usable(id) ? refuse_device(id, op, arg) : id + 1;
 }
 
-/* An argument is on `device`: the queue may follow its stream. */
+/* For an argument on `device`, whose stream may become the queue's. */
 static int join_queue(Queue *queue, PyObject *object, int device, const DLPackExchangeAPI *api,
                       const char *op, const Arg *arg) {
     if (queue->whose == THEIRS || (queue->whose == OWN && !api)) return 0;
@@ -225,14 +225,14 @@ int borrow_capsule(PyObject *object, Tensor *t, Loan *loan, Queue *queue, const 
     none = PyTuple_New(0);
     kwargs = Py_BuildValue("{s(ii)}", "max_version", 1, 0);
     if (!none || !kwargs) goto failed;
-    if (loan->device) { /* 0 is no word for the default stream there, 1 is */
+    if (loan->device) { /* DLPack calls the default stream 1, not 0 */
         PyObject *stream = PyLong_FromUnsignedLongLong(queue->stream ? (uintptr_t)queue->stream : 1);
         int status = stream ? PyDict_SetItemString(kwargs, "stream", stream) : -1;
         Py_XDECREF(stream);
         if (status) goto failed;
     }
     capsule = PyObject_Call(method, none, kwargs);
-    if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) { /* a producer from before max_version */
+    if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) { /* an old producer, without max_version */
         PyErr_Clear();
         if (PyDict_DelItemString(kwargs, "max_version")) goto failed;
         capsule = PyObject_Call(method, none, kwargs);
@@ -247,10 +247,9 @@ failed:
     if (PyCapsule_IsValid(capsule, "dltensor_versioned"))
         return borrow_managed(PyCapsule_GetPointer(capsule, "dltensor_versioned"), t, op, arg);
     if (!PyCapsule_IsValid(capsule, "dltensor"))
-        return refuse(PyExc_TypeError, op, arg, "gave %R instead of a DLPack capsule", capsule);
-    if (arg->output) /* an old capsule cannot say that it is read-only */
-        return refuse(PyExc_BufferError, op, arg,
-                      "is an output and should speak DLPack 1, got an old capsule");
+        return refuse(PyExc_TypeError, op, arg, "returned %R instead of a DLPack capsule", capsule);
+    if (arg->output) /* old capsules have no read-only flag */
+        return refuse(PyExc_BufferError, op, arg, "is an output and needs DLPack 1, got an old capsule");
     return borrow_dltensor(&((DLManagedTensor *)PyCapsule_GetPointer(capsule, "dltensor"))->dl_tensor, t, op,
                            arg);
 }
@@ -273,8 +272,7 @@ int borrow(PyObject *object, Tensor *t, Loan *loan, Queue *queue, const char *op
     const DLPackExchangeAPI *api = exchange_api(object);
     if (!api) return 1;
     int status;
-    if (api->dltensor_from_py_object_no_sync &&
-        !arg->output) { /* the cheaper way; it has no read-only flag */
+    if (api->dltensor_from_py_object_no_sync && !arg->output) { /* cheaper, but without a read-only flag */
         DLTensor d;
         if (api->dltensor_from_py_object_no_sync(object, &d)) return producer_failed(op, arg);
         status = borrow_dltensor(&d, t, op, arg);

@@ -1,11 +1,11 @@
-/* copy.c --- what Tensor.copy_, cpu and fill do: rows on the CPU, between it and a GPU by way of pinned
- * memory, between two GPUs. */
+/* copy.c --- copies for Tensor.copy_, cpu and fill: on the CPU, between it and a GPU through pinned memory,
+ * and between two GPUs. */
 #include "binding.h"
 #include "cpu/cpu.h"
 
 #include <stdatomic.h>
 
-/* One row of the last axis, by its place among all rows. */
+/* Copies one row of the last axis. */
 static int copy_row(int64_t row, void *context) {
     const Copy *c = context;
     int last = c->out.ndim - 1;
@@ -48,12 +48,11 @@ void copy_all(const Copy *c) {
     if (n) parallel_for(n / last, last / 4 + 1, copy_row, (void *)c);
 }
 
-/* Between the CPU and the entered device, through a piece of pinned memory that is kept for the next time. */
+/* Copies between the CPU and the entered device through `stage`, pinned memory of STAGE bytes. */
 enum { STAGE = 8 << 20 };
 static int copy_by_stage(const Tensor *out, const Tensor *x, void *stage, void *stream) {
-    Tensor middle = dtype_size(x->dtype) < dtype_size(out->dtype) ? *x : *out; /* the fewer bytes */
-    if (elements_of(out) * dtype_size(middle.dtype) >
-        STAGE) { /* the two halves of the first axis that has two */
+    Tensor middle = dtype_size(x->dtype) < dtype_size(out->dtype) ? *x : *out; /* the narrower dtype */
+    if (elements_of(out) * dtype_size(middle.dtype) > STAGE) { /* copy the halves of the first longer axis */
         Tensor halves[2][2] = { { *out, *x }, { *out, *x } };
         int axis = 0;
         while (out->shape[axis] == 1) axis++;
@@ -81,7 +80,7 @@ static int copy_by_stage(const Tensor *out, const Tensor *x, void *stage, void *
 }
 
 static int copy_with_cpu(const Side *out, const Side *x, void *stream) {
-    static _Atomic(void *) spare;
+    static _Atomic(void *) spare; /* a stage, kept for the next copy */
     int64_t bytes = elements_of(&out->t) * dtype_size(out->t.dtype);
     if (out->pinned || x->pinned) return cuda->copy(&out->t, &x->t, stream);
     if (out->t.dtype == x->t.dtype && is_contiguous(&out->t) && is_contiguous(&x->t))
@@ -94,8 +93,8 @@ static int copy_with_cpu(const Side *out, const Side *x, void *stream) {
     return status;
 }
 
-/* Between two devices go dense bytes of one dtype: x is brought into that form on its own device, out from it
- * on its. */
+/* Devices exchange dense bytes of one dtype. x is converted to that form on its own device, and the result to
+ * the form of out on out's device. */
 static int copy_between_devices(const Side *out, const Side *x, void *stream) {
     int64_t bytes = elements_of(&out->t) * dtype_size(out->t.dtype);
     Tensor from = x->t, to = out->t;
@@ -126,7 +125,6 @@ static int copy_between_devices(const Side *out, const Side *x, void *stream) {
     return status ? -1 : order(from.device, x->stream, to.device, stream);
 }
 
-/* *stream: where the copy was queued. */
 static int copy_between(const Side *out, const Side *x, void **stream) {
     int device = out->t.device ? out->t.device : x->t.device, status = 0;
     *stream = out->t.device ? out->stream : x->stream;
@@ -147,7 +145,9 @@ static int copy_between(const Side *out, const Side *x, void **stream) {
 
 int copy_sides(const char *op, const Side *out, const Side *x, void **stream) {
     int status;
-    Py_BEGIN_ALLOW_THREADS status = copy_between(out, x, stream);
-    Py_END_ALLOW_THREADS if (status) cuda_failed(op, out->t.device ? out->t.device : x->t.device);
+    Py_BEGIN_ALLOW_THREADS
+    status = copy_between(out, x, stream);
+    Py_END_ALLOW_THREADS
+    if (status) cuda_failed(op, out->t.device ? out->t.device : x->t.device);
     return status;
 }

@@ -1,14 +1,15 @@
-/* device.c --- CUDA as the binding sees it: devices by name, the thread's stream, order between streams,
- * errors; and the functions that longlora/cuda.py is made of. */
+/* device.c --- CUDA for the binding: names of devices, the thread's stream, order between streams, errors;
+ * and the functions that longlora/cuda.py uses. */
 #include "binding.h"
 
 #include <string.h>
 
-/* Where work of this thread goes that has no stream of its own library: longlora.cuda.stream() sets it. */
+/* The stream for work of this thread whose arrays have no stream of their own; longlora.cuda.stream() sets
+ * it. */
 static _Thread_local struct {
     void *stream;
     int device;
-} current = { NULL, -1 }; /* -1: any, as of the default stream */
+} current = { NULL, -1 }; /* -1: any device, as for the default stream */
 PyObject *workspace_hook, *stream_hook;
 
 DeviceName device_name(int device) {
@@ -19,7 +20,7 @@ DeviceName device_name(int device) {
 
 int usable(int index) {
     return cuda ? cuda->usable(index)
-                : fail("this build has no CUDA kernels; installed where nvcc is found it has");
+                : fail("this build has no CUDA kernels; install longlora where nvcc is found");
 }
 
 PyObject *cuda_failed(const char *op, int device) {
@@ -27,8 +28,8 @@ PyObject *cuda_failed(const char *op, int device) {
     PyOS_snprintf(words, sizeof words, "%s", last_error());
     if (cuda->recover(device - 1))
         return PyErr_Format(PyExc_RuntimeError,
-                            "%s: %s. By this error, of this call or of work queued before it, the process "
-                            "has lost %s and must be started anew",
+                            "%s: %s. After this error, in this call or in work queued before it, the process "
+                            "cannot use %s any more: start it again",
                             op, words, device_name(device).text);
     return PyErr_Format(strstr(words, "out of memory") ? PyExc_MemoryError : PyExc_RuntimeError, "%s: %s", op,
                         words);
@@ -37,8 +38,8 @@ PyObject *cuda_failed(const char *op, int device) {
 int own_stream(int device, void **stream) {
     *stream = current.stream;
     if (current.device < 0 || current.device == device - 1) return 0;
-    return fail("the stream set by longlora.cuda.stream is of cuda:%d, the call is on %s", current.device,
-                device_name(device).text);
+    return fail("the stream set by longlora.cuda.stream belongs to cuda:%d, the call is on %s",
+                current.device, device_name(device).text);
 }
 
 int order(int device, void *stream, int other_device, void *other) {
@@ -69,7 +70,7 @@ int ready(void) {
     return module ? 0 : -1;
 }
 
-/* ---- what longlora/cuda.py is made of -------------------------------------------------------- */
+/* ---- functions for longlora/cuda.py ---------------------------------------------------------- */
 
 static PyObject *py_cuda_hooks(PyObject *self, PyObject *args) {
     (void)self;
@@ -82,7 +83,7 @@ static PyObject *py_cuda_hooks(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-/* -> (how many devices there are, why there is none or None). */
+/* -> (number of devices, None or why there is none). */
 static PyObject *py_cuda_devices(PyObject *self, PyObject *unused) {
     (void)self;
     (void)unused;
@@ -90,7 +91,7 @@ static PyObject *py_cuda_devices(PyObject *self, PyObject *unused) {
     return count < 0 ? Py_BuildValue("(is)", 0, last_error()) : Py_BuildValue("(iO)", count, Py_None);
 }
 
-/* -> (why this one cannot be used or None). */
+/* -> None, or why the device cannot be used. */
 static PyObject *py_cuda_refusal(PyObject *self, PyObject *index) {
     (void)self;
     int device = (int)PyLong_AsLong(index);
@@ -98,16 +99,18 @@ static PyObject *py_cuda_refusal(PyObject *self, PyObject *index) {
     return usable(device) ? PyUnicode_FromString(last_error()) : Py_NewRef(Py_None);
 }
 
-/* One function of the table on a device; NULL with an exception. */
+/* Calls a function with a device entered. None, or NULL with an exception. */
 static PyObject *on_device(PyObject *index, const char *name, int (*what)(void *context), void *context) {
     int device = (int)PyLong_AsLong(index), status;
     if (PyErr_Occurred()) return NULL;
     if (usable(device))
         return PyErr_Format(PyExc_RuntimeError, "%s: cuda:%d cannot be used: %s", name, device, last_error());
-    Py_BEGIN_ALLOW_THREADS int entered = cuda->enter(device);
+    Py_BEGIN_ALLOW_THREADS
+    int entered = cuda->enter(device);
     status = entered < 0 ? -1 : what(context);
     cuda->leave(entered);
-    Py_END_ALLOW_THREADS return status ? cuda_failed(name, device + 1) : Py_NewRef(Py_None);
+    Py_END_ALLOW_THREADS
+    return status ? cuda_failed(name, device + 1) : Py_NewRef(Py_None);
 }
 
 static int synchronize_device(void *unused) {
@@ -154,17 +157,17 @@ static PyObject *py_cuda_versions(PyObject *self, PyObject *unused) {
     return Py_BuildValue("(ii)", driver, runtime);
 }
 
-/* The thread's stream -> the former one, as (handle, device or -1). */
+/* Sets the thread's stream -> the previous one, as (handle, device or -1). */
 static PyObject *py_cuda_set_stream(PyObject *self, PyObject *args) {
     (void)self;
     unsigned long long handle;
-    int device = current.device, of = -1;
+    int device = current.device, stream_device = -1;
     void *before = current.stream;
     if (!PyArg_ParseTuple(args, "K:cuda_set_stream", &handle)) return NULL;
     if (usable(0)) return PyErr_Format(PyExc_RuntimeError, "stream: %s", last_error());
-    if (cuda->stream_device((void *)(uintptr_t)handle, &of)) return cuda_failed("stream", 1);
+    if (cuda->stream_device((void *)(uintptr_t)handle, &stream_device)) return cuda_failed("stream", 1);
     current.stream = (void *)(uintptr_t)handle;
-    current.device = of;
+    current.device = stream_device;
     return Py_BuildValue("(Ki)", (unsigned long long)(uintptr_t)before, device);
 }
 static PyObject *py_cuda_get_stream(PyObject *self, PyObject *unused) {
@@ -178,13 +181,13 @@ static PyObject *py_cublas_paths(PyObject *self, PyObject *paths) {
     const char *names[16];
     int count = 0;
     if (!cuda || !PyTuple_Check(paths))
-        return PyErr_Format(PyExc_TypeError, "cublas_paths: wanted a tuple, in a build with CUDA");
+        return PyErr_Format(PyExc_TypeError, "cublas_paths: expected a tuple and a build with CUDA");
     for (Py_ssize_t i = 0; i < PyTuple_Size(paths) && count < 16; i++)
         if (!(names[count++] = PyUnicode_AsUTF8AndSize(PyTuple_GetItem(paths, i), NULL))) return NULL;
     cuda->cublas_paths(names, count);
     Py_RETURN_NONE;
 }
-/* -> (version, file) of cuBLASLt, loaded if it is not yet; RuntimeError when there is none. */
+/* Loads cuBLASLt if necessary -> (version, file). RuntimeError if there is none. */
 static PyObject *py_cublas_version(PyObject *self, PyObject *unused) {
     (void)self;
     (void)unused;
@@ -199,9 +202,9 @@ PyMethodDef device_methods[] = {
     { "cuda_hooks", py_cuda_hooks, METH_VARARGS,
       "cuda_hooks($module, workspace, stream, /)\n--\n\nSee longlora/cuda.py." },
     { "cuda_devices", py_cuda_devices, METH_NOARGS,
-      "cuda_devices($module, /)\n--\n\n(count, why there is none or None)" },
+      "cuda_devices($module, /)\n--\n\n(count, None or why there is none)" },
     { "cuda_refusal", py_cuda_refusal, METH_O,
-      "cuda_refusal($module, index, /)\n--\n\nWhy a device cannot be used, or None." },
+      "cuda_refusal($module, index, /)\n--\n\nNone, or why the device cannot be used." },
     { "cuda_properties", py_cuda_properties, METH_O,
       "cuda_properties($module, index, /)\n--\n\nname, sm, multiprocessors, bus." },
     { "cuda_versions", py_cuda_versions, METH_NOARGS,
@@ -209,13 +212,14 @@ PyMethodDef device_methods[] = {
     { "cuda_synchronize", py_cuda_synchronize, METH_O, "cuda_synchronize($module, index, /)\n--\n\n" },
     { "cuda_memory", py_cuda_memory, METH_O, "cuda_memory($module, index, /)\n--\n\n(free, total) bytes." },
     { "cuda_set_stream", py_cuda_set_stream, METH_VARARGS,
-      "cuda_set_stream($module, handle, /)\n--\n\nThe thread's stream -> the former one: (handle, device or "
-      "-1)." },
+      "cuda_set_stream($module, handle, /)\n--\n\nSets the thread's stream -> the previous one: (handle, "
+      "device "
+      "or -1)." },
     { "cuda_get_stream", py_cuda_get_stream, METH_NOARGS,
       "cuda_get_stream($module, /)\n--\n\n(handle, device or -1)" },
     { "cublas_paths", py_cublas_paths, METH_O,
       "cublas_paths($module, paths, /)\n--\n\nWhere to look for cuBLASLt." },
     { "cublas_version", py_cublas_version, METH_NOARGS,
-      "cublas_version($module, /)\n--\n\n(version, file), loading it." },
+      "cublas_version($module, /)\n--\n\nLoads cuBLASLt -> (version, file)." },
     { NULL, NULL, 0, NULL },
 };

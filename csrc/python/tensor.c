@@ -1,5 +1,4 @@
-/* tensor.c --- longlora.Tensor: memory with a shape, on the CPU or a GPU; views, copies, NumPy, the buffer
- * protocol, DLPack out. */
+/* tensor.c --- longlora.Tensor: memory with a shape, on the CPU or a GPU; views, fill and copies. */
 #include "binding.h"
 #include "cpu/cpu.h"
 
@@ -22,8 +21,8 @@ static int find_dtype(PyObject *name) {
     return -1;
 }
 
-/* Memory of an owner, zero: large blocks come from the system, which has cleared them, and go back to it when
- * the Tensor dies, which malloc does not promise. */
+/* Zeroed memory. Large blocks come from the system, which clears them, and go back to it when the Tensor
+ * dies; malloc may keep them. */
 enum { LARGE = 1 << 20 };
 static void *take_memory(size_t bytes) {
     if (bytes >= LARGE) return map_memory((int64_t)bytes);
@@ -35,7 +34,7 @@ static void free_memory(void *p, size_t bytes) {
     else unmap_memory(p, (int64_t)bytes);
 }
 
-/* Shape from an int or a sequence of ints, strides dense; 0, or -1 with an exception. */
+/* Reads a shape, an integer or a sequence of integers, and sets dense strides. 0, or -1 with an exception. */
 static int read_shape(PyObject *shape, Tensor *t) {
     PyObject *list = PyIndex_Check(shape) ? Py_BuildValue("(O)", shape) : PySequence_Tuple(shape);
     if (!list) return -1;
@@ -69,7 +68,7 @@ static TensorObject *new_view(PyObject *base, const Tensor *t, int readonly) {
     return view;
 }
 
-/* An owner of zeros of t's shape, dtype and device. */
+/* A Tensor that owns zeros, with t's shape, dtype and device. */
 static TensorObject *new_tensor(const Tensor *t, int pinned) {
     TensorObject *self = (TensorObject *)PyType_GenericAlloc(TensorType, 0);
     if (!self) return NULL;
@@ -77,15 +76,16 @@ static TensorObject *new_tensor(const Tensor *t, int pinned) {
     self->t = *t;
     self->pinned = pinned;
     int status = 0, entered = 0;
-    Py_BEGIN_ALLOW_THREADS if (pinned) status = cuda->allocate_pinned((int64_t)self->bytes, &self->memory);
+    Py_BEGIN_ALLOW_THREADS
+    if (pinned) status = cuda->allocate_pinned((int64_t)self->bytes, &self->memory);
     else if (t->device) {
         entered = cuda->enter(t->device - 1);
         status = entered < 0 ? -1 : cuda->allocate((int64_t)self->bytes, &self->memory);
         cuda->leave(entered);
-    }
-    else if (!(self->memory = take_memory(self->bytes))) status =
-        fail("out of memory: %zu bytes cannot be had", self->bytes);
-    Py_END_ALLOW_THREADS self->t.data = self->memory;
+    } else if (!(self->memory = take_memory(self->bytes)))
+        status = fail("out of memory: cannot allocate %zu bytes", self->bytes);
+    Py_END_ALLOW_THREADS
+    self->t.data = self->memory;
     if (!status) return self;
     if (pinned || t->device) cuda_failed("Tensor", t->device ? t->device : 1);
     else PyErr_Format(PyExc_MemoryError, "Tensor: %s", last_error());
@@ -93,7 +93,7 @@ static TensorObject *new_tensor(const Tensor *t, int pinned) {
     return NULL;
 }
 
-/* "cpu", "cuda" (the first), "cuda:1" -> as Tensor.device has it; -1 with an exception. */
+/* The device in Tensor's numbering from "cpu", "cuda" (the first one) or "cuda:1"; -1 with an exception. */
 static int find_device(PyObject *name) {
     Py_ssize_t length;
     const char *text = PyUnicode_AsUTF8AndSize(name, &length);
@@ -120,15 +120,16 @@ static PyObject *tensor_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
         (t.device = device ? find_device(device) : 0) < 0)
         return NULL;
     if (pinned && t.device)
-        return PyErr_Format(PyExc_ValueError, "Tensor: pinned memory is the CPU's, got device %R", device);
+        return PyErr_Format(PyExc_ValueError, "Tensor: pinned memory is on the CPU, got device %R", device);
     if (pinned && usable(0))
         return PyErr_Format(PyExc_RuntimeError, "Tensor: memory cannot be pinned: %s", last_error());
     return (PyObject *)new_tensor(&t, pinned);
 }
 
-/* Waits for the device when there is one, so others run meanwhile. */
+/* Without the GIL, because it waits for the device. */
 static void free_device_memory(TensorObject *self) {
-    Py_BEGIN_ALLOW_THREADS if (self->pinned) cuda->release_pinned(self->memory);
+    Py_BEGIN_ALLOW_THREADS
+    if (self->pinned) cuda->release_pinned(self->memory);
     else {
         int entered = cuda->enter(self->t.device - 1);
         cuda->release(self->memory);
@@ -170,7 +171,8 @@ static PyObject *tensor_wrap(PyObject *type, PyObject *args, PyObject *kwargs) {
     self->has_buffer = 1;
     int64_t bytes = elements_of(&t) * dtype_size(t.dtype);
     if (offset < 0 || bytes > self->buffer.len - offset)
-        PyErr_Format(PyExc_ValueError, "Tensor.wrap: %lld bytes at offset %zd should lie in a buffer of %zd",
+        PyErr_Format(PyExc_ValueError,
+                     "Tensor.wrap: %lld bytes at offset %zd do not fit in a buffer of %zd bytes",
                      (long long)bytes, offset, self->buffer.len);
     else if (((uintptr_t)self->buffer.buf + (size_t)offset) % (size_t)dtype_size(t.dtype))
         PyErr_Format(PyExc_ValueError, "Tensor.wrap: offset %zd is not aligned to %s", offset,
@@ -199,8 +201,9 @@ static PyObject *tensor_view(PyObject *object, PyObject *args, PyObject *kwargs)
     if (!is_contiguous(&self->t))
         return PyErr_Format(PyExc_ValueError, "Tensor.view: the tensor should be contiguous");
     if (offset < 0 || want > have - offset)
-        return PyErr_Format(PyExc_ValueError, "Tensor.view: %lld bytes at offset %zd should lie in %lld",
-                            (long long)want, offset, (long long)have);
+        return PyErr_Format(PyExc_ValueError,
+                            "Tensor.view: %lld bytes at offset %zd do not fit in %lld bytes", (long long)want,
+                            offset, (long long)have);
     t.data = (char *)self->t.data + offset;
     t.device = self->t.device;
     if ((uintptr_t)t.data % (size_t)dtype_size(t.dtype))
@@ -219,12 +222,12 @@ static PyObject *tensor_reshape(PyObject *object, PyObject *shape) {
     if (!is_contiguous(&self->t))
         return PyErr_Format(PyExc_ValueError, "Tensor.reshape: the tensor should be contiguous");
     if (elements_of(&t) != elements_of(&self->t))
-        return PyErr_Format(PyExc_ValueError, "Tensor.reshape: %R should have %lld elements, has %lld", shape,
+        return PyErr_Format(PyExc_ValueError, "Tensor.reshape: %R should have %lld elements, got %lld", shape,
                             (long long)elements_of(&self->t), (long long)elements_of(&t));
     return (PyObject *)new_view(object, &t, self->readonly);
 }
 
-/* Integers and slices without a step, one for each of the first axes. */
+/* The key has an integer or a slice without a step for each of the first axes. */
 static PyObject *tensor_getitem(PyObject *object, PyObject *key) {
     TensorObject *self = (TensorObject *)object;
     PyObject *keys = PyTuple_Check(key) ? Py_NewRef(key) : Py_BuildValue("(O)", key);
@@ -242,16 +245,14 @@ static PyObject *tensor_getitem(PyObject *object, PyObject *key) {
             first = PyLong_AsLongLong(k);
             if (first < 0 && !PyErr_Occurred()) first += size;
             if (!PyErr_Occurred() && (first < 0 || first >= size))
-                PyErr_Format(PyExc_IndexError, "Tensor: index %R is out of axis %d of size %lld", k, axis,
-                             (long long)size);
+                PyErr_Format(PyExc_IndexError, "Tensor: index %R is out of bounds for axis %d of size %lld",
+                             k, axis, (long long)size);
         } else if (k && PySlice_Check(k)) {
             Py_ssize_t start, stop, step;
             if (!PySlice_Unpack(k, &start, &stop, &step)) {
                 length = PySlice_AdjustIndices((Py_ssize_t)size, &start, &stop, step);
                 first = length ? start : 0;
-                if (step != 1)
-                    PyErr_SetString(PyExc_IndexError,
-                                    "Tensor: a slice with a step is not a view that ops take");
+                if (step != 1) PyErr_SetString(PyExc_IndexError, "Tensor: a slice should have no step");
             }
         } else if (k)
             PyErr_Format(PyExc_TypeError, "Tensor: an index should be an integer or a slice, got %R", k);
@@ -267,55 +268,7 @@ static PyObject *tensor_getitem(PyObject *object, PyObject *key) {
     return PyErr_Occurred() ? NULL : (PyObject *)new_view(object, &t, self->readonly);
 }
 
-static PyObject *tensor_numpy(PyObject *object, PyObject *unused) {
-    (void)unused;
-    static const int nums[] = { NPY_FLOAT32, -1, NPY_FLOAT16, NPY_FLOAT64, NPY_INT32, NPY_INT64, NPY_UINT8 };
-    TensorObject *self = (TensorObject *)object;
-    const Tensor *t = &self->t;
-    PyArray_Descr *descr = NULL;
-    if (t->device)
-        return PyErr_Format(PyExc_TypeError,
-                            "Tensor.numpy: the tensor is on %s, NumPy is on the CPU; use cpu().numpy()",
-                            device_name(t->device).text);
-    if (t->dtype == BF16) {
-        PyObject *module = PyImport_ImportModule("ml_dtypes");
-        PyObject *type = module ? PyObject_GetAttrString(module, "bfloat16") : NULL;
-        if (type) PyArray_DescrConverter(type, &descr);
-        else
-            PyErr_SetString(PyExc_TypeError,
-                            "Tensor.numpy: NumPy has no bfloat16 of its own; install ml_dtypes");
-        Py_XDECREF(module);
-        Py_XDECREF(type);
-    } else descr = PyArray_DescrFromType(nums[t->dtype]);
-    if (!descr) return NULL;
-    npy_intp shape[MAX_NDIM], strides[MAX_NDIM];
-    for (int i = 0; i < t->ndim; i++) {
-        shape[i] = t->shape[i];
-        strides[i] = t->stride[i] * dtype_size(t->dtype);
-    }
-    PyObject *array = PyArray_NewFromDescr(&PyArray_Type, descr, t->ndim, shape, strides, t->data,
-                                           self->readonly ? 0 : NPY_ARRAY_WRITEABLE, NULL);
-    if (array && PyArray_SetBaseObject((PyArrayObject *)array, Py_NewRef(object))) {
-        Py_DECREF(array);
-        return NULL;
-    }
-    return array;
-}
-
-/* np.asarray() comes here for bfloat16, which the buffer protocol cannot say; NumPy itself converts to
- * `dtype`. */
-static PyObject *tensor_array(PyObject *object, PyObject *args, PyObject *kwargs) {
-    static char *names[] = { "dtype", "copy", NULL };
-    PyObject *dtype = Py_None, *copy = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OO:__array__", names, &dtype, &copy)) return NULL;
-    PyObject *array = tensor_numpy(object, NULL);
-    if (!array || copy != Py_True) return array;
-    PyObject *copied = PyObject_CallMethod(array, "copy", NULL);
-    Py_DECREF(array);
-    return copied;
-}
-
-/* A Tensor's side; its work is on the thread's stream. -1 with an exception. */
+/* Fills `side`, whose work is on the thread's stream. 0, or -1 with an exception. */
 static int side_of(const TensorObject *self, const char *op, Side *side) {
     *side = (Side){ self->t, self->pinned, NULL };
     if (!self->t.device || !own_stream(self->t.device, &side->stream)) return 0;
@@ -323,8 +276,7 @@ static int side_of(const TensorObject *self, const char *op, Side *side) {
     return -1;
 }
 
-/* A new Tensor on `device` with what `self` has. */
-static TensorObject *copy_to(TensorObject *self, int device, const char *op) {
+TensorObject *copy_to(TensorObject *self, int device, const char *op) {
     Tensor t = self->t;
     Side out, x;
     void *stream;
@@ -353,7 +305,8 @@ static PyObject *tensor_fill(PyObject *object, PyObject *number) {
     if (self->readonly) return PyErr_Format(PyExc_ValueError, "Tensor.fill: the tensor is read-only");
     if (dtype >= I32 &&
         !(value >= lowest[dtype - I32] && value <= highest[dtype - I32] && value == (double)(int64_t)value))
-        return PyErr_Format(PyExc_ValueError, "Tensor.fill: %R is no %s", number, dtype_names[dtype]);
+        return PyErr_Format(PyExc_ValueError, "Tensor.fill: %R is not a valid %s", number,
+                            dtype_names[dtype]);
     switch (dtype) {
         case F64: memcpy(c.value, &value, 8); break;
         case I32: memcpy(c.value, &(int32_t){ (int32_t)value }, 4); break;
@@ -365,13 +318,13 @@ static PyObject *tensor_fill(PyObject *object, PyObject *number) {
     Side side;
     if (side_of(self, "Tensor.fill", &side)) return NULL;
     int status = 0;
-    enum { ROW = 1 << 18 }; /* if it is contiguous: many rows for many threads */
-    Py_BEGIN_ALLOW_THREADS if (c.out.device) {
+    enum { ROW = 1 << 18 }; /* contiguous memory is cut into rows, for the threads */
+    Py_BEGIN_ALLOW_THREADS
+    if (c.out.device) {
         int entered = cuda->enter(c.out.device - 1);
         status = entered < 0 ? -1 : cuda->fill(&c.out, c.value, side.stream);
         cuda->leave(entered);
-    }
-    else {
+    } else {
         if (is_contiguous(&c.out)) {
             int64_t n = elements_of(&c.out);
             c.out = (Tensor){ c.out.data, { n / ROW, ROW }, { ROW, 1 }, 2, dtype, 0 };
@@ -380,7 +333,8 @@ static PyObject *tensor_fill(PyObject *object, PyObject *number) {
         }
         copy_all(&c);
     }
-    Py_END_ALLOW_THREADS return status ? cuda_failed("Tensor.fill", c.out.device) : Py_NewRef(Py_None);
+    Py_END_ALLOW_THREADS
+    return status ? cuda_failed("Tensor.fill", c.out.device) : Py_NewRef(Py_None);
 }
 
 static PyObject *tensor_copy(PyObject *object, PyObject *source) {
@@ -453,199 +407,28 @@ static PyObject *tensor_repr(PyObject *object) {
     return text;
 }
 
-static int tensor_getbuffer(PyObject *object, Py_buffer *view, int flags) {
-    static const char *const formats[] = { "f", NULL, "e", "d", "i", "q", "B" };
-    TensorObject *self = (TensorObject *)object;
-    const Tensor *t = &self->t;
-    int asked = flags & ~PyBUF_STRIDES, strides = (flags & PyBUF_STRIDES) == PyBUF_STRIDES;
-    int rows = !strides || (asked & (PyBUF_C_CONTIGUOUS | PyBUF_ANY_CONTIGUOUS)),
-        columns = asked & PyBUF_F_CONTIGUOUS;
-    const char *why = NULL;
-    if (t->device)
-        why = "Tensor: the tensor is on a GPU, the buffer protocol is for the CPU's memory; use cpu()";
-    else if (!formats[t->dtype])
-        why = "Tensor: the buffer protocol has no bfloat16; use view(shape, 'uint8'), numpy() or DLPack";
-    else if ((flags & PyBUF_WRITABLE) && self->readonly) why = "Tensor: the tensor is read-only";
-    else if (((rows || columns) && !is_contiguous(t)) || (columns && t->ndim > 1))
-        why = "Tensor: the tensor is not contiguous in the order asked for";
-    view->obj = NULL;
-    if (why) return PyErr_SetString(PyExc_BufferError, why), -1;
-    for (int i = 0; i < t->ndim; i++) {
-        self->shape[i] = (Py_ssize_t)t->shape[i];
-        self->strides[i] = (Py_ssize_t)(t->stride[i] * dtype_size(t->dtype));
-    }
-    *view = (Py_buffer){ .buf = t->data,
-                         .obj = Py_NewRef(object),
-                         .len = (Py_ssize_t)(elements_of(t) * dtype_size(t->dtype)),
-                         .itemsize = (Py_ssize_t)dtype_size(t->dtype),
-                         .readonly = self->readonly,
-                         .ndim = t->ndim,
-                         .format = flags & PyBUF_FORMAT ? (char *)formats[t->dtype] : NULL,
-                         .shape = flags & PyBUF_ND ? self->shape : NULL,
-                         .strides = strides ? self->strides : NULL };
-    return 0;
-}
-
-/* ---- DLPack out ------------------------------------------------------------------------------ */
-
-/* One allocation holds whichever managed tensor was asked for, its shape and strides; the context is the
- * Tensor. */
-typedef struct {
-    union {
-        DLManagedTensorVersioned versioned;
-        DLManagedTensor old;
-    } managed;
-    int64_t shape[MAX_NDIM], strides[MAX_NDIM];
-    PyObject *owner;
-} Export;
-
-static void release_export(Export *e) {
-    if (!Py_IsInitialized()) return; /* after the interpreter there is nobody to tell */
-    PyGILState_STATE state = PyGILState_Ensure();
-    Py_DECREF(e->owner);
-    PyMem_Free(e);
-    PyGILState_Release(state);
-}
-static void delete_versioned(DLManagedTensorVersioned *m) { release_export(m->manager_ctx); }
-static void delete_old(DLManagedTensor *m) { release_export(m->manager_ctx); }
-
-static void drop_capsule(PyObject *capsule) { /* a capsule that nobody took */
-    if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
-        DLManagedTensorVersioned *m = PyCapsule_GetPointer(capsule, "dltensor_versioned");
-        m->deleter(m);
-    } else if (PyCapsule_IsValid(capsule, "dltensor")) {
-        DLManagedTensor *m = PyCapsule_GetPointer(capsule, "dltensor");
-        m->deleter(m);
-    }
-}
-
-/* A pair of ints, as max_version and dl_device are; 1, 0 for None, -1 with an exception. */
-static int read_pair(PyObject *pair, const char *name, int *first, int *second) {
-    if (pair == Py_None) return 0;
-    if (PyTuple_Check(pair) && PyArg_ParseTuple(pair, "ii", first, second)) return 1;
-    PyErr_Format(PyExc_TypeError, "Tensor.__dlpack__: %s should be two integers, got %R", name, pair);
-    return -1;
-}
-
-/* The consumer's stream, by the words of the array API, waits for the thread's; 0, or -1 with an exception.
- */
-static int join_stream(int device, PyObject *stream) {
-    static const char op[] = "Tensor.__dlpack__";
-    unsigned long long handle = 1; /* None: the legacy default stream */
-    void *own;
-    int of;
-    if (stream != Py_None) {
-        long long given = PyLong_AsLongLong(stream);
-        if (given == -1 && !PyErr_Occurred()) return 0; /* -1: the consumer sees to it */
-        if (given == -1 || given < -1 || given == 0)
-            return PyErr_Format(PyExc_BufferError,
-                                "%s: stream should be None, -1, 1 (legacy default), 2 (per thread) or a "
-                                "handle, got %R",
-                                op, stream),
-                   -1;
-        handle = (unsigned long long)given;
-    }
-    if (own_stream(device, &own)) return PyErr_Format(PyExc_ValueError, "%s: %s", op, last_error()), -1;
-    if (cuda->stream_device((void *)(uintptr_t)handle, &of)) return cuda_failed(op, device), -1;
-    if (of >= 0 && of != device - 1)
-        return PyErr_Format(PyExc_BufferError, "%s: stream is of cuda:%d, the tensor is on %s", op, of,
-                            device_name(device).text),
-               -1;
-    if (!own) own = (void *)1;
-    return order(device, (void *)(uintptr_t)handle, device, own) ? (cuda_failed(op, device), -1) : 0;
-}
-
-static PyObject *tensor_dlpack(PyObject *object, PyObject *args, PyObject *kwargs) {
-    static char *names[] = { "stream", "max_version", "dl_device", "copy", NULL };
-    PyObject *stream = Py_None, *max_version = Py_None, *device = Py_None, *copy = Py_None;
-    TensorObject *self = (TensorObject *)object;
-    int type = self->t.device ? kDLCUDA : kDLCPU, id = self->t.device ? self->t.device - 1 : 0, major = 0,
-        minor = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$OOOO:__dlpack__", names, &stream, &max_version, &device,
-                                     &copy) ||
-        read_pair(device, "dl_device", &type, &id) < 0 ||
-        read_pair(max_version, "max_version", &major, &minor) < 0)
-        return NULL;
-    int target = type == kDLCUDA ? id + 1 : 0, versioned = major >= 1,
-        copied = copy == Py_True || target != self->t.device;
-    if ((type != kDLCPU || id) && (type != kDLCUDA || usable(id)))
-        return PyErr_Format(PyExc_BufferError,
-                            "Tensor.__dlpack__: dl_device should be (1, 0) or (2, a CUDA device), got %R",
-                            device);
-    if (copied && copy == Py_False)
-        return PyErr_Format(PyExc_BufferError,
-                            "Tensor.__dlpack__: the tensor is on %s and cannot be had on %s without a copy",
-                            device_name(self->t.device).text, device_name(target).text);
-    if (!target && stream != Py_None)
-        return PyErr_Format(PyExc_BufferError, "Tensor.__dlpack__: stream should be None on the CPU, got %R",
-                            stream);
-    if (copied) self = copy_to(self, target, "Tensor.__dlpack__");
-    else Py_INCREF(object);
-    if (!self || (target && join_stream(target, stream))) {
-        Py_XDECREF((PyObject *)self);
-        return NULL;
-    }
-    Export *e = self->readonly && !versioned ? NULL : PyMem_Malloc(sizeof *e);
-    if (!e) {
-        if (versioned || !self->readonly) PyErr_NoMemory();
-        else
-            PyErr_SetString(PyExc_BufferError,
-                            "Tensor.__dlpack__: a read-only tensor needs max_version of at least (1, 0)");
-        Py_DECREF(self);
-        return NULL;
-    }
-    for (int i = 0; i < self->t.ndim; i++) {
-        e->shape[i] = self->t.shape[i];
-        e->strides[i] = self->t.stride[i];
-    }
-    e->owner = (PyObject *)self; /* the reference taken above */
-    DLTensor t = { self->t.data,
-                   { type, id },
-                   self->t.ndim,
-                   { dl_types[self->t.dtype].code, dl_types[self->t.dtype].bits, 1 },
-                   e->shape,
-                   e->strides,
-                   0 };
-    uint64_t flags = copied           ? DLPACK_FLAG_BITMASK_IS_COPIED
-                     : self->readonly ? DLPACK_FLAG_BITMASK_READ_ONLY
-                                      : 0;
-    if (versioned)
-        e->managed.versioned = (DLManagedTensorVersioned){ { 1, 0 }, e, delete_versioned, flags, t };
-    else e->managed.old = (DLManagedTensor){ t, e, delete_old };
-    PyObject *capsule =
-        PyCapsule_New(&e->managed, versioned ? "dltensor_versioned" : "dltensor", drop_capsule);
-    if (!capsule) release_export(e);
-    return capsule;
-}
-
-static PyObject *tensor_dlpack_device(PyObject *object, PyObject *unused) {
-    (void)unused;
-    int device = ((TensorObject *)object)->t.device;
-    return Py_BuildValue("(ii)", device ? kDLCUDA : kDLCPU, device ? device - 1 : 0);
-}
-
 static PyMethodDef tensor_methods[] = {
     { "wrap", (PyCFunction)(void (*)(void))tensor_wrap, METH_VARARGS | METH_KEYWORDS | METH_CLASS,
       "wrap(buffer, shape, dtype, offset=0)\n--\n\n"
-      "The bytes of any buffer from offset on, without a copy; read-only if the buffer is." },
+      "A Tensor on the bytes of any buffer, from `offset` on, without a copy; read-only if the buffer is." },
     { "view", (PyCFunction)(void (*)(void))tensor_view, METH_VARARGS | METH_KEYWORDS,
-      "view($self, shape, dtype=None, offset=0)\n--\n\nThe same memory from `offset` bytes on, in another "
+      "view($self, shape, dtype=None, offset=0)\n--\n\nThe same memory, from `offset` bytes on, with another "
       "shape and dtype." },
     { "reshape", tensor_reshape, METH_O,
-      "reshape($self, shape, /)\n--\n\nThe same elements in another shape; never a copy." },
+      "reshape($self, shape, /)\n--\n\nThe same elements with another shape; never a copy." },
     { "numpy", tensor_numpy, METH_NOARGS,
       "numpy($self, /)\n--\n\nAn ndarray on the same memory. bfloat16 needs ml_dtypes." },
     { "__array__", (PyCFunction)(void (*)(void))tensor_array, METH_VARARGS | METH_KEYWORDS,
       "__array__($self, dtype=None, copy=None)\n--\n\n" },
     { "cpu", tensor_cpu, METH_NOARGS,
-      "cpu($self, /)\n--\n\nA copy in the CPU's memory, which it waits for; the tensor itself if it is "
-      "there." },
+      "cpu($self, /)\n--\n\nA copy in the CPU's memory, after waiting for it; the tensor itself if it is on "
+      "the CPU." },
     { "fill", tensor_fill, METH_O, "fill($self, value, /)\n--\n\nSets every element." },
     { "copy_", tensor_copy, METH_O,
       "copy_($self, source, /)\n--\n\nCopies an array of the same shape, on any device; float dtypes are "
       "converted.\n"
-      "Between the CPU and a GPU it waits for the copy, unless the CPU's side is a pinned Tensor; other "
-      "copies are queued." },
+      "Waits for copies between a GPU and memory of the CPU that is not pinned; queues other copies on a "
+      "GPU." },
     { "__dlpack__", (PyCFunction)(void (*)(void))tensor_dlpack, METH_VARARGS | METH_KEYWORDS,
       "__dlpack__($self, *, stream=None, max_version=None, dl_device=None, copy=None)\n--\n\n" },
     { "__dlpack_device__", tensor_dlpack_device, METH_NOARGS, "__dlpack_device__($self, /)\n--\n\n" },
@@ -655,17 +438,18 @@ static PyGetSetDef tensor_getset[] = { { "shape", get_shape, NULL, "Sizes of the
                                        { "dtype", get_dtype, NULL, "The dtype's name.", NULL },
                                        { "device", get_device, NULL, "\"cpu\" or \"cuda:N\".", NULL },
                                        { "pinned", get_pinned, NULL,
-                                         "Whether GPUs copy from and to it in the background.", NULL },
+                                         "Whether GPUs can copy from and to it in the background.", NULL },
                                        { "ndim", get_ndim, NULL, "Number of axes.", NULL },
                                        { "nbytes", get_nbytes, NULL, "Bytes of the elements.", NULL },
                                        { NULL, NULL, NULL, NULL, NULL } };
 static PyType_Slot tensor_slots[] = {
     { Py_tp_doc,
       "Tensor(shape, dtype=\"float32\", device=\"cpu\", *, pinned=False)\n--\n\n"
-      "Zeros with a shape: allocate, view, copy, export; not an array library.\n"
-      "dtype float32, bfloat16, float16, float64, int32, int64 or uint8; at most 4 axes.\n"
-      "device cpu, cuda or cuda:N; pinned: memory of the CPU that GPUs copy from and to in the background.\n"
-      "Speaks DLPack and the buffer protocol, both ways." },
+      "Zeros with a shape, to allocate, view, copy and export; not an array library.\n"
+      "dtype is float32, bfloat16, float16, float64, int32, int64 or uint8; there are at most 4 axes.\n"
+      "device is cpu, cuda or cuda:N. pinned asks for CPU memory that GPUs can copy from and to in the "
+      "background.\n"
+      "Imports and exports DLPack and the buffer protocol." },
     { Py_tp_new, tensor_new },
     { Py_tp_dealloc, tensor_dealloc },
     { Py_tp_methods, tensor_methods },

@@ -48,7 +48,8 @@ def _opened(path: str) -> BinaryIO:
 
 def _blocks(path: str) -> Iterator[str]:
     """Yield the text of a .txt in pieces of about BLOCK bytes, cut after a line break or before a space."""
-    left, offset, some = b"", 0, False
+    left: bytes | None = b""
+    offset, some = 0, False
     with _opened(path) as file:
         while left is not None:
             data = file.read(BLOCK)

@@ -27,7 +27,8 @@ def encode_documents(
     document tokenised at once. Blocks are tokenised in parallel on all cores, also across documents.
     """
     front, back = _affixes(tokenizer)
-    nothing, waiting, size = front[:0], [], 0
+    nothing, size = front[:0], 0
+    waiting: list[tuple[str, bool, bool]] = []
 
     def encoded():
         done = tokenizer.backend.encode_batch_fast([part for part, _, _ in waiting], add_special_tokens=False)

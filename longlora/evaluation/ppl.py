@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -110,13 +111,13 @@ def measure(
         tokens, total = sum(tokens for tokens, _ in scores), sum(loss for _, loss in scores)
         if not tokens:
             raise UserError("the data should hold at least two tokens")
-        result = {
+        result: dict[str, Any] = {
             "length": length,
             "tokens": tokens,
             "loss": total / tokens,
             "perplexity": perplexity(total / tokens),
         }
-        if positions is not None:
+        if positions is not None and bins is not None:
             result["by_position"] = _binned(positions, length, min(bins, length))
         results.append(result)
     return results
@@ -164,6 +165,8 @@ def open_for_evaluation(
         lora, tensors, raw = adapters.load(adapter, base)
         config = read_config(raw) if raw is not None else config
     if rope_type is not None:
+        if target_length is None:
+            raise UserError("rope_type needs target_length")
         extended, _ = rope.extend(config, rope_type, target_length)
         config = read_config(rope.to_config(config.raw, extended, target_length))
     made = Model(config, dtype=dtype, lora=lora, device=device).load(base)
@@ -199,13 +202,14 @@ def run(
     UserError names an argument that is out of range and files that cannot be read.
     """
     lengths = [lengths] if isinstance(lengths, int) else list(lengths)
-    for name, values, low in (
+    given: tuple[tuple[str, Sequence, int], ...] = (
         ("lengths", lengths or [None], 2),
         ("stride", [stride], 1),
         ("target_length", [target_length], 1),
         ("max_tokens", [max_tokens], 2),
         ("bins", [bins], 1),
-    ):
+    )
+    for name, values, low in given:
         for value in values:
             if (value is not None or name == "lengths") and (type(value) is not int or value < low):
                 raise UserError(f"{name} should be an integer of at least {low}, got {value!r}")

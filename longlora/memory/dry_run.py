@@ -41,7 +41,7 @@ class Recorder:
         return lambda *args: self._note(op, args)
 
     def _note(self, op: str, args: tuple[Any, ...]) -> None:
-        blocks = _scratch(op, args) if self._device == CPU else (_C.workspace(op, *args),)
+        blocks = _C.scratch(op, *args) if self._device == CPU else (_C.workspace(op, *args),)
         ranked = itertools.zip_longest(self._blocks, sorted(blocks, reverse=True), fillvalue=0)
         self._blocks = [max(pair) for pair in ranked]
 
@@ -49,24 +49,3 @@ class Recorder:
     def bytes(self) -> int:
         """What the ops hold at most."""
         return sum(self._blocks)
-
-
-def _scratch(op, args):
-    """The blocks of a call on the CPU, in bytes."""
-    outputs, _, rest = _C.specs[op].partition("<-")
-    names = [word.partition("[")[0] for word in (outputs + rest.partition("|")[0]).split()]
-    given = dict(zip(names, args))
-    of_b, of_a = _C.matmul_scratch()
-    if op in ("lora_linear_forward", "lora_linear_backward"):
-        out = given["out" if op == "lora_linear_forward" else "dx"]
-        sums = 4 * out.shape[0] * out.shape[1] if out is not None and out.dtype != "float32" else 0
-        return (of_b + (of_a // 4 if given.get("dweight") is None else of_a) + min(8 << 20, sums),)
-    if op == "linear_cross_entropy_backward":
-        x, weight, learns = given["x"], given["weight"], given["dweight"] is not None
-        head = _C.head_scratch(*x.shape, weight.shape[0], x.dtype != "float32", learns)
-        return head, of_b + of_a
-    if op == "s2_attention_backward":
-        (B, T, H, D), K, narrow = given["q"].shape, given["k"].shape[2], given["q"].dtype != "float32"
-        thread, sums = _C.attention_scratch(B, T, H, K, D, narrow)
-        return _C.get_num_threads() * thread, sums
-    return ()

@@ -1,7 +1,9 @@
-"""The kernels for PyTorch, and S2-Attn for transformers: importing this registers attn_implementation="longlora_s2".
+"""The kernels for PyTorch, and S²-Attn for transformers: an import registers
+attn_implementation="longlora_s2".
 
-ops: functions with autograd. configure, extend, load: S2-Attn and LoRA on a model of transformers. swap, unswap: its layers by
-our kernels. torch is needed for the first, transformers and peft for the others, which are imported when they are installed.
+ops: functions with autograd, which need torch alone. configure: S²-Attn in a transformers model. swap and
+unswap: its layers by our kernels; these three need transformers. extend and load: a longer context and LoRA;
+these need peft too. Names whose libraries are not installed are missing.
 """
 
 import importlib.util

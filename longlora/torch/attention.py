@@ -1,12 +1,16 @@
-"""attn_implementation="longlora_s2" of transformers: S2-Attn while the model trains, dense causal attention otherwise.
+"""attn_implementation="longlora_s2" of transformers: S²-Attn in training, else dense causal attention.
 
-Two functions stand in transformers' public registries. `mask` turns padding and packing into borders of documents, cu_seqlens,
-[B,S] int32, once for a forward pass; `attention` is called by every layer, and sees also the position_ids and cu_seq_lens_q that
-transformers leaves out of its masks. Masks that no borders can say stay 4-D and are refused while training. With a key/value
+Two functions stand in transformers' public registries. `mask` is called once for a forward pass. It turns
+padding and packing into document boundaries, cu_seqlens [B,S] int32. `attention` is called by every layer. It
+also looks at position_ids and cu_seq_lens_q, because transformers leaves some document boundaries out of its
+masks. Masks that document boundaries cannot express stay 4-D and are refused while training. With a key/value
 cache, transformers' own SDPA attends.
 """
 
+from typing import Any, TypeVar
+
 import torch
+from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
@@ -15,7 +19,7 @@ from longlora import ops as raw
 from longlora.torch import ops
 
 NAME = "longlora_s2"
-# What other models hand to their attention and this one does not do; None and False ask for nothing.
+# What other models ask of their attention and this one does not compute; None and False ask for nothing.
 REFUSED = {
     "s_aux": "attention sinks",
     "softcap": "soft-capped scores",
@@ -24,14 +28,18 @@ REFUSED = {
     "output_attentions": "returned attention weights",
     "cache": "a paged cache",
 }
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
-def configure(model, group_size=None, boundary="split", shift="half"):
-    """Train `model`, one of transformers or a PeftModel around it, with S2-Attn -> model. LongLoRA section 3.2.
+def configure(
+    model: Model, group_size: int | None = None, boundary: str = "split", shift: str = "half"
+) -> Model:
+    """Let `model`, a transformers model or a PeftModel around one, train with S²-Attn -> model.
 
-    group_size in tokens, None for a quarter of each sequence; boundary "split", "wrap" or "swap", shift "half", "none" or "all"
-    as in longlora.ops.s2_attention_forward. Kept in the model's config, and so in what save_pretrained writes. ValueError
-    names what is out of range.
+    group_size: tokens of a group; None for a quarter of each sequence. boundary: "split", "wrap" or "swap".
+    shift: "half", "none" or "all" of the heads. They are as in longlora.ops.s2_attention_forward, and are
+    kept in the model's config, so save_pretrained writes them. ValueError for a setting out of range, or a
+    model whose attention cannot be chosen. LongLoRA (arXiv 2309.12307) section 3.2.
     """
     if group_size is not None and (
         isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1
@@ -46,12 +54,10 @@ def configure(model, group_size=None, boundary="split", shift="half"):
         if hasattr(m, "config") and hasattr(m.config, "to_dict")
     }
     for config in configs.values():
-        config.longlora_group_size, config.longlora_boundary, config.longlora_shift = (
-            group_size,
-            boundary,
-            shift,
-        )
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config.longlora_group_size = group_size
+        config.longlora_boundary = boundary
+        config.longlora_shift = shift
+    inner = base_of(model)
     if hasattr(inner, "set_attn_implementation"):
         inner.set_attn_implementation(NAME)
     else:  # transformers before 4.54
@@ -59,25 +65,33 @@ def configure(model, group_size=None, boundary="split", shift="half"):
             config._attn_implementation = NAME
     if inner.config._attn_implementation != NAME:
         raise ValueError(
-            f"configure: {type(inner).__name__} does not let its attention be chosen (no AttentionInterface)"
+            f"configure: {type(inner).__name__} has no AttentionInterface, so its attention cannot be set"
         )
     return model
 
 
-def group_size_of(config, T):
-    """Tokens of a group for sequences of T: as configured, or a quarter, even."""
+def base_of(model: torch.nn.Module) -> Any:
+    """The transformers model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def group_size_of(config: Any, T: int) -> int:
+    """The tokens of a group for sequences of T tokens: as configured, or a quarter."""
     return getattr(config, "longlora_group_size", None) or raw.quarter_group(T)
 
 
-def _rows(function, b, q, k):
-    """A mask function of transformers at the pairs (q, k) of every sequence -> bool [B,T]."""
+# ---- document boundaries: cu_seqlens [B,S] int32, where short rows repeat T at their end
+
+
+def _at_pairs(function, b, q, k):
+    """What a mask function of transformers gives at the pairs (q, k) of every sequence -> bool [B,T]."""
     return function(b, torch.zeros((), dtype=torch.long, device=b.device), q, k).expand(
         b.shape[0], q.shape[1]
     )
 
 
-def _borders(starts):
-    """starts [B,T] bool, true where a document begins -> cu_seqlens [B,S] int32; shorter rows repeat T."""
+def _boundaries(starts):
+    """starts [B,T] bool, true where a document begins -> cu_seqlens."""
     B, T = starts.shape
     at = torch.where(starts, torch.arange(T, device=starts.device), T).sort(1).values
     if not torch.compiler.is_compiling():
@@ -86,12 +100,12 @@ def _borders(starts):
 
 
 def _documents(function, padding, B, T, device):
-    """Borders that say the same as mask `function` and `padding` [B,T] bool or None; None when there are no such borders.
+    """The cu_seqlens that equal mask `function` with `padding` [B,T] bool or None, None where none do.
 
-    A document's tokens see all of its own up to themselves and nothing else; what is padded is a document that nobody reads.
+    A token sees its own document up to itself, and nothing else. Padding is a document that no token reads.
     """
     b, t = torch.arange(B, device=device)[:, None], torch.arange(T, device=device)[None]
-    apart = ~_rows(function, b, t, (t - 1).clamp(min=0))
+    apart = ~_at_pairs(function, b, t, (t - 1).clamp(min=0))
     apart[:, :1] = True
     starts = apart
     if padding is not None:
@@ -99,68 +113,32 @@ def _documents(function, padding, B, T, device):
         change[:, 1:] = padding[:, 1:] != padding[:, :-1]
         starts = apart | change
     if torch.compiler.is_compiling():
-        return _borders(starts)
+        return _boundaries(starts)
+    # Three pairs of each token stand for the whole mask [T,T]: with the first token of its document, the next
+    # token, and the last token of the document before.
     first = torch.where(starts, t, 0).cummax(1).values
     exact = (
-        _rows(function, b, t, first).all()
-        and not (_rows(function, b, t, (t + 1).clamp(max=T - 1)) & (t < T - 1)).any()
+        _at_pairs(function, b, t, first).all()
+        and not (_at_pairs(function, b, t, (t + 1).clamp(max=T - 1)) & (t < T - 1)).any()
     )
-    exact = (
-        exact
-        and not (_rows(function, b, t, (first - 1).clamp(min=0)) & apart.gather(1, first) & (first > 0)).any()
-    )
-    if padding is not None:  # tokens after a gap would see those before it
+    before = _at_pairs(function, b, t, (first - 1).clamp(min=0)) & apart.gather(1, first) & (first > 0)
+    exact = exact and not before.any()
+    if padding is not None:  # tokens after a gap of padding would see those before it
         exact = exact and bool(((change & padding).sum(1) + padding[:, 0] <= 1).all())
-    return _borders(starts) if exact else None
-
-
-def mask(
-    batch_size,
-    kv_length,
-    q_length=None,
-    q_offset=0,
-    kv_offset=0,
-    mask_function=causal_mask_function,
-    attention_mask=None,
-    cache_position=None,
-    device=None,
-    **how,
-):
-    """AttentionMaskInterface's function -> None for plain causal, cu_seqlens [B,S] int32, or a 4-D mask as SDPA takes it."""
-    if cache_position is not None:  # transformers 4
-        where, length = {"cache_position": cache_position}, cache_position.shape[0]
-        device = cache_position.device
-    else:
-        where, length = {"q_length": q_length, "q_offset": q_offset, "device": device}, q_length
-    square = length == kv_length and isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0
-    if square and mask_function is causal_mask_function and attention_mask is None:
-        return None
-    window = how.get("local_size") is not None and kv_length > how["local_size"]
-    if square and not (torch.compiler.is_compiling() and (window or how.get("use_vmap"))):
-        padding = None if attention_mask is None else attention_mask[:, :length].bool()
-        found = _documents(mask_function, padding, batch_size, length, torch.device(device or "cpu"))
-        if found is not None:
-            found.longlora_seen = padding
-            return None if found.shape[1] == 2 else found
-    return sdpa_mask(
-        batch_size=batch_size,
-        kv_length=kv_length,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        **where,
-        **how,
-    )
+    return _boundaries(starts) if exact else None
 
 
 def _version(x):
-    """Changes when x is written to."""
+    """A number that changes when x is written to."""
     return 0 if x.is_inference() else x._version
 
 
 def _from_4d(given, T):
-    """cu_seqlens that say what a 4-D mask [B,1,T,T] says, None if it is plain causal; ValueError if nothing does."""
-    kept, version = getattr(given, "longlora_borders", None), _version(given)
+    """The cu_seqlens that equal a 4-D mask [B,1,T,T], None for a plain causal one; ValueError where none do.
+
+    The answer is kept on the mask, because every layer asks.
+    """
+    kept, version = getattr(given, "longlora_boundaries", None), _version(given)
     if kept is None or kept[0] != version:
         seen = given if given.dtype == torch.bool else given == 0
         if given.shape[1] != 1 or given.shape[-2:] != (T, T):
@@ -174,42 +152,127 @@ def _from_4d(given, T):
         causal = torch.ones(T, T, dtype=torch.bool, device=seen.device).tril()
         if not torch.equal(seen, (number[:, :, None] == number[:, None]) & causal):
             raise ValueError(
-                "longlora_s2: this 4-D attention mask is not causal attention within documents; S2-Attn cannot "
-                "train with it (switch to another attn_implementation, or give a 2-D mask or position_ids)"
+                "longlora_s2: this 4-D attention mask is not causal attention within documents, and S2-Attn "
+                "cannot train with it; give a 2-D mask or position_ids, or use another attn_implementation"
             )
-        found = _borders(starts)
-        kept = given.longlora_borders = version, None if found.shape[1] == 2 else found
+        found = _boundaries(starts)
+        kept = given.longlora_boundaries = version, None if found.shape[1] == 2 else found
     return kept[1]
 
 
-def _with_restarts(borders, position_ids, B, T):
-    """borders, or None, and those where position_ids [B,T] start again: transformers' masks have these only without a padding mask.
+def _with_restarts(cu_seqlens, position_ids, B, T):
+    """cu_seqlens, or None, and the boundaries where position_ids [B,T] start again.
 
-    Positions of padding say nothing. The answer is kept on position_ids: every layer asks.
+    The masks of transformers have those only where there is no padding mask. Positions of padding do not
+    count. The answer is kept on position_ids, because every layer asks.
     """
-    kept, version = getattr(position_ids, "longlora_borders", None), _version(position_ids)
-    if kept is None or kept[0] is not borders or kept[1] != version:
-        p, starts = (
-            position_ids.expand(B, T),
-            torch.zeros(B, T + 1, dtype=torch.bool, device=position_ids.device),
-        )
+    kept, version = getattr(position_ids, "longlora_boundaries", None), _version(position_ids)
+    if kept is None or kept[0] is not cu_seqlens or kept[1] != version:
+        p = position_ids.expand(B, T)
+        starts = torch.zeros(B, T + 1, dtype=torch.bool, device=position_ids.device)
         starts[:, 0] = True
-        if borders is not None:
-            starts.scatter_(1, borders.long(), True)
+        if cu_seqlens is not None:
+            starts.scatter_(1, cu_seqlens.long(), True)
         starts, restarts = starts[:, :T], p[:, 1:] <= p[:, :-1]
-        seen = getattr(borders, "longlora_seen", None)
+        seen = getattr(cu_seqlens, "longlora_seen", None)
         if seen is not None:
             restarts = restarts & seen[:, 1:] & seen[:, :-1]
         restarts = torch.nn.functional.pad(restarts, (1, 0))
-        found = _borders(starts | restarts) if (restarts & ~starts).any() else borders
-        kept = position_ids.longlora_borders = borders, version, found
+        found = _boundaries(starts | restarts) if (restarts & ~starts).any() else cu_seqlens
+        kept = position_ids.longlora_boundaries = cu_seqlens, version, found
     return kept[2]
 
 
-def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **how):
-    """AttentionInterface's function. query [B,H,T,D], key and value [B,K,S,D] -> out [B,T,H,D], None.
+def _cu_seqlens(attention_mask, how, B, T):
+    """The document boundaries of an attention call, from its mask and its keywords; None for one document."""
+    if attention_mask is not None and attention_mask.ndim != 2:
+        return _from_4d(attention_mask, T)
+    found, position_ids = attention_mask, how.get("position_ids")
+    if position_ids is not None and position_ids.ndim == 2 and not torch.compiler.is_compiling():
+        found = _with_restarts(found, position_ids, B, T)
+    if found is None and how.get("cu_seq_lens_q") is not None:
+        found = how["cu_seq_lens_q"].to(torch.int32)
+    return found
 
-    ValueError names what asks for something that is not computed; nothing is passed over.
+
+# ---- the two functions of transformers' registries
+
+
+def mask(
+    batch_size: int,
+    kv_length: int,
+    q_length: int | None = None,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    cache_position: Tensor | None = None,
+    device: torch.device | str | None = None,
+    **how: Any,
+) -> Tensor | None:
+    """Make the mask of a forward pass, as AttentionMaskInterface wants it.
+
+    -> None for plain causal attention, cu_seqlens [B,S] int32 for documents, else the 4-D mask that SDPA
+    takes. cache_position is what transformers 4 passes in place of q_length, q_offset and device.
+    """
+    where: dict[str, Any] = {"q_length": q_length, "q_offset": q_offset, "device": device}
+    length = q_length
+    if cache_position is not None:
+        where, length = {"cache_position": cache_position}, cache_position.shape[0]
+        device = cache_position.device
+    square = length == kv_length and isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0
+    if square and mask_function is causal_mask_function and attention_mask is None:
+        return None
+    window = how.get("local_size") is not None and kv_length > how["local_size"]
+    if square and not (torch.compiler.is_compiling() and (window or how.get("use_vmap"))):
+        padding = None if attention_mask is None else attention_mask[:, :length].bool()
+        found = _documents(mask_function, padding, batch_size, length, torch.device(device or "cpu"))
+        if found is not None:
+            found.longlora_seen = padding  # for _with_restarts
+            return None if found.shape[1] == 2 else found
+    return sdpa_mask(
+        batch_size=batch_size,
+        kv_length=kv_length,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **where,
+        **how,
+    )
+
+
+def _refuse_training(T, S, dropout, window):
+    """ValueError for what S²-Attn does not train with."""
+    if window is not None and T > window:
+        raise ValueError(
+            f"longlora_s2: a sliding window of {window} tokens is active at {T}; S2-Attn cannot train with it"
+        )
+    if dropout:
+        raise ValueError(
+            f"longlora_s2: dropout of attention weights is not supported, got {dropout} "
+            "(config.attention_dropout)"
+        )
+    if T != S:
+        raise ValueError(
+            f"longlora_s2: in training there should be a key for each query, got {T} queries and {S} keys"
+        )
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **how: Any,
+) -> tuple[Tensor, None]:
+    """Attend for one layer, as AttentionInterface wants it -> out [B,T,H,D], None.
+
+    query [B,H,T,D], key and value [B,K,S,D], attention_mask as `mask` makes it. ValueError for anything
+    that is asked for and not computed.
     """
     for name, what in REFUSED.items():
         if how.get(name) is not None and how[name] is not False:
@@ -219,8 +282,8 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
             f"longlora_s2: {type(module).__name__} is not causal; only causal attention is supported"
         )
     T, S, config = query.shape[2], key.shape[2], module.config
-    borders = attention_mask is not None and attention_mask.ndim == 2
-    if not module.training and (T != S or attention_mask is not None and not borders):
+    documents = attention_mask is None or attention_mask.ndim == 2
+    if not module.training and (T != S or not documents):
         return sdpa_attention_forward(
             module,
             query,
@@ -232,49 +295,18 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
             is_causal=is_causal,
             **how,
         )
-    parallel = getattr(module, "_longlora_cp", None)  # context_parallel.enable's, which refuses by itself
-    positions, cu_seqlens = how.get("position_ids"), attention_mask
-    if (
-        positions is not None
-        and positions.ndim == 2
-        and (cu_seqlens is None or borders)
-        and not torch.compiler.is_compiling()
-    ):
-        cu_seqlens = _with_restarts(cu_seqlens, positions, query.shape[0], T)
-    if cu_seqlens is None and how.get("cu_seq_lens_q") is not None:
-        cu_seqlens = how["cu_seq_lens_q"].to(torch.int32)
     group_size, boundary, shift = max(T, 1), "split", "none"
     if module.training:
-        window = how.get("sliding_window")
-        if window is not None and T > window:
-            raise ValueError(
-                f"longlora_s2: a sliding window of {window} tokens is active at {T}; S2-Attn does not train with one"
-            )
-        if dropout:
-            raise ValueError(
-                f"longlora_s2: dropout of attention weights is not supported, got {dropout} (config.attention_dropout)"
-            )
-        if T != S:
-            raise ValueError(
-                f"longlora_s2: in training there should be a key for each query, got {T} queries and {S} keys"
-            )
-        if not borders and attention_mask is not None:
-            cu_seqlens = _from_4d(attention_mask, T)
+        _refuse_training(T, S, dropout, how.get("sliding_window"))
         group_size, boundary = group_size_of(config, T), getattr(config, "longlora_boundary", "split")
         shift = getattr(config, "longlora_shift", "half")
+    cu_seqlens = _cu_seqlens(attention_mask, how, query.shape[0], T)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    parallel = getattr(module, "_longlora_cp", None)  # set by context_parallel.enable
     if parallel is not None:
-        return parallel(
-            module,
-            q,
-            k,
-            v,
-            cu_seqlens=cu_seqlens,
-            boundary=boundary,
-            shift=shift,
-            scale=scaling,
-            window=how.get("sliding_window"),
-        ), None
+        window = how.get("sliding_window")
+        settings = dict(boundary=boundary, shift=shift, scale=scaling, window=window)
+        return parallel(module, q, k, v, cu_seqlens=cu_seqlens, **settings), None
     return ops.s2_attention(
         q, k, v, group_size=group_size, boundary=boundary, shift=shift, cu_seqlens=cu_seqlens, scale=scaling
     ), None

@@ -1,12 +1,16 @@
-"""`python -m longlora.torch.authors DIR OUT`: what the authors' own scripts left of a LoRA+ run becomes an adapter of ours.
+"""`python -m longlora.torch.authors DIR OUT`: import what the LongLoRA authors' scripts wrote as a PEFT
+adapter.
 
-Their get_trainable_weights.py writes embedding and norms beside the adapter, as trainable_params.bin: a state dict by
-torch.save, its names cut by the 17 characters of "base_model.model.". PEFT does not read it, and neither file says how far the
-context was extended. OUT is one PEFT adapter, modules_to_save and all, with a config.json that has the rope.
+Their get_trainable_weights.py writes embedding and norms beside the adapter, to trainable_params.bin: a
+state dict by torch.save, with names that lack their first 17 characters, "base_model.model.". PEFT does not
+read it, and neither file says how far the context was extended. OUT is one PEFT adapter with
+modules_to_save, and a config.json that has the rope.
 """
 
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,39 +28,50 @@ from longlora.files.safetensors import SafetensorsFile
 PARAMETERS, WEIGHTS = "trainable_params.bin", ("adapter_model.bin", "adapter_model.safetensors")
 
 
-def import_adapter(directory, output_dir, base, target_length, cut_embedding=False):
-    """Write the authors' adapter in `directory`, trained on the model at path `base`, to output_dir -> list of what was done.
+def import_adapter(
+    directory: str | Path,
+    output_dir: str | Path,
+    base: str | Path,
+    target_length: int,
+    cut_embedding: bool = False,
+) -> list[str]:
+    """Import the adapter that the authors' scripts wrote -> a list of lines that say what was done.
 
-    target_length: what they trained to (their --model_max_length). cut_embedding: leave out rows of the embedding that the base
-    does not have; fine-tune.py adds a [PAD] token and so a row to it. UserError names files and tensors that are missing, left
-    over, of another shape or not finite, before anything is written.
+    directory: their files; output_dir: a new directory for the adapter; base: the model they trained.
+    target_length: the tokens they trained to (their --model_max_length). cut_embedding: leave out rows of
+    the embedding that the base does not have (fine-tune.py adds a [PAD] token and its row). UserError,
+    before anything is written, names files and tensors that are missing, unknown, of another shape or not
+    finite.
     """
     model = open_model(base)
     if model.config.rope.type != "default":
         raise UserError(
-            f"{model.path}: was extended before (rope {model.config.rope.type}); the authors' script forgets "
-            "that, so what the adapter was trained for cannot be told"
+            f"{model.path}: was extended before (rope {model.config.rope.type}); the authors' script ignores "
+            "that, so the positions that the adapter was trained for are unknown"
         )
     extended, sentence = rope.extend(model.config, "linear", target_length)
     raw = rope.to_config(model.config.raw, extended, target_length)
     described = adapter.read_lora(directory)
     if described.modules_to_save:
         raise UserError(
-            f"{directory}: has {', '.join(described.modules_to_save)} in the adapter itself; PEFT reads it as it is"
+            f"{directory}: has {', '.join(described.modules_to_save)} in the adapter itself; PEFT reads it "
+            "without an import"
         )
     whole_path, lora_path = os.path.join(directory, PARAMETERS), _weights(directory)
     if not os.path.exists(whole_path):
         raise UserError(
-            f"{directory}: has no {PARAMETERS}: embedding and norms are in pytorch_model.bin, from which the "
-            "authors' get_trainable_weights.py takes them, or were never saved"
+            f"{directory}: has no {PARAMETERS}; the authors' get_trainable_weights.py makes it from "
+            "pytorch_model.bin"
         )
     parts, whole = _read(lora_path), _read(whole_path)
     foreign = [name for name in parts if not name.startswith(adapter.PREFIX) or ".lora_" not in name]
     if foreign:
-        raise UserError(f"{lora_path}: {len(foreign)} tensors are not of a PEFT LoRA: {some(foreign)}")
+        raise UserError(f"{lora_path}: {len(foreign)} tensors do not belong to a PEFT LoRA: {some(foreign)}")
     foreign = [name for name in whole if ".lora_" in name or name.startswith(adapter.PREFIX)]
     if foreign:
-        raise UserError(f"{whole_path}: {len(foreign)} tensors are not of the base model: {some(foreign)}")
+        raise UserError(
+            f"{whole_path}: {len(foreign)} tensors do not belong to the base model: {some(foreign)}"
+        )
     lines = [sentence, *_cut(whole, model, whole_path, cut_embedding)]
     config = read_config(raw)
     modules = _modules(whole)
@@ -92,14 +107,14 @@ def _weights(directory):
 
 
 def _read(path):
-    """-> dict of name -> float32 ndarray. Nothing is unpickled but tensors."""
+    """Read a file of tensors -> dict of name -> float32 ndarray. Only tensors are unpickled."""
     if path.endswith(".safetensors"):
         file = SafetensorsFile(path)
         arrays = {name: to_float32(file.array(name), file.entries[name][0]) for name in file.entries}
     else:
         try:
             found = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # unpickling garbage raises whatever it meets
+        except Exception as error:  # unpickling garbage can raise anything
             raise UserError(
                 f"{path}: torch cannot load it as weights only: {type(error).__name__}: {error}"
             ) from None
@@ -122,7 +137,7 @@ def _read(path):
 
 
 def _cut(whole, model, path, allowed):
-    """Cuts rows that the base's embedding does not have, in place -> what was done, in lines."""
+    """Cut the embedding to the rows that the base has, in place -> lines that say what was done."""
     name = "model.embed_tokens.weight"
     rows, found = model.config.vocab_size, whole.get(name)
     if (
@@ -135,15 +150,16 @@ def _cut(whole, model, path, allowed):
     extra = found.shape[0] - rows
     if not allowed:
         raise UserError(
-            f"{path}: {name} has {found.shape[0]} rows, the base {rows}: the authors' scripts add a [PAD] token; "
-            "--cut-embedding leaves such rows out"
+            f"{path}: {name} has {found.shape[0]} rows, the base {rows}: the authors' scripts add a [PAD] "
+            "token; --cut-embedding leaves its row out"
         )
     whole[name] = found[:rows]
     return [f"left out: the last {extra} rows of {name}, which the base does not have"]
 
 
 def _modules(whole):
-    """What modules_to_save says these tensors are. The authors match "norm" anywhere in a name, so it is all norms or none."""
+    """The modules_to_save of these tensors. The authors match "norm" in a name: all norms are there or
+    none."""
     last = {name.removesuffix(".weight").rpartition(".")[2] for name in whole}
     norms = any(module.endswith("norm") for module in last)
     default = [
@@ -154,10 +170,11 @@ def _modules(whole):
     return (*default, *sorted(module for module in last if not module.endswith(("norm", *default))))
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line -> exit status."""
     parser = cli.Parser(
         prog="python -m longlora.torch.authors",
-        description=import_adapter.__doc__.splitlines()[0],
+        description="Import the adapter that the LongLoRA authors' scripts wrote.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -171,7 +188,7 @@ def main(argv=None):
         "--target-length",
         required=True,
         type=int,
-        help="tokens that they trained to (their model_max_length)",
+        help="the tokens that they trained to (their model_max_length)",
     )
     parser.add_argument(
         "--cut-embedding", action="store_true", help="leave out embedding rows that the base does not have"

@@ -1,6 +1,9 @@
-"""extend: a model of transformers becomes a PeftModel that is trained to a longer context; load: the way back from its files."""
+"""extend: a transformers model becomes a PeftModel that trains to a longer context. load: read back its
+files."""
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
@@ -12,17 +15,20 @@ from longlora.torch.attention import NAME, configure
 
 
 class ExtendedModel(PeftModelForCausalLM):
-    """A PeftModel whose files say what the positions are: config.json, with the rope, stands beside adapter_config.json."""
+    """A PeftModel whose files state its positions: config.json lies beside adapter_config.json."""
 
-    def save_pretrained(self, save_directory, *args, is_main_process=True, **kwargs):
+    def save_pretrained(
+        self, save_directory: str | Path, *args: Any, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
         super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             self.get_base_model().config.save_pretrained(save_directory)
 
-    def tie_weights(self, *args, **kwargs):
-        """As transformers has it, also where PEFT wraps embedding and head: their frozen weights, and their trained ones.
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Tie embedding and head as transformers does, also where PEFT wraps them: the frozen and the
+        trained ones.
 
-        accelerate calls it after it moved the parameters.
+        accelerate calls this after it has moved the parameters.
         """
         base = self.get_base_model()
         embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
@@ -34,78 +40,76 @@ class ExtendedModel(PeftModelForCausalLM):
                 module.weight = embedding.modules_to_save[name].weight
 
 
-def set_rope(model, type, target_length):
+def set_rope(model: Any, type: str, target_length: int) -> str:
     """Extend the positions of `model` in place to `target_length` tokens -> one sentence with the arithmetic.
 
-    type "linear", "ntk", "yarn" or "llama3", counted from the length of pretraining, also when the model was extended before
-    (longlora.decoder.rope.extend). errors.UserError, a ValueError, says what cannot be extended.
+    type: "linear", "ntk", "yarn" or "llama3". Factors count from the length of pretraining, even when the
+    model was extended before (longlora.decoder.rope.extend). UserError, a ValueError, for an extension that
+    is not possible; ValueError for a model without a rotary embedding that follows its config.
     """
     config = model.config
     before = config.to_dict()
-    raw = {
-        **before,
-        **{
-            key: dict(before[key])
-            for key in ("rope_scaling", "rope_parameters")
-            if isinstance(before.get(key), dict)
-        },
-    }
-    dim = before.get("head_dim") or config.hidden_size // config.num_attention_heads
-    partial = next(
-        (
-            found["partial_rotary_factor"]
-            for found in (raw.get("rope_parameters") or {}, raw)
-            if found.get("partial_rotary_factor") is not None
-        ),
-        1.0,
-    )
-    for found in (raw, raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}):
-        found.pop(
-            "partial_rotary_factor", None
-        )  # no rule asks for it but by the number of rotated dimensions
-    # In transformers every family takes every type of rope, as llama does in the driver.
-    family = "llama"
+    raw, partial = _without_partial(before)
+    family = "llama"  # transformers extends every family by every rule, as the driver does llama
+    where = f"{config.model_type}'s config"
+    head_dim = before.get("head_dim") or config.hidden_size // config.num_attention_heads
     base = SimpleNamespace(
         family=family,
-        rope=rope_.read(
-            raw, FAMILIES[family], config.max_position_embeddings, f"{config.model_type}'s config"
-        ),
+        rope=rope_.read(raw, FAMILIES[family], config.max_position_embeddings, where),
         max_position_embeddings=config.max_position_embeddings,
-        head_dim=int(dim * partial),
+        head_dim=int(head_dim * partial),
     )
     new, sentence = rope_.extend(base, type, target_length)
     after = rope_.to_config(raw, new, target_length)
     if "rope_parameters" in before:  # transformers 5
-        config.rope_parameters = after["rope_parameters"] | (
-            {"partial_rotary_factor": partial} if partial != 1 else {}
-        )
+        share = {"partial_rotary_factor": partial} if partial != 1 else {}
+        config.rope_parameters = after["rope_parameters"] | share
     else:
         config.rope_theta, config.rope_scaling = after["rope_theta"], after["rope_scaling"]
     config.max_position_embeddings = target_length
     for name in ("original_max_position_embeddings", "original_rope_theta"):
         if name in after:
             setattr(config, name, after[name])
-    made = 0
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "inv_freq") and hasattr(module, "config"):
-            parent, _, child = name.rpartition(".")
-            module.config = config
-            with torch.device(module.inv_freq.device):
-                setattr(model.get_submodule(parent), child, module.__class__(config=config))
-            made += 1
-    if not made:
-        raise ValueError(f"extend: {module_name(model)} has no rotary embedding that its config decides")
+    _rebuild_rotary(model)
     return sentence
 
 
-def module_name(model):
-    return type(model).__name__
+def _without_partial(config):
+    """Copy a config without partial_rotary_factor -> the copy, the factor.
+
+    The rules of extension need only the number of rotated dimensions.
+    """
+    raw = dict(config)
+    for key in ("rope_scaling", "rope_parameters"):
+        if isinstance(raw.get(key), dict):
+            raw[key] = dict(raw[key])
+    places = [raw.get("rope_parameters") or {}, raw, raw.get("rope_scaling") or {}]
+    factors = [found.pop("partial_rotary_factor", None) for found in places]
+    return raw, next((factor for factor in factors[:2] if factor is not None), 1.0)
 
 
-def lora_config(model, **changes):
-    """The paper's LoRA+ for `model`: r 8, alpha 16 on the linears of the attention, embedding and norms trained whole.
+def _rebuild_rotary(model):
+    """Make the rotary embeddings of the model again, from its changed config."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(module, "inv_freq") and hasattr(module, "config")
+    ]
+    if not found:
+        raise ValueError(f"extend: {type(model).__name__} has no rotary embedding that follows its config")
+    for name, module in found:
+        parent, _, child = name.rpartition(".")
+        module.config = model.config
+        with torch.device(module.inv_freq.device):
+            setattr(model.get_submodule(parent), child, module.__class__(config=model.config))
 
-    changes are LoraConfig's own words.
+
+def lora_config(model: Any, **changes: Any) -> LoraConfig:
+    """The paper's LoRA+ for `model`: r 8 and alpha 16 on the attention's linears; embedding and norms train
+    whole.
+
+    changes: arguments of peft.LoraConfig that replace these. ValueError where the model has no module whose
+    class name says Attention or Norm.
     """
     linears, norms = set(), set()
     for name, module in model.named_modules():
@@ -121,33 +125,39 @@ def lora_config(model, **changes):
     )
     if not linears or not norms:
         raise ValueError(
-            f"extend: found no attention linears or norms in {module_name(model)}; give lora=LoraConfig(...)"
+            f"extend: no attention linears or no norms in {type(model).__name__}; give lora=LoraConfig(...)"
         )
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    return LoraConfig(
-        **{
-            **dict(
-                r=8,
-                lora_alpha=16,
-                lora_dropout=0.0,
-                target_modules=sorted(linears),
-                task_type="CAUSAL_LM",
-                modules_to_save=[embedding, *sorted(norms)],
-            ),
-            **({"ensure_weight_tying": True} if tied else {}),
-            **changes,
-        }
+    arguments: dict[str, Any] = dict(
+        r=8,
+        lora_alpha=16,
+        lora_dropout=0.0,
+        target_modules=sorted(linears),
+        task_type="CAUSAL_LM",
+        modules_to_save=[embedding, *sorted(norms)],
     )
+    if getattr(model.config, "tie_word_embeddings", False):
+        arguments["ensure_weight_tying"] = True
+    return LoraConfig(**{**arguments, **changes})
 
 
-def extend(model, target_length, rope="linear", group_size=None, boundary="split", shift="half", lora=None):
-    """Make `model`, an AutoModelForCausalLM, ready to be trained to `target_length` tokens -> PeftModel. arXiv 2309.12307.
+def extend(
+    model: Any,
+    target_length: int,
+    rope: str = "linear",
+    group_size: int | None = None,
+    boundary: str = "split",
+    shift: str = "half",
+    lora: LoraConfig | None = None,
+) -> ExtendedModel:
+    """Prepare `model`, an AutoModelForCausalLM, to train to `target_length` tokens -> PeftModel. arXiv
+    2309.12307.
 
-    Positions are interpolated (rope: "linear", "ntk", "yarn", "llama3"), S2-Attn is on in training (group_size in tokens, by
-    default a quarter of each sequence), LoRA is on the attention's linears, embedding and norms are trained whole; `lora`, a
-    peft.LoraConfig, says otherwise. For transformers.Trainer, TRL's SFTTrainer or a loop of your own. What it saves `load`
-    brings back; merge_and_unload() gives a plain model of transformers, with the positions in its config.
-    ValueError says what is out of range or not supported.
+    Its positions are interpolated (rope: "linear", "ntk", "yarn" or "llama3"). In training it attends by
+    S²-Attn (group_size in tokens, by default a quarter of each sequence; boundary and shift as in
+    `configure`). lora: what trains, by default `lora_config`, the paper's LoRA+. The result works in
+    transformers.Trainer, TRL's SFTTrainer and your own loop. `load` reads what its save_pretrained writes;
+    merge_and_unload() gives a plain transformers model, with the positions in its config. ValueError for an
+    argument out of range or a model that is not supported.
     """
     lora = lora_config(model) if lora is None else lora
     if lora.task_type not in (None, "CAUSAL_LM"):
@@ -157,10 +167,11 @@ def extend(model, target_length, rope="linear", group_size=None, boundary="split
     return ExtendedModel(model, lora)
 
 
-def load(adapter, base, is_trainable=False, **kwargs):
-    """The files that an extended model's save_pretrained wrote, or `longlora train`, on the model `base` -> PeftModel.
+def load(adapter: str | Path, base: str | Path, is_trainable: bool = False, **kwargs: Any) -> ExtendedModel:
+    """Load an adapter that an extended model or `longlora train` has saved, on the model `base` -> PeftModel.
 
-    The config beside the adapter decides the positions. kwargs go to AutoModelForCausalLM.from_pretrained.
+    The config beside the adapter decides the positions. is_trainable: whether its parameters require
+    gradients. kwargs go to AutoModelForCausalLM.from_pretrained.
     """
     config = AutoConfig.from_pretrained(adapter)
     model = AutoModelForCausalLM.from_pretrained(base, config=config, attn_implementation=NAME, **kwargs)

@@ -1,24 +1,29 @@
-"""swap: RMSNorm, rotary embedding, SwiGLU, LoRA linears and the loss of a model of transformers become ours; unswap: undone.
+"""swap: norms, rotary embedding, SwiGLU, LoRA linears and the loss of a transformers model by our kernels.
 
-A part is replaced only after its result on random input was compared with what it replaces: a norm or an MLP that computes
-something else, whatever it is called, stays as it is. LoRA linears that do what the kernel does not (dropout, DoRA, several
-adapters, a merged weight) go PEFT's way, call by call.
+unswap undoes it. A part is replaced only if its results on random input equal ours: a norm or an MLP that
+computes something else stays, whatever its name. LoRA linears with dropout, DoRA, several adapters or merged
+weights use PEFT's own forward, call by call.
 """
 
 import functools
 import sys
 import types
 import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from longlora.ops import IGNORE
 from longlora.torch import ops
+from longlora.torch.attention import base_of
 
-_MARK = "longlora_original_forward"
+Model = TypeVar("Model", bound=torch.nn.Module)
+_MARK = "longlora_original_forward"  # on a replaced module: the forward it had as an attribute, or None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_rotated = {}  # module of transformers -> (its own apply_rotary_pos_emb, the living models that use ours)
+# A module of transformers -> its own apply_rotary_pos_emb, and the living models that use ours.
+_rotated: dict[str, tuple[Callable[..., Any], "weakref.WeakSet[Any]"]] = {}
 
 
 def _equal(ours, theirs):
@@ -27,19 +32,16 @@ def _equal(ours, theirs):
 
 
 def _replace(module, forward):
-    setattr(module, _MARK, module.__dict__.get("forward"))
+    module.longlora_original_forward = module.__dict__.get("forward")
     module.forward = types.MethodType(forward, module)
 
 
-def _known(x):
-    return x.dtype in _DTYPES
+# ---- the parts: each function gives our forward and a random input, or None for a module of another kind
 
 
 def _norm(module):
-    weight, eps = (
-        getattr(module, "weight", None),
-        getattr(module, "variance_epsilon", getattr(module, "eps", None)),
-    )
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if "RMSNorm" not in type(module).__name__ or weight is None or eps is None or weight.ndim != 1:
         return None
 
@@ -63,7 +65,9 @@ def _mlp(module):
 
 
 def _lora(module):
-    """A LoRA linear of PEFT with one plain adapter; the check of each call is PEFT's own state, which may change."""
+    """A LoRA linear of PEFT. Each call looks at PEFT's state, which may change between calls."""
+    if not (hasattr(module, "lora_A") and isinstance(getattr(module, "base_layer", None), torch.nn.Linear)):
+        return None
     original = module.forward
 
     def forward(self, x, *args, **kwargs):
@@ -89,8 +93,14 @@ def _lora(module):
     return forward, lambda: torch.randn(3, weight.shape[1], dtype=weight.dtype, device=weight.device)
 
 
+_PARTS = {"lora_linear": _lora, "rms_norm": _norm, "swiglu": _mlp}
+
+
+# ---- the rotary embedding: one function for all models of a family
+
+
 def _apply_rotary_pos_emb(theirs, q, k, cos, sin, *args, unsqueeze_dim=1, **kwargs):
-    """Ours for q [B,H,T,D], k [B,K,T,D], cos and sin [B or 1,T,D] in the kernels' dtypes; theirs for any other call."""
+    """Ours for q [B,H,T,D], k [B,K,T,D], cos and sin [B or 1,T,D] in the kernels' dtypes; else theirs."""
     if (
         args
         or kwargs
@@ -110,19 +120,30 @@ def _apply_rotary_pos_emb(theirs, q, k, cos, sin, *args, unsqueeze_dim=1, **kwar
     return tuple(ops.rope(x.transpose(1, 2), cos, sin, positions).transpose(1, 2) for x in (q, k))
 
 
+def _set_rotary(name, function):
+    module: Any = sys.modules[name]
+    module.apply_rotary_pos_emb = function
+
+
 def _release_rotary():
-    """Families without a swapped model have their own function again. Called by swap and unswap only: were it called when a model
-    is collected, the function could change while torch.compile traces another model of the family."""
+    """Give families without a swapped model their own function again.
+
+    Only swap and unswap call this. If the collection of a model did, the function could change while
+    torch.compile traces another model of the family.
+    """
     for name, (theirs, users) in list(_rotated.items()):
         if not users:
-            sys.modules[name].apply_rotary_pos_emb = theirs
+            _set_rotary(name, theirs)
             del _rotated[name]
 
 
-def _swap_rotary(name, model):
-    module = sys.modules[name]
+def _swap_rotary(module, model):
+    """Let the family of the attention `module` of `model` rotate by our kernel -> whether it does."""
+    name = type(module).__module__
+    theirs = getattr(sys.modules[name], "apply_rotary_pos_emb", None)
+    if not type(module).__name__.endswith("Attention") or theirs is None:
+        return False
     if name not in _rotated:
-        theirs = module.apply_rotary_pos_emb
         q, cos = torch.randn(2, 2, 5, 8), torch.randn(2, 5, 4).repeat(1, 1, 2)
         try:
             same = all(map(_equal, _apply_rotary_pos_emb(theirs, q, q, cos, cos), theirs(q, q, cos, cos)))
@@ -130,14 +151,17 @@ def _swap_rotary(name, model):
             return False
         if not same:
             return False
-        module.apply_rotary_pos_emb = functools.partial(_apply_rotary_pos_emb, theirs)
+        _set_rotary(name, functools.partial(_apply_rotary_pos_emb, theirs))
         _rotated[name] = (theirs, weakref.WeakSet())
     _rotated[name][1].add(model)
     return True
 
 
+# ---- the loss
+
+
 def _head_of(model):
-    """What multiplies the hidden states into logits: the linear itself, inside whatever PEFT wraps around it."""
+    """The linear that turns hidden states into logits, also inside PEFT's wrapper."""
     head = model.get_output_embeddings()
     if hasattr(head, "modules_to_save"):
         head = head.modules_to_save[head.active_adapters[0]]
@@ -145,7 +169,7 @@ def _head_of(model):
 
 
 def _loss(model):
-    """CausalLM.forward that, when training with labels, never makes the logits."""
+    """The forward of a causal model that makes no logits when it trains with labels."""
     original = model.forward
 
     def forward(
@@ -165,15 +189,9 @@ def _loss(model):
         )
         if labels is None or not self.training or kwargs.get("past_key_values") is not None:
             return original(**given, labels=labels, **kwargs)
-        count, ignore, shifted, _ = (
-            kwargs.pop(name, default)
-            for name, default in (
-                ("num_items_in_batch", None),
-                ("ignore_index", IGNORE),
-                ("shift_labels", None),
-                ("logits_to_keep", None),
-            )
-        )
+        count, ignore = kwargs.pop("num_items_in_batch", None), kwargs.pop("ignore_index", IGNORE)
+        shifted = kwargs.pop("shift_labels", None)
+        kwargs.pop("logits_to_keep", None)
         hidden = getattr(self, self.base_model_prefix)(**given, **{**kwargs, "use_cache": False})[0]
         if shifted is None:
             shifted = torch.nn.functional.pad(labels, (0, 1), value=ignore)[..., 1:]
@@ -188,7 +206,7 @@ def _loss(model):
 
 
 def _plain_loss(model):
-    """Whether the model's logits are its hidden states times the head's weight, and its loss transformers' for causal models."""
+    """Whether logits are the hidden states times the head's weight, and the loss is transformers' own."""
     if (
         model.get_output_embeddings() is None
         or getattr(model.loss_function, "__name__", "") != "ForCausalLMLoss"
@@ -209,65 +227,52 @@ def _plain_loss(model):
         model.train(was)
 
 
-def swap(model):
-    """Replace what can be replaced in `model`, one of transformers or a PeftModel -> dict of kind -> number of modules.
+# ---- the functions
 
-    Kinds: rms_norm, swiglu, lora_linear, rope, linear_cross_entropy. With the loss swapped, a training forward with labels
-    gives no logits. The rotary embedding is one function for all models of a family: all of them get ours, with equal results,
-    until the next swap or unswap finds no swapped model of the family left.
-    ValueError where nothing can be compared: a model that is swapped already, or whose parameters are not here (shards, meta).
+
+def swap(model: torch.nn.Module) -> dict[str, int]:
+    """Replace the parts of `model`, a transformers model or a PeftModel around one -> number of parts by
+    kind.
+
+    The kinds are rms_norm, swiglu, lora_linear, rope and linear_cross_entropy. With the loss swapped, a
+    training forward with labels gives no logits. All models of a family share one rotary function: all of
+    them get ours, with equal results, until the next swap or unswap finds no swapped model of the family.
+    ValueError for a model that is swapped already, or whose parameters cannot be read here (sharded, or on
+    the meta device).
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_of(model)
     if any(_MARK in module.__dict__ for module in inner.modules()):
         raise ValueError("swap: this model is swapped already")
-    away = [
-        name
-        for name, p in inner.named_parameters()
-        if isinstance(p, DTensor) or hasattr(p, "ds_id") or p.is_meta
-    ]
-    if away:
-        raise ValueError(
-            f"swap: {away[0]} is sharded already, or on the meta device; swap the model before an engine has it "
-            "(FSDP2, DeepSpeed ZeRO-3)"
-        )
+    for name, p in inner.named_parameters():
+        if isinstance(p, DTensor) or hasattr(p, "ds_id") or p.is_meta:
+            raise ValueError(
+                f"swap: {name} is sharded already, or on the meta device; swap the model before FSDP2 or "
+                "DeepSpeed ZeRO-3 has it"
+            )
     _release_rotary()
     counts = dict(rms_norm=0, swiglu=0, lora_linear=0, rope=0, linear_cross_entropy=0)
     for module in inner.modules():
-        lora = (
-            hasattr(module, "lora_A")
-            and hasattr(module, "base_layer")
-            and isinstance(module.base_layer, torch.nn.Linear)
-        )
-        for kind, made in (
-            ("lora_linear", _lora(module) if lora else None),
-            ("rms_norm", _norm(module)),
-            ("swiglu", _mlp(module)),
-        ):
+        for kind, part in _PARTS.items():
+            made = part(module)
             if made is None:
                 continue
             forward, sample = made
             with torch.no_grad():
                 x = sample()
-                if not _known(x) or not _equal(forward(module, x), module.forward(x)):
+                if x.dtype not in _DTYPES or not _equal(forward(module, x), module.forward(x)):
                     continue
             _replace(module, forward)
             counts[kind] += 1
-        source = sys.modules[type(module).__module__]
-        if (
-            type(module).__name__.endswith("Attention")
-            and hasattr(source, "apply_rotary_pos_emb")
-            and _swap_rotary(source.__name__, inner)
-        ):
-            counts["rope"] += 1
+        counts["rope"] += _swap_rotary(module, inner)
     if _plain_loss(inner):
         _replace(inner, _loss(inner))
         counts["linear_cross_entropy"] = 1
     return counts
 
 
-def unswap(model):
-    """Undo swap: every module has its own forward again -> model."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+def unswap(model: Model) -> Model:
+    """Undo swap: give every module its own forward again -> model."""
+    inner = base_of(model)
     for module in inner.modules():
         if _MARK in module.__dict__:
             before = module.__dict__.pop(_MARK)

@@ -88,8 +88,8 @@ def refuse(o: TrainOptions) -> None:
             raise UserError(f"{name} is not available with torch: {why}")
     if o.device not in ("auto", "cpu"):
         raise UserError(
-            f"device {o.device} is not available with torch: wanted auto or cpu; CUDA_VISIBLE_DEVICES chooses "
-            "a GPU"
+            f"device {o.device} is not available with torch: wanted auto or cpu; "
+            "CUDA_VISIBLE_DEVICES chooses a GPU"
         )
     if o.checkpointing == "minimal":
         raise UserError("checkpointing minimal is not available with torch: wanted none (also auto) or full")
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
         description="extend a model with longlora's kernels in torch; for torchrun and accelerate launch",
     )
-    options.add_flags(parser)
+    options.add_flags(parser, set(TrainOptions.__dataclass_fields__) - set(REFUSED))
     try:
         given = options.dashed(sys.argv[1:] if argv is None else argv)
         result = run(options.from_flags(parser.parse_args(given)))

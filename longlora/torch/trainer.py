@@ -42,7 +42,9 @@ def build(o: TrainOptions, setup: Setup, saved: dict[str, np.ndarray] | None = N
 
     The trained tensors start as in the driver, or from `saved`, the optimizer state of a checkpoint.
     """
-    version, path, how = tuple(int(part) for part in transformers.__version__.split(".")[:2]), o.model, {}
+    assert o.model is not None and setup.lora is not None
+    version, path = tuple(int(part) for part in transformers.__version__.split(".")[:2]), o.model
+    how: dict[str, Any] = {}
     if os.path.isfile(path):
         path, how["gguf_file"] = os.path.split(os.path.abspath(path))
         # Without this the weights may stay packed, and Trainer assumes that they do.
@@ -97,6 +99,7 @@ def put(parameter: torch.nn.Parameter, array: np.ndarray) -> None:
 def named(model: torch.nn.Module, setup: Setup) -> list[tuple[str, torch.nn.Parameter]]:
     """The trained parameters with the driver's names, in the order of the layers. UserError if they are
     others."""
+    assert setup.lora is not None
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -220,7 +223,9 @@ class Steps(Trainer):
     it was 0."""
 
     def __init__(self, run: Run, kinds: dict[str, str], **how: Any):
-        self.run, self.kinds, self.loss = run, kinds, 0.0
+        self.run, self.kinds = run, kinds
+        self.loss: Any = 0.0
+        self.optimizer: torch.optim.Optimizer | None = None
         super().__init__(**how)
 
     def get_train_dataloader(self):
@@ -235,7 +240,8 @@ class Steps(Trainer):
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            o, groups = self.run.o, {}
+            o = self.run.o
+            groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
             for name, parameter in named(model or self.model, self.run.setup):
                 kind = self.kinds[name]
                 groups.setdefault((peak_rate(o, kind), decay_of(kind, o.weight_decay)), []).append(parameter)
@@ -285,13 +291,14 @@ class TorchEngine:
     """The Engine of a run (training.run.Engine) made of a model of transformers and Trainer."""
 
     def __init__(self, run: Run, args: TrainingArguments):
-        self.run, self.args, self._signal = run, args, None
-        setup = run.setup
+        self.run, self.args, setup = run, args, run.setup
+        assert setup.lora is not None
+        self._signal: int | None = None
         kinds = {name: w.kind for w in Network(setup.config, setup.lora).weights() for name in w.members}
         shapes = setup.lora.tensor_shapes(setup.config)
         self.parameters = [Trained(name, kinds[name], shape) for name, shape in shapes.items()]
         left = run.steps - run.step
-        self.trainer = None
+        self.trainer: Any = None
         if left:
             args.max_steps = left
             self.trainer = Steps(
@@ -350,6 +357,7 @@ class TorchEngine:
     def evaluate(self) -> float:
         """As Engine.evaluate. Every process makes the same number of passes, which sharded models need."""
         run, model, args = self.run, self.trainer.model, self.args
+        assert run.held_out is not None
         training, total = model.training, torch.zeros(2, dtype=torch.float64, device=args.device)
         model.eval()
         for start in range(0, run.evaluated, args.world_size):
@@ -375,6 +383,7 @@ class TorchEngine:
 
     def values(self) -> dict[str, Any]:
         if self.trainer is None:  # the run has nothing left to do but to write its model
+            assert self.run.tensors is not None
             return {p.name: self.run.tensors[f"value.{p.name}"] for p in self.parameters}
         return self._gather("value")
 

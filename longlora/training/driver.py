@@ -44,7 +44,7 @@ def plan(**keywords: Any) -> Plan:
 def plan_of(o: TrainOptions) -> Plan:
     """The memory plan of a run with these options, from the config alone: no weight is read."""
     use_threads(o)
-    path = o.model or o.init
+    path = o.model or o.init or ""
     if os.path.isfile(path) and path.endswith(".gguf"):
         from longlora.files.open_model import open_model
 
@@ -84,7 +84,8 @@ class Driver:
         from longlora.training.optimizer import AdamW
 
         o, setup = run.o, run.setup
-        self.run, self.device, self.recorder = run, device, None
+        self.run, self.device = run, device
+        self.recorder: Any = None
         if o.profile:  # the peaks are measured first: their memory is free again before the model is made
             from longlora import get_num_threads
             from longlora.training import profile
@@ -170,6 +171,7 @@ class Driver:
 
     def evaluate(self) -> float:
         run = self.run
+        assert run.held_out is not None
         texts = [text for i in range(run.evaluated) for text in run.held_out.texts(i)]
         scores = [ppl.score(self.model, text, run.o.sequence_length) for text in texts]
         return sum(loss for _, loss in scores) / sum(tokens for tokens, _ in scores)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 from longlora.data.sequences import Sequences
 from longlora.data.tokens import tokenise
@@ -38,10 +39,11 @@ class Source:
             self.base = open_model(o.model)
             self.config, self.fingerprint = self.base.config, self.base.fingerprint()
             self.tokenizer = self.base.tokenizer() if self.base.has_tokenizer() else None
-            self.dtype = {name: self.base.dtype(name) for name in self.base.names()}
+            self.dtype: str | dict[str, str] = {name: self.base.dtype(name) for name in self.base.names()}
             return
         from longlora.files.tokenizer import Tokenizer
 
+        assert o.init is not None
         directory = o.init if os.path.isdir(o.init) else os.path.dirname(o.init) or "."
         self.base, self.config, self.tokenizer = None, read_config(o.init), None
         self.fingerprint = f"random {o.seed}"
@@ -74,8 +76,8 @@ class Setup:
         dense = o.attention == "dense"
         s2 = {"group_size": o.group_size, "boundary": o.boundary, "shift": o.shift}
         self.attention = None if dense else s2
-        self.multiple = 1 if dense or o.boundary == "split" else o.group_size
-        targets = "all-linear" if o.target_modules == ("all-linear",) else o.target_modules
+        self.multiple = 1 if dense or o.boundary == "split" else o.group_size or 1
+        targets: Any = "all-linear" if o.target_modules == ("all-linear",) else o.target_modules
         self.lora = None if o.full else LoraConfig(o.r, o.lora_alpha, targets, o.modules_to_save)
         self.plan = plan.plan(
             self.config,

@@ -1,10 +1,12 @@
-"""Where a training step goes: each op's calls, time, FLOPs and bytes, and what those would cost at the machine's peaks.
+"""Where the time of a training step goes: each op's calls, seconds, FLOPs, bytes, and its floor on this
+machine.
 
-Off, it costs nothing: a Recorder puts itself in the place of the ops of _C only while it is entered. FLOPs are those that the
-result needs: of matrix products and of the visible half of attention, 2 for a multiply-add; passes over memory have none.
-Bytes are each argument once, read or written. An op's floor is the longer of FLOPs at the measured peak of float32
-multiply-adds and bytes at the measured bandwidth of a copy; products of bfloat16 may come out below it where the processor
-multiplies bfloat16 faster.
+A Recorder replaces the ops of _C only while it is entered; otherwise profiling costs nothing. FLOPs are those
+that the result needs: of matrix products and of the visible half of attention, 2 for a multiply-add; passes
+over memory have none. Bytes count each argument once for reading and once for writing. The floor of an op is
+the longer of two times: FLOPs at the measured peak of float32 multiply-adds, and bytes at the measured
+bandwidth of a copy. bfloat16 products may be faster than this floor where the processor multiplies bfloat16
+faster.
 """
 
 import functools
@@ -13,6 +15,8 @@ import re
 import resource
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -20,8 +24,8 @@ from longlora import _C
 from longlora.ops import BOUNDARIES, SHIFTS, shifted_heads
 
 
-def pairs(T, H, G, boundary, shift):
-    """(query, key) pairs of all H heads over a sequence of T tokens in groups of G; boundary and shift by name."""
+def pairs(T: int, H: int, G: int, boundary: str, shift: str) -> int:
+    """The visible (query, key) pairs of all H heads in a sequence of T tokens with groups of G tokens."""
 
     def causal(n):
         return n * (n + 1) // 2
@@ -60,8 +64,8 @@ def _lora_linear_backward(size, given):
     return 2 * M * products
 
 
-# op -> FLOPs by the letters of its spec and its arguments; the ops that are not here only move memory.
-FLOPS = {
+# op -> FLOPs, from the letters of its spec and its arguments. Ops that are not here only move memory.
+FLOPS: dict[str, Callable[[dict, dict], int]] = {
     "matmul": lambda size, given: 2 * size["M"] * size["N"] * size["C"],
     "lora_linear_forward": lambda size, given: (
         2 * size["M"] * (size["N"] * size["C"] + size.get("R", 0) * (size["N"] + size["C"]))
@@ -74,8 +78,9 @@ FLOPS = {
         2 * size["M"] * size["V"] * size["C"] * (2 if given["dweight"] is None else 3)
     ),
 }
-# (op, argument) -> bytes, where it is not all of the argument: of a table the rows that are named; what is set and not read.
-BYTES = {
+# (op, argument) -> bytes, where they differ from those of the argument: only some rows of a table are used,
+# or the argument is not only written but also read.
+BYTES: dict[tuple[str, str], Callable[[dict], int]] = {
     ("embedding_forward", "weight"): lambda given: given["out"].nbytes,
     ("embedding_backward", "dweight"): lambda given: (
         2 * 4 * len(np.unique(given["ids"])) * given["dweight"].shape[1]
@@ -87,7 +92,7 @@ BYTES = {
 
 @functools.cache
 def _spec(op):
-    """-> [(argument, letters of its axes, flags)], [scalar]."""
+    """The spec of an op -> [(argument, letters of its axes, flags)], [scalar]."""
     tensors, _, scalars = _C.specs[op].partition("|")
     found = re.findall(r"(\w+)\[([^\]]*)\](\S*)", tensors)
     return [(name, letters.split(","), flags) for name, letters, flags in found], [
@@ -95,11 +100,12 @@ def _spec(op):
     ]
 
 
-def work(op, args):
-    """What a call _C.<op>(*args) is -> sizes (letter -> size), FLOPs, bytes."""
+def work(op: str, args: tuple) -> tuple[dict[str, int], int, int]:
+    """The work of the call _C.<op>(*args) -> sizes (letter -> size), FLOPs, bytes."""
     tensors, scalars = _spec(op)
     given = dict(zip([name for name, _, _ in tensors] + scalars, args))
-    size, total = {}, 0
+    size: dict[str, int] = {}
+    total = 0
     for name, letters, flags in tensors:
         if given[name] is None:
             continue
@@ -114,11 +120,15 @@ def _system():
 
 
 class Recorder:
-    """Entered around a step, records its ops; `report` sums up all steps. For one thread: ops of others are recorded too."""
+    """Enter it around each step to record the step's ops; `report` gives the means of all steps.
 
-    def __init__(self, peaks):
+    It records the ops of every thread. peaks: (multiply-add GF/s, copy GB/s), as the function peaks returns
+    them.
+    """
+
+    def __init__(self, peaks: tuple[float, float]):
         self.peaks, self.steps, self.seconds, self.system = peaks, 0, 0.0, 0.0
-        self.rows = {}  # (op, sizes) -> [calls, seconds, system seconds, FLOPs, bytes]
+        self.rows: dict[tuple, list] = {}  # (op, sizes) -> [calls, seconds, system seconds, FLOPs, bytes]
 
     def __enter__(self):
         self._ops = {op: getattr(_C, op) for op in _C.specs}
@@ -144,12 +154,14 @@ class Recorder:
         for i, n in enumerate((1, seconds, system, flops, moved)):
             row[i] += n
 
-    def report(self):
-        """-> dict for JSON: means of a step; ops with most time first, and each op's calls by their sizes."""
+    def report(self) -> dict[str, Any]:
+        """The means of a step as a dict for JSON: the slowest op first, and the calls of each op by their
+        sizes."""
         rate, bandwidth = self.peaks
-        keys, ops = ("calls", "seconds", "system_seconds", "flops", "bytes"), {}
-        for (op, *size), row in self.rows.items():
-            row = {key: n / max(self.steps, 1) for key, n in zip(keys, row)}
+        keys: tuple[str, ...] = ("calls", "seconds", "system_seconds", "flops", "bytes")
+        ops: dict[str, list[dict]] = {}
+        for (op, *size), sums in self.rows.items():
+            row = {key: n / max(self.steps, 1) for key, n in zip(keys, sums)}
             row["floor_seconds"] = max(row["flops"] / rate, row["bytes"] / bandwidth) / 1e9
             ops.setdefault(op, []).append({"sizes": dict(size), **row})
         keys += ("floor_seconds",)
@@ -180,14 +192,22 @@ class Recorder:
         }
 
 
-def text(found):
-    """`report`'s dict as a table."""
+def text(found: dict[str, Any]) -> str:
+    """The dict of Recorder.report as a table."""
+
+    def seconds(row):
+        share = row["seconds"] / found["seconds"]
+        return f"{row['seconds']:9.4f} {share:6.1%} {row['system_seconds']:7.3f}"
+
+    def floor(row, spent):
+        return row["floor_seconds"] / spent
+
     lines = [
-        f"a step of {found['seconds']:.3f} s, mean of {found['steps']}; {found['threads']} threads, "
+        f"a step takes {found['seconds']:.3f} s, the mean of {found['steps']}; {found['threads']} threads, "
         f"{found['instruction_set']}; measured peaks: multiply-add {found['peak_gflops']:.0f} GF/s, copy "
         f"{found['copy_gbytes']:.0f} GB/s",
-        f"{'op':<30} {'calls':>6} {'seconds':>9} {'share':>6} {'system':>7} {'GFLOP':>9} {'GF/s':>7} {'GB':>8} "
-        f"{'GB/s':>6} {'floor':>6}",
+        f"{'op':<30} {'calls':>6} {'seconds':>9} {'share':>6} {'system':>7} {'GFLOP':>9} {'GF/s':>7} "
+        f"{'GB':>8} {'GB/s':>6} {'floor':>6}",
     ]
     for row in found["ops"]:
         spent = max(row["seconds"], 1e-9)
@@ -196,24 +216,17 @@ def text(found):
             if row["flops"]
             else f"{'-':>9} {'-':>7}"
         )
+        moved = f"{row['bytes'] / 1e9:8.2f} {row['bytes'] / spent / 1e9:6.1f}"
         lines.append(
-            f"{row['op']:<30} {row['calls']:6.0f} {row['seconds']:9.4f} {row['seconds'] / found['seconds']:6.1%} "
-            f"{row['system_seconds']:7.3f} {flops} {row['bytes'] / 1e9:8.2f} {row['bytes'] / spent / 1e9:6.1f} "
-            f"{row['floor_seconds'] / spent:6.0%}"
+            f"{row['op']:<30} {row['calls']:6.0f} {seconds(row)} {flops} {moved} {floor(row, spent):6.0%}"
         )
-    for name, row in (("Python and NumPy", found["other"]), ("all", found)):
-        floor = (
-            f"{found['floor_seconds'] / found['seconds']:>{9 + 8 + 9 + 7 + 7}.0%}" if name == "all" else ""
-        )
-        lines.append(
-            f"{name:<30} {'':>6} {row['seconds']:9.4f} {row['seconds'] / found['seconds']:6.1%} "
-            f"{row['system_seconds']:7.3f}{floor}"
-        )
+    lines.append(f"{'Python and NumPy':<30} {'':>6} {seconds(found['other'])}")
+    lines.append(f"{'all':<30} {'':>6} {seconds(found)}{floor(found, found['seconds']):>40.0%}")
     return "\n".join(lines)
 
 
 def _in_threads(count, body):
-    """Seconds until body(i) is done for every i < count, one thread each."""
+    """Run body(i) for every i < count, each in a thread of its own -> seconds until all are done."""
     workers = [threading.Thread(target=body, args=(i,)) for i in range(count)]
     start = time.perf_counter()
     for worker in workers:
@@ -224,8 +237,9 @@ def _in_threads(count, body):
 
 
 @functools.cache
-def peaks(threads):
-    """(float32 multiply-add GF/s, copy GB/s read plus written) of this machine on `threads` threads, measured once."""
+def peaks(threads: int) -> tuple[float, float]:
+    """Measure this machine on `threads` threads, once -> float32 multiply-add GF/s, copy GB/s read plus
+    written."""
     size, flops = 64 << 20, [0.0] * threads
     froms, tos = ([np.ones(size, np.uint8) for _ in range(threads)] for _ in range(2))
 

@@ -39,7 +39,7 @@ def describe(run: "Run", parameters: "Iterable[Trained]") -> Iterator[str]:
     """What the run will do, line by line."""
     o, setup, processes = run.o, run.setup, run.processes
     H, B, n = setup.config.num_attention_heads, o.per_device_train_batch_size, o.gradient_accumulation_steps
-    if setup.attention is None:
+    if o.group_size is None:
         yield f"attention: dense causal, {H} heads"
     else:
         yield (

@@ -13,9 +13,11 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
+
+import numpy as np
 
 from longlora import __version__
 from longlora.device import host
@@ -76,7 +78,9 @@ class Engine(Protocol):
     In a group of processes, every process calls the same methods in the same order.
     """
 
-    parameters: list[Trained]
+    @property
+    def parameters(self) -> Sequence[Trained]:
+        """The trained tensors, in the order of the layers."""
 
     def evaluate(self) -> float:
         """The mean loss of the held-out sequences in nats per token, with dense attention."""
@@ -101,7 +105,8 @@ class Result(dict):
     or None. history holds the rows of metrics.jsonl.
     """
 
-    __getattr__ = dict.__getitem__
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
 
 
 @dataclass(frozen=True)
@@ -132,9 +137,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
 
 def peak_rate(o: TrainOptions, kind: str) -> float:
     """The peak learning rate of parameters of this kind."""
-    rate = o.embedding_learning_rate if kind in EMBEDDING_RATE else o.learning_rate
-    assert rate is not None  # TrainOptions.resolve has filled it in
-    return rate
+    return o.embedding_learning_rate if kind in EMBEDDING_RATE else o.learning_rate
 
 
 def length(o: TrainOptions, sequences: int, each: int) -> tuple[int, int]:
@@ -286,7 +289,9 @@ class Run:
         self.identity = {"data": fingerprint, "base": source.fingerprint, "schedule": schedule}
         # A checkpoint belongs to one process that makes the same steps.
         self.alone = replace(o, gradient_accumulation_steps=o.gradient_accumulation_steps * processes)
-        self.step, self.tensors, self.rows = 0, None, []
+        self.step = 0
+        self.tensors: dict[str, np.ndarray] | None = None
+        self.rows: list[dict] = []
         if self.resumed is not None:
             self._resume(self.resumed)
         self.first = self.step

@@ -1,4 +1,4 @@
-"""The raw ops on JAX and CuPy arrays: in by DLPack without a copy, out as arrays of the same kind, immutable ones never written to."""
+"""Ops on JAX and CuPy arrays: no copies, results of the same kind, no writes to immutable arrays."""
 
 import checks
 import numpy as np
@@ -38,8 +38,10 @@ def test_attention_on_jax(dtype):
     low, _ = checks.plain("s2_attention_forward", q, k, v, group_size=8)
     checks.compare(np.asarray(out), want, low, floor=4)
     grads = ops.s2_attention_backward(out, *given, out, lse, group_size=8)
-    assert all(isinstance(g, jax.Array) and g.shape == x.shape for g, x in zip(grads, given))
-    assert all(np.array_equal(np.asarray(g), x) for g, x in zip(given, (q, k, v))), "an input was written to"
+    assert all(isinstance(g, jax.Array) and g.shape == x.shape for g, x in zip(grads, given, strict=True))
+    assert all(np.array_equal(np.asarray(g), x) for g, x in zip(given, (q, k, v), strict=True)), (
+        "an input was written to"
+    )
 
 
 @needs_jax
@@ -59,7 +61,7 @@ def named(name, *inputs):
 
 @needs_jax
 def test_results_share_their_memory():
-    """What comes back is the memory that the kernel wrote, not a copy of it."""
+    """A result is the memory that the kernel wrote, not a copy."""
     _, (x,) = arrays((64, 64))
     gate = ops.swiglu_forward(x, x)
     assert isinstance(gate, jax.Array)
@@ -92,12 +94,12 @@ def test_attention_on_cupy(cupy, dtype):
     grads = ops.s2_attention_backward(out, *given, out, lse, group_size=8)
     assert all(
         isinstance(g, cupy.ndarray) and g.shape == x.shape and cupy.isfinite(g).all()
-        for g, x in zip(grads, given)
+        for g, x in zip(grads, given, strict=True)
     )
 
 
 def test_cupys_memory_and_stream_are_used(cupy):
-    """An output of the caller's is written in place, behind what its stream has to do before."""
+    """An output of the caller is written in place, after earlier work on its stream."""
     stream, x, total = (
         cupy.cuda.Stream(non_blocking=True),
         cupy.zeros((512, 512), "float32"),

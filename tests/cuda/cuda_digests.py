@@ -1,5 +1,7 @@
-"""A digest of each result of every op on CUDA, every dtype, shapes that leave rests everywhere: what test_cuda_emulation.py compares
-between orders of threads, and what two runs on a GPU must agree on."""
+"""A digest of every result of every op on CUDA, in every dtype, with shapes that fill no tile.
+
+test_cuda_emulation.py compares the digests between orders of threads. Two runs on a GPU must agree.
+"""
 
 import hashlib
 import itertools
@@ -14,7 +16,7 @@ from longlora import _C, ops
 
 
 def results(dtype, M):
-    """-> (name, result of an op) for every op, of M rows."""
+    """(name, result) of every op, with M rows."""
 
     def random(*shape, seed=0, kind=dtype):
         return checks.random(shape, kind, seed)
@@ -35,7 +37,7 @@ def results(dtype, M):
     yield "matmul, strides", ops.matmul(x[:, ::2], w.T[::2])
     yield "embedding_forward", ops.embedding_forward(w, ids)
     yield "embedding_backward", ops.embedding_backward(x, ids, order, 200)
-    for tokens, C in ((M, 1032), (70_000, 136)):  # more columns, more tokens than a block takes at once
+    for tokens, C in ((M, 1032), (70_000, 136)):  # more columns, or more tokens, than a block takes at once
         few = np.arange(tokens, dtype=np.int32) // 97 % 5
         where = np.argsort(few, kind="stable").astype(np.int32)
         yield "embedding_backward, long runs", ops.embedding_backward(random(tokens, C), few, where, 5)
@@ -53,7 +55,7 @@ def results(dtype, M):
         "linear_cross_entropy_backward",
         ops.linear_cross_entropy_backward(x, w, ids, losses, train_weight=True),
     )
-    head = random(60007, 8)  # of more logits than shared memory keeps of a row
+    head = random(60007, 8)  # a row has more logits than fit into shared memory
     rows = x[:5, :8], head, np.arange(5, dtype=np.int32) * 15000
     yield (
         "linear_cross_entropy_backward, large V",

@@ -1,87 +1,34 @@
-"""The border on a GPU: Tensors there, copies between devices, streams, workspace, DLPack, and what must be refused and how.
+"""The border on a GPU: Tensors, copies between devices, DLPack, and how wrong arguments are refused.
 
-Runs wherever longlora.cuda.is_available(): on a GPU and, by test_cuda_emulation.py, on a build against tests/emulation. What a
-machine may lack is set there by variables.
+Runs wherever longlora.cuda.is_available(): on a GPU, and, by test_cuda_emulation.py, on a build against
+tests/emulation, where variables set what a machine may lack.
 """
 
 import contextlib
-import ctypes
+import itertools
 import os
 import re
 import subprocess
 import sys
-import threading
 
 import dlpack
 import ml_dtypes
 import numpy as np
 import pytest
+from cuda_border import (
+    DTYPES,
+    EMULATED,
+    Borrowed,
+    back,
+    f32,
+    matmul_is_right,
+    needs_cuda,
+    needs_emulation,
+    swiglu_is_right,
+    tensor,
+)
 
 from longlora import _C, Tensor, arrays, cuda, ops
-
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-EMULATED = cuda.built_for() == "emulation"
-needs_cuda = pytest.mark.skipif(not cuda.is_available(), reason=f"no CUDA: {cuda.reason()}")
-needs_two = pytest.mark.skipif(cuda.device_count() < 2, reason="needs two CUDA devices")
-needs_emulation = pytest.mark.skipif(not EMULATED, reason="sets what the emulated machine has")
-
-
-def f32(*shape):
-    return np.random.default_rng(list(shape)).standard_normal(shape).astype(np.float32)
-
-
-def tensor(x, device="cuda", **kwargs):
-    t = Tensor(x.shape, x.dtype.name, device, **kwargs)
-    t.copy_(x)
-    return t
-
-
-def back(t):
-    cuda.synchronize()
-    return t.cpu().numpy()
-
-
-class Borrowed:
-    """A Tensor behind DLPack only, which counts capsules, deletions and remembers the stream it was asked for."""
-
-    all = []  # a capsule may outlive its producer: none dies
-
-    def __init__(self, t, old=False, **said):
-        self.t, self.shape, self.dtype, self.old, self.said = t, t.shape, t.dtype, old, said
-        self.streams, self.taken, self.deleted = [], 0, 0
-        self.deleter = dlpack.Deleter(self._delete)
-        self.name = b"dltensor" if old else b"dltensor_versioned"
-        self.destructor = dlpack.CapsuleDestructor(
-            lambda capsule: self.deleter(None) if dlpack.raw_is_valid(capsule, self.name) else None
-        )
-        self.all.append(self)
-
-    def _delete(self, managed):
-        self.deleted += 1
-
-    def __dlpack__(self, stream=None, **keywords):
-        if self.old and keywords:
-            raise TypeError("__dlpack__() got an unexpected keyword argument")
-        self.streams.append(stream)
-        return dlpack.new_capsule(self.address(), self.name, self.destructor)
-
-    def address(self):
-        """Of a new managed tensor."""
-        self.taken += 1
-        tensor = dlpack.tensor_of(self.t)
-        for name, value in self.said.items():
-            setattr(tensor, name, value)
-        self.managed = (
-            dlpack.Old(tensor, None, self.deleter)
-            if self.old
-            else dlpack.Versioned(1, 0, None, self.deleter, 0, tensor)
-        )
-        return ctypes.addressof(self.managed)
-
-    def __dlpack_device__(self):
-        kind, index = self.t.__dlpack_device__()
-        return kind, self.said.get("device_id", index)
-
 
 # ---- without a GPU -------------------------------------------------------------------------------
 
@@ -130,9 +77,9 @@ def test_devices_are_named():
         (dict(DRIVER="0"), "there is no NVIDIA driver"),
         (
             dict(DRIVER="12020"),
-            "the NVIDIA driver is too old: it is for CUDA 12.2, this build is of CUDA 13.0",
+            "the NVIDIA driver is too old: it supports CUDA 12.2, this build needs CUDA 13.0",
         ),
-        (dict(SM="75"), "the GPU is an sm_75, the oldest that is supported is sm_80"),
+        (dict(SM="75"), "the GPU is an sm_75, the oldest supported one is sm_80"),
     ],
 )
 def test_what_a_machine_may_lack(variables, words):
@@ -175,9 +122,7 @@ def test_a_tensor_on_a_gpu():
         t.fill(1)
         assert (back(t) == 1).all() and back(t).shape == t.shape
     for refused in (t.numpy, lambda: np.asarray(t), lambda: t.__array__()):
-        with pytest.raises(
-            TypeError, match=r"the tensor is on cuda:0, NumPy is on the CPU; use cpu\(\).numpy\(\)"
-        ):
+        with pytest.raises(TypeError, match=r"the tensor is on cuda:0; use cpu\(\).numpy\(\)"):
             refused()
     with pytest.raises(BufferError, match="on a GPU, .* use cpu()"):
         memoryview(t)
@@ -248,7 +193,7 @@ def test_copies_between_devices(source, to):
 
 @needs_cuda
 def test_large_copies_in_pieces():
-    """More than one piece of the pinned memory that strided and converted copies go through."""
+    """Strided and converted copies pass through pinned memory; these need more than one piece of it."""
     x = f32(3, 1100, 1001)
     half = Tensor((3, 1100, 1001), "float16", "cuda")
     half.copy_(x)
@@ -278,7 +223,7 @@ def test_copies_that_are_refused():
         with pytest.raises(error, match="Tensor.copy_: " + words):
             t.copy_(source)
     np.testing.assert_array_equal(back(t), f32(4, 5))
-    with pytest.raises(ValueError, match="Tensor.fill: 0.5 is no int32"):
+    with pytest.raises(ValueError, match="Tensor.fill: 0.5 is not a valid int32"):
         Tensor(3, "int32", "cuda").fill(0.5)
 
 
@@ -301,7 +246,7 @@ def test_pinned_memory():
     t.copy_(device)
     cuda.synchronize()
     np.testing.assert_array_equal(x, f32(4, 5))
-    with pytest.raises(ValueError, match="pinned memory is the CPU's, got device 'cuda'"):
+    with pytest.raises(ValueError, match="pinned memory is on the CPU, got device 'cuda'"):
         Tensor(3, "float32", "cuda", pinned=True)
     with pytest.raises(MemoryError, match="Tensor: out of memory"):
         Tensor(1 << 55, "uint8", pinned=True)
@@ -309,12 +254,6 @@ def test_pinned_memory():
 
 
 # ---- calls ---------------------------------------------------------------------------------------
-
-
-def swiglu_is_right(device="cuda"):
-    x, y = f32(3, 8), f32(8, 3).reshape(3, 8)
-    out = ops.swiglu_forward(tensor(x, device), tensor(y, device))
-    np.testing.assert_allclose(back(out), ops.swiglu_forward(x, y), rtol=1e-5, atol=1e-6)
 
 
 @needs_cuda
@@ -342,10 +281,10 @@ def test_mixed_devices_are_refused(place):
     out = tensor(x)
     for gate, up, name in ((place(x), tensor(x), "gate"), (tensor(x), place(x), "up")):
         with pytest.raises(
-            ValueError, match=f"^swiglu_forward: {name} should be on cuda:0 as out is, got cpu$"
+            ValueError, match=f"^swiglu_forward: {name} should be on cuda:0 like out, got cpu$"
         ):
             _C.swiglu_forward(out, gate, up)
-    with pytest.raises(ValueError, match="^swiglu_forward: gate should be on cpu as out is, got cuda:0$"):
+    with pytest.raises(ValueError, match="^swiglu_forward: gate should be on cpu like out, got cuda:0$"):
         _C.swiglu_forward(x.copy(), tensor(x), tensor(x))
     np.testing.assert_array_equal(back(out), x)
     swiglu_is_right()
@@ -360,7 +299,7 @@ def test_checks_are_those_of_the_cpu():
         (
             (x, x, tensor(f32(4, 8).astype(np.float16))),
             TypeError,
-            "up should be float32 as out is, got float16",
+            "up should be float32 like out, got float16",
         ),
         ((x, Borrowed(x, byte_offset=2), x), ValueError, "gate is not aligned"),
         ((x, Borrowed(x, lanes=2), x), TypeError, "gate has DLPack dtype"),
@@ -375,7 +314,7 @@ def test_checks_are_those_of_the_cpu():
             "gate should be on the CPU or a CUDA device, got DLPack device",
         ),
         ((x[:, :6], x[:, 2:], x[:, :6]), ValueError, "out is an output and overlaps gate"),
-        ((Borrowed(x, old=True), x, x), BufferError, "out is an output and should speak DLPack 1"),
+        ((Borrowed(x, old=True), x, x), BufferError, "out is an output and needs DLPack 1"),
         ((x, x, None), TypeError, "up must be an array, got None"),
     ):
         with pytest.raises(error, match="^swiglu_forward: " + words):
@@ -466,223 +405,6 @@ def test_dlpack_of_a_tensor_on_a_gpu():
     assert sys.getrefcount(t) == before
 
 
-# ---- streams -------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def new_stream(device=0, capture=0):
-    """A stream's handle: the emulation's is a struct, its device and the number of its capture; torch's on a GPU."""
-    if EMULATED:
-        made = (ctypes.c_int32 * 2)(device, capture)
-        yield ctypes.addressof(made)
-    else:
-        torch = pytest.importorskip("torch")
-        yield torch.cuda.Stream(device).cuda_stream
-
-
-@needs_cuda
-def test_streams_of_a_thread():
-    class Theirs:
-        def __cuda_stream__(self):
-            return 0, 2
-
-    with new_stream() as handle:
-        assert cuda.current_stream() == 0
-        with cuda.stream(handle):
-            assert cuda.current_stream() == handle
-            with cuda.stream(None):
-                assert cuda.current_stream() == 0
-            with cuda.stream(Theirs()), pytest.raises(KeyError):
-                assert cuda.current_stream() == 2
-                with cuda.stream(type("Torch", (), {"cuda_stream": 1})()):
-                    assert cuda.current_stream() == 1
-                    raise KeyError
-            seen = []
-            other = threading.Thread(target=lambda: seen.append(cuda.current_stream()))
-            other.start()
-            other.join()
-            assert cuda.current_stream() == handle and seen == [0]
-            x = Borrowed(tensor(f32(3, 8)))
-            ops.swiglu_forward(x, x)
-            assert x.streams == [handle, handle]
-            swiglu_is_right()
-            assert '"dltensor"' in repr(x.t.__dlpack__(stream=1))
-        assert cuda.current_stream() == 0
-        with cuda.stream(type("CuPy", (), {"ptr": handle})()):
-            assert cuda.current_stream() == handle
-    for wrong in ("1", 1.5, object()):
-        with pytest.raises(TypeError, match="stream should be a handle, None, or have __cuda_stream__"):
-            cuda.stream(wrong)
-
-
-@needs_cuda
-@pytest.mark.parametrize("library", ["cupy", "torch"])
-def test_the_stream_of_the_arguments_library(library, monkeypatch):
-    """CuPy is asked for its current stream, so is torch where it has no C exchange API; a module stands in for them."""
-
-    class Stream:
-        ptr = cuda_stream = 2
-
-    class Fake:
-        ndarray = Tensor = Borrowed
-
-        class cuda:
-            @staticmethod
-            def get_current_stream(device):
-                assert device == 0
-                return Stream
-
-            current_stream = get_current_stream
-
-    monkeypatch.setitem(sys.modules, library, Fake)
-    x, out = Borrowed(tensor(f32(3, 8))), Tensor((3, 8), "float32", "cuda")
-    _C.swiglu_forward(Borrowed(out), x, x)
-    assert x.streams == [2, 2]
-    np.testing.assert_array_equal(back(out), back(ops.swiglu_forward(x.t, x.t)))
-
-
-class ExchangeAPI(ctypes.Structure):
-    Managed = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(ctypes.c_void_p))
-    Stream = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p))
-    _fields_ = [
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("older", ctypes.c_void_p),
-        ("allocate", ctypes.c_void_p),
-        ("managed", Managed),
-        ("back", ctypes.c_void_p),
-        ("tensor", ctypes.c_void_p),
-        ("stream", Stream),
-    ]
-
-
-@needs_cuda
-def test_the_stream_of_the_exchange_api():
-    """torch's way: the C functions of the type, the current stream of its library, also for Tensors in the same call."""
-    asked = []
-
-    def managed(x, out):
-        out[0] = x.address()
-        return 0
-
-    def stream(kind, index, out):
-        asked.append((kind, index))
-        out[0] = 2
-        return 0
-
-    api = ExchangeAPI(1, 3, None, None, ExchangeAPI.Managed(managed), None, None, ExchangeAPI.Stream(stream))
-
-    class Exchanged(Borrowed):
-        __dlpack_c_exchange_api__ = dlpack.new_capsule(ctypes.addressof(api), b"dlpack_exchange_api", None)
-
-    x, out, third = (
-        Exchanged(tensor(f32(3, 8))),
-        Tensor((3, 8), "float32", "cuda"),
-        Borrowed(tensor(f32(3, 8))),
-    )
-    _C.swiglu_forward(out, third, x)
-    np.testing.assert_array_equal(back(out), back(ops.swiglu_forward(x.t, x.t)))
-    assert asked == [(2, 0)] and third.streams == [2] and x.deleted == 1
-    out.copy_(x)
-    np.testing.assert_array_equal(back(out), f32(3, 8))
-    assert x.deleted == 2
-    given = []
-    a, b = Exchanged(tensor(f32(5, 7))), tensor(f32(7, 3))
-    hooks = cuda._workspace, cuda._stream
-
-    def workspace(nbytes, device, stream, like, capture):
-        given.append((device, stream, like, capture))
-        return hooks[0](nbytes, device, stream, None, capture)
-
-    _C.cuda_hooks(workspace, hooks[1])
-    try:
-        _C.matmul(Tensor((5, 3), "float32", "cuda"), a, b, 1.0, 0.0)
-    finally:
-        _C.cuda_hooks(*hooks)
-    assert given == [(0, 2, a, 0)]
-
-
-# ---- workspace -----------------------------------------------------------------------------------
-
-
-def matmul_is_right():
-    a, b = f32(5, 7), f32(7, 3)
-    out = Tensor((5, 3), "float32", "cuda")
-    _C.matmul(out, tensor(a), tensor(b), 1.0, 0.0)
-    np.testing.assert_allclose(back(out), a @ b, rtol=1e-5, atol=1e-5)
-
-
-@needs_cuda
-def test_workspace_is_kept_for_the_thread_and_stream():
-    matmul_is_right()
-    pieces = cuda._arenas.pieces
-    piece = pieces[0, 0, 0]
-    matmul_is_right()
-    assert cuda._arenas.pieces[0, 0, 0] is piece and cuda._workspace(piece.nbytes, 0, 0, None, 0) is piece
-    assert cuda._workspace(piece.nbytes + 1, 0, 0, None, 0).nbytes > piece.nbytes
-    with new_stream() as handle, cuda.stream(handle):
-        matmul_is_right()
-        assert pieces[0, handle, 0] is not pieces[0, 0, 0]
-        del pieces[0, handle, 0]
-    mine = []
-    other = threading.Thread(target=lambda: (matmul_is_right(), mine.append(cuda._arenas.pieces[0, 0, 0])))
-    other.start()
-    other.join()
-    assert len(mine) == 1 and mine[0] is not pieces[0, 0, 0]
-
-
-@needs_emulation
-def test_a_captured_graph_keeps_its_workspace(monkeypatch):
-    """Nobody says when a graph runs or goes: what its kernels were given is given to no other call, and stays."""
-    monkeypatch.setattr(cuda, "_graphs", [])
-    with new_stream(capture=7) as handle, cuda.stream(handle):
-        matmul_is_right()
-        (piece,) = cuda._graphs
-        matmul_is_right()
-        assert cuda._graphs == [piece] and cuda._arenas.pieces[0, handle, 7] is piece
-        larger = cuda._workspace(piece.nbytes + 1, 0, handle, None, 7)
-        assert cuda._graphs == [piece, larger] and cuda._arenas.pieces[0, handle, 7] is larger
-    with new_stream() as handle, cuda.stream(handle):
-        matmul_is_right()
-        assert len(cuda._graphs) == 2 and cuda._arenas.pieces[0, handle, 0] not in cuda._graphs
-
-
-@needs_emulation
-def test_capsules_of_a_capture_are_given_back_at_once():
-    """Marks on a captured stream cannot be asked: no call does, and no error of it is left for a later one."""
-    x, out = Borrowed(tensor(f32(3, 8))), Tensor((3, 8), "float32", "cuda")
-    with new_stream(capture=3) as handle, cuda.stream(handle):
-        for n in range(1, 4):
-            _C.swiglu_forward(out, x, x)
-            assert x.deleted == x.taken == 2 * n
-    swiglu_is_right()
-
-
-@needs_cuda
-@pytest.mark.parametrize(
-    "answer, error, words",
-    [
-        (lambda: None, TypeError, "matmul: workspace must be an array, got None"),
-        (
-            lambda: Tensor(1 << 26, "uint8"),
-            SystemError,
-            "matmul: workspace should be .* bytes on cuda:0, aligned to 256",
-        ),
-        (lambda: Tensor(1, "uint8", "cuda"), SystemError, "matmul: workspace should be .* bytes on cuda:0"),
-        (lambda: 1 // 0, ZeroDivisionError, "division"),
-    ],
-)
-def test_a_wrong_workspace_is_refused(answer, error, words):
-    hooks = cuda._workspace, cuda._stream
-    _C.cuda_hooks(lambda *call: answer(), hooks[1])
-    try:
-        with pytest.raises(error, match=words):
-            matmul_is_right()
-    finally:
-        _C.cuda_hooks(*hooks)
-    matmul_is_right()
-
-
 # ---- errors --------------------------------------------------------------------------------------
 
 
@@ -690,7 +412,9 @@ def test_a_wrong_workspace_is_refused(answer, error, words):
 def test_out_of_memory():
     free = cuda.memory_info()[0]
     for _ in range(3):
-        with pytest.raises(MemoryError, match="Tensor: out of memory: 1125899906842624 bytes cannot be had"):
+        with pytest.raises(
+            MemoryError, match="Tensor: out of memory: cannot allocate 1125899906842624 bytes"
+        ):
             Tensor(1 << 50, "uint8", "cuda")
         swiglu_is_right()
     assert cuda.memory_info()[0] == free or not EMULATED
@@ -715,8 +439,8 @@ def test_a_lost_device_is_named(monkeypatch):
     t, x = tensor(f32(4, 5)), Tensor((4, 5))
     monkeypatch.setenv("LONGLORA_EMULATION_LOST", "1")
     words = (
-        "Tensor.copy_: CUDA: an illegal memory access was encountered. By this error, of this call or of work queued before it, "
-        "the process has lost cuda:0 and must be started anew"
+        "Tensor.copy_: CUDA: an illegal memory access was encountered. After this error, in this call or in "
+        "work queued before it, the process cannot use cuda:0 any more: start it again"
     )
     with pytest.raises(RuntimeError, match=f"^{words}$"):
         x.copy_(t)
@@ -746,81 +470,5 @@ def test_calls_on_a_gpu_leak_nothing():
     before, free = sys.getrefcount(x), cuda.memory_info()[0]
     held = [rounds(300) for _ in range(4)]
     assert sys.getrefcount(x) == before and cuda.memory_info()[0] == free
-    grown = min(b - a for a, b in zip(held, held[1:]))
+    grown = min(b - a for a, b in itertools.pairwise(held))
     assert grown < 300 * 64, f"{grown} bytes more after 300 rounds"
-
-
-# ---- two devices ---------------------------------------------------------------------------------
-
-
-@needs_emulation
-@pytest.mark.skipif(cuda.device_count() > 1, reason="there are two devices")
-def test_again_with_two_devices():
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "two_devices and not again",
-        __file__,
-    ]
-    environment = {**os.environ, "LONGLORA_EMULATION_DEVICES": "2"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "skipped" not in done.stdout.splitlines()[-1], done.stdout + done.stderr
-
-
-@needs_two
-def test_two_devices_are_not_mixed():
-    x = f32(3, 8)
-    a, b = tensor(x, "cuda:0"), tensor(x, "cuda:1")
-    assert (a.device, b.device, b.__dlpack_device__()) == ("cuda:0", "cuda:1", (2, 1))
-    with pytest.raises(ValueError, match="^swiglu_forward: up should be on cuda:0 as out is, got cuda:1$"):
-        _C.swiglu_forward(a, a, b)
-    assert (
-        ops.swiglu_forward(b, b).device == "cuda:1" and ops.swiglu_forward(Borrowed(b), b).device == "cuda:1"
-    )
-    swiglu_is_right("cuda:0")
-    swiglu_is_right("cuda:1")
-    free = [cuda.memory_info(i)[0] for i in (0, 1)]
-    c = Tensor(1 << 24, "uint8", "cuda:1")
-    assert cuda.memory_info("cuda:0")[0] == free[0] and cuda.memory_info(1)[0] <= free[1] - (1 << 24)
-    del c
-
-
-@needs_two
-def test_copies_between_two_devices():
-    x = f32(6, 5, 9)
-    for given in DTYPES:
-        for wanted in DTYPES:
-            a = tensor(x.astype(DTYPES[given]), "cuda:0")
-            b = Tensor((7, 5, 12), wanted, "cuda:1")
-            b[:6, :, 2:11].copy_(a)
-            want = x.astype(DTYPES[given]).astype(DTYPES[wanted])
-            np.testing.assert_array_equal(back(b)[:6, :, 2:11], want)
-            c = Tensor((6, 5, 9), wanted, "cuda:0")
-            c.copy_(b[:6, :, 2:11])
-            np.testing.assert_array_equal(back(c), want)
-            moved = dlpack.tensor_of(c)
-            assert moved.device_id == 0
-
-
-@needs_two
-def test_a_stream_of_the_other_of_two_devices():
-    a, b = tensor(f32(3, 8), "cuda:0"), tensor(f32(3, 8), "cuda:1")
-    with new_stream(1) as handle:
-        with cuda.stream(handle):
-            assert ops.swiglu_forward(b, b).device == "cuda:1"
-            words = "the stream set by longlora.cuda.stream is of cuda:1, the call is on cuda:0"
-            with pytest.raises(ValueError, match=f"swiglu_forward: out cannot be used: {words}"):
-                ops.swiglu_forward(a, a)
-            for refused in (lambda: a.fill(0), lambda: a.copy_(b), a.cpu, a.__dlpack__):
-                with pytest.raises(ValueError, match=words):
-                    refused()
-        with pytest.raises(BufferError, match="stream is of cuda:1, the tensor is on cuda:0"):
-            a.__dlpack__(stream=handle)
-        assert '"dltensor"' in repr(b.__dlpack__(stream=handle))
-    np.testing.assert_array_equal(back(a), f32(3, 8))
-    swiglu_is_right("cuda:0")

@@ -1,5 +1,5 @@
-"""benchmarks/gpu_check.py and the benchmarks on a GPU, as far as they go here: without a GPU every part says so, on the emulation
-of one (and on a GPU) each runs on small shapes."""
+"""benchmarks/gpu_check.py and the benchmarks: without a GPU every part says so, on a GPU and on the emulation
+each runs on small shapes."""
 
 import json
 import os
@@ -30,7 +30,7 @@ BENCHMARKS = [
 
 
 def check(out, *arguments):
-    """-> the finished process, its rows."""
+    """The finished process, and its rows."""
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks/gpu_check.py", "--installed", "--out", out, *arguments],
         env=ENV,

@@ -1,5 +1,5 @@
-"""cuBLAS as the CUDA kernels find it: in which order, what is said when it is missing, what it refuses, and that products are
-remembered in a table that ends."""
+"""How the CUDA kernels find and use cuBLAS: the order of places, errors without it, products that it refuses,
+and the table of plans, which has a fixed size."""
 
 import os
 import re
@@ -50,10 +50,10 @@ def printed(**environment):
     [("/nowhere/libcublasLt.so.13", "No such file"), ("libc.so.6", "libc.so.6 has no cublasLtGetVersion")],
 )
 def test_a_file_that_is_not_cublas(file, why):
-    """Is named by the call that needs it and by doctor's question; other ops go on."""
+    """The call that needs it and doctor report it. Other ops work."""
     product, question, swiglu = printed(LONGLORA_CUBLAS=file)
     for message in (product, question):
-        assert "cuBLAS was not found where LONGLORA_CUBLAS says" in message and why in message
+        assert "cuBLAS was not found at LONGLORA_CUBLAS" in message and why in message
     assert product.startswith("matmul: ")
     assert float(swiglu) == pytest.approx(4 / (1 + np.exp(-1)))
 
@@ -67,7 +67,7 @@ def test_the_file_that_is_named_is_used():
 
 @needs_cuda
 def test_more_products_than_are_remembered(cuda):
-    """The table has 512 places: those used longest ago go, and come again."""
+    """The table has 512 places. The plans that were not used for longest are replaced and made again."""
     for k in [*range(1, 700), *range(1, 9)]:
         a, b = np.ones((2, k), np.float32), np.ones((k, 3), np.float32)
         assert (ops.matmul(a, b) == k).all()
@@ -76,9 +76,9 @@ def test_more_products_than_are_remembered(cuda):
 @needs_emulation
 @pytest.mark.parametrize("answer", ["refuses", "none"])
 def test_what_cublas_has_no_algorithm_for(answer, dtype, cuda, poison, monkeypatch):
-    """Is the plain kernel's work: any layout, with bias, onto another matrix, and with an alpha that is found on the device."""
+    """The plain kernel does it: any layout, bias, another matrix added, and an alpha in device memory."""
     monkeypatch.setenv("LONGLORA_EMULATION_CUBLAS", answer)
-    K = {"refuses": 171, "none": 173}[answer]  # products that no other test has: answers are remembered
+    K = {"refuses": 171, "none": 173}[answer]  # shapes that no other test uses, because answers are kept
     a, b, bias = (
         checks.random((70, K), dtype),
         checks.random((66, K), dtype, 1),
@@ -98,7 +98,7 @@ def test_what_cublas_has_no_algorithm_for(answer, dtype, cuda, poison, monkeypat
     for got, x in ((dx, want[1]), (dweight, want[2])):
         limit = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}[
             dtype
-        ]  # here float16's smallest steps are 1 % of dx
+        ]  # the smallest steps of float16 are 1 % of dx here
         assert np.abs(got.astype(np.float64) - x).max() <= limit * np.abs(x).max()
 
 
@@ -115,11 +115,11 @@ def test_a_product_that_fails(monkeypatch):
     assert (out.cpu().numpy() == 177).all()
 
 
-# ---- the order, by libraries that have nothing but the names -------------------------------------
+# ---- the order of places, with libraries that have the names only --------------------------------
 
 
 def stand_in(file, version, without=()):
-    """A library with the functions that cuda/cublaslt.h names but `without`; its version says which one was taken."""
+    """A library with the functions of cuda/cublaslt.h except `without`. Its version identifies it."""
     names = re.findall(r"X\(\w+, (cublasLt\w+)", (ROOT / "cuda/cublaslt.h").read_text())
     source = "".join(
         f"unsigned long {name}(void) {{ return {version}; }}\n" for name in names if name not in without
@@ -142,7 +142,7 @@ def stand_in(file, version, without=()):
 )
 @pytest.mark.skipif(cuda.built_for() in (None, "emulation"), reason="this build opens no cuBLAS")
 def test_where_it_is_looked_for(tmp_path):
-    """The copy in the process, the pip packages' of CUDA 13, then 12, the system's; a file that lacks a function is passed over."""
+    """The process, the pip packages of CUDA 13, then 12, the system. A file without a function is skipped."""
     there = {
         "process": stand_in(tmp_path / "torch/libcublasLt.so.12", 120001),
         "pip 13": stand_in(tmp_path / "a/nvidia/cu13/lib/libcublasLt.so.13", 130002),
@@ -173,4 +173,4 @@ def test_where_it_is_looked_for(tmp_path):
     stand_in(there["pip 13"], 130005, without=["cublasLtMatmulAlgoGetHeuristic"])
     assert found(pip=True, system=True) == f"12.0.3 {there['pip 12']}"
     assert found(system=True) == f"12.0.4 {there['system']}"
-    assert found().startswith("cuBLAS was not found: neither in the process, nor a pip package")
+    assert found().startswith("cuBLAS was not found in the process, in a pip package")

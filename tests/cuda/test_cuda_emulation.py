@@ -1,7 +1,7 @@
-"""The CUDA kernels without a GPU: cuda/*.cu compiled as C++ against tests/emulation, and the op tests run on that.
+"""The CUDA kernels without a GPU: cuda/*.cu compiled as C++ against tests/emulation, and the op tests on it.
 
-It proves index arithmetic, barriers, masks and guard zones, and that results do not depend on the order of threads and blocks; it
-says nothing about speed, nor about what a compiler for GPUs makes of the sources.
+This tests index arithmetic, barriers, masks and guard zones, and that results do not depend on the order of
+threads and blocks. It does not test speed, or the code that nvcc generates.
 """
 
 import os
@@ -14,8 +14,8 @@ import pytest
 from built import OPS, ROOT, build, run, run_tests
 
 CXX = os.environ.get("CXX") or "c++"
-TESTS = [OPS[:1], OPS[1:]]  # two runs side by side, of about the same length
-LEAST = 700  # tests that must have run
+TESTS = [OPS[:1], OPS[1:]]  # two runs in parallel, of about equal length
+LEAST = 700  # at least this number of tests must run
 ORDERS = ["forward", "reversed", "shuffled"]
 
 pytestmark = [
@@ -34,15 +34,17 @@ def package(tmp_path_factory):
 
 
 def test_the_emulation_itself(tmp_path):
-    """Kernels whose answers are known, and wrong ones that must be found out; no warning in any of it."""
+    """Kernels with known results, and wrong kernels that must be detected. Compiles without warnings."""
     program = tmp_path / "test_emulation"
     run(
         [
             CXX,
-            *"-std=c++17 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-exceptions -fno-rtti -fsanitize=alignment,bounds,shift "
-            "-DLONGLORA_EMULATION -Icuda -Itests/emulation -pthread -x c++".split(),
+            *"-std=c++17 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-exceptions -fno-rtti "
+            "-fsanitize=alignment,bounds,shift -DLONGLORA_EMULATION "
+            "-Icuda -Itests/emulation -pthread -x c++".split(),
             "tests/emulation/test_emulation.cu",
             "tests/emulation/emulation.cpp",
+            "tests/emulation/runtime.cpp",
             "-o",
             program,
         ]
@@ -51,7 +53,7 @@ def test_the_emulation_itself(tmp_path):
 
 
 def test_every_op(package, tmp_path):
-    """The op tests as they are, on CUDA: all must run, none may fail."""
+    """The op tests, unchanged, on CUDA: all must run, none may fail."""
 
     def part(names):
         return run_tests(
@@ -69,7 +71,7 @@ def test_every_op(package, tmp_path):
 
 
 def test_the_border_and_the_driver(package, tmp_path):
-    """The other tests of CUDA; what needs two devices starts a process of its own that has them."""
+    """The other tests of CUDA. Those that need two devices run in a process that has them."""
     files = sorted(ROOT.glob("tests/cuda/test_cuda_*.py"))
     files.remove(Path(__file__).resolve())
     tests = run_tests(package, tmp_path / "others.xml", files)

@@ -1,9 +1,11 @@
-"""The driver on a GPU, or on the emulation of one: what the CPU computes, by the same files, to and fro.
+"""The driver on a GPU or its emulation: it computes what the CPU computes, and runs move between the two by
+files.
 
-Tolerances: in float32 the two differ by the order of sums, 2^-24 of a value at a time, which AdamW can make a whole step of where
-a gradient is all but zero; such steps hardly move the loss. Ten steps were within 4e-8 of it and 3e-7 of the gradient's norm on the
-emulation; a GPU may sum in yet another order. In bfloat16 another number is rounded now and then, by 2^-8 of itself: 6e-4 of the
-mean loss of 64 tokens and 9e-3 of the norm.
+Tolerances: in float32 the devices differ by the order of sums, 2^-24 of a value each. AdamW can turn this
+into a whole step where a gradient is almost zero, but such steps hardly change the loss. On the emulation,
+ten steps were within 4e-8 of the loss and 3e-7 of the gradient norm; a GPU may sum in yet another order. In
+bfloat16 some numbers round differently, by 2^-8 of themselves: 6e-4 of the mean loss of 64 tokens and 9e-3 of
+the norm.
 """
 
 import json
@@ -103,7 +105,7 @@ def test_other_kinds_of_runs_too(tmp_path, fields):
 
 
 def test_the_loss_is_read_where_it_is_said(tmp_path, monkeypatch):
-    """One number of a step is waited for, the norm; the rows that are logged are those of a run that logs each step."""
+    """A step waits for one number, the norm. Logged rows equal those of a run that logs every step."""
     each = run(tmp_path, device=GPU, max_steps=6, output_dir=str(tmp_path / "each"))
     reads, real = [], model_.Model.train_microbatch
 
@@ -209,7 +211,7 @@ def test_logits_and_the_reading_of_weights(tmp_path):
 
 
 def test_weights_go_through_a_small_piece_of_host_memory(tmp_path, monkeypatch):
-    """No tensor is whole in the host's memory on its way to the GPU."""
+    """Loading never holds a whole tensor in the host's memory."""
     base, pinned = open_model(tiny.model(tmp_path / "base")), []
     made = model_.Model(base.config, dtype="float32", device=GPU)
 
@@ -241,7 +243,7 @@ def test_weights_go_through_a_small_piece_of_host_memory(tmp_path, monkeypatch):
     ids=["llama", "qwen2", "qwen3"],
 )
 def test_the_plan_has_the_workspace_that_a_step_takes(fields, lora):
-    """No call of a step asks for more, and one for as much: the thread's piece is what was planned."""
+    """The largest workspace of a step's calls is what was planned."""
     config, length = read_config({**tiny.CONFIG, **fields}), 40
     asked, pieces = [], cuda._arenas.__dict__.setdefault("pieces", {})
     pieces.clear()
@@ -285,5 +287,5 @@ def test_the_plan_is_of_the_gpu(tmp_path):
         "plan", "--model", tiny.model(tmp_path / "base"), "--target-length", 128, "--device", "cuda", "--json"
     )
     assert json.loads(done.stdout)["device"] == GPU
-    with pytest.raises(UserError, match=r"there are 0\.00 on cuda:0; what would make it fit"):
+    with pytest.raises(UserError, match=r"0\.00 GiB are available on cuda:0; what would make it fit"):
         run(tmp_path, device=GPU, max_memory=1e-4)

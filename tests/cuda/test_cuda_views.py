@@ -1,6 +1,8 @@
-"""Every array of every op as a view that a GPU must not stumble over: rows more than 2^31 elements apart, rows that run backwards,
-and memory that begins one element past where vectors begin. One array of a call at a time, the others dense: the results are those
-of the call with dense ones, and what the kernels move in vectors of 16 bytes they take from there only where all of them allow it.
+"""Every array of every op as a difficult view: rows more than 2^31 elements apart, rows that run backwards,
+and memory that begins one element behind a vector's boundary.
+
+One array of a call is a view, the others are dense. The results must be those of the call with dense arrays.
+Kernels that move vectors of 16 bytes may do so only where all arrays allow it.
 """
 
 import math
@@ -18,11 +20,14 @@ from longlora import _C, Tensor, cuda
 if not CUDA:
     pytest.skip(f"no GPU and no emulation of one: {cuda.reason()}", allow_module_level=True)
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of the largest value: cuBLAS may choose another algorithm
+TOLERANCE = {
+    "float32": 1e-4,
+    "bfloat16": 3e-2,
+}  # relative to the largest value: cuBLAS may choose another algorithm
 
 
 def calls():
-    """op, arguments, as benchmarks/gpu_small.py has them, and the ops that it calls apart."""
+    """(op, arguments): the calls of benchmarks/gpu_small.py, and the ops that it calls separately."""
     sys.path.append(str(Path(__file__).resolve().parents[2]))
     try:
         from benchmarks.gpu_small import calls, random
@@ -57,7 +62,7 @@ def calls():
 
 
 class Laid:
-    """x in the memory of the device: "dense", or its rows (of the first axis that has several) as `how` says."""
+    """x in device memory: "dense", or the rows of its first axis longer than 1 laid out as `how` says."""
 
     def __init__(self, x, dtype, how):
         self.x = x = x.astype(np.int32 if x.dtype == np.int32 else DTYPES.get(dtype, dtype))
@@ -73,7 +78,7 @@ class Laid:
         if how == "backwards":
             self.first, apart = size - self.row, -apart
         self.apart = apart
-        if how == "far" and EMULATED:  # which is committed only where it is touched
+        if how == "far" and EMULATED:  # memory is committed only where it is touched
             self.memory = np.zeros(size, x.dtype)
             start, like = mirror.address(self.memory), dlpack.tensor_of(Tensor(1, "uint8", "cuda"))
         else:
@@ -100,7 +105,7 @@ class Laid:
 
 
 def run(op, args, dtype, which=None, how="dense"):
-    """The op with argument `which` laid so -> its outputs."""
+    """The outputs of the op with argument `which` laid out like that."""
     given, outputs = [], []
     for i, arg in enumerate(args):
         array, *said = arg if isinstance(arg, tuple) else (arg,)
@@ -125,7 +130,7 @@ def test_an_array_of_a_call_as_a_view(dtype, how):
                 continue
             if how == "far" and not EMULATED and cuda.memory_info()[0] < 10 << 30:
                 pytest.skip(
-                    f"rows 2^31 elements apart take 8 GiB, the GPU has {cuda.memory_info()[0] / 2**30:.1f} free"
+                    f"rows 2^31 elements apart need 8 GiB, {cuda.memory_info()[0] / 2**30:.1f} are free"
                 )
             for got, x in zip(run(op, args, dtype, i, how), want, strict=True):
                 assert np.abs(got - x).max() <= TOLERANCE[dtype] * max(np.abs(x).max(), 1e-3), (

@@ -1,4 +1,4 @@
-"""The way of NumPy's tests to a device, tried with other memory of the CPU as the device."""
+"""tests/mirror.py, which runs the NumPy tests on a device, with other CPU memory as the device."""
 
 import ctypes
 
@@ -63,7 +63,7 @@ def test_read_only_is_kept(mirrored):
 
 
 def test_what_was_written_outside_is_seen(monkeypatch):
-    """A stand-in for an op with two faults: it writes behind its output, and to its input."""
+    """A stand-in for an op with two faults: it writes behind its output and into its input."""
 
     def faulty(out, x):
         for producer, at in ((out, 10), (x, 0))[:faults]:

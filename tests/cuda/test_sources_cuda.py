@@ -1,4 +1,4 @@
-"""The house rules of cuda/, and what nvcc says of it: no warning, no register spilled. Needs no GPU."""
+"""The house rules of cuda/, and nvcc's report on it: no warning, no register spilled. Needs no GPU."""
 
 import os
 import re
@@ -13,17 +13,22 @@ from test_sources import stem
 from longlora import _C
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted(p for p in ROOT.glob("cuda/*") if p.suffix in (".cu", ".cuh", ".h"))
+FILES = sorted(p for p in ROOT.glob("cuda/**/*") if p.suffix in (".cu", ".cuh", ".h"))
+CODE = {path: re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.S) for path in FILES}
 NVCC = shutil.which(os.environ.get("NVCC") or "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-# What is close to spilling is compiled for all that setup.py builds for.
-ARCHS = dict.fromkeys(("s2_attention.cu", "lora_linear.cu"), ("sm_80", "sm_90a", "sm_100", "sm_120"))
+# Kernels that come close to spilling are compiled for all GPUs of setup.py, the others for sm_90a.
+NEAR_SPILLING = ("s2_attention_forward.cu", "s2_attention_backward.cu", "lora_linear.cu")
+ARCHS = dict.fromkeys(NEAR_SPILLING, ("sm_80", "sm_90a", "sm_100", "sm_120"))
 
 
 @pytest.mark.parametrize("op", _C.specs)
 def test_one_op_one_stem(op):
-    assert (
-        f"int {op}_cuda(const void *args, const CudaCall *call)" in (ROOT / f"cuda/{stem(op)}.cu").read_text()
-    )
+    """Forward and backward share a file, cuda/<stem>.cu, or have one each, cuda/<op>.cu."""
+    names = {f"{stem(op)}.cu", f"{op}.cu"}
+    entry = f"int {op}_cuda(const void *args, const CudaCall *call)"
+    (path,) = [path for path in FILES if entry in path.read_text()]
+    assert path.parent.name == "cuda" and path.name in names
+    assert sum((ROOT / "cuda" / name).exists() for name in names) == 1
 
 
 def test_files_say_what_they_are():
@@ -31,30 +36,32 @@ def test_files_say_what_they_are():
         assert path.read_text().startswith(f"/* {path.name} --- "), path
         if path.suffix == ".cu":
             assert f"`{path.name}`" in (ROOT / "cuda/README.md").read_text(), (
-                f"cuda/README.md says nothing of {path.name}"
+                f"cuda/README.md does not mention {path.name}"
             )
 
 
 @pytest.mark.parametrize(
     "words, where",
     [
-        (r"\basm\b", "common.cuh"),  # inline PTX has a name there
+        (r"\b(asm|__asm|__asm__)\b", "common.cuh"),  # inline PTX has a name there
+        (r"\b(__CUDA_ARCH\w*|LONGLORA_HOPPER)\b", "common.cuh"),  # choices by the GPU
+        (r"\bsm\b", "common.cuh device.cu"),
         (r"<<<", "common.cuh"),  # launches have their stream and their check
         (r"\bcublasLt\w+\(", "cublaslt.h"),
-        (r"\batomic\w+\(|(?<![\w.])(printf|puts|exit|abort|assert)\s*\(", None),
+        (r"\batomic\w+\(|(?<![\w.])(printf|puts|exit|abort|assert)\s*\(", ""),
         (r"\bcuda(Malloc|Free|DeviceSynchronize|StreamSynchronize|HostAlloc)\w*\(", "device.cu"),
+        (r"\bcuda(GetDevice|DeviceGet|OccupancyMax)\w*\(", "device.cu"),  # ops ask their CudaCall
     ],
 )
 def test_some_words_have_one_place(words, where):
-    for path in FILES:
-        if path.name != where:
-            code = re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.S)
+    for path, code in CODE.items():
+        if path.name not in where.split():
             assert not re.search(words, code), f"{path.name}: {re.search(words, code)[0]}"
 
 
 @pytest.mark.skipif(not shutil.which("readelf"), reason="readelf is not installed")
 def test_neither_driver_nor_cublas_is_linked():
-    """The runtime is inside of the extension; the others are opened when they are needed, so it loads where they are not."""
+    """The extension contains the runtime. It opens the others when it needs them, so it loads without."""
     said = subprocess.run(["readelf", "-d", _C.__file__], capture_output=True, text=True, check=True).stdout
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", said)
     assert needed and not [library for library in needed if re.search("cuda|cublas|nvidia", library)]
@@ -62,14 +69,16 @@ def test_neither_driver_nor_cublas_is_linked():
 
 @pytest.mark.skipif(not NVCC, reason="nvcc is not installed")
 def test_what_nvcc_says(tmp_path):
-    """By the flags of setup.py, warnings as errors; each kernel's line of ptxas -v; wgmma that ptxas runs one by one is a remark."""
+    """With the flags of setup.py, and warnings as errors. ptxas -v reports the registers of each kernel and
+    remarks on wgmma that it runs one by one."""
     flags = (
-        "-std=c++17 -O3 -DNDEBUG -Xcompiler -fPIC,-Wall,-Wextra,-Werror,-fvisibility=hidden,-fno-exceptions,-fno-rtti "
+        "-std=c++17 -O3 -DNDEBUG -Xcompiler "
+        "-fPIC,-Wall,-Wextra,-Werror,-fvisibility=hidden,-fno-exceptions,-fno-rtti "
         "-Werror all-warnings -cubin -Xptxas -v"
     ).split()
     jobs = [
         (path, arch)
-        for path in sorted(ROOT.glob("cuda/*.cu"), key=os.path.getsize, reverse=True)
+        for path in sorted(ROOT.glob("cuda/**/*.cu"), key=os.path.getsize, reverse=True)
         for arch in ARCHS.get(path.name, ("sm_90a",))
     ]
 
@@ -88,6 +97,6 @@ def test_what_nvcc_says(tmp_path):
         for *where, line in lines
     ]
     spills = [(*where, m[0]) for *where, m in spills if m]
-    assert {where[0] for where in spills} > {"s2_attention.cu", "swiglu.cu"}, "ptxas reported nothing"
+    assert {where[0] for where in spills} > {*NEAR_SPILLING, "swiglu.cu"}, "ptxas reported nothing"
     assert not [where for where in spills if where[2] != "0 bytes spill stores, 0 bytes spill loads"]
     assert not [line for line in lines if re.search("warning|wgmma|serializ", line[2])]

@@ -1,8 +1,8 @@
-/* cublaslt.cpp --- cuBLASLt as far as cuda/cublaslt.h declares it, on the host: what gemm.cu finds when it
- * opens the library. It is strict: what the real one may refuse (unknown attributes, sizes of them, leading
- * dimensions, layouts that do not fit together, alignment worse than was promised to the heuristic, no
- * workspace) is an error here. Sums are float64. LONGLORA_EMULATION_CUBLAS=refuses|none|fails: no algorithm,
- * said in either way; one that then cannot be run. */
+/* cublaslt.cpp --- cuBLASLt on the host, as far as cuda/cublaslt.h declares it. gemm.cu finds it when it
+ * opens the library. It is strict: it returns an error for all that the real one may refuse (unknown
+ * attributes, wrong sizes of them, leading dimensions, layouts that do not fit together, less alignment than
+ * the heuristic was promised, no workspace). Sums are float64. LONGLORA_EMULATION_CUBLAS=refuses or none: it
+ * has no algorithm, said in either way; fails: its algorithm cannot run. */
 #include "../../cuda/cublaslt.h"
 #include "emulation.h"
 
@@ -110,8 +110,7 @@ static bool answers(const char *how) {
     return said && !strcmp(said, how);
 }
 
-/* What the heuristic says to matmul: the alignment that was promised, and a mark that this is an algorithm of
- * ours. */
+/* The algorithm passes the promised alignment from the heuristic to matmul. The mark says that it is ours. */
 enum { MARK = 0x4c4f4e47 };
 
 static Status fit(Desc desc, Layout a, Layout b, Layout c, Layout d) {
@@ -149,7 +148,7 @@ static double value(const void *data, int64_t i, DataType type) {
                             : __half2float(((const __half *)data)[i]);
 }
 
-/* TOGETHER rows of a times TOGETHER columns of b, k first in both: sum[m][n]. */
+/* sum[m][n] of TOGETHER rows of a and TOGETHER columns of b, both with k first. */
 enum { TOGETHER = 4 };
 typedef double Row __attribute__((vector_size(8 * TOGETHER), aligned(8)));
 __attribute__((no_sanitize("alignment"))) static void multiply(Row *sum, const double *left,
@@ -161,7 +160,7 @@ __attribute__((no_sanitize("alignment"))) static void multiply(Row *sum, const d
     memcpy(sum, rows, sizeof rows);
 }
 
-/* d[M,N] = alpha a[M,K] b[K,N] + beta c + bias[M], everything in columns. */
+/* d[M,N] = alpha a[M,K] b[K,N] + beta c + bias[M]. All matrices are stored by columns. */
 EXPORT Status cublasLtMatmul(Handle handle, Desc desc, const void *alpha, const void *A, Layout a,
                              const void *B, Layout b, const void *beta, const void *C, Layout c, void *D,
                              Layout d, const Algo *algo, void *workspace, size_t bytes, void *) {
@@ -177,14 +176,14 @@ EXPORT Status cublasLtMatmul(Handle handle, Desc desc, const void *alpha, const 
     if (C == D && c->ld != d->ld) return INVALID_VALUE;
     if (answers("fails")) return EXECUTION_FAILED;
     if (desc->epilogue == EPILOGUE_BIAS && (uintptr_t)desc->bias % 16)
-        return INVALID_VALUE; /* an illegal address, at times */
+        return INVALID_VALUE; /* the real one sometimes reads an illegal address */
     cudaPointerAttributes alphas, betas;
     cudaPointerGetAttributes(&alphas, alpha), cudaPointerGetAttributes(&betas, beta);
     bool on_device = desc->pointer_mode == POINTER_MODE_DEVICE;
     if ((alphas.type == cudaMemoryTypeDevice) != on_device ||
         (betas.type == cudaMemoryTypeDevice) != on_device)
         return INVALID_VALUE;
-    memset(workspace, 0xff, 4096); /* it is scratch: nobody else's */
+    memset(workspace, 0xff, 4096); /* scratch: it may hold nothing else */
     int64_t M = (int64_t)d->rows, N = (int64_t)d->cols, K = (int64_t)(desc->turned_a ? a->rows : a->cols);
     float scale = *(const float *)alpha, keep = *(const float *)beta;
     int64_t groups = (M + TOGETHER - 1) / TOGETHER;

@@ -1,5 +1,6 @@
-/* emulation.cpp --- the fibers, barriers and warp functions of emulation.h, and its CUDA runtime. */
+/* emulation.cpp --- blocks and threads of emulation.h: fibers, barriers and warp functions. */
 #include "emulation.h"
+#include "fibers.h"
 
 #include <pthread.h>
 #include <signal.h>
@@ -13,105 +14,13 @@ dim3 blockDim, gridDim;
 
 namespace emulation {
 
-enum { WARP = 32, MAX_THREADS = 1024, STACK = 128 << 10, GUARD = 4096, SHARED = 99 << 10, CANARY = 0xA5 };
+enum { WARP = 32, MAX_THREADS = 1024, GUARD = 4096, CANARY = 0xA5 };
 
-static void *map(size_t bytes) {
+void *map(size_t bytes) {
     void *p =
         mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     return p == MAP_FAILED ? nullptr : p;
 }
-
-/* ---- switching fibers ------------------------------------------------------------------------ */
-
-/* switch_stack(&mine, theirs) keeps what a call must preserve on this stack, its pointer in mine, and goes on
- * where `theirs` was kept; first_stack makes a stack that begins in entry(), which never returns. */
-#if defined __x86_64__
-typedef void *Fiber;
-extern "C" void emulation_switch_stack(Fiber *mine, Fiber theirs) __attribute__((visibility("hidden")));
-asm(R"(
-    .text
-    .type emulation_switch_stack, @function
-emulation_switch_stack:
-    pushq %rbp
-    pushq %rbx
-    pushq %r12
-    pushq %r13
-    pushq %r14
-    pushq %r15
-    movq %rsp, (%rdi)
-    movq %rsi, %rsp
-    popq %r15
-    popq %r14
-    popq %r13
-    popq %r12
-    popq %rbx
-    popq %rbp
-    ret
-    .size emulation_switch_stack, .-emulation_switch_stack
-)");
-static void switch_stack(Fiber *mine, Fiber *theirs) { emulation_switch_stack(mine, *theirs); }
-static void first_stack(Fiber *fiber, char *stack, void (*entry)()) {
-    void **top = (void **)(stack + STACK) - 8; /* six registers, entry, and entry's return address */
-    for (int i = 0; i < 8; i++) top[i] = nullptr;
-    top[6] = (void *)entry;
-    *fiber = top;
-}
-#elif defined __aarch64__
-typedef void *Fiber;
-extern "C" void emulation_switch_stack(Fiber *mine, Fiber theirs) __attribute__((visibility("hidden")));
-asm(R"(
-    .text
-    .type emulation_switch_stack, %function
-emulation_switch_stack:
-    sub sp, sp, #160
-    stp x19, x20, [sp, #0]
-    stp x21, x22, [sp, #16]
-    stp x23, x24, [sp, #32]
-    stp x25, x26, [sp, #48]
-    stp x27, x28, [sp, #64]
-    stp x29, x30, [sp, #80]
-    stp d8, d9, [sp, #96]
-    stp d10, d11, [sp, #112]
-    stp d12, d13, [sp, #128]
-    stp d14, d15, [sp, #144]
-    mov x9, sp
-    str x9, [x0]
-    mov sp, x1
-    ldp x19, x20, [sp, #0]
-    ldp x21, x22, [sp, #16]
-    ldp x23, x24, [sp, #32]
-    ldp x25, x26, [sp, #48]
-    ldp x27, x28, [sp, #64]
-    ldp x29, x30, [sp, #80]
-    ldp d8, d9, [sp, #96]
-    ldp d10, d11, [sp, #112]
-    ldp d12, d13, [sp, #128]
-    ldp d14, d15, [sp, #144]
-    add sp, sp, #160
-    ret
-    .size emulation_switch_stack, .-emulation_switch_stack
-)");
-static void switch_stack(Fiber *mine, Fiber *theirs) { emulation_switch_stack(mine, *theirs); }
-static void first_stack(Fiber *fiber, char *stack, void (*entry)()) {
-    void **top = (void **)(stack + STACK) - 20;
-    for (int i = 0; i < 20; i++) top[i] = nullptr;
-    top[11] = (void *)entry; /* x30 */
-    *fiber = top;
-}
-#else
-}
-#include <ucontext.h>
-namespace emulation {
-typedef ucontext_t Fiber;
-static void switch_stack(Fiber *mine, Fiber *theirs) { swapcontext(mine, theirs); }
-static void first_stack(Fiber *fiber, char *stack, void (*entry)()) {
-    getcontext(fiber);
-    fiber->uc_stack.ss_sp = stack;
-    fiber->uc_stack.ss_size = STACK;
-    fiber->uc_link = nullptr;
-    makecontext(fiber, entry, 0);
-}
-#endif
 
 /* ---- the block that runs --------------------------------------------------------------------- */
 
@@ -147,35 +56,35 @@ struct Thread {
     Kind kind; /* what it waits for */
     unsigned mask;
     Place place;
-    const void *row; /* the operands of what it waits for ... */
+    const void *row; /* the operands of the warp function that it waits for ... */
     float *d;
     const unsigned *a, *b;
     unsigned *r;
-    uint64_t value, result; /* ... and what came of it */
+    uint64_t value, result; /* ... and its result */
     int from;
     const char *name;
-    Copy *copies; /* a queue, oldest first; kept from launch to launch */
+    Copy *copies; /* a queue, oldest first; the memory is kept from launch to launch */
     int copies_made, copies_room, group;
 };
 
 static Thread threads[MAX_THREADS];
 static struct Warp {
-    unsigned live, waiting; /* bits of lanes: not at their end; at a warp function */
-    bool alike;             /* all that wait do so for what the first does */
+    unsigned live, waiting; /* bits of lanes: those that have not ended; those at a warp function */
+    bool alike;             /* all waiting lanes wait for the same thing */
     Kind kind;
     unsigned mask;
     int line;
 } warps[MAX_THREADS / WARP];
 static Thread *current;
-static Fiber outside;             /* run()'s own stack */
-static char *stacks[MAX_THREADS]; /* those that no thread has */
+static Fiber outside;             /* the stack of run() */
+static char *stacks[MAX_THREADS]; /* those in no thread's use */
 static int free_stacks;
-static int ready[MAX_THREADS], ready_count; /* a stack: a warp goes as far as it can before the next begins */
+static int ready[MAX_THREADS], ready_count; /* last in, first out: a warp goes on as long as it can */
 static int thread_count, exited, at_barrier;
 static void (*the_body)(const void *);
 static const void *the_context;
 static bool failed;
-static char *shared_end; /* of all dynamic shared memory: a page that nobody may touch */
+static char *shared_end; /* dynamic shared memory ends here, before a page that nobody may touch */
 static size_t shared_size;
 
 static enum Order { FORWARD, REVERSED, SHUFFLED } order;
@@ -187,7 +96,7 @@ static unsigned random_below(unsigned n) {
 
 static void entry();
 
-/* The next thread to run: its stack holds it, or it is new. NULL: nobody can run. */
+/* The next thread to run, NULL if none can. */
 static Thread *next_ready() {
     if (!ready_count) return nullptr;
     if (order == SHUFFLED) {
@@ -198,8 +107,7 @@ static Thread *next_ready() {
     return &threads[ready[--ready_count]];
 }
 
-/* The lanes `which` of the warp that begins with thread `warp` may run; those that the order names first are
- * taken first. */
+/* Lets the lanes `which` of the warp that begins with thread `warp` run, in the order that is set. */
 static void make_ready(int warp, unsigned which) {
     for (int i = 0; i < WARP; i++) {
         int n = order == REVERSED ? i : WARP - 1 - i;
@@ -216,8 +124,8 @@ static void go_to(Thread *next, Fiber *mine) {
     }
     if (!next->stack) {
         next->stack = stacks[--free_stacks];
-        /* Stacks lie whole pages apart: their tops begin at different offsets, so that they do not fight for
-         * one set of the cache. */
+        /* Stacks are whole pages apart. Their tops begin at different offsets, so that they do not compete
+         * for one set of the cache. */
         first_stack(&next->fiber, next->stack - (uintptr_t)next->stack / (STACK + GUARD) * 5 % 61 * 64,
                     entry);
     }
@@ -226,7 +134,7 @@ static void go_to(Thread *next, Fiber *mine) {
     switch_stack(mine, &next->fiber);
 }
 
-/* This thread waits until make_ready names it; if nobody else can run, run() hears of it. */
+/* This thread waits until make_ready names it. If no other thread can run, run_block() continues. */
 static void wait_here() {
     Thread *self = current, *next = next_ready();
     if (next == self) {
@@ -250,7 +158,7 @@ void error(const char *format, ...) {
          current->index.x, current->index.y, current->index.z, text);
     failed = true;
     switch_stack(&current->fiber, &outside);
-    abort(); /* nobody comes back */
+    abort(); /* nobody switches back to this stack */
 }
 
 static void release_all() {
@@ -299,7 +207,7 @@ template <bool BF16> static void do_mma(Thread *warp) {
         memcpy(&d[g][k], t.d, 8);
         memcpy(&d[g + 8][k], t.d + 2, 8);
     }
-    for (int m = 0; m < 16; m += 4) { /* four sums side by side, each in order */
+    for (int m = 0; m < 16; m += 4) { /* four independent sums at a time, each in order of k */
         Row sum[4];
         for (int i = 0; i < 4; i++) sum[i] = *(Row *)d[m + i];
         for (int k = 0; k < 16; k++)
@@ -326,8 +234,7 @@ static void do_ldmatrix(Thread *warp, bool transposed) {
         }
 }
 
-/* The lanes of `mask` in t's warp wait for the same thing: it is done for all of them. Not yet: nothing
- * happens. */
+/* Once all live lanes of t's mask wait for the same warp function, does it for all of them. */
 static void try_warp(Thread *t) {
     Thread *warp = warp_of(t);
     Warp *state = &warps[t->number / WARP];
@@ -391,7 +298,7 @@ static void meet(Kind kind, unsigned mask, Place place) {
     wait_here();
 }
 
-/* A thread has ended: those who waited for it go on. */
+/* Ends the thread. Threads that waited for it continue. */
 static void leave() {
     Thread *self = current, *warp = warp_of(self);
     self->kind = EXITED;
@@ -404,8 +311,8 @@ static void leave() {
     release_barrier();
 }
 
-/* A fiber: one thread after another, as long as the next one is new; so kernels in which nobody waits need
- * one stack. */
+/* A fiber runs one thread after another, as long as the next one is new. So a kernel in which no thread waits
+ * needs one stack. */
 static void entry() {
     for (;;) {
         the_body(the_context);
@@ -478,7 +385,7 @@ static int run_block() {
     go_to(next_ready(), &outside);
     current = nullptr;
     int result = failed ? -1 : exited < thread_count ? stands_still() : 0;
-    for (int i = 0; i < thread_count; i++) /* of those that were left waiting */
+    for (int i = 0; i < thread_count; i++) /* of threads that still wait */
         if (threads[i].stack) {
             stacks[free_stacks++] = threads[i].stack;
             threads[i].stack = nullptr;
@@ -495,19 +402,19 @@ static uint64_t gcd(uint64_t a, uint64_t b) { return b ? gcd(b, a % b) : a; }
 static int run_grid(dim3 grid, dim3 block, size_t shared, void (*body)(const void *), const void *context) {
     uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z, count = (uint64_t)block.x * block.y * block.z;
     if (count < 1 || count > MAX_THREADS)
-        return fail("emulation: a block has 1 to %d threads, not %llu", MAX_THREADS,
+        return fail("emulation: a block has 1 to %d threads, got %llu", MAX_THREADS,
                     (unsigned long long)count);
     if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
         return fail("emulation: a grid of (%u,%u,%u) is too large", grid.x, grid.y, grid.z);
     if (shared > SHARED)
-        return fail("emulation: a block has at most %d bytes of shared memory, not %zu", SHARED, shared);
+        return fail("emulation: a block has at most %d bytes of shared memory, got %zu", SHARED, shared);
     if (make_stacks()) return -1;
     const char *wanted = getenv("LONGLORA_EMULATION_ORDER");
     order = !wanted || !strcmp(wanted, "forward") ? FORWARD
             : !strcmp(wanted, "reversed")         ? REVERSED
                                                   : SHUFFLED;
     if (order == SHUFFLED && strcmp(wanted, "shuffled"))
-        return fail("LONGLORA_EMULATION_ORDER: wanted forward, reversed or shuffled, got %s", wanted);
+        return fail("LONGLORA_EMULATION_ORDER should be forward, reversed or shuffled, got %s", wanted);
     random_state = 1;
     gridDim = grid;
     blockDim = block;
@@ -516,7 +423,7 @@ static int run_grid(dim3 grid, dim3 block, size_t shared, void (*body)(const voi
     the_body = body;
     the_context = context;
     failed = false;
-    uint64_t step = 1; /* shuffled: a stride without a common factor with their number */
+    uint64_t step = 1; /* shuffled: a stride that has no common factor with the number of blocks */
     if (order == SHUFFLED)
         for (step = blocks * 5 / 8 | 1; gcd(step, blocks) > 1; step += 2) {}
     for (uint64_t i = 0, n = blocks / 2; i < blocks; i++, n = (n + step) % blocks) {
@@ -528,8 +435,8 @@ static int run_grid(dim3 grid, dim3 block, size_t shared, void (*body)(const voi
     return 0;
 }
 
-/* A thread touched memory that is not there, its stack's guard page included. It stays in this handler for
- * ever, as other threads that a failed launch leaves behind. */
+/* A thread touched memory that does not exist, or the guard page of its stack. The thread stays in this
+ * handler for ever, like other threads that a failed launch leaves behind. */
 static void illegal_address(int signal, siginfo_t *info, void *) {
     if (current) error("an illegal address: %p", info->si_addr);
     struct sigaction usual = {};
@@ -571,7 +478,7 @@ void sync_threads(Place place) {
 
 void sync_warp(unsigned mask, Place place) { meet(SYNC_WARP, mask, place); }
 
-uint64_t shuffle(unsigned mask, uint64_t value, int from, const char *, Place place) {
+uint64_t shuffle(unsigned mask, uint64_t value, int from, Place place) {
     Thread *self = current;
     self->value = value;
     self->from = from;
@@ -601,8 +508,8 @@ void mma(float *d, const unsigned *a, const unsigned *b, bool bf16, Place place)
     meet(bf16 ? MMA_BF16 : MMA_F16, 0xffffffffu, place);
 }
 
-/* Done when it is waited for and not before; until then the target is NaN: who reads it too early, or has not
- * read it yet, sees it. */
+/* The copy is done when it is waited for, not before. Until then its target is NaN, which shows in the
+ * results of a thread that reads it too early, or that still needed what was there. */
 void copy_async(void *to, const void *from, bool there) {
     Thread *self = current;
     if ((uintptr_t)to % 16) error("cp_async_16: the target %p is not 16-byte aligned", to);
@@ -632,7 +539,7 @@ void copy_wait(int newest) {
 
 }  // namespace emulation
 
-/* ---- what the compiler's checks find --------------------------------------------------------- */
+/* ---- errors found by -fsanitize --------------------------------------------------------------- */
 
 extern "C" {
 struct Location {
@@ -649,298 +556,4 @@ HIDDEN void __ubsan_handle_out_of_bounds(const Location *where, uintptr_t index)
 HIDDEN void __ubsan_handle_shift_out_of_bounds(const Location *where, uintptr_t, uintptr_t by) {
     emulation::error("a shift by %lld at %s:%u", (long long)by, where->file, where->line);
 }
-}
-
-/* ---- the CUDA runtime ------------------------------------------------------------------------ */
-
-/* A capture is a number that a test writes into a stream: work is done nevertheless, what a capture forbids
- * is refused. */
-struct EmulatedStream {
-    int device, capture;
-};
-struct EmulatedEvent {
-    bool recorded, captured;
-};
-static int capture_in(cudaStream_t stream) {
-    return (uintptr_t)stream > (uintptr_t)cudaStreamPerThread ? stream->capture : 0;
-}
-
-namespace {
-
-enum { MAX_DEVICES = 8, PAGE = 4096 };
-struct Block {
-    char *memory, *mapping;
-    size_t bytes, mapped;
-    int device;
-    Block *next;
-}; /* `memory` ends where nobody may read */
-Block *allocated, *pinned;
-size_t used[MAX_DEVICES];
-thread_local int the_device;
-thread_local cudaError_t last_error_;
-pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-struct Locked {
-    Locked() { pthread_mutex_lock(&lock); }
-    ~Locked() { pthread_mutex_unlock(&lock); }
-};
-
-cudaError_t note(cudaError_t error) {
-    if (error != cudaSuccess) last_error_ = error;
-    return error;
-}
-
-size_t number(const char *variable, size_t otherwise) {
-    const char *text = getenv(variable);
-    return text && *text ? (size_t)strtoull(text, nullptr, 10) : otherwise;
-}
-int devices() { return (int)number("LONGLORA_EMULATION_DEVICES", 1); }
-size_t memory_of_device() { return number("LONGLORA_EMULATION_MEMORY", (size_t)8 << 30); }
-int compute_capability() { return (int)number("LONGLORA_EMULATION_SM", 86); }
-cudaError_t lost() {
-    return number("LONGLORA_EMULATION_LOST", 0) ? note(cudaErrorIllegalAddress) : cudaSuccess;
-}
-
-Block **find(Block **list, const void *p) {
-    for (; *list; list = &(*list)->next)
-        if ((const char *)p >= (*list)->memory && (const char *)p < (*list)->memory + (*list)->bytes)
-            return list;
-    return nullptr;
-}
-
-cudaError_t take(Block **list, void **p, size_t bytes, bool poison) {
-    *p = nullptr;
-    if (!bytes) return cudaSuccess;
-    size_t rounded = (bytes + 255) / 256 * 256, mapped = (rounded + PAGE - 1) / PAGE * PAGE + PAGE;
-    char *mapping = (char *)emulation::map(mapped);
-    Block *block = mapping ? (Block *)malloc(sizeof *block) : nullptr;
-    if (!block) return note(cudaErrorMemoryAllocation);
-    mprotect(mapping + mapped - PAGE, PAGE, PROT_NONE);
-    char *memory = mapping + mapped - PAGE - rounded;
-    if (poison && bytes <= (size_t)1 << 30) memset(memory, 0xff, rounded);
-    *block = { memory, mapping, bytes, mapped, the_device, *list };
-    *list = block;
-    *p = memory;
-    return cudaSuccess;
-}
-
-cudaError_t give(Block **list, void *p) {
-    if (!p) return cudaSuccess;
-    Block **found = find(list, p);
-    if (!found || (*found)->memory != p) return note(cudaErrorInvalidValue);
-    Block *block = *found;
-    *found = block->next;
-    munmap(block->mapping, block->mapped);
-    if (list == &allocated) used[block->device] -= block->bytes;
-    free(block);
-    return cudaSuccess;
-}
-
-}  // namespace
-
-cudaError_t cudaGetDeviceCount(int *count) {
-    *count = devices();
-    if (number("LONGLORA_EMULATION_DRIVER", 13000) < 13000) return note(cudaErrorInsufficientDriver);
-    return *count ? cudaSuccess : note(cudaErrorNoDevice);
-}
-cudaError_t cudaGetDevice(int *device) {
-    *device = the_device;
-    return cudaSuccess;
-}
-cudaError_t cudaSetDevice(int device) {
-    if (device < 0 || device >= devices() || device >= MAX_DEVICES) return note(cudaErrorInvalidDevice);
-    the_device = device;
-    return cudaSuccess;
-}
-/* Compute capability 8.6, whose 99 KiB of shared memory is the least among those built for, with few
- * processors, so that grids made from their number stay small. */
-cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device) {
-    if (device < 0 || device >= devices()) return note(cudaErrorInvalidDevice);
-    switch (attribute) {
-        case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;
-        case cudaDevAttrMaxSharedMemoryPerBlock: *value = 48 << 10; break;
-        case cudaDevAttrWarpSize: *value = 32; break;
-        case cudaDevAttrClockRate:
-        case cudaDevAttrMemoryClockRate: *value = 1000000; break;
-        case cudaDevAttrMultiProcessorCount: *value = 4; break;
-        case cudaDevAttrL2CacheSize: *value = 40 << 20; break;
-        case cudaDevAttrComputeCapabilityMajor: *value = compute_capability() / 10; break;
-        case cudaDevAttrComputeCapabilityMinor: *value = compute_capability() % 10; break;
-        case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = 100 << 10; break;
-        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 99 << 10; break;
-        default: return note(cudaErrorInvalidValue);
-    }
-    return cudaSuccess;
-}
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
-    if (device < 0 || device >= devices()) return note(cudaErrorInvalidDevice);
-    *properties = { "emulation on the CPU", memory_of_device(), 48 << 10, 99 << 10, 8, 6, 4, 40 << 20, 32 };
-    return cudaSuccess;
-}
-cudaError_t cudaDeviceGetPCIBusId(char *id, int length, int device) {
-    if (device < 0 || device >= devices()) return note(cudaErrorInvalidDevice);
-    snprintf(id, (size_t)length, "0000:%02x:00.0", device);
-    return cudaSuccess;
-}
-cudaError_t cudaDriverGetVersion(int *version) {
-    *version = (int)number("LONGLORA_EMULATION_DRIVER", 13000);
-    return cudaSuccess;
-}
-cudaError_t cudaRuntimeGetVersion(int *version) {
-    *version = 13000;
-    return cudaSuccess;
-}
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-
-cudaError_t cudaMalloc(void **p, size_t bytes) {
-    Locked locked;
-    if (used[the_device] + bytes > memory_of_device()) return *p = nullptr, note(cudaErrorMemoryAllocation);
-    cudaError_t error = take(&allocated, p, bytes, true);
-    if (error == cudaSuccess) used[the_device] += bytes;
-    return error;
-}
-cudaError_t cudaFree(void *p) {
-    Locked locked;
-    return give(&allocated, p);
-}
-cudaError_t cudaMallocHost(void **p, size_t bytes) {
-    Locked locked;
-    return take(&pinned, p, bytes, false);
-}
-cudaError_t cudaHostAlloc(void **p, size_t bytes, unsigned) { return cudaMallocHost(p, bytes); }
-cudaError_t cudaFreeHost(void *p) {
-    Locked locked;
-    return give(&pinned, p);
-}
-cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
-    Locked locked;
-    *total = memory_of_device();
-    *free = *total - used[the_device];
-    return cudaSuccess;
-}
-cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *attributes, const void *p) {
-    Locked locked;
-    Block **found = find(&allocated, p), **host = found ? nullptr : find(&pinned, p);
-    *attributes = { found  ? cudaMemoryTypeDevice
-                    : host ? cudaMemoryTypeHost
-                           : cudaMemoryTypeUnregistered,
-                    found ? (*found)->device : -1, found ? (void *)p : nullptr, found ? nullptr : (void *)p };
-    return cudaSuccess;
-}
-
-cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind) {
-    if (bytes) memmove(to, from, bytes);
-    return cudaSuccess;
-}
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
-    return cudaMemcpy(to, from, bytes, kind);
-}
-cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
-                              size_t height, cudaMemcpyKind kind, cudaStream_t) {
-    if (width > to_pitch || width > from_pitch) return note(cudaErrorInvalidValue);
-    for (size_t i = 0; i < height; i++)
-        cudaMemcpy((char *)to + i * to_pitch, (const char *)from + i * from_pitch, width, kind);
-    return cudaSuccess;
-}
-cudaError_t cudaMemcpyPeerAsync(void *to, int to_device, const void *from, int from_device, size_t bytes,
-                                cudaStream_t) {
-    if (to_device < 0 || to_device >= devices() || from_device < 0 || from_device >= devices())
-        return note(cudaErrorInvalidDevice);
-    return cudaMemcpy(to, from, bytes, cudaMemcpyDefault);
-}
-cudaError_t cudaMemset(void *p, int value, size_t bytes) {
-    if (bytes) memset(p, value, bytes);
-    return cudaSuccess;
-}
-cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t) {
-    return cudaMemset(p, value, bytes);
-}
-
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) {
-    *stream = (cudaStream_t)malloc(sizeof **stream);
-    if (!*stream) return note(cudaErrorMemoryAllocation);
-    **stream = { the_device, 0 };
-    return cudaSuccess;
-}
-cudaError_t cudaStreamCreate(cudaStream_t *stream) { return cudaStreamCreateWithFlags(stream, 0); }
-cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-    free(stream);
-    return cudaSuccess;
-}
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return lost(); }
-cudaError_t cudaStreamQuery(cudaStream_t) { return lost(); }
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
-cudaError_t cudaStreamGetDevice(cudaStream_t stream, int *device) {
-    *device = stream == nullptr || stream == cudaStreamLegacy || stream == cudaStreamPerThread
-                  ? the_device
-                  : stream->device;
-    return cudaSuccess;
-}
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus *status,
-                                     unsigned long long *number) {
-    *number = (unsigned long long)capture_in(stream);
-    *status = *number ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
-    return cudaSuccess;
-}
-cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *) { return cudaSuccess; }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
-    *event = (cudaEvent_t)malloc(sizeof **event);
-    if (!*event) return note(cudaErrorMemoryAllocation);
-    **event = { false, false };
-    return cudaSuccess;
-}
-cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
-cudaError_t cudaEventDestroy(cudaEvent_t event) {
-    free(event);
-    return cudaSuccess;
-}
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-    *event = { true, capture_in(stream) != 0 };
-    return cudaSuccess;
-}
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-cudaError_t cudaEventQuery(cudaEvent_t event) {
-    return event->captured ? note(cudaErrorCapturedEvent) : cudaSuccess;
-}
-cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, cudaEvent_t to) {
-    if (!from->recorded || !to->recorded) return note(cudaErrorInvalidResourceHandle);
-    *milliseconds = 0.001f;
-    return cudaSuccess;
-}
-cudaError_t cudaGetLastError() {
-    cudaError_t error = last_error_;
-    last_error_ = cudaSuccess;
-    return error;
-}
-cudaError_t cudaPeekAtLastError() { return last_error_; }
-const char *cudaGetErrorName(cudaError_t error) {
-    switch (error) {
-        case cudaSuccess: return "cudaSuccess";
-        case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
-        case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
-        case cudaErrorInsufficientDriver: return "cudaErrorInsufficientDriver";
-        case cudaErrorNoDevice: return "cudaErrorNoDevice";
-        case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
-        case cudaErrorInvalidResourceHandle: return "cudaErrorInvalidResourceHandle";
-        case cudaErrorNotReady: return "cudaErrorNotReady";
-        case cudaErrorIllegalAddress: return "cudaErrorIllegalAddress";
-        case cudaErrorCapturedEvent: return "cudaErrorCapturedEvent";
-    }
-    return "unrecognized error code";
-}
-const char *cudaGetErrorString(cudaError_t error) {
-    switch (error) {
-        case cudaSuccess: return "no error";
-        case cudaErrorInvalidValue: return "invalid argument";
-        case cudaErrorMemoryAllocation: return "out of memory";
-        case cudaErrorInsufficientDriver:
-            return "CUDA driver version is insufficient for CUDA runtime version";
-        case cudaErrorNoDevice: return "no CUDA-capable device is detected";
-        case cudaErrorInvalidDevice: return "invalid device ordinal";
-        case cudaErrorInvalidResourceHandle: return "invalid resource handle";
-        case cudaErrorNotReady: return "device not ready";
-        case cudaErrorIllegalAddress: return "an illegal memory access was encountered";
-        case cudaErrorCapturedEvent:
-            return "operation not permitted on an event last recorded in a capturing stream";
-    }
-    return "unrecognized error code";
 }

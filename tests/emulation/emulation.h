@@ -1,21 +1,22 @@
-/* emulation.h --- CUDA's words for g++: what common.cuh's head comment lets a kernel use, the PTX functions
- * of common.cuh, and the part of the CUDA runtime that the binding calls, so that cuda/ compiles as C++ and
- * runs on a machine without a GPU:
+/* emulation.h --- a GPU on the CPU: the CUDA that kernels may use (the head of common.cuh lists it), the PTX
+ * functions of common.cuh and the CUDA runtime as far as the binding calls it, in C++. So cuda/ runs on a
+ * machine without a GPU. setup.py builds the package for it; by hand:
  *
  *     g++ -std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas -fsanitize=alignment,bounds,shift
- * -DLONGLORA_EMULATION -Icuda -Itests/emulation -x c++ cuda/swiglu.cu tests/emulation/emulation.cpp ...
+ *         -DLONGLORA_EMULATION -Icuda -Itests/emulation -x c++ cuda/swiglu.cu tests/emulation/[a-z]*.cpp
  *
- * Blocks run one after another on the calling thread, the threads of a block as fibers that change hands only
- * where CUDA lets a thread wait. What a GPU leaves undefined is made visible: memory of cudaMalloc and
- * dynamic shared memory begin as NaN, the target of a cp.async is NaN until it is waited for, a misaligned
- * access or one outside an array is an error (the compiler's checks above, answered in emulation.cpp), a
- * block that stands still is an error that says who waits where, and
- * LONGLORA_EMULATION_ORDER=forward|reversed|shuffled chooses the order of threads and blocks: results must
- * not depend on it.
+ * Blocks run one after another on the calling thread. The threads of a block are fibers, which change only
+ * where CUDA lets a thread wait. What a GPU leaves undefined becomes visible:
+ *   - memory of cudaMalloc and dynamic shared memory begin as NaN;
+ *   - the target of a cp.async is NaN until it is waited for;
+ *   - a misaligned access, or one outside an array, is an error (found by -fsanitize);
+ *   - a block that stands still is an error that says which threads wait where;
+ *   - LONGLORA_EMULATION_ORDER=forward|reversed|shuffled sets the order of threads and blocks, on which
+ * results must not depend.
  *
- * What a machine may have or lack: LONGLORA_EMULATION_DEVICES (1), _MEMORY (bytes of a device), _SM (86, the
- * compute capability), _DRIVER (13000; 0: none), _LOST=1: what asks a stream hears of an illegal address, as
- * after a kernel's. */
+ * Other variables describe the machine: LONGLORA_EMULATION_DEVICES (default 1), _MEMORY (bytes of a device),
+ * _SM (compute capability, default 86), _DRIVER (default 13000; 0: no driver), _LOST=1 (streams report an
+ * illegal address, as after a kernel's). */
 #ifndef LONGLORA_EMULATION_H
 #define LONGLORA_EMULATION_H
 
@@ -143,16 +144,9 @@ inline __half __float2half(float x) { return __float2half_rn(x); }
 /* ---- arithmetic ------------------------------------------------------------------------------ */
 
 template <class T> inline T __ldg(const T *p) { return *p; }
-#define EMULATE_MIN_MAX(T)                           \
-    inline T min(T a, T b) { return b < a ? b : a; } \
-    inline T max(T a, T b) { return a < b ? b : a; }
-EMULATE_MIN_MAX(int)
-EMULATE_MIN_MAX(unsigned) EMULATE_MIN_MAX(long) EMULATE_MIN_MAX(unsigned long) EMULATE_MIN_MAX(long long)
-    EMULATE_MIN_MAX(unsigned long long)
-#undef EMULATE_MIN_MAX
-        inline float min(float a, float b) {
-    return fminf(a, b);
-}
+template <class T> inline T min(T a, T b) { return b < a ? b : a; }
+template <class T> inline T max(T a, T b) { return a < b ? b : a; }
+inline float min(float a, float b) { return fminf(a, b); }
 inline float max(float a, float b) { return fmaxf(a, b); }
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
@@ -170,44 +164,51 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
 
-/* ---- blocks and threads (emulation.cpp) ------------------------------------------------------ */
+/* ---- blocks and threads: emulation.cpp ------------------------------------------------------- */
 
 namespace emulation {
 
-/* Where in the source a thread waits, for messages; only threads at one place may meet at a barrier. */
+/* Where in the source a thread waits. Threads that meet at a barrier must be at the same place. */
 struct Place {
     const char *file;
     int line;
 };
 #define EMULATION_HERE emulation::Place place = { __builtin_FILE(), __builtin_LINE() }
 
-/* Runs body() in every thread of every block: 0, or -1 after fail(). */
+enum { SHARED = 99 << 10 }; /* bytes of shared memory that a block can have */
+
+/* Pages of zeros, or NULL. */
+void *map(size_t bytes);
+
+/* 0 if the call describes the current device, or -1 after fail(). */
+int check_call(const CudaCall *call);
+
+/* Runs body() in every thread of every block. 0, or -1 after fail(). */
 int run(dim3 grid, dim3 block, size_t shared, void (*body)(const void *context), const void *context);
 template <class F> int run(dim3 grid, dim3 block, size_t shared, const F &body) {
     return run(grid, block, shared, [](const void *context) { (*(const F *)context)(); }, &body);
 }
 
-/* Ends the launch with this message: of a thread, which does not go on. */
+/* A thread ends the launch with this message and stops. */
 [[noreturn]] void error(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 void *dynamic_shared();
 void sync_threads(Place place);
 void sync_warp(unsigned mask, Place place);
-uint64_t shuffle(unsigned mask, uint64_t value, int from, const char *name,
-                 Place place); /* from lane `from`; all ones if it is not there */
+/* The value of lane `from`, all ones if that lane has ended. */
+uint64_t shuffle(unsigned mask, uint64_t value, int from, Place place);
 unsigned ballot(unsigned mask, bool predicate, Place place);
-unsigned live_lanes(unsigned mask); /* those of mask that have not exited */
 void ldmatrix(unsigned *r, const void *row, bool transposed, Place place);
 void mma(float *d, const unsigned *a, const unsigned *b, bool bf16, Place place);
 void copy_async(void *to, const void *from, bool there);
 void copy_commit();
 void copy_wait(int newest);
 
-template <class T> T shuffle_as(unsigned mask, T x, int from, const char *name, Place place) {
+template <class T> T shuffle_as(unsigned mask, T x, int from, Place place) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
     uint64_t bits = 0;
     memcpy(&bits, &x, sizeof x);
-    bits = shuffle(mask, bits, from, name, place);
+    bits = shuffle(mask, bits, from, place);
     memcpy(&x, &bits, sizeof x);
     return x;
 }
@@ -220,26 +221,23 @@ inline int lane() {
 inline void __syncthreads(EMULATION_HERE) { emulation::sync_threads(place); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATION_HERE) { emulation::sync_warp(mask, place); }
 
-/* `width` lanes (a power of two) are a group of their own; a lane that would read outside of it keeps its
- * value. */
+/* The lanes are divided into groups of `width`, a power of two. A lane that would read outside its group
+ * keeps its value. */
 template <class T> T __shfl_sync(unsigned mask, T x, int from, int width = 32, EMULATION_HERE) {
     int lane = emulation::lane();
-    return emulation::shuffle_as(mask, x, (lane & ~(width - 1)) | (from & (width - 1)), "__shfl_sync", place);
+    return emulation::shuffle_as(mask, x, (lane & ~(width - 1)) | (from & (width - 1)), place);
 }
 template <class T> T __shfl_xor_sync(unsigned mask, T x, int with, int width = 32, EMULATION_HERE) {
     int lane = emulation::lane(), from = lane ^ with;
-    return emulation::shuffle_as(mask, x, from < (lane | (width - 1)) + 1 ? from : lane, "__shfl_xor_sync",
-                                 place);
+    return emulation::shuffle_as(mask, x, from < (lane | (width - 1)) + 1 ? from : lane, place);
 }
 template <class T> T __shfl_down_sync(unsigned mask, T x, unsigned by, int width = 32, EMULATION_HERE) {
     int lane = emulation::lane(), from = lane + (int)by;
-    return emulation::shuffle_as(mask, x, from <= (lane | (width - 1)) ? from : lane, "__shfl_down_sync",
-                                 place);
+    return emulation::shuffle_as(mask, x, from <= (lane | (width - 1)) ? from : lane, place);
 }
 template <class T> T __shfl_up_sync(unsigned mask, T x, unsigned by, int width = 32, EMULATION_HERE) {
     int lane = emulation::lane(), from = lane - (int)by;
-    return emulation::shuffle_as(mask, x, from >= (lane & ~(width - 1)) ? from : lane, "__shfl_up_sync",
-                                 place);
+    return emulation::shuffle_as(mask, x, from >= (lane & ~(width - 1)) ? from : lane, place);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATION_HERE) {
     return emulation::ballot(mask, predicate, place);
@@ -279,7 +277,9 @@ template <> inline unsigned pack<__half>(float low, float high) {
     return __float2half_rn(low).bits | (unsigned)__float2half_rn(high).bits << 16;
 }
 
-/* ---- the CUDA runtime: device memory is host memory, all work is done at once ---------------- */
+/* ---- the CUDA runtime: runtime.cpp ----------------------------------------------------------- */
+
+/* Device memory is host memory, and all work is done at once. */
 
 enum cudaError_t {
     cudaSuccess = 0,

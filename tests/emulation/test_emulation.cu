@@ -1,8 +1,8 @@
-/* test_emulation.cu --- the emulation itself: small kernels whose answers are known, and kernels that are
- * wrong, each of which must be found out. Prints a line for each test; the exit code is the number of those
- * that failed. */
+/* test_emulation.cu --- tests the emulation: small kernels with known results, and wrong kernels that it must
+ * detect. Prints a line per test. The exit code is the number of failed tests. */
 #include "common.cuh"
 
+#include <initializer_list>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,11 +19,11 @@ extern "C" int fail(const char *format, ...) {
 
 static const char *const orders[] = { "forward", "reversed", "shuffled" };
 static void set_order(const char *order) { setenv("LONGLORA_EMULATION_ORDER", order, 1); }
-static const CudaCall a_call = {};
+static const CudaCall a_call = { nullptr, nullptr, 0, 0, 86, emulation::SHARED };
 static const CudaCall *call = &a_call;
 static int failures;
 
-/* Runs test() in every order and says whether it held in each. */
+/* Runs test() in every order and prints the results. */
 template <class F> static void check(const char *name, F test) {
     for (const char *order : orders) {
         set_order(order);
@@ -77,8 +77,8 @@ static bool transposes() {
     return true;
 }
 
-/* Every shuffle and vote of a warp of which 20 lanes are there, in groups of 8; threads that have left a
- * barrier behind. */
+/* All shuffles and votes, in groups of 8, of the 20 lanes of a warp that go on, and a barrier after the
+ * others have ended. */
 __global__ void warp_kernel(int *out) {
     int lane = threadIdx.x % 32;
     unsigned half = lane < 16 ? 0x0000ffffu : 0xffff0000u;
@@ -92,7 +92,7 @@ __global__ void warp_kernel(int *out) {
     mine[1] = __shfl_sync(all, lane * 10, 5, 8);
     mine[2] = __shfl_down_sync(all, lane * 10, 3u, 8);
     mine[3] = __shfl_up_sync(all, lane * 10, 3u, 8);
-    mine[4] = (int)__ballot_sync(0xffffffffu, lane % 3 == 0); /* lanes that have left are not waited for */
+    mine[4] = (int)__ballot_sync(0xffffffffu, lane % 3 == 0); /* does not wait for lanes that have ended */
     mine[5] = __any_sync(all, lane == 7) + 2 * __any_sync(all, lane == 25);
     mine[6] = __all_sync(all, lane < 20) + 2 * __all_sync(all, lane < 19);
     mine[7] = (int)(__shfl_sync(all, (int64_t)lane << 40, 9) >> 40);
@@ -126,8 +126,8 @@ static bool warps() {
     return true;
 }
 
-/* c[16,8] = a[16,16] b[16,8] by the path of a real kernel: cp.async to shared memory, ldmatrix, mma. `a`
- * [row][k], `b` as [k][n] by the transposing load (columns of k), or as [n][k] by the plain one. */
+/* c[16,8] = a[16,16] b[16,8] as in a real kernel: cp.async to shared memory, ldmatrix, mma. `a` is [row][k].
+ * `b` is [k][n], loaded by the transposing ldmatrix, or [n][k], loaded by the plain one. */
 template <class T, bool TRANS> __global__ void mma_kernel(float *c, const T *a, const T *b) {
     __shared__ __align__(128) T sa[16 * 16], sb[16 * 16];
     int lane = threadIdx.x;
@@ -192,7 +192,8 @@ static bool ldmatrix_layout() {
     return true;
 }
 
-/* Every 16-bit value survives the way through float32; ties go to even; the ends. */
+/* Every 16-bit value is the same after conversion to float32 and back; ties go to even; the largest values.
+ */
 static bool roundings() {
     for (unsigned bits = 0; bits < 1 << 16; bits++) {
         f16 h = { (uint16_t)bits };
@@ -203,7 +204,7 @@ static bool roundings() {
         if (nan_b ? !isnan(to_float(b)) : from_float<bf16>(to_float(b)).bits != bits)
             return fail("bfloat16 %04x", bits), false;
         if (nan_h || nan_b || (bits & 0x7fff) >= 0x7bff) continue;
-        for (int i = -1; i < 2; i++) { /* around the middle of two neighbours */
+        for (int i = -1; i < 2; i++) { /* around the midpoint of two neighbours */
             float low = to_float(h), high = to_float(f16{ (uint16_t)(bits + 1) }), middle = (low + high) / 2;
             float x = i ? nextafterf(middle, i < 0 ? low : high) : middle;
             unsigned want = i < 0 ? bits : i > 0 ? bits + 1 : bits + (bits & 1);
@@ -233,7 +234,7 @@ static bool every_block_once() {
 
 /* ---- wrong kernels --------------------------------------------------------------------------- */
 
-/* Without its __syncthreads: reads what a thread of another warp may not have written. */
+/* Lacks a __syncthreads: reads what a thread of another warp may not have written yet. */
 __global__ void race_kernel(float *out) {
     DYNAMIC_SHARED(float, x);
     x[threadIdx.x] = (float)threadIdx.x;
@@ -248,7 +249,7 @@ static bool a_race_shows() {
     return memcmp(out[0], out[1], sizeof out[0]) != 0;
 }
 
-/* Overwrites what slower threads have yet to read: a second barrier is missing. */
+/* Lacks a second barrier: overwrites what slower threads have not read yet. */
 __global__ void early_kernel(float *out) {
     DYNAMIC_SHARED(float, x);
     float sum = 0;
@@ -390,6 +391,33 @@ static bool runtime() {
     return good;
 }
 
+/* A call that does not describe the current device. */
+static bool wrong_calls() {
+    CudaCall other = a_call, older = a_call, larger = a_call;
+    other.device = 1;
+    older.sm = 0;
+    larger.shared_bytes++;
+    for (const CudaCall *wrong : { &other, &older, &larger })
+        if (!said(launch(wrong, indices_kernel, 1, 32, 0, (int *)nullptr), "the call is for")) return false;
+    return true;
+}
+
+/* Code for sm_90a runs on sm_90 only, and a build may lack it. */
+static bool choices() {
+    struct {
+        int sm;
+        bool hopper;
+    } cases[] = { { 80, false }, { 86, false }, { 89, false }, { 90, true }, { 100, false }, { 120, false } };
+    for (auto of : cases) {
+        CudaCall there = a_call;
+        there.sm = of.sm;
+        if (choose(&there, 'g', 'h') != (of.hopper ? 'h' : 'g') ||
+            choose(&there, &block_sums, HOPPER(&transposes)) != &block_sums)
+            return false;
+    }
+    return true;
+}
+
 __global__ void switch_kernel(float *out, int rounds) {
     float x = (float)threadIdx.x;
     for (int i = 0; i < rounds; i++) x = warp_max(x);
@@ -436,6 +464,8 @@ int main() {
         return cudaFree(p) == cudaSuccess && found;
     });
     check("limits", limits);
+    check("wrong calls", wrong_calls);
+    check("the choice of a kernel", choices);
     check("runtime", runtime);
     check("after all that", block_sums);
     set_order("forward");

@@ -522,6 +522,17 @@ def test_inspect_of_other_families(tmp_path, family):
     assert sum(found["trained"].values()) == sum(array.size for array in tensors.values())
 
 
+def test_parts_of_a_fused_linear_in_a_file(tmp_path):
+    """Such as PEFT writes for a list of the names of several families: it adapts those that the model has."""
+    base, path, tensors = saved(tmp_path, family="phi3")
+    file = path / "adapter_config.json"
+    assert json.loads(file.read_text())["target_modules"] == ["qkv_proj", "o_proj"]
+    names = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": names}))
+    lora, found, _ = adapter.load(path, open_model(base))
+    assert lora.target_modules == ("qkv_proj", "o_proj") and found.keys() == tensors.keys()
+
+
 def test_smollm2_merged_from_gguf(smollm2, converted, tmp_path):  # noqa: F811
     """On a quantised, permuted, tied base, our merged directory equals PEFT on transformers' GGUF loading."""
     from peft import PeftModel

@@ -17,7 +17,7 @@ def test_against_the_reference(N, isa):
         checks.plain("adamw", param, m, v, grad, **kwargs),
     )
     ops.adamw(param, m, v, grad, copy=copy, **kwargs)
-    for got, w, p in zip((param, m, v), want, low):
+    for got, w, p in zip((param, m, v), want, low, strict=True):
         checks.compare(got, w, p, floor=4)
     np.testing.assert_array_equal(copy, param.astype(copy.dtype))
 

@@ -100,5 +100,5 @@ def test_bad_ids_on_cuda_give_nan_and_no_gradient(cuda, poison):
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [1, 2, 0], [1, 0, 0], [1, 0, 7], [-1, -(2**31), 2**31 - 1]])
 def test_bad_orders_on_cuda_touch_nothing_else(order, cuda, poison):
-    """What comes out is not said, but it is written where it should be, which `poison` checks."""
+    """The results are undefined, but nothing else is written, which `poison` checks."""
     ops.embedding_backward(checks.random((3, 4)), np.array([2, 0, 2], np.int32), np.array(order, np.int32), 5)

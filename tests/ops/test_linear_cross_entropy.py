@@ -91,13 +91,22 @@ def check_backward(x, w, targets, d, trained, atol=1e-5):
         np.testing.assert_allclose(dw, want[2], atol=10 * atol)
 
 
+def chunk_bytes(M, C, V, dtype, trained):
+    """The block that holds a chunk, the first that a backward pass takes."""
+    tensor = ops._C.Tensor
+    x, rows = tensor((M, C), dtype), tensor((M,), "float32")
+    dweight = tensor((V, C), "float32") if trained else None
+    args = rows, x, dweight, x, tensor((V, C), dtype), tensor((M,), "int32"), rows, -100
+    return ops._C.scratch("linear_cross_entropy_backward", *args)[0]
+
+
 @pytest.mark.parametrize("M,V,trained", [(237, 70001, True), (1099, 2500, False)])
 def test_more_than_one_chunk(M, V, trained, isa):
     """Trained: 15 units of 16 rows here, seven of them in the first chunk, eight, less three rows, in the second. Frozen,
     of 512 rows at most: three, the last one less five rows."""
     C = 8
-    rows, logits = ops._C.head_scratch(512, C, V, False, trained), 4 * M * V
-    assert ops._C.head_scratch(M, C, V, False, trained) <= min(rows, logits - 1)
+    rows, logits = chunk_bytes(512, C, V, "float32", trained), 4 * M * V
+    assert chunk_bytes(M, C, V, "float32", trained) <= min(rows, logits - 1)
     x, w, d = checks.random((M, C)), checks.random((V, C), seed=1), checks.random((M,), seed=2)
     check_backward(x, w, targets_of(M, V), d, trained)
 
@@ -111,8 +120,8 @@ def test_more_rows_than_a_gpu_takes_at_once(dtype, place):
 def test_more_than_one_chunk_of_kept_bfloat16(isa):
     """The exponentials of all of the vocabulary in 16 bits: nine units of 16 rows, the last less eleven rows, of which eight fit."""
     M, C, V = 133, 8, 200001
-    rows, kept = ops._C.head_scratch(128, C, V, True, True), 2 * M * V
-    assert ops._C.head_scratch(M, C, V, True, True) < min(rows, kept)
+    rows, kept = chunk_bytes(128, C, V, "bfloat16", True), 2 * M * V
+    assert chunk_bytes(M, C, V, "bfloat16", True) < min(rows, kept)
     check_rounded(
         checks.random((M, C), "bfloat16"), checks.random((V, C), "bfloat16", 1), targets_of(M, V), "bfloat16"
     )

@@ -19,10 +19,10 @@ def test_forward_and_backward(shape, residual, dtype, isa, poison):
         checks.reference.rms_norm_forward(x, weight, 1e-5, extra),
         checks.plain("rms_norm_forward", x, weight, 1e-5, extra),
     )
-    for name, got, w, p in zip(("out", "rstd", "sum"), (out, rstd, total), want, low):
+    for name, got, w, p in zip(("out", "rstd", "sum"), (out, rstd, total), want, low, strict=True):
         if not (
             residual and dtype != "float32" and name != "sum"
-        ):  # there the statistics are of the sum as it is stored
+        ):  # there out and rstd belong to the stored sum, which is rounded
             checks.compare(got, w, p, name)
     if residual:
         checks.compare(
@@ -38,7 +38,7 @@ def test_forward_and_backward(shape, residual, dtype, isa, poison):
 
 
 def rows_of_any_length(M, C, dtype):
-    """Sizes around those at which rows change hands on a GPU: a part of a warp, a warp, a block, more than a block."""
+    """Sizes around those at which a GPU kernel changes: part of a warp, a warp, a block, several blocks."""
     x, residual, dout, d = (checks.random((M, C), dtype, seed) for seed in range(4))
     weight = checks.random((C,), dtype, 4)
     out, _, total = checks.dense_and_strided(
@@ -79,7 +79,7 @@ def test_long_rows(dtype, isa):
 
 
 def test_the_stored_sum_is_rounded_to_nearest_even(dtype, isa):
-    """Of numbers of every kind, a few powers of two apart, so that many are ties; infinities and NaN among them."""
+    """All kinds of numbers, infinities and NaN too, a few powers of two apart, so that many sums are ties."""
     kind, rng = np.dtype(checks.DTYPES[dtype]), np.random.default_rng(0)
     whole, fraction = {"float32": (np.uint32, 23), "bfloat16": (np.uint16, 7), "float16": (np.uint16, 10)}[
         dtype
@@ -117,7 +117,7 @@ def test_same_bits_for_any_number_of_threads(place, each_thread_count):
         lambda: ops.rms_norm_backward(dout, x, ops.rms_norm_forward(x, weight)[1], weight)
     )
     for result in results[1:]:
-        for a, b in zip(result, results[0]):
+        for a, b in zip(result, results[0], strict=True):
             np.testing.assert_array_equal(a, b)
 
 

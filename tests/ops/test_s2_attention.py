@@ -1,4 +1,6 @@
-"""S2-Attn against the reference: every boundary and shift, GQA, odd everything, packed documents, causality, determinism."""
+"""S2-Attn against the reference: boundaries, shifts, GQA, odd sizes, documents, causality, equal bits."""
+
+import itertools
 
 import checks
 import mirror
@@ -18,8 +20,10 @@ def inputs(B, T, H, K, D, dtype="float32", scale=1.0):
 
 
 def score_noise(q, k, scale=None, **pattern):
-    """Eight roundings of what D products of a score amount to without their signs (the root of the sum of squares, the largest of
-    what is seen): the error of a score that happens to be small is theirs."""
+    """Eight roundings of the largest root of a sum of squared products q k over all visible scores.
+
+    A score may happen to be small although its products are not; its error is that of the products.
+    """
     if not q.size:
         return 0.0
     squares = (reference._heads(x, q.shape[2] // x.shape[2]) ** 2 for x in (q, k))
@@ -37,19 +41,19 @@ def score_noise(q, k, scale=None, **pattern):
 
 
 def both(q, k, v, dout, **kwargs):
-    """Forward and backward against the reference -> what the ops returned. The backward of both sees the op's own out and lse."""
+    """Forward and backward against the reference -> the ops' results. Backward gets the op's out and lse."""
     out, lse = checks.check(
         "s2_attention_forward", q, k, v, floor=4, noise=(0.0, score_noise(q, k, **kwargs)), **kwargs
     )
     grads = ops.s2_attention_backward(dout, q, k, v, out, lse, **kwargs)
     want = reference.s2_attention_backward(dout, q, k, v, out, lse, **kwargs)
-    # On a GPU 16 bits are what the tensor cores multiply: the plain computation there rounds between its products too.
+    # Tensor cores multiply 16-bit numbers: on a GPU the plain computation also rounds between products.
     between = q.dtype if q.dtype != np.float32 and mirror.installed else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "BETWEEN", between)
         low = checks.plain("s2_attention_backward", dout, q, k, v, out, lse, **kwargs)
-    for name, got, w, p in zip(("dq", "dk", "dv"), grads, want, low):
-        # The gradient of a query that sees one key is a difference of equals: its noise is that of the terms.
+    for name, got, w, p in zip(("dq", "dk", "dv"), grads, want, low, strict=True):
+        # If a query sees one key, its gradient is a difference of equal terms and has their noise.
         noise = (
             np.abs(dout.astype(np.float64)).max(initial=0)
             * np.abs(v.astype(np.float64)).max(initial=0)
@@ -86,7 +90,7 @@ def test_every_length(G, place):
 
 @pytest.mark.parametrize("D", [33, 80, 96, 104, 128, 192, 256])
 def test_every_head_size(D, dtype, isa, poison):
-    """Three query heads, one of them plain, on one KV head; then rows at odd places."""
+    """Three query heads, one of them plain, on one KV head; then rows at odd addresses."""
     for pad in (0, 1):
         arrays = inputs(1, 70, 3, 1, D, dtype)
         both(*([checks.strided(x, pad) for x in arrays] if pad else arrays), group_size=48)
@@ -96,8 +100,10 @@ def test_every_head_size(D, dtype, isa, poison):
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_segments_of_several_tiles(D, boundary, dtype, place):
-    """A GPU takes up to 128 queries and 64 keys at a time: here are whole tiles, rests of tiles, and tiles of two runs of tokens, for
-    each size that 16-bit kernels are compiled for."""
+    """Whole tiles, partial tiles, and tiles with two runs of tokens: up to 128 queries by 64 keys.
+
+    D is each size that the 16-bit kernels are compiled for.
+    """
     both(
         *inputs(1, 300, 3, 1, D, dtype),
         group_size=150,
@@ -150,16 +156,16 @@ def test_anything(place, data):
         _C.set_isa(before)
 
 
-@pytest.mark.parametrize("borders", [[0, 40], [0, 0, 1, 8, 40], [0, 13, 13, 27, 40, 40]])
-def test_packed_documents_are_separate_runs(borders, isa):
+@pytest.mark.parametrize("boundaries", [[0, 40], [0, 0, 1, 8, 40], [0, 13, 13, 27, 40, 40]])
+def test_packed_documents_are_separate_runs(boundaries, isa):
     q, k, v, dout = inputs(1, 40, 4, 2, 16)
-    cu = np.array(borders, np.int32)
+    cu = np.array(boundaries, np.int32)
     packed = both(q, k, v, dout, group_size=6, cu_seqlens=cu)
-    for first, last in zip(borders, borders[1:]):
+    for first, last in itertools.pairwise(boundaries):
         piece = [x[:, first:last] for x in (q, k, v, dout)]
         out, lse = ops.s2_attention_forward(*piece[:3], group_size=6)
         alone = (out, lse, *ops.s2_attention_backward(piece[3], *piece[:3], out, lse, group_size=6))
-        for i, (a, b) in enumerate(zip(packed, alone)):
+        for i, (a, b) in enumerate(zip(packed, alone, strict=True)):
             np.testing.assert_array_equal(a[:, :, first:last] if i == 1 else a[:, first:last], b)
 
 
@@ -176,7 +182,7 @@ def test_packed_documents_of_several_tiles(D, dtype, place):
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_causality(boundary, shift, place):
-    """Change token t and nothing before t moves, for every boundary but wrap, where the first h queries see the future."""
+    """A change of token t moves nothing before t, but with wrap, where the first h queries see the future."""
     T, G = 32, 8
     q, k, v, _ = inputs(1, T, 4, 2, 8)
     before, _ = ops.s2_attention_forward(q, k, v, group_size=G, boundary=boundary, shift=shift)
@@ -234,7 +240,7 @@ def test_one_key_moves_exactly_the_queries_that_see_it(place):
             np.testing.assert_array_equal((before != after).any(-1)[0].T, seen)
 
 
-def test_dense_is_a_case_of_it(place):
+def test_dense_attention_is_one_long_group(place):
     q, k, v, dout = inputs(1, 200, 4, 2, 32)
     both(q, k, v, dout, group_size=10**12, shift="none")
 
@@ -244,12 +250,12 @@ def test_dense_is_a_case_of_it(place):
     [(1400, {}), (1500, dict(boundary="wrap")), (1500, dict(boundary="swap")), (1501, dict(shift="none"))],
 )
 def test_groups_longer_than_a_chunk(G, kwargs, dtype, place):
-    """Longer than the 1024 rows that the backward takes at a time; one KV head for a plain and a shifted head."""
+    """Chunks of the backward pass have 1024 rows at most. A plain and a shifted head share a KV head."""
     both(*inputs(1, 1500, 2, 1, 8, dtype), group_size=G, **kwargs)
 
 
 def test_more_sums_than_are_kept_at_once():
-    """The backward of narrow dtypes sums 64 MiB of float32 at a time; here are 92, of a batch of equal rows."""
+    """The backward pass of narrow dtypes sums 64 MiB at a time. This batch of equal rows needs 92 MiB."""
     q, k, v, dout = (np.broadcast_to(x, (3000, *x.shape[1:])) for x in inputs(1, 20, 2, 1, 96, "bfloat16"))
     out, lse = ops.s2_attention_forward(q, k, v, group_size=6)
     for x in (out, lse, *ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=6)):
@@ -266,14 +272,13 @@ def test_sizes_of_zero(shape, dtype, poison, isa):
     assert np.array_equal(
         lse, np.broadcast_to(np.log(np.arange(shape[1]) % 2 + 1).astype(np.float32), lse.shape)
     )
-    for got, x in zip(
-        ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=2, shift="none"), (q, k, v)
-    ):
+    grads = ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=2, shift="none")
+    for got, x in zip(grads, (q, k, v), strict=True):
         assert np.array_equal(got, np.zeros_like(x))
 
 
 def test_infinities_and_nan_stay_where_they_are(dtype, isa):
-    """A query whose scores are all -inf gives 0 and lse -inf; NaN in a key reaches the queries that see it and no other."""
+    """A query with all scores -inf gives 0 and lse -inf. NaN in a key reaches only queries that see it."""
     q, k, v, dout = inputs(1, 40, 2, 2, 8, dtype)
     q, other = np.abs(q) + q.dtype.type(0.1), k.copy()
     other[0, 8] = -np.inf
@@ -299,7 +304,7 @@ def test_larger_inputs(scale, isa):
 
 
 def test_logits_of_ten_thousands(isa):
-    """A score s is rounded by |s| 2^-24 or more, and a weight by that much relative to itself: no more than that is lost."""
+    """A score s is rounded by at least |s| 2^-24, which is its weight's relative error: no more is lost."""
     q, k, v, dout = inputs(1, 40, 2, 2, 16)
     q = q * np.float32(5e3)
     out, lse = ops.s2_attention_forward(q, k, v, group_size=16)
@@ -319,9 +324,10 @@ def test_views_of_one_matrix_and_broadcast_gradients(place):
     q = fused[..., : H * D].reshape(B, T, H, D)
     k = fused[..., H * D : (H + K) * D].reshape(B, T, K, D)
     v = fused[..., (H + K) * D :].reshape(B, T, K, D)
-    dout = np.broadcast_to(np.float32([1] * D), (B, T, H, D))  # what y.sum().backward() hands over: strides 0
+    dout = np.broadcast_to(np.float32([1] * D), (B, T, H, D))  # as from y.sum().backward(): strides 0
     views = both(q, k, v, dout, group_size=8)
-    for a, b in zip(views, both(*(np.ascontiguousarray(x) for x in (q, k, v, dout)), group_size=8)):
+    dense = both(*(np.ascontiguousarray(x) for x in (q, k, v, dout)), group_size=8)
+    for a, b in zip(views, dense, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -347,7 +353,7 @@ def test_equal_bits(T, G, place, each_thread_count):
 
     results = each_thread_count(once) + [once() for _ in range(5)]
     for result in results[1:]:
-        for a, b in zip(result, results[0]):
+        for a, b in zip(result, results[0], strict=True):
             np.testing.assert_array_equal(a, b)
 
 
@@ -368,7 +374,7 @@ def test_bad_arguments_are_named_before_anything_is_written(change, message, pla
         ops.s2_attention_forward(q, k, v, **{"group_size": 8, **change})
 
 
-BAD_BORDERS = [
+BAD_BOUNDARIES = [
     ([0, 20], "begin with 0 and end with T=24"),
     ([0, 9, 8, 24], "should not decrease, got 8 after 9"),
     ([5, 24], "begin with 0"),
@@ -377,11 +383,11 @@ BAD_BORDERS = [
 ]
 
 
-@pytest.mark.parametrize("borders,message", BAD_BORDERS)
-def test_borders_of_documents_that_cannot_be_are_named(borders, message):
+@pytest.mark.parametrize("boundaries,message", BAD_BOUNDARIES)
+def test_invalid_document_boundaries_are_named(boundaries, message):
     q, k, v, _ = inputs(1, 24, 4, 2, 8)
     with pytest.raises(ValueError, match=message):
-        ops.s2_attention_forward(q, k, v, group_size=8, cu_seqlens=np.array(borders, np.int32))
+        ops.s2_attention_forward(q, k, v, group_size=8, cu_seqlens=np.array(boundaries, np.int32))
 
 
 @pytest.mark.parametrize("boundary", ["wrap", "swap"])
@@ -423,12 +429,12 @@ def test_heads_that_do_not_divide(place):
 
 
 @pytest.mark.parametrize(
-    "borders", [[5, 1000000, -3, 24, 7], [30, 20, 10, 0], [-(2**31), 2**31 - 1], [2**31 - 1, -(2**31)]]
+    "boundaries", [[5, 1000000, -3, 24, 7], [30, 20, 10, 0], [-(2**31), 2**31 - 1], [2**31 - 1, -(2**31)]]
 )
-def test_borders_that_a_gpu_cannot_refuse(borders, dtype, cuda, poison):
-    """They are not read on the host: nothing outside of the outputs is touched, and the next call is right."""
+def test_boundaries_that_a_gpu_cannot_refuse(boundaries, dtype, cuda, poison):
+    """The host does not read them: nothing outside of the outputs is written, and the next call is right."""
     q, k, v, dout = inputs(1, 40, 4, 2, 16, dtype)
-    cu = np.array(borders, np.int64).astype(np.int32)
+    cu = np.array(boundaries, np.int64).astype(np.int32)
     out, lse = ops.s2_attention_forward(q, k, v, group_size=6, cu_seqlens=cu)
     ops.s2_attention_backward(
         dout, q, k, v, np.nan_to_num(out), np.nan_to_num(lse), group_size=6, cu_seqlens=cu

@@ -1,6 +1,7 @@
-"""One of two processes over gloo: a swapped and extended model under FSDP2, for test_torch_train.py. Arguments: rank, directory.
+"""One of two processes over gloo, for test_torch_train.py: a swapped and extended model under FSDP2.
 
-Says as JSON the losses of the group and of one process, how far apart the adapters are, and what swap says of sharded parameters.
+Arguments: rank, directory. Prints JSON: the losses of the group and of one process, how far apart their
+adapters are, and the error of swap for sharded parameters.
 """
 
 import json

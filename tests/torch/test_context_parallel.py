@@ -1,5 +1,7 @@
-"""S²-Attn over ranks of torch.distributed. What needs processes is in context_parallel_worker.py, started once for each number of
-ranks; what does not is here."""
+"""S²-Attn over ranks of torch.distributed.
+
+Cases that need processes are in context_parallel_worker.py, which is started once for each number of ranks.
+"""
 
 import json
 import os
@@ -13,10 +15,13 @@ import context_parallel_worker as worker
 import numpy as np
 import pytest
 import torch
+from context_parallel_checks import judge, to_numpy, to_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longlora.torch import context_parallel as cp
+from longlora.torch.context_parallel import attention as inside
+from longlora.torch.context_parallel.plan import plan_of
 
 HERE = Path(__file__).resolve().parent
 REPORTS = {}
@@ -25,7 +30,7 @@ REPORTS = {}
 def report(world, directory):
     """Case -> what went wrong on each rank."""
     if world not in REPORTS:
-        path = os.pathsep.join([str(HERE), os.environ["PYTHONPATH"]])
+        path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ["PYTHONPATH"]])
         env = {
             **os.environ,
             "PYTHONPATH": path,
@@ -89,9 +94,10 @@ def test_next_tokens():
 
 
 def one_after_the_other(lengths, G, shift, scale, q, k, v, dout):
-    """Forward and backward of every rank's piece in this process -> out, dq, dk, dv of the whole, bytes of each pass by pair.
+    """Run every rank's piece in this process -> out, dq, dk, dv of the whole, bytes of each pass by pair of
+    ranks.
 
-    Rows travel to the right in the forward pass and to the left in the backward pass, so the ranks can take turns.
+    Rows travel to the right in the forward pass and to the left in the backward pass, so ranks take turns.
     """
     boxes, totals = ({}, {}), ({}, {})
     turn = {}
@@ -109,26 +115,22 @@ def one_after_the_other(lengths, G, shift, scale, q, k, v, dout):
 
     H, K, ranks = q.shape[2], k.shape[2], []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cp, "_post", post)
-        patch.setattr(cp, "_wait", wait)
+        patch.setattr(inside, "_post", post)
+        patch.setattr(inside, "_wait", wait)
         for rank, T in enumerate(lengths):
             a = sum(lengths[:rank])
             turn.update({"rank": rank, "pass": 0})
-            leaves = [worker.to_torch(x[:, a : a + T]).requires_grad_() for x in (q, k, v)]
-            plan = cp._plan(tuple(lengths), rank, G, H, K, shift)
+            leaves = [to_torch(x[:, a : a + T]).requires_grad_() for x in (q, k, v)]
+            plan = plan_of(tuple(lengths), rank, G, H, K, shift)
             ranks.append(
-                (
-                    leaves,
-                    cp._Attention.apply(*leaves, plan, G, scale, None),
-                    worker.to_torch(dout[:, a : a + T]),
-                )
+                (leaves, inside._Attention.apply(*leaves, plan, G, scale, None), to_torch(dout[:, a : a + T]))
             )
         for rank, (_, out, gradient) in reversed(list(enumerate(ranks))):
             turn.update({"rank": rank, "pass": 1})
             out.backward(gradient)
     assert not any(left for box in boxes for left in box.values())
     results = zip(*((out, *(x.grad for x in leaves)) for leaves, out, _ in ranks))
-    return [np.concatenate([worker.to_numpy(x) for x in pieces], 1) for pieces in results], totals
+    return [np.concatenate([to_numpy(x) for x in pieces], 1) for pieces in results], totals
 
 
 @settings(max_examples=80, deadline=None)
@@ -141,7 +143,7 @@ def test_any_pieces(data):
     dtype, shift = draw(st.sampled_from(list(checks.DTYPES))), draw(st.sampled_from(["half", "all", "none"]))
     whole = [checks.random((B, T, heads, D), dtype, seed) for seed, heads in enumerate((H, K, K, H))]
     got, (there, back) = one_after_the_other(lengths, G, shift, D**-0.5, *whole)
-    worker.judge(got, whole, {"group_size": G, "shift": shift})
+    judge(got, whole, {"group_size": G, "shift": shift})
     sent = cp.exchange(lengths, G, H, K, D, whole[0].dtype.itemsize, batch=B, shift=shift)
     assert there == sent == {(a, b): n for (b, a), n in back.items()}
 
@@ -157,7 +159,7 @@ def test_the_table_of_the_docs_is_the_one_that_is_computed():
 
 
 def test_the_peers_formulas():
-    """Step by step for four ranks: what ring attention and all-to-all send for one layer, forward and backward."""
+    """What ring attention and all-to-all send for one layer, both passes, step by step for four ranks."""
     L, N, H, K, D = 4096, 4, 8, 4, 16
     piece = L // N * D * 2
     ring = (N - 1) * 2 * K * piece + (N - 1) * 2 * K * piece + N * 2 * K * piece

@@ -1,4 +1,5 @@
-"""What the authors' scripts write, made up with torch.save: the adapter of ours that comes of it, what is refused by name."""
+"""Files as the authors' scripts write them, made with torch.save: they are imported, and faults in them are
+named."""
 
 import json
 
@@ -79,7 +80,7 @@ def test_an_adapter_of_theirs_becomes_one_of_ours(tmp_path, tied, capsys):
         np.testing.assert_array_equal(found[name], tensors[name], name)
     assert raw["rope_scaling"]["factor"] == 4 and raw["max_position_embeddings"] == 256
 
-    # As the authors put it together: base, then trainable_params.bin by load_state_dict, then PEFT's adapter merged.
+    # The authors' own way: base, then trainable_params.bin by load_state_dict, then PEFT's adapter merged.
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -172,11 +173,11 @@ A = f"{adapter.PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
         ),
         (
             lambda lora, whole, config: whole.update({A: torch.ones(3)}),
-            "trainable_params.bin: 1 tensors are not of the base model",
+            "trainable_params.bin: 1 tensors do not belong to the base model",
         ),
         (
             lambda lora, whole, config: lora.update({"lm_head.weight": torch.ones(3)}),
-            "are not of a PEFT LoRA: lm_head.weight",
+            "do not belong to a PEFT LoRA: lm_head.weight",
         ),
         (lambda lora, whole, config: config.update(use_dora=True), "use_dora True is not supported"),
         (

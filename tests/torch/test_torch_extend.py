@@ -1,4 +1,5 @@
-"""extend, load and swap: positions, what is trained, round trips through files, and equal values with our layers."""
+"""extend, load and swap: positions, trained parameters, round trips through files, equal values with our
+layers."""
 
 import copy
 import gc
@@ -11,7 +12,7 @@ torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
 transformers = pytest.importorskip("transformers", reason="transformers is what is extended here")
 peft = pytest.importorskip("peft", reason="extend makes a PeftModel")
 from devices import device, put  # noqa: E402, F401 (a fixture)
-from test_torch_transformers import FAMILIES, SMALL, VERSION, close, ids_of, tiny, without_interface  # noqa: E402
+from families import FAMILIES, SMALL, VERSION, close, ids_of, tiny, without_interface  # noqa: E402
 
 import longlora.torch  # noqa: E402
 from longlora.evaluation import ppl  # noqa: E402

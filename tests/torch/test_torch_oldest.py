@@ -1,4 +1,5 @@
-"""The tests of longlora.torch with transformers, once more on the oldest one, which is installed beside everything else for this."""
+"""The tests with transformers run again on its oldest supported version, which is installed beside the
+newest."""
 
 import os
 import subprocess
@@ -39,9 +40,8 @@ def test_on_the_oldest_transformers(tmp_path):
             timeout=600,
         )
         if done.returncode:
-            pytest.skip(
-                f"transformers {OLDEST} cannot be installed: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}"
-            )
+            reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
+            pytest.skip(f"transformers {OLDEST} cannot be installed: {reason}")
         (cache / "complete").touch()
     paths = os.pathsep.join([str(cache), os.environ["PYTHONPATH"]])
     here = Path(__file__).parent

@@ -1,5 +1,7 @@
-"""The torch operators against the float64 reference, and as citizens of torch: opcheck, compile, autocast, checkpointing, memory,
-streams and graphs; on the CPU, and on a GPU where there is one."""
+"""The torch operators against the float64 reference, and under opcheck, compile, autocast and checkpointing.
+
+Memory, streams and graphs too. On the CPU, and on a GPU where there is one.
+"""
 
 import itertools
 import math
@@ -10,154 +12,30 @@ import pytest
 import reference
 
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
-import devices  # noqa: E402
 from devices import device, gpu, put  # noqa: E402, F401 (fixtures)
+from op_cases import (  # noqa: E402
+    BOUNDARIES,
+    CASES,
+    COS,
+    IDS,
+    PATTERN,
+    SIN,
+    TARGETS,
+    B,
+    C,
+    D,
+    F,
+    H,
+    K,
+    M,
+    N,
+    R,
+    T,
+    V,
+    given,
+)
 
-import longlora.torch  # noqa: E402
 from longlora.torch import ops  # noqa: E402
-
-B, T, H, K, D, C, N, R, F, V = 2, 13, 4, 2, 8, 12, 10, 3, 9, 21
-M = B * T
-TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TARGETS = np.where(np.arange(M) % 5 == 0, -100, np.arange(M) * 7 % V)
-IDS = np.arange(M).reshape(B, T) * 5 % V
-COS, SIN = (f(np.arange(T)[:, None] * 0.7 ** np.arange(D // 2)).astype(np.float32) for f in (np.cos, np.sin))
-PATTERN = dict(group_size=4, boundary="split", shift="half")
-BORDERS = np.array([[0, 5, 13, 13], [0, 1, 9, 13]], np.int32)
-
-
-def attention_reference(dout, q, k, v, **how):
-    out, lse = reference.s2_attention_forward(q, k, v, **how)
-    return out, reference.s2_attention_backward(dout, q, k, v, out, lse, **how)
-
-
-def packed_reference(dout, q, k, v):
-    parts = [
-        attention_reference(
-            dout[b : b + 1], q[b : b + 1], k[b : b + 1], v[b : b + 1], cu_seqlens=BORDERS[b], **PATTERN
-        )
-        for b in range(B)
-    ]
-    return (
-        np.concatenate([out for out, _ in parts]),
-        [np.concatenate(x) for x in zip(*(grads for _, grads in parts))],
-    )
-
-
-def norm_reference(dout, x, weight, residual=None):
-    out, rstd, total = reference.rms_norm_forward(x, weight, 1e-6, residual)
-    dx, dweight = reference.rms_norm_backward(dout, total, rstd, weight, None if residual is None else dout)
-    return (out if residual is None else out + total), (
-        [dx, dweight] if residual is None else [dx, dweight, dx]
-    )
-
-
-def linear_reference(dout, x, weight, bias, a, b):
-    out, u = reference.lora_linear_forward(x, weight, bias, a, b, 0.5)
-    dx, da, db, dweight, dbias = reference.lora_linear_backward(dout, x, weight, a, b, 0.5, u, True, True)
-    return out, [dx, dweight, dbias, da, db]
-
-
-def loss_reference(reduction):
-    def call(dout, x, weight):
-        kept = TARGETS != -100
-        scale = {"mean": 1 / kept.sum(), "sum": 1.0, "none": 1.0}[reduction]
-        dlosses = dout * scale * np.ones(M)
-        losses, dx, dweight = reference.linear_cross_entropy_backward(
-            x, weight, TARGETS, dlosses, train_weight=True
-        )
-        return losses if reduction == "none" else np.array(losses.sum() * scale), [dx, dweight]
-
-    return call
-
-
-def embedding_reference(dout, weight):
-    return reference.embedding_forward(weight, IDS.ravel()), [
-        reference.embedding_backward(dout, IDS.ravel(), None, V)
-    ]
-
-
-def rope_reference(dout, x):
-    return reference.rope_forward(x, COS, SIN), [reference.rope_backward(dout, COS, SIN)]
-
-
-def constant(array, kept={}):
-    """The array on the device of the test, made once: a graph cannot capture the way there."""
-    key = id(array), devices.current()
-    if key not in kept:
-        kept[key] = put(array)
-    return kept[key]
-
-
-def summed(pair):
-    return pair[0] + pair[1]
-
-
-QKV = [(B, T, H, D), (B, T, K, D), (B, T, K, D)]
-# name: shapes of the differentiable inputs, the call, its reference
-CASES = {
-    "s2_attention": (
-        QKV,
-        lambda q, k, v: ops.s2_attention(q, k, v, **PATTERN),
-        lambda *x: attention_reference(*x, **PATTERN),
-    ),
-    "packed": (
-        QKV,
-        lambda q, k, v: ops.s2_attention(q, k, v, cu_seqlens=constant(BORDERS), **PATTERN),
-        packed_reference,
-    ),
-    "rms_norm": ([(M, C), (C,)], ops.rms_norm, norm_reference),
-    "add_rms_norm": (
-        [(M, C), (C,), (M, C)],
-        lambda x, weight, residual: summed(ops.rms_norm(x, weight, 1e-6, residual)),
-        norm_reference,
-    ),
-    "rope": ([(B, T, H, D)], lambda x: ops.rope(x, constant(COS), constant(SIN)), rope_reference),
-    "lora_linear": (
-        [(M, C), (N, C), (N,), (R, C), (N, R)],
-        lambda *x: ops.lora_linear(*x, 0.5),
-        linear_reference,
-    ),
-    "swiglu": (
-        [(M, F), (M, F)],
-        ops.swiglu,
-        lambda dout, *x: (reference.swiglu_forward(*x), reference.swiglu_backward(dout, *x)),
-    ),
-    **{
-        f"loss_{reduction}": (
-            [(M, C), (V, C)],
-            lambda x, weight, r=reduction: ops.linear_cross_entropy(
-                x, weight, constant(TARGETS), reduction=r
-            ),
-            loss_reference(reduction),
-        )
-        for reduction in ("mean", "sum", "none")
-    },
-    "embedding": (
-        [(V, C)],
-        lambda weight: ops.embedding(weight, constant(IDS)).view(M, C),
-        embedding_reference,
-    ),
-    "matmul": (
-        [(M, C), (C, N)],
-        lambda a, b: torch.ops.longlora.matmul(a, b, 0.5),
-        lambda dout, a, b: (
-            0.5 * reference.matmul(a, b),
-            [0.5 * reference.f64(dout) @ reference.f64(b).T, 0.5 * reference.f64(a).T @ dout],
-        ),
-    ),
-    "cast": (
-        [(M, C)],
-        lambda x: torch.ops.longlora.cast(x, torch.float32),
-        lambda dout, x: (reference.f64(x), [dout]),
-    ),
-}
-
-
-def given(name, dtype="float32"):
-    """Inputs as NumPy arrays rounded to dtype, and the tensors of the same values."""
-    arrays = [checks.random(shape, dtype, seed) for seed, shape in enumerate(CASES[name][0])]
-    return arrays, [put(x.astype(np.float32)).to(TORCH[dtype]) for x in arrays]
 
 
 def plain_reference(call, *inputs):
@@ -179,7 +57,7 @@ def judge(name, dtype, out, grads, dout, arrays, wanted):
     ]
     for label, got, w, p in results:
         rounded = checks.DTYPES[str(got.dtype).removeprefix("torch.")]
-        # two more roundings to the dtype than the kernel's own: a sum of two results, a gradient scaled by the loss's
+        # Two roundings more than the kernel's own: the sum of two results, a gradient scaled by the loss's.
         checks.compare(
             got.detach().float().cpu().numpy().astype(rounded),
             np.asarray(w, np.float64),
@@ -229,7 +107,7 @@ def orders(x):
 
 @pytest.mark.parametrize("name", CASES)
 def test_any_strides(name):
-    """Inputs and gradients in any layout give the values of the contiguous ones; so does a gradient that is one number, expanded."""
+    """Inputs and gradients in any layout give the values of contiguous ones, as does an expanded gradient."""
     plain = [x.requires_grad_() for x in given(name)[1]]
     want = CASES[name][1](*plain)
     dout = put(checks.random(tuple(want.shape))) if want.ndim else torch.ones_like(want)
@@ -250,7 +128,8 @@ def test_any_strides(name):
 @pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "lora_linear", "swiglu"])
 @pytest.mark.parametrize("lead", [(), (1,), (M, 1), (B, T), (B, 1, T), (1, B, 1, T)], ids=str)
 def test_leading_axes(name, lead):
-    """[...,C] is the same rows as [M,C], bit by bit, forward and backward; no axes before the last are one row."""
+    """[...,C] gives the bits of [M,C], forward and backward. Without axes before the last there is one
+    row."""
     rows = M if math.prod(lead) == M else 1
     plain = [(x[:rows] if len(x) == M else x).requires_grad_() for x in given(name)[1]]
     shaped = [
@@ -277,7 +156,7 @@ def none_of(name):
     first, *others = [x.requires_grad_() for x in given(name)[1]]
     empty = [x.detach()[:0].requires_grad_() for x in (first, *others)]
     if name == "packed":
-        return ops.s2_attention(*empty, cu_seqlens=put(BORDERS[:0]), **PATTERN), empty
+        return ops.s2_attention(*empty, cu_seqlens=put(BOUNDARIES[:0]), **PATTERN), empty
     if name.startswith("loss"):
         inputs = empty[0], *others
         return ops.linear_cross_entropy(*inputs, put(TARGETS[:0]), reduction=name.partition("_")[2]), inputs
@@ -321,7 +200,7 @@ def calls():
     rows, ids = rand(M), put(IDS.ravel()).int()
     grad = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     yield "s2_attention_forward", (*grad, None, *how)
-    yield "s2_attention_forward", (*grad, put(BORDERS), *how)
+    yield "s2_attention_forward", (*grad, put(BOUNDARIES), *how)
     yield "s2_attention_backward", (q, q, k, v, q, rand(B, H, T), None, *how)
     yield "rms_norm_forward", (norm_x.requires_grad_(), norm_weight.requires_grad_(), 1e-6)
     yield "add_rms_norm_forward", (norm_x.clone(), norm_x, norm_weight, 1e-6)
@@ -498,7 +377,8 @@ def test_bad_input_is_named(call, error, words):
 
 
 def test_q_k_and_v_are_not_copied(device):  # noqa: F811
-    """As transformers holds them, [B,H,T,D] in memory: what torch's allocator gives is the results, and nothing of q's size beside."""
+    """q, k and v lie in memory as [B,H,T,D], as in transformers. Only the results are allocated, no
+    copies."""
     q, k, v = (put(torch.randn(1, heads, 512, 64)).transpose(1, 2).requires_grad_() for heads in (4, 2, 2))
     size = q.numel() * 4
 
@@ -576,7 +456,7 @@ def test_a_gpu_that_is_not_the_current_one(gpu):  # noqa: F811
 
 
 class Attended(torch.utils.data.Dataset):
-    """Rows that a worker makes by an op."""
+    """Rows that a worker computes by an op."""
 
     def __len__(self):
         return 6

@@ -1,5 +1,8 @@
-"""attn_implementation="longlora_s2" on tiny random models of many families: dense is sdpa, S2-Attn is the reference, padding and
-packing are the unpadded runs, generate gives sdpa's tokens. test_torch_oldest.py runs this again on transformers 4.53."""
+"""attn_implementation="longlora_s2" on tiny random models of many families.
+
+Dense attention equals sdpa's, S²-Attn the reference's, padded and packed runs the unpadded ones, and generate
+gives sdpa's tokens. test_torch_oldest.py runs this again on transformers 4.53.
+"""
 
 import functools
 import os
@@ -11,56 +14,10 @@ import reference
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
 transformers = pytest.importorskip("transformers", reason="transformers is what is extended here")
 from devices import device, put  # noqa: E402, F401 (a fixture)
+from families import FAMILIES, VERSION, G, close, ids_of, tiny, without_interface  # noqa: E402
 
 import longlora.torch  # noqa: E402
 from longlora.torch import attention  # noqa: E402
-
-VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-SMALL = dict(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-FAMILIES = {
-    "llama": {},
-    "mistral": dict(sliding_window=None),
-    "qwen2": {},
-    "qwen3": dict(head_dim=8),
-    "phi3": dict(original_max_position_embeddings=128),
-    "olmo2": {},
-    "olmo": {},
-    "gpt_neox": dict(num_key_value_heads=None),
-    "smollm3": dict(no_rope_layers=[1, 0]),
-    "granite": dict(attention_multiplier=0.3),
-    "starcoder2": dict(sliding_window=None),
-    "cohere": {},
-    "gemma": dict(head_dim=8),
-    "glm": dict(head_dim=8),
-    "stablelm": {},
-    "helium": dict(head_dim=8),
-}
-G = 6
-
-
-def tiny(family, implementation, **changes):
-    """A model of the family; the same weights for every implementation."""
-    given = {**SMALL, **FAMILIES[family], **changes}
-    config = transformers.AutoConfig.for_model(
-        family, **{key: value for key, value in given.items() if value is not None or key == "sliding_window"}
-    )
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
-    with torch.no_grad():
-        for p in model.parameters():  # far enough from uniform that attention matters
-            p.mul_(3 if p.ndim > 1 else 1)
-    return put(model).eval()
 
 
 def by_mask(module, query, key, value, attention_mask, scaling=None, dropout=0.0, pattern=(G,), **unused):
@@ -83,19 +40,6 @@ for name, pattern in (
 ):
     transformers.AttentionInterface.register(name, functools.partial(by_mask, pattern=pattern))
     attention.AttentionMaskInterface.register(name, attention.mask)
-
-
-def ids_of(B, T, seed=0):
-    return put(np.random.default_rng(seed).integers(3, SMALL["vocab_size"], (B, T)))
-
-
-def close(a, b, factor=1.0):
-    torch.testing.assert_close(a, b, rtol=2e-4 * factor, atol=2e-5 * factor * b.abs().max().item())
-
-
-def without_interface(family):
-    if family == "stablelm" and VERSION < (5, 0):
-        pytest.skip("StableLM of transformers 4.53 does not use the attention interface")
 
 
 def test_the_version_that_is_meant_is_tested():
@@ -190,11 +134,12 @@ def test_documents_that_transformers_leaves_out_of_its_mask(family, training):
 
 
 def test_documents_by_cu_seq_lens():
-    """As DataCollatorWithFlattening gives them; without position_ids the rotary embedding counts on, which only distances feel."""
+    """As DataCollatorWithFlattening gives them. Without position_ids positions go on in the next document,
+    which changes nothing: attention depends on distances."""
     model = longlora.torch.configure(tiny("llama", "longlora_s2"), group_size=G).train()
     rows = [ids_of(1, n, seed=n) for n in (14, 9)]
-    borders = put(torch.tensor([0, 14, 23], dtype=torch.int32))
-    how = dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=14, max_length_k=14)
+    boundaries = put(torch.tensor([0, 14, 23], dtype=torch.int32))
+    how = dict(cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries, max_length_q=14, max_length_k=14)
     with torch.no_grad():
         want = torch.cat([model(row, use_cache=False).logits[0] for row in rows])
         for position_ids in (None, put(torch.cat([torch.arange(14), torch.arange(9)]))[None]):

@@ -1,4 +1,4 @@
-"""An extended model in TRL's SFTTrainer: padded and packed batches train with S2-Attn, and what is saved loads again."""
+"""An extended model in TRL's SFTTrainer trains on padded and packed batches with S²-Attn, and loads again."""
 
 import pytest
 
@@ -49,9 +49,9 @@ def test_sft_trainer(tmp_path, packing, monkeypatch):
     )
     result = trainer.train()
     assert result.training_loss == result.training_loss and result.global_step == 3
-    assert {size for size, _ in seen} == {8}, "something else than S2-Attn trained"
-    assert any(borders is not None for _, borders in seen), (
-        "padding or packing did not become borders of documents"
+    assert {size for size, _ in seen} == {8}, "something other than S²-Attn trained"
+    assert any(boundaries is not None for _, boundaries in seen), (
+        "padding or packing did not become document boundaries"
     )
     now = dict(trainer.model.named_parameters())
     assert not [name for name, p in before.items() if torch.equal(now[name], p)]

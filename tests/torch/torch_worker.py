@@ -1,7 +1,7 @@
-"""One process of the groups in test_torch_train.py: longlora.torch.train, with the arguments of the command line.
+"""One process of the groups in test_torch_train.py: longlora.torch.train with the command line's arguments.
 
-accelerate shards over processes that have a GPU each and over no others: this one says that it has one. What follows, FSDP2 and
-DeepSpeed themselves, runs on the CPU over gloo.
+accelerate shards only over processes that have a GPU each, so this one claims to have one. FSDP2 and
+DeepSpeed themselves then run on the CPU over gloo.
 """
 
 import os

@@ -1,0 +1,200 @@
+/* s2_attention.h --- which rows of shifted sparse attention work together: patterns, segments and tasks.
+ * Index arithmetic alone; the rule is in ops.h.
+ *
+ * Every pattern is a list of segments. A segment is a causal attention of its own over one run of tokens.
+ * With wrap and swap, one segment of each document has two runs, one after the other: Z F for wrap and F Z
+ * for swap, where F is the first and Z the last segment of a shifted head. So only the diagonal needs a mask,
+ * and dense attention is one long segment. With an odd G, Z has h + 1 tokens, and its first token and F do
+ * not see each other: `low` of a segment says so. */
+#ifndef LONGLORA_S2_ATTENTION_H
+#define LONGLORA_S2_ATTENTION_H
+
+#include "cpu.h"
+#include "scratch.h"
+
+enum { ROWS = 512 }; /* query rows of a forward task, all heads together */
+
+static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* ---- segments -------------------------------------------------------------------------------- */
+
+typedef struct {
+    int64_t b;
+    int64_t start[2], length[2];   /* two runs of tokens, one after the other; the second is usually empty */
+    int64_t low_from, low_to, low; /* rows low_from .. low_to-1 see no key below `low` */
+    int shifted;
+} Segment;
+
+static inline int64_t rows_of(const Segment *s) { return s->length[0] + s->length[1]; }
+static inline int64_t token(const Segment *s, int64_t row) {
+    return row < s->length[0] ? s->start[0] + row : s->start[1] + row - s->length[0];
+}
+
+typedef struct {
+    int64_t G;
+    int boundary, shift;
+    const Tensor *cu_seqlens;
+    int64_t B, T, H, K, D;
+} Pattern;
+
+/* The query heads first .. last-1 of KV head k that are shifted, or those that are not. */
+static void heads_of(const Pattern *p, int64_t k, int shifted, int64_t *first, int64_t *last) {
+    int64_t each = p->H / p->K, from = k * each, to = from + each;
+    int64_t first_shifted = p->shift == HALF ? p->H / 2 : p->shift == NONE ? p->H : 0;
+    first_shifted = min64(max64(first_shifted, from), to);
+    *first = shifted ? first_shifted : from;
+    *last = shifted ? to : first_shifted;
+}
+
+/* Returns -1 after fail() if cu_seqlens does not describe documents that the boundary allows. */
+static int make_pattern(const char *op, Pattern *p, const Tensor *q, const Tensor *k,
+                        const Tensor *cu_seqlens, double group_size, double boundary, double shift) {
+    *p = (Pattern){ (int64_t)group_size, (int)boundary, (int)shift,  cu_seqlens, q->shape[0],
+                    q->shape[1],         q->shape[2],   k->shape[2], q->shape[3] };
+    if (!given(cu_seqlens)) return 0;
+    int64_t documents = cu_seqlens->shape[0] - 1;
+    const int32_t *starts = cu_seqlens->data;
+    if (starts[0] != 0 || starts[documents] != p->T)
+        return fail("%s: cu_seqlens should begin with 0 and end with T=%lld", op, (long long)p->T);
+    for (int64_t i = 0; i < documents; i++) {
+        int64_t L = (int64_t)starts[i + 1] - starts[i];
+        if (L < 0)
+            return fail("%s: cu_seqlens should not decrease, got %d after %d at index %lld", op,
+                        starts[i + 1], starts[i], (long long)i + 1);
+        if (p->boundary != SPLIT && p->shift != NONE && L % p->G)
+            return fail("%s: boundary %s needs document lengths that are a multiple of group_size=%lld, "
+                        "got %lld",
+                        op, p->boundary == WRAP ? "wrap" : "swap", (long long)p->G, (long long)L);
+    }
+    return 0;
+}
+
+/* Appends the segments of a document of L tokens that begins at `origin` to list, unless that is NULL.
+ * Returns how many segments there are. */
+static int64_t document_segments(const Pattern *p, Segment *list, int64_t b, int64_t origin, int64_t L) {
+    int64_t count = 0, G = min64(p->G, L ? L : 1), half = p->G / 2;
+    if (p->shift != ALL && L)
+        for (int64_t at = 0; at < L; at += G, count++)
+            if (list) list[count] = (Segment){ b, { origin + at, 0 }, { min64(G, L - at), 0 }, 0, 0, 0, 0 };
+    if (p->shift == NONE || !L) return count;
+    int joined = p->boundary != SPLIT && half;
+    int64_t first = min64(half, L), tail = joined ? L - p->G + half : L; /* where the last segment begins */
+    if (first && !joined) {
+        if (list) list[count] = (Segment){ b, { origin, 0 }, { first, 0 }, 0, 0, 0, 1 };
+        count++;
+    }
+    for (int64_t at = first; at < tail; at += p->G, count++)
+        if (list) list[count] = (Segment){ b, { origin + at, 0 }, { min64(p->G, tail - at), 0 }, 0, 0, 0, 1 };
+    if (joined) {
+        int64_t last = L - tail; /* h, or h + 1 for an odd G */
+        if (list && p->boundary == WRAP)
+            list[count] =
+                (Segment){ b, { origin + tail, origin }, { last, half }, last, last + half, last - half, 1 };
+        if (list && p->boundary == SWAP)
+            list[count] = (Segment){ b, { origin, origin + tail }, { half, last }, half, last, half, 1 };
+        count++;
+    }
+    return count;
+}
+
+static int64_t all_segments(const Pattern *p, Segment *list) {
+    int64_t count = 0;
+    if (given(p->cu_seqlens)) {
+        const int32_t *starts = p->cu_seqlens->data;
+        for (int64_t i = 0; i + 1 < p->cu_seqlens->shape[0]; i++)
+            count +=
+                document_segments(p, list ? list + count : NULL, 0, starts[i], starts[i + 1] - starts[i]);
+    } else {
+        for (int64_t b = 0; b < p->B; b++)
+            count += document_segments(p, list ? list + count : NULL, b, 0, p->T);
+    }
+    return count;
+}
+
+/* ---- tasks ----------------------------------------------------------------------------------- */
+
+/* Rows first .. last-1 of a segment for the query heads from .. to-1, which share a KV head. */
+typedef struct {
+    const Segment *segment;
+    int64_t kv_head, from, to, first, last;
+} Task;
+typedef struct {
+    Segment *segments;
+    Task *tasks;
+    int64_t segment_count, count;
+} Work;
+
+/* Writes the tasks to `tasks`, unless that is NULL, and returns how many there are. */
+typedef int64_t ListTasks(const Pattern *p, const Segment *segments, int64_t segment_count, Task *tasks);
+
+static int64_t forward_tasks(const Pattern *p, const Segment *segments, int64_t segment_count, Task *tasks) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < segment_count; i++)
+        for (int64_t k = 0; k < p->K; k++) {
+            const Segment *s = &segments[i];
+            int64_t from, to, n = rows_of(s);
+            heads_of(p, k, s->shifted, &from, &to);
+            for (int64_t h = from, heads; h < to; h += heads) {
+                heads = min64(to - h, ROWS / BQ);
+                int64_t size = ROWS / heads / BQ * BQ;
+                /* The last rows see the most keys, so they go first. */
+                for (int64_t first = (n - 1) / size * size; first >= 0; first -= size, count++)
+                    if (tasks) tasks[count] = (Task){ s, k, h, h + heads, first, min64(first + size, n) };
+            }
+        }
+    return count;
+}
+
+/* Rows of each chunk of a segment. There are as few chunks as CHUNK allows, all but the last equally long. */
+static inline int64_t chunk_of(const Segment *s) {
+    int64_t n = rows_of(s), chunks = (n + CHUNK - 1) / CHUNK;
+    return round_up((n + chunks - 1) / chunks, BQ);
+}
+
+static int64_t backward_tasks(const Pattern *p, const Segment *segments, int64_t segment_count, Task *tasks) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < segment_count; i++)
+        for (int64_t k = 0; k < p->K; k++) {
+            const Segment *s = &segments[i];
+            int64_t from, to, n = rows_of(s), size = chunk_of(s);
+            heads_of(p, k, s->shifted, &from, &to);
+            if (from < to)
+                for (int64_t first = 0; first < n; first += size, count++)
+                    if (tasks) tasks[count] = (Task){ s, k, from, to, first, min64(first + size, n) };
+        }
+    return count;
+}
+
+/* Freed by free_work(); -1 after fail() if there is no memory. */
+static int make_work(const Pattern *p, ListTasks *list, Work *w) {
+    w->segment_count = all_segments(p, NULL);
+    w->segments = scratch(w->segment_count * (int64_t)sizeof(Segment));
+    if (!w->segments) return -1;
+    all_segments(p, w->segments);
+    w->count = list(p, w->segments, w->segment_count, NULL);
+    w->tasks = scratch(w->count * (int64_t)sizeof(Task));
+    if (!w->tasks) {
+        scratch_free(w->segments);
+        return -1;
+    }
+    list(p, w->segments, w->segment_count, w->tasks);
+    return 0;
+}
+
+static void free_work(Work *w) {
+    scratch_free(w->tasks);
+    scratch_free(w->segments);
+}
+
+/* Nanoseconds that one core needs for all tasks: the multiply-adds of two products, 32 per nanosecond. */
+static int64_t work_of(const Work *w, int64_t D) {
+    int64_t pairs = 0;
+    for (int64_t i = 0; i < w->count; i++)
+        pairs +=
+            (w->tasks[i].to - w->tasks[i].from) * (w->tasks[i].last - w->tasks[i].first) * w->tasks[i].last;
+    return pairs / 16 * (D + 1);
+}
+
+#endif
