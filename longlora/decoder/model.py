@@ -1,6 +1,8 @@
-"""A model that trains and evaluates. Its memory is one arena: weights, masters, moments and the buffers of a pass.
+"""A model that trains and evaluates. Its memory is one arena: weights, masters, moments and the buffers of a
+pass.
 
-The network says what lies in the arena and computes. The model fills the arena, hands in batches and reads losses.
+The network says what lies in the arena and computes. The model fills the arena, hands in batches and reads
+losses.
 """
 
 import math
@@ -26,7 +28,8 @@ class Model:
     dtype: of weights and activations.
     lora: a LoraConfig; None is full fine-tuning.
     rope: the rope.Rope of this run, by default the config's.
-    plan: the Plan of the same config, dtype and lora. The model trains on batches up to the plan's size; without a
+    plan: the Plan of the same config, dtype and lora. The model trains on batches up to the plan's size;
+    without a
         plan it evaluates only.
     attention: dict(group_size, boundary, shift) for training, None is dense. Evaluation is always dense.
 
@@ -84,9 +87,9 @@ class Model:
     def load(self, source):
         """Reads every weight of `source` (what files.open_model gives) into place -> self.
 
-        The weights are copied even where the file has the run's dtype. Those of one product lie under each other here
-        and not in the file, and a mapped file that somebody truncates or overwrites would end or change the run hours
-        later. UserError if `source` is another model's, or a weight is not finite.
+        The weights are copied even where the file has the run's dtype. Those of one product lie under each
+        other here and not in the file, and a mapped file that somebody truncates or overwrites would end or
+        change the run hours later. UserError if `source` is another model's, or a weight is not finite.
         """
         names, wanted = source.names(), self.network.tensor_shapes()
         if set(names) != set(wanted):
@@ -110,7 +113,8 @@ class Model:
             ours = self.lora
             if (lora.r, lora.scale) != (ours.r, ours.scale):
                 raise UserError(
-                    f"adapter: r and scale should be {ours.r} and {ours.scale:g}, got {lora.r} and {lora.scale:g}"
+                    f"adapter: r and scale should be {ours.r} and {ours.scale:g}, "
+                    f"got {lora.r} and {lora.scale:g}"
                 )
         for name, array in tensors.items():
             if name not in self._places:
@@ -139,7 +143,9 @@ class Model:
         return self
 
     def _init_lora(self):
-        """As PEFT: A is kaiming-uniform with a = sqrt(5), which is uniform within 1/sqrt(features in). B stays zero."""
+        """As PEFT: A is kaiming-uniform with a = sqrt(5), which is uniform within 1/sqrt(features in). B
+        stays zero.
+        """
         for name, (weight, _) in self._places.items():
             if weight.kind == "lora_A":
                 self.draw(name, self.seed, self.tensor(name), 1 / math.sqrt(weight.shape[1]))
@@ -186,7 +192,9 @@ class Model:
         return found
 
     def _evaluation_batch(self, B, T):
-        """The Batch of an evaluation, kept for the next. It borrows the memory of training if that is large enough."""
+        """The Batch of an evaluation, kept for the next. It borrows the memory of training if that is large
+        enough.
+        """
         found = self._evaluation
         if found is None or (found.B, found.T) != (B, T):
             self._evaluation = found = None  # its memory is free before the next is taken
@@ -206,20 +214,23 @@ class Model:
         return self._tables
 
     def _fill(self, batch, ids, attention, positions, cu_seqlens):
-        """Writes ids [M] and says how they are attended. attention None is dense. positions: [M] or None."""
-        batch.attention = attention or (max(batch.T, 1), BOUNDARIES["split"], SHIFTS["none"])
-        batch.positions = batch.cu_seqlens = None
-        longest = batch.T
-        if cu_seqlens is not None:
-            if positions is None:
-                positions = np.arange(batch.T) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
-            batch.cu_seqlens = batch.cu_seqlens_room[: len(cu_seqlens)]
-            self._inputs.put(batch.cu_seqlens, cu_seqlens)
+        """Write ids [M] and say how they attend. attention: as Batch.attend takes it, None is dense.
+
+        positions: [M], or None for those of the rows, or of the packed documents.
+        """
+        if cu_seqlens is not None and positions is None:
+            positions = np.arange(batch.T) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
+        longest = batch.T if positions is None else int(positions.max(initial=-1)) + 1
+        batch.attend(
+            attention or (max(batch.T, 1), BOUNDARIES["split"], SHIFTS["none"]),
+            self._rope_tables(longest),
+            positions is not None,
+            None if cu_seqlens is None else len(cu_seqlens),
+        )
         if positions is not None:
-            longest = int(positions.max(initial=-1)) + 1
-            batch.positions = batch.positions_room
             self._inputs.put(batch.positions, positions.astype(np.int32).reshape(batch.B, batch.T))
-        batch.cos, batch.sin = self._rope_tables(longest)
+        if cu_seqlens is not None:
+            self._inputs.put(batch.cu_seqlens, cu_seqlens)
         self._inputs.put(batch.ids, ids)
 
     # ---- training --------------------------------------------------------------------------------
@@ -230,7 +241,8 @@ class Model:
         ids, targets: int32 [B,T]; a target of -100 is not scored.
         loss_scale: 1 over the target tokens of the whole optimizer step, so accumulation changes nothing.
         read: False does not wait for a GPU; the result is None.
-        cu_seqlens: borders of packed documents, int32 [S] from 0 to B T over the tokens of all rows. Attention and
+        cu_seqlens: borders of packed documents, int32 [S] from 0 to B T over the tokens of all rows.
+        Attention and
             positions restart in each document.
 
         UserError if the sum is not finite; the gradients are then useless.
@@ -269,11 +281,12 @@ class Model:
         return batch
 
     def losses(self, ids, targets, *, positions=None, cu_seqlens=None):
-        """Gives each token's loss with dense attention, 0 where its target is -100 -> float32 ndarray like ids.
+        """Gives each token's loss with dense attention, 0 where its target is -100 -> float32 ndarray like
+        ids.
 
         ids, targets: int32 [T] or [B,T].
-        positions: for rope, int32 like ids; None: each row has 0 to T-1, each packed document has its own from 0.
-        cu_seqlens: borders of packed documents, int32 [S] from 0 to B T over the tokens of all rows.
+        positions: for rope, int32 like ids; None: each row has 0 to T-1, each packed document has its own
+        from 0. cu_seqlens: borders of packed documents, int32 [S] from 0 to B T over the tokens of all rows.
         """
         shape = ids.shape
         batch = self._forward(ids, positions, cu_seqlens)
@@ -282,7 +295,9 @@ class Model:
         return np.array(host(batch.losses)).reshape(shape)
 
     def logits(self, ids, *, positions=None, cu_seqlens=None):
-        """Gives the logits after each token -> float32 ndarray [T,V] or [B,T,V], all at once. Arguments as in losses."""
+        """Gives the logits after each token -> float32 ndarray [T,V] or [B,T,V], all at once. Arguments as in
+        losses.
+        """
         shape, V = ids.shape, self.config.vocab_size
         batch = self._forward(ids, positions, cu_seqlens)
         rows, out = (

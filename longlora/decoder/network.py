@@ -1,77 +1,86 @@
-"""The network of a decoder: embedding, layers, final norm and head. It says what they need and runs the passes through them.
+"""The network of a decoder: embedding, layers, final norm and head. It says what they need and runs passes
+over them.
 
-The ops that compute are an argument of a pass: longlora._C, or what stands in for it in a dry run. Nothing here allocates.
+The ops that compute belong to the Batch of a pass: they are longlora._C, or a recorder in a dry run. Nothing
+here takes memory.
 """
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from longlora import Tensor
 from longlora.decoder.layer import Layer, Reach, Views, stream_eps
+from longlora.decoder.modules import Norm
 from longlora.decoder.weights import Parameter, Weight, lay_out
-from longlora.memory.layout import Layout
+from longlora.memory.layout import Buffer, Layout, Shape, Wanted
+
+if TYPE_CHECKING:
+    from longlora.decoder.config import ModelConfig
+    from longlora.decoder.lora import LoraConfig
 
 IGNORE = -100  # the target of a token that is not scored
 
 
 @dataclass(frozen=True)
 class Activations:
-    """The planned buffers of a pass over [B,T] tokens: dicts of name -> Buffer, `shared`, and one for each layer."""
+    """The planned buffers of a pass over [B,T] tokens, by name: `shared`, and those that each layer has."""
 
     B: int
     T: int
-    recompute: str | None
+    recompute: str | None  # None is an evaluation
     layout: Layout
-    layers: list
-    shared: dict
+    layers: list[dict[str, Buffer]]
+    shared: dict[str, Buffer]
 
 
 class Network:
-    """The weights and passes of a model of `config` (a ModelConfig) with the LoRA of `lora` (a LoraConfig or None).
-
-    layers: the indices of the layers that it has, by default all.
+    """The weights of a model of `config` and the passes over them. layers: the indices of its layers, by
+    default all.
     """
 
-    def __init__(self, config, lora=None, layers=None):
-        C, V = config.hidden_size, config.vocab_size
-        lora = lora and lora.for_model(config)
-        self.config, self.lora = config, lora
+    def __init__(
+        self, config: "ModelConfig", lora: "LoraConfig | None" = None, layers: Iterable[int] | None = None
+    ):
+        C, V, eps = config.hidden_size, config.vocab_size, stream_eps(config)
+        self.config, self.lora = config, lora and lora.for_model(config)
         self.embedding = Weight("embedding", {"model.embed_tokens.weight": V}, C)
         indices = range(config.num_hidden_layers) if layers is None else layers
-        self.layers = [Layer(config, i, lora) for i in indices]
-        self.norm = Weight("norm", {"model.norm.weight": C})
-        tied = config.tie_word_embeddings
-        self.head = self.embedding if tied else Weight("head", {"lm_head.weight": V}, C)
-        self.eps = stream_eps(config)
-        # the stream holds x / residual_multiplier: see stream_eps
+        self.layers = [Layer(config, i, self.lora) for i in indices]
+        self.norm = Norm("model.norm", C, eps)
+        self.tied = config.tie_word_embeddings
+        self.head = self.embedding if self.tied else Weight("head", {"lm_head.weight": V}, C)
+        # The residual stream holds x / residual_multiplier: see stream_eps.
         self.embedding_scale = config.embedding_multiplier / config.residual_multiplier
         self.logits_scale = 1 / config.logits_scaling
-        self.gradients = None  # all of them in one Tensor
-        self._gradients = None
-        # the backward ends in this layer (their number: above all of them), and there after this part
+        self.gradients: Any = None  # all of them, as one Tensor
+        self._gradients: Buffer | None = None
+        # The backward goes down to this layer, and there as far as this. With all layers frozen it enters
+        # none.
         self.lowest, self.reach = 0, Reach.INPUT
 
-    # ---- weights ---------------------------------------------------------------------------------
+    # ---- weights -------------------------------------------------------------------------------
 
-    def weights(self):
-        """-> list of Weight, in the order of the parameters."""
+    def weights(self) -> list[Weight]:
+        """All of them, in the order of the parameters."""
         layers = [w for layer in self.layers for w in layer.weights()]
-        head = [] if self.head is self.embedding else [self.head]
-        return [self.embedding, *layers, self.norm, *head]
+        return [self.embedding, *layers, self.norm.weight, *([] if self.tied else [self.head])]
 
-    def tensor_shapes(self):
-        """-> dict of the file's tensors, Hugging Face name -> shape, in the order of the file. A tied head is not in it."""
-        head = () if self.head is self.embedding else (self.head,)
-        parts = (self.embedding, *self.layers, self.norm, *head)
+    def tensor_shapes(self) -> dict[str, Shape]:
+        """Give Hugging Face name -> shape in the order of the file, without LoRA and without a tied head."""
+        parts = (self.embedding, *self.layers, self.norm.weight, *(() if self.tied else (self.head,)))
         return {name: shape for part in parts for name, shape in part.tensor_shapes().items()}
 
-    def lay_out(self, dtype, training):
-        """-> Layout of the weights in `dtype`, and for training of the masters, gradients and moments of those that learn.
+    def lay_out(self, dtype: str, training: bool) -> Layout:
+        """Plan the weights in `dtype`, and for training the masters, gradients and moments of those that
+        learn.
 
-        What learns are the tensors of the LoraConfig, or all of the model's without one.
+        The tensors of the LoraConfig learn, or all of the model's without one.
         """
         names = _trained(self.config, self.lora) if training else frozenset()
-        products = [product for layer in self.layers for product in layer.products]
-        layout, self._gradients = lay_out(self.weights(), products, names, dtype)
+        blocks = [product.lay_out_b for layer in self.layers for product in layer.products]
+        layout, self._gradients = lay_out(self.weights(), names, dtype, blocks)
         self.lowest, self.reach = 0, Reach.INPUT
         if not self.embedding.learns:
             found = [(i, layer.lowest()) for i, layer in enumerate(self.layers)]
@@ -79,78 +88,71 @@ class Network:
             self.lowest, self.reach = ends[0] if ends else (len(self.layers), Reach.INPUT)
         return layout
 
-    def bind(self, arena):
-        """Makes the Tensors of the weights, at the start of `arena`, as lay_out has planned."""
+    def bind(self, arena: Tensor) -> None:
+        """Make the Tensors of the weights, at the start of `arena`, as lay_out has planned."""
         for w in self.weights():
             w.bind(arena)
         for layer in self.layers:
             for product in layer.products:
                 product.bind(arena)
-        self.gradients = self._gradients.view(arena) if self._gradients.shape[0] else None
+        if self._gradients is not None and self._gradients.shape[0]:
+            self.gradients = self._gradients.view(arena)
 
-    def parameters(self):
-        """-> list of Parameter, the tensors that learn."""
+    def parameters(self) -> list[Parameter]:
+        """The tensors that learn."""
         return [Parameter(name, w) for w in self.weights() if w.learns for name in w.members]
 
-    # ---- buffers ---------------------------------------------------------------------------------
+    # ---- buffers -------------------------------------------------------------------------------
 
-    def activations(self, B, T, dtype, recompute):
-        """-> Activations of a training pass over [B,T] tokens; recompute None: of an evaluation."""
-        layout, layers, M, shared, turns = Layout(), [], B * T, {}, ()
-        for layer in self.layers:
-            needs = layer.needs(B, T, dtype, recompute)
-            layers.append(layout.add_all(needs.own))
-            shared, turns = needs.shared, needs.turns
+    def activations(self, B: int, T: int, dtype: str, recompute: str | None) -> Activations:
+        """Plan a training pass over [B,T] tokens; recompute None is an evaluation."""
+        layout, needs = Layout(), [layer.needs(B, T, dtype, recompute) for layer in self.layers]
+        layers = [layout.add_all(one.own) for one in needs]
         layout.end_part("kept activations")
-        shared = layout.add_all(shared) | layout.take_turns(*turns)
+        shared = layout.add_all(needs[0].shared) | layout.take_turns(*needs[0].turns)
         layout.end_part("layer in hand")
-        ends = {"losses": "float32", "ids": "int32", "targets": "int32"}
-        ends |= {"head_lse": "float32"} if recompute is None else {"dlosses": "float32", "order": "int32"}
-        shared |= layout.add_all({name: ((M,), kind) for name, kind in ends.items()})
-        shared |= layout.add_all({"positions": ((B, T), "int32"), "cu_seqlens": ((M + 1,), "int32")})
+        shared |= layout.add_all(self._ends(B * T, recompute is not None))
         layout.end_part("batch and tables")
         return Activations(B, T, recompute, layout, layers, shared)
 
-    # ---- passes ----------------------------------------------------------------------------------
+    @staticmethod
+    def _ends(M: int, training: bool) -> Wanted:
+        """What a pass over M tokens needs before the first layer and after the last."""
+        names = {"losses": "float32", "ids": "int32", "targets": "int32", "positions": "int32"}
+        names |= {"dlosses": "float32", "order": "int32"} if training else {"head_lse": "float32"}
+        return {name: ((M,), dtype) for name, dtype in names.items()} | {"cu_seqlens": ((M + 1,), "int32")}
 
-    def forward(self, batch):
+    # ---- passes --------------------------------------------------------------------------------
+
+    def forward(self, batch: "Batch") -> None:
         """batch.ids -> batch.n: the head's input."""
-        x = batch.layers[0].x
-        batch.ops.embedding_forward(x, self.embedding.data, batch.ids)
-        _scale(batch.ops, x, self.embedding_scale)
+        ops, x = batch.ops, batch.layers[0].x
+        ops.embedding_forward(x, self.embedding.data, batch.ids)
+        _scale(ops, x, self.embedding_scale)
         for layer, views in zip(self.layers, batch.layers):
             layer.forward(batch, views)
-        batch.ops.rms_norm_forward(batch.n, batch.rstd, None, batch.stream, None, self.norm.data, self.eps)
-        _scale(batch.ops, batch.n, self.logits_scale)
+        self.norm.forward(ops, batch.n, batch.rstd, batch.stream)
+        _scale(ops, batch.n, self.logits_scale)
 
-    def losses(self, batch):
-        """batch.n, batch.targets -> batch.losses."""
-        batch.ops.linear_cross_entropy_forward(
-            batch.losses, batch.head_lse, batch.n, self.head.data, batch.targets, IGNORE
-        )
+    def losses(self, batch: "Batch") -> None:
+        """batch.n, targets -> losses."""
+        outputs = batch.losses, batch.head_lse
+        batch.ops.linear_cross_entropy_forward(*outputs, batch.n, self.head.data, batch.targets, IGNORE)
 
-    def logits(self, batch, out):
+    def logits(self, batch: "Batch", out: Tensor) -> None:
         """batch.n -> out [M,V]."""
         batch.ops.lora_linear_forward(out, None, batch.n, self.head.data, None, None, None, None, 1.0)
 
-    def head_backward(self, batch):
+    def head_backward(self, batch: "Batch") -> None:
         """batch.n, targets, dlosses -> losses, and d: the gradient of the stream after the last layer."""
-        batch.ops.linear_cross_entropy_backward(
-            batch.losses,
-            batch.dn,
-            self.head.grad,
-            batch.n,
-            self.head.data,
-            batch.targets,
-            batch.dlosses,
-            IGNORE,
-        )
+        outputs, d = (batch.losses, batch.dn, self.head.grad), batch.stream
+        inputs = batch.n, self.head.data, batch.targets, batch.dlosses
+        batch.ops.linear_cross_entropy_backward(*outputs, *inputs, IGNORE)
         _scale(batch.ops, batch.dn, self.logits_scale)
-        d, norm = batch.stream, self.norm
-        batch.ops.rms_norm_backward(d, norm.grad, batch.dn, d, batch.rstd, norm.data, None)
+        self.norm.backward(batch.ops, d, batch.dn, d, batch.rstd)
 
-    def layers_backward(self, batch):
-        """d -> the gradients of the layers and of the embedding. batch.order is read where the embedding learns."""
+    def layers_backward(self, batch: "Batch") -> None:
+        """d -> the gradients of layers and embedding. batch.order is read if the embedding learns."""
         for i in range(len(self.layers) - 1, self.lowest - 1, -1):
             reach = Reach.INPUT if i > self.lowest else self.reach
             self.layers[i].backward(batch, batch.layers[i], reach)
@@ -171,24 +173,18 @@ def _trained(config, lora):
 
 
 class Batch:
-    """A pass over [B,T] tokens: the ops that compute it, its buffers in `arena` from byte `start` on, and how it attends.
+    """A pass over [B,T] tokens: the ops that compute it, its buffers in `arena` from byte `start` on, how it
+    attends.
 
-    Whoever runs a pass fills ids, targets, dlosses and order, and sets:
-      attention   (group_size, boundary, shift) as the op takes them
-      cos, sin    the tables of rope
-      positions   rows of the tables, int32 [B,T]; None: each row of tokens has 0 to T-1
-      cu_seqlens  the borders of packed documents, int32 [S], where B is 1; None without
-    positions_room and cu_seqlens_room are the memory for the last two.
+    Whoever runs the pass fills `ids`, `targets`, `dlosses` and `order`, all [M], and calls `attend`.
     """
 
-    def __init__(self, ops, network, activations, arena, start):
-        self.ops, self.recompute = ops, activations.recompute
-        self.B, self.T = activations.B, activations.T
-        shared = {name: b.view(arena, start) for name, b in activations.shared.items()}
-        tensors = [
-            shared | {name: b.view(arena, start) for name, b in own.items()} for own in activations.layers
-        ]
-        # x after the last layer: training has the stream's gradient there later, an evaluation has one buffer for the stream
+    def __init__(self, ops: Any, network: Network, needs: Activations, arena: Tensor, start: int):
+        self.ops, self.recompute, self.B, self.T = ops, needs.recompute, needs.B, needs.T
+        shared = {name: b.view(arena, start) for name, b in needs.shared.items()}
+        tensors = [shared | {name: b.view(arena, start) for name, b in own.items()} for own in needs.layers]
+        # x after the last layer. In training the gradient of the stream takes its place; an evaluation has
+        # one buffer for the stream.
         self.stream = shared["d"] if "d" in shared else shared["x"]
         after = [own["x"] for own in tensors[1:]] + [self.stream]
         self.layers = [
@@ -196,8 +192,33 @@ class Batch:
         ]
         self.n, self.rstd, self.dn = shared["n"], shared["rstd"], shared.get("dn")
         self.ids, self.targets, self.order = shared["ids"], shared["targets"], shared.get("order")
-        self.losses, self.dlosses, self.head_lse = (
-            shared.get(name) for name in ("losses", "dlosses", "head_lse")
+        self.losses, self.dlosses = shared["losses"], shared.get("dlosses")
+        self.head_lse = shared.get("head_lse")
+        self._positions, self._cu_seqlens = (
+            shared["positions"].reshape((self.B, self.T)),
+            shared["cu_seqlens"],
         )
-        self.positions_room, self.cu_seqlens_room = shared["positions"], shared["cu_seqlens"]
-        self.attention = self.cos = self.sin = self.positions = self.cu_seqlens = None
+        self.attention: tuple[int, int, int] | None = None
+        self.cos: Any = None
+        self.sin: Any = None
+        self.positions: Tensor | None = None
+        self.cu_seqlens: Tensor | None = None
+
+    def attend(
+        self,
+        attention: tuple[int, int, int],
+        tables: Iterable[Any],
+        positions: bool = False,
+        borders: int | None = None,
+    ) -> None:
+        """Say how the tokens attend.
+
+        attention: group_size, boundary and shift as the op takes them. tables: cos and sin of rope.
+        positions: whether `positions`, int32 [B,T], holds their rows of the tables; otherwise each row of
+        tokens has 0 to T-1. borders: how many borders of packed documents, int32, `cu_seqlens` holds, where B
+        is 1; None: no documents are packed.
+        """
+        self.attention = attention
+        self.cos, self.sin = tables
+        self.positions = self._positions if positions else None
+        self.cu_seqlens = None if borders is None else self._cu_seqlens[:borders]

@@ -1,11 +1,14 @@
-"""The plan of a training run: what the network declares and what its ops take in a dry run, added up, from the config alone."""
+"""The plan of a training run, from the config alone: what the network declares, and what its ops take in a
+dry run.
+"""
 
 import functools
 import math
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
-
+from longlora.decoder.config import ModelConfig
 from longlora.decoder.layer import RECOMPUTE
 from longlora.decoder.lora import LoraConfig
 from longlora.decoder.network import Batch, Network
@@ -18,22 +21,27 @@ from longlora.ops import BOUNDARIES, SHIFTS
 
 
 def plan(
-    config,
+    config: ModelConfig,
     *,
-    dtype="float32",
-    batch_size=1,
-    sequence_length,
-    group_size=None,
-    lora=None,
-    checkpointing="auto",
-    memory=None,
-    device=CPU,
-    packed=False,
-):
-    """What training of `config` (a ModelConfig) takes -> Plan. It reads no weight and takes less than a second.
+    dtype: str = "float32",
+    batch_size: int = 1,
+    sequence_length: int,
+    group_size: int | None = None,
+    lora: LoraConfig | None = None,
+    checkpointing: str = "auto",
+    memory: int | None = None,
+    device: str = CPU,
+    packed: bool = False,
+) -> Plan:
+    """Plan the memory of a training run. It reads no weight and takes less than a second.
 
-    lora: a LoraConfig; None is full fine-tuning. group_size: None is dense attention. checkpointing: "auto" is the fastest of
-    none, minimal and full that fits in `memory`. memory: bytes, by default what `device` has now. packed: documents are packed. UserError for a choice that does not exist.
+    group_size: None is dense attention.
+    lora: None is full fine-tuning.
+    checkpointing: "auto" is the fastest of none, minimal and full that fits in `memory`.
+    memory: bytes, by default what `device` has now.
+    packed: batches come with the borders of packed documents.
+
+    UserError for a choice that does not exist.
     """
     if checkpointing not in ("auto", *RECOMPUTE):
         raise UserError(f"checkpointing should be one of auto, {', '.join(RECOMPUTE)}, got {checkpointing!r}")
@@ -44,61 +52,75 @@ def plan(
             raise UserError(f"{name} should be at least 1, got {value}")
     if memory is None:
         memory = own_memory() + available_memory() if device == CPU else free_memory(device)
-    given = dict(
+    run = _Run(config, dtype, batch_size, sequence_length, group_size, lora, packed, device, RECOMPUTE[0])
+    choices = RECOMPUTE if checkpointing == "auto" else (checkpointing,)
+    run, parts = choose(((choice, _parts(choice)) for choice in map(run.with_recompute, choices)), memory)
+    changes: tuple[str, ...] = ()
+    if sum(parts.values()) > memory:
+        changes = what_would_fit(lambda **c: sum(_parts(replace(run, **c)).values()), _steps(run), memory)
+    return Plan(
+        config=config,
         dtype=dtype,
         batch_size=batch_size,
-        length=sequence_length,
+        sequence_length=sequence_length,
         group_size=group_size,
         lora=lora,
-        packed=packed,
+        checkpointing=run.recompute,
+        memory=memory,
+        parts=parts,
+        changes=changes,
         device=device,
     )
 
-    def parts(**changed):
-        return _parts(config, **{**given, **changed})
 
-    choices = RECOMPUTE if checkpointing == "auto" else (checkpointing,)
-    chosen, found = choose(((choice, parts(recompute=choice)) for choice in choices), memory)
-    changes = ()
-    if sum(found.values()) > memory:
-        steps = _steps(chosen, dtype, batch_size, sequence_length, lora)
-        given["recompute"] = chosen
-        changes = what_would_fit(lambda **changed: sum(parts(**changed).values()), steps, memory)
-    return Plan(
-        config, dtype, batch_size, sequence_length, group_size, lora, chosen, memory, found, changes, device
-    )
+@dataclass(frozen=True)
+class _Run:
+    """The choices that decide how much memory a run takes."""
+
+    config: ModelConfig
+    dtype: str
+    batch_size: int
+    length: int
+    group_size: int | None
+    lora: LoraConfig | None
+    packed: bool
+    device: str
+    recompute: str
+
+    def with_recompute(self, choice: str) -> "_Run":
+        return replace(self, recompute=choice)
 
 
-def _steps(recompute, dtype, batch_size, length, lora):
-    """The changes to consider: those that cost time, then precision, batch, what is trained, length."""
-    for choice in RECOMPUTE[RECOMPUTE.index(recompute) + 1 :]:
+def _steps(run: _Run) -> Iterator[tuple[str, str, Any]]:
+    """The changes to consider, as what_would_fit takes them: of time, precision, batch, what is trained,
+    length.
+    """
+    for choice in RECOMPUTE[RECOMPUTE.index(run.recompute) + 1 :]:
         yield f"--checkpointing {choice}", "recompute", choice
-    if dtype == "float32":
+    if run.dtype == "float32":
         yield "--dtype bfloat16", "dtype", "bfloat16"
-    if batch_size > 1:
+    if run.batch_size > 1:
         yield "--per-device-train-batch-size 1, the rest by gradient accumulation", "batch_size", 1
-    if lora is None:
+    if run.lora is None:
         yield "LoRA instead of --full", "lora", LoraConfig()
-    elif {"embed_tokens", "lm_head"} & set(lora.modules_to_save):
-        rest = tuple(name for name in lora.modules_to_save if name not in ("embed_tokens", "lm_head"))
-        yield "no training of the embedding", "lora", replace(lora, modules_to_save=rest)
+    elif {"embed_tokens", "lm_head"} & set(run.lora.modules_to_save):
+        rest = tuple(name for name in run.lora.modules_to_save if name not in ("embed_tokens", "lm_head"))
+        yield "no training of the embedding", "lora", replace(run.lora, modules_to_save=rest)
     for i in range(1, 8):
-        if length >> i:
-            yield f"--sequence-length {length >> i}", "length", length >> i
+        if run.length >> i:
+            yield f"--sequence-length {run.length >> i}", "length", run.length >> i
 
 
-def _parts(config, *, dtype, batch_size, length, group_size, lora, packed, recompute, device):
-    """-> dict of what the run takes, name -> bytes."""
-    parts = dict(_weights(config, dtype, lora))
-    parts |= Network(config, lora).activations(batch_size, length, dtype, recompute).layout.parts
-    parts["batch and tables"] += 2 * 4 * length * config.head_dim // 2
-    ops = Recorder(device)
-    B, T = (1, batch_size * length) if packed else (batch_size, length)
-    _dry_run(ops, config, dtype, B, T, group_size, lora, recompute, packed)
-    if device == CPU:
-        parts["batch and tables"] += (
-            4 * (6 if packed else 4) * B * T
-        )  # NumPy's ids, targets, order, positions
+def _parts(run: _Run) -> dict[str, int]:
+    """What the run takes, name -> bytes."""
+    B, T = _rows(run)
+    parts = dict(_weights(run.config, run.dtype, run.lora))
+    parts |= Network(run.config, run.lora).activations(B, T, run.dtype, run.recompute).layout.parts
+    parts["batch and tables"] += 2 * 4 * run.length * run.config.head_dim // 2
+    ops = Recorder(run.device)
+    _dry_run(run, ops)
+    if run.device == CPU:
+        parts["batch and tables"] += 4 * 4 * B * T  # NumPy's ids and targets, their order, dlosses
         parts["scratch of the ops"] = ops.bytes
         parts["runtime"] = own_memory() + GROWTH
     else:
@@ -106,31 +128,34 @@ def _parts(config, *, dtype, batch_size, length, group_size, lora, packed, recom
     return {name: size for name, size in parts.items() if size}
 
 
+def _rows(run):
+    """B, T of a batch. Packed documents lie in one row."""
+    return (1, run.batch_size * run.length) if run.packed else (run.batch_size, run.length)
+
+
 @functools.lru_cache(8)
 def _weights(config, dtype, lora):
-    """The parts of the weights, which most alternatives of a plan share."""
+    """The parts of the weights: several alternatives of a plan share them."""
     return Network(config, lora).lay_out(dtype, training=True).parts
 
 
-def _dry_run(ops, config, dtype, B, T, group_size, lora, recompute, packed):
-    """Runs a training step of a network of a few layers with `ops` in place of the ops.
+def _dry_run(run: _Run, ops: Recorder) -> None:
+    """Run a training step of a few layers with `ops` in place of the ops.
 
-    It has the lowest two layers of each kind, since the backward may end in the lowest.
+    They are the lowest two layers of each kind, since the backward may end in the lowest.
     """
-    kinds = config.rope_layers or (True,) * config.num_hidden_layers
+    (B, T), D = _rows(run), run.config.head_dim
+    kinds = run.config.rope_layers or (True,) * run.config.num_hidden_layers
     layers = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < 2]
-    network = Network(config, lora, layers)
-    weights = network.lay_out(dtype, training=True)
-    needs = network.activations(B, T, dtype, recompute)
+    network = Network(run.config, run.lora, layers)
+    weights = network.lay_out(run.dtype, training=True)
+    needs = network.activations(B, T, run.dtype, run.recompute)
     arena = untouched(weights.size + needs.layout.size)
     network.bind(arena)
     batch = Batch(ops, network, needs, arena, weights.size)
-    batch.attention = group_size or T, BOUNDARIES["split"], SHIFTS["half" if group_size else "none"]
-    tables = (T, config.head_dim // 2)
-    batch.cos = batch.sin = untouched(4 * math.prod(tables)).view(tables, "float32")
-    if packed:
-        batch.positions, batch.cu_seqlens = batch.positions_room, batch.cu_seqlens_room[:2]
-        batch.cu_seqlens.copy_(np.array([0, T], np.int32))
+    attention = run.group_size or T, BOUNDARIES["split"], SHIFTS["half" if run.group_size else "none"]
+    table = untouched(4 * T * (D // 2)).view((T, D // 2), "float32")
+    batch.attend(attention, (table, table), run.packed, 2 if run.packed else None)
     network.forward(batch)
     network.head_backward(batch)
     network.layers_backward(batch)

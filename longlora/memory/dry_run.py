@@ -1,6 +1,7 @@
 """A dry run: the code of a pass runs with a recorder in place of the ops, on Tensors that nobody touches.
 
-The recorder asks what memory each op takes for the very arguments of the run, so no call is written down twice.
+The recorder asks what memory each op takes for the very arguments of the run, so no call is written down
+twice.
 """
 
 import itertools
@@ -22,15 +23,17 @@ def untouched(size: int) -> _C.Tensor:
 
 
 class Recorder:
-    """Has a method for every op, which computes nothing and notes the memory that the call would take on `device`.
+    """Has a method for every op, which computes nothing and notes the memory that the call would take on
+    `device`.
 
-    On a GPU a call takes one block of workspace, and all calls share the largest. On the CPU a call takes several
-    blocks of scratch, which are kept for the next call: a run ends up with the largest first block of any call, the
-    largest second one, and so on.
+    On a GPU a call takes one block of workspace, and all calls share the largest. On the CPU a call takes
+    several blocks of scratch, which are kept for the next call: a run ends up with the largest first block of
+    any call, the largest second one, and so on.
     """
 
     def __init__(self, device: str):
-        self._device, self._blocks = device, []
+        self._device = device
+        self._blocks: list[int] = []
 
     def __getattr__(self, op: str) -> Callable[..., None]:
         if op not in _C.specs:

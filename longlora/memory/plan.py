@@ -1,45 +1,51 @@
 """Plans of memory: what a run takes, what the machine has, and what would make a run fit. Sizes are bytes.
 
-What a run takes is declared by whoever runs it, in parts; nothing here knows a layer or an op. The plan of a run on a GPU is of
-that GPU's memory. What the CUDA driver and cuBLAS take for themselves is not in it: it has not been measured.
+Whoever runs something declares what it takes, in parts; nothing here knows a layer or an op. The plan of a
+run on a GPU covers that GPU's memory, without what the CUDA driver and cuBLAS take for themselves: that has
+not been measured.
 """
 
 import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from longlora.device import CPU
 
-GROWTH = 4 << 20  # what Python's objects, threads and small arrays come to during a run
+GROWTH = 4 << 20  # what threads, Python's objects and small arrays add to a process during a run
+Choice = TypeVar("Choice")
+Parts = dict[str, int]  # name -> bytes
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes: parts (name -> bytes, in order), and the choices they follow from.
+    """What a run takes, in `parts`, and the choices they follow from.
 
-    memory: what `device` has. changes: sentences, each with a change that would make the run fit; empty where it fits.
+    memory: what `device` has. changes: sentences, each with a change that would make the run fit; empty if it
+    fits.
     """
 
-    config: object = field(repr=False)
+    config: Any = field(repr=False)  # ModelConfig
     dtype: str
     batch_size: int
     sequence_length: int
     group_size: int | None
-    lora: object
+    lora: Any  # LoraConfig; None is full fine-tuning
     checkpointing: str
     memory: int
-    parts: dict
-    changes: tuple = ()
+    parts: Parts
+    changes: tuple[str, ...] = ()
     device: str = CPU
 
     @property
-    def total(self):
+    def total(self) -> int:
         return sum(self.parts.values())
 
     @property
-    def fits(self):
+    def fits(self) -> bool:
         return self.total <= self.memory
 
-    def to_json(self):
+    def to_json(self) -> dict[str, Any]:
         """A dict for json.dumps; sizes in bytes."""
         return {
             "dtype": self.dtype,
@@ -56,28 +62,27 @@ class Plan:
             "changes": list(self.changes),
         }
 
-    def text(self):
+    def text(self) -> str:
         """A table in GiB, the verdict, and what would make it fit."""
         rows = {**self.parts, "total": self.total}
         width = max(len(name) for name in rows) + 2
         lines = [f"{name:<{width}}{size / 2**30:9.3f} GiB" for name, size in rows.items()]
         verdict = "fits" if self.fits else "does not fit"
         where = f" on {self.device}" if self.device != CPU else ""
-        lines.append(
-            f"checkpointing {self.checkpointing}: {verdict}; {self.memory / 2**30:.3f} GiB are available{where}"
-        )
+        there = f"{self.memory / 2**30:.3f} GiB are available{where}"
+        lines.append(f"checkpointing {self.checkpointing}: {verdict}; {there}")
         return "\n".join([*lines, *(f"  {change}" for change in self.changes)])
 
 
 @functools.cache
-def own_memory():
-    """Bytes that this process had resident when it first asked: Python, NumPy and the libraries."""
+def own_memory() -> int:
+    """Bytes that this process had resident when it first asked: Python, NumPy and other libraries."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmRSS:"))
 
 
-def available_memory():
-    """Bytes that a new process can have: MemAvailable, or what is left of the control group's limit where that is less."""
+def available_memory() -> int:
+    """Bytes that a new process can have: MemAvailable, or what its control group has left if that is less."""
     with open("/proc/meminfo") as file:
         found = {line.split(":")[0]: int(line.split()[1]) << 10 for line in file}
     limits = [found["MemAvailable"]]
@@ -93,29 +98,36 @@ def available_memory():
     return min(limits)
 
 
-def choose(alternatives, memory):
-    """The first of `alternatives`, an iterable of (choice, parts), that fits in `memory`, else the last."""
-    for choice, parts in alternatives:
-        if sum(parts.values()) <= memory:
+def choose(alternatives: Iterable[tuple[Choice, Parts]], memory: int) -> tuple[Choice, Parts]:
+    """The first of `alternatives` whose parts fit in `memory`, else the last."""
+    for found in alternatives:
+        if sum(found[1].values()) <= memory:
             break
-    return choice, parts
+    return found
 
 
-def what_would_fit(total, steps, memory):
-    """The changes that make a run fit -> tuple of sentences, in the order of `steps`.
+def what_would_fit(
+    total: Callable[..., int], steps: Iterable[tuple[str, str, Any]], memory: int
+) -> tuple[str, ...]:
+    """Find the changes that make a run fit -> sentences, in the order of `steps`.
 
-    total(**changes) -> bytes. steps: (text, name, value), a change of one argument of total; cheapest first, several of one name
-    stand together from mild to severe. Each change that is enough alone is named, of one name the mildest. Where none is, they are
-    made one after the other until the run fits.
+    total(**changes): the bytes of the run with these changes.
+    steps: (text, name, value), each a change of one argument of `total`. Cheap ones come first, and several
+    of one name
+        stand together from mild to severe.
+
+    Each change that is enough by itself gives a sentence, of one name the mildest. If none is, the changes
+    add up until the run fits, and give one sentence.
     """
-    steps, enough = list(steps), {}
+    steps = list(steps)
+    enough: dict[str, str] = {}
     for text, name, value in steps:
         size = total(**{name: value})
         if size <= memory:
             enough.setdefault(name, f"{text}: {size / 2**30:.3f} GiB")
     if enough:
         return tuple(enough.values())
-    changed, texts = {}, {}
+    changed, texts, size = {}, {}, 0
     for text, name, value in steps:
         changed[name], texts[name] = value, text
         size = total(**changed)

@@ -200,7 +200,9 @@ def registered():
 
 
 def peer(made, name, lora, attention):
-    """transformers' model with the same weights and LoRA as in peft, y + scale (x A') B' -> module, name -> Parameter."""
+    """transformers' model with the same weights and LoRA as in peft, y + scale (x A') B' -> module, name ->
+    Parameter.
+    """
     torch, transformers = registered()
     config = transformers.AutoConfig.for_model(**CONFIGS[name])
     config.s2 = attention
@@ -299,8 +301,10 @@ def test_tiles_change_only_rounding(name, lora, monkeypatch):
 @pytest.mark.parametrize("lora", ["full", "paper"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bfloat16_is_near_float32(name, lora):
-    """The errors of a gradient's tensors are those of some hundred roundings to bfloat16 by half a unit, 2^-9, in either direction:
-    sqrt(100) 2^-9 = 0.02. One draw may be five times as far off where a sum cancels, so the median of twelve counts."""
+    """The errors of a gradient's tensors are those of some hundred roundings to bfloat16 by half a unit,
+    2^-9, in either direction: sqrt(100) 2^-9 = 0.02. One draw may be five times as far off where a sum
+    cancels, so the median of twelve counts.
+    """
     errors, losses = {}, []
     for seed in range(12):
         ids, targets = tokens(2, 37, seed=seed)
@@ -471,7 +475,9 @@ def test_packed_documents_evaluate_as_they_do_alone(name):
 @pytest.mark.parametrize("attention", [S2, None], ids=["s2", "dense"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "granite", "smollm3"])
 def test_packed_documents_train_as_they_do_alone(name, attention):
-    """Groups and positions restart in each: loss and gradients are the sums of transformers' of the documents."""
+    """Groups and positions restart in each: loss and gradients are the sums of transformers' of the
+    documents.
+    """
     ids, targets = tokens(2, 37)
     found = []
     for choice in layer_.RECOMPUTE:
@@ -618,7 +624,9 @@ def test_what_is_wrong_is_named():
 )
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_the_backward_ends_where_nothing_below_learns(name, targets, last, checkpointing):
-    """The gradients have the bits of a backward down to the embedding; the lowest layer makes fewer calls of ops."""
+    """The gradients have the bits of a backward down to the embedding; the lowest layer makes fewer calls of
+    ops.
+    """
     made = build(
         name, LoraConfig(r=2, target_modules=targets, modules_to_save=()), checkpointing=checkpointing
     )

@@ -1,4 +1,6 @@
-"""The plan: its total against the measured peak of a process that trains, and what it says where memory is short."""
+"""The plan: its total against the measured peak of a process that trains, and what it says where memory is
+short.
+"""
 
 import itertools
 import json
@@ -141,7 +143,7 @@ def test_every_tensor_has_its_place(family, lora):
     layout = network.lay_out("bfloat16", training=True)
     assert layout.size == sum(layout.parts.values())
     places = [b for w in network.weights() for b in w.places.values()]
-    places += [p._b_place for layer in network.layers for p in layer.products if p.rank]
+    places += [p.b_place for layer in network.layers for p in layer.products if p.rank]
     ends = sorted((b.offset, b.offset + b.nbytes) for b in places)
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
     trained = {name for w in network.weights() if w.learns for name in w.members}
