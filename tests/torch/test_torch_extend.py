@@ -122,12 +122,12 @@ def test_round_trips_keep_everything(tmp_path, tied):
 
 
 def test_the_drivers_adapter_is_loaded(tmp_path):
-    import tiny as driver
+    import tiny as runs
 
-    base, text = driver.model(tmp_path / "base"), driver.text(tmp_path / "text.txt", 300)
+    base, text = runs.model(tmp_path / "base"), runs.text(tmp_path / "text.txt", 300)
     from longlora.training import driver
 
-    driver.train(lambda line: None, **driver.options(tmp_path, max_steps=2))
+    driver.train(lambda line: None, **runs.options(tmp_path, max_steps=2))
     from longlora.files.open_model import open_model
 
     ids = torch.from_numpy(open_model(str(base)).tokenizer().encode(text.read_text())[:64].astype(np.int64))[
