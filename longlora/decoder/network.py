@@ -15,12 +15,11 @@ from longlora.decoder.layer import Layer, Reach, Views, stream_eps
 from longlora.decoder.modules import Norm
 from longlora.decoder.weights import Parameter, Weight, lay_out
 from longlora.memory.layout import Buffer, Layout, Shape, Wanted
+from longlora.ops import IGNORE
 
 if TYPE_CHECKING:
     from longlora.decoder.config import ModelConfig
     from longlora.decoder.lora import LoraConfig
-
-IGNORE = -100  # the target of a token that is not scored
 
 
 @dataclass(frozen=True)
