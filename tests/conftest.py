@@ -26,6 +26,7 @@ LONGEST = [
     "test_context_parallel.py",
     "test_notebooks.py",
     "test_torch_train.py",
+    "test_torch_groups.py",
 ]
 
 

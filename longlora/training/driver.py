@@ -9,12 +9,13 @@ import math
 import os
 from typing import Any
 
+import numpy as np
+
 from longlora.data.sequences import Order, batch
 from longlora.decoder.config import read_config
 from longlora.device import CPU, choose
 from longlora.disk import write_json
 from longlora.errors import UserError
-from longlora.evaluation import ppl
 from longlora.memory.plan import Plan
 from longlora.ops import IGNORE
 from longlora.training import metrics, options, resume
@@ -154,10 +155,10 @@ class Driver:
         recorded = self.recorder is not None and (run.step > run.first or run.step + 1 == run.steps)
         with self.recorder if recorded else contextlib.nullcontext():
             self.model.zero_grad()
-            sums = []
-            for ids, targets, cu_seqlens in micro:
-                packed = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
-                sums.append(self.model.train_microbatch(ids, targets, 1 / tokens, read, **packed))
+            sums = [
+                self.model.train_microbatch(ids, targets, 1 / tokens, read, cu_seqlens)
+                for ids, targets, cu_seqlens in micro
+            ]
             norm = self.optimizer.step({kind: run.rate(kind) for kind in self.model.kinds})
         return sum(sums) if read else None, norm
 
@@ -172,9 +173,14 @@ class Driver:
     def evaluate(self) -> float:
         run = self.run
         assert run.held_out is not None
-        texts = [text for i in range(run.evaluated) for text in run.held_out.texts(i)]
-        scores = [ppl.score(self.model, text, run.o.sequence_length) for text in texts]
-        return sum(loss for _, loss in scores) / sum(tokens for tokens, _ in scores)
+        total, tokens = 0.0, 0
+        for i in range(run.evaluated):
+            ids, targets, cu_seqlens = batch(run.held_out, [i])
+            kept = targets != IGNORE
+            losses = self.model.losses(ids, targets, cu_seqlens=cu_seqlens)
+            total += float(losses[kept].astype(np.float64).sum())
+            tokens += int(kept.sum())
+        return total / tokens
 
     def values(self) -> dict[str, Any]:
         return self.model.tensors()

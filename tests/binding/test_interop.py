@@ -49,10 +49,16 @@ def test_other_ops_on_jax():
     (x, weight, other), (jx, jweight, jother) = arrays((9, 16), (16,), (5, 16))
     out, rstd, total = ops.rms_norm_forward(jx, jweight)
     assert total is jx and isinstance(out, jax.Array)
-    checks.compare(np.asarray(out), *(f("rms_norm_forward", x, weight)[0] for f in (named, checks.plain)))
+    checks.compare(
+        np.asarray(out), *(f("rms_norm_forward", x, weight)[0] for f in (named, checks.plain)), floor=4
+    )
     y, _ = ops.lora_linear_forward(jx, jother)
     assert isinstance(y, jax.Array)
-    checks.compare(np.asarray(y), *(f("lora_linear_forward", x, other)[0] for f in (named, checks.plain)))
+    checks.compare(
+        np.asarray(y),
+        *(f("lora_linear_forward", x, other)[0] for f in (named, checks.plain)),
+        noise=checks.noise_of("lora_linear_forward", x, other)[0],
+    )
 
 
 def named(name, *inputs):

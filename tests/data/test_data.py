@@ -1,4 +1,5 @@
-"""Text to sequences: the ids are those of the whole text however it is read, no token is lost unsaid, errors are named."""
+"""Text to sequences: the ids are those of the whole text however it is read, no token is lost unsaid, errors
+are named."""
 
 import json
 import os
@@ -345,7 +346,8 @@ def test_a_batch_has_the_next_tokens_as_targets_and_no_target_in_padding():
 
 
 def test_documents_that_do_not_see_each_other_by_hand():
-    """Two documents leave room for one token, which could not be scored: the sequence ends. A single token is left out."""
+    """Two documents leave room for one token, which could not be scored: the sequence ends. A single token is
+    left out."""
     found = Sequences(tokens_of([3, 4, 1, 6]), 8, packing_boundaries="document")
     assert found.pieces == [[(0, 3), (3, 7)], [(8, 14)]]
     assert "documents do not see each other, 1 single tokens left out" in found.sentence

@@ -73,8 +73,11 @@ def test_dense_rows(shape, dtype, isa):
     )
     dx = checks.random(x.shape, dtype, 9)
     want = dx.astype(float) + checks.reference.lora_linear_backward(dout, x, w, a, b, 2.0)[0]
+    low = dx.astype(np.float32) + checks.plain("lora_linear_backward", dout, x, w, a, b, 2.0)[0]
     _C.lora_linear_backward(dx, None, None, None, None, dout, None, w, a, b, None, 2.0, 1)
-    checks.compare(dx, want, want, "dx", floor=6)
+    checks.compare(
+        dx, want, low, "dx", floor=6, noise=checks.noise_of("lora_linear_backward", dout, x, w, a, b, 2.0)[0]
+    )
 
 
 # With few rows a block of the sum has at most 108 of the K + R steps; a step of bfloat16 products is a pair.

@@ -42,8 +42,16 @@ def score_noise(q, k, scale=None, **pattern):
 
 def both(q, k, v, dout, **kwargs):
     """Forward and backward against the reference -> the ops' results. Backward gets the op's out and lse."""
+    # An error of the scores moves the weights by as much, relatively, and with them the weighted values.
+    scores = score_noise(q, k, **kwargs)
     out, lse = checks.check(
-        "s2_attention_forward", q, k, v, floor=4, noise=(0.0, score_noise(q, k, **kwargs)), **kwargs
+        "s2_attention_forward",
+        q,
+        k,
+        v,
+        floor=4,
+        noise=(scores * np.abs(v.astype(np.float64)).max(initial=0), scores),
+        **kwargs,
     )
     grads = ops.s2_attention_backward(dout, q, k, v, out, lse, **kwargs)
     want = reference.s2_attention_backward(dout, q, k, v, out, lse, **kwargs)

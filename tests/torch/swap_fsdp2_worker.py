@@ -1,4 +1,4 @@
-"""One of two processes over gloo, for test_torch_train.py: a swapped and extended model under FSDP2.
+"""One of two processes over gloo, for test_torch_groups.py: a swapped and extended model under FSDP2.
 
 Arguments: rank, directory. Prints JSON: the losses of the group and of one process, how far apart their
 adapters are, and the error of swap for sharded parameters.

@@ -1,9 +1,6 @@
-"""longlora.torch.train against the driver: equal losses, adapters and files; checkpoints that go on in the other, and in groups
-of processes; what is refused. The processes of a group run on the CPU over gloo; torch_worker.py says what is pretended."""
+"""longlora.torch.train against the driver: equal losses, adapters and files; one continues the checkpoints of
+the other; what is refused. Groups of processes are in test_torch_groups.py."""
 
-import importlib.util
-import inspect
-import json
 import os
 import re
 import signal
@@ -15,12 +12,12 @@ import numpy as np
 import pytest
 import tiny
 from smollm2 import smollm2  # noqa: F401 (a fixture)
+from torch_runs import close, run, same_rows, trained
 
 import longlora
 from longlora import get_num_threads, set_num_threads
 from longlora.data.sequences import Sequences
 from longlora.data.tokens import Tokens
-from longlora.decoder.model import Model
 from longlora.errors import UserError
 from longlora.evaluation import ppl
 from longlora.files import adapter, merge
@@ -32,22 +29,14 @@ pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 ours = pytest.importorskip("longlora.torch.train", reason="longlora.torch.train needs transformers and peft")
 trainer = pytest.importorskip("longlora.torch.trainer", reason="it is a part of longlora.torch.train")
 
-HERE = Path(__file__).parent
-
 
 @pytest.fixture(autouse=True)
 def threads():
-    """num_threads is for the whole process."""
+    """num_threads applies to the whole process."""
     before = get_num_threads(), torch.get_num_threads()
     yield
     set_num_threads(before[0])
     torch.set_num_threads(before[1])
-
-
-def run(train, tmp_path, output, said=None, **fields):
-    """train: driver.train or ours.train."""
-    fields = tiny.options(tmp_path, output_dir=str(tmp_path / output), **fields)
-    return train(said.append if said is not None else lambda line: None, **fields)
 
 
 def failure(tmp_path, **fields):
@@ -57,36 +46,12 @@ def failure(tmp_path, **fields):
     return str(caught.value)
 
 
-def trained(path):
-    return adapter.load(path)[1]
-
-
-def close(ours, theirs, limit=2e-3):
-    """Adapters that made the same steps. Adam's first steps have the size of the rate whatever the gradient is, so where that
-    is nothing but noise the sign is too: the whole tensors are compared, not the elements."""
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert ours[name].size and np.abs(ours[name]).max() > 0, name
-        assert np.linalg.norm(ours[name] - theirs[name]) <= limit * np.linalg.norm(theirs[name]), name
-
-
-def same_rows(ours, theirs, rel=1e-5):
-    """Everything that a row says, but times and memory."""
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs):
-        assert a.keys() == b.keys()
-        for key in a.keys() - {"tokens_per_s", "peak_memory"}:
-            assert a[key] == pytest.approx(b[key], rel=10 * rel if key == "grad_norm" else rel), (
-                a["step"],
-                key,
-            )
-
-
 # ---- against the driver --------------------------------------------------------------------------
 
 
 def test_a_run_is_the_drivers(tmp_path):
-    """Two batches of two of a text that ends in a short sequence, more than an epoch of it, evaluated, saved on the way."""
+    """Two batches of two of a text that ends in a short sequence, more than an epoch of it, evaluated, saved
+    on the way."""
     fields = dict(
         data=str(tiny.text(tmp_path / "few.txt", 320)),
         eval_fraction=0.1,
@@ -180,10 +145,11 @@ def test_bfloat16_learns_as_the_driver_does(tmp_path):
 def test_ten_steps_of_smollm2_are_the_drivers(tmp_path, smollm2):  # noqa: F811
     """Measured: losses 8e-6 apart, adapters 4e-3 of the way that they moved.
 
-    At ten times the rate they are 1e-6 apart before the first step and 3e-5 at most in ten on Zen 3 (2.5e-4 on Zen 5), and the
-    driver does not stay with itself either: with LoRA's A moved by one unit in the last place its losses are 1e-7 apart in step
-    2, 3e-6 in step 5, 2e-5 in step 10. Adam's first steps have the size of the rate also where the gradient is nothing but
-    rounding, so a higher rate carries more of that into the weights.
+    At ten times the rate they are 1e-6 apart before the first step and 3e-5 at most in ten on Zen 3 (2.5e-4
+    on Zen 5), and the driver does not stay with itself either: with LoRA's A moved by one unit in the last
+    place its losses are 1e-7 apart in step 2, 3e-6 in step 5, 2e-5 in step 10. Adam's first steps have the
+    size of the rate also where the gradient is nothing but rounding, so a higher rate carries more of that
+    into the weights.
     """
     torch.set_num_threads(get_num_threads())
     text = Path(longlora.__file__).parent / "assets" / "held_out" / "kjv-44-acts.txt"
@@ -233,7 +199,8 @@ def test_a_batch_of_packed_documents_by_hand():
 
 
 def test_packed_documents_train_as_if_each_were_alone(tmp_path):
-    """Two documents of 64 tokens in one sequence, or a sequence each; the groups are of 16. Evaluated likewise."""
+    """Two documents of 64 tokens in one sequence, or a sequence each; the groups are of 16. Evaluated
+    likewise."""
     tiny.documents(tmp_path / "few.jsonl", [64, 64])
     tiny.documents(tmp_path / "held.jsonl", [64, 64], seed=1)
     fields = dict(
@@ -282,8 +249,9 @@ def test_packed_documents_train_as_in_the_driver(tmp_path, fields):
 
 @pytest.mark.parametrize("train", [driver.train, ours.train], ids=["driver", "torch"])
 def test_rates_and_decay_by_hand(tmp_path, train):
-    """Adam's first step is the rate for every number that has a gradient, whatever its size; decay takes rate x decay of a matrix
-    and nothing of a norm. A has no gradient while B is zero: what it loses is decay. A run without decay tells its start."""
+    """Adam's first step is the rate for every number that has a gradient, whatever its size; decay takes rate
+    x decay of a matrix and nothing of a norm. A has no gradient while B is zero: what it loses is decay. A
+    run without decay tells its start."""
     rate, slow, decay = 1e-2, 1e-3, 0.5
     fields = dict(
         max_steps=1,
@@ -493,144 +461,3 @@ def test_the_command_line(tmp_path):
         timeout=120,
     )
     tiny.refused(done, "full is not available with torch")
-
-
-# ---- groups of processes -------------------------------------------------------------------------
-
-# As `accelerate config` writes it.
-FSDP2 = {
-    "compute_environment": "LOCAL_MACHINE",
-    "distributed_type": "FSDP",
-    "machine_rank": 0,
-    "num_machines": 1,
-    "num_processes": 2,
-    "main_process_port": 0,
-    "mixed_precision": "no",
-    "use_cpu": False,
-    "fsdp_config": {
-        "fsdp_version": 2,
-        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "fsdp_reshard_after_forward": True,
-        "fsdp_cpu_ram_efficient_loading": True,
-        "fsdp_state_dict_type": "SHARDED_STATE_DICT",
-    },
-}
-DEEPSPEED = {
-    "compute_environment": "LOCAL_MACHINE",
-    "distributed_type": "DEEPSPEED",
-    "machine_rank": 0,
-    "num_machines": 1,
-    "num_processes": 2,
-    "main_process_port": 0,
-    "mixed_precision": "no",
-    "use_cpu": False,
-}
-
-
-def launched(tmp_path, output, config=None, **fields):
-    """A run by two processes: by torchrun, or by accelerate launch with `config` -> what it said."""
-    fields = tiny.options(tmp_path, output_dir=str(tmp_path / output), **fields)
-    if config is None:
-        command = [
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "-m",
-            "longlora.torch.train",
-        ]
-    else:
-        file = tmp_path / "accelerate.yaml"
-        file.write_text(json.dumps(config))
-        command = ["accelerate.commands.launch", "--config_file", str(file), str(HERE / "torch_worker.py")]
-    done = subprocess.run(
-        [sys.executable, "-m", *command, *tiny.flags(fields)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def two_equal_one(tmp_path, config):
-    """Two processes make the steps of one with twice the batches: rows, adapter, checkpoints; one goes on for two, and back.
-
-    The text ends in a short sequence, which makes the two processes' shares of a step's tokens unequal."""
-    fields = dict(
-        data=str(tiny.text(tmp_path / "few.txt", 320)),
-        eval_data=str(tiny.text(tmp_path / "held.txt", 80, seed=9)),
-        max_steps=5,
-        embedding_learning_rate=3e-3,
-        lr_scheduler_type="cosine",
-        weight_decay=0.1,
-        per_device_train_batch_size=2,
-    )
-    one = run(ours.train, tmp_path, "one", gradient_accumulation_steps=4, save_steps=2, **fields)
-    said = launched(tmp_path, "two", config, gradient_accumulation_steps=2, save_steps=2, **fields)
-    assert said.count("step 5/5") == 1 and "2 x 2 x 2 x 128 = 1,024 tokens by 2 processes" in said
-    same_rows(metrics.read(tmp_path / "two"), one.history, rel=2e-5)
-    close(trained(tmp_path / "two"), trained(tmp_path / "one"))
-    rest = run(
-        ours.train,
-        tmp_path,
-        "rest",
-        gradient_accumulation_steps=4,
-        resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-4"),
-        **fields,
-    )
-    same_rows(rest.history, one.history, rel=2e-5)
-    launched(
-        tmp_path,
-        "rest2",
-        config,
-        gradient_accumulation_steps=2,
-        resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-2"),
-        **fields,
-    )
-    same_rows(metrics.read(tmp_path / "rest2"), one.history, rel=2e-5)
-    close(trained(tmp_path / "rest2"), trained(tmp_path / "one"))
-    for name, array in resume.load(tmp_path / "two" / "checkpoint-5")[1].items():
-        want = resume.load(tmp_path / "one" / "checkpoint-5")[1][name]
-        assert np.linalg.norm(array - want) <= 2e-2 * np.linalg.norm(want), name
-
-
-def test_two_processes_by_torchrun_make_the_steps_of_one(tmp_path):
-    two_equal_one(tmp_path, None)
-
-
-def test_two_processes_by_fsdp2_make_the_steps_of_one(tmp_path):
-    two_equal_one(tmp_path, FSDP2)
-
-
-def test_swapped_layers_under_fsdp2(tmp_path):
-    command = [sys.executable, str(HERE / "swap_fsdp2_worker.py")]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=120) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], said
-    for out, _ in said:
-        for case in json.loads(out):
-            assert case["counts"] == dict(
-                rms_norm=10, swiglu=2, lora_linear=8, rope=2, linear_cross_entropy=1
-            )
-            assert case["losses"] == pytest.approx(case["alone"], rel=1e-5)
-            assert case["names"] == case["wanted"] and case["numbers"] > 0 and case["apart"] < 1e-4
-            assert "sharded already" in case["refusal"]
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_processes_by_deepspeed_make_the_steps_of_one(tmp_path, stage):
-    two_equal_one(
-        tmp_path, {**DEEPSPEED, "deepspeed_config": {"zero_stage": stage, "zero3_init_flag": stage == 3}}
-    )

@@ -1,4 +1,4 @@
-"""One process of the groups in test_torch_train.py: longlora.torch.train with the command line's arguments.
+"""One process of the groups in test_torch_groups.py: longlora.torch.train with the command line's arguments.
 
 accelerate shards only over processes that have a GPU each, so this one claims to have one. FSDP2 and
 DeepSpeed themselves then run on the CPU over gloo.

@@ -128,7 +128,8 @@ def test_a_checkpoint_is_an_adapter_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("full", [False, True])
 def test_a_run_killed_at_any_moment_goes_on_from_its_newest_checkpoint(tmp_path, full):
-    """kill -9 again and again at random moments; in the end the bits are those of a run that nobody touched."""
+    """kill -9 again and again at random moments; in the end the bits are those of a run that nobody
+    touched."""
     steps, moments = (
         200,
         random.Random(7 + full),

@@ -1,4 +1,5 @@
-"""The profile: FLOPs and bytes by hand and against the reference's mask, ops put back, what a run prints and writes."""
+"""The profile: FLOPs and bytes by hand and against the reference's mask, ops put back, what a run prints and
+writes."""
 
 import json
 

@@ -1,0 +1,47 @@
+"""Runs of tiny models for the tests of this folder, and what they leave."""
+
+import os
+
+import numpy as np
+import pytest
+import tiny
+
+from longlora.errors import UserError
+from longlora.files import adapter
+from longlora.files.open_model import open_model
+from longlora.training import driver
+
+
+def run(tmp_path, said=None, **fields):
+    return driver.train(
+        said.append if said is not None else lambda line: None, **tiny.options(tmp_path, **fields)
+    )
+
+
+def failure(tmp_path, **fields):
+    with pytest.raises(UserError) as caught:
+        run(tmp_path, **fields)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def numbers(rows):
+    """What must be equal between equal runs: everything but times and memory."""
+    return [
+        {key: value for key, value in row.items() if key not in ("tokens_per_s", "peak_memory")}
+        for row in rows
+    ]
+
+
+def weights(path):
+    """The trained tensors of an adapter or of a whole model."""
+    if os.path.exists(os.path.join(path, adapter.CONFIG)):
+        return adapter.load(path)[1]
+    found = open_model(path)
+    return {name: found.read(name) for name in found.names()}
+
+
+def equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], name)
