@@ -383,9 +383,7 @@ def test_what_is_wrong_is_named():
 )
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_the_backward_ends_where_nothing_below_learns(name, targets, last, checkpointing):
-    """The gradients have the bits of a backward down to the embedding; the lowest layer makes fewer calls of
-    ops.
-    """
+    """The gradients have the bits of a backward down to the embedding; the lowest layer calls fewer ops."""
     made = build(
         name, LoraConfig(r=2, target_modules=targets, modules_to_save=()), checkpointing=checkpointing
     )

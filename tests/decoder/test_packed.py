@@ -61,9 +61,7 @@ def test_packed_documents_evaluate_as_they_do_alone(name):
 @pytest.mark.parametrize("attention", [S2, None], ids=["s2", "dense"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "granite", "smollm3"])
 def test_packed_documents_train_as_they_do_alone(name, attention):
-    """Groups and positions restart in each: loss and gradients are the sums of transformers' of the
-    documents.
-    """
+    """Groups and positions restart in each: loss and gradients are sums over transformers' documents."""
     ids, targets = tokens(2, 37)
     found = []
     for choice in layer_.RECOMPUTE:
