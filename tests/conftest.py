@@ -123,3 +123,12 @@ def each_thread_count():
     yield call
     _C.set_num_threads(before)
     _C.set_grain(grain)
+
+
+@pytest.fixture
+def one_thread():
+    """Ops use one thread."""
+    before = longlora.get_num_threads()
+    longlora.set_num_threads(1)
+    yield
+    longlora.set_num_threads(before)

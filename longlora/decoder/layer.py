@@ -19,17 +19,12 @@ feed-forward.
 import enum
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from longlora import Tensor
 from longlora.decoder.modules import Fused, Norm
 from longlora.decoder.weights import Weight
 from longlora.memory.layout import Shape, Wanted
-
-if TYPE_CHECKING:
-    from longlora.decoder.config import ModelConfig
-    from longlora.decoder.lora import LoraConfig
-    from longlora.decoder.network import Batch
 
 TILE = 2048  # tokens that the MLP handles at a time
 # What the backward computes again, fastest first: n1 and a alone; all but the attention; all.
@@ -57,7 +52,7 @@ class Needs(NamedTuple):
     turns: tuple[Wanted, ...]  # shared too; only one of these sets is in use at a time
 
 
-def stream_eps(config: "ModelConfig") -> float:
+def stream_eps(config: Any) -> float:
     """eps of the norms of the residual stream, which holds x / m for the model's residual multiplier m.
 
     x' = x + m f(norm(x)) is then x' / m = x / m + f(norm(x / m)) with eps / m^2 in the norm. No product has a
@@ -72,9 +67,12 @@ def _rows(modules: tuple[str, ...], *rows: int) -> dict[str, int]:
 
 
 class Layer:
-    """Layer `index` of a model of `config`."""
+    """Layer `index` of a model of `config`, a ModelConfig, with the LoRA of `lora`, a LoraConfig or None.
 
-    def __init__(self, config: "ModelConfig", index: int, lora: "LoraConfig | None" = None):
+    `batch` is the network.Batch of a pass: what all layers share.
+    """
+
+    def __init__(self, config: Any, index: int, lora: Any = None):
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         C, F, eps = config.hidden_size, config.intermediate_size, stream_eps(config)
         self.heads, self.kv_heads, self.head_dim, self.hidden, self.inner = H, K, D, C, F
@@ -161,7 +159,7 @@ class Layer:
 
     # ---- forward -------------------------------------------------------------------------------
 
-    def forward(self, batch: "Batch", views: "Views") -> None:
+    def forward(self, batch: Any, views: "Views") -> None:
         """1 to 10: views.x -> x of the next layer."""
         ops = batch.ops
         self._attention(batch, views)
@@ -199,7 +197,7 @@ class Layer:
 
     # ---- backward ------------------------------------------------------------------------------
 
-    def backward(self, batch: "Batch", views: "Views", reach: Reach) -> None:
+    def backward(self, batch: Any, views: "Views", reach: Reach) -> None:
         """10' to 1': d of x' -> d of x, and the gradients of what learns; it ends after `reach`."""
         if batch.recompute != "none":
             self._attention(batch, views, attend=batch.recompute == "full")
@@ -265,8 +263,7 @@ class Tile(NamedTuple):
 
 
 class Views:
-    """The buffers of one layer in a pass over [B,T] tokens, cut as the ops want them: q is [B,T,H,D], qkv
-    [M,..].
+    """The buffers of one layer in a pass over [B,T] tokens, cut as the ops want them: q is [B,T,H,D].
 
     tensors: all that Layer.needs asks for, by name. after: x of the next layer.
     """

@@ -1,5 +1,4 @@
-"""A model that trains and evaluates. Its memory is one arena: weights, masters, moments and the buffers of a
-pass.
+"""A model that trains and evaluates. Its memory is one arena, for weights, masters, moments and a pass.
 
 The network says what lies in the arena and computes. The model fills the arena, hands in batches and reads
 losses.
@@ -8,43 +7,58 @@ losses.
 import math
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
 from longlora import _C
 from longlora.decoder import rope as rope_
-from longlora.decoder.network import IGNORE, Batch, Network
+from longlora.decoder.config import ModelConfig
+from longlora.decoder.lora import LoraConfig
+from longlora.decoder.network import Batch, Network
 from longlora.decoder.weights import DTYPES, KINDS
 from longlora.device import CPU, Inputs, host, send
 from longlora.errors import UserError
-from longlora.ops import BOUNDARIES, SHIFTS
+from longlora.memory.plan import Plan
+from longlora.ops import BOUNDARIES, IGNORE, SHIFTS
 
 BATCHES = 8  # shapes whose views are remembered: ragged lengths make many
 
 
 class Model:
-    """A decoder of `config` (a ModelConfig) on `device` ("cpu", "cuda:0").
+    """A decoder of `config` on `device`, "cpu" or "cuda:0".
 
     dtype: of weights and activations.
-    lora: a LoraConfig; None is full fine-tuning.
-    rope: the rope.Rope of this run, by default the config's.
-    plan: the Plan of the same config, dtype and lora. The model trains on batches up to the plan's size;
-    without a
+    lora: None is full fine-tuning.
+    rope: the positions of this run, by default the config's.
+    plan: of the same config, dtype and lora. The model trains on batches up to the plan's size. Without a
         plan it evaluates only.
-    attention: dict(group_size, boundary, shift) for training, None is dense. Evaluation is always dense.
+    attention: dict(group_size, boundary, shift) of training; None is dense. Evaluation is always dense.
 
-    load() or init_random() fills it. Both leave LoRA at its start: A random by `seed`, B zero.
+    load() or init_random() fills it. Both leave LoRA at its start: A random by `seed`, B zero. UserError for
+    a dtype that does not exist or cannot be trained.
     """
 
     def __init__(
-        self, config, *, dtype="float32", lora=None, rope=None, plan=None, attention=None, seed=0, device=CPU
+        self,
+        config: ModelConfig,
+        *,
+        dtype: str = "float32",
+        lora: LoraConfig | None = None,
+        rope: rope_.Rope | None = None,
+        plan: Plan | None = None,
+        attention: dict[str, Any] | None = None,
+        seed: int = 0,
+        device: str = CPU,
     ):
         if dtype not in DTYPES:
             raise UserError(f"dtype should be one of {', '.join(DTYPES)}, got {dtype!r}")
         if plan is not None and dtype == "float16":
             raise UserError("float16 cannot be trained without loss scaling; train in float32 or bfloat16")
-        self.config, self.dtype, self.lora, self.rope = config, dtype, lora, rope or config.rope
-        self.plan, self.seed, self.device = plan, seed, device
+        self.config, self.lora, self.rope, self.seed = config, lora, rope or config.rope, seed
+        self.dtype: Any = dtype
+        self.plan: Any = plan  # a Plan or None
+        self.device = device
         self.network = Network(config, lora)
         self._attention = _scalars(attention)
         layout = self.network.lay_out(dtype, training=plan is not None)
@@ -55,37 +69,40 @@ class Model:
         self.network.bind(self.arena)
         self._places = {name: (w, rows) for w in self.network.weights() for name, rows in w.members.items()}
         self.parameters = self.network.parameters()
-        self._batches, self._evaluation, self._tables, self._inputs = {}, None, None, Inputs()
+        self._batches: dict[tuple[int, int], Batch] = {}
+        self._evaluation: Batch | None = None
+        self._tables: list[Any] | None = None
+        self._inputs = Inputs()
         self._init_lora()
 
     # ---- weights ---------------------------------------------------------------------------------
 
     @property
-    def kinds(self):
+    def kinds(self) -> list[str]:
         """The kinds of what is trained, in the order of KINDS."""
         found = {p.kind for p in self.parameters}
         return [kind for kind in KINDS if kind in found]
 
-    def names(self):
-        """-> list of the Hugging Face names of all tensors, LoRA's too."""
+    def names(self) -> list[str]:
+        """The Hugging Face names of all tensors, LoRA's too."""
         return list(self._places)
 
-    def tensor(self, name):
-        """The Tensor that holds `name`: the float32 master where it is trained, else what the ops read."""
+    def tensor(self, name: str) -> _C.Tensor:
+        """The Tensor of that name: the float32 master if it is trained, else what the ops read."""
         weight, rows = self._places[name]
         return (weight.data if weight.value is None else weight.value)[rows]
 
-    def tensors(self):
-        """-> dict of what is trained, Hugging Face name -> float32 Tensor, the master itself."""
+    def tensors(self) -> dict[str, _C.Tensor]:
+        """The masters of what is trained, Hugging Face name -> float32 Tensor."""
         return {p.name: p.value for p in self.parameters}
 
-    def refresh(self):
-        """Writes every working copy, after the masters (Parameter.value) were changed."""
+    def refresh(self) -> None:
+        """Write every working copy, after the masters (Parameter.value) have changed."""
         for p in self.parameters:
             p.publish()
 
-    def load(self, source):
-        """Reads every weight of `source` (what files.open_model gives) into place -> self.
+    def load(self, source: Any) -> "Model":
+        """Read every weight of `source`, which files.open_model gives -> self.
 
         The weights are copied even where the file has the run's dtype. Those of one product lie under each
         other here and not in the file, and a mapped file that somebody truncates or overwrites would end or
@@ -96,18 +113,17 @@ class Model:
             odd = sorted(set(names) ^ set(wanted))
             raise UserError(f"{source.path}: does not fit the model's config: {odd[0]}")
         np.empty(16 << 20, np.uint8)  # freed again: now the C library keeps the memory of smaller arrays
-        with ThreadPoolExecutor(
-            _C.get_num_threads()
-        ) as pool:  # NumPy converts without the interpreter's lock
+        # NumPy converts without the interpreter's lock.
+        with ThreadPoolExecutor(_C.get_num_threads()) as pool:
             for _ in pool.map(lambda name: source.read(name, self.tensor(name)), names):
                 pass
         self.refresh()
         return self
 
-    def load_adapter(self, tensors, lora=None):
-        """Copies an adapter's float32 ndarrays (Hugging Face name -> array) into place -> self.
+    def load_adapter(self, tensors: dict[str, np.ndarray], lora: LoraConfig | None = None) -> "Model":
+        """Copy an adapter's float32 arrays, by Hugging Face name, into place -> self.
 
-        UserError for a rank, a scale or a tensor that this model does not have.
+        UserError for a rank or scale in `lora`, or a tensor, that this model does not have.
         """
         if lora is not None and self.lora is not None:
             ours = self.lora
@@ -127,8 +143,8 @@ class Model:
         self.refresh()
         return self
 
-    def init_random(self, seed=None):
-        """Weights as transformers draws them: normal(0, initializer_range), biases 0, norms 1 -> self.
+    def init_random(self, seed: int | None = None) -> "Model":
+        """Draw the weights as transformers does: normal(0, initializer_range), biases 0, norms 1 -> self.
 
         The seed and a tensor's name alone decide its values.
         """
@@ -143,8 +159,9 @@ class Model:
         return self
 
     def _init_lora(self):
-        """As PEFT: A is kaiming-uniform with a = sqrt(5), which is uniform within 1/sqrt(features in). B
-        stays zero.
+        """As PEFT: A is kaiming-uniform with a = sqrt(5), which is uniform within 1/sqrt(features in).
+
+        B stays zero.
         """
         for name, (weight, _) in self._places.items():
             if weight.kind == "lora_A":
@@ -154,8 +171,8 @@ class Model:
                 p.publish()
 
     @staticmethod
-    def draw(name, seed, out, width, normal=False):
-        """Random rows of `out` [N,C]: normal(0, width), or uniform in -width .. width."""
+    def draw(name: str, seed: int, out: _C.Tensor, width: float, normal: bool = False) -> None:
+        """Fill `out` [N,C] with random numbers: normal(0, width), or uniform in -width .. width."""
         random = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
         rows, columns = out.shape
         step = max(1, (1 << 18) // max(columns, 1))
@@ -167,8 +184,8 @@ class Model:
                 part = random.random((count, columns), np.float32) * np.float32(2 * width) - np.float32(width)
             out[start : start + count].copy_(part)
 
-    def zero_grad(self):
-        """Gradients to 0; every micro-batch adds to them."""
+    def zero_grad(self) -> None:
+        """Set all gradients to 0. Every micro-batch adds to them."""
         self.network.gradients.fill(0)
 
     # ---- batches ---------------------------------------------------------------------------------
@@ -192,9 +209,7 @@ class Model:
         return found
 
     def _evaluation_batch(self, B, T):
-        """The Batch of an evaluation, kept for the next. It borrows the memory of training if that is large
-        enough.
-        """
+        """The Batch of an evaluation, kept for the next. It borrows training's memory if that is enough."""
         found = self._evaluation
         if found is None or (found.B, found.T) != (B, T):
             self._evaluation = found = None  # its memory is free before the next is taken
@@ -235,17 +250,24 @@ class Model:
 
     # ---- training --------------------------------------------------------------------------------
 
-    def train_microbatch(self, ids, targets, loss_scale, read=True, cu_seqlens=None):
-        """Adds the gradients of loss_scale times the sum of the losses -> that sum, a float.
+    def train_microbatch(
+        self,
+        ids: np.ndarray,
+        targets: np.ndarray,
+        loss_scale: float,
+        read: bool = True,
+        cu_seqlens: Any = None,
+    ) -> float | None:
+        """Add the gradients of loss_scale times the sum of the losses -> that sum.
 
         ids, targets: int32 [B,T]; a target of -100 is not scored.
         loss_scale: 1 over the target tokens of the whole optimizer step, so accumulation changes nothing.
-        read: False does not wait for a GPU; the result is None.
+        read: False does not wait for a GPU, and gives None.
         cu_seqlens: borders of packed documents, int32 [S] from 0 to B T over the tokens of all rows.
-        Attention and
-            positions restart in each document.
+            Attention and positions restart in each document.
 
-        UserError if the sum is not finite; the gradients are then useless.
+        UserError if the sum is not finite; the gradients are then useless. ValueError for borders that do not
+        rise from 0 to B T.
         """
         if self.plan is None:
             raise UserError("this model was made without a plan: it evaluates only")
@@ -269,7 +291,7 @@ class Model:
     # ---- evaluation ------------------------------------------------------------------------------
 
     def _forward(self, ids, positions, cu_seqlens):
-        """-> the Batch, with the head's input in n."""
+        """Run an evaluation up to the head -> its Batch, with the head's input in n."""
         batch = self._evaluation_batch(*_rows(ids.shape, cu_seqlens))
         if positions is not None:
             positions = np.ascontiguousarray(positions, np.int32).reshape(-1)
@@ -280,13 +302,17 @@ class Model:
         self.network.forward(batch)
         return batch
 
-    def losses(self, ids, targets, *, positions=None, cu_seqlens=None):
-        """Gives each token's loss with dense attention, 0 where its target is -100 -> float32 ndarray like
-        ids.
+    def losses(
+        self, ids: np.ndarray, targets: np.ndarray, *, positions: Any = None, cu_seqlens: Any = None
+    ) -> np.ndarray:
+        """Compute each token's loss with dense attention -> float32 like ids, 0 where the target is -100.
 
         ids, targets: int32 [T] or [B,T].
-        positions: for rope, int32 like ids; None: each row has 0 to T-1, each packed document has its own
-        from 0. cu_seqlens: borders of packed documents, int32 [S] from 0 to B T over the tokens of all rows.
+        positions: for rope, int32 like ids. By default each row has 0 to T-1, and each packed document starts
+            at 0.
+        cu_seqlens: borders of packed documents, int32 [S] from 0 to B T over the tokens of all rows.
+
+        ValueError for borders that do not rise from 0 to B T, and for negative positions.
         """
         shape = ids.shape
         batch = self._forward(ids, positions, cu_seqlens)
@@ -294,22 +320,19 @@ class Model:
         self.network.losses(batch)
         return np.array(host(batch.losses)).reshape(shape)
 
-    def logits(self, ids, *, positions=None, cu_seqlens=None):
-        """Gives the logits after each token -> float32 ndarray [T,V] or [B,T,V], all at once. Arguments as in
-        losses.
-        """
+    def logits(self, ids: np.ndarray, *, positions: Any = None, cu_seqlens: Any = None) -> np.ndarray:
+        """Compute all logits at once, for short texts -> float32 [T,V] or [B,T,V]. Arguments as in losses."""
         shape, V = ids.shape, self.config.vocab_size
         batch = self._forward(ids, positions, cu_seqlens)
-        rows, out = (
-            _C.Tensor((batch.B * batch.T, V), dtype, self.device) for dtype in (self.dtype, "float32")
-        )
+        rows = _C.Tensor((batch.B * batch.T, V), self.dtype, self.device)
+        out = _C.Tensor(rows.shape, "float32", self.device)
         self.network.logits(batch, rows)
         _C.cast(out, rows)
         return host(out).reshape(*shape, V)
 
 
 def _rows(shape, cu_seqlens):
-    """-> B, T of ids of `shape`, [T] or [B,T]. Packed documents lie in one row."""
+    """B and T of ids of `shape`, [T] or [B,T]. Packed documents lie in one row."""
     B, T = (1, *shape)[-2:]
     return (B, T) if cu_seqlens is None else (1, B * T)
 
@@ -319,13 +342,8 @@ def _borders(cu_seqlens, tokens):
     if cu_seqlens is None:
         return None
     borders = np.ascontiguousarray(cu_seqlens, np.int32)
-    if (
-        borders.ndim != 1
-        or not len(borders)
-        or borders[0]
-        or borders[-1] != tokens
-        or (np.diff(borders) < 0).any()
-    ):
+    rises = borders.ndim == 1 and len(borders) and not borders[0] and (np.diff(borders) >= 0).all()
+    if not rises or borders[-1] != tokens:
         raise ValueError(f"cu_seqlens should rise from 0 to {tokens}, got {borders.tolist()[:8]}")
     return borders
 

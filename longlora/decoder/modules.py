@@ -1,5 +1,4 @@
-"""The modules that a layer is made of: a norm and a matrix product, each with its weights, forward and
-backward.
+"""What a layer is made of: norms and matrix products, each with its weights, its forward and its backward.
 
 `ops` is longlora._C, or what stands in for it in a dry run. Tensors that are written come first, as in the
 ops.
@@ -72,9 +71,7 @@ class Fused:
         return [w for w in (self.weight, self.bias, self.a, *self.blocks) if w.members]
 
     def tensor_shapes(self) -> dict[str, Shape]:
-        """Give Hugging Face name -> shape in the order of the file: each module's weight, then its bias. None
-        of LoRA.
-        """
+        """Give Hugging Face name -> shape without LoRA, in the file's order: weight and bias by module."""
         shapes, biases = {}, iter(self.bias.tensor_shapes().items())
         for name, shape in self.weight.tensor_shapes().items():
             shapes[name] = shape

@@ -1,5 +1,4 @@
-"""The network of a decoder: embedding, layers, final norm and head. It says what they need and runs passes
-over them.
+"""The network of a decoder: embedding, layers, final norm and head; what they need, and the passes over them.
 
 The ops that compute belong to the Batch of a pass: they are longlora._C, or a recorder in a dry run. Nothing
 here takes memory.
@@ -8,19 +7,14 @@ here takes memory.
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from longlora import Tensor
 from longlora.decoder.layer import Layer, Reach, Views, stream_eps
 from longlora.decoder.modules import Norm
 from longlora.decoder.weights import Parameter, Weight, lay_out
 from longlora.memory.layout import Buffer, Layout, Shape, Wanted
-
-if TYPE_CHECKING:
-    from longlora.decoder.config import ModelConfig
-    from longlora.decoder.lora import LoraConfig
-
-IGNORE = -100  # the target of a token that is not scored
+from longlora.ops import IGNORE
 
 
 @dataclass(frozen=True)
@@ -36,13 +30,12 @@ class Activations:
 
 
 class Network:
-    """The weights of a model of `config` and the passes over them. layers: the indices of its layers, by
-    default all.
+    """The weights of a model of `config`, a ModelConfig, and the passes over them.
+
+    lora: a LoraConfig or None. layers: the indices of the layers it has, by default all.
     """
 
-    def __init__(
-        self, config: "ModelConfig", lora: "LoraConfig | None" = None, layers: Iterable[int] | None = None
-    ):
+    def __init__(self, config: Any, lora: Any = None, layers: Iterable[int] | None = None):
         C, V, eps = config.hidden_size, config.vocab_size, stream_eps(config)
         self.config, self.lora = config, lora and lora.for_model(config)
         self.embedding = Weight("embedding", {"model.embed_tokens.weight": V}, C)
@@ -73,8 +66,7 @@ class Network:
         return {name: shape for part in parts for name, shape in part.tensor_shapes().items()}
 
     def lay_out(self, dtype: str, training: bool) -> Layout:
-        """Plan the weights in `dtype`, and for training the masters, gradients and moments of those that
-        learn.
+        """Plan the weights in `dtype`; for training also masters, gradients and moments of those that learn.
 
         The tensors of the LoraConfig learn, or all of the model's without one.
         """
@@ -173,9 +165,9 @@ def _trained(config, lora):
 
 
 class Batch:
-    """A pass over [B,T] tokens: the ops that compute it, its buffers in `arena` from byte `start` on, how it
-    attends.
+    """A pass over [B,T] tokens: the ops that compute it, its buffers, and how the tokens attend.
 
+    The buffers are those of `needs`, in `arena` from byte `start` on.
     Whoever runs the pass fills `ids`, `targets`, `dlosses` and `order`, all [M], and calls `attend`.
     """
 
@@ -213,10 +205,12 @@ class Batch:
     ) -> None:
         """Say how the tokens attend.
 
-        attention: group_size, boundary and shift as the op takes them. tables: cos and sin of rope.
-        positions: whether `positions`, int32 [B,T], holds their rows of the tables; otherwise each row of
-        tokens has 0 to T-1. borders: how many borders of packed documents, int32, `cu_seqlens` holds, where B
-        is 1; None: no documents are packed.
+        attention: group_size, boundary and shift as the op takes them.
+        tables: cos and sin of rope.
+        positions: whether self.positions, int32 [B,T], holds rows of the tables. If not, each row of tokens
+            has 0 to T-1.
+        borders: how many borders of packed documents self.cu_seqlens, int32, holds; B is 1 then. None: no
+            documents are packed.
         """
         self.attention = attention
         self.cos, self.sin = tables

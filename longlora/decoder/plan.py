@@ -1,6 +1,4 @@
-"""The plan of a training run, from the config alone: what the network declares, and what its ops take in a
-dry run.
-"""
+"""The plan of a training run, from the config alone: the network's own needs, and its ops' in a dry run."""
 
 import functools
 import math
@@ -92,9 +90,7 @@ class _Run:
 
 
 def _steps(run: _Run) -> Iterator[tuple[str, str, Any]]:
-    """The changes to consider, as what_would_fit takes them: of time, precision, batch, what is trained,
-    length.
-    """
+    """The changes to consider, as what_would_fit takes them."""
     for choice in RECOMPUTE[RECOMPUTE.index(run.recompute) + 1 :]:
         yield f"--checkpointing {choice}", "recompute", choice
     if run.dtype == "float32":

@@ -1,5 +1,4 @@
-"""Weights: the tensors that the ops read, their names in the files, which of them learn, and their places in
-memory.
+"""Weights: the tensors that the ops read, their names in files, their places in memory, which of them learn.
 
 A Weight is declared where it is used. `lay_out` then plans the memory of all, and `bind` makes the Tensors.
 """
@@ -19,12 +18,13 @@ class Weight:
     """One tensor as the ops read it.
 
     members: Hugging Face name -> rows. Modules that are computed as one product have one Weight, in which
-    their tensors lie under each other. Without members the model does not have this weight, and all its
-    Tensors are None. columns: the rest of the shape.
+        their tensors lie under each other. Without members the model does not have this weight, and all its
+        Tensors are None.
+    columns: the rest of the shape.
 
-    data       what the ops read, in the model's dtype
-    value      the master, float32; in a float32 model it is `data` itself
-    grad, m, v the gradient and AdamW's moments, float32
+    data        what the ops read, in the model's dtype
+    value       the master, float32; in a float32 model it is `data` itself
+    grad, m, v  the gradient and AdamW's moments, float32
     All but data are None where the weight is frozen.
     """
 

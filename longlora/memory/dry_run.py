@@ -6,25 +6,30 @@ twice.
 
 import itertools
 import mmap
+import os
 from collections.abc import Callable
 from typing import Any
 
 from longlora import _C
 from longlora.device import CPU
 
-NORESERVE = 0x4000  # MAP_NORESERVE of Linux: address space alone, so an arena may exceed the machine's memory
-
 
 def untouched(size: int) -> _C.Tensor:
-    """A uint8 Tensor [size] that costs no memory as long as nothing reads or writes it."""
-    size = max(size, 1)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
-    return _C.Tensor.wrap(mmap.mmap(-1, size, flags=flags), (size,), "uint8")
+    """A uint8 Tensor [size] that costs no memory as long as nothing reads or writes it.
+
+    It is a file in memory without pages: unlike an anonymous mapping it may exceed what the machine has,
+    whatever the system's rule for overcommitment is.
+    """
+    size, file = max(size, 1), os.memfd_create("untouched")
+    try:
+        os.ftruncate(file, size)
+        return _C.Tensor.wrap(mmap.mmap(file, size), (size,), "uint8")
+    finally:
+        os.close(file)
 
 
 class Recorder:
-    """Has a method for every op, which computes nothing and notes the memory that the call would take on
-    `device`.
+    """Has a method for every op, which only notes the memory that the call would take on `device`.
 
     On a GPU a call takes one block of workspace, and all calls share the largest. On the CPU a call takes
     several blocks of scratch, which are kept for the next call: a run ends up with the largest first block of

@@ -1,5 +1,4 @@
-"""A layout: the buffers that lie one after the other in one piece of memory. It is that memory's plan and its
-map.
+"""A layout: the buffers that lie one after the other in one piece of memory. It is its plan and its map.
 
 `plan` adds up the layouts of a run, and the model cuts its arena by the same layouts. So a run cannot use
 what was not planned.
@@ -53,9 +52,7 @@ class Layout:
         return {name: self.add(*buffer) for name, buffer in wanted.items()}
 
     def take_turns(self, *alternatives: Wanted) -> dict[str, Buffer]:
-        """Add sets of buffers of which only one is in use at a time: they share memory -> all of them in one
-        dict.
-        """
+        """Add sets of buffers that share memory: only one set is in use at a time -> all, name -> Buffer."""
         start = end = self.size
         found: dict[str, Buffer] = {}
         for wanted in alternatives:

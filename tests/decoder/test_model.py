@@ -1,12 +1,23 @@
-"""The decoder against transformers and autograd on the same graph: loss and every gradient, then whole runs."""
-
-import functools
+"""The decoder against transformers and autograd: loss and every gradient, then whole runs."""
 
 import numpy as np
 import pytest
-import reference
+from peers import (
+    CONFIGS,
+    LORAS,
+    S2,
+    build,
+    close,
+    gradients,
+    lora_of,
+    peer,
+    peer_losses,
+    registered,
+    tokens,
+    weights,
+)
 
-from longlora import _C, get_num_threads, set_num_threads
+from longlora import _C, set_num_threads
 from longlora.decoder import layer as layer_
 from longlora.decoder import model as model_
 from longlora.decoder import plan as plan_
@@ -16,76 +27,11 @@ from longlora.decoder.lora import LoraConfig
 from longlora.errors import UserError
 from longlora.training.optimizer import AdamW
 
-SMALL = dict(
-    vocab_size=101,
-    hidden_size=48,
-    intermediate_size=72,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    rms_norm_eps=1e-2,
-    initializer_range=0.15,
-    hidden_act="silu",
-    rope_theta=1000.0,
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=None,
-)
-CONFIGS = {
-    "llama": dict(SMALL, model_type="llama", tie_word_embeddings=True),
-    "llama_odd": dict(
-        SMALL,
-        model_type="llama",
-        tie_word_embeddings=False,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        hidden_size=42,
-        head_dim=14,
-        intermediate_size=55,
-        attention_bias=True,
-        rms_norm_eps=1e-2,  # large enough that a wrong one shows
-    ),
-    "mistral": dict(SMALL, model_type="mistral", tie_word_embeddings=False, sliding_window=None, head_dim=16),
-    "qwen2": dict(SMALL, model_type="qwen2", tie_word_embeddings=True, use_sliding_window=False),
-    "qwen3": dict(
-        SMALL,
-        model_type="qwen3",
-        tie_word_embeddings=False,
-        use_sliding_window=False,
-        head_dim=8,
-        rms_norm_eps=1e-2,
-    ),
-    "phi3": dict(SMALL, model_type="phi3", tie_word_embeddings=False, sliding_window=None),
-    "granite": dict(
-        SMALL,
-        model_type="granite",
-        tie_word_embeddings=True,
-        attention_bias=True,
-        rms_norm_eps=1e-2,
-        embedding_multiplier=3.0,
-        residual_multiplier=0.4,
-        attention_multiplier=0.11,
-        logits_scaling=1.7,
-    ),
-    "smollm3": dict(SMALL, model_type="smollm3", tie_word_embeddings=True, no_rope_layers=[0, 1]),
-}
-LORAS = {
-    "full": None,
-    "paper": LoraConfig(r=4),
-    "all": LoraConfig(
-        r=3, lora_alpha=5, target_modules="all-linear", modules_to_save=("embed_tokens", "norm", "lm_head")
-    ),
-    "few": LoraConfig(r=2, target_modules=("v_proj", "up_proj"), modules_to_save=()),
-}
-FEW = LoraConfig(
-    r=2, target_modules=("gate_up_proj",), modules_to_save=()
-)  # Phi-3 has no v_proj and no up_proj
-S2 = dict(group_size=8, boundary="split", shift="half")
+# A second thread only slows such small models.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def lora_of(name, lora):
-    return FEW if (name, lora) == ("phi3", "few") else LORAS[lora]
+ATTENTION = ("q", "k", "v", "o", "qkv")
 
 
 def linears(name, *names):
@@ -94,7 +40,7 @@ def linears(name, *names):
         fused = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
         names = [fused.get(n, n) for n in names]
     return {
-        f"model.layers.{i}.{'self_attn' if n in ('q', 'k', 'v', 'o', 'qkv') else 'mlp'}.{n}_proj.lora_{x}.weight"
+        f"model.layers.{i}.{'self_attn' if n in ATTENTION else 'mlp'}.{n}_proj.lora_{x}.weight"
         for i in range(2)
         for n in names
         for x in "AB"
@@ -131,121 +77,6 @@ TRAINED = {
     ),
     "few": lambda name: linears(name, *([] if name == "phi3" else ["v"]), "up"),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A second thread only slows such small models; test_equal_bits_for_any_number_of_threads has more."""
-    before = get_num_threads()
-    set_num_threads(1)
-    yield
-    set_num_threads(before)
-
-
-def tokens(B, T, V=101, seed=0):
-    """ids, and targets of which some are not scored; repeated ids, so that embedding rows are summed."""
-    random = np.random.default_rng(seed)
-    ids = random.integers(0, V // 2, (B, T)).astype(np.int32)
-    targets = np.roll(ids, -1, 1)
-    targets[:, -1] = -100
-    targets[random.random((B, T)) < 0.2] = -100
-    return ids, targets
-
-
-def build(name, lora, B=2, T=37, dtype="float32", checkpointing="none", attention=S2, seed=3):
-    """Our model with random weights: LoRA's B too, so that A has a gradient; norms off 1 and biases off 0."""
-    config = read_config(CONFIGS[name])
-    plan = plan_.plan(
-        config,
-        dtype=dtype,
-        batch_size=B,
-        sequence_length=T,
-        group_size=attention and attention["group_size"],
-        lora=lora,
-        checkpointing=checkpointing,
-    )
-    made = model_.Model(
-        config, dtype=dtype, lora=lora, plan=plan, attention=attention, seed=seed
-    ).init_random()
-    random = np.random.default_rng(seed)
-    names = [n for n in made.names() if n.endswith(("norm.weight", "lora_B.weight", "bias"))]
-    made.load_adapter(
-        {n: random.normal("norm" in n, 0.2, made.tensor(n).shape).astype(np.float32) for n in names}
-    )
-    made.zero_grad()
-    return made
-
-
-def weights(made):
-    """Every tensor of the model, float32, by Hugging Face name."""
-    return {name: np.array(made.tensor(name).numpy(), np.float32) for name in made.names()}
-
-
-@functools.lru_cache
-def registered():
-    """torch and transformers, with S2-Attn by the mask of tests/reference.py as an attention implementation."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    torch.set_num_threads(1)
-
-    def s2_by_mask(module, query, key, value, attention_mask, scaling, dropout=0.0, **unused):
-        T, H, repeat = query.shape[2], query.shape[1], query.shape[1] // key.shape[1]
-        attention = module.config.s2 or dict(group_size=T, shift="none")
-        mask = torch.from_numpy(reference.attention_mask(T, H, **attention))
-        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-        scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~mask, -torch.inf)
-        return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
-
-    transformers.AttentionInterface.register("s2_by_mask", s2_by_mask)
-    return torch, transformers
-
-
-def peer(made, name, lora, attention):
-    """transformers' model with the same weights and LoRA as in peft, y + scale (x A') B' -> module, name ->
-    Parameter.
-    """
-    torch, transformers = registered()
-    config = transformers.AutoConfig.for_model(**CONFIGS[name])
-    config.s2 = attention
-    module = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="s2_by_mask", dtype=torch.float32
-    )
-    state = {n: torch.from_numpy(x) for n, x in weights(made).items()}
-    module.load_state_dict(
-        {n: x for n, x in state.items() if "lora_" not in n}, strict=not module.config.tie_word_embeddings
-    )
-    module.requires_grad_(False)
-    named, trained = dict(module.named_parameters()), {p.name for p in made.parameters}
-    for n in list(state):
-        if n.endswith("lora_A.weight"):
-            path = n.removesuffix(".lora_A.weight")
-            a, b = (torch.nn.Parameter(state[f"{path}.lora_{x}.weight"]) for x in "AB")
-            named[n], named[f"{path}.lora_B.weight"] = a, b
-            module.get_submodule(path).register_forward_hook(
-                lambda _, inputs, out, a=a, b=b: out + lora.scale * (inputs[0] @ a.T @ b.T)
-            )
-    for n in trained:
-        named[n].requires_grad_(True)
-    return module, {n: named[n] for n in trained}
-
-
-def peer_losses(module, ids, targets):
-    torch, _ = registered()
-    logits = module(torch.from_numpy(ids).long(), use_cache=False).logits.flatten(0, 1)
-    return torch.nn.functional.cross_entropy(
-        logits, torch.from_numpy(targets).long().flatten(), reduction="sum"
-    ), logits
-
-
-def gradients(made, ids, targets, scale=0.01):
-    made.zero_grad()
-    loss = made.train_microbatch(ids, targets, scale)
-    return loss, {p.name: p.grad.numpy().copy() for p in made.parameters}
-
-
-def close(got, want, tolerance, name=""):
-    """The difference, relative to the norm of what is wanted. NaN fails."""
-    error = np.linalg.norm(np.float64(got) - want)
-    assert error <= tolerance * max(np.linalg.norm(want), 1e-6), (name, error, np.linalg.norm(want))
 
 
 OTHER = {
@@ -424,78 +255,6 @@ def test_evaluation_equals_transformers(name):
     )  # dense and causal: what follows changes nothing
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_batches_and_positions_equal_transformers(name):
-    made = build(name, LORAS["all"], B=1, T=16)
-    module, _ = peer(made, name, LORAS["all"], None)
-    torch, _ = registered()
-    ids, targets = tokens(3, 29)
-    positions = np.random.default_rng(1).integers(0, 200, ids.shape).astype(np.int32)
-    want = {}
-    for key, given in (("rows", {}), ("positions", {"position_ids": torch.from_numpy(positions).long()})):
-        want[key] = module(torch.from_numpy(ids).long(), use_cache=False, **given).logits.detach().numpy()
-    close(made.logits(ids), want["rows"], 1e-5)
-    found = made.logits(ids, positions=positions)
-    assert found.shape == (3, 29, 101) and found.dtype == np.float32
-    close(found, want["positions"], 1e-5)
-    close(made.logits(ids[1], positions=positions[1]), want["positions"][1], 1e-5)
-    losses = made.losses(ids, targets, positions=positions)
-    logits = torch.from_numpy(want["positions"])
-    flat = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), torch.from_numpy(targets).long().flatten(), reduction="none"
-    )
-    close(losses, flat.numpy().reshape(3, 29), 1e-5)
-
-
-BORDERS = np.array([0, 9, 10, 50, 50, 74], np.int32)  # of two rows: one token, across the rows, empty
-
-
-def documents(ids):
-    """The packed documents of ids [B,T], each [1,L]."""
-    flat = ids.reshape(-1)
-    return [flat[None, a:b] for a, b in zip(BORDERS[:-1], BORDERS[1:]) if b > a]
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_packed_documents_evaluate_as_they_do_alone(name):
-    made = build(name, LORAS["all"], B=1, T=16)
-    module, _ = peer(made, name, LORAS["all"], None)
-    ids, targets = tokens(2, 37)
-    found = made.logits(ids, cu_seqlens=BORDERS)
-    alone = [peer_losses(module, x, t) for x, t in zip(documents(ids), documents(targets))]
-    close(found.reshape(74, -1), np.concatenate([logits.detach().numpy() for _, logits in alone]), 1e-5)
-    losses = made.losses(ids, targets, cu_seqlens=BORDERS)
-    assert losses.shape == (2, 37)
-    close(losses.sum(dtype=np.float64), sum(total.item() for total, _ in alone), 1e-6)
-    again = made.losses(ids, targets)  # of rows: nothing of the documents is left
-    total, _ = peer_losses(module, ids, targets)
-    close(again.sum(dtype=np.float64), total.item(), 1e-6)
-
-
-@pytest.mark.parametrize("attention", [S2, None], ids=["s2", "dense"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "granite", "smollm3"])
-def test_packed_documents_train_as_they_do_alone(name, attention):
-    """Groups and positions restart in each: loss and gradients are the sums of transformers' of the
-    documents.
-    """
-    ids, targets = tokens(2, 37)
-    found = []
-    for choice in layer_.RECOMPUTE:
-        made = build(name, LORAS["all"], attention=attention, checkpointing=choice)
-        loss = made.train_microbatch(ids, targets, 0.01, cu_seqlens=BORDERS)
-        found.append((loss, {p.name: p.grad.numpy().copy() for p in made.parameters}))
-    module, named = peer(made, name, LORAS["all"], attention)
-    total = sum(peer_losses(module, x, t)[0] for x, t in zip(documents(ids), documents(targets)))
-    (total * 0.01).backward()
-    close(found[0][0], total.item(), 1e-6)
-    for n, parameter in named.items():
-        close(found[0][1][n], parameter.grad.numpy(), 2e-5, n)
-        for _, other in found[1:]:
-            np.testing.assert_array_equal(other[n], found[0][1][n], n)
-    rows, _ = gradients(made, ids, targets)  # of rows again: no document is left
-    assert rows == gradients(build(name, LORAS["all"], attention=attention), ids, targets)[0] != found[0][0]
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("lora", ["paper", "all", "few"])
 def test_a_model_without_a_plan_only_evaluates(lora, dtype):
@@ -624,9 +383,7 @@ def test_what_is_wrong_is_named():
 )
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_the_backward_ends_where_nothing_below_learns(name, targets, last, checkpointing):
-    """The gradients have the bits of a backward down to the embedding; the lowest layer makes fewer calls of
-    ops.
-    """
+    """The gradients have the bits of a backward down to the embedding; the lowest layer calls fewer ops."""
     made = build(
         name, LoraConfig(r=2, target_modules=targets, modules_to_save=()), checkpointing=checkpointing
     )

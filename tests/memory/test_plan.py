@@ -1,6 +1,4 @@
-"""The plan: its total against the measured peak of a process that trains, and what it says where memory is
-short.
-"""
+"""The plan: its total against the measured peak of a process that trains, and what it proposes."""
 
 import itertools
 import json

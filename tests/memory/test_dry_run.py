@@ -1,0 +1,102 @@
+"""The dry run of a step makes the very calls that a step makes."""
+
+import mmap
+
+import numpy as np
+import peers
+import pytest
+
+from longlora import _C
+from longlora.decoder import plan as plan_
+from longlora.decoder.layer import RECOMPUTE
+from longlora.memory.dry_run import Recorder, untouched
+from longlora.training.optimizer import AdamW
+
+BORDERS = [0, 30, 74]
+
+
+def shapes(args):
+    return tuple((tuple(x.shape), x.dtype) if isinstance(x, _C.Tensor) else x for x in args)
+
+
+def calls_of_a_step(made, monkeypatch, cu_seqlens):
+    """[(op, shapes and scalars of its arguments)]; tables and the documents' borders have any length."""
+    calls = []
+    for op in _C.specs:
+        function = getattr(_C, op)
+
+        def noted(*args, op=op, function=function):
+            calls.append((op, args))
+            function(*args)
+
+        monkeypatch.setattr(_C, op, noted)
+    ids, targets = peers.tokens(2, 37)
+    made.train_microbatch(ids, targets, 1.0, cu_seqlens=cu_seqlens)
+    AdamW(made.parameters).step(dict.fromkeys(made.kinds, 1e-3))
+    return calls
+
+
+def alike(calls):
+    found = []
+    for op, args in calls:
+        if op.startswith("rope"):
+            args = (*args[:2], *args[4:])
+        if op.startswith("s2_attention"):
+            place = 5 if op.endswith("forward") else 9
+            args = (*args[:place], args[place] is None, *args[place + 1 :])
+        found.append((op, shapes(args)))
+    return found
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, BORDERS], ids=["rows", "packed"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("lora", ["full", "paper", "few"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "granite", "smollm3"])
+def test_a_dry_run_makes_the_calls_of_a_step(name, lora, recompute, cu_seqlens, monkeypatch):
+    lora = peers.lora_of(name, lora)
+    made = peers.build(name, lora, dtype="bfloat16", checkpointing=recompute)
+    noted = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "_note", lambda self, op, args: noted.append((op, args)))
+        plan_.plan(
+            made.config,
+            dtype="bfloat16",
+            batch_size=2,
+            sequence_length=37,
+            group_size=8,
+            lora=lora,
+            checkpointing=recompute,
+            packed=cu_seqlens is not None,
+        )
+    step = calls_of_a_step(made, monkeypatch, cu_seqlens)
+    assert alike(noted) == alike([call for call in step if call[0] not in ("adamw", "cast")])
+
+
+def test_the_recorder_keeps_the_largest_block_of_each_rank(monkeypatch):
+    monkeypatch.setattr(_C, "scratch", lambda op, *args: args)
+    monkeypatch.setattr(_C, "workspace", lambda op, *args: args[0])
+    cpu, gpu = Recorder("cpu"), Recorder("cuda:0")
+    for blocks in ((3, 10), (7,), (2, 8, 5), ()):
+        cpu.matmul(*blocks)
+    for size in (3, 10, 7):
+        gpu.matmul(size)
+    assert cpu.bytes == 10 + 5 + 2 and gpu.bytes == 10
+    with pytest.raises(AttributeError, match="there is no op 'matmull'"):
+        cpu.matmull()
+
+
+def test_untouched_memory_costs_none():
+    """Sixteen times the machine's memory."""
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+
+    with open("/proc/meminfo") as file:
+        total = int(file.readline().split()[1]) << 10
+    before = resident()
+    arena = untouched(16 * total)
+    rows = arena.view((total // 4, 4), "float32", 12 * total)[total // 8 :]
+    assert rows.shape == (total // 4 - total // 8, 4) and resident() - before < 1 << 20
+    assert untouched(0).shape == (1,)
+    np.testing.assert_array_equal(arena[:8].numpy(), 0)
