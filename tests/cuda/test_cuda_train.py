@@ -109,9 +109,9 @@ def test_the_loss_is_read_where_it_is_said(tmp_path, monkeypatch):
     each = run(tmp_path, device=GPU, max_steps=6, output_dir=str(tmp_path / "each"))
     reads, real = [], model_.Model.train_microbatch
 
-    def counted(*args, read=True, **kwargs):
+    def counted(model, ids, targets, loss_scale, read=True, **kwargs):
         before = device.waits()
-        found = real(*args, read=read, **kwargs)
+        found = real(model, ids, targets, loss_scale, read, **kwargs)
         reads.append((read, device.waits() - before))
         return found
 

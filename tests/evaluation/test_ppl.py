@@ -1,5 +1,6 @@
 """Perplexity: which targets are scored, and that the numbers are transformers'."""
 
+import functools
 import json
 import math
 
@@ -139,7 +140,8 @@ def test_what_a_run_says_of_held_out_text_is_transformers(tmp_path, limit):
     parts = [ids[i : i + 128] for i in range(0, len(ids) - 1, 128)]
     assert len(parts) == 4
     for row, adapter in ((rows[0], None), (rows[-1], out)):
-        losses = losses_of(base, out, adapter and (lambda model: PeftModel.from_pretrained(model, adapter)))
+        adapt = None if adapter is None else functools.partial(PeftModel.from_pretrained, model_id=adapter)
+        losses = losses_of(base, out, adapt)
         wanted = np.concatenate([losses(part) for part in parts[:limit]]).mean()
         assert row["eval_loss"] == pytest.approx(wanted, rel=1e-5)
         assert row["eval_perplexity"] == pytest.approx(math.exp(wanted), rel=1e-4)

@@ -37,10 +37,10 @@ def extended(base, kind=None):
     return rope_.to_config(base.config.raw, rope_.extend(base.config, kind, TARGET)[0], TARGET)
 
 
-def saved(tmp_path, lora=LoraConfig(), kind=None, **fields):
+def saved(tmp_path, lora=None, kind=None, **fields):
     """A tiny base, an adapter for it -> base path, adapter path, tensors."""
     build(tmp_path / "base", **fields)
-    base = open_model(tmp_path / "base")
+    base, lora = open_model(tmp_path / "base"), lora or LoraConfig()
     tensors = made(base, lora)
     adapter.save(tmp_path / "adapter", tensors, lora, base, extended(base, kind))
     return tmp_path / "base", tmp_path / "adapter", tensors
@@ -172,6 +172,10 @@ def test_every_rope_goes_with_the_adapter(tmp_path, kind):
         ),
     ],
 )
+# PEFT takes the names of a family's own linears.
+PEFT_TARGETS = {"phi3": ["qkv_proj", "o_proj"]}
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_is_trained_is_what_peft_trains(tmp_path, family, lora, tied):
     from peft import LoraConfig as Theirs
@@ -182,7 +186,7 @@ def test_what_is_trained_is_what_peft_trains(tmp_path, family, lora, tied):
     # What is tied PEFT takes under the embedding's name.
     whole = ["embed_tokens" if tied and name == "lm_head" else name for name in ours.modules_to_save]
     how = dict(
-        target_modules=lora.get("target_modules", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+        target_modules=lora.get("target_modules", PEFT_TARGETS.get(family, list(ours.target_modules))),
         modules_to_save=whole,
         ensure_weight_tying=tied and "embed_tokens" in whole,
     )

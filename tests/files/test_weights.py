@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longlora.decoder.families import FAMILIES
-from longlora.disk import write_text
+from longlora.disk import write_json, write_text
 from longlora.errors import UserError
 from longlora.files import safetensors as safetensors_file
 from longlora.files.model_file import from_float32, to_float32
@@ -389,7 +389,7 @@ def test_files_have_the_rights_of_any_other(tmp_path):
     try:
         (tmp_path / "other").write_text("x")
         safetensors_file.save(tmp_path / "x.safetensors", {"a": np.ones(4, np.float32)})
-        safetensors_file.write_json(tmp_path / "x.json", {})
+        write_json(tmp_path / "x.json", {})
     finally:
         os.umask(before)
     assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {

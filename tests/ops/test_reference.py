@@ -43,7 +43,7 @@ def test_rope():
     cos, sin, where = np.cos(angle), np.sin(angle), np.array([[4, 0, 8], [1, 1, 2]])
     for positions in (None, where):
         agrees(
-            lambda x: reference.rope_forward(x, cos, sin, positions),
+            lambda x, positions=positions: reference.rope_forward(x, cos, sin, positions),
             [x],
             [reference.rope_backward(dout, cos, sin, positions)],
             dout,
