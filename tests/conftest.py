@@ -1,5 +1,4 @@
-"""The whole suite side by side; fixtures of the op tests: every dtype, every instruction set that this processor has and the GPU,
-poisoned outputs."""
+"""The suite runs side by side. Fixtures of the op tests: dtypes, instruction sets, the GPU, poisoned outputs."""
 
 import os
 
@@ -10,11 +9,11 @@ import pytest
 import longlora
 from longlora import _C
 
-# Processes that tests start import the very package that is under test, not the sources of the folder they are started in.
+# Processes started by tests import the package under test, not the sources of their working directory.
 os.environ["PYTHONSAFEPATH"] = "1"
 os.environ["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(longlora.__file__)))
 
-# The files that take longest, which the processes begin with.
+# The files that take longest. The processes start with them; `pytest -m quick` leaves them out.
 LONGEST = [
     "test_cuda_emulation.py",
     "test_smollm2.py",
@@ -27,13 +26,17 @@ LONGEST = [
     "test_notebooks.py",
     "test_torch_train.py",
     "test_torch_groups.py",
+    "test_examples.py",
 ]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """`pytest` alone is the whole suite: file after file by a process for each processor, at most four. Files that are named are
-    run in this process, as is everything on a GPU, whose free memory is counted, and where pytest-xdist is not installed."""
+    """Without named files, run the suite in one process for each processor, at most four, file by file.
+
+    Named files run in this process. So does everything on a GPU, whose free memory the tests count, and everything
+    where pytest-xdist is not installed.
+    """
     option, processors = config.option, len(os.sched_getaffinity(0))
     whole = config.args_source == config.ArgsSource.TESTPATHS and not option.usepdb and not option.collectonly
     free = (
@@ -52,9 +55,13 @@ def pytest_cmdline_main(config):
         os.environ.update({name: value for name, value in share.items() if name not in os.environ})
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     rank = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+    for item in items:
+        if item.path.name not in rank:
+            item.add_marker(pytest.mark.quick)
 
 
 @pytest.fixture(params=list(checks.DTYPES))

@@ -155,6 +155,10 @@ def test_every_rope_goes_with_the_adapter(tmp_path, kind):
         }
 
 
+# PEFT takes the names of a family's own linears.
+PEFT_TARGETS = {"phi3": ["qkv_proj", "o_proj"]}
+
+
 @pytest.mark.parametrize(
     "family, lora",
     [
@@ -172,10 +176,6 @@ def test_every_rope_goes_with_the_adapter(tmp_path, kind):
         ),
     ],
 )
-# PEFT takes the names of a family's own linears.
-PEFT_TARGETS = {"phi3": ["qkv_proj", "o_proj"]}
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_is_trained_is_what_peft_trains(tmp_path, family, lora, tied):
     from peft import LoraConfig as Theirs
