@@ -1,1 +1,1 @@
-"""Our speed against the peers', one file per op. `python -m benchmarks` runs all; each file also runs by itself."""
+"""Our speed against that of peers, one file per op. `python -m benchmarks` runs them all."""

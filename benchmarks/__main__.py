@@ -1,4 +1,6 @@
-"""Runs every bench_*.py of this folder, or those named: python -m benchmarks [gemm s2_attention ...] [--json FILE ...]."""
+"""Runs every bench_*.py of this folder, or those named: python -m benchmarks [gemm s2_attention ...] [--json
+FILE ...].
+"""
 
 import importlib
 import pathlib

@@ -1,5 +1,5 @@
-"""The ops that move memory: share of the measured copy bandwidth, and torch's own form of each. Bytes are those that the op
-must read and write once."""
+"""The ops that move memory: share of the measured copy bandwidth, and torch's own form of each. Bytes are
+those that the op must read and write once."""
 
 import numpy as np
 

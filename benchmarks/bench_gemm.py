@@ -1,4 +1,6 @@
-"""matmul against torch.mm: the products of a SmolLM2 step (forward NT, dx NN, dW TN), big squares, skinny and odd shapes."""
+"""matmul against torch.mm: the products of a SmolLM2 step (forward NT, dx NN, dW TN), big squares, skinny and
+odd shapes.
+"""
 
 import functools
 import math
@@ -31,7 +33,9 @@ SHAPES = [("NT", shape) for shape in NT] + [
 
 
 def on_gpu(bench):
-    """Products of Llama-2-7B's layer, 8192 tokens: both sides are cuBLAS, so this is what our way to it costs."""
+    """Products of Llama-2-7B's layer, 8192 tokens: both sides are cuBLAS, so this is what our way to it
+    costs.
+    """
     gpu, dtype = bench.gpu, "bfloat16"
     shapes = [(8192, 12288, 4096), (8192, 4096, 4096), (2048, 22016, 4096), (2048, 4096, 11008)]
     for m, n, k in gpu.size(shapes, [(32, 48, 64)]):

@@ -1,4 +1,6 @@
-"""The head and its loss, forward and backward, against torch's linear + cross_entropy; head frozen and trained."""
+"""The head and its loss, forward and backward, against torch's linear + cross_entropy; head frozen and
+trained.
+"""
 
 import numpy as np
 
@@ -9,7 +11,9 @@ SHAPES = [(2048, 576, 49152), (512, 2048, 128256)]
 
 
 def on_gpu(bench):
-    """The frozen head of 8192 tokens, C = 4096, its gradient with it; and the memory that it takes beside its arguments."""
+    """The frozen head of 8192 tokens, C = 4096, its gradient with it; and the memory that it takes beside its
+    arguments.
+    """
     gpu, dtype = bench.gpu, "bfloat16"
     m, c = gpu.size((8192, 4096), (32, 64))
     for v in gpu.size((32000, 128256), (100,)):

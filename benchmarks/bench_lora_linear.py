@@ -1,4 +1,6 @@
-"""The linear layer with LoRA: forward and backward against PEFT's layer, and against our own frozen linear (rank 0)."""
+"""The linear layer with LoRA: forward and backward against PEFT's layer, and against our own frozen linear
+(rank 0).
+"""
 
 import importlib.util
 
@@ -39,7 +41,9 @@ def by_formula(torch, weight, a, b, scale):
 
 
 def on_gpu(bench):
-    """8192 tokens, square layers of Llama-2-7B's size: the cost of LoRA over the frozen linear, and against PEFT."""
+    """8192 tokens, square layers of Llama-2-7B's size: the cost of LoRA over the frozen linear, and against
+    PEFT.
+    """
     gpu, dtype = bench.gpu, "bfloat16"
     m, c, n = gpu.size((8192, 4096, 4096), (32, 64, 48))
     for r in gpu.size((8, 16, 64), (8,)):

@@ -1,6 +1,6 @@
-"""S2-Attn against torch's best form of it: the shifted heads moved by one index, groups folded into the batch, SDPA with
-is_causal. Useful FLOPs, causal half only: forward 4 H L (G/2) D, backward 2.5 times that. On a GPU: bfloat16, forward and
-backward together, SDPA's backend forced to flash and to cuDNN."""
+"""S2-Attn against torch's best form of it: the shifted heads moved by one index, groups folded into the
+batch, SDPA with is_causal. Useful FLOPs, causal half only: forward 4 H L (G/2) D, backward 2.5 times that. On
+a GPU: bfloat16, forward and backward together, SDPA's backend forced to flash and to cuDNN."""
 
 import functools
 import math
@@ -21,7 +21,9 @@ ODD = [
 
 
 class Peer:
-    """q, k, v [1,L,H,D] -> out: half of the heads rolled by half a group (wrap, as the paper's Algorithm 1), SDPA per group."""
+    """q, k, v [1,L,H,D] -> out: half of the heads rolled by half a group (wrap, as the paper's Algorithm 1),
+    SDPA per group.
+    """
 
     def __init__(self, torch, tensors, G):
         self.torch, self.G = torch, G
@@ -41,8 +43,8 @@ class Peer:
 
 
 class GpuPeer:
-    """q [1,L,H,D], k and v [1,L,K,D] -> out, by one backend of SDPA: tokens of the shifted heads fetched by an index, groups
-    folded into the batch, enable_gqa; and back by the inverse index."""
+    """q [1,L,H,D], k and v [1,L,K,D] -> out, by one backend of SDPA: tokens of the shifted heads fetched by
+    an index, groups folded into the batch, enable_gqa; and back by the inverse index."""
 
     def __init__(self, torch, tensors, G, backend):
         self.torch, self.G, self.backend = torch, G, backend

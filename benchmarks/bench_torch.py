@@ -1,5 +1,6 @@
-"""longlora.torch: what a call costs beside one of torch's own, S2-Attn through torch beside the raw op, and the training step of
-transformers + peft with our attention and layers against the same without (its S2-Attn then by SDPA, see bench_train_step)."""
+"""longlora.torch: what a call costs beside one of torch's own, S2-Attn through torch beside the raw op, and
+the training step of transformers + peft with our attention and layers against the same without (its S2-Attn
+then by SDPA, see bench_train_step)."""
 
 from benchmarks import bench_train_step
 from benchmarks.harness import Bench

@@ -1,12 +1,14 @@
-"""One training step of LongLoRA on SmolLM2-135M's shapes, ours against transformers + peft: seconds and peak memory.
+"""One training step of LongLoRA on SmolLM2-135M's shapes, ours against transformers + peft: seconds and peak
+memory.
 
-Both train the same: LoRA r = 8 on q, k, v, o, the tied embedding and all norms; S2-Attn; AdamW; one sequence a step; random
-weights. The peer's attention is SDPA per kind of head, groups as a batch by views, with is_causal; it runs with and without
-gradient checkpointing. Each side is a process of its own, and their steps are timed in turn: the rate of a machine moves while
-they run. A side's memory is the peak resident size of its process, the interpreter and the imports included.
+Both train the same: LoRA r = 8 on q, k, v, o, the tied embedding and all norms; S2-Attn; AdamW; one sequence
+a step; random weights. The peer's attention is SDPA per kind of head, groups as a batch by views, with
+is_causal; it runs with and without gradient checkpointing. Each side is a process of its own, and their steps
+are timed in turn: the rate of a machine moves while they run. A side's memory is the peak resident size of
+its process, the interpreter and the imports included.
 
-On a GPU: Llama-2-7B's shapes, random weights, bfloat16, ours alone: tokens a second, and the plan beside the memory that the GPU
-lost.
+On a GPU: Llama-2-7B's shapes, random weights, bfloat16, ours alone: tokens a second, and the plan beside the
+memory that the GPU lost.
 """
 
 import argparse
@@ -109,7 +111,9 @@ def our_step(length, group, dtype, layers):
 
 
 def s2_attention(module, query, key, value, attention_mask, scaling=None, group=None, **_):
-    """S2-Attn by SDPA, q [1,H,T,D], k and v [1,K,T,D]: plain heads in T/G groups; shifted heads in two halves and the rest."""
+    """S2-Attn by SDPA, q [1,H,T,D], k and v [1,K,T,D]: plain heads in T/G groups; shifted heads in two halves
+    and the rest.
+    """
     import torch
 
     sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -149,7 +153,8 @@ def torch_step(length, group, dtype, checkpointing=False, swapped=False):
     model = get_peft_model(
         model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     )
-    # By hand, not by modules_to_save: the head stays tied to the embedding and no second copy of either is kept.
+    # By hand, not by modules_to_save: the head stays tied to the embedding and no second copy of either is
+    # kept.
     for name, parameter in model.named_parameters():
         if "embed_tokens" in name or "norm" in name:
             parameter.requires_grad_(True)
@@ -175,7 +180,9 @@ def torch_step(length, group, dtype, checkpointing=False, swapped=False):
 
 
 def one_side(side, length, group, dtype, layers):
-    """In a process of its own: a warm-up step, then a step for each line that comes, its seconds; at the end the rest as JSON."""
+    """In a process of its own: a warm-up step, then a step for each line that comes, its seconds; at the end
+    the rest as JSON.
+    """
     kept = None
     if side.startswith("ours"):
         step, kept = our_step(length, group, dtype, layers)
@@ -317,7 +324,9 @@ def on_gpu(bench):
 
 
 def measured(bench, sides, length, group, dtype, layers=CONFIG["num_hidden_layers"], least=2):
-    """Each side in a process of its own, their steps in turn -> dict of what they printed and their median seconds."""
+    """Each side in a process of its own, their steps in turn -> dict of what they printed and their median
+    seconds.
+    """
     repeats, running = max(least, round(bench.options.seconds * 2)), {}
     for side in sides:
         environment = os.environ | {"OMP_NUM_THREADS": "1" if side == ALONE else str(bench.options.threads)}
@@ -374,7 +383,9 @@ def compare(bench, ours, peers, cases):
 
 
 def scaling(bench):
-    """Ours against ours: all threads over one; and, in two layers, a token of a long sequence over one of a short."""
+    """Ours against ours: all threads over one; and, in two layers, a token of a long sequence over one of a
+    short.
+    """
     for dtype in ("float32", "bfloat16"):
         name = "T=2048 G=512 on all threads"
         if bench.wants(name, dtype) and bench.options.threads > 1:

@@ -1,7 +1,8 @@
 """A GPU for the benchmarks: what it is, arrays on it, and how calls are timed there.
 
-Between CUDA events, with the L2 cache written over before each call, and a wait queued before that, so that the host is ahead
-and what is measured is the GPU; ours and the peer in turn. The host's own time per call is bench_host's.
+Between CUDA events, with the L2 cache written over before each call, and a wait queued before that, so that
+the host is ahead and what is measured is the GPU; ours and the peer in turn. The host's own time per call is
+bench_host's.
 """
 
 import statistics
@@ -110,7 +111,9 @@ class Gpu:
             return None
 
     def peaks(self):
-        """GF/s of torch's 8192^3 product in bfloat16, GB/s of its copy of 1 GiB, read plus written; None in a smoke run."""
+        """GF/s of torch's 8192^3 product in bfloat16, GB/s of its copy of 1 GiB, read plus written; None in a
+        smoke run.
+        """
         if self.torch is None:
             return None, None
         a, b = (self.random((8192, 8192), "bfloat16") for _ in range(2))

@@ -1,10 +1,12 @@
-"""One command for a machine with a GPU: python benchmarks/gpu_check.py [--out FOLDER] [--only PART ...] [--skip PART ...]
+"""One command for a machine with a GPU: python benchmarks/gpu_check.py [--out FOLDER] [--only PART ...]
+[--skip PART ...]
 
-Builds the package into a folder of its own, runs the op tests on the GPU, compute-sanitizer on small shapes, a short training beside
-the CPU's, the tests of longlora.torch, and the benchmarks. Needs Python, NumPy, setuptools, nvcc, and torch for the last two; the
-tests need pytest, ml_dtypes and hypothesis, some of torch's transformers and peft; no network. Each part has its own time limit and
-all together --limit; what is done is kept when a later part fails: FOLDER holds rows.jsonl (a JSON object for each part and each
-measurement), report.md, and what each part printed.
+Builds the package into a folder of its own, runs the op tests on the GPU, compute-sanitizer on small shapes,
+a short training beside the CPU's, the tests of longlora.torch, and the benchmarks. Needs Python, NumPy,
+setuptools, nvcc, and torch for the last two; the tests need pytest, ml_dtypes and hypothesis, some of torch's
+transformers and peft; no network. Each part has its own time limit and all together --limit; what is done is
+kept when a later part fails: FOLDER holds rows.jsonl (a JSON object for each part and each measurement),
+report.md, and what each part printed.
 """
 
 import argparse
@@ -102,7 +104,8 @@ class Check:
         """What there is: the GPU by name, or why there is none."""
         text = (
             "import json; from longlora import cuda; ok = cuda.is_available()\n"
-            "print(json.dumps({'gpu': cuda.properties(0) if ok else None, 'why_not': None if ok else 'no GPU: ' + cuda.reason(), "
+            "print(json.dumps({'gpu': cuda.properties(0) if ok else None, "
+            "'why_not': None if ok else 'no GPU: ' + cuda.reason(), "
             "'cuda': cuda.versions(), 'built_for': cuda.built_for()}))"
         )
         said = self.says(sys.executable, "-c", text)
@@ -201,7 +204,9 @@ class Check:
 
 
 def build(check, target):
-    """The package into `target`, for this machine's GPU alone unless told otherwise: the whole takes minutes on few processors."""
+    """The package into `target`, for this machine's GPU alone unless told otherwise: the whole takes minutes
+    on few processors.
+    """
     sm = check.says("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0")
     if sm and "LONGLORA_CUDA_ARCH" not in os.environ:
         sm = sm.replace(".", "")

@@ -1,5 +1,6 @@
-"""Each op once on the GPU against the CPU's, on small odd shapes, with NumPy alone: what compute-sanitizer is run on, and what stands
-in for the op tests where there is no pytest. --training: a few steps of the demo's model, on both; with --smoke on few tokens."""
+"""Each op once on the GPU against the CPU's, on small odd shapes, with NumPy alone: what compute-sanitizer is
+run on, and what stands in for the op tests where there is no pytest. --training: a few steps of the demo's
+model, on both; with --smoke on few tokens."""
 
 import math
 import sys
@@ -18,7 +19,9 @@ def random(*shape):
 
 
 def calls():
-    """op -> its arguments: an array is an input, in the common dtype; (array, "out" or its own dtype) what else it may be."""
+    """op -> its arguments: an array is an input, in the common dtype; (array, "out" or its own dtype) what
+    else it may be.
+    """
     M, C, N, R, F, V = 37, 72, 40, 8, 56, 90
     H, K, D, T, G = 4, 2, 24, 45, 16
     ids, targets = (rng.integers(0, V, M, dtype=np.int32) for _ in range(2))
@@ -143,7 +146,9 @@ def ops():
 
 
 def training(steps, length):
-    """The demo's model trains on the bytes of its text, on the CPU and on the GPU -> whether the losses agree."""
+    """The demo's model trains on the bytes of its text, on the CPU and on the GPU -> whether the losses
+    agree.
+    """
     from longlora.decoder import plan as plan_
     from longlora.decoder.lora import LoraConfig
     from longlora.decoder.model import Model

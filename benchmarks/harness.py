@@ -1,18 +1,21 @@
-"""One way to time things: warm-up, our call and the peer's in turn, medians; a line and a JSON object per row.
+"""One way to time a call: warm up, run ours and the peer's in turn, take medians.
 
     def main(argv=None):
-        bench = harness.Bench("rms_norm", argv)              # --json FILE, --threads N, --only TEXT, --seconds S
-        x, w = bench.random(2048, 576), bench.random(576)    # float32 NumPy, never zeros
-        bench.row("forward 2048x576", lambda: ops.rms_norm_forward(x, w), lambda: torch_rms_norm(xt, wt), bytes=2 * x.nbytes)
+        bench = harness.Bench("rms_norm", argv)  # --json FILE, --threads N, --only TEXT, --seconds S
+        x, w = bench.random(2048, 576), bench.random(576)  # float32 NumPy, never zeros
+        ours, peer = lambda: ops.rms_norm_forward(x, w), lambda: torch_rms_norm(xt, wt)
+        bench.row("forward 2048x576", ours, peer, bytes=2 * x.nbytes)
         bench.row("forward 2048x576", ours, peer, dtype="bfloat16", bytes=x.nbytes)
 
-`flops` makes the row one of GF/s and `of_peak` a share of the machine's float32 FMA peak; `bytes` (read plus written) one
-of GB/s and a share of its copy bandwidth; neither: milliseconds. `peer` may be None. `ratio` above 1: we are ahead.
-torch and we get the same number of threads. `bench.torch` is torch with its threads set, imported when first used.
+`flops` makes the row one of GF/s and `of_peak` a share of the machine's float32 FMA peak; `bytes` (read plus
+written) one of GB/s and a share of its copy bandwidth; neither: milliseconds. `peer` may be None. `ratio`
+above 1: we are ahead. torch and we get the same number of threads. `bench.torch` is torch with its threads
+set, imported when first used.
 
-With --device cuda the arrays are torch's on that GPU, products are TF/s and a share of torch's bfloat16 product, and
-benchmarks/gpu.py says how things are timed; `target=(must, aim)` is what the row should reach. --smoke is for a machine without
-torch or without a GPU (the emulation): small shapes, our side alone, figures that mean nothing.
+With --device cuda the arrays are torch's on that GPU, products are TF/s and a share of torch's bfloat16
+product, and benchmarks/gpu.py says how things are timed; `target=(must, aim)` is what the row should reach.
+--smoke is for a machine without torch or without a GPU (the emulation): small shapes, our side alone, figures
+that mean nothing.
 """
 
 import argparse
@@ -67,7 +70,9 @@ def versions(*names):
 
 
 def interleaved(calls, seconds=1.0, least=5):
-    """Median seconds of each call, run in turn so that all see the same weather; at least `least` times, for ~`seconds`."""
+    """Median seconds of each call, run in turn so that all see the same weather; at least `least` times, for
+    ~`seconds`.
+    """
     repeats = []
     for call in calls:
         call()
@@ -124,8 +129,8 @@ class Bench:
             return
         self.flops_peak, self.copy_peak = peaks(self.options.threads)
         print(
-            f"{benchmark}: {self.about['machine']}, {self.options.threads} threads, FMA {self.flops_peak:.0f} GF/s, "
-            f"copy {self.copy_peak:.0f} GB/s"
+            f"{benchmark}: {self.about['machine']}, {self.options.threads} threads, "
+            f"FMA {self.flops_peak:.0f} GF/s, copy {self.copy_peak:.0f} GB/s"
         )
 
     @functools.cached_property
@@ -169,7 +174,9 @@ class Bench:
         target=None,
         judged=None,
     ):
-        """Times ours() and peer(); prints and records the row. Returns the ratio peer time / our time (None without peer)."""
+        """Times ours() and peer(); prints and records the row. Returns the ratio peer time / our time (None
+        without peer).
+        """
         if not self.wants(name, dtype):
             return None
         timed = interleaved if self.gpu is None else self.gpu.timed
@@ -218,9 +225,11 @@ class Bench:
         target=None,
         judged=None,
     ):
-        """Prints and records a row measured elsewhere. `ratio` is by default that of two costs, peer / ours. Returns it.
+        """Prints and records a row measured elsewhere. `ratio` is by default that of two costs, peer / ours.
+        Returns it.
 
-        target: (must, aim) of `judged`, "ratio", "of_peak" or "ours", which is a cost where its unit is one of COSTS.
+        target: (must, aim) of `judged`, "ratio", "of_peak" or "ours", which is a cost where its unit is one
+        of COSTS.
         """
         if peer is not None and ratio is None:
             ratio = peer / ours

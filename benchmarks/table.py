@@ -1,5 +1,5 @@
-"""Markdown of what the benchmarks wrote: python -m benchmarks.table FILE.json. Ratios above 1: we are ahead; memory and time are
-costs. Rows of a GPU stand one a line, with what they must reach and what they aim at."""
+"""Markdown of what the benchmarks wrote: python -m benchmarks.table FILE.json. Ratios above 1: we are ahead;
+memory and time are costs. Rows of a GPU stand one a line, with what they must reach and what they aim at."""
 
 import json
 import sys
@@ -28,10 +28,10 @@ def targets(rows):
                     (word for word, bar in (("aim", aim), ("must", must)) if sign * value >= sign * bar),
                     "**neither**",
                 )
-        yield (
-            f"| {row['benchmark']} | {row['name']} | {row['dtype']} | {row['peer_name'] or ''} | {cell(row)} | "
-            f"{'' if must is None else f'{must:.4g}'} | {'' if aim is None else f'{aim:.4g}'} | {reached} |"
-        )
+        bars = ("" if bar is None else f"{bar:.4g}" for bar in (must, aim))
+        peer = row["peer_name"] or ""
+        cells = (row["benchmark"], row["name"], row["dtype"], peer, cell(row), *bars, reached)
+        yield f"| {' | '.join(cells)} |"
 
 
 def table(rows):

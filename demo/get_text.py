@@ -1,9 +1,11 @@
-"""The demo's text: the King James Bible and Jane Austen's six novels, all in the public domain, out of three Debian packages.
+"""The demo's text: the King James Bible and Jane Austen's six novels, all in the public domain, out of three
+Debian packages.
 
-    python demo/get_text.py CACHE     (calls apt-get download and dpkg-deb; nothing is installed, root is not needed)
+    python demo/get_text.py CACHE
 
-Writes one document a book, UTF-8, one verse or one paragraph a line: CACHE/train/kjv-01-genesis.txt ..., and the books of
-HELD_OUT into CACHE/held_out/.
+It calls apt-get download and dpkg-deb, installs nothing and does not need root. It writes one document a
+book, UTF-8, one verse or one paragraph a line: CACHE/train/kjv-01-genesis.txt ..., and the books of HELD_OUT
+into CACHE/held_out/.
 """
 
 import os
@@ -16,7 +18,8 @@ import zlib
 from pathlib import Path
 
 PACKAGES = ("bible-kjv", "bible-kjv-text", "r-cran-janeaustenr")
-# The model never sees these. The novel is like the other five and no part of them; Acts repeats no other book of the Bible.
+# The model never sees these. The novel is like the other five and no part of them; Acts repeats no other book
+# of the Bible.
 HELD_OUT = ("austen-persuasion", "kjv-44-acts")
 NOVELS = {
     "emma": "Emma",
@@ -28,11 +31,13 @@ NOVELS = {
 }
 BOOKS = [
     name.replace("_", " ")
-    for name in """Genesis Exodus Leviticus Numbers Deuteronomy Joshua Judges Ruth 1_Samuel 2_Samuel
-1_Kings 2_Kings 1_Chronicles 2_Chronicles Ezra Nehemiah Esther Job Psalms Proverbs Ecclesiastes Song_of_Solomon Isaiah Jeremiah
-Lamentations Ezekiel Daniel Hosea Joel Amos Obadiah Jonah Micah Nahum Habakkuk Zephaniah Haggai Zechariah Malachi Matthew Mark
-Luke John Acts Romans 1_Corinthians 2_Corinthians Galatians Ephesians Philippians Colossians 1_Thessalonians 2_Thessalonians
-1_Timothy 2_Timothy Titus Philemon Hebrews James 1_Peter 2_Peter 1_John 2_John 3_John Jude Revelation""".split()
+    for name in """Genesis Exodus Leviticus Numbers Deuteronomy Joshua Judges Ruth 1_Samuel 2_Samuel 1_Kings
+2_Kings 1_Chronicles 2_Chronicles Ezra Nehemiah Esther Job Psalms Proverbs Ecclesiastes
+Song_of_Solomon Isaiah Jeremiah Lamentations Ezekiel Daniel Hosea Joel Amos Obadiah Jonah Micah
+Nahum Habakkuk Zephaniah Haggai Zechariah Malachi Matthew Mark Luke John Acts Romans
+1_Corinthians 2_Corinthians Galatians Ephesians Philippians Colossians 1_Thessalonians
+2_Thessalonians 1_Timothy 2_Timothy Titus Philemon Hebrews James 1_Peter 2_Peter 1_John 2_John
+3_John Jude Revelation""".split()
 ]
 
 
@@ -66,7 +71,9 @@ def bible(folder):
 
 
 def strings(entry):
-    """The character vector in one entry of an R lazy-load database: length, zlib; R's serialisation in XDR form."""
+    """The character vector in one entry of an R lazy-load database: length, zlib; R's serialisation in XDR
+    form.
+    """
     data = zlib.decompress(entry[4:])
     assert data[:2] == b"X\n"
     version, _, _ = struct.unpack_from(">3i", data, 2)
@@ -114,9 +121,8 @@ def main(cache):
         Path(cache, "held_out" if name in HELD_OUT else "train", name + ".txt").write_text(
             text, encoding="utf-8"
         )
-    print(
-        f"{cache}: {len(texts)} books, {sum(len(text) for text in texts.values()):,} characters, held out {', '.join(HELD_OUT)}"
-    )
+    size = sum(len(text) for text in texts.values())
+    print(f"{cache}: {len(texts)} books, {size:,} characters, held out {', '.join(HELD_OUT)}")
 
 
 if __name__ == "__main__":

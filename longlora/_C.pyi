@@ -1,4 +1,4 @@
-"""The compiled part: the ops, destination passing, and Tensor. csrc/ops.h says what each op computes, `specs` what it takes."""
+"""The compiled part: ops that write to their arguments, and Tensor. csrc/ops.h explains each op."""
 
 from collections.abc import Buffer, Callable, Sequence
 from typing import Any, Literal

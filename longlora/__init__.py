@@ -1,8 +1,9 @@
 """LongLoRA (arXiv 2309.12307): extend the context of a pretrained decoder on one machine.
 
-The commands of the command line are functions here, with the same words: train, plan, ppl, merge, inspect, doctor, demo.
-longlora.ops and Tensor are the kernels, on NumPy, torch and other DLPack arrays. longlora.torch works on models of transformers.
-longlora.cuda describes the GPUs. Every name is imported at its first use, so `import longlora` loads nothing, not even NumPy.
+The commands of the command line are functions of this package: train, plan, ppl, merge, inspect, doctor,
+demo. longlora.ops and Tensor are the kernels, on NumPy, torch and other DLPack arrays. longlora.torch works
+on models of transformers. longlora.cuda describes the GPUs. Every name is imported at its first use, so
+`import longlora` loads nothing, not even NumPy.
 """
 
 import importlib
@@ -36,12 +37,14 @@ __all__ = [*_COMPILED, *_COMMANDS, "cuda", "ops"]  # not torch: `import *` works
 
 
 def _compiled():
-    """The extension. Modules here import it by `from . import _C`, never from it, and so come this way.
+    """The extension. Modules of the package import it with `from longlora import _C`, which calls this
+    function.
 
-    The OpenMP runtime reads how threads wait for work once, when the extension brings it in: they sleep, after 1000 looks, some
-    20 us. Spinning for long, the default, makes a training step several times slower as soon as anything else runs on the machine;
-    sleeping at once makes it 3 % slower where nothing does, and a small op 15 %. What the user has set wins. A library that is
-    loaded later and shares the runtime, as torch does, has its threads wait in the same way; the environment is as it was.
+    The OpenMP runtime reads its settings once, when the extension loads it. Idle threads should look for work
+    1000 times (about 20 us), then sleep. Longer spinning, the default, makes a training step several times
+    slower when anything else runs on the machine. Sleeping at once makes it 3 % slower, and a small op 15 %,
+    when nothing else runs. The user's own settings win. A library that is loaded later and shares the
+    runtime, as torch does, gets the same settings. The environment is restored afterwards.
     """
     ours = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
     if ours.keys() & os.environ.keys():

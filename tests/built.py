@@ -1,4 +1,6 @@
-"""What test_cuda_emulation.py and test_wide.py share: a build of this tree with other switches, and the tests run on it."""
+"""What test_cuda_emulation.py and test_wide.py share: a build of this tree with other switches, and the tests
+run on it.
+"""
 
 import os
 import subprocess
@@ -29,7 +31,9 @@ def run(command, **environment):
 
 
 def build(folder, **switches):
-    """-> folder, with the package in it. Objects that another build in this tree has made with the same flags are taken."""
+    """-> folder, with the package in it. Objects that another build in this tree has made with the same flags
+    are taken.
+    """
     run([sys.executable, "setup.py", "-q", "build", "--build-lib", folder], **switches)
     return folder
 

@@ -1,4 +1,6 @@
-"""The suite runs side by side. Fixtures of the op tests: dtypes, instruction sets, the GPU, poisoned outputs."""
+"""The suite runs side by side. Fixtures of the op tests: dtypes, instruction sets, the GPU, poisoned
+outputs.
+"""
 
 import os
 
@@ -34,8 +36,8 @@ LONGEST = [
 def pytest_cmdline_main(config):
     """Without named files, run the suite in one process for each processor, at most four, file by file.
 
-    Named files run in this process. So does everything on a GPU, whose free memory the tests count, and everything
-    where pytest-xdist is not installed.
+    Named files run in this process. So does everything on a GPU, whose free memory the tests count, and
+    everything where pytest-xdist is not installed.
     """
     option, processors = config.option, len(os.sched_getaffinity(0))
     whole = config.args_source == config.ArgsSource.TESTPATHS and not option.usepdb and not option.collectonly
@@ -46,7 +48,8 @@ def pytest_cmdline_main(config):
     )
     if whole and free and processors > 1 and not checks.CUDA:
         option.numprocesses, option.dist, option.loadscopereorder = min(processors, 4), "loadfile", False
-        # Each has its share of the processors, two at least, so that threads are tested; threads that wait let others run.
+        # Each has its share of the processors, two at least, so that threads are tested; threads that wait
+        # let others run.
         share = {
             "OMP_NUM_THREADS": str(max(2, processors // 4)),
             "OMP_WAIT_POLICY": "passive",
@@ -116,7 +119,9 @@ def poison(monkeypatch):
 
 @pytest.fixture
 def each_thread_count():
-    """Calls a function with 1, 2 and 3 threads, which all take part however small the work -> list of what came back."""
+    """Calls a function with 1, 2 and 3 threads, which all take part however small the work -> list of what
+    came back.
+    """
     before, grain = _C.get_num_threads(), _C.get_grain()
     _C.set_grain(0)
 

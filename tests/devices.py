@@ -1,4 +1,5 @@
-"""The devices of the tests of longlora.torch: "cuda" beside "cpu" where torch sees a GPU and this build has kernels for it.
+"""The devices of the tests of longlora.torch: "cuda" beside "cpu" where torch sees a GPU and this build has
+kernels for it.
 
 A test file imports the fixture `device`, and every test of it runs once on each: what `put` made lies there.
 """

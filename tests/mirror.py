@@ -1,9 +1,10 @@
-"""Ops on a device by the tests that are written in NumPy: every call finds its arrays in the device's memory as they lie in the
-host's, and what the device wrote is copied back.
+"""Ops on a device by the tests that are written in NumPy: every call finds its arrays in the device's memory
+as they lie in the host's, and what the device wrote is copied back.
 
-The buffers that own the arrays' memory are copied whole, guard zones and gaps between rows included, at the same place modulo
-256 bytes; the arrays of the call become views into them, with their own shapes, strides (also negative and 0) and read-only
-flags, so arrays that share memory share it there too. Buffers of inputs must come back unchanged.
+The buffers that own the arrays' memory are copied whole, guard zones and gaps between rows included, at the
+same place modulo 256 bytes; the arrays of the call become views into them, with their own shapes, strides
+(also negative and 0) and read-only flags, so arrays that share memory share it there too. Buffers of inputs
+must come back unchanged.
 """
 
 import ctypes
@@ -98,7 +99,9 @@ class Buffer:
 
 
 def mirrored(op, function, device):
-    """_C.<op>, with NumPy arrays put on `device` ("cuda:0"; None: other memory of the CPU, to test this file)."""
+    """_C.<op>, with NumPy arrays put on `device` ("cuda:0"; None: other memory of the CPU, to test this
+    file).
+    """
     keyword = {} if device is None else {"device": device}
     outputs = len(_C.specs[op].split("<-")[0].split())
 

@@ -1,5 +1,6 @@
-"""Every op of longlora.ops in NumPy float64, forward and backward, written from the formulas: the specification that every
-kernel is judged against. Same names and signatures; inputs of any float dtype; nothing here is fast."""
+"""Every op of longlora.ops in NumPy float64, forward and backward, written from the formulas: the
+specification that every kernel is judged against. Same names and signatures; inputs of any float dtype;
+nothing here is fast."""
 
 import math
 
@@ -132,7 +133,9 @@ def _t(x):
 
 
 def _scores(q, k, scale, *pattern):
-    """q, k [B,H,T,D] -> [B,H,T,T], -inf where a query does not see a key; pattern: attention_mask's, from group_size on."""
+    """q, k [B,H,T,D] -> [B,H,T,T], -inf where a query does not see a key; pattern: attention_mask's, from
+    group_size on.
+    """
     return np.where(attention_mask(q.shape[2], q.shape[1], *pattern), q @ _t(k) * scale, -np.inf)
 
 

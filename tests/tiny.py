@@ -1,4 +1,6 @@
-"""Tiny models, texts and runs for the tests of the driver; written without torch, so that they cost milliseconds."""
+"""Tiny models, texts and runs for the tests of the driver; written without torch, so that they cost
+milliseconds.
+"""
 
 import json
 import os
@@ -94,7 +96,9 @@ def text(path, words=3000, seed=0):
 
 
 def documents(path, sizes, seed=0):
-    """A .jsonl file of documents of these numbers of tokens, with the end token that a run adds -> their ids."""
+    """A .jsonl file of documents of these numbers of tokens, with the end token that a run adds -> their
+    ids.
+    """
     random = np.random.default_rng(seed)
     texts = ["".join(random.choice(list("shift group"), size - 1)) for size in sizes]
     Path(path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -102,7 +106,9 @@ def documents(path, sizes, seed=0):
 
 
 def options(tmp_path, **fields):
-    """Keywords of a short run on the CPU: base, text and output directory lie in tmp_path, made if they are not there."""
+    """Keywords of a short run on the CPU: base, text and output directory lie in tmp_path, made if they are
+    not there.
+    """
     base, data = tmp_path / "base", tmp_path / "text.txt"
     if not base.exists():
         model(base)
@@ -134,7 +140,9 @@ def flags(keywords):
 
 
 def command(*arguments, **kwargs):
-    """Runs the command line in a process of its own, with one thread: models this small are only slowed down by a second."""
+    """Runs the command line in a process of its own, with one thread: models this small are only slowed down
+    by a second.
+    """
     return subprocess.run(
         [sys.executable, "-m", "longlora", *map(str, arguments)],
         capture_output=True,

@@ -16,7 +16,9 @@ def targets_of(M, V, ignored=0.2):
 
 
 def check_rounded(x, w, targets, dtype):
-    """Against the reference and its plain form: float32, and the gradient of the logits rounded to the dtype between the products."""
+    """Against the reference and its plain form: float32, and the gradient of the logits rounded to the dtype
+    between the products.
+    """
     M = len(targets)
     checks.check("linear_cross_entropy_forward", x, w, targets, floor=16)
     d = checks.random((M,), seed=2)
@@ -37,7 +39,9 @@ def check_rounded(x, w, targets, dtype):
     "M,C,V", [(0, 4, 5), (1, 1, 1), (7, 33, 123), (65, 64, 1000), (100, 16, 257), (3, 8, 60007)]
 )
 def test_forward_and_backward(M, C, V, dtype, isa, poison):
-    """60007: a row that a GPU passes in fifteen stretches, the last of them not kept in the shared memory of even the largest."""
+    """60007: a row that a GPU passes in fifteen stretches, the last of them not kept in the shared memory of
+    even the largest.
+    """
     x, w, targets = (
         checks.strided(checks.random((M, C), dtype)),
         checks.strided(checks.random((V, C), dtype, 1)),
@@ -61,8 +65,9 @@ def test_dweight_accumulates(place):
 
 @pytest.mark.parametrize("exponent", [-30, -15, 16])
 def test_gradients_of_losses_of_any_size(exponent, dtype, isa, poison):
-    """Those of 32768 tokens' mean, times probabilities of 2^-12, are too small for float16; those of a loss scale of 2^16 too large:
-    both gradients are those of dlosses of about 1 times a power of two, bit for bit as far as dx can say it."""
+    """Those of 32768 tokens' mean, times probabilities of 2^-12, are too small for float16; those of a loss
+    scale of 2^16 too large: both gradients are those of dlosses of about 1 times a power of two, bit for bit
+    as far as dx can say it."""
     M, C, V = 8, 16, 4096
     x, w = (
         checks.random((M, C), dtype, scale=2**-7),
@@ -102,8 +107,8 @@ def chunk_bytes(M, C, V, dtype, trained):
 
 @pytest.mark.parametrize("M,V,trained", [(237, 70001, True), (1099, 2500, False)])
 def test_more_than_one_chunk(M, V, trained, isa):
-    """Trained: 15 units of 16 rows here, seven of them in the first chunk, eight, less three rows, in the second. Frozen,
-    of 512 rows at most: three, the last one less five rows."""
+    """Trained: 15 units of 16 rows here, seven of them in the first chunk, eight, less three rows, in the
+    second. Frozen, of 512 rows at most: three, the last one less five rows."""
     C = 8
     rows, logits = chunk_bytes(512, C, V, "float32", trained), 4 * M * V
     assert chunk_bytes(M, C, V, "float32", trained) <= min(rows, logits - 1)
@@ -118,7 +123,9 @@ def test_more_rows_than_a_gpu_takes_at_once(dtype, place):
 
 
 def test_more_than_one_chunk_of_kept_bfloat16(isa):
-    """The exponentials of all of the vocabulary in 16 bits: nine units of 16 rows, the last less eleven rows, of which eight fit."""
+    """The exponentials of all of the vocabulary in 16 bits: nine units of 16 rows, the last less eleven rows,
+    of which eight fit.
+    """
     M, C, V = 133, 8, 200001
     rows, kept = chunk_bytes(128, C, V, "bfloat16", True), 2 * M * V
     assert chunk_bytes(M, C, V, "bfloat16", True) < min(rows, kept)
@@ -129,7 +136,9 @@ def test_more_than_one_chunk_of_kept_bfloat16(isa):
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_maximum_that_grows_along_the_vocabulary(trained, isa, poison):
-    """By up to 210 from one end to the other, and down by as much; with the largest logit the target, loss and gradient are next to 0."""
+    """By up to 210 from one end to the other, and down by as much; with the largest logit the target, loss
+    and gradient are next to 0.
+    """
     M, C, V = 41, 9, 7001
     x, w = checks.random((M, C)), checks.random((V, C), seed=1)
     x[:, 0], w[:, 0] = np.linspace(-3, 3, M), np.linspace(0, 70, V)
@@ -197,7 +206,8 @@ w = np.random.default_rng(0).standard_normal((V, C), np.float32).astype(np.dtype
 for M in (128, 512):
     x, t = np.ones((M, C), w.dtype), np.zeros(M, np.int32)
     d = np.ones(M, np.float32)
-    losses, dx, dw = np.ones(M, np.float32), np.ones_like(x), np.ones((V, C), np.float32) if sys.argv[2] == "True" else None
+    losses, dx = np.ones(M, np.float32), np.ones_like(x)
+    dw = np.ones((V, C), np.float32) if sys.argv[2] == "True" else None
     before = high()
     ops._C.linear_cross_entropy_backward(losses, dx, dw, x, w, t, d, -100)
     assert high() - before < int(sys.argv[3]) * 1024 + 4096 * (M == 128), high() - before

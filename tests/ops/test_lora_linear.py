@@ -50,7 +50,8 @@ def test_forward_and_backward(shape, dtype, isa, poison):
     )
 
 
-# Rows that start on 16 bytes, more rows than one piece of a sum over them, more ranks than one block of it, one rank.
+# Rows that start on 16 bytes, more rows than one piece of a sum over them, more ranks than one block of it,
+# one rank.
 @pytest.mark.parametrize(
     "shape", [(300, 136, 264, 72), (257, 64, 40, 8), (33, 512, 256, 64), (600, 40, 24, 1)], ids=str
 )
@@ -159,7 +160,8 @@ def test_more_columns_than_are_packed_at_once(isa):
     checks.check("lora_linear_forward", x, w, bias, a, b, 2.0, residual, floor=4)
 
 
-# Of each: rows of u made by tasks of rows, by tasks of columns, over several slices of a sum, by tiles where R is above 16.
+# Of each: rows of u made by tasks of rows, by tasks of columns, over several slices of a sum, by tiles where
+# R is above 16.
 @pytest.mark.parametrize(
     "shape", [(301, 200, 150, 8), (1000, 96, 72, 8), (1000, 1500, 40, 24), (500, 512, 96, 8)], ids=str
 )

@@ -64,8 +64,8 @@ def taken(op, *args):
 
 
 def agree(op, said, there):
-    """Exactly, but for two: attention does not count its lists of segments and tasks, and the head counts whole
-    units of 16 rows."""
+    """Exactly, but for two: attention does not count its lists of segments and tasks, and the head counts
+    whole units of 16 rows."""
     if op.startswith("s2_attention"):
         return said <= there <= 1.02 * said
     if op.startswith("linear_cross_entropy"):

@@ -25,7 +25,9 @@ def f32(*shape):
 
 
 def work():
-    """One call or more of every op -> bytes of all results. Sizes that leave no kernel without a second thread."""
+    """One call or more of every op -> bytes of all results. Sizes that leave no kernel without a second
+    thread.
+    """
     x, w, ids = f32(96, 130), f32(200, 130), np.arange(96, dtype=np.int32) * 7 % 200
     a, b, dout = f32(8, 130), f32(200, 8), f32(96, 200)
     q, k = f32(1, 96, 4, 16), f32(1, 96, 2, 16)
@@ -187,8 +189,9 @@ print(small())
     "ASAN_OPTIONS" in os.environ, reason="the sanitizer's allocator has its own idea of memory"
 )
 def test_large_scratch_is_not_faulted_in_anew():
-    """Calls that take megabytes of scratch cost hardly a page fault once they have run; without the blocks that are kept, each
-    costs hundreds (or, where there are huge pages, several). A fork in between takes none of it away."""
+    """Calls that take megabytes of scratch cost hardly a page fault once they have run; without the blocks
+    that are kept, each costs hundreds (or, where there are huge pages, several). A fork in between takes none
+    of it away."""
     out = python(
         """
 import os, resource, numpy as np
@@ -205,7 +208,7 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(50): calls()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(min(faults() for _ in range(5)))     # a system that takes pages back now and then does not do so all the time
+print(min(faults() for _ in range(5)))  # the smallest: a system may take pages back now and then
 if not os.fork():
     calls()
     os._exit(0)
@@ -261,13 +264,16 @@ def test_number_of_threads():
 
 
 def test_threads_really_run():
-    """More than one thread of this process has used the processor: counted in the kernel's own book of threads."""
+    """More than one thread of this process has used the processor: counted in the kernel's own book of
+    threads.
+    """
     out = python(
         BODY
         + """
 import glob
 def used():
-    return sum(int(open(f).read().rsplit(")", 1)[1].split()[11]) > 0 for f in glob.glob("/proc/self/task/*/stat"))
+    stats = [open(f).read() for f in glob.glob("/proc/self/task/*/stat")]
+    return sum(int(stat.rsplit(")", 1)[1].split()[11]) > 0 for stat in stats)
 big = np.ones((1500, 1500), np.float32)
 for _ in range(20): ops.matmul(big, big)
 print(len(os.listdir("/proc/self/task")) >= 3, used() >= 2)

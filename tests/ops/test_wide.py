@@ -1,5 +1,6 @@
-"""The sizes that the kernels have with AVX-512, tiles of bfloat16 pairs included, on any processor: the op tests on a build of
-portable C with vectors as wide (WIDE in setup.py). AVX-512's own instructions are not seen here."""
+"""The sizes that the kernels have with AVX-512, tiles of bfloat16 pairs included, on any processor: the op
+tests on a build of portable C with vectors as wide (WIDE in setup.py). AVX-512's own instructions are not
+seen here."""
 
 import pytest
 from built import OPS, ROOT, build, run_tests

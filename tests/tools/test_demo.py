@@ -1,4 +1,6 @@
-"""`longlora demo`: what ships, what it leaves, and that a context does get longer. A few steps here; the whole run is the user's."""
+"""`longlora demo`: what ships, what it leaves, and that a context does get longer. A few steps here; the
+whole run is the user's.
+"""
 
 import itertools
 import json

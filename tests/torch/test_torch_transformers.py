@@ -21,7 +21,9 @@ from longlora.torch import attention  # noqa: E402
 
 
 def by_mask(module, query, key, value, attention_mask, scaling=None, dropout=0.0, pattern=(G,), **unused):
-    """S2-Attn by the reference's mask, document by document: what `attention` must equal. pattern: group, boundary, shift."""
+    """S2-Attn by the reference's mask, document by document: what `attention` must equal. pattern: group,
+    boundary, shift.
+    """
     H, T = query.shape[1:3]
     key, value = (x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
     borders = [[0, T]] * len(query) if attention_mask is None else attention_mask.tolist()
