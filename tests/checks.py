@@ -1,5 +1,6 @@
-"""How a kernel is judged: against the float64 reference, on the same rounded inputs, with at most twice the error of the plain
-computation (the reference's formulas in float32, results rounded to the dtype), its outputs NaN between guards before the call."""
+"""How a kernel is judged: against the float64 reference, on the same rounded inputs, with at most twice the
+error of the plain computation (the reference's formulas in float32, results rounded to the dtype), its
+outputs NaN between guards before the call."""
 
 import functools
 
@@ -41,8 +42,8 @@ def strided(x, pad=3):
 
 
 def dense_and_strided(call, *arrays):
-    """call on dense arrays, then on rows of wider ones -> what the dense ones gave, a tuple. The bits are the same: rows of whole
-    vectors, which kernels may move 16 bytes at a time, and rows that are not."""
+    """call on dense arrays, then on rows of wider ones -> what the dense ones gave, a tuple. The bits are the
+    same: rows of whole vectors, which kernels may move 16 bytes at a time, and rows that are not."""
     dense = as_tuple(call(*arrays))
     apart = as_tuple(call(*[strided(x) if x is not None and x.ndim > 1 else x for x in arrays]))
     for a, b in zip(dense, apart):
@@ -51,7 +52,8 @@ def dense_and_strided(call, *arrays):
 
 
 class Outputs:
-    """Stands in for arrays.empty: outputs full of NaN (integers: -7), strided, in the middle of a guarded buffer."""
+    """Stands in for arrays.empty: outputs full of NaN (integers: -7), strided, in the middle of a guarded
+    buffer."""
 
     def __init__(self):
         self.given = []
@@ -96,23 +98,22 @@ def as_tuple(x):
 
 
 def walk(terms, squares):
-    """What float32 sums of so many terms may be off by, in any order; squares: the sums of their terms' squares.
+    """The error that float32 sums of `terms` terms may have in any order. squares: the sums of their terms'
+    squares.
 
-    An addition rounds by at most u = 2^-24 of a partial sum, which grows like a walk up to about s, the root of the sum of squares.
-    Independent roundings have a standard deviation of sqrt(terms / 6) u s in the worst order, one after the other: this is five of
-    them. Roundings that all go one way (truncation) add up to terms u s, terms rounded to 16 bits to 2^-9 s: both stay visible.
+    An addition rounds by at most u = 2^-24 of a partial sum, which grows like a random walk to about s, the
+    root of the sum of squares. Independent roundings have a standard deviation of sqrt(terms / 6) u s in the
+    worst order, one after the other: the limit is five of them. Roundings that all go one way (truncation)
+    add up to terms u s, terms that are rounded to 16 bits to 2^-9 s: both stay visible.
     """
     return 2 * np.sqrt(terms) * 2.0**-24 * np.sqrt(np.max(squares, initial=0))
 
 
 def _of_squares(name, terms):
-    """For an op whose results are sums of products of its inputs: the op itself on squares sums the squares of its terms."""
+    """For an op that sums products of its inputs: on squares, the op itself sums the squares of its terms."""
 
     def noise(*inputs, **kwargs):
-        squares = [
-            x if isinstance(x, int) or x is None or np.asarray(x).dtype.kind in "iu" else f64(x) ** 2
-            for x in inputs
-        ]
+        squares = [x if x is None or np.asarray(x).dtype.kind in "iu" else f64(x) ** 2 for x in inputs]
         found = as_tuple(getattr(reference, name)(*squares, **kwargs))
         return [x if x is None else walk(n, x) for n, x in zip(terms(*inputs), found)]
 
@@ -120,21 +121,21 @@ def _of_squares(name, terms):
 
 
 def _norm_noise(dout, x, rstd, weight, dresidual=None):
-    """dx is a difference: where it cancels, its error is that of its terms, of a sum of C and of the products around it."""
+    """dx is a difference. Where it cancels, its error is that of its terms: a sum of C and the products
+    around it."""
     dout, x, rstd, weight = f64(dout), f64(x), f64(rstd)[:, None], f64(weight)
     C, g = x.shape[1], dout * weight
     squares = (rstd * g) ** 2 + (x * rstd**3) ** 2 * ((g * x) ** 2).sum(-1, keepdims=True) / max(C, 1) ** 2
-    return [
-        walk(C + 16, squares + (0 if dresidual is None else f64(dresidual) ** 2)),
-        walk(len(x), ((dout * x * rstd) ** 2).sum(0)),
-    ]
+    squares = squares + (0 if dresidual is None else f64(dresidual) ** 2)
+    return [walk(C + 16, squares), walk(len(x), ((dout * x * rstd) ** 2).sum(0))]
 
 
 def _rank(a):
     return 0 if a is None else len(a)
 
 
-# By op: inputs -> the noise of each result. How many terms a result sums, where a term is a sum itself, of how many.
+# By op: inputs -> the noise of each result. The functions count the terms of each result, and the terms of
+# its terms.
 NOISE = {
     "matmul": _of_squares("matmul", lambda a, b, *_: [a.shape[1]]),
     "lora_linear_forward": _of_squares(
@@ -167,10 +168,13 @@ def noise_of(name, *inputs, **kwargs):
 
 
 def compare(got, want, plain, name="", floor=2.0, noise=0.0):
-    """Errors against `want` of what was got: at most twice the plain one's, plus `floor` roundings of the largest value, or `noise`
-    where that is more: what sums have from their terms. The plain error of a few numbers, or of sums in a good order, may be next
-    to nothing by chance, and values that cancel have little to round: `noise` is what does not depend on either. A function is
-    called only where it decides."""
+    """The error of `got` against `want` is at most twice that of `plain`, plus `floor` roundings of the
+    largest value or `noise`, whichever is more.
+
+    The plain error of a few numbers, or of sums in a good order, may be next to nothing by chance, and values
+    that cancel have little to round. `noise` depends on neither: it is what the terms of the sums round. It
+    may be a function, which is called only where it decides.
+    """
     got = np.asarray(got)
     assert got.shape == want.shape, f"{name}: shape {got.shape}, wanted {want.shape}"
     if not want.size:
@@ -196,8 +200,8 @@ def plain(name, *inputs, **kwargs):
 
 
 def check(name, *inputs, floor=2.0, noise=None, **kwargs):
-    """longlora.ops.<name> against reference.<name> on the same inputs -> what the op returned. floor: compare's, or one a result;
-    noise: compare's, one a result, by default noise_of's."""
+    """longlora.ops.<name> against reference.<name> on the same inputs -> what the op returned. floor:
+    compare's, or one a result; noise: compare's, one a result, by default noise_of's."""
     got, noise = as_tuple(getattr(ops, name)(*inputs, **kwargs)), noise or noise_of(name, *inputs, **kwargs)
     want, low = as_tuple(getattr(reference, name)(*inputs, **kwargs)), plain(name, *inputs, **kwargs)
     assert len(got) == len(want)

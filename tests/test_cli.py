@@ -7,12 +7,14 @@ import re
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import yaml
 
+import longlora
 from longlora import _C, cli, cuda
 from longlora.decoder.config import read_config
 from longlora.device import choose
@@ -95,6 +97,7 @@ def test_defaults():
         adam_epsilon=1e-8,
         max_grad_norm=1.0,
         long_documents="split",
+        packing_boundaries="none",
         eval_fraction=0.0,
         eval_steps=0,
         save_steps=0,
@@ -451,6 +454,16 @@ def test_doctor_names_what_is_in_use():
     assert sys.version.startswith(found["python"] + " ")
     text = tiny.command("doctor").stdout
     assert found["instruction_set"] in text and "CUDA" in text and "numpy" in text
+
+
+def test_every_command_is_a_function_of_the_package():
+    names = [command.name for command in cli.COMMANDS]
+    assert names == list(longlora._COMMANDS)
+    for name in names:
+        function = getattr(longlora, name)
+        assert function.__doc__ and "return" in function.__annotations__, name
+    typed = Path(longlora.__file__).read_text().partition("if TYPE_CHECKING:")[2].partition("__version__")[0]
+    assert set(names) <= set(re.findall(r"(\w+)(?:,|$)", typed, re.M)), "for editors and mypy"
 
 
 def test_help_is_quick_and_imports_little():

@@ -45,6 +45,10 @@ def test_one_op_one_stem(op):
     assert any(re.search(rf"\b({name}|{op}|{stem(op)})\b", p.read_text()) for p in tests), (
         f"no test file has {name}"
     )
+    differences = ROOT / "tests/ops/test_reference.py"
+    assert not op.endswith("_backward") or f"reference.{op}(" in differences.read_text(), (
+        f"{differences.name} compares reference.{op} with no differences"
+    )
 
 
 def test_every_declared_op_is_in_the_table():

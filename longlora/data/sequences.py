@@ -61,8 +61,7 @@ class Sequences:
             self.sentence += f", {single:,} single tokens left out" if single else ""
 
     def _pack(self, sizes: np.ndarray, long_documents: str) -> tuple[int, int]:
-        """Fill `pieces` from documents of these sizes -> lost tokens of long documents, single tokens left
-        out."""
+        """Fill `pieces` -> the lost tokens of long documents, the single tokens left out."""
         open_, room, lost, single = [], self.length, 0, 0
         least = 2 if self.apart else 1  # the smallest piece
         for first, size in zip(self.tokens.borders[:-1].tolist(), sizes.tolist()):

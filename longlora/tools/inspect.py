@@ -2,6 +2,7 @@
 
 import math
 import os
+from typing import Any
 
 from longlora.decoder.config import read_config
 from longlora.disk import read_json
@@ -12,7 +13,7 @@ from longlora.files.safetensors import SafetensorsFile
 from longlora.training.resume import STATE
 
 
-def describe(path):
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What lies at `path` -> a dict for JSON: kind ("model", "adapter", "checkpoint"), sizes, rope, what is
     trained.
 

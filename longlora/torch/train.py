@@ -1,5 +1,4 @@
-"""`python -m longlora.torch.train`: the run of `longlora train` on transformers.Trainer, for torchrun and
-accelerate.
+"""`python -m longlora.torch.train`: the run of `longlora train` on transformers.Trainer.
 
 The policy of the run is the driver's own (longlora.training.run): options, tokens and their order, schedule,
 metrics, adapter and checkpoints. So a run that stopped in one continues in the other, and on another number
@@ -39,8 +38,9 @@ REFUSED = {
 
 
 def train(say: Say = print, **keywords: Any) -> Result:
-    """Train as the keywords say (the fields of options.TrainOptions) -> Result. `say` receives the lines of
-    the report.
+    """Train as the keywords say (the fields of options.TrainOptions) -> Result.
+
+    `say` receives the lines of the report.
 
     Call it as longlora.train, in one process or in every process of a group that torchrun or accelerate
     launched. UserError for options that cannot be met, and for those that this path does not have: init,
@@ -100,8 +100,7 @@ def _silent(sentence: str) -> None:
 
 
 def arguments(o: TrainOptions) -> TrainingArguments:
-    """The options as TrainingArguments, without the number of steps. Making them joins the group of
-    processes."""
+    """The options as TrainingArguments, without max_steps. Making them joins the group of processes."""
     checkpointing = next(
         name
         for name in ("activation_checkpointing", "gradient_checkpointing")
@@ -153,8 +152,7 @@ def once(args: TrainingArguments, function: Callable[[], object]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line -> the exit code: 0, 2 for a UserError, or 128 and the number of the signal that
-    stopped it."""
+    """The command line -> the exit code: 0, 2 for a UserError, 128 + n after the signal n."""
     parser = cli.Parser(
         prog="python -m longlora.torch.train",
         allow_abbrev=False,

@@ -66,7 +66,8 @@ def build(o: TrainOptions, setup: Setup, saved: dict[str, np.ndarray] | None = N
         **tie,
     )
     # Dense attention is one group without a shift, in the same kernel.
-    attention = setup.attention or {"group_size": o.sequence_length, "boundary": "split", "shift": "none"}
+    dense = {"group_size": o.sequence_length, "boundary": "split", "shift": "none"}
+    attention: dict[str, Any] = setup.attention or dense
     if o.target_length is not None:
         model = extend(model, o.target_length, rope=o.rope_type, lora=lora, **attention)
     else:
@@ -85,8 +86,7 @@ def build(o: TrainOptions, setup: Setup, saved: dict[str, np.ndarray] | None = N
 
 
 def put(parameter: torch.nn.Parameter, array: np.ndarray) -> None:
-    """Copy `array` into a parameter that no engine holds yet; ZeRO-3 may have partitioned it while it was
-    read."""
+    """Copy `array` into a parameter that no engine holds yet, but that ZeRO-3 may have partitioned."""
     whole: Any = contextlib.nullcontext()
     if hasattr(parameter, "ds_id"):
         from deepspeed.zero import GatheredParameters
@@ -97,8 +97,7 @@ def put(parameter: torch.nn.Parameter, array: np.ndarray) -> None:
 
 
 def named(model: torch.nn.Module, setup: Setup) -> list[tuple[str, torch.nn.Parameter]]:
-    """The trained parameters with the driver's names, in the order of the layers. UserError if they are
-    others."""
+    """The trained parameters by the driver's names, in the order of the layers; UserError for others."""
     assert setup.lora is not None
     found = {}
     for name, parameter in model.named_parameters():
@@ -145,8 +144,8 @@ class Trained:
 
     @torch.no_grad()
     def restore(self, value: np.ndarray, m: np.ndarray, v: np.ndarray, step: int) -> None:
-        """Put back the optimizer's part, float32, as it was after `step` steps; the parameter itself has
-        `value`."""
+        """Put back the state of the optimizer after `step` steps, float32; the parameter has `value`
+        already."""
         p, arrays = self._parameter, {"value": value, "m": m, "v": v}
         tensors = {what: torch.from_numpy(np.array(array)).to(p.device) for what, array in arrays.items()}
         if self._trainer.is_deepspeed_enabled:
@@ -169,14 +168,13 @@ class Trained:
 
     @property
     def grad(self) -> np.ndarray:
-        """Zero where all gradients so far were zero: it is the optimizer's mean of them, since they are
-        freed."""
+        """The optimizer's mean of the gradients: zero where all of them were zero. They are freed
+        themselves."""
         return self.read("m").numpy()
 
 
 def made_steps(zero: Any, step: int) -> None:
-    """Give DeepSpeed's ZeRO optimizer, stage 1 to 3, the state that it would otherwise create in its first
-    step.
+    """Give DeepSpeed's ZeRO optimizer (stage 1 to 3) the state that its first step would create.
 
     Without this, stages 1 and 2 find the moments of the first group of parameters only (seen with DeepSpeed
     0.19).
@@ -206,8 +204,7 @@ class Places(torch.utils.data.Dataset):
 
 
 def batch(corpus: sequences.Sequences, indices: list[int], multiple: int) -> dict[str, torch.Tensor]:
-    """data.sequences.batch as transformers takes it: its losses shift the labels, so the first label is never
-    scored."""
+    """data.sequences.batch for transformers, whose losses shift the labels: the first is never scored."""
     ids, targets, borders = sequences.batch(corpus, indices, multiple)
     labels = np.full_like(targets, IGNORE)
     labels[:, 1:] = targets[:, :-1]
@@ -219,8 +216,7 @@ def batch(corpus: sequences.Sequences, indices: list[int], multiple: int) -> dic
 
 
 class Steps(Trainer):
-    """Trainer with the batches, learning rates and schedule of `run`. `loss` sums this process's losses since
-    it was 0."""
+    """Trainer with the batches, learning rates and schedule of `run`; `loss` sums the losses of a step."""
 
     def __init__(self, run: Run, kinds: dict[str, str], **how: Any):
         self.run, self.kinds = run, kinds
@@ -269,8 +265,7 @@ class Steps(Trainer):
 
 
 class Callback(TrainerCallback):
-    """Calls `begin` when Trainer has prepared everything, and `after_step` after each step; true from it ends
-    the run."""
+    """Calls `begin` before the first step and `after_step` after each; true from it ends the run."""
 
     def __init__(self, begin: Callable[[], None], after_step: Callable[[float], bool]):
         self.begin, self.after_step = begin, after_step
@@ -372,8 +367,7 @@ class TorchEngine:
         return loss / tokens
 
     def _gather(self, what):
-        """value, m or v of every tensor: name -> float32 array on rank 0. The others take part and get
-        nothing."""
+        """value, m or v of every tensor: name -> float32 array on rank 0, nothing on the others."""
         found = {}
         for p in self.parameters:
             array = p.read(what).numpy()
@@ -402,8 +396,7 @@ class TorchEngine:
 
 
 def check_accelerator(accelerator: Any, dtype: str, device: str) -> None:
-    """UserError if accelerate's configuration asks for something that it does not do here, or that this run
-    lacks."""
+    """UserError if accelerate is configured for what it does not do here, or for what this run lacks."""
     kind, precision = accelerator.distributed_type, accelerator.mixed_precision
     if precision != ("bf16" if dtype == "bfloat16" else "no"):
         raise UserError(

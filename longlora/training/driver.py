@@ -27,8 +27,9 @@ PROFILE = "profile.json"
 
 
 def train(say: Say = print, **keywords: Any) -> Result:
-    """Train as the keywords say (the fields of options.TrainOptions) -> Result. `say` receives the lines of
-    the report.
+    """Train as the keywords say (the fields of options.TrainOptions) -> Result.
+
+    `say` receives the lines of the report.
 
     SIGINT and SIGTERM end the step, save a checkpoint and return; a second signal stops at once. UserError
     for options that cannot be met, and when a step goes wrong.
@@ -37,8 +38,7 @@ def train(say: Say = print, **keywords: Any) -> Result:
 
 
 def plan(**keywords: Any) -> Plan:
-    """The memory plan of a run with these keywords (the fields of options.TrainOptions), from the config
-    alone."""
+    """The memory plan of a run from the config alone; keywords are the fields of options.TrainOptions."""
     return plan_of(options.from_dict(keywords, planning=True))
 
 
@@ -144,8 +144,8 @@ class Driver:
         return run.finish()
 
     def _step(self, micro, tokens):
-        """One step over the batches `micro`, which have `tokens` targets -> the sum of the losses, the
-        gradient's norm.
+        """One step over batches with `tokens` targets in all -> the sum of the losses, the norm of the
+        gradient.
 
         A GPU is not waited for when the loss is not needed; the sum is then None.
         """

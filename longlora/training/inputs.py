@@ -36,7 +36,7 @@ class Source:
         if o.model:
             from longlora.files.open_model import open_model
 
-            self.base = open_model(o.model)
+            self.base: Any = open_model(o.model)
             self.config, self.fingerprint = self.base.config, self.base.fingerprint()
             self.tokenizer = self.base.tokenizer() if self.base.has_tokenizer() else None
             self.dtype: str | dict[str, str] = {name: self.base.dtype(name) for name in self.base.names()}

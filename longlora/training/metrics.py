@@ -41,8 +41,9 @@ def read(output_dir: str | os.PathLike) -> list[dict]:
 
 
 class Log:
-    """The metrics.jsonl of a run. It starts with `rows`, those up to the checkpoint that is resumed, and
-    grows by lines.
+    """The metrics.jsonl of a run.
+
+    It starts with `rows`, those up to the checkpoint that is resumed, and grows by lines.
 
     With writes=False it only keeps the rows: in a group of processes one of them writes the file.
     """

@@ -43,8 +43,8 @@ class AdamW:
 
     @staticmethod
     def _flatten(p):
-        """param, m, v, copy, grad as the op takes them. copy is None if it is not dense: then a cast writes
-        it."""
+        """param, m, v, copy, grad as the op takes them; copy is None if it is not dense (a cast writes
+        it)."""
         size = math.prod(p.shape)
         try:
             copy = None if p.copy is None else p.copy.reshape((size,))
@@ -59,8 +59,7 @@ class AdamW:
         )
 
     def step(self, learning_rates: Mapping[str, float]) -> float:
-        """Make one step with learning_rates (kind -> rate) -> the global norm of the gradient before
-        clipping.
+        """Make one step with learning_rates (kind -> rate) -> the norm of the gradient before clipping.
 
         UserError if the norm is not finite, before anything changes; a loss that is not finite makes such a
         gradient. ValueError if a kind has no rate. On a GPU the norm is the one number of a step that is
@@ -100,13 +99,11 @@ class AdamW:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """The float32 Tensors "value.", "m." and "v." before each parameter's name: the tensors themselves,
-        not copies."""
+        """The float32 Tensors, not copies: "value.", "m." and "v." before the name of each parameter."""
         return {f"{what}.{p.name}": getattr(p, what) for p in self.parameters for what in ("value", "m", "v")}
 
     def load_state_dict(self, state: Mapping[str, Any], steps: int) -> None:
-        """Restore what state_dict returned after `steps` steps; the next steps give the same bits as without
-        a stop.
+        """Restore the state_dict of `steps` steps; the steps after it give the same bits as without a stop.
 
         UserError if names or shapes differ.
         """

@@ -173,8 +173,7 @@ class TrainOptions:
     )
 
     def check(self, planning: bool = False) -> "TrainOptions":
-        """Check every value against its field and the fields against each other -> self; UserError names the
-        option.
+        """Check each value and how the values fit each other -> self; UserError names the option.
 
         With planning, data and output_dir may be missing.
         """
@@ -219,8 +218,8 @@ class TrainOptions:
             )
 
     def resolve(self, config: Any) -> "TrainOptions":
-        """Fill in what was left open, for a base model of `config` (a ModelConfig) -> self; UserError if they
-        do not fit."""
+        """Fill in what was left open, for a base of `config` (a ModelConfig) -> self; UserError for a
+        misfit."""
         length, longest = self.sequence_length, config.max_position_embeddings
         if length is None:
             length = self.sequence_length = self.target_length or longest
@@ -353,8 +352,7 @@ def aliases() -> dict[str, str]:
 
 
 def from_dict(values: dict[str, Any], where: str = "options", planning: bool = False) -> TrainOptions:
-    """Keywords or YAML keys -> checked TrainOptions. UserError for an unknown key names the nearest
-    option."""
+    """Keywords or YAML keys -> checked TrainOptions. UserError names the option nearest to an unknown key."""
     names, other = [f.name for f in fields(TrainOptions)], aliases()
     found: dict[str, Any] = {}
     for key, value in values.items():
@@ -387,8 +385,7 @@ def _default(f: Field) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser, shown: Collection[str] | None = None) -> None:
-    """Add a flag for every option: --learning-rate for learning_rate. A flag that is not given is not in the
-    namespace.
+    """Add a flag for every option; flags that are not given stay out of the namespace.
 
     shown: the options that --help lists, by default all.
     """
@@ -418,8 +415,8 @@ def add_flags(parser: argparse.ArgumentParser, shown: Collection[str] | None = N
 
 
 def from_flags(namespace: argparse.Namespace, planning: bool = False) -> TrainOptions:
-    """The parsed flags, over the YAML file of --config -> checked TrainOptions. UserError names what is
-    wrong."""
+    """The parsed flags, over the YAML file of --config -> checked TrainOptions; UserError for an error in
+    it."""
     given = {f.name: getattr(namespace, f.name) for f in fields(TrainOptions) if hasattr(namespace, f.name)}
     if not namespace.config:
         return from_dict(given, "command line", planning)

@@ -1,5 +1,4 @@
-"""Where the time of a training step goes: each op's calls, seconds, FLOPs, bytes, and its floor on this
-machine.
+"""Where the time of a training step goes: calls, seconds, FLOPs, bytes and a floor for each op.
 
 A Recorder replaces the ops of _C only while it is entered; otherwise profiling costs nothing. FLOPs are those
 that the result needs: of matrix products and of the visible half of attention, 2 for a multiply-add; passes
@@ -155,8 +154,7 @@ class Recorder:
             row[i] += n
 
     def report(self) -> dict[str, Any]:
-        """The means of a step as a dict for JSON: the slowest op first, and the calls of each op by their
-        sizes."""
+        """The means of a step as a dict for JSON: the slowest op first, with its calls by their sizes."""
         rate, bandwidth = self.peaks
         keys: tuple[str, ...] = ("calls", "seconds", "system_seconds", "flops", "bytes")
         ops: dict[str, list[dict]] = {}
@@ -238,8 +236,8 @@ def _in_threads(count, body):
 
 @functools.cache
 def peaks(threads: int) -> tuple[float, float]:
-    """Measure this machine on `threads` threads, once -> float32 multiply-add GF/s, copy GB/s read plus
-    written."""
+    """Measure this machine on `threads` threads, once -> multiply-add GF/s (float32), copy GB/s (both
+    ways)."""
     size, flops = 64 << 20, [0.0] * threads
     froms, tos = ([np.ones(size, np.uint8) for _ in range(threads)] for _ in range(2))
 

@@ -1,17 +1,9 @@
-"""What a run reports in words and pictures: the sentences before, between and after its steps, options.yaml,
-loss.png."""
+"""What a run reports in words and pictures: the lines of its steps, options.yaml, loss.png."""
 
-import math
 import os
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from longlora.disk import write_text
-from longlora.ops import shifted_heads
 from longlora.training.options import TrainOptions
-
-if TYPE_CHECKING:
-    from longlora.training.run import Run, Trained
 
 OPTIONS = "options.yaml"
 
@@ -33,36 +25,6 @@ def last_line(o: TrainOptions, rows: list[dict]) -> str:
         return f"saved {o.output_dir}"
     change = f"{evaluated[0]:.3f} -> {evaluated[-1]:.3f}"
     return f"saved {o.output_dir}; held-out perplexity {change}, dense attention"
-
-
-def describe(run: "Run", parameters: "Iterable[Trained]") -> Iterator[str]:
-    """What the run will do, line by line."""
-    o, setup, processes = run.o, run.setup, run.processes
-    H, B, n = setup.config.num_attention_heads, o.per_device_train_batch_size, o.gradient_accumulation_steps
-    if o.group_size is None:
-        yield f"attention: dense causal, {H} heads"
-    else:
-        yield (
-            f"attention: S2 {o.boundary}, group {o.group_size} of {o.sequence_length} tokens, "
-            f"{shifted_heads(H, o.shift)}/{H} heads shifted by {o.group_size // 2}; evaluation is dense"
-        )
-    counts: dict[str, int] = {}
-    for p in parameters:
-        counts[p.kind] = counts.get(p.kind, 0) + math.prod(p.shape)
-    kinds = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
-    yield f"trainable: {kinds}; total {sum(counts.values()):,}"
-    yield setup.rope
-    evaluated = f"; {run.evaluated:,} sequences are evaluated" if run.evaluated else ""
-    yield f"data: {run.corpus.sentence}{evaluated}"
-    each, shared = f"{B} x {n} x {o.sequence_length:,}", ""
-    if processes > 1:
-        each, shared = f"{processes} x {each}", f" by {processes} processes"
-    warmup = f" after {run.warmup} steps of warm-up" if run.warmup else ""
-    yield (
-        f"steps: {run.steps:,} of {each} = {run.each * o.sequence_length:,} tokens{shared}; "
-        f"learning rate {o.learning_rate:g}, embedding, head and norms {o.embedding_learning_rate:g}, "
-        f"{o.lr_scheduler_type}{warmup}"
-    )
 
 
 def write_options(o: TrainOptions) -> None:

@@ -91,8 +91,7 @@ def sweep(directory: str) -> None:
 
 @contextlib.contextmanager
 def alone(directory: str) -> Iterator[None]:
-    """Create `directory` if it does not exist and lock it against other runs; UserError if another run holds
-    it.
+    """Create `directory` if need be and lock it; UserError if another run holds it.
 
     The lock belongs to the process, so a killed run leaves none.
     """
@@ -130,8 +129,7 @@ def load(path: str) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def resolve(resume_from_checkpoint: str, output_dir: str) -> str | None:
-    """The checkpoint that the option names. For "latest" it is the newest one in output_dir, or None if there
-    is none."""
+    """The checkpoint that the option names; "latest" is the newest in output_dir, or None without any."""
     if resume_from_checkpoint == "latest":
         return found(output_dir)[-1] if found(output_dir) else None
     return resume_from_checkpoint

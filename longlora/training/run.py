@@ -2,8 +2,8 @@
 
 An Engine computes the steps: the driver (driver.py) with our Model and AdamW, the Trainer path
 (longlora.torch.trainer) with those of torch. Run holds the number of steps, the schedule, the learning rates,
-what is logged, evaluated and saved and when, and what a resumed run may change. The sentences of the report
-are in report.py.
+what is logged, evaluated and saved and when, and what a resumed run may change. It says what the run will do;
+the lines of the steps are in report.py.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from longlora.device import host
 from longlora.errors import UserError
 from longlora.evaluation.ppl import perplexity
 from longlora.files import adapter, merge
+from longlora.ops import shifted_heads
 from longlora.training import metrics, report, resume
 from longlora.training.inputs import Say, Setup, Source, read_data
 from longlora.training.options import TrainOptions
@@ -141,8 +142,7 @@ def peak_rate(o: TrainOptions, kind: str) -> float:
 
 
 def length(o: TrainOptions, sequences: int, each: int) -> tuple[int, int]:
-    """The number of steps of a run over `sequences` sequences, `each` of them a step, and how many of them
-    warm up."""
+    """The steps of a run over `sequences` sequences, `each` in a step, and how many of them warm up."""
     steps = o.max_steps if o.max_steps > 0 else max(1, math.ceil(o.num_train_epochs * sequences / each))
     return steps, int(o.warmup_steps) if o.warmup_steps >= 1 else math.ceil(o.warmup_steps * steps)
 
@@ -324,7 +324,7 @@ class Run:
         if self.writes:
             report.write_options(o)
         self.log = metrics.Log(o.output_dir, self.rows, self.writes)
-        for sentence in report.describe(self, engine.parameters):
+        for sentence in self._describe(engine.parameters):
             self.say(sentence)
         if memory is not None:
             self.say(memory)
@@ -334,6 +334,35 @@ class Run:
                 if self.resumed
                 else "resuming: no checkpoint yet, from the start"
             )
+
+    def _describe(self, parameters):
+        """What the run will do, line by line."""
+        o, setup, processes = self.o, self.setup, self.processes
+        H, n = setup.config.num_attention_heads, o.gradient_accumulation_steps
+        if o.group_size is None:
+            yield f"attention: dense causal, {H} heads"
+        else:
+            yield (
+                f"attention: S2 {o.boundary}, group {o.group_size} of {o.sequence_length} tokens, "
+                f"{shifted_heads(H, o.shift)}/{H} heads shifted by {o.group_size // 2}; evaluation is dense"
+            )
+        counts: dict[str, int] = {}
+        for p in parameters:
+            counts[p.kind] = counts.get(p.kind, 0) + math.prod(p.shape)
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
+        yield f"trainable: {kinds}; total {sum(counts.values()):,}"
+        yield setup.rope
+        evaluated = f"; {self.evaluated:,} sequences are evaluated" if self.evaluated else ""
+        yield f"data: {self.corpus.sentence}{evaluated}"
+        each, shared = f"{o.per_device_train_batch_size} x {n} x {o.sequence_length:,}", ""
+        if processes > 1:
+            each, shared = f"{processes} x {each}", f" by {processes} processes"
+        warmup = f" after {self.warmup} steps of warm-up" if self.warmup else ""
+        yield (
+            f"steps: {self.steps:,} of {each} = {self.each * o.sequence_length:,} tokens{shared}; "
+            f"learning rate {o.learning_rate:g}, embedding, head and norms {o.embedding_learning_rate:g}, "
+            f"{o.lr_scheduler_type}{warmup}"
+        )
 
     def begin(self) -> None:
         """Evaluate before the first step, and note the parameters' checksums and the time.

@@ -42,7 +42,8 @@ def model(config):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_tensors_are_those_of_transformers(tmp_path, family, tied, bias):
-    fields = dict(attention_bias=bias) if family in ("llama", "qwen3", "granite", "smollm3") else {}
+    row = FAMILIES[family]
+    fields = {rule: bias for rule in (row.qkv_bias, row.o_bias) if isinstance(rule, str)}
     config = theirs(family, tie_word_embeddings=tied, head_dim=16, **fields)
     config.save_pretrained(tmp_path)
     ours = read_config(tmp_path)
@@ -52,10 +53,10 @@ def test_tensors_are_those_of_transformers(tmp_path, family, tied, bias):
     assert ours.tensor_shapes() == wanted
     assert ours.family == family and ours.tie_word_embeddings is tied
     assert (ours.head_dim, ours.num_key_value_heads, ours.rms_norm_eps) == (16, 2, config.rms_norm_eps)
-    assert ours.rope == Rope("default", 2000000.0 if family == "smollm3" else 10000.0, 64)
+    assert ours.rope == Rope("default", row.theta, 64)
 
 
-@pytest.mark.parametrize("family", ["phi3", "granite", "smollm3"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "vocab_size" in FAMILIES[name].defaults])
 @pytest.mark.parametrize("given", [{}, SIZES, dict(num_key_value_heads=None), dict(num_hidden_layers=9)])
 def test_a_missing_key_has_the_default_of_transformers(family, given):
     import transformers
@@ -74,9 +75,12 @@ def test_a_missing_key_has_the_default_of_transformers(family, given):
         "hidden_size",
     ):
         assert getattr(ours, name) == getattr(config, name), name
-    assert ours.head_dim == config.hidden_size // config.num_attention_heads
+    plain = config.hidden_size // config.num_attention_heads
+    assert ours.head_dim == (getattr(config, "head_dim", None) or plain)
     assert ours.rope.theta == config.rope_parameters["rope_theta"] and ours.rope.type == "default"
-    assert ours.qkv_bias is ours.o_bias is getattr(config, "attention_bias", False)
+    for name in ("qkv_bias", "o_bias"):
+        rule = getattr(FAMILIES[family], name)
+        assert getattr(ours, name) is (getattr(config, rule) if isinstance(rule, str) else rule)
     rotated = tuple(map(bool, getattr(config, "no_rope_layers", [1])))
     assert ours.rope_layers == (None if all(rotated) else rotated)
     for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling"):

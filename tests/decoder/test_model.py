@@ -22,6 +22,7 @@ from longlora.decoder import layer as layer_
 from longlora.decoder import model as model_
 from longlora.decoder import plan as plan_
 from longlora.decoder.config import read_config
+from longlora.decoder.families import FAMILIES
 from longlora.decoder.layer import Reach
 from longlora.decoder.lora import LoraConfig
 from longlora.errors import UserError
@@ -86,6 +87,10 @@ OTHER = {
 }
 CASES = [(name, lora, S2) for name in CONFIGS for lora in LORAS]
 CASES += [(name, lora, a) for name, lora in (("llama", "paper"), ("qwen3", "full")) for a in OTHER.values()]
+
+
+def test_every_family_is_here():
+    assert {config["model_type"] for config in CONFIGS.values()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name,lora,attention", CASES)

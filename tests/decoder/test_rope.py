@@ -54,7 +54,8 @@ SCALINGS = {
         "original_max_position_embeddings": 512,
     },
 }
-# RAW extended from 2048 to 16384 positions, by pencil. NTK-aware: theta grows by factor^(D / (D - 2)), D = 32.
+# RAW extended from 2048 to 16384 positions, by pencil. NTK-aware: theta grows by factor^(D / (D - 2)) with
+# D = 32.
 BY_HAND = {
     "linear": Rope("linear", 10000.0, 2048, 8.0),
     "ntk": Rope("ntk", 10000.0 * 8 ** (32 / 30), 2048, 8.0, original_theta=10000.0),
@@ -206,7 +207,8 @@ def test_extending_yarn_and_llama3_again_goes_on_with_their_own_rule(kind):
 
 
 def test_extending_yarn_keeps_its_ramp_and_computes_the_attention_factor_anew():
-    """An attention_factor that the base gives belongs to the base's factor. The paper's rule gives 0.1 ln 8 + 1 for 8."""
+    """The attention_factor of the base belongs to its factor. The paper's rule gives 0.1 ln 8 + 1 for a
+    factor of 8."""
     base = read_config({**RAW, "rope_scaling": SCALINGS["yarn, all keys"]})
     rope, _ = rope_.extend(base, "yarn", 32768)
     assert rope == Rope("yarn", 10000.0, 4096, 8.0, beta_fast=20.0, beta_slow=2.0)

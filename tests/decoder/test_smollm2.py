@@ -1,5 +1,6 @@
-"""A real model, SmolLM2-135M, end to end: perplexity and logits against transformers, every gradient against autograd, and a real
-extension: interpolated by 4, perplexity must fall by more than half in 24 steps of S2-Attn, and PEFT must find the same."""
+"""A real model, SmolLM2-135M, end to end: perplexity and logits against transformers, every gradient against
+autograd, and a real extension: interpolated by 4, perplexity must fall by more than half in 24 steps of
+S2-Attn, and PEFT must find the same."""
 
 import math
 import shutil
@@ -58,7 +59,8 @@ def test_logits_and_perplexity_are_those_of_transformers(base, peer, acts):
 
 
 def autograd(converted, config, lora, trained, T, G, dtype):  # noqa: F811
-    """transformers' model with LoRA by hooks and S2-Attn by mask, in `dtype` -> f(values by name, ids) -> loss, gradients by name."""
+    """transformers' model with LoRA by hooks and S2-Attn by mask, in `dtype` -> f(values by name, ids) ->
+    loss, gradients by name."""
 
     def s2_by_mask(module, q, k, v, attention_mask, scaling, dropout=0.0, **unused):
         mask = torch.from_numpy(reference.attention_mask(T, q.shape[1], G))
@@ -102,8 +104,9 @@ def autograd(converted, config, lora, trained, T, G, dtype):  # noqa: F811
 
 
 def errors_of_steps(base, converted, acts, layers, steps, dtype):  # noqa: F811
-    """LoRA on q, k, v, o (B off zero), embedding and norms, S2-Attn, interpolated, the first `layers` layers, against torch in
-    `dtype` -> relative errors of the losses [steps] and of the gradients, name -> [steps]."""
+    """LoRA on q, k, v, o (B off zero), embedding and norms, S2-Attn, interpolated, the first `layers` layers,
+    against torch in `dtype` -> relative errors of the losses [steps] and of the gradients, name ->
+    [steps]."""
     T, G = 75, 20
     raw = {**base.config.raw, "num_hidden_layers": layers}
     new, _ = rope.extend(read_config(raw), "linear", 32768)
@@ -139,24 +142,27 @@ def errors_of_steps(base, converted, acts, layers, steps, dtype):  # noqa: F811
 
 
 def test_every_gradient_is_autograds(base, converted, acts):  # noqa: F811
-    """Three layers of it in float64. With u = 2^-24: a sum of n products in float32 is off by about sqrt(n) u, that is 24 to 39 u
-    here, and some thirty of them follow each other, forward and backward: 39 sqrt(30) = 214 u, a power of two above which nothing
-    may be. The median of five steps counts, because one step may be ill-conditioned; the loss is a mean, which is far nearer.
-    Below the third layer of this model a rounding is enlarged tenfold: thirty layers would say little, see the next test."""
+    """The first three layers, against float64. A float32 sum of n products is off by about sqrt(n) u, u =
+    2^-24: 24 to 39 u here. Some thirty of them follow each other, forward and backward: 39 sqrt(30) = 214 u,
+    so the limit is 256 u. The median of five steps counts, because one step may be ill-conditioned. The loss
+    is a mean, which is far nearer.
+
+    Deeper layers of this model enlarge a rounding tenfold, in some steps: the next test has all of them, with
+    a wide limit.
+    """
     losses, errors = errors_of_steps(base, converted, acts, 3, 5, torch.float64)
     medians = {name: np.median(steps) * 2**24 for name, steps in errors.items()}
-    print(
-        f"loss {np.median(losses) * 2**24:.1f} u, gradients {np.median(list(medians.values())):.0f} u, up to {max(medians.values()):.0f} u"
-    )
+    middle, most = np.median(list(medians.values())), max(medians.values())
+    print(f"loss {np.median(losses) * 2**24:.1f} u, gradients {middle:.0f} u, up to {most:.0f} u")
     assert len(errors) == 1 + 3 * (8 + 2) + 1
     assert np.median(losses) <= 2.0**-24 * 8
-    assert np.median(list(medians.values())) <= 128
-    assert max(medians.values()) <= 256, max(medians, key=medians.get)
+    assert middle <= 128
+    assert most <= 256, max(medians, key=medians.get)
 
 
 def test_every_gradient_of_the_whole_model_is_near_autograds(base, converted, acts):  # noqa: F811
-    """All layers, one step, against torch's float32: a layer that takes another's weights or buffers is off by its whole size, a
-    rounding in either of them by some ten-thousandths."""
+    """All layers, one step, against torch's float32: a layer that takes another's weights or buffers is off
+    by its whole size, a rounding in either of them by some ten-thousandths."""
     (loss,), errors = errors_of_steps(base, converted, acts, base.config.num_hidden_layers, 1, torch.float32)
     print(f"loss {loss:.1e}, gradients up to {max(errors.values())[0]:.1e}")
     assert len(errors) == 1 + 30 * (8 + 2) + 1
@@ -165,7 +171,8 @@ def test_every_gradient_of_the_whole_model_is_near_autograds(base, converted, ac
 
 
 def test_extension_halves_the_perplexity(base, smollm2, converted, acts, tmp_path):  # noqa: F811
-    """24 steps of one 1024-token sequence, G = 256, AdamW at 2e-3 for LoRA and 1e-4 for embedding and norms; dense evaluation."""
+    """24 steps of one 1024-token sequence, G = 256, AdamW at 2e-3 for LoRA and 1e-4 for embedding and norms;
+    dense evaluation."""
     held_out = tmp_path / "held_out.txt"
     held_out.write_text(HELD_OUT.read_text()[:24_000])
     native = ppl.run(smollm2, held_out, [1024])["results"][0]["perplexity"]

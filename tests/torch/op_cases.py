@@ -147,6 +147,11 @@ CASES = {
         lambda x: torch.ops.longlora.cast(x, torch.float32),
         lambda dout, x: (reference.f64(x), [dout]),
     ),
+    "scale": (
+        [(M, C)],
+        lambda x: torch.ops.longlora.scale(x, 0.3),
+        lambda dout, x: (reference.scale(x, 0.3), [reference.scale(dout, 0.3)]),
+    ),
 }
 
 

@@ -54,8 +54,8 @@ def test_a_family_trains(family):
     assert len(still) == len(before) - len(trained), "something frozen moved"
 
 
-# From 128 positions to 300, then to 1024, by pencil: theta with D numbers rotated, and the words of transformers. llama3's second
-# factor counts from the 300 that its first one, ceil(300 / 128), reaches.
+# From 128 positions to 300, then to 1024, by pencil: theta with D numbers rotated, and the words of
+# transformers. llama3's second factor counts from the 300 that its first one, ceil(300 / 128), reaches.
 POSITIONS = {
     "linear": (lambda D: 10000.0, dict(rope_type="linear", factor=8.0)),
     "ntk": (lambda D: 10000.0 * 8 ** (D / (D - 2)), dict(rope_type="default")),
@@ -122,12 +122,12 @@ def test_round_trips_keep_everything(tmp_path, tied):
 
 
 def test_the_drivers_adapter_is_loaded(tmp_path):
-    import tiny as driver
+    import tiny as runs
 
-    base, text = driver.model(tmp_path / "base"), driver.text(tmp_path / "text.txt", 300)
+    base, text = runs.model(tmp_path / "base"), runs.text(tmp_path / "text.txt", 300)
     from longlora.training import driver
 
-    driver.train(lambda line: None, **driver.options(tmp_path, max_steps=2))
+    driver.train(lambda line: None, **runs.options(tmp_path, max_steps=2))
     from longlora.files.open_model import open_model
 
     ids = torch.from_numpy(open_model(str(base)).tokenizer().encode(text.read_text())[:64].astype(np.int64))[
@@ -192,13 +192,14 @@ EXPECTED = {
     "phi3": ALL | dict(swiglu=0),  # gate and up are one linear
     "olmo": ALL | dict(rms_norm=0),
     "stablelm": ALL | dict(rms_norm=0),  # their norms take the mean off
-    "starcoder2": ALL | dict(rms_norm=0, swiglu=0),
-    "gpt_neox": ALL | dict(rms_norm=0, swiglu=0),  # so do these, with GELU
+    "starcoder2": ALL | dict(rms_norm=0, swiglu=0),  # so do its norms; its MLP is GELU
+    "gpt_neox": ALL | dict(rms_norm=0, swiglu=0),  # so do its norms; its MLP is GELU
     "gemma": ALL | dict(rms_norm=0, swiglu=0),  # its norm is (1 + w), its MLP GeGLU
     "granite": ALL | dict(linear_cross_entropy=0),  # it scales its logits
-    "cohere": ALL | dict(rms_norm=0, rope=0, linear_cross_entropy=0),  # so does it; it rotates neighbours
+    # It scales its logits and rotates neighbours.
+    "cohere": ALL | dict(rms_norm=0, rope=0, linear_cross_entropy=0),
     "glm": ALL | dict(swiglu=0, rope=0),
-    "helium": ALL | dict(rope=0),  # so do these
+    "helium": ALL | dict(rope=0),  # they rotate neighbours
 }
 
 

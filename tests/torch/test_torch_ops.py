@@ -251,6 +251,7 @@ def calls():
     yield "embedding_backward", (rand(M, C), ids, V)
     yield "matmul", (rand(M, C).requires_grad_(), rand(C, N).requires_grad_(), 0.5)
     yield "cast", (rand(M, C).requires_grad_(), torch.bfloat16)
+    yield "scale", (rand(M, C).requires_grad_(), 0.5)
     yield "accumulate_", (rand(M, C), rand(M, C), 0.5)
     yield "adamw_", (*(rand(9) for _ in range(4)), 1e-3, 0.9, 0.999, 1e-8, 0.1, 1, 1.0)
     yield "sum_squares", (rand(9),)

@@ -21,7 +21,8 @@ typedef struct {
 } Block;
 
 /* MR rows of a from row m, as this block's tiles read them, and of u. */
-static inline void rows_of_a(const Job *job, const Block *block, int64_t m, int64_t rows, Rows *a, Rows *u) {
+static inline __attribute__((always_inline)) void rows_of_a(const Job *job, const Block *block, int64_t m,
+                                                            int64_t rows, Rows *a, Rows *u) {
     const Plan *plan = job->plan;
     const Slice *at = &job->at;
     *a = (Rows){ .step = plan->a_step, .ahead = plan->ahead }, *u = (Rows){ 0 };
@@ -39,8 +40,9 @@ static inline void rows_of_a(const Job *job, const Block *block, int64_t m, int6
 
 /* Multiplies one tile of a block: row m, of `rows`, column n. `onward` is g for a slice that finds its own
  * sums in c. */
-static inline void run_tile(const Job *job, const Gemm *onward, const Block *block, const Rows *a,
-                            const Rows *u, int64_t m, int64_t n, int64_t rows) {
+static inline __attribute__((always_inline)) void run_tile(const Job *job, const Gemm *onward,
+                                                           const Block *block, const Rows *a, const Rows *u,
+                                                           int64_t m, int64_t n, int64_t rows) {
     const Plan *plan = job->plan;
     const Slice *at = &job->at;
     const Gemm *g = job->g;

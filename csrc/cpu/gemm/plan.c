@@ -117,9 +117,11 @@ void CPU(gemm_plan)(const Gemm *g, Plan *plan, Plan *of_u) {
     choose_block(&p);
     p.way = choose_way(&p);
     p.writes_of_c = choose_writes_of_c(&p, g);
-    choose_slice(&p);
-    *of_u = plan_of_u(&p, g);
-    if (p.way == BLOCKS) count_floats(&p, of_u);
+    if (p.way == BLOCKS) {
+        choose_slice(&p);
+        if (p.R && !p.swapped) *of_u = plan_of_u(&p, g);
+        count_floats(&p, of_u);
+    }
     if (p.way == NARROW) p.floats.b = narrow_columns(&p) * narrow_depth(&p);
     *plan = p;
 }

@@ -11,6 +11,10 @@ def _save_dtype(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
 
 
+def _save_factor(ctx, inputs, output):
+    ctx.factor = inputs[1]
+
+
 def _grad_cast(ctx, dout):
     return cast(dout, ctx.dtype), None
 
@@ -27,6 +31,13 @@ cast = register(
     lambda x, dtype: x.new_empty(x.shape, dtype=dtype),
     backward=_grad_cast,
     save=_save_dtype,
+)
+scale = register(
+    "scale(Tensor x, float scale) -> Tensor",
+    lambda x, factor: ops.scale(dense(x), factor),
+    lambda x, factor: x.new_empty(x.shape),
+    backward=lambda ctx, dout: (scale(dout, ctx.factor), None),
+    save=_save_factor,
 )
 accumulate_ = register(
     "accumulate_(Tensor(a!) out, Tensor x, float scale) -> ()",

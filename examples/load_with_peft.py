@@ -1,0 +1,28 @@
+"""Load an adapter of `longlora train` with stock transformers and PEFT, and generate text with it."""
+
+import tempfile
+
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import longlora
+from longlora.tools.demo import HELD_OUT, MODEL, TEXT
+
+adapter = tempfile.mkdtemp(prefix="longlora-") + "/adapter"
+longlora.train(
+    model=MODEL,
+    data=TEXT / "kjv-40-matthew.txt",
+    output_dir=adapter,
+    target_length=1024,
+    max_steps=3,
+    learning_rate=2e-3,
+)
+
+config = AutoConfig.from_pretrained(adapter)  # the config.json beside the adapter has the longer positions
+model = AutoModelForCausalLM.from_pretrained(MODEL, config=config)
+model = PeftModel.from_pretrained(model, adapter).eval()
+tokenizer = AutoTokenizer.from_pretrained(adapter, model_max_length=1024)
+text = (HELD_OUT / "austen-persuasion.txt").read_text()[:3000]
+prompt = tokenizer(text, return_tensors="pt").input_ids[:, :500]  # the base model reads 256 tokens
+written = model.generate(prompt, max_new_tokens=20, do_sample=False)[0, 500:]
+print(f"{config.max_position_embeddings} positions; the next words: {tokenizer.decode(written)!r}")
