@@ -6,26 +6,28 @@ twice.
 
 import itertools
 import mmap
-import os
 from collections.abc import Callable
 from typing import Any
 
 from longlora import _C
 from longlora.device import CPU
+from longlora.errors import UserError
+
+NORESERVE = 0x4000  # MAP_NORESERVE of Linux, which Python's mmap does not name
 
 
 def untouched(size: int) -> _C.Tensor:
     """A uint8 Tensor [size] that costs no memory as long as nothing reads or writes it.
 
-    It is a file in memory without pages: unlike an anonymous mapping it may exceed what the machine has,
-    whatever the system's rule for overcommitment is.
+    It may exceed what the machine has, unless the system forbids that (vm.overcommit_memory is 2): UserError.
     """
-    size, file = max(size, 1), os.memfd_create("untouched")
+    size, flags = max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
     try:
-        os.ftruncate(file, size)
-        return _C.Tensor.wrap(mmap.mmap(file, size), (size,), "uint8")
-    finally:
-        os.close(file)
+        return _C.Tensor.wrap(mmap.mmap(-1, size, flags=flags), (size,), "uint8")
+    except OSError as error:
+        raise UserError(
+            f"the plan needs {size} bytes of address space, no memory: {error.strerror}"
+        ) from None
 
 
 class Recorder:

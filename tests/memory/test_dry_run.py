@@ -1,5 +1,6 @@
 """The dry run of a step makes the very calls that a step makes."""
 
+import errno
 import mmap
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from longlora import _C
 from longlora.decoder import plan as plan_
 from longlora.decoder.layer import RECOMPUTE
+from longlora.errors import UserError
 from longlora.memory.dry_run import Recorder, untouched
 from longlora.training.optimizer import AdamW
 
@@ -85,6 +87,13 @@ def test_the_recorder_keeps_the_largest_block_of_each_rank(monkeypatch):
         cpu.matmull()
 
 
+def strict():
+    """Whether the system grants no more address space than it has memory."""
+    with open("/proc/sys/vm/overcommit_memory") as file:
+        return file.read().strip() == "2"
+
+
+@pytest.mark.skipif(strict(), reason="the system forbids overcommitment")
 def test_untouched_memory_costs_none():
     """Sixteen times the machine's memory."""
 
@@ -100,3 +109,12 @@ def test_untouched_memory_costs_none():
     assert rows.shape == (total // 4 - total // 8, 4) and resident() - before < 1 << 20
     assert untouched(0).shape == (1,)
     np.testing.assert_array_equal(arena[:8].numpy(), 0)
+
+
+def test_no_address_space_is_a_user_error(monkeypatch):
+    def refused(*args, **kwargs):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refused)
+    with pytest.raises(UserError, match="needs 4096 bytes of address space, no memory: Cannot allocate"):
+        untouched(4096)
