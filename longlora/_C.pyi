@@ -12,7 +12,7 @@ class Tensor:
     def __init__(
         self,
         shape: int | Sequence[int],
-        dtype: DType = "float32",
+        dtype: DType | str = "float32",
         device: str = "cpu",
         *,
         pinned: bool = False,
@@ -70,7 +70,7 @@ def calls() -> dict[str, int]: ...
 cuda_built_for: str
 
 def cuda_hooks(
-    workspace: Callable[[int, int, int, Array], Array], stream: Callable[[Array, int], int | None], /
+    workspace: Callable[[int, int, int, Array, int], Array], stream: Callable[[Array, int], int | None], /
 ) -> None: ...
 def cuda_devices() -> tuple[int, str | None]: ...
 def cuda_refusal(index: int, /) -> str | None: ...

@@ -196,8 +196,10 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     p = parser()
     args, unknown = p.parse_known_args(options.dashed(sys.argv[1:] if argv is None else argv))
     if unknown:
-        subparsers = next(action.choices for action in p._actions if action.dest == "command")
-        known = [flag for action in subparsers[args.command]._actions for flag in action.option_strings]
+        subparsers = next(action for action in p._actions if isinstance(action, argparse._SubParsersAction))
+        known = [
+            flag for action in subparsers.choices[args.command]._actions for flag in action.option_strings
+        ]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
         p.error(
             f"{args.command}: unknown option {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else "")

@@ -64,7 +64,8 @@ def properties(device="cuda") -> dict:
 
 def versions() -> tuple[str | None, str | None]:
     """(driver, runtime), as "13.0". None without a driver, or in a build without CUDA."""
-    return tuple(f"{v // 1000}.{v % 1000 // 10}" if v else None for v in _C.cuda_versions())
+    driver, runtime = (f"{v // 1000}.{v % 1000 // 10}" if v else None for v in _C.cuda_versions())
+    return driver, runtime
 
 
 def built_for() -> str | None:

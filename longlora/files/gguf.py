@@ -114,12 +114,13 @@ class Gguf(ModelFile):
             ) from None
         except (ValueError, OverflowError) as error:
             raise UserError(f"{self.path}: damaged header: {error}") from None
-        self._family = self.metadata.get("general.architecture")
-        if not isinstance(self._family, str) or self._family not in ARCHITECTURES:
+        family = self.metadata.get("general.architecture")
+        if not isinstance(family, str) or family not in ARCHITECTURES:
             raise UserError(
-                f"{self.path}: architecture {self._family!r} is not supported; "
+                f"{self.path}: architecture {family!r} is not supported; "
                 f"supported are {', '.join(ARCHITECTURES)}"
             )
+        self._family = family
         self._arch = ARCHITECTURES[self._family]
         self._tensors = self._places(infos, base)
         self._shapes = {name: tensor[0] for name, tensor in self._tensors.items()}
@@ -238,7 +239,7 @@ class Gguf(ModelFile):
         original = found.pop("original_context_length", None)
         found.pop("finetuned", None)
         if self._freqs is not None:
-            return self._llama3(raw)
+            return self._llama3(raw, self._freqs)
         if kind == "none" or kind == "linear" and factor in (None, 0, 1):
             return None
         scaling = {"rope_type": kind, "factor": _decimal(factor)}
@@ -251,13 +252,13 @@ class Gguf(ModelFile):
             raise UserError(f"{self.path}: rope scaling with {', '.join(sorted(found))} is not supported")
         return scaling
 
-    def _llama3(self, raw):
+    def _llama3(self, raw, divisors):
         """Find Llama 3's rule again: llama.cpp stores only its result, the divisors of the frequencies."""
 
-        if np.allclose(self._freqs, 1):
+        if np.allclose(divisors, 1):
             return None
-        factor = float(self._freqs.max())
-        plain = inverse_frequencies(Rope("default", float(raw["rope_theta"]), 1), 2 * self._freqs.size)[0]
+        factor = float(divisors.max())
+        plain = inverse_frequencies(Rope("default", float(raw["rope_theta"]), 1), 2 * divisors.size)[0]
         for power in range(9, 21):
             rope = Rope(
                 "llama3",
@@ -267,9 +268,7 @@ class Gguf(ModelFile):
                 low_freq_factor=1.0,
                 high_freq_factor=4.0,
             )
-            if np.allclose(
-                plain / inverse_frequencies(rope, 2 * self._freqs.size)[0], self._freqs, rtol=1e-4
-            ):
+            if np.allclose(plain / inverse_frequencies(rope, 2 * divisors.size)[0], divisors, rtol=1e-4):
                 return {
                     "rope_type": "llama3",
                     "factor": factor,
@@ -309,7 +308,7 @@ class Gguf(ModelFile):
 
     def _part(self, name, start, stop):
         place = self._tensors[name]
-        rows = slice(start, stop)
+        rows: slice | np.ndarray = slice(start, stop)
         if self._arch.interleaved and ("q_proj" in name or "k_proj" in name):
             pairs = np.arange(place[0][0]).reshape(-1, self.config.head_dim // 2, 2)
             rows = pairs.swapaxes(1, 2).reshape(-1)[start:stop]

@@ -370,8 +370,8 @@ def _merges(vocab, scores):
     """The merges that a SentencePiece vocabulary implies: each token's splits into two, best score first."""
     found = []
     for token, score in zip(vocab, scores, strict=True):
-        pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
-        pairs = [(left, right, score) for left, right in pairs if left in vocab and right in vocab]
+        splits = ((token[:i], token[i:]) for i in range(1, len(token)))
+        pairs = [(left, right, score) for left, right in splits if left in vocab and right in vocab]
         found += sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
     found.sort(key=lambda pair: (pair[2], len(pair[0]), len(pair[1])), reverse=True)
     return [[left, right] for left, right, _ in found]

@@ -28,7 +28,7 @@ def examine() -> dict[str, Any]:
     from longlora import _C, __version__
     from longlora.memory.plan import available_memory
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)

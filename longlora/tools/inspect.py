@@ -46,7 +46,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _adapter(path):
     lora = adapter.read_lora(path)
     file = SafetensorsFile(os.path.join(path, adapter.WEIGHTS))
-    trained = {}
+    trained: dict[str, int] = {}
     for name, (_, shape, _, _) in file.entries.items():
         kind = _kind(name)
         trained[kind] = trained.get(kind, 0) + math.prod(shape)

@@ -155,7 +155,7 @@ class Driver:
         recorded = self.recorder is not None and (run.step > run.first or run.step + 1 == run.steps)
         with self.recorder if recorded else contextlib.nullcontext():
             self.model.zero_grad()
-            sums = [
+            sums: list[Any] = [
                 self.model.train_microbatch(ids, targets, 1 / tokens, read, cu_seqlens)
                 for ids, targets, cu_seqlens in micro
             ]

@@ -15,6 +15,10 @@ def _save_factor(ctx, inputs, output):
     ctx.factor = inputs[1]
 
 
+def _grad_scale(ctx, dout):
+    return scale(dout, ctx.factor), None
+
+
 def _grad_cast(ctx, dout):
     return cast(dout, ctx.dtype), None
 
@@ -36,7 +40,7 @@ scale = register(
     "scale(Tensor x, float scale) -> Tensor",
     lambda x, factor: ops.scale(dense(x), factor),
     lambda x, factor: x.new_empty(x.shape),
-    backward=lambda ctx, dout: (scale(dout, ctx.factor), None),
+    backward=_grad_scale,
     save=_save_factor,
 )
 accumulate_ = register(
