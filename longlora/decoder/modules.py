@@ -59,6 +59,8 @@ class Fused:
         self._b_shape = (sum(modules.values()), self.rank)
         self._one_block = [block.shape for block in self.blocks] == [self._b_shape]
         self._where: list[tuple[slice, slice]] = []  # rows and columns of each block in b
+        # Blocks whose gradient is a call of its own: rows, columns, gradient, and the weights of its module.
+        self._apart: list[tuple[slice, slice, Any, tuple[Any, Any, Any]]] = []
         row = 0
         for name, rows in modules.items():
             if name in adapted:
@@ -99,6 +101,9 @@ class Fused:
         self.b = self.b_place.view(arena)
         for block, (rows, columns) in zip(self.blocks, self._where):
             block.data = self.b[rows, columns]
+            if block.learns and not self._one_block:
+                weights = self.weight.data[rows], self.a.data[columns], block.data
+                self._apart.append((rows, columns, block.grad, weights))
 
     def forward(self, ops: Any, out: Any, u: Any, x: Any, residual: Any = None) -> None:
         """out, with `residual` added to it, and u unless it is None."""
@@ -111,24 +116,9 @@ class Fused:
         gradients = self.a.grad, db, self.weight.grad, self.bias.grad
         weights = self.weight.data, self.a.data, self.b
         ops.lora_linear_backward(dx, *gradients, dout, x, *weights, u, self.scale, 0)
-        if self._one_block:
-            return
-        for block, (rows, columns) in zip(self.blocks, self._where):
-            if block.learns:
-                weights = self.weight.data[rows], self.a.data[columns], block.data
-                ops.lora_linear_backward(
-                    None,
-                    None,
-                    block.grad,
-                    None,
-                    None,
-                    dout[:, rows],
-                    None,
-                    *weights,
-                    u[:, columns],
-                    self.scale,
-                    0,
-                )
+        for rows, columns, db, weights in self._apart:
+            none, part, u_part = (None, None), dout[:, rows], u[:, columns]
+            ops.lora_linear_backward(*none, db, *none, part, None, *weights, u_part, self.scale, 0)
 
     def input_gradient(self, ops: Any, dx: Any, dout: Any) -> None:
         """dx alone."""
