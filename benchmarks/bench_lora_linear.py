@@ -61,14 +61,14 @@ def on_gpu(bench):
 
         def both():
             forward()
-            _C.lora_linear_backward(dx, da, db, None, None, dout, x, weight, a, b, u, 2.0, 0)
+            _C.lora_linear_backward(dx, da, db, None, None, dout, x, weight, a, b, u, 2.0)
 
         def frozen_forward():
             _C.lora_linear_forward(out, None, x, weight, None, None, None, None, 1.0)
 
         def frozen():
             frozen_forward()
-            _C.lora_linear_backward(dx, None, None, None, None, dout, None, weight, None, None, None, 1.0, 0)
+            _C.lora_linear_backward(dx, None, None, None, None, dout, None, weight, None, None, None, 1.0)
 
         flops = 2 * m * n * c
         # time over the frozen linear's: + 8 % is a ratio of 1 / 1.08
@@ -144,13 +144,11 @@ def main(argv=None):
 
             def ours():
                 _C.lora_linear_forward(out, u, x, weight, None, a, b, None, 2.0)
-                _C.lora_linear_backward(dx, da, db, None, None, dout, x, weight, a, b, u, 2.0, 0)
+                _C.lora_linear_backward(dx, da, db, None, None, dout, x, weight, a, b, u, 2.0)
 
             def frozen():
                 _C.lora_linear_forward(out, None, x, weight, None, None, None, None, 1.0)
-                _C.lora_linear_backward(
-                    dx, None, None, None, None, dout, None, weight, None, None, None, 1.0, 0
-                )
+                _C.lora_linear_backward(dx, None, None, None, None, dout, None, weight, None, None, None, 1.0)
 
             def peer():
                 xt.grad = None

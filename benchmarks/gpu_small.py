@@ -50,7 +50,7 @@ def calls():
     yield "lora_linear_forward", (out(M, N), f32(M, R), x, weight, random(N), a, b, None, 2.0)
     yield (
         "lora_linear_backward",
-        (out(M, C), f32(R, C), f32(N, R), f32(N, C), f32(N), dy, x, weight, a, b, None, 2.0, 0),
+        (out(M, C), f32(R, C), f32(N, R), f32(N, C), f32(N), dy, x, weight, a, b, None, 2.0),
     )
     yield "s2_attention_forward", (out(1, T, H, D), f32(1, H, T), q, k, v, None, *scalars)
     for boundary, length in ((0, T), (1, 3 * G), (2, 3 * G)):

@@ -69,8 +69,8 @@ const Op ops[] = {
        "<- x[M,C] weight[N,C] bias[N]? a[R,C]? b[N,R]? residual[M,N]?~ | scale",
        SCRATCH(lora_linear_forward), WORKSPACE(lora_linear_forward), CHECK(lora_linear_forward)),
     OP(lora_linear_backward, LoraLinearBackward,
-       "dx[M,C]+? da[R,C]:f32+? db[N,R]:f32+? dweight[N,C]:f32+? dbias[N]:f32+? "
-       "<- dout[M,N] x[M,C]? weight[N,C] a[R,C]? b[N,R]? u[M,R]:f32? | scale accumulate:int",
+       "dx[M,C]? da[R,C]:f32+? db[N,R]:f32+? dweight[N,C]:f32+? dbias[N]:f32+? "
+       "<- dout[M,N] x[M,C]? weight[N,C] a[R,C]? b[N,R]? u[M,R]:f32? | scale",
        SCRATCH(lora_linear_backward), WORKSPACE(lora_linear_backward), CHECK(lora_linear_backward)),
 
     OP(s2_attention_forward, S2AttentionForward,

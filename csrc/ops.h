@@ -160,7 +160,7 @@ DECLARE_OP(rope_backward)
 /* lora_linear, a linear layer with LoRA: u = x a^T, out = x weight^T + bias + scale u b^T + residual.
  * Without a and b it is a plain linear layer.
  * Backward, with du = scale dout b, each of these where it is given:
- *   dx       = dout weight + du a   (+= with accumulate = 1)
+ *   dx       = dout weight + du a
  *   da      += du^T x
  *   db      += scale dout^T u       (u may be given, or is computed again from x)
  *   dweight += dout^T x
@@ -171,7 +171,7 @@ typedef struct {
 } LoraLinearForward;
 typedef struct {
     Tensor dx, da, db, dweight, dbias, dout, x, weight, a, b, u;
-    double scale, accumulate;
+    double scale;
 } LoraLinearBackward;
 DECLARE_OP(lora_linear_forward)
 DECLARE_SCRATCH(lora_linear_forward)

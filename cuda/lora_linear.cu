@@ -424,7 +424,6 @@ extern "C" int64_t lora_linear_backward_cuda_workspace(const void *args) {
 extern "C" int lora_linear_backward_cuda(const void *args, const CudaCall *call) {
     const LoraLinearBackward *f = (const LoraLinearBackward *)args;
     int64_t M = f->dout.shape[0], N = f->dout.shape[1], C = f->weight.shape[1];
-    bool accumulate = f->accumulate != 0;
     int64_t R = given(&f->a) ? f->a.shape[0] : 0;
     Parts parts = parts_of_backward(f);
     char *memory = (char *)call->workspace;
@@ -439,8 +438,8 @@ extern "C" int lora_linear_backward_cuda(const void *args, const CudaCall *call)
         add_sums(call, (float *)f->db.data, 1, f->db.stride[0], matrix(&u), R, &f->dout, scale, partial))
         return -1;
     if (given(&f->dx)) {
-        if (R && update(call, &f->dx, matrix(&du), matrix(&f->a), R, 1, accumulate, NULL)) return -1;
-        if (product(call, &f->dx, dout, matrix(&f->weight), N, 1, R || accumulate)) return -1;
+        if (R && update(call, &f->dx, matrix(&du), matrix(&f->a), R, 1, false, NULL)) return -1;
+        if (product(call, &f->dx, dout, matrix(&f->weight), N, 1, R > 0)) return -1;
     }
     if (R && given(&f->da) &&
         add_sums(call, (float *)f->da.data, f->da.stride[0], 1, matrix(&du), R, &f->x, 1, partial))

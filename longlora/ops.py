@@ -180,7 +180,7 @@ def lora_linear_backward(
     db = None if b is None else zeros(tuple(b.shape), "float32", x)
     dweight = zeros(tuple(weight.shape), "float32", x) if train_weight else None
     dbias = zeros((weight.shape[0],), "float32", x) if train_bias else None
-    _C.lora_linear_backward(dx, da, db, dweight, dbias, dout, x, weight, a, b, u, scale, 0)
+    _C.lora_linear_backward(dx, da, db, dweight, dbias, dout, x, weight, a, b, u, scale)
     return give_back(x, dx, da, db, dweight, dbias)
 
 

@@ -64,7 +64,7 @@ static int64_t floats_of_own_u(const LoraLinearBackward *f) {
     return given(&f->db) && !given(&f->u) ? f->dout.shape[0] * rank_of(&f->a) : 0;
 }
 
-/* dx (+)= dout weight + scale du a, which makes du on the way. */
+/* dx = dout weight + scale du a, which makes du on the way. */
 static Gemm product_of_dx(const LoraLinearBackward *f, float *du) {
     int64_t R = rank_of(&f->a);
     return (Gemm){ .M = f->dout.shape[0],
@@ -79,7 +79,6 @@ static Gemm product_of_dx(const LoraLinearBackward *f, float *du) {
                    .u_row = R,
                    .scale2 = (float)f->scale,
                    .alpha = 1,
-                   .beta = (float)f->accumulate,
                    .c = f->dx.data,
                    .c_row = f->dx.stride[0],
                    .c_dtype = f->dx.dtype };

@@ -115,12 +115,12 @@ class Fused:
         db = self.blocks[0].grad if self._one_block else None
         gradients = self.a.grad, db, self.weight.grad, self.bias.grad
         weights = self.weight.data, self.a.data, self.b
-        ops.lora_linear_backward(dx, *gradients, dout, x, *weights, u, self.scale, 0)
+        ops.lora_linear_backward(dx, *gradients, dout, x, *weights, u, self.scale)
         for rows, columns, db, weights in self._apart:
             none, part, u_part = (None, None), dout[:, rows], u[:, columns]
-            ops.lora_linear_backward(*none, db, *none, part, None, *weights, u_part, self.scale, 0)
+            ops.lora_linear_backward(*none, db, *none, part, None, *weights, u_part, self.scale)
 
     def input_gradient(self, ops: Any, dx: Any, dout: Any) -> None:
         """dx alone."""
         weights = self.weight.data, self.a.data, self.b
-        ops.lora_linear_backward(dx, None, None, None, None, dout, None, *weights, None, self.scale, 0)
+        ops.lora_linear_backward(dx, None, None, None, None, dout, None, *weights, None, self.scale)

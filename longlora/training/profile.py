@@ -84,7 +84,6 @@ BYTES: dict[tuple[str, str], Callable[[dict], int]] = {
     ("embedding_backward", "dweight"): lambda given: (
         2 * 4 * len(np.unique(given["ids"])) * given["dweight"].shape[1]
     ),
-    ("lora_linear_backward", "dx"): lambda given: given["dx"].nbytes * (2 if given["accumulate"] else 1),
     ("matmul", "out"): lambda given: given["out"].nbytes * (2 if given["beta"] else 1),
 }
 

@@ -72,13 +72,6 @@ def test_dense_rows(shape, dtype, isa):
         train_bias=True,
         floor=4,
     )
-    dx = checks.random(x.shape, dtype, 9)
-    want = dx.astype(float) + checks.reference.lora_linear_backward(dout, x, w, a, b, 2.0)[0]
-    low = dx.astype(np.float32) + checks.plain("lora_linear_backward", dout, x, w, a, b, 2.0)[0]
-    _C.lora_linear_backward(dx, None, None, None, None, dout, None, w, a, b, None, 2.0, 1)
-    checks.compare(
-        dx, want, low, "dx", floor=6, noise=checks.noise_of("lora_linear_backward", dout, x, w, a, b, 2.0)[0]
-    )
 
 
 # With few rows a block of the sum has at most 108 of the K + R steps; a step of bfloat16 products is a pair.
@@ -121,18 +114,17 @@ def test_u_may_be_kept_or_made_again(shape, place):
             np.testing.assert_array_equal(kept, again)
 
 
-def test_gradients_of_parameters_accumulate_and_dx_when_asked(place):
+def test_gradients_of_parameters_accumulate_and_dx_is_set(place):
     x, w, _, a, b, _, dout = parts(9, 12, 10, 4, "float32")
     dx, da, db, dw, dbias = ops.lora_linear_backward(
         dout, x, w, a, b, 2.0, train_weight=True, train_bias=True
     )
     out = [g.copy() for g in (dx, da, db, dw, dbias)]
-    _C.lora_linear_backward(*out, dout, x, w, a, b, None, 2.0, 1)
-    for twice, once in zip(out, (dx, da, db, dw, dbias)):
+    out[0][:] = np.nan
+    _C.lora_linear_backward(*out, dout, x, w, a, b, None, 2.0)
+    np.testing.assert_allclose(out[0], dx, rtol=1e-5, atol=1e-5)
+    for twice, once in zip(out[1:], (da, db, dw, dbias), strict=True):
         np.testing.assert_allclose(twice, 2 * once, rtol=1e-5, atol=1e-5)
-    poisoned = np.full_like(dx, np.nan)
-    _C.lora_linear_backward(poisoned, None, None, None, None, dout, None, w, a, b, None, 2.0, 0)
-    np.testing.assert_allclose(poisoned, dx, rtol=1e-5, atol=1e-5)
 
 
 def test_residual_may_be_the_output(place):
@@ -207,6 +199,5 @@ def test_what_is_missing_is_named_before_anything_is_written(change, message, pl
             given["b"],
             None,
             1.0,
-            0,
         )
     assert np.isnan(dx).all()

@@ -39,7 +39,7 @@ def lora_linear(M, C, N, R, dtype):
     dx, da, db, dweight = empty((M, C), dtype), empty((R, C)), empty((N, R)), empty((N, C))
     for given in ((dx, da, db, None), (dx, da, db, dweight), (None, None, db, None), (None, da, None, None)):
         for kept in (u, None):
-            yield "lora_linear_backward", *given, None, out, x, weight, a, b, kept, 1.0, 0
+            yield "lora_linear_backward", *given, None, out, x, weight, a, b, kept, 1.0
 
 
 def head(M, C, V, R, dtype):

@@ -31,7 +31,7 @@ def _lora_linear_backward(dout, x, weight, a, b, u, scale, wanted):
     )
     u = None if a is None else rows(u)
     inputs = rows(dout), rows(x), dense(weight), dense(a), dense(b), u
-    _C.lora_linear_backward(rows(dx), da, db, dweight, dbias, *inputs, scale, 0)
+    _C.lora_linear_backward(rows(dx), da, db, dweight, dbias, *inputs, scale)
     return tuple(x.new_empty(0) if grad is None else grad for grad in (dx, da, db, dweight, dbias))
 
 
