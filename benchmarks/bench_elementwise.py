@@ -52,94 +52,93 @@ def on_gpu(bench):
     )
 
 
-def main(argv=None):
-    bench = Bench("elementwise", argv)
-    if bench.gpu is not None:
-        return on_gpu(bench)
+def rms_norm(bench, dtype, size):
+    functional = bench.torch.nn.functional
+    x, dout, out, w = (bench.random(*shape, dtype=dtype) for shape in ((M, C), (M, C), (M, C), (C,)))
+    rstd, dw = np.empty(M, np.float32), np.zeros(C, np.float32)
+    xt, wt = (bench.to_torch(array).requires_grad_() for array in (x, w))
+    dt, normed = bench.to_torch(dout), functional.rms_norm(xt, (C,), wt, 1e-6)
+    bench.row(
+        "rms_norm forward",
+        lambda: _C.rms_norm_forward(out, rstd, None, x, None, w, 1e-6),
+        lambda: functional.rms_norm(xt.detach(), (C,), wt.detach(), 1e-6),
+        dtype=dtype,
+        bytes=2 * M * C * size,
+    )
+    bench.row(
+        "rms_norm backward",
+        lambda: _C.rms_norm_backward(out, dw, dout, x, rstd, w, None),
+        lambda: bench.torch.autograd.grad(normed, (xt, wt), dt, retain_graph=True),
+        dtype=dtype,
+        bytes=3 * M * C * size,
+    )
+
+
+def rope(bench, dtype, size):
     torch = bench.torch
-    functional = torch.nn.functional
-    for dtype in "float32", "bfloat16":
-        size = 4 if dtype == "float32" else 2
-        x, dout, out, w = (bench.random(*shape, dtype=dtype) for shape in ((M, C), (M, C), (M, C), (C,)))
-        rstd, dw = np.empty(M, np.float32), np.zeros(C, np.float32)
-        xt, wt, dt = (
-            bench.to_torch(x).requires_grad_(),
-            bench.to_torch(w).requires_grad_(),
-            bench.to_torch(dout),
-        )
-        normed = functional.rms_norm(xt, (C,), wt, 1e-6)
-        bench.row(
-            "rms_norm forward",
-            lambda: _C.rms_norm_forward(out, rstd, None, x, None, w, 1e-6),
-            lambda: functional.rms_norm(xt.detach(), (C,), wt.detach(), 1e-6),
-            dtype=dtype,
-            bytes=2 * M * C * size,
-        )
-        bench.row(
-            "rms_norm backward",
-            lambda: _C.rms_norm_backward(out, dw, dout, x, rstd, w, None),
-            lambda: torch.autograd.grad(normed, (xt, wt), dt, retain_graph=True),
-            dtype=dtype,
-            bytes=3 * M * C * size,
-        )
-        x4, out4 = x.reshape(1, M, C // 64, 64), out.reshape(1, M, C // 64, 64)
-        angle = np.arange(M)[:, None] * 1e4 ** -(np.arange(32) / 32)
-        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-        ct, st = (torch.cat([bench.to_torch(t)] * 2, -1)[None, :, None].to(xt.dtype) for t in (cos, sin))
-        x4t = xt.detach().reshape(1, M, C // 64, 64)
-        bench.row(
-            "rope",
-            lambda: _C.rope_forward(out4, x4, cos, sin, None),
-            lambda: x4t * ct + torch.cat([-x4t[..., 32:], x4t[..., :32]], -1) * st,
-            dtype=dtype,
-            bytes=2 * M * C * size,
-        )
-        g, u, f = (bench.random(M, F, dtype=dtype) for _ in range(3))
-        dg, du = np.empty_like(g), np.empty_like(u)
-        gt, ut, ft = bench.to_torch(g).requires_grad_(), bench.to_torch(u).requires_grad_(), bench.to_torch(f)
-        made = functional.silu(gt) * ut
-        bench.row(
-            "swiglu forward",
-            lambda: _C.swiglu_forward(dg, g, u),
-            lambda: functional.silu(gt.detach()) * ut.detach(),
-            dtype=dtype,
-            bytes=3 * M * F * size,
-        )
-        bench.row(
-            "swiglu backward",
-            lambda: _C.swiglu_backward(dg, du, f, g, u),
-            lambda: torch.autograd.grad(made, (gt, ut), ft, retain_graph=True),
-            dtype=dtype,
-            bytes=5 * M * F * size,
-        )
-        table, ids = (
-            bench.random(V, 576, dtype=dtype),
-            np.random.default_rng(0).integers(0, V, M).astype(np.int32),
-        )
-        rows, order, dtable = (
-            np.empty((M, 576), table.dtype),
-            np.argsort(ids, kind="stable").astype(np.int32),
-            np.zeros((V, 576), np.float32),
-        )
-        tt, it = bench.to_torch(table), torch.from_numpy(ids)
-        bench.row(
-            "embedding forward",
-            lambda: _C.embedding_forward(rows, table, ids),
-            lambda: functional.embedding(it, tt),
-            dtype=dtype,
-            bytes=2 * M * 576 * size,
-        )
-        bench.row(
-            "embedding backward",
-            lambda: _C.embedding_backward(dtable, rows, ids, order),
-            dtype=dtype,
-            bytes=M * 576 * (size + 8),
-        )
+    x, out = (bench.random(M, C, dtype=dtype).reshape(1, M, C // 64, 64) for _ in range(2))
+    angle = np.arange(M)[:, None] * 1e4 ** -(np.arange(32) / 32)
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    xt = bench.to_torch(x)
+    ct, st = (torch.cat([bench.to_torch(t)] * 2, -1)[None, :, None].to(xt.dtype) for t in (cos, sin))
+    bench.row(
+        "rope",
+        lambda: _C.rope_forward(out, x, cos, sin, None),
+        lambda: xt * ct + torch.cat([-xt[..., 32:], xt[..., :32]], -1) * st,
+        dtype=dtype,
+        bytes=2 * M * C * size,
+    )
+
+
+def swiglu(bench, dtype, size):
+    functional = bench.torch.nn.functional
+    g, u, f = (bench.random(M, F, dtype=dtype) for _ in range(3))
+    dg, du = np.empty_like(g), np.empty_like(u)
+    gt, ut, ft = bench.to_torch(g).requires_grad_(), bench.to_torch(u).requires_grad_(), bench.to_torch(f)
+    made = functional.silu(gt) * ut
+    bench.row(
+        "swiglu forward",
+        lambda: _C.swiglu_forward(dg, g, u),
+        lambda: functional.silu(gt.detach()) * ut.detach(),
+        dtype=dtype,
+        bytes=3 * M * F * size,
+    )
+    bench.row(
+        "swiglu backward",
+        lambda: _C.swiglu_backward(dg, du, f, g, u),
+        lambda: bench.torch.autograd.grad(made, (gt, ut), ft, retain_graph=True),
+        dtype=dtype,
+        bytes=5 * M * F * size,
+    )
+
+
+def embedding(bench, dtype, size):
+    table = bench.random(V, 576, dtype=dtype)
+    ids = np.random.default_rng(0).integers(0, V, M).astype(np.int32)
+    rows, dtable = np.empty((M, 576), table.dtype), np.zeros((V, 576), np.float32)
+    order = np.argsort(ids, kind="stable").astype(np.int32)
+    tt, it = bench.to_torch(table), bench.torch.from_numpy(ids)
+    bench.row(
+        "embedding forward",
+        lambda: _C.embedding_forward(rows, table, ids),
+        lambda: bench.torch.nn.functional.embedding(it, tt),
+        dtype=dtype,
+        bytes=2 * M * 576 * size,
+    )
+    bench.row(
+        "embedding backward",
+        lambda: _C.embedding_backward(dtable, rows, ids, order),
+        dtype=dtype,
+        bytes=M * 576 * (size + 8),
+    )
+
+
+def adamw(bench):
     N = 1 << 24
     param, m, v, grad = bench.random(N), bench.random(N), bench.random(N) ** 2, bench.random(N)
-    theirs = torch.nn.Parameter(bench.to_torch(param))
+    theirs = bench.torch.nn.Parameter(bench.to_torch(param))
     theirs.grad = bench.to_torch(grad)
-    optimizer = torch.optim.AdamW([theirs], lr=1e-4, fused=True)
+    optimizer = bench.torch.optim.AdamW([theirs], lr=1e-4, fused=True)
     bench.row(
         "adamw",
         lambda: _C.adamw(param, m, v, None, grad, 1e-4, 0.9, 0.95, 1e-8, 0.0, 5, 1.0),
@@ -147,6 +146,16 @@ def main(argv=None):
         bytes=28 * N,
         peer_name="torch fused",
     )
+
+
+def main(argv=None):
+    bench = Bench("elementwise", argv)
+    if bench.gpu is not None:
+        return on_gpu(bench)
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        for op in (rms_norm, rope, swiglu, embedding):
+            op(bench, dtype, size)
+    adamw(bench)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ OP_TESTS = (
     "adamw",
     "cuda_views",
     "cuda_binding",
+    "cuda_streams",
 )
 TORCH_TESTS = (
     "torch_ops",
@@ -255,7 +256,7 @@ def pytest(names):
         "no:cacheprovider",
         "--maxfail",
         "20",
-        *(str(ROOT / "tests" / f"test_{name}.py") for name in names),
+        *(str(next((ROOT / "tests").rglob(f"test_{name}.py"))) for name in names),
     ]
 
 
@@ -275,7 +276,8 @@ def sanitizer():
     return next(filter(None, map(shutil.which, places)), None)
 
 
-def main(argv=None):
+def parse(argv):
+    """The options; `parts` are those that are wanted."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="gpu-check", help="folder for the results [%(default)s]")
     parser.add_argument(
@@ -294,6 +296,11 @@ def main(argv=None):
     parser.add_argument("--limit", type=float, default=590, help="seconds for everything [%(default)s]")
     options = parser.parse_args(argv)
     options.parts = [part for part in options.only if part not in options.skip]
+    return options
+
+
+def main(argv=None):
+    options = parse(argv)
     check = Check(options)
     with tempfile.TemporaryDirectory() as folder:
         if options.installed:

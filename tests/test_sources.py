@@ -1,5 +1,6 @@
 """House rules that a machine can check: where an op appears, who knows Python, warnings, the import."""
 
+import ast
 import os
 import re
 import resource
@@ -180,3 +181,37 @@ def test_no_warning(compiler, tmp_path):
         pytest.skip(f"{compiler} has no omp.h here (clang's is in the package libomp-dev)")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         assert "".join(pool.map(compile_, enumerate(jobs))) == ""
+
+
+LONGEST_FILE, LONGEST_FUNCTION = 600, 80  # lines
+
+
+def functions_of(path):
+    """(name, lines) of each function. In C a function begins at the left margin and ends with a brace there."""
+    lines = path.read_text().splitlines()
+    if path.suffix == ".py":
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield node.name, node.end_lineno - node.lineno + 1
+        return
+    first = None
+    for number, line in enumerate(lines):
+        if re.match(r"[A-Za-z_].*[({,]$", line) and "#" not in line and first is None:
+            first = number
+        if line.startswith("}") and first is not None:
+            yield lines[first], number - first + 1
+        if line.startswith("}") or line.endswith(";") and not line.startswith(" "):
+            first = None
+
+
+@pytest.mark.parametrize("folder", ["csrc", "cuda", "longlora", "tests", "benchmarks", "examples", "demo"])
+def test_files_and_functions_are_short(folder):
+    files = [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".c", ".h", ".cu", ".cuh", ".cpp")]
+    assert files
+    for path in files:
+        if path.name == "dlpack.h":  # vendored
+            continue
+        lines = len(path.read_text().splitlines())
+        assert lines <= LONGEST_FILE, f"{path.relative_to(ROOT)} has {lines} lines, more than {LONGEST_FILE}"
+        long = {name: count for name, count in functions_of(path) if count > LONGEST_FUNCTION}
+        assert not long, f"{path.relative_to(ROOT)}: functions above {LONGEST_FUNCTION} lines: {long}"
