@@ -21,8 +21,8 @@ def dense(q, k, v, dout):
 
 for head in range(H):
     # Groups begin at 0, G, 2 G, ... in the first half of the heads, and G/2 later in the second half.
-    borders = [0, *range(G if head < H // 2 else G // 2, T, G), T]
-    for first, last in zip(borders, borders[1:]):
+    boundaries = [0, *range(G if head < H // 2 else G // 2, T, G), T]
+    for first, last in zip(boundaries, boundaries[1:]):
         group = (0, slice(first, last), head)
         wanted = dense(*(x[group].astype(np.float64) for x in (q, k, v, dout)))
         for got, want in zip((out, *gradients), wanted):

@@ -187,7 +187,7 @@ LONGEST_FILE, LONGEST_FUNCTION = 600, 80  # lines
 
 
 def functions_of(path):
-    """(name, lines) of each function. In C a function begins at the left margin and ends with a brace there."""
+    """(name, lines) of each function. In C it begins at the left margin and ends with a brace there."""
     lines = path.read_text().splitlines()
     if path.suffix == ".py":
         for node in ast.walk(ast.parse("\n".join(lines))):
@@ -212,6 +212,6 @@ def test_files_and_functions_are_short(folder):
         if path.name == "dlpack.h":  # vendored
             continue
         lines = len(path.read_text().splitlines())
-        assert lines <= LONGEST_FILE, f"{path.relative_to(ROOT)} has {lines} lines, more than {LONGEST_FILE}"
+        assert lines <= LONGEST_FILE, f"{path.relative_to(ROOT)} has {lines} lines, above {LONGEST_FILE}"
         long = {name: count for name, count in functions_of(path) if count > LONGEST_FUNCTION}
         assert not long, f"{path.relative_to(ROOT)}: functions above {LONGEST_FUNCTION} lines: {long}"

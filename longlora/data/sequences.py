@@ -124,7 +124,8 @@ def batch(
     Shorter rows end in padding.
 
     cu_seqlens is None if every row is one text. Otherwise (packing_boundaries "document") it holds the
-    borders of the texts among the B*T tokens, int32 [S], from 0 to B*T. Padding forms pieces of its own.
+    boundaries of the documents among the B*T tokens, int32 [S], from 0 to B*T. Padding forms pieces of its
+    own.
     """
     rows = [sequences.texts(i) for i in indices]
     lengths = [sum(map(len, texts)) for texts in rows]

@@ -263,17 +263,17 @@ class Model:
         ids, targets: int32 [B,T]; a target of -100 is not scored.
         loss_scale: 1 over the target tokens of the whole optimizer step, so accumulation changes nothing.
         read: False does not wait for a GPU, and gives None.
-        cu_seqlens: borders of packed documents, int32 [S] from 0 to B T over the tokens of all rows.
+        cu_seqlens: boundaries of packed documents, int32 [S] from 0 to B T over the tokens of all rows.
             Attention and positions restart in each document.
 
-        UserError if the sum is not finite; the gradients are then useless. ValueError for borders that do not
-        rise from 0 to B T.
+        UserError if the sum is not finite; the gradients are then useless. ValueError for boundaries that do
+        not rise from 0 to B T.
         """
         if self.plan is None:
             raise UserError("this model was made without a plan: it evaluates only")
         network, batch = self.network, self._batch(*_rows(ids.shape, cu_seqlens))
         ids, targets = (np.ascontiguousarray(x, np.int32).reshape(-1) for x in (ids, targets))
-        self._fill(batch, ids, self._attention, None, _borders(cu_seqlens, ids.size))
+        self._fill(batch, ids, self._attention, None, _boundaries(cu_seqlens, ids.size))
         network.forward(batch)
         self._inputs.put(batch.targets, targets)
         self._inputs.put(batch.dlosses, np.where(targets == IGNORE, np.float32(0), np.float32(loss_scale)))
@@ -298,7 +298,7 @@ class Model:
             if len(positions) != ids.size or positions.min(initial=0) < 0:
                 raise ValueError("positions should be integers from 0, as many as ids")
         ids = np.ascontiguousarray(ids, np.int32).reshape(-1)
-        self._fill(batch, ids, None, positions, _borders(cu_seqlens, ids.size))
+        self._fill(batch, ids, None, positions, _boundaries(cu_seqlens, ids.size))
         self.network.forward(batch)
         return batch
 
@@ -310,9 +310,9 @@ class Model:
         ids, targets: int32 [T] or [B,T].
         positions: for rope, int32 like ids. By default each row has 0 to T-1, and each packed document starts
             at 0.
-        cu_seqlens: borders of packed documents, int32 [S] from 0 to B T over the tokens of all rows.
+        cu_seqlens: boundaries of packed documents, int32 [S] from 0 to B T over the tokens of all rows.
 
-        ValueError for borders that do not rise from 0 to B T, and for negative positions.
+        ValueError for boundaries that do not rise from 0 to B T, and for negative positions.
         """
         shape = ids.shape
         batch = self._forward(ids, positions, cu_seqlens)
@@ -337,15 +337,17 @@ def _rows(shape, cu_seqlens):
     return (B, T) if cu_seqlens is None else (1, B * T)
 
 
-def _borders(cu_seqlens, tokens):
+def _boundaries(cu_seqlens, tokens):
     """cu_seqlens as an int32 ndarray; ValueError unless it rises from 0 to `tokens`."""
     if cu_seqlens is None:
         return None
-    borders = np.ascontiguousarray(cu_seqlens, np.int32)
-    rises = borders.ndim == 1 and len(borders) and not borders[0] and (np.diff(borders) >= 0).all()
-    if not rises or borders[-1] != tokens:
-        raise ValueError(f"cu_seqlens should rise from 0 to {tokens}, got {borders.tolist()[:8]}")
-    return borders
+    boundaries = np.ascontiguousarray(cu_seqlens, np.int32)
+    rises = (
+        boundaries.ndim == 1 and len(boundaries) and not boundaries[0] and (np.diff(boundaries) >= 0).all()
+    )
+    if not rises or boundaries[-1] != tokens:
+        raise ValueError(f"cu_seqlens should rise from 0 to {tokens}, got {boundaries.tolist()[:8]}")
+    return boundaries
 
 
 def _scalars(attention):

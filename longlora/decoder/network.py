@@ -201,7 +201,7 @@ class Batch:
         attention: tuple[int, int, int],
         tables: Iterable[Any],
         positions: bool = False,
-        borders: int | None = None,
+        boundaries: int | None = None,
     ) -> None:
         """Say how the tokens attend.
 
@@ -209,10 +209,10 @@ class Batch:
         tables: cos and sin of rope.
         positions: whether self.positions, int32 [B,T], holds rows of the tables. If not, each row of tokens
             has 0 to T-1.
-        borders: how many borders of packed documents self.cu_seqlens, int32, holds; B is 1 then. None: no
-            documents are packed.
+        boundaries: how many boundaries of packed documents self.cu_seqlens, int32, holds; B is 1 then. None:
+            no documents are packed.
         """
         self.attention = attention
         self.cos, self.sin = tables
         self.positions = self._positions if positions else None
-        self.cu_seqlens = None if borders is None else self._cu_seqlens[:borders]
+        self.cu_seqlens = None if boundaries is None else self._cu_seqlens[:boundaries]

@@ -37,7 +37,7 @@ def plan(
     lora: None is full fine-tuning.
     checkpointing: "auto" is the fastest of none, minimal and full that fits in `memory`.
     memory: bytes, by default what `device` has now.
-    packed: batches come with the borders of packed documents.
+    packed: batches come with the boundaries of packed documents.
 
     UserError for a choice that does not exist.
     """

@@ -205,12 +205,12 @@ class Places(torch.utils.data.Dataset):
 
 def batch(corpus: sequences.Sequences, indices: list[int], multiple: int) -> dict[str, torch.Tensor]:
     """data.sequences.batch for transformers, whose losses shift the labels: the first is never scored."""
-    ids, targets, borders = sequences.batch(corpus, indices, multiple)
+    ids, targets, boundaries = sequences.batch(corpus, indices, multiple)
     labels = np.full_like(targets, IGNORE)
     labels[:, 1:] = targets[:, :-1]
     arrays = {"input_ids": ids, "labels": labels}
-    if borders is not None:
-        positions = np.arange(ids.size) - np.repeat(borders[:-1], np.diff(borders))
+    if boundaries is not None:
+        positions = np.arange(ids.size) - np.repeat(boundaries[:-1], np.diff(boundaries))
         arrays["position_ids"] = positions.reshape(ids.shape)
     return {name: torch.from_numpy(array).long() for name, array in arrays.items()}
 
