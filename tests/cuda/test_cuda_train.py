@@ -25,8 +25,7 @@ from longlora.decoder.config import read_config
 from longlora.decoder.lora import LoraConfig
 from longlora.errors import UserError
 from longlora.evaluation import ppl
-from longlora.files import merge
-from longlora.files import open_model as weights
+from longlora.files import merge, model_file
 from longlora.files.open_model import open_model
 from longlora.training import driver, metrics
 from longlora.training import resume as checkpoint
@@ -109,9 +108,9 @@ def test_the_loss_is_read_where_it_is_said(tmp_path, monkeypatch):
     each = run(tmp_path, device=GPU, max_steps=6, output_dir=str(tmp_path / "each"))
     reads, real = [], model_.Model.train_microbatch
 
-    def counted(model, ids, targets, loss_scale, read=True, **kwargs):
+    def counted(model, ids, targets, loss_scale, read=True, cu_seqlens=None):
         before = device.waits()
-        found = real(model, ids, targets, loss_scale, read, **kwargs)
+        found = real(model, ids, targets, loss_scale, read, cu_seqlens)
         reads.append((read, device.waits() - before))
         return found
 
@@ -219,12 +218,12 @@ def test_weights_go_through_a_small_piece_of_host_memory(tmp_path, monkeypatch):
         pinned.append(_C.Tensor(*args, **kwargs))
         return pinned[-1]
 
-    monkeypatch.setattr(weights, "CHUNK", 1024)
+    monkeypatch.setattr(model_file, "CHUNK", 1024)
     monkeypatch.setattr(device, "_thread", threading.local())
     monkeypatch.setattr(device, "_C", SimpleNamespace(Tensor=counted))
     made.load(base)
-    assert pinned and all(x.pinned and x.nbytes <= 4 * weights.CHUNK for x in pinned)
-    assert 4 * max(np.prod(base.shape(name)) for name in base.names()) > 2 * 4 * weights.CHUNK
+    assert pinned and all(x.pinned and x.nbytes <= 4 * model_file.CHUNK for x in pinned)
+    assert 4 * max(np.prod(base.shape(name)) for name in base.names()) > 2 * 4 * model_file.CHUNK
     np.testing.assert_array_equal(
         device.host(made.arena), model_.Model(base.config, dtype="float32").load(base).arena.numpy()
     )
