@@ -1,4 +1,4 @@
-"""Builds longlora._C: one abi3 extension with the CPU kernels, one set per ISA, and the CUDA kernels.
+"""Builds longlora._C: one abi3 extension with the CPU kernels per instruction set and the CUDA kernels.
 
 Switches (environment):
     LONGLORA_CUDA       auto (default): build the CUDA kernels if nvcc (CUDA 12.8 or later) is found;
@@ -9,8 +9,8 @@ Switches (environment):
     CC, CXX, MAX_JOBS   compilers; how many run at a time, by default one per processor
     DEBUG=1             -O0 -g, assertions
     SANITIZE=address,undefined      instrumented build; tests/sanitize.sh runs the op tests on one
-    WIDE=1              only the portable kernels, but in the sizes of the AVX-512 ones, products of bfloat16
-                        included: slow, for tests/ops/test_wide.py on processors without AVX-512
+    WIDE=1              only portable kernels, with the block sizes of AVX-512 and its bfloat16 products:
+                        slow; tests/ops/test_wide.py uses it on processors without AVX-512
 """
 
 import glob
@@ -65,7 +65,7 @@ CXX_FLAGS = ["-std=c++17", "-fPIC", *WARN, "-fno-exceptions", "-fno-rtti", "-fno
 
 
 def find_nvcc():
-    """The nvcc command, None if it is not wanted or not found."""
+    """The nvcc command, or None if it is not wanted or not found."""
     wanted = os.environ.get("LONGLORA_CUDA") or "auto"
     if wanted not in ("auto", "0", "1", "emulation"):
         raise SystemExit(f"LONGLORA_CUDA should be auto, 0, 1 or emulation, got {wanted}")
@@ -81,7 +81,7 @@ def find_nvcc():
     nvcc = next(filter(None, (shutil.which(place) for place in places if place)), None)
     if wanted == "1" and not nvcc:
         raise SystemExit(
-            "LONGLORA_CUDA=1, but NVCC, CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda lead to no nvcc"
+            "LONGLORA_CUDA=1, but NVCC, CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda have no nvcc"
         )
     return nvcc
 
@@ -136,7 +136,7 @@ elif EMULATION:
         "-x",
         "c++",
     ]
-# The CUDA runtime is part of the extension and hidden in it, apart from any other copy in the process.
+# The CUDA runtime is linked into the extension and hidden, apart from any other copy in the process.
 CUDA_LINK = ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
 CUDA = bool(NVCC or EMULATION)
 
@@ -211,7 +211,7 @@ class BuildExt(build_ext):
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             ext.extra_objects = list(pool.map(build, jobs))
         ext.sources = []
-        self.force = self.compiler.force = True  # link anew: the switches may have changed
+        self.force = self.compiler.force = True  # link again: the switches may have changed
         super().build_extension(ext)
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 DType = Literal["float32", "bfloat16", "float16", "float64", "int32", "int64", "uint8"]
-Array = Any  # Tensor, numpy.ndarray, torch.Tensor, or whatever speaks DLPack
+Array = Any  # Tensor, numpy.ndarray, torch.Tensor, or any array that supports DLPack
 
 class Tensor:
     def __init__(
@@ -66,7 +66,7 @@ def scratch_peak() -> int: ...
 def workspace(op: str, /, *args: Any) -> int: ...
 def calls() -> dict[str, int]: ...
 
-# What longlora.cuda is made of.
+# longlora.cuda is built on these.
 cuda_built_for: str
 
 def cuda_hooks(
@@ -83,5 +83,5 @@ def cuda_get_stream() -> tuple[int, int]: ...
 def cublas_paths(paths: tuple[str, ...], /) -> None: ...
 def cublas_version() -> tuple[int, str]: ...
 
-# The ops, one positional argument for each word of the spec, None for an absent one.
+# The ops take one positional argument for each word of the spec, None for an absent one.
 def __getattr__(op: str) -> Any: ...

@@ -1,4 +1,4 @@
-"""Arrays for results, of the caller's own library: NumPy in, NumPy out; torch in, torch out."""
+"""Allocates results as arrays of the caller's library: NumPy in, NumPy out; torch in, torch out."""
 
 import functools
 import sys
@@ -32,10 +32,10 @@ def _is_cupy(x: Any) -> bool:
 
 
 def empty(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-    """An uninitialised array that ops can write to, of the library and on the device of `like`.
+    """Allocate an uninitialised array for ops to write to, in the library and on the device of `like`.
 
-    dtype is one of DTYPES. Arrays of other libraries than NumPy, torch and CuPy may be immutable (JAX); for
-    these the result is a Tensor, which `give_back` turns into theirs. TypeError if `like` is no array.
+    dtype is one of DTYPES. Arrays of libraries other than NumPy, torch and CuPy may be immutable (JAX's are).
+    For these the result is a Tensor, which `give_back` converts. TypeError if `like` is not an array.
     """
     if isinstance(like, np.ndarray):
         if dtype == "bfloat16":
@@ -56,13 +56,13 @@ def empty(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         kind, index = like.__dlpack_device__() if hasattr(like, "__dlpack_device__") else (1, 0)
         return Tensor(shape, dtype, f"cuda:{index}" if kind == 2 else "cpu")
     raise TypeError(
-        "wanted an array (NumPy, torch, longlora.Tensor or another that speaks DLPack), "
+        "wanted an array (NumPy, torch, longlora.Tensor or another that supports DLPack), "
         f"got {type(like).__name__}"
     )
 
 
 def zeros(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-    """As `empty`, filled with 0."""
+    """Like `empty`, but filled with 0."""
     out = empty(shape, dtype, like)
     if isinstance(out, Tensor):
         out.fill(0)
@@ -72,17 +72,17 @@ def zeros(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
 
 
 def empty_like(x: Any) -> Any:
-    """As `empty`, with the shape and dtype of x."""
+    """Like `empty`, with the shape and dtype of x."""
     if type(x) is np.ndarray:
         return np.empty(x.shape, x.dtype)
     return empty(tuple(x.shape), dtype_name(x), x)
 
 
 def give_back(like: Any, *results: Any) -> Any:
-    """The results as arrays of like's own library, without a copy. A single result is returned by itself.
+    """Return the results as arrays of like's library, without a copy. A single result is returned by itself.
 
-    Each result is None or was made by `empty(..., like)`. Tensors go through from_dlpack of the array API
-    that `like` belongs to; without one they stay Tensors.
+    Each result is None or was made by `empty(..., like)`. The from_dlpack of like's array API converts
+    Tensors; if `like` has no array API, they stay Tensors.
     """
     if (
         not isinstance(like, (np.ndarray, Tensor))

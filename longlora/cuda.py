@@ -1,16 +1,18 @@
 """CUDA devices, their streams and memory. Importing this module needs no GPU, driver or build with CUDA.
 
 Ops run on the device of their arrays. They are queued on a stream, and nothing waits for them. The stream is
-torch's current one if an argument is torch's, CuPy's if one is CuPy's, else this thread's. `stream` sets this
-thread's, which is the default stream at first.
+torch's current stream if an argument is a torch tensor, CuPy's if an argument is a CuPy array, else this
+thread's stream, which `stream` sets and which is the default stream at first.
 
-A graph can capture an op once it has run before, because first calls load code and libraries. The owner of
-the graph must keep its arrays. Workspace that is not torch's is kept until the process ends.
+A graph can capture an op only after a first call outside the graph, which loads code and libraries. The owner
+of the graph must keep its arrays alive. Workspace of a captured call is kept until the process ends, unless
+it belongs to torch.
 """
 
 import os
 import sys
 import threading
+from typing import Any
 
 from longlora import _C
 
@@ -32,7 +34,7 @@ def device_count() -> int:
     return _C.cuda_devices()[0]
 
 
-def _index(device) -> int:
+def _index(device: object) -> int:
     """The index of a device: 0 for 0, "cuda", "cuda:0" or torch's device. ValueError for other devices."""
     if isinstance(device, int):
         return device
@@ -42,22 +44,22 @@ def _index(device) -> int:
     return int(index or 0)
 
 
-def refusal(device) -> str | None:
+def refusal(device: object) -> str | None:
     """Why this device cannot be used (it does not exist, is too old); None if it can."""
     return _C.cuda_refusal(_index(device))
 
 
-def synchronize(device="cuda") -> None:
-    """Waits for all work queued on the device. RuntimeError if the device cannot be used or has failed."""
+def synchronize(device: object = "cuda") -> None:
+    """Wait for all work queued on the device. RuntimeError if the device cannot be used or has failed."""
     _C.cuda_synchronize(_index(device))
 
 
-def memory_info(device="cuda") -> tuple[int, int]:
+def memory_info(device: object = "cuda") -> tuple[int, int]:
     """(free, total) bytes of the device. RuntimeError if it cannot be used."""
     return _C.cuda_memory(_index(device))
 
 
-def properties(device="cuda") -> dict:
+def properties(device: object = "cuda") -> dict[str, Any]:
     """name, sm (90 for compute capability 9.0), multiprocessors and bus of a device."""
     return _C.cuda_properties(_index(device))
 
@@ -85,7 +87,7 @@ def cublas() -> tuple[str, str]:
 # ---- streams -------------------------------------------------------------------------------------
 
 
-def _handle(stream) -> int:
+def _handle(stream: Any) -> int:
     if stream is None:
         return 0
     if isinstance(stream, int):
@@ -101,20 +103,21 @@ def _handle(stream) -> int:
 
 
 class stream:
-    """`with stream(s):` sets this thread's stream, for Tensors and arrays whose library has no current one.
+    """`with stream(s):` sets this thread's stream, for Tensors and arrays without a stream of their library.
 
-    s is a handle, a stream of torch or CuPy, an object with __cuda_stream__ (else TypeError), or None for the
-    default stream. Inside, a call on another device than the stream's raises ValueError.
+    s is a handle, a stream of torch or CuPy, an object with __cuda_stream__, or None for the default stream;
+    anything else raises TypeError. Inside, a call on another device than the stream's raises ValueError.
     """
 
-    def __init__(self, stream):
-        self._kept, self._handle, self._before = stream, _handle(stream), []
+    def __init__(self, stream: Any) -> None:
+        self._kept, self._handle = stream, _handle(stream)
+        self._before: list[int] = []
 
-    def __enter__(self):
+    def __enter__(self) -> "stream":
         self._before.append(_C.cuda_set_stream(self._handle)[0])
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         _C.cuda_set_stream(self._before.pop())
 
 
@@ -126,11 +129,11 @@ def current_stream() -> int:
 # ---- called by the extension ---------------------------------------------------------------------
 
 _arenas = threading.local()
-_graphs: list = []  # workspace of captured graphs: it stays, because a graph may be replayed at any time
+_graphs: list = []  # workspace of captured graphs, kept because a graph may be replayed at any time
 
 
 def _workspace(nbytes, device, stream, like, capture):
-    """Device memory for a call: torch's for torch's arrays, else one piece per thread, device and stream.
+    """Device memory for a call: torch's for its tensors, else one piece per thread, device and stream.
 
     Calls of one thread on one stream run one after another, so they share a piece, which grows if necessary.
     Each capture (a number, 0 outside captures) has pieces of its own.
@@ -143,7 +146,7 @@ def _workspace(nbytes, device, stream, like, capture):
     piece = arenas.get(key)
     if piece is None or piece.nbytes < nbytes:
         arenas.pop(key, None)
-        piece = None  # frees the old piece first
+        piece = None  # frees the old piece before the new one is allocated
         piece = arenas[key] = _C.Tensor((nbytes + 0xFFFFF) & ~0xFFFFF, "uint8", f"cuda:{device}")
         if capture:
             _graphs.append(piece)
@@ -163,7 +166,7 @@ def _stream(like, device):
 def _cublas_files():
     """The files of cuBLASLt in pip and conda packages that the driver supports.
 
-    A copy that the process has already loaded comes before these, the system's after them.
+    The extension tries a copy that the process has already loaded before these files, and the system's after.
     """
     driver = _C.cuda_versions()[0] // 1000
     folders = [

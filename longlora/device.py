@@ -1,7 +1,7 @@
 """The device of a run: "cpu", "cuda:0" and so on. Everything the driver treats differently on a GPU is here.
 
-Ops, views and fills are the same calls on both; Tensor.copy_ copies between them. Calls on a GPU are queued,
-and the caller does not wait. `host` waits; it is called where a number is needed.
+Ops, views and fills are the same calls on the CPU and on a GPU; Tensor.copy_ copies between them. Calls on a
+GPU are queued and return at once. `host` waits for them; the driver calls it when it needs a number.
 """
 
 import re
@@ -72,7 +72,7 @@ def free_memory(device: str) -> int:
 
 
 def send(array: np.ndarray, device: str) -> Any:
-    """The ndarray as ops on `device` take it: itself on the CPU, a Tensor on a GPU."""
+    """Return the array for ops on `device`: the ndarray itself on the CPU, a Tensor with a copy on a GPU."""
     if device == CPU:
         return array
     out = _C.Tensor(array.shape, str(array.dtype), device)
@@ -84,10 +84,10 @@ _thread = threading.local()
 
 
 def staged(out: Any) -> Any:
-    """A Tensor in pinned memory with the shape and dtype of `out`, a Tensor on a GPU: fill it, then copy from
-    it.
+    """Return a Tensor in pinned memory, with the shape and dtype of `out`, a Tensor on a GPU.
 
-    Each thread has one piece of pinned memory, so this waits for earlier copies from it.
+    The caller fills it and copies it to `out`. Each thread has one piece of pinned memory, so this function
+    waits for earlier copies from it.
     """
     from longlora import cuda
 
@@ -99,8 +99,9 @@ def staged(out: Any) -> Any:
 
 
 def host(x: Any) -> np.ndarray:
-    """x as an ndarray. A Tensor on the CPU gives a view; one on a GPU a copy, after all queued work is
-    done.
+    """Return x as an ndarray. The memory of a CPU Tensor is shared.
+
+    A GPU Tensor is copied, after all work that is queued before. The copy waits for that work.
     """
     if isinstance(x, np.ndarray):
         return x
@@ -117,10 +118,10 @@ def waits() -> int:
 
 
 class Inputs(threading.local):
-    """Writes small arrays to Tensors, on a GPU in the background, through pieces of pinned memory.
+    """Copies small arrays to Tensors. On a GPU the copy runs in the background, from pinned memory.
 
-    A piece is used again only when its last copy is done, which is known once `host` has waited. Each thread
-    has its own pieces, and must keep to one stream.
+    A piece of pinned memory is used again after its last copy is done, which is certain once `host` has
+    waited. Each thread has its own pieces and must use one stream only.
     """
 
     def __init__(self) -> None:

@@ -1,12 +1,13 @@
-"""One function per op: it allocates results as arrays of the caller's library, then calls the kernel.
+"""One function per op. It allocates the results as arrays of the caller's library and calls the kernel.
 
 Shapes use the letters of csrc/ops.h: B batch, T tokens, M rows (B T), H query heads, K key/value heads, D
 head size, C and N features, R rank of LoRA, F feed-forward size, V vocabulary, P positions. [M,C] also takes
-[B,T,C] where the axes B and T lie in memory as one; [M] is then [B,T].
+[B,T,C] if the axes B and T are contiguous with each other; [M] is then [B,T].
 
-Arrays are NumPy, torch, CuPy, JAX, longlora.Tensor or others that speak DLPack. A call takes one dtype:
-float32, bfloat16 or float16. It computes in float32. Statistics and gradients of parameters are float32.
-Equal inputs give equal bits for any number of threads.
+Arrays may come from NumPy, torch, CuPy, JAX, longlora.Tensor or any library that supports DLPack. The
+arrays of a call share one dtype, float32, bfloat16 or float16, unless the op says otherwise. Kernels compute
+in float32. Statistics and gradients of parameters are float32. Equal inputs give equal bits for any number of
+threads.
 
 Every function raises TypeError for a wrong dtype or object and ValueError for a wrong shape, before it
 writes.
@@ -19,7 +20,7 @@ from typing import Any
 from longlora import _C
 from longlora.arrays import dtype_name, empty, empty_like, give_back, zeros
 
-Array = Any  # an array of any library that speaks DLPack
+Array = Any  # an array of any library that supports DLPack
 
 BOUNDARIES = {"split": 0, "wrap": 1, "swap": 2}
 SHIFTS = {"half": 0, "none": 1, "all": 2}
@@ -77,7 +78,7 @@ def matmul(a: Array, b: Array, alpha: float = 1.0, dtype: str | None = None) -> 
 
 
 def embedding_forward(weight: Array, ids: Array) -> Array:
-    """Gather the rows ids [M] int32 of weight [V,C] -> out [M,C]. ValueError for an id outside 0..V-1."""
+    """Gather rows of weight [V,C] by ids [M] int32 -> out [M,C]. ValueError for an id outside 0..V-1."""
     out = empty((*ids.shape, weight.shape[1]), dtype_name(weight), weight)
     _C.embedding_forward(out, weight, ids)
     return give_back(weight, out)
@@ -122,7 +123,7 @@ def rms_norm_backward(
 def rope_forward(x: Array, cos: Array, sin: Array, positions: Array | None = None) -> Array:
     """Rotate the heads of x [B,T,H,D] by position, in the rotate-half form -> out [B,T,H,D].
 
-    cos and sin [P,D/2] are float32 tables; positions [B,T] int32 names their rows (default: 0..T-1).
+    cos and sin [P,D/2] are float32 tables; positions [B,T] int32 selects their rows (default: 0..T-1).
     RoFormer, arXiv 2104.09864.
     """
     out = empty_like(x)
@@ -172,8 +173,8 @@ def lora_linear_backward(
 
     -> dx [M,C], da [R,C], db [N,R], dweight [N,C], dbias [N].
 
-    da and db are None without a and b, dweight and dbias unless asked for. Those four are float32. u, if
-    given, is the forward's; else it is computed again from x.
+    da and db are None without a and b; dweight and dbias are None unless train_weight and train_bias are set.
+    All four are float32. u is the forward's result; without it, u is computed again from x.
     """
     dx = empty_like(x)
     da = None if a is None else zeros(tuple(a.shape), "float32", x)
@@ -199,12 +200,13 @@ def s2_attention_forward(
 
     q [B,T,H,D], k and v [B,T,K,D]. csrc/ops.h states the exact rule.
 
-    group_size: tokens of a group, G >= 1. group_size >= T with shift="none" is dense causal attention.
+    group_size: tokens per group, G >= 1. group_size >= T with shift="none" is dense causal attention.
     boundary: "split" cuts the shifted groups at both ends (no leak); "wrap" is the paper's Algorithm 1,
         where the first G/2 tokens of shifted heads see the last G/2, so the future leaks; "swap" is its
         Variant 3.
-    shift: "half" of the query heads are shifted, "none" or "all".
-    cu_seqlens: int32 [S], 0 ... T: the boundaries of packed documents, with B = 1. Groups restart in each.
+    shift: how many query heads are shifted: "half", "none" or "all".
+    cu_seqlens: the boundaries of packed documents, int32 [S] from 0 to T. B must be 1. Groups restart in each
+        document.
     scale: factor of q k^T (default: 1/sqrt(D)). lse is the log-sum-exp of the scaled scores.
     """
     if len(q.shape) != 4:
@@ -260,9 +262,7 @@ def s2_attention_backward(
 def attention_scalars(
     op: str, q: Array, group_size: int, boundary: str, shift: str, scale: float | None
 ) -> tuple[int, int, int, float]:
-    """The four scalars of the attention kernels: group_size, boundary, shift, scale. ValueError for a bad
-    word.
-    """
+    """The scalars of the attention kernels: group_size, boundary, shift, scale. ValueError for a bad name."""
     return (
         group_size,
         _choice(op, "boundary", boundary, BOUNDARIES),
@@ -288,10 +288,10 @@ def swiglu_backward(dout: Array, gate: Array, up: Array) -> tuple[Array, Array]:
 def linear_cross_entropy_forward(
     x: Array, weight: Array, targets: Array, ignore_index: int = IGNORE
 ) -> tuple[Array, Array]:
-    """Linear layer and cross entropy in one, chunk by chunk of rows -> losses [M], lse [M] float32, in nats.
+    """Linear layer and cross entropy, in chunks of rows -> losses [M], lse [M] float32, in nats.
 
     x [M,C], weight [V,C], targets [M] int32. losses = lse - logit of the target, and 0 where the target is
-    ignore_index. The logits [M,V] never exist whole.
+    ignore_index. The logits [M,V] are never in memory as a whole.
     """
     losses, lse = empty(tuple(x.shape[:-1]), "float32", x), empty(tuple(x.shape[:-1]), "float32", x)
     _C.linear_cross_entropy_forward(losses, lse, x, weight, targets, ignore_index)
@@ -306,11 +306,10 @@ def linear_cross_entropy_backward(
     ignore_index: int = IGNORE,
     train_weight: bool = False,
 ) -> tuple[Array, Array, Array | None]:
-    """Losses and gradients in one -> losses [M] float32, dx [M,C], dweight [V,C] float32 (None unless asked
-    for).
+    """Losses and gradients in one call -> losses [M] float32, dx [M,C], dweight [V,C] float32.
 
-    dlosses [M] float32 is the gradient of each row's loss; the rest is as in linear_cross_entropy_forward.
-    A training step needs this call alone.
+    dlosses [M] float32 is the gradient of each row's loss. dweight is None unless train_weight is set. The
+    other arguments are those of linear_cross_entropy_forward, which a training step does not need to call.
     """
     losses, dx = empty(tuple(x.shape[:-1]), "float32", x), empty_like(x)
     dweight = zeros(tuple(weight.shape), "float32", x) if train_weight else None

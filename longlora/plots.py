@@ -1,6 +1,11 @@
-"""Pictures of a run: the loss, perplexity along the text, the attention pattern. PNG files, drawn without a
-display.
-"""
+"""Pictures of a run as PNG files: loss, perplexity by position, attention pattern. They need no display."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Path = str | os.PathLike[str]
+Curve = tuple[Sequence[float], Sequence[float]]  # x and y of each point
 
 
 def _figure(width=7, height=4, columns=1):
@@ -22,8 +27,8 @@ def _save(figure, path):
     pyplot.close(figure)
 
 
-def loss(path, metrics, title="training loss"):
-    """metrics: dicts with step and loss, or step and eval_loss, as metrics.jsonl has them."""
+def loss(path: Path, metrics: Sequence[Mapping[str, Any]], title: str = "training loss") -> None:
+    """Draw the loss by step. metrics: dicts with step and loss or eval_loss, as in metrics.jsonl."""
     figure, ((axes,),) = _figure()
     train = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
     held_out = [(m["step"], m["eval_loss"]) for m in metrics if "eval_loss" in m]
@@ -32,7 +37,7 @@ def loss(path, metrics, title="training loss"):
         smooth, mean, weight = [], 0.0, 0.0
         for _, value in train:
             mean, weight = 0.9 * mean + 0.1 * value, 0.9 * weight + 0.1
-            smooth.append(mean / weight)  # else the first values would weigh on all that follow
+            smooth.append(mean / weight)  # unbiased: the first values do not dominate
         axes.plot([step for step, _ in train], smooth, color="#2171b5", label="smoothed (0.9)")
     if held_out:
         axes.plot(*zip(*held_out), "o-", color="#d94801", label="held out, dense attention")
@@ -42,10 +47,10 @@ def loss(path, metrics, title="training loss"):
     _save(figure, path)
 
 
-def perplexity(path, curves, native=None, title="perplexity by position"):
-    """curves: dict of label -> (positions, perplexities); native: the length of pretraining, drawn as a
-    line.
-    """
+def perplexity(
+    path: Path, curves: Mapping[str, Curve], native: int | None = None, title: str = "perplexity by position"
+) -> None:
+    """Draw curves, label -> (positions, perplexities), and a line at `native`, the pretraining length."""
     figure, ((axes,),) = _figure()
     for (label, (x, y)), colour in zip(curves.items(), ("#969696", "#d94801", "#2171b5", "#238b45")):
         axes.plot(x, y, label=label, color=colour, marker="o" if len(x) < 20 else None)
@@ -60,10 +65,8 @@ def perplexity(path, curves, native=None, title="perplexity by position"):
     _save(figure, path)
 
 
-def attention(path, length, group_size, boundary="split", shift="half"):
-    """Which keys a query sees, in a plain and in a shifted head: the rule of S2-Attn (LongLoRA section 3.2),
-    drawn.
-    """
+def attention(path: Path, length: int, group_size: int, boundary: str = "split", shift: str = "half") -> None:
+    """Draw which keys a query sees in a plain and in a shifted head: S2-Attn, LongLoRA section 3.2."""
     import numpy as np
 
     scale = max(1, length // 256)

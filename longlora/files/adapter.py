@@ -24,7 +24,7 @@ from longlora.files.tokenizer import Tokenizer
 Path = str | os.PathLike[str]
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# PEFT's options that change the function computed, and the value that leaves each off.
+# PEFT's options that change what a layer computes, with the value that turns each off.
 PLAIN = {
     "bias": "none",
     "fan_in_fan_out": False,
@@ -58,7 +58,7 @@ def save(
     """Write a PEFT adapter that PeftModel.from_pretrained(base, directory) loads.
 
     tensors: name -> float32 array, exactly those of `lora.tensor_shapes`; base: the model it was trained on;
-    raw: the config dict with the new rope, written as config.json; tokenizer: its files are written beside. A
+    raw: the config dict with the new rope, written as config.json; tokenizer: its files are written too. A
     trained embedding that is also the head (tied) is written under both names with ensure_weight_tying, or
     PEFT would keep the untrained head. UserError when it cannot be written; each file is whole or absent.
     """
@@ -144,8 +144,8 @@ def load(
 ) -> tuple[LoraConfig, dict[str, np.ndarray], dict[str, Any] | None]:
     """Read an adapter -> (LoraConfig, name -> float32 array, its config.json or None).
 
-    base: the model it should be for. UserError for an adapter of another base, for missing, extra, misshapen
-    tensors, and for PEFT features that are not supported, each by name.
+    base: the model that the adapter should belong to. UserError if the adapter has another base, if a tensor
+    is missing, extra or of the wrong shape, or if it uses a PEFT feature that is not supported.
     """
     lora = read_lora(directory)
     path = os.path.join(directory, WEIGHTS)
@@ -198,8 +198,8 @@ def read_lora(directory: Path) -> LoraConfig:
     given = {
         field.name: found[field.name] for field in fields(LoraConfig) if found.get(field.name) is not None
     }
-    # PEFT writes full names for what it tied and for "all-linear". The tensors show whether all layers have
-    # one.
+    # PEFT writes full names for tied modules and for "all-linear". The tensors show later whether every layer
+    # has the module.
     given["modules_to_save"] = _last(found.get("modules_to_save") or (), "model.embed_tokens")
     given["target_modules"] = _last(found.get("target_modules") or (), "model.layers.")
     try:
@@ -209,7 +209,7 @@ def read_lora(directory: Path) -> LoraConfig:
 
 
 def _last(names, prefix):
-    """The last part of each name that starts with `prefix`, other names as they are, each once."""
+    """Shorten the names that start with `prefix` to their last part, and drop duplicates."""
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         return names
     return tuple(
@@ -224,8 +224,8 @@ def _tie(lora, tensors, config, path):
         return lora
     if head is None or embedding is None or not np.array_equal(head, embedding):
         raise UserError(
-            f"{path}: the base model ties its head to the embedding, this adapter does not (trained without "
-            "ensure_weight_tying); it is not supported"
+            f"{path}: the base model ties its head to the embedding, but this adapter was trained without "
+            "ensure_weight_tying; this is not supported"
         )
     del tensors["lm_head.weight"]
     return replace(lora, modules_to_save=tuple(name for name in lora.modules_to_save if name != "lm_head"))
@@ -240,7 +240,7 @@ def check(tensors: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], whe
     if missing:
         raise UserError(f"{where}: {len(missing)} tensors of the adapter are missing: {some(missing)}")
     if extra:
-        raise UserError(f"{where}: {len(extra)} tensors are not of this adapter: {some(extra)}")
+        raise UserError(f"{where}: {len(extra)} tensors do not belong to this adapter: {some(extra)}")
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) != tuple(shape):
             raise UserError(

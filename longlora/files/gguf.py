@@ -1,4 +1,4 @@
-"""A GGUF file of one of our families, read as a Hugging Face model.
+"""Reads a GGUF file of a supported family as a Hugging Face model.
 
 The `gguf` library knows the block formats and dequantises. Names, order of rows and metadata are those that
 llama.cpp's convert_hf_to_gguf.py writes.
@@ -33,7 +33,7 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# The config keys that a file must have, and what the metadata calls them.
+# Config keys that every file must have -> their names in the metadata.
 REQUIRED = {
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
@@ -42,7 +42,7 @@ REQUIRED = {
     "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
-# Metadata keys that change the function computed, for architectures to which they are foreign.
+# Metadata keys that change what the model computes. They are refused unless the architecture declares them.
 REFUSED = (
     "expert_count",
     "attention.sliding_window",
@@ -61,16 +61,14 @@ REFUSED = (
 class Architecture:
     """How llama.cpp stores a family."""
 
-    interleaved: bool = False  # the rows of q and k, so that the two that rotate together are neighbours
-    rotated_whole: bool = True  # rope.dimension_count is also the size of a head
+    interleaved: bool = False  # in q and k, rows that rotate together are neighbours
+    rotated_whole: bool = True  # rope.dimension_count is also the head size
     names: dict[str, str] = field(default_factory=lambda: LAYER_NAMES)
     multipliers: dict[str, str] = field(default_factory=dict)  # metadata key -> config key
-    fixed: dict[str, Any] = field(
-        default_factory=dict
-    )  # config keys that llama.cpp knows by the architecture
+    fixed: dict[str, Any] = field(default_factory=dict)  # config keys that the architecture implies
 
 
-# Architectures have the names of our families; Mistral is stored as a llama.
+# Architectures have the names of our families. Mistral is stored as llama.
 ARCHITECTURES = {
     "llama": Architecture(interleaved=True),
     "qwen2": Architecture(),
@@ -110,7 +108,7 @@ class Gguf(ModelFile):
             self.metadata, infos, base = read_header(self.buffer)
         except EOFError:
             raise UserError(
-                f"{self.path}: truncated: the header goes on past the file's {len(self.buffer)} bytes"
+                f"{self.path}: truncated: the header extends past the file's {len(self.buffer)} bytes"
             ) from None
         except (ValueError, OverflowError) as error:
             raise UserError(f"{self.path}: damaged header: {error}") from None
@@ -197,8 +195,7 @@ class Gguf(ModelFile):
                 raise UserError(f"{self.path}: the metadata lacks {self._family}.{key}")
             raw[name] = get(key)
         raw["num_key_value_heads"] = get("attention.head_count_kv", raw["num_attention_heads"])
-        # The file holds a float32. The shortest decimal that rounds to it is what the model's config.json
-        # said.
+        # The file holds a float32. The model's config.json had the shortest decimal that rounds to it.
         raw["rms_norm_eps"] = _decimal(raw["rms_norm_eps"])
         embedding = self._shapes.get("model.embed_tokens.weight")
         raw["vocab_size"] = embedding[0] if embedding else get("vocab_size")
@@ -215,7 +212,7 @@ class Gguf(ModelFile):
         return raw
 
     def _head_dim(self, hidden, heads):
-        """The size of a head, which must be rotated whole; None where nothing tells it."""
+        """The head size, None if the metadata does not imply it. UserError if rope rotates a part of it."""
         key, value, turned = (
             self._get(name)
             for name in ("attention.key_length", "attention.value_length", "rope.dimension_count")
@@ -224,8 +221,8 @@ class Gguf(ModelFile):
         head_dim = key or (turned if self._arch.rotated_whole else plain)
         if value not in (None, key) or turned not in (None, head_dim):
             raise UserError(
-                f"{self.path}: heads with key_length {key}, value_length {value}, {turned} of them rotated "
-                "are not supported; supported is one size, rotated whole"
+                f"{self.path}: heads with key_length {key}, value_length {value}, rope.dimension_count "
+                f"{turned} are not supported; each should be the head size or absent"
             )
         return head_dim
 
@@ -253,7 +250,7 @@ class Gguf(ModelFile):
         return scaling
 
     def _llama3(self, raw, divisors):
-        """Find Llama 3's rule again: llama.cpp stores only its result, the divisors of the frequencies."""
+        """Recover Llama 3's rule. llama.cpp stores only its result, the divisors of the frequencies."""
 
         if np.allclose(divisors, 1):
             return None
@@ -277,7 +274,7 @@ class Gguf(ModelFile):
                     "original_max_position_embeddings": 1 << power,
                 }
         raise UserError(
-            f"{self.path}: rope_freqs.weight does not follow Llama 3's rule, no other is supported"
+            f"{self.path}: rope_freqs.weight does not follow Llama 3's rule, the only one supported"
         )
 
     def dtype(self, name: str) -> str:
@@ -299,8 +296,7 @@ class Gguf(ModelFile):
             if kind.name in ("F32", "F16"):
                 values = data.view("<f4" if kind.name == "F32" else "<f2").astype(np.float32, copy=False)
             else:
-                # As one row, because the library's loop over rows, 16 at a time, takes longer than the
-                # arithmetic.
+                # One long row: the library's loop over rows takes longer than the arithmetic.
                 values = gguf.quants.dequantize(np.ascontiguousarray(data).reshape(1, -1), kind)
         except NotImplementedError:
             raise UserError(f"{self.path}: weights of type {kind.name} cannot be dequantised") from None

@@ -1,6 +1,6 @@
-"""The header of a GGUF file: its metadata, and where its tensors lie.
+"""The header of a GGUF file: its metadata, and where its tensors are.
 
-Each length is checked against the file before it is believed. The `gguf` library's reader needs seconds for a
+Each length is checked against the file before it is used. The `gguf` library's reader takes seconds for a
 vocabulary and may loop forever on a damaged count.
 """
 
@@ -60,7 +60,7 @@ class _Header:
         return self.strings(count)
 
     def strings(self, count):
-        """As `count` calls of `string`, but quick: a vocabulary has a hundred thousand strings."""
+        """Equals `count` calls of `string`, but faster: a vocabulary has a hundred thousand strings."""
         buffer, at, end, found = self.buffer, self.at, len(self.buffer), []
         length = struct.Struct("<Q").unpack_from
         if count * 8 > end:
@@ -92,19 +92,19 @@ def read_header(buffer: mmap.mmap) -> tuple[dict[str, Any], dict[str, TensorInfo
     for _ in range(pairs):
         key = header.string()
         if key in metadata:
-            raise ValueError(f"key {key!r} twice")
+            raise ValueError(f"key {key!r} appears twice")
         metadata[key] = header.value(header.scalar("I"))
     infos = {}
     for _ in range(tensors):
         name = header.string()
         if name in infos:
-            raise ValueError(f"tensor {name!r} twice")
+            raise ValueError(f"tensor {name!r} appears twice")
         axes = header.scalar("I")
         if not 1 <= axes <= 4:
-            raise ValueError(f"tensor {name!r} with {axes} axes")
+            raise ValueError(f"tensor {name!r} has {axes} axes, should have 1 to 4")
         shape = tuple(header.scalar("Q") for _ in range(axes))[::-1]
         infos[name] = TensorInfo(shape, header.scalar("I"), header.scalar("Q"))
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise ValueError(f"general.alignment {alignment!r}")
+        raise ValueError(f"general.alignment should be a power of 2, got {alignment!r}")
     return metadata, infos, -(-header.at // alignment) * alignment

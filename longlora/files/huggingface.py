@@ -1,4 +1,4 @@
-"""A model as a Hugging Face directory."""
+"""Reads a model from a Hugging Face directory."""
 
 import os
 
@@ -10,12 +10,12 @@ from longlora.files.safetensors import SafetensorsFile
 from longlora.files.tokenizer import Tokenizer
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-# Buffers that old files carry and that are computed here.
+# Buffers that old files contain. We compute them.
 IGNORED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 
 
 class HuggingFace(ModelFile):
-    """A directory with config.json, model.safetensors (or shards and an index), perhaps tokenizer.json."""
+    """A directory with config.json, model.safetensors (or shards and an index), optionally tokenizer.json."""
 
     kind = "huggingface"
 
@@ -23,7 +23,7 @@ class HuggingFace(ModelFile):
         self.path = os.fspath(path)
         if os.path.exists(os.path.join(path, "adapter_config.json")):
             raise UserError(
-                f"{self.path}: is an adapter, wanted the model it was trained on (or merged into)"
+                f"{self.path}: is an adapter; wanted the model it was trained on, or a merged model"
             )
         self.config = read_config(path)
         index = os.path.join(path, INDEX)
@@ -43,7 +43,7 @@ class HuggingFace(ModelFile):
     def _sharded(self, index):
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
-            raise UserError(f"{index}: weight_map should be an object of tensor name to file name")
+            raise UserError(f"{index}: weight_map should be an object that maps tensor names to file names")
         outside = [
             place for place in places.values() if os.path.basename(place) != place or place in ("", ".", "..")
         ]

@@ -117,7 +117,7 @@ def save_merged(
         places = {name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard}
         write_json(os.path.join(directory, INDEX), {"metadata": {"total_size": total}, "weight_map": places})
     elif os.path.exists(os.path.join(directory, INDEX)):
-        os.unlink(os.path.join(directory, INDEX))  # an earlier model's, which readers would follow
+        os.unlink(os.path.join(directory, INDEX))  # of an earlier model; readers would follow it
     kept = dtypes["model.embed_tokens.weight"]
     raw = {key: value for key, value in raw.items() if key != "dtype"} | {"torch_dtype": kept}
     write_json(os.path.join(directory, "config.json"), raw)

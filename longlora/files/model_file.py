@@ -1,6 +1,6 @@
 """A model on disk, read tensor by tensor: what a Hugging Face directory and a GGUF file have in common.
 
-Files are mapped and nothing is kept, so reading a model into place never needs twice its size.
+Files are mapped and nothing is kept, so loading a model never needs twice its size.
 """
 
 import hashlib
@@ -56,7 +56,9 @@ class ModelFile:
         wanted, found = self.config.tensor_shapes(), self._shapes
         head = "lm_head.weight"
         if self.config.tie_word_embeddings and head in found:
-            wanted[head] = wanted["model.embed_tokens.weight"]  # written by some, equal to the embedding
+            wanted[head] = wanted[
+                "model.embed_tokens.weight"
+            ]  # some writers repeat the embedding under this name
         for name, shape in wanted.items():
             if name not in found:
                 missing = [name for name in wanted if name not in found]
@@ -71,12 +73,13 @@ class ModelFile:
         extra = [name for name in found if name not in wanted]
         if extra:
             raise UserError(
-                f"{self.path}: {len(extra)} tensors are not of a {self.config.family} model: {some(extra)}"
+                f"{self.path}: {len(extra)} tensors do not belong to a {self.config.family} model: "
+                f"{some(extra)}"
             )
         self._names = [name for name in wanted if name != head or not self.config.tie_word_embeddings]
 
     def names(self) -> list[str]:
-        """The tensors' Hugging Face names, in the order of the layers. A tied head is not among them."""
+        """The tensors' Hugging Face names, in the order of the layers, without a tied head."""
         return list(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from longlora.errors import UserError
 Path = str | os.PathLike[str]
 
 MAX_HEADER = 100_000_000
-# safetensors' names -> (ours, bytes per element). A file may hold others, a model that we read may not.
+# safetensors' names -> (ours, bytes per element). Files may hold other dtypes, which `array` refuses.
 DTYPES = {
     "F32": ("float32", 4),
     "BF16": ("bfloat16", 2),
@@ -95,12 +95,12 @@ class SafetensorsFile:
         for name, (_, _, start, stop) in sorted(entries.items(), key=lambda item: item[1][2:]):
             if start != end:
                 raise UserError(
-                    f"{self.path}: {name}: data starts at byte {start}, should at {end}: tensors "
+                    f"{self.path}: {name}: data starts at byte {start}, should start at {end}: tensors "
                     f"{'overlap' if start < end else 'have a hole between them'}"
                 )
             end = stop
         if end != size:
-            raise UserError(f"{self.path}: the file has {size} bytes, its header speaks of {end}")
+            raise UserError(f"{self.path}: the file has {size} bytes, its header describes {end}")
         return metadata, entries
 
     def _entry(self, name, entry, base, size):
@@ -134,7 +134,7 @@ class SafetensorsFile:
         return DTYPES.get(dtype, (dtype,))[0], shape, base + offsets[0], base + offsets[1]
 
     def array(self, name: str) -> np.ndarray:
-        """A read-only view of a tensor (bfloat16: uint16 bits). UserError for a dtype that we do not read."""
+        """A read-only view of a tensor (bfloat16: uint16 bits). UserError for an unsupported dtype."""
         dtype, shape, start, end = self.entries[name]
         if dtype not in (known for known, _ in DTYPES.values()):
             raise UserError(
@@ -145,7 +145,7 @@ class SafetensorsFile:
 
 
 def release(buffer: mmap.mmap, start: int, end: int) -> None:
-    """Give back the pages of bytes start..end of a mapped file, which count as this process's memory."""
+    """Release the pages of bytes start..end of a mapped file: they count as memory of this process."""
     first = start // mmap.PAGESIZE * mmap.PAGESIZE
     if end > first and hasattr(buffer, "madvise"):
         buffer.madvise(mmap.MADV_DONTNEED, first, end - first)
@@ -160,8 +160,8 @@ def write(
     """Write a safetensors file to `path` with one tensor in memory at a time.
 
     tensors: name -> (dtype name, shape); read(name) gives its array (bfloat16 may come as uint16 bits).
-    ValueError for an empty tensor, because a weight without bytes in a saved model is always a mistake, and
-    for an array of another size. UserError when the file cannot be written.
+    ValueError for an array of the wrong size, and for an empty tensor: an empty weight in a saved model is
+    always a mistake. UserError when the file cannot be written.
     """
     codes = {name: (code, width) for code, (name, width) in DTYPES.items()}
     # Wide elements come first, so every tensor is aligned to its own element.
@@ -187,7 +187,7 @@ def write(
 
 
 def save(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
-    """Write `tensors` (name -> ndarray or longlora.Tensor) as `write` does. A GPU's cross one at a time."""
+    """Write `tensors` (name -> ndarray or longlora.Tensor) as `write` does, one tensor at a time."""
     write(
         path,
         {name: (str(array.dtype), array.shape) for name, array in tensors.items()},

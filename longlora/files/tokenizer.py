@@ -1,8 +1,8 @@
 """Text <-> token ids by the `tokenizers` library, from tokenizer.json or rebuilt from the metadata of a GGUF.
 
 The ids are those of transformers 5's `AutoTokenizer.from_pretrained(...)(text).input_ids`, so a model trained
-here meets the same tokens when it is served there. Where transformers does not take tokenizer.json by the
-letter, neither does this file.
+here gets the same tokens when transformers serves it. Where transformers departs from tokenizer.json, so does
+this file.
 """
 
 import hashlib
@@ -18,8 +18,7 @@ from longlora.decoder.config import ModelConfig
 from longlora.disk import read_json, write_text
 from longlora.errors import UserError
 
-# Everything transformers reads when it loads a tokenizer; copied as it is beside an adapter or a merged
-# model.
+# Everything transformers reads when it loads a tokenizer; copied unchanged to an adapter or merged model.
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -34,8 +33,8 @@ LLAMA3 = (
 )
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 # tokenizer.ggml.pre -> how words are split before BPE. "smollm" isolates digits in SmolLM2's own
-# tokenizer.json, but transformers splits it as GPT-2, and so do we: the ids differ only where spaces run up
-# to a digit.
+# tokenizer.json, but transformers splits it like GPT-2, and so do we. The ids differ only where spaces
+# precede a digit.
 SPLITS = {
     "gpt-2": None,
     "gpt2": None,
@@ -56,8 +55,8 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
 class Tokenizer:
     """Text to ids and back, as transformers does it.
 
-    backend: a tokenizers.Tokenizer; special: "bos_token", ... -> their text; files: name -> its Path, or a
-    function that makes its text.
+    backend: a tokenizers.Tokenizer; special: "bos_token" and so on -> the token's text; files: name -> its
+    Path, or a function that returns its text.
     """
 
     def __init__(self, backend: Any, special: dict[str, str], files: Mapping[str, Path | Callable[[], str]]):
@@ -289,11 +288,11 @@ def _byte_alphabet():
 
 
 def _added(tokens, types, kind):
-    """The tokens matched before BPE: control tokens, which are special, and user-defined ones."""
+    """The tokens matched before BPE: control tokens (special) and user-defined tokens."""
     letters = set(_byte_alphabet().values())
     added = []
     for index, (token, type_) in enumerate(zip(tokens, types or (), strict=False)):
-        # In a byte-level vocabulary a control token in other letters is a mislabel of the converter.
+        # In a byte-level vocabulary the converter may label other tokens as control tokens by mistake.
         if type_ == USER_DEFINED or type_ == CONTROL and (kind != "gpt2" or set(token) <= letters):
             added.append(
                 {

@@ -1,6 +1,4 @@
-"""`longlora doctor` describes the build and the machine: look here first when something is slow or
-missing.
-"""
+"""`longlora doctor` describes the build and the machine. Look here first if something is slow or missing."""
 
 import importlib.metadata
 import os

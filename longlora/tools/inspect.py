@@ -1,4 +1,4 @@
-"""What is this model, adapter or checkpoint: for `longlora inspect PATH`."""
+"""`longlora inspect PATH` describes a model, an adapter or a checkpoint."""
 
 import math
 import os
@@ -14,10 +14,10 @@ from longlora.training.resume import STATE
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What lies at `path` -> a dict for JSON: kind ("model", "adapter", "checkpoint"), sizes, rope, what is
-    trained.
+    """Describe what is at `path` -> a dict for JSON.
 
-    Nothing but headers is read. UserError if it is none of these, or damaged.
+    "kind" is "model", "adapter" or "checkpoint"; other keys give sizes, rope and the trained parameters. Only
+    headers are read. UserError if `path` is none of the three, or damaged.
     """
     path = os.fspath(path)
     if os.path.isdir(path) and os.path.exists(os.path.join(path, adapter.CONFIG)):
@@ -53,7 +53,7 @@ def _adapter(path):
     described = os.path.join(path, "config.json")
     config = _config(read_config(described)) if os.path.exists(described) else {}
     if config.get("tied_embeddings"):
-        trained.pop("head", None)  # the embedding under its second name
+        trained.pop("head", None)  # the tied embedding under its second name
     found = read_json(os.path.join(path, adapter.CONFIG))
     return {
         "kind": "checkpoint" if os.path.exists(os.path.join(path, STATE)) else "adapter",

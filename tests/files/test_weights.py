@@ -156,7 +156,7 @@ def edit(path, change, file="model.safetensors"):
         ),
         (
             lambda t: t.update({"model.extra": np.ones(1, np.float32)}),
-            "1 tensors are not of a llama model: model.extra",
+            "1 tensors do not belong to a llama model: model.extra",
         ),
         (
             lambda t: t.update({"model.norm.weight": np.ones(15, np.float32)}),
@@ -217,7 +217,7 @@ def test_tied_head_written_twice(tmp_path):
         (lambda m: m.update({"model.norm.weight": "../model.safetensors"}), "should name files beside it"),
         (
             lambda m: m.update({"model.norm.weight": 3}),
-            "weight_map should be an object of tensor name to file name",
+            "weight_map should be an object that maps tensor names to file names",
         ),
     ],
 )
@@ -262,7 +262,7 @@ def entry(start, end, shape=None, dtype="F32"):
     "header, size, message",
     [
         ({"a": entry(0, 16)}, 12, "truncated: a ends at byte"),
-        ({"a": entry(0, 16)}, 20, "the file has .* bytes, its header speaks of"),
+        ({"a": entry(0, 16)}, 20, "the file has .* bytes, its header describes"),
         ({"a": entry(0, 16), "b": entry(8, 24)}, 24, "b: data starts at byte .*: tensors overlap"),
         ({"a": entry(0, 8), "b": entry(12, 24)}, 24, "tensors have a hole between them"),
         ({"a": entry(4, 8)}, 8, "tensors have a hole between them"),
@@ -461,4 +461,4 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 def test_an_adapter_is_not_a_model(tmp_path):
     build(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "is an adapter, wanted the model it was trained on" in failure(tmp_path)
+    assert "is an adapter; wanted the model it was trained on" in failure(tmp_path)

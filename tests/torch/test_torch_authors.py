@@ -165,7 +165,7 @@ A = f"{adapter.PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
             lambda lora, whole, config: whole.update(
                 {"model.layers.7.input_layernorm.weight": torch.ones(32)}
             ),
-            "trainable_params.bin: 1 tensors are not of this adapter: model.layers.7.input_layernorm.weight",
+            "trainable_params.bin: 1 tensors do not belong to this adapter: model.layers.7",
         ),
         (
             lambda lora, whole, config: whole.update({NORM: torch.ones(32, dtype=torch.int32)}),
