@@ -60,7 +60,7 @@ def others(M, C, N, R, dtype):
 
 
 def taken(op, *args):
-    """The bytes that the call takes, without those of Tensors that are alive, which come from the same store."""
+    """The bytes that the call takes, without those of living Tensors, which come from the same store."""
     gc.collect()
     _C.scratch_peak()
     held = _C.scratch_peak()
