@@ -1,1 +1,1 @@
-"""Our speed against that of peers, one file per op. `python -m benchmarks` runs them all."""
+"""Compares our speed with that of peers, one file per op. `python -m benchmarks` runs all of them."""

@@ -1,5 +1,7 @@
-"""The ops that move memory: share of the measured copy bandwidth, and torch's own form of each. Bytes are
-those that the op must read and write once."""
+"""The ops that move memory: their share of the measured copy bandwidth, and torch's version of each.
+
+The bytes of a row are those that the op must read and write once.
+"""
 
 import numpy as np
 
@@ -10,7 +12,7 @@ M, C, F, V = 4096, 2048, 5504, 49152
 
 
 def on_gpu(bench):
-    """Of Llama-2-7B's sizes, 8192 tokens, in bfloat16; adamw on float32 masters with a bfloat16 copy."""
+    """Sizes of Llama-2-7B, 8192 tokens, bfloat16; adamw on float32 masters with a bfloat16 copy."""
     gpu, dtype, size, target = bench.gpu, "bfloat16", 2, dict(target=(0.75, 0.92), judged="of_peak")
     m, c, f, v, n = gpu.size((8192, 4096, 11008, 32000, 1 << 27), (32, 64, 48, 100, 1000))
 

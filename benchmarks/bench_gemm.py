@@ -1,5 +1,6 @@
-"""matmul against torch.mm: the products of a SmolLM2 step (forward NT, dx NN, dW TN), big squares, skinny and
-odd shapes.
+"""matmul against torch.mm.
+
+The shapes are the products of a SmolLM2 step (forward NT, dx NN, dW TN), big squares, narrow and odd ones.
 """
 
 import functools
@@ -33,9 +34,7 @@ SHAPES = [("NT", shape) for shape in NT] + [
 
 
 def on_gpu(bench):
-    """Products of Llama-2-7B's layer, 8192 tokens: both sides are cuBLAS, so this is what our way to it
-    costs.
-    """
+    """The products of a layer of Llama-2-7B, 8192 tokens. Both sides call cuBLAS: this times our overhead."""
     gpu, dtype = bench.gpu, "bfloat16"
     shapes = [(8192, 12288, 4096), (8192, 4096, 4096), (2048, 22016, 4096), (2048, 4096, 11008)]
     for m, n, k in gpu.size(shapes, [(32, 48, 64)]):

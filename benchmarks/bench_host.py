@@ -1,6 +1,8 @@
-"""What a call of an op costs the host, on arrays so small that nothing else counts; torch's rms_norm beside
-it. On a GPU: the time until the call has queued its work, which is what has to be shorter than the work
-itself."""
+"""What a call of an op costs the host. The arrays are so small that nothing else counts. torch's rms_norm is
+the peer.
+
+On a GPU this is the time until the call has queued its work. It should be shorter than the work itself.
+"""
 
 import time
 
@@ -9,9 +11,7 @@ from longlora import _C, cuda, ops
 
 
 def per_call(call, gpu, calls):
-    """Microseconds of one call, the smallest of ten rounds; a GPU's queue is empty when a round begins and
-    never full.
-    """
+    """Microseconds per call, the smallest of ten rounds. `calls` must not fill the queue of a GPU."""
     best = float("inf")
     for _ in range(10):
         if gpu is not None:

@@ -1,5 +1,6 @@
-"""The head and its loss, forward and backward, against torch's linear + cross_entropy; head frozen and
-trained.
+"""The head and its loss, forward and backward, against torch's linear + cross_entropy.
+
+The head is frozen in some rows and trained in others.
 """
 
 import numpy as np
@@ -11,9 +12,7 @@ SHAPES = [(2048, 576, 49152), (512, 2048, 128256)]
 
 
 def on_gpu(bench):
-    """The frozen head of 8192 tokens, C = 4096, its gradient with it; and the memory that it takes beside its
-    arguments.
-    """
+    """The frozen head for 8192 tokens, C = 4096, with gradients, and the extra memory that it needs."""
     gpu, dtype = bench.gpu, "bfloat16"
     m, c = gpu.size((8192, 4096), (32, 64))
     for v in gpu.size((32000, 128256), (100,)):

@@ -1,5 +1,6 @@
-"""The linear layer with LoRA: forward and backward against PEFT's layer, and against our own frozen linear
-(rank 0).
+"""The linear layer with LoRA, forward and backward.
+
+It is compared with PEFT's layer and with our own frozen linear layer (rank 0).
 """
 
 import importlib.util
@@ -17,7 +18,7 @@ SHAPES = [
 
 
 def peft_layer(torch, weight, a, b, scale):
-    """PEFT's LoRA linear holding these weights; only a and b are trained."""
+    """PEFT's LoRA linear layer with these weights. Only a and b are trained."""
     from peft import LoraConfig, inject_adapter_in_model
 
     model = torch.nn.Sequential(
@@ -34,16 +35,14 @@ def peft_layer(torch, weight, a, b, scale):
 
 
 def by_formula(torch, weight, a, b, scale):
-    """What PEFT's layer computes, where peft is not installed."""
+    """The formula of PEFT's layer, for machines without peft."""
     functional = torch.nn.functional
     a, b = (x.detach().clone().requires_grad_() for x in (a, b))
     return lambda x: functional.linear(x, weight) + functional.linear(functional.linear(x, a), b) * scale
 
 
 def on_gpu(bench):
-    """8192 tokens, square layers of Llama-2-7B's size: the cost of LoRA over the frozen linear, and against
-    PEFT.
-    """
+    """8192 tokens, square layers of Llama-2-7B's size: LoRA against the frozen linear layer and PEFT."""
     gpu, dtype = bench.gpu, "bfloat16"
     m, c, n = gpu.size((8192, 4096, 4096), (32, 64, 48))
     for r in gpu.size((8, 16, 64), (8,)):

@@ -1,6 +1,9 @@
-"""S2-Attn against torch's best form of it: the shifted heads moved by one index, groups folded into the
-batch, SDPA with is_causal. Useful FLOPs, causal half only: forward 4 H L (G/2) D, backward 2.5 times that. On
-a GPU: bfloat16, forward and backward together, SDPA's backend forced to flash and to cuDNN."""
+"""S2-Attn against its fastest form in torch: one index moves the shifted heads, groups are folded into the
+batch, and SDPA runs with is_causal.
+
+FLOPs count the causal half only: forward 4 H L (G/2) D, backward 2.5 times that. On a GPU the dtype is
+bfloat16, forward and backward are timed together, and SDPA is forced to its flash and cuDNN backends in turn.
+"""
 
 import functools
 import math
@@ -11,7 +14,7 @@ from longlora.training.profile import pairs
 
 L, H = 8192, 8
 CASES = [(D, G) for D in (64, 128) for G in (512, 1024, 2048, 4096)] + [(80, 512), (96, 300)]
-# (T, D, G) and its round neighbour
+# (T, D, G) of an odd shape and of its round neighbour
 ODD = [
     ((8192, 80, 512), (8192, 64, 512)),
     ((8192, 96, 512), (8192, 128, 512)),
@@ -21,8 +24,8 @@ ODD = [
 
 
 class Peer:
-    """q, k, v [1,L,H,D] -> out: half of the heads rolled by half a group (wrap, as the paper's Algorithm 1),
-    SDPA per group.
+    """q, k, v [1,L,H,D] -> out. Half of the heads are rolled by half a group, as in the paper's Algorithm 1
+    ("wrap"); then SDPA runs on each group.
     """
 
     def __init__(self, torch, tensors, G):
@@ -43,8 +46,11 @@ class Peer:
 
 
 class GpuPeer:
-    """q [1,L,H,D], k and v [1,L,K,D] -> out, by one backend of SDPA: tokens of the shifted heads fetched by
-    an index, groups folded into the batch, enable_gqa; and back by the inverse index."""
+    """q [1,L,H,D], k and v [1,L,K,D] -> out, by one backend of SDPA with enable_gqa.
+
+    An index shifts the tokens of the shifted heads, and its inverse shifts the result back. Groups are folded
+    into the batch.
+    """
 
     def __init__(self, torch, tensors, G, backend):
         self.torch, self.G, self.backend = torch, G, backend
@@ -72,7 +78,7 @@ class GpuPeer:
 
 
 def on_gpu(bench):
-    """Of the heads that Llama-2-7B and Llama-3-8B have, over the paper's contexts, and of D = 64."""
+    """The heads of Llama-2-7B and Llama-3-8B, and heads with D = 64, at the paper's context lengths."""
     gpu, dtype = bench.gpu, "bfloat16"
     for H, K, D in gpu.size([(32, 32, 128), (32, 8, 128), (32, 32, 64)], [(2, 1, 64)]):
         for L in gpu.size([8192, 16384, 32768], [32]):

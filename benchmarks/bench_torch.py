@@ -1,6 +1,8 @@
-"""longlora.torch: what a call costs beside one of torch's own, S2-Attn through torch beside the raw op, and
-the training step of transformers + peft with our attention and layers against the same without (its S2-Attn
-then by SDPA, see bench_train_step)."""
+"""Calls of longlora.torch against calls of torch, S2-Attn through torch against the raw op, and the training
+step of transformers + peft with our attention and layers against the step without them.
+
+The step without them computes S2-Attn by SDPA, as in bench_train_step.
+"""
 
 from benchmarks import bench_train_step
 from benchmarks.harness import Bench
@@ -11,7 +13,7 @@ def main(argv=None):
     bench = Bench("torch", argv)
     if bench.gpu is not None:
         return print(
-            "  bench_host, bench_s2_attention and bench_train_step have what there is of this on a GPU"
+            "  bench_torch runs on the CPU; on a GPU run bench_host, bench_s2_attention and bench_train_step"
         )
     torch = bench.torch
     from longlora.torch import ops
@@ -28,7 +30,7 @@ def main(argv=None):
             (x, weight),
         ),
         "swiglu": (ops.swiglu, lambda x, y: functional.silu(x) * y, (x, x), (x, x)),
-        "swiglu of 3 axes": (
+        "swiglu with 3 axes": (
             ops.swiglu,
             lambda x, y: functional.silu(x) * y,
             (x[None], x[None]),

@@ -1,14 +1,14 @@
 """One training step of LongLoRA on SmolLM2-135M's shapes, ours against transformers + peft: seconds and peak
 memory.
 
-Both train the same: LoRA r = 8 on q, k, v, o, the tied embedding and all norms; S2-Attn; AdamW; one sequence
-a step; random weights. The peer's attention is SDPA per kind of head, groups as a batch by views, with
-is_causal; it runs with and without gradient checkpointing. Each side is a process of its own, and their steps
-are timed in turn: the rate of a machine moves while they run. A side's memory is the peak resident size of
-its process, the interpreter and the imports included.
+Both sides train the same: LoRA r = 8 on q, k, v, o, the tied embedding and all norms; S2-Attn; AdamW; one
+sequence per step; random weights. The peer calls SDPA with is_causal once per kind of head, with the groups
+as a batch. It runs with and without gradient checkpointing. Each side runs in its own process. Their steps
+are timed in turn, because a machine's speed changes over time. The memory of a side is the peak resident size
+of its process, which includes the interpreter and imported modules.
 
-On a GPU: Llama-2-7B's shapes, random weights, bfloat16, ours alone: tokens a second, and the plan beside the
-memory that the GPU lost.
+On a GPU only our side runs, in bfloat16 with random weights of Llama-2-7B's shapes. Rows give tokens per
+second, the GPU memory in use, and how far the plan is from it.
 """
 
 import argparse
@@ -73,7 +73,7 @@ SMALL = dict(
 GPU_CASES = {8192: (15_000, 22_700), 32768: (10_000, 14_800)}  # length -> tokens/s: must, aim
 RATE = 1e-4
 ALONE = "ours on 1 thread"
-PAUSE = 0.5  # seconds before a step: the threads of the other side go on looking for work for a while
+PAUSE = 0.5  # seconds before a step: the idle threads of the other side spin for a while
 
 
 def tokens(length):
@@ -111,8 +111,9 @@ def our_step(length, group, dtype, layers):
 
 
 def s2_attention(module, query, key, value, attention_mask, scaling=None, group=None, **_):
-    """S2-Attn by SDPA, q [1,H,T,D], k and v [1,K,T,D]: plain heads in T/G groups; shifted heads in two halves
-    and the rest.
+    """S2-Attn by SDPA: q [1,H,T,D], k and v [1,K,T,D].
+
+    Plain heads have T/G groups. Shifted heads have half a group at either end and whole groups between.
     """
     import torch
 
@@ -134,7 +135,7 @@ def s2_attention(module, query, key, value, attention_mask, scaling=None, group=
 
 
 def torch_step(length, group, dtype, checkpointing=False, swapped=False):
-    """transformers + peft, as people train; `swapped`: with longlora.torch's attention and layers in it."""
+    """A step of transformers + peft. `swapped`: with the attention and layers of longlora.torch."""
     import functools
 
     import torch
@@ -153,8 +154,7 @@ def torch_step(length, group, dtype, checkpointing=False, swapped=False):
     model = get_peft_model(
         model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     )
-    # By hand, not by modules_to_save: the head stays tied to the embedding and no second copy of either is
-    # kept.
+    # modules_to_save would copy the embedding and untie the head.
     for name, parameter in model.named_parameters():
         if "embed_tokens" in name or "norm" in name:
             parameter.requires_grad_(True)
@@ -180,8 +180,9 @@ def torch_step(length, group, dtype, checkpointing=False, swapped=False):
 
 
 def one_side(side, length, group, dtype, layers):
-    """In a process of its own: a warm-up step, then a step for each line that comes, its seconds; at the end
-    the rest as JSON.
+    """The process of one side: a warm-up step, then one step per input line.
+
+    It prints the seconds of each step and, at the end, its memory and losses as JSON.
     """
     kept = None
     if side.startswith("ours"):
@@ -198,7 +199,7 @@ def one_side(side, length, group, dtype, layers):
 
 
 def gpu_step(length, device, repeats, smoke):
-    """In a process of its own: steps on a GPU -> one JSON line."""
+    """The process of the steps on a GPU. It prints one JSON line."""
     from longlora import cuda
     from longlora.decoder.config import read_config
     from longlora.decoder.lora import LoraConfig
@@ -261,10 +262,10 @@ def gpu_step(length, device, repeats, smoke):
 
 
 def fill(model, gpu):
-    """Random weights, drawn on the GPU where torch can do that."""
+    """Fill the model with random weights, drawn on the GPU if torch is there."""
     if gpu.torch is None:
         return model.init_random(0)
-    for name in model.config.tensor_shapes():  # LoRA's are as Model has made them
+    for name in model.config.tensor_shapes():  # Model has filled LoRA's
         there = gpu.torch.from_dlpack(model.tensor(name))
         if name.endswith("norm.weight"):
             there.fill_(1)
@@ -313,7 +314,7 @@ def on_gpu(bench):
             f"{name} context and other processes", found["others"] / 2**30, None, "GiB", dtype="bfloat16"
         )
         bench.record(
-            f"{name} plan off the measured",
+            f"{name} plan's error",
             abs(found["planned"] / max(found["measured"], 1) - 1) * 100,
             None,
             "%",
@@ -324,9 +325,7 @@ def on_gpu(bench):
 
 
 def measured(bench, sides, length, group, dtype, layers=CONFIG["num_hidden_layers"], least=2):
-    """Each side in a process of its own, their steps in turn -> dict of what they printed and their median
-    seconds.
-    """
+    """Run each side in its own process, their steps in turn -> side -> its JSON, with its median seconds."""
     repeats, running = max(least, round(bench.options.seconds * 2)), {}
     for side in sides:
         environment = os.environ | {"OMP_NUM_THREADS": "1" if side == ALONE else str(bench.options.threads)}
@@ -363,7 +362,7 @@ def measured(bench, sides, length, group, dtype, layers=CONFIG["num_hidden_layer
 
 
 def compare(bench, ours, peers, cases):
-    """Rows of time and memory: side `ours` against each of `peers`."""
+    """Record time and memory of side `ours` against each of `peers`."""
     for length, group in cases:
         for dtype in ("float32", "bfloat16"):
             name = f"T={length} G={group}"
@@ -383,9 +382,7 @@ def compare(bench, ours, peers, cases):
 
 
 def scaling(bench):
-    """Ours against ours: all threads over one; and, in two layers, a token of a long sequence over one of a
-    short.
-    """
+    """Ours against ours: all threads against one, and the cost per token of a long and a short sequence."""
     for dtype in ("float32", "bfloat16"):
         name = "T=2048 G=512 on all threads"
         if bench.wants(name, dtype) and bench.options.threads > 1:

@@ -1,8 +1,8 @@
-"""A GPU for the benchmarks: what it is, arrays on it, and how calls are timed there.
+"""A GPU for the benchmarks: its description, arrays on it, and the timing of calls.
 
-Between CUDA events, with the L2 cache written over before each call, and a wait queued before that, so that
-the host is ahead and what is measured is the GPU; ours and the peer in turn. The host's own time per call is
-bench_host's.
+Calls are timed between CUDA events, ours and the peer's in turn. A wait is queued before each call, so the
+host is always ahead and only the GPU is measured. Then the L2 cache is overwritten. bench_host measures the
+host's time per call.
 """
 
 import statistics
@@ -27,7 +27,7 @@ QUERY = {
 
 
 def smi(index=0):
-    """What nvidia-smi says of a GPU -> dict, empty where there is none."""
+    """What nvidia-smi reports about a GPU -> a dict, empty without nvidia-smi."""
     command = [
         "nvidia-smi",
         f"--id={index}",
@@ -43,7 +43,7 @@ def smi(index=0):
 
 
 def torch_of(device):
-    """torch with `device` current, or None: it is not installed, or has no CUDA."""
+    """torch with `device` as its current one; None if torch is not installed or has no CUDA."""
     try:
         import torch
     except ImportError:
@@ -55,7 +55,7 @@ def torch_of(device):
 
 
 class Gpu:
-    """`torch` is None in a smoke run: then arrays are ours, there are no peers, and times are the wall's."""
+    """In a smoke run `torch` is None: arrays are ours, peers do not run, and times are wall time."""
 
     def __init__(self, device, smoke=False):
         self.device, _ = choose(device)
@@ -72,11 +72,11 @@ class Gpu:
             self.flush = self.torch.empty(FLUSH, dtype=self.torch.uint8, device=self.device)
 
     def size(self, real, small):
-        """The one of the two that this run is of."""
+        """`small` in a smoke run, else `real`."""
         return small if self.smoke else real
 
     def random(self, shape, dtype="float32", scale=1.0):
-        """Normally distributed, on the GPU."""
+        """A normally distributed array on the GPU."""
         if self.torch is not None:
             return (self.torch.randn(shape, device=self.device) * scale).to(getattr(self.torch, dtype))
         x = send(self.rng.standard_normal(shape, np.float32) * np.float32(scale), self.device)
@@ -90,16 +90,16 @@ class Gpu:
         return _C.Tensor(shape, dtype, self.device)
 
     def integers(self, high, count):
-        """int32 in 0 .. high - 1 -> the array on the GPU, and the same in NumPy."""
+        """Random int32 in 0 .. high - 1 -> the array on the GPU, and the same in NumPy."""
         x = self.rng.integers(0, high, count, dtype=np.int32)
         return self.place(x), x
 
     def place(self, x):
-        """An ndarray's copy on the GPU."""
+        """A copy of an ndarray on the GPU."""
         return send(x, self.device) if self.torch is None else self.torch.from_numpy(x).to(self.device)
 
     def can(self, call):
-        """`call`, or None where this GPU or this torch cannot do it: said, not hidden."""
+        """Return `call`, or print why this GPU or this torch cannot run it and return None."""
         try:
             call()
             return call
@@ -111,8 +111,9 @@ class Gpu:
             return None
 
     def peaks(self):
-        """GF/s of torch's 8192^3 product in bfloat16, GB/s of its copy of 1 GiB, read plus written; None in a
-        smoke run.
+        """GF/s of torch's 8192^3 product in bfloat16, and GB/s, read plus written, of its copy of 1 GiB.
+
+        Both are None in a smoke run.
         """
         if self.torch is None:
             return None, None
@@ -122,7 +123,7 @@ class Gpu:
         return 2 * 8192**3 / product / 1e9, (2 << 30) / copy / 1e9
 
     def timed(self, calls, seconds, least=5):
-        """Median seconds of each call, in turn; at least `least` times, for about `seconds` of the wall."""
+        """Median seconds of each call. The calls run in turn, at least `least` times, for about `seconds`."""
         if self.torch is None:
             return [self._wall(call) for call in calls]
         for call in calls:
@@ -133,7 +134,7 @@ class Gpu:
             marks = []
             for call in calls:
                 first, last = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self.torch.cuda._sleep(1_000_000)  # cycles: half a millisecond, for the host to get ahead
+                self.torch.cuda._sleep(1_000_000)  # cycles, half a millisecond: the host gets ahead
                 self.flush.zero_()
                 first.record()
                 call()

@@ -1,12 +1,15 @@
-"""One command for a machine with a GPU: python benchmarks/gpu_check.py [--out FOLDER] [--only PART ...]
-[--skip PART ...]
+"""Builds, tests and measures longlora on a machine with a GPU.
 
-Builds the package into a folder of its own, runs the op tests on the GPU, compute-sanitizer on small shapes,
-a short training beside the CPU's, the tests of longlora.torch, and the benchmarks. Needs Python, NumPy,
-setuptools, nvcc, and torch for the last two; the tests need pytest, ml_dtypes and hypothesis, some of torch's
-transformers and peft; no network. Each part has its own time limit and all together --limit; what is done is
-kept when a later part fails: FOLDER holds rows.jsonl (a JSON object for each part and each measurement),
-report.md, and what each part printed.
+    python benchmarks/gpu_check.py [--out FOLDER] [--only PART ...] [--skip PART ...]
+
+The parts build the package into a folder of its own, run the op tests on the GPU, run compute-sanitizer on
+small shapes, compare a short training with the CPU's, and run the tests of longlora.torch and the benchmarks.
+They need Python, NumPy, setuptools and nvcc, and no network. Tests also need pytest, ml_dtypes and
+hypothesis. The last two kinds also need torch; some tests of longlora.torch need transformers and peft too.
+
+Each part has its own time limit, and --limit bounds the sum. If a part fails, the results of earlier parts
+remain. FOLDER receives rows.jsonl (a JSON object for each part and each measurement), report.md, and the
+output of each part.
 """
 
 import argparse
@@ -38,11 +41,9 @@ OP_TESTS = (
     "cuda_binding",
     "cuda_streams",
 )
-TORCH_TESTS = (
-    "torch_ops",
-    "torch_transformers",
-    "torch_extend",
-)  # the last two skip themselves without transformers and peft
+# The last two skip themselves without transformers and peft.
+TORCH_TESTS = ("torch_ops", "torch_transformers", "torch_extend")
+# name -> time limit in seconds
 BENCHMARKS = {
     "elementwise": 40,
     "host": 20,
@@ -51,12 +52,12 @@ BENCHMARKS = {
     "s2_attention": 60,
     "linear_cross_entropy": 40,
     "train_step": 150,
-}  # name -> seconds at most
+}
 PARTS = ("build", "tests", "memcheck", "racecheck", "training", "torch", *BENCHMARKS)
 
 
 class Check:
-    """The run: where its files go, the Python that finds the package, what is known of the GPU."""
+    """A run: the folder of its files, the environment that finds the package, and facts about the GPU."""
 
     def __init__(self, options):
         self.options, self.out = options, Path(options.out)
@@ -75,7 +76,7 @@ class Check:
         }
 
     def says(self, *command):
-        """The output of a short command; None where it fails."""
+        """The output of a short command, or None if it fails."""
         try:
             done = subprocess.run(
                 command, cwd=self.cwd, env=self.env, capture_output=True, text=True, timeout=120
@@ -85,7 +86,7 @@ class Check:
         return done.stdout.strip() or None if done.returncode == 0 else None
 
     def use(self, folder):
-        """The package in `folder` is under test, the sources' own comes after it."""
+        """Test the package in `folder` instead of the one in the source tree."""
         self.env["PYTHONPATH"], self.env["PYTHONSAFEPATH"] = os.pathsep.join([str(folder), str(ROOT)]), "1"
 
     def use_installed(self):
@@ -98,11 +99,11 @@ class Check:
             text=True,
         )
         if where.returncode:
-            sys.exit("gpu_check: --installed: no longlora is installed here")
+            sys.exit("gpu_check: --installed: longlora is not installed")
         self.use(where.stdout.strip())
 
     def look(self):
-        """What there is: the GPU by name, or why there is none."""
+        """Find out the name, driver and clocks of the GPU, or why there is none."""
         text = (
             "import json; from longlora import cuda; ok = cuda.is_available()\n"
             "print(json.dumps({'gpu': cuda.properties(0) if ok else None, "
@@ -127,7 +128,7 @@ class Check:
             )
 
     def part(self, name, limit, command, why=None, wants_gpu=True, parse=None):
-        """Runs one part, if it is wanted -> whether it went well; parse(output) -> a word more."""
+        """Run a wanted part -> whether it succeeded. parse(output) makes its words in the report."""
         if name not in self.options.parts:
             return False
         left = self.deadline - time.monotonic()
@@ -168,7 +169,7 @@ class Check:
         return result == "ok"
 
     def add(self, *rows):
-        """Kept at once, whatever comes later."""
+        """Write the rows to the files at once, so that they survive a later failure."""
         self.rows += rows
         with open(self.out / "rows.jsonl", "a") as file:
             file.writelines(
@@ -178,7 +179,7 @@ class Check:
 
     def report(self):
         about, clocks = self.about, self.about["clocks"] or {}
-        gpu = about["gpu"]["name"] if about["gpu"] else about["why_not"] or "not looked at yet"
+        gpu = about["gpu"]["name"] if about["gpu"] else about["why_not"] or "not examined yet"
         lines = [
             f"# {gpu}",
             "",
@@ -205,8 +206,10 @@ class Check:
 
 
 def build(check, target):
-    """The package into `target`, for this machine's GPU alone unless told otherwise: the whole takes minutes
-    on few processors.
+    """Build the package into `target`.
+
+    It is built for this machine's GPU only, unless LONGLORA_CUDA_ARCH is set: a build for all GPUs takes
+    minutes on a few processors.
     """
     sm = check.says("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0")
     if sm and "LONGLORA_CUDA_ARCH" not in os.environ:
@@ -239,7 +242,7 @@ def has(check, module):
 
 
 def lacks(check, *modules):
-    """The first that is missing, as a reason; None."""
+    """A sentence that names the first missing module, or None."""
     return next((f"{module} is not installed" for module in modules if not has(check, module)), None)
 
 
@@ -261,13 +264,13 @@ def pytest(names):
 
 
 def told(output):
-    """pytest's last line; where it was ended before it could say one, how far it had come."""
+    """The summary line of pytest; if pytest was killed before it, the number of finished tests."""
     last, dots = output.strip().rpartition("\n")[2], "".join(re.findall(r"^[.sFEx]+(?= |$)", output, re.M))
     return f"ended after {len(dots)} tests" if dots and not re.search(r" in [\d.]+s", last) else last
 
 
 def sanitizer():
-    """compute-sanitizer, looked for where setup.py looks for nvcc; None."""
+    """The path of compute-sanitizer, or None. It is searched where setup.py searches nvcc."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
     places = [
         "compute-sanitizer",
@@ -277,7 +280,7 @@ def sanitizer():
 
 
 def parse(argv):
-    """The options; `parts` are those that are wanted."""
+    """The options. `parts` lists the parts to run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="gpu-check", help="folder for the results [%(default)s]")
     parser.add_argument(
@@ -286,14 +289,16 @@ def parse(argv):
         choices=PARTS,
         default=PARTS,
         metavar="PART",
-        help="only these: " + " ".join(PARTS),
+        help="run only these: " + " ".join(PARTS),
     )
-    parser.add_argument("--skip", nargs="+", choices=PARTS, default=(), metavar="PART", help="all but these")
     parser.add_argument(
-        "--installed", action="store_true", help="test the package that Python finds, build none"
+        "--skip", nargs="+", choices=PARTS, default=(), metavar="PART", help="leave these out"
     )
-    parser.add_argument("--smoke", action="store_true", help="small shapes: that it runs, also without torch")
-    parser.add_argument("--limit", type=float, default=590, help="seconds for everything [%(default)s]")
+    parser.add_argument("--installed", action="store_true", help="test the installed package, do not build")
+    parser.add_argument(
+        "--smoke", action="store_true", help="check that everything runs, on small shapes; needs no torch"
+    )
+    parser.add_argument("--limit", type=float, default=590, help="time limit in seconds [%(default)s]")
     options = parser.parse_args(argv)
     options.parts = [part for part in options.only if part not in options.skip]
     return options
@@ -317,19 +322,19 @@ def main(argv=None):
                 60,
                 ours,
                 parse=lambda output: (
-                    f"{untested}: each op once, against the CPU's; " + output.strip().rpartition("\n")[2]
+                    f"{untested}; compared each op once with the CPU: " + output.strip().rpartition("\n")[2]
                 ),
             )
         else:
             check.part("tests", 180, pytest(OP_TESTS), parse=told)
         watcher = sanitizer()
-        # What a library tries of the driver, and does without, is no error; a call of ours that fails raises.
+        # Libraries probe driver functions that may fail; these are not errors. Ours raise when they fail.
         for tool, how in (("memcheck", ("--report-api-errors", "no")), ("racecheck", ())):
             check.part(
                 tool,
                 75,
                 [watcher, "--tool", tool, *how, "--error-exitcode", "9", *ours],
-                why=None if watcher else "there is no compute-sanitizer",
+                why=None if watcher else "compute-sanitizer was not found",
             )
         smoke = ["--smoke"] * options.smoke
         check.part("training", 60, [sys.executable, "-m", "benchmarks.gpu_small", "--training", *smoke])

@@ -1,6 +1,8 @@
-"""Each op once on the GPU against the CPU's, on small odd shapes, with NumPy alone: what compute-sanitizer is
-run on, and what stands in for the op tests where there is no pytest. --training: a few steps of the demo's
-model, on both; with --smoke on few tokens."""
+"""Compares each op on the GPU with the CPU, once, on small odd shapes. It needs NumPy only.
+
+compute-sanitizer runs on this program, and it replaces the op tests on machines without pytest. --training
+compares a few training steps of the demo's model instead; --smoke makes them short.
+"""
 
 import math
 import sys
@@ -10,7 +12,7 @@ import numpy as np
 from longlora import _C, cuda
 from longlora.device import host, send
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of the largest value; a sum here has 100 terms
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # relative to the largest value; sums have about 100 terms
 rng = np.random.default_rng(0)
 
 
@@ -19,8 +21,10 @@ def random(*shape):
 
 
 def calls():
-    """op -> its arguments: an array is an input, in the common dtype; (array, "out" or its own dtype) what
-    else it may be.
+    """Yield (op, arguments).
+
+    An array is an input of the common dtype, (array, dtype) an input of another dtype, and
+    (array, "out", dtype) an output, of the common dtype if dtype is "common".
     """
     M, C, N, R, F, V = 37, 72, 40, 8, 56, 90
     H, K, D, T, G = 4, 2, 24, 45, 16
@@ -88,7 +92,7 @@ def calls():
 
 
 def tensor(array, dtype, device):
-    """A Tensor of the array's values in `dtype` on `device`."""
+    """A Tensor with the array's values in `dtype` on `device`."""
     there = send(array, device) if device != "cpu" else array
     if array.dtype == np.int32:
         return there
@@ -98,7 +102,7 @@ def tensor(array, dtype, device):
 
 
 def run(op, args, dtype, device):
-    """-> the outputs as float32 ndarrays."""
+    """Call the op -> its outputs as float32 ndarrays."""
     given, outputs = [], []
     for arg in args:
         if isinstance(arg, tuple):
@@ -117,14 +121,14 @@ def run(op, args, dtype, device):
 
 
 def ops():
-    """Every op of `calls` and the few with shapes of their own; says each -> how many are wrong."""
+    """Compare the ops of `calls`, then those with other shapes -> the number of wrong ones."""
     wrong = 0
     for dtype, tolerance in TOLERANCE.items():
         for op, args in calls():
             error = 0.0
             for ours, theirs in zip(run(op, args, dtype, "cuda:0"), run(op, args, dtype, "cpu"), strict=True):
                 error = max(error, float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-3)))
-            good = error <= tolerance  # NaN is not
+            good = error <= tolerance  # False for NaN
             wrong += not good
             print(f"{op:<30} {dtype:<9} {error:.2e} {'' if good else 'WRONG'}", flush=True)
     x, grad = random(1000), random(1000)
@@ -137,18 +141,17 @@ def ops():
         total = tensor(np.ones((10, 100), np.float32), "float32", device)
         _C.accumulate(total, param.reshape((10, 100)), 3.0)
         narrow = _C.Tensor((10, 100), "bfloat16", device)
+        _C.scale(total, total, 0.7)
         _C.cast(narrow, total)
         total.copy_(narrow)
         found.append(np.concatenate([host(param), host(copy), host(squares), host(total).reshape(-1)]))
     good = np.abs(found[0] - found[1]).max() <= 1e-4 * np.abs(found[1]).max()
-    print(f"adamw, sum_squares, accumulate, cast: {'right' if good else 'WRONG'}")
+    print(f"adamw, sum_squares, accumulate, scale, cast: {'right' if good else 'WRONG'}")
     return wrong + (not good)
 
 
 def training(steps, length):
-    """The demo's model trains on the bytes of its text, on the CPU and on the GPU -> whether the losses
-    agree.
-    """
+    """Train the demo's model on the bytes of its text, on the CPU and the GPU -> whether the losses agree."""
     from longlora.decoder import plan as plan_
     from longlora.decoder.lora import LoraConfig
     from longlora.decoder.model import Model
@@ -188,7 +191,7 @@ def main(argv):
         return 2
     if "--training" in argv:
         good = training(*((2, 32) if "--smoke" in argv else (6, 512)))
-        print("the losses of the GPU are the CPU's" if good else "the losses differ")
+        print("the losses agree" if good else "the losses of GPU and CPU differ")
         return 0 if good else 1
     wrong = ops()
     print(f"{wrong} wrong" if wrong else "every op agrees with the CPU's")

@@ -1,4 +1,4 @@
-"""One way to time a call: warm up, run ours and the peer's in turn, take medians.
+"""Times calls in one way: warm up, run our call and the peer's in turn, take medians.
 
     def main(argv=None):
         bench = harness.Bench("rms_norm", argv)  # --json FILE, --threads N, --only TEXT, --seconds S
@@ -7,15 +7,15 @@
         bench.row("forward 2048x576", ours, peer, bytes=2 * x.nbytes)
         bench.row("forward 2048x576", ours, peer, dtype="bfloat16", bytes=x.nbytes)
 
-`flops` makes the row one of GF/s and `of_peak` a share of the machine's float32 FMA peak; `bytes` (read plus
-written) one of GB/s and a share of its copy bandwidth; neither: milliseconds. `peer` may be None. `ratio`
-above 1: we are ahead. torch and we get the same number of threads. `bench.torch` is torch with its threads
-set, imported when first used.
+With `flops` a row is in GF/s, and `of_peak` is its share of the machine's float32 FMA peak. With `bytes`
+(read plus written) it is in GB/s, and `of_peak` is its share of the copy bandwidth. With neither it is in
+milliseconds. `peer` may be None. A `ratio` above 1 means that we are faster. torch and we use the same number
+of threads. `bench.torch` is torch with its threads set, imported at first use.
 
-With --device cuda the arrays are torch's on that GPU, products are TF/s and a share of torch's bfloat16
-product, and benchmarks/gpu.py says how things are timed; `target=(must, aim)` is what the row should reach.
---smoke is for a machine without torch or without a GPU (the emulation): small shapes, our side alone, figures
-that mean nothing.
+With --device cuda the arrays are torch tensors on that GPU, products are in TF/s, `of_peak` is the share of
+torch's bfloat16 product, and benchmarks/gpu.py times the calls. `target=(must, aim)` holds the figures that
+the row should reach. --smoke is for machines without torch and for the emulation of a GPU: it runs our side
+alone on small shapes, and its figures mean nothing.
 """
 
 import argparse
@@ -70,8 +70,9 @@ def versions(*names):
 
 
 def interleaved(calls, seconds=1.0, least=5):
-    """Median seconds of each call, run in turn so that all see the same weather; at least `least` times, for
-    ~`seconds`.
+    """Median seconds of each call. The calls run in turn, so a change of the machine's speed affects all.
+
+    They run at least `least` times, for about `seconds`.
     """
     repeats = []
     for call in calls:
@@ -95,17 +96,24 @@ class Bench:
 
     def __init__(self, benchmark, argv=None):
         parser = argparse.ArgumentParser(prog=f"python -m benchmarks.bench_{benchmark}")
-        parser.add_argument("--json", metavar="FILE", help="append one JSON object a line")
         parser.add_argument(
-            "--threads", type=int, default=os.cpu_count(), help="for both sides (default: %(default)s)"
+            "--json", metavar="FILE", help="append the rows to FILE, one JSON object per line"
+        )
+        parser.add_argument(
+            "--threads", type=int, default=os.cpu_count(), help="threads of both sides (default: %(default)s)"
         )
         parser.add_argument("--only", default="", help="only rows whose name or dtype contains this text")
-        parser.add_argument("--seconds", type=float, default=1.0, help="time per row (default: %(default)s)")
         parser.add_argument(
-            "--device", default="cpu", metavar="cpu|cuda|cuda:N", help="where (default: %(default)s)"
+            "--seconds", type=float, default=1.0, help="seconds per row (default: %(default)s)"
         )
         parser.add_argument(
-            "--smoke", action="store_true", help="on a GPU: small shapes, that it runs at all"
+            "--device",
+            default="cpu",
+            metavar="cpu|cuda|cuda:N",
+            help="device of the arrays (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--smoke", action="store_true", help="on a GPU: only check that everything runs, on small shapes"
         )
         self.options = parser.parse_args(argv)
         self.benchmark, self.rng, self.gpu = benchmark, np.random.default_rng(0), None
@@ -141,7 +149,7 @@ class Bench:
         return torch
 
     def random(self, *shape, dtype="float32", scale=1.0):
-        """Normally distributed array: NumPy's, bfloat16 through ml_dtypes; on a GPU as gpu.random has it."""
+        """A normally distributed array: NumPy's (bfloat16 by ml_dtypes), or Gpu.random's on a GPU."""
         if self.gpu is not None:
             return self.gpu.random(shape, dtype, scale)
         x = self.rng.standard_normal(shape, np.float32) * scale
@@ -152,13 +160,13 @@ class Bench:
         return x.astype(dtype)
 
     def to_torch(self, x):
-        """A torch tensor with a NumPy array's values, bfloat16 included."""
+        """A torch tensor with the values of a NumPy array, which may be bfloat16."""
         if x.dtype.name == "bfloat16":
             return self.torch.from_numpy(x.view(np.uint16).copy()).view(self.torch.bfloat16)
         return self.torch.from_numpy(x.copy())
 
     def wants(self, name, dtype="float32"):
-        """Whether --only lets this row through: ask before making big inputs."""
+        """Whether --only selects this row. Callers ask before they make large inputs."""
         return self.options.only in f"{name} {dtype}"
 
     def row(
@@ -174,9 +182,7 @@ class Bench:
         target=None,
         judged=None,
     ):
-        """Times ours() and peer(); prints and records the row. Returns the ratio peer time / our time (None
-        without peer).
-        """
+        """Time ours() and peer(), print and record the row -> peer time / our time, None without a peer."""
         if not self.wants(name, dtype):
             return None
         timed = interleaved if self.gpu is None else self.gpu.timed
@@ -205,7 +211,7 @@ class Bench:
         )
 
     def neighbour(self, name, odd, near, flops, near_flops, near_name, *, dtype="float32"):
-        """Ours against ours: the rate of an odd shape over that of its round neighbour."""
+        """Record the rate of our op on an odd shape against its rate on the round neighbour."""
         if self.wants(name, dtype):
             times = interleaved([odd, near], self.options.seconds)
             rates = flops / times[0] / 1e9, near_flops / times[1] / 1e9
@@ -225,11 +231,10 @@ class Bench:
         target=None,
         judged=None,
     ):
-        """Prints and records a row measured elsewhere. `ratio` is by default that of two costs, peer / ours.
-        Returns it.
+        """Print and record a row that was measured elsewhere -> ratio, which defaults to peer / ours.
 
-        target: (must, aim) of `judged`, "ratio", "of_peak" or "ours", which is a cost where its unit is one
-        of COSTS.
+        target: (must, aim) for the figure that `judged` names, "ratio", "of_peak" or "ours". Less is better
+        for "ours" in a unit of COSTS.
         """
         if peer is not None and ratio is None:
             ratio = peer / ours

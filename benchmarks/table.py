@@ -1,12 +1,15 @@
-"""Markdown of what the benchmarks wrote: python -m benchmarks.table FILE.json. Ratios above 1: we are ahead;
-memory and time are costs. Rows of a GPU stand one a line, with what they must reach and what they aim at."""
+"""Prints the rows of the benchmarks as a Markdown table: python -m benchmarks.table FILE.json.
+
+A ratio above 1 means that we are better. Less time and memory are better. Each row of a GPU has its own line,
+with the figure that it must reach and the one that it aims at.
+"""
 
 import json
 import sys
 
 
 def cell(row):
-    """'243 GF/s, 1.02x (95 % of peak)', with the peer's figure where there is one."""
+    """For example '243 GF/s, **1.02x** of 238, 95% of peak'."""
     text = f"{row['ours']:.3g} {row['unit']}"
     if row["ratio"] is not None:
         text += f", **{row['ratio']:.2f}x** of {row['peer']:.3g}"
@@ -14,7 +17,7 @@ def cell(row):
 
 
 def targets(rows):
-    """A line for each row of a GPU: the figure that is judged, its targets, and what it reaches."""
+    """A line for each row of a GPU: its figure, its targets, and the target that it reaches."""
     yield "| benchmark | case | dtype | against | measured | must | aim | reaches |"
     yield "|---|---|---|---|---|---|---|---|"
     for row in rows:
@@ -35,7 +38,7 @@ def targets(rows):
 
 
 def table(rows):
-    """A line for each benchmark, name and peer, a column for each dtype."""
+    """A line for each benchmark, name and peer, with a column for each dtype."""
     lines = {}
     for row in rows:
         lines.setdefault((row["benchmark"], row["name"], row["peer_name"] or ""), {})[row["dtype"]] = cell(

@@ -1,11 +1,11 @@
-"""The demo's text: the King James Bible and Jane Austen's six novels, all in the public domain, out of three
-Debian packages.
+"""Gets the demo's text, the King James Bible and Jane Austen's six novels, from three Debian packages. All of
+them are in the public domain.
 
     python demo/get_text.py CACHE
 
-It calls apt-get download and dpkg-deb, installs nothing and does not need root. It writes one document a
-book, UTF-8, one verse or one paragraph a line: CACHE/train/kjv-01-genesis.txt ..., and the books of HELD_OUT
-into CACHE/held_out/.
+It calls apt-get download and dpkg-deb, installs nothing and does not need root. It writes one UTF-8 file per
+book, with one verse or paragraph per line. The books of HELD_OUT go to CACHE/held_out/, the others to
+CACHE/train/ (kjv-01-genesis.txt and so on).
 """
 
 import os
@@ -18,8 +18,8 @@ import zlib
 from pathlib import Path
 
 PACKAGES = ("bible-kjv", "bible-kjv-text", "r-cran-janeaustenr")
-# The model never sees these. The novel is like the other five and no part of them; Acts repeats no other book
-# of the Bible.
+# The model never sees these. The novel resembles the other five but shares no text with them. Acts repeats no
+# other book of the Bible.
 HELD_OUT = ("austen-persuasion", "kjv-44-acts")
 NOVELS = {
     "emma": "Emma",
@@ -42,14 +42,14 @@ Nahum Habakkuk Zephaniah Haggai Zechariah Malachi Matthew Mark Luke John Acts Ro
 
 
 def unpack(folder):
-    """Download the packages into folder and unpack them there."""
+    """Download the packages to `folder` and unpack them there."""
     subprocess.run(["apt-get", "-qq", "download", *PACKAGES], cwd=folder, check=True)
     for package in Path(folder).glob("*.deb"):
         subprocess.run(["dpkg-deb", "--extract", package, folder], check=True)
 
 
 def bible(folder):
-    """-> {"kjv-01-genesis": text}: a heading for each chapter, then a verse a line."""
+    """-> {"kjv-01-genesis": text}: each chapter has a heading, then one verse per line."""
     printed = subprocess.run(
         [f"{folder}/usr/bin/bible", "-p", f"{folder}/usr/lib", "-f", "Gen1:1-Rev22:21"],
         check=True,
@@ -71,9 +71,7 @@ def bible(folder):
 
 
 def strings(entry):
-    """The character vector in one entry of an R lazy-load database: length, zlib; R's serialisation in XDR
-    form.
-    """
+    """Decode one entry of an R lazy-load database: a length, then zlib of R's serialisation in XDR format."""
     data = zlib.decompress(entry[4:])
     assert data[:2] == b"X\n"
     version, _, _ = struct.unpack_from(">3i", data, 2)
@@ -81,7 +79,7 @@ def strings(entry):
     if version == 3:
         at += 4 + struct.unpack_from(">i", data, at)[0]
     flags, count = struct.unpack_from(">2i", data, at)
-    assert flags & 255 == 16, "a character vector (STRSXP) is expected"
+    assert flags & 255 == 16, "expected a character vector (STRSXP)"
     at += 8
     lines = []
     for _ in range(count):
@@ -94,7 +92,7 @@ def strings(entry):
 
 
 def novels(folder):
-    """-> {"austen-emma": text}: a paragraph a line, paragraphs and headings apart by an empty line."""
+    """-> {"austen-emma": text}: one paragraph per line, with empty lines between paragraphs and headings."""
     data = Path(folder, "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
     texts, at = {}, 0
     for name, title in NOVELS.items():
@@ -102,7 +100,7 @@ def novels(folder):
         unpacker.decompress(data[at + 4 :])
         end = len(data) - len(unpacker.unused_data)
         lines, at = strings(data[at:end]), end
-        assert lines[0].upper() == title.upper(), f"{lines[0]} found where {title} was expected"
+        assert lines[0].upper() == title.upper(), f"{lines[0]} found, expected {title}"
         paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", "\n".join(lines))]
         text = "\n\n".join(part for part in paragraphs if part) + "\n"
         texts[f"austen-{name}"] = text.replace("_", "")  # italics

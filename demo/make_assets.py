@@ -1,6 +1,7 @@
-"""What ships with the package, out of what get_text.py and pretrain.sh left in CACHE -> longlora/assets.
+"""Copies the files that ship with the package to longlora/assets, from the results of get_text.py and
+pretrain.sh in CACHE.
 
-python demo/make_assets.py CACHE
+    python demo/make_assets.py CACHE
 """
 
 import shutil
@@ -9,9 +10,10 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parent.parent / "longlora" / "assets"
 MODEL = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-# To extend the model on: a part of what it was pretrained on. Novel and Bible in about equal parts.
+# The text for the extension: a part of the pretraining text, novel and Bible in about equal parts.
 TRAIN = ("austen-prideprejudice", "kjv-01-genesis", "kjv-02-exodus", "kjv-40-matthew", "kjv-42-luke")
-HELD_OUT = {"austen-persuasion": "Chapter 7", "kjv-44-acts": "Acts 16"}  # to evaluate on: up to this heading
+# The text for evaluation, each up to this heading.
+HELD_OUT = {"austen-persuasion": "Chapter 7", "kjv-44-acts": "Acts 16"}
 
 
 def main(cache):

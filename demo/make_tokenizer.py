@@ -1,6 +1,8 @@
 """The demo's tokenizer: byte-level BPE trained on the pretraining text.
 
-python demo/make_tokenizer.py CACHE/train DIRECTORY     -> DIRECTORY/tokenizer.json, tokenizer_config.json
+    python demo/make_tokenizer.py CACHE/train DIRECTORY
+
+It writes tokenizer.json and tokenizer_config.json to DIRECTORY.
 """
 
 import json
