@@ -1,6 +1,4 @@
-"""What test_cuda_emulation.py and test_wide.py share: a build of this tree with other switches, and the tests
-run on it.
-"""
+"""Builds this tree with other switches and runs tests on it, for test_cuda_emulation.py and test_wide.py."""
 
 import os
 import subprocess
@@ -11,13 +9,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_OPS = {"reference", "scratch", "threads", "wide"}
-# The files tests/ops/test_NAME.py that test an op on its own. The first takes about as long as all others.
+# The files tests/ops/test_NAME.py that test an op on its own. The first is as long as all others.
 OPS = sorted({path.stem.removeprefix("test_") for path in ROOT.glob("tests/ops/test_*.py")} - NOT_OPS)
 OPS.sort(key=lambda name: name != "s2_attention")
 
 
 def run(command, **environment):
-    """-> what it printed; an AssertionError with it where it failed."""
+    """Run a command -> its output. AssertionError with the output if it fails."""
     done = subprocess.run(
         [str(word) for word in command],
         cwd=ROOT,
@@ -31,15 +29,13 @@ def run(command, **environment):
 
 
 def build(folder, **switches):
-    """-> folder, with the package in it. Objects that another build in this tree has made with the same flags
-    are taken.
-    """
+    """Build the package into `folder` -> folder. Objects of earlier builds with the same flags are reused."""
     run([sys.executable, "setup.py", "-q", "build", "--build-lib", folder], **switches)
     return folder
 
 
 def run_tests(package, report, files, *options):
-    """-> {file and test: why it was skipped, None where it passed}; none failed."""
+    """Run test files on the package; none may fail -> {test: why it was skipped, None if it passed}."""
     start = time.monotonic()
     run(
         [

@@ -1,6 +1,4 @@
-"""The suite runs side by side. Fixtures of the op tests: dtypes, instruction sets, the GPU, poisoned
-outputs.
-"""
+"""Runs the suite in parallel. Has the fixtures of op tests: dtypes, instruction sets, GPU, outputs."""
 
 import os
 
@@ -36,8 +34,8 @@ LONGEST = [
 def pytest_cmdline_main(config):
     """Without named files, run the suite in one process for each processor, at most four, file by file.
 
-    Named files run in this process. So does everything on a GPU, whose free memory the tests count, and
-    everything where pytest-xdist is not installed.
+    Named files run in this process. Everything runs in this process if pytest-xdist is missing, or on a GPU,
+    because tests count its free memory.
     """
     option, processors = config.option, len(os.sched_getaffinity(0))
     whole = config.args_source == config.ArgsSource.TESTPATHS and not option.usepdb and not option.collectonly
@@ -48,8 +46,8 @@ def pytest_cmdline_main(config):
     )
     if whole and free and processors > 1 and not checks.CUDA:
         option.numprocesses, option.dist, option.loadscopereorder = min(processors, 4), "loadfile", False
-        # Each has its share of the processors, two at least, so that threads are tested; threads that wait
-        # let others run.
+        # Each process has its share of the processors, but two threads at least, because threads are tested.
+        # Waiting threads yield to others.
         share = {
             "OMP_NUM_THREADS": str(max(2, processors // 4)),
             "OMP_WAIT_POLICY": "passive",
@@ -78,7 +76,7 @@ CUDA = ["cuda"] if checks.CUDA else []
 
 @pytest.fixture(params=ISAS + CUDA)
 def isa(request, monkeypatch):
-    """Each instruction set, then CUDA, where the ops' NumPy arrays are mirrored to the device."""
+    """Each instruction set, then CUDA, which mirrors the NumPy arrays of ops to the device."""
     before = _C.get_isa()
     if request.param == "cuda":
         mirror.install(monkeypatch, "cuda:0")
@@ -90,7 +88,7 @@ def isa(request, monkeypatch):
 
 @pytest.fixture(params=["cpu"] + CUDA)
 def place(request, monkeypatch):
-    """For tests that the instruction sets need not each see: the one in use, then CUDA."""
+    """The instruction set in use, then CUDA: for tests that do not depend on the instruction set."""
     if request.param == "cuda":
         mirror.install(monkeypatch, "cuda:0")
     return request.param
@@ -98,13 +96,13 @@ def place(request, monkeypatch):
 
 @pytest.fixture(params=CUDA or [pytest.param("cuda", marks=pytest.mark.skip(reason="no CUDA device"))])
 def cuda(request, monkeypatch):
-    """Only CUDA: what it does otherwise than the CPU."""
+    """CUDA only, for what differs from the CPU."""
     mirror.install(monkeypatch, "cuda:0")
 
 
 @pytest.fixture(autouse=True)
 def _threads_as_before():
-    """A run's num_threads is the process's: the next test has its own again."""
+    """A run sets the number of threads of the process. This restores it for the next test."""
     before = _C.get_num_threads()
     yield
     _C.set_num_threads(before)
@@ -119,9 +117,7 @@ def poison(monkeypatch):
 
 @pytest.fixture
 def each_thread_count():
-    """Calls a function with 1, 2 and 3 threads, which all take part however small the work -> list of what
-    came back.
-    """
+    """A function that calls a function with 1, 2 and 3 threads -> its results. All threads take part."""
     before, grain = _C.get_num_threads(), _C.get_grain()
     _C.set_grain(0)
 
@@ -139,7 +135,7 @@ def each_thread_count():
 
 @pytest.fixture
 def one_thread():
-    """Ops use one thread."""
+    """Run ops on one thread."""
     before = longlora.get_num_threads()
     longlora.set_num_threads(1)
     yield

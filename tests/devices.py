@@ -1,7 +1,6 @@
-"""The devices of the tests of longlora.torch: "cuda" beside "cpu" where torch sees a GPU and this build has
-kernels for it.
+"""The devices of the tests of longlora.torch: "cpu", and "cuda" if torch sees a GPU that this build supports.
 
-A test file imports the fixture `device`, and every test of it runs once on each: what `put` made lies there.
+A test file imports the fixture `device`. Each of its tests then runs once per device, on arrays from `put`.
 """
 
 import pytest
@@ -27,9 +26,9 @@ def device(request):
 
 @pytest.fixture
 def gpu(device):
-    """For tests of what only a GPU has."""
+    """Skip the test without a usable GPU."""
     if device == "cpu":
-        pytest.skip("this is for a GPU that torch and this build can use")
+        pytest.skip("needs a GPU that torch and this build can use")
 
 
 def current():
@@ -37,6 +36,6 @@ def current():
 
 
 def put(x):
-    """An ndarray, a tensor or a module, on the device of the test."""
+    """Copy an ndarray, a tensor or a module to the device of the test."""
     x = x if isinstance(x, (torch.Tensor, torch.nn.Module)) else torch.from_numpy(x)
     return x.to(_current)

@@ -1,4 +1,4 @@
-"""DLPack in ctypes: what tests need to hand ops arrays that no library would make."""
+"""DLPack in ctypes, for arrays that no library would make."""
 
 import ctypes
 
@@ -50,7 +50,7 @@ raw_is_valid = python_api("PyCapsule_IsValid", ctypes.c_int, ctypes.c_void_p, ct
 
 
 def tensor_of(producer):
-    """-> the DLTensor of what speaks DLPack 1; its memory lives as long as the producer's."""
+    """The DLTensor of an object that supports DLPack 1. Its memory lives as long as the producer's."""
     capsule = producer.__dlpack__(max_version=(1, 0))
     managed = Versioned.from_address(capsule_pointer(capsule, b"dltensor_versioned"))
     copy = DLTensor()

@@ -1,10 +1,10 @@
-"""Ops on a device by the tests that are written in NumPy: every call finds its arrays in the device's memory
-as they lie in the host's, and what the device wrote is copied back.
+"""Runs tests that are written in NumPy on a device. Each call copies its arrays to the device, in the same
+layout, and copies the results back.
 
-The buffers that own the arrays' memory are copied whole, guard zones and gaps between rows included, at the
-same place modulo 256 bytes; the arrays of the call become views into them, with their own shapes, strides
-(also negative and 0) and read-only flags, so arrays that share memory share it there too. Buffers of inputs
-must come back unchanged.
+The buffers that own the arrays' memory are copied whole, with guard zones and gaps between rows, to addresses
+that are equal modulo 256. The arrays of the call become views of the copies, with their own shapes, strides
+(also negative and 0) and read-only flags. So arrays that share memory on the host share it on the device.
+Buffers of inputs must come back unchanged.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ CODES = {
     "bool": (6, 8),
     "complex64": (5, 64),
 }
-installed = False  # whether the ops run on a device
+installed = False  # whether ops run on a device
 no_deleter = dlpack.Deleter(lambda managed: None)
 
 
@@ -37,7 +37,7 @@ def address(x):
 
 
 def memory(x):
-    """The bytes of the array that owns x's memory, from .. to; of x itself where the owner is no array."""
+    """(first, end) address of the array that owns x's memory, or of x if the owner is not an array."""
     owner = x
     while getattr(owner, "base", None) is not None:
         owner = owner.base
@@ -47,7 +47,7 @@ def memory(x):
 
 
 def raw(low, high):
-    """The host's bytes low .. high as an array."""
+    """The host's memory from address low to high as an array."""
     return (
         np.frombuffer((ctypes.c_uint8 * (high - low)).from_address(low), np.uint8)
         if high > low
@@ -56,7 +56,7 @@ def raw(low, high):
 
 
 class View:
-    """An array of the call, in the device's memory: a producer of DLPack."""
+    """An array of the call in the device's memory, as a DLPack producer."""
 
     def __init__(self, x, data, like):
         self.shape, self.dtype = x.shape, x.dtype
@@ -78,12 +78,12 @@ class View:
 
 
 class Buffer:
-    """One piece of the host's memory, low .. high, and its copy on the device."""
+    """A piece of the host's memory, from address low to high, and its copy on the device."""
 
     def __init__(self, low, high, device):
         self.host, shift = raw(low, high), low % ALIGNMENT
         self.whole = Tensor(shift + self.host.size, "uint8", **device)
-        self.whole.fill(255)  # NaN before it, and behind it up to the next 256 bytes
+        self.whole.fill(255)  # NaN around the copy, up to multiples of 256 bytes
         self.copy = self.whole[shift : shift + self.host.size]
         self.like = dlpack.tensor_of(self.whole)
         self.offset = self.like.data + shift - low
@@ -99,8 +99,9 @@ class Buffer:
 
 
 def mirrored(op, function, device):
-    """_C.<op>, with NumPy arrays put on `device` ("cuda:0"; None: other memory of the CPU, to test this
-    file).
+    """Wrap `function`, _C.<op>, so that it runs on copies of its NumPy arrays on `device`.
+
+    device: "cuda:0", or None for other memory of the CPU, which tests this file.
     """
     keyword = {} if device is None else {"device": device}
     outputs = len(_C.specs[op].split("<-")[0].split())
@@ -134,7 +135,7 @@ def mirrored(op, function, device):
 
 
 def install(monkeypatch, device):
-    """From here on every op of longlora._C runs on the device."""
+    """Make every op of longlora._C run on the device."""
     monkeypatch.setattr(f"{__name__}.installed", True)
     for op in _C.specs:
         monkeypatch.setattr(_C, op, mirrored(op, getattr(_C, op), device))

@@ -39,7 +39,7 @@ CONFIGS = {
         head_dim=14,
         intermediate_size=55,
         attention_bias=True,
-        rms_norm_eps=1e-2,  # large enough that a wrong one shows
+        rms_norm_eps=1e-2,  # large enough that a wrong one is noticed
     ),
     "mistral": dict(SMALL, model_type="mistral", tie_word_embeddings=False, sliding_window=None, head_dim=16),
     "qwen2": dict(SMALL, model_type="qwen2", tie_word_embeddings=True, use_sliding_window=False),
@@ -84,7 +84,7 @@ def lora_of(name, lora):
 
 
 def tokens(B, T, V=101, seed=0):
-    """ids, and targets of which some are not scored; repeated ids, so that embedding rows are summed."""
+    """ids and targets. Some targets are not scored; some ids repeat, so that embedding rows are summed."""
     random = np.random.default_rng(seed)
     ids = random.integers(0, V // 2, (B, T)).astype(np.int32)
     targets = np.roll(ids, -1, 1)
@@ -94,7 +94,7 @@ def tokens(B, T, V=101, seed=0):
 
 
 def build(name, lora, B=2, T=37, dtype="float32", checkpointing="none", attention=S2, seed=3):
-    """Our model with random weights: LoRA's B too, so that A has a gradient; norms off 1 and biases off 0."""
+    """Our model with random weights. B is not 0, so that A has a gradient; norms are not 1, biases not 0."""
     config = read_config(CONFIGS[name])
     plan = plan_.plan(
         config,
@@ -124,7 +124,7 @@ def weights(made):
 
 @functools.lru_cache
 def registered():
-    """torch and transformers, with S2-Attn by the mask of tests/reference.py as an attention of theirs."""
+    """torch and transformers, with the mask of tests/reference.py registered as an attention: S2-Attn."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.set_num_threads(1)
 
@@ -141,8 +141,9 @@ def registered():
 
 
 def peer(made, name, lora, attention):
-    """transformers' model with the same weights and LoRA as in peft, y + scale (x A') B' -> module, name ->
-    Parameter.
+    """The model of transformers with the same weights and LoRA -> module, name -> Parameter.
+
+    LoRA is PEFT's y + scale (x A') B'.
     """
     torch, transformers = registered()
     config = transformers.AutoConfig.for_model(**CONFIGS[name])
@@ -184,6 +185,6 @@ def gradients(made, ids, targets, scale=0.01):
 
 
 def close(got, want, tolerance, name=""):
-    """The difference, relative to the norm of what is wanted. NaN fails."""
+    """The norm of the difference relative to the norm of the wanted array. NaN fails."""
     error = np.linalg.norm(np.float64(got) - want)
     assert error <= tolerance * max(np.linalg.norm(want), 1e-6), (name, error, np.linalg.norm(want))

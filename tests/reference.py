@@ -1,13 +1,15 @@
-"""Every op of longlora.ops in NumPy float64, forward and backward, written from the formulas: the
-specification that every kernel is judged against. Same names and signatures; inputs of any float dtype;
-nothing here is fast."""
+"""Every op of longlora.ops in NumPy float64, forward and backward, written from the formulas.
+
+This is the specification that every kernel is compared with. Names and signatures are those of longlora.ops.
+Inputs may have any float dtype. Nothing here is fast.
+"""
 
 import math
 
 import numpy as np
 
-PRECISION = np.float64  # checks.py runs the same formulas in float32: the plain computation
-BETWEEN = None  # a dtype that weights and gradients of scores are rounded to before the next product
+PRECISION = np.float64  # checks.py sets float32 for the plain computation
+BETWEEN = None  # the dtype to which attention weights and gradients of scores are rounded, if any
 
 
 def f64(x):
@@ -102,7 +104,7 @@ def lora_linear_backward(
 
 
 def attention_mask(T, H, group_size, boundary="split", shift="half", cu_seqlens=None):
-    """[H,T,T] of bool: query t of head h sees key j. The rule of csrc/ops.h, document by document."""
+    """bool [H,T,T]: query t of head h sees key j. The rule of csrc/ops.h, for each document."""
     mask, G, half = np.zeros((H, T, T), bool), int(group_size), int(group_size) // 2
     borders = [0, T] if cu_seqlens is None else [int(i) for i in cu_seqlens]
     for first, last in zip(borders, borders[1:]):
@@ -133,8 +135,9 @@ def _t(x):
 
 
 def _scores(q, k, scale, *pattern):
-    """q, k [B,H,T,D] -> [B,H,T,T], -inf where a query does not see a key; pattern: attention_mask's, from
-    group_size on.
+    """q, k [B,H,T,D] -> scores [B,H,T,T], -inf if the query does not see the key.
+
+    pattern: the arguments of attention_mask from group_size on.
     """
     return np.where(attention_mask(q.shape[2], q.shape[1], *pattern), q @ _t(k) * scale, -np.inf)
 

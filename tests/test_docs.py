@@ -1,4 +1,4 @@
-"""What the documents say about the files is true: docs/architecture.md describes each module."""
+"""docs/architecture.md describes each module, and the documents name only files that exist."""
 
 import re
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_the_architecture_describes_only_what_there_is():
 
 
 def test_links_of_documents_lead_somewhere():
-    """Paths from the root that stand in backticks; `<...>` and `*` stand for any name."""
+    """Paths from the root in backticks; `<...>` and `*` match any name."""
     for path in (ARCHITECTURE, ROOT / "CONTRIBUTING.md"):
         for name in re.findall(r"`((?:csrc|cuda|docs|tests|benchmarks|longlora)/[^` ]*)`", path.read_text()):
             made = {"softcap", "versions"} & set(re.split(r"\W|test_", name))

@@ -1,4 +1,4 @@
-"""Imports inside the package point one way: down the floors of the house, and nowhere in a circle."""
+"""Imports inside the package point one way, from upper floors to lower ones, and make no circle."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "longlora"
-# From the ground up. A module imports its own floor and those below. `torch` and `cli` are two ways in.
+# From the bottom up. A module imports from its own floor and those below. `torch` and `cli` are entry points.
 FLOORS = (
     ("errors", "disk"),
     ("_C", "arrays", "cuda", "device", "ops"),
@@ -67,7 +67,7 @@ def test_no_module_imports_itself_in_a_circle():
     try:
         TopologicalSorter(GRAPH).prepare()
     except CycleError as error:
-        pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
+        pytest.fail(f"circular imports: {' -> '.join(error.args[1])}")
 
 
 def test_only_one_folder_imports_torch():

@@ -1,4 +1,4 @@
-"""House rules that a machine can check: where an op appears, who knows Python, warnings, the import."""
+"""House rules that a machine can check: places of an op, includes, warnings, import, sizes of files."""
 
 import ast
 import os
@@ -20,7 +20,7 @@ from longlora import _C, ops
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(ROOT.glob("csrc/**/*.[ch]"))
 OPS_H = (ROOT / "csrc/ops.h").read_text()
-# Ops that users have under another name, and small ones that share a file.
+# Ops that longlora.ops renames, and small ops that share a file.
 PYTHON_NAME = {"sum_squares": "global_norm"}
 STEM = {"accumulate": "cast", "scale": "cast", "sum_squares": "cast"}
 
@@ -31,9 +31,7 @@ def stem(op):
 
 @pytest.mark.parametrize("op", _C.specs)
 def test_one_op_one_stem(op):
-    """An op is declared and explained in ops.h, implemented in csrc/cpu, callable, in the reference and
-    tested.
-    """
+    """An op is declared in ops.h, implemented in csrc/cpu, callable, in the reference, and tested."""
     assert f"DECLARE_OP({op})" in OPS_H
     code = (ROOT / f"csrc/cpu/{stem(op)}.c").read_text()
     assert f"CPU({op})(" in code
@@ -50,7 +48,7 @@ def test_one_op_one_stem(op):
     )
     differences = ROOT / "tests/ops/test_reference.py"
     assert not op.endswith("_backward") or f"reference.{op}(" in differences.read_text(), (
-        f"{differences.name} compares reference.{op} with no differences"
+        f"{differences.name} does not compare reference.{op} with finite differences"
     )
 
 
@@ -59,7 +57,7 @@ def test_every_declared_op_is_in_the_table():
 
 
 def test_every_struct_has_a_comment():
-    """Above the structs of an op, or of its forward and backward, stands what the op computes."""
+    """A comment above the structs of an op, or of its forward and backward, says what the op computes."""
     struct = r"typedef struct \{\n(?:    .*\n)+\} \w+;\n"
     found = re.findall(rf"(.*)\n((?:{struct})+)((?:DECLARE_\w+\(.*\)\n)+)", OPS_H)
     declared = re.findall(r"DECLARE_OP\((\w+)\)", "".join(lines for _, _, lines in found))
@@ -117,7 +115,7 @@ def test_import_is_light():
 
 
 def test_the_extension_is_imported_by_one_way_only():
-    """From the package, which first says how the threads of OpenMP shall wait."""
+    """From the package, which first sets how the threads of OpenMP wait."""
     for path in ROOT.glob("longlora/**/*.py"):
         if path != ROOT / "longlora/__init__.py":
             assert not re.search(
@@ -126,9 +124,7 @@ def test_the_extension_is_imported_by_one_way_only():
 
 
 def test_import_is_quick():
-    """Under 0.2 s of the processor; on a machine where NumPy alone takes most of that, little more than
-    NumPy.
-    """
+    """The import takes less than 0.2 s of processor time, or 1.5 times NumPy's on slow machines."""
 
     def seconds(script):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -147,9 +143,7 @@ def test_import_is_quick():
 
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 def test_no_warning(compiler, tmp_path):
-    """Every file by both compilers at -Wall -Wextra: all by the flags of setup.py, the kernels portable and
-    with AVX-512.
-    """
+    """Both compilers compile every file with -Wall -Wextra, kernels as portable C and with AVX-512."""
     if not shutil.which(compiler):
         pytest.skip(f"{compiler} is not installed")
     include = sysconfig.get_paths()["include"]

@@ -1,6 +1,4 @@
-"""Tiny models, texts and runs for the tests of the driver; written without torch, so that they cost
-milliseconds.
-"""
+"""Tiny models, texts and runs for the tests of the driver. They take milliseconds and need no torch."""
 
 import json
 import os
@@ -35,7 +33,7 @@ ALPHABET = [*range(33, 127), *range(161, 173), *range(174, 256)]
 
 
 def tokenizer_json():
-    """Byte-level without a merge: a token a byte, and <|end|>."""
+    """A byte-level tokenizer without merges: one token per byte, and <|end|>."""
     other = [byte for byte in range(256) if byte not in ALPHABET]
     letters = {byte: chr(byte) for byte in ALPHABET} | {byte: chr(256 + i) for i, byte in enumerate(other)}
     end = dict(
@@ -63,7 +61,7 @@ def tokenizer_json():
 
 
 def config(path, **fields):
-    """A directory with config.json and a tokenizer -> its path."""
+    """Make a directory with config.json and a tokenizer -> its path."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps({**CONFIG, **fields}))
@@ -73,7 +71,7 @@ def config(path, **fields):
 
 
 def model(path, seed=0, change=None, **fields):
-    """A model directory with random weights; change(name, array) may spoil one -> its path."""
+    """Make a model directory with random weights, which change(name, array) may damage -> its path."""
     path = config(path, **fields)
     raw = json.loads((path / "config.json").read_text())
     random = np.random.default_rng(seed)
@@ -88,7 +86,7 @@ def model(path, seed=0, change=None, **fields):
 
 
 def text(path, words=3000, seed=0):
-    """Something a model can learn: words of a small vocabulary, in lines -> its path."""
+    """Make a text that a model can learn, lines of words from a small vocabulary -> its path."""
     random = np.random.default_rng(seed)
     words = random.choice(["shift", "group", "long", "context", "token", "of", "the", "attention"], words)
     Path(path).write_text("".join(word + ("\n" if i % 9 == 8 else " ") for i, word in enumerate(words)))
@@ -96,9 +94,7 @@ def text(path, words=3000, seed=0):
 
 
 def documents(path, sizes, seed=0):
-    """A .jsonl file of documents of these numbers of tokens, with the end token that a run adds -> their
-    ids.
-    """
+    """Write documents of these sizes in tokens to a .jsonl file -> their ids, with the end token of a run."""
     random = np.random.default_rng(seed)
     texts = ["".join(random.choice(list("shift group"), size - 1)) for size in sizes]
     Path(path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -106,9 +102,7 @@ def documents(path, sizes, seed=0):
 
 
 def options(tmp_path, **fields):
-    """Keywords of a short run on the CPU: base, text and output directory lie in tmp_path, made if they are
-    not there.
-    """
+    """Keywords of a short run on the CPU. Base and text are made in tmp_path if they are missing."""
     base, data = tmp_path / "base", tmp_path / "text.txt"
     if not base.exists():
         model(base)
@@ -131,7 +125,7 @@ def options(tmp_path, **fields):
 
 
 def flags(keywords):
-    """Keywords as the command line takes them."""
+    """Turn keywords into flags of the command line."""
     out = []
     for name, value in keywords.items():
         values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
@@ -140,9 +134,7 @@ def flags(keywords):
 
 
 def command(*arguments, **kwargs):
-    """Runs the command line in a process of its own, with one thread: models this small are only slowed down
-    by a second.
-    """
+    """Run the command line in its own process, with one thread: a second one slows such small models down."""
     return subprocess.run(
         [sys.executable, "-m", "longlora", *map(str, arguments)],
         capture_output=True,
@@ -154,7 +146,7 @@ def command(*arguments, **kwargs):
 
 
 def listing(path):
-    """Every file under `path` with its bytes."""
+    """Every file under `path` -> its bytes."""
     return {
         os.path.join(root, name): Path(root, name).read_bytes()
         for root, _, names in os.walk(path)

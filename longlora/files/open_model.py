@@ -1,4 +1,4 @@
-"""Open a model, whatever its format."""
+"""Opens a model of any supported format."""
 
 import os
 

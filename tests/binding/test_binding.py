@@ -1,4 +1,4 @@
-"""Arguments of ops: which NumPy arrays they take, what they refuse and how; references; the module."""
+"""Arguments of ops: which NumPy arrays they accept, and how they refuse others; references; the module."""
 
 import subprocess
 import sys
@@ -54,7 +54,7 @@ def test_bfloat16_by_ml_dtypes():
 
 
 def test_rows_may_have_several_axes():
-    """[2,1,3,C] stands for [6,C], and [2,1,3] for [6], if the leading axes are contiguous with each other."""
+    """[2,1,3,C] is accepted as [6,C], and [2,1,3] as [6], if the leading axes are contiguous."""
     x, w, ids = f32(6, 8), f32(8), np.array([[1, 0, 3], [2, 2, 1]], np.int32)
     want = ops.rms_norm_forward(x, w)
     out, rstd = np.full((2, 1, 3, 8), np.nan, np.float32), np.full((2, 1, 3), np.nan, np.float32)
@@ -137,7 +137,7 @@ def unaligned(x):
 
 
 def field_of_packed(x, count):
-    """x as a field of packed structures of `count` numbers and a byte: no stride is a multiple of 4 bytes."""
+    """x as a field of packed structures of `count` numbers and a byte. No stride is a multiple of 4 bytes."""
     structure = [("number", np.float32, (count,)), ("byte", np.uint8)]
     packed = np.zeros((x.shape[0], x.shape[1] // count), structure)["number"]
     packed[...] = x.reshape(packed.shape)

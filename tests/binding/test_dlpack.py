@@ -19,11 +19,11 @@ def f32(*shape):
     return np.random.default_rng(list(shape)).standard_normal(shape).astype(np.float32)
 
 
-# ---- capsules from a producer in ctypes that counts what is deleted ------------------------------
+# ---- capsules from a producer in ctypes that counts deletions ------------------------------------
 
 
 class Producer:
-    """A float32 array behind DLPack. `old` takes no keywords; other arguments falsify the capsule."""
+    """A float32 array behind DLPack. If `old`, it takes no keywords. Other arguments change the capsule."""
 
     def __init__(self, array, old=False, flags=0, major=1, byte_offset=0, null_strides=False, **tensor):
         self.array, self.old, self.flags, self.major = np.ascontiguousarray(array), old, flags, major
@@ -80,7 +80,7 @@ def test_capsules_are_borrowed_and_deleted_once(old):
     p = Producer(x, old=old)
     with pytest.raises(ValueError, match=r"cast: out axis 0 should be M=5, got 4"):
         _C.cast(np.empty((4, 7), np.float32), p)
-    assert (p.capsules, p.deleted) == (1, 1), "deleted in an exception too"
+    assert (p.capsules, p.deleted) == (1, 1), "deleted after an exception too"
 
 
 def test_versioned_output_is_written():
@@ -135,7 +135,7 @@ def test_producer_that_fails():
 
 
 def test_other_libraries_get_their_own_arrays_back():
-    """Libraries with immutable arrays (JAX) make results with from_dlpack; here NumPy is the library."""
+    """Results for libraries with immutable arrays (JAX) are made by from_dlpack. NumPy stands in for one."""
     out, rstd, total = ops.rms_norm_forward(Producer(f32(3, 8)), f32(8))
     assert type(out) is type(rstd) is np.ndarray and isinstance(total, Producer)
     want = ops.rms_norm_forward(f32(3, 8), f32(8))[0]
@@ -152,7 +152,7 @@ def test_torch_in_torch_out(dtype):
     assert out.dtype == dtype and rstd.dtype == torch.float32 and total is x
     bits = ops.rms_norm_forward(as_numpy(x), as_numpy(w))[0]
     np.testing.assert_array_equal(as_numpy(out).view(np.uint8), bits.view(np.uint8))
-    parameter = torch.nn.Parameter(x.clone())  # borrowed as it is: the caller takes care of gradients
+    parameter = torch.nn.Parameter(x.clone())  # borrowed unchanged: the caller handles gradients
     assert torch.equal(ops.rms_norm_forward(parameter, w)[0], out)
     strided = torch.empty(6, 40, dtype=dtype)[:, 3:19].copy_(x)
     assert torch.equal(ops.rms_norm_forward(strided, w)[0], out)
@@ -207,7 +207,7 @@ def test_calls_leak_nothing():
     producers = Producer(x), Producer(x, old=True)
 
     def rounds(count, *arrays):
-        """Good and bad calls, exports with and without a consumer -> resident bytes."""
+        """Make good and bad calls and exports, with and without a consumer -> resident bytes."""
         for _ in range(count):
             for a in arrays:
                 for arguments in ((out, a), (x[:3], a), (a, None), (a, x[:3])):

@@ -13,14 +13,14 @@ try:
     jnp = jax.numpy
 except ImportError:
     jax = None
-needs_jax = pytest.mark.skipif(jax is None, reason="JAX arrays are what is passed here")
+needs_jax = pytest.mark.skipif(jax is None, reason="these tests pass JAX arrays")
 
 
 @pytest.fixture
 def cupy():
     if not cuda.is_available():
-        pytest.skip(f"CuPy's arrays are on a GPU: {cuda.reason()}")
-    return pytest.importorskip("cupy", reason="CuPy's arrays are what is passed here")
+        pytest.skip(f"CuPy arrays need a GPU: {cuda.reason()}")
+    return pytest.importorskip("cupy", reason="these tests pass CuPy arrays")
 
 
 def arrays(*shapes, dtype="float32"):
@@ -67,7 +67,7 @@ def named(name, *inputs):
 
 @needs_jax
 def test_results_share_their_memory():
-    """A result is the memory that the kernel wrote, not a copy."""
+    """A result shares the memory that the kernel wrote."""
     _, (x,) = arrays((64, 64))
     gate = ops.swiglu_forward(x, x)
     assert isinstance(gate, jax.Array)

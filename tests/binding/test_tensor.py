@@ -1,4 +1,4 @@
-"""longlora.Tensor: views, the buffer protocol, wrap, copies, DLPack out, and how long its memory lives."""
+"""longlora.Tensor: views, the buffer protocol, wrap, copies, DLPack, and the lifetime of its memory."""
 
 import ctypes
 import gc
@@ -98,7 +98,7 @@ def test_views_keep_their_memory_and_nothing_else():
     t = Tensor(1 << 20)
     t.fill(7)
     view = t[5:10]
-    for _ in range(100_000):  # it would be a long chain if views held each other
+    for _ in range(100_000):  # if each view held the one before, this would be a long chain
         view = view[:]
     array, capsule = view.numpy(), np.from_dlpack(view)
     before = sys.getrefcount(t)

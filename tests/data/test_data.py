@@ -1,5 +1,4 @@
-"""Text to sequences: the ids are those of the whole text however it is read, no token is lost unsaid, errors
-are named."""
+"""Text to sequences: ids are those of the whole text, lost tokens are reported, errors say what is wrong."""
 
 import json
 import os
@@ -49,7 +48,7 @@ def write(path, content):
 
 
 def tokens_of(sizes):
-    """Tokens of documents of these sizes, whose ids count up."""
+    """Tokens of documents of these sizes. Their ids count up."""
     borders = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     return Tokens(np.arange(borders[-1], dtype=np.int32), borders, "")
 
@@ -122,7 +121,7 @@ print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 102
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     count, growth = map(int, done.stdout.split())
     assert count == os.path.getsize(path) + 1
-    # its ids alone are 4 bytes a byte of text here
+    # the ids alone take 4 bytes per byte of text here
     assert growth < size
 
 
@@ -184,7 +183,7 @@ def test_documents_end_in_one_end_token_and_the_cache_is_used(tmp_path, monkeypa
     found = tokenise(str(tmp_path), made, 500, cache, said.append)
     wanted = [made.encode(words) for words in ("hello world", "one", "two")]
     assert len(found) == 3 and said and "3 documents" in said[0]
-    for i, ids in enumerate(wanted):  # the template has put </s> there already
+    for i, ids in enumerate(wanted):  # the template has added </s> already
         np.testing.assert_array_equal(found.document(i), ids)
     plain = tokenise(str(tmp_path), KINDS["llama"], 500, cache, said.append)
     assert all(plain.document(i)[-1] == KINDS["llama"].eos_token_id for i in range(3))
@@ -213,7 +212,7 @@ def test_changed_text_is_tokenised_anew_and_a_damaged_cache_named(tmp_path):
     ids=["time", "size", "path"],
 )
 def test_text_of_another_time_size_or_path_is_tokenised_anew(tmp_path, name, content, time):
-    """One of the three is enough. The tokens are those of the text and of no other."""
+    """A change of any of the three is noticed. The tokens are those of this text only."""
     cache, made = tmp_path / "cache", KINDS["gpt2"]
     for file, words, seconds in (("a.txt", "one", 1), (name, content, time)):
         path = write(tmp_path / file, words)
@@ -296,7 +295,7 @@ def test_every_token_is_in_one_sequence_or_counted_as_lost(sizes, length, rule):
         if rule != "drop" or n <= length
     ]
     wanted = np.concatenate(wanted)
-    assert len(wanted) - len(ids) == (total % length == 1)  # a token alone has no target
+    assert len(wanted) - len(ids) == (total % length == 1)  # a single token has no target
     np.testing.assert_array_equal(ids, wanted[: len(ids)])
     long = sum(n > length for n in sizes)
     assert (f"{long} longer documents" in found.sentence) is bool(long)
@@ -346,8 +345,10 @@ def test_a_batch_has_the_next_tokens_as_targets_and_no_target_in_padding():
 
 
 def test_documents_that_do_not_see_each_other_by_hand():
-    """Two documents leave room for one token, which could not be scored: the sequence ends. A single token is
-    left out."""
+    """Two documents leave room for one token, which would have no target, so the sequence ends before it.
+
+    Documents of a single token are left out.
+    """
     found = Sequences(tokens_of([3, 4, 1, 6]), 8, packing_boundaries="document")
     assert found.pieces == [[(0, 3), (3, 7)], [(8, 14)]]
     assert "documents do not see each other, 1 single tokens left out" in found.sentence
@@ -388,7 +389,7 @@ def test_a_target_is_the_next_token_of_the_same_text(sizes, length, rule, bounda
             assert (document[ids[scored]] == document[targets[scored]]).all()
             assert cu_seqlens[0] == 0 and cu_seqlens[-1] == ids.size and (np.diff(cu_seqlens) > 0).all()
             ends = cu_seqlens[1:] - 1
-            assert not scored.ravel()[ends].any()  # no text's last token has a target
+            assert not scored.ravel()[ends].any()  # the last token of a text has no target
             filled = np.array([[len(found.get(i))], [len(found.get(0))]])
             padding = np.flatnonzero(np.arange(ids.shape[1]) >= filled)
             others = np.setdiff1d(np.arange(ids.size), np.concatenate([ends, padding]))
@@ -418,7 +419,7 @@ def test_the_order_is_a_permutation_an_epoch_and_goes_on_exactly(n, seed, takes,
 
 
 def test_another_seed_or_epoch_is_another_order():
-    """The order is NumPy's, so that a run goes on in it years later."""
+    """The order is NumPy's, so that a run can be resumed years later."""
     assert Order(50, 1).take(50) != Order(50, 2).take(50)
     epochs = Order(50, 1).take(150)
     assert epochs[:50] != epochs[50:100] != epochs[100:] != epochs[:50]

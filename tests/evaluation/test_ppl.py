@@ -1,4 +1,4 @@
-"""Perplexity: which targets are scored, and that the numbers are transformers'."""
+"""Perplexity: which targets are scored, and values equal to those of transformers."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ from longlora.training import driver
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Models this small are only slowed down by a second thread."""
+    """A second thread slows such small models down."""
     before = get_num_threads()
     set_num_threads(1)
     yield
@@ -30,7 +30,7 @@ def one_thread():
 @given(count=st.integers(0, 60), length=st.integers(2, 20), stride=st.integers(1, 20))
 @settings(max_examples=300, deadline=None)
 def test_a_sliding_window_scores_every_target_once_with_all_the_context_there_is(count, length, stride):
-    stride = min(stride, length - 1)  # at stride = length the first target of a window has nothing before it
+    stride = min(stride, length - 1)  # if stride = length, the first target of a window has no context
     seen = []
     for first, last, start in ppl.windows(count, length, stride):
         assert first < start <= last <= min(first + length, count)
@@ -47,7 +47,7 @@ def test_windows_side_by_side_score_all_their_targets(count, length):
 
 
 def losses_of(base, config=None, adapted=None):
-    """Per-token losses of transformers on ids: [N - 1] float64. adapted: what becomes of the model."""
+    """A function ids [N] -> losses of transformers [N - 1] float64. adapted(model) is the model to use."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -90,7 +90,7 @@ def test_perplexity_is_transformers(tmp_path):
 
 
 def test_a_stride_is_the_usual_sliding_window(tmp_path):
-    """The loop of transformers' own page on perplexity, with the mean taken over tokens."""
+    """The loop of transformers' page on perplexity, with the mean over tokens."""
     base, path = tiny.model(tmp_path / "base"), tiny.text(tmp_path / "t.txt", 30)
     ids, losses, total, count, previous = ids_of(base)(path.read_text()), losses_of(base), 0.0, 0, 0
     for begin in range(0, len(ids), 16):
@@ -122,13 +122,13 @@ def test_adapter_and_interpolation_are_in_the_number(tmp_path):
         losses_of(tmp_path / "base", out),
     )
     wanted = np.concatenate([losses(ids[i : i + 128]) for i in range(0, len(ids) - 1, 128)])
-    assert linear == pytest.approx(wanted.mean(), rel=1e-5)  # the saved config carries the rope
+    assert linear == pytest.approx(wanted.mean(), rel=1e-5)  # the saved config has the rope
 
 
 @pytest.mark.parametrize("limit", [None, 2])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_what_a_run_says_of_held_out_text_is_transformers(tmp_path, limit):
-    """Before and after training, dense: the mean over the targets of 4 sequences (the last is short) or 2."""
+    """Dense, before and after training: the mean over the targets of 2 or 4 sequences (the last is short)."""
     from peft import PeftModel
 
     path = tiny.text(tmp_path / "held.txt", 70, seed=3)
@@ -165,7 +165,7 @@ def test_documents_are_windows_of_their_own(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_vocabulary(tmp_path):
-    """2048 tokens by 65,536 entries are 512 MiB of logits; they may never exist."""
+    """2048 tokens by 65,536 entries are 512 MiB of logits. They are never in memory as a whole."""
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""Adapters go to PEFT and back with equal logits; merged models equal them; a wrong adapter is named."""
+"""Adapters have equal logits in PEFT and here, merged or not. Errors say what is wrong with an adapter."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def extended(base, kind=None):
 
 
 def saved(tmp_path, lora=None, kind=None, **fields):
-    """A tiny base, an adapter for it -> base path, adapter path, tensors."""
+    """Make a tiny base and an adapter for it -> base path, adapter path, tensors."""
     build(tmp_path / "base", **fields)
     base, lora = open_model(tmp_path / "base"), lora or LoraConfig()
     tensors = made(base, lora)
@@ -63,7 +63,7 @@ def logits(model, count=TARGET):
 
 
 def reference(base, path, tensors, lora):
-    """The logits that the trained tensors stand for: stock transformers with the weights put in by hand."""
+    """The right logits: those of transformers with merged weights put in by hand."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -183,7 +183,7 @@ def test_what_is_trained_is_what_peft_trains(tmp_path, family, lora, tied):
 
     model = build(tmp_path, family, tie_word_embeddings=tied)
     ours = LoraConfig(**lora)
-    # What is tied PEFT takes under the embedding's name.
+    # PEFT takes a tied head under the embedding's name.
     whole = ["embed_tokens" if tied and name == "lm_head" else name for name in ours.modules_to_save]
     how = dict(
         target_modules=lora.get("target_modules", PEFT_TARGETS.get(family, list(ours.target_modules))),
@@ -261,7 +261,7 @@ def test_an_adapter_that_peft_wrote(tmp_path, tied, fields):
 
 
 def test_an_untied_adapter_of_a_tied_base_is_refused(tmp_path):
-    """PEFT without ensure_weight_tying trains the embedding and keeps the old head: two tensors."""
+    """Without ensure_weight_tying PEFT trains the embedding and keeps the old head, so they differ."""
     from peft import LoraConfig as Theirs
     from peft import get_peft_model
 
@@ -281,7 +281,7 @@ def test_merged_is_rounded_once_to_the_dtype_of_the_base(tmp_path, dtype):
     base, path, tensors = saved(tmp_path, dtype=getattr(torch, dtype))
     merge.merge(base, path, tmp_path / "merged")
     before, after = open_model(base), open_model(tmp_path / "merged")
-    assert (tmp_path / "merged").stat().st_mode & 0o777 == 0o755  # mkdtemp's own would be 0o700
+    assert (tmp_path / "merged").stat().st_mode & 0o777 == 0o755  # mkdtemp makes 0o700
     assert after.config.raw["torch_dtype"] == dtype and before.names() == after.names()
     name = "model.layers.1.self_attn.v_proj.weight"
     a, b = (tensors[name.replace("weight", f"lora_{side}.weight")] for side in "AB")
@@ -529,7 +529,7 @@ def test_inspect_of_other_families(tmp_path, family):
 
 
 def test_parts_of_a_fused_linear_in_a_file(tmp_path):
-    """Such as PEFT writes for a list of the names of several families: it adapts those that the model has."""
+    """PEFT writes such adapters for target_modules of several families: it adapts the ones that exist."""
     base, path, tensors = saved(tmp_path, family="phi3")
     file = path / "adapter_config.json"
     assert json.loads(file.read_text())["target_modules"] == ["qkv_proj", "o_proj"]

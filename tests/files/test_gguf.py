@@ -1,4 +1,4 @@
-"""GGUF files: weights are transformers', bit by bit; metadata becomes the config; damage is one line."""
+"""GGUF files: weights equal transformers' bit for bit, metadata becomes the config, damage is one line."""
 
 import dataclasses
 import mmap
@@ -100,7 +100,7 @@ def tiny(path, family="llama", **fields):
     )
 
 
-# llama.cpp leaves out the rope in every fourth layer of SmolLM3; no metadata says so.
+# llama.cpp omits the rope in every fourth layer of SmolLM3; the metadata does not say so.
 FOUR_LAYERS = {"smollm3": dict(num_hidden_layers=4, no_rope_layer_interval=4)}
 
 
@@ -177,7 +177,7 @@ def test_transformers_reads_a_phi3_gguf_as_we_do(tmp_path):
 
 
 def test_granite_without_scales_has_those_of_llama_cpp(tmp_path):
-    """llama.cpp takes 1 for a scale that is absent, 1 / sqrt(head_dim) for attention.scale."""
+    """llama.cpp takes 1 for a missing scale, and 1 / sqrt(head_dim) for a missing attention.scale."""
     model = tiny(tmp_path / "hf", "granite")
     model.config.embedding_multiplier = model.config.residual_multiplier = 0.0
     model.config.attention_multiplier = 0.0
@@ -243,9 +243,9 @@ def test_smollm2_weights_are_those_of_transformers(smollm2, converted):  # noqa:
 
 
 def test_loading_needs_little_more_than_the_weights(smollm2):  # noqa: F811
-    """In a process of its own: the largest resident size, after all tensors were read into place, in float32.
+    """The peak resident size of a process that reads all tensors, as float32.
 
-    Not by getrusage, whose figure a child inherits from its parent.
+    getrusage would not do: a child inherits its figure from the parent.
     """
     if not os.path.exists("/proc/self/status"):
         pytest.skip("this system has no /proc/self/status to read the peak from")
@@ -267,9 +267,9 @@ def test_loading_needs_little_more_than_the_weights(smollm2):  # noqa: F811
 
 
 def test_loading_is_quick(smollm2):  # noqa: F811
-    """From the file to a model that can be trained: seconds of the processor in user mode, and page faults.
+    """Processor time and page faults from the file to a model that can be trained.
 
-    Only the first reading, into fresh memory, has many of those."""
+    Only the first reading, into fresh memory, has many page faults."""
     script = """if True:
         import resource, sys
         from longlora.decoder import model
@@ -291,7 +291,7 @@ def test_loading_is_quick(smollm2):  # noqa: F811
     done = subprocess.run([sys.executable, "-c", script, str(smollm2)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     seconds, faults = map(float, done.stdout.split())
-    assert seconds < 2.5 and faults < 40_000  # 0.6 and 2,000 here; the file itself has 24,000 pages
+    assert seconds < 2.5 and faults < 40_000  # 0.6 and 2,000 here; the file has 24,000 pages
 
 
 def test_linear_and_yarn_metadata(tmp_path):
@@ -385,7 +385,7 @@ def test_nan_is_named(tmp_path):
 
 
 def opened(path):
-    """Open, read all, build the tokenizer: only UserError of one line with the file's name may come out."""
+    """Open, read all, build the tokenizer. The only error is a UserError of one line with the file's name."""
     try:
         model = Gguf(path)
         for name in model.names():

@@ -1,4 +1,4 @@
-"""Token ids are transformers', on ugly texts, for tokenizer.json of each class and each GGUF vocabulary."""
+"""Token ids equal transformers' on difficult texts, for each class of tokenizer.json and GGUF vocabulary."""
 
 import json
 
@@ -43,7 +43,7 @@ TRAIN = [
 
 
 def trained(kind):
-    """A small tokenizers.Tokenizer: byte-level with `kind` as its split, or "llama" for SentencePiece."""
+    """A small tokenizers.Tokenizer: "llama" is SentencePiece, any other `kind` a byte-level split."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     if kind == "llama":
@@ -54,7 +54,7 @@ def trained(kind):
             vocab_size=500, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False
         )
         tok.train_from_iterator(TRAIN, trainer)
-        # The byte tokens are plain vocabulary in a real model, only the first three are special.
+        # In a real model the byte tokens are plain vocabulary; only the first three tokens are special.
         described = json.loads(tok.to_str())
         described["added_tokens"] = described["added_tokens"][:3]
         tok = Tokenizer.from_str(json.dumps(described))
@@ -169,7 +169,7 @@ def test_sentence_piece_directory(tmp_path, config):
 
 
 def gguf_file(path, tok, model, **keys):
-    """A GGUF with the vocabulary of `tok` and the smallest of models."""
+    """A GGUF with the vocabulary of `tok` and a minimal model."""
     import gguf
 
     described = json.loads(tok.to_str())

@@ -1,4 +1,4 @@
-"""Model directories that transformers wrote are read bit by bit; what is wrong with one is named."""
+"""Model directories of transformers are read bit for bit. Errors say what is wrong with a directory."""
 
 import json
 import os
@@ -30,7 +30,7 @@ SIZES = dict(
     max_position_embeddings=64,
     head_dim=8,
 )
-# What a tiny model of a family needs beside the sizes, and what sets the family apart.
+# Arguments of a tiny model of each family beside the sizes, with what distinguishes the family.
 OF_FAMILY = {
     "mistral": dict(sliding_window=None),
     "phi3": dict(bos_token_id=1, eos_token_id=2, pad_token_id=None),
@@ -42,7 +42,7 @@ OF_FAMILY = {
 
 
 def build(path, family="llama", dtype=torch.float32, **fields):
-    """Save a tiny random model of a family at `path`, by save_pretrained(**save) -> the model."""
+    """Save a tiny random model of a family at `path` by save_pretrained(**save) -> the model."""
     import transformers
 
     save = fields.pop("save", {})
@@ -59,7 +59,7 @@ def build(path, family="llama", dtype=torch.float32, **fields):
 
 
 def failure(path):
-    """The one line that opening the model at `path` and reading it gives."""
+    """The one line of the error when the model at `path` is opened and read."""
     with pytest.raises(UserError) as caught:
         model = open_model(path)
         for name in model.names():
@@ -124,7 +124,7 @@ def test_fingerprint_tells_models_apart(tmp_path):
 
 @pytest.mark.parametrize("place", [0, -1])
 def test_fingerprint_tells_the_ends_of_a_large_tensor_apart(tmp_path, place):
-    """The tensor has 33 KB; the fingerprint reads its first and its last 4 KB."""
+    """The tensor has 33 KB. The fingerprint reads its first and last 4 KB."""
     name = "model.embed_tokens.weight"
     build(tmp_path, vocab_size=520)
     before = open_model(tmp_path)
@@ -139,7 +139,7 @@ def test_fingerprint_tells_the_ends_of_a_large_tensor_apart(tmp_path, place):
 
 
 def edit(path, change, file="model.safetensors"):
-    """Rewrite a safetensors file with its tensors changed by `change`, a function on the dict."""
+    """Rewrite a safetensors file after change(its dict of tensors)."""
     from safetensors.numpy import load_file, save_file
 
     tensors = load_file(path / file)
@@ -312,7 +312,7 @@ def test_empty_tensors_may_begin_where_others_do(tmp_path, order):
 
 
 def test_a_header_above_the_limit_of_the_format(tmp_path):
-    """The format allows 100,000,000 bytes. Here is one more, in a sparse file that is long enough for it."""
+    """The format allows headers of 100,000,000 bytes. This one has one more, in a sparse file."""
     from safetensors import SafetensorError, safe_open
 
     path = tmp_path / "x.safetensors"
@@ -400,7 +400,7 @@ def test_files_have_the_rights_of_any_other(tmp_path):
 
 
 def disk_calls(monkeypatch):
-    """-> a list to which each later fsync and rename adds its name, the inode and the size of the file."""
+    """Record each later fsync and rename -> the list of (name, inode, size of the file)."""
     calls = []
 
     def watch(function, name, stat):
@@ -420,7 +420,7 @@ def disk_calls(monkeypatch):
 
 
 def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """First all bytes of the file, then its name, then the directory that holds the name."""
+    """First the file's bytes are flushed, then it is renamed, then the directory is flushed."""
     calls = disk_calls(monkeypatch)
     safetensors_file.save(tmp_path / "x.safetensors", {"a": np.ones(5000, np.float32)})
     file, directory = os.stat(tmp_path / "x.safetensors"), os.stat(tmp_path)

@@ -1,4 +1,4 @@
-"""The dry run of a step makes the very calls that a step makes."""
+"""The dry run of a step makes exactly the calls of a step."""
 
 import errno
 import mmap
@@ -22,7 +22,7 @@ def shapes(args):
 
 
 def calls_of_a_step(made, monkeypatch, cu_seqlens):
-    """[(op, shapes and scalars of its arguments)]; tables and the documents' borders have any length."""
+    """Make a step on ids [2, 37] -> [(op, arguments)]."""
     calls = []
     for op in _C.specs:
         function = getattr(_C, op)
@@ -39,6 +39,7 @@ def calls_of_a_step(made, monkeypatch, cu_seqlens):
 
 
 def alike(calls):
+    """[(op, shapes and scalars)], without the tables of rope and the length of cu_seqlens."""
     found = []
     for op, args in calls:
         if op.startswith("rope"):
@@ -88,14 +89,14 @@ def test_the_recorder_keeps_the_largest_block_of_each_rank(monkeypatch):
 
 
 def strict():
-    """Whether the system grants no more address space than it has memory."""
+    """Whether the system limits address space to its memory."""
     with open("/proc/sys/vm/overcommit_memory") as file:
         return file.read().strip() == "2"
 
 
 @pytest.mark.skipif(strict(), reason="the system forbids overcommitment")
 def test_untouched_memory_costs_none():
-    """Sixteen times the machine's memory."""
+    """Bytes: sixteen times the machine's memory."""
 
     def resident():
         with open("/proc/self/statm") as file:

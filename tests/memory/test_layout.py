@@ -1,4 +1,4 @@
-"""Layouts: where buffers lie, and what a layout says it takes."""
+"""Layouts: the places of buffers, and the size of a layout."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""The plan: its total against the measured peak of a process that trains, and what it proposes."""
+"""The plan: its total against the measured peak of a training process, and its proposals."""
 
 import itertools
 import json
@@ -44,7 +44,7 @@ LLAMA_70B = dict(
     tie_word_embeddings=False,
 )
 LORA = LoraConfig()
-PACKAGE = os.path.dirname(os.path.dirname(longlora.__file__))  # the one under test, installed or not
+PACKAGE = os.path.dirname(os.path.dirname(longlora.__file__))  # the package under test, installed or not
 
 CASES = [
     dict(dtype=dtype, checkpointing=c, sequence_length=length, batch_size=1, full=full)
@@ -112,7 +112,7 @@ print(json.dumps({"planned": found.total, "measured": status("VmHWM"), "parts": 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_total_is_the_measured_peak(case):
-    """Within 5 % of the highest resident size of a process that makes a step and an evaluation."""
+    """The plan is within 5 % of the peak resident size of a process that trains a step and evaluates."""
     done = subprocess.run(
         [sys.executable, "-c", STEP, json.dumps(case), json.dumps(MIDDLE)],
         capture_output=True,
@@ -132,7 +132,7 @@ def test_total_is_the_measured_peak(case):
 )
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_every_tensor_has_its_place(family, lora):
-    """The weights are those of the config and of LoRA, each once, and no two buffers of them overlap."""
+    """The layout has each weight of the config and of LoRA once, and its buffers do not overlap."""
     config = read_config({**MIDDLE, "model_type": family, "sliding_window": None, "head_dim": 64})
     network = Network(config, lora)
     names = [name for w in network.weights() for name in w.members]
@@ -150,7 +150,7 @@ def test_every_tensor_has_its_place(family, lora):
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_a_shorter_batch_needs_no_more(recompute):
-    """What lets ragged batches use the planned memory."""
+    """So shorter batches can use the planned memory."""
     network = Network(read_config({**MIDDLE, "model_type": "qwen3", "head_dim": 64}), LORA)
     sizes = [
         network.activations(1, T, "bfloat16", recompute).layout.size
@@ -160,7 +160,7 @@ def test_a_shorter_batch_needs_no_more(recompute):
 
 
 def test_under_a_second_for_the_largest():
-    started = time.process_time()  # this process's alone, whatever else the machine does
+    started = time.process_time()  # of this process, whatever else the machine does
     plan = plan_.plan(
         read_config(LLAMA_70B),
         dtype="bfloat16",
@@ -204,7 +204,7 @@ def test_auto_is_the_fastest_that_fits():
 
 
 def test_changes_that_would_make_it_fit():
-    """Each of them does, on its own; where none does, all together."""
+    """Each proposal alone makes the run fit, or all together if none does."""
     config = read_config(MIDDLE)
     given = dict(sequence_length=4096, group_size=1024, lora=LORA, batch_size=2)
     least = plan_.plan(config, checkpointing="full", **given).total
@@ -223,7 +223,7 @@ def test_changes_that_would_make_it_fit():
         .changes[0]
         .startswith("--checkpointing full: ")
     )
-    own = found.parts["runtime"]  # this process's, with all that other tests have loaded
+    own = found.parts["runtime"]  # of this process, with everything that other tests have loaded
     smaller = plan_.plan(config, memory=own + (176 << 20), **given)
     assert len(smaller.changes) == 1 and " and " in smaller.changes[0]
     assert plan_.plan(config, memory=1 << 20, **given).changes[0].startswith("nothing: ")

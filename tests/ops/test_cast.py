@@ -46,7 +46,7 @@ def test_accumulate(shape, dtype, isa):
 
 @pytest.mark.parametrize("shape", [(0, 3), (1, 1), (7, 123), (3, 5000), (300, 8)])
 def test_scale(shape, dtype, isa):
-    """Of strided rows, of dense ones, and in place."""
+    """On strided rows, on dense rows, and in place."""
     x = checks.random(shape, dtype)
     checks.check("scale", checks.strided(x), 0.3)
     (got,) = checks.dense_and_strided(lambda x: checks.ops.scale(x, 0.3), x)

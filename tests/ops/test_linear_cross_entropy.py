@@ -1,4 +1,4 @@
-"""linear_cross_entropy against the reference; its memory is a chunk of logits."""
+"""linear_cross_entropy against the reference. It keeps only a chunk of the logits in memory."""
 
 import subprocess
 import sys
@@ -16,8 +16,9 @@ def targets_of(M, V, ignored=0.2):
 
 
 def check_rounded(x, w, targets, dtype):
-    """Against the reference and its plain form: float32, and the gradient of the logits rounded to the dtype
-    between the products.
+    """Compare with the reference.
+
+    The plain computation is in float32 and rounds the gradient of the logits to the dtype between products.
     """
     M = len(targets)
     checks.check("linear_cross_entropy_forward", x, w, targets, floor=16)
@@ -39,9 +40,7 @@ def check_rounded(x, w, targets, dtype):
     "M,C,V", [(0, 4, 5), (1, 1, 1), (7, 33, 123), (65, 64, 1000), (100, 16, 257), (3, 8, 60007)]
 )
 def test_forward_and_backward(M, C, V, dtype, isa, poison):
-    """60007: a row that a GPU passes in fifteen stretches, the last of them not kept in the shared memory of
-    even the largest.
-    """
+    """A GPU reads a row of 60007 in fifteen parts. The last does not fit in the shared memory of any GPU."""
     x, w, targets = (
         checks.strided(checks.random((M, C), dtype)),
         checks.strided(checks.random((V, C), dtype, 1)),
@@ -65,9 +64,11 @@ def test_dweight_accumulates(place):
 
 @pytest.mark.parametrize("exponent", [-30, -15, 16])
 def test_gradients_of_losses_of_any_size(exponent, dtype, isa, poison):
-    """Those of 32768 tokens' mean, times probabilities of 2^-12, are too small for float16; those of a loss
-    scale of 2^16 too large: both gradients are those of dlosses of about 1 times a power of two, bit for bit
-    as far as dx can say it."""
+    """Scaling dlosses by a power of two scales both gradients exactly, as far as dx can represent them.
+
+    For the mean over 32768 tokens and probabilities of 2^-12, gradients of logits are too small for float16;
+    for a loss scale of 2^16 they are too large.
+    """
     M, C, V = 8, 16, 4096
     x, w = (
         checks.random((M, C), dtype, scale=2**-7),
@@ -75,7 +76,7 @@ def test_gradients_of_losses_of_any_size(exponent, dtype, isa, poison):
     )
     targets, d = targets_of(M, V), (checks.random((M,), seed=2) + 4).astype(np.float32)
     _, dx, dw = ops.linear_cross_entropy_backward(x, w, targets, d, train_weight=True)
-    d[targets == -100] = 1e30  # not used, and so of no weight
+    d[targets == -100] = 1e30  # not used: the target is ignored
     _, dx_scaled, dw_scaled = ops.linear_cross_entropy_backward(
         x, w, targets, np.ldexp(d, exponent), train_weight=True
     )
@@ -97,7 +98,7 @@ def check_backward(x, w, targets, d, trained, atol=1e-5):
 
 
 def chunk_bytes(M, C, V, dtype, trained):
-    """The block that holds a chunk, the first that a backward pass takes."""
+    """The bytes of the block that holds a chunk. A backward pass allocates it first."""
     tensor = ops._C.Tensor
     x, rows = tensor((M, C), dtype), tensor((M,), "float32")
     dweight = tensor((V, C), "float32") if trained else None
@@ -107,8 +108,10 @@ def chunk_bytes(M, C, V, dtype, trained):
 
 @pytest.mark.parametrize("M,V,trained", [(237, 70001, True), (1099, 2500, False)])
 def test_more_than_one_chunk(M, V, trained, isa):
-    """Trained: 15 units of 16 rows here, seven of them in the first chunk, eight, less three rows, in the
-    second. Frozen, of 512 rows at most: three, the last one less five rows."""
+    """237 rows of a trained head: 112 in the first chunk, 125 in the second. A unit has 16 rows.
+
+    1099 rows of a frozen head: three chunks of at most 512 rows.
+    """
     C = 8
     rows, logits = chunk_bytes(512, C, V, "float32", trained), 4 * M * V
     assert chunk_bytes(M, C, V, "float32", trained) <= min(rows, logits - 1)
@@ -123,9 +126,7 @@ def test_more_rows_than_a_gpu_takes_at_once(dtype, place):
 
 
 def test_more_than_one_chunk_of_kept_bfloat16(isa):
-    """The exponentials of all of the vocabulary in 16 bits: nine units of 16 rows, the last less eleven rows,
-    of which eight fit.
-    """
+    """A chunk keeps the exponentials of the whole vocabulary in 16 bits. Here 128 of the 133 rows fit."""
     M, C, V = 133, 8, 200001
     rows, kept = chunk_bytes(128, C, V, "bfloat16", True), 2 * M * V
     assert chunk_bytes(M, C, V, "bfloat16", True) < min(rows, kept)
@@ -136,8 +137,9 @@ def test_more_than_one_chunk_of_kept_bfloat16(isa):
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_maximum_that_grows_along_the_vocabulary(trained, isa, poison):
-    """By up to 210 from one end to the other, and down by as much; with the largest logit the target, loss
-    and gradient are next to 0.
+    """Logits rise or fall by up to 210 along the vocabulary.
+
+    In every seventh row the target has the largest logit, so loss and gradient are close to 0.
     """
     M, C, V = 41, 9, 7001
     x, w = checks.random((M, C)), checks.random((V, C), seed=1)
@@ -145,7 +147,7 @@ def test_a_maximum_that_grows_along_the_vocabulary(trained, isa, poison):
     x, w = np.round(8 * x) / 8, np.round(8 * w) / 8  # logits without rounding errors
     targets, d = targets_of(M, V), checks.random((M,), seed=2)
     targets[::7] = (x @ w.T).argmax(1)[::7]
-    check_backward(x, w, targets, d, trained, atol=7e-5)  # of 70, the largest weight
+    check_backward(x, w, targets, d, trained, atol=7e-5)  # the largest weight is 70
 
 
 def test_large_logits(isa):
@@ -193,7 +195,7 @@ def test_a_target_out_of_range_has_a_loss_of_nan_on_cuda(bad, cuda, poison):
 @pytest.mark.parametrize("trained, limit", [(True, 64), (False, 20)])
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
 def test_memory_does_not_grow_with_the_rows(kind, trained, limit):
-    """MiB beside arguments and results."""
+    """The peak of extra memory in MiB, beside arguments and results."""
     code = """
 import sys
 import ml_dtypes

@@ -50,8 +50,8 @@ def test_forward_and_backward(shape, dtype, isa, poison):
     )
 
 
-# Rows that start on 16 bytes, more rows than one piece of a sum over them, more ranks than one block of it,
-# one rank.
+# Rows aligned to 16 bytes. Shapes with more rows than one part of a sum over rows, with more ranks than one
+# block of it, and with one rank.
 @pytest.mark.parametrize(
     "shape", [(300, 136, 264, 72), (257, 64, 40, 8), (33, 512, 256, 64), (600, 40, 24, 1)], ids=str
 )
@@ -74,8 +74,8 @@ def test_dense_rows(shape, dtype, isa):
     )
 
 
-# With few rows a block of the sum has at most 108 of the K + R steps; a step of bfloat16 products is a pair.
-# In each shape a block ends between K and K + R, in the last shape for pairs too.
+# With few rows, a block of the sum over K + R has at most 108 steps. A step has two products for bfloat16.
+# In each shape a block ends between K and K + R; in the last shape this holds for bfloat16 too.
 @pytest.mark.parametrize("shape", [(33, 64, 40, 72), (60, 40, 48, 80), (60, 80, 48, 160)], ids=str)
 def test_a_block_of_the_sum_that_ends_within_the_ranks(shape, dtype, isa):
     x, w, _, a, b, _, dout = parts(*shape, dtype)
@@ -84,7 +84,7 @@ def test_a_block_of_the_sum_that_ends_within_the_ranks(shape, dtype, isa):
 
 
 def test_a_residual_is_added_once(dtype, isa):
-    """The sum over k is packed in two parts, one after the other; the output is no multiple of a tile."""
+    """The sum over k is packed in two parts, and the output is not a multiple of a tile."""
     x, w, _, _, _, residual, _ = parts(133, 2600, 21, 0, dtype)
     checks.check("lora_linear_forward", x, w, None, None, None, 1.0, residual, floor=4)
 
@@ -96,7 +96,7 @@ def test_a_bias_at_any_address(dtype, isa):
 
 
 def test_u_may_be_beyond_float16(isa):
-    """u is float32, whatever the dtype of the rest."""
+    """u is float32 for any dtype of the other arrays."""
     x, w, _, a, b, _, _ = parts(40, 64, 72, 8, "float16")
     a, b = a * np.float16(9000), b * np.float16(2**-10)
     out, u = checks.check("lora_linear_forward", x, w, None, a, b, 2.0**-7, floor=4)
@@ -147,13 +147,13 @@ def test_u_is_written_between_columns_of_others(dtype, isa):
 
 
 def test_more_columns_than_are_packed_at_once(isa):
-    """Rows half a page apart, which are packed, once for both slices of columns."""
+    """Rows half a page apart are packed, once for both slices of columns."""
     x, w, bias, a, b, residual, _ = parts(483, 1024, 1200, 24, "float32")
     checks.check("lora_linear_forward", x, w, bias, a, b, 2.0, residual, floor=4)
 
 
-# Of each: rows of u made by tasks of rows, by tasks of columns, over several slices of a sum, by tiles where
-# R is above 16.
+# One shape for each way to compute u: tasks of rows, tasks of columns, several slices of a sum, and tiles (R
+# above 16).
 @pytest.mark.parametrize(
     "shape", [(301, 200, 150, 8), (1000, 96, 72, 8), (1000, 1500, 40, 24), (500, 512, 96, 8)], ids=str
 )

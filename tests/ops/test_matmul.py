@@ -29,9 +29,9 @@ def test_every_layout(shape, transposed, dtype, isa, poison):
     checks.check("matmul", a, b, 0.5, floor=4)
 
 
-# More than one depth of k (1280 floats, 2560 bfloat16), more rows than a task has, more columns than are
-# packed at once, a few rows of output over a long k, 16 columns and fewer, four vectors of columns; one row,
-# one column, rows that are a multiple of 2 KiB apart, very short sums.
+# k above the depth of a block (1280 floats, 2560 bfloat16), more rows than a task has, more columns than are
+# packed at once, few rows of output with a long k, 16 columns and fewer, four vectors of columns; one row,
+# one column, rows at distances of a multiple of 2 KiB, very short sums.
 BIG = [
     ("NT", 500, 2700, 70),
     ("NN", 501, 1300, 100),

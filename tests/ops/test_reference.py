@@ -10,7 +10,7 @@ def normal(*shape, seed=0):
 
 
 def agrees(forward, arguments, gradients, dout, eps=1e-6):
-    """sum(forward * dout) moves with each element of each argument as its gradient says."""
+    """Compare the gradient of each argument with finite differences of sum(forward * dout)."""
     for i, gradient in enumerate(gradients):
         if gradient is None:
             continue
@@ -130,7 +130,7 @@ def test_s2_attention_packed():
 
 
 def test_the_rule_written_out():
-    """G = 4, L = 10: the first key of each query, by hand."""
+    """The first key of each query for G = 4 and L = 10, by hand."""
     mask = reference.attention_mask(10, 2, 4)
     assert mask[0].argmax(1).tolist() == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8]
     assert mask[1].argmax(1).tolist() == [0, 0, 2, 2, 2, 2, 6, 6, 6, 6]

@@ -22,7 +22,7 @@ def test_forward_and_backward(shape, residual, dtype, isa, poison):
     for name, got, w, p in zip(("out", "rstd", "sum"), (out, rstd, total), want, low, strict=True):
         if not (
             residual and dtype != "float32" and name != "sum"
-        ):  # there out and rstd belong to the stored sum, which is rounded
+        ):  # out and rstd belong to the stored sum, which is rounded
             checks.compare(got, w, p, name, floor=4)  # the mean, its root, the reciprocal, a product
     if residual:
         checks.compare(
@@ -31,7 +31,7 @@ def test_forward_and_backward(shape, residual, dtype, isa, poison):
                 r("rms_norm_forward", total, weight, 1e-5)[0]
                 for r in (lambda n, *a: getattr(checks.reference, n)(*a), checks.plain)
             ),
-            "out of the stored sum",
+            "out from the stored sum",
             floor=4,
         )
     dout = checks.random(shape, dtype, 3)
@@ -39,9 +39,9 @@ def test_forward_and_backward(shape, residual, dtype, isa, poison):
 
 
 def rows_of_any_length(M, C, dtype):
-    """Sizes around those at which a GPU kernel changes: part of a warp, a warp, a block, several blocks.
+    """Sizes around those where the GPU kernel changes: part of a warp, a warp, a block, several blocks.
 
-    The rounding error of a sum of C squares in one order grows with sqrt(C) / 3; rstd takes half of it.
+    The rounding error of a sequential sum of C squares grows like sqrt(C) / 3. rstd has half of it.
     """
     floor = 4 + C**0.5 / 6
     x, residual, dout, d = (checks.random((M, C), dtype, seed) for seed in range(4))
@@ -85,7 +85,7 @@ def test_long_rows(dtype, isa):
 
 
 def test_the_stored_sum_is_rounded_to_nearest_even(dtype, isa):
-    """All kinds of numbers, infinities and NaN too, a few powers of two apart, so that many sums are ties."""
+    """Numbers of all kinds, infinities and NaN. They are few powers of two apart: many sums are ties."""
     kind, rng = np.dtype(checks.DTYPES[dtype]), np.random.default_rng(0)
     whole, fraction = {"float32": (np.uint32, 23), "bfloat16": (np.uint16, 7), "float16": (np.uint16, 10)}[
         dtype

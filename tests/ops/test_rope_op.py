@@ -1,4 +1,4 @@
-"""The rope op against the reference (test_rope.py is about the frequencies)."""
+"""The rope op against the reference (test_rope.py tests the frequencies)."""
 
 import checks
 import numpy as np

@@ -1,4 +1,4 @@
-"""Scratch on the CPU: what an op says that a call takes is what the call takes."""
+"""Scratch on the CPU: _C.scratch predicts what a call takes."""
 
 import gc
 
@@ -14,7 +14,7 @@ SHAPES = [(1, 8, 5, 2), (37, 100, 50, 8), (600, 300, 1000, 24), (300, 1500, 700,
 
 @pytest.fixture(autouse=True)
 def two_threads():
-    """Attention counts a block for each thread, as if there were tasks for all of them."""
+    """scratch counts a block of attention for each thread, as if all of them had tasks."""
     before = _C.get_num_threads()
     _C.set_num_threads(2)
     yield
@@ -60,7 +60,7 @@ def others(M, C, N, R, dtype):
 
 
 def taken(op, *args):
-    """The bytes that the call takes, without those of living Tensors, which come from the same store."""
+    """The bytes of scratch that the call takes. Tensors come from the same store and do not count."""
     gc.collect()
     _C.scratch_peak()
     held = _C.scratch_peak()
@@ -69,8 +69,10 @@ def taken(op, *args):
 
 
 def agree(op, said, there):
-    """Exactly, but for two: attention does not count its lists of segments and tasks, and the head counts
-    whole units of 16 rows."""
+    """Whether prediction and call agree exactly. Two ops may differ slightly.
+
+    Attention does not count its lists of segments and tasks, and the head counts whole units of 16 rows.
+    """
     if op.startswith("s2_attention"):
         return said <= there <= 1.02 * said
     if op.startswith("linear_cross_entropy"):
@@ -82,7 +84,7 @@ def agree(op, said, there):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_what_is_said_is_taken(calls, shape, dtype, isa):
     if isa == "cuda":
-        pytest.skip("a GPU has workspace instead")
+        pytest.skip("a GPU uses workspace instead")
     for op, *args in calls(*shape, dtype):
         assert agree(op, sum(_C.scratch(op, *args)), taken(op, *args)), op
 
@@ -90,7 +92,7 @@ def test_what_is_said_is_taken(calls, shape, dtype, isa):
 @pytest.mark.parametrize("heads,group,T", [((4, 2), 256, 1024), ((8, 1), 64, 300)], ids=str)
 def test_attention(heads, group, T, dtype, isa):
     if isa == "cuda":
-        pytest.skip("a GPU has workspace instead")
+        pytest.skip("a GPU uses workspace instead")
     H, K = heads
     q, k, lse = empty((1, T, H, 64), dtype), empty((1, T, K, 64), dtype), empty((1, H, T))
     rest = None, group, 0, 0, 0.125
@@ -102,7 +104,7 @@ def test_attention(heads, group, T, dtype, isa):
 
 
 class Watched:
-    """The ops, each of which notes (op, what was said, what was taken)."""
+    """Stands in for _C: each op records (op, predicted bytes, taken bytes)."""
 
     def __init__(self):
         self.seen = []
@@ -114,7 +116,7 @@ class Watched:
 
 
 def test_every_op(monkeypatch):
-    """An op that says nothing takes nothing."""
+    """Ops without a prediction take nothing."""
     watched = Watched()
     monkeypatch.setattr(ops, "_C", watched)
     work()

@@ -1,4 +1,4 @@
-"""swiglu against the reference, and written over its inputs."""
+"""swiglu against the reference, also with outputs that overwrite inputs."""
 
 import checks
 import numpy as np

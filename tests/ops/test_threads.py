@@ -1,4 +1,4 @@
-"""Threads: equal bits for any number of them, calls from several at once, and forked children."""
+"""Threads: equal bits for any number of them, simultaneous calls, and forked children."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from longlora import _C, ops
 
 @pytest.fixture(autouse=True)
 def no_work_too_small():
-    """All threads take part in everything here; without this the tests' sizes would mostly stay on one."""
+    """All threads take part, although the sizes here are small."""
     before = _C.get_grain()
     _C.set_grain(0)
     yield
@@ -25,9 +25,7 @@ def f32(*shape):
 
 
 def work():
-    """One call or more of every op -> bytes of all results. Sizes that leave no kernel without a second
-    thread.
-    """
+    """Call every op -> the bytes of all results. The sizes give each kernel work for a second thread."""
     x, w, ids = f32(96, 130), f32(200, 130), np.arange(96, dtype=np.int32) * 7 % 200
     a, b, dout = f32(8, 130), f32(200, 8), f32(96, 200)
     q, k = f32(1, 96, 4, 16), f32(1, 96, 2, 16)
@@ -162,7 +160,7 @@ with multiprocessing.get_context("fork").Pool(2) as pool: print(all(pool.map(run
 
 
 def test_small_work_starts_no_threads():
-    """A call of a few microseconds stays on the thread that makes it; with a grain of 0 it does not."""
+    """A call of a few microseconds runs on the calling thread only, unless the grain is 0."""
     out = python(
         """
 import os, numpy as np, longlora
@@ -185,13 +183,12 @@ print(small())
     assert out[0] == "1" and int(out[1]) > 1
 
 
-@pytest.mark.skipif(
-    "ASAN_OPTIONS" in os.environ, reason="the sanitizer's allocator has its own idea of memory"
-)
+@pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="the sanitizer has its own allocator")
 def test_large_scratch_is_not_faulted_in_anew():
-    """Calls that take megabytes of scratch cost hardly a page fault once they have run; without the blocks
-    that are kept, each costs hundreds (or, where there are huge pages, several). A fork in between takes none
-    of it away."""
+    """Repeated calls that take megabytes of scratch cause almost no page faults, also after a fork.
+
+    If blocks were not kept, each call would cause hundreds (or several, with huge pages).
+    """
     out = python(
         """
 import os, resource, numpy as np
@@ -221,7 +218,7 @@ calls()
 
 
 def test_scratch_that_is_kept_is_bounded():
-    """One call takes 280 MB; it goes back to the system with the call."""
+    """A call takes 280 MB and returns it to the system at its end."""
     out = python("""
 import numpy as np
 from longlora import ops
@@ -264,9 +261,7 @@ def test_number_of_threads():
 
 
 def test_threads_really_run():
-    """More than one thread of this process has used the processor: counted in the kernel's own book of
-    threads.
-    """
+    """More than one thread of the process has used the processor, according to /proc."""
     out = python(
         BODY
         + """
@@ -285,7 +280,7 @@ print(len(os.listdir("/proc/self/task")) >= 3, used() >= 2)
 
 @pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}], ids=str)
 def test_how_threads_wait(given):
-    """They sleep soon, but what the user has set wins, and the environment is as it was."""
+    """Waiting threads sleep soon, unless the user has set otherwise. The environment does not change."""
     code = (
         "import os; before = dict(os.environ); from longlora import get_num_threads; get_num_threads(); "
         "assert dict(os.environ) == before"

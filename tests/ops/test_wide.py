@@ -1,15 +1,15 @@
-"""The sizes that the kernels have with AVX-512, tiles of bfloat16 pairs included, on any processor: the op
-tests on a build of portable C with vectors as wide (WIDE in setup.py). AVX-512's own instructions are not
-seen here."""
+"""Tests the block sizes of AVX-512, with its tiles of bfloat16 pairs, on any processor.
+
+The op tests run on a build of portable C with vectors of that width (WIDE in setup.py). This does not test
+the instructions of AVX-512.
+"""
 
 import pytest
 from built import OPS, ROOT, build, run_tests
 
 LEAST = 700  # tests that must have run
 
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "csrc").exists(), reason="the sources are not here: these tests need the source tree"
-)
+pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="these tests need the source tree")
 
 
 def test_the_sizes_of_avx512(tmp_path):

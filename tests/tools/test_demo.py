@@ -1,6 +1,4 @@
-"""`longlora demo`: what ships, what it leaves, and that a context does get longer. A few steps here; the
-whole run is the user's.
-"""
+"""`longlora demo`: its assets, its output, and that the context gets longer. Tests run only a few steps."""
 
 import itertools
 import json
@@ -22,7 +20,7 @@ STEPS = 60
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A short demo by the command, over what an earlier one left -> (its directory, what it printed)."""
+    """Run a short demo over the files of an earlier one -> (its directory, its output)."""
     output = tmp_path_factory.mktemp("demo") / "out"
     for name in ("adapter/adapter_config.json", "adapter/checkpoint-9/old", "merged/old", "report.json"):
         (output / name).parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +111,7 @@ def test_nothing_of_an_earlier_demo_stays(done):
 
 @pytest.mark.parametrize("left", ["adapter", "merged"])
 def test_an_earlier_demo_is_removed_first(tmp_path, monkeypatch, left):
-    """Before anything is computed, so that nothing old is left where a demo is stopped."""
+    """Old files are removed first, so that none is left if the demo is stopped."""
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt

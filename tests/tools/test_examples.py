@@ -1,4 +1,4 @@
-"""Every example runs as it is, made small by STEPS. Those on arrays compare their results themselves."""
+"""Every example runs unchanged, made short by STEPS. Examples on arrays compare their results themselves."""
 
 import ast
 import os
@@ -10,12 +10,12 @@ import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 PEERS = ("torch", "transformers", "peft")
-# What our own modules need for the functions that the examples call.
+# Packages that our modules need for the functions that examples call.
 NEEDS = {"longlora.torch": {"torch", "transformers", "peft"}, "longlora.torch.ops": {"torch"}}
 
 
 def needed(source):
-    """The packages that the script imports, itself or through our modules."""
+    """The packages that the script imports, directly or through our modules."""
     modules = [
         name
         for node in ast.walk(ast.parse(source))

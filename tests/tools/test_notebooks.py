@@ -1,4 +1,4 @@
-"""Every notebook runs from its first cell to its last, made small by SMOKE=1."""
+"""Every notebook runs from the first cell to the last, made short by SMOKE=1."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_runs(path, tmp_path, monkeypatch):
     import nbformat
 
     monkeypatch.setenv("SMOKE", "1")
-    # The kernel is a process of its own and shall import the very package that is under test.
+    # The kernel runs in its own process and must import the package under test.
     monkeypatch.setenv("PYTHONPATH", str(Path(longlora.__file__).parent.parent), prepend=os.pathsep)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     notebook = nbformat.read(path, as_version=4)
