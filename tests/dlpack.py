@@ -50,9 +50,14 @@ raw_is_valid = python_api("PyCapsule_IsValid", ctypes.c_int, ctypes.c_void_p, ct
 
 
 def tensor_of(producer):
-    """The DLTensor of an object that supports DLPack 1. Its memory lives as long as the producer's."""
+    """A copy of the DLTensor of an object that supports DLPack 1, with its own shape and strides."""
     capsule = producer.__dlpack__(max_version=(1, 0))
     managed = Versioned.from_address(capsule_pointer(capsule, b"dltensor_versioned"))
     copy = DLTensor()
     ctypes.pointer(copy)[0] = managed.tensor
+    for name in ("shape", "strides"):
+        numbers = getattr(managed.tensor, name)
+        if numbers:  # the capsule owns these, and it dies here
+            own = (ctypes.c_int64 * max(copy.ndim, 1))(*numbers[: copy.ndim])
+            setattr(copy, name, ctypes.cast(own, ctypes.POINTER(ctypes.c_int64)))
     return copy

@@ -40,7 +40,6 @@ class Borrowed:
     def __init__(self, t, old=False, **said):
         self.t, self.shape, self.dtype, self.old, self.said = t, t.shape, t.dtype, old, said
         self.streams, self.taken, self.deleted = [], 0, 0
-        self.kept = []  # ctypes does not keep what the pointers of a copied struct point to
         self.deleter = dlpack.Deleter(self._delete)
         self.name = b"dltensor" if old else b"dltensor_versioned"
         self.destructor = dlpack.CapsuleDestructor(
@@ -68,7 +67,7 @@ class Borrowed:
             if self.old
             else dlpack.Versioned(1, 0, None, self.deleter, 0, tensor)
         )
-        self.kept.append((tensor, self.managed))
+        self.tensor = tensor  # owns the arrays that the copy in self.managed points to
         return ctypes.addressof(self.managed)
 
     def __dlpack_device__(self):
