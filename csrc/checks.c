@@ -1,5 +1,5 @@
-/* checks.c --- what an op refuses apart from wrong shapes and dtypes, once for all devices: the binding asks
- * before it calls. Kernels check the contents of arrays, and can do so on the CPU only. */
+/* checks.c --- checks of arguments that a spec cannot express. The binding runs them before each call, on
+ * every device. Kernels check the contents of arrays, and only on the CPU. */
 #include "ops.h"
 
 int check_rms_norm_forward(const char *op, const void *args) {

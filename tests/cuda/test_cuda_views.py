@@ -1,5 +1,5 @@
-"""Every array of every op as a difficult view: rows more than 2^31 elements apart, rows that run backwards,
-and memory that begins one element behind a vector's boundary.
+"""Each array of each op as a difficult view. Rows lie more than 2^31 elements apart, run backwards, or begin
+one element after a vector's boundary.
 
 One array of a call is a view, the others are dense. The results must be those of the call with dense arrays.
 Kernels that move vectors of 16 bytes may do so only where all arrays allow it.

@@ -137,8 +137,7 @@ int64_t CPU(gemm_pack_columns)(const Plan *plan, int64_t columns, int64_t thread
     return plan->panel * min64(PANELS, max64(LEAST_PANELS, ceil_div(panels, 4 * threads)));
 }
 
-/* Rows of a task, from 3/4 of `most` to `most`, such that the last task is waited for as little as possible.
- */
+/* Rows of a task, from 3/4 of `most` to `most`. The choice keeps the wait for the last task short. */
 static int64_t fair_rows(int64_t rows, int64_t most, int64_t threads) {
     int64_t best = most, least = INT64_MAX;
     for (int64_t tile = most; tile > 0 && tile >= most * 3 / 4; tile -= MR) {
