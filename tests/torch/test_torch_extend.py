@@ -25,6 +25,11 @@ def tokens():
     return ids_of(2, 24)
 
 
+def with_an_adapter(model):
+    """Without PEFT's model around it, as transformers' own integration does."""
+    return peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
+
+
 def moved(model, seed=0):
     """LoRA's B off zero and every trained tensor moved, as after training."""
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers everywhere
@@ -258,11 +263,6 @@ def test_bad_input_is_named(call, words):
 def swapped(model):
     longlora.torch.swap(model)
     return model
-
-
-def with_an_adapter(model):
-    """Without PEFT's model around it, as transformers' own integration does."""
-    return peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
 
 
 def grads_of(model, **inputs):
