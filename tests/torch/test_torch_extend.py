@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
 transformers = pytest.importorskip("transformers", reason="transformers is what is extended here")
 peft = pytest.importorskip("peft", reason="extend makes a PeftModel")
+import families  # noqa: E402
 from devices import device, put  # noqa: E402, F401 (a fixture)
 from families import FAMILIES, SMALL, VERSION, close, ids_of, tiny, without_interface  # noqa: E402
 
@@ -125,7 +126,7 @@ def test_what_else_depends_on_the_positions_is_extended_too(tmp_path):
     rope = dict(rope_type="yarn", rope_theta=10000.0, factor=2.0, mscale=1.0, mscale_all_dim=1.0)
     rope["original_max_position_embeddings"] = 64
     config = transformers.DeepseekV3Config(
-        **{**SMALL, "num_key_value_heads": 4},
+        **{**families.SMALL, "num_key_value_heads": 4},
         q_lora_rank=16,
         kv_lora_rank=16,
         qk_rope_head_dim=8,
