@@ -52,10 +52,14 @@ def _compiled():
     os.environ.update(ours)
     try:
         extension = importlib.import_module("._C", __name__)
-        extension.get_num_threads()
+        threads = extension.get_num_threads()
     finally:
         for name in ours:
             os.environ.pop(name, None)
+    if "OMP_NUM_THREADS" not in os.environ:
+        from longlora.job import processors
+
+        extension.set_num_threads(min(threads, processors()))  # OpenMP knows no quota of a control group
     return extension
 
 

@@ -11,7 +11,7 @@ from longlora.data import text
 from longlora.disk import read_json, replacing, write_json
 from longlora.errors import UserError
 from longlora.files.tokenizer import Tokenizer
-from longlora.memory.plan import available_memory
+from longlora.job import available_memory
 
 AT_ONCE = 16  # blocks of text that are tokenised in parallel
 BYTES_PER_CHARACTER = 64  # memory that the tokenizers library needs while it works, measured on English text

@@ -83,23 +83,6 @@ def own_memory() -> int:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmRSS:"))
 
 
-def available_memory() -> int:
-    """Bytes that a new process can have: MemAvailable, or what its control group has left if that is less."""
-    with open("/proc/meminfo") as file:
-        found = {line.split(":")[0]: int(line.split()[1]) << 10 for line in file}
-    limits = [found["MemAvailable"]]
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            with open(limit) as a, open(used) as b:
-                limits.append(max(0, int(a.read()) - int(b.read())))
-        except (OSError, ValueError):  # no such group, or "max"
-            pass
-    return min(limits)
-
-
 def choose(alternatives: Iterable[tuple[Choice, Parts]], memory: int) -> tuple[Choice, Parts]:
     """The first of `alternatives` whose parts fit in `memory`, else the last."""
     for found in alternatives:
