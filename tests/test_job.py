@@ -62,7 +62,7 @@ def test_a_nested_group_of_version_1(system):
             "proc/self/mountinfo": V1,
             "groups/memory/batch/job/memory.limit_in_bytes": "419430400\n",
             "groups/memory/batch/job/memory.usage_in_bytes": "19430400\n",
-            "groups/memory/batch/job/memory.stat": "inactive_file 1\ntotal_inactive_file 4096\ntotal_active_file 0\n",
+            "groups/memory/batch/job/memory.stat": "inactive_file 1\ntotal_inactive_file 4096\n",
             "groups/memory/batch/memory.limit_in_bytes": "9223372036854771712\n",
             "groups/memory/batch/memory.usage_in_bytes": "1\n",
             "groups/cpu/batch/cpu.cfs_quota_us": "150000\n",
