@@ -160,7 +160,8 @@ class Broken:
     def write(self, text):
         raise OSError(28, "No space left on device")
 
-    flush = write
+    def flush(self):
+        raise OSError(28, "No space left on device")
 
 
 def test_output_that_fails_ends_no_run(tmp_path, monkeypatch):
