@@ -493,19 +493,23 @@ class Run:
             name.removeprefix("value."): array for name, array in tensors.items() if name.startswith("value.")
         }
         output_dir, limit = self.o.output_dir, self.o.save_total_limit
+        home = resume.path_of(output_dir, self.step)
         self.once(
             lambda: resume.save(
-                output_dir, state, tensors, lambda path: self.write_model(path, values), limit
+                output_dir, state, tensors, lambda path: self.write_model(path, values, home), limit
             )
         )
-        self.saved, self.saved_step = resume.path_of(output_dir, self.step), self.step
-        return self.saved
+        self.saved, self.saved_step = home, self.step
+        return home
 
-    def write_model(self, directory: str, values: dict[str, Any]) -> None:
-        """Write the adapter, or with `full` the whole model, into the directory."""
+    def write_model(self, directory: str, values: dict[str, Any], home: str | None = None) -> None:
+        """Write the adapter, or with `full` the whole model, into the directory.
+
+        home: the name that the directory gets in the end.
+        """
         source, setup = self.source, self.setup
         if setup.lora is not None:
-            adapter.save(directory, values, setup.lora, source.base, setup.raw, source.tokenizer)
+            adapter.save(directory, values, setup.lora, source.base, setup.raw, source.tokenizer, home)
         else:
             merge.save_merged(
                 directory, lambda name: host(values[name]), setup.raw, source.tokenizer, source.dtype
