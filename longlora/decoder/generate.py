@@ -55,9 +55,9 @@ class Generator:
 
         rows: their rows of the cache, all different. ids: their tokens. ValueError if one does not fit.
         """
-        ids, found = np.asarray(ids, np.int32), []
+        found = []
         for start in range(0, len(ids), TOGETHER):
-            part = ids[start : start + TOGETHER]
+            part = np.asarray(ids[start : start + TOGETHER], np.int32)
             batch = self._pass(rows[start : start + TOGETHER], part[:, None])
             found.append(self._next(batch, 0, len(part)))
         return np.concatenate(found)

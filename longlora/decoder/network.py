@@ -16,7 +16,6 @@ from longlora.decoder.weights import Parameter, Weight, lay_out
 from longlora.memory.layout import Buffer, Layout, Shape, Wanted
 from longlora.ops import IGNORE
 
-
 # Keys and values of each layer, [N,P,K,D] in N rows of P places. See longlora.decoder.cache.
 Caches = Sequence[tuple[Tensor, Tensor]]
 

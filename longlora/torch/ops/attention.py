@@ -132,8 +132,8 @@ def _cached_attention(q, k_cache, v_cache, lengths, k, v, rows, scale):
 
 
 cached_attention_ = register(
-    "cached_attention_(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? k, Tensor? v, "
-    "Tensor? rows, float? scale) -> Tensor",
+    "cached_attention_(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? k, "
+    "Tensor? v, Tensor? rows, float? scale) -> Tensor",
     _cached_attention,
     lambda q, *others: q.new_empty(q.shape),
 )
