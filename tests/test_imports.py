@@ -17,6 +17,7 @@ FLOORS = (
     ("data", "plots"),
     ("evaluation",),
     ("training",),
+    ("serving",),
     ("tools",),
     ("cli", "__main__"),
     ("torch",),

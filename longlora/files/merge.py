@@ -26,6 +26,37 @@ Path = str | os.PathLike[str]
 SHARD = 5_000_000_000  # bytes; a smaller model is one file
 
 
+class Merged:
+    """The tensors of `base`, an opened model, with an adapter merged in: W + scale B A in float32.
+
+    lora, tensors: as adapter.load returns them. It is read like the model itself: `path`, names() and
+    read(name, out).
+    """
+
+    def __init__(self, base: Any, lora: Any, tensors: dict[str, np.ndarray], device: str = CPU):
+        self.path, self.names = base.path, base.names
+        self._base, self._lora, self._tensors, self._device = base, lora, tensors, device
+
+    def read(self, name: str, out: Any = None) -> Any:
+        """Read tensor `name` -> `out`, an array of any float dtype, by default a new float32 ndarray."""
+        weight, module = self._tensors.get(name), name.removesuffix(".weight")
+        if weight is None and f"{module}.lora_A.weight" not in self._tensors:
+            return self._base.read(name, out)
+        if weight is None:
+            weight = self._base.read(name)
+            a, b = (self._tensors[f"{module}.lora_{which}.weight"] for which in "AB")
+            if self._device == CPU:
+                weight += np.float32(self._lora.scale) * (b @ a)
+            else:
+                there = send(weight, self._device)
+                _C.matmul(there, send(b, self._device), send(a, self._device), self._lora.scale, 1.0)
+                weight = host(there)
+        if out is None:
+            return weight
+        out.copy_(weight)
+        return out
+
+
 def merge(model: Path, adapter: Path, output_dir: Path, device: str = CPU) -> None:
     """Merge the adapter at path `adapter` into the model at path `model` and write a Hugging Face directory.
 
@@ -40,25 +71,14 @@ def merge(model: Path, adapter: Path, output_dir: Path, device: str = CPU) -> No
     if os.path.exists(output_dir) and (not os.path.isdir(output_dir) or os.listdir(output_dir)):
         raise UserError(f"{output_dir}: exists and is not an empty directory")
 
-    def read(name):
-        if name in tensors:
-            return tensors[name]
-        weight = base.read(name)
-        module = name.removesuffix(".weight")
-        if f"{module}.lora_A.weight" in tensors:
-            a, b = (tensors[f"{module}.lora_{which}.weight"] for which in "AB")
-            if device == CPU:
-                weight += np.float32(lora.scale) * (b @ a)
-            else:
-                out = send(weight, device)
-                _C.matmul(out, send(b, device), send(a, device), lora.scale, 1.0)
-                weight = host(out)
-        return weight
-
     with _appearing(output_dir) as aside:
         dtypes = {name: base.dtype(name) for name in base.names()}
         save_merged(
-            aside, read, raw or base.config.raw, base.tokenizer() if base.has_tokenizer() else None, dtypes
+            aside,
+            Merged(base, lora, tensors, device).read,
+            raw or base.config.raw,
+            base.tokenizer() if base.has_tokenizer() else None,
+            dtypes,
         )
         generation = os.path.join(base.path, "generation_config.json")
         if os.path.exists(generation):
