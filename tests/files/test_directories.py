@@ -1,4 +1,4 @@
-"""A model directory holds what transformers loads from it, whichever files are there and whatever they say."""
+"""A model directory holds what transformers loads from it, whichever files are there, whatever they say."""
 
 import json
 
