@@ -1,7 +1,6 @@
 """Reads a model from a Hugging Face directory."""
 
 import glob
-import math
 import os
 
 import numpy as np
@@ -116,16 +115,13 @@ class HuggingFace(ModelFile):
         dtypes = self.dtype(one), self.dtype(other)
         if arrays[0].ndim != 2 or arrays[0].shape != arrays[1].shape:
             return False
-        step = max(1, CHUNK // max(1, math.prod(arrays[0].shape[1:])))
-        equal = all(
-            np.array_equal(
-                *(
-                    to_float32(array[row : row + step], dtype)
-                    for array, dtype in zip(arrays, dtypes, strict=True)
-                )
-            )
-            for row in range(0, len(arrays[0]), step)
-        )
+        step = max(1, CHUNK // max(1, arrays[0].shape[1]))
+        equal = True
+        for row in range(0, len(arrays[0]), step):
+            first, second = (to_float32(arrays[i][row : row + step], dtypes[i]) for i in (0, 1))
+            equal = np.array_equal(first, second)
+            if not equal:
+                break
         for name in (one, other):
             release(*self._span(name))
         return equal
