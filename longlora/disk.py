@@ -1,14 +1,19 @@
-"""Text and JSON on disk. A file is written under another name, flushed and renamed: none is half there."""
+"""Files on disk. What is read is a regular file.
+
+A file is written under another name, flushed and renamed: none is half there.
+"""
 
 import contextlib
 import fcntl
 import json
+import mmap
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from longlora.errors import UserError
 
@@ -16,13 +21,52 @@ Path = str | os.PathLike[str]
 ASIDE = ".partial"  # ends the names of what is being written
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read the JSON object in the file `path`. UserError names the file if there is none."""
+def open_file(path: Path) -> BinaryIO:
+    """Open the file `path` for reading bytes. UserError if that fails, or if it is no regular file.
+
+    Opening a pipe could wait for ever, and a device may have no end.
+    """
     try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        kind = os.fstat(handle).st_mode
+        if stat.S_ISREG(kind):
+            return os.fdopen(handle, "rb")
+        os.close(handle)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:  # a null byte in the name
+        raise UserError(f"{path}: {error}") from None
+    if stat.S_ISDIR(kind):
+        raise UserError(f"{path}: is a directory; wanted a file")
+    raise UserError(f"{path}: is a pipe, a socket or a device; wanted a file")
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read the file `path`. UserError if that fails."""
+    with open_file(path) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}") from None
+
+
+def map_file(path: Path, kind: str) -> mmap.mmap:
+    """Map the file `path` for reading. kind: what it should be, for messages. UserError if that fails."""
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 8:
+            raise UserError(f"{path}: truncated: {size} bytes are not {kind}")
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the JSON object in the file `path`. UserError names the file if there is none."""
+    text = read_bytes(path)
+    try:
+        found = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(found, dict):

@@ -4,7 +4,6 @@ The `gguf` library knows the block formats and dequantises. Names, order of rows
 llama.cpp's convert_hf_to_gguf.py writes.
 """
 
-import mmap
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from longlora.decoder.config import read_config
 from longlora.decoder.families import FAMILIES
 from longlora.decoder.rope import Rope, inverse_frequencies
+from longlora.disk import map_file
 from longlora.errors import UserError
 from longlora.files.gguf_header import read_header
 from longlora.files.model_file import ModelFile
@@ -97,13 +97,9 @@ class Gguf(ModelFile):
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = os.fspath(path)
-        try:
-            with open(path, "rb") as file:
-                if file.read(4) != b"GGUF":
-                    raise UserError(f"{self.path}: not a GGUF file (and not a model directory)")
-                self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror or error}") from None
+        self.buffer = map_file(path, "a GGUF file")
+        if self.buffer[:4] != b"GGUF":
+            raise UserError(f"{self.path}: not a GGUF file (and not a model directory)")
         try:
             self.metadata, infos, base = read_header(self.buffer)
         except EOFError:

@@ -162,7 +162,8 @@ def save_merged(
     elif os.path.exists(os.path.join(directory, INDEX)):
         os.unlink(os.path.join(directory, INDEX))  # of an earlier model; readers would follow it
     kept = dtypes["model.embed_tokens.weight"]
-    raw = {key: value for key, value in raw.items() if key != "dtype"} | {"torch_dtype": kept}
+    other = ("dtype", "transformers_weights")  # the latter names the base's file of weights
+    raw = {key: value for key, value in raw.items() if key not in other} | {"torch_dtype": kept}
     write_json(os.path.join(directory, "config.json"), raw)
     if tokenizer is not None:
         tokenizer.save(directory)

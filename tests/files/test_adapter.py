@@ -424,6 +424,7 @@ def test_wrong_adapter_tensors(tmp_path, change, message):
         ({"use_dora": True}, "use_dora True is not supported"),
         ({"bias": "all"}, "bias 'all' is not supported"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern .* is not supported"),
+        ({"use_rslora": "yes"}, "use_rslora should be true or false, got 'yes'"),
         ({"r": 0}, "r should be an integer above 0, got 0"),
         ({"r": "8"}, "r should be an integer above 0, got '8'"),
         ({"lora_alpha": -1}, "lora_alpha should be a number above 0"),
@@ -449,7 +450,11 @@ def test_wrong_adapter_config(tmp_path, fields, message):
     st.dictionaries(
         st.sampled_from(
             [
-                *adapter.PLAIN,
+                *adapter.FREE,
+                "use_dora",
+                "layers_to_transform",
+                "rank_pattern",
+                "init_lora_weights",
                 "r",
                 "lora_alpha",
                 "target_modules",
