@@ -32,9 +32,8 @@ def encode_documents(
     waiting: list[tuple[str, bool, bool]] = []
 
     def encoded():
-        done = tokenizer.backend.encode_batch_fast([part for part, _, _ in waiting], add_special_tokens=False)
-        for (_, first, last), found in zip(waiting, done, strict=True):
-            ids = np.array(found.ids, np.int32)
+        done = tokenizer.encode_parts([part for part, _, _ in waiting])
+        for (_, first, last), ids in zip(waiting, done, strict=True):
             yield np.concatenate([front if first else nothing, ids, back if last else nothing]), last
 
     for pieces in documents:
@@ -58,7 +57,7 @@ def _parts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[tuple[str, b
     """
 
     def bare(part):
-        return tokenizer.backend.encode(part, add_special_tokens=False).ids
+        return tokenizer.encode_parts([part])[0].tolist()
 
     def clean(left, right):
         left, right = left[-NEIGHBOURS:], right[:NEIGHBOURS]
@@ -96,7 +95,7 @@ def _cut(held: str, piece: str, clean: Callable[[str, str], bool]) -> int | None
 
 def _affixes(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """The special tokens that the tokenizer puts before and after a text."""
-    bare = tokenizer.backend.encode("a", add_special_tokens=False).ids
+    bare = tokenizer.encode_parts(["a"])[0].tolist()
     whole = tokenizer.encode("a").tolist()
     at = next(i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
     return np.array(whole[:at], np.int32), np.array(whole[at + len(bare) :], np.int32)

@@ -127,7 +127,7 @@ def save(
         ),
     )
     if tokenizer is not None:
-        tokenizer.save(directory)
+        tokenizer.save(directory, config.max_position_embeddings)
 
 
 CARD = """---
