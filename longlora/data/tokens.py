@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from longlora import progress
 from longlora.data import text
 from longlora.disk import read_json, replacing, write_json
 from longlora.errors import UserError
@@ -209,15 +210,15 @@ def tokenise(
 
 
 def _tokenise(files: list[str], tokenizer: Tokenizer, stem: str, say: Callable[[str], object]) -> None:
-    from tqdm import tqdm
-
     eos, borders, digest = tokenizer.eos_token_id, [0], hashlib.sha256()
     total = sum(os.path.getsize(f) for f in files)
     # The .json file is written last: it marks the cache as complete.
     with (
         replacing(stem + ".bin") as aside,
         open(aside, "wb") as out,
-        tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", leave=False, disable=None) as bar,
+        progress.bar(
+            total=total, unit="B", unit_scale=True, desc="tokenising", leave=False, disable=None
+        ) as bar,
     ):
 
         def put(ids):
