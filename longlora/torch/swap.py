@@ -287,7 +287,7 @@ def _causal_fits(module):
 
 
 def _unset(model, flow):
-    return all(getattr(model.config, name) is None for name in flow.unset)
+    return all(getattr(model.config, name, None) is None for name in flow.unset)
 
 
 def _loss_of(model, flow, given):
