@@ -199,6 +199,33 @@ def test_torch_exchange_api_and_capsules_agree():
             _C.cast(torch.empty(2, 2), unusual)
 
 
+def test_a_lazily_negated_view_is_refused():
+    """torch keeps the sign of z.conj().imag beside its memory, which holds the other one."""
+    negated = torch.tensor([[1 + 2j]]).conj().imag
+    assert negated.is_neg() and negated.item() == -2
+
+    class Behind:
+        def __init__(self, t):
+            self.t = t
+
+        def __dlpack__(self, **keywords):
+            return self.t.__dlpack__(**keywords)
+
+        def is_neg(self):
+            return self.t.is_neg()
+
+    out = torch.zeros(1, 1)
+    for x in (negated, Behind(negated)):
+        with pytest.raises(BufferError, match=r"^cast: x is a lazily negated view; give x.resolve_neg\(\)"):
+            _C.cast(out, x)
+    with pytest.raises(BufferError, match="^cast: out is a lazily negated view"):
+        _C.cast(negated, out)
+    with pytest.raises(BufferError, match="lazily negated view"):
+        Tensor((1, 1)).copy_(negated)
+    assert out.item() == 0 and negated.item() == -2
+    assert ops.cast(negated.resolve_neg(), "float32").item() == -2
+
+
 # ---- leaks ---------------------------------------------------------------------------------------
 
 
