@@ -172,8 +172,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
-    """Write `value` to `path` as indented JSON with a final newline, as `write_text` does."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n")
+    """Write `value` to `path` as indented JSON with a final newline, as `write_text` does.
+
+    Half a character, as in a file name that is not UTF-8, is written as an escape.
+    """
+    text = json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n"
+    write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def make_directory(path: Path) -> None:
