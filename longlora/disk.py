@@ -64,7 +64,11 @@ def map_file(path: Path, kind: str) -> mmap.mmap:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read the JSON object in the file `path`. UserError names the file if there is none."""
-    text = read_bytes(path)
+    return parse_json(read_bytes(path), path)
+
+
+def parse_json(text: bytes, path: Path) -> dict[str, Any]:
+    """Give the JSON object `text`, the content of the file `path`. UserError names the file if it is none."""
     try:
         found = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -165,19 +169,24 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path`. UserError if that fails; the old file is then untouched."""
+    with replacing(path) as aside, open(aside, "wb") as file:
+        file.write(content)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in UTF-8. UserError if that fails; the old file is then untouched."""
-    with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
+    """Write `text` to `path` in UTF-8, as `write_bytes` does."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
     """Write `value` to `path` as indented JSON with a final newline, as `write_text` does.
 
-    Half a character, as in a file name that is not UTF-8, is written as an escape.
+    Lone surrogates, which UTF-8 cannot hold, are escaped: file names and foreign JSON may have them.
     """
     text = json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n"
-    write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    write_text(path, re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def make_directory(path: Path) -> None:

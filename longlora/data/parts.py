@@ -29,7 +29,7 @@ class Parts:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self._backend = tokenizer.backend
+        self._tokenizer, self._backend = tokenizer, tokenizer.backend
         self._tokens: set[str] = set()
         self._starts: set[str] = set()  # of the tokens
         self._longest = 0
@@ -56,7 +56,7 @@ class Parts:
         yield held, True
 
     def _bare(self, text):
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self._tokenizer.encode_parts([text])[0].tolist()
 
     def _clean(self, text, at):
         """Whether the text around `at` has the same ids if it is cut there."""

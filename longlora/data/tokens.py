@@ -31,9 +31,8 @@ def encode_documents(
     waiting: list[tuple[str, bool, bool]] = []
 
     def encoded():
-        done = tokenizer.backend.encode_batch_fast([part for part, _, _ in waiting], add_special_tokens=False)
-        for (_, first, last), found in zip(waiting, done, strict=True):
-            ids = np.array(found.ids, np.int32)
+        done = tokenizer.encode_parts([part for part, _, _ in waiting])
+        for (_, first, last), ids in zip(waiting, done, strict=True):
             yield np.concatenate([front if first else nothing, ids, back if last else nothing]), last
 
     for pieces in documents:
@@ -49,7 +48,7 @@ def encode_documents(
 
 def _affixes(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """The special tokens that the tokenizer puts before and after a text."""
-    bare = tokenizer.backend.encode("a", add_special_tokens=False).ids
+    bare = tokenizer.encode_parts(["a"])[0].tolist()
     whole = tokenizer.encode("a").tolist()
     at = next(i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
     return np.array(whole[:at], np.int32), np.array(whole[at + len(bare) :], np.int32)

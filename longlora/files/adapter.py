@@ -127,7 +127,7 @@ def save(
         ),
     )
     if tokenizer is not None:
-        tokenizer.save(directory)
+        tokenizer.save(directory, config.max_position_embeddings)
 
 
 CARD = """---
@@ -211,7 +211,7 @@ def read_lora(directory: Path) -> LoraConfig:
                     f"{path}: init_lora_weights {value!r} changes the base model's weights, which is not "
                     "supported; save the adapter again with PEFT's path_initial_model_for_weight_conversion"
                 )
-        elif key not in (*FREE, *read) and (type(value) in (int, float) or value not in OFF):
+        elif key not in (*FREE, base_folder.KEY, *read) and (type(value) in (int, float) or value not in OFF):
             raise UserError(f"{path}: {key} {value!r} is not supported; supported is an adapter without it")
     given = {**DEFAULTS, **{name: found[name] for name in read if found.get(name) is not None}}
     # PEFT writes full names for tied modules and for "all-linear". The tensors show later whether every layer

@@ -119,6 +119,11 @@ class Gguf(ModelFile):
         self._tensors = self._places(infos, base)
         self._shapes = {name: tensor[0] for name, tensor in self._tensors.items()}
         self.config = read_config(self._config(), self.path)
+        if self._freqs is not None and len(self._freqs) != self.config.head_dim // 2:
+            raise UserError(
+                f"{self.path}: rope_freqs.weight has {len(self._freqs)} numbers, heads of "
+                f"{self.config.head_dim} rotate by {self.config.head_dim // 2}"
+            )
         self._check()
 
     def _get(self, key, default=None):
@@ -247,7 +252,8 @@ class Gguf(ModelFile):
 
     def _llama3(self, raw, divisors):
         """Recover Llama 3's rule. llama.cpp stores only its result, the divisors of the frequencies."""
-
+        if divisors.ndim != 1 or not (np.isfinite(divisors) & (divisors > 0)).all():
+            raise UserError(f"{self.path}: rope_freqs.weight should be a list of numbers above 0")
         if np.allclose(divisors, 1):
             return None
         factor = float(divisors.max())

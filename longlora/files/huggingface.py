@@ -144,7 +144,7 @@ class HuggingFace(ModelFile):
         return file.buffer, start, end
 
     def has_tokenizer(self) -> bool:
-        return os.path.exists(os.path.join(self.path, "tokenizer.json"))
+        return Tokenizer.is_in(self.path)
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_directory(self.path).check(self.config, self.path)

@@ -132,7 +132,8 @@ def save_merged(
     all or a dict by tensor. A model below 5 GB is one file, a larger one is shards with an index. UserError
     when it cannot be written.
     """
-    shapes = read_config(raw).tensor_shapes()
+    config = read_config(raw)
+    shapes = config.tensor_shapes()
     dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(shapes, dtype)
     shards: list[list[tuple[str, int]]] = [[]]
     total = 0
@@ -166,4 +167,4 @@ def save_merged(
     raw = {key: value for key, value in raw.items() if key not in other} | {"torch_dtype": kept}
     write_json(os.path.join(directory, "config.json"), raw)
     if tokenizer is not None:
-        tokenizer.save(directory)
+        tokenizer.save(directory, config.max_position_embeddings)

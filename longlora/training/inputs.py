@@ -47,7 +47,7 @@ class Source:
         directory = o.init if os.path.isdir(o.init) else os.path.dirname(o.init) or "."
         self.base, self.config, self.tokenizer = None, read_config(o.init), None
         self.fingerprint = f"random {o.seed}"
-        if os.path.exists(os.path.join(directory, "tokenizer.json")):
+        if Tokenizer.is_in(directory):
             self.tokenizer = Tokenizer.from_directory(directory).check(self.config, directory)
         self.dtype = self.config.raw.get("dtype") or self.config.raw.get("torch_dtype") or "float32"
 

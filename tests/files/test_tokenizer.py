@@ -10,7 +10,9 @@ from smollm2 import smollm2  # noqa: F401 (a fixture)
 
 from longlora.errors import UserError
 from longlora.files.open_model import open_model
-from longlora.files.tokenizer import QWEN2, SPLITS, Tokenizer, _split
+from longlora.files.tokenizer import Tokenizer
+from longlora.files.tokenizer_class import QWEN2, split
+from longlora.files.tokenizer_gguf import SPLITS
 
 UGLY = [
     "",
@@ -74,7 +76,7 @@ def trained(kind):
     tok.train_from_iterator(TRAIN, trainer)
     if SPLITS.get(kind):
         described = json.loads(tok.to_str())
-        described["pre_tokenizer"] = _split(SPLITS[kind])
+        described["pre_tokenizer"] = split(SPLITS[kind])
         tok = Tokenizer.from_str(json.dumps(described))
     return tok
 
@@ -331,8 +333,8 @@ def test_missing_tokenizer(tmp_path):
     "key, value, message",
     [
         ("tokenizer.ggml.model", "bert", "tokenizer 'bert' is not supported"),
-        ("tokenizer.ggml.pre", "tekken", "pre-tokenizer 'tekken' is not supported"),
-        ("tokenizer.ggml.tokens", 7, "should be a list of strings"),
+        ("tokenizer.ggml.pre", "falcon", "pre-tokenizer 'falcon' is not supported"),
+        ("tokenizer.ggml.tokens", 7, "tokenizer.ggml.tokens should be a list of str, got 7"),
         ("tokenizer.ggml.merges", None, "lacks tokenizer.ggml.merges"),
         ("tokenizer.ggml.merges", ["x y z"], "not a tokenizer"),
         ("tokenizer.ggml.eos_token_id", 400, "eos_token has id 400, the tokenizer has 395 tokens"),
