@@ -2,8 +2,8 @@
 
 import tempfile
 
-from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
 
 import longlora
 from longlora.tools.demo import HELD_OUT, MODEL, TEXT
@@ -18,11 +18,10 @@ longlora.train(
     learning_rate=2e-3,
 )
 
-config = AutoConfig.from_pretrained(adapter)  # the config.json beside the adapter has the longer positions
-model = AutoModelForCausalLM.from_pretrained(MODEL, config=config)
-model = PeftModel.from_pretrained(model, adapter).eval()
+# On the base itself the adapter would give wrong results: its folder longlora_base has the longer positions.
+model = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
 tokenizer = AutoTokenizer.from_pretrained(adapter, model_max_length=1024)
 text = (HELD_OUT / "austen-persuasion.txt").read_text()[:3000]
 prompt = tokenizer(text, return_tensors="pt").input_ids[:, :500]  # the base model reads 256 tokens
 written = model.generate(prompt, max_new_tokens=20, do_sample=False)[0, 500:]
-print(f"{config.max_position_embeddings} positions; the next words: {tokenizer.decode(written)!r}")
+print(f"{model.config.max_position_embeddings} positions; the next words: {tokenizer.decode(written)!r}")

@@ -4,9 +4,12 @@ A file is written under another name, flushed and renamed: none is half there.
 """
 
 import contextlib
+import fcntl
 import json
 import mmap
 import os
+import re
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +18,7 @@ from typing import Any, BinaryIO
 from longlora.errors import UserError
 
 Path = str | os.PathLike[str]
+ASIDE = ".partial"  # ends the names of what is being written
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -85,14 +89,15 @@ def replacing(path: Path) -> Iterator[str]:
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         handle, aside = tempfile.mkstemp(
-            prefix=f".{os.path.basename(path)}.", suffix=".partial", dir=os.path.dirname(path)
+            prefix=f".{os.path.basename(path)}.", suffix=ASIDE, dir=os.path.dirname(path)
         )
-        os.fchmod(handle, 0o644)
-        os.close(handle)
-        yield aside
-        flush(aside)
-        os.replace(aside, path)
-        aside = None
+        with closing(handle):
+            os.fchmod(handle, 0o666 & ~umask())
+            lock(handle)  # `sweep` leaves it alone while it is written
+            yield aside
+            flush(aside)
+            os.replace(aside, path)
+            aside = None
         flush(os.path.dirname(path))
     except OSError as error:
         raise UserError(
@@ -102,6 +107,57 @@ def replacing(path: Path) -> Iterator[str]:
         if aside is not None:
             with contextlib.suppress(OSError):
                 os.unlink(aside)
+
+
+@contextlib.contextmanager
+def closing(handle: int) -> Iterator[int]:
+    """Close the file descriptor at the end."""
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def umask() -> int:
+    """The mode bits that the user does not want on new files."""
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status", encoding="ascii") as file:
+        return int(next(line for line in file if line.startswith("Umask:")).split()[1], 8)
+    return 0o022  # to ask otherwise means to change it for all threads
+
+
+def lock(handle: int) -> bool:
+    """Lock an open file or directory until it is closed or the process dies -> whether nobody else holds it.
+
+    True also where the file system has no locks.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def sweep(directory: Path, pattern: str = r"\..+\.[a-z0-9_]{8}\.partial") -> None:
+    """Remove what killed processes left half written in `directory`: names of this pattern.
+
+    The default is what `replacing` and merge name their files. What a process is writing now is locked, and
+    stays.
+    """
+    for name in os.listdir(directory):
+        path = os.path.join(directory, name)
+        if not re.fullmatch(pattern, name) or os.path.islink(path):
+            continue
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDONLY)
+            with closing(handle):
+                if not lock(handle):
+                    continue
+                if os.path.isdir(path):
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    os.unlink(path)
 
 
 def flush(path: Path) -> None:
@@ -125,8 +181,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
-    """Write `value` to `path` as indented JSON with a final newline, as `write_text` does."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n")
+    """Write `value` to `path` as indented JSON with a final newline, as `write_text` does.
+
+    Lone surrogates, which UTF-8 cannot hold, are escaped: file names and foreign JSON may have them.
+    """
+    text = json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n"
+    write_text(path, re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def make_directory(path: Path) -> None:

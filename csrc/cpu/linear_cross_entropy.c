@@ -11,6 +11,8 @@
  * docs/tuning/linear_cross_entropy.md. */
 #include "gemm/gemm.h"
 
+#include <float.h>
+
 /* A chunk holds, with what its matrix products pack, CHUNK_BYTES and CHUNK_ROWS at most, or NARROW_BYTES
  * where products convert rows of weight as well: less than 64 MiB in all. */
 enum {
@@ -118,7 +120,7 @@ static void raise_from(const Chunk *c) {
     for (int64_t i = 0; i < c->stride; i++) {
         if (c->v0 > 0 && !(c->max[i] > c->from[i] + SLACK)) continue;
         float shrink = expf(c->from[i] - c->max[i]);
-        c->from[i] = c->max[i];
+        c->from[i] = c->max[i] == -INFINITY ? -FLT_MAX : c->max[i]; /* -inf less -inf is no number */
         if (c->v0 == 0) continue;
         c->total[i] *= shrink;
         for (int64_t j = 0; c->dlosses && i < c->rows && j < C; j++) c->sums[i * c->sums_row + j] *= shrink;

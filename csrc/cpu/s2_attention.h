@@ -1,36 +1,16 @@
-/* s2_attention.h --- which rows of shifted sparse attention work together: patterns, segments and tasks.
- * Index arithmetic alone; the rule is in ops.h.
+/* s2_attention.h --- which rows of shifted sparse attention work together: patterns, and their segments and
+ * tasks. Index arithmetic alone; the rule is in ops.h.
  *
- * Every pattern is a list of segments. A segment is a causal attention of its own over one run of tokens.
- * With wrap and swap, one segment of each document has two runs, one after the other: Z F for wrap and F Z
- * for swap, where F is the first and Z the last segment of a shifted head. So only the diagonal needs a mask,
- * and dense attention is one long segment. With an odd G, Z has h + 1 tokens, and its first token and F do
- * not see each other: `low` of a segment says so. */
+ * Every pattern is a list of segments. With wrap and swap, one segment of each document has two runs of
+ * tokens, one after the other: Z F for wrap and F Z for swap, where F is the first and Z the last segment of
+ * a shifted head. So only the diagonal needs a mask, and dense attention is one long segment. With an odd G,
+ * Z has h + 1 tokens, and its first token and F do not see each other: `low` of a segment says so. */
 #ifndef LONGLORA_S2_ATTENTION_H
 #define LONGLORA_S2_ATTENTION_H
 
-#include "cpu.h"
-#include "scratch.h"
+#include "s2_block.h"
 
-enum { ROWS = 512 }; /* query rows of a forward task, all heads together */
-
-static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-
-/* ---- segments -------------------------------------------------------------------------------- */
-
-typedef struct {
-    int64_t b;
-    int64_t start[2], length[2];   /* two runs of tokens, one after the other; the second is usually empty */
-    int64_t low_from, low_to, low; /* rows low_from .. low_to-1 see no key below `low` */
-    int shifted;
-} Segment;
-
-static inline int64_t rows_of(const Segment *s) { return s->length[0] + s->length[1]; }
-static inline int64_t token(const Segment *s, int64_t row) {
-    return row < s->length[0] ? s->start[0] + row : s->start[1] + row - s->length[0];
-}
+/* ---- patterns -------------------------------------------------------------------------------- */
 
 typedef struct {
     int64_t G;
@@ -115,11 +95,6 @@ static int64_t all_segments(const Pattern *p, Segment *list) {
 
 /* ---- tasks ----------------------------------------------------------------------------------- */
 
-/* Rows first .. last-1 of a segment for the query heads from .. to-1, which share a KV head. */
-typedef struct {
-    const Segment *segment;
-    int64_t kv_head, from, to, first, last;
-} Task;
 typedef struct {
     Segment *segments;
     Task *tasks;

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from longlora.data import text
 from longlora.disk import read_json, replacing, write_json
 from longlora.errors import UserError
 from longlora.files.tokenizer import Tokenizer
-from longlora.memory.plan import available_memory
+from longlora.job import available_memory
 
 AT_ONCE = 16  # blocks of text that are tokenised in parallel
 BYTES_PER_CHARACTER = 64  # memory that the tokenizers library needs while it works, measured on English text
@@ -100,11 +101,45 @@ def _affixes(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     return np.array(whole[:at], np.int32), np.array(whole[at + len(bare) :], np.int32)
 
 
-class Tokens:
-    """Token ids of a corpus: `ids` [N], integers, memory-mapped; `borders` int64 [documents + 1], where each
-    document begins in `ids`, and N; `fingerprint`, a hash of both."""
+class FileIds:
+    """The ids in a file, integers [N], read where they are asked for: ids[a:b] is an ndarray.
 
-    def __init__(self, ids: np.ndarray, borders: np.ndarray, fingerprint: str):
+    They are not mapped: a mapped file that somebody truncates ends the process. UserError says so instead.
+    """
+
+    def __init__(self, path: str, dtype: Any, start: int = 0):
+        self.path, self.dtype, self._start = path, np.dtype(dtype), start
+        self._file = open(path, "rb")
+        self._count = (os.fstat(self._file.fileno()).st_size - start) // self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        first, last, _ = part.indices(self._count)
+        out = np.empty(max(last - first, 0), self.dtype)
+        view, at = memoryview(out).cast("B") if len(out) else memoryview(b""), 0
+        while at < len(view):
+            try:
+                got = os.preadv(
+                    self._file.fileno(), [view[at:]], self._start + first * self.dtype.itemsize + at
+                )
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be read: {error.strerror}") from None
+            if not got:
+                raise UserError(f"{self.path}: has been truncated since it was opened")
+            at += got
+        return out
+
+
+class Tokens:
+    """Token ids of a corpus: `ids` [N], integers, an ndarray or FileIds; `borders` int64 [documents + 1],
+    where each document begins in `ids`, and N; `fingerprint`, a hash of both."""
+
+    def __init__(self, ids: Any, borders: np.ndarray, fingerprint: str):
         self.ids, self.borders, self.fingerprint = ids, borders, fingerprint
 
     def document(self, i: int) -> np.ndarray:
@@ -132,12 +167,12 @@ def read_bin(path: str, vocab_size: int) -> Tokens:
             raise UserError(f"{path}: should hold {head[2]} tokens by its header, holds {count}")
     if size == start or (size - start) % dtype.itemsize:
         raise UserError(f"{path}: {size - start} bytes are no whole number of {dtype.name} tokens")
-    ids, digest = np.memmap(path, dtype, "r", start), hashlib.sha256()
+    ids, digest = FileIds(path, dtype, start), hashlib.sha256()
     for first in range(0, len(ids), 1 << 22):
         part = ids[first : first + (1 << 22)]
         if int(part.max()) >= vocab_size:
-            at = first + int(np.argmax(part >= vocab_size))
-            raise UserError(f"{path}: token {at} is {ids[at]}, the model has {vocab_size}")
+            at = int(np.argmax(part >= vocab_size))
+            raise UserError(f"{path}: token {first + at} is {part[at]}, the model has {vocab_size}")
         digest.update(part)
     return Tokens(ids, np.array([0, len(ids)], np.int64), digest.hexdigest())
 
@@ -170,7 +205,7 @@ def tokenise(
     borders = np.array(found["borders"], np.int64)
     if not os.path.exists(stem + ".bin") or os.path.getsize(stem + ".bin") != 4 * int(borders[-1]):
         raise UserError(f"{stem}.bin: is damaged; remove it and {stem}.json")
-    return Tokens(np.memmap(stem + ".bin", "<i4", "r"), borders, found["fingerprint"])
+    return Tokens(FileIds(stem + ".bin", "<i4"), borders, found["fingerprint"])
 
 
 def _tokenise(files: list[str], tokenizer: Tokenizer, stem: str, say: Callable[[str], object]) -> None:

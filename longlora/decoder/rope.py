@@ -195,6 +195,8 @@ def extend(config: Any, type: str, target_length: int) -> tuple[Rope, str]:
             f"the base model's rope is {base.type} (factor {base.factor:g}); it can only be extended by "
             f"{base.type}, got {type}"
         )
+    if type == "ntk" and config.head_dim <= 2:
+        raise UserError("ntk spreads the interpolation over dimensions; this model rotates 2, got ntk")
     factor = float(math.ceil(target_length / original))
     before = (
         ""

@@ -69,7 +69,7 @@ def read_ids(
     parts = []
     for file in files_of(path):
         if file.endswith(".bin"):
-            parts.append(np.asarray(read_bin(file, config.vocab_size).ids, np.int32))
+            parts.append(np.asarray(read_bin(file, config.vocab_size).ids[:], np.int32))
         elif tokenizer is None:
             raise UserError(f"{file}: the model has no tokenizer; wanted a token .bin")
         else:

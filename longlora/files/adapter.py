@@ -16,6 +16,7 @@ from longlora.decoder.config import read_config
 from longlora.decoder.lora import LoraConfig
 from longlora.disk import make_directory, read_json, write_json, write_text
 from longlora.errors import UserError
+from longlora.files import base_folder
 from longlora.files.model_file import ModelFile, some, to_float32
 from longlora.files.safetensors import SafetensorsFile
 from longlora.files.safetensors import save as save_tensors
@@ -60,13 +61,16 @@ def save(
     base: ModelFile,
     raw: dict[str, Any],
     tokenizer: Tokenizer | None = None,
+    home: Path | None = None,
 ) -> None:
-    """Write a PEFT adapter that PeftModel.from_pretrained(base, directory) loads.
+    """Write a PEFT adapter that AutoPeftModelForCausalLM.from_pretrained(directory) loads.
 
     tensors: name -> float32 array, exactly those of `lora.tensor_shapes`; base: the model it was trained on;
-    raw: the config dict with the new rope, written as config.json; tokenizer: its files are written too. A
-    trained embedding that is also the head (tied) is written under both names with ensure_weight_tying, or
-    PEFT would keep the untrained head. UserError when it cannot be written; each file is whole or absent.
+    raw: the config dict with the new rope, written to the folder of files.base_folder unless it has the
+    positions of the base; tokenizer: its files are written too; home: where the adapter will lie, if
+    `directory` is renamed. A trained embedding that is also the head (tied) is written under both names with
+    ensure_weight_tying, or PEFT would keep the untrained head. UserError when it cannot be written; each file
+    is whole or absent.
     """
     config = read_config(raw)
     lora = lora.for_model(config)
@@ -77,10 +81,15 @@ def save(
     if tied:
         modules = [*dict.fromkeys([*modules, "embed_tokens", "lm_head"])]
         out[PREFIX + "lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    path = os.path.abspath(base.path)
+    extended = (config.rope, config.max_position_embeddings) != (
+        base.config.rope,
+        base.config.max_position_embeddings,
+    )
     described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": os.path.abspath(base.path),
+        "base_model_name_or_path": path,
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": 0.0,
@@ -100,13 +109,16 @@ def save(
         "layers_pattern": None,
     }
     make_directory(directory)
+    if extended:
+        described |= base_folder.fields(home or directory, path)
+        write_json(os.path.join(base_folder.make(directory, path), base_folder.CONFIG), raw)
     save_tensors(os.path.join(directory, WEIGHTS), out, {"format": "pt", "longlora_base": base.fingerprint()})
     write_json(os.path.join(directory, CONFIG), described, sort_keys=True)
-    write_json(os.path.join(directory, "config.json"), raw)
     write_text(
         os.path.join(directory, "README.md"),
         CARD.format(
-            base=json.dumps(described["base_model_name_or_path"]),
+            base=json.dumps(path),
+            load=base_folder.NOTE + "\n" if extended else "",
             length=config.max_position_embeddings,
             r=lora.r,
             alpha=lora.lora_alpha,
@@ -130,20 +142,14 @@ Context of {length} tokens, by LongLoRA (arXiv 2309.12307) with `longlora`. LoRA
 {targets}; trained
 whole and stored here: {modules}.
 
-The longer context is in this directory's `config.json`, which PEFT does not read by itself:
-
-    config = AutoConfig.from_pretrained(adapter)
-    model = AutoModelForCausalLM.from_pretrained(base, config=config)
-    model = PeftModel.from_pretrained(model, adapter)
-
-Servers that do not take `modules_to_save` (vLLM, llama.cpp) need the merged model: `longlora merge`.
+{load}Servers that do not take `modules_to_save` (vLLM, llama.cpp) need the merged model: `longlora merge`.
 """
 
 
 def load(
     directory: Path, base: ModelFile | None = None
 ) -> tuple[LoraConfig, dict[str, np.ndarray], dict[str, Any] | None]:
-    """Read an adapter -> (LoraConfig, name -> float32 array, its config.json or None).
+    """Read an adapter -> (LoraConfig, name -> float32 array, its config's dict or None).
 
     base: the model that the adapter should belong to. UserError if the adapter has another base, if a tensor
     is missing, extra or of the wrong shape, or if it uses a PEFT feature that is not supported.
@@ -164,8 +170,9 @@ def load(
         name.removeprefix(PREFIX): to_float32(file.array(name), file.entries[name][0])
         for name in file.entries
     }
-    described = os.path.join(directory, "config.json")
-    raw = read_json(described) if os.path.exists(described) else None
+    folder = base_folder.find(directory)
+    described = os.path.join(folder or directory, base_folder.CONFIG)
+    raw = read_json(described) if folder is not None else None
     if raw is not None:
         # It says how the base was stored in training. Here the base is read, whatever its storage.
         raw.pop("quantization_config", None)
@@ -204,7 +211,7 @@ def read_lora(directory: Path) -> LoraConfig:
                     f"{path}: init_lora_weights {value!r} changes the base model's weights, which is not "
                     "supported; save the adapter again with PEFT's path_initial_model_for_weight_conversion"
                 )
-        elif key not in (*FREE, *read) and (type(value) in (int, float) or value not in OFF):
+        elif key not in (*FREE, base_folder.KEY, *read) and (type(value) in (int, float) or value not in OFF):
             raise UserError(f"{path}: {key} {value!r} is not supported; supported is an adapter without it")
     given = {**DEFAULTS, **{name: found[name] for name in read if found.get(name) is not None}}
     # PEFT writes full names for tied modules and for "all-linear". The tensors show later whether every layer

@@ -7,7 +7,7 @@ from typing import Any
 from longlora.decoder.config import read_config
 from longlora.disk import read_json
 from longlora.errors import UserError
-from longlora.files import adapter
+from longlora.files import adapter, base_folder
 from longlora.files.open_model import open_model
 from longlora.files.safetensors import SafetensorsFile
 from longlora.training.resume import STATE
@@ -50,8 +50,8 @@ def _adapter(path):
     for name, (_, shape, _, _) in file.entries.items():
         kind = _kind(name)
         trained[kind] = trained.get(kind, 0) + math.prod(shape)
-    described = os.path.join(path, "config.json")
-    config = _config(read_config(described)) if os.path.exists(described) else {}
+    folder = base_folder.find(path)
+    config = _config(read_config(folder)) if folder is not None else {}
     if config.get("tied_embeddings"):
         trained.pop("head", None)  # the tied embedding under its second name
     found = read_json(os.path.join(path, adapter.CONFIG))
@@ -59,7 +59,7 @@ def _adapter(path):
         "kind": "checkpoint" if os.path.exists(os.path.join(path, STATE)) else "adapter",
         "path": path,
         "format": "peft",
-        "base": found.get("base_model_name_or_path"),
+        "base": found.get(base_folder.KEY) or found.get("base_model_name_or_path"),
         **_step(path),
         **config,
         "r": lora.r,

@@ -2,8 +2,9 @@
 attn_implementation="longlora_s2".
 
 ops: functions with autograd, which need torch alone. configure: S²-Attn in a transformers model. swap and
-unswap: its layers by our kernels; these three need transformers. extend and load: a longer context and LoRA;
-these need peft too. Names whose libraries are not installed are missing.
+unswap: its layers by our kernels; these three need transformers. extend and load: a longer context and LoRA.
+CheckMoved: a callback of Trainer that stops a training of nothing. These three need peft too. Names whose
+libraries are not installed are missing.
 """
 
 import importlib.util
@@ -23,5 +24,6 @@ if importlib.util.find_spec("transformers"):
     __all__ += ["configure", "swap", "unswap"]
     if importlib.util.find_spec("peft"):
         from longlora.torch.extend import extend, load
+        from longlora.torch.moved import CheckMoved
 
-        __all__ += ["extend", "load"]
+        __all__ += ["extend", "load", "CheckMoved"]

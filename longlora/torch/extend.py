@@ -1,28 +1,71 @@
 """extend: a transformers model becomes a PeftModel that trains to a longer context. load: read back its
 files."""
 
+import contextlib
+import copy
+import functools
+import os
+import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
-from transformers import AutoConfig, AutoModelForCausalLM
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.peft import PeftAdapterMixin
+from transformers.utils import cached_file
 
-from longlora.decoder import rope as rope_
-from longlora.decoder.families import FAMILIES
-from longlora.torch.attention import NAME, configure
+from longlora.disk import read_json, write_json, write_text
+from longlora.errors import UserError
+from longlora.files import adapter as adapters
+from longlora.files import base_folder
+from longlora.torch.attention import NAME, base_of, configure
+from longlora.torch.masters import raise_trained
+from longlora.torch.positions import same, set_rope
+
+# The arguments of from_pretrained that say where a config is.
+HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "trust_remote_code")
 
 
 class ExtendedModel(PeftModelForCausalLM):
-    """A PeftModel whose files state its positions: config.json lies beside adapter_config.json."""
+    """A PeftModel whose files state its positions: see longlora.files.base_folder.
+
+    What trains is float32, whatever the dtype of the base: see longlora.torch.masters.
+    """
+
+    def __init__(self, model: torch.nn.Module, peft_config: LoraConfig, **kwargs: Any):
+        super().__init__(model, peft_config, **kwargs)
+        raise_trained(self)
+        config = model.config
+        # None for a model that comes from no file. A path is made absolute while the directory is the same.
+        self._base = config._name_or_path or None
+        self._base_directory = _directory(self._base, getattr(config, "_commit_hash", None))
 
     def save_pretrained(
         self, save_directory: str | Path, *args: Any, is_main_process: bool = True, **kwargs: Any
     ) -> None:
+        """As PEFT's, with the positions. AutoPeftModelForCausalLM and `load` read what it writes."""
         super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            self.get_base_model().config.save_pretrained(save_directory)
+        if not is_main_process:
+            return
+        config = copy.deepcopy(self.get_base_model().config)
+        _store_as(config, _stored(self._base_directory))
+        config.save_pretrained(base_folder.make(save_directory, self._base_directory))
+        for name in kwargs.get("selected_adapters") or self.peft_config:
+            place = save_directory if name == "default" else os.path.join(save_directory, name)
+            path = os.path.join(place, adapters.CONFIG)
+            described = read_json(path) | base_folder.fields(save_directory, self._base)
+            write_json(path, described, sort_keys=True)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """As PEFT's, with the way to load the positions."""
+        super().create_or_update_model_card(output_dir)
+        path = os.path.join(output_dir, "README.md")
+        card = Path(path).read_text("utf-8")
+        if base_folder.NOTE not in card:
+            write_text(path, f"{card.rstrip()}\n\n{base_folder.NOTE}")
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Tie embedding and head as transformers does, also where PEFT wraps them: the frozen and the
@@ -40,68 +83,29 @@ class ExtendedModel(PeftModelForCausalLM):
                 module.weight = embedding.modules_to_save[name].weight
 
 
-def set_rope(model: Any, type: str, target_length: int) -> str:
-    """Extend the positions of `model` in place to `target_length` tokens -> one sentence with the arithmetic.
-
-    type: "linear", "ntk", "yarn" or "llama3". Factors count from the length of pretraining, even when the
-    model was extended before (longlora.decoder.rope.extend). UserError, a ValueError, for an extension that
-    is not possible; ValueError for a model without a rotary embedding that follows its config.
-    """
-    config = model.config
-    before = config.to_dict()
-    raw, partial = _without_partial(before)
-    family = "llama"  # transformers extends every family by every rule, as the driver does llama
-    where = f"{config.model_type}'s config"
-    head_dim = before.get("head_dim") or config.hidden_size // config.num_attention_heads
-    base = SimpleNamespace(
-        family=family,
-        rope=rope_.read(raw, FAMILIES[family], config.max_position_embeddings, where),
-        max_position_embeddings=config.max_position_embeddings,
-        head_dim=int(head_dim * partial),
-    )
-    new, sentence = rope_.extend(base, type, target_length)
-    after = rope_.to_config(raw, new, target_length)
-    if "rope_parameters" in before:  # transformers 5
-        share = {"partial_rotary_factor": partial} if partial != 1 else {}
-        config.rope_parameters = after["rope_parameters"] | share
-    else:
-        config.rope_theta, config.rope_scaling = after["rope_theta"], after["rope_scaling"]
-    config.max_position_embeddings = target_length
-    for name in ("original_max_position_embeddings", "original_rope_theta"):
-        if name in after:
-            setattr(config, name, after[name])
-    _rebuild_rotary(model)
-    return sentence
+def _directory(base, revision=None):
+    """The directory with the files of the base model `base`, a path or a name on the Hub, or None."""
+    if base is None or os.path.isdir(base):
+        return base and os.path.abspath(base)
+    with contextlib.suppress(OSError, ValueError):
+        return os.path.dirname(
+            cached_file(base, base_folder.CONFIG, revision=revision, local_files_only=True)
+        )
+    return None
 
 
-def _without_partial(config):
-    """Copy a config without partial_rotary_factor -> the copy, the factor.
-
-    The rules of extension need only the number of rotated dimensions.
-    """
-    raw = dict(config)
-    for key in ("rope_scaling", "rope_parameters"):
-        if isinstance(raw.get(key), dict):
-            raw[key] = dict(raw[key])
-    places = [raw.get("rope_parameters") or {}, raw, raw.get("rope_scaling") or {}]
-    factors = [found.pop("partial_rotary_factor", None) for found in places]
-    return raw, next((factor for factor in factors[:2] if factor is not None), 1.0)
+def _stored(directory):
+    """The quantization_config of the weights in a directory, or None."""
+    path = os.path.join(directory or "", base_folder.CONFIG)
+    return read_json(path).get("quantization_config") if os.path.exists(path) else None
 
 
-def _rebuild_rotary(model):
-    """Make the rotary embeddings of the model again, from its changed config."""
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if hasattr(module, "inv_freq") and hasattr(module, "config")
-    ]
-    if not found:
-        raise ValueError(f"extend: {type(model).__name__} has no rotary embedding that follows its config")
-    for name, module in found:
-        parent, _, child = name.rpartition(".")
-        module.config = model.config
-        with torch.device(module.inv_freq.device):
-            setattr(model.get_submodule(parent), child, module.__class__(config=model.config))
+def _store_as(config, stored):
+    """Let `config` describe weights as the files of the base store them, whatever they were in training."""
+    if stored is not None:
+        config.quantization_config = stored
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
 
 
 def lora_config(model: Any, **changes: Any) -> LoraConfig:
@@ -154,27 +158,104 @@ def extend(
 
     Its positions are interpolated (rope: "linear", "ntk", "yarn" or "llama3"). In training it attends by
     S²-Attn (group_size in tokens, by default a quarter of each sequence; boundary and shift as in
-    `configure`). lora: what trains, by default `lora_config`, the paper's LoRA+. The result works in
-    transformers.Trainer, TRL's SFTTrainer and your own loop. `load` reads what its save_pretrained writes;
-    merge_and_unload() gives a plain transformers model, with the positions in its config. ValueError for an
-    argument out of range or a model that is not supported.
+    `configure`). lora: what trains, by default `lora_config`, the paper's LoRA+; it is float32 whatever the
+    dtype of the model. The result works in transformers.Trainer, TRL's SFTTrainer and your own loop. `load`
+    reads what its save_pretrained writes; merge_and_unload() gives a plain transformers model, with the
+    positions in its config. ValueError for an argument out of range or a model that is not supported.
     """
+    _check(model, lora)
     lora = lora_config(model) if lora is None else lora
-    if lora.task_type not in (None, "CAUSAL_LM"):
-        raise ValueError(f"extend: lora.task_type should be CAUSAL_LM, got {lora.task_type}")
     configure(model, group_size, boundary, shift)
     set_rope(model, rope, target_length)
     return ExtendedModel(model, lora)
 
 
+def _check(model, lora):
+    """UserError for what cannot be extended."""
+    if isinstance(model, PeftModel) or any(isinstance(part, BaseTunerLayer) for part in _modules(model)):
+        raise UserError(
+            "extend: this model has an adapter already; give the base model, and its LoRA as "
+            "lora=LoraConfig(...)"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"extend: model should be an AutoModelForCausalLM, got {type(model).__name__}")
+    if model.get_output_embeddings() is None:
+        raise UserError(
+            f"extend: {type(model).__name__} has no language model head; load it as AutoModelForCausalLM"
+        )
+    if lora is not None and not isinstance(lora, LoraConfig):
+        raise UserError(f"extend: lora should be a peft.LoraConfig, got {type(lora).__name__}")
+    if lora is not None and lora.task_type not in (None, "CAUSAL_LM"):
+        raise UserError(f"extend: lora.task_type should be CAUSAL_LM, got {lora.task_type}")
+
+
+def _modules(model):
+    return model.modules() if isinstance(model, torch.nn.Module) else ()
+
+
+def opened(base: str | Path) -> tuple[str, dict[str, Any]]:
+    """What from_pretrained takes for the model at `base`, which may be a .gguf file -> (path, keywords)."""
+    path = os.fspath(base)
+    if not os.path.isfile(path):
+        return path, {}
+    directory, file = os.path.split(os.path.abspath(path))
+    how: dict[str, Any] = {"gguf_file": file}
+    # Without this the weights may stay packed, and Trainer assumes that they do.
+    if hasattr(transformers, "GgufConfig"):
+        how["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return directory, how
+
+
 def load(adapter: str | Path, base: str | Path, is_trainable: bool = False, **kwargs: Any) -> ExtendedModel:
     """Load an adapter that an extended model or `longlora train` has saved, on the model `base` -> PeftModel.
 
-    The config beside the adapter decides the positions. is_trainable: whether its parameters require
-    gradients. kwargs go to AutoModelForCausalLM.from_pretrained.
+    base: the path of a directory or of a .gguf file, or a name on the Hub. The config of the adapter decides
+    the positions. is_trainable: whether its parameters require gradients. kwargs go to
+    AutoModelForCausalLM.from_pretrained. UserError, a ValueError, if there is no adapter at `adapter`.
     """
-    config = AutoConfig.from_pretrained(adapter)
-    model = AutoModelForCausalLM.from_pretrained(base, config=config, attn_implementation=NAME, **kwargs)
-    made = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
-    made.__class__ = ExtendedModel
+    if not os.path.isfile(os.path.join(adapter, adapters.CONFIG)):
+        raise UserError(f"load: {adapter} is not the directory of an adapter: it has no {adapters.CONFIG}")
+    place, how = opened(base)
+    how |= kwargs
+    folder = base_folder.find(adapter)
+    if folder is not None:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=kwargs.get("trust_remote_code"))
+        found = {name: kwargs[name] for name in HUB if name in kwargs}
+        stored = None if "gguf_file" in how else AutoConfig.from_pretrained(place, **found)
+        _store_as(config, getattr(stored, "quantization_config", None))
+        how["config"] = config
+    model = AutoModelForCausalLM.from_pretrained(place, attn_implementation=NAME, **how)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=f".*{base_folder.KEY}")  # it is where it should be
+        made = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
+        made.__class__ = ExtendedModel
+        if is_trainable:
+            raise_trained(made)
+            made.load_adapter(adapter, "default", is_trainable=True)  # again, without the base's rounding
     return made
+
+
+def _guarded(original):
+    """PEFT's or transformers' load_adapter, which refuses one of ours on a model with other positions.
+
+    Neither looks at the base that an adapter names when it is given a model.
+    """
+
+    @functools.wraps(original)
+    def load_adapter(self, *args, **kwargs):
+        given = args[0] if args else kwargs.get("model_id", kwargs.get("peft_model_id"))
+        folder = os.path.join(given, base_folder.FOLDER) if isinstance(given, str | Path) else ""
+        if os.path.isfile(os.path.join(folder, base_folder.CONFIG)):
+            wanted = AutoConfig.from_pretrained(folder)
+            if not same(base_of(self).config, wanted):
+                raise UserError(
+                    f"{given}: was trained with longer positions than this model has; load it by "
+                    f"longlora.torch.load or AutoPeftModelForCausalLM, or on the model at {folder}"
+                )
+        return original(self, *args, **kwargs)
+
+    return load_adapter
+
+
+for _loader in (PeftModel, PeftAdapterMixin):
+    _loader.load_adapter = _guarded(_loader.load_adapter)

@@ -4,7 +4,7 @@ tensors wherever DDP, FSDP2 or DeepSpeed ZeRO keep their parts."""
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,6 @@ import peft
 import torch
 import transformers
 from accelerate.utils import DistributedType
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from longlora import _C
@@ -24,15 +23,13 @@ from longlora.errors import UserError
 from longlora.files import adapter
 from longlora.ops import IGNORE
 from longlora.torch.attention import NAME, configure
-from longlora.torch.extend import ExtendedModel, extend
+from longlora.torch.extend import ExtendedModel, extend, opened
+from longlora.torch.moved import MOMENTS, Trained
 from longlora.training import metrics
 from longlora.training.inputs import Setup
 from longlora.training.optimizer import decay_of
 from longlora.training.options import TrainOptions
 from longlora.training.run import Result, Run, peak_rate
-
-MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}  # our names of Adam's moments -> torch's
-
 
 # ---- the model -----------------------------------------------------------------------------------
 
@@ -43,13 +40,8 @@ def build(o: TrainOptions, setup: Setup, saved: dict[str, np.ndarray] | None = N
     The trained tensors start as in the driver, or from `saved`, the optimizer state of a checkpoint.
     """
     assert o.model is not None and setup.lora is not None
-    version, path = tuple(int(part) for part in transformers.__version__.split(".")[:2]), o.model
-    how: dict[str, Any] = {}
-    if os.path.isfile(path):
-        path, how["gguf_file"] = os.path.split(os.path.abspath(path))
-        # Without this the weights may stay packed, and Trainer assumes that they do.
-        if hasattr(transformers, "GgufConfig"):
-            how["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    path, how = opened(o.model)
     how["dtype" if version >= (4, 56) else "torch_dtype"] = getattr(torch, o.dtype)
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=NAME, **how)
     # A head that is tied to the embedding is the embedding.
@@ -74,8 +66,6 @@ def build(o: TrainOptions, setup: Setup, saved: dict[str, np.ndarray] | None = N
         model = ExtendedModel(configure(model, **attention), lora)
     shapes = setup.lora.tensor_shapes(setup.config)
     for name, parameter in named(model, setup):
-        # Float32 masters, as in the driver; under bfloat16 autocast does the rest.
-        parameter.data = parameter.data.float()
         if saved is not None:
             put(parameter, saved[f"value.{name}"])
         elif name.endswith("lora_A.weight"):
@@ -111,66 +101,6 @@ def named(model: torch.nn.Module, setup: Setup) -> list[tuple[str, torch.nn.Para
             f"the model of transformers trains other tensors: {sorted(set(found) ^ set(wanted))[0]}"
         )
     return [(name, found[name]) for name in wanted]
-
-
-class Trained:
-    """One trained tensor (training.run.Trained): whole and float32, wherever the engine keeps its parts.
-
-    All processes must read and write the tensors in the same order.
-    """
-
-    def __init__(self, name: str, kind: str, shape: Iterable[int]):
-        self.name, self.kind, self.shape = name, kind, tuple(shape)
-
-    def bind(self, parameter: torch.nn.Parameter, trainer: Trainer) -> None:
-        """Say where the tensor is. Call once the engine has put it there."""
-        self._parameter, self._trainer = parameter, trainer
-
-    @torch.no_grad()
-    def read(self, what: str) -> torch.Tensor:
-        """value, m or v -> float32 tensor on the CPU."""
-        p = self._parameter
-        if self._trainer.is_deepspeed_enabled:
-            from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-            if what == "value":
-                found = safe_get_full_fp32_param(p)
-            else:
-                found = safe_get_full_optimizer_state(p, MOMENTS[what])
-        else:
-            found = p.detach() if what == "value" else self._trainer.optimizer.state[p][MOMENTS[what]]
-            found = found.full_tensor() if isinstance(found, DTensor) else found
-        return found.reshape(self.shape).to("cpu", torch.float32)
-
-    @torch.no_grad()
-    def restore(self, value: np.ndarray, m: np.ndarray, v: np.ndarray, step: int) -> None:
-        """Put back the state of the optimizer after `step` steps, float32; the parameter has `value`
-        already."""
-        p, arrays = self._parameter, {"value": value, "m": m, "v": v}
-        tensors = {what: torch.from_numpy(np.array(array)).to(p.device) for what, array in arrays.items()}
-        if self._trainer.is_deepspeed_enabled:
-            from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-            safe_set_full_fp32_param(p, tensors["value"])
-            for what, name in MOMENTS.items():
-                safe_set_full_optimizer_state(p, tensors[what], name)
-            return
-        if isinstance(p, DTensor):
-            where = dict(device_mesh=p.device_mesh, placements=p.placements, src_data_rank=None)
-            tensors = {what: distribute_tensor(x, **where) for what, x in tensors.items()}
-        moments = {name: tensors[what] for what, name in MOMENTS.items()}
-        self._trainer.optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
-
-    @property
-    def value(self) -> np.ndarray:
-        """The tensor, float32."""
-        return self.read("value").numpy()
-
-    @property
-    def grad(self) -> np.ndarray:
-        """The optimizer's mean of the gradients: zero where all of them were zero. They are freed
-        themselves."""
-        return self.read("m").numpy()
 
 
 def made_steps(zero: Any, step: int) -> None:
@@ -323,7 +253,7 @@ class TorchEngine:
         """Every tensor is where the engine wants it: restore what was saved; nothing has moved yet."""
         run, parameters = self.run, dict(named(self.trainer.model, self.run.setup))
         for p in self.parameters:
-            p.bind(parameters[p.name], self.trainer)
+            p.bind(parameters[p.name], self.trainer.optimizer, self.trainer.is_deepspeed_enabled)
         if self.trainer.is_deepspeed_enabled:
             made_steps(self.trainer.model_wrapped.optimizer, run.step)
         if run.tensors is not None:

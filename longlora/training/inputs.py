@@ -4,13 +4,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from longlora import disk
 from longlora.data.sequences import Sequences
 from longlora.data.tokens import tokenise
 from longlora.decoder import plan, rope
 from longlora.decoder.config import ModelConfig, read_config
 from longlora.decoder.lora import LoraConfig
 from longlora.device import CPU
-from longlora.training import resume
 from longlora.training.options import TrainOptions
 
 Say = Callable[[str], object]  # receives the lines of a run's report
@@ -103,7 +103,7 @@ def read_data(
     """
     cache = o.cache_dir or os.path.join(o.output_dir, "cache")
     if os.path.isdir(cache):
-        resume.sweep(cache)
+        disk.sweep(cache)
 
     def sequences(path):
         tokens = tokenise(path, source.tokenizer, setup.config.vocab_size, cache, say)

@@ -219,7 +219,7 @@ def test_text_of_another_time_size_or_path_is_tokenised_anew(tmp_path, name, con
         os.utime(path, (seconds, seconds))
         found = tokenise(path, made, 400, str(cache), str)
         assert made.backend.decode(found.ids[:-1].tolist()) == words
-        assert found.ids[-1] == made.eos_token_id
+        assert found.ids[-1:] == made.eos_token_id
     assert len(list(cache.glob("*.bin"))) == 2
 
 

@@ -208,7 +208,7 @@ def test_extension_halves_the_perplexity(base, smollm2, converted, acts, tmp_pat
     made = Model(read_config(raw), lora=lora).load(base)
     made.load_adapter(tensors)
     ours = made.logits(acts[:200])
-    config = transformers.AutoConfig.from_pretrained(output)
+    config = transformers.AutoConfig.from_pretrained(output / "longlora_base")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32, config=config)
     theirs = peft.PeftModel.from_pretrained(theirs, str(output)).eval()
     merge.merge(smollm2, output, tmp_path / "merged")

@@ -14,6 +14,7 @@ from longlora import get_num_threads, set_num_threads
 from longlora.data import text
 from longlora.errors import UserError
 from longlora.evaluation import ppl
+from longlora.files import base_folder
 from longlora.files.open_model import open_model
 from longlora.training import driver
 
@@ -51,7 +52,7 @@ def losses_of(base, config=None, adapted=None):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = config and AutoConfig.from_pretrained(config)
+    config = config and AutoConfig.from_pretrained(base_folder.find(config))
     model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float32)
     model = (adapted(model) if adapted else model).eval()
 

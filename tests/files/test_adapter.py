@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from longlora.decoder.families import FAMILIES
 from longlora.decoder.lora import LoraConfig
 from longlora.decoder.rope import Rope
 from longlora.errors import UserError
-from longlora.files import adapter, merge
+from longlora.files import adapter, base_folder, merge
 from longlora.files.open_model import open_model
 from longlora.tools import inspect
 
@@ -51,7 +52,7 @@ def with_peft(base, path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        base, config=AutoConfig.from_pretrained(path), dtype=torch.float32
+        base, config=AutoConfig.from_pretrained(base_folder.find(path) or base), dtype=torch.float32
     )
     return PeftModel.from_pretrained(model, path).eval()
 
@@ -67,7 +68,7 @@ def reference(base, path, tensors, lora):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        base, config=AutoConfig.from_pretrained(path), dtype=torch.float64
+        base, config=AutoConfig.from_pretrained(base_folder.find(path) or base), dtype=torch.float64
     )
     state = model.state_dict()
     with torch.no_grad():
@@ -147,7 +148,7 @@ def test_every_rope_goes_with_the_adapter(tmp_path, kind):
     merge.merge(base, path, tmp_path / "merged")
     ours, theirs = ROPES[kind]
     assert open_model(tmp_path / "merged").config.rope == ours
-    for place in (path, tmp_path / "merged"):
+    for place in (path / base_folder.FOLDER, tmp_path / "merged"):
         found = AutoConfig.from_pretrained(place).rope_parameters
         assert {key: value for key, value in found.items() if key != "type"} == {
             "rope_theta": 10000.0,
@@ -208,23 +209,26 @@ def test_files_of_an_adapter(tmp_path):
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
-        "config.json",
+        "longlora_base",
     ]
     text = (path / "adapter_config.json").read_text()
     assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
     found = json.loads(text)
     assert (found["r"], found["lora_alpha"], found["use_rslora"]) == (4, 7.5, False)
-    assert found["peft_type"] == "LORA" and found["base_model_name_or_path"] == str(base)
+    assert found["peft_type"] == "LORA" and found["base_model_name_or_path"] == str(path / "longlora_base")
+    assert found["needs_the_positions_in_its_folder_longlora_base"] == str(base)
     assert found["modules_to_save"] == ["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"]
     assert (path / "README.md").read_text().startswith("---\nlibrary_name: peft\nbase_model: ")
 
 
-def test_peft_reads_the_adapter_without_a_warning(tmp_path, recwarn):
+def test_peft_reads_the_adapter_with_the_warning_about_its_positions_alone(tmp_path):
     for tied in (False, True):
         base, path, _ = saved(tmp_path / str(tied), tie_word_embeddings=tied)
-        recwarn.clear()
-        with_peft(base, path)
-        assert [str(warning.message) for warning in recwarn if warning.category is not FutureWarning] == []
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            with_peft(base, path)
+        said = {str(warning.message) for warning in seen if warning.category is not FutureWarning}
+        assert len(said) == 1 and f"Unexpected keyword arguments ['{base_folder.KEY}']" in said.pop()
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -559,7 +563,7 @@ def test_smollm2_merged_from_gguf(smollm2, converted, tmp_path):  # noqa: F811
     adapter.save(tmp_path / "adapter", tensors, lora, base, raw, base.tokenizer())
     merge.merge(smollm2, tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    config = AutoConfig.from_pretrained(tmp_path / "adapter")
+    config = AutoConfig.from_pretrained(tmp_path / "adapter" / base_folder.FOLDER)
     theirs = AutoModelForCausalLM.from_pretrained(converted, config=config, dtype=torch.float32)
     theirs = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
     assert config.rope_parameters["factor"] == 2 and merged.config.rope_parameters["factor"] == 2

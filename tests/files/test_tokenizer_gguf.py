@@ -80,14 +80,14 @@ def test_the_class_of_an_architecture():
 
 
 def test_a_line_break_without_a_space_before_it(tmp_path):
-    """llama.cpp puts no space before a text where add_space_prefix is false. transformers does, and so do we."""
+    """llama.cpp puts no space before a text where add_space_prefix is false. transformers and we do."""
     path = gguf_file(tmp_path / "m.gguf", trained("llama"), "llama", add_space_prefix=False, **IDS)
     ours = same(path, "line break", ["\n", *UGLY])
     assert ours.decode(ours.encode("\n")[1:]) == "\n" and ours.encode("\n").size == 3
 
 
 def test_tokens_that_only_the_class_has(tmp_path):
-    """GPT2Tokenizer has <|endoftext|> beyond the last row of a model without it. Here it is text like any other."""
+    """GPT2Tokenizer has <|endoftext|>. Where it has no row of the embedding, it is text like any other."""
     tok = trained("gpt2")
     path = gguf_file(tmp_path / "m.gguf", tok, "gpt2", types={"more": 1}, **IDS)
     metadata = metadata_of(path)

@@ -84,7 +84,7 @@ def test_an_adapter_of_theirs_becomes_one_of_ours(tmp_path, tied, capsys):
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(tmp_path / "ours")
+    config = AutoConfig.from_pretrained(tmp_path / "ours" / "longlora_base")
     theirs = AutoModelForCausalLM.from_pretrained(base, config=config)
     theirs.load_state_dict(torch.load(directory / "trainable_params.bin", weights_only=True), strict=False)
     theirs = PeftModel.from_pretrained(theirs, directory).merge_and_unload().eval()

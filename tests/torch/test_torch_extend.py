@@ -101,7 +101,12 @@ def test_round_trips_keep_everything(tmp_path, tied):
     model = moved(longlora.torch.extend(base, 512, group_size=6, boundary="split", shift="all"))
     want, trained = model.eval()(tokens()).logits, model.train()(input_ids=tokens(), labels=tokens()).loss
     model.save_pretrained(tmp_path / "adapter")
-    assert json.loads((tmp_path / "adapter" / "config.json").read_text())["max_position_embeddings"] == 512
+    assert (
+        json.loads((tmp_path / "adapter" / "longlora_base" / "config.json").read_text())[
+            "max_position_embeddings"
+        ]
+        == 512
+    )
     loaded = put(longlora.torch.load(tmp_path / "adapter", tmp_path / "base"))
     close(loaded.eval()(tokens()).logits, want)
     close(loaded.train()(input_ids=tokens(), labels=tokens()).loss, trained)

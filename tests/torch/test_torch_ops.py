@@ -252,6 +252,9 @@ def calls():
     yield "matmul", (rand(M, C).requires_grad_(), rand(C, N).requires_grad_(), 0.5)
     yield "cast", (rand(M, C).requires_grad_(), torch.bfloat16)
     yield "scale", (rand(M, C).requires_grad_(), 0.5)
+    cache, lengths = (rand(2, 9, K, D), rand(2, 9, K, D)), put(torch.tensor([4, 0], dtype=torch.int32))
+    one = [x.detach()[:, :1] for x in (q, k, v)]
+    yield "cached_attention_", (one[0], *cache, lengths[:B], *one[1:], None, None)
     yield "accumulate_", (rand(M, C), rand(M, C), 0.5)
     yield "adamw_", (*(rand(9) for _ in range(4)), 1e-3, 0.9, 0.999, 1e-8, 0.1, 1, 1.0)
     yield "sum_squares", (rand(9),)
@@ -266,7 +269,7 @@ def test_every_operator_has_a_call_here():
         for op in torch._C._dispatch_get_all_op_names()
         if op.startswith("longlora::")
     }
-    inplace = {"accumulate": "accumulate_", "adamw": "adamw_"}
+    inplace = {op: f"{op}_" for op in ("accumulate", "adamw", "cached_attention")}
     assert {inplace.get(op, op) for op in _C.specs} <= names
 
 

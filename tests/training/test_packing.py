@@ -14,7 +14,7 @@ def mean_loss(base, config, documents):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(config)
+    config = AutoConfig.from_pretrained(config / "longlora_base")
     model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float32).eval()
     losses = []
     for ids in documents:

@@ -53,7 +53,7 @@ def test_a_run_says_what_it_does_and_leaves_what_is_needed(tmp_path):
             "checkpoint-2",
             "checkpoint-4",
             "checkpoint-6",
-            "config.json",
+            "longlora_base",
             "loss.png",
             "metrics.jsonl",
             "options.yaml",
@@ -70,7 +70,7 @@ def test_a_run_says_what_it_does_and_leaves_what_is_needed(tmp_path):
     assert result.step == 6 and result.stopped is None and result.loss == rows[-1]["loss"] < rows[1]["loss"]
     assert result.eval_loss < rows[0]["eval_loss"]
     equal(weights(out), weights(out / "checkpoint-6"))
-    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 128
+    assert json.loads((out / "longlora_base" / "config.json").read_text())["max_position_embeddings"] == 128
     resolved = yaml.safe_load((out / "options.yaml").read_text())
     assert (
         resolved["group_size"] == 32
