@@ -6,7 +6,7 @@ import os
 import numpy as np
 
 from longlora.decoder.config import read_config
-from longlora.disk import read_json
+from longlora.disk import parse_json, read_bytes, read_json
 from longlora.errors import UserError
 from longlora.files.model_file import CHUNK, ModelFile, to_float32
 from longlora.files.safetensors import SafetensorsFile, release
@@ -15,6 +15,7 @@ from longlora.files.tokenizer import Tokenizer
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # transformers reads such files of a distributed run, and nothing beside them.
 RANK = "shard-[0-9]*-model-[0-9]*-of-[0-9]*.safetensors"
+GENERATION = "generation_config.json"
 # Buffers that old files contain. We compute them.
 IGNORED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -142,6 +143,14 @@ class HuggingFace(ModelFile):
                 f"{self.path}: {name} has dtype {dtype}; supported are float32, bfloat16, float16 and float64"
             )
         return file.buffer, start, end
+
+    def beside(self) -> dict[str, bytes]:
+        path = os.path.join(self.path, GENERATION)
+        if not os.path.exists(path):
+            return {}
+        content = read_bytes(path)
+        parse_json(content, path)
+        return {GENERATION: content}
 
     def has_tokenizer(self) -> bool:
         return Tokenizer.is_in(self.path)

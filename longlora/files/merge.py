@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from longlora import _C
 from longlora.decoder.config import read_config
 from longlora.device import CPU, choose, host, send
-from longlora.disk import ASIDE, closing, flush, lock, make_directory, read_json, sweep, umask, write_json
+from longlora.disk import ASIDE, closing, flush, lock, make_directory, sweep, umask, write_bytes, write_json
 from longlora.errors import UserError
 from longlora.files.adapter import load
 from longlora.files.huggingface import INDEX, SINGLE
@@ -71,18 +71,11 @@ def merge(model: Path, adapter: Path, output_dir: Path, device: str = CPU) -> No
     if os.path.exists(output_dir) and (not os.path.isdir(output_dir) or os.listdir(output_dir)):
         raise UserError(f"{output_dir}: exists and is not an empty directory")
 
+    tokenizer, beside = base.tokenizer() if base.has_tokenizer() else None, base.beside()
+    dtypes = {name: base.dtype(name) for name in base.names()}
+    merged = Merged(base, lora, tensors, device)
     with _appearing(output_dir) as aside:
-        dtypes = {name: base.dtype(name) for name in base.names()}
-        save_merged(
-            aside,
-            Merged(base, lora, tensors, device).read,
-            raw or base.config.raw,
-            base.tokenizer() if base.has_tokenizer() else None,
-            dtypes,
-        )
-        generation = os.path.join(base.path, "generation_config.json")
-        if os.path.exists(generation):
-            write_json(os.path.join(aside, "generation_config.json"), read_json(generation))
+        save_merged(aside, merged.read, raw or base.config.raw, tokenizer, dtypes, beside)
 
 
 @contextlib.contextmanager
@@ -125,12 +118,13 @@ def save_merged(
     raw: dict[str, Any],
     tokenizer: Tokenizer | None = None,
     dtype: str | dict[str, str] = "float32",
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a whole model as a Hugging Face directory, with one tensor in memory at a time.
 
     read(name) gives the float32 array of a tensor of the config `raw`. dtype: the dtype on disk, one name for
-    all or a dict by tensor. A model below 5 GB is one file, a larger one is shards with an index. UserError
-    when it cannot be written.
+    all or a dict by tensor. beside: other files, name -> content. A model below 5 GB is one file, a larger
+    one is shards with an index. UserError when it cannot be written.
     """
     config = read_config(raw)
     shapes = config.tensor_shapes()
@@ -168,3 +162,5 @@ def save_merged(
     write_json(os.path.join(directory, "config.json"), raw)
     if tokenizer is not None:
         tokenizer.save(directory, config.max_position_embeddings)
+    for name, content in (beside or {}).items():
+        write_bytes(os.path.join(directory, name), content)

@@ -50,16 +50,16 @@ def described(files: TokenizerFiles, chosen: Class, named: NamedTokens) -> Descr
 
     pieces = model.pieces
     vocab = {piece.piece: index for index, piece in enumerate(pieces)}
+    # A class that takes the model as it is leaves its user-defined pieces to the pre-tokenizer.
+    special = (CONTROL,) if chosen.build is None else (CONTROL, USER_DEFINED)
     if "extra_special_tokens" not in named.init:
         named.extra = [
             AddedToken(piece.piece, normalized=False, special=piece.type == CONTROL)
             for piece in pieces
-            if piece.type in (CONTROL, USER_DEFINED)
+            if piece.type in special
         ]
     if chosen.build is not None:
         return as_class(files, chosen, {"vocab": vocab, "merges": merges_of(vocab)})
-    user_defined = {piece.piece for piece in pieces if piece.type == USER_DEFINED}
-    named.extra = [token for token in named.extra if str(token) not in user_defined]
     if model.normalizer_spec.add_dummy_prefix:
         named.decoder = {
             index: AddedToken(**{**token.__getstate__(), "normalized": False})

@@ -28,17 +28,20 @@ class Source:
     """Where weights and tokenizer come from: a base model, or a config and random weights (`base` is None).
 
     Also `config` (a ModelConfig), `fingerprint` (a string that identifies the weights), `tokenizer` or None,
-    and `dtype`, the storage of a whole model that the run saves: one name, or a name for each tensor.
+    `dtype`, the storage of a whole model that the run saves: one name, or a name for each tensor, and
+    `beside`, other files of such a model.
     UserError for files that cannot be read.
     """
 
     def __init__(self, o: TrainOptions):
+        self.beside: dict[str, bytes] = {}
         if o.model:
             from longlora.files.open_model import open_model
 
             self.base: Any = open_model(o.model)
             self.config, self.fingerprint = self.base.config, self.base.fingerprint()
             self.tokenizer = self.base.tokenizer() if self.base.has_tokenizer() else None
+            self.beside = self.base.beside()
             self.dtype: str | dict[str, str] = {name: self.base.dtype(name) for name in self.base.names()}
             return
         from longlora.files.tokenizer import Tokenizer

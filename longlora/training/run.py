@@ -504,7 +504,12 @@ class Run:
             adapter.save(directory, values, setup.lora, source.base, setup.raw, source.tokenizer, home)
         else:
             merge.save_merged(
-                directory, lambda name: host(values[name]), setup.raw, source.tokenizer, source.dtype
+                directory,
+                lambda name: host(values[name]),
+                setup.raw,
+                source.tokenizer,
+                source.dtype,
+                source.beside,
             )
 
     def finish(self) -> Result:

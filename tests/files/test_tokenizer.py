@@ -170,21 +170,22 @@ def test_sentence_piece_directory(tmp_path, config):
     equal(Tokenizer.from_directory(path), auto(path))
 
 
-def gguf_file(path, tok, model, **keys):
-    """A GGUF with the vocabulary of `tok` and a minimal model."""
+def gguf_file(path, tok, model, architecture="llama", types=(), **keys):
+    """A GGUF with the vocabulary of `tok` and a minimal model. types: token -> its type, or a new token's."""
     import gguf
 
     described = json.loads(tok.to_str())
     vocab = sorted(tok.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
     tokens, special = [token for token, _ in vocab], {token["content"] for token in described["added_tokens"]}
-    writer = gguf.GGUFWriter(path, "llama")
+    types = dict(types)
+    tokens += [token for token in types if token not in tokens]
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_tokenizer_model(model)
     writer.add_token_list(tokens)
-    writer.add_token_types(
-        [3 if token in special else 6 if token.startswith("<0x") else 1 for token in tokens]
-    )
+    known = {token: 3 if token in special else 6 if token.startswith("<0x") else 1 for token in tokens}
+    writer.add_token_types([types.get(token, known[token]) for token in tokens])
     merges = [" ".join(pair) for pair in described["model"]["merges"]]
-    if model == "gpt2":
+    if model == "gpt2" or keys.pop("with_merges", False):
         writer.add_token_merges(merges)
     else:
         writer.add_token_scores([-float(index) for index in range(len(tokens))])

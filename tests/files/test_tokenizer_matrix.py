@@ -295,7 +295,7 @@ def test_classes(tmp_path, kind, family):
 
 
 def test_every_class_of_transformers_is_here():
-    """Each class that transformers finds by its name builds what we build, takes tokenizer.json or is refused."""
+    """Each class that transformers finds by its name is one of ours, takes tokenizer.json or is refused."""
     import inspect
 
     import transformers
