@@ -57,8 +57,30 @@ def together(tokenizer, whole, size):
     runs=st.lists(
         st.tuples(
             st.sampled_from(
-                ["a", "ab", "abc", "1", "12", ".", "é", "e\u0301", "\u1100\u1161", "漢字", "仮", "x'll", "-a", " ",
-                 " b", "\n", "b\n", "a1", "🙂", "Ab", "<|endoftext|>", "</s>"]
+                [
+                    "a",
+                    "ab",
+                    "abc",
+                    "1",
+                    "12",
+                    ".",
+                    "é",
+                    "e\u0301",
+                    "\u1100\u1161",
+                    "漢字",
+                    "仮",
+                    "x'll",
+                    "-a",
+                    " ",
+                    " b",
+                    "\n",
+                    "b\n",
+                    "a1",
+                    "🙂",
+                    "Ab",
+                    "<|endoftext|>",
+                    "</s>",
+                ]
             ),
             st.integers(1, 90),
         ),
