@@ -57,6 +57,10 @@ def calls():
         (out(M, C), f32(R, C), f32(N, R), f32(N, C), f32(N), dy, x, weight, a, b, None, 2.0),
     )
     yield "s2_attention_forward", (out(1, T, H, D), f32(1, H, T), q, k, v, None, *scalars)
+    for S in (1, 12):
+        cache = [(random(1, 300, K, D), "out", "common") for _ in range(2)]
+        new = [random(1, S, heads, D) for heads in (H, K, K)]
+        yield "cached_attention", (out(1, S, H, D), *cache, *new, None, np.int32([280]), scalars[3])
     for boundary, length in ((0, T), (1, 3 * G), (2, 3 * G)):
         q, k, v, do = (random(1, length, heads, D) for heads in (H, K, K, H))
         o, lse = np.empty_like(q), np.empty((1, H, length), np.float32)

@@ -71,6 +71,17 @@ int check_s2_attention_backward(const char *op, const void *args) {
     return check_attention(op, &a->q, &a->k, &a->cu_seqlens, a->group_size, a->boundary, a->shift);
 }
 
+int check_cached_attention(const char *op, const void *args) {
+    const CachedAttention *a = args;
+    long long B = a->q.shape[0], H = a->q.shape[2], N = a->k_cache.shape[0], K = a->k_cache.shape[2];
+    if (given(&a->k) != given(&a->v))
+        return fail("%s: k and v go together, got only %s", op, given(&a->k) ? "k" : "v");
+    if (K ? H % K : H) return fail("%s: k_cache axis 2 should divide H=%lld, got %lld", op, H, K);
+    if (!given(&a->rows) && B > N)
+        return fail("%s: k_cache axis 0 should be at least B=%lld, got %lld", op, B, N);
+    return 0;
+}
+
 int check_adamw(const char *op, const void *args) {
     const Adamw *a = args;
     if (a->step < 1) return fail("%s: step should be at least 1, got %g", op, a->step);

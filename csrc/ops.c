@@ -84,6 +84,11 @@ const Op ops[] = {
        "| group_size:int boundary:int shift:int scale",
        SCRATCH(s2_attention_backward), WORKSPACE(s2_attention_backward), CHECK(s2_attention_backward)),
 
+    OP(cached_attention, CachedAttention,
+       "out[B,S,H,D] k_cache[N,P,K,D]:any+ v_cache[N,P,K,D]:any+ "
+       "<- q[B,S,H,D] k[B,S,K,D]? v[B,S,K,D]? rows[B]:i32? lengths[B]:i32 | scale",
+       SCRATCH(cached_attention), WORKSPACE(cached_attention), CHECK(cached_attention)),
+
     OP(swiglu_forward, SwigluForward,
        "out[M,F] <- gate[M,F]~ up[M,F]~"),
     OP(swiglu_backward, SwigluBackward,

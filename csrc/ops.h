@@ -31,8 +31,9 @@
  *
  * A GPU is not waited for, so the contents of arrays cannot be refused there. Instead: an id outside 0..V-1
  * gives a row of NaN and no gradient; a target outside 0..V-1 gives a loss of NaN; a position outside the
- * tables gives NaN; a document whose length does not suit wrap or swap gives NaN. Document boundaries are
- * clamped to 0..T, and tokens that belong to no document are not written. */
+ * tables gives NaN; a row or length outside the cache gives NaN and writes no key; a document whose length
+ * does not suit wrap or swap gives NaN. Document boundaries are clamped to 0..T, and tokens that belong to no
+ * document are not written. */
 #ifndef LONGLORA_OPS_H
 #define LONGLORA_OPS_H
 
@@ -209,6 +210,20 @@ DECLARE_OP(s2_attention_backward)
 DECLARE_SCRATCH(s2_attention_backward)
 DECLARE_WORKSPACE(s2_attention_backward)
 
+/* cached_attention, dense causal attention of S new tokens over a cache of keys and values, which has P
+ * places in each of its N rows. Sequence b has row rows[b] (b without rows), and no two sequences have the
+ * same one. Its row holds lengths[b] keys before the call. Where k and v are given, they are first written
+ * behind these, at places lengths[b] .. lengths[b]+S-1; else the caller has written them. Query s then sees
+ * places 0 .. lengths[b]+s. A sequence's results depend on its own queries, keys and length alone, not on B,
+ * N or P. */
+typedef struct {
+    Tensor out, k_cache, v_cache, q, k, v, rows, lengths;
+    double scale;
+} CachedAttention;
+DECLARE_OP(cached_attention)
+DECLARE_SCRATCH(cached_attention)
+DECLARE_WORKSPACE(cached_attention)
+
 /* swiglu: out = silu(gate) * up. Backward may write dgate and dup over gate and up. */
 typedef struct {
     Tensor out, gate, up;
@@ -276,6 +291,7 @@ int check_lora_linear_forward(const char *op, const void *args);
 int check_lora_linear_backward(const char *op, const void *args);
 int check_s2_attention_forward(const char *op, const void *args);
 int check_s2_attention_backward(const char *op, const void *args);
+int check_cached_attention(const char *op, const void *args);
 int check_adamw(const char *op, const void *args);
 
 /* The machine's peak, for profiles: n rounds of multiply-adds in registers -> floating point operations. */

@@ -37,7 +37,10 @@ template <bool ALIGNED> __global__ void __launch_bounds__(BLOCK)
     for (int j = 0; j < N; j++) {
         float x = g[j] * s.scale;
         a[j] = s.keep1 * a[j] + s.add1 * x;
-        b[j] = s.keep2 * b[j] + s.add2 * (x * x);
+        /* The square of a large gradient overflows, its share in v need not. */
+        bool large = fabsf(x) > 1e19f;
+        float part = large ? x * 0x1p-32f : x, share = large ? s.add2 * 0x1p64f : s.add2;
+        b[j] = s.keep2 * b[j] + share * (part * part);
         p[j] = p[j] * s.decay - s.rate * a[j] / (sqrtf(b[j]) * s.root + s.eps);
     }
     put_as<ALIGNED, float>(m, a, c, C);

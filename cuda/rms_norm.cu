@@ -14,6 +14,8 @@
  * in pieces another kernel reads x and dout again. A last kernel adds the blocks in a fixed order. */
 #include "rows.cuh"
 
+#include <float.h>
+
 enum { MOST = 512 };
 
 /* A row of C elements has `width` threads with up to `elements` each; a block has `rows` rows. */
@@ -32,6 +34,27 @@ static __device__ __forceinline__ float team_sum(float x, unsigned width, float 
     if (width > WARP) return block_sum(x, shared);
     for (unsigned offset = width / 2; offset; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
     return x;
+}
+
+/* What a row is multiplied by so that its squares stay in float32's range: nearly always 1. mean: that of the
+ * squares, plus eps. */
+static __device__ __forceinline__ float scale_of(float mean) {
+    return mean > FLT_MAX ? 0x1p-96f : mean < 0x1p-100f ? 0x1p96f : 1.0f;
+}
+
+/* The sum of the squares of a thread's elements of a row times `scale`. They begin at column c. */
+template <class T, bool ALIGNED, int N, int U> static __device__ __attribute__((noinline)) float
+squares_of(const T *row, int64_t c, int64_t step, int64_t piece, int64_t end, float scale) {
+    float squares = 0;
+    for (; c < end; c += piece)
+        for (int u = 0; u < U; u++) {
+            Raw<T, N> raw;
+            float v[N];
+            get<ALIGNED>(raw, row, c + u * step, end);
+            widen<T>(v, raw);
+            for (int j = 0; j < N; j++) squares += v[j] * scale * (v[j] * scale);
+        }
+    return squares;
 }
 
 /* Squares are those of the rounded sum, because the backward reads that. */
@@ -78,10 +101,15 @@ template <class T, bool ALIGNED> __global__ void __launch_bounds__(MOST)
             for (int j = 0; j < N; j++) squares += v[j] * v[j];
         }
     }
-    squares = team_sum(squares, width, shared);
-    float r = 1.0f / sqrtf(squares / (float)(C ? C : 1) + eps);
-    if (lane == 0 && (end || !C)) rstd[m] = r;
     const T *source = sum ? sum : x;
+    float count = (float)(C ? C : 1), mean = team_sum(squares, width, shared) / count + eps,
+          scale = scale_of(mean);
+    if (width > WARP ? scale != 1 : __any_sync(0xffffffffu, scale != 1)) {
+        squares = squares_of<T, ALIGNED, N, U>(source, lane * N, step, piece, end, scale);
+        mean = team_sum(squares, width, shared) / count + eps * scale * scale;
+    }
+    float r = 1.0f / sqrtf(mean);
+    if (lane == 0 && (end || !C)) rstd[m] = r * scale;
     for (int64_t base = last; base >= 0; base -= piece) {
         int64_t c = base + lane * N;
         Raw<T, N> ws[U];
@@ -96,7 +124,7 @@ template <class T, bool ALIGNED> __global__ void __launch_bounds__(MOST)
             widen<T>(w, ws[u]);
             widen<T>(v, xs[u]);
 #pragma unroll
-            for (int j = 0; j < N; j++) v[j] = v[j] * r * w[j];
+            for (int j = 0; j < N; j++) v[j] = v[j] * scale * r * w[j];
             narrow<T>(xs[u], v);
             put<ALIGNED>(out, xs[u], c + u * step, end);
         }
@@ -159,10 +187,10 @@ template <int N> static __device__ __forceinline__ void store_totals(const float
     }
 }
 
-/* dot += the sum of dout weight x over this thread's vectors, which begin at column c. */
+/* dot += the sum of dout weight (x by) over this thread's vectors, which begin at column c. */
 template <class T, bool ALIGNED, int N, int U> static __device__ __forceinline__ void
 add_products(float &dot, const Words<sizeof(T) * N> (&xs)[U], const Words<sizeof(T) * N> (&ds)[U],
-             const T *weight, int64_t c, int64_t step, int64_t C) {
+             const T *weight, int64_t c, int64_t step, int64_t C, float by) {
 #pragma unroll
     for (int u = 0; u < U; u++) {
         Raw<T, N> ws;
@@ -172,8 +200,14 @@ add_products(float &dot, const Words<sizeof(T) * N> (&xs)[U], const Words<sizeof
         widen<T>(d, ds[u]);
         widen<T>(v, xs[u]);
 #pragma unroll
-        for (int j = 0; j < N; j++) dot += d[j] * w[j] * v[j];
+        for (int j = 0; j < N; j++) dot += d[j] * w[j] * (v[j] * by);
     }
+}
+
+/* Whether the powers of rstd and their products with x may leave float32's range: then x rstd, which is about
+ * 1, comes first. */
+static __device__ __forceinline__ bool far_from_1(float rstd) {
+    return fabsf(rstd) < 0x1p-40f || fabsf(rstd) > 0x1p40f;
 }
 
 /* out_i = x_i r w_i with r = (mean x^2 + eps)^-1/2, so dx_i = r g_i - x_i r^3 mean(g x) with g = dout w. A
@@ -199,7 +233,7 @@ template <class T, bool ALIGNED> __global__ void __launch_bounds__(MOST, 1)
             prefetch_l2(dout + next * dout_row, bytes);
             if (dresidual) prefetch_l2(dresidual + next * dresidual_row, bytes);
         }
-        float r = rstd[m], dot = 0;
+        float r = rstd[m], dot = 0, by = far_from_1(r) ? r : 1.0f, after = far_from_1(r) ? 1.0f : r;
         Raw<T, N> xs[U], ds[U], more[U];
         for (int64_t base = 0; base <= last; base += piece) {
             int64_t c = base + lane * N;
@@ -212,9 +246,9 @@ template <class T, bool ALIGNED> __global__ void __launch_bounds__(MOST, 1)
 #pragma unroll
                 for (int u = 0; u < U; u++)
                     get<ALIGNED>(more[u], dresidual + m * dresidual_row, c + u * step, end);
-            add_products<T, ALIGNED, N, U>(dot, xs, ds, weight, c, step, C);
+            add_products<T, ALIGNED, N, U>(dot, xs, ds, weight, c, step, C, by);
         }
-        float k = team_sum(dot, width, shared) * r * r * r / (float)C;
+        float k = team_sum(dot, width, shared) * r * after * after / (float)C;
         for (int64_t base = last; base >= 0; base -= piece) {
             int64_t c = base + lane * N;
             Raw<T, N> ws;
@@ -232,7 +266,7 @@ template <class T, bool ALIGNED> __global__ void __launch_bounds__(MOST, 1)
                 widen<T>(v, xs[u]);
                 if (u + 1 < U) get<ALIGNED>(ws, weight, c + (u + 1) * step, C);
 #pragma unroll
-                for (int j = 0; j < N; j++) g[j] = r * d[j] * w[j] - k * v[j];
+                for (int j = 0; j < N; j++) g[j] = r * d[j] * w[j] - k * (v[j] * by);
                 if (dresidual) {
                     float e[N];
                     widen<T>(e, more[u]);
@@ -242,7 +276,7 @@ template <class T, bool ALIGNED> __global__ void __launch_bounds__(MOST, 1)
                 narrow<T>(xs[u], g);
                 put<ALIGNED>(dx + m * dx_row, xs[u], c + u * step, end);
 #pragma unroll
-                for (int j = 0; j < N; j++) total[u][j] += d[j] * v[j] * r;
+                for (int j = 0; j < N; j++) total[u][j] += d[j] * (v[j] * by) * after;
             }
         }
     }
@@ -260,8 +294,10 @@ template <class T> __global__ void __launch_bounds__(BLOCK)
     if (c >= C) return;
     float sum = 0;
 #pragma unroll 4
-    for (int64_t m = blockIdx.y; m < M; m += gridDim.y)
-        sum += to_float(dout[m * dout_row + c]) * to_float(x[m * x_row + c]) * rstd[m];
+    for (int64_t m = blockIdx.y; m < M; m += gridDim.y) {
+        float r = rstd[m], v = to_float(x[m * x_row + c]), d = to_float(dout[m * dout_row + c]);
+        sum += far_from_1(r) ? d * (v * r) : d * v * r;
+    }
     partial[blockIdx.y * pitch + c] = sum;
 }
 

@@ -255,7 +255,7 @@ gradients(float (&e)[4][4], float (&de)[4][4], const Backward &a, const Work &w,
             int at = key + (ROWS_ARE_KEYS ? down : across);
             bool seen = r < s.rows && at <= r && at >= first_key(s, r);
             float l = seen ? lse[token(s, r)] : 0;
-            float weight = seen ? expf(e[i][j] * scale - (l == -INFINITY ? 0 : l)) : 0;
+            float weight = seen ? expf(__fmul_rn(e[i][j], scale) - (l == -INFINITY ? 0 : l)) : 0;
             e[i][j] = weight;
             de[i][j] = seen ? weight * (de[i][j] - delta[token(s, r)]) : 0;
         }

@@ -7,7 +7,14 @@
 
 enum { FORWARD = 2, BACKWARD = 1 }; /* vectors per thread, of each array */
 
-static __device__ __forceinline__ float sigmoid(float x) { return reciprocal_fast(1.0f + expf(-x)); }
+/* Below LOWEST exp(-x) leaves float32's range, and exp(x) is the sigmoid. */
+static __device__ __forceinline__ float sigmoid(float x) {
+    constexpr float LOWEST = -87;
+    float e = expf(x < LOWEST ? x : -x);
+    return x < LOWEST ? e : reciprocal_fast(1.0f + e);
+}
+/* For products with a sigmoid of 0: -inf times that is no number. */
+static __device__ __forceinline__ float clipped(float x) { return fmaxf(x, -1e30f); }
 
 template <class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK)
     forward_kernel(T *out, int64_t out_row, const T *gate, int64_t gate_row, const T *up, int64_t up_row,
@@ -27,7 +34,7 @@ template <class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK)
             widen<T>(g, gates[u]);
             widen<T>(x, ups[u]);
 #pragma unroll
-            for (int j = 0; j < N; j++) g[j] = g[j] * sigmoid(g[j]) * x[j];
+            for (int j = 0; j < N; j++) g[j] = clipped(g[j]) * sigmoid(g[j]) * x[j];
             narrow<T>(gates[u], g);
             put<ALIGNED>(out + m * out_row, gates[u], p.c + u * p.step, F);
         }
@@ -52,7 +59,7 @@ template <class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK)
         widen<T>(d, douts);
 #pragma unroll
         for (int j = 0; j < N; j++) {
-            float s = sigmoid(g[j]), y = g[j];
+            float s = sigmoid(g[j]), y = clipped(g[j]);
             g[j] = d[j] * x[j] * s * (1.0f + y * (1.0f - s));
             x[j] = d[j] * y * s;
         }

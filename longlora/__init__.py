@@ -1,9 +1,9 @@
 """LongLoRA (arXiv 2309.12307): extend the context of a pretrained decoder on one machine.
 
-The commands of the command line are functions of this package: train, plan, ppl, merge, inspect, doctor,
-demo. longlora.ops and Tensor are the kernels, on NumPy, torch and other DLPack arrays. longlora.torch works
-on models of transformers. longlora.cuda describes the GPUs. Every name is imported at its first use, so
-`import longlora` loads nothing, not even NumPy.
+The commands of the command line are functions of this package: train, plan, ppl, generate, chat, merge,
+inspect, doctor, demo. longlora.ops and Tensor are the kernels, on NumPy, torch and other DLPack arrays.
+longlora.torch works on models of transformers. longlora.cuda describes the GPUs. Every name is imported at
+its first use, so `import longlora` loads nothing, not even NumPy.
 """
 
 import importlib
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from longlora._C import Tensor, get_num_threads, set_num_threads
     from longlora.evaluation.ppl import run as ppl
     from longlora.files.merge import merge
+    from longlora.serving.chat import chat
+    from longlora.serving.generate import generate
     from longlora.tools.demo import run as demo
     from longlora.tools.doctor import examine as doctor
     from longlora.tools.inspect import describe as inspect
@@ -28,6 +30,8 @@ _COMMANDS = {
     "train": "training.driver:train",
     "plan": "training.driver:plan",
     "ppl": "evaluation.ppl:run",
+    "generate": "serving.generate:generate",
+    "chat": "serving.chat:chat",
     "merge": "files.merge:merge",
     "inspect": "tools.inspect:describe",
     "doctor": "tools.doctor:examine",
@@ -52,10 +56,14 @@ def _compiled():
     os.environ.update(ours)
     try:
         extension = importlib.import_module("._C", __name__)
-        extension.get_num_threads()
+        threads = extension.get_num_threads()
     finally:
         for name in ours:
             os.environ.pop(name, None)
+    if "OMP_NUM_THREADS" not in os.environ:
+        from longlora.job import processors
+
+        extension.set_num_threads(min(threads, processors()))  # OpenMP knows no quota of a control group
     return extension
 
 

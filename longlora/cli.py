@@ -13,6 +13,8 @@ from typing import NamedTuple, NoReturn
 from longlora.errors import UserError
 from longlora.training import options
 
+_DTYPES = ("float32", "bfloat16", "float16")
+
 
 class Command(NamedTuple):
     """A row of the table: add_flags puts the flags on a parser, run takes them and returns the exit code."""
@@ -104,6 +106,80 @@ def _ppl(args: argparse.Namespace) -> int:
     return 0
 
 
+def _generation_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, help="a Hugging Face directory or a .gguf file")
+    add("--adapter", help="an adapter trained on that model")
+    add(
+        "--context",
+        type=int,
+        help="tokens of prompt and answer together (default: what the model was made for)",
+    )
+    add(
+        "--max-new-tokens",
+        type=int,
+        help="tokens of an answer at most (default: what the context has room for)",
+    )
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token [0]")
+    add("--top-k", type=int, default=0, help="draw from the K likeliest tokens; 0 is all [0]")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that sum to P [1]")
+    add("--min-p", type=float, default=0.0, help="drop tokens below P times the likeliest one [0]")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1 avoids tokens that were there [1]")
+    add("--presence-penalty", type=float, default=0.0, help="lowers tokens that are in the answer [0]")
+    add("--frequency-penalty", type=float, default=0.0, help="lowers them each time they come [0]")
+    add("--seed", type=int, help="draw the same tokens each time")
+    add("--chat-template", help="a file with a chat template (default: the model's own)")
+    add("--dtype", default="auto", choices=("auto", *_DTYPES), help="of the weights [auto: as in the files]")
+    add("--cache-dtype", default="auto", choices=("auto", *_DTYPES), help="of keys and values [auto: dtype]")
+    _device_flag(parser, "auto")
+
+
+def _generate_flags(parser: argparse.ArgumentParser) -> None:
+    _generation_flags(parser)
+    parser.add_argument("--prompt", help="a text to continue; - reads it from standard input")
+    parser.add_argument("--prompt-file", help="a file with the text to continue")
+    parser.add_argument("--material", help="a .txt, .md or .pdf file that --question is about")
+    parser.add_argument("--question", help="a question, answered through the model's chat template")
+    parser.add_argument("--stop", action="append", default=[], help="a text that ends the answer; repeatable")
+    parser.add_argument("--json", action="store_true", help="print the answer, its tokens and times as JSON")
+
+
+def _generate(args: argparse.Namespace) -> int:
+    import longlora
+    from longlora.serving import generate as command
+
+    given = vars(args).copy()
+    for name in ("command", "json", "prompt_file"):
+        del given[name]
+    if args.prompt_file is not None:
+        if args.prompt is not None:
+            raise UserError("--prompt and --prompt-file exclude each other")
+        given["prompt"] = command.read_material(args.prompt_file)
+    elif args.prompt == "-":
+        given["prompt"] = sys.stdin.read()
+    answer = longlora.generate(**given)
+    if not args.json:
+        command.show(answer)
+        return 0
+    text = "".join(answer)
+    found = dict(text=text, tokens=answer.tokens, reason=answer.reason, prompt_tokens=answer.prompt_tokens)
+    print(json.dumps(found | dict(seconds=answer.seconds, seconds_to_first_token=answer.first)))
+    return 0
+
+
+def _chat_flags(parser: argparse.ArgumentParser) -> None:
+    _generation_flags(parser)
+    parser.add_argument("--system", help="the system message that the conversation begins with")
+
+
+def _chat(args: argparse.Namespace) -> int:
+    import longlora
+
+    given = {name: value for name, value in vars(args).items() if name != "command"}
+    longlora.chat(**given)
+    return 0
+
+
 def _merge_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help="the base model: a Hugging Face directory or a .gguf file"
@@ -161,6 +237,8 @@ COMMANDS = (
     Command("train", "extend a model: LoRA, S2-Attn, position interpolation", options.add_flags, _train),
     Command("plan", "show the memory a training run takes, from the config alone", _plan_flags, _plan),
     Command("ppl", "measure perplexity by length, with dense attention", _ppl_flags, _ppl),
+    Command("generate", "continue a text, or answer a question about one", _generate_flags, _generate),
+    Command("chat", "talk to a model at the terminal", _chat_flags, _chat),
     Command("merge", "write base model and adapter as one model for any server", _merge_flags, _merge),
     Command("inspect", "describe a model, an adapter or a checkpoint", _inspect_flags, _inspect),
     Command(

@@ -271,6 +271,39 @@ def attention_scalars(
     )
 
 
+def cached_attention(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    lengths: Array,
+    *,
+    k: Array | None = None,
+    v: Array | None = None,
+    rows: Array | None = None,
+    scale: float | None = None,
+) -> Array:
+    """Attention of S new tokens over a cache of keys and values, dense and causal -> out [B,S,H,D].
+
+    q [B,S,H,D]. k_cache and v_cache [N,P,K,D] have P places in each of N rows, and may each have a float
+    dtype of their own.
+
+    lengths: int32 [B], the keys that each sequence's row held before these S tokens. Query s sees places
+        0 .. lengths[b] + s.
+    k, v: [B,S,K,D], the keys and values of the new tokens. They are first written to the cache, in place.
+        Without them the cache already holds them.
+    rows: int32 [B], each sequence's row of the cache (default: row b). No row comes twice.
+    scale: factor of q k^T (default: 1/sqrt(D)).
+
+    A sequence's result depends on its own queries, keys and length alone, bit by bit. ValueError for a row
+    or length outside the cache; on a GPU such a sequence gives NaN.
+    """
+    if len(q.shape) != 4:
+        raise ValueError(f"cached_attention: q should have 4 axes, got {len(q.shape)}")
+    out, factor = empty_like(q), 1 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale
+    _C.cached_attention(out, k_cache, v_cache, q, k, v, rows, lengths, factor)
+    return give_back(q, out)
+
+
 def swiglu_forward(gate: Array, up: Array) -> Array:
     """silu(gate) up, element by element, for gate and up [M,F] -> out [M,F]. SwiGLU, arXiv 2002.05202."""
     out = empty_like(gate)

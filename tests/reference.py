@@ -172,6 +172,28 @@ def s2_attention_backward(
     return tuple(np.swapaxes(x, 1, 2) for x in (scale * ds @ k, dk, dv))
 
 
+def cached_attention(q, k_cache, v_cache, lengths, *, k=None, v=None, rows=None, scale=None):
+    """Row by row: query s of sequence b sees places 0 .. lengths[b] + s of its row, where k and v may be new.
+
+    The cache is not written.
+    """
+    (B, S, H, D), K = q.shape, k_cache.shape[2]
+    scale = 1 / math.sqrt(max(D, 1)) if scale is None else scale
+    out = np.zeros(q.shape, PRECISION)
+    for b, h in np.ndindex(B, H):
+        row, first = b if rows is None else int(rows[b]), int(lengths[b])
+        keys, values = (f64(x[row, : first + S, h // (H // K)]) for x in (k_cache, v_cache))
+        if k is not None:
+            # The cache rounds what is written to its own dtype.
+            keys[first:] = f64(k[b, :, h // (H // K)].astype(k_cache.dtype))
+            values[first:] = f64(v[b, :, h // (H // K)].astype(v_cache.dtype))
+        for s in range(S):
+            scores = keys[: first + s + 1] @ f64(q[b, s, h]) * scale
+            e = np.exp(scores - scores.max())
+            out[b, s, h] = e / e.sum() @ values[: first + s + 1]
+    return out
+
+
 def swiglu_forward(gate, up):
     gate = f64(gate)
     return gate * sigmoid(gate) * f64(up)

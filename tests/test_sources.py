@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import numpy
@@ -72,6 +73,29 @@ def test_only_the_binding_knows_python():
     assert [name for name, headers in included.items() if "Python.h" in headers] == ["binding.h"]
     binding = [p.name for p in SOURCES if p.parent.name == "python" and p.suffix == ".c"]
     assert [name for name, headers in included.items() if "binding.h" in headers] == binding
+
+
+def functions_and_calls(path):
+    """-> the functions of a C file that other files may call, all that it defines, all that it calls."""
+    left_out = r'(?s:/\*.*?\*/)|"(?:\\.|[^"\\\n])*"|^#(?:.*\\\n)*.*'  # comments, strings, directives
+    text = re.sub(r"\bCPU\((\w+)\)", r"\1", re.sub(left_out, "", path.read_text(), flags=re.M))
+    defined = re.findall(r"^(\w[^;={}()]*?)\b(\w+)\([^;{}]*\)\s*\{", text, re.M)
+    public = {name for kind, name in defined if "static" not in kind and "INLINE" not in kind}
+    return public, {name for _, name in defined}, set(re.findall(r"(?<![\w.>])(\w+)\(", text))
+
+
+@pytest.mark.parametrize("pattern", ["csrc/**/*.c", "cuda/**/*.cu"])
+def test_no_c_files_call_each_other_in_a_circle(pattern):
+    files = {str(path.relative_to(ROOT)): functions_and_calls(path) for path in ROOT.glob(pattern)}
+    graph = {
+        name: {other for other, (public, _, _) in files.items() if other != name and public & (calls - own)}
+        for name, (_, own, calls) in files.items()
+    }
+    assert sum(map(len, graph.values())) > 3, "the calls were not found"
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"calls in a circle: {' -> '.join(error.args[1])}")
 
 
 def test_nothing_below_the_binding_prints_or_ends_the_process():

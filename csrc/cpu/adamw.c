@@ -22,7 +22,10 @@ static int update_block(int64_t block, void *context) {
     for (int64_t i = 0; i < n; i++) {
         float g = grad[i] * s.scale;
         m[i] = s.keep1 * m[i] + s.add1 * g;
-        v[i] = s.keep2 * v[i] + s.add2 * (g * g);
+        /* The square of a large gradient overflows, its share in v need not. */
+        int large = fabsf(g) > 1e19f;
+        float part = large ? g * 0x1p-32f : g, share = large ? s.add2 * 0x1p64f : s.add2;
+        v[i] = s.keep2 * v[i] + share * (part * part);
         param[i] = param[i] * s.decay - s.rate * m[i] / (sqrtf(v[i]) * s.root + s.eps);
     }
     if (given(&a->copy)) store_row(at(&a->copy, first), a->copy.dtype, param, n);

@@ -118,30 +118,20 @@ static inline float vf_sum(vf x) {
     return sum[0] + sum[1];
 }
 
-/* exp with a relative error below 2 ulp; 0 below -87.3, +inf above 88.7, NaN stays NaN. x = n ln2 + r with
- * |r| <= ln2/2, where ln2 has two parts; a polynomial of degree 6 in r; then 2^n in two halves, so that the
- * ends do not overflow. */
-static inline vf vf_exp(vf x) {
-    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    vf n = (x * 1.44269504088896341f + magic) - magic;
-    vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    vf p = 1.3981999507e-3f + r * 1.9875691500e-4f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    vf c = vf_max(vf_min(n, vf_set1(254.0f)), vf_set1(-252.0f));
-    vi whole = __builtin_convertvector(c, vi), half = whole >> 1;
-    p = p * (vf)((half + 127) << 23) * (vf)((whole - half + 127) << 23);
-    p = vf_select(x > 88.72283f, vf_set1(INFINITY), p);
-    p = vf_select(x < -87.33654f, vf_set1(0.0f), p);
-    return vf_select(x == x, p, x);
+/* Whether any lane of x is `limit` or more, or a NaN. No lane is negative. May also be so for their sum. */
+static inline int vf_any_from(vf x, float limit) {
+#if defined __AVX512F__
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)vf_set1(limit), _CMP_NLT_UQ);
+#elif defined __AVX2__
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, (__m256)vf_set1(limit), _CMP_NLT_UQ));
+#else
+    return !(vf_sum(x) < limit);
+#endif
 }
 
 /* exp for x in -88..88, with a relative error below 2^-22 for |x| below 40 and 2^-21.6 at the ends; 0 from
- * -87.7 down. As vf_exp, but the magic number contains the exponent's bias, so n need only be shifted into
- * place; and x - n ln2 is rounded once, so ln2 needs only one part. */
+ * -87.7 down. x = n ln2 + r with |r| <= ln2/2; a polynomial in r, times 2^n. The magic number contains the
+ * exponent's bias, so n need only be shifted into place. */
 static inline vf vf_exp_within(vf x) {
     const float magic = 12582912.0f + 127.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     vf t = x * 1.44269504088896341f + magic, n = t - magic;
@@ -219,6 +209,12 @@ static inline uint16_t float_to_f16(float x) {
         return (uint16_t)(sign | (u - 0x3f000000));
     }
     return (uint16_t)(sign | ((u + 0xfff + (u >> 13 & 1) - (112u << 23)) >> 13));
+}
+
+/* An index from an array of the caller, which another thread may change during the call. Whoever uses an
+ * index reads it once and checks what was read. */
+static inline int32_t index_at(const Tensor *t, int64_t offset) {
+    return __atomic_load_n((const int32_t *)at(t, offset), __ATOMIC_RELAXED);
 }
 
 /* One element, any of the three float dtypes. */

@@ -11,6 +11,8 @@
  * docs/tuning/linear_cross_entropy.md. */
 #include "gemm/gemm.h"
 
+#include <float.h>
+
 /* A chunk holds, with what its matrix products pack, CHUNK_BYTES and CHUNK_ROWS at most, or NARROW_BYTES
  * where products convert rows of weight as well: less than 64 MiB in all. */
 enum {
@@ -24,6 +26,7 @@ enum {
 };
 
 typedef struct { /* a chunk of rows, a stretch v0 .. v1 of the vocabulary */
+    const char *op;
     const Tensor *x, *weight, *targets, *dlosses, *dx, *dweight; /* forward: the three d are NULL */
     int64_t ignore;
     int keep;      /* the exponentials of all stretches are kept, one behind the other */
@@ -79,7 +82,14 @@ static int64_t rows_of_chunk(const Chunk *c) { return ceil_div(units_of(c), coun
 /* ---- the softmax ----------------------------------------------------------------------------- */
 
 static inline int64_t target(const Chunk *c, int64_t i) {
-    return ((const int32_t *)c->targets->data)[(c->row0 + i) * c->targets->stride[0]];
+    return index_at(c->targets, (c->row0 + i) * c->targets->stride[0]);
+}
+/* 0, or -1 after fail() if the target t of row i is neither a row of weight nor ignored. */
+static inline int check_target(const Chunk *c, int64_t i, int64_t t) {
+    int64_t V = c->weight->shape[0];
+    if (t == c->ignore || (t >= 0 && t < V)) return 0;
+    return fail("%s: targets[%lld] should be 0..%lld or ignore_index=%lld, got %lld", c->op,
+                (long long)(c->row0 + i), (long long)V - 1, (long long)c->ignore, (long long)t);
 }
 /* 0 where the target is ignored, whatever dlosses has there. */
 static inline float dloss(const Chunk *c, int64_t i) {
@@ -118,7 +128,7 @@ static void raise_from(const Chunk *c) {
     for (int64_t i = 0; i < c->stride; i++) {
         if (c->v0 > 0 && !(c->max[i] > c->from[i] + SLACK)) continue;
         float shrink = expf(c->from[i] - c->max[i]);
-        c->from[i] = c->max[i];
+        c->from[i] = c->max[i] == -INFINITY ? -FLT_MAX : c->max[i]; /* -inf less -inf is no number */
         if (c->v0 == 0) continue;
         c->total[i] *= shrink;
         for (int64_t j = 0; c->dlosses && i < c->rows && j < C; j++) c->sums[i * c->sums_row + j] *= shrink;
@@ -171,6 +181,7 @@ static int dx_row(int64_t i, void *context) {
     int64_t C = c->x->shape[1], size = dtype_size(c->weight->dtype), t = target(c, i);
     float *sums = c->sums + i * c->sums_row, others = dloss(c, i) / c->total[i];
     char *out = at(c->dx, (c->row0 + i) * c->dx->stride[0]);
+    if (check_target(c, i, t)) return -1;
     if (t == c->ignore) {
         memset(out, 0, (size_t)(C * dtype_size(c->dx->dtype)));
         return 0;
@@ -316,13 +327,10 @@ static Chunk backward_chunk(const LinearCrossEntropyBackward *f) {
 }
 
 static int run(const char *op, const Tensor *losses, const Tensor *lse, Chunk c) {
-    int64_t M = c.x->shape[0], C = c.x->shape[1], V = c.weight->shape[0];
-    for (int64_t m = 0; m < M; m++) {
-        int64_t t = target(&c, m);
-        if (t != c.ignore && (t < 0 || t >= V))
-            return fail("%s: targets[%lld] should be 0..%lld or ignore_index=%lld, got %lld", op,
-                        (long long)m, (long long)V - 1, (long long)c.ignore, (long long)t);
-    }
+    int64_t M = c.x->shape[0], C = c.x->shape[1];
+    c.op = op;
+    for (int64_t m = 0; m < M; m++)
+        if (check_target(&c, m, target(&c, m))) return -1;
     if (M == 0) return 0;
     int64_t rows = rows_of_chunk(&c), chunks = count_chunks(&c), units = units_of(&c),
             blocks = STRETCH / BLOCK;

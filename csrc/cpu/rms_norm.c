@@ -5,6 +5,8 @@
  * docs/tuning/rms_norm.md. */
 #include "cpu.h"
 
+#include <float.h>
+
 enum {
     ROWS = 32,
     STEP = 4 * VW,    /* elements at a time, two pairs of vectors: a single sum would wait for itself */
@@ -93,6 +95,25 @@ INLINE void scale_step(char *out, const char *x, const char *weight, int32_t dty
     put(out, dtype, c, n, v);
 }
 
+/* A row whose sum of squares leaves float32's range, in float64: numbers above 2^48, or below 2^-50 and eps
+ * as small. Returns rstd. */
+static __attribute__((noinline)) float forward_far(const RmsNormForward *a, int64_t m, int32_t dtype) {
+    const Tensor *source = given(&a->sum) ? &a->sum : &a->x;
+    int64_t C = a->x.shape[1], size = dtype_size(dtype);
+    char *out = at(&a->out, m * a->out.stride[0]);
+    const char *x = at(source, m * source->stride[0]), *weight = a->weight.data;
+    double squares = 0;
+    for (int64_t c = 0; c < C; c++) {
+        double v = load1(x + c * size, dtype);
+        squares += v * v;
+    }
+    double rstd = 1 / sqrt(squares / (double)(C ? C : 1) + a->eps);
+    for (int64_t c = 0; c < C; c++)
+        store1(out + c * size, dtype,
+               (float)(load1(x + c * size, dtype) * rstd * load1(weight + c * size, dtype)));
+    return (float)rstd;
+}
+
 INLINE void forward_row(const RmsNormForward *a, int64_t m, int32_t dtype) {
     int64_t C = a->x.shape[1], size = dtype_size(dtype), c = 0;
     char *out = at(&a->out, m * a->out.stride[0]),
@@ -112,7 +133,11 @@ INLINE void forward_row(const RmsNormForward *a, int64_t m, int32_t dtype) {
         if (c < end) square_step(x, residual, sum, dtype, c, end - c, squares);
         total += (squares[0] + squares[1]) + (squares[2] + squares[3]);
     }
-    float rstd = 1.0f / sqrtf(vf_sum(total) / (float)(C ? C : 1) + (float)a->eps);
+    float mean = vf_sum(total) / (float)(C ? C : 1) + (float)a->eps, rstd = 1.0f / sqrtf(mean);
+    if (__builtin_expect(mean < 0x1p-100f || mean > FLT_MAX, 0)) {
+        ((float *)a->rstd.data)[m] = forward_far(a, m, dtype);
+        return;
+    }
     const char *source = sum ? sum : x;
     for (c = 0; c + STEP <= C; c += STEP) {
         fetch(next, dtype, c);
@@ -147,6 +172,11 @@ int CPU(rms_norm_forward)(const void *args, void *stream) {
                         (void *)a);
 }
 
+/* Where a partial row of dweight has column c: vectors lie as they were loaded. */
+static int64_t place_of(int32_t dtype, int64_t c) {
+    return c / (2 * VW) * (2 * VW) + vf2_place(dtype, c % (2 * VW));
+}
+
 INLINE void dot_step(const char *dout, const char *weight, const char *x, int32_t dtype, int64_t c, int64_t n,
                      vf dots[4]) {
     Step d = get(dout, dtype, c, n), w = get(weight, dtype, c, n), v = get(x, dtype, c, n);
@@ -171,6 +201,27 @@ INLINE void gradient_step(char *dx, float *dweight, const char *dout, const char
     put(dx, dtype, c, n, grad);
 }
 
+/* A row whose rstd is far from 1: products with the powers of rstd below leave float32's range. In float64.
+ */
+static __attribute__((noinline)) void backward_far(const RmsNormBackward *a, int64_t m, int32_t dtype,
+                                                   float *dweight) {
+    int64_t C = a->x.shape[1], size = dtype_size(dtype);
+    char *dx = at(&a->dx, m * a->dx.stride[0]);
+    const char *x = at(&a->x, m * a->x.stride[0]), *dout = at(&a->dout, m * a->dout.stride[0]),
+               *weight = a->weight.data;
+    const char *dresidual = given(&a->dresidual) ? at(&a->dresidual, m * a->dresidual.stride[0]) : NULL;
+    double r = ((const float *)a->rstd.data)[m], total = 0;
+    for (int64_t i = 0; i < C * size; i += size)
+        total += (double)load1(dout + i, dtype) * load1(weight + i, dtype) * (load1(x + i, dtype) * r);
+    double k = total * r / (double)C;
+    for (int64_t c = 0, i = 0; c < C; c++, i += size) {
+        double d = load1(dout + i, dtype), v = load1(x + i, dtype) * r;
+        double grad = r * d * load1(weight + i, dtype) - k * v;
+        if (dweight) dweight[place_of(dtype, c)] += (float)(d * v);
+        store1(dx + i, dtype, (float)(dresidual ? grad + load1(dresidual + i, dtype) : grad));
+    }
+}
+
 /* out_i = x_i r w_i with r = (mean x^2 + eps)^-1/2, so dx_i = r g_i - x_i r^3 mean(g x), g = dout w. */
 INLINE void backward_row(const RmsNormBackward *a, int64_t m, int32_t dtype, float *dweight) {
     int64_t C = a->x.shape[1], size = dtype_size(dtype), c = 0;
@@ -180,6 +231,10 @@ INLINE void backward_row(const RmsNormBackward *a, int64_t m, int32_t dtype, flo
     const char *dresidual = given(&a->dresidual) ? at(&a->dresidual, m * a->dresidual.stride[0]) : NULL;
     const char *next_x = x + a->x.stride[0] * size, *next_dout = dout + a->dout.stride[0] * size;
     float r = ((const float *)a->rstd.data)[m];
+    if (__builtin_expect(fabsf(r) < 0x1p-40f || fabsf(r) > 0x1p40f, 0)) {
+        backward_far(a, m, dtype, dweight);
+        return;
+    }
     vf total = { 0 };
     for (int64_t end; c < C; c = end) {
         end = c + SPAN < C ? c + SPAN : C;
@@ -238,8 +293,7 @@ int CPU(rms_norm_backward)(const void *args, void *stream) {
         float *dweight = a->dweight.data;
         for (int64_t task = 1; task < tasks; task++)
             for (int64_t c = 0; c < b.pitch; c++) b.partial[c] += b.partial[task * b.pitch + c];
-        for (int64_t c = 0; c < C; c++)
-            dweight[c] += b.partial[c / (2 * VW) * (2 * VW) + vf2_place(a->x.dtype, c % (2 * VW))];
+        for (int64_t c = 0; c < C; c++) dweight[c] += b.partial[place_of(a->x.dtype, c)];
         scratch_free(b.partial);
     }
     return status;

@@ -2,8 +2,7 @@
  * arithmetic (s2_attention.h), and products and scores of a block are in s2_block.h. Measurements:
  * docs/tuning/s2_attention.md.
  *
- * Forward: a task is a chunk of a segment's query rows for query heads of one KV head. It walks over the keys
- * in blocks of BK, with an online softmax.
+ * Forward: tasks are independent of each other (s2_forward.h).
  *
  * Backward: a segment is cut into chunks of at most CHUNK rows. A task is a pair of chunks: queries of chunk
  * i and keys of chunk i - phase. Within a phase no two tasks share a row of dq, dk or dv, so they run side by
@@ -11,7 +10,7 @@
  * are narrower. Plain heads come first, then shifted heads, which may share a KV head with plain ones. No sum
  * depends on the number of threads. */
 #include "s2_attention.h"
-#include "s2_block.h"
+#include "s2_forward.h"
 
 #include <stdatomic.h>
 
@@ -23,102 +22,13 @@ typedef struct {
     Work w;
     atomic_llong next; /* the first task that no thread has taken */
     float *memory;     /* `floats` for each thread */
-    int64_t pitch, floats;
+    int64_t floats;
 } Forward;
-
-/* Turns scores [keys,BQ] into exp(score - maximum) in place, 0 where hidden, and updates the running maximum
- * and sum of each row. shrink is the factor for what the row has summed before. */
-static void softmax(float *p, const Block *b, float *maximum, float *sum, float *shrink) {
-    for (int64_t v = 0; v * VW < b->rows; v += NV) {
-        float *column = p + v * VW;
-        int64_t keys = keys_of(b, v, NV),
-                first = b->segment->low > b->key ? 0 : max64(0, b->row + v * VW + 1 - b->key);
-        for (int64_t j = first; j < keys; j++)
-            if (any_hidden(b, j, v))
-                for (int i = 0; i < NV; i++) {
-                    float *x = column + j * BQ + i * VW;
-                    vf_store(x, vf_select(hidden(b, j, v + i), vf_set1(-INFINITY), vf_load(x)));
-                }
-        vf old[NV], top[NV], total[NV];
-        for (int i = 0; i < NV; i++) {
-            top[i] = old[i] = vf_load(maximum + (v + i) * VW);
-            total[i] = (vf){ 0 };
-        }
-        for (int64_t j = 0; j < keys; j++)
-            for (int i = 0; i < NV; i++) top[i] = vf_max(top[i], vf_load(column + j * BQ + i * VW));
-        for (int i = 0; i < NV; i++) {
-            vf_store(maximum + (v + i) * VW, top[i]);
-            /* A row that has seen no key: exp(-inf - 0) is 0, exp(-inf + inf) is not. */
-            top[i] = vf_select(top[i] == -INFINITY, (vf){ 0 }, top[i]);
-        }
-        for (int64_t j = 0; j < keys; j++)
-            for (int i = 0; i < NV; i++) {
-                float *x = column + j * BQ + i * VW;
-                vf e = vf_exp_below(vf_load(x) - top[i]);
-                vf_store(x, e);
-                total[i] += e;
-            }
-        for (int i = 0; i < NV; i++) {
-            vf less = vf_exp_below(old[i] - top[i]);
-            vf_store(shrink + (v + i) * VW, less);
-            vf_store(sum + (v + i) * VW, vf_load(sum + (v + i) * VW) * less + total[i]);
-        }
-    }
-}
-
-static void forward_task(const Forward *f, const Task *task, float *memory) {
-    const S2AttentionForward *a = f->a;
-    const Segment *s = task->segment;
-    int64_t D = f->p.D, pitch = f->pitch, n = task->last - task->first, size = round_up(n, BQ);
-    int64_t all = (task->to - task->from) * size;
-    float *qt = memory, *out = qt + all * pitch, *maximum = out + all * pitch, *sum = maximum + all,
-          *shrink = sum + all;
-    float *k = shrink + BQ, *v = k + BK * pitch, *p = v + BK * pitch;
-    for (int64_t i = 0; i < all; i += BQ) {
-        int64_t first = i % size;
-        load_rows(out, pitch, &a->q, s, task->from + i / size, task->first + first, min64(BQ, n - first), BQ,
-                  (float)a->scale);
-        transpose(qt + i * pitch, out, pitch);
-    }
-    memset(out, 0, (size_t)(all * pitch) * sizeof(float));
-    for (int64_t i = 0; i < all; i++) {
-        maximum[i] = -INFINITY;
-        sum[i] = 0;
-    }
-    for (int64_t key = 0; key < task->last; key += BK) {
-        int64_t keys = min64(BK, task->last - key);
-        load_rows(k, pitch, &a->k, s, task->kv_head, key, keys, keys, 1);
-        load_rows(v, pitch, &a->v, s, task->kv_head, key, keys, keys, 1);
-        for (int64_t i = 0; i < all; i += BQ) {
-            int64_t row = task->first + i % size, rows = min64(BQ, task->last - row);
-            Block b = { s, row, rows, key, min64(keys, row + rows - key) };
-            if (b.keys <= 0) continue;
-            scores(p, &b, k, pitch, qt + i * pitch, D);
-            softmax(p, &b, maximum + i, sum + i, shrink);
-            for (int64_t r = 0; r < rows; r++)
-                if (shrink[r] != 1.0f) {
-                    float *x = out + (i + r) * pitch;
-                    for (int64_t d = 0; d < pitch; d += VW) vf_store(x + d, vf_load(x + d) * shrink[r]);
-                }
-            multiply(TRANSPOSED, out + i * pitch, pitch, p, BQ, v, pitch, rows, pitch / VW, b.keys, DEPTH, 1,
-                     -FAR, row - key);
-        }
-    }
-    for (int64_t i = 0; i < all; i++) {
-        int64_t row = task->first + i % size, head = task->from + i / size;
-        if (row >= task->last) continue;
-        fetch(row_at(&a->out, s, row + FETCH, head), D * dtype_size(a->out.dtype));
-        float *x = out + i * pitch, scale = sum[i] == 0 ? 0 : 1.0f / sum[i];
-        for (int64_t d = 0; d < pitch; d += VW) vf_store(x + d, vf_load(x + d) * scale);
-        store_row(row_at(&a->out, s, row, head), a->out.dtype, x, D);
-        *lse_at(&a->lse, s, row, head) = maximum[i] + logf(sum[i]);
-    }
-}
 
 static int forward_thread(int64_t index, void *context) {
     Forward *f = context;
     for (int64_t i; (i = atomic_fetch_add(&f->next, 1)) < f->w.count;)
-        forward_task(f, &f->w.tasks[i], f->memory + index * f->floats);
+        forward_task(f->a, &f->w.tasks[i], f->memory + index * f->floats);
     return 0;
 }
 
@@ -129,15 +39,14 @@ int CPU(s2_attention_forward)(const void *args, void *stream) {
     if (make_pattern("s2_attention_forward", &f.p, &a->q, &a->k, &a->cu_seqlens, a->group_size, a->boundary,
                      a->shift) ||
         make_work(&f.p, forward_tasks, &f.w))
-        return -1;
+        return free_work(&f.p, &f.w), -1;
     int64_t threads = min64(get_threads(), f.w.count);
-    f.pitch = round_up(f.p.D, VW);
-    f.floats = round_up(2 * (ROWS + BK) * f.pitch + 2 * ROWS + BQ + BK * BQ, VW);
+    f.floats = forward_floats(round_up(f.p.D, VW));
     f.memory = scratch(threads * f.floats * (int64_t)sizeof(float));
     int status =
         f.memory ? parallel_for(threads, work_of(&f.w, f.p.D) / max64(threads, 1), forward_thread, &f) : -1;
     scratch_free(f.memory);
-    free_work(&f.w);
+    free_work(&f.p, &f.w);
     return status;
 }
 
@@ -316,7 +225,7 @@ int CPU(s2_attention_backward)(const void *args, void *stream) {
     const Pattern *p = &b.p;
     if (make_pattern("s2_attention_backward", &b.p, &a->q, &a->k, &a->cu_seqlens, a->group_size, a->boundary,
                      a->shift))
-        return -1;
+        return free_work(p, &b.w), -1;
     for (int64_t i = 0; i < 2 && !p->H; i++) { /* no query sees these keys */
         const Tensor *x = i ? &a->dv : &a->dk;
         for (int64_t j = 0; j < p->B * p->T * p->K; j++)
@@ -324,8 +233,8 @@ int CPU(s2_attention_backward)(const void *args, void *stream) {
                              j % p->K * x->stride[2]),
                    0, (size_t)(p->D * dtype_size(x->dtype)));
     }
-    if (!p->H) return 0;
-    if (make_work(p, backward_tasks, &b.w)) return -1;
+    if (!p->H) return free_work(p, &b.w), 0;
+    if (make_work(p, backward_tasks, &b.w)) return free_work(p, &b.w), -1;
     int narrow = a->q.dtype != F32, status = 0;
     int64_t threads = min64(get_threads(), b.w.count), pairs = p->B * p->K;
     int64_t at_once = narrow ? attention_heads_at_once(p->B, p->T, p->H, p->K, p->D) : pairs;
@@ -340,7 +249,7 @@ int CPU(s2_attention_backward)(const void *args, void *stream) {
     }
     scratch_free(b.sums);
     scratch_free(b.memory);
-    free_work(&b.w);
+    free_work(p, &b.w);
     return status;
 }
 
@@ -349,8 +258,7 @@ int CPU(s2_attention_backward)(const void *args, void *stream) {
 /* The blocks of all threads, and the sums; not the lists of segments and tasks, which are small. */
 Scratch CPU(s2_attention_forward_scratch)(const void *args) {
     const S2AttentionForward *a = args;
-    int64_t pitch = round_up(a->q.shape[3], VW);
-    int64_t floats = round_up(2 * (ROWS + BK) * pitch + 2 * ROWS + BQ + BK * BQ, VW);
+    int64_t floats = forward_floats(round_up(a->q.shape[3], VW));
     return (Scratch){ { get_threads() * floats * (int64_t)sizeof(float) } };
 }
 

@@ -1,42 +1,24 @@
-/* s2_attention.h --- which rows of shifted sparse attention work together: patterns, segments and tasks.
- * Index arithmetic alone; the rule is in ops.h.
+/* s2_attention.h --- which rows of shifted sparse attention work together: patterns, and their segments and
+ * tasks. Index arithmetic alone; the rule is in ops.h.
  *
- * Every pattern is a list of segments. A segment is a causal attention of its own over one run of tokens.
- * With wrap and swap, one segment of each document has two runs, one after the other: Z F for wrap and F Z
- * for swap, where F is the first and Z the last segment of a shifted head. So only the diagonal needs a mask,
- * and dense attention is one long segment. With an odd G, Z has h + 1 tokens, and its first token and F do
- * not see each other: `low` of a segment says so. */
+ * Every pattern is a list of segments. With wrap and swap, one segment of each document has two runs of
+ * tokens, one after the other: Z F for wrap and F Z for swap, where F is the first and Z the last segment of
+ * a shifted head. So only the diagonal needs a mask, and dense attention is one long segment. With an odd G,
+ * Z has h + 1 tokens, and its first token and F do not see each other: `low` of a segment says so. */
 #ifndef LONGLORA_S2_ATTENTION_H
 #define LONGLORA_S2_ATTENTION_H
 
-#include "cpu.h"
-#include "scratch.h"
+#include "s2_block.h"
 
-enum { ROWS = 512 }; /* query rows of a forward task, all heads together */
-
-static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-
-/* ---- segments -------------------------------------------------------------------------------- */
-
-typedef struct {
-    int64_t b;
-    int64_t start[2], length[2];   /* two runs of tokens, one after the other; the second is usually empty */
-    int64_t low_from, low_to, low; /* rows low_from .. low_to-1 see no key below `low` */
-    int shifted;
-} Segment;
-
-static inline int64_t rows_of(const Segment *s) { return s->length[0] + s->length[1]; }
-static inline int64_t token(const Segment *s, int64_t row) {
-    return row < s->length[0] ? s->start[0] + row : s->start[1] + row - s->length[0];
-}
+/* ---- patterns -------------------------------------------------------------------------------- */
 
 typedef struct {
     int64_t G;
     int boundary, shift;
-    const Tensor *cu_seqlens;
     int64_t B, T, H, K, D;
+    int32_t
+        *starts; /* of the documents, and T: the caller's cu_seqlens may change. NULL without cu_seqlens */
+    int64_t documents;
 } Pattern;
 
 /* The query heads first .. last-1 of KV head k that are shifted, or those that are not. */
@@ -48,17 +30,12 @@ static void heads_of(const Pattern *p, int64_t k, int shifted, int64_t *first, i
     *last = shifted ? to : first_shifted;
 }
 
-/* Returns -1 after fail() if cu_seqlens does not describe documents that the boundary allows. */
-static int make_pattern(const char *op, Pattern *p, const Tensor *q, const Tensor *k,
-                        const Tensor *cu_seqlens, double group_size, double boundary, double shift) {
-    *p = (Pattern){ (int64_t)group_size, (int)boundary, (int)shift,  cu_seqlens, q->shape[0],
-                    q->shape[1],         q->shape[2],   k->shape[2], q->shape[3] };
-    if (!given(cu_seqlens)) return 0;
-    int64_t documents = cu_seqlens->shape[0] - 1;
-    const int32_t *starts = cu_seqlens->data;
-    if (starts[0] != 0 || starts[documents] != p->T)
+/* Returns -1 after fail() if there are no such documents, or the boundary does not allow them. */
+static int check_documents(const char *op, const Pattern *p) {
+    const int32_t *starts = p->starts;
+    if (starts[0] != 0 || starts[p->documents] != p->T)
         return fail("%s: cu_seqlens should begin with 0 and end with T=%lld", op, (long long)p->T);
-    for (int64_t i = 0; i < documents; i++) {
+    for (int64_t i = 0; i < p->documents; i++) {
         int64_t L = (int64_t)starts[i + 1] - starts[i];
         if (L < 0)
             return fail("%s: cu_seqlens should not decrease, got %d after %d at index %lld", op,
@@ -69,6 +46,19 @@ static int make_pattern(const char *op, Pattern *p, const Tensor *q, const Tenso
                         op, p->boundary == WRAP ? "wrap" : "swap", (long long)p->G, (long long)L);
     }
     return 0;
+}
+
+/* Freed by free_work(). Returns -1 after fail() if cu_seqlens does not describe documents that the boundary
+ * allows, or if there is no memory. */
+static int make_pattern(const char *op, Pattern *p, const Tensor *q, const Tensor *k,
+                        const Tensor *cu_seqlens, double group_size, double boundary, double shift) {
+    *p = (Pattern){ (int64_t)group_size, (int)boundary, (int)shift,  q->shape[0], q->shape[1],
+                    q->shape[2],         k->shape[2],   q->shape[3], NULL,        0 };
+    if (!given(cu_seqlens)) return 0;
+    p->documents = cu_seqlens->shape[0] - 1;
+    p->starts = scratch((p->documents + 1) * (int64_t)sizeof *p->starts);
+    for (int64_t i = 0; p->starts && i <= p->documents; i++) p->starts[i] = index_at(cu_seqlens, i);
+    return p->starts ? check_documents(op, p) : -1;
 }
 
 /* Appends the segments of a document of L tokens that begins at `origin` to list, unless that is NULL.
@@ -101,11 +91,10 @@ static int64_t document_segments(const Pattern *p, Segment *list, int64_t b, int
 
 static int64_t all_segments(const Pattern *p, Segment *list) {
     int64_t count = 0;
-    if (given(p->cu_seqlens)) {
-        const int32_t *starts = p->cu_seqlens->data;
-        for (int64_t i = 0; i + 1 < p->cu_seqlens->shape[0]; i++)
-            count +=
-                document_segments(p, list ? list + count : NULL, 0, starts[i], starts[i + 1] - starts[i]);
+    if (p->starts) {
+        for (int64_t i = 0; i < p->documents; i++)
+            count += document_segments(p, list ? list + count : NULL, 0, p->starts[i],
+                                       p->starts[i + 1] - p->starts[i]);
     } else {
         for (int64_t b = 0; b < p->B; b++)
             count += document_segments(p, list ? list + count : NULL, b, 0, p->T);
@@ -115,11 +104,6 @@ static int64_t all_segments(const Pattern *p, Segment *list) {
 
 /* ---- tasks ----------------------------------------------------------------------------------- */
 
-/* Rows first .. last-1 of a segment for the query heads from .. to-1, which share a KV head. */
-typedef struct {
-    const Segment *segment;
-    int64_t kv_head, from, to, first, last;
-} Task;
 typedef struct {
     Segment *segments;
     Task *tasks;
@@ -175,17 +159,16 @@ static int make_work(const Pattern *p, ListTasks *list, Work *w) {
     all_segments(p, w->segments);
     w->count = list(p, w->segments, w->segment_count, NULL);
     w->tasks = scratch(w->count * (int64_t)sizeof(Task));
-    if (!w->tasks) {
-        scratch_free(w->segments);
-        return -1;
-    }
+    if (!w->tasks) return -1;
     list(p, w->segments, w->segment_count, w->tasks);
     return 0;
 }
 
-static void free_work(Work *w) {
+/* Frees what make_pattern() and make_work() took, also where one of them failed. */
+static void free_work(const Pattern *p, const Work *w) {
     scratch_free(w->tasks);
     scratch_free(w->segments);
+    scratch_free(p->starts);
 }
 
 /* Nanoseconds that one core needs for all tasks: the multiply-adds of two products, 32 per nanosecond. */

@@ -1,5 +1,5 @@
-/* s2_block.h --- what attention does with a block of queries and a block of keys: products in register tiles,
- * rows to float32 and back, scores, and which scores are hidden.
+/* s2_block.h --- segments, and what attention does with a block of queries and a block of keys: products in
+ * register tiles, rows to float32 and back, scores, and which scores are hidden.
  *
  * Scores are kept transposed, [keys, queries], with vectors along the queries. Then all five products read
  * their left factor one number at a time from rows as they lie in memory, and their right factor in whole
@@ -8,7 +8,8 @@
 #ifndef LONGLORA_S2_BLOCK_H
 #define LONGLORA_S2_BLOCK_H
 
-#include "s2_attention.h"
+#include "cpu.h"
+#include "scratch.h"
 
 /* Vectors in a row of a register tile of MR rows. With 32 registers: 24 sums and 4 + 1 operands; with 16
  * registers: 12 sums and 2 + 1 operands. */
@@ -22,7 +23,33 @@ enum {
     DEPTH = 128, /* products summed in registers before they are added to memory */
     SHORT = 32,  /* the same for scores, whose errors exp() enlarges */
     FETCH = 16,  /* a row is prefetched this many rows ahead */
+    ROWS = 512,  /* query rows of a forward task, all heads together */
 };
+
+static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* ---- segments -------------------------------------------------------------------------------- */
+
+/* A causal attention of its own over one run of tokens, or two. */
+typedef struct {
+    int64_t b;
+    int64_t start[2], length[2];   /* two runs of tokens, one after the other; the second is usually empty */
+    int64_t low_from, low_to, low; /* rows low_from .. low_to-1 see no key below `low` */
+    int shifted;
+} Segment;
+
+static inline int64_t rows_of(const Segment *s) { return s->length[0] + s->length[1]; }
+static inline int64_t token(const Segment *s, int64_t row) {
+    return row < s->length[0] ? s->start[0] + row : s->start[1] + row - s->length[0];
+}
+
+/* Rows first .. last-1 of a segment for the query heads from .. to-1, which share a KV head. */
+typedef struct {
+    const Segment *segment;
+    int64_t kv_head, from, to, first, last;
+} Task;
 
 /* ---- products -------------------------------------------------------------------------------- */
 

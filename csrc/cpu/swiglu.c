@@ -4,28 +4,59 @@
 
 enum { TASK = 32768 }; /* elements of a task: several rows, or a part of one */
 
-/* 1 + exp(-x) = 1 / sigmoid(x). NaN stays NaN. */
+#define LOWEST (-87.0f) /* exp(87) is in float32's range */
+
+/* 1 + exp(-x) = 1 / sigmoid(x) for x from LOWEST on, and below that what it is at LOWEST. NaN stays NaN. */
 static inline vf one_and_exp(vf x) {
-    return 1.0f + vf_exp_within(-vf_max(vf_set1(-87.0f), vf_min(vf_set1(88.0f), x)));
+    return 1.0f + vf_exp_within(-vf_max(vf_set1(LOWEST), vf_min(vf_set1(88.0f), x)));
+}
+
+/* Whether a gate is below LOWEST, or a NaN, from what one_and_exp() is for two vectors of them. */
+static inline int any_low(const vf e[2]) { return __builtin_expect(vf_any_from(e[0] + e[1], 6e37f), 0); }
+
+/* Results of any gate from those that one_and_exp() gives: below LOWEST they lack a factor of exp(x -
+ * LOWEST), for others that factor is 1. A result of 0 needs no exact gate, and -inf times 0 would be a NaN.
+ */
+static inline vf missing(vf x) { return vf_exp_below(vf_min(vf_set1(0.0f), x - LOWEST)); }
+static inline vf clipped(vf x) { return vf_max(vf_set1(-1e30f), x); }
+
+static inline __attribute__((always_inline)) void forward_low(vf2 *o, const vf2 *g, const vf2 *u) {
+    for (int i = 0; i < 2; i++)
+        o->v[i] = clipped(g->v[i]) / one_and_exp(g->v[i]) * u->v[i] * missing(g->v[i]);
 }
 
 static inline void forward_pair(char *out, const char *gate, const char *up, int32_t dtype) {
-    vf2 g = vf_load2(gate, dtype), u = vf_load2(up, dtype), o;
+    vf2 g = vf_load2(gate, dtype), u = vf_load2(up, dtype), o, e;
     UNROLLED
-    for (int i = 0; i < 2; i++) o.v[i] = g.v[i] / one_and_exp(g.v[i]) * u.v[i];
+    for (int i = 0; i < 2; i++) {
+        e.v[i] = one_and_exp(g.v[i]);
+        o.v[i] = g.v[i] / e.v[i] * u.v[i];
+    }
+    if (any_low(e.v)) forward_low(&o, &g, &u);
     vf_store2(out, dtype, o);
 }
 
 /* d silu(g)/dg = s (1 + g (1 - s)), s = sigmoid(g). */
+static inline __attribute__((always_inline)) void backward_low(vf2 *dg, vf2 *du, const vf2 *d, const vf2 *g,
+                                                               const vf2 *u) {
+    for (int i = 0; i < 2; i++) {
+        vf x = clipped(g->v[i]), s = 1.0f / one_and_exp(x), ds = d->v[i] * s;
+        dg->v[i] = ds * u->v[i] * (1.0f + x * (1.0f - s)) * missing(x);
+        du->v[i] = ds * x * missing(x);
+    }
+}
+
 static inline void backward_pair(char *dgate, char *dup, const char *dout, const char *gate, const char *up,
                                  int32_t dtype) {
-    vf2 g = vf_load2(gate, dtype), u = vf_load2(up, dtype), d = vf_load2(dout, dtype), dg, du;
+    vf2 g = vf_load2(gate, dtype), u = vf_load2(up, dtype), d = vf_load2(dout, dtype), dg, du, e;
     UNROLLED
     for (int i = 0; i < 2; i++) {
-        vf s = 1.0f / one_and_exp(g.v[i]), ds = d.v[i] * s;
+        e.v[i] = one_and_exp(g.v[i]);
+        vf s = 1.0f / e.v[i], ds = d.v[i] * s;
         dg.v[i] = ds * u.v[i] * (1.0f + g.v[i] * (1.0f - s));
         du.v[i] = ds * g.v[i];
     }
+    if (any_low(e.v)) backward_low(&dg, &du, &d, &g, &u);
     vf_store2(dgate, dtype, dg);
     vf_store2(dup, dtype, du);
 }

@@ -64,7 +64,12 @@ int own_stream(int device, void **stream);
 /* Makes later work on `stream` of `device` wait for what is queued now on `other` of `other_device`. */
 int order(int device, void *stream, int other_device, void *other);
 /* The number of the capture that a stream is in; 0 if there is none; -1 after fail(). */
-int64_t capture_of(int device, void *stream);
+static inline int64_t capture_of(int device, void *stream) {
+    int entered = cuda->enter(device - 1);
+    int64_t capture = entered < 0 ? -1 : cuda->capture(stream);
+    cuda->leave(entered);
+    return capture;
+}
 /* Imports longlora/cuda.py, which sets the hooks. 0, or -1 with an exception. */
 int ready(void);
 
@@ -119,6 +124,15 @@ typedef struct {
  * memory of the CPU that is not pinned. *stream is where the copy is queued. 0, or -1 with an exception. */
 int copy_sides(const char *op, const Side *out, const Side *x, void **stream);
 
+/* ---- held.c: capsules that wait for queued work ---------------------------------------------- */
+
+/* Takes over the reference to a capsule and gives it back when the work queued on the stream has run. During
+ * a capture it gives it back at once: the owner of the graph keeps its memory, and marks cannot be asked then
+ * whether they have passed. */
+void hold(PyObject *capsule, int device, void *stream);
+/* Gives held capsules back: those whose work has run, or all of them, after waiting. */
+void release_held(int all);
+
 /* ---- borrow.c: arrays of other libraries for one call ---------------------------------------- */
 
 /* An argument, as described by its op's spec. */
@@ -152,8 +166,6 @@ int borrow(PyObject *object, Tensor *t, Loan *loan, Queue *queue, const char *op
 int borrow_capsule(PyObject *object, Tensor *t, Loan *loan, Queue *queue, const char *op, const Arg *arg);
 /* queue: where work on the loans is queued, NULL if none is. Capsules are held until that work has run. */
 void give_back(Loan *loans, int count, const Queue *queue);
-/* Gives held capsules back: those whose work has run, or all of them, after waiting. */
-void release_held(int all);
 
 /* ---- spec.c: specs and checks ---------------------------------------------------------------- */
 

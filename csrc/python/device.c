@@ -56,13 +56,6 @@ int order(int device, void *stream, int other_device, void *other) {
     return status;
 }
 
-int64_t capture_of(int device, void *stream) {
-    int entered = cuda->enter(device - 1);
-    int64_t capture = entered < 0 ? -1 : cuda->capture(stream);
-    cuda->leave(entered);
-    return capture;
-}
-
 int ready(void) {
     if (workspace_hook) return 0;
     PyObject *module = PyImport_ImportModule("longlora.cuda");

@@ -395,6 +395,18 @@ static PyObject *get_nbytes(PyObject *object, void *unused) {
     const Tensor *t = &((TensorObject *)object)->t;
     return PyLong_FromLongLong(elements_of(t) * dtype_size(t->dtype));
 }
+static PyObject *get_transposed(PyObject *object, void *unused) {
+    (void)unused;
+    TensorObject *self = (TensorObject *)object;
+    Tensor t = self->t;
+    if (t.ndim != 2)
+        return PyErr_Format(PyExc_ValueError, "Tensor: T needs 2 axes, this one has %d", (int)t.ndim);
+    for (int i = 0; i < 2; i++) {
+        t.shape[i] = self->t.shape[1 - i];
+        t.stride[i] = self->t.stride[1 - i];
+    }
+    return (PyObject *)new_view(object, &t, self->readonly);
+}
 static PyObject *tensor_repr(PyObject *object) {
     PyObject *shape = get_shape(object, NULL), *text = NULL;
     const Tensor *t = &((TensorObject *)object)->t;
@@ -434,14 +446,16 @@ static PyMethodDef tensor_methods[] = {
     { "__dlpack_device__", tensor_dlpack_device, METH_NOARGS, "__dlpack_device__($self, /)\n--\n\n" },
     { NULL, NULL, 0, NULL },
 };
-static PyGetSetDef tensor_getset[] = { { "shape", get_shape, NULL, "Sizes of the axes.", NULL },
-                                       { "dtype", get_dtype, NULL, "The dtype's name.", NULL },
-                                       { "device", get_device, NULL, "\"cpu\" or \"cuda:N\".", NULL },
-                                       { "pinned", get_pinned, NULL,
-                                         "Whether GPUs can copy from and to it in the background.", NULL },
-                                       { "ndim", get_ndim, NULL, "Number of axes.", NULL },
-                                       { "nbytes", get_nbytes, NULL, "Bytes of the elements.", NULL },
-                                       { NULL, NULL, NULL, NULL, NULL } };
+static PyGetSetDef tensor_getset[] = {
+    { "shape", get_shape, NULL, "Sizes of the axes.", NULL },
+    { "dtype", get_dtype, NULL, "The dtype's name.", NULL },
+    { "device", get_device, NULL, "\"cpu\" or \"cuda:N\".", NULL },
+    { "pinned", get_pinned, NULL, "Whether GPUs can copy from and to it in the background.", NULL },
+    { "ndim", get_ndim, NULL, "Number of axes.", NULL },
+    { "nbytes", get_nbytes, NULL, "Bytes of the elements.", NULL },
+    { "T", get_transposed, NULL, "The same memory with its 2 axes swapped.", NULL },
+    { NULL, NULL, NULL, NULL, NULL }
+};
 static PyType_Slot tensor_slots[] = {
     { Py_tp_doc,
       "Tensor(shape, dtype=\"float32\", device=\"cpu\", *, pinned=False)\n--\n\n"

@@ -125,6 +125,8 @@ class _Fields:
         value = self.values.get(name)
         if isinstance(value, list):
             value = value[0] if value else None
+        if isinstance(value, int) and value == -1:
+            return None  # how some models say that they have no such token
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             found = self.values[name]
             raise UserError(

@@ -75,6 +75,7 @@ class Layer:
     def __init__(self, config: Any, index: int, lora: Any = None):
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         C, F, eps = config.hidden_size, config.intermediate_size, stream_eps(config)
+        self.index = index
         self.heads, self.kv_heads, self.head_dim, self.hidden, self.inner = H, K, D, C, F
         layer = f"model.layers.{index}."
         attention, mlp = layer + "self_attn.", layer + "mlp."
@@ -175,7 +176,10 @@ class Layer:
         self.input_norm.forward(ops, views.n, views.rstd, views.x)
         self.qkv.forward(ops, views.qkv, views.u_qkv, views.n)
         self._queries_and_keys(batch, views)
-        if attend:
+        if attend and batch.cache is not None:
+            cache, places = batch.cache[self.index], (batch.rows, batch.lengths)
+            ops.cached_attention(o, *cache, views.q, views.k, views.v, *places, self.scale)
+        elif attend:
             ops.s2_attention_forward(o, lse, views.q, views.k, views.v, *self._attends(batch))
         self.o.forward(ops, views.h, views.u_o, views.o, views.x)
 

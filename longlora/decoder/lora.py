@@ -43,6 +43,8 @@ class LoraConfig:
             raise UserError(f"r should be an integer above 0, got {self.r!r}")
         if not number(self.lora_alpha, (int, float)):
             raise UserError(f"lora_alpha should be a number above 0, got {self.lora_alpha!r}")
+        if not isinstance(self.use_rslora, bool):
+            raise UserError(f"use_rslora should be true or false, got {self.use_rslora!r}")
         for field, known in (("target_modules", (*ALL_LINEAR, *FUSED)), ("modules_to_save", SAVED)):
             value = getattr(self, field)
             if value is None:

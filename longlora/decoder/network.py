@@ -5,7 +5,7 @@ here takes memory.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from longlora.decoder.modules import Norm
 from longlora.decoder.weights import Parameter, Weight, lay_out
 from longlora.memory.layout import Buffer, Layout, Shape, Wanted
 from longlora.ops import IGNORE
+
+# Keys and values of each layer, [N,P,K,D] in N rows of P places. See longlora.decoder.cache.
+Caches = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -103,16 +106,20 @@ class Network:
         layout.end_part("kept activations")
         shared = layout.add_all(needs[0].shared) | layout.take_turns(*needs[0].turns)
         layout.end_part("layer in hand")
-        shared |= layout.add_all(self._ends(B * T, recompute is not None))
+        shared |= layout.add_all(self._ends(B, B * T, recompute is not None))
         layout.end_part("batch and tables")
         return Activations(B, T, recompute, layout, layers, shared)
 
     @staticmethod
-    def _ends(M: int, training: bool) -> Wanted:
-        """What a pass over M tokens needs before the first layer and after the last."""
+    def _ends(B: int, M: int, training: bool) -> Wanted:
+        """What a pass over M tokens of B sequences needs before the first layer and after the last."""
         names = {"losses": "float32", "ids": "int32", "targets": "int32", "positions": "int32"}
         names |= {"dlosses": "float32", "order": "int32"} if training else {"head_lse": "float32"}
-        return {name: ((M,), dtype) for name, dtype in names.items()} | {"cu_seqlens": ((M + 1,), "int32")}
+        ends: dict[str, tuple[Shape, str]] = {name: ((M,), dtype) for name, dtype in names.items()}
+        ends["cu_seqlens"] = (M + 1,), "int32"
+        if not training:
+            ends |= {"rows": ((B,), "int32"), "lengths": ((B,), "int32")}
+        return ends
 
     # ---- passes --------------------------------------------------------------------------------
 
@@ -195,6 +202,18 @@ class Batch:
         self.sin: Any = None
         self.positions: Tensor | None = None
         self.cu_seqlens: Tensor | None = None
+        # Of a pass over a cache: the sequences' rows in it, and the keys that these held before.
+        self.cache: Caches | None = None
+        self.rows, self.lengths = shared.get("rows"), shared.get("lengths")
+
+    def attend_to_cache(self, cache: "Caches", tables: Iterable[Any]) -> None:
+        """Attend to `cache` and to the tokens of this pass, which are written to it.
+
+        cache: of each layer. tables: cos and sin of rope. The caller fills rows and lengths, and positions.
+        """
+        self.cache = cache
+        self.cos, self.sin = tables
+        self.positions, self.cu_seqlens = self._positions, None
 
     def attend(
         self,
@@ -212,7 +231,7 @@ class Batch:
         boundaries: how many boundaries of packed documents self.cu_seqlens, int32, holds; B is 1 then. None:
             no documents are packed.
         """
-        self.attention = attention
+        self.attention, self.cache = attention, None
         self.cos, self.sin = tables
         self.positions = self._positions if positions else None
         self.cu_seqlens = None if boundaries is None else self._cu_seqlens[:boundaries]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from longlora import job
 from longlora.decoder.config import ModelConfig
 from longlora.decoder.layer import RECOMPUTE
 from longlora.decoder.lora import LoraConfig
@@ -14,7 +15,7 @@ from longlora.decoder.weights import DTYPES
 from longlora.device import CPU, free_memory
 from longlora.errors import UserError
 from longlora.memory.dry_run import Recorder, untouched
-from longlora.memory.plan import GROWTH, Plan, available_memory, choose, own_memory, what_would_fit
+from longlora.memory.plan import GROWTH, Plan, choose, own_memory, what_would_fit
 from longlora.ops import BOUNDARIES, SHIFTS
 
 
@@ -49,7 +50,7 @@ def plan(
         if value < 1:
             raise UserError(f"{name} should be at least 1, got {value}")
     if memory is None:
-        memory = own_memory() + available_memory() if device == CPU else free_memory(device)
+        memory = job.memory(own_memory()) if device == CPU else free_memory(device)
     run = _Run(config, dtype, batch_size, sequence_length, group_size, lora, packed, device, RECOMPUTE[0])
     choices = RECOMPUTE if checkpointing == "auto" else (checkpointing,)
     run, parts = choose(((choice, _parts(choice)) for choice in map(run.with_recompute, choices)), memory)

@@ -25,27 +25,33 @@ from longlora.files.tokenizer import Tokenizer
 Path = str | os.PathLike[str]
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# PEFT's options that change what a layer computes, with the value that turns each off.
-PLAIN = {
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "use_dora": False,
-    "use_qalora": False,
-    "lora_bias": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "layers_to_transform": None,
-    "layers_pattern": None,
-    "layer_replication": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-    "exclude_modules": None,
-    "megatron_config": None,
-    "use_bdlora": None,
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "kasa_config": None,
-}
+# Fields of adapter_config.json that do not change what a trained adapter computes.
+FREE = (
+    "peft_type",
+    "task_type",
+    "peft_version",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "runtime_config",
+    "lora_dropout",
+    "megatron_core",
+    "ensure_weight_tying",  # the tensors show what was tied
+    # How the weights were initialised: init_lora_weights says whether that matters.
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "qalora_group_size",  # of use_qalora
+)
+# Values of init_lora_weights that leave the base model as it is. The others (PiSSA, OLoRA, CorDA, LoftQ,
+# LoRA-GA) train the adapter on changed weights, and PEFT changes the base again when it loads the adapter.
+INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+# Each other field changes what a layer computes, unless it has one of these values. A number is none of them:
+# `layers_to_transform: 0` is a layer.
+OFF: tuple[Any, ...] = (None, False, "", "none", [], {})
+DEFAULTS = {"r": 8, "lora_alpha": 8}  # of PEFT, for a file that does not say
 
 
 def save(
@@ -94,18 +100,13 @@ def save(
         "inference_mode": True,
         "revision": None,
         "ensure_weight_tying": tied,
-        **{
-            key: PLAIN[key]
-            for key in (
-                "bias",
-                "fan_in_fan_out",
-                "use_dora",
-                "rank_pattern",
-                "alpha_pattern",
-                "layers_to_transform",
-                "layers_pattern",
-            )
-        },
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "layers_to_transform": None,
+        "layers_pattern": None,
     }
     make_directory(directory)
     if extended:
@@ -126,7 +127,7 @@ def save(
         ),
     )
     if tokenizer is not None:
-        tokenizer.save(directory)
+        tokenizer.save(directory, config.max_position_embeddings)
 
 
 CARD = """---
@@ -162,6 +163,9 @@ def load(
     foreign = [name for name in file.entries if not name.startswith(PREFIX)]
     if foreign:
         raise UserError(f"{path}: {len(foreign)} tensors lack PEFT's prefix {PREFIX!r}: {some(foreign)}")
+    for name, (dtype, *_) in file.entries.items():
+        if dtype not in ("float32", "bfloat16", "float16", "float64"):
+            raise UserError(f"{path}: {name} has dtype {dtype}; supported are floating-point numbers")
     tensors = {
         name.removeprefix(PREFIX): to_float32(file.array(name), file.entries[name][0])
         for name in file.entries
@@ -169,12 +173,12 @@ def load(
     folder = base_folder.find(directory)
     described = os.path.join(folder or directory, base_folder.CONFIG)
     raw = read_json(described) if folder is not None else None
-    config = base.config if base is not None else None if raw is None else read_config(described)
-    if (
-        raw is not None
-        and base is not None
-        and read_config(described).tensor_shapes() != base.config.tensor_shapes()
-    ):
+    if raw is not None:
+        # It says how the base was stored in training. Here the base is read, whatever its storage.
+        raw.pop("quantization_config", None)
+    extended = None if raw is None else read_config(raw, described)
+    config = extended if base is None else base.config
+    if base is not None and extended is not None and extended.tensor_shapes() != base.config.tensor_shapes():
         raise UserError(
             f"{directory}: is an adapter for another base model than {base.path}: its config has other shapes"
         )
@@ -199,12 +203,17 @@ def read_lora(directory: Path) -> LoraConfig:
     found = read_json(path)
     if found.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type {found.get('peft_type')!r} is not supported; supported is LORA")
-    for key, plain in PLAIN.items():
-        if found.get(key) and found[key] != plain:
-            raise UserError(f"{path}: {key} {found[key]!r} is not supported; supported is {plain!r}")
-    given = {
-        field.name: found[field.name] for field in fields(LoraConfig) if found.get(field.name) is not None
-    }
+    read = [field.name for field in fields(LoraConfig)]
+    for key, value in found.items():
+        if key == "init_lora_weights":
+            if value is not None and value not in INITS:
+                raise UserError(
+                    f"{path}: init_lora_weights {value!r} changes the base model's weights, which is not "
+                    "supported; save the adapter again with PEFT's path_initial_model_for_weight_conversion"
+                )
+        elif key not in (*FREE, base_folder.KEY, *read) and (type(value) in (int, float) or value not in OFF):
+            raise UserError(f"{path}: {key} {value!r} is not supported; supported is an adapter without it")
+    given = {**DEFAULTS, **{name: found[name] for name in read if found.get(name) is not None}}
     # PEFT writes full names for tied modules and for "all-linear". The tensors show later whether every layer
     # has the module.
     given["modules_to_save"] = _last(found.get("modules_to_save") or (), "model.embed_tokens")

@@ -4,7 +4,6 @@ The `gguf` library knows the block formats and dequantises. Names, order of rows
 llama.cpp's convert_hf_to_gguf.py writes.
 """
 
-import mmap
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from longlora.decoder.config import read_config
 from longlora.decoder.families import FAMILIES
 from longlora.decoder.rope import Rope, inverse_frequencies
+from longlora.disk import map_file
 from longlora.errors import UserError
 from longlora.files.gguf_header import read_header
 from longlora.files.model_file import ModelFile
@@ -97,13 +97,9 @@ class Gguf(ModelFile):
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = os.fspath(path)
-        try:
-            with open(path, "rb") as file:
-                if file.read(4) != b"GGUF":
-                    raise UserError(f"{self.path}: not a GGUF file (and not a model directory)")
-                self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror or error}") from None
+        self.buffer = map_file(path, "a GGUF file")
+        if self.buffer[:4] != b"GGUF":
+            raise UserError(f"{self.path}: not a GGUF file (and not a model directory)")
         try:
             self.metadata, infos, base = read_header(self.buffer)
         except EOFError:
@@ -123,6 +119,11 @@ class Gguf(ModelFile):
         self._tensors = self._places(infos, base)
         self._shapes = {name: tensor[0] for name, tensor in self._tensors.items()}
         self.config = read_config(self._config(), self.path)
+        if self._freqs is not None and len(self._freqs) != self.config.head_dim // 2:
+            raise UserError(
+                f"{self.path}: rope_freqs.weight has {len(self._freqs)} numbers, heads of "
+                f"{self.config.head_dim} rotate by {self.config.head_dim // 2}"
+            )
         self._check()
 
     def _get(self, key, default=None):
@@ -251,7 +252,8 @@ class Gguf(ModelFile):
 
     def _llama3(self, raw, divisors):
         """Recover Llama 3's rule. llama.cpp stores only its result, the divisors of the frequencies."""
-
+        if divisors.ndim != 1 or not (np.isfinite(divisors) & (divisors > 0)).all():
+            raise UserError(f"{self.path}: rope_freqs.weight should be a list of numbers above 0")
         if np.allclose(divisors, 1):
             return None
         factor = float(divisors.max())

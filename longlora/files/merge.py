@@ -1,10 +1,11 @@
 """Whole models on disk: a base with an adapter merged in, written as a Hugging Face directory."""
 
+import contextlib
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from longlora import _C
 from longlora.decoder.config import read_config
 from longlora.device import CPU, choose, host, send
-from longlora.disk import flush, make_directory, read_json, write_json
+from longlora.disk import ASIDE, closing, flush, lock, make_directory, sweep, umask, write_bytes, write_json
 from longlora.errors import UserError
 from longlora.files.adapter import load
 from longlora.files.huggingface import INDEX, SINGLE
@@ -25,13 +26,44 @@ Path = str | os.PathLike[str]
 SHARD = 5_000_000_000  # bytes; a smaller model is one file
 
 
+class Merged:
+    """The tensors of `base`, an opened model, with an adapter merged in: W + scale B A in float32.
+
+    lora, tensors: as adapter.load returns them. It is read like the model itself: `path`, names() and
+    read(name, out).
+    """
+
+    def __init__(self, base: Any, lora: Any, tensors: dict[str, np.ndarray], device: str = CPU):
+        self.path, self.names = base.path, base.names
+        self._base, self._lora, self._tensors, self._device = base, lora, tensors, device
+
+    def read(self, name: str, out: Any = None) -> Any:
+        """Read tensor `name` -> `out`, an array of any float dtype, by default a new float32 ndarray."""
+        weight, module = self._tensors.get(name), name.removesuffix(".weight")
+        if weight is None and f"{module}.lora_A.weight" not in self._tensors:
+            return self._base.read(name, out)
+        if weight is None:
+            weight = self._base.read(name)
+            a, b = (self._tensors[f"{module}.lora_{which}.weight"] for which in "AB")
+            if self._device == CPU:
+                weight += np.float32(self._lora.scale) * (b @ a)
+            else:
+                there = send(weight, self._device)
+                _C.matmul(there, send(b, self._device), send(a, self._device), self._lora.scale, 1.0)
+                weight = host(there)
+        if out is None:
+            return weight
+        out.copy_(weight)
+        return out
+
+
 def merge(model: Path, adapter: Path, output_dir: Path, device: str = CPU) -> None:
     """Merge the adapter at path `adapter` into the model at path `model` and write a Hugging Face directory.
 
     Each tensor is W + scale B A in float32, rounded once to the base's dtype (float32 where the base is
-    quantised). output_dir should not exist or be empty; it appears whole or not at all. device: cpu, cuda,
-    cuda:1, ... or auto; reading and writing take most of the time on either. UserError if the two do not
-    belong together or nothing can be written.
+    quantised). output_dir should not exist or be empty; a new one appears whole or not at all. device: cpu,
+    cuda, cuda:1, ... or auto; reading and writing take most of the time on either. UserError if the two do
+    not belong together or nothing can be written.
     """
     device, _ = choose(device)
     base = open_model(model)
@@ -39,41 +71,45 @@ def merge(model: Path, adapter: Path, output_dir: Path, device: str = CPU) -> No
     if os.path.exists(output_dir) and (not os.path.isdir(output_dir) or os.listdir(output_dir)):
         raise UserError(f"{output_dir}: exists and is not an empty directory")
 
-    def read(name):
-        if name in tensors:
-            return tensors[name]
-        weight = base.read(name)
-        module = name.removesuffix(".weight")
-        if f"{module}.lora_A.weight" in tensors:
-            a, b = (tensors[f"{module}.lora_{which}.weight"] for which in "AB")
-            if device == CPU:
-                weight += np.float32(lora.scale) * (b @ a)
-            else:
-                out = send(weight, device)
-                _C.matmul(out, send(b, device), send(a, device), lora.scale, 1.0)
-                weight = host(out)
-        return weight
+    tokenizer, beside = base.tokenizer() if base.has_tokenizer() else None, base.beside()
+    dtypes = {name: base.dtype(name) for name in base.names()}
+    merged = Merged(base, lora, tensors, device)
+    with _appearing(output_dir) as aside:
+        save_merged(aside, merged.read, raw or base.config.raw, tokenizer, dtypes, beside)
 
+
+@contextlib.contextmanager
+def _appearing(output_dir):
+    """Give a directory to write a model to; at the end it is at output_dir.
+
+    A new directory appears whole by one rename. An empty one that exists may be a mount, a link or the
+    shell's own, and its parent read-only: it stays, and files move into it, config.json last.
+    """
     output_dir = os.path.abspath(output_dir)
-    make_directory(os.path.dirname(output_dir))
-    aside = tempfile.mkdtemp(
-        prefix=f".{os.path.basename(output_dir)}.", suffix=".partial", dir=os.path.dirname(output_dir)
-    )
+    there = os.path.isdir(output_dir)
+    parent = output_dir if there else os.path.dirname(output_dir)
+    aside = None
     try:
-        dtypes = {name: base.dtype(name) for name in base.names()}
-        save_merged(
-            aside, read, raw or base.config.raw, base.tokenizer() if base.has_tokenizer() else None, dtypes
-        )
-        generation = os.path.join(base.path, "generation_config.json")
-        if os.path.exists(generation):
-            write_json(os.path.join(aside, "generation_config.json"), read_json(generation))
-        os.chmod(aside, 0o755)
-        os.replace(aside, output_dir)
-        flush(os.path.dirname(output_dir))
+        os.makedirs(parent, exist_ok=True)
+        sweep(parent)
+        aside = tempfile.mkdtemp(prefix=f".{os.path.basename(output_dir)}.", suffix=ASIDE, dir=parent)
+        with closing(os.open(aside, os.O_RDONLY)) as handle:
+            lock(handle)
+            yield aside
+            if there:
+                for name in sorted(os.listdir(aside), key=lambda name: name == "config.json"):
+                    os.rename(os.path.join(aside, name), os.path.join(output_dir, name))
+                os.rmdir(aside)
+            else:
+                os.chmod(aside, 0o777 & ~umask())
+                os.replace(aside, output_dir)
+            aside = None
+            flush(parent)
     except OSError as error:
         raise UserError(f"{output_dir}: cannot be written: {error.strerror or error}") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def save_merged(
@@ -82,14 +118,16 @@ def save_merged(
     raw: dict[str, Any],
     tokenizer: Tokenizer | None = None,
     dtype: str | dict[str, str] = "float32",
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a whole model as a Hugging Face directory, with one tensor in memory at a time.
 
     read(name) gives the float32 array of a tensor of the config `raw`. dtype: the dtype on disk, one name for
-    all or a dict by tensor. A model below 5 GB is one file, a larger one is shards with an index. UserError
-    when it cannot be written.
+    all or a dict by tensor. beside: other files, name -> content. A model below 5 GB is one file, a larger
+    one is shards with an index. UserError when it cannot be written.
     """
-    shapes = read_config(raw).tensor_shapes()
+    config = read_config(raw)
+    shapes = config.tensor_shapes()
     dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(shapes, dtype)
     shards: list[list[tuple[str, int]]] = [[]]
     total = 0
@@ -119,7 +157,10 @@ def save_merged(
     elif os.path.exists(os.path.join(directory, INDEX)):
         os.unlink(os.path.join(directory, INDEX))  # of an earlier model; readers would follow it
     kept = dtypes["model.embed_tokens.weight"]
-    raw = {key: value for key, value in raw.items() if key != "dtype"} | {"torch_dtype": kept}
+    other = ("dtype", "transformers_weights")  # the latter names the base's file of weights
+    raw = {key: value for key, value in raw.items() if key not in other} | {"torch_dtype": kept}
     write_json(os.path.join(directory, "config.json"), raw)
     if tokenizer is not None:
-        tokenizer.save(directory)
+        tokenizer.save(directory, config.max_position_embeddings)
+    for name, content in (beside or {}).items():
+        write_bytes(os.path.join(directory, name), content)

@@ -24,8 +24,8 @@ class ModelFile:
     """A model on disk: `.path`, `.kind` ("huggingface" or "gguf"), `.config`, tensors by Hugging Face name.
 
     Subclasses give `_shapes` (name -> shape), `dtype`, `_part` (rows and their dtype), `_span` (the mapped
-    file and the tensor's first and last byte in it), `has_tokenizer` and `tokenizer`. Several threads may
-    read.
+    file and the tensor's first and last byte in it), `has_tokenizer` and `tokenizer`, and `beside` if there
+    are such files. Several threads may read.
     """
 
     path: str
@@ -44,6 +44,10 @@ class ModelFile:
     def tokenizer(self) -> Tokenizer:
         """Read the tokenizer. UserError if there is none or its tokens outnumber the embedding's rows."""
         raise NotImplementedError
+
+    def beside(self) -> dict[str, bytes]:
+        """Files that go with a copy of the model: name -> content. UserError if one is damaged."""
+        return {}
 
     def _part(self, name, start, stop):
         raise NotImplementedError

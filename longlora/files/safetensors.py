@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from longlora.device import host
-from longlora.disk import replacing
+from longlora.disk import map_file, replacing
 from longlora.errors import UserError
 
 Path = str | os.PathLike[str]
@@ -54,14 +54,8 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = os.fspath(path)
-        try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < 8:
-                    raise UserError(f"{self.path}: truncated: {size} bytes are not a safetensors file")
-                self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror or error}") from None
+        self.buffer = map_file(path, "a safetensors file")
+        size = len(self.buffer)
         (length,) = struct.unpack("<Q", self.buffer[:8])
         if length > min(size - 8, MAX_HEADER):
             raise UserError(
@@ -72,11 +66,11 @@ class SafetensorsFile:
 
     def _header(self, text, base, size):
         def unique(pairs):
-            found = dict(pairs)
-            if len(found) != len(pairs):
-                names = [name for name, _ in pairs]
-                twice = next(name for name in names if names.count(name) > 1)
-                raise UserError(f"{self.path}: the header names {twice!r} twice")
+            found: dict[str, Any] = {}
+            for name, value in pairs:
+                if name in found:
+                    raise UserError(f"{self.path}: the header names {name!r} twice")
+                found[name] = value
             return found
 
         try:
@@ -126,10 +120,12 @@ class SafetensorsFile:
             raise UserError(
                 f"{self.path}: truncated: {name} ends at byte {base + offsets[1]}, the file has {size}"
             )
-        if math.prod(shape) * width != offsets[1] - offsets[0]:
+        needed = _bytes(shape, width)
+        if needed != offsets[1] - offsets[0]:
             raise UserError(
                 f"{self.path}: {name}: {dtype} of shape {list(shape)} needs "
-                f"{math.prod(shape) * width} bytes, its data_offsets span {offsets[1] - offsets[0]}"
+                f"{'more than 2^63' if needed is None else needed} bytes, its data_offsets span "
+                f"{offsets[1] - offsets[0]}"
             )
         return DTYPES.get(dtype, (dtype,))[0], shape, base + offsets[0], base + offsets[1]
 
@@ -141,7 +137,20 @@ class SafetensorsFile:
                 f"{self.path}: {name}: dtype {dtype} is not supported; supported are {', '.join(DTYPES)}"
             )
         stored = np.dtype("uint16" if dtype == "bfloat16" else dtype)
-        return np.frombuffer(self.buffer, stored, (end - start) // stored.itemsize, start).reshape(shape)
+        flat = np.frombuffer(self.buffer, stored, (end - start) // stored.itemsize, start)
+        try:
+            return flat.reshape(shape)
+        except ValueError as error:  # too many axes, or an empty array with a size that NumPy cannot hold
+            raise UserError(f"{self.path}: {name}: shape {list(shape)}: {error}") from None
+
+
+def _bytes(shape, width):
+    """The bytes of a tensor, or None if they reach 2^63 on the way, which the safetensors library refuses."""
+    for size in shape:
+        width *= size
+        if width >= 1 << 63:
+            return None
+    return width
 
 
 def release(buffer: mmap.mmap, start: int, end: int) -> None:

@@ -1,4 +1,4 @@
-"""Text <-> token ids by the `tokenizers` library, from tokenizer.json or rebuilt from the metadata of a GGUF.
+"""Text <-> token ids by the `tokenizers` library, from the files of a directory or the metadata of a GGUF.
 
 The ids are those of transformers 5's `AutoTokenizer.from_pretrained(...)(text).input_ids`, so a model trained
 here gets the same tokens when transformers serves it. Where transformers departs from tokenizer.json, so does
@@ -9,79 +9,85 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from longlora.decoder.config import ModelConfig
-from longlora.disk import read_json, write_text
+from longlora.disk import write_bytes
 from longlora.errors import UserError
-
-# Everything transformers reads when it loads a tokenizer; copied unchanged to an adapter or merged model.
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
+from longlora.files import sentencepiece, tokenizer_gguf
+from longlora.files.tokenizer_backend import add_tokens, build, guarded, post_process, probe, repair, silent
+from longlora.files.tokenizer_class import as_class, choose
+from longlora.files.tokenizer_files import (
+    CONFIG,
+    JSON,
+    MERGES,
+    OTHER,
+    SENTENCEPIECE,
+    VOCAB,
+    Path,
+    TokenizerFiles,
 )
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-# tokenizer.ggml.pre -> how words are split before BPE. "smollm" isolates digits in SmolLM2's own
-# tokenizer.json, but transformers splits it like GPT-2, and so do we. The ids differ only where spaces
-# precede a digit.
-SPLITS = {
-    "gpt-2": None,
-    "gpt2": None,
-    "default": None,
-    "smollm": None,
-    "llama3": LLAMA3,
-    "llama-v3": LLAMA3,
-    "llama-bpe": LLAMA3,
-    "smaug-bpe": LLAMA3,
-    "dbrx": LLAMA3,
-    "qwen2": QWEN2,
-    "deepseek-r1-qwen": QWEN2,
-}
-CONTROL, USER_DEFINED = 3, 4
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
 class Tokenizer:
     """Text to ids and back, as transformers does it.
 
-    backend: a tokenizers.Tokenizer; special: "bos_token" and so on -> the token's text; files: name -> its
-    Path, or a function that returns its text.
+    backend: a tokenizers.Tokenizer, or the UserError for using one that can only be copied; special:
+    "bos_token" and so on -> the token's text; files: name -> its content, or a function that gives it; where:
+    its name in messages; assumed: texts of special tokens that no file holds, but transformers' class adds.
     """
 
-    def __init__(self, backend: Any, special: dict[str, str], files: Mapping[str, Path | Callable[[], str]]):
-        self.backend, self.special, self._files = backend, special, files
-        backend.no_truncation()
-        backend.no_padding()
+    def __init__(
+        self,
+        backend: Any,
+        special: dict[str, str],
+        files: Mapping[str, bytes | Callable[[], bytes]],
+        where: str,
+        assumed: Iterable[str] = (),
+    ):
+        self._backend, self.special, self._files = backend, special, files
+        self.where, self._assumed = where, set(assumed)
+
+    @property
+    def backend(self) -> Any:
+        """The tokenizers.Tokenizer. UserError if the library that reads its files is not installed."""
+        if isinstance(self._backend, UserError):
+            raise self._backend
+        return self._backend
+
+    @staticmethod
+    def is_in(path: Path) -> bool:
+        """Whether the directory `path` holds a vocabulary, of whatever kind."""
+        return any(os.path.exists(os.path.join(path, name)) for name in (JSON, SENTENCEPIECE, VOCAB, *OTHER))
 
     @classmethod
-    def from_directory(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """Read tokenizer.json and tokenizer_config.json in the directory `path`, as transformers 5 does.
+    def from_directory(cls, path: Path) -> "Tokenizer":
+        """Read the tokenizer in the directory `path`, as transformers 5 does.
 
-        UserError if there is none, or it is damaged.
+        UserError if there is none, it is damaged or of a kind that is not supported.
         """
-        file = os.path.join(path, "tokenizer.json")
-        if not os.path.exists(file):
-            raise UserError(f"{path}: has no tokenizer.json")
-        config_file = os.path.join(path, "tokenizer_config.json")
-        config = read_json(config_file) if os.path.exists(config_file) else {}
-        described = read_json(file)
-        _as_class(described, config)
-        backend = _backend(described, file)
-        special = {name: _text(config[name]) for name in NAMED if config.get(name) is not None}
-        _add_tokens(backend, config, special)
-        files = {name: Path(path, name) for name in FILES if os.path.exists(os.path.join(path, name))}
-        return cls(backend, special, files)
+        files = TokenizerFiles(path)
+        chosen, named = choose(files), files.tokens()
+        splits = files.config.get("split_special_tokens", False)
+        if not isinstance(splits, bool):
+            raise UserError(
+                f"{files.name(CONFIG)}: split_special_tokens should be true or false, got {splits!r}"
+            )
+        with silent(), guarded(files.path):
+            try:
+                make = _from_vocabulary if files.json is None else _from_json
+                backend = make(files, chosen, named)
+            except sentencepiece.Missing as error:
+                return cls(error, {}, files.bytes, files.path)
+            special, assumed = add_tokens(backend, chosen, named)
+            repair(backend, files)
+            # With a tokenizer.json, add_bos_token and add_eos_token do not count.
+            post_process(backend, chosen, named.init if files.json is None else {}, special)
+            backend.encode_special_tokens = splits
+            probe(backend)
+        return cls(backend, special, files.bytes, files.path, assumed)
 
     @classmethod
     def from_gguf(cls, metadata: dict[str, Any], path: str) -> "Tokenizer":
@@ -89,62 +95,38 @@ class Tokenizer:
 
         path: the file's name in messages. UserError for another kind or missing keys.
         """
-        get = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}.get
-        kind, tokens = get("model"), get("tokens")
-        if kind not in ("gpt2", "llama"):
-            raise UserError(
-                f"{path}: tokenizer {kind!r} is not supported; supported are gpt2 (byte-level BPE) and llama"
-            )
-        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-            raise UserError(f"{path}: tokenizer.ggml.tokens should be a list of strings")
-        vocab = {token: index for index, token in enumerate(tokens)}
-        build = _byte_level if kind == "gpt2" else _sentence_piece
-        described = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "post_processor": None,
-            "added_tokens": _added(tokens, get("token_type"), kind),
-            **build(get, vocab, path),
-        }
-        backend = _backend(described, path)
-        ids = {
-            "bos_token": get("bos_token_id"),
-            "eos_token": get("eos_token_id"),
-            "unk_token": get("unknown_token_id"),
-            "pad_token": get("padding_token_id"),
-        }
-        for name, index in ids.items():
-            if index is not None and not (isinstance(index, int) and 0 <= index < len(tokens)):
-                raise UserError(f"{path}: {name} has id {index!r}, the tokenizer has {len(tokens)} tokens")
-        special = {name: tokens[index] for name, index in ids.items() if index is not None}
-        _add_tokens(backend, {}, special)
-        add_bos = get("add_bos_token", kind == "llama")
-        _set_template(
-            backend,
-            special.get("bos_token") if add_bos else None,
-            special.get("eos_token") if get("add_eos_token") else None,
-        )
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            **special,
-        }
-        if isinstance(metadata.get("tokenizer.chat_template"), str):
-            config["chat_template"] = metadata["tokenizer.chat_template"]
-        files = {
-            "tokenizer.json": lambda: backend.to_str(pretty=True),
-            "tokenizer_config.json": lambda: json.dumps(config, indent=2) + "\n",
-        }
-        return cls(backend, special, files)
+        backend, special, files, assumed = tokenizer_gguf.read(metadata, path)
+        return cls(backend, special, files, path, assumed)
 
-    def check(self, config: ModelConfig, path: str) -> "Tokenizer":
+    def check(self, config: ModelConfig, path: Path) -> "Tokenizer":
         """Return self. UserError if a token has no row in the embedding of `config`; more rows are fine."""
-        if self.vocab_size > config.vocab_size:
+        if isinstance(self._backend, UserError):
+            return self
+        rows = config.vocab_size
+        vocab = self.backend.get_vocab(with_added_tokens=True)
+        size = max((index for text, index in vocab.items() if text not in self._assumed), default=-1) + 1
+        if size > rows:
+            raise UserError(f"{path}: the tokenizer has {size} tokens, the embedding {rows} rows")
+        beyond = {text for text in self._assumed if vocab.get(text, 0) >= rows}
+        if beyond:
+            self._forget(beyond)
+        used = [index for index in self.encode("") if index >= rows]
+        if used:
             raise UserError(
-                f"{path}: the tokenizer has {self.vocab_size} tokens, the embedding {config.vocab_size} rows"
+                f"{path}: the tokenizer puts token {used[0]} around each text, the embedding has {rows} rows"
             )
         return self
+
+    def _forget(self, texts):
+        """Take back special tokens that only the class has: the model has no row for them."""
+        described = json.loads(self.backend.to_str())
+        described["added_tokens"] = [
+            added for added in described["added_tokens"] if added["content"] not in texts
+        ]
+        splits = self.backend.encode_special_tokens
+        self._backend = build(described, self.where)
+        self._backend.encode_special_tokens = splits
+        self.special = {name: text for name, text in self.special.items() if text not in texts}
 
     @property
     def vocab_size(self) -> int:
@@ -163,214 +145,70 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Give the ids of `text`, int32 [T], with the special tokens that transformers adds."""
-        return np.array(self.backend.encode(text).ids, np.int32)
+        with guarded(self.where):
+            return np.array(self.backend.encode(text).ids, np.int32)
+
+    def encode_parts(self, parts: list[str]) -> list[np.ndarray]:
+        """Give the ids of each part of a text, int32 [T], without special tokens, on all cores."""
+        with guarded(self.where):
+            done = self.backend.encode_batch_fast(parts, add_special_tokens=False)
+        return [np.array(found.ids, np.int32) for found in done]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Give the text of `ids`."""
-        return self.backend.decode([int(index) for index in ids], skip_special_tokens=skip_special_tokens)
+        with guarded(self.where):
+            return self.backend.decode([int(index) for index in ids], skip_special_tokens=skip_special_tokens)
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the tokenizer's files into `directory` for transformers to load. UserError if that fails."""
+    def save(self, directory: Path, length: int | None = None) -> None:
+        """Write the tokenizer's files into `directory` for transformers to load. UserError if that fails.
+
+        length: the positions of the model that they go with. A smaller model_max_length is raised to it.
+        """
         for name, content in self._files.items():
-            write_text(
-                os.path.join(directory, name),
-                content.read_text("utf-8") if isinstance(content, Path) else content(),
-            )
+            content = content() if callable(content) else content
+            if name == CONFIG and length is not None:
+                content = _longer(content, length)
+            write_bytes(os.path.join(directory, name), content)
 
     def fingerprint(self) -> str:
         """Identify this tokenizer: two with equal fingerprints give equal ids for every text."""
-        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
+        described = self.backend.to_str() + ("split" if self.backend.encode_special_tokens else "")
+        return hashlib.sha256(described.encode()).hexdigest()
 
 
-def _backend(described, where):
-    import tokenizers
-
-    try:
-        return tokenizers.Tokenizer.from_str(json.dumps(described))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{where}: not a tokenizer: {error}") from None
-
-
-def _text(token):
-    return token["content"] if isinstance(token, dict) else token
+def _longer(content, length):
+    """The text of a tokenizer_config.json with a model_max_length of at least `length`."""
+    config = json.loads(content)
+    known = config.get("model_max_length")
+    if isinstance(known, bool) or not isinstance(known, (int, float)) or known >= length:
+        return content
+    config["model_max_length"] = length
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def _as_class(described, config):
-    """Change `described` as transformers 5 does for the tokenizer classes that our families declare."""
-    declared, model = str(config.get("tokenizer_class") or "").removesuffix("Fast"), described.get("model")
-    if not isinstance(model, dict) or model.get("type") != "BPE":
-        return
-    byte_level = "ByteLevel" in json.dumps([described.get("pre_tokenizer"), described.get("decoder")])
-    if declared == "LlamaTokenizer" and not byte_level:
-        space = config.get("add_prefix_space")
-        _metaspace(described, True if space is None else space, config.get("legacy", False))
-    elif declared == "GPT2Tokenizer":
-        described["normalizer"], described["decoder"] = None, {**BYTE_LEVEL, "add_prefix_space": True}
-        described["pre_tokenizer"] = {**BYTE_LEVEL, "add_prefix_space": bool(config.get("add_prefix_space"))}
-        model.update(fuse_unk=False, byte_fallback=False, ignore_merges=False, unk_token=None)
-    elif declared == "Qwen2Tokenizer":
-        described["normalizer"], described["decoder"] = (
-            {"type": "NFC"},
-            {**BYTE_LEVEL, "add_prefix_space": True},
-        )
-        described["pre_tokenizer"] = _split(QWEN2, bool(config.get("add_prefix_space")))
-        model.update(fuse_unk=False, byte_fallback=False, ignore_merges=False, unk_token=None)
+def _from_json(files, chosen, named):
+    """The backend of a directory with tokenizer.json."""
+    if chosen.build is None:
+        return build(files.bytes[JSON], files.name(JSON))
+    model = files.json.get("model")
+    if not isinstance(model, dict):
+        raise UserError(f"{files.name(JSON)}: not a tokenizer: model should be an object, got {model!r}")
+    return build(as_class(files, chosen, model, files.json.get("post_processor")), files.name(JSON))
 
 
-def _metaspace(described, prefix_space, legacy):
-    scheme = "never" if not prefix_space else "always" if legacy else "first"
-    described["normalizer"] = None
-    described["pre_tokenizer"] = {
-        "type": "Metaspace",
-        "replacement": "▁",
-        "prepend_scheme": scheme,
-        "split": False,
-    }
-    steps = [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    if prefix_space:
-        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    described["decoder"] = {"type": "Sequence", "decoders": steps}
-    described["model"].update(fuse_unk=True, byte_fallback=True, ignore_merges=False, unk_token=None)
+def _from_vocabulary(files, chosen, named):
+    """The backend of a directory without tokenizer.json."""
+    if SENTENCEPIECE in files.bytes and SENTENCEPIECE in chosen.vocabulary:
+        return build(sentencepiece.described(files, chosen, named), files.name(SENTENCEPIECE))
+    if VOCAB in files.bytes and MERGES in files.bytes and VOCAB in chosen.vocabulary:
+        from tokenizers import models
 
-
-def _split(pattern, prefix_space=False):
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {
-        "type": "Sequence",
-        "pretokenizers": [split, {**BYTE_LEVEL, "add_prefix_space": prefix_space, "use_regex": False}],
-    }
-
-
-def _add_tokens(backend, config, special):
-    """Add the tokens that tokenizer_config.json names and tokenizer.json lacks, as transformers does."""
-    from tokenizers import AddedToken
-
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    extra = list(extra.values()) if isinstance(extra, dict) else extra
-    named = [*special.values(), *map(_text, extra)]
-    decoder = config.get("added_tokens_decoder") or {}
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    for _, token in sorted(decoder.items(), key=lambda item: int(item[0])):
-        if token["content"] not in known:
-            backend.add_tokens(
-                [AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token})]
-            )
-            known.add(token["content"])
-    for token in named:
-        if token not in known:
-            backend.add_tokens([AddedToken(token, special=True)])
-            known.add(token)
-
-
-def _set_template(backend, bos, eos):
-    from tokenizers import processors
-
-    first, last = ([f"{token}:0"] if token else [] for token in (bos, eos))
-    single = [*first, "$A:0", *last]
-    pair = [*single, *([f"{bos}:1"] if bos else []), "$B:1", *([f"{eos}:1"] if eos else [])]
-    backend.post_processor = processors.TemplateProcessing(
-        single=single,
-        pair=pair,
-        special_tokens=[(token, backend.token_to_id(token)) for token in (bos, eos) if token],
+        with guarded(files.path):
+            vocab, merges = models.BPE.read_file(files.name(VOCAB), files.name(MERGES))
+        described = as_class(files, chosen, {"vocab": vocab, "merges": list(map(list, merges))})
+        return build(described, files.name(VOCAB))
+    held = [name for name in (*files.bytes, *OTHER) if os.path.exists(files.name(name))]
+    raise UserError(
+        f"{files.path}: has no {JSON}; {chosen.name} reads {' or '.join(chosen.vocabulary) or 'no other'} "
+        f"(the directory holds {', '.join(held) or 'no file of a tokenizer'})"
     )
-
-
-def _byte_alphabet():
-    """GPT-2's letter for each byte."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    other = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(other)}
-
-
-def _added(tokens, types, kind):
-    """The tokens matched before BPE: control tokens (special) and user-defined tokens."""
-    letters = set(_byte_alphabet().values())
-    added = []
-    for index, (token, type_) in enumerate(zip(tokens, types or (), strict=False)):
-        # In a byte-level vocabulary the converter may label other tokens as control tokens by mistake.
-        if type_ == USER_DEFINED or type_ == CONTROL and (kind != "gpt2" or set(token) <= letters):
-            added.append(
-                {
-                    "id": index,
-                    "content": token,
-                    "single_word": False,
-                    "lstrip": False,
-                    "rstrip": False,
-                    "normalized": False,
-                    "special": type_ == CONTROL,
-                }
-            )
-    return added
-
-
-def _byte_level(get, vocab, path):
-    pre, merges = get("pre", "default"), get("merges")
-    if pre not in SPLITS:
-        raise UserError(
-            f"{path}: pre-tokenizer {pre!r} is not supported; supported are {', '.join(sorted(SPLITS))}"
-        )
-    if not isinstance(merges, list):
-        raise UserError(f"{path}: the metadata lacks tokenizer.ggml.merges")
-    letters = _byte_alphabet()
-    alphabet = set(letters.values())
-    spelled = {
-        token if set(token) <= alphabet else "".join(letters[byte] for byte in token.encode()): index
-        for token, index in vocab.items()
-    }
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": "",
-        "end_of_word_suffix": "",
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        "vocab": spelled,
-        "merges": merges,
-    }
-    split = SPLITS[pre]
-    return {
-        "normalizer": None,
-        "pre_tokenizer": BYTE_LEVEL if split is None else _split(split),
-        "decoder": {**BYTE_LEVEL, "add_prefix_space": True},
-        "model": model,
-    }
-
-
-def _sentence_piece(get, vocab, path):
-    merges = get("merges")
-    if merges is None:
-        scores = get("scores")
-        if not isinstance(scores, list) or len(scores) != len(vocab):
-            raise UserError(
-                f"{path}: the metadata has neither tokenizer.ggml.merges nor a score for each token"
-            )
-        merges = _merges(vocab, scores)
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "vocab": vocab,
-        "merges": merges,
-    }
-    described = {"model": model}
-    _metaspace(described, bool(get("add_space_prefix", True)), False)
-    return described
-
-
-def _merges(vocab, scores):
-    """The merges that a SentencePiece vocabulary implies: each token's splits into two, best score first."""
-    found = []
-    for token, score in zip(vocab, scores, strict=True):
-        splits = ((token[:i], token[i:]) for i in range(1, len(token)))
-        pairs = [(left, right, score) for left, right in splits if left in vocab and right in vocab]
-        found += sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-    found.sort(key=lambda pair: (pair[2], len(pair[0]), len(pair[1])), reverse=True)
-    return [[left, right] for left, right, _ in found]

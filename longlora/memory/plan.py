@@ -19,8 +19,70 @@ Choice = TypeVar("Choice")
 Parts = dict[str, int]  # name -> bytes
 
 
+class Sum:
+    """What all plans have: parts, their sum, the memory there is, and sentences that would make it fit."""
+
+    parts: Parts
+    memory: int
+    changes: tuple[str, ...]
+    device: str
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.memory
+
+    def table(self, what: str) -> str:
+        """A table in GiB, the verdict on `what`, and what would make it fit."""
+        rows = {**self.parts, "total": self.total}
+        width = max(len(name) for name in rows) + 2
+        lines = [f"{name:<{width}}{size / 2**30:9.3f} GiB" for name, size in rows.items()]
+        verdict = "fits" if self.fits else "does not fit"
+        where = f" on {self.device}" if self.device != CPU else ""
+        there = f"{self.memory / 2**30:.3f} GiB are available{where}"
+        lines.append(f"{what}: {verdict}; {there}")
+        return "\n".join([*lines, *(f"  {change}" for change in self.changes)])
+
+
 @dataclass(frozen=True)
-class Plan:
+class GenerationPlan(Sum):
+    """What generation takes, in `parts`: `rows` sequences of up to `context` tokens. Sizes in bytes."""
+
+    config: Any = field(repr=False)  # ModelConfig
+    dtype: str
+    cache_dtype: str
+    context: int
+    rows: int
+    device: str
+    memory: int
+    parts: Parts
+    changes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict for json.dumps; sizes in bytes."""
+        return {
+            "dtype": self.dtype,
+            "cache_dtype": self.cache_dtype,
+            "context": self.context,
+            "rows": self.rows,
+            "device": self.device,
+            "parts": dict(self.parts),
+            "total": self.total,
+            "memory": self.memory,
+            "fits": self.fits,
+            "changes": list(self.changes),
+        }
+
+    def text(self) -> str:
+        """A table in GiB, the verdict, and what would make it fit."""
+        return self.table(f"{self.rows} x {self.context} tokens, cache in {self.cache_dtype}")
+
+
+@dataclass(frozen=True)
+class Plan(Sum):
     """What a run takes, in `parts`, and the choices they follow from.
 
     memory: what `device` has. changes: sentences, each with a change that would make the run fit; empty if it
@@ -38,14 +100,6 @@ class Plan:
     parts: Parts
     changes: tuple[str, ...] = ()
     device: str = CPU
-
-    @property
-    def total(self) -> int:
-        return sum(self.parts.values())
-
-    @property
-    def fits(self) -> bool:
-        return self.total <= self.memory
 
     def to_json(self) -> dict[str, Any]:
         """A dict for json.dumps; sizes in bytes."""
@@ -66,14 +120,7 @@ class Plan:
 
     def text(self) -> str:
         """A table in GiB, the verdict, and what would make it fit."""
-        rows = {**self.parts, "total": self.total}
-        width = max(len(name) for name in rows) + 2
-        lines = [f"{name:<{width}}{size / 2**30:9.3f} GiB" for name, size in rows.items()]
-        verdict = "fits" if self.fits else "does not fit"
-        where = f" on {self.device}" if self.device != CPU else ""
-        there = f"{self.memory / 2**30:.3f} GiB are available{where}"
-        lines.append(f"checkpointing {self.checkpointing}: {verdict}; {there}")
-        return "\n".join([*lines, *(f"  {change}" for change in self.changes)])
+        return self.table(f"checkpointing {self.checkpointing}")
 
 
 @functools.cache
@@ -81,23 +128,6 @@ def own_memory() -> int:
     """Bytes that this process had resident when it first asked: Python, NumPy and other libraries."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmRSS:"))
-
-
-def available_memory() -> int:
-    """Bytes that a new process can have: MemAvailable, or what its control group has left if that is less."""
-    with open("/proc/meminfo") as file:
-        found = {line.split(":")[0]: int(line.split()[1]) << 10 for line in file}
-    limits = [found["MemAvailable"]]
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            with open(limit) as a, open(used) as b:
-                limits.append(max(0, int(a.read()) - int(b.read())))
-        except (OSError, ValueError):  # no such group, or "max"
-            pass
-    return min(limits)
 
 
 def choose(alternatives: Iterable[tuple[Choice, Parts]], memory: int) -> tuple[Choice, Parts]:

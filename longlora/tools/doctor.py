@@ -24,7 +24,7 @@ LIBRARIES = (
 def examine() -> dict[str, Any]:
     """Versions, instruction sets, threads, memory and CUDA, as a dict for JSON. Memory is in bytes."""
     from longlora import _C, __version__
-    from longlora.memory.plan import available_memory
+    from longlora.job import available_memory
 
     versions: dict[str, str | None] = {}
     for name in LIBRARIES:

@@ -18,6 +18,7 @@ from longlora.disk import write_json
 from longlora.errors import UserError
 from longlora.memory.plan import Plan
 from longlora.ops import IGNORE
+from longlora.progress import quietly
 from longlora.training import metrics, options, resume
 from longlora.training.inputs import Say, Setup, Source, use_threads
 from longlora.training.options import TrainOptions
@@ -31,8 +32,9 @@ def train(say: Say = print, **keywords: Any) -> Result:
 
     `say` receives the lines of the report.
 
-    SIGINT and SIGTERM end the step, save a checkpoint and return; a second signal stops at once. UserError
-    for options that cannot be met, and when a step goes wrong.
+    SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGXCPU end the step, save a checkpoint and return. A SIGINT or
+    SIGTERM that comes a second later stops at once. UserError for options that cannot be met, and when a step
+    goes wrong.
     """
     return run(options.from_dict(keywords), say)
 
@@ -57,6 +59,7 @@ def plan_of(o: TrainOptions) -> Plan:
 
 def run(o: TrainOptions, say: Say = print) -> Result:
     """As `train`, with checked options."""
+    say = quietly(say)
     use_threads(o)
     source = Source(o)
     device, chosen = choose(o.device)
@@ -159,7 +162,9 @@ class Driver:
                 self.model.train_microbatch(ids, targets, 1 / tokens, read, cu_seqlens)
                 for ids, targets, cu_seqlens in micro
             ]
-            norm = self.optimizer.step({kind: run.rate(kind) for kind in self.model.kinds})
+            rates = {kind: run.rate(kind) for kind in self.model.kinds}
+            with run.updating():
+                norm = self.optimizer.step(rates)
         return sum(sums) if read else None, norm
 
     def _report_profile(self):

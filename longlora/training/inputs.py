@@ -4,13 +4,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from longlora import disk
 from longlora.data.sequences import Sequences
 from longlora.data.tokens import tokenise
 from longlora.decoder import plan, rope
 from longlora.decoder.config import ModelConfig, read_config
 from longlora.decoder.lora import LoraConfig
 from longlora.device import CPU
-from longlora.training import resume
 from longlora.training.options import TrainOptions
 
 Say = Callable[[str], object]  # receives the lines of a run's report
@@ -28,17 +28,20 @@ class Source:
     """Where weights and tokenizer come from: a base model, or a config and random weights (`base` is None).
 
     Also `config` (a ModelConfig), `fingerprint` (a string that identifies the weights), `tokenizer` or None,
-    and `dtype`, the storage of a whole model that the run saves: one name, or a name for each tensor.
+    `dtype`, the storage of a whole model that the run saves: one name, or a name for each tensor, and
+    `beside`, other files of such a model.
     UserError for files that cannot be read.
     """
 
     def __init__(self, o: TrainOptions):
+        self.beside: dict[str, bytes] = {}
         if o.model:
             from longlora.files.open_model import open_model
 
             self.base: Any = open_model(o.model)
             self.config, self.fingerprint = self.base.config, self.base.fingerprint()
             self.tokenizer = self.base.tokenizer() if self.base.has_tokenizer() else None
+            self.beside = self.base.beside()
             self.dtype: str | dict[str, str] = {name: self.base.dtype(name) for name in self.base.names()}
             return
         from longlora.files.tokenizer import Tokenizer
@@ -47,7 +50,7 @@ class Source:
         directory = o.init if os.path.isdir(o.init) else os.path.dirname(o.init) or "."
         self.base, self.config, self.tokenizer = None, read_config(o.init), None
         self.fingerprint = f"random {o.seed}"
-        if os.path.exists(os.path.join(directory, "tokenizer.json")):
+        if Tokenizer.is_in(directory):
             self.tokenizer = Tokenizer.from_directory(directory).check(self.config, directory)
         self.dtype = self.config.raw.get("dtype") or self.config.raw.get("torch_dtype") or "float32"
 
@@ -103,7 +106,7 @@ def read_data(
     """
     cache = o.cache_dir or os.path.join(o.output_dir, "cache")
     if os.path.isdir(cache):
-        resume.sweep(cache)
+        disk.sweep(cache)
 
     def sequences(path):
         tokens = tokenise(path, source.tokenizer, setup.config.vocab_size, cache, say)

@@ -51,6 +51,19 @@ def _attention(size, given):
     return size["D"] * sum(pairs(T, size["H"], int(given["group_size"]), boundary, shift) for T in lengths)
 
 
+def _cached(size, given):
+    """Pairs of query and key of one head."""
+    lengths, S = np.asarray(given["lengths"], np.int64), size["S"]
+    return int(lengths.sum()) * S + size["B"] * (S * (S + 1) // 2)
+
+
+def _cache_bytes(given, name):
+    """What is read of a cache."""
+    cache, S = given[name], given["q"].shape[1]
+    row = cache.nbytes // max(cache.shape[0] * cache.shape[1], 1)
+    return row * int((np.asarray(given["lengths"], np.int64) + S).sum())
+
+
 def _lora_linear_backward(size, given):
     M, N, C, R = (size.get(letter, 0) for letter in "MNCR")
     there = {name: value is not None for name, value in given.items()}
@@ -72,6 +85,7 @@ FLOPS: dict[str, Callable[[dict, dict], int]] = {
     "lora_linear_backward": _lora_linear_backward,
     "s2_attention_forward": lambda size, given: 4 * _attention(size, given),
     "s2_attention_backward": lambda size, given: 10 * _attention(size, given),
+    "cached_attention": lambda size, given: 4 * size["H"] * size["D"] * _cached(size, given),
     "linear_cross_entropy_forward": lambda size, given: 2 * size["M"] * size["V"] * size["C"],
     "linear_cross_entropy_backward": lambda size, given: (
         2 * size["M"] * size["V"] * size["C"] * (2 if given["dweight"] is None else 3)
@@ -84,6 +98,8 @@ BYTES: dict[tuple[str, str], Callable[[dict], int]] = {
     ("embedding_backward", "dweight"): lambda given: (
         2 * 4 * len(np.unique(given["ids"])) * given["dweight"].shape[1]
     ),
+    ("cached_attention", "k_cache"): lambda given: _cache_bytes(given, "k_cache"),
+    ("cached_attention", "v_cache"): lambda given: _cache_bytes(given, "v_cache"),
     ("matmul", "out"): lambda given: given["out"].nbytes * (2 if given["beta"] else 1),
 }
 

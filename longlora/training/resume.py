@@ -7,7 +7,6 @@ most a *.partial, which the next run removes.
 """
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -16,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from longlora.disk import flush, read_json, write_json
+from longlora import disk
+from longlora.disk import ASIDE, flush, read_json, write_json
 from longlora.errors import UserError
 from longlora.files.safetensors import SafetensorsFile
 from longlora.files.safetensors import save as save_tensors
 
 STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
-ASIDE = ".partial"
 
 
 def path_of(output_dir: str, step: int) -> str:
@@ -38,6 +37,23 @@ def found(output_dir: str) -> list[str]:
     return [path_of(output_dir, step) for step in sorted(int(match[1]) for match in matches if match)]
 
 
+def belongs_to(checkpoint: str, output_dir: str) -> bool:
+    """Whether the checkpoint lies in the run's own directory, or is none, which `load` says."""
+    own = os.path.dirname(os.path.realpath(checkpoint)) == os.path.realpath(output_dir)
+    return own or not os.path.exists(os.path.join(checkpoint, STATE))
+
+
+def by_age(output_dir: str) -> list[str]:
+    """The directories of a run's complete checkpoints in the order in which they were written."""
+
+    def written(path):
+        with contextlib.suppress(OSError):
+            return os.stat(os.path.join(path, STATE)).st_mtime_ns
+        return 0
+
+    return sorted(found(output_dir), key=written)
+
+
 def save(
     output_dir: str,
     state: dict,
@@ -48,8 +64,8 @@ def save(
     """Write checkpoint-N, N = state["global_step"] -> its path.
 
     write_model(directory) writes the adapter or the model; optimizer is name -> float32 array. With `limit`,
-    only that many checkpoints stay: the oldest are removed once the new one is in place. UserError if it
-    cannot be written; the older checkpoints are then untouched.
+    only that many checkpoints stay: those written first are removed once the new one is in place. UserError
+    if it cannot be written; the older checkpoints are then untouched.
     """
     final = path_of(output_dir, state["global_step"])
     aside = final + ASIDE
@@ -61,7 +77,8 @@ def save(
         _remove(final)  # it exists if the run resumed from an earlier checkpoint
         os.rename(aside, final)
         flush(output_dir)
-        for old in found(output_dir)[:-limit] if limit else []:
+        others = [path for path in by_age(output_dir) if path != final]
+        for old in others[: len(others) + 1 - limit] if limit else []:
             _remove(old)
     except OSError as error:
         raise UserError(
@@ -80,13 +97,9 @@ def _remove(path: str) -> None:
 
 
 def sweep(directory: str) -> None:
-    """Remove what a killed run left half written."""
-    for name in os.listdir(directory):
-        path = os.path.join(directory, name)
-        if name.endswith(ASIDE) and name.startswith("checkpoint-"):
-            shutil.rmtree(path, ignore_errors=True)
-        elif name.endswith(ASIDE) and name.startswith(".") and os.path.isfile(path):
-            os.unlink(path)
+    """Remove what killed runs left half written in a run's directory or in its cache."""
+    disk.sweep(directory)
+    disk.sweep(directory, r"checkpoint-\d+(\.old)?\.partial")  # no run writes here now: see `alone`
 
 
 @contextlib.contextmanager
@@ -100,16 +113,10 @@ def alone(directory: str) -> Iterator[None]:
         handle = os.open(directory, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"{directory}: cannot be made: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{directory}: another run is writing there now") from None
-        except OSError:
-            pass  # the file system has no locks
+    with disk.closing(handle):
+        if not disk.lock(handle):
+            raise UserError(f"{directory}: another run is writing there now")
         yield
-    finally:
-        os.close(handle)
 
 
 def load(path: str) -> tuple[dict, dict[str, np.ndarray]]:

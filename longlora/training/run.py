@@ -10,7 +10,6 @@ import contextlib
 import math
 import os
 import signal
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from longlora import __version__
+from longlora import __version__, progress
 from longlora.device import host
 from longlora.errors import UserError
 from longlora.evaluation.ppl import perplexity
@@ -28,6 +27,7 @@ from longlora.ops import shifted_heads
 from longlora.training import metrics, report, resume
 from longlora.training.inputs import Say, Setup, Source, read_data
 from longlora.training.options import TrainOptions
+from longlora.training.stop import Stop
 
 # A directory that holds one of these holds a run or a model and is never overwritten.
 TAKEN = (metrics.FILE, report.OPTIONS, adapter.CONFIG, "config.json")
@@ -168,7 +168,8 @@ def refuse_taken(o: TrainOptions) -> None:
     """UserError if output_dir holds something that this run would overwrite."""
     if os.path.exists(o.output_dir) and not os.path.isdir(o.output_dir):
         raise UserError(f"{o.output_dir}: is not a directory")
-    if o.resume_from_checkpoint:
+    resumes = o.resume_from_checkpoint
+    if resumes == "latest" or resumes and resume.belongs_to(resumes, o.output_dir):
         return
     taken = [name for name in TAKEN if os.path.exists(os.path.join(o.output_dir, name))]
     taken += [os.path.basename(path) for path in resume.found(o.output_dir)]
@@ -176,30 +177,8 @@ def refuse_taken(o: TrainOptions) -> None:
         raise UserError(
             f"{o.output_dir}: holds another run or a model ({taken[0]}); resume it (resume_from_checkpoint "
             "latest) or choose another output_dir"
+            + (f"; {resumes} is of another output_dir" if resumes else "")
         )
-
-
-class Stop:
-    """Remembers SIGINT and SIGTERM while it is entered, so that the current step ends before the run does."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.before: dict = {}
-
-    def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number, frame):
-        if self.signal is not None:  # a second signal stops at once
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def __exit__(self, *unused: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 class Moved:
@@ -276,7 +255,7 @@ class Run:
         writes: bool = True,
         once: Callable[[Callable[[], object]], object] = lambda function: function(),
     ):
-        self.o, self.source, self.setup, self.say = o, source, setup, say
+        self.o, self.source, self.setup, self.say = o, source, setup, progress.quietly(say)
         self.processes, self.writes, self.once = processes, writes, once
         resumes = o.resume_from_checkpoint
         self.resumed = resume.resolve(resumes, o.output_dir) if resumes else None
@@ -294,6 +273,8 @@ class Run:
         self.rows: list[dict] = []
         if self.resumed is not None:
             self._resume(self.resumed)
+        # The checkpoint to return to, and its step; whether parameters and optimizer are those of `step`.
+        self.saved, self.saved_step, self.consistent = self.resumed, self.step, True
         self.first = self.step
 
     def _resume(self, path):
@@ -379,18 +360,46 @@ class Run:
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Entered around the steps: notes signals, shows the progress, and saves a checkpoint at the end."""
-        from tqdm import tqdm
-
         quiet = None if self.writes else True
         with (
             Stop() as self.stop,
-            tqdm(
+            progress.bar(
                 total=self.steps, initial=self.step, desc="training", unit="step", disable=quiet
             ) as self.bar,
         ):
+            try:
+                yield
+            except UserError as error:
+                raise UserError(f"{error}; stopped, {self._rescue()}") from None
+            except Exception:
+                self.say(f"stopped by an error after step {self.step}; {self._rescue()}")
+                raise
+            if self.step > self.first or self.resumed is None:
+                self.save()
+
+    @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        """Entered while parameters change: what fails in here leaves no state that could be saved.
+
+        But a UserError is raised before anything changes.
+        """
+        self.consistent = False
+        try:
             yield
-            new = self.step > self.first or self.resumed is None
-            self.saved = self.save() if new else self.resumed
+        except UserError:
+            self.consistent = True
+            raise
+        self.consistent = True
+
+    def _rescue(self):
+        """Save the steps so far after an error, unless they are saved -> what is there, in words."""
+        saved = f"the last checkpoint is {self.saved}" if self.saved else "nothing was saved"
+        if not self.consistent or self.processes > 1 or self.step == self.saved_step:
+            return saved
+        try:
+            return f"the state after step {self.step} is saved in {self.save()}"
+        except (UserError, MemoryError) as error:
+            return f"and the state after step {self.step} could not be saved ({error}); {saved}"
 
     def goes_on(self) -> bool:
         """Whether there is another step to make."""
@@ -413,13 +422,11 @@ class Run:
 
     @contextlib.contextmanager
     def named(self) -> Iterator[None]:
-        """A UserError in here gets the number of the next step and the checkpoint to return to."""
+        """A UserError in here gets the number of the next step."""
         try:
             yield
         except UserError as error:
-            checkpoints = resume.found(self.o.output_dir)
-            left = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "nothing was saved"
-            raise UserError(f"step {self.step + 1}: {error}; stopped, {left}") from None
+            raise UserError(f"step {self.step + 1}: {error}") from None
 
     def after_step(self, loss: float, norm: float, tokens: int) -> None:
         """Check, log, evaluate and save as is due.
@@ -429,7 +436,9 @@ class Run:
         o, due, share = self.o, self.due(), self.share(self.step + 1)
         self.step += 1
         if self.moved.waiting:
+            self.consistent = False  # nothing is kept of a run that trains nothing
             self.moved.check(self.step, share < 0.5)
+            self.consistent = True
         speed = tokens / (time.perf_counter() - self.started)
         row = {
             "step": self.step,
@@ -482,6 +491,7 @@ class Run:
                 output_dir, state, tensors, lambda path: self.write_model(path, values, home), limit
             )
         )
+        self.saved, self.saved_step = home, self.step
         return home
 
     def write_model(self, directory: str, values: dict[str, Any], home: str | None = None) -> None:
@@ -494,7 +504,12 @@ class Run:
             adapter.save(directory, values, setup.lora, source.base, setup.raw, source.tokenizer, home)
         else:
             merge.save_merged(
-                directory, lambda name: host(values[name]), setup.raw, source.tokenizer, source.dtype
+                directory,
+                lambda name: host(values[name]),
+                setup.raw,
+                source.tokenizer,
+                source.dtype,
+                source.beside,
             )
 
     def finish(self) -> Result:

@@ -78,6 +78,10 @@ def results(dtype, M):
             f"s2_attention {D} {boundary}",
             (out, lse, *ops.s2_attention_backward(d, q, k, v, out, lse, **kwargs)),
         )
+        for S, length in ((1, 130), (2, 600), (70, 3)):
+            cache = [random(1, 700, 1, D, seed=seed) for seed in range(2)]
+            new = ops.cached_attention(q[:, :S], *cache, np.array([length], np.int32), k=k[:, :S], v=v[:, :S])
+            yield f"cached_attention {D} {S}", (new, *cache)
         if D == 64:
             yield "rope_forward", ops.rope_forward(q, cos, sin)
             yield "rope_backward", ops.rope_backward(q, cos, sin)

@@ -10,7 +10,9 @@ from smollm2 import smollm2  # noqa: F401 (a fixture)
 
 from longlora.errors import UserError
 from longlora.files.open_model import open_model
-from longlora.files.tokenizer import QWEN2, SPLITS, Tokenizer, _split
+from longlora.files.tokenizer import Tokenizer
+from longlora.files.tokenizer_class import QWEN2, split
+from longlora.files.tokenizer_gguf import SPLITS
 
 UGLY = [
     "",
@@ -74,7 +76,7 @@ def trained(kind):
     tok.train_from_iterator(TRAIN, trainer)
     if SPLITS.get(kind):
         described = json.loads(tok.to_str())
-        described["pre_tokenizer"] = _split(SPLITS[kind])
+        described["pre_tokenizer"] = split(SPLITS[kind])
         tok = Tokenizer.from_str(json.dumps(described))
     return tok
 
@@ -168,21 +170,22 @@ def test_sentence_piece_directory(tmp_path, config):
     equal(Tokenizer.from_directory(path), auto(path))
 
 
-def gguf_file(path, tok, model, **keys):
-    """A GGUF with the vocabulary of `tok` and a minimal model."""
+def gguf_file(path, tok, model, architecture="llama", types=(), **keys):
+    """A GGUF with the vocabulary of `tok` and a minimal model. types: token -> its type, or a new token's."""
     import gguf
 
     described = json.loads(tok.to_str())
     vocab = sorted(tok.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
     tokens, special = [token for token, _ in vocab], {token["content"] for token in described["added_tokens"]}
-    writer = gguf.GGUFWriter(path, "llama")
+    types = dict(types)
+    tokens += [token for token in types if token not in tokens]
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_tokenizer_model(model)
     writer.add_token_list(tokens)
-    writer.add_token_types(
-        [3 if token in special else 6 if token.startswith("<0x") else 1 for token in tokens]
-    )
+    known = {token: 3 if token in special else 6 if token.startswith("<0x") else 1 for token in tokens}
+    writer.add_token_types([types.get(token, known[token]) for token in tokens])
     merges = [" ".join(pair) for pair in described["model"]["merges"]]
-    if model == "gpt2":
+    if model == "gpt2" or keys.pop("with_merges", False):
         writer.add_token_merges(merges)
     else:
         writer.add_token_scores([-float(index) for index in range(len(tokens))])
@@ -331,8 +334,8 @@ def test_missing_tokenizer(tmp_path):
     "key, value, message",
     [
         ("tokenizer.ggml.model", "bert", "tokenizer 'bert' is not supported"),
-        ("tokenizer.ggml.pre", "tekken", "pre-tokenizer 'tekken' is not supported"),
-        ("tokenizer.ggml.tokens", 7, "should be a list of strings"),
+        ("tokenizer.ggml.pre", "falcon", "pre-tokenizer 'falcon' is not supported"),
+        ("tokenizer.ggml.tokens", 7, "tokenizer.ggml.tokens should be a list of str, got 7"),
         ("tokenizer.ggml.merges", None, "lacks tokenizer.ggml.merges"),
         ("tokenizer.ggml.merges", ["x y z"], "not a tokenizer"),
         ("tokenizer.ggml.eos_token_id", 400, "eos_token has id 400, the tokenizer has 395 tokens"),

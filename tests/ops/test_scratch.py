@@ -60,12 +60,18 @@ def others(M, C, N, R, dtype):
 
 
 def taken(op, *args):
-    """The bytes of scratch that the call takes. Tensors come from the same store and do not count."""
-    gc.collect()
-    _C.scratch_peak()
-    held = _C.scratch_peak()
-    getattr(_C, op)(*args)
-    return _C.scratch_peak() - held
+    """The bytes of scratch that the call takes.
+
+    Tensors come from the same store and do not count. Without the collector, none of them is freed meanwhile.
+    """
+    gc.disable()
+    try:
+        _C.scratch_peak()
+        held = _C.scratch_peak()
+        getattr(_C, op)(*args)
+        return _C.scratch_peak() - held
+    finally:
+        gc.enable()
 
 
 def agree(op, said, there):

@@ -31,6 +31,7 @@ def work():
     q, k = f32(1, 96, 4, 16), f32(1, 96, 2, 16)
     cos, sin = f32(96, 8), f32(96, 8)
     out, lse = ops.s2_attention_forward(q, k, k, group_size=16)
+    cache, lengths = (f32(2, 700, 2, 16), f32(2, 700, 2, 16)), np.array([600], np.int32)
     param, m, v = f32(1000), f32(1000), np.abs(f32(1000))
     ops.adamw(param, m, v, f32(1000), lr=1e-3, step=2)
     results = [
@@ -49,6 +50,9 @@ def work():
         *ops.lora_linear_forward(x, w, a=a, b=b, scale=2.0),
         *ops.lora_linear_backward(dout, x, w, a=a, b=b, scale=2.0, train_weight=True, train_bias=True),
         *ops.s2_attention_backward(f32(1, 96, 4, 16), q, k, k, out, lse, group_size=16),
+        ops.cached_attention(q, *cache, lengths, k=k, v=k),
+        ops.cached_attention(q[:, :1], *cache, lengths),
+        *cache,
         ops.swiglu_forward(x, x + 1),
         *ops.swiglu_backward(x, x + 1, x + 2),
         *ops.linear_cross_entropy_forward(x, w, ids),

@@ -125,6 +125,25 @@ def test_any_strides(name):
         torch.testing.assert_close(x.grad, grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_lazily_negated_views_are_what_they_stand_for(name):
+    """As the imaginary parts of conjugated tensors are: inputs and gradients, together and one by one."""
+    plain = [x.requires_grad_() for x in given(name)[1]]
+    want = CASES[name][1](*plain)
+    dout = torch.ones_like(want)
+    grads = torch.autograd.grad(want, plain, dout)
+    for chosen in [range(len(plain)), *([i] for i in range(len(plain)))]:
+        turned = [
+            (torch._neg_view(-x.detach()) if i in chosen else x.detach()).requires_grad_()
+            for i, x in enumerate(plain)
+        ]
+        assert all(turned[i].is_neg() for i in chosen)
+        out = CASES[name][1](*turned)
+        assert torch.equal(out, want)
+        for got, grad in zip(torch.autograd.grad(out, turned, torch._neg_view(-dout)), grads):
+            assert torch.equal(got, grad)
+
+
 @pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "lora_linear", "swiglu"])
 @pytest.mark.parametrize("lead", [(), (1,), (M, 1), (B, T), (B, 1, T), (1, B, 1, T)], ids=str)
 def test_leading_axes(name, lead):
@@ -252,6 +271,9 @@ def calls():
     yield "matmul", (rand(M, C).requires_grad_(), rand(C, N).requires_grad_(), 0.5)
     yield "cast", (rand(M, C).requires_grad_(), torch.bfloat16)
     yield "scale", (rand(M, C).requires_grad_(), 0.5)
+    cache, lengths = (rand(2, 9, K, D), rand(2, 9, K, D)), put(torch.tensor([4, 0], dtype=torch.int32))
+    one = [x.detach()[:, :1] for x in (q, k, v)]
+    yield "cached_attention_", (one[0], *cache, lengths[:B], *one[1:], None, None)
     yield "accumulate_", (rand(M, C), rand(M, C), 0.5)
     yield "adamw_", (*(rand(9) for _ in range(4)), 1e-3, 0.9, 0.999, 1e-8, 0.1, 1, 1.0)
     yield "sum_squares", (rand(9),)
@@ -266,7 +288,7 @@ def test_every_operator_has_a_call_here():
         for op in torch._C._dispatch_get_all_op_names()
         if op.startswith("longlora::")
     }
-    inplace = {"accumulate": "accumulate_", "adamw": "adamw_"}
+    inplace = {op: f"{op}_" for op in ("accumulate", "adamw", "cached_attention")}
     assert {inplace.get(op, op) for op in _C.specs} <= names
 
 

@@ -86,7 +86,7 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path):
     for name in ("checkpoint-3.partial", "checkpoint-2.old.partial", "checkpoint-1", "notes"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
-    for name in (".metrics.jsonl.abc.partial", "my.partial", "metrics.jsonl"):
+    for name in (".metrics.jsonl.abc_d3fg.partial", "my.partial", "metrics.jsonl"):
         (tmp_path / name).write_text("x")
     resume.sweep(str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "metrics.jsonl", "my.partial", "notes"]

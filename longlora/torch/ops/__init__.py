@@ -7,12 +7,13 @@ writes.
 """
 
 from longlora.torch.ops import optimizer  # noqa: F401 (registers operators without a function here)
-from longlora.torch.ops.attention import rope, s2_attention, s2_attention_with_lse
+from longlora.torch.ops.attention import cached_attention, rope, s2_attention, s2_attention_with_lse
 from longlora.torch.ops.linear import lora_linear, swiglu
 from longlora.torch.ops.norm import rms_norm
 from longlora.torch.ops.vocabulary import embedding, linear_cross_entropy
 
 __all__ = [
+    "cached_attention",
     "embedding",
     "linear_cross_entropy",
     "lora_linear",

@@ -1,4 +1,4 @@
-"""S²-Attn and the rotary embedding."""
+"""S²-Attn, attention over a cache, and the rotary embedding."""
 
 import math
 
@@ -119,6 +119,42 @@ def s2_attention(
     return s2_attention_with_lse(
         q, k, v, group_size=group_size, boundary=boundary, shift=shift, cu_seqlens=cu_seqlens, scale=scale
     )[0]
+
+
+# ---- attention over a cache
+
+
+def _cached_attention(q, k_cache, v_cache, lengths, k, v, rows, scale):
+    q, k, v = dense(q), k if k is None else dense(k), v if v is None else dense(v)
+    out, factor = new_like(q), 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
+    _C.cached_attention(out, k_cache, v_cache, q, k, v, rows, lengths, factor)
+    return out
+
+
+cached_attention_ = register(
+    "cached_attention_(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? k, "
+    "Tensor? v, Tensor? rows, float? scale) -> Tensor",
+    _cached_attention,
+    lambda q, *others: q.new_empty(q.shape),
+)
+
+
+def cached_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rows: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of new tokens over a cache of keys and values, without a gradient -> out [B,S,H,D].
+
+    The arguments are those of longlora.ops.cached_attention: k and v [B,S,K,D] are written to the caches
+    [N,P,K,D] in place.
+    """
+    return cached_attention_(q, k_cache, v_cache, lengths, k, v, rows, scale)
 
 
 # ---- rotary embedding

@@ -124,9 +124,11 @@ def linear_cross_entropy(
             f"linear_cross_entropy: reduction should be one of {', '.join(REDUCTIONS)}, got {reduction!r}"
         )
     rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1).to(torch.int32)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if (
         reduction != "none"
-        and x.dtype != torch.float16  # its gradients need the scale of the loss first
+        and dtype != torch.float16  # its gradients need the scale of the loss first
         and torch.is_grad_enabled()
         and (x.requires_grad or weight.requires_grad)
     ):

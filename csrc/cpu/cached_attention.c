@@ -1,0 +1,316 @@
+/* cached_attention.c --- attention of new tokens over a cache of keys and values.
+ *
+ * With many query rows for a KV head, as in a chunk of a prompt, tasks are those of s2_attention's forward
+ * pass: one segment, whose last S rows are the queries. With few, as in decoding, the keys take the time.
+ * They are cut into parts, which follow from a sequence's length alone. A task is one part for all heads, and
+ * a second pass adds the parts up in their order. Measurements: docs/tuning/cached_attention.md. */
+#include "s2_forward.h"
+
+#include <stdatomic.h>
+
+enum {
+    FEW = 32,        /* query rows of a KV head up to which the keys are cut into parts */
+    PARTS = 64,      /* parts at most */
+    PART_KEYS = 256, /* keys of a part, where that makes no more than PARTS */
+    KEYS = 64,       /* keys that are converted to float32 at a time */
+};
+
+typedef struct {
+    const CachedAttention *a;
+    int64_t S, H, K, D, each, rows; /* query heads and query rows of a KV head; row r is query r / each */
+    int64_t pitch, parts;
+    const int64_t *row, *length; /* [B], read once: another thread may change the arrays during the call */
+    float *partial;              /* [B, parts, K, rows (pitch + 2)]: weighted values, maxima, sums */
+    float *memory;               /* `floats` for each thread */
+    int64_t floats, count;       /* tasks */
+    atomic_llong next;           /* the first task that no thread has taken */
+} Call;
+
+/* ---- writing new keys and values --------------------------------------------------------------- */
+
+static inline void convert_row(char *out, int32_t dtype, const char *x, int32_t from, int64_t D) {
+    int64_t size = dtype_size(dtype), from_size = dtype_size(from), d = 0;
+    for (; d + VW <= D; d += VW) vf_store_any(out + d * size, dtype, vf_load_any(x + d * from_size, from));
+    for (; d < D; d++) store1(out + d * size, dtype, load1(x + d * from_size, from));
+}
+
+static int append_token(int64_t i, void *context) {
+    const Call *c = context;
+    int64_t b = i / c->S, s = i % c->S;
+    for (int which = 0; which < 2; which++) {
+        const Tensor *to = which ? &c->a->v_cache : &c->a->k_cache, *x = which ? &c->a->v : &c->a->k;
+        for (int64_t h = 0; h < c->K; h++)
+            convert_row(
+                at(to, c->row[b] * to->stride[0] + (c->length[b] + s) * to->stride[1] + h * to->stride[2]),
+                to->dtype, at(x, b * x->stride[0] + s * x->stride[1] + h * x->stride[2]), x->dtype, c->D);
+    }
+    return 0;
+}
+
+/* ---- few query rows: parts of the keys ---------------------------------------------------------- */
+
+static inline int64_t part_keys(int64_t keys) {
+    return PART_KEYS * max64(1, (keys + PART_KEYS * PARTS - 1) / (PART_KEYS * PARTS));
+}
+static inline int64_t parts_of(int64_t keys) { return (keys + part_keys(keys) - 1) / part_keys(keys); }
+
+static inline float *partial_at(const Call *c, int64_t b, int64_t part, int64_t kv_head) {
+    return c->partial + ((b * c->parts + part) * c->K + kv_head) * c->rows * (c->pitch + 2);
+}
+
+/* VW scores: a query times VW rows of k. To zip and add the first half of the sums with the second half,
+ * log2(VW) times, leaves the sum of row j in lane j. */
+static inline vf dot_rows(const float *q, const float *k, int64_t pitch) {
+    vf sum[VW];
+    UNROLLED
+    for (int j = 0; j < VW; j++) sum[j] = (vf){ 0 };
+    for (int64_t d = 0; d < pitch; d += VW) {
+        vf x = vf_load(q + d);
+        UNROLLED
+        for (int j = 0; j < VW; j++) sum[j] += x * vf_load(k + j * pitch + d);
+    }
+#define ADD_HALVES(half)             \
+    UNROLLED                         \
+    for (int j = 0; j < (half); j++) \
+        sum[j] = ZIP_LOW(sum[j], sum[j + (half)]) + ZIP_HIGH(sum[j], sum[j + (half)]);
+#if VW == 16
+    ADD_HALVES(8)
+#endif
+#if VW >= 8
+    ADD_HALVES(4)
+#endif
+    ADD_HALVES(2)
+    ADD_HALVES(1)
+#undef ADD_HALVES
+    return sum[0];
+}
+
+/* Fills p [rows,KEYS] with exp(score - maximum) of n keys from key `first` on, 0 where a row does not see the
+ * key. Scales what the rows have summed before, out and sum, where a maximum has grown. */
+static void weigh(const Call *c, float *p, const float *q, const float *k, int64_t length, int64_t first,
+                  int64_t n, float *out, float *maximum, float *sum) {
+    int64_t pitch = c->pitch, padded = round_up(n, VW);
+    for (int64_t r = 0; r < c->rows; r++) {
+        float *row = p + r * KEYS;
+        int64_t seen = max64(0, min64(n, length + r / c->each + 1 - first));
+        vf top = vf_set1(maximum[r]), total = { 0 };
+        for (int64_t j = 0; j < padded; j += VW) {
+            vf_store(row + j, dot_rows(q + r * pitch, k + j * pitch, pitch));
+            for (int64_t i = max64(j, seen); i < j + VW; i++) row[i] = -INFINITY;
+            top = vf_max(vf_load(row + j), top);
+        }
+        float most = top[0];
+        for (int i = 1; i < VW; i++) most = top[i] > most ? top[i] : most;
+        /* A row that has seen no key: exp(-inf - 0) is 0, exp(-inf + inf) is not. */
+        float base = most == -INFINITY ? 0 : most;
+        for (int64_t j = 0; j < padded; j += VW) {
+            vf e = vf_exp_below(vf_load(row + j) - base);
+            vf_store(row + j, e);
+            total += e;
+        }
+        float less = vf_exp_below(vf_set1(maximum[r] - base))[0];
+        if (less != 1.0f)
+            for (int64_t d = 0; d < pitch; d += VW)
+                vf_store(out + r * pitch + d, vf_load(out + r * pitch + d) * less);
+        sum[r] = sum[r] * less + vf_sum(total);
+        maximum[r] = most;
+    }
+}
+
+/* out[n,pitch]: keys or values of a head in float32; zeros beyond D, and up to a whole vector of rows. */
+static void load_keys(const Call *c, float *out, const Tensor *x, int64_t row, int64_t head, int64_t first,
+                      int64_t n) {
+    int64_t pitch = c->pitch, bytes = c->D * dtype_size(x->dtype);
+    const char *start = at(x, row * x->stride[0] + head * x->stride[2] + first * x->stride[1]);
+    int64_t step = x->stride[1] * dtype_size(x->dtype);
+    for (int64_t i = 0; i < n; i++) {
+        fetch(start + (i + FETCH) * step, bytes);
+        load_row(out + i * pitch, start + i * step, x->dtype, c->D);
+        for (int64_t d = c->D; d < pitch; d++) out[i * pitch + d] = 0;
+    }
+    memset(out + n * pitch, 0, (size_t)((round_up(n, VW) - n) * pitch) * sizeof(float));
+}
+
+static void part_of_head(const Call *c, int64_t b, int64_t part, int64_t head, float *memory) {
+    const Tensor *q = &c->a->q;
+    int64_t pitch = c->pitch, keys = c->length[b] + c->S;
+    int64_t first = part * part_keys(keys), last = min64(keys, first + part_keys(keys));
+    float *queries = memory, *k = queries + FEW * pitch, *v = k + KEYS * pitch, *p = v + KEYS * pitch;
+    float *out = partial_at(c, b, part, head), *maximum = out + c->rows * pitch, *sum = maximum + c->rows;
+    for (int64_t r = 0; r < c->rows; r++) {
+        float *x = queries + r * pitch;
+        int64_t s = r / c->each, h = head * c->each + r % c->each;
+        load_row(x, at(q, b * q->stride[0] + s * q->stride[1] + h * q->stride[2]), q->dtype, c->D);
+        for (int64_t d = 0; d < pitch; d++) x[d] = d < c->D ? x[d] * (float)c->a->scale : 0;
+        maximum[r] = -INFINITY;
+        sum[r] = 0;
+    }
+    memset(out, 0, (size_t)(c->rows * pitch) * sizeof(float));
+    for (int64_t key = first; key < last; key += KEYS) {
+        int64_t n = min64(KEYS, last - key);
+        load_keys(c, k, &c->a->k_cache, c->row[b], head, key, n);
+        load_keys(c, v, &c->a->v_cache, c->row[b], head, key, n);
+        weigh(c, p, queries, k, c->length[b], key, n, out, maximum, sum);
+        multiply(NORMAL, out, pitch, p, KEYS, v, pitch, c->rows, pitch / VW, n, DEPTH, 1, -FAR, FAR);
+    }
+}
+
+static int part_thread(int64_t index, void *context) {
+    Call *c = context;
+    for (int64_t i; (i = atomic_fetch_add(&c->next, 1)) < c->count;) {
+        int64_t b = i / c->parts, part = i % c->parts;
+        for (int64_t head = 0; part < parts_of(c->length[b] + c->S) && head < c->K; head++)
+            part_of_head(c, b, part, head, c->memory + index * c->floats);
+    }
+    return 0;
+}
+
+/* Row `i` of all sequences and KV heads: the parts, in their order, to out. */
+static int add_parts(int64_t i, void *context) {
+    const Call *c = context;
+    const Tensor *out = &c->a->out;
+    int64_t b = i / (c->K * c->rows), head = i / c->rows % c->K, r = i % c->rows;
+    int64_t parts = parts_of(c->length[b] + c->S), pitch = c->pitch, last = c->rows * pitch + r;
+    float most = -INFINITY, total = 0, *x = partial_at(c, b, 0, head) + r * pitch;
+    for (int64_t part = 0; part < parts; part++) {
+        float maximum = partial_at(c, b, part, head)[last];
+        most = maximum > most ? maximum : most;
+    }
+    if (most == -INFINITY) most = 0;
+    for (int64_t part = 0; part < parts; part++) {
+        const float *from = partial_at(c, b, part, head), *y = from + r * pitch;
+        float factor = vf_exp_below(vf_set1(from[last] - most))[0];
+        total += factor * from[last + c->rows];
+        for (int64_t d = 0; d < pitch; d += VW)
+            vf_store(x + d, part ? vf_load(x + d) + factor * vf_load(y + d) : factor * vf_load(y + d));
+    }
+    float scale = total == 0 ? 0 : 1 / total;
+    for (int64_t d = 0; d < pitch; d += VW) vf_store(x + d, vf_load(x + d) * scale);
+    store_row(at(out, b * out->stride[0] + r / c->each * out->stride[1] +
+                          (head * c->each + r % c->each) * out->stride[2]),
+              out->dtype, x, c->D);
+    return 0;
+}
+
+/* ---- many query rows: tasks of s2_attention ------------------------------------------------------ */
+
+/* Query heads of a task, groups of them in a KV head, and rows of a task. */
+static inline int64_t heads_of_task(const Call *c) {
+    int64_t groups = (c->each + ROWS / BQ - 1) / (ROWS / BQ);
+    return (c->each + groups - 1) / groups;
+}
+static inline int64_t groups_of(const Call *c) { return (c->each + heads_of_task(c) - 1) / heads_of_task(c); }
+static inline int64_t rows_of_task(const Call *c) { return ROWS / heads_of_task(c) / BQ * BQ; }
+static inline int64_t chunks_of(const Call *c) { return (c->S + rows_of_task(c) - 1) / rows_of_task(c); }
+
+static int chunk_thread(int64_t index, void *context) {
+    Call *c = context;
+    const CachedAttention *a = c->a;
+    int64_t B = a->q.shape[0], groups = groups_of(c), heads = heads_of_task(c), rows = rows_of_task(c);
+    for (int64_t i; (i = atomic_fetch_add(&c->next, 1)) < c->count;) {
+        /* The last rows see the most keys, so they go first. */
+        int64_t chunk = chunks_of(c) - 1 - i / (B * c->K * groups), b = i / (c->K * groups) % B;
+        int64_t kv_head = i / groups % c->K, from = kv_head * c->each + i % groups * heads;
+        int64_t length = c->length[b], row = c->row[b];
+        Segment s = { .length = { length + c->S, 0 } };
+        Task task = { &s,
+                      kv_head,
+                      from,
+                      min64(from + heads, (kv_head + 1) * c->each),
+                      length + chunk * rows,
+                      length + min64(c->S, (chunk + 1) * rows) };
+        S2AttentionForward f = { a->out,         { .ndim = -1 },   a->q, a->k_cache, a->v_cache,
+                                 { .ndim = -1 }, .scale = a->scale };
+        /* A query's row in the segment is its place among the keys. */
+        f.q.data = at(&f.q, b * f.q.stride[0] - length * f.q.stride[1]);
+        f.out.data = at(&f.out, b * f.out.stride[0] - length * f.out.stride[1]);
+        f.k.data = at(&f.k, row * f.k.stride[0]);
+        f.v.data = at(&f.v, row * f.v.stride[0]);
+        forward_task(&f, &task, c->memory + index * c->floats);
+    }
+    return 0;
+}
+
+/* ---- the op -------------------------------------------------------------------------------------- */
+
+static Call call_of(const CachedAttention *a) {
+    Call c = { .a = a, .S = a->q.shape[1], .H = a->q.shape[2], .K = a->k_cache.shape[2], .D = a->q.shape[3] };
+    c.each = c.K ? c.H / c.K : 0;
+    c.rows = c.S * c.each;
+    c.pitch = round_up(c.D, VW);
+    c.parts = parts_of(min64(a->k_cache.shape[1], PART_KEYS * PARTS)); /* a longer sequence has no more */
+    c.floats =
+        c.rows <= FEW ? round_up((FEW + 2 * KEYS) * c.pitch + FEW * KEYS, VW) : forward_floats(c.pitch);
+    return c;
+}
+
+/* The copies in row and length: 0 if all are inside the cache, -1 after fail(). */
+static int copy_places(const CachedAttention *a, int64_t *row, int64_t *length) {
+    long long B = a->q.shape[0], S = a->q.shape[1], N = a->k_cache.shape[0], P = a->k_cache.shape[1];
+    for (int64_t b = 0; b < B; b++) {
+        row[b] = given(&a->rows) ? ((const volatile int32_t *)a->rows.data)[b] : b;
+        length[b] = ((const volatile int32_t *)a->lengths.data)[b];
+        if (row[b] < 0 || row[b] >= N)
+            return fail("cached_attention: rows[%lld] should be in 0..%lld, got %lld", (long long)b, N - 1,
+                        (long long)row[b]);
+        if (length[b] < 0 || length[b] + S > P)
+            return fail("cached_attention: lengths[%lld] should be in 0..P-S=%lld, got %lld", (long long)b,
+                        P - S, (long long)length[b]);
+        for (int64_t i = 0; i < b; i++)
+            if (row[i] == row[b])
+                return fail("cached_attention: rows should differ, got %lld at %lld and %lld",
+                            (long long)row[b], (long long)i, (long long)b);
+    }
+    return 0;
+}
+
+/* Nanoseconds that a query row takes for a key: the multiply-adds of two products, 32 per nanosecond. */
+static int64_t work_of(const Call *c, int64_t B) {
+    int64_t pairs = 0;
+    for (int64_t b = 0; b < B; b++) pairs += (c->length[b] + c->S) * c->S * c->H;
+    return pairs / 16 * (c->D + 1);
+}
+
+static int attend(Call *c, int64_t B) {
+    int few = c->rows <= FEW;
+    if (few) c->count = B * c->parts;
+    else c->count = B * c->K * groups_of(c) * chunks_of(c);
+    if (few) c->partial = scratch(B * c->parts * c->K * c->rows * (c->pitch + 2) * (int64_t)sizeof(float));
+    int64_t threads = min64(get_threads(), c->count);
+    c->memory = scratch(threads * c->floats * (int64_t)sizeof(float));
+    int status = c->memory && (!few || c->partial) ? 0 : -1;
+    if (!status)
+        status =
+            parallel_for(threads, work_of(c, B) / max64(threads, 1), few ? part_thread : chunk_thread, c);
+    if (!status && few) status = parallel_for(B * c->K * c->rows, c->parts * (c->D / 8 + 8), add_parts, c);
+    scratch_free(c->memory);
+    scratch_free(c->partial);
+    return status;
+}
+
+int CPU(cached_attention)(const void *args, void *stream) {
+    const CachedAttention *a = args;
+    (void)stream;
+    Call c = call_of(a);
+    int64_t B = a->q.shape[0], *places = scratch(2 * B * (int64_t)sizeof(int64_t));
+    if (!places) return -1;
+    c.row = places, c.length = places + B;
+    int status = copy_places(a, places, places + B);
+    if (!status && given(&a->k)) status = parallel_for(B * c.S, c.K * (c.D / 2 + 1), append_token, &c);
+    if (!status && B > 0 && c.rows > 0) status = attend(&c, B);
+    scratch_free(places);
+    return status;
+}
+
+Scratch CPU(cached_attention_scratch)(const void *args) {
+    const CachedAttention *a = args;
+    Call c = call_of(a);
+    int64_t B = a->q.shape[0], F = sizeof(float);
+    Scratch found = { { 2 * B * (int64_t)sizeof(int64_t) } };
+    if (B == 0 || c.rows == 0) return found;
+    int64_t tasks = c.rows <= FEW ? B * c.parts : B * c.K * groups_of(&c) * chunks_of(&c);
+    int64_t partial = c.rows <= FEW ? B * c.parts * c.K * c.rows * (c.pitch + 2) * F : 0;
+    found.bytes[partial ? 2 : 1] = min64(get_threads(), tasks) * c.floats * F;
+    if (partial) found.bytes[1] = partial;
+    return found;
+}

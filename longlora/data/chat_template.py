@@ -1,0 +1,177 @@
+"""Chat templates: the Jinja program of a model that turns messages into the text it was trained on.
+
+It renders as transformers' apply_chat_template does, in Jinja's sandbox: a template comes with a model and is
+not trusted.
+"""
+
+import datetime
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+
+from longlora.disk import read_json
+from longlora.errors import UserError
+
+# The format of LLaMA-2-chat, which the authors of LongLoRA train on: for models without a template.
+LLAMA_2 = (
+    "{%- if messages and messages[0]['role'] == 'system' -%}"
+    "{%- set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' -%}"
+    "{%- set rest = messages[1:] -%}"
+    "{%- else -%}{%- set system = '' -%}{%- set rest = messages -%}{%- endif -%}"
+    "{%- for message in rest -%}"
+    "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
+    "{{ raise_exception('the roles of messages should alternate between user and assistant') }}"
+    "{%- endif -%}"
+    "{%- if message['role'] == 'user' -%}"
+    "{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' }}"
+    "{%- else -%}"
+    "{% generation %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endgeneration %}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+)
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %} marks what the assistant says. It renders to its body."""
+
+    tags = {"generation"}
+    # Marks around the body. They cannot be in a text: they are lone surrogates.
+    FIRST, LAST = "\udcfe", "\udcff"
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Callable[[], str]) -> str:
+        return self.FIRST + caller() + self.LAST
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@functools.lru_cache(16)
+def _compiled(source: str, where: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        line = getattr(error, "lineno", None)
+        raise UserError(
+            f"{where}: the chat template is not valid{f' (line {line})' if line else ''}: {error}"
+        ) from None
+    except RecursionError:
+        raise UserError(f"{where}: the chat template is nested too deeply") from None
+
+
+class ChatTemplate:
+    """A template. source: its text. special: "bos_token" and so on -> text. where: its file, for messages."""
+
+    def __init__(self, source: str, special: Mapping[str, str], where: str):
+        self.source, self.where, self._special = source, where, dict(special)
+        self._template = _compiled(source, where)
+        self.marks_answers = "generation" in source and "endgeneration" in source
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **extra: Any
+    ) -> str:
+        """Render messages, dicts with "role" and "content" -> the text for the model.
+
+        add_generation_prompt: end where the assistant begins to answer. extra: further names that the
+        template may read, such as tools. UserError for what the template refuses.
+        """
+        return self.render_marked(messages, add_generation_prompt, **extra)[0]
+
+    def render_marked(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **extra: Any
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Render messages -> the text, and first and last character of each {% generation %} block."""
+        names = {**self._special, "tools": None, "documents": None, **extra}
+        names |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        try:
+            marked = self._template.render(**names)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{self.where}: the chat template refuses these messages: {error}") from None
+        except Exception as error:  # a template is a program: whatever it runs into is its author's error
+            raise UserError(
+                f"{self.where}: the chat template fails: {type(error).__name__}: {error}"
+            ) from None
+        text, spans, first = [], [], 0
+        length = 0
+        for piece in _split(marked):
+            if piece == _Generation.FIRST:
+                first = length
+            elif piece == _Generation.LAST:
+                spans.append((first, length))
+            else:
+                text.append(piece)
+                length += len(piece)
+        return "".join(text), spans
+
+
+def _split(text):
+    """Cut text at the marks, which are pieces of their own."""
+    start = 0
+    for i, letter in enumerate(text):
+        if letter in (_Generation.FIRST, _Generation.LAST):
+            yield text[start:i]
+            yield letter
+            start = i + 1
+    yield text[start:]
+
+
+def find_template(
+    base: Any, special: Mapping[str, str], file: str | os.PathLike[str] | None = None
+) -> ChatTemplate:
+    """Find the chat template of `base`, an opened model.
+
+    It is in chat_template.jinja, in tokenizer_config.json, or in the metadata of a GGUF file.
+    file: a template to use instead. A model without one gets the format of LLaMA-2-chat.
+    """
+    if file is not None:
+        return ChatTemplate(_read(os.fspath(file)), special, os.fspath(file))
+    if base.kind == "gguf":
+        source = base.metadata.get("tokenizer.chat_template")
+        if isinstance(source, str):
+            return ChatTemplate(source, special, base.path)
+    else:
+        path = os.path.join(base.path, "chat_template.jinja")
+        if os.path.isfile(path):
+            return ChatTemplate(_read(path), special, path)
+        path = os.path.join(base.path, "tokenizer_config.json")
+        found = read_json(path).get("chat_template") if os.path.isfile(path) else None
+        if isinstance(found, list):  # several by name
+            named = {x.get("name"): x.get("template") for x in found if isinstance(x, dict)}
+            found = named.get("default")
+        if isinstance(found, str):
+            return ChatTemplate(found, special, path)
+        if found is not None:
+            raise UserError(f"{path}: chat_template should be a text or a list with a default one")
+    return ChatTemplate(LLAMA_2, special, "the built-in chat template")
+
+
+def _read(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: the chat template is not UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None

@@ -1,0 +1,93 @@
+"""Passes over a model with a cache: prompts in chunks, and one new token of several sequences at a time."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from longlora import _C
+from longlora.decoder import rope
+from longlora.decoder.cache import Cache
+from longlora.decoder.model import Model
+from longlora.decoder.network import Batch
+from longlora.device import Inputs, host, send
+
+CHUNK = 512  # tokens of a prompt in one pass: the activations of a pass are bounded, whatever the prompt
+# Sequences of a pass with one token each. Up to 16 rows, a product computes each row as it does alone.
+TOGETHER = 16
+BATCHES = 8  # shapes whose views are remembered
+
+
+class Generator:
+    """Continues the sequences in `cache`, a Cache, by `model`, a Model without LoRA.
+
+    Attention is dense and exact. A sequence's logits depend on its own tokens and on how they were cut into
+    calls, not on other sequences.
+    """
+
+    def __init__(self, model: Model, cache: Cache, chunk: int = CHUNK):
+        self.model, self.cache, self.chunk = model, cache, min(chunk, cache.places)
+        network, V = model.network, model.config.vocab_size
+        shapes = (1, self.chunk), (min(TOGETHER, cache.rows), 1)
+        size = max(network.activations(*shape, model.dtype, None).layout.size for shape in shapes)
+        self._arena = _C.Tensor((size,), "uint8", model.device)
+        self._logits = _C.Tensor((min(TOGETHER, cache.rows), V), "float32", model.device)
+        tables = rope.tables(model.rope, model.config.head_dim, cache.places)
+        self._tables = [send(x, model.device) for x in tables]
+        self._head = network.head.data
+        self._batches: dict[tuple[int, int], Batch] = {}
+        self._inputs = Inputs()
+
+    def extend(self, row: int, ids: np.ndarray) -> np.ndarray:
+        """Add the tokens `ids`, int32 [S] with S >= 1, to the sequence of `row` -> logits of the next, [V].
+
+        Tokens go through the model in chunks, so memory does not grow with S. ValueError if they do not fit
+        in the cache.
+        """
+        ids = np.ascontiguousarray(ids, np.int32)
+        for start in range(0, len(ids), self.chunk):
+            part = ids[start : start + self.chunk]
+            batch = self._pass([row], part[None])
+        return self._next(batch, len(part) - 1, 1)[0]
+
+    def step(self, rows: Sequence[int], ids: Sequence[int]) -> np.ndarray:
+        """Add one token to each of several sequences -> logits of the next, float32 [B,V].
+
+        rows: their rows of the cache, all different. ids: their tokens. ValueError if one does not fit.
+        """
+        found = []
+        for start in range(0, len(ids), TOGETHER):
+            part = np.asarray(ids[start : start + TOGETHER], np.int32)
+            batch = self._pass(rows[start : start + TOGETHER], part[:, None])
+            found.append(self._next(batch, 0, len(part)))
+        return np.concatenate(found)
+
+    def _pass(self, rows, ids):
+        """Run ids [B,S] through the layers -> the Batch, with the head's input in n."""
+        (B, S), cache = ids.shape, self.cache
+        rows = np.asarray(rows, np.int32)
+        before = cache.lengths[rows]
+        if before.max() + S > cache.places:
+            raise ValueError(f"a sequence has {before.max() + S} tokens, and its row {cache.places} places")
+        batch = self._batches.get((B, S))
+        if batch is None:
+            if len(self._batches) >= BATCHES:
+                self._batches.clear()
+            network = self.model.network
+            needs = network.activations(B, S, self.model.dtype, None)
+            batch = self._batches[B, S] = Batch(_C, network, needs, self._arena, 0)
+            batch.attend_to_cache(cache.layers, self._tables)
+        put = self._inputs.put
+        put(batch.rows, rows)
+        put(batch.lengths, before)
+        put(batch.positions, (before[:, None] + np.arange(S)).astype(np.int32))
+        put(batch.ids, ids.reshape(-1))
+        self.model.network.forward(batch)
+        cache.lengths[rows] += S
+        return batch
+
+    def _next(self, batch: Any, first: int, count: int) -> np.ndarray:
+        """Logits, float32 [count,V], after `count` tokens of a pass from token `first` on."""
+        out = self._logits[:count]
+        _C.matmul(out, batch.n[first : first + count], self._head.T, 1.0, 0.0)
+        return host(out).copy()

@@ -1,0 +1,86 @@
+"""The plan of generation, from the config alone: weights, the cache, and a pass in a dry run."""
+
+from typing import Any
+
+from longlora import job
+from longlora.decoder.cache import layout_of
+from longlora.decoder.config import ModelConfig
+from longlora.decoder.generate import CHUNK, TOGETHER
+from longlora.decoder.network import Batch, Network
+from longlora.decoder.weights import DTYPES
+from longlora.device import CPU, free_memory
+from longlora.errors import UserError
+from longlora.memory.dry_run import Recorder, untouched
+from longlora.memory.plan import GROWTH, GenerationPlan, own_memory, what_would_fit
+
+
+def plan(
+    config: ModelConfig,
+    *,
+    context: int,
+    rows: int = 1,
+    dtype: str = "float32",
+    cache_dtype: str | None = None,
+    device: str = CPU,
+    memory: int | None = None,
+) -> GenerationPlan:
+    """Plan the memory of generation with `rows` sequences of up to `context` tokens. It reads no weight.
+
+    cache_dtype: of keys and values, by default dtype. memory: bytes, by default what `device` has now.
+    UserError for a choice that does not exist.
+    """
+    cache_dtype = cache_dtype or dtype
+    for name, value in (("dtype", dtype), ("cache_dtype", cache_dtype)):
+        if value not in DTYPES:
+            raise UserError(f"{name} should be one of {', '.join(DTYPES)}, got {value!r}")
+    for name, number in (("context", context), ("rows", rows)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise UserError(f"{name} should be an integer of at least 1, got {number!r}")
+    if memory is None:
+        memory = job.memory(own_memory()) if device == CPU else free_memory(device)
+
+    def total(context: int = context, rows: int = rows, cache_dtype: str = cache_dtype) -> int:
+        return sum(_parts(config, context, rows, dtype, cache_dtype, device).values())
+
+    parts = _parts(config, context, rows, dtype, cache_dtype, device)
+    changes: tuple[str, ...] = ()
+    if sum(parts.values()) > memory:
+        steps: list[tuple[str, str, Any]] = []
+        if cache_dtype == "float32":
+            steps.append(("--cache-dtype bfloat16", "cache_dtype", "bfloat16"))
+        steps += [(f"--slots {rows >> i}", "rows", rows >> i) for i in range(1, 6) if rows >> i]
+        steps += [
+            (f"--context {context >> i}", "context", context >> i) for i in range(1, 10) if context >> i
+        ]
+        changes = what_would_fit(total, steps, memory)
+    return GenerationPlan(config, dtype, cache_dtype, context, rows, device, memory, parts, changes)
+
+
+def _parts(config, context, rows, dtype, cache_dtype, device):
+    parts = dict(Network(config).lay_out(dtype, training=False).parts)
+    parts |= layout_of(config, rows, context, cache_dtype)[0].parts
+    shapes = (1, min(CHUNK, context)), (min(TOGETHER, rows), 1)
+    network = Network(config, layers=range(min(2, config.num_hidden_layers)))
+    weights = network.lay_out(dtype, training=False)
+    _, buffers = layout_of(config, rows, context, cache_dtype)
+    ops, size = Recorder(device), 0
+    for B, S in shapes:
+        size = max(size, Network(config).activations(B, S, dtype, None).layout.size)
+        needs = network.activations(B, S, dtype, None)
+        arena = untouched(weights.size + needs.layout.size)
+        network.bind(arena)
+        batch = Batch(ops, network, needs, arena, weights.size)
+        cache = untouched(sum(2 * k.nbytes for k, _ in buffers) + (1 << 16) * len(buffers))
+        table = untouched(4 * context * (config.head_dim // 2)).view(
+            (context, config.head_dim // 2), "float32"
+        )
+        batch.attend_to_cache([(k.view(cache), v.view(cache)) for k, v in buffers], (table, table))
+        network.forward(batch)
+        logits = untouched(4 * B * config.vocab_size).view((B, config.vocab_size), "float32")
+        ops.matmul(logits, batch.n[:B], network.head.data.T, 1.0, 0.0)
+    parts["a pass"] = size + 4 * min(TOGETHER, rows) * config.vocab_size
+    parts["tables"] = 2 * 4 * context * (config.head_dim // 2)
+    parts["scratch of the ops" if device == CPU else "workspace of the ops"] = ops.bytes
+    if device == CPU:
+        parts["runtime"] = own_memory() + GROWTH
+    return {name: size for name, size in parts.items() if size}

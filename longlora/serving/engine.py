@@ -1,0 +1,189 @@
+"""The engine: requests join and leave at any step, and those that are there advance together.
+
+It works on tokens. One thread calls `tick` and owns the engine; `submit` and `cancel` may come from others.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from longlora.decoder.cache import Cache
+from longlora.decoder.generate import Generator
+from longlora.decoder.model import Model
+from longlora.decoder.sampling import Sampler, Sampling, log_probabilities
+from longlora.errors import UserError
+
+
+@dataclass(frozen=True)
+class Event:
+    """A new token of an answer, or its end.
+
+    token: None at the end.
+    logprob, top: the token's log-probability and the likeliest tokens with theirs, if the request asks.
+    reason: at the end, "stop" (an end token), "length" (max_new_tokens), "cancelled" or "error".
+    """
+
+    token: int | None = None
+    logprob: float | None = None
+    top: Sequence[tuple[int, float]] = ()
+    reason: str | None = None
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """An answer to `prompt`, int [N], of at most `max_new_tokens` tokens.
+
+    notify: is called with each Event, by the thread of the engine; it must not wait.
+    end: the tokens that end an answer. They are not part of it.
+    top_logprobs: None for no log-probabilities, else how many of the likeliest tokens get theirs.
+    """
+
+    prompt: np.ndarray
+    sampling: Sampling
+    max_new_tokens: int
+    notify: Callable[[Event], None]
+    end: frozenset[int] = frozenset()
+    top_logprobs: int | None = None
+    reused: int = 0  # tokens of the prompt that a row of the cache already held
+    cancelled: bool = field(default=False, repr=False)
+
+    def cancel(self) -> None:
+        """End the answer at the next step."""
+        self.cancelled = True
+
+
+class _Slot:
+    """A row of the cache: the tokens it holds, and the request it serves, if any."""
+
+    def __init__(self, row):
+        self.row, self.tokens, self.used = row, np.zeros(0, np.int32), 0
+        self.request: Any = None
+        self.sampler: Any = None
+        self.rest = np.zeros(0, np.int32)  # of the prompt, not yet in the cache
+        self.next: Any = None  # the last token chosen, not yet in the cache
+        self.made = 0
+
+
+class Engine:
+    """Serves requests by `model` in the rows of `cache`. queue: requests that may wait for a row."""
+
+    def __init__(self, model: Model, cache: Cache, queue: int = 64):
+        self.model, self.cache, self.queue = model, cache, queue
+        self._generator = Generator(model, cache)
+        self._slots = [_Slot(row) for row in range(cache.rows)]
+        self._waiting: deque[Request] = deque()
+        self._lock, self._clock = threading.Lock(), 0
+
+    def submit(self, request: Request) -> bool:
+        """Queue a request -> False if the queue is full. UserError for one that can never be served."""
+        count, places = len(request.prompt), self.cache.places
+        if not count:
+            raise UserError("the prompt has no tokens")
+        if count + request.max_new_tokens > places:
+            raise UserError(
+                f"the prompt has {count} tokens and max_new_tokens is {request.max_new_tokens}, "
+                f"together more than the context of {places}"
+            )
+        if request.prompt.min() < 0 or request.prompt.max() >= self.model.config.vocab_size:
+            raise UserError(f"the prompt has tokens outside 0 to {self.model.config.vocab_size - 1}")
+        request_sampler = Sampler(request.sampling, request.prompt, self.model.config.vocab_size)
+        del request_sampler  # its checks are what was wanted
+        with self._lock:
+            if len(self._waiting) >= self.queue and not any(slot.request is None for slot in self._slots):
+                return False
+            self._waiting.append(request)
+        return True
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self._waiting) or any(slot.request is not None for slot in self._slots)
+
+    def tick(self) -> None:
+        """Advance: admit requests, read one chunk of one prompt, add a token to every answer."""
+        self._admit()
+        running = [slot for slot in self._slots if slot.request is not None]
+        for slot in running:
+            if slot.request.cancelled:
+                self._finish(slot, Event(reason="cancelled"))
+        reading = [slot for slot in running if slot.request is not None and len(slot.rest)]
+        answering = [slot for slot in running if slot.request is not None and not len(slot.rest)]
+        if reading:
+            slot = min(reading, key=lambda slot: slot.used)
+            part = slot.rest[: self._generator.chunk]
+            logits = self._generator.extend(slot.row, part)
+            slot.tokens, slot.rest = np.concatenate([slot.tokens, part]), slot.rest[len(part) :]
+            if not len(slot.rest):
+                self._choose(slot, logits)
+        if answering:
+            tokens = [slot.next for slot in answering]
+            logits = self._generator.step([slot.row for slot in answering], tokens)
+            for slot, token, row in zip(answering, tokens, logits, strict=True):
+                slot.tokens = np.append(slot.tokens, np.int32(token))
+                self._choose(slot, row)
+
+    def _admit(self):
+        """Give waiting requests the free rows that hold most of their prompts, else the longest unused."""
+        while True:
+            free = [slot for slot in self._slots if slot.request is None]
+            with self._lock:
+                if not free or not self._waiting:
+                    return
+                request = self._waiting.popleft()
+            if request.cancelled:
+                request.notify(Event(reason="cancelled"))
+                continue
+            prompt = np.ascontiguousarray(request.prompt, np.int32)
+            # The last token is read in any case: its logits choose the first token of the answer.
+            shared = {slot.row: _common(slot.tokens, prompt[:-1]) for slot in free}
+            slot = max(free, key=lambda slot: (shared[slot.row], -slot.used))
+            request.reused = shared[slot.row]
+            slot.request, slot.made, slot.next = request, 0, None
+            slot.tokens, slot.rest = slot.tokens[: request.reused], prompt[request.reused :]
+            self.cache.lengths[slot.row] = request.reused
+            slot.sampler = Sampler(request.sampling, prompt, self.model.config.vocab_size)
+            self._clock += 1
+            slot.used = self._clock
+
+    def _choose(self, slot, logits):
+        """Choose the next token of an answer by its logits, and end the answer where it ends."""
+        request = slot.request
+        if request.max_new_tokens == 0:
+            self._finish(slot, Event(reason="length"))
+            return
+        try:
+            token = slot.sampler.choose(logits)
+        except UserError as error:
+            self._finish(slot, Event(reason="error", error=str(error)))
+            return
+        if token in request.end:
+            self._finish(slot, Event(reason="stop"))
+            return
+        slot.next, slot.made = token, slot.made + 1
+        logprob: float | None = None
+        top: list[tuple[int, float]] = []
+        if request.top_logprobs is not None:
+            logs = log_probabilities(logits)
+            logprob = float(logs[token])
+            best = np.argsort(-logs, kind="stable")[: request.top_logprobs]
+            top = [(int(i), float(logs[i])) for i in best]
+        request.notify(Event(token, logprob, top))
+        if slot.made == request.max_new_tokens:
+            self._finish(slot, Event(reason="length"))
+
+    @staticmethod
+    def _finish(slot, event):
+        request, slot.request, slot.rest = slot.request, None, slot.rest[:0]
+        request.notify(event)
+
+
+def _common(a, b):
+    """How many first elements of two arrays are equal."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n

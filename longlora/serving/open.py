@@ -1,0 +1,91 @@
+"""Opening a model to use it: weights with the adapter merged in, tokenizer, cache, engine."""
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from longlora.decoder.cache import Cache
+from longlora.decoder.config import ModelConfig, read_config
+from longlora.decoder.generation_plan import plan
+from longlora.decoder.model import Model
+from longlora.decoder.weights import DTYPES
+from longlora.errors import UserError
+from longlora.files import adapter as adapters
+from longlora.files.merge import Merged
+from longlora.files.open_model import open_model
+from longlora.files.tokenizer import Tokenizer
+from longlora.serving.engine import Engine
+
+Path = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is ready to answer. end: the tokens that end an answer."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    config: ModelConfig
+    end: frozenset[int]
+    base: Any  # the opened files
+
+
+def open_engine(
+    model: Path,
+    adapter: Path | None = None,
+    *,
+    context: int | None = None,
+    rows: int = 1,
+    dtype: str = "auto",
+    cache_dtype: str = "auto",
+    device: str = "cpu",
+    memory: int | None = None,
+) -> Opened:
+    """Open the model at path `model`, with an adapter merged in if given.
+
+    context: tokens of prompt and answer together; by default what the model was made for.
+    rows: answers that advance side by side.
+    dtype: of the weights; "auto" is that of the files. cache_dtype: of keys and values; "auto" is dtype.
+    device: "cpu" or "cuda:N". memory: bytes, by default what the device has.
+
+    UserError for files that do not belong together, and for what does not fit in memory: before any weight
+    is read.
+    """
+    base = open_model(model)
+    config: ModelConfig = base.config
+    weights: Any = base
+    if adapter is not None:
+        lora, tensors, raw = adapters.load(adapter, base)
+        config = read_config(raw) if raw is not None else config
+        weights = Merged(base, lora, tensors)
+    if dtype == "auto":
+        dtype = base.dtype("model.embed_tokens.weight")
+    cache_dtype = dtype if cache_dtype == "auto" else cache_dtype
+    for name, value in (("dtype", dtype), ("cache_dtype", cache_dtype)):
+        if value not in DTYPES:
+            raise UserError(f"{name} should be one of auto, {', '.join(DTYPES)}, got {value!r}")
+    if context is None:
+        context = config.max_position_embeddings
+    planned = plan(
+        config, context=context, rows=rows, dtype=dtype, cache_dtype=cache_dtype, device=device, memory=memory
+    )
+    if not planned.fits:
+        raise UserError(f"the model does not fit in memory\n{planned.text()}")
+    tokenizer = base.tokenizer()
+    made = Model(config, dtype=dtype, device=device).load(weights)
+    cache = Cache(config, rows, context, cache_dtype, device)
+    return Opened(Engine(made, cache), tokenizer, config, end_tokens(base, tokenizer), base)
+
+
+def end_tokens(base: Any, tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end an answer: those of generation_config.json, else of config.json and tokenizer."""
+    found: list = []
+    path = os.path.join(base.path, "generation_config.json")
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            found.append(json.load(file).get("eos_token_id"))
+    if not found or found[0] is None:
+        found = [base.config.raw.get("eos_token_id"), tokenizer.eos_token_id]
+    flat = [x for value in found for x in (value if isinstance(value, list) else [value])]
+    return frozenset(x for x in flat if isinstance(x, int) and x >= 0)

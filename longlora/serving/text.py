@@ -1,0 +1,43 @@
+"""The text of an answer as its tokens come: whole characters, up to a stop string."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+
+class TextStream:
+    """Turns tokens into pieces of text. `tokenizer`: a files.Tokenizer.
+
+    A piece never ends inside a character. What might begin one of the `stop` strings is held back until it
+    cannot; a stop string itself is not part of the text. stopped: whether one has come.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), skip_special_tokens: bool = True):
+        self._backend, self._stop, self._held = tokenizer.backend, [s for s in stop if s], ""
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """The text that is certain after one more token."""
+        if self.stopped:
+            return ""
+        self._held += self._stream.step(self._backend, token) or ""
+        places = [i for i in (self._held.find(s) for s in self._stop) if i >= 0]
+        if places:
+            self.stopped = True
+            text, self._held = self._held[: min(places)], ""
+            return text
+        keep = max((_beginning(self._held, s) for s in self._stop), default=0)
+        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return text
+
+    def finish(self) -> str:
+        """What was held back, at the end of an answer."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _beginning(text, stop):
+    """The length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

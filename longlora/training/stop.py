@@ -1,0 +1,52 @@
+"""Signals that end a run after its current step, with everything saved."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+# Those that ask for an end, and those by which batch systems warn before they end a job.
+ASK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+WARN = (signal.SIGUSR1, signal.SIGXCPU)
+NOW = (signal.SIGINT, signal.SIGTERM)
+# `timeout`, batch systems and launchers send one request as several signals. What comes within this many
+# seconds of the first one belongs to it.
+TOGETHER = 1.0
+
+
+class Stop:
+    """Remembers the first signal while it is entered, so that the step ends and is saved before the run.
+
+    A SIGINT or SIGTERM that comes more than TOGETHER seconds later means now: KeyboardInterrupt. SIGHUP
+    under nohup stays ignored. `signal` is the first one's number, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            for number in (*ASK, *WARN):
+                if number in NOW or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number, frame):
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._since = number, now
+            name = signal.Signals(number).name
+            text = f"\n{name}: finishing and saving this step; another SIGINT or SIGTERM ends at once\n"
+            # print may be what the signal has interrupted, and nobody may be left to read.
+            with contextlib.suppress(OSError):
+                os.write(2, text.encode())
+        elif number in NOW and now - self._since > TOGETHER:
+            raise KeyboardInterrupt
+
+    def __exit__(self, *unused: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

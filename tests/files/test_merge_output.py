@@ -1,0 +1,54 @@
+"""Where merge may write: a new directory, or an empty one, which stays the directory it is."""
+
+import os
+
+import pytest
+import tiny
+
+from longlora.errors import UserError
+from longlora.files.merge import merge
+from longlora.files.open_model import open_model
+from longlora.training import driver
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    driver.train(lambda line: None, **tiny.options(tmp_path, max_steps=1))
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("kind", ["empty", "link", "here"])
+def test_an_empty_directory_stays(tmp_path, adapter, monkeypatch, kind):
+    """It may be a mount, the end of a link, or where the shell is."""
+    there, base = tmp_path / "there", tmp_path / "base"
+    there.mkdir()
+    (tmp_path / "link").symlink_to(there)
+    before = os.stat(there).st_ino
+    monkeypatch.chdir(there)
+    merge(base, adapter, {"empty": there, "link": tmp_path / "link", "here": "."}[kind])
+    assert os.stat(there).st_ino == before
+    assert set(os.listdir(there)) == {"config.json", "model.safetensors"} | {
+        name for name in os.listdir(there) if "token" in name
+    }
+    assert open_model(there).names() == open_model(base).names()
+
+
+def test_a_read_only_parent(tmp_path, adapter):
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    parent = tmp_path / "parent"
+    (parent / "out").mkdir(parents=True)
+    parent.chmod(0o555)
+    merge(tmp_path / "base", adapter, parent / "out")
+    assert (parent / "out" / "config.json").exists()
+    with pytest.raises(UserError, match="new: cannot be written: Permission denied"):
+        merge(tmp_path / "base", adapter, parent / "new")
+
+
+def test_what_a_killed_merge_left_goes(tmp_path, adapter):
+    left = tmp_path / ".merged.abcdefgh.partial"
+    left.mkdir()
+    (left / "model.safetensors").write_text("x")
+    (tmp_path / ".mine.partial").mkdir()
+    merge(tmp_path / "base", adapter, tmp_path / "merged")
+    assert not left.exists() and (tmp_path / ".mine.partial").exists()
