@@ -13,7 +13,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils import cached_file
 
@@ -246,14 +246,17 @@ def load(adapter: str | Path, base: str | Path, is_trainable: bool = False, **kw
         raise UserError(f"load: {adapter} is not the directory of an adapter: it has no {adapters.CONFIG}")
     place, how = opened(base)
     how |= kwargs
-    folder = base_folder.find(adapter)
+    folder, kind = base_folder.find(adapter), AutoModelForCausalLM
     if folder is not None:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=kwargs.get("trust_remote_code"))
         found = {name: kwargs[name] for name in HUB if name in kwargs}
         stored = None if "gguf_file" in how else AutoConfig.from_pretrained(place, **found)
         _store_as(config, getattr(stored, "quantization_config", None))
         how["config"] = config
-    model = AutoModelForCausalLM.from_pretrained(place, attn_implementation=NAME, **how)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and config.architectures:
+            # A model that also takes images or sound: AutoModelForCausalLM does not know it.
+            kind = getattr(transformers, config.architectures[0], kind)
+    model = kind.from_pretrained(place, attn_implementation=NAME, **how)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=f".*{base_folder.KEY}")  # it is where it should be
         made = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)

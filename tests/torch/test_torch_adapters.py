@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
 transformers = pytest.importorskip("transformers", reason="transformers is what is extended here")
 peft = pytest.importorskip("peft", reason="extend makes a PeftModel")
+import families  # noqa: E402
 import test_gguf  # noqa: E402
 import tiny as runs  # noqa: E402
 from families import close, ids_of, tiny  # noqa: E402
@@ -209,6 +210,29 @@ def test_adapters_of_0_1_0_are_read(tmp_path):
     close(logits(longlora.torch.load(adapter, base)), want)
     merge.merge(base, adapter, tmp_path / "merged")
     close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), want)
+
+
+def test_a_model_that_takes_images_too(tmp_path):
+    """What reads text is extended and trained; the tower for images stays, with norms of the same names."""
+    text = {**families.SMALL, "model_type": "mistral", "sliding_window": None, "head_dim": 8}
+    vision = dict(model_type="pixtral", hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    vision |= dict(num_attention_heads=4, image_size=28, patch_size=14, head_dim=8)
+    torch.manual_seed(0)
+    kind = transformers.Mistral3ForConditionalGeneration
+    kind(transformers.Mistral3Config(text_config=text, vision_config=vision)).save_pretrained(
+        tmp_path / "base"
+    )
+    model = moved(longlora.torch.extend(kind.from_pretrained(tmp_path / "base"), 512, group_size=6))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all(".language_model." in name for name in trained)
+    ids = ids_of(1, 24)
+    want = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path / "adapter")
+    close(longlora.torch.load(tmp_path / "adapter", tmp_path / "base")(input_ids=ids).logits, want)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = kind.from_pretrained(tmp_path / "merged")
+    assert merged.config.text_config.max_position_embeddings == 512
+    close(merged(input_ids=ids).logits, want)
 
 
 # ---- bases whose weights are not plain
