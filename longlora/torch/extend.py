@@ -38,9 +38,12 @@ class ExtendedModel(PeftModelForCausalLM):
     def __init__(self, model: torch.nn.Module, peft_config: LoraConfig, **kwargs: Any):
         super().__init__(model, peft_config, **kwargs)
         raise_trained(self)
-        config = model.config
-        # None for a model that comes from no file. A path is made absolute while the directory is the same.
-        self._base = config._name_or_path or None
+        self._note_base()
+
+    def _note_base(self):
+        """Note where the base comes from, while the directory that a relative path begins in is the same."""
+        config = self.get_base_model().config
+        self._base = config._name_or_path or None  # None for a model that comes from no file
         self._base_directory = _directory(self._base, getattr(config, "_commit_hash", None))
 
     def save_pretrained(
@@ -255,6 +258,7 @@ def load(adapter: str | Path, base: str | Path, is_trainable: bool = False, **kw
         warnings.filterwarnings("ignore", message=f".*{base_folder.KEY}")  # it is where it should be
         made = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
         made.__class__ = ExtendedModel
+        made._note_base()
         if is_trainable:
             raise_trained(made)
             made.load_adapter(adapter, "default", is_trainable=True)  # again, without the base's rounding

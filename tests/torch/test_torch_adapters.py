@@ -142,6 +142,12 @@ def test_saving_again_and_from_another_directory(tmp_path, monkeypatch):
     close(logits(AutoPeftModelForCausalLM.from_pretrained("other/adapter")), logits(model))
 
 
+def test_what_was_loaded_is_saved_again(tmp_path):
+    base, adapter, want = saved(tmp_path)
+    longlora.torch.load(adapter, base).save_pretrained(tmp_path / "again")
+    close(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "again")), want)
+
+
 def test_what_is_in_the_way_stays(tmp_path):
     base, adapter, _ = saved(tmp_path)
     (adapter / "longlora_base" / "weights.bin").write_text("mine")
@@ -213,7 +219,7 @@ def test_a_gguf_base(tmp_path):
     model = test_gguf.tiny(tmp_path / "hf", hidden_size=64)
     path = tmp_path / "gguf" / "tiny.gguf"
     path.parent.mkdir()
-    test_gguf.write(str(path), model, "Q8_0", vocab=False)
+    test_gguf.write(str(path), model, "Q8_0", vocab=False, vocab_size=model.config.vocab_size)
     place, how = opened(path)
     base = AutoModelForCausalLM.from_pretrained(place, **how)
     length = 4 * base.config.max_position_embeddings

@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
 transformers = pytest.importorskip("transformers", reason="transformers is what is extended here")
 peft = pytest.importorskip("peft", reason="extend makes a PeftModel")
+import families  # noqa: E402
 from devices import device, put  # noqa: E402, F401 (a fixture)
 from families import VERSION, close, ids_of, tiny  # noqa: E402
 
@@ -15,10 +16,16 @@ import longlora.torch  # noqa: E402
 from longlora.evaluation import ppl  # noqa: E402
 from longlora.files import merge  # noqa: E402
 from longlora.torch.extend import lora_config  # noqa: E402
+from longlora.torch.positions import set_rope  # noqa: E402
 
 
 def tokens():
     return ids_of(2, 24)
+
+
+def with_an_adapter(model):
+    """Without PEFT's model around it, as transformers' own integration does."""
+    return peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
 
 
 def moved(model, seed=0):
@@ -91,6 +98,64 @@ def test_extended_twice_the_positions_are_those_of_transformers(kind, family):
         assert again.config.rope_parameters["partial_rotary_factor"] == 0.25
 
 
+def test_phi3_is_interpolated_in_the_words_of_its_config(tmp_path):
+    """Its config takes no "linear". LongRoPE with equal factors is linear interpolation, and scales cos and
+    sin by sqrt(1 + ln(factor) / ln(original length)) (arXiv 2402.13753)."""
+    before = tiny("phi3", "sdpa").model.rotary_emb.inv_freq.clone()
+    model = longlora.torch.extend(tiny("phi3", "sdpa"), 512)
+    rotary = model.get_base_model().model.rotary_emb
+    torch.testing.assert_close(rotary.inv_freq, before / 4, rtol=1e-6, atol=0)
+    scale = (1 + np.log(4) / np.log(128)) ** 0.5
+    assert rotary.attention_scaling == pytest.approx(scale, rel=1e-6)
+    if VERSION >= (5, 0):
+        assert model.config.rope_parameters["partial_rotary_factor"] == 1
+    for kind in ("yarn", "llama3"):
+        with pytest.raises(ValueError, match=f"a phi3 config does not take rope type {kind} .*; ntk changes"):
+            longlora.torch.extend(tiny("phi3", "sdpa"), 512, rope=kind)
+    ntk = longlora.torch.extend(tiny("phi3", "sdpa"), 512, rope="ntk").get_base_model().model.rotary_emb
+    theta = 10000.0 * 4 ** (8 / 6)
+    torch.testing.assert_close(ntk.inv_freq.cpu(), theta ** -(torch.arange(0, 8, 2) / 8), rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="the config is spelled for transformers 5")
+def test_what_else_depends_on_the_positions_is_extended_too(tmp_path):
+    """DeepSeek scales its scores by the factor of yarn: by (0.1 mscale ln(factor) + 1) squared."""
+    rope = dict(rope_type="yarn", rope_theta=10000.0, factor=2.0, mscale=1.0, mscale_all_dim=1.0)
+    rope["original_max_position_embeddings"] = 64
+    config = transformers.DeepseekV3Config(
+        **{**families.SMALL, "num_key_value_heads": 4},
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        rope_parameters=rope,
+    )
+    torch.manual_seed(0)
+    model = put(transformers.AutoModelForCausalLM.from_config(config)).eval()
+    set_rope(model, "yarn", 512)
+    scores = model.model.layers[1].self_attn.scaling
+    assert scores == pytest.approx(16**-0.5 * (0.1 * np.log(8) + 1) ** 2, rel=1e-6)
+    model.save_pretrained(tmp_path)
+    close(
+        put(transformers.AutoModelForCausalLM.from_pretrained(tmp_path))(tokens()).logits,
+        model(tokens()).logits,
+    )
+
+
+def test_a_refused_extension_changes_nothing():
+    model = tiny("phi3", "sdpa")
+    config, rotary = model.config.to_dict(), model.model.rotary_emb
+    with pytest.raises(ValueError, match="does not take rope type yarn"):
+        set_rope(model, "yarn", 512)
+    assert model.config.to_dict() == config and model.model.rotary_emb is rotary
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_round_trips_keep_everything(tmp_path, tied):
     tiny("llama", "sdpa", tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
@@ -157,6 +222,28 @@ def test_lora_of_ones_own():
             "rope type should be one of",
         ),
         (lambda: longlora.torch.extend(tiny("llama", "sdpa"), 512, group_size=-1), "group_size"),
+        (lambda: longlora.torch.extend("path/of/a/model", 512), "model should be an Auto.*, got str"),
+        (lambda: longlora.torch.extend(tiny("llama", "sdpa"), 512, lora={"r": 8}), "LoraConfig, got dict"),
+        (
+            lambda: longlora.torch.extend(tiny("llama", "sdpa").model, 512),
+            "LlamaModel has no language model head",
+        ),
+        (
+            lambda: longlora.torch.extend(
+                peft.get_peft_model(tiny("llama", "sdpa"), peft.LoraConfig(target_modules=["q_proj"])), 512
+            ),
+            "has an adapter already; give the base model, and its LoRA as lora=",
+        ),
+        (
+            lambda: longlora.torch.extend(longlora.torch.extend(tiny("llama", "sdpa"), 512), 1024),
+            "has an adapter already",
+        ),
+        (
+            lambda: longlora.torch.extend(with_an_adapter(tiny("llama", "sdpa")), 512),
+            "has an adapter already",
+        ),
+        (lambda: longlora.torch.load("nowhere", "base"), "nowhere is not the directory of an adapter"),
+        (lambda: longlora.torch.extend(tiny("gpt_neox", "sdpa"), 512, rope="ntk"), "this model rotates 2"),
         (
             lambda: longlora.torch.extend(
                 tiny("llama", "sdpa"), 512, lora=peft.LoraConfig(task_type="SEQ_CLS")
