@@ -31,7 +31,7 @@ def made(kind, letters, merges=(), normalizer=None):
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     if normalizer:
         backend.normalizer = getattr(normalizers, normalizer)()
-    return Tokenizer(backend, {}, {})
+    return Tokenizer(backend, {}, {}, kind)
 
 
 DOUBLING = [("a", "a"), ("aa", "aa"), ("aaaa", "aaaa")]
