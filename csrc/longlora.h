@@ -17,7 +17,7 @@ typedef enum { F32, BF16, F16, F64, I32, I64, U8, DTYPES } DType;
 enum { MAX_NDIM = 4 };
 
 typedef struct {
-    void *data; /* NULL if an optional argument is not given, or if the tensor is empty */
+    void *data; /* NULL if an optional argument is not given; not the tensor's own memory if it is empty */
     int64_t shape[MAX_NDIM];
     int64_t stride[MAX_NDIM]; /* in elements; 0 for a broadcast input axis */
     int32_t ndim;             /* -1: an optional argument that was not given */

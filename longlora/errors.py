@@ -1,21 +1,51 @@
 """Errors that the user can correct. The command line prints them in one line and exits with code 2."""
 
+import reprlib
+
 LONGEST = 2000  # characters of a message; what a file holds may be longer than any screen
 
 
 class UserError(ValueError):
     """An argument or a file is wrong. The message is one line: what was wanted and what was found.
 
-    It may quote a file or its name, so control characters and other characters that do not print are escaped:
-    they could move the terminal's cursor, or fail to be encoded. The middle of a long message is left out.
+    It may quote a file or its name, so it is made printable. The middle of a long message is left out.
     """
 
     def __init__(self, message: object) -> None:
         text = " ".join(str(message).splitlines())
         if len(text) > LONGEST:
             text = f"{text[: LONGEST * 3 // 4]} ... {text[-LONGEST // 4 :]}"
-        super().__init__("".join(letter if letter.isprintable() else _escaped(letter) for letter in text))
+        super().__init__(printable(text))
+
+
+def printable(text: str) -> str:
+    """The text with an escape for each character that does not print.
+
+    Control characters could move the terminal's cursor, and half a character cannot be encoded.
+    """
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
 
 
 def _escaped(letter):
     return letter.encode("unicode_escape").decode("ascii")
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 3, 5, 5, 5
+        self.maxstring = self.maxother = self.maxlong = 300
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out more than a few thousand digits.
+        return (
+            super().repr_int(x, level) if x.bit_length() < 10_000 else f"a number of {x.bit_length():,} bits"
+        )
+
+
+def shown(value: object) -> str:
+    """The repr of a value that a file or a caller gave, cut short.
+
+    A few lines of YAML can hold a list of a billion items.
+    """
+    return _Short().repr(value)

@@ -211,6 +211,12 @@ static inline uint16_t float_to_f16(float x) {
     return (uint16_t)(sign | ((u + 0xfff + (u >> 13 & 1) - (112u << 23)) >> 13));
 }
 
+/* An index from an array of the caller, which another thread may change during the call. Whoever uses an
+ * index reads it once and checks what was read. */
+static inline int32_t index_at(const Tensor *t, int64_t offset) {
+    return __atomic_load_n((const int32_t *)at(t, offset), __ATOMIC_RELAXED);
+}
+
 /* One element, any of the three float dtypes. */
 static inline float load1(const void *p, int32_t dtype) {
     if (dtype == F32) {

@@ -8,12 +8,14 @@ enum {
     COLUMNS = 512, /* columns of a partial sum at a time */
 };
 
+static int bad_id(const char *op, int64_t m, int64_t rows, int32_t id) {
+    return fail("%s: ids[%lld] should be in 0..%lld, got %d", op, (long long)m, (long long)rows - 1, id);
+}
+
 static int check_ids(const char *op, const Tensor *ids, int64_t rows) {
     for (int64_t m = 0; m < ids->shape[0]; m++) {
-        int32_t id = ((const int32_t *)ids->data)[m];
-        if (id < 0 || id >= rows)
-            return fail("%s: ids[%lld] should be in 0..%lld, got %d", op, (long long)m, (long long)rows - 1,
-                        id);
+        int32_t id = index_at(ids, m);
+        if (id < 0 || id >= rows) return bad_id(op, m, rows, id);
     }
     return 0;
 }
@@ -22,10 +24,12 @@ static int forward_rows(int64_t task, void *context) {
     const EmbeddingForward *a = context;
     int64_t first = task * ROWS, last = first + ROWS, C = a->out.shape[1];
     if (last > a->ids.shape[0]) last = a->ids.shape[0];
-    for (int64_t m = first; m < last; m++)
-        memcpy(at(&a->out, m * a->out.stride[0]),
-               at(&a->weight, ((const int32_t *)a->ids.data)[m] * a->weight.stride[0]),
+    for (int64_t m = first; m < last; m++) {
+        int32_t id = index_at(&a->ids, m);
+        if (id < 0 || id >= a->weight.shape[0]) return bad_id("embedding_forward", m, a->weight.shape[0], id);
+        memcpy(at(&a->out, m * a->out.stride[0]), at(&a->weight, id * a->weight.stride[0]),
                (size_t)(C * dtype_size(a->out.dtype)));
+    }
     return 0;
 }
 
@@ -37,57 +41,75 @@ int CPU(embedding_forward)(const void *args, void *stream) {
                         (void *)a);
 }
 
-/* row[c] += dout[order[i], c0 + c] for i = first .. last-1 and c = 0 .. n-1. */
-static inline void add_rows(float *row, const EmbeddingBackward *a, int64_t first, int64_t last, int64_t c0,
-                            int64_t n) {
-    const int32_t *order = a->order.data;
+/* The token at place i of the order; -1 after fail() if there is no such token. */
+static inline int32_t token_at(const EmbeddingBackward *a, int64_t i) {
+    int32_t token = index_at(&a->order, i);
+    if (token >= 0 && token < a->ids.shape[0]) return token;
+    return fail("embedding_backward: order[%lld] should be in 0..%lld, got %d", (long long)i,
+                (long long)a->ids.shape[0] - 1, token);
+}
+/* Its id; -1 after fail() if there is no such id. */
+static inline int32_t id_at(const EmbeddingBackward *a, int64_t i) {
+    int32_t token = token_at(a, i), id = token < 0 ? -1 : index_at(&a->ids, token);
+    if (token < 0 || (id >= 0 && id < a->dweight.shape[0])) return id;
+    return bad_id("embedding_backward", token, a->dweight.shape[0], id);
+}
+
+/* row[c] += dout[order[i], c0 + c] for i = first .. last-1 and c = 0 .. n-1. 0, or -1 after fail(). */
+static inline int add_rows(float *row, const EmbeddingBackward *a, int64_t first, int64_t last, int64_t c0,
+                           int64_t n) {
     int64_t size = dtype_size(a->dout.dtype);
     for (int64_t i = first; i < last; i++) {
-        const char *dout = at(&a->dout, order[i] * a->dout.stride[0] + c0);
+        int32_t token = token_at(a, i);
+        if (token < 0) return -1;
+        const char *dout = at(&a->dout, token * a->dout.stride[0] + c0);
         int64_t c = 0;
         for (; c + VW <= n; c += VW)
             vf_store(row + c, vf_load(row + c) + vf_load_any(dout + c * size, a->dout.dtype));
         for (; c < n; c++) row[c] += load1(dout + c * size, a->dout.dtype);
     }
+    return 0;
+}
+
+/* Adds the rows of places first .. last-1, which have one id, to the id's row of dweight. */
+static int add_run(const EmbeddingBackward *a, int32_t id, int64_t first, int64_t last) {
+    float *row = at(&a->dweight, id * a->dweight.stride[0]);
+    int64_t C = a->dout.shape[1];
+    if (last - first <= PIECE) return add_rows(row, a, first, last, 0, C);
+    for (int64_t c0 = 0; c0 < C; c0 += COLUMNS)
+        for (int64_t start = first; start < last; start += PIECE) {
+            float sum[COLUMNS] = { 0 };
+            int64_t n = C - c0 < COLUMNS ? C - c0 : COLUMNS;
+            if (add_rows(sum, a, start, start + PIECE < last ? start + PIECE : last, c0, n)) return -1;
+            for (int64_t c = 0; c < n; c++) row[c0 + c] += sum[c];
+        }
+    return 0;
 }
 
 /* A task owns the runs of equal ids that begin in its ROWS elements of `order`, up to their ends. */
 static int backward_runs(int64_t task, void *context) {
     const EmbeddingBackward *a = context;
-    const int32_t *ids = a->ids.data, *order = a->order.data;
-    int64_t first = task * ROWS, last = first + ROWS, M = a->ids.shape[0], C = a->dout.shape[1];
-    if (last > M) last = M;
-    if (first)
-        while (first < last && ids[order[first]] == ids[order[first - 1]]) first++;
-    for (int64_t i = first, end; i < last; i = end) {
-        float *row = at(&a->dweight, ids[order[i]] * a->dweight.stride[0]);
-        for (end = i + 1; end < M && ids[order[end]] == ids[order[i]]; end++) {}
-        if (end - i <= PIECE) {
-            add_rows(row, a, i, end, 0, C);
-            continue;
-        }
-        for (int64_t c0 = 0; c0 < C; c0 += COLUMNS)
-            for (int64_t start = i; start < end; start += PIECE) {
-                float sum[COLUMNS] = { 0 };
-                int64_t n = C - c0 < COLUMNS ? C - c0 : COLUMNS;
-                add_rows(sum, a, start, start + PIECE < end ? start + PIECE : end, c0, n);
-                for (int64_t c = 0; c < n; c++) row[c0 + c] += sum[c];
-            }
+    int64_t i = task * ROWS, M = a->ids.shape[0], last = i + ROWS < M ? i + ROWS : M, end;
+    int32_t before = i ? id_at(a, i - 1) : -1, id = id_at(a, i);
+    if (i && before < 0) return -1;
+    while (id == before && id >= 0 && ++i < last) id = id_at(a, i);
+    for (int32_t next = id; i < last && id >= 0; i = end, id = next) {
+        for (end = i + 1; end < M && (next = id_at(a, end)) == id; end++) {}
+        if (add_run(a, id, i, end)) return -1;
     }
-    return 0;
+    return id < 0 ? -1 : 0;
 }
 
 int CPU(embedding_backward)(const void *args, void *stream) {
     const EmbeddingBackward *a = args;
+    int32_t token = -1, id = -1;
     (void)stream;
-    const int32_t *ids = a->ids.data, *order = a->order.data;
     if (check_ids("embedding_backward", &a->ids, a->dweight.shape[0])) return -1;
     for (int64_t i = 0; i < a->order.shape[0]; i++) {
-        if (order[i] < 0 || order[i] >= a->ids.shape[0])
-            return fail("embedding_backward: order[%lld] should be in 0..%lld, got %d", (long long)i,
-                        (long long)a->ids.shape[0] - 1, order[i]);
-        if (i && (ids[order[i - 1]] > ids[order[i]] ||
-                  (ids[order[i - 1]] == ids[order[i]] && order[i - 1] >= order[i])))
+        int32_t token_before = token, id_before = id;
+        if ((token = token_at(a, i)) < 0) return -1;
+        id = index_at(&a->ids, token);
+        if (id_before > id || (id_before == id && token_before >= token))
             return fail(
                 "embedding_backward: order should be the stable argsort of ids, but is not at index %lld",
                 (long long)i);

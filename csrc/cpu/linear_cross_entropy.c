@@ -26,6 +26,7 @@ enum {
 };
 
 typedef struct { /* a chunk of rows, a stretch v0 .. v1 of the vocabulary */
+    const char *op;
     const Tensor *x, *weight, *targets, *dlosses, *dx, *dweight; /* forward: the three d are NULL */
     int64_t ignore;
     int keep;      /* the exponentials of all stretches are kept, one behind the other */
@@ -81,7 +82,14 @@ static int64_t rows_of_chunk(const Chunk *c) { return ceil_div(units_of(c), coun
 /* ---- the softmax ----------------------------------------------------------------------------- */
 
 static inline int64_t target(const Chunk *c, int64_t i) {
-    return ((const int32_t *)c->targets->data)[(c->row0 + i) * c->targets->stride[0]];
+    return index_at(c->targets, (c->row0 + i) * c->targets->stride[0]);
+}
+/* 0, or -1 after fail() if the target t of row i is neither a row of weight nor ignored. */
+static inline int check_target(const Chunk *c, int64_t i, int64_t t) {
+    int64_t V = c->weight->shape[0];
+    if (t == c->ignore || (t >= 0 && t < V)) return 0;
+    return fail("%s: targets[%lld] should be 0..%lld or ignore_index=%lld, got %lld", c->op,
+                (long long)(c->row0 + i), (long long)V - 1, (long long)c->ignore, (long long)t);
 }
 /* 0 where the target is ignored, whatever dlosses has there. */
 static inline float dloss(const Chunk *c, int64_t i) {
@@ -173,6 +181,7 @@ static int dx_row(int64_t i, void *context) {
     int64_t C = c->x->shape[1], size = dtype_size(c->weight->dtype), t = target(c, i);
     float *sums = c->sums + i * c->sums_row, others = dloss(c, i) / c->total[i];
     char *out = at(c->dx, (c->row0 + i) * c->dx->stride[0]);
+    if (check_target(c, i, t)) return -1;
     if (t == c->ignore) {
         memset(out, 0, (size_t)(C * dtype_size(c->dx->dtype)));
         return 0;
@@ -318,13 +327,10 @@ static Chunk backward_chunk(const LinearCrossEntropyBackward *f) {
 }
 
 static int run(const char *op, const Tensor *losses, const Tensor *lse, Chunk c) {
-    int64_t M = c.x->shape[0], C = c.x->shape[1], V = c.weight->shape[0];
-    for (int64_t m = 0; m < M; m++) {
-        int64_t t = target(&c, m);
-        if (t != c.ignore && (t < 0 || t >= V))
-            return fail("%s: targets[%lld] should be 0..%lld or ignore_index=%lld, got %lld", op,
-                        (long long)m, (long long)V - 1, (long long)c.ignore, (long long)t);
-    }
+    int64_t M = c.x->shape[0], C = c.x->shape[1];
+    c.op = op;
+    for (int64_t m = 0; m < M; m++)
+        if (check_target(&c, m, target(&c, m))) return -1;
     if (M == 0) return 0;
     int64_t rows = rows_of_chunk(&c), chunks = count_chunks(&c), units = units_of(&c),
             blocks = STRETCH / BLOCK;

@@ -4,9 +4,20 @@
 enum { ROWS = 8 }; /* tokens of a task */
 
 typedef struct {
+    const char *op;
     const Rope *a;
     float sign;
 } Rotation;
+
+/* The row of the tables for token t; -1 after fail() if there is none. */
+static inline int64_t position_of(const Rotation *r, int64_t b, int64_t t) {
+    const Rope *a = r->a;
+    if (!given(&a->positions)) return t;
+    int32_t position = index_at(&a->positions, b * a->positions.stride[0] + t);
+    if (position >= 0 && position < a->cos.shape[0]) return position;
+    return fail("%s: positions[%lld,%lld] should be in 0..%lld, got %d", r->op, (long long)b, (long long)t,
+                (long long)a->cos.shape[0] - 1, position);
+}
 
 static inline void rotate_head(char *out, const char *x, const float *cos, const float *sin, float sign,
                                int64_t E, int32_t dtype) {
@@ -31,9 +42,8 @@ static int rotate_rows(int64_t task, void *context) {
     int64_t T = a->x.shape[1], H = a->x.shape[2], E = a->x.shape[3] / 2, tokens = a->x.shape[0] * T;
     int64_t first = task * ROWS, last = first + ROWS < tokens ? first + ROWS : tokens;
     for (int64_t m = first; m < last; m++) {
-        int64_t b = m / T, t = m % T, position = t;
-        if (given(&a->positions))
-            position = *(const int32_t *)at(&a->positions, b * a->positions.stride[0] + t);
+        int64_t b = m / T, t = m % T, position = position_of(r, b, t);
+        if (position < 0) return -1;
         const float *cos = at(&a->cos, position * a->cos.stride[0]),
                     *sin = at(&a->sin, position * a->sin.stride[0]);
         for (int64_t h = 0; h < H; h++) {
@@ -50,16 +60,10 @@ static int rotate_rows(int64_t task, void *context) {
 }
 
 static int rotate(const char *op, const Rope *a, float sign) {
-    int64_t B = a->x.shape[0], T = a->x.shape[1], D = a->x.shape[3], P = a->cos.shape[0];
-    if (given(&a->positions))
-        for (int64_t b = 0; b < B; b++)
-            for (int64_t t = 0; t < T; t++) {
-                int32_t position = *(const int32_t *)at(&a->positions, b * a->positions.stride[0] + t);
-                if (position < 0 || position >= P)
-                    return fail("%s: positions[%lld,%lld] should be in 0..%lld, got %d", op, (long long)b,
-                                (long long)t, (long long)P - 1, position);
-            }
-    Rotation r = { a, sign };
+    int64_t B = a->x.shape[0], T = a->x.shape[1], D = a->x.shape[3];
+    Rotation r = { op, a, sign };
+    for (int64_t m = 0; given(&a->positions) && m < B * T; m++)
+        if (position_of(&r, m / T, m % T) < 0) return -1;
     return parallel_for((B * T + ROWS - 1) / ROWS, ROWS * a->x.shape[2] * (D / 4 + 1), rotate_rows, &r);
 }
 

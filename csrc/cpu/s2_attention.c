@@ -39,14 +39,14 @@ int CPU(s2_attention_forward)(const void *args, void *stream) {
     if (make_pattern("s2_attention_forward", &f.p, &a->q, &a->k, &a->cu_seqlens, a->group_size, a->boundary,
                      a->shift) ||
         make_work(&f.p, forward_tasks, &f.w))
-        return -1;
+        return free_work(&f.p, &f.w), -1;
     int64_t threads = min64(get_threads(), f.w.count);
     f.floats = forward_floats(round_up(f.p.D, VW));
     f.memory = scratch(threads * f.floats * (int64_t)sizeof(float));
     int status =
         f.memory ? parallel_for(threads, work_of(&f.w, f.p.D) / max64(threads, 1), forward_thread, &f) : -1;
     scratch_free(f.memory);
-    free_work(&f.w);
+    free_work(&f.p, &f.w);
     return status;
 }
 
@@ -225,7 +225,7 @@ int CPU(s2_attention_backward)(const void *args, void *stream) {
     const Pattern *p = &b.p;
     if (make_pattern("s2_attention_backward", &b.p, &a->q, &a->k, &a->cu_seqlens, a->group_size, a->boundary,
                      a->shift))
-        return -1;
+        return free_work(p, &b.w), -1;
     for (int64_t i = 0; i < 2 && !p->H; i++) { /* no query sees these keys */
         const Tensor *x = i ? &a->dv : &a->dk;
         for (int64_t j = 0; j < p->B * p->T * p->K; j++)
@@ -233,8 +233,8 @@ int CPU(s2_attention_backward)(const void *args, void *stream) {
                              j % p->K * x->stride[2]),
                    0, (size_t)(p->D * dtype_size(x->dtype)));
     }
-    if (!p->H) return 0;
-    if (make_work(p, backward_tasks, &b.w)) return -1;
+    if (!p->H) return free_work(p, &b.w), 0;
+    if (make_work(p, backward_tasks, &b.w)) return free_work(p, &b.w), -1;
     int narrow = a->q.dtype != F32, status = 0;
     int64_t threads = min64(get_threads(), b.w.count), pairs = p->B * p->K;
     int64_t at_once = narrow ? attention_heads_at_once(p->B, p->T, p->H, p->K, p->D) : pairs;
@@ -249,7 +249,7 @@ int CPU(s2_attention_backward)(const void *args, void *stream) {
     }
     scratch_free(b.sums);
     scratch_free(b.memory);
-    free_work(&b.w);
+    free_work(p, &b.w);
     return status;
 }
 

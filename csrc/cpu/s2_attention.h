@@ -15,8 +15,10 @@
 typedef struct {
     int64_t G;
     int boundary, shift;
-    const Tensor *cu_seqlens;
     int64_t B, T, H, K, D;
+    int32_t
+        *starts; /* of the documents, and T: the caller's cu_seqlens may change. NULL without cu_seqlens */
+    int64_t documents;
 } Pattern;
 
 /* The query heads first .. last-1 of KV head k that are shifted, or those that are not. */
@@ -28,17 +30,12 @@ static void heads_of(const Pattern *p, int64_t k, int shifted, int64_t *first, i
     *last = shifted ? to : first_shifted;
 }
 
-/* Returns -1 after fail() if cu_seqlens does not describe documents that the boundary allows. */
-static int make_pattern(const char *op, Pattern *p, const Tensor *q, const Tensor *k,
-                        const Tensor *cu_seqlens, double group_size, double boundary, double shift) {
-    *p = (Pattern){ (int64_t)group_size, (int)boundary, (int)shift,  cu_seqlens, q->shape[0],
-                    q->shape[1],         q->shape[2],   k->shape[2], q->shape[3] };
-    if (!given(cu_seqlens)) return 0;
-    int64_t documents = cu_seqlens->shape[0] - 1;
-    const int32_t *starts = cu_seqlens->data;
-    if (starts[0] != 0 || starts[documents] != p->T)
+/* Returns -1 after fail() if there are no such documents, or the boundary does not allow them. */
+static int check_documents(const char *op, const Pattern *p) {
+    const int32_t *starts = p->starts;
+    if (starts[0] != 0 || starts[p->documents] != p->T)
         return fail("%s: cu_seqlens should begin with 0 and end with T=%lld", op, (long long)p->T);
-    for (int64_t i = 0; i < documents; i++) {
+    for (int64_t i = 0; i < p->documents; i++) {
         int64_t L = (int64_t)starts[i + 1] - starts[i];
         if (L < 0)
             return fail("%s: cu_seqlens should not decrease, got %d after %d at index %lld", op,
@@ -49,6 +46,19 @@ static int make_pattern(const char *op, Pattern *p, const Tensor *q, const Tenso
                         op, p->boundary == WRAP ? "wrap" : "swap", (long long)p->G, (long long)L);
     }
     return 0;
+}
+
+/* Freed by free_work(). Returns -1 after fail() if cu_seqlens does not describe documents that the boundary
+ * allows, or if there is no memory. */
+static int make_pattern(const char *op, Pattern *p, const Tensor *q, const Tensor *k,
+                        const Tensor *cu_seqlens, double group_size, double boundary, double shift) {
+    *p = (Pattern){ (int64_t)group_size, (int)boundary, (int)shift,  q->shape[0], q->shape[1],
+                    q->shape[2],         k->shape[2],   q->shape[3], NULL,        0 };
+    if (!given(cu_seqlens)) return 0;
+    p->documents = cu_seqlens->shape[0] - 1;
+    p->starts = scratch((p->documents + 1) * (int64_t)sizeof *p->starts);
+    for (int64_t i = 0; p->starts && i <= p->documents; i++) p->starts[i] = index_at(cu_seqlens, i);
+    return p->starts ? check_documents(op, p) : -1;
 }
 
 /* Appends the segments of a document of L tokens that begins at `origin` to list, unless that is NULL.
@@ -81,11 +91,10 @@ static int64_t document_segments(const Pattern *p, Segment *list, int64_t b, int
 
 static int64_t all_segments(const Pattern *p, Segment *list) {
     int64_t count = 0;
-    if (given(p->cu_seqlens)) {
-        const int32_t *starts = p->cu_seqlens->data;
-        for (int64_t i = 0; i + 1 < p->cu_seqlens->shape[0]; i++)
-            count +=
-                document_segments(p, list ? list + count : NULL, 0, starts[i], starts[i + 1] - starts[i]);
+    if (p->starts) {
+        for (int64_t i = 0; i < p->documents; i++)
+            count += document_segments(p, list ? list + count : NULL, 0, p->starts[i],
+                                       p->starts[i + 1] - p->starts[i]);
     } else {
         for (int64_t b = 0; b < p->B; b++)
             count += document_segments(p, list ? list + count : NULL, b, 0, p->T);
@@ -150,17 +159,16 @@ static int make_work(const Pattern *p, ListTasks *list, Work *w) {
     all_segments(p, w->segments);
     w->count = list(p, w->segments, w->segment_count, NULL);
     w->tasks = scratch(w->count * (int64_t)sizeof(Task));
-    if (!w->tasks) {
-        scratch_free(w->segments);
-        return -1;
-    }
+    if (!w->tasks) return -1;
     list(p, w->segments, w->segment_count, w->tasks);
     return 0;
 }
 
-static void free_work(Work *w) {
+/* Frees what make_pattern() and make_work() took, also where one of them failed. */
+static void free_work(const Pattern *p, const Work *w) {
     scratch_free(w->tasks);
     scratch_free(w->segments);
+    scratch_free(p->starts);
 }
 
 /* Nanoseconds that one core needs for all tasks: the multiply-adds of two products, 32 per nanosecond. */

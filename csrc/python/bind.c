@@ -69,6 +69,9 @@ typedef struct {
     double scalars[MAX_ARGS];
 } Struct;
 
+/* What empty tensors point to, so that kernels may do arithmetic with any address, and memcpy of 0 bytes. */
+static _Alignas(256) char nowhere[256];
+
 /* Fills the op's struct from its arguments and checks them. 0, or -1 with an exception; either way the caller
  * gives the loans back. */
 static int take(int index, PyObject *const *args, Py_ssize_t count, Struct *all, Loan *loans, Queue *queue) {
@@ -93,12 +96,16 @@ static int take(int index, PyObject *const *args, Py_ssize_t count, Struct *all,
         const Arg *arg = &spec->args[spec->tensors + i];
         PyObject *value = args[spec->tensors + i];
         scalars[i] = PyFloat_AsDouble(value);
-        if (PyErr_Occurred() ||
-            (arg->is_int && !(fabs(scalars[i]) < 9e15 && scalars[i] == (double)(int64_t)scalars[i])))
+        int wrong = PyErr_Occurred() != NULL;
+        if (wrong && !PyErr_ExceptionMatches(PyExc_Exception)) return -1;
+        PyErr_Clear();
+        if (wrong || (arg->is_int && !(fabs(scalars[i]) < 9e15 && scalars[i] == (double)(int64_t)scalars[i])))
             return refuse(PyExc_TypeError, op, arg, "should be %s, got %R",
                           arg->is_int ? "an integer" : "a number", value);
     }
     if (merge_rows(op, spec, all->tensors) || check_shapes(op, spec, all->tensors)) return -1;
+    for (int i = 0; i < spec->tensors; i++)
+        if (given(&all->tensors[i]) && !elements_of(&all->tensors[i])) all->tensors[i].data = nowhere;
     if (ops[index].check && ops[index].check(op, all))
         return PyErr_SetString(PyExc_ValueError, last_error()), -1;
     return 0;

@@ -28,6 +28,20 @@ void give_back(Loan *loans, int count, const Queue *queue) {
     PyErr_Restore(type, value, traceback);
 }
 
+/* -1 with an exception if an array is larger than memory can be. Then no arithmetic on its sizes overflows.
+ */
+static int check_extent(const Tensor *t, const char *op, const Arg *arg) {
+    enum { MOST_BITS = 59 }; /* of elements, of 8 bytes at most */
+    int64_t elements = 1, reach = 0, step;
+    for (int i = 0; i < t->ndim; i++)
+        if (__builtin_mul_overflow(elements, t->shape[i] ? t->shape[i] : 1, &elements) ||
+            __builtin_mul_overflow(t->shape[i] ? t->shape[i] - 1 : 0, t->stride[i], &step) ||
+            (step < 0 && __builtin_sub_overflow(0, step, &step)) ||
+            __builtin_add_overflow(reach, step, &reach) || elements >> MOST_BITS || reach >> MOST_BITS)
+            return refuse(PyExc_ValueError, op, arg, "has axes or strides that reach farther than memory");
+    return 0;
+}
+
 static int borrow_numpy(PyArrayObject *array, Tensor *t, const char *op, const Arg *arg) {
     static const struct {
         int num, dtype;
@@ -64,7 +78,7 @@ static int borrow_numpy(PyArrayObject *array, Tensor *t, const char *op, const A
                           "axis %d has a stride that is not a multiple of the element size", i);
     }
     t->data = PyArray_DATA(array);
-    return 0;
+    return check_extent(t, op, arg);
 }
 
 static int refuse_device(int index, const char *op, const Arg *arg) {
@@ -89,14 +103,19 @@ static int borrow_dltensor(const DLTensor *d, Tensor *t, const char *op, const A
     if (d->ndim < 0 || d->ndim > MAX_NDIM)
         return refuse(PyExc_ValueError, op, arg, "should have %d axes, got %d", arg->ndim, d->ndim);
     t->ndim = d->ndim;
-    int64_t dense = 1;
-    for (int i = d->ndim - 1; i >= 0; i--) {
+    if (d->ndim && !d->shape) return refuse(PyExc_BufferError, op, arg, "has no sizes in its capsule");
+    for (int i = 0; i < d->ndim; i++) {
         if (d->shape[i] < 0) return refuse(PyExc_BufferError, op, arg, "has a negative size in its capsule");
         t->shape[i] = d->shape[i];
-        t->stride[i] = d->strides ? d->strides[i] : dense;
-        dense *= d->shape[i];
+        t->stride[i] = d->strides ? d->strides[i] : 0;
     }
-    t->data = (char *)d->data + d->byte_offset;
+    if (check_extent(t, op, arg)) return -1;
+    if (!d->strides) make_dense(t);
+    if (d->data) t->data = (char *)d->data + d->byte_offset;
+    else if (elements_of(t))
+        return refuse(PyExc_BufferError, op, arg,
+                      "has no memory of its own, as fake tensors, tensors of the device meta and distributed "
+                      "tensors have none");
     return 0;
 }
 
@@ -113,6 +132,19 @@ static const DLPackExchangeAPI *exchange_api(PyObject *object) {
     Py_DECREF(capsule);
     while (header && header->version.major > 1) header = header->prev_api;
     return header && header->version.major == 1 ? (const DLPackExchangeAPI *)header : NULL;
+}
+
+/* Refuses torch's lazily negated views, such as z.conj().imag: their memory holds the other sign, and neither
+ * the exchange API nor a capsule says so. One call of a method, about 60 ns. */
+static int check_sign(PyObject *object, const char *op, const Arg *arg) {
+    static _Atomic(PyObject *) name;
+    if (!name) name = PyUnicode_InternFromString("is_neg");
+    PyObject *negative = name ? PyObject_CallMethodObjArgs(object, name, NULL) : NULL;
+    if (!negative && !PyErr_ExceptionMatches(PyExc_AttributeError)) return -1;
+    if (!negative) PyErr_Clear();
+    int refused = negative == Py_True;
+    Py_XDECREF(negative);
+    return refused ? refuse(PyExc_BufferError, op, arg, "is a lazily negated view; give x.resolve_neg()") : 0;
 }
 
 /* Turns a producer's exception into a BufferError that names the argument. */
@@ -144,9 +176,12 @@ static int device_of(PyObject *object, const char *op, const Arg *arg) {
     PyObject *pair = PyObject_CallMethod(object, "__dlpack_device__", NULL);
     if (!pair && !PyErr_ExceptionMatches(PyExc_AttributeError)) return producer_failed(op, arg);
     if (!pair) PyErr_Clear(); /* few producers lack it: NumPy requires it */
-    int status = pair && (!PyTuple_Check(pair) || !PyArg_ParseTuple(pair, "ii", &type, &id))
-                     ? producer_failed(op, arg)
-                     : 0;
+    int status = 0;
+    if (pair && (!PyTuple_Check(pair) || !PyArg_ParseTuple(pair, "ii", &type, &id))) {
+        PyErr_Clear();
+        status =
+            refuse(PyExc_TypeError, op, arg, "returned %R as its __dlpack_device__, not two integers", pair);
+    }
     Py_XDECREF(pair);
     if (status || type != kDLCUDA) return status;
     return usable(id) ? refuse_device(id, op, arg) : id + 1;
@@ -173,6 +208,25 @@ static int join_queue(Queue *queue, PyObject *object, int device, const DLPackEx
                : 0;
 }
 
+/* Fills t from the loan's capsule, which should be on the loan's device. */
+static int open_capsule(Tensor *t, const Loan *loan, const char *op, const Arg *arg) {
+    PyObject *capsule = loan->capsule;
+    int status, versioned = PyCapsule_IsValid(capsule, "dltensor_versioned");
+    if (!versioned && !PyCapsule_IsValid(capsule, "dltensor"))
+        return refuse(PyExc_TypeError, op, arg, "returned %R instead of a DLPack capsule", capsule);
+    if (!versioned && arg->output) /* old capsules have no read-only flag */
+        return refuse(PyExc_BufferError, op, arg, "is an output and needs DLPack 1, got an old capsule");
+    if (versioned) status = borrow_managed(PyCapsule_GetPointer(capsule, "dltensor_versioned"), t, op, arg);
+    else {
+        const DLManagedTensor *old = PyCapsule_GetPointer(capsule, "dltensor");
+        status = borrow_dltensor(&old->dl_tensor, t, op, arg);
+    }
+    if (!status && t->device != loan->device)
+        return refuse(PyExc_BufferError, op, arg, "is on %s, its __dlpack_device__ is %s",
+                      device_name(t->device).text, device_name(loan->device).text);
+    return status;
+}
+
 int borrow_capsule(PyObject *object, Tensor *t, Loan *loan, Queue *queue, const char *op, const Arg *arg) {
     PyObject *method = PyObject_GetAttrString(object, "__dlpack__");
     if (!method) {
@@ -182,7 +236,7 @@ int borrow_capsule(PyObject *object, Tensor *t, Loan *loan, Queue *queue, const 
         return -1;
     }
     PyObject *none = NULL, *kwargs = NULL, *capsule = NULL;
-    loan->device = device_of(object, op, arg);
+    loan->device = check_sign(object, op, arg) ? -1 : device_of(object, op, arg);
     if (loan->device < 0 || (loan->device && join_queue(queue, object, loan->device, NULL, op, arg)))
         goto failed;
     none = PyTuple_New(0);
@@ -207,14 +261,7 @@ failed:
     Py_XDECREF(kwargs);
     if (!capsule) return -1;
     loan->capsule = capsule;
-    if (PyCapsule_IsValid(capsule, "dltensor_versioned"))
-        return borrow_managed(PyCapsule_GetPointer(capsule, "dltensor_versioned"), t, op, arg);
-    if (!PyCapsule_IsValid(capsule, "dltensor"))
-        return refuse(PyExc_TypeError, op, arg, "returned %R instead of a DLPack capsule", capsule);
-    if (arg->output) /* old capsules have no read-only flag */
-        return refuse(PyExc_BufferError, op, arg, "is an output and needs DLPack 1, got an old capsule");
-    return borrow_dltensor(&((DLManagedTensor *)PyCapsule_GetPointer(capsule, "dltensor"))->dl_tensor, t, op,
-                           arg);
+    return open_capsule(t, loan, op, arg);
 }
 
 int borrow(PyObject *object, Tensor *t, Loan *loan, Queue *queue, const char *op, const Arg *arg) {
@@ -234,6 +281,7 @@ int borrow(PyObject *object, Tensor *t, Loan *loan, Queue *queue, const char *op
     if (PyArray_Check(object)) return borrow_numpy((PyArrayObject *)object, t, op, arg);
     const DLPackExchangeAPI *api = exchange_api(object);
     if (!api) return 1;
+    if (check_sign(object, op, arg)) return -1;
     int status;
     if (api->dltensor_from_py_object_no_sync && !arg->output) { /* cheaper, but without a read-only flag */
         DLTensor d;

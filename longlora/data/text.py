@@ -1,35 +1,156 @@
-"""Text files to documents. A .txt file is one document, a .jsonl file has one document a line."""
+"""Text files to documents. A .txt file is one document, a .jsonl file has one document a line.
 
+A directory stands for its .txt and .jsonl files, in subfolders and behind links too, with suffixes of either
+case: each file once, in the order of the paths. Everything else is left out, and `Corpus.sentence` says so:
+hidden files and folders (.ipynb_checkpoints, macOS's ._book.txt), files of another kind, files without text,
+and text files that are part of a run or a model (OWN).
+
+In a .txt file CRLF becomes LF. The strings of a .jsonl file stay as they are.
+"""
+
+import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
 
-from longlora.errors import UserError
+from longlora.disk import open_file
+from longlora.errors import UserError, printable
 
 BLOCK = 1 << 17  # bytes of a .txt file that are read, and tokenised on one core, at a time
+KINDS = (".txt", ".jsonl")
+# Files that are no data if one of these lies beside them.
+OWN = {
+    "metrics.jsonl": ("options.yaml",),
+    "merges.txt": ("config.json", "tokenizer_config.json", "vocab.json"),
+    "vocab.txt": ("config.json", "tokenizer_config.json"),
+}
+HIDDEN, OTHER, PART = "hidden", "of another kind", "part of a run or a model"
+AGAIN, EMPTY = "linked again", "without text"
 
 
-def files_of(path: str) -> list[str]:
-    """Return the files that `path` names: itself, or the .txt and .jsonl files under a directory, sorted.
+def kind(path: str) -> str:
+    """The suffix of a file's name, in lower case."""
+    return os.path.splitext(path)[1].lower()
 
-    UserError if there are none, or if `path` is not .txt, .jsonl or .bin.
+
+class Corpus:
+    """The text at `path`: a .txt, .jsonl or .bin file, or a directory.
+
+    files     the paths of the files, sorted
+    left_out  why -> the paths of what a directory holds besides
+    crlf      the files in which CRLF became LF, after `documents` has read them
+
+    UserError if `path` is none of these, or a directory without .txt and .jsonl files.
     """
-    if os.path.isdir(path):
-        found = sorted(
-            os.path.join(root, name)
-            for root, _, names in os.walk(path)
-            for name in names
-            if name.endswith((".txt", ".jsonl"))
-        )
-        if not found:
-            raise UserError(f"{path}: holds no .txt and no .jsonl file")
-        return found
-    if not os.path.exists(path):
-        raise UserError(f"{path}: no such file or directory")
-    if not path.endswith((".txt", ".jsonl", ".bin")):
-        raise UserError(f"{path}: should be .txt, .jsonl or .bin, or a directory of .txt and .jsonl files")
-    return [path]
+
+    def __init__(self, path: str):
+        self.path, self.files = path, [path]
+        self.left_out: dict[str, list[str]] = {}
+        self.crlf: list[str] = []
+        if os.path.isdir(path):
+            self.files = self._walk()
+            if not self.files:
+                raise UserError("; ".join([f"{path}: holds no .txt and no .jsonl file", *self._sentences()]))
+        elif not os.path.lexists(path):
+            raise UserError(f"{path}: no such file or directory")
+        elif kind(path) not in (*KINDS, ".bin"):
+            raise UserError(
+                f"{path}: should be .txt, .jsonl or .bin, or a directory of .txt and .jsonl files"
+            )
+
+    def leave_out(self, why: str, *paths: str) -> None:
+        """Note that `paths` are left out."""
+        self.left_out.setdefault(why, []).extend(paths)
+
+    def _walk(self):
+        """The files of the directory. Links come last: a file that has a path without links keeps it."""
+        found: dict[str, str] = {}  # path without links -> path
+        seen: set[str] = set()  # folders, without links
+        waiting, links = [self.path], []
+        while waiting or links:
+            path = waiting.pop() if waiting else links.pop()
+            real = os.path.realpath(path)
+            if real in seen or real in found:
+                self.leave_out(AGAIN, path)
+            elif os.path.isdir(path):
+                seen.add(real)
+                for name in _names(path):
+                    inside = os.path.join(path, name)
+                    why = _why_not(path, name)
+                    if why is not None:
+                        self.leave_out(why, inside)
+                    else:
+                        (links if os.path.islink(inside) else waiting).append(inside)
+            else:
+                found[real] = path
+        return sorted(found.values())
+
+    def documents(self) -> Iterator[Iterable[str]]:
+        """Yield the documents, each as an iterable of pieces of its text; read one before the next is asked for.
+
+        UserError names the byte that is not UTF-8, or the line that is not {"text": "..."}. A directory's file
+        without text is left out; UserError if none has any.
+        """
+        some = False
+        for path in self.files:
+            empty = True
+            for document in self._texts(path) if kind(path) == ".txt" else _records(path):
+                empty = False
+                yield document
+            if empty:
+                self.leave_out(EMPTY, path)
+            some = some or not empty
+        if not some:
+            raise UserError(f"{self.path}: holds no text")
+
+    def _texts(self, path):
+        """The document of a .txt file, if it holds any text."""
+        pieces = _blocks(path, lambda: self.crlf.append(path))
+        start = []
+        for piece in pieces:
+            start.append(piece)
+            if piece.strip():
+                yield itertools.chain(start, pieces)
+                return
+
+    def sentence(self) -> str | None:
+        """What was left out or changed, by counts and examples; None if nothing."""
+        return "; ".join(self._sentences()) or None
+
+    def _sentences(self):
+        parts = []
+        for why in (HIDDEN, OTHER, PART, AGAIN, EMPTY):
+            paths = self.left_out.get(why, [])
+            if paths:
+                example = os.path.relpath(min(paths), self.path)
+                parts.append(f"{len(paths):,} {why} ({printable(example)}{', ...' if paths[1:] else ''})")
+        if parts:
+            yield "left out " + ", ".join(parts)
+        if self.crlf:
+            yield f"CRLF became LF in {len(self.crlf):,} of {len(self.files):,} files"
+
+
+def _names(folder):
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+
+
+def _why_not(folder, name):
+    """Why this entry of a folder is left out, or None."""
+    if name.startswith("."):
+        return HIDDEN
+    if os.path.isdir(os.path.join(folder, name)):
+        return None
+    if kind(name) not in KINDS:
+        return OTHER
+    beside = OWN.get(name, ())
+    return PART if any(os.path.exists(os.path.join(folder, other)) for other in beside) else None
+
+
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def _decoded(data: bytes, path: str, offset: int) -> str:
@@ -39,44 +160,51 @@ def _decoded(data: bytes, path: str, offset: int) -> str:
         raise UserError(f"{path}: is not UTF-8 at byte {offset + error.start}") from None
 
 
-def _opened(path: str) -> BinaryIO:
+def _blocks(path, crlf):
+    """Yield the text of a .txt in pieces of about BLOCK bytes; call crlf() if CRLF was in it."""
+    left: bytes | None = b""
+    offset, changed = 0, False
+    with open_file(path) as file:
+        while left is not None:
+            data = _read(file, path)
+            block = left + data
+            cut = _cut(block) if data else len(block)
+            text = _decoded(block[:cut], path, offset)
+            if offset == 0:
+                text = text.removeprefix("\ufeff")
+            if "\r\n" in text:
+                text, changed = text.replace("\r\n", "\n"), True
+            offset, left = offset + cut, block[cut:] if data else None
+            if text:
+                yield text
+    if changed:
+        crlf()
+
+
+def _read(file, path):
     try:
-        return open(path, "rb")
+        return file.read(BLOCK)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _blocks(path: str) -> Iterator[str]:
-    """Yield the text of a .txt in pieces of about BLOCK bytes, cut after a line break or before a space."""
-    left: bytes | None = b""
-    offset, some = 0, False
-    with _opened(path) as file:
-        while left is not None:
-            data = file.read(BLOCK)
-            cut = max((left + data).rfind(b"\n") + 1 or (left + data).rfind(b" "), 0) if data else len(left)
-            block, left = (left + data)[:cut], (left + data)[cut:] if data else None
-            text = _decoded(block, path, offset)
-            if offset == 0:
-                text = text.removeprefix("\ufeff")
-            offset += cut
-            some = some or bool(text.strip())
-            if text:
-                yield text
-    if not some:
-        raise UserError(f"{path}: holds no text")
+def _cut(block: bytes) -> int:
+    """Where to cut a piece of a text: after its last line break, before its last space, or before its last
+    character."""
+    cut = block.rfind(b"\n") + 1 or block.rfind(b" ")
+    if cut > 0:
+        return cut
+    last = len(block) - 1
+    while last > len(block) - 4 and block[last] & 0xC0 == 0x80:  # a byte inside a character
+        last -= 1
+    return max(last, 0)
 
 
-def documents(path: str) -> Iterator[Iterable[str]]:
-    """Yield the documents of a .txt or .jsonl file, each as an iterable of pieces of its text.
-
-    UserError names the byte that is not UTF-8, or the line that is not {"text": "..."}.
-    """
-    if path.endswith(".txt"):
-        yield _blocks(path)
-        return
-    offset, count = 0, 0
-    with _opened(path) as file:
-        for number, line in enumerate(file, 1):
+def _records(path):
+    """Yield the documents of a .jsonl file."""
+    offset = 0
+    with open_file(path) as file:
+        for number, line in enumerate(_lines(file, path), 1):
             text = _decoded(line, path, offset)
             offset += len(line)
             if not text.strip():
@@ -88,8 +216,18 @@ def documents(path: str) -> Iterator[Iterable[str]]:
                 raise UserError(f"{path}: line {number} is not JSON: {why}") from None
             if not isinstance(record, dict) or not isinstance(record.get("text"), str):
                 raise UserError(f'{path}: line {number} should be an object with a string "text"')
+            half = re.search("[\ud800-\udfff]", record["text"])
+            if half:
+                raise UserError(
+                    f"{path}: line {number}: its text holds half a character, {half[0]!r} at {half.start()}; "
+                    "it was cut inside an emoji or the like"
+                )
             if record["text"]:
-                count += 1
                 yield (record["text"],)
-    if not count:
-        raise UserError(f"{path}: holds no text")
+
+
+def _lines(file, path):
+    try:
+        yield from file
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from longlora import progress
 from longlora.data import text
-from longlora.disk import read_json, replacing, write_json
+from longlora.data.parts import Parts
+from longlora.disk import open_file, read_json, replacing, write_json
 from longlora.errors import UserError
 from longlora.files.tokenizer import Tokenizer
-from longlora.job import available_memory
 
 AT_ONCE = 16  # blocks of text that are tokenised in parallel
-BYTES_PER_CHARACTER = 64  # memory that the tokenizers library needs while it works, measured on English text
-NEIGHBOURS = 256  # characters on each side of a cut that must tokenise as if the cut were not there
+VERSION = 2  # of the rules by which files become ids; older caches are not used
 
 
 def encode_documents(
@@ -28,7 +28,7 @@ def encode_documents(
     document tokenised at once. Blocks are tokenised in parallel on all cores, also across documents.
     """
     front, back = _affixes(tokenizer)
-    nothing, size = front[:0], 0
+    nothing, size, parts = front[:0], 0, Parts(tokenizer)
     waiting: list[tuple[str, bool, bool]] = []
 
     def encoded():
@@ -38,59 +38,13 @@ def encode_documents(
 
     for pieces in documents:
         first = True
-        for part, last in _parts(tokenizer, pieces):
+        for part, last in parts.of(pieces):
             waiting.append((part, first, last))
             size, first = size + max(len(part), 64), False  # even the shortest part takes memory
             if size >= AT_ONCE * text.BLOCK:
                 yield from encoded()
                 waiting, size = [], 0
     yield from encoded()
-
-
-def _parts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Join the pieces into parts that can be tokenised one by one; yield (part, whether it is the last).
-
-    A cut between two pieces is kept only where the text around it tokenises the same with and without the
-    cut. The tokenizers of our families split text by a regular expression or byte by byte, so text far from a
-    cut cannot depend on it. Where no such cut exists (a SentencePiece model that puts a space before a text's
-    first word) the pieces are joined, and memory limits the length of the document.
-    """
-
-    def bare(part):
-        return tokenizer.encode_parts([part])[0].tolist()
-
-    def clean(left, right):
-        left, right = left[-NEIGHBOURS:], right[:NEIGHBOURS]
-        # A cut in a long run of spaces can agree with the run's own tokens by chance.
-        if not left.strip() or not right[:2].strip():
-            return False
-        return bare(left + right) == bare(left) + bare(right)
-
-    held = ""
-    for piece in pieces:
-        at = _cut(held, piece, clean) if held else None
-        if at is not None:
-            yield held[:at], False
-            held = held[at:]
-        held += piece
-        if len(held) * BYTES_PER_CHARACTER > available_memory():
-            raise UserError(
-                f"a document of more than {len(held):,} characters does not fit in memory to be tokenised; "
-                "split it into several files, or into the lines of a .jsonl file"
-            )
-    yield held, True
-
-
-def _cut(held: str, piece: str, clean: Callable[[str, str], bool]) -> int | None:
-    """Where to cut `held`, which `piece` follows: at its end or its last clean line break, or None."""
-    at = len(held)
-    for _ in range(8):
-        if at <= 0:
-            return None
-        if clean(held[:at], (held[at : at + NEIGHBOURS] + piece)[:NEIGHBOURS]):
-            return at
-        at = held.rfind("\n", 0, at - 1) + 1
-    return None
 
 
 def _affixes(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -109,7 +63,7 @@ class FileIds:
 
     def __init__(self, path: str, dtype: Any, start: int = 0):
         self.path, self.dtype, self._start = path, np.dtype(dtype), start
-        self._file = open(path, "rb")
+        self._file = open_file(path)
         self._count = (os.fstat(self._file.fileno()).st_size - start) // self.dtype.itemsize
 
     def __len__(self) -> int:
@@ -157,8 +111,9 @@ def read_bin(path: str, vocab_size: int) -> Tokens:
     The file is headerless little-endian uint16 (uint32 if vocab_size is above 65536), or llm.c's format with
     its 1024-byte header. UserError if its size does not fit or an id is not below vocab_size.
     """
-    size = os.path.getsize(path)
-    head = np.fromfile(path, np.int32, 3) if size >= 1024 else np.zeros(3, np.int32)
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        head = np.fromfile(file, np.int32, 3) if size >= 1024 else np.zeros(3, np.int32)
     dtype, start = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4"), 0
     if head[0] in (20240520, 20240801):
         dtype, start = np.dtype("<u2" if head[0] == 20240520 else "<u4"), 1024
@@ -188,36 +143,51 @@ def tokenise(
 
     Each document ends with the tokenizer's end-of-text token, if it has one. The cache consists of two files,
     each written aside and renamed. Its key covers the files' paths, sizes and times, and the tokenizer. `say`
-    receives a sentence when the text is tokenised anew. UserError for text that cannot be read and for a
-    damaged cache.
+    receives a sentence when the text is tokenised anew, and one when a directory holds more than its text.
+    UserError for text that cannot be read and for a damaged cache.
     """
-    files = text.files_of(path)
-    if files[0].endswith(".bin"):
-        return read_bin(files[0], vocab_size)
+    corpus = text.Corpus(path)
+    if text.kind(corpus.files[0]) == ".bin":
+        return read_bin(path, vocab_size)
     if tokenizer is None:
         raise UserError(f"{path}: the model has no tokenizer; wanted a token .bin")
-    facts = [(os.path.abspath(f), os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files]
-    key = hashlib.sha256(json.dumps([facts, tokenizer.fingerprint()]).encode()).hexdigest()[:16]
+    facts = [_facts(file) for file in corpus.files]
+    key = hashlib.sha256(json.dumps([VERSION, facts, tokenizer.fingerprint()]).encode()).hexdigest()[:16]
     stem = os.path.join(cache_dir, f"tokens-{key}")
-    if not os.path.exists(stem + ".json"):
-        _tokenise(files, tokenizer, stem, say)
-    found = read_json(stem + ".json")
+    if os.path.exists(stem + ".json"):
+        found = read_json(stem + ".json")
+        corpus.left_out |= {text.EMPTY: found["empty"]} if found["empty"] else {}
+        if corpus.sentence():
+            say(f"{path}: {corpus.sentence()}")
+    else:
+        found = _tokenise(corpus, tokenizer, stem, say)
     borders = np.array(found["borders"], np.int64)
     if not os.path.exists(stem + ".bin") or os.path.getsize(stem + ".bin") != 4 * int(borders[-1]):
         raise UserError(f"{stem}.bin: is damaged; remove it and {stem}.json")
     return Tokens(FileIds(stem + ".bin", "<i4"), borders, found["fingerprint"])
 
 
-def _tokenise(files: list[str], tokenizer: Tokenizer, stem: str, say: Callable[[str], object]) -> None:
-    from tqdm import tqdm
+def _facts(file):
+    """What changes when a file's content does."""
+    try:
+        found = os.stat(file)
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    return os.path.abspath(file), found.st_size, found.st_mtime_ns
 
+
+def _tokenise(
+    corpus: text.Corpus, tokenizer: Tokenizer, stem: str, say: Callable[[str], object]
+) -> dict[str, Any]:
     eos, borders, digest = tokenizer.eos_token_id, [0], hashlib.sha256()
-    total = sum(os.path.getsize(f) for f in files)
+    total = sum(os.path.getsize(file) for file in corpus.files)
     # The .json file is written last: it marks the cache as complete.
     with (
         replacing(stem + ".bin") as aside,
         open(aside, "wb") as out,
-        tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", leave=False, disable=None) as bar,
+        progress.bar(
+            total=total, unit="B", unit_scale=True, desc="tokenising", leave=False, disable=None
+        ) as bar,
     ):
 
         def put(ids):
@@ -232,8 +202,7 @@ def _tokenise(files: list[str], tokenizer: Tokenizer, stem: str, say: Callable[[
                 bar.update(len(piece.encode()))
 
         size, final = 0, None
-        found = (counted(pieces) for path in files for pieces in text.documents(path))
-        for ids, ends in encode_documents(tokenizer, found):
+        for ids, ends in encode_documents(tokenizer, map(counted, corpus.documents())):
             size += put(ids)
             final = int(ids[-1]) if len(ids) else final
             if not ends:
@@ -243,6 +212,14 @@ def _tokenise(files: list[str], tokenizer: Tokenizer, stem: str, say: Callable[[
             borders.append(borders[-1] + size)
             size, final = 0, None
     digest.update(np.array(borders))
-    write_json(stem + ".json", {"files": files, "fingerprint": digest.hexdigest(), "borders": borders})
+    found = {
+        "files": corpus.files,
+        "empty": corpus.left_out.get(text.EMPTY, []),
+        "fingerprint": digest.hexdigest(),
+        "borders": borders,
+    }
+    write_json(stem + ".json", found)
     count, each = len(borders) - 1, total / max(borders[-1], 1)
-    say(f"tokenised {count:,} documents, {borders[-1]:,} tokens, {each:.2f} bytes each")
+    sentence = f"tokenised {count:,} documents, {borders[-1]:,} tokens, {each:.2f} bytes each"
+    say("; ".join(filter(None, [sentence, corpus.sentence()])))
+    return found

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from longlora.data.text import documents, files_of
+from longlora.data.text import Corpus, kind
 from longlora.data.tokens import encode_documents, read_bin
 from longlora.decoder.config import ModelConfig
 from longlora.decoder.model import Model
@@ -59,26 +59,24 @@ def score(
 
 
 def read_ids(
-    path: str, tokenizer: Tokenizer | None, config: ModelConfig, max_tokens: int | None = None
+    corpus: Corpus, tokenizer: Tokenizer | None, config: ModelConfig, max_tokens: int | None = None
 ) -> list[np.ndarray]:
-    """The token ids of the text at `path`, int32 [N] for each document.
+    """The token ids of the text, int32 [N] for each document.
 
     They equal those of transformers' tokenizer(text). Only the first `max_tokens` of all tokens are kept.
     UserError for text that cannot be read.
     """
-    parts = []
-    for file in files_of(path):
-        if file.endswith(".bin"):
-            parts.append(np.asarray(read_bin(file, config.vocab_size).ids[:], np.int32))
-        elif tokenizer is None:
-            raise UserError(f"{file}: the model has no tokenizer; wanted a token .bin")
-        else:
-            document = []
-            for ids, ends in encode_documents(tokenizer, documents(file)):
-                document.append(ids)
-                if ends:
-                    parts.append(np.concatenate(document))
-                    document = []
+    parts, document = [], []
+    if kind(corpus.files[0]) == ".bin":
+        parts.append(np.asarray(read_bin(corpus.path, config.vocab_size).ids, np.int32))
+    elif tokenizer is None:
+        raise UserError(f"{corpus.path}: the model has no tokenizer; wanted a token .bin")
+    else:
+        for ids, ends in encode_documents(tokenizer, corpus.documents()):
+            document.append(ids)
+            if ends:
+                parts.append(np.concatenate(document))
+                document = []
     if max_tokens is not None:
         room = max_tokens
         for i, ids in enumerate(parts):
@@ -220,14 +218,16 @@ def run(
     if rope_type is not None and target_length is None:
         target_length = max(lengths)
     device, _ = choose(device)
+    corpus = Corpus(os.fspath(data))
     made, base = open_for_evaluation(model, adapter, rope_type, target_length, dtype, device)
     tokenizer = base.tokenizer() if base.has_tokenizer() else None
-    parts = read_ids(os.fspath(data), tokenizer, base.config, max_tokens)
+    parts = read_ids(corpus, tokenizer, base.config, max_tokens)
     return {
         "results": measure(made, parts, lengths, stride, bins),
         "model": os.fspath(model),
         "adapter": None if adapter is None else os.fspath(adapter),
         "data": os.fspath(data),
+        "left_out": corpus.sentence(),
         "attention": "dense",
         "device": device,
         "stride": stride,
@@ -240,4 +240,4 @@ def text(results: dict) -> str:
     lines = [f"{'length':>8} {'tokens':>10} {'loss':>8} {'perplexity':>11}"]
     for r in results["results"]:
         lines.append(f"{r['length']:>8} {r['tokens']:>10,} {r['loss']:>8.4f} {r['perplexity']:>11.3f}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *filter(None, [results["left_out"]])])

@@ -58,7 +58,7 @@ def make(adapter: Path, base: Path | None) -> str:
             os.unlink(entry.path)
         elif entry.name != CONFIG:
             raise UserError(f"{entry.path}: is in the way; longlora writes the folder {FOLDER} of an adapter")
-    if base is not None and os.path.isdir(base):
+    if base is not None and os.path.isfile(os.path.join(base, CONFIG)):
         for entry in os.scandir(base):
             ours = entry.name == CONFIG or entry.name.startswith(".") or entry.name.endswith(".gguf")
             if not ours and entry.is_file():

@@ -30,10 +30,10 @@ def guarded(where: str) -> Iterator[None]:
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
     """Send what is written to stderr to nowhere: a panic of the library prints lines before it is raised."""
-    sys.stderr.flush()
     try:
+        sys.stderr.flush()
         saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    except OSError:  # the process has no stderr
+    except (OSError, ValueError, AttributeError):  # there is no stderr, or it cannot be written
         yield
         return
     try:

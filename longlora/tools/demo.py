@@ -120,8 +120,8 @@ def run(
     say("\n" + table(report))
     say(
         f"\n{report['seconds']:.0f} seconds. In {output}: report.json, loss.png, perplexity.png, "
-        "attention.png, adapter/ (AutoPeftModelForCausalLM\nloads it), merged/ (stock transformers "
-        "loads it).\n"
+        "attention.png,\n"
+        "adapter/ (AutoPeftModelForCausalLM loads it), merged/ (stock transformers loads it).\n"
     )
     say(NEXT)
     return report

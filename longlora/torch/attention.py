@@ -1,33 +1,48 @@
 """attn_implementation="longlora_s2" of transformers: S²-Attn in training, else dense causal attention.
 
 Two functions stand in transformers' public registries. `mask` is called once for a forward pass. It turns
-padding and packing into document boundaries, cu_seqlens [B,S] int32. `attention` is called by every layer. It
-also looks at position_ids and cu_seq_lens_q, because transformers leaves some document boundaries out of its
-masks. Masks that document boundaries cannot express stay 4-D and are refused while training. With a key/value
-cache, transformers' own SDPA attends.
+padding, packing and position_ids that start again into Documents. `attention` is called by every layer. A
+mask that no Documents equal stays 4-D and is refused while training. Transformers' own SDPA attends where a
+sequence does not attend causally to itself: in towers, in cross-attention and with a key/value cache.
 """
 
+import functools
+import math
+import sys
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from torch.nn import functional
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    and_masks,
+    causal_mask_function,
+    packed_sequence_mask_function,
+    sdpa_mask,
+)
 
 from longlora import ops as raw
-from longlora.torch import ops
+from longlora.torch import ops, watch
+from longlora.torch.documents import Documents, keep_apart, of_4d, of_function, restarts
 
 NAME = "longlora_s2"
 # What other models ask of their attention and this one does not compute; None and False ask for nothing.
 REFUSED = {
     "s_aux": "attention sinks",
+    "sinks": "attention sinks",
     "softcap": "soft-capped scores",
     "position_bias": "a position bias",
     "head_mask": "a head mask",
+    "indices": "attention to selected tokens",
+    "block_indices": "attention to selected blocks",
     "output_attentions": "returned attention weights",
     "cache": "a paged cache",
 }
+# Tensors that models pass on to every attention function, and that change nothing here.
+KNOWN = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 
@@ -58,16 +73,26 @@ def configure(
         config.longlora_boundary = boundary
         config.longlora_shift = shift
     inner = base_of(model)
+    _can_be_set(inner)
     if hasattr(inner, "set_attn_implementation"):
         inner.set_attn_implementation(NAME)
     else:  # transformers before 4.54
         for config in configs.values():
             config._attn_implementation = NAME
     if inner.config._attn_implementation != NAME:
-        raise ValueError(
-            f"configure: {type(inner).__name__} has no AttentionInterface, so its attention cannot be set"
-        )
+        raise ValueError(_NO_INTERFACE.format(f"configure: {type(inner).__name__}"))
+    watch.watch(inner)
     return model
+
+
+_NO_INTERFACE = "{} has no AttentionInterface, so its attention cannot be set"
+
+
+def _can_be_set(model):
+    """ValueError for a model none of whose parts lets transformers set its attention."""
+    parts = [m for m in model.modules() if hasattr(m, "_can_set_attn_implementation")]  # since transformers 5
+    if parts and not any(m._can_set_attn_implementation() for m in parts):
+        raise ValueError(_NO_INTERFACE.format(f"configure: {type(model).__name__}"))
 
 
 def base_of(model: torch.nn.Module) -> Any:
@@ -78,121 +103,6 @@ def base_of(model: torch.nn.Module) -> Any:
 def group_size_of(config: Any, T: int) -> int:
     """The tokens of a group for sequences of T tokens: as configured, or a quarter."""
     return getattr(config, "longlora_group_size", None) or raw.quarter_group(T)
-
-
-# ---- document boundaries: cu_seqlens [B,S] int32, where short rows repeat T at their end
-
-
-def _at_pairs(function, b, q, k):
-    """What a mask function of transformers gives at the pairs (q, k) of every sequence -> bool [B,T]."""
-    return function(b, torch.zeros((), dtype=torch.long, device=b.device), q, k).expand(
-        b.shape[0], q.shape[1]
-    )
-
-
-def _boundaries(starts):
-    """starts [B,T] bool, true where a document begins -> cu_seqlens."""
-    B, T = starts.shape
-    at = torch.where(starts, torch.arange(T, device=starts.device), T).sort(1).values
-    if not torch.compiler.is_compiling():
-        at = at[:, : int(starts.sum(1).max())]
-    return torch.cat([at, at.new_full((B, 1), T)], 1).to(torch.int32)
-
-
-def _documents(function, padding, B, T, device):
-    """The cu_seqlens that equal mask `function` with `padding` [B,T] bool or None, None where none do.
-
-    A token sees its own document up to itself, and nothing else. Padding is a document that no token reads.
-    """
-    b, t = torch.arange(B, device=device)[:, None], torch.arange(T, device=device)[None]
-    apart = ~_at_pairs(function, b, t, (t - 1).clamp(min=0))
-    apart[:, :1] = True
-    starts = apart
-    if padding is not None:
-        change = torch.zeros_like(apart)
-        change[:, 1:] = padding[:, 1:] != padding[:, :-1]
-        starts = apart | change
-    if torch.compiler.is_compiling():
-        return _boundaries(starts)
-    # Three pairs of each token stand for the whole mask [T,T]: with the first token of its document, the next
-    # token, and the last token of the document before.
-    first = torch.where(starts, t, 0).cummax(1).values
-    exact = (
-        _at_pairs(function, b, t, first).all()
-        and not (_at_pairs(function, b, t, (t + 1).clamp(max=T - 1)) & (t < T - 1)).any()
-    )
-    before = _at_pairs(function, b, t, (first - 1).clamp(min=0)) & apart.gather(1, first) & (first > 0)
-    exact = exact and not before.any()
-    if padding is not None:  # tokens after a gap of padding would see those before it
-        exact = exact and bool(((change & padding).sum(1) + padding[:, 0] <= 1).all())
-    return _boundaries(starts) if exact else None
-
-
-def _version(x):
-    """A number that changes when x is written to."""
-    return 0 if x.is_inference() else x._version
-
-
-def _from_4d(given, T):
-    """The cu_seqlens that equal a 4-D mask [B,1,T,T], None for a plain causal one; ValueError where none do.
-
-    The answer is kept on the mask, because every layer asks.
-    """
-    kept, version = getattr(given, "longlora_boundaries", None), _version(given)
-    if kept is None or kept[0] != version:
-        seen = given if given.dtype == torch.bool else given == 0
-        if given.shape[1] != 1 or given.shape[-2:] != (T, T):
-            raise ValueError(
-                f"longlora_s2: a 4-D attention mask should be [B,1,{T},{T}], got {list(given.shape)}"
-            )
-        seen = seen[:, 0]
-        starts = torch.ones(seen.shape[:2], dtype=torch.bool, device=seen.device)
-        starts[:, 1:] = ~seen.diagonal(-1, 1, 2)
-        number = starts.cumsum(1)
-        causal = torch.ones(T, T, dtype=torch.bool, device=seen.device).tril()
-        if not torch.equal(seen, (number[:, :, None] == number[:, None]) & causal):
-            raise ValueError(
-                "longlora_s2: this 4-D attention mask is not causal attention within documents, and S2-Attn "
-                "cannot train with it; give a 2-D mask or position_ids, or use another attn_implementation"
-            )
-        found = _boundaries(starts)
-        kept = given.longlora_boundaries = version, None if found.shape[1] == 2 else found
-    return kept[1]
-
-
-def _with_restarts(cu_seqlens, position_ids, B, T):
-    """cu_seqlens, or None, and the boundaries where position_ids [B,T] start again.
-
-    The masks of transformers have those only where there is no padding mask. Positions of padding do not
-    count. The answer is kept on position_ids, because every layer asks.
-    """
-    kept, version = getattr(position_ids, "longlora_boundaries", None), _version(position_ids)
-    if kept is None or kept[0] is not cu_seqlens or kept[1] != version:
-        p = position_ids.expand(B, T)
-        starts = torch.zeros(B, T + 1, dtype=torch.bool, device=position_ids.device)
-        starts[:, 0] = True
-        if cu_seqlens is not None:
-            starts.scatter_(1, cu_seqlens.long(), True)
-        starts, restarts = starts[:, :T], p[:, 1:] <= p[:, :-1]
-        seen = getattr(cu_seqlens, "longlora_seen", None)
-        if seen is not None:
-            restarts = restarts & seen[:, 1:] & seen[:, :-1]
-        restarts = torch.nn.functional.pad(restarts, (1, 0))
-        found = _boundaries(starts | restarts) if (restarts & ~starts).any() else cu_seqlens
-        kept = position_ids.longlora_boundaries = cu_seqlens, version, found
-    return kept[2]
-
-
-def _cu_seqlens(attention_mask, how, B, T):
-    """The document boundaries of an attention call, from its mask and its keywords; None for one document."""
-    if attention_mask is not None and attention_mask.ndim != 2:
-        return _from_4d(attention_mask, T)
-    found, position_ids = attention_mask, how.get("position_ids")
-    if position_ids is not None and position_ids.ndim == 2 and not torch.compiler.is_compiling():
-        found = _with_restarts(found, position_ids, B, T)
-    if found is None and how.get("cu_seq_lens_q") is not None:
-        found = how["cu_seq_lens_q"].to(torch.int32)
-    return found
 
 
 # ---- the two functions of transformers' registries
@@ -209,27 +119,24 @@ def mask(
     cache_position: Tensor | None = None,
     device: torch.device | str | None = None,
     **how: Any,
-) -> Tensor | None:
+) -> Documents | Tensor | None:
     """Make the mask of a forward pass, as AttentionMaskInterface wants it.
 
-    -> None for plain causal attention, cu_seqlens [B,S] int32 for documents, else the 4-D mask that SDPA
-    takes. cache_position is what transformers 4 passes in place of q_length, q_offset and device.
+    -> Documents where they equal the mask, else the 4-D mask that SDPA takes. cache_position is what
+    transformers 4 passes in place of q_length, q_offset and device.
     """
     where: dict[str, Any] = {"q_length": q_length, "q_offset": q_offset, "device": device}
-    length = q_length
+    length: Any = q_length
     if cache_position is not None:
         where, length = {"cache_position": cache_position}, cache_position.shape[0]
         device = cache_position.device
-    square = length == kv_length and isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0
-    if square and mask_function is causal_mask_function and attention_mask is None:
-        return None
-    window = how.get("local_size") is not None and kv_length > how["local_size"]
-    if square and not (torch.compiler.is_compiling() and (window or how.get("use_vmap"))):
+    # One token needs no mask. A cache of several kinds of layers may give it the wrong number of keys.
+    if length == kv_length > 1 and isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0:
         padding = None if attention_mask is None else attention_mask[:, :length].bool()
-        found = _documents(mask_function, padding, batch_size, length, torch.device(device or "cpu"))
+        tokens = batch_size, length, torch.device(device or "cpu")
+        found, mask_function = _square(mask_function, padding, *tokens, how)
         if found is not None:
-            found.longlora_seen = padding  # for _with_restarts
-            return None if found.shape[1] == 2 else found
+            return found
     return sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,
@@ -239,6 +146,47 @@ def mask(
         **where,
         **how,
     )
+
+
+def _square(function, padding, B, T, device, how):
+    """The mask of T tokens for themselves -> its Documents or None, and the function of a 4-D mask.
+
+    Both keep documents apart whose position_ids start again. ValueError if the model cannot.
+    """
+    config, compiling = how.get("config"), torch.compiler.is_compiling()
+    model = getattr(config, "model_type", "this")
+    window = how.get("local_size") is not None and T > how["local_size"]
+    # A model that always wants a 4-D mask computes with it. A function from elsewhere may be any mask.
+    reads = function is causal_mask_function and how.get("allow_is_causal_skip") is False
+    found = None
+    if not (reads or how.get("use_vmap") or compiling and window):
+        found = of_function(function, padding, B, T, device, model)
+    position_ids = None if compiling else watch.positions(B, T)
+    if found is not None:
+        if position_ids is not None:
+            found = found.restarted(position_ids, B)
+        keep_apart(found, config)
+        watch.remember(found.packed)
+    elif position_ids is not None:
+        again = restarts(position_ids, padding, B, T).to(device)
+        watch.remember(again.any())
+        if bool(again.any()):
+            keep_apart(Documents(T, packed=True, model=model), config)
+            function = and_masks(function, packed_sequence_mask_function(again.cumsum(1)))
+            how["allow_is_causal_skip"] = False
+    return found, function
+
+
+def _refuse(module, how):
+    """ValueError for what an attention module asks for and this one does not compute."""
+    for name, value in how.items():
+        if value is None or value is False:
+            continue
+        what = REFUSED.get(name)
+        if what is None and isinstance(value, Tensor) and name not in KNOWN and not watch.is_argument(name):
+            what = "a tensor that is unknown here"
+        if what is not None:
+            raise ValueError(f"longlora_s2: {what} ({name}) of {type(module).__name__} is not supported")
 
 
 def _refuse_training(T, S, dropout, window):
@@ -258,59 +206,123 @@ def _refuse_training(T, S, dropout, window):
         )
 
 
+def _documents(module, query, S, given, causal, how):
+    """The Documents of an attention call, or None where transformers' SDPA attends with `given`."""
+    B, T, config = query.shape[0], query.shape[2], module.config
+    name, model = type(module).__name__, getattr(config, "model_type", "this")
+    if isinstance(given, Documents):
+        found = given
+        if (T, S) != (found.length, found.length):
+            raise ValueError(
+                f"longlora_s2: the mask of {name} is for {found.length} tokens, got {T} queries and {S} keys"
+            )
+    elif given is not None and given.ndim != 4:
+        raise ValueError(f"longlora_s2: the attention mask of {name} should have 4 axes, got {given.ndim}")
+    elif not causal or not module.training and (T != S or given is not None):
+        if not causal and T != S and watch.packed():
+            raise ValueError(
+                f"longlora_s2: packed documents are not supported beside {name}, which may see all of them; "
+                "give each its own row"
+            )
+        return None
+    elif given is not None:
+        return keep_apart(of_4d(given, B, T, name, model), config)
+    else:
+        found = Documents(T, model=model)
+    position_ids, ends = how.get("position_ids"), how.get("cu_seq_lens_q")
+    if isinstance(position_ids, Tensor) and position_ids.ndim == 2 and position_ids.shape[1] == T:
+        found = found.restarted(position_ids, B)
+    if found.cu_seqlens is None and ends is not None:
+        found = Documents(T, ends.to(torch.int32), packed=ends.shape[-1] > 2, model=model)
+    return keep_apart(found, config)
+
+
 def attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Documents | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
     **how: Any,
 ) -> tuple[Tensor, None]:
-    """Attend for one layer, as AttentionInterface wants it -> out [B,T,H,D], None.
+    """Attend for one layer, as AttentionInterface wants it -> out [B,T,H,E], None.
 
-    query [B,H,T,D], key and value [B,K,S,D], attention_mask as `mask` makes it. ValueError for anything
-    that is asked for and not computed.
+    query [B,H,T,D], key [B,K,S,D], value [B,K,S,E], attention_mask as `mask` makes it. ValueError for
+    anything that is asked for and not computed.
     """
-    for name, what in REFUSED.items():
-        if how.get(name) is not None and how[name] is not False:
-            raise ValueError(f"longlora_s2: {what} ({name}) is not supported")
-    if is_causal is False or not getattr(module, "is_causal", True):
-        raise ValueError(
-            f"longlora_s2: {type(module).__name__} is not causal; only causal attention is supported"
-        )
+    _refuse(module, how)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     T, S, config = query.shape[2], key.shape[2], module.config
-    documents = attention_mask is None or attention_mask.ndim == 2
-    if not module.training and (T != S or not documents):
+    if module.training and (causal or isinstance(attention_mask, Documents)):
+        _refuse_training(T, S, dropout, how.get("sliding_window"))
+    documents = _documents(module, query, S, attention_mask, causal, how)
+    watch.note(module, documents is not None)
+    parallel = getattr(module, "_longlora_cp", None)  # set by context_parallel.enable
+    if documents is None and parallel is None:
         return sdpa_attention_forward(
             module,
             query,
             key,
             value,
             attention_mask,
-            dropout=0.0,
+            dropout=dropout,
             scaling=scaling,
             is_causal=is_causal,
             **how,
         )
+    scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     group_size, boundary, shift = max(T, 1), "split", "none"
     if module.training:
-        _refuse_training(T, S, dropout, how.get("sliding_window"))
         group_size, boundary = group_size_of(config, T), getattr(config, "longlora_boundary", "split")
         shift = getattr(config, "longlora_shift", "half")
-    cu_seqlens = _cu_seqlens(attention_mask, how, query.shape[0], T)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    parallel = getattr(module, "_longlora_cp", None)  # set by context_parallel.enable
+    q, k, v = (x.transpose(1, 2) for x in _of_one_width(query, key, value))
     if parallel is not None:
-        window = how.get("sliding_window")
-        settings = dict(boundary=boundary, shift=shift, scale=scaling, window=window)
-        return parallel(module, q, k, v, cu_seqlens=cu_seqlens, **settings), None
-    return ops.s2_attention(
-        q, k, v, group_size=group_size, boundary=boundary, shift=shift, cu_seqlens=cu_seqlens, scale=scaling
-    ), None
+        settings = dict(boundary=boundary, shift=shift, scale=scale, window=how.get("sliding_window"))
+        out = parallel(module, q, k, v, documents=documents, **settings)
+    else:
+        out = ops.s2_attention(
+            q,
+            k,
+            v,
+            group_size=group_size,
+            boundary=boundary,
+            shift=shift,
+            cu_seqlens=documents.cu_seqlens,
+            scale=scale,
+        )
+    return out if out.shape[-1] == value.shape[-1] else out[..., : value.shape[-1]], None
+
+
+def _of_one_width(query, key, value):
+    """The three with zeros at the end of the narrower heads. They change neither scores nor the sums."""
+    D = max(query.shape[-1], value.shape[-1])
+    return [x if x.shape[-1] == D else functional.pad(x, (0, D - x.shape[-1])) for x in (query, key, value)]
 
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, mask)
+
+
+def _watch_what_is_loaded():
+    """Watch every model that gets this attention by name, which never comes to `configure`."""
+    theirs = getattr(PreTrainedModel, "get_correct_attn_implementation", None)  # since transformers 5
+    if theirs is None:
+        return
+
+    @functools.wraps(theirs)
+    def ours(self, *args, **kwargs):
+        found = theirs(self, *args, **kwargs)
+        if found == NAME:
+            for name, classes in vars(sys.modules[type(self).__module__]).items():
+                if name.endswith("_ATTENTION_CLASSES") and NAME not in classes:
+                    raise ValueError(_NO_INTERFACE.format(f"longlora_s2: {type(self).__name__}"))
+            watch.watch(self)
+        return found
+
+    setattr(PreTrainedModel, theirs.__name__, ours)
+
+
+_watch_what_is_loaded()

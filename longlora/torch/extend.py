@@ -38,9 +38,12 @@ class ExtendedModel(PeftModelForCausalLM):
     def __init__(self, model: torch.nn.Module, peft_config: LoraConfig, **kwargs: Any):
         super().__init__(model, peft_config, **kwargs)
         raise_trained(self)
-        config = model.config
-        # None for a model that comes from no file. A path is made absolute while the directory is the same.
-        self._base = config._name_or_path or None
+        self._note_base()
+
+    def _note_base(self):
+        """Note where the base comes from, while the directory that a relative path begins in is the same."""
+        config = self.get_base_model().config
+        self._base = config._name_or_path or None  # None for a model that comes from no file
         self._base_directory = _directory(self._base, getattr(config, "_commit_hash", None))
 
     def save_pretrained(
@@ -64,7 +67,7 @@ class ExtendedModel(PeftModelForCausalLM):
         super().create_or_update_model_card(output_dir)
         path = os.path.join(output_dir, "README.md")
         card = Path(path).read_text("utf-8")
-        if base_folder.NOTE not in card:
+        if base_folder.NOTE.strip() not in card:
             write_text(path, f"{card.rstrip()}\n\n{base_folder.NOTE}")
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -115,33 +118,59 @@ def lora_config(model: Any, **changes: Any) -> LoraConfig:
     changes: arguments of peft.LoraConfig that replace these. ValueError where the model has no module whose
     class name says Attention or Norm.
     """
-    linears, norms = set(), set()
+    inside, linears, norms = _decoder(model), set(), set()
     for name, module in model.named_modules():
-        last = name.rpartition(".")[2]
-        if type(module).__name__.endswith("Attention"):
-            linears |= {child for child, part in module.named_children() if isinstance(part, torch.nn.Linear)}
-        elif "Norm" in type(module).__name__:
-            norms.add(last)
-    embedding = next(
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if module is model.get_input_embeddings()
-    )
+        if not name.startswith(inside):
+            continue
+        if type(module).__name__.endswith(("Attention", "MLA")):
+            parts = module.named_children()
+            linears |= {f"{name}.{child}" for child, part in parts if isinstance(part, torch.nn.Linear)}
+        elif "Norm" in type(module).__name__ and not any(True for _ in module.children()):
+            norms.add(name)
+    if any(name.endswith(".gate_up_proj") for name, _ in model.named_parameters()):
+        # PEFT takes every gate_proj for a part of these experts, also that of an attention.
+        linears = {name for name in linears if not name.endswith(".gate_proj")}
+    embedding = {name for name, part in model.named_modules() if part is model.get_input_embeddings()}
     if not linears or not norms:
-        raise ValueError(
+        raise UserError(
             f"extend: no attention linears or no norms in {type(model).__name__}; give lora=LoraConfig(...)"
         )
     arguments: dict[str, Any] = dict(
         r=8,
         lora_alpha=16,
         lora_dropout=0.0,
-        target_modules=sorted(linears),
+        target_modules=_names(model, linears, "."),
         task_type="CAUSAL_LM",
-        modules_to_save=[embedding, *sorted(norms)],
+        modules_to_save=[*_names(model, embedding, ""), *_names(model, norms, "")],
     )
     if getattr(model.config, "tie_word_embeddings", False):
         arguments["ensure_weight_tying"] = True
     return LoraConfig(**{**arguments, **changes})
+
+
+def _decoder(model):
+    """How the names of the modules begin that read text: those of towers for other kinds of input do not."""
+    found = model.get_decoder() if hasattr(model, "get_decoder") else None
+    embedding = model.get_input_embeddings()
+    if found is None or not any(part is embedding for part in found.modules()):
+        return ""
+    return next(name for name, module in model.named_modules() if module is found)
+
+
+def _names(model, wanted, dot):
+    """The modules at the paths `wanted` in the words of PEFT.
+
+    Their last names, which PEFT finds in every layer, or the whole paths where it would find other modules
+    too. It looks for names that end in dot + last.
+    """
+    paths: dict[str, list[str]] = {}
+    for name in sorted(wanted):
+        paths.setdefault(name.rpartition(".")[2], []).append(name)
+    names = []
+    for last, group in sorted(paths.items()):
+        found = {name for name, _ in model.named_modules() if f".{name}".endswith(dot + last)}
+        names += [last] if found <= wanted else group
+    return names
 
 
 def extend(
@@ -229,6 +258,7 @@ def load(adapter: str | Path, base: str | Path, is_trainable: bool = False, **kw
         warnings.filterwarnings("ignore", message=f".*{base_folder.KEY}")  # it is where it should be
         made = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
         made.__class__ = ExtendedModel
+        made._note_base()
         if is_trainable:
             raise_trained(made)
             made.load_adapter(adapter, "default", is_trainable=True)  # again, without the base's rounding

@@ -7,7 +7,7 @@ scale their scores by them.
 """
 
 import copy
-import json
+import tempfile
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,16 +17,18 @@ from longlora.decoder import rope as rope_
 from longlora.decoder.families import FAMILIES
 from longlora.errors import UserError
 
+ORIGINAL = "original_max_position_embeddings"
 # The attributes of a config that say where its positions reach.
 LINES = (
     "rope_parameters",
     "rope_scaling",
     "rope_theta",
+    "rotary_emb_base",  # GPT-NeoX's rope_theta before transformers 5
     "max_position_embeddings",
-    "original_max_position_embeddings",
+    ORIGINAL,
     "original_rope_theta",
 )
-KNOWN = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", "partial_rotary_factor"}
+KNOWN = {"rope_type", "type", "rope_theta", ORIGINAL, "partial_rotary_factor"}
 KNOWN |= {name for names in rope_.PARAMETERS.values() for name in names}
 
 
@@ -43,13 +45,8 @@ def set_rope(model: Any, type: str, target_length: int) -> str:
     try:
         again = _read_back(new)
     except Exception as error:  # each family's config class has its own checks
-        if type != "linear":
-            raise UserError(
-                f"extend: a {config.model_type} config does not take rope type {type}: {_first_line(error)}"
-            ) from None
-        new, sentence = _as_longrope(config, new, rotary[0][1], sentence)
-        again = _read_back(new)
-    replaced = {name: _follower(module, again) for name, module in rotary}
+        again, sentence = _in_other_words(new, rotary[0][1], type, sentence, error)
+    replaced = {name: _follower(module, again, type) for name, module in rotary}
     for name, module in rotary:
         if _equal(module, replaced[name]):
             raise UserError(
@@ -70,7 +67,7 @@ def set_rope(model: Any, type: str, target_length: int) -> str:
 def write(source: Any, target: Any) -> None:
     """Give the config `target` the positions of the config `source`."""
     for name in LINES:
-        if name in vars(source):
+        if name in vars(source) or name in source.attribute_map:
             setattr(target, name, copy.deepcopy(getattr(source, name)))
 
 
@@ -96,6 +93,12 @@ def _rotary(model, config):
         if hasattr(module, "inv_freq") and getattr(module, "config", None) is config
     ]
     length = getattr(config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if any(key.endswith("_inv_freq") and key != "original_inv_freq" for key in module._buffers):
+            raise UserError(
+                f"extend: {name} of {_class(model)} has positions for each kind of layer; supported is one "
+                "kind of positions for all layers"
+            )
     if not found or not isinstance(length, int) or getattr(config, "alibi", False):
         raise UserError(
             f"extend: {_class(model)} has no rotary embedding that follows its config, so its positions "
@@ -123,13 +126,17 @@ def _extended(config, rotary, type, target_length):
     if "rope_parameters" in before:  # transformers 5
         own = before["rope_parameters"] or {}
         kept = {key: value for key, value in own.items() if key not in KNOWN}
+        if ORIGINAL in own:  # some families scale their queries by it
+            after["rope_parameters"].setdefault(ORIGINAL, own[ORIGINAL])
         if partial is not None:
             kept["partial_rotary_factor"] = partial
         extended.rope_parameters = after["rope_parameters"] | kept
     else:
         extended.rope_theta, extended.rope_scaling = after["rope_theta"], after["rope_scaling"]
+        if hasattr(config, "rotary_emb_base"):
+            extended.rotary_emb_base = after["rope_theta"]
     extended.max_position_embeddings = target_length
-    for name in ("original_max_position_embeddings", "original_rope_theta"):
+    for name in (ORIGINAL, "original_rope_theta"):
         if name in after:
             setattr(extended, name, after[name])
     return extended, sentence
@@ -149,38 +156,60 @@ def _without_partial(config):
     return raw, next((factor for factor in factors[:2] if factor is not None), None)
 
 
-def _as_longrope(config, new, rotary, sentence):
-    """`new` with linear interpolation in the words of LongRoPE, for Phi-3 -> (config, sentence).
+def _in_other_words(new, rotary, type, sentence, error):
+    """Say linear interpolation as the config class of `new` wants it, in `new` -> the config as read back,
+    the sentence. UserError with `error`, the refusal of the usual words, if there are no such words.
 
-    All factors are the one of linear interpolation. LongRoPE also scales cos and sin, by a rule that every
-    reader of such files knows and few can be told to leave out; so it is left as it is, and said.
+    Before transformers 5 some classes want exactly two keys. Phi-3's takes LongRoPE alone: with equal factors
+    it is linear interpolation that also scales cos and sin, by a rule that every reader of such files knows
+    and few can be told to leave out; so it stays, and is said.
     """
-    pairs, linear = rotary.inv_freq.shape[-1], _parameters(new)
-    factors = [linear["factor"]] * pairs
-    scaling = dict(rope_type="longrope", short_factor=factors, long_factor=factors)
-    original = new.original_max_position_embeddings
-    if hasattr(new, "rope_parameters"):
-        kept = {key: value for key, value in linear.items() if key not in ("factor", "rope_type")}
-        new.rope_parameters = kept | scaling | {"original_max_position_embeddings": original}
+    for words in _linear_words(new, rotary.inv_freq.shape[-1]) if type == "linear" else ():
+        for name, value in words.items():
+            setattr(new, name, value)
+        try:
+            again = _read_back(new)
+        except Exception:
+            continue
+        scale = _follower(rotary, again, type).attention_scaling
+        return (
+            again,
+            f"{sentence}; as longrope, which scales cos and sin by {scale:.4g}" if scale != 1 else sentence,
+        )
+    raise UserError(
+        f"extend: a {new.model_type} config does not take rope type {type} ({_first_line(error)}); ntk "
+        "changes rope_theta alone"
+    )
+
+
+def _linear_words(config, pairs):
+    """What to set in a config for linear interpolation of `pairs` frequencies: one dict for each way."""
+    old = not hasattr(config, "rope_parameters")
+    usual = config.rope_scaling if old else config.rope_parameters
+    factors = [usual["factor"]] * pairs
+    if old:
+        yield {"rope_scaling": {"type": "linear", "factor": usual["factor"]}}
+        yield {"rope_scaling": {"type": "longrope", "short_factor": factors, "long_factor": factors}}
     else:
-        new.rope_scaling = {"type": "longrope", **scaling}
-    scale = _follower(rotary, new).attention_scaling
-    return new, f"{sentence}; as {config.model_type}'s longrope, which scales cos and sin by {scale:.4g}"
-
-
-def _parameters(config):
-    return getattr(config, "rope_parameters", None) or config.rope_scaling
+        kept = {key: value for key, value in usual.items() if key not in ("factor", "rope_type")}
+        long = dict(rope_type="longrope", short_factor=factors, long_factor=factors)
+        yield {"rope_parameters": kept | long | {ORIGINAL: getattr(config, ORIGINAL)}}
 
 
 def _read_back(config):
     """The config as a reader of its file sees it."""
-    return type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))
+    with tempfile.TemporaryDirectory() as directory:
+        config.save_pretrained(directory)
+        return type(config).from_pretrained(directory)
 
 
-def _follower(rotary, config):
+def _follower(rotary, config, rope):
     """A rotary embedding of the same kind that follows `config`, on the same device."""
-    with torch.device(rotary.inv_freq.device):
-        return type(rotary)(config=config)
+    try:
+        with torch.device(rotary.inv_freq.device):
+            return type(rotary)(config=config)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"extend: rope type {rope} is not possible here: {_first_line(error)}") from None
 
 
 def _equal(a, b):

@@ -23,6 +23,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+try:
+    from peft.utils import ModulesToSaveWrapper
+except ImportError:  # nothing is wrapped then
+    ModulesToSaveWrapper = ()
+
 from longlora import _C
 from longlora.ops import IGNORE
 from longlora.torch import forms, ops
@@ -221,7 +226,7 @@ def _heads(model: Any, name: str) -> list[Any]:
     """The linears that may make a model's logits from hidden states, also inside PEFT's modules_to_save."""
     head: Any = getattr(model, name, None)
     found = [head]
-    if type(head).__name__ == "ModulesToSaveWrapper" and _unhooked(head):
+    if isinstance(head, ModulesToSaveWrapper) and _unhooked(head):
         found = [head.original_module, *head.modules_to_save.values()]
     return [x for x in found if _is_linear(x) and _head_fits(x)]
 
@@ -251,10 +256,11 @@ def _causal(base: Any) -> dict[str, Any] | None:
         return None
     get_loss: Any = own.fget
 
-    def forward(self, *args, **kwargs):
-        loss = _loss_of(self, flow, dict(zip(flow.names[1:], args)) | kwargs)
+    def forward(self, *args, skip_logits=None, **kwargs):
+        skip = self.training if skip_logits is None else skip_logits
+        loss = _loss_of(self, flow, dict(zip(flow.names[1:], args)) | kwargs) if skip else None
         heads = [] if loss is None else [x for x in _heads(self, flow.head) if isinstance(x, Swapped)]
-        if not heads:
+        if loss is None or not heads:
             return base.forward(self, *args, **kwargs)
         for module in (self, *heads):
             module.longlora_loss = loss
@@ -281,7 +287,7 @@ def _causal_fits(module):
 
 
 def _unset(model, flow):
-    return all(getattr(model.config, name) is None for name in flow.unset)
+    return all(getattr(model.config, name, None) is None for name in flow.unset)
 
 
 def _loss_of(model, flow, given):
@@ -290,7 +296,6 @@ def _loss_of(model, flow, given):
     if (
         not isinstance(labels, Tensor)
         or labels.is_floating_point()
-        or not model.training
         or not getattr(model, "longlora_swapped", False)
         or not (getattr(model.config, "return_dict", True) if returns is None else returns)
         or not (isinstance(keep, int | None) and not keep)
@@ -422,7 +427,8 @@ def swap(model: torch.nn.Module) -> dict[str, int]:
     kind.
 
     The kinds are rms_norm, swiglu, lora_linear, rope and linear_cross_entropy. With the loss swapped, a
-    training forward with labels gives no logits. All models of a family share one rotary function: all of
+    training forward with labels gives no logits; forward takes skip_logits=False to have them, or True to do
+    without in evaluation. All models of a family share one rotary function: all of
     them get ours, with equal results, until the next swap or unswap finds no swapped model of the family.
     The gradient of a gradient is not available. ValueError for a model that is swapped already.
     """

@@ -25,6 +25,7 @@ from longlora.ops import IGNORE
 from longlora.torch.attention import NAME, configure
 from longlora.torch.extend import ExtendedModel, extend, opened
 from longlora.torch.moved import MOMENTS, Trained
+from longlora.torch.swap import swap
 from longlora.training import metrics
 from longlora.training.inputs import Setup
 from longlora.training.optimizer import decay_of
@@ -72,6 +73,7 @@ def build(o: TrainOptions, setup: Setup, saved: dict[str, np.ndarray] | None = N
             start = _C.Tensor(shapes[name], "float32")
             Model.draw(name, o.seed, start, 1 / math.sqrt(shapes[name][1]))
             put(parameter, start.numpy())
+    swap(model)  # without it the logits of a long sequence are the largest tensor of a step
     return model
 
 
@@ -289,7 +291,7 @@ class TorchEngine:
             i = start + args.process_index
             inputs = batch(run.held_out, [min(i, run.evaluated - 1)], run.setup.multiple)
             inputs = {name: x.to(args.device) for name, x in inputs.items()}
-            loss = model(**inputs, num_items_in_batch=1).loss
+            loss = model(**inputs, num_items_in_batch=1, skip_logits=True).loss
             if i < run.evaluated:
                 total += torch.stack([loss.double(), (inputs["labels"] != IGNORE).sum().double()])
         model.train(training)

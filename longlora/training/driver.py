@@ -18,10 +18,10 @@ from longlora.disk import write_json
 from longlora.errors import UserError
 from longlora.memory.plan import Plan
 from longlora.ops import IGNORE
+from longlora.progress import quietly
 from longlora.training import metrics, options, resume
 from longlora.training.inputs import Say, Setup, Source, use_threads
 from longlora.training.options import TrainOptions
-from longlora.training.report import quietly
 from longlora.training.run import Result, Run, refuse_taken
 
 PROFILE = "profile.json"

@@ -1,51 +1,11 @@
 """What a run reports in words and pictures: the lines of its steps, options.yaml, loss.png."""
 
-import contextlib
 import os
-from collections.abc import Callable
-from typing import Any
 
 from longlora.disk import write_text
 from longlora.training.options import TrainOptions
 
 OPTIONS = "options.yaml"
-
-
-class Quiet:
-    """A stream for progress: what cannot be written to `file` is dropped. A full disk ends no run."""
-
-    def __init__(self, file: Any):
-        self._file = file
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            self._file.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._file.flush()
-
-
-def quietly(say: Callable[[str], object]) -> Callable[[str], None]:
-    """`say`, but a line that cannot be written ends no run: the disk is full, or nobody reads any more.
-
-    A terminal that lacks a character gets its code.
-    """
-
-    def speak(line):
-        try:
-            say(line)
-        except UnicodeEncodeError as error:
-            with contextlib.suppress(OSError, ValueError):
-                say(line.encode(error.encoding, "backslashreplace").decode(error.encoding))
-        except OSError:
-            pass
-
-    return speak
 
 
 def line(row: dict, steps: int, left: float) -> str:

@@ -10,7 +10,6 @@ import contextlib
 import math
 import os
 import signal
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from longlora import __version__
+from longlora import __version__, progress
 from longlora.device import host
 from longlora.errors import UserError
 from longlora.evaluation.ppl import perplexity
@@ -256,7 +255,7 @@ class Run:
         writes: bool = True,
         once: Callable[[Callable[[], object]], object] = lambda function: function(),
     ):
-        self.o, self.source, self.setup, self.say = o, source, setup, report.quietly(say)
+        self.o, self.source, self.setup, self.say = o, source, setup, progress.quietly(say)
         self.processes, self.writes, self.once = processes, writes, once
         resumes = o.resume_from_checkpoint
         self.resumed = resume.resolve(resumes, o.output_dir) if resumes else None
@@ -361,18 +360,11 @@ class Run:
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Entered around the steps: notes signals, shows the progress, and saves a checkpoint at the end."""
-        from tqdm import tqdm
-
         quiet = None if self.writes else True
         with (
             Stop() as self.stop,
-            tqdm(
-                total=self.steps,
-                initial=self.step,
-                desc="training",
-                unit="step",
-                disable=quiet,
-                file=report.Quiet(sys.stderr),
+            progress.bar(
+                total=self.steps, initial=self.step, desc="training", unit="step", disable=quiet
             ) as self.bar,
         ):
             try:

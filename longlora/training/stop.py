@@ -19,8 +19,8 @@ TOGETHER = 1.0
 class Stop:
     """Remembers the first signal while it is entered, so that the step ends and is saved before the run.
 
-    A SIGINT or SIGTERM that comes more than TOGETHER seconds later means now: KeyboardInterrupt. A signal
-    that was ignored stays ignored, such as SIGHUP under nohup. `signal` is the first one's number, or None.
+    A SIGINT or SIGTERM that comes more than TOGETHER seconds later means now: KeyboardInterrupt. SIGHUP
+    under nohup stays ignored. `signal` is the first one's number, or None.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Stop:
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
             for number in (*ASK, *WARN):
-                if signal.getsignal(number) != signal.SIG_IGN:
+                if number in NOW or signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import subprocess
 import sys
 
 import ml_dtypes
@@ -17,6 +18,10 @@ BF16 = ml_dtypes.bfloat16
 
 def f32(*shape):
     return np.random.default_rng(list(shape)).standard_normal(shape).astype(np.float32)
+
+
+def int64s(*numbers):
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 # ---- capsules from a producer in ctypes that counts deletions ------------------------------------
@@ -106,6 +111,14 @@ def test_versioned_output_is_written():
         (dict(major=2), False, BufferError, "x uses DLPack version 2, expected 1"),
         (dict(ndim=9), False, ValueError, "x should have 2 axes, got 9"),
         (dict(byte_offset=2, data=16), False, ValueError, "x is not aligned"),
+        (dict(data=None), False, BufferError, "x has no memory of its own"),
+        (dict(data=None, byte_offset=64), False, BufferError, "x has no memory of its own"),
+        (dict(shape=None), False, BufferError, "x has no sizes in its capsule"),
+        (dict(shape=int64s(2, -3)), False, BufferError, "x has a negative size in its capsule"),
+        (dict(shape=int64s(2**32, 2**32)), False, ValueError, "x has axes or strides that reach farther"),
+        (dict(shape=int64s(2**62, 0)), False, ValueError, "x has axes or strides that reach farther"),
+        (dict(strides=int64s(2**62, 1)), False, ValueError, "x has axes or strides that reach farther"),
+        (dict(strides=int64s(-(2**63), 1)), False, ValueError, "x has axes or strides that reach farther"),
     ],
 )
 def test_capsules_that_must_be_refused(kwargs, as_output, error, words):
@@ -113,6 +126,50 @@ def test_capsules_that_must_be_refused(kwargs, as_output, error, words):
     with pytest.raises(error, match="^cast: .*" + words):
         _C.cast(*((p, f32(2, 3)) if as_output else (other, p)))
     assert np.isnan(other).all() and p.deleted == 1
+
+
+@pytest.mark.parametrize(
+    "device, error, words",
+    [
+        ([1, 0], TypeError, r"x returned \[1, 0\] as its __dlpack_device__, not two integers"),
+        ((1,), TypeError, r"x returned \(1,\) as its __dlpack_device__"),
+        (("cpu", 0), TypeError, r"x returned \('cpu', 0\) as its __dlpack_device__"),
+        ((2**40, 0), TypeError, r"x returned \(1099511627776, 0\) as its __dlpack_device__"),
+        (None, TypeError, "x returned None as its __dlpack_device__"),
+        ((2, 70), BufferError, "x is on cuda:70, which cannot be used: "),
+        (RuntimeError("lost"), BufferError, "x cannot be borrowed: lost"),
+    ],
+)
+def test_devices_that_must_be_refused(device, error, words):
+    class Lost(Producer):
+        def __dlpack_device__(self):
+            if isinstance(device, Exception):
+                raise device
+            return device
+
+    with pytest.raises(error, match="^cast: " + words):
+        _C.cast(np.empty((2, 3), np.float32), Lost(f32(2, 3)))
+
+
+def test_numbers_that_must_be_refused():
+    """Also where the conversion raised an exception of its own."""
+    x = f32(2, 3)
+    for number in (np.array([1.0, 2.0]), "1", None, 10**400):
+        with pytest.raises(TypeError, match="^accumulate: scale should be a number, got "):
+            _C.accumulate(x, x.copy(), number)
+
+
+def test_empty_arrays_need_no_memory():
+    for shape in ((0, 3), (2, 0)):
+        empty = np.empty(shape, np.float32)
+        for old in (False, True):
+            _C.cast(empty, Producer(empty, old=old, data=None, byte_offset=64))
+    lse, none = np.empty((1, 2, 0), np.float32), Producer(np.empty((1, 0, 2, 8), np.float32), data=None)
+    _C.s2_attention_forward(np.empty((1, 0, 2, 8), np.float32), lse, none, none, none, None, 4, 0, 0, 1.0)
+    t = Tensor((0, 3))
+    t.copy_(Producer(np.empty((0, 3), np.float32), data=None))
+    with pytest.raises(BufferError, match=r"^Tensor.copy_: source has no memory of its own"):
+        Tensor((2, 3)).copy_(Producer(f32(2, 3), data=None))
 
 
 def test_producer_that_fails():
@@ -197,6 +254,68 @@ def test_torch_exchange_api_and_capsules_agree():
     for unusual in (torch.zeros(2, 2, device="meta"), torch.zeros(2, 2).to_sparse()):
         with pytest.raises((BufferError, TypeError), match="^cast: x"):
             _C.cast(torch.empty(2, 2), unusual)
+
+
+def test_a_lazily_negated_view_is_refused():
+    """torch keeps the sign of z.conj().imag beside its memory, which holds the other one."""
+    negated = torch.tensor([[1 + 2j]]).conj().imag
+    assert negated.is_neg() and negated.item() == -2
+
+    class Behind:
+        def __init__(self, t):
+            self.t = t
+
+        def __dlpack__(self, **keywords):
+            return self.t.__dlpack__(**keywords)
+
+        def is_neg(self):
+            return self.t.is_neg()
+
+    out = torch.zeros(1, 1)
+    for x in (negated, Behind(negated)):
+        with pytest.raises(BufferError, match=r"^cast: x is a lazily negated view; give x.resolve_neg\(\)"):
+            _C.cast(out, x)
+    with pytest.raises(BufferError, match="^cast: out is a lazily negated view"):
+        _C.cast(negated, out)
+    with pytest.raises(BufferError, match="lazily negated view"):
+        Tensor((1, 1)).copy_(negated)
+    assert out.item() == 0 and negated.item() == -2
+    assert ops.cast(negated.resolve_neg(), "float32").item() == -2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        """
+from torch._subclasses.fake_tensor import FakeTensorMode
+with FakeTensorMode():
+    x = torch.randn(4, 64)
+""",
+        """
+import torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+x = distribute_tensor(torch.ones(4, 64), init_device_mesh("cpu", (1,)), [Shard(0)])
+""",
+    ],
+    ids=["fake", "distributed"],
+)
+def test_tensors_without_memory(make):
+    """In a process of its own, which an access would end."""
+    script = f"""
+import torch
+from longlora import _C
+{make}
+for arguments in ((torch.empty(4, 64), x), (x, torch.empty(4, 64))):
+    try:
+        _C.cast(*arguments)
+    except BufferError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("cast: x ") and lines[1].startswith("cast: out "), lines
 
 
 # ---- leaks ---------------------------------------------------------------------------------------

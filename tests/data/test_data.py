@@ -29,7 +29,8 @@ def tokenizer(kind, template=None):
             single=template,
             special_tokens=[("<s>", backend.token_to_id("<s>")), ("</s>", backend.token_to_id("</s>"))],
         )
-    return Tokenizer(backend, {"eos_token": "</s>" if kind == "llama" else "<|endoftext|>"}, {})
+    eos = "</s>" if kind == "llama" else "<|endoftext|>"
+    return Tokenizer(backend, {"eos_token": eos}, {}, kind)
 
 
 KINDS = {
@@ -82,23 +83,17 @@ def test_a_text_read_in_blocks_has_the_ids_of_the_whole(tmp_path_factory, kind, 
     write(path, whole)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "BLOCK", block)
-        pieces = list(text._blocks(str(path)))
-        assert "".join(pieces) == whole.removeprefix("\ufeff")
+        (pieces,) = map(list, text.Corpus(str(path)).documents())
+        lines = whole.removeprefix("\ufeff").replace("\r\n", "\n")
+        assert "".join(pieces) == lines
         ids, ends = zip(*encode_documents(made, [pieces, ["it"], pieces]))
-    one, two = made.encode(whole.removeprefix("\ufeff")), made.encode("it")
+    one, two = made.encode(lines), made.encode("it")
     np.testing.assert_array_equal(np.concatenate(ids), np.concatenate([one, two, one]))
     assert np.cumsum([len(part) for part in ids])[list(ends)].tolist() == [
         len(one),
         len(one) + len(two),
         2 * len(one) + len(two),
     ]
-
-
-def test_blocks_are_cut_where_the_tokenizer_lets_them(tmp_path, monkeypatch):
-    path = write(tmp_path / "long.txt", "the quick brown fox jumps\nover the lazy dog\n" * 500)
-    monkeypatch.setattr(text, "BLOCK", 1000)
-    assert len(list(encode_documents(KINDS["gpt2"], [text._blocks(path)]))) > 15
-    assert len(list(encode_documents(KINDS["llama"], [text._blocks(path)]))) == 1
 
 
 def test_a_file_larger_than_memory_is_tokenised_in_it(tmp_path):
@@ -125,16 +120,6 @@ print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 102
     assert growth < size
 
 
-def test_a_document_that_cannot_be_cut_and_does_not_fit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "BLOCK", 1000)
-    monkeypatch.setattr(tokens, "available_memory", lambda: 100_000)
-    path = write(tmp_path / "long.txt", "the quick brown fox\n" * 500)
-    message = failure(tokenise, path, KINDS["llama"], 500, str(tmp_path / "cache"))
-    assert "does not fit in memory" in message and "jsonl" in message
-    assert not tiny.listing(tmp_path / "cache")
-    assert len(tokenise(path, KINDS["gpt2"], 400, str(tmp_path / "cache"), str))
-
-
 @pytest.mark.parametrize("block", [7, 1 << 20])
 @pytest.mark.parametrize(
     "name, content, words",
@@ -150,6 +135,7 @@ def test_a_document_that_cannot_be_cut_and_does_not_fit_is_refused(tmp_path, mon
         ("broken.jsonl", '{"text": "a"}\n\n{"text": \n', ["line 3 is not JSON"]),
         ("deep.jsonl", "[" * 100_000 + "\n", ["line 1 is not JSON"]),
         ("other.jsonl", '{"content": "a"}\n', ['line 1 should be an object with a string "text"']),
+        ("half.jsonl", '{"text": "a"}\n{"text": "so \\ud83d"}\n', ["line 2", "'\\ud83d' at 3", "emoji"]),
         ("number.jsonl", '{"text": 3}\n', ["line 1 should be"]),
         ("list.jsonl", '["a"]\n', ["line 1 should be"]),
         ("text.csv", "a,b\n", ["should be .txt, .jsonl or .bin"]),
@@ -166,30 +152,22 @@ def test_what_is_wrong_with_a_text_is_named(tmp_path, monkeypatch, block, name, 
     assert not cache.exists() or not tiny.listing(cache)
 
 
-def test_missing_and_unreadable_paths_are_named(tmp_path):
-    assert "no such file" in failure(text.files_of, str(tmp_path / "no.txt"))
-    assert "no .txt and no .jsonl" in failure(text.files_of, str(tmp_path))
-    (tmp_path / "folder.txt").mkdir()
-    write(tmp_path / "folder.txt" / "b.jsonl", '{"text": "b"}')
-    write(tmp_path / "folder.txt" / "a.txt", "a")
-    assert [os.path.basename(f) for f in text.files_of(str(tmp_path / "folder.txt"))] == ["a.txt", "b.jsonl"]
-
-
 def test_documents_end_in_one_end_token_and_the_cache_is_used(tmp_path, monkeypatch):
-    made, cache = KINDS["llama-both"], str(tmp_path / "cache")
-    write(tmp_path / "a.txt", "hello world")
-    write(tmp_path / "b.jsonl", '{"text": "one"}\n\n{"text": "two"}\n')
+    made, cache, data = KINDS["llama-both"], str(tmp_path / "cache"), tmp_path / "data"
+    data.mkdir()
+    write(data / "a.txt", "hello world")
+    write(data / "b.jsonl", '{"text": "one"}\n\n{"text": "two"}\n')
     said = []
-    found = tokenise(str(tmp_path), made, 500, cache, said.append)
+    found = tokenise(str(data), made, 500, cache, said.append)
     wanted = [made.encode(words) for words in ("hello world", "one", "two")]
     assert len(found) == 3 and said and "3 documents" in said[0]
     for i, ids in enumerate(wanted):  # the template has added </s> already
         np.testing.assert_array_equal(found.document(i), ids)
-    plain = tokenise(str(tmp_path), KINDS["llama"], 500, cache, said.append)
+    plain = tokenise(str(data), KINDS["llama"], 500, cache, said.append)
     assert all(plain.document(i)[-1] == KINDS["llama"].eos_token_id for i in range(3))
     assert plain.fingerprint != found.fingerprint and len(said) == 2
     monkeypatch.setattr(tokens, "_tokenise", None)
-    again = tokenise(str(tmp_path), made, 500, cache, said.append)
+    again = tokenise(str(data), made, 500, cache, said.append)
     np.testing.assert_array_equal(again.ids, found.ids)
     assert again.fingerprint == found.fingerprint and len(said) == 2
 

@@ -248,7 +248,7 @@ def test_sliding_windows_by_the_rules_of_transformers(family, fields, window):
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps should be a number"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings should be true or false, got 'yes'"),
         ({"attention_bias": 1}, "attention_bias should be true or false, got 1"),
-        ({"eos_token_id": -1}, "eos_token_id should be a token id, a list of them or null, got -1"),
+        ({"eos_token_id": -2}, "eos_token_id should be a token id, a list of them or null, got -2"),
         ({"eos_token_id": "</s>"}, "eos_token_id should be a token id"),
     ],
 )

@@ -154,7 +154,7 @@ def test_documents_are_windows_of_their_own(tmp_path):
     texts = ["context of the token", "a", "", "long"]
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    parts = ppl.read_ids(str(path), open_model(base).tokenizer(), open_model(base).config)
+    parts = ppl.read_ids(text.Corpus(str(path)), open_model(base).tokenizer(), open_model(base).config)
     assert [len(ids) for ids in parts] == [20, 1, 4]
     (found,) = ppl.run(str(base), str(path), 64)["results"]
     assert found["tokens"] == 19 + 3
@@ -222,4 +222,21 @@ def test_the_table_and_the_json_hold_the_same(tmp_path):
     table = tiny.command("ppl", "--model", base, "--data", path, "--lengths", "32,64").stdout
     for result in results:
         assert f"{result['perplexity']:.3f}" in table and f"{result['tokens']:,}" in table
-    assert text.files_of(str(path)) == [str(path)]
+
+
+def test_what_a_directory_holds_besides_its_text_is_said(tmp_path):
+    """The result is that of the text alone."""
+    base, data = tiny.model(tmp_path / "base"), tmp_path / "data"
+    data.mkdir()
+    tiny.text(data / "t.txt", 100)
+    alone = ppl.run(base, data, 64)
+    assert alone["left_out"] is None
+    (data / "README.md").write_text("about the text")
+    (data / ".t.txt.swp").write_text("half of it")
+    (data / "empty.txt").write_text("")
+    found = ppl.run(base, data, 64)
+    assert found["results"] == alone["results"]
+    wanted = "left out 1 hidden (.t.txt.swp), 1 of another kind (README.md), 1 without text (empty.txt)"
+    assert found["left_out"] == wanted
+    shown = tiny.command("ppl", "--model", base, "--data", data, "--lengths", "64").stdout
+    assert shown.splitlines()[-1] == wanted

@@ -42,7 +42,7 @@ G = 6
 
 def tiny(family, implementation, **changes):
     """A model of the family; the same weights for every implementation."""
-    given = {**SMALL, **FAMILIES[family], **changes}
+    given = {**SMALL, **FAMILIES.get(family, {}), **changes}
     config = transformers.AutoConfig.for_model(
         family, **{key: value for key, value in given.items() if value is not None or key == "sliding_window"}
     )

@@ -1,7 +1,7 @@
 """One of two processes over gloo, for test_torch_groups.py: a swapped and extended model under FSDP2.
 
-Arguments: rank, directory. Prints JSON: the losses of the group and of one process, how far apart their
-adapters are, and the error of swap for sharded parameters.
+Arguments: rank, directory. Prints JSON: the losses of the group and of one process that is not swapped, how
+far apart their adapters are, and whether logits were made.
 """
 
 import json
@@ -40,15 +40,28 @@ def model(tied):
 
 
 def train(made, rows):
+    """-> the losses of STEPS steps, and whether any of them made logits."""
     optimizer, losses = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], 1e-2), []
+    logits = False
     for step in range(STEPS):
         ids = torch.randint(3, 61, (2, 24), generator=torch.Generator().manual_seed(step))[rows]
-        loss = made(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
+        output = made(input_ids=ids, labels=ids, use_cache=False)
+        logits = logits or output.logits is not None
+        output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.detach())
-    return torch.stack(losses)
+        losses.append(output.loss.detach())
+    return torch.stack(losses), logits
+
+
+def shard(made, tied):
+    """As accelerate does: layers, and an untied head with the last norm, are units of their own."""
+    base = made.get_base_model()
+    for layer in base.model.layers:
+        fully_shard(layer)
+    if not tied:
+        fully_shard([base.model.norm, base.lm_head])
+    fully_shard(made)
 
 
 def main(rank, directory):
@@ -57,34 +70,35 @@ def main(rank, directory):
     report = []
     for tied in (False, True):
         alone = model(tied)
-        longlora.torch.swap(alone)
-        want, adapter = train(alone, slice(2)), get_peft_model_state_dict(alone)
-        made = model(tied)
-        counts = longlora.torch.swap(made)
-        for layer in made.get_base_model().model.layers:
-            fully_shard(layer)
-        fully_shard(made)
-        losses = train(made, slice(rank, rank + 1))
-        dist.all_reduce(losses)
-        found = {name: x.full_tensor() for name, x in get_peft_model_state_dict(made).items()}
-        longlora.torch.unswap(made)
-        try:
-            longlora.torch.swap(made)
-            refusal = None
-        except ValueError as error:
-            refusal = str(error)
-        report.append(
-            {
-                "counts": counts,
-                "losses": (losses / 2).tolist(),
-                "alone": want.tolist(),
-                "refusal": refusal,
-                "names": sorted(found),
-                "wanted": sorted(adapter),
-                "numbers": min(x.numel() for x in found.values()),
-                "apart": max(((found[name] - x).norm() / x.norm()).item() for name, x in adapter.items()),
-            }
-        )
+        want, adapter = train(alone, slice(2))[0], get_peft_model_state_dict(alone)
+        for order in ("before", "after", "undone"):
+            made = model(tied)
+            if order != "after":
+                longlora.torch.swap(made)
+            shard(made, tied)
+            if order == "after":
+                longlora.torch.swap(made)
+            if order == "undone":
+                longlora.torch.unswap(made)
+            losses, logits = train(made, slice(rank, rank + 1))
+            dist.all_reduce(losses)
+            found = {name: x.full_tensor() for name, x in get_peft_model_state_dict(made).items()}
+            again = longlora.torch.swap(longlora.torch.unswap(made))
+            report.append(
+                {
+                    "case": f"tied {tied}, swapped {order}",
+                    "counts": again,
+                    "losses": (losses / 2).tolist(),
+                    "alone": want.tolist(),
+                    "logits": logits,
+                    "wants_logits": order == "undone",
+                    "names": sorted(found),
+                    "wanted": sorted(adapter),
+                    "numbers": min(x.numel() for x in found.values()),
+                    "apart": max(((found[n] - x).norm() / x.norm()).item() for n, x in adapter.items()),
+                }
+            )
+            longlora.torch.unswap(made)
     print(json.dumps(report))
 
 

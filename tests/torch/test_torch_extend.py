@@ -1,8 +1,5 @@
-"""extend, load and swap: positions, trained parameters, round trips through files, equal values with our
-layers."""
+"""extend and load: positions, trained parameters, round trips through files."""
 
-import copy
-import gc
 import json
 
 import numpy as np
@@ -11,17 +8,24 @@ import pytest
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
 transformers = pytest.importorskip("transformers", reason="transformers is what is extended here")
 peft = pytest.importorskip("peft", reason="extend makes a PeftModel")
+import families  # noqa: E402
 from devices import device, put  # noqa: E402, F401 (a fixture)
-from families import FAMILIES, SMALL, VERSION, close, ids_of, tiny, without_interface  # noqa: E402
+from families import VERSION, close, ids_of, tiny  # noqa: E402
 
 import longlora.torch  # noqa: E402
 from longlora.evaluation import ppl  # noqa: E402
 from longlora.files import merge  # noqa: E402
 from longlora.torch.extend import lora_config  # noqa: E402
+from longlora.torch.positions import set_rope  # noqa: E402
 
 
 def tokens():
     return ids_of(2, 24)
+
+
+def with_an_adapter(model):
+    """Without PEFT's model around it, as transformers' own integration does."""
+    return peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
 
 
 def moved(model, seed=0):
@@ -94,6 +98,64 @@ def test_extended_twice_the_positions_are_those_of_transformers(kind, family):
         assert again.config.rope_parameters["partial_rotary_factor"] == 0.25
 
 
+def test_phi3_is_interpolated_in_the_words_of_its_config(tmp_path):
+    """Its config takes no "linear". LongRoPE with equal factors is linear interpolation, and scales cos and
+    sin by sqrt(1 + ln(factor) / ln(original length)) (arXiv 2402.13753)."""
+    before = tiny("phi3", "sdpa").model.rotary_emb.inv_freq.clone()
+    model = longlora.torch.extend(tiny("phi3", "sdpa"), 512)
+    rotary = model.get_base_model().model.rotary_emb
+    torch.testing.assert_close(rotary.inv_freq, before / 4, rtol=1e-6, atol=0)
+    scale = (1 + np.log(4) / np.log(128)) ** 0.5
+    assert rotary.attention_scaling == pytest.approx(scale, rel=1e-6)
+    if VERSION >= (5, 0):
+        assert model.config.rope_parameters["partial_rotary_factor"] == 1
+    for kind in ("yarn", "llama3"):
+        with pytest.raises(ValueError, match=f"a phi3 config does not take rope type {kind} .*; ntk changes"):
+            longlora.torch.extend(tiny("phi3", "sdpa"), 512, rope=kind)
+    ntk = longlora.torch.extend(tiny("phi3", "sdpa"), 512, rope="ntk").get_base_model().model.rotary_emb
+    theta = 10000.0 * 4 ** (8 / 6)
+    torch.testing.assert_close(ntk.inv_freq.cpu(), theta ** -(torch.arange(0, 8, 2) / 8), rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="the config is spelled for transformers 5")
+def test_what_else_depends_on_the_positions_is_extended_too(tmp_path):
+    """DeepSeek scales its scores by the factor of yarn: by (0.1 mscale ln(factor) + 1) squared."""
+    rope = dict(rope_type="yarn", rope_theta=10000.0, factor=2.0, mscale=1.0, mscale_all_dim=1.0)
+    rope["original_max_position_embeddings"] = 64
+    config = transformers.DeepseekV3Config(
+        **{**families.SMALL, "num_key_value_heads": 4},
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        rope_parameters=rope,
+    )
+    torch.manual_seed(0)
+    model = put(transformers.AutoModelForCausalLM.from_config(config)).eval()
+    set_rope(model, "yarn", 512)
+    scores = model.model.layers[1].self_attn.scaling
+    assert scores == pytest.approx(16**-0.5 * (0.1 * np.log(8) + 1) ** 2, rel=1e-6)
+    model.save_pretrained(tmp_path)
+    close(
+        put(transformers.AutoModelForCausalLM.from_pretrained(tmp_path))(tokens()).logits,
+        model(tokens()).logits,
+    )
+
+
+def test_a_refused_extension_changes_nothing():
+    model = tiny("phi3", "sdpa")
+    config, rotary = model.config.to_dict(), model.model.rotary_emb
+    with pytest.raises(ValueError, match="does not take rope type yarn"):
+        set_rope(model, "yarn", 512)
+    assert model.config.to_dict() == config and model.model.rotary_emb is rotary
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_round_trips_keep_everything(tmp_path, tied):
     tiny("llama", "sdpa", tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
@@ -160,172 +222,36 @@ def test_lora_of_ones_own():
             "rope type should be one of",
         ),
         (lambda: longlora.torch.extend(tiny("llama", "sdpa"), 512, group_size=-1), "group_size"),
+        (lambda: longlora.torch.extend("path/of/a/model", 512), "model should be an Auto.*, got str"),
+        (lambda: longlora.torch.extend(tiny("llama", "sdpa"), 512, lora={"r": 8}), "LoraConfig, got dict"),
+        (
+            lambda: longlora.torch.extend(tiny("llama", "sdpa").model, 512),
+            "LlamaModel has no language model head",
+        ),
+        (
+            lambda: longlora.torch.extend(
+                peft.get_peft_model(tiny("llama", "sdpa"), peft.LoraConfig(target_modules=["q_proj"])), 512
+            ),
+            "has an adapter already; give the base model, and its LoRA as lora=",
+        ),
+        (
+            lambda: longlora.torch.extend(longlora.torch.extend(tiny("llama", "sdpa"), 512), 1024),
+            "has an adapter already",
+        ),
+        (
+            lambda: longlora.torch.extend(with_an_adapter(tiny("llama", "sdpa")), 512),
+            "has an adapter already",
+        ),
+        (lambda: longlora.torch.load("nowhere", "base"), "nowhere is not the directory of an adapter"),
+        (lambda: longlora.torch.extend(tiny("gpt_neox", "sdpa"), 512, rope="ntk"), "this model rotates 2"),
         (
             lambda: longlora.torch.extend(
                 tiny("llama", "sdpa"), 512, lora=peft.LoraConfig(task_type="SEQ_CLS")
             ),
             "CAUSAL_LM, got",
         ),
-        (lambda: longlora.torch.swap(swapped(tiny("llama", "sdpa"))), "swapped already"),
     ],
 )
 def test_bad_input_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
-
-
-def swapped(model):
-    longlora.torch.swap(model)
-    return model
-
-
-def grads_of(model, **inputs):
-    model.zero_grad()
-    loss = model(input_ids=tokens(), labels=tokens(), use_cache=False, **inputs).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-ALL = dict(rms_norm=5, swiglu=2, lora_linear=0, rope=2, linear_cross_entropy=1)
-EXPECTED = {
-    "llama": ALL,
-    "mistral": ALL,
-    "qwen2": ALL,
-    "smollm3": ALL,
-    "qwen3": ALL | dict(rms_norm=9),
-    "olmo2": ALL | dict(rms_norm=9),  # norms of heads
-    "phi3": ALL | dict(swiglu=0),  # gate and up are one linear
-    "olmo": ALL | dict(rms_norm=0),
-    "stablelm": ALL | dict(rms_norm=0),  # their norms take the mean off
-    "starcoder2": ALL | dict(rms_norm=0, swiglu=0),  # so do its norms; its MLP is GELU
-    "gpt_neox": ALL | dict(rms_norm=0, swiglu=0),  # so do its norms; its MLP is GELU
-    "gemma": ALL | dict(rms_norm=0, swiglu=0),  # its norm is (1 + w), its MLP GeGLU
-    "granite": ALL | dict(linear_cross_entropy=0),  # it scales its logits
-    # It scales its logits and rotates neighbours.
-    "cohere": ALL | dict(rms_norm=0, rope=0, linear_cross_entropy=0),
-    "glm": ALL | dict(swiglu=0, rope=0),
-    "helium": ALL | dict(rope=0),  # they rotate neighbours
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_swapped_layers_give_the_same_values(family):
-    without_interface(family)
-    changes = dict(logits_scaling=4.0) if family == "granite" else {}
-    model = tiny(family, "longlora_s2", **changes).train()
-    loss, grads = grads_of(model)
-    logits = model.eval()(tokens()).logits
-    counts = longlora.torch.swap(model)
-    try:
-        assert counts == EXPECTED[family]
-        assert (model(tokens()).logits - logits).abs().max() <= 1e-4 * logits.abs().max()
-        other, again = grads_of(model.train())
-        close(other, loss)
-        assert set(again) == set(grads)
-        for name in grads:
-            assert (again[name] - grads[name]).norm() <= 1e-4 * grads[name].norm() + 1e-6, name
-    finally:
-        longlora.torch.unswap(model)
-    other, again = grads_of(model)
-    assert torch.equal(other, loss) and all(torch.equal(again[name], grads[name]) for name in grads), (
-        "unswap left something"
-    )
-    assert model(input_ids=tokens(), labels=tokens()).logits is not None
-
-
-def test_swapped_lora_linears():
-    model = moved(
-        longlora.torch.extend(tiny("llama", "sdpa", tie_word_embeddings=True), 512, group_size=6)
-    ).train()
-    loss, grads = grads_of(model)
-    counts = longlora.torch.swap(model)
-    assert counts["lora_linear"] == 8 and counts["linear_cross_entropy"] == 1
-    other, again = grads_of(model)
-    close(other, loss)
-    assert set(again) == set(grads) and all(
-        (again[n] - grads[n]).norm() <= 1e-4 * grads[n].norm() for n in grads
-    )
-    assert (
-        model(input_ids=tokens(), labels=tokens()).logits is None
-        and model.eval()(input_ids=tokens()).logits is not None
-    )
-    with model.disable_adapter():  # PEFT's state decides call by call
-        plain = model(tokens()).logits
-    longlora.torch.unswap(model)
-    with model.disable_adapter():
-        close(plain, model(tokens()).logits)
-
-
-def test_swapped_lora_linears_that_peft_merged():
-    """The base's weights hold the adapter then: it may not be added again."""
-    model = moved(longlora.torch.extend(tiny("llama", "sdpa"), 512, group_size=6)).eval()
-    want = model(tokens()).logits
-    with model.disable_adapter():
-        assert (model(tokens()).logits - want).abs().max() > 1e-2 * want.abs().max()
-    assert longlora.torch.swap(model)["lora_linear"] == 8
-    model.merge_adapter()
-    merged = model(tokens()).logits
-    assert (merged - want).abs().max() <= 1e-4 * want.abs().max()
-    model.unmerge_adapter()
-    assert (model(tokens()).logits - want).abs().max() <= 1e-4 * want.abs().max()
-    longlora.torch.unswap(model)
-
-
-def test_swapped_loss_counts_as_trainer_does():
-    model = tiny("llama", "longlora_s2").train()
-    labels = tokens().clone()
-    labels[0, :5] = -100
-    kwargs = dict(input_ids=tokens(), labels=labels, use_cache=False, num_items_in_batch=torch.tensor(50))
-    want = model(**kwargs).loss
-    longlora.torch.swap(model)
-    close(model(**kwargs).loss, want)
-    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-    close(model(**{**kwargs, "labels": labels, "shift_labels": shifted}).loss, want)
-    longlora.torch.unswap(model)
-
-
-def test_two_swapped_models_of_a_family():
-    one, two, three = (tiny("llama", "sdpa") for _ in range(3))
-    gc.collect()  # other tests' models
-    longlora.torch.unswap(one)
-    source = transformers.models.llama.modeling_llama
-    theirs = source.apply_rotary_pos_emb
-    longlora.torch.swap(one), longlora.torch.swap(two)
-    longlora.torch.unswap(one)
-    assert source.apply_rotary_pos_emb is not theirs
-    longlora.torch.unswap(two)
-    assert source.apply_rotary_pos_emb is theirs
-    longlora.torch.swap(one)
-    exact = tiny(
-        "llama", "sdpa"
-    ).double()  # the kernels have no float64: others of the family go their own way
-    assert exact(tokens()).logits.dtype == torch.float64
-    ours = source.apply_rotary_pos_emb
-    del one
-
-    def collecting(graph, inputs):
-        gc.collect()  # between a model's trace and its guards
-        return graph
-
-    torch._dynamo.reset()
-    close(torch.compile(three, backend=collecting)(tokens(), use_cache=False).logits, three(tokens()).logits)
-    assert source.apply_rotary_pos_emb is ours
-    longlora.torch.unswap(three)
-    assert source.apply_rotary_pos_emb is theirs, "a swapped model that is gone still decides for its family"
-
-
-def test_bfloat16_within_its_noise():
-    model = tiny("llama", "longlora_s2").bfloat16().train()
-    exact = copy.deepcopy(model).float()
-    want, exact_grads = grads_of(exact)
-    plain_loss, plain = grads_of(model)
-    longlora.torch.swap(model)
-    loss, grads = grads_of(model)
-    longlora.torch.unswap(model)
-    assert (loss - want).abs() <= 2 * (plain_loss - want).abs() + 4e-3 * want.abs()
-    worst = [
-        max((g[n].float() - exact_grads[n]).norm() / exact_grads[n].norm() for n in exact_grads)
-        for g in (grads, plain)
-    ]
-    assert worst[0] <= 2 * worst[1], worst
-    assert SMALL["vocab_size"] == model.config.vocab_size

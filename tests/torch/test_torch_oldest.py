@@ -11,7 +11,13 @@ import pytest
 pytest.importorskip("transformers", reason="transformers is what is extended here")
 pytest.importorskip("peft", reason="extend makes a PeftModel")
 OLDEST = "4.53.3"
-FILES = ["test_torch_transformers.py", "test_torch_extend.py"]
+FILES = [
+    "test_torch_transformers.py",
+    "test_torch_extend.py",
+    "test_torch_swap.py",
+    "test_torch_swap_peft.py",
+    "test_torch_forms.py",
+]
 
 
 def test_on_the_oldest_transformers(tmp_path):

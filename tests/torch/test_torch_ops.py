@@ -125,6 +125,25 @@ def test_any_strides(name):
         torch.testing.assert_close(x.grad, grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_lazily_negated_views_are_what_they_stand_for(name):
+    """As the imaginary parts of conjugated tensors are: inputs and gradients, together and one by one."""
+    plain = [x.requires_grad_() for x in given(name)[1]]
+    want = CASES[name][1](*plain)
+    dout = torch.ones_like(want)
+    grads = torch.autograd.grad(want, plain, dout)
+    for chosen in [range(len(plain)), *([i] for i in range(len(plain)))]:
+        turned = [
+            (torch._neg_view(-x.detach()) if i in chosen else x.detach()).requires_grad_()
+            for i, x in enumerate(plain)
+        ]
+        assert all(turned[i].is_neg() for i in chosen)
+        out = CASES[name][1](*turned)
+        assert torch.equal(out, want)
+        for got, grad in zip(torch.autograd.grad(out, turned, torch._neg_view(-dout)), grads):
+            assert torch.equal(got, grad)
+
+
 @pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "lora_linear", "swiglu"])
 @pytest.mark.parametrize("lead", [(), (1,), (M, 1), (B, T), (B, 1, T), (1, B, 1, T)], ids=str)
 def test_leading_axes(name, lead):

@@ -26,7 +26,8 @@ def by_mask(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     """
     H, T = query.shape[1:3]
     key, value = (x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
-    borders = [[0, T]] * len(query) if attention_mask is None else attention_mask.tolist()
+    borders = attention_mask.cu_seqlens
+    borders = [[0, T]] * len(query) if borders is None else borders.tolist()
     mask = put(np.stack([reference.attention_mask(T, H, *pattern, cu_seqlens=row) for row in borders]))
     scores = (query.double() @ key.double().transpose(2, 3)) * (scaling or query.shape[-1] ** -0.5)
     p = scores.masked_fill(~mask, -torch.inf).softmax(-1)

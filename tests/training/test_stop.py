@@ -12,8 +12,8 @@ from runs import failure, run
 
 from longlora.disk import sweep
 from longlora.files import safetensors
+from longlora.progress import Quiet, quietly
 from longlora.training import metrics, resume, stop
-from longlora.training.report import Quiet, quietly
 
 
 class Hook:
@@ -66,13 +66,13 @@ def test_a_hangup_that_is_ignored_stays_ignored(tmp_path):
 
 def test_a_later_signal_means_now(monkeypatch):
     with stop.Stop() as s:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
         assert s.signal == signal.SIGTERM
         monkeypatch.setattr(stop, "TOGETHER", -1.0)
-        os.kill(os.getpid(), signal.SIGUSR1)  # a warning never means now
+        signal.raise_signal(signal.SIGUSR1)  # a warning never means now
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 

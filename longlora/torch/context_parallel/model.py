@@ -77,7 +77,7 @@ class _Parallel:
     def after(self, *_):
         self.lengths = None
 
-    def __call__(self, module, q, k, v, *, cu_seqlens, boundary, shift, scale, window):
+    def __call__(self, module, q, k, v, *, documents, boundary, shift, scale, window):
         """Attend for a module of the model: q [B,T,H,D], k and v [B,T,K,D] of its piece -> out [B,T,H,D]."""
         from longlora.torch.attention import group_size_of  # needs transformers; the rest here does not
 
@@ -96,7 +96,11 @@ class _Parallel:
             sizes = (
                 next(iter(self.seen)) if len(self.seen) == 1 else lengths(q.shape[1], self.group, q.device)
             )
-        if cu_seqlens is not None:
+        if documents is None:
+            raise ValueError(
+                f"context parallel: {type(module).__name__} does not attend causally to its own tokens"
+            )
+        if documents.cu_seqlens is not None:
             raise ValueError(
                 "context parallel: packed documents and padding are not supported, got an attention mask"
             )

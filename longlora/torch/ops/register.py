@@ -104,6 +104,8 @@ def _caller(operator, kernel, apply):
         for x in args:
             kind = type(x)
             if kind in _PLAIN:
+                if x.is_neg():  # the dispatcher gives kernels what such a view stands for
+                    return operator(*args)
                 differentiable = differentiable or x.requires_grad
             elif kind not in _OTHERS:
                 return operator(*args)
