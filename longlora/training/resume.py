@@ -24,6 +24,8 @@ from longlora.files.safetensors import save as save_tensors
 from longlora.training import metrics, report
 
 STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
+# What the state of a checkpoint has at least.
+FIELDS = {"global_step": int, "position": int, "options": dict, "log_history": list, "data": str, "base": str}
 # Ends the names of a checkpoint that a new one is about to replace, and of one that is being removed.
 REPLACED, OLD = ".replaced" + ASIDE, ".old" + ASIDE
 
@@ -190,10 +192,16 @@ def load(path: str) -> tuple[dict, dict[str, np.ndarray]]:
     for name in (STATE, OPTIMIZER):
         if not os.path.exists(os.path.join(path, name)):
             raise UserError(f"{path}: is not a checkpoint: it has no {name}")
-    state = read_json(os.path.join(path, STATE))
-    missing = {"global_step", "position", "options", "log_history", "data", "base"} - set(state)
+    where = os.path.join(path, STATE)
+    state = read_json(where)
+    missing = set(FIELDS) - set(state)
     if missing:
-        raise UserError(f"{os.path.join(path, STATE)}: lacks {', '.join(sorted(missing))}")
+        raise UserError(f"{where}: lacks {', '.join(sorted(missing))}")
+    for name, kind in FIELDS.items():
+        if type(state[name]) is not kind:
+            raise UserError(f"{where}: {name} should be a {kind.__name__}, got {state[name]!r}")
+    if not all(isinstance(row, dict) for row in state["log_history"]):
+        raise UserError(f"{where}: log_history should be a list of objects")
     tensors = SafetensorsFile(os.path.join(path, OPTIMIZER))
     return state, {name: tensors.array(name) for name in tensors.entries}
 

@@ -303,8 +303,8 @@ class Run:
         free = disk.free(folder)
         if free is not None and free < least and self.step < self.steps:
             raise UserError(
-                f"{folder}: a checkpoint takes more than {least / 2**30:.3f} GiB, its disk has "
-                f"{free / 2**30:.3f} GiB free"
+                f"{folder}: a checkpoint takes more than {least / 2**20:,.1f} MiB, its disk has "
+                f"{free / 2**20:,.1f} MiB free"
             )
         with disk.passing(folder, "rehearsal") as aside:
             self.write_model(aside, None, home)
