@@ -94,7 +94,7 @@ def replacing(path: Path) -> Iterator[str]:
             flush(aside)
             os.replace(aside, path)
             aside = None
-        flush(os.path.dirname(path))
+        flush_names(os.path.dirname(path))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written: {error.strerror or error}; what was there is untouched"
@@ -193,12 +193,15 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """fsync the file or directory at `path`."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
+    """fsync the file at `path`."""
+    with closing(os.open(path, os.O_RDONLY)) as handle:
         os.fsync(handle)
-    finally:
-        os.close(handle)
+
+
+def flush_names(directory: Path) -> None:
+    """fsync a directory, so that its names outlive a crash of the machine; some file systems cannot do it."""
+    with contextlib.suppress(OSError):
+        flush(directory)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from longlora import _C
+from longlora import _C, disk
 from longlora.decoder.config import read_config
 from longlora.device import CPU, choose, host, send
-from longlora.disk import closing, flush, make_aside, make_directory, remove, sweep, write_bytes, write_json
+from longlora.disk import make_directory, write_bytes, write_json
 from longlora.errors import UserError
 from longlora.files.adapter import load
 from longlora.files.huggingface import INDEX, SINGLE
@@ -89,11 +89,11 @@ def _appearing(output_dir):
     moved: list[str] = []
     try:
         os.makedirs(parent, exist_ok=True)
-        sweep(parent, re.escape(name))
+        disk.sweep(parent, re.escape(name))
         if os.path.lexists(final) and (not there or set(os.listdir(final)) - {"lost+found"}):
             raise UserError(f"{where}: exists and is not an empty directory")
-        handle, aside = make_aside(parent, name, directory=True)
-        with closing(handle):
+        handle, aside = disk.make_aside(parent, name, directory=True)
+        with disk.closing(handle):
             yield aside
             if there:
                 for file in sorted(os.listdir(aside), key=lambda file: file == "config.json"):
@@ -103,13 +103,13 @@ def _appearing(output_dir):
             else:
                 os.rename(aside, final)
             aside = None
-            flush(parent)
+            disk.flush_names(parent)
     except OSError as error:
         raise UserError(f"{where}: cannot be written: {error.strerror or error}") from None
     finally:
         if aside is not None:
             for path in (aside, *moved):
-                remove(path)
+                disk.remove(path)
 
 
 def save_merged(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from longlora import disk
-from longlora.disk import ASIDE, flush, read_json, write_json
+from longlora.disk import ASIDE, flush_names, read_json, write_json
 from longlora.errors import UserError
 from longlora.files import adapter, base_folder
 from longlora.files.huggingface import INDEX, SINGLE
@@ -124,7 +124,7 @@ def save(
         if os.path.exists(final):  # the run has resumed from an earlier checkpoint
             os.rename(final, final + REPLACED)
         os.rename(aside, final)
-        flush(output_dir)
+        flush_names(output_dir)
     except OSError as error:
         raise UserError(
             f"{final}: cannot be written: {error.strerror or error}; older checkpoints are untouched"

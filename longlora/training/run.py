@@ -21,7 +21,7 @@ from longlora import __version__, disk, progress
 from longlora.device import host
 from longlora.errors import UserError
 from longlora.evaluation.ppl import perplexity
-from longlora.files import adapter, merge
+from longlora.files import adapter, base_folder, merge
 from longlora.ops import shifted_heads
 from longlora.training import metrics, report, resume
 from longlora.training.inputs import Say, Setup, Source, read_data
@@ -306,6 +306,8 @@ class Run:
                 f"{folder}: a checkpoint takes more than {least / 2**20:,.1f} MiB, its disk has "
                 f"{free / 2**20:,.1f} MiB free"
             )
+        if self.setup.lora is not None:
+            base_folder.check(folder)
         with disk.passing(folder, "rehearsal") as aside:
             self.write_model(aside, None, home)
 

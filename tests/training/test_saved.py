@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -142,6 +143,17 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
 
 
 # ---- before the first step -----------------------------------------------------------------------
+
+
+def test_a_copy_of_a_run_whose_links_were_followed(tmp_path):
+    """Its last write would meet files that it does not know."""
+    run(tmp_path, max_steps=1)
+    shutil.copytree(tmp_path / "out", tmp_path / "copy")
+    said, how = [], dict(output_dir=str(tmp_path / "copy"), resume_from_checkpoint="latest")
+    assert f"{base_folder.FOLDER}/" in failure(tmp_path, said=said, **how)
+    assert not [line for line in said if line.startswith("step ")]
+    shutil.rmtree(tmp_path / "copy" / base_folder.FOLDER)
+    assert run(tmp_path, **how).step == 4
 
 
 @pytest.mark.parametrize("full", [False, True])
