@@ -96,7 +96,7 @@ def _appearing(output_dir):
         with disk.closing(handle):
             yield aside
             if there:
-                for file in sorted(os.listdir(aside), key=lambda file: file == "config.json"):
+                for file in sorted(os.listdir(aside), key=lambda file: (file == "config.json", file)):
                     os.rename(os.path.join(aside, file), os.path.join(final, file))
                     moved.append(os.path.join(final, file))
                 os.rmdir(aside)
