@@ -362,6 +362,53 @@ def test_a_signal_ends_the_step_and_saves(tmp_path):
     same_rows(rest.history, whole.history, rel=0)
 
 
+def test_an_error_between_steps_keeps_the_steps_so_far(tmp_path, monkeypatch):
+    """The resumed run ends with the bits of one that met no error."""
+    real, calls = trainer.batch, []
+
+    def batch(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise MemoryError("no memory")
+        return real(*args)
+
+    monkeypatch.setattr(trainer, "batch", batch)
+    said = []
+    with pytest.raises(MemoryError):
+        run(ours.train, tmp_path, "out", said, max_steps=6)
+    (path,) = resume.found(tmp_path / "out")
+    step = resume.load(path)[0]["global_step"]
+    assert (
+        said[-1] == f"stopped by an error after step {step}; the state after step {step} is saved in {path}"
+    )
+    monkeypatch.setattr(trainer, "batch", real)
+    run(ours.train, tmp_path, "out", max_steps=6, resume_from_checkpoint="latest")
+    run(ours.train, tmp_path, "whole", max_steps=6)
+    a, b = trained(tmp_path / "out"), trained(tmp_path / "whole")
+    assert all(np.array_equal(a[name], b[name]) for name in b)
+
+
+@pytest.mark.parametrize("at", ["while it updates", "after it"])
+def test_an_error_around_an_update_saves_nothing_of_it(tmp_path, monkeypatch, at):
+    """The parameters may be those of no step, or of a step that was not counted."""
+    real, calls = torch.optim.AdamW.step, []
+
+    def step(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) < 3:
+            return real(self, *args, **kwargs)
+        if at == "after it":
+            real(self, *args, **kwargs)
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    said = []
+    with pytest.raises(MemoryError):
+        run(ours.train, tmp_path, "out", said, max_steps=6)
+    assert said[-1] == "stopped by an error after step 2; nothing was saved"
+    assert not resume.found(tmp_path / "out")
+
+
 def test_an_adapter_is_read_everywhere(tmp_path):
     """Ours by `longlora ppl` and `longlora merge`; the driver's by PEFT, which trains on."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
