@@ -458,6 +458,20 @@ def test_an_adapter_is_read_everywhere(tmp_path):
 # ---- what is refused -----------------------------------------------------------------------------
 
 
+def test_logits_are_never_whole(tmp_path, monkeypatch):
+    """Nor in evaluation."""
+    rows, linear = set(), torch.nn.functional.linear
+
+    def watched(x, weight, bias=None):
+        rows.add(weight.shape[0])
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    held_out = str(tiny.text(tmp_path / "held.txt", 80, seed=9))
+    run(ours.train, tmp_path, "out", max_steps=2, eval_data=held_out, eval_steps=1)
+    assert rows and tiny.CONFIG["vocab_size"] not in rows
+
+
 @pytest.mark.parametrize(
     "fields, words",
     [
