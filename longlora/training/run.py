@@ -450,7 +450,11 @@ class Run:
             "num_input_tokens_seen": self.position * o.sequence_length,
         }
         if due.evaluates:
-            row["eval_loss"] = self.engine.evaluate()
+            try:
+                row["eval_loss"] = self.engine.evaluate()
+            except Exception:
+                self.log.add(**row)  # the step is made, and saved as such
+                raise
             row["eval_perplexity"] = perplexity(row["eval_loss"])
             self.shown = f", held-out perplexity {row['eval_perplexity']:.3f}"
         row["peak_memory"] = self.engine.peak_memory()

@@ -256,7 +256,8 @@ def test_an_evaluation_that_fails_after_a_step(tmp_path):
     message = failure(tmp_path, said=Say(), **fields)
     assert "held.bin: has been truncated" in message and "the state after step 2 is saved in" in message
     held.write_bytes(whole)
-    run(tmp_path, resume_from_checkpoint="latest", **fields)
+    rest = run(tmp_path, resume_from_checkpoint="latest", **fields)
+    assert [row["step"] for row in rest.history] == [0, 1, 2, 3, 4]
     run(tmp_path, output_dir=str(tmp_path / "whole"), **fields)
     equal(weights(tmp_path / "out"), weights(tmp_path / "whole"))
 
