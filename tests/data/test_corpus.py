@@ -53,7 +53,11 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     [
         (["a.txt", "b/c.txt"], ["a.txt", "b/c.txt"], None),
         (["b.txt", "B.TXT", "c.JsonL"], ["B.TXT", "b.txt", "c.JsonL"], None),
-        (["a.txt", ".ipynb_checkpoints/a-checkpoint.txt"], ["a.txt"], "left out 1 hidden (.ipynb_checkpoints)"),
+        (
+            ["a.txt", ".ipynb_checkpoints/a-checkpoint.txt"],
+            ["a.txt"],
+            "left out 1 hidden (.ipynb_checkpoints)",
+        ),
         (["a.txt", "b/._a.txt", ".DS_Store"], ["a.txt"], "left out 2 hidden (.DS_Store, ...)"),
         (["a.txt", "a.md", "LICENSE", "c/x.bin"], ["a.txt"], "left out 3 of another kind (LICENSE, ...)"),
         (
@@ -133,7 +137,18 @@ def test_a_run_reads_the_folder_that_it_writes_to(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.model("base")
     tiny.text("text.txt")
-    given = ["--model", "base", "--data", ".", "--sequence-length", 64, "--learning-rate", 1e-2, "--device", "cpu"]
+    given = [
+        "--model",
+        "base",
+        "--data",
+        ".",
+        "--sequence-length",
+        64,
+        "--learning-rate",
+        1e-2,
+        "--device",
+        "cpu",
+    ]
     for more in (
         ["--output-dir", "out1", "--max-steps", 1],
         ["--output-dir", "out2", "--max-steps", 1],
@@ -156,7 +171,9 @@ def test_names_that_are_not_utf_8_are_read(tmp_path):
         found = tokenise(given, KINDS["gpt2"], 400, str(tmp_path / "cache"), said.append)
         assert KINDS["gpt2"].backend.decode(found.ids[:-1].tolist()) == "some text"
     assert len(said) == 1  # the second time they come from the cache
-    assert "caf\\udce9.txt: is not UTF-8 at byte 0" in failure(tokenise, write_bad(path), KINDS["gpt2"], 400, "no")
+    assert "caf\\udce9.txt: is not UTF-8 at byte 0" in failure(
+        tokenise, write_bad(path), KINDS["gpt2"], 400, "no"
+    )
 
 
 def write_bad(path):
