@@ -87,10 +87,10 @@ class Corpus:
         return sorted(found.values())
 
     def documents(self) -> Iterator[Iterable[str]]:
-        """Yield the documents, each as an iterable of pieces of its text, to be read before the next one.
+        """Yield the documents, each as an iterable of pieces of text: read one before you ask for the next.
 
-        UserError names the byte that is not UTF-8, or the line that is not {"text": "..."}. A directory's
-        file without text is left out; UserError if none has any.
+        UserError names the byte that is not UTF-8, or the line that is not {"text": "..."}. A file without
+        text is left out; UserError if none has any.
         """
         some = False
         for path in self.files:
