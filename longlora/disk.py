@@ -216,12 +216,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
-    """Write `value` to `path` as indented JSON with a final newline, as `write_text` does.
+    """Write `value` to `path` as `json_text` gives it, as `write_text` does."""
+    write_text(path, json_text(value, sort_keys))
+
+
+def json_text(value: Any, sort_keys: bool = False) -> str:
+    """Give `value` as indented JSON with a final newline.
 
     Lone surrogates, which UTF-8 cannot hold, are escaped: file names and foreign JSON may have them.
     """
     text = json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n"
-    write_text(path, re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text))
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def make_directory(path: Path) -> None:

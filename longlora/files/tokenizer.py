@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from longlora.decoder.config import ModelConfig
-from longlora.disk import write_bytes
+from longlora.disk import json_text, write_bytes
 from longlora.errors import UserError
 from longlora.files import sentencepiece, tokenizer_gguf
 from longlora.files.tokenizer_backend import add_tokens, build, guarded, post_process, probe, repair, silent
@@ -199,7 +199,7 @@ def _longer(content, length):
     if isinstance(known, bool) or not isinstance(known, (int, float)) or known >= length:
         return content
     config["model_max_length"] = length
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    return json_text(config).encode("utf-8")
 
 
 def _from_json(files, chosen, named):
