@@ -147,7 +147,7 @@ def test_ten_steps_of_smollm2_are_the_drivers(tmp_path, smollm2):  # noqa: F811
     its loss and its gradient ten times as far. Losses are 2e-6 apart in the median and 1e-5 in one step,
     gradient norms up to 3e-4.
 
-    Adam's first steps have the size of the rate also where the gradient is nothing but rounding. Adapters are
+    Adam's first steps have the size of the rate even where the gradient is only rounding. Adapters are
     up to 4e-3 of the way that they moved apart. A higher rate carries more of that into the weights.
     """
     torch.set_num_threads(get_num_threads())
@@ -251,9 +251,9 @@ def test_packed_documents_train_as_in_the_driver(tmp_path, fields):
 
 @pytest.mark.parametrize("train", [driver.train, ours.train], ids=["driver", "torch"])
 def test_rates_and_decay_by_hand(tmp_path, train):
-    """Adam's first step is the rate for every number that has a gradient, whatever its size. Decay takes rate
-    x decay of a matrix and nothing of a norm. A has no gradient while B is zero: what it loses is decay. A
-    run without decay tells its start."""
+    """Adam's first step moves every number that has a gradient by the rate, whatever its size. Decay shrinks
+    a matrix by rate x decay and leaves norms alone. A has no gradient while B is zero, so it changes by decay
+    only. A run without decay gives its start."""
     rate, slow, decay = 1e-2, 1e-3, 0.5
     fields = dict(
         max_steps=1,
