@@ -120,7 +120,7 @@ def lora_config(model: Any, **changes: Any) -> LoraConfig:
     """
     inside, linears, norms = _decoder(model), set(), set()
     for name, module in model.named_modules():
-        if not name.startswith(inside):
+        if not name.startswith(inside) or ".indexer." in name:  # what chooses keys has no gradient
             continue
         if type(module).__name__.endswith(("Attention", "MLA")):
             parts = module.named_children()

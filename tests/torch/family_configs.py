@@ -309,7 +309,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         max_position_embeddings=ABSENT,
         num_key_value_heads=ABSENT,
     ),
-    "youtu": MLA,
+    "youtu": dict(MLA, pad_token_id=None),  # transformers makes its row zero at each loading
     "zamba": dict(
         num_hidden_layers=4,
         layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"],

@@ -4,6 +4,7 @@ Right values are those of transformers and PEFT. A family works if every check h
 longlora raises an error of its own that names the reason. Anything else is a fault.
 """
 
+import logging
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -136,8 +137,21 @@ def peft_loads(case: Case) -> None:
     same(logits(AutoPeftModelForCausalLM.from_pretrained(case.path / "adapter"), case.ids), case.logits)
 
 
-def transformers_loads(case: Case) -> None:
-    same(logits(AutoModelForCausalLM.from_pretrained(case.path / "adapter"), case.ids), case.logits)
+def transformers_loads(case: Case) -> bool:
+    """-> False where transformers says itself that it does not find all that was trained."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(case.path / "adapter")
+    finally:
+        logger.removeHandler(handler)
+    if any("modules_to_save" in line and "MISSING" in line for line in said):
+        return False
+    same(logits(model, case.ids), case.logits)
+    return True
 
 
 def merges(case: Case) -> None:
@@ -227,6 +241,8 @@ What `longlora.torch` does with each family that has a causal language model in 
 - **longlora merge**: so does stock transformers from what the command writes, for the families of the driver
 
 {works} families work, {refused} are refused before anything is trained, with the reason as the error says it.
+Where a family works, an empty cell is a loader that says itself that it cannot read the adapter, or a family
+that the driver does not have.
 
 | family | {checks} | |
 |---|{lines}---|
