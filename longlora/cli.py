@@ -68,11 +68,11 @@ def _plan_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from longlora.device import choose
+    from longlora.device import choose_to_plan
     from longlora.training import driver
 
     o = options.from_flags(args, planning=True)
-    o.device, chosen = choose(o.device)
+    o.device, chosen = choose_to_plan(o.device, o.max_memory)
     plan = driver.plan_of(o)
     return _print(args, plan.to_json(), lambda _: f"{chosen}\n{plan.text()}")
 

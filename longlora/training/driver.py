@@ -13,7 +13,7 @@ import numpy as np
 
 from longlora.data.sequences import Order, batch
 from longlora.decoder.config import read_config
-from longlora.device import CPU, choose
+from longlora.device import CPU, choose, choose_to_plan
 from longlora.disk import write_json
 from longlora.errors import UserError
 from longlora.memory.plan import Plan
@@ -54,7 +54,7 @@ def plan_of(o: TrainOptions) -> Plan:
         config = open_model(path).config
     else:
         config = read_config(path)
-    return Setup(o, config, choose(o.device)[0]).plan
+    return Setup(o, config, choose_to_plan(o.device, o.max_memory)[0]).plan
 
 
 def run(o: TrainOptions, say: Say = print) -> Result:
