@@ -45,6 +45,9 @@ class TokenizerFiles:
                     raise UserError(f"{self.name(name)}: is not UTF-8 at byte {error.start}") from None
         self.config = self._parsed(CONFIG) or {}
         self.json = self._parsed(JSON)
+        versions = self.config.get("fast_tokenizer_files")
+        if versions not in (None, [], [JSON]):
+            raise UserError(f"{self.name(CONFIG)}: fast_tokenizer_files {versions!r} is not supported")
         model = self.name("config.json")
         self.model = parse_json(read_bytes(model), model) if os.path.exists(model) else {}
 
