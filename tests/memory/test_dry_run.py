@@ -124,8 +124,8 @@ def test_a_plan_needs_no_address_space():
         from longlora.memory.dry_run import untouched
         config = dict(
             model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
-            num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, rms_norm_eps=1e-5,
-            tie_word_embeddings=False, hidden_act="silu", initializer_range=0.02)
+            num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
+            rms_norm_eps=1e-5, tie_word_embeddings=False, hidden_act="silu", initializer_range=0.02)
         how = dict(dtype="bfloat16", sequence_length=8192, group_size=2048, lora=LoraConfig(), memory=8 << 30)
         free = plan.plan(read_config(config), **how)
         resource.setrlimit(resource.RLIMIT_AS, (2 << 30, -1))
