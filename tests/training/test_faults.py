@@ -12,6 +12,7 @@ import pytest
 import tiny
 from runs import equal, run, weights
 
+from longlora import disk, plots
 from longlora.errors import UserError
 from longlora.files import adapter
 from longlora.files.merge import merge
@@ -19,6 +20,17 @@ from longlora.files.open_model import open_model
 from longlora.training import metrics, resume
 
 SOME = 10
+
+
+@pytest.fixture(autouse=True)
+def picture(monkeypatch):
+    """loss.png is a file like any other; drawing it would take half of the time of these tests."""
+
+    def draw(path, rows):
+        with disk.replacing(path) as aside, open(aside, "wb") as file:
+            file.write(b"\x89PNG")
+
+    monkeypatch.setattr(plots, "loss", draw)
 
 
 def ended(found, kind):
