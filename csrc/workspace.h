@@ -181,4 +181,27 @@ static inline AttentionParts attention_parts(const S2AttentionBackward *a) {
     return p;
 }
 
+/* ---- attention over a cache ------------------------------------------------------------------ */
+
+enum {
+    CACHE_FEW = 32,        /* query rows of a KV head up to which its keys are cut into parts */
+    CACHE_PARTS = 64,      /* parts at most */
+    CACHE_PART_KEYS = 256, /* keys of a part, where that makes no more than CACHE_PARTS */
+};
+
+/* Parts of the longest sequence; 1 if keys are not cut. */
+static inline int64_t cache_parts(const CachedAttention *a) {
+    int64_t H = a->q.shape[2], P = a->k_cache.shape[1], K = a->k_cache.shape[2];
+    int64_t most = least(P, CACHE_PART_KEYS * CACHE_PARTS);
+    return K && a->q.shape[1] * (H / K) <= CACHE_FEW && most > CACHE_PART_KEYS
+               ? ceil_div(most, CACHE_PART_KEYS)
+               : 1;
+}
+/* For each part and query row: weighted values, a maximum and a sum. */
+static inline int64_t cache_bytes(const CachedAttention *a) {
+    int64_t B = a->q.shape[0], S = a->q.shape[1], H = a->q.shape[2], D = a->q.shape[3],
+            parts = cache_parts(a);
+    return parts == 1 ? 0 : B * parts * S * H * (D + 2) * (int64_t)sizeof(float);
+}
+
 #endif

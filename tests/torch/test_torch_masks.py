@@ -280,7 +280,7 @@ def test_a_compiled_model_keeps_documents_apart_and_stops_at_other_masks():
 
 
 def test_documents_of_a_function_are_exact_or_none():
-    """Every mask of five tokens, with windows, chunks, documents and padding, equals its documents, if any."""
+    """Each mask of five tokens, with windows, chunks, documents and padding, equals its documents, if any."""
     from transformers.masking_utils import (
         chunked_overlay,
         packed_sequence_mask_function,
