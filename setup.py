@@ -1,10 +1,11 @@
 """Builds longlora._C: one abi3 extension with the CPU kernels per instruction set and the CUDA kernels.
 
 Switches (environment):
-    LONGLORA_CUDA       auto (default): build the CUDA kernels if nvcc (CUDA 12.8 or later) is found;
-                        0: never build them; 1: fail without nvcc;
+    LONGLORA_CUDA       auto (default): build the CUDA kernels if there is an nvcc that can, of CUDA 11.8 or
+                        later, else for the CPU alone; 0: never build them; 1: fail if that is not possible;
                         emulation: compile them as C++ against tests/emulation, for machines without a GPU
-    LONGLORA_CUDA_ARCH  GPUs to build for, default "80 90a 100 120"; PTX of the last one serves later GPUs
+    LONGLORA_CUDA_ARCH  GPUs to build for, default "80 90a 100 120", or "80 90" where nvcc is older than 12.8;
+                        PTX of the last one serves later GPUs
     NVCC, CUDA_HOME, CUDA_PATH      where nvcc is; else PATH, then /usr/local/cuda
     CC, CXX, MAX_JOBS   compilers; how many run at a time, by default one per processor
     DEBUG=1             -O0 -g, assertions
@@ -14,12 +15,15 @@ Switches (environment):
 """
 
 import glob
+import json
 import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
+import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -39,6 +43,7 @@ if X86:
 ONCE = [*sorted(glob.glob("csrc/*.c")), *sorted(glob.glob("csrc/python/*.c")), "csrc/cpu/parallel.c"]
 KERNELS = sorted(set(glob.glob("csrc/cpu/**/*.c", recursive=True)) - set(ONCE))
 HEADERS = glob.glob("csrc/**/*.h", recursive=True)
+KERNEL_HEADERS = ["csrc/longlora.h", "csrc/ops.h", *glob.glob("csrc/cpu/**/*.h", recursive=True)]
 CUDA_HEADERS = [
     *glob.glob("csrc/*.h"),
     *glob.glob("cuda/**/*.cuh", recursive=True),
@@ -64,13 +69,15 @@ if platform.machine() == "aarch64" and "clang" not in (
 CXX_FLAGS = ["-std=c++17", "-fPIC", *WARN, "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
 
 
+OLDEST_CUDA = 11, 8  # also in cuda/common.cuh
+# Folders of cuda/ whose files are compiled for one architecture only. Other builds leave them out.
+ONE_ARCH = {"hopper": "90a"}
+# The CUDA runtime is linked into the extension and hidden, apart from any other copy in the process.
+CUDA_LINK = ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+
+
 def find_nvcc():
-    """The nvcc command, or None if it is not wanted or not found."""
-    wanted = os.environ.get("LONGLORA_CUDA") or "auto"
-    if wanted not in ("auto", "0", "1", "emulation"):
-        raise SystemExit(f"LONGLORA_CUDA should be auto, 0, 1 or emulation, got {wanted}")
-    if wanted in ("0", "emulation"):
-        return None
+    """The nvcc command, or None if there is none."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     places = [
         os.environ.get("NVCC"),
@@ -78,12 +85,7 @@ def find_nvcc():
         "nvcc",
         "/usr/local/cuda/bin/nvcc",
     ]
-    nvcc = next(filter(None, (shutil.which(place) for place in places if place)), None)
-    if wanted == "1" and not nvcc:
-        raise SystemExit(
-            "LONGLORA_CUDA=1, but NVCC, CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda have no nvcc"
-        )
-    return nvcc
+    return next(filter(None, (shutil.which(place) for place in places if place)), None)
 
 
 def cuda_libraries(nvcc):
@@ -96,60 +98,117 @@ def cuda_libraries(nvcc):
     return [folder for folder in folders if os.path.exists(os.path.join(folder, "libcudart_static.a"))][:1]
 
 
-NVCC, EMULATION = find_nvcc(), os.environ.get("LONGLORA_CUDA") == "emulation"
-ARCHS = re.findall(r"\w+", os.environ.get("LONGLORA_CUDA_ARCH") or "80 90a 100 120")
-# Folders of cuda/ whose files are compiled for one architecture only. Other builds leave them out.
-ONE_ARCH = {"hopper": "90a"}
-ONE_ARCH_SOURCES = {
-    source: arch
-    for folder, arch in ONE_ARCH.items()
-    if NVCC and arch in ARCHS
-    for source in glob.glob(f"cuda/{folder}/*.cu")
-}
-# The largest first, because they take longest.
-CUDA_SOURCES = sorted([*glob.glob("cuda/*.cu"), *ONE_ARCH_SOURCES], key=os.path.getsize, reverse=True)
-if NVCC:
-    folders = {os.path.basename(os.path.dirname(source)) for source in ONE_ARCH_SOURCES}
-    CUDA_COMMAND = [
-        NVCC,
-        *CXX_FLAGS[:1],
-        "-O3",
-        "-DNDEBUG",
-        f"-DLONGLORA_CUDA_ARCHS={' '.join(ARCHS)}",
-        *[f"-DLONGLORA_{folder.upper()}" for folder in sorted(folders)],
-        "-Xcompiler",
-        ",".join(CXX_FLAGS[1:]),
-    ]
-elif EMULATION:
-    CUDA_SOURCES += glob.glob("tests/emulation/*.cpp")
-    CUDA_COMMAND = [
-        os.environ.get("CXX") or "c++",
-        *CXX_FLAGS,
-        "-O2",
-        *["-march=native", "-ffp-contract=off"] * X86,
-        *SANITIZERS,
-        "-Wno-unknown-pragmas",
-        "-fsanitize=alignment,bounds,shift",
-        "-DLONGLORA_EMULATION",
-        "-Itests/emulation",
-        "-Icuda",
-        "-x",
-        "c++",
-    ]
-# The CUDA runtime is linked into the extension and hidden, apart from any other copy in the process.
-CUDA_LINK = ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
-CUDA = bool(NVCC or EMULATION)
+class NoCuda(Exception):
+    """Why the CUDA kernels are not built."""
 
 
-def cuda_command(source):
-    """The command that compiles a CUDA source, without its input and output."""
-    if not NVCC:
-        return CUDA_COMMAND
-    archs = [ONE_ARCH_SOURCES[source]] if source in ONE_ARCH_SOURCES else ARCHS
-    codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    if source not in ONE_ARCH_SOURCES:
-        codes.append(f"arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    return CUDA_COMMAND + [word for code in codes for word in ("-gencode", code)]
+class Cuda:
+    """The CUDA kernels, compiled by nvcc. NoCuda if that is not possible here."""
+
+    def __init__(self):
+        self.nvcc = find_nvcc()
+        if not self.nvcc:
+            raise NoCuda("there was no nvcc in NVCC, CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda")
+        version = subprocess.run([self.nvcc, "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release (\d+)\.(\d+)", version)
+        if not release:
+            raise NoCuda(f"{self.nvcc} --version did not tell its release")
+        self.release = int(release[1]), int(release[2])
+        if self.release < OLDEST_CUDA:
+            raise NoCuda(f"{self.nvcc} is of CUDA {release[1]}.{release[2]}, which is older than 11.8")
+        known = "80 90a 100 120" if self.release >= (12, 8) else "80 90"
+        self.archs = re.findall(r"\w+", os.environ.get("LONGLORA_CUDA_ARCH") or known)
+        self.one_arch = {
+            source: arch
+            for folder, arch in ONE_ARCH.items()
+            if arch in self.archs
+            for source in glob.glob(f"cuda/{folder}/*.cu")
+        }
+        # The largest first, because they take longest.
+        self.sources = sorted([*glob.glob("cuda/*.cu"), *self.one_arch], key=os.path.getsize, reverse=True)
+        self.link, self.library_dirs = CUDA_LINK, cuda_libraries(self.nvcc)
+        self.try_compiler()
+
+    def try_compiler(self):
+        """NoCuda if nvcc cannot compile an empty file, for example with a host compiler that is too new."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = os.path.join(folder, "empty.cu")
+            open(source, "w").close()
+            command = [self.nvcc, *CXX_FLAGS[:1], "-c", source, "-o", source + ".o"]
+            done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            lines = (done.stderr + done.stdout).splitlines()
+            why = next((line for line in lines if "error" in line), " ".join(lines[:1]))
+            raise NoCuda(f"{self.nvcc} compiled nothing: {why.strip()[:200]}")
+
+    def command(self, source):
+        """The command that compiles a source, without its input and output."""
+        folders = {os.path.basename(os.path.dirname(source)) for source in self.one_arch}
+        archs = [self.one_arch[source]] if source in self.one_arch else self.archs
+        codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        if source not in self.one_arch:
+            codes.append(f"arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        return [
+            self.nvcc,
+            *CXX_FLAGS[:1],
+            "-O3",
+            "-DNDEBUG",
+            f"-DLONGLORA_CUDA_ARCHS={' '.join(self.archs)}",
+            *[f"-DLONGLORA_{folder.upper()}" for folder in sorted(folders)],
+            "-Xcompiler",
+            ",".join(CXX_FLAGS[1:]),
+            *[word for code in codes for word in ("-gencode", code)],
+        ]
+
+
+class Emulation:
+    """The CUDA kernels as C++."""
+
+    def __init__(self):
+        sources = sorted(glob.glob("cuda/*.cu"), key=os.path.getsize, reverse=True)
+        self.sources = sources + glob.glob("tests/emulation/*.cpp")
+        self.link, self.library_dirs = ["-lstdc++"], []
+
+    def command(self, source):
+        return [
+            os.environ.get("CXX") or "c++",
+            *CXX_FLAGS,
+            "-O2",
+            *["-march=native", "-ffp-contract=off"] * X86,
+            *SANITIZERS,
+            "-Wno-unknown-pragmas",
+            "-fsanitize=alignment,bounds,shift",
+            "-DLONGLORA_EMULATION",
+            "-Itests/emulation",
+            "-Icuda",
+            "-x",
+            "c++",
+        ]
+
+
+def choose_cuda():
+    """How the CUDA kernels are built, or None; and why not. One line says what is not the usual build."""
+    wanted = os.environ.get("LONGLORA_CUDA") or "auto"
+    if wanted not in ("auto", "0", "1", "emulation"):
+        raise SystemExit(f"LONGLORA_CUDA should be auto, 0, 1 or emulation, got {wanted}")
+    if wanted == "emulation":
+        return Emulation(), ""
+    if wanted == "0":
+        return None, "it was built with LONGLORA_CUDA=0"
+    try:
+        cuda = Cuda()
+    except NoCuda as why:
+        if wanted == "1":
+            raise SystemExit(f"LONGLORA_CUDA=1, but {why}") from None
+        print(f"longlora: {why}: building for the CPU alone", file=sys.stderr)
+        return None, str(why)
+    if cuda.release < (12, 8) and not os.environ.get("LONGLORA_CUDA_ARCH"):
+        print(
+            f"longlora: {cuda.nvcc} is of CUDA {cuda.release[0]}.{cuda.release[1]}, which knows no GPU later "
+            f"than sm_90: building for {' '.join(cuda.archs)}, and PTX for later ones",
+            file=sys.stderr,
+        )
+    return cuda, ""
 
 
 def newer(made, *inputs):
@@ -176,15 +235,17 @@ class BuildExt(build_ext):
                 f"{cc[0]} -fopenmp does not find OpenMP, which is needed: gcc includes it, for clang install "
                 f"libomp-dev (Debian), Apple's clang has none\n{probe.stderr}"
             )
-        jobs = [(source, None, []) for source in CUDA_SOURCES if CUDA]
-        jobs += [(source, [("LONGLORA_CUDA", "1")] * CUDA, []) for source in ext.sources]
+        cuda, why = choose_cuda()
+        macros = [("LONGLORA_CUDA", "1") if cuda else ("LONGLORA_WITHOUT_CUDA", json.dumps(why))]
+        jobs = [(source, None, []) for source in (cuda.sources if cuda else [])]
+        jobs += [(source, macros, []) for source in ext.sources]
         jobs += [(source, [("ISA", isa)], MATH + flags) for isa, flags in ISAS.items() for source in KERNELS]
 
         def folder(how):
             return os.path.join(self.build_temp, f"{zlib.crc32(repr(how).encode()):08x}")
 
         def build_cuda(source):
-            command = cuda_command(source)
+            command = cuda.command(source)
             made = os.path.join(folder(command), source + ".o")
             if not newer(made, source, *CUDA_HEADERS):
                 os.makedirs(os.path.dirname(made), exist_ok=True)
@@ -198,7 +259,7 @@ class BuildExt(build_ext):
             macros, flags = [*ext.define_macros, *macros], [*ext.extra_compile_args, *flags]
             output_dir = folder((macros, flags, self.compiler.compiler_so))
             (made,) = self.compiler.object_filenames([source], output_dir=output_dir)
-            if not newer(made, source, *HEADERS):
+            if not newer(made, source, *(KERNEL_HEADERS if source in KERNELS else HEADERS)):
                 self.compiler.compile(
                     [source],
                     output_dir=output_dir,
@@ -211,6 +272,9 @@ class BuildExt(build_ext):
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             ext.extra_objects = list(pool.map(build, jobs))
         ext.sources = []
+        if cuda:
+            ext.extra_link_args = [*ext.extra_link_args, *cuda.link]
+            ext.library_dirs = cuda.library_dirs
         self.force = self.compiler.force = True  # link again: the switches may have changed
         super().build_extension(ext)
 
@@ -222,9 +286,7 @@ extension = Extension(
     include_dirs=["csrc", numpy.get_include()],
     define_macros=[("LONGLORA_X86", "1")] * X86 + [("Py_LIMITED_API", "0x030b0000")] * (not free_threaded),
     extra_compile_args=FLAGS,
-    extra_link_args=["-fopenmp", "-lm", *SANITIZERS]
-    + (CUDA_LINK if NVCC else ["-lstdc++"] if EMULATION else []),
-    library_dirs=cuda_libraries(NVCC) if NVCC else [],
+    extra_link_args=["-fopenmp", "-lm", *SANITIZERS],
     py_limited_api=not free_threaded,
 )
 setup(

@@ -26,7 +26,7 @@
       .args_size = sizeof(Args), \
       __VA_ARGS__ }
 #define SCRATCH(op) .scratch = CPU(op##_scratch)
-#define WORKSPACE(op) .workspace = CUDA(op##_cuda_workspace)
+#define WORKSPACE(op) .workspace = op##_cuda_workspace
 #define CHECK(name) .check = check_##name
 
 /* clang-format off */

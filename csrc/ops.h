@@ -63,7 +63,7 @@ typedef struct {
 #define DECLARE_ISA(name, isa) int name##_##isa(const void *args, void *stream);
 #define DECLARE_SCRATCH_ISA(name, isa) Scratch name##_scratch_##isa(const void *args);
 /* On a GPU: cuda/<stem>.cu. An op that needs workspace says how many bytes, or -1 after fail() if its
- * arguments are wrong. The caller provides it. */
+ * arguments are wrong: workspace.c, which is in every build. The caller provides it. */
 #define DECLARE_CUDA(name) int name##_cuda(const void *args, const CudaCall *call);
 #define DECLARE_WORKSPACE(name) int64_t name##_cuda_workspace(const void *args);
 

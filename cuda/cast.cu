@@ -74,9 +74,9 @@ extern "C" int scale_cuda(const void *args, const CudaCall *call) {
 
 /* ---- sum of squares -------------------------------------------------------------------------- */
 
-/* At most PARTIALS blocks compute a sum in float64 each, then one block adds these. The order depends on the
- * number of elements only. A thread reads UNROLL vectors at a time. */
-enum { PARTIALS = 1024, UNROLL = 4 };
+/* Blocks compute a sum in float64 each, then one block adds these. The order depends on the number of
+ * elements only. A thread reads UNROLL vectors at a time. */
+enum { UNROLL = SQUARES_UNROLL };
 
 static __device__ __forceinline__ double warp_sum(double x) {
 #pragma unroll
@@ -123,17 +123,9 @@ __global__ void __launch_bounds__(BLOCK) partials_kernel(double *out, const doub
     if (threadIdx.x == 0) *out += sum;
 }
 
-static unsigned partials(const Tensor *x) {
-    return (unsigned)least(ceil_div(x->shape[0] * size_of(x->dtype), 16 * UNROLL * BLOCK), PARTIALS);
-}
-
-extern "C" int64_t sum_squares_cuda_workspace(const void *args) {
-    return partials(&((const SumSquares *)args)->x) * (int64_t)sizeof(double);
-}
-
 extern "C" int sum_squares_cuda(const void *args, const CudaCall *call) {
     const SumSquares *a = (const SumSquares *)args;
-    unsigned n = partials(&a->x);
+    unsigned n = squares_blocks(&a->x);
     double *partial = (double *)call->workspace;
     int status = for_dtype(a->x.dtype, [&](auto t) {
         using T = typename decltype(t)::is;

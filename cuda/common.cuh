@@ -20,10 +20,13 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <pthread.h>
-#if CUDART_VERSION < 12080
-#error "the CUDA kernels need CUDA 12.8 or later: cudaStreamGetDevice, sm_100 and sm_120"
+#if CUDART_VERSION < 11080 /* OLDEST_CUDA of setup.py */
+#error "the CUDA kernels need CUDA 11.8 or later"
 #endif
 #endif
+
+#define HOST_DEVICE __host__ __device__
+#include "../csrc/workspace.h" /* also ceil_div, size_of and WARP */
 
 #include <math.h>
 
@@ -94,12 +97,6 @@ int launch(const CudaCall *call, void (*kernel)(P...), dim3 grid, unsigned block
     T *name = (T *)dynamic_shared_
 #endif
 
-/* ---- sizes ----------------------------------------------------------------------------------- */
-
-static inline __host__ __device__ int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-/* Pieces of a workspace begin at multiples of 256 bytes. */
-static inline int64_t align_up(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
-
 /* ---- dtypes ---------------------------------------------------------------------------------- */
 
 typedef __nv_bfloat16 bf16;
@@ -116,17 +113,6 @@ template <class F> int for_dtype(int32_t dtype, F f) {
         case BF16: return f(type<bf16>());
         case F16: return f(type<f16>());
         default: return fail("CUDA: no kernel for dtype %d", (int)dtype);
-    }
-}
-
-static inline __host__ int64_t size_of(int32_t dtype) {
-    switch (dtype) {
-        case F32:
-        case I32: return 4;
-        case F64:
-        case I64: return 8;
-        case U8: return 1;
-        default: return 2;
     }
 }
 
@@ -187,8 +173,6 @@ static inline bool vectors_fit(const Tensor *t, int elements) {
 }
 
 /* ---- sums ------------------------------------------------------------------------------------ */
-
-enum { WARP = 32 };
 
 /* Every lane gets the sum, added in a fixed tree. */
 static __device__ __forceinline__ float warp_sum(float x) {
@@ -286,9 +270,9 @@ static __device__ __forceinline__ void store_whole(uint2 *to, uint2 x) {
 }
 
 /* Starts to load `bytes` from p on, both multiples of 16, into the second-level cache. Does nothing before
- * sm_90, which has one instruction for it. */
+ * sm_90, which has one instruction for it that CUDA 12 knows. */
 static __device__ __forceinline__ void prefetch_l2(const void *p, unsigned bytes) {
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 900 && CUDART_VERSION >= 12000
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
 #else
     (void)p, (void)bytes;

@@ -106,16 +106,25 @@ static int (*retain_context)(void **context, int device), (*push_context)(void *
     (*pop_context)(void **context);
 
 static int driver_function(const char *name, void **function) {
+    *function = NULL;
+#if CUDART_VERSION >= 12050
     cudaDriverEntryPointQueryResult found;
     CUDA_TRY(cudaGetDriverEntryPointByVersion(name, function, 12000, cudaEnableDefault, &found));
-    return found == cudaDriverEntryPointSuccess ? 0 : fail("CUDA: the driver has no %s", name);
+#else
+    CUDA_TRY(cudaGetDriverEntryPoint(name, function, cudaEnableDefault));
+#endif
+    return *function ? 0 : fail("CUDA: the driver has no %s", name);
+}
+static int find_contexts() {
+    return !push_context && (driver_function("cuDevicePrimaryCtxRetain", (void **)&retain_context) ||
+                             driver_function("cuCtxPopCurrent", (void **)&pop_context) ||
+                             driver_function("cuCtxPushCurrent", (void **)&push_context))
+               ? -1
+               : 0;
 }
 static int push(int device) {
     static void *contexts[MAX_DEVICES];
-    if (!push_context && (driver_function("cuDevicePrimaryCtxRetain", (void **)&retain_context) ||
-                          driver_function("cuCtxPopCurrent", (void **)&pop_context) ||
-                          driver_function("cuCtxPushCurrent", (void **)&push_context)))
-        return -1;
+    if (find_contexts()) return -1;
     int error = contexts[device] ? 0 : retain_context(&contexts[device], device);
     if (!error) error = push_context(contexts[device]);
     return error ? fail("CUDA: cannot make cuda:%d the current device: driver error %d", device, error) : 0;
@@ -240,11 +249,31 @@ static int synchronize_device() {
     CUDA_TRY(cudaDeviceSynchronize());
     return 0;
 }
+#if CUDART_VERSION >= 12080
+static int device_of(void *stream, int *device) {
+    CUDA_TRY(cudaStreamGetDevice((cudaStream_t)stream, device));
+    return 0;
+}
+#else /* older runtimes do not say, but the driver knows the stream's context */
+static int device_of(void *stream, int *device) {
+    static int (*context_of)(void *stream, void **context), (*current_device)(int *device);
+    void *context;
+    if (find_contexts() || driver_function("cuStreamGetCtx", (void **)&context_of) ||
+        driver_function("cuCtxGetDevice", (void **)&current_device))
+        return -1;
+    int error = context_of(stream, &context);
+    if (!error) error = push_context(context);
+    if (!error) {
+        error = current_device(device);
+        pop();
+    }
+    return error ? fail("CUDA: no device has this stream: driver error %d", error) : 0;
+}
+#endif
+
 static int stream_device(void *stream, int *device) {
     *device = -1;
-    if ((uintptr_t)stream > (uintptr_t)cudaStreamPerThread)
-        CUDA_TRY(cudaStreamGetDevice((cudaStream_t)stream, device));
-    return 0;
+    return (uintptr_t)stream > (uintptr_t)cudaStreamPerThread ? device_of(stream, device) : 0;
 }
 static int64_t capture(void *stream) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;

@@ -61,7 +61,11 @@ extern "C" int embedding_forward_cuda(const void *args, const CudaCall *call) {
 
 /* ---- backward -------------------------------------------------------------------------------- */
 
-enum { N = 4, AT_ONCE = 4, CHUNK = 64 }; /* columns per thread; rows loaded at once; ids in shared memory */
+enum {
+    N = EMBEDDING_COLUMNS,
+    AT_ONCE = 4,
+    CHUNK = 64
+}; /* columns per thread; rows loaded at once; ids in shared memory */
 
 /* The id of the token at place i of the order, negative if it is invalid, and that token. -1 if there is
  * none. */
@@ -179,28 +183,13 @@ template <bool ALIGNED> __global__ void __launch_bounds__(BLOCK)
     }
 }
 
-/* Pieces of at least 32 tokens, and at most 1024 of them, so that there are few partial rows. */
-struct Pieces {
-    int64_t length, count, pitch;
-};
-static Pieces pieces(const EmbeddingBackward *a) {
-    int64_t M = a->dout.shape[0], C = a->dout.shape[1], length = ceil_div(M, 1024);
-    if (length < 32) length = 32;
-    return { length, ceil_div(M, length), ceil_div(C, N) * N };
-}
-
-extern "C" int64_t embedding_backward_cuda_workspace(const void *args) {
-    Pieces p = pieces((const EmbeddingBackward *)args);
-    return align_up(p.count * p.pitch * (int64_t)sizeof(float)) + p.count * (int64_t)sizeof(int32_t);
-}
-
 extern "C" int embedding_backward_cuda(const void *args, const CudaCall *call) {
     const EmbeddingBackward *a = (const EmbeddingBackward *)args;
     int64_t M = a->dout.shape[0], C = a->dout.shape[1];
     if (!M || !C) return 0;
-    Pieces p = pieces(a);
+    EmbeddingPieces p = embedding_pieces(a);
     float *dweight = (float *)a->dweight.data, *partial = (float *)call->workspace;
-    int32_t *carried = (int32_t *)((char *)partial + align_up(p.count * p.pitch * (int64_t)sizeof(float)));
+    int32_t *carried = (int32_t *)((char *)partial + p.carried);
     int64_t vectors = p.pitch / N;
     unsigned threads = (unsigned)least(ceil_div(vectors, WARP) * WARP, BLOCK);
     int status = for_dtype(a->dout.dtype, [&](auto t) {

@@ -4,10 +4,6 @@
 
 #include "common.cuh"
 
-/* The first bytes of an op's workspace belong to cuBLASLt. Their number is constant, because the choice of an
- * algorithm, and so every bit of a result, depends on it. */
-enum { GEMM_WORKSPACE = 32 << 20 };
-
 /* A borrowed matrix with any strides, in elements: to swap row and col transposes it. */
 typedef struct {
     const void *data;

@@ -1,9 +1,9 @@
 /* linear_cross_entropy.cu --- the head's matrix product and the loss, for a chunk of rows at a time.
  *
- * The logits of a chunk are float32 in the workspace, [rows, V], at most LOGITS_BYTES. One block per row
- * finds the maximum and the sum in one pass. In the backward it then writes the gradient of the logits in
- * their place, in the dtype of x, so that both products that read it run on the tensor cores. The second pass
- * reads as many logits of the row as fit from shared memory, and the others from L2 or memory.
+ * The logits of a chunk are float32 in the workspace, [rows, V], at most 448 MiB (csrc/workspace.h). One
+ * block per row finds the maximum and the sum in one pass. In the backward it then writes the gradient of the
+ * logits in their place, in the dtype of x, so that both products that read it run on the tensor cores. The
+ * second pass reads as many logits of the row as fit from shared memory, and the others from L2 or memory.
  * docs/tuning/cuda_linear_cross_entropy.md has the figures.
  *
  * In float16 the gradients of the logits of a long step would be too small and, with a scaled loss, too
@@ -14,8 +14,7 @@
 
 #include <float.h>
 
-enum { BLOCK = 1024, ELEMENTS = 4, MAX_ROWS = 2048, ROUND = 64 };
-enum : int64_t { LOGITS_BYTES = 448 << 20 };
+enum { BLOCK = 1024, ELEMENTS = 4 };
 
 typedef struct {
     float *logits; /* [rows, stride] of the chunk */
@@ -118,22 +117,6 @@ template <class T, bool GRADIENT> static __global__ void __launch_bounds__(BLOCK
     if (used && threadIdx.x == 0) out[target] = from_float<T>(dloss * expm1f(-loss));
 }
 
-/* The floats of a row of logits, and the rows of a chunk: as many as fit, in chunks of about equal length. */
-static int64_t stride_of(int64_t V) { return ceil_div(V, 8) * 8; }
-static int64_t rows_of(int64_t M, int64_t V) {
-    int64_t fit = V ? LOGITS_BYTES / (4 * stride_of(V)) : (int64_t)MAX_ROWS;
-    if (fit > MAX_ROWS) fit = MAX_ROWS;
-    if (fit >= ROUND) fit -= fit % ROUND;
-    if (fit < 1) fit = 1;
-    if (M <= fit) return M;
-    int64_t rows = ceil_div(ceil_div(M, ceil_div(M, fit)), ROUND) * ROUND;
-    return rows < fit ? rows : fit;
-}
-enum { SCALARS = 256 }; /* their bytes, between the workspace of cuBLAS and the logits */
-static int64_t workspace_of(int64_t M, int64_t V) {
-    return GEMM_WORKSPACE + SCALARS + align_up(4 * rows_of(M, V) * stride_of(V));
-}
-
 static Matrix rows_from(const Tensor *t, int64_t row) {
     Matrix m = matrix(t);
     m.data = (const char *)m.data + row * m.row * size_of(m.dtype);
@@ -149,12 +132,12 @@ static int64_t shared_floats(const CudaCall *call) {
 static int run(const CudaCall *call, const Tensor *losses, const Tensor *lse, const Tensor *dx,
                const Tensor *dweight, const Tensor *x, const Tensor *weight, const Tensor *targets,
                const Tensor *dlosses, int64_t ignore) {
-    int64_t M = x->shape[0], C = x->shape[1], V = weight->shape[0], chunk = rows_of(M, V);
+    int64_t M = x->shape[0], C = x->shape[1], V = weight->shape[0], chunk = logits_rows(M, V);
     unsigned block = BLOCK; /* at most as many threads as a row has work for */
     while (block > WARP && block / 2 * ELEMENTS >= V) block /= 2;
     Chunk c = {};
     char *scalars = (char *)call->workspace + GEMM_WORKSPACE;
-    c.logits = (float *)(scalars + SCALARS), c.stride = stride_of(V), c.V = V, c.ignore = ignore;
+    c.logits = (float *)(scalars + SCALARS), c.stride = logits_stride(V), c.V = V, c.ignore = ignore;
     c.targets_step = targets->stride[0], c.targets = (const int32_t *)targets->data;
     if (dx) c.dlosses_step = dlosses->stride[0], c.dlosses = (const float *)dlosses->data;
     if (dx && x->dtype == F16) {
@@ -198,20 +181,12 @@ static int run(const CudaCall *call, const Tensor *losses, const Tensor *lse, co
     return 0;
 }
 
-extern "C" int64_t linear_cross_entropy_forward_cuda_workspace(const void *args) {
-    const LinearCrossEntropyForward *f = (const LinearCrossEntropyForward *)args;
-    return workspace_of(f->x.shape[0], f->weight.shape[0]);
-}
 extern "C" int linear_cross_entropy_forward_cuda(const void *args, const CudaCall *call) {
     const LinearCrossEntropyForward *f = (const LinearCrossEntropyForward *)args;
     return run(call, &f->losses, &f->lse, NULL, NULL, &f->x, &f->weight, &f->targets, NULL,
                (int64_t)f->ignore_index);
 }
 
-extern "C" int64_t linear_cross_entropy_backward_cuda_workspace(const void *args) {
-    const LinearCrossEntropyBackward *f = (const LinearCrossEntropyBackward *)args;
-    return workspace_of(f->x.shape[0], f->weight.shape[0]);
-}
 extern "C" int linear_cross_entropy_backward_cuda(const void *args, const CudaCall *call) {
     const LinearCrossEntropyBackward *f = (const LinearCrossEntropyBackward *)args;
     return run(call, &f->losses, NULL, &f->dx, &f->dweight, &f->x, &f->weight, &f->targets, &f->dlosses,

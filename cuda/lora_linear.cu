@@ -4,7 +4,7 @@
  * (beta = 1). docs/tuning/cuda_lora_linear.md compares this with five other ways.
  *
  * u and du stay float32. Where they meet 16-bit matrices on the tensor cores, each number is split into two
- * or three 16-bit ones that add up to it. da and db are sums over M with small results: at most PIECES pieces
+ * or three 16-bit ones that add up to it. da and db are sums over M with small results: at most 16 pieces
  * of the rows are summed one by one, then the pieces are added in order.
  *
  * Backward reads dout for du and db, and x for da (and for u where it is not given), and writes dx before the
@@ -183,8 +183,6 @@ static int update(const CudaCall *call, const Tensor *out, Matrix u, Matrix b, i
  * numbers that add up to them: three for q, as many as its dtype needs for x. Products of parts below 2^-24
  * are left out. The tensor cores sum over one stretch only, because they round worse. */
 enum {
-    PIECES = 16,
-    PIECE_ROWS = 256,
     SUM_ROWS = 32,
     SUM_COLS = WARPS * 16,
     SUM_RANKS = 32,
@@ -193,11 +191,6 @@ enum {
     Q_PARTS = 3,
     Q_LOADS = SUM_ROWS * SUM_RANKS / BLOCK
 };
-
-static int64_t pieces_of(int64_t M) {
-    int64_t pieces = ceil_div(M, PIECE_ROWS);
-    return pieces < PIECES ? pieces : (int64_t)PIECES;
-}
 
 /* Takes the next bfloat16 part from x. */
 static __device__ __forceinline__ bf16 take(float &x) {
@@ -342,7 +335,7 @@ static __global__ void __launch_bounds__(BLOCK)
 /* out[r,c] is at out + r out_r + c out_c. q.data NULL: all ones. */
 static int add_sums(const CudaCall *call, float *out, int64_t out_r, int64_t out_c, Matrix q, int64_t R,
                     const Tensor *x, float alpha, float *partial) {
-    int64_t M = x->shape[0], C = x->shape[1], pieces = pieces_of(M);
+    int64_t M = x->shape[0], C = x->shape[1], pieces = lora_pieces(M);
     if (!M || !R || !C) return 0;
     int status = for_dtype(x->dtype, [&](auto t) {
         using T = typename decltype(t)::is;
@@ -378,15 +371,9 @@ static Tensor dense(void *data, int64_t M, int64_t R) {
     return t;
 }
 
-extern "C" int64_t lora_linear_forward_cuda_workspace(const void *args) {
-    const LoraLinearForward *f = (const LoraLinearForward *)args;
-    int64_t R = given(&f->a) ? f->a.shape[0] : 0;
-    return GEMM_WORKSPACE + (given(&f->u) ? 0 : align_up(4 * f->x.shape[0] * R));
-}
-
 extern "C" int lora_linear_forward_cuda(const void *args, const CudaCall *call) {
     const LoraLinearForward *f = (const LoraLinearForward *)args;
-    int64_t M = f->x.shape[0], C = f->x.shape[1], R = given(&f->a) ? f->a.shape[0] : 0;
+    int64_t M = f->x.shape[0], C = f->x.shape[1], R = rank_of_lora(&f->a);
     Tensor u = given(&f->u) ? f->u : dense((char *)call->workspace + GEMM_WORKSPACE, M, R);
     const Tensor *residual = given(&f->residual) ? &f->residual : NULL, *from = residual;
     if (R) {
@@ -399,33 +386,11 @@ extern "C" int lora_linear_forward_cuda(const void *args, const CudaCall *call) 
     return product(call, &f->out, matrix(&f->x), transposed(matrix(&f->weight)), C, 1, from, from, &f->bias);
 }
 
-/* Offsets of the parts of the backward's workspace. */
-typedef struct {
-    int64_t du, u, partial, bytes;
-} Parts;
-static Parts parts_of_backward(const LoraLinearBackward *f) {
-    int64_t M = f->dout.shape[0], N = f->dout.shape[1], C = f->weight.shape[1],
-            R = given(&f->a) ? f->a.shape[0] : 0;
-    int64_t sums = given(&f->da) ? R * C : 0;
-    if (given(&f->db) && R * N > sums) sums = R * N;
-    if (given(&f->dbias) && N > sums) sums = N;
-    Parts p;
-    p.du = GEMM_WORKSPACE;
-    p.u = p.du + (given(&f->dx) || given(&f->da) ? align_up(4 * M * R) : 0);
-    p.partial = p.u + (given(&f->db) && !given(&f->u) ? align_up(4 * M * R) : 0);
-    p.bytes = p.partial + align_up(4 * pieces_of(M) * sums);
-    return p;
-}
-
-extern "C" int64_t lora_linear_backward_cuda_workspace(const void *args) {
-    return parts_of_backward((const LoraLinearBackward *)args).bytes;
-}
-
 extern "C" int lora_linear_backward_cuda(const void *args, const CudaCall *call) {
     const LoraLinearBackward *f = (const LoraLinearBackward *)args;
     int64_t M = f->dout.shape[0], N = f->dout.shape[1], C = f->weight.shape[1];
-    int64_t R = given(&f->a) ? f->a.shape[0] : 0;
-    Parts parts = parts_of_backward(f);
+    int64_t R = rank_of_lora(&f->a);
+    LoraParts parts = lora_parts(f);
     char *memory = (char *)call->workspace;
     float scale = (float)f->scale, *partial = (float *)(memory + parts.partial);
     Tensor du = dense(memory + parts.du, M, R), u = given(&f->u) ? f->u : dense(memory + parts.u, M, R);

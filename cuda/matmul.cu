@@ -1,8 +1,6 @@
 /* matmul.cu --- out = alpha a b + beta out. */
 #include "gemm.cuh"
 
-extern "C" int64_t matmul_cuda_workspace(const void *) { return GEMM_WORKSPACE; }
-
 extern "C" int matmul_cuda(const void *args, const CudaCall *call) {
     const Matmul *m = (const Matmul *)args;
     Gemm g = {};

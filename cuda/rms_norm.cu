@@ -16,18 +16,7 @@
 
 #include <float.h>
 
-enum { MOST = 512 };
-
-/* A row of C elements has `width` threads with up to `elements` each; a block has `rows` rows. */
-struct Team {
-    unsigned width, rows;
-};
-static Team team(int64_t C, int elements) {
-    unsigned width = 1;
-    while (width < WARP && (int64_t)width * elements < C) width *= 2;
-    if (width < WARP || C <= (int64_t)WARP * elements) return { width, BLOCK / width };
-    return { (unsigned)least(ceil_div(C, (int64_t)WARP * elements) * WARP, MOST), 1 };
-}
+enum { MOST = NORM_MOST };
 
 /* Every thread of a team gets the sum. `shared` has 32 floats. */
 static __device__ __forceinline__ float team_sum(float x, unsigned width, float *shared) {
@@ -136,7 +125,7 @@ extern "C" int rms_norm_forward_cuda(const void *args, const CudaCall *call) {
     int64_t M = a->x.shape[0], C = a->x.shape[1];
     return for_dtype(a->x.dtype, [&](auto t) {
         using T = typename decltype(t)::is;
-        Team s = team(C, 32);
+        NormTeam s = norm_team(C, 32);
         bool fit = aligned(16 / sizeof(T), C, &a->out, &a->sum, &a->x, &a->residual, &a->weight);
         return launch(call, fit ? forward_kernel<T, true> : forward_kernel<T, false>,
                       dim3((unsigned)ceil_div(M, s.rows)), s.width * s.rows, 0, (T *)a->out.data,
@@ -149,7 +138,7 @@ extern "C" int rms_norm_forward_cuda(const void *args, const CudaCall *call) {
 
 /* ---- backward -------------------------------------------------------------------------------- */
 
-enum { VECTORS = 4 }; /* per thread: of 16 bytes, of each of x, dout, dresidual and weight */
+enum { VECTORS = NORM_VECTORS }; /* per thread: of 16 bytes, of each of x, dout, dresidual and weight */
 
 /* Stores the sums over a block's rows as its row of `partial`. */
 template <int N> static __device__ __forceinline__ void store_totals(const float (&total)[VECTORS][N],
@@ -320,32 +309,11 @@ __global__ void __launch_bounds__(WARPS *WARP)
     dweight[c] += sum;
 }
 
-/* The number of blocks. They must be enough to keep every multiprocessor of the largest GPU busy, and few, so
- * that their partial sums are small beside the rows. It depends on the shape only, because the order of the
- * sums depends on it. */
-struct Backward {
-    Team team;
-    unsigned blocks;
-    int64_t pitch;
-};
-static Backward backward(const RmsNormBackward *a) {
-    int64_t M = a->x.shape[0], C = a->x.shape[1];
-    Team t = team(C, VECTORS * (int)(16 / size_of(a->x.dtype)));
-    int64_t most = t.width > WARP ? 65536 / t.width : 1024;
-    return { t, (unsigned)least(ceil_div(M, t.rows), most), ceil_div(C, 8) * 8 };
-}
-
-extern "C" int64_t rms_norm_backward_cuda_workspace(const void *args) {
-    const RmsNormBackward *a = (const RmsNormBackward *)args;
-    Backward b = backward(a);
-    return given(&a->dweight) ? b.blocks * b.pitch * (int64_t)sizeof(float) : 0;
-}
-
 extern "C" int rms_norm_backward_cuda(const void *args, const CudaCall *call) {
     const RmsNormBackward *a = (const RmsNormBackward *)args;
     int64_t M = a->x.shape[0], C = a->x.shape[1];
     if (!M || !C) return 0;
-    Backward b = backward(a);
+    NormBackward b = norm_backward(a);
     float *partial = given(&a->dweight) ? (float *)call->workspace : nullptr;
     int status = for_dtype(a->x.dtype, [&](auto t) {
         using T = typename decltype(t)::is;

@@ -11,9 +11,7 @@
 
 #include <initializer_list>
 
-enum { BLOCK = 256 };
-
-static inline __host__ __device__ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+enum { BLOCK = ROW_BLOCK };
 
 /* N elements as they are in memory. They stay words until they are used: with elements of 16 bits, the
  * compiler would wait for each load to take it apart before it issues the next one. */

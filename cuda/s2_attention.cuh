@@ -166,15 +166,11 @@ template <class Args> static int make_pattern(const char *op, Pattern *p, const 
     double boundary = x->boundary, shift = x->shift;
     int64_t B = q->shape[0], T = q->shape[1], H = q->shape[2], D = q->shape[3], K = k->shape[2];
     int64_t G = (int64_t)x->group_size, documents = given(cu_seqlens) ? cu_seqlens->shape[0] - 1 : 0;
-    if (D > 256) return fail("%s: D should be at most 256 on a GPU, got %lld", op, (long long)D);
-    if (T > 1 << 28 || documents > 1 << 26)
-        return fail("%s: T should be at most 2^28 and cu_seqlens at most 2^26 long on a GPU, got T=%lld", op,
-                    (long long)T);
+    if (check_attention_on_gpu(op, q, cu_seqlens)) return -1;
     int64_t most = 2 * T + 1; /* larger groups all mean the same */
-    int border = (int)(shift == HALF ? H / 2 : shift == NONE ? H : 0);
     *p = Pattern{ (int)(G < most ? G : most),
                   (int)boundary,
-                  border,
+                  (int)first_shifted(H, shift),
                   (int)B,
                   (int)T,
                   (int)H,

@@ -338,22 +338,6 @@ template <class T> __global__ void zero_kernel(Rows x, int64_t T_, int64_t K, in
 
 /* ---- launches -------------------------------------------------------------------------------- */
 
-/* The KV head that has plain and shifted query heads, or -1. */
-static int mixed_head(const Pattern *p) {
-    return p->K && p->border % (p->H / p->K) ? p->border / (p->H / p->K) : -1;
-}
-static int64_t delta_bytes(const Pattern *p) {
-    return align_up((int64_t)p->B * p->H * p->T * (int64_t)sizeof(float));
-}
-
-extern "C" int64_t s2_attention_backward_cuda_workspace(const void *args) {
-    const S2AttentionBackward *x = (const S2AttentionBackward *)args;
-    Pattern p = {};
-    if (make_pattern("s2_attention_backward", &p, x)) return -1;
-    bool sums = p.H && mixed_head(&p) >= 0 && x->q.dtype != F32;
-    return delta_bytes(&p) + (sums ? (int64_t)p.B * p.T * 2 * p.D * (int64_t)sizeof(float) : 0);
-}
-
 template <class T> static int delta(const Backward &a, const CudaCall *call) {
     auto run = [&](auto kernel, int N) {
         int lanes = 1;
@@ -401,7 +385,7 @@ extern "C" int s2_attention_backward_cuda(const void *args, const CudaCall *call
     a.scale = (float)x->scale;
     a.c = a.scale * LOG2E;
     a.delta = (float *)call->workspace;
-    a.sums = (float *)((char *)call->workspace + delta_bytes(p));
+    a.sums = (float *)((char *)call->workspace + attention_parts(x).sums);
     return for_dtype(x->q.dtype, [&](auto t) {
         using T = typename decltype(t)::is;
         if (!p->H) {
@@ -412,7 +396,7 @@ extern "C" int s2_attention_backward_cuda(const void *args, const CudaCall *call
                        ? -1
                        : 0;
         }
-        a.mixed = mixed_head(p);
+        a.mixed = (int)mixed_head(p->H, p->K, x->shift);
         if (delta<T>(a, call)) return -1;
         if constexpr (sizeof(T) == 4) {
             size_t square = SQUARE * sizeof(float);

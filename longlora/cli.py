@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from longlora.errors import UserError
+from longlora.guard import guarded
 from longlora.training import options
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -29,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports wrong flags in one line, as every other error."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"longlora: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"longlora: error: {UserError(message)} (see {self.prog} --help)\n")
 
 
 def _lengths(text: str) -> list[int]:
@@ -67,11 +68,11 @@ def _plan_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from longlora.device import choose
+    from longlora.device import choose_to_plan
     from longlora.training import driver
 
     o = options.from_flags(args, planning=True)
-    o.device, chosen = choose(o.device)
+    o.device, chosen = choose_to_plan(o.device, o.max_memory)
     plan = driver.plan_of(o)
     return _print(args, plan.to_json(), lambda _: f"{chosen}\n{plan.text()}")
 
@@ -156,7 +157,7 @@ def _generate(args: argparse.Namespace) -> int:
             raise UserError("--prompt and --prompt-file exclude each other")
         given["prompt"] = command.read_material(args.prompt_file)
     elif args.prompt == "-":
-        given["prompt"] = sys.stdin.read()
+        given["prompt"] = _standard_input()
     answer = longlora.generate(**given)
     if not args.json:
         command.show(answer)
@@ -165,6 +166,15 @@ def _generate(args: argparse.Namespace) -> int:
     found = dict(text=text, tokens=answer.tokens, reason=answer.reason, prompt_tokens=answer.prompt_tokens)
     print(json.dumps(found | dict(seconds=answer.seconds, seconds_to_first_token=answer.first)))
     return 0
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 at byte {error.start}") from None
+    except AttributeError:
+        raise UserError("standard input is closed") from None
 
 
 def _chat_flags(parser: argparse.ArgumentParser) -> None:
@@ -287,20 +297,12 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: that of the process) -> the exit code."""
-    args = _parsed(argv)
-    try:
+
+    def run():
+        args = _parsed(argv)
         return next(command.run for command in COMMANDS if command.name == args.command)(args)
-    except UserError as error:
-        print(f"longlora: error: {error}", file=sys.stderr)
-        return 2
-    except MemoryError:
-        print("longlora: error: out of memory; `longlora plan` shows what makes a run fit", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone: nobody is left to tell
-        return 141
-    except KeyboardInterrupt:
-        return 130
+
+    return guarded(run)
 
 
 if __name__ == "__main__":

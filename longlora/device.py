@@ -47,6 +47,22 @@ def choose(wanted: str) -> tuple[str, str]:
     )
 
 
+def choose_to_plan(wanted: str, max_memory: float | None) -> tuple[str, str]:
+    """As `choose`, for a plan alone: it needs no GPU, driver or build with CUDA if max_memory is given."""
+    check_device(wanted)
+    if wanted in ("auto", CPU):
+        return choose(wanted)
+    number = int(wanted.partition(":")[2] or 0)
+    why = _refusal(number)
+    if why is None:
+        return choose(wanted)
+    if max_memory is None:
+        raise UserError(
+            f"device {wanted} cannot be used: {why}; with --max-memory GIB, the plan is for such a GPU"
+        )
+    return f"cuda:{number}", f"device: a GPU with {max_memory:g} GiB for the run; none is used here: {why}"
+
+
 def _refusal(number: int) -> str | None:
     """Why a run cannot use this GPU, or None. A missing cuBLAS is found here, before the run begins."""
     from longlora import cuda

@@ -9,9 +9,9 @@ import json
 import mmap
 import os
 import re
+import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -88,17 +88,13 @@ def replacing(path: Path) -> Iterator[str]:
     aside = None
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        handle, aside = tempfile.mkstemp(
-            prefix=f".{os.path.basename(path)}.", suffix=ASIDE, dir=os.path.dirname(path)
-        )
+        handle, aside = make_aside(os.path.dirname(path), os.path.basename(path))
         with closing(handle):
-            os.fchmod(handle, 0o666 & ~umask())
-            lock(handle)  # `sweep` leaves it alone while it is written
             yield aside
             flush(aside)
             os.replace(aside, path)
             aside = None
-        flush(os.path.dirname(path))
+        flush_names(os.path.dirname(path))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written: {error.strerror or error}; what was there is untouched"
@@ -118,55 +114,94 @@ def closing(handle: int) -> Iterator[int]:
         os.close(handle)
 
 
-def umask() -> int:
-    """The mode bits that the user does not want on new files."""
-    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status", encoding="ascii") as file:
-        return int(next(line for line in file if line.startswith("Umask:")).split()[1], 8)
-    return 0o022  # to ask otherwise means to change it for all threads
+def make_aside(folder: Path, name: str, directory: bool = False) -> tuple[int, str]:
+    """Make a file, or a directory, in `folder`, to be renamed to `name` -> its open handle, its path.
+
+    It has the mode of any new file. `sweep` leaves it alone as long as the handle is open.
+    """
+    while True:
+        aside = os.path.join(folder, f".{name}.{secrets.token_hex(4)}{ASIDE}")
+        if directory:
+            os.mkdir(aside)
+        else:
+            os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        with contextlib.suppress(FileNotFoundError):  # another process swept it before it was locked
+            handle = os.open(aside, os.O_RDONLY)
+            if lock(handle) is not False and os.path.exists(aside):
+                return handle, aside
+            os.close(handle)
 
 
-def lock(handle: int) -> bool:
-    """Lock an open file or directory until it is closed or the process dies -> whether nobody else holds it.
+@contextlib.contextmanager
+def passing(folder: Path, name: str) -> Iterator[str]:
+    """Give a directory in `folder` that is removed at the end. UserError if it cannot be made."""
+    try:
+        handle, aside = make_aside(folder, name, directory=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    with closing(handle):
+        try:
+            yield aside
+        finally:
+            remove(aside)
 
-    True also where the file system has no locks.
+
+def free(folder: Path) -> int | None:
+    """The bytes that the disk of `folder` has free for this user; None if it does not say."""
+    with contextlib.suppress(OSError):
+        found = os.statvfs(folder)
+        return found.f_bavail * found.f_frsize if found.f_blocks else None
+    return None
+
+
+def lock(handle: int) -> bool | None:
+    """Lock an open file or directory until it is closed or the process dies.
+
+    False if another holds it, None where the file system has no locks.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        pass
+        return None
     return True
 
 
-def sweep(directory: Path, pattern: str = r"\..+\.[a-z0-9_]{8}\.partial") -> None:
-    """Remove what killed processes left half written in `directory`: names of this pattern.
+def sweep(directory: Path, name: str = ".+") -> None:
+    """Remove what killed processes left in `directory` of what `make_aside` made for files of this name.
 
-    The default is what `replacing` and merge name their files. What a process is writing now is locked, and
-    stays.
+    name: a regular expression. What a process is writing now is locked, and stays. Where the file system has
+    no locks everything stays.
     """
-    for name in os.listdir(directory):
-        path = os.path.join(directory, name)
-        if not re.fullmatch(pattern, name) or os.path.islink(path):
+    for found in os.listdir(directory):
+        path = os.path.join(directory, found)
+        if not re.fullmatch(rf"\.({name})\.[0-9a-z_]{{8}}{re.escape(ASIDE)}", found) or os.path.islink(path):
             continue
+        with contextlib.suppress(OSError), closing(os.open(path, os.O_RDONLY)) as handle:
+            if lock(handle):
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a directory as far as that is possible."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
         with contextlib.suppress(OSError):
-            handle = os.open(path, os.O_RDONLY)
-            with closing(handle):
-                if not lock(handle):
-                    continue
-                if os.path.isdir(path):
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    os.unlink(path)
+            os.unlink(path)
 
 
 def flush(path: Path) -> None:
-    """fsync the file or directory at `path`."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
+    """fsync the file at `path`."""
+    with closing(os.open(path, os.O_RDONLY)) as handle:
         os.fsync(handle)
-    finally:
-        os.close(handle)
+
+
+def flush_names(directory: Path) -> None:
+    """fsync a directory, so that its names outlive a crash of the machine; some file systems cannot do it."""
+    with contextlib.suppress(OSError):
+        flush(directory)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -181,12 +216,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
-    """Write `value` to `path` as indented JSON with a final newline, as `write_text` does.
+    """Write `value` to `path` as `json_text` gives it, as `write_text` does."""
+    write_text(path, json_text(value, sort_keys))
+
+
+def json_text(value: Any, sort_keys: bool = False) -> str:
+    """Give `value` as indented JSON with a final newline.
 
     Lone surrogates, which UTF-8 cannot hold, are escaped: file names and foreign JSON may have them.
     """
     text = json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n"
-    write_text(path, re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text))
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def make_directory(path: Path) -> None:

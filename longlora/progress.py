@@ -14,7 +14,7 @@ def bar(**how: Any) -> Any:
 
 
 class Quiet:
-    """A stream for progress: what cannot be written to `file` is dropped. A full disk ends no run."""
+    """A stream for progress: what cannot be written to `file`, a stream or None, is dropped."""
 
     def __init__(self, file: Any):
         self._file = file
@@ -22,13 +22,19 @@ class Quiet:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
+    def isatty(self) -> bool:
+        """Whether a person looks at it."""
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            return bool(self._file.isatty())
+        return False
+
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
             self._file.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
             self._file.flush()
 
 

@@ -27,6 +27,7 @@ LONGEST = [
     "test_torch_train.py",
     "test_torch_groups.py",
     "test_examples.py",
+    "test_docs_code.py",
 ]
 
 

@@ -1,45 +1,62 @@
 """Faults of the file system: the n-th operation that changes it fails, or the process is killed there.
 
-`call` runs a function in a fork with such a fault.
+`call` runs a function in a fork with such a fault. The kinds:
+
+    kill   the process ends before the operation, or in the middle of a write
+    fail   the operation fails, a write in its middle; everything after it works
+    full   the disk is full from there on: nothing is made or written any more, names can still change
 """
 
 import builtins
 import errno
 import io
+import json
 import os
 import traceback
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
-NAMES = ("replace", "rename", "unlink", "mkdir", "rmdir", "fsync", "symlink", "truncate")
+KINDS = ("kill", "fail", "full")
+NAMES = ("replace", "rename", "unlink", "rmdir")
+GROWING = ("mkdir", "fsync", "symlink", "truncate")  # these fail on a full disk
 KILLED, REFUSED, CRASHED = 9, 2, 3  # exit codes of the fork, besides 0
 
 
 class Faults:
-    """Counts operations. At number `at`, from 1, it kills the process or raises: kind is kill or fail."""
+    """Counts operations and meets number `at`, from 1, with a fault. `met` is called before the fault."""
 
-    def __init__(self, kind: str, at: int):
-        self.kind, self.at, self.count = kind, at, 0
+    def __init__(self, kind: str, at: int, met: Callable[[], object]):
+        self.kind, self.at, self.met, self.count = kind, at, met, 0
+        self.quiet = False
 
-    def step(self) -> None:
-        self.count += 1
-        if self.count != self.at:
+    def step(self, grows: bool = True, half: Callable[[], object] = lambda: None) -> None:
+        """Count an operation. grows: it takes space on the disk; half: does half of it."""
+        if self.quiet:
             return
-        if self.kind == "kill":
+        self.count += 1
+        first = self.count == self.at
+        if first:
+            self.quiet = True
+            self.met()
+            self.quiet = False
+        if first and self.kind == "kill":
+            half()
             os._exit(KILLED)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if first and self.kind == "fail" or 0 < self.at <= self.count and self.kind == "full" and grows:
+            half()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def install(self) -> None:
         """Count from here on, in this process."""
-        for name in NAMES:
-            setattr(os, name, self._counted(getattr(os, name)))
+        for name in (*NAMES, *GROWING):
+            setattr(os, name, self._counted(getattr(os, name), name in GROWING))
         before, faults = builtins.open, self
 
         def opened(file, mode="r", *args, **kwargs):
-            if not set("wax+") & set(mode) or str(file).startswith(("/dev/", "/proc/")):
+            if not set("wax+") & set(mode) or str(file).startswith(("/dev/null", "/proc/")):
                 return before(file, mode, *args, **kwargs)
             faults.step()
-            found = before(file, mode, *args, **kwargs)
-            return Written(found, faults)
+            return Written(before(file, mode, *args, **kwargs), faults)
 
         builtins.open = io.open = opened
         create = os.open
@@ -51,9 +68,9 @@ class Faults:
 
         os.open = made
 
-    def _counted(self, function):
+    def _counted(self, function, grows):
         def call(*args, **kwargs):
-            self.step()
+            self.step(grows)
             return function(*args, **kwargs)
 
         return call
@@ -66,7 +83,11 @@ class Written:
         self._file, self._faults = file, faults
 
     def write(self, data):
-        self._faults.step()
+        def half():
+            self._file.write(data[: len(data) // 2])
+            self._file.flush()
+
+        self._faults.step(half=half)
         return self._file.write(data)
 
     def __getattr__(self, name):
@@ -83,10 +104,19 @@ class Written:
         return self._file.__exit__(*error)
 
 
-def call(function: Callable[[], object], kind: str, at: int) -> tuple[int, int, str]:
-    """Run the function in a fork with a fault -> exit code, operations counted, the error's text.
+class Outcome(NamedTuple):
+    """code: of the fork; count: its operations; text: of its error; seen: what `look` gave at the fault."""
 
-    A UserError is REFUSED, any other exception CRASHED.
+    code: int
+    count: int
+    text: str
+    seen: Any
+
+
+def call(function: Callable[[], object], kind: str, at: int, look: Callable[[], Any] = dict) -> Outcome:
+    """Run the function in a fork with a fault. A UserError is REFUSED, any other exception CRASHED.
+
+    look: called where the fault happens; gives something that JSON holds.
     """
     from longlora.errors import UserError
 
@@ -94,7 +124,8 @@ def call(function: Callable[[], object], kind: str, at: int) -> tuple[int, int, 
     pid = os.fork()
     if not pid:
         os.close(read)
-        code, text, faults = CRASHED, "", Faults(kind, at)
+        code, text = CRASHED, ""
+        faults = Faults(kind, at, lambda: os.write(write, json.dumps({"seen": look()}).encode() + b"\n"))
         try:
             faults.install()
             function()
@@ -102,15 +133,17 @@ def call(function: Callable[[], object], kind: str, at: int) -> tuple[int, int, 
         except UserError as error:
             code, text = REFUSED, str(error)
         except BaseException:
-            text = traceback.format_exc()
+            text = traceback.format_exc()[-30_000:]
         finally:
-            os.write(write, f"{faults.count}\n{text}"[:60_000].encode("utf-8", "replace"))
+            os.write(write, json.dumps({"count": faults.count, "text": text}).encode() + b"\n")
             os._exit(code)
     os.close(write)
+    told: dict[str, Any] = {"count": 0, "text": "", "seen": None}
     with os.fdopen(read, encoding="utf-8") as pipe:
-        count, _, text = pipe.read().partition("\n")
+        for line in pipe:
+            told.update(json.loads(line))
     _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status), int(count or 0), text
+    return Outcome(os.waitstatus_to_exitcode(status), told["count"], told["text"], told["seen"])
 
 
 def places(count: int, some: int) -> list[int]:

@@ -9,8 +9,10 @@ cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
+mkdir "$work/lib"
+cp -r longlora "$work/lib/"
+rm -f "$work"/lib/longlora/_C*.so # of a build in the tree, without sanitizers
 LONGLORA_CUDA=0 SANITIZE=address,undefined CC=gcc python setup.py -q build_ext --build-temp "$work/temp" --build-lib "$work/lib"
-cp -r longlora/. "$work/lib/longlora/"
 cp -r tests "$work/"
 ops=$(python - <<'PY'
 import glob, re

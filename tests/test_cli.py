@@ -254,7 +254,7 @@ def test_help_lists_what_the_command_takes_and_every_default(capsys):
         (dict(long_documents="refuse"), ["long_documents can be split, truncate or drop"]),
         (dict(target_modules="attention"), ["target_modules should be a list of"]),
         (dict(model="hollow"), ["hollow/config.json"]),
-        (dict(config="missing.yaml"), ["missing.yaml: cannot be read"]),
+        (dict(config="missing.yaml"), ["missing.yaml: No such file or directory"]),
         (dict(config="bad.yaml"), ["bad.yaml: is not YAML"]),
         (dict(config="list.yaml"), ["should be a mapping of options"]),
         (dict(config="typo.yaml"), ["did you mean learning_rate?"]),
@@ -485,7 +485,7 @@ def test_help_is_quick_and_imports_little():
         done, spent = timed([sys.executable, "-c", script])
         seconds.append(spent)
         assert "train" in done.stdout and "others set()" in done.stderr
-        names = ["", ".cli", ".errors", ".training", ".training.options"]
+        names = ["", ".cli", ".errors", ".guard", ".training", ".training.options"]
         assert f"ours {[f'longlora{name}' for name in names]}" in done.stderr
     assert min(seconds) < 0.3, seconds  # processor time; 0.04 s here
 

@@ -1,12 +1,19 @@
-"""docs/architecture.md describes each module, and the documents name only files that exist."""
+"""docs/architecture.md describes each module. The pages name only files, sections, commands and options that
+exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from longlora import cli
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, ARCHITECTURE = ROOT / "longlora", ROOT / "docs/architecture.md"
+FOLDERS = ("docs", "csrc", "cuda", "benchmarks", "demo", "examples", "tests", "longlora")
+PAGES = [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in ROOT.glob(f"{folder}/**/*.md"))]
+COMMANDS = {command.name for command in cli.COMMANDS}
 
 pytestmark = pytest.mark.skipif(not ARCHITECTURE.exists(), reason="these tests need the source tree")
 
@@ -39,3 +46,48 @@ def test_links_of_documents_lead_somewhere():
         for name in re.findall(r"`((?:csrc|cuda|docs|tests|benchmarks|longlora)/[^` ]*)`", path.read_text()):
             made = {"softcap", "versions"} & set(re.split(r"\W|test_", name))
             assert made or "<" in name or list(ROOT.glob(name.rstrip("/"))), f"{path.name}: {name}"
+
+
+def headings(page):
+    """The anchors of a page, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    found = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), link
+
+
+def commands(page):
+    """The command lines of `longlora` and of our modules that stand in blocks of a page."""
+    text = page.read_text().replace("\\\n", " ")
+    for line in re.findall(r"^ {4,8}((?:longlora|torchrun|python|pip) .*)$", text, re.M):
+        found = re.search(r"(?:^| )(longlora|-m longlora\.torch\.train) (\S.*)", line.partition(" # ")[0])
+        if found:
+            yield found[1], shlex.split(found[2])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_of_pages_have_options_that_exist(page):
+    for program, words in commands(page):
+        words = ["train", *words] if program.startswith("-m") else words
+        if words[0] in COMMANDS:
+            cli.parser().parse_args(words)
+
+
+def test_the_pages_have_commands():
+    found = {words[0] for page in PAGES for _, words in commands(page)}
+    assert found >= {"train", "plan", "ppl", "merge", "inspect", "generate"}
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150

@@ -19,7 +19,7 @@ FLOORS = (
     ("training",),
     ("serving",),
     ("tools",),
-    ("cli", "__main__"),
+    ("cli", "guard", "__main__"),
     ("torch",),
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

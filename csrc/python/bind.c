@@ -290,8 +290,9 @@ static PyMethodDef methods[] = {
       "The most bytes of scratch that were in use at one time since the last call of this function." },
     { "workspace", (PyCFunction)(void (*)(void))py_workspace, METH_FASTCALL,
       "workspace($module, op, /, *args)\n--\n\n"
-      "The bytes of workspace that the op takes on a GPU with these arguments; 0 without CUDA. Arrays are\n"
-      "neither read nor written." },
+      "The bytes of workspace that the op takes on a GPU with these arguments, which may be on any device, "
+      "also\n"
+      "in a build without CUDA. Arrays are neither read nor written." },
     { "calls", py_calls, METH_NOARGS, "calls($module, /)\n--\n\nHow often each op has run in this process." },
     { NULL, NULL, 0, NULL },
 };

@@ -28,17 +28,20 @@ void give_back(Loan *loans, int count, const Queue *queue) {
     PyErr_Restore(type, value, traceback);
 }
 
-/* -1 with an exception if an array is larger than memory can be. Then no arithmetic on its sizes overflows.
- */
-static int check_extent(const Tensor *t, const char *op, const Arg *arg) {
-    enum { MOST_BITS = 59 }; /* of elements, of 8 bytes at most */
+/* -1 with an exception if an array is larger than memory can be. After it no arithmetic on sizes and strides
+ * overflows. The stride of an axis of size 1 means nothing; where it is absurd it becomes 0. */
+static int check_extent(Tensor *t, const char *op, const Arg *arg) {
+    const int64_t most = (int64_t)1 << 59; /* elements, of 8 bytes at most */
     int64_t elements = 1, reach = 0, step;
-    for (int i = 0; i < t->ndim; i++)
-        if (__builtin_mul_overflow(elements, t->shape[i] ? t->shape[i] : 1, &elements) ||
-            __builtin_mul_overflow(t->shape[i] ? t->shape[i] - 1 : 0, t->stride[i], &step) ||
-            (step < 0 && __builtin_sub_overflow(0, step, &step)) ||
-            __builtin_add_overflow(reach, step, &reach) || elements >> MOST_BITS || reach >> MOST_BITS)
+    for (int i = 0; i < t->ndim; i++) {
+        int64_t size = t->shape[i] ? t->shape[i] : 1, stride = t->stride[i];
+        int wild = stride <= -most || stride >= most;
+        if (size == 1 && wild) stride = t->stride[i] = 0;
+        if ((size > 1 && wild) || __builtin_mul_overflow(elements, size, &elements) ||
+            __builtin_mul_overflow(size - 1, stride < 0 ? -stride : stride, &step) ||
+            __builtin_add_overflow(reach, step, &reach) || elements >= most || reach >= most)
             return refuse(PyExc_ValueError, op, arg, "has axes or strides that reach farther than memory");
+    }
     return 0;
 }
 
@@ -111,11 +114,12 @@ static int borrow_dltensor(const DLTensor *d, Tensor *t, const char *op, const A
     }
     if (check_extent(t, op, arg)) return -1;
     if (!d->strides) make_dense(t);
-    if (d->data) t->data = (char *)d->data + d->byte_offset;
-    else if (elements_of(t))
+    if (!elements_of(t)) return 0;
+    if (!d->data)
         return refuse(PyExc_BufferError, op, arg,
                       "has no memory of its own, as fake tensors, tensors of the device meta and distributed "
                       "tensors have none");
+    t->data = (char *)d->data + d->byte_offset;
     return 0;
 }
 

@@ -4,6 +4,10 @@
 
 #include <string.h>
 
+#ifndef LONGLORA_WITHOUT_CUDA /* why not, a string of setup.py */
+#define LONGLORA_WITHOUT_CUDA ""
+#endif
+
 /* The stream for work of this thread whose arrays have no stream of their own; longlora.cuda.stream() sets
  * it. */
 static _Thread_local struct {
@@ -19,8 +23,7 @@ DeviceName device_name(int device) {
 }
 
 int usable(int index) {
-    return cuda ? cuda->usable(index)
-                : fail("this build has no CUDA kernels; install longlora where nvcc is found");
+    return cuda ? cuda->usable(index) : fail("this build has no CUDA kernels: %s", LONGLORA_WITHOUT_CUDA);
 }
 
 PyObject *cuda_failed(const char *op, int device) {

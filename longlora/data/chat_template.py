@@ -21,6 +21,8 @@ from longlora.errors import UserError
 
 # The format of LLaMA-2-chat, which the authors of LongLoRA train on: for models without a template.
 LLAMA_2 = (
+    "{%- set bos = bos_token if bos_token is defined else '' -%}"
+    "{%- set eos = eos_token if eos_token is defined else '' -%}"
     "{%- if messages and messages[0]['role'] == 'system' -%}"
     "{%- set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' -%}"
     "{%- set rest = messages[1:] -%}"
@@ -30,9 +32,9 @@ LLAMA_2 = (
     "{{ raise_exception('the roles of messages should alternate between user and assistant') }}"
     "{%- endif -%}"
     "{%- if message['role'] == 'user' -%}"
-    "{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' }}"
+    "{{ bos + '[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' }}"
     "{%- else -%}"
-    "{% generation %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endgeneration %}"
+    "{% generation %}{{ ' ' + message['content'] + ' ' + eos }}{% endgeneration %}"
     "{%- endif -%}"
     "{%- endfor -%}"
 )

@@ -50,8 +50,8 @@ class Parts:
             held, size = held + piece, size + len(piece.encode())
             if size > LARGE and size * BYTES_PER_BYTE > available_memory():
                 raise UserError(
-                    f"a document holds {len(held):,} characters that the tokenizer cannot take apart, and they "
-                    "do not fit in memory; split it into several files, or into the lines of a .jsonl file"
+                    f"{len(held):,} characters of a document cannot be tokenised part by part, and they do "
+                    "not fit in memory; split it into several files, or into the lines of a .jsonl file"
                 )
         yield held, True
 

@@ -67,7 +67,7 @@ class Corpus:
         """The files of the directory. Links come last: a file that has a path without links keeps it."""
         found: dict[str, str] = {}  # path without links -> path
         seen: set[str] = set()  # folders, without links
-        waiting, links = [self.path], []
+        waiting, links = [self.path], list[str]()
         while waiting or links:
             path = waiting.pop() if waiting else links.pop()
             real = os.path.realpath(path)
@@ -87,10 +87,10 @@ class Corpus:
         return sorted(found.values())
 
     def documents(self) -> Iterator[Iterable[str]]:
-        """Yield the documents, each as an iterable of pieces of its text; read one before the next is asked for.
+        """Yield the documents, each as an iterable of pieces of text: read one before you ask for the next.
 
-        UserError names the byte that is not UTF-8, or the line that is not {"text": "..."}. A directory's file
-        without text is left out; UserError if none has any.
+        UserError names the byte that is not UTF-8, or the line that is not {"text": "..."}. A file without
+        text is left out; UserError if none has any.
         """
         some = False
         for path in self.files:

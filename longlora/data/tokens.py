@@ -16,6 +16,7 @@ from longlora.errors import UserError
 from longlora.files.tokenizer import Tokenizer
 
 AT_ONCE = 16  # blocks of text that are tokenised in parallel
+CACHED = r"tokens-[0-9a-f]{16}\.(bin|json)"  # the names of the files in a cache
 VERSION = 2  # of the rules by which files become ids; older caches are not used
 
 

@@ -56,7 +56,7 @@ DEFAULTS = {"r": 8, "lora_alpha": 8}  # of PEFT, for a file that does not say
 
 def save(
     directory: Path,
-    tensors: Mapping[str, Any],
+    tensors: Mapping[str, Any] | None,
     lora: LoraConfig,
     base: ModelFile,
     raw: dict[str, Any],
@@ -65,7 +65,8 @@ def save(
 ) -> None:
     """Write a PEFT adapter that AutoPeftModelForCausalLM.from_pretrained(directory) loads.
 
-    tensors: name -> float32 array, exactly those of `lora.tensor_shapes`; base: the model it was trained on;
+    tensors: name -> float32 array, exactly those of `lora.tensor_shapes`, or None to write everything but
+    the weights; base: the model it was trained on;
     raw: the config dict with the new rope, written to the folder of files.base_folder unless it has the
     positions of the base; tokenizer: its files are written too; home: where the adapter will lie, if
     `directory` is renamed. A trained embedding that is also the head (tied) is written under both names with
@@ -74,13 +75,10 @@ def save(
     """
     config = read_config(raw)
     lora = lora.for_model(config)
-    check(tensors, lora.tensor_shapes(config), "tensors")
-    modules = list(lora.modules_to_save)
-    out = {PREFIX + name: array for name, array in tensors.items()}
-    tied = config.tie_word_embeddings and "model.embed_tokens.weight" in tensors
+    shapes, modules = lora.tensor_shapes(config), list(lora.modules_to_save)
+    tied = config.tie_word_embeddings and "model.embed_tokens.weight" in shapes
     if tied:
         modules = [*dict.fromkeys([*modules, "embed_tokens", "lm_head"])]
-        out[PREFIX + "lm_head.weight"] = tensors["model.embed_tokens.weight"]
     path = os.path.abspath(base.path)
     extended = (config.rope, config.max_position_embeddings) != (
         base.config.rope,
@@ -112,7 +110,13 @@ def save(
     if extended:
         described |= base_folder.fields(home or directory, path)
         write_json(os.path.join(base_folder.make(directory, path), base_folder.CONFIG), raw)
-    save_tensors(os.path.join(directory, WEIGHTS), out, {"format": "pt", "longlora_base": base.fingerprint()})
+    if tensors is not None:
+        check(tensors, shapes, "tensors")
+        out = {PREFIX + name: array for name, array in tensors.items()}
+        if tied:
+            out[PREFIX + "lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        of_base = {"format": "pt", "longlora_base": base.fingerprint()}
+        save_tensors(os.path.join(directory, WEIGHTS), out, of_base)
     write_json(os.path.join(directory, CONFIG), described, sort_keys=True)
     write_text(
         os.path.join(directory, "README.md"),

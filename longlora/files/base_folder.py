@@ -44,6 +44,17 @@ def find(adapter: Path) -> str | None:
     return next((place for place in places if os.path.isfile(os.path.join(place, CONFIG))), None)
 
 
+def check(adapter: Path) -> None:
+    """UserError if the directory `adapter` has such a folder with files that are not ours.
+
+    A copy of an adapter has them where links were followed.
+    """
+    folder = os.path.join(adapter, FOLDER)
+    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+        if not entry.is_symlink() and entry.name != CONFIG:
+            raise UserError(f"{entry.path}: is in the way; longlora writes the folder {FOLDER} of an adapter")
+
+
 def make(adapter: Path, base: Path | None) -> str:
     """Make the folder in the directory `adapter`, without its config.json -> its path.
 
@@ -52,12 +63,11 @@ def make(adapter: Path, base: Path | None) -> str:
     that has no links does not stop a run. UserError if the folder holds files that are not ours.
     """
     folder = os.path.join(adapter, FOLDER)
+    check(adapter)
     make_directory(folder)
     for entry in os.scandir(folder):
         if entry.is_symlink():
             os.unlink(entry.path)
-        elif entry.name != CONFIG:
-            raise UserError(f"{entry.path}: is in the way; longlora writes the folder {FOLDER} of an adapter")
     if base is not None and os.path.isfile(os.path.join(base, CONFIG)):
         for entry in os.scandir(base):
             ours = entry.name == CONFIG or entry.name.startswith(".") or entry.name.endswith(".gguf")

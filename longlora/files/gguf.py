@@ -4,18 +4,19 @@ The `gguf` library knows the block formats and dequantises. Names, order of rows
 llama.cpp's convert_hf_to_gguf.py writes.
 """
 
+import math
+import mmap
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from longlora.decoder.config import read_config
 from longlora.decoder.families import FAMILIES
 from longlora.decoder.rope import Rope, inverse_frequencies
-from longlora.disk import map_file
 from longlora.errors import UserError
-from longlora.files.gguf_header import read_header
+from longlora.files.gguf_header import open_files
 from longlora.files.model_file import ModelFile
 from longlora.files.tokenizer import Tokenizer
 
@@ -90,24 +91,25 @@ ARCHITECTURES = {
 }
 
 
+class Place(NamedTuple):
+    """Where a tensor is: in which mapped file, from which byte, with how many bytes a row."""
+
+    buffer: mmap.mmap
+    shape: tuple[int, ...]
+    kind: Any  # a gguf.GGMLQuantizationType
+    start: int
+    row: int
+
+
 class Gguf(ModelFile):
-    """A mapped GGUF file; `.metadata` is the dict of its keys. q and k come in Hugging Face's row order."""
+    """A GGUF in one file or several; `.metadata` is the dict of its keys. q and k are as Hugging Face's."""
 
     kind = "gguf"
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = os.fspath(path)
-        self.buffer = map_file(path, "a GGUF file")
-        if self.buffer[:4] != b"GGUF":
-            raise UserError(f"{self.path}: not a GGUF file (and not a model directory)")
-        try:
-            self.metadata, infos, base = read_header(self.buffer)
-        except EOFError:
-            raise UserError(
-                f"{self.path}: truncated: the header extends past the file's {len(self.buffer)} bytes"
-            ) from None
-        except (ValueError, OverflowError) as error:
-            raise UserError(f"{self.path}: damaged header: {error}") from None
+        files = open_files(path)
+        self.metadata = files[0].metadata
         family = self.metadata.get("general.architecture")
         if not isinstance(family, str) or family not in ARCHITECTURES:
             raise UserError(
@@ -116,8 +118,11 @@ class Gguf(ModelFile):
             )
         self._family = family
         self._arch = ARCHITECTURES[self._family]
-        self._tensors = self._places(infos, base)
-        self._shapes = {name: tensor[0] for name, tensor in self._tensors.items()}
+        self._freqs: np.ndarray | None = None
+        self._tensors: dict[str, Place] = {}
+        for file in files:
+            self._place(file)
+        self._shapes = {name: place.shape for name, place in self._tensors.items()}
         self.config = read_config(self._config(), self.path)
         if self._freqs is not None and len(self._freqs) != self.config.head_dim // 2:
             raise UserError(
@@ -130,36 +135,36 @@ class Gguf(ModelFile):
         """The architecture's own metadata under `key`."""
         return self.metadata.get(f"{self._family}.{key}", default)
 
-    def _places(self, infos, base):
-        """-> Hugging Face name -> (shape, gguf type, first byte, bytes per row). Sets `self._freqs`."""
+    def _place(self, file):
+        """Note where the tensors of `file` are, in `_tensors` and `_freqs`."""
         import gguf
 
-        found, self._freqs, end = {}, None, base
-        for name, (shape, code, offset) in sorted(infos.items(), key=lambda item: item[1][2]):
+        end = file.base
+        for name, (shape, code, offset) in sorted(file.infos.items(), key=lambda item: item[1][2]):
             try:
                 kind = gguf.GGMLQuantizationType(code)
                 block, width = gguf.GGML_QUANT_SIZES[kind]
             except (ValueError, KeyError):
-                raise UserError(f"{self.path}: {name} has the unknown type {code}") from None
+                raise UserError(f"{file.path}: {name} has the unknown type {code}") from None
             if 0 in shape or shape[-1] % block:
                 raise UserError(
-                    f"{self.path}: {name} has shape {list(shape)}, rows should be a multiple of {block}"
+                    f"{file.path}: {name} has shape {list(shape)}, rows should be a multiple of {block}"
                 )
-            row = shape[-1] // block * width
-            size = row * int(np.prod([int(n) for n in shape[:-1]], dtype=object)) if len(shape) > 1 else row
-            if base + offset < end:
-                raise UserError(f"{self.path}: {name} overlaps the tensor before it")
-            end = base + offset + size
-            if end > len(self.buffer):
+            row, start = shape[-1] // block * width, file.base + offset
+            if start < end:
+                raise UserError(f"{file.path}: {name} overlaps the tensor before it")
+            end = start + row * math.prod(shape[:-1])
+            if end > len(file.buffer):
                 raise UserError(
-                    f"{self.path}: truncated: {name} ends at byte {end}, the file has {len(self.buffer)}"
+                    f"{file.path}: truncated: {name} ends at byte {end}, the file has {len(file.buffer)}"
                 )
-            place = (shape, kind, base + offset, row)
+            place, known = Place(file.buffer, shape, kind, start, row), self._hugging_face_name(name)
             if name == "rope_freqs.weight":
                 self._freqs = self._dequantise(place, None)
+            elif known in self._tensors:
+                raise UserError(f"{file.path}: {name} is a second {known}")
             else:
-                found[self._hugging_face_name(name)] = place
-        return found
+                self._tensors[known] = place
 
     def _hugging_face_name(self, name):
         stem, _, suffix = name.rpartition(".")
@@ -200,25 +205,31 @@ class Gguf(ModelFile):
         raw["rms_norm_eps"] = _decimal(raw["rms_norm_eps"])
         embedding = self._shapes.get("model.embed_tokens.weight")
         raw["vocab_size"] = embedding[0] if embedding else get("vocab_size")
-        head_dim = self._head_dim(raw["hidden_size"], raw["num_attention_heads"])
+        plain = _quotient(raw["hidden_size"], raw["num_attention_heads"])
+        head_dim = self._head_dim(plain)
         if head_dim is not None:
             raw["head_dim"] = head_dim
         if family.qkv_bias == "attention_bias":
             raw["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self._tensors
         for key, name in arch.multipliers.items():
-            raw[name] = _decimal(get(key)) or (head_dim**-0.5 if key == "attention.scale" else 1.0)
+            size = head_dim or plain
+            default = size**-0.5 if key == "attention.scale" and size else 1.0
+            raw[name] = _decimal(get(key)) or default
         raw.update(arch.fixed)
         raw["rope_theta"] = _decimal(get("rope.freq_base", 10000.0))
         raw["rope_scaling"] = self._rope_scaling(raw)
         return raw
 
-    def _head_dim(self, hidden, heads):
+    def _head_dim(self, plain):
         """The head size, None if the metadata does not imply it. UserError if rope rotates a part of it."""
-        key, value, turned = (
-            self._get(name)
-            for name in ("attention.key_length", "attention.value_length", "rope.dimension_count")
-        )
-        plain = hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
+        sizes = []
+        for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+            sizes.append(self._get(name))
+            if sizes[-1] is not None and not (type(sizes[-1]) is int and sizes[-1] > 0):
+                raise UserError(
+                    f"{self.path}: {self._family}.{name} should be an integer above 0, got {sizes[-1]!r}"
+                )
+        key, value, turned = sizes
         head_dim = key or (turned if self._arch.rotated_whole else plain)
         if value not in (None, key) or turned not in (None, head_dim):
             raise UserError(
@@ -252,6 +263,9 @@ class Gguf(ModelFile):
 
     def _llama3(self, raw, divisors):
         """Recover Llama 3's rule. llama.cpp stores only its result, the divisors of the frequencies."""
+        theta = raw["rope_theta"]
+        if type(theta) not in (int, float) or not 2 <= theta <= 1e12:
+            return None  # read_config refuses it
         if divisors.ndim != 1 or not (np.isfinite(divisors) & (divisors > 0)).all():
             raise UserError(f"{self.path}: rope_freqs.weight should be a list of numbers above 0")
         if np.allclose(divisors, 1):
@@ -280,19 +294,18 @@ class Gguf(ModelFile):
         )
 
     def dtype(self, name: str) -> str:
-        return {"F16": "float16", "BF16": "bfloat16"}.get(self._tensors[name][1].name, "float32")
+        return {"F16": "float16", "BF16": "bfloat16"}.get(self._tensors[name].kind.name, "float32")
 
     def _span(self, name):
-        shape, _, start, row = self._tensors[name]
-        return self.buffer, start, start + (row * int(np.prod(shape[:-1])) if len(shape) > 1 else row)
+        place = self._tensors[name]
+        return place.buffer, place.start, place.start + place.row * math.prod(place.shape[:-1])
 
     def _dequantise(self, place, rows):
         """-> float32 [len(rows), ...]: rows (a slice or indices) of a matrix, or the whole of a vector."""
         import gguf
 
-        shape, kind, start, row = place
-        count = int(np.prod(shape[:-1])) if len(shape) > 1 else 1
-        data = np.frombuffer(self.buffer, np.uint8, row * count, start).reshape(count, row)
+        shape, kind, count = place.shape, place.kind, math.prod(place.shape[:-1])
+        data = np.frombuffer(place.buffer, np.uint8, place.row * count, place.start).reshape(count, place.row)
         data = data if len(shape) == 1 else data[rows]
         try:
             if kind.name in ("F32", "F16"):
@@ -308,9 +321,9 @@ class Gguf(ModelFile):
         place = self._tensors[name]
         rows: slice | np.ndarray = slice(start, stop)
         if self._arch.interleaved and ("q_proj" in name or "k_proj" in name):
-            pairs = np.arange(place[0][0]).reshape(-1, self.config.head_dim // 2, 2)
+            pairs = np.arange(place.shape[0]).reshape(-1, self.config.head_dim // 2, 2)
             rows = pairs.swapaxes(1, 2).reshape(-1)[start:stop]
-        if len(place[0]) == 1:
+        if len(place.shape) == 1:
             return self._dequantise(place, None)[rows], "float32"
         return self._dequantise(place, rows), "float32"
 
@@ -321,5 +334,14 @@ class Gguf(ModelFile):
         return Tokenizer.from_gguf(self.metadata, self.path).check(self.config, self.path)
 
 
+def _quotient(hidden, heads):
+    """The head size that two sizes of the metadata imply, or None where they are none."""
+    good = type(hidden) is int and type(heads) is int and 0 < heads <= hidden
+    return hidden // heads if good else None
+
+
 def _decimal(value):
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value)))

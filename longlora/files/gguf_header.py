@@ -1,14 +1,19 @@
-"""The header of a GGUF file: its metadata, and where its tensors are.
+"""The header of a GGUF file: its metadata, and where its tensors are. The files of one that was split.
 
 Each length is checked against the file before it is used. The `gguf` library's reader takes seconds for a
 vocabulary and may loop forever on a damaged count.
 """
 
 import mmap
+import os
+import re
 import struct
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from longlora.disk import map_file
+from longlora.errors import UserError
 
 # Metadata value types 0..12: struct format of the scalars; 8 is a string, 9 an array.
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
@@ -21,6 +26,16 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     code: int
     offset: int
+
+
+class GgufFile(NamedTuple):
+    """A mapped file: its metadata, its tensors by name, and the first byte of their data."""
+
+    path: str
+    buffer: mmap.mmap
+    metadata: dict[str, Any]
+    infos: dict[str, TensorInfo]
+    base: int
 
 
 class _Header:
@@ -108,3 +123,55 @@ def read_header(buffer: mmap.mmap) -> tuple[dict[str, Any], dict[str, TensorInfo
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment should be a power of 2, got {alignment!r}")
     return metadata, infos, -(-header.at // alignment) * alignment
+
+
+def open_file(path: str | os.PathLike[str]) -> GgufFile:
+    """Map a GGUF file and read its header. UserError if it is none, truncated or damaged."""
+    name, buffer = os.fspath(path), map_file(path, "a GGUF file")
+    if buffer[:4] != b"GGUF":
+        raise UserError(f"{name}: not a GGUF file (and not a model directory)")
+    try:
+        return GgufFile(name, buffer, *read_header(buffer))
+    except EOFError:
+        raise UserError(
+            f"{name}: truncated: the header extends past the file's {len(buffer)} bytes"
+        ) from None
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{name}: damaged header: {error}") from None
+
+
+def open_files(path: str | os.PathLike[str]) -> list[GgufFile]:
+    """Open a GGUF file, and the other files of its model if llama.cpp's gguf-split made it.
+
+    path: the first of them, whose name ends in -00001-of-00003.gguf, say. It has the metadata of the model.
+    UserError as in `open_file`, and if they are not the files of one model.
+    """
+    first = open_file(path)
+    number, count = (
+        first.metadata.get(f"split.{key}", default) for key, default in (("no", 0), ("count", 1))
+    )
+    if count in (0, 1):
+        return [first]
+    if not isinstance(count, int) or not isinstance(number, int) or not 0 <= number < count < 1 << 16:
+        raise UserError(f"{first.path}: split.no {number!r} and split.count {count!r} are no part of a whole")
+    name = re.fullmatch(rf"(.*-)\d{{5}}(-of-{count:05}\.gguf)", first.path, re.DOTALL)
+    if name is None:
+        raise UserError(
+            f"{first.path}: is part {number + 1} of {count} of a split model, so its name should end in "
+            f"-{number + 1:05}-of-{count:05}.gguf"
+        )
+    paths = [f"{name[1]}{part + 1:05}{name[2]}" for part in range(count)]
+    if number != 0 or first.path != paths[0]:
+        raise UserError(f"{first.path}: is part {number + 1} of {count}; wanted the first, {paths[0]}")
+    files = [first, *map(open_file, paths[1:])]
+    for part, file in enumerate(files):
+        if (file.metadata.get("split.no"), file.metadata.get("split.count")) != (part, count):
+            raise UserError(f"{file.path}: should be part {part + 1} of {count} by its metadata")
+    names = [name for file in files for name in file.infos]
+    total = first.metadata.get("split.tensors.count")
+    if len(set(names)) != len(names) or total not in (None, len(names)):
+        raise UserError(
+            f"{first.path}: its {count} files hold {len(names)} tensors, {len(set(names))} different, "
+            f"split.tensors.count says {total}"
+        )
+    return files

@@ -3,17 +3,16 @@
 import contextlib
 import math
 import os
-import shutil
-import tempfile
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from longlora import _C
+from longlora import _C, disk
 from longlora.decoder.config import read_config
 from longlora.device import CPU, choose, host, send
-from longlora.disk import ASIDE, closing, flush, lock, make_directory, sweep, umask, write_bytes, write_json
+from longlora.disk import make_directory, write_bytes, write_json
 from longlora.errors import UserError
 from longlora.files.adapter import load
 from longlora.files.huggingface import INDEX, SINGLE
@@ -68,9 +67,6 @@ def merge(model: Path, adapter: Path, output_dir: Path, device: str = CPU) -> No
     device, _ = choose(device)
     base = open_model(model)
     lora, tensors, raw = load(adapter, base)
-    if os.path.exists(output_dir) and (not os.path.isdir(output_dir) or os.listdir(output_dir)):
-        raise UserError(f"{output_dir}: exists and is not an empty directory")
-
     tokenizer, beside = base.tokenizer() if base.has_tokenizer() else None, base.beside()
     dtypes = {name: base.dtype(name) for name in base.names()}
     merged = Merged(base, lora, tensors, device)
@@ -85,36 +81,40 @@ def _appearing(output_dir):
     A new directory appears whole by one rename. An empty one that exists may be a mount, a link or the
     shell's own, and its parent read-only: it stays, and files move into it, config.json last.
     """
-    output_dir = os.path.abspath(output_dir)
-    there = os.path.isdir(output_dir)
-    parent = output_dir if there else os.path.dirname(output_dir)
-    aside = None
+    where = os.path.abspath(output_dir)
+    final = os.path.realpath(where)  # a link may lead to a directory that does not exist yet
+    there, name = os.path.isdir(final), os.path.basename(final)
+    parent = final if there else os.path.dirname(final)
+    aside: str | None = None
+    moved: list[str] = []
     try:
         os.makedirs(parent, exist_ok=True)
-        sweep(parent)
-        aside = tempfile.mkdtemp(prefix=f".{os.path.basename(output_dir)}.", suffix=ASIDE, dir=parent)
-        with closing(os.open(aside, os.O_RDONLY)) as handle:
-            lock(handle)
+        disk.sweep(parent, re.escape(name))
+        if os.path.lexists(final) and (not there or set(os.listdir(final)) - {"lost+found"}):
+            raise UserError(f"{where}: exists and is not an empty directory")
+        handle, aside = disk.make_aside(parent, name, directory=True)
+        with disk.closing(handle):
             yield aside
             if there:
-                for name in sorted(os.listdir(aside), key=lambda name: name == "config.json"):
-                    os.rename(os.path.join(aside, name), os.path.join(output_dir, name))
+                for file in sorted(os.listdir(aside), key=lambda file: (file == "config.json", file)):
+                    os.rename(os.path.join(aside, file), os.path.join(final, file))
+                    moved.append(os.path.join(final, file))
                 os.rmdir(aside)
             else:
-                os.chmod(aside, 0o777 & ~umask())
-                os.replace(aside, output_dir)
+                os.rename(aside, final)
             aside = None
-            flush(parent)
+            disk.flush_names(parent)
     except OSError as error:
-        raise UserError(f"{output_dir}: cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{where}: cannot be written: {error.strerror or error}") from None
     finally:
         if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
+            for path in (aside, *moved):
+                disk.remove(path)
 
 
 def save_merged(
     directory: Path,
-    read: Callable[[str], Any],
+    read: Callable[[str], Any] | None,
     raw: dict[str, Any],
     tokenizer: Tokenizer | None = None,
     dtype: str | dict[str, str] = "float32",
@@ -122,9 +122,10 @@ def save_merged(
 ) -> None:
     """Write a whole model as a Hugging Face directory, with one tensor in memory at a time.
 
-    read(name) gives the float32 array of a tensor of the config `raw`. dtype: the dtype on disk, one name for
-    all or a dict by tensor. beside: other files, name -> content. A model below 5 GB is one file, a larger
-    one is shards with an index. UserError when it cannot be written.
+    read(name) gives the float32 array of a tensor of the config `raw`. Without read everything is written but
+    the weights. dtype: the dtype on disk, one name for all or a dict by tensor. beside: other files, name ->
+    content. A model below 5 GB is one file, a larger one is shards with an index. UserError when it cannot be
+    written.
     """
     config = read_config(raw)
     shapes = config.tensor_shapes()
@@ -139,6 +140,7 @@ def save_merged(
         total += size
 
     def rounded(name):
+        assert read is not None
         return from_float32(np.asarray(read(name), np.float32), dtypes[name])
 
     make_directory(directory)
@@ -147,7 +149,7 @@ def save_merged(
         if len(shards) == 1
         else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     )
-    for file, shard in zip(files, shards, strict=True):
+    for file, shard in zip(files, shards, strict=True) if read is not None else ():
         write(
             os.path.join(directory, file), {name: (dtypes[name], shapes[name]) for name, _ in shard}, rounded
         )

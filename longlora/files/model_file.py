@@ -32,6 +32,7 @@ class ModelFile:
     kind: str
     config: ModelConfig
     _shapes: dict[str, tuple[int, ...]]
+    _fingerprint: str | None = None
 
     def dtype(self, name: str) -> str:
         """The dtype that tensor `name` has on disk; "float32" for a quantised one."""
@@ -118,7 +119,15 @@ class ModelFile:
         return out
 
     def fingerprint(self) -> str:
-        """Identify this model: a hash of config and names, shapes, first and last bytes of the tensors."""
+        """Identify this model: a hash of config and names, shapes, first and last bytes of the tensors.
+
+        It is computed once: a run must not read its base again, which somebody may have changed since.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = self._hash()
+        return self._fingerprint
+
+    def _hash(self):
         config = self.config
         seen = [
             config.family,

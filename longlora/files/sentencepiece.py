@@ -29,7 +29,7 @@ def read(content: bytes, where: str) -> Any:
             f"{where}: is read by the library sentencepiece, which is not installed: "
             "pip install 'longlora[sentencepiece]', or save the tokenizer as tokenizer.json"
         ) from None
-    model = protobuf.ModelProto()
+    model = protobuf.ModelProto()  # type: ignore[attr-defined]
     try:
         model.ParseFromString(content)
     except Exception:  # the class of the error depends on protobuf's implementation

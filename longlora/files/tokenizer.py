@@ -5,16 +5,18 @@ here gets the same tokens when transformers serves it. Where transformers depart
 this file.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from longlora.decoder.config import ModelConfig
-from longlora.disk import write_bytes
+from longlora.disk import json_text, write_bytes
 from longlora.errors import UserError
 from longlora.files import sentencepiece, tokenizer_gguf
 from longlora.files.tokenizer_backend import add_tokens, build, guarded, post_process, probe, repair, silent
@@ -145,14 +147,28 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Give the ids of `text`, int32 [T], with the special tokens that transformers adds."""
-        with guarded(self.where):
-            return np.array(self.backend.encode(text).ids, np.int32)
+        with self._encoding([text]) as backend:
+            return np.array(backend.encode(text).ids, np.int32)
 
     def encode_parts(self, parts: list[str]) -> list[np.ndarray]:
         """Give the ids of each part of a text, int32 [T], without special tokens, on all cores."""
-        with guarded(self.where):
-            done = self.backend.encode_batch_fast(parts, add_special_tokens=False)
+        with self._encoding(parts) as backend:
+            done = backend.encode_batch_fast(parts, add_special_tokens=False)
         return [np.array(found.ids, np.int32) for found in done]
+
+    @contextlib.contextmanager
+    def _encoding(self, texts):
+        """Name what is wrong if the library cannot encode one of `texts`."""
+        backend = self.backend
+        try:
+            with guarded(self.where):
+                yield backend
+        except UserError:
+            for text in texts:
+                half = re.search("[\ud800-\udfff]", text)
+                if half:
+                    raise UserError(f"a text holds half a character, {half[0]!r} at {half.start()}") from None
+            raise
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Give the text of `ids`."""
@@ -183,7 +199,7 @@ def _longer(content, length):
     if isinstance(known, bool) or not isinstance(known, (int, float)) or known >= length:
         return content
     config["model_max_length"] = length
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    return json_text(config).encode("utf-8")
 
 
 def _from_json(files, chosen, named):

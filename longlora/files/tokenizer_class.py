@@ -121,7 +121,7 @@ def _gemma(config):
 def _flag(config, name, default):
     value = config.get(name)
     if not isinstance(value, bool | None):
-        raise UserError(f"tokenizer_config.json: {name} should be true or false, got {value!r}")
+        raise UserError(f"{name} should be true or false, got {value!r}")
     return default if value is None else value
 
 
@@ -244,7 +244,10 @@ def as_class(files: TokenizerFiles, chosen: Class, model: Described, post_proces
         if not all(isinstance(entry, str) for entry in tokens):
             raise UserError(f"{files.name(JSON)}: vocab should be tokens with their scores")
         vocab = {entry: index for index, entry in enumerate(tokens)}
-    built = chosen.build(files.config)
+    try:
+        built = chosen.build(files.config)
+    except UserError as error:
+        raise UserError(f"{files.name(CONFIG)}: {error}") from None
     plain = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
     flags = dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
     merges = model.get("merges") or []

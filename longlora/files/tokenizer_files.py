@@ -45,6 +45,9 @@ class TokenizerFiles:
                     raise UserError(f"{self.name(name)}: is not UTF-8 at byte {error.start}") from None
         self.config = self._parsed(CONFIG) or {}
         self.json = self._parsed(JSON)
+        versions = self.config.get("fast_tokenizer_files")
+        if versions not in (None, [], [JSON]):
+            raise UserError(f"{self.name(CONFIG)}: fast_tokenizer_files {versions!r} is not supported")
         model = self.name("config.json")
         self.model = parse_json(read_bytes(model), model) if os.path.exists(model) else {}
 
@@ -64,6 +67,7 @@ class TokenizerFiles:
         for key in [key for key, value in init.items() if _is_specific(key, value)]:
             found.specific[key] = token(init.pop(key), f"{where}: {key}")
         found.take_specific(where)
+        _extra(init, where)
         if init.get("added_tokens_decoder") is not None:
             decoder = init["added_tokens_decoder"]
             if not isinstance(decoder, dict):
@@ -76,12 +80,7 @@ class TokenizerFiles:
             self._special_map(found)
             self._added(found)
             self._json(found)
-        extra = init.get("extra_special_tokens", init.get("additional_special_tokens"))
-        if not isinstance(extra, list | None):
-            raise UserError(
-                f"{where}: extra_special_tokens should be a list or an object of tokens, got {extra!r}"
-            )
-        found.extra = [token(value, f"{where}: extra_special_tokens") for value in extra or ()]
+        found.extra = [token(value, f"{where}: extra_special_tokens") for value in _extra(init, where)]
         auto = {key: value for key, value in init.items() if _is_specific(key, value)}
         found.specific = {
             key: token(value, f"{where}: {key}") for key, value in auto.items()
@@ -96,18 +95,18 @@ class TokenizerFiles:
         where = self.name(SPECIAL_MAP)
         for key, value in (self._parsed(SPECIAL_MAP) or {}).items():
             if key == "extra_special_tokens" and isinstance(value, list):
-                known = list(found.init.get("extra_special_tokens") or [])
+                known = found.init.get("extra_special_tokens") or []
                 value = [{**entry, "special": True} if isinstance(entry, dict) else entry for entry in value]
                 value = known + [entry for entry in value if entry not in known]
             elif isinstance(value, dict) and key != "extra_special_tokens":
                 value = token({**value, "special": True}, f"{where}: {key}")
             found.init[key] = value
         found.take_specific(where)
+        _extra(found.init, where)
 
     def _added(self, found):
-        extra = found.init.get("extra_special_tokens")
         special = {str(found.init[key]) for key in NAMED if found.init.get(key)}
-        special |= set(map(str, extra)) if isinstance(extra, list) else set()
+        special |= set(map(str, found.init.get("extra_special_tokens") or ()))
         for content, index in (self._parsed(ADDED) or {}).items():
             known = content in special
             flags = {"content": content, "normalized": not known, "special": known}
@@ -149,6 +148,14 @@ class NamedTokens:
         if isinstance(self.init.get("extra_special_tokens"), dict):
             for key, value in self.init.pop("extra_special_tokens").items():
                 self.specific[key] = token(value, f"{where}: extra_special_tokens: {key}")
+
+
+def _extra(init, where):
+    """The special tokens without a name in `init`, as its files have them."""
+    listed = init.get("extra_special_tokens", init.get("additional_special_tokens"))
+    if not isinstance(listed, list | None):
+        raise UserError(f"{where}: extra_special_tokens should be a list or an object, got {listed!r}")
+    return listed or []
 
 
 def token(value: Any, where: str) -> Any:

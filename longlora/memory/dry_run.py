@@ -4,6 +4,7 @@ The recorder asks what memory each op takes for the very arguments of the run, s
 twice.
 """
 
+import ctypes
 import itertools
 import mmap
 from collections.abc import Callable
@@ -14,20 +15,28 @@ from longlora.device import CPU
 from longlora.errors import UserError
 
 NORESERVE = 0x4000  # MAP_NORESERVE of Linux, which Python's mmap does not name
+APART = 1 << 46  # bytes between two addresses of _nowhere
+# Addresses that no system gives to a process. They differ, since ops refuse outputs that overlap.
+_nowhere = itertools.cycle(range(1 << 60, 1 << 62, APART))
 
 
 def untouched(size: int) -> _C.Tensor:
     """A uint8 Tensor [size] that costs no memory as long as nothing reads or writes it.
 
-    It may exceed what the machine has, unless the system forbids that (vm.overcommit_memory is 2): UserError.
+    It may exceed what the machine has. Where the system forbids that (ulimit -v, vm.overcommit_memory 2) it
+    lies at addresses that no process has. UserError for sizes beyond any machine.
     """
     size, flags = max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
+    memory: Any
     try:
-        return _C.Tensor.wrap(mmap.mmap(-1, size, flags=flags), (size,), "uint8")
+        memory = mmap.mmap(-1, size, flags=flags)
     except OSError as error:
-        raise UserError(
-            f"the plan needs {size} bytes of address space, no memory: {error.strerror}"
-        ) from None
+        if size > APART:
+            raise UserError(
+                f"the plan needs {size} bytes of address space, no memory: {error.strerror}"
+            ) from None
+        memory = (ctypes.c_ubyte * size).from_address(next(_nowhere))
+    return _C.Tensor.wrap(memory, (size,), "uint8")
 
 
 class Recorder:

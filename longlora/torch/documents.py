@@ -221,6 +221,8 @@ def of_4d(given: Tensor, B: int, T: int, name: str, model: str) -> Documents:
 
 def carries_state(config: Any) -> bool:
     """Whether a model has layers that carry something from token to token besides attention."""
+    if config is None:
+        return False
     config = config.get_text_config() if isinstance(config, PretrainedConfig) else config
     types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
     return not (RECURRENT | BESIDE).isdisjoint(types) or any(

@@ -21,11 +21,13 @@ from transformers import TrainingArguments
 
 from longlora import cli
 from longlora.errors import UserError
+from longlora.job import processors
+from longlora.progress import quietly
 from longlora.torch.trainer import TorchEngine
 from longlora.training import options, resume
 from longlora.training.inputs import Say, Setup, Source, read_data, use_threads
 from longlora.training.options import TrainOptions
-from longlora.training.run import Result, Run, refuse_taken
+from longlora.training.run import Result, Run
 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 # Options of `longlora train` that are refused here, and why.
@@ -51,10 +53,13 @@ def train(say: Say = print, **keywords: Any) -> Result:
 
 def run(o: TrainOptions, say: Say = print) -> Result:
     """As `train`, with checked options."""
+    say = quietly(say)
     refuse(o)
     use_threads(o)
     if o.num_threads:
         torch.set_num_threads(o.num_threads)
+    elif "OMP_NUM_THREADS" not in os.environ:  # torch knows no quota of a control group
+        torch.set_num_threads(min(torch.get_num_threads(), processors()))
     source = Source(o)
     setup = Setup(o, source.config)
     given = PRECISION in os.environ
@@ -71,7 +76,7 @@ def run(o: TrainOptions, say: Say = print) -> Result:
             held.callback(os.environ.pop, PRECISION, None)
 
         def prepare():
-            refuse_taken(o)
+            resume.refuse_taken(o.output_dir, o.resume_from_checkpoint)
             held.enter_context(resume.alone(o.output_dir))
             resume.sweep(o.output_dir)
             read_data(o, source, setup, say)  # the other processes find it in the cache

@@ -191,19 +191,29 @@ class Steps(Trainer):
         return self.lr_scheduler
 
     def training_step(self, *args, **kwargs):
+        if self.is_deepspeed_enabled:  # its backward pass also updates the parameters
+            self.run.consistent = False
         loss = super().training_step(*args, **kwargs)
         self.loss += loss
         return loss
 
 
 class Callback(TrainerCallback):
-    """Calls `begin` before the first step and `after_step` after each; true from it ends the run."""
+    """Calls `begin` before the first step, `updates` before an update and `after_step` after each step.
 
-    def __init__(self, begin: Callable[[], None], after_step: Callable[[float], bool]):
-        self.begin, self.after_step = begin, after_step
+    True from `after_step` ends the run.
+    """
+
+    def __init__(
+        self, begin: Callable[[], None], updates: Callable[[], None], after_step: Callable[[float], bool]
+    ):
+        self.begin, self.updates, self.after_step = begin, updates, after_step
 
     def on_train_begin(self, args, state, control, **unused):
         self.begin()
+
+    def on_pre_optimizer_step(self, args, state, control, **unused):
+        self.updates()
 
     def on_log(self, args, state, control, logs=None, **unused):
         if "loss" in logs:
@@ -233,7 +243,7 @@ class TorchEngine:
                 kinds,
                 model=build(run.o, setup, run.tensors),
                 args=args,
-                callbacks=[Callback(self._begin, self._after_step)],
+                callbacks=[Callback(self._begin, self._updates, self._after_step)],
                 train_dataset=Places(run.corpus, run.o.seed, run.position, left * run.each),
                 data_collator=lambda places: batch(run.corpus, places, setup.multiple),
             )
@@ -263,6 +273,9 @@ class TorchEngine:
                 p.restore(*(run.tensors[f"{what}.{p.name}"] for what in ("value", "m", "v")), run.step)
         self.trainer.loss = 0.0
         run.begin()
+
+    def _updates(self):
+        self.run.consistent = False  # until Run.after_step
 
     def _after_step(self, norm):
         """After a step -> whether it was the last one because of a signal, in any process."""

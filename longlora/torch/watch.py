@@ -5,6 +5,7 @@ checked. Every pass also keeps its position_ids, because many models do not show
 """
 
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -35,7 +36,9 @@ class _Pass:
                 self.hooks.append(module.register_forward_pre_hook(_runs))
 
     def end(self, outer):
-        """Tell the pass around this one, if there is one, what was found here."""
+        """Remove the hooks, and tell the pass around this one, if there is one, what was found here."""
+        for hook in self.hooks:
+            hook.remove()
         if self.served:
             silent = [module for key, module in self.ran.items() if key not in self.asked]
             config = self.model.config.get_text_config()
@@ -65,6 +68,15 @@ class _Passes(threading.local):
 
 
 _passes = _Passes()
+_inside: weakref.WeakKeyDictionary[torch.nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
+
+
+def _watched_inside(model):
+    """The ids of the watched models inside of `model`. They do not change: adapters wrap smaller parts."""
+    if model not in _inside:
+        parts = (m for m in model.modules() if m is not model and _before in m._forward_pre_hooks.values())
+        _inside[model] = frozenset(map(id, parts))
+    return _inside[model]
 
 
 def _is_attention(module):
@@ -86,8 +98,8 @@ def _before(model, args, kwargs):
     if torch.compiler.is_compiling():
         return
     stack = _passes.stack
-    # An interrupted pass has not ended.
-    del stack[next((i for i, found in enumerate(stack) if found.model is model), len(stack)) :]
+    while stack and id(model) not in _watched_inside(stack[-1].model):
+        stack.pop().end(None)  # it was interrupted
     stack.append(_Pass(model, kwargs))
     if len(stack) == 1 and model.training and not getattr(model, _CHECKED, False):
         stack[0].count()
@@ -102,8 +114,6 @@ def _after(model, args, output):
         return
     now = stack[at]
     del stack[at:]
-    for hook in now.hooks:
-        hook.remove()
     now.end(stack[-1] if stack else None)
     if now.counts and output is not None:
         now.check()

@@ -13,7 +13,7 @@ import numpy as np
 
 from longlora.data.sequences import Order, batch
 from longlora.decoder.config import read_config
-from longlora.device import CPU, choose
+from longlora.device import CPU, choose, choose_to_plan
 from longlora.disk import write_json
 from longlora.errors import UserError
 from longlora.memory.plan import Plan
@@ -22,7 +22,7 @@ from longlora.progress import quietly
 from longlora.training import metrics, options, resume
 from longlora.training.inputs import Say, Setup, Source, use_threads
 from longlora.training.options import TrainOptions
-from longlora.training.run import Result, Run, refuse_taken
+from longlora.training.run import Result, Run
 
 PROFILE = "profile.json"
 
@@ -54,7 +54,7 @@ def plan_of(o: TrainOptions) -> Plan:
         config = open_model(path).config
     else:
         config = read_config(path)
-    return Setup(o, config, choose(o.device)[0]).plan
+    return Setup(o, config, choose_to_plan(o.device, o.max_memory)[0]).plan
 
 
 def run(o: TrainOptions, say: Say = print) -> Result:
@@ -73,7 +73,7 @@ def run(o: TrainOptions, say: Say = print) -> Result:
             f"this run needs {plan.total / 2**30:.2f} GiB, {plan.memory / 2**30:.2f} GiB are available{where}"
             "; what would make it fit: " + "; ".join(plan.changes)
         )
-    refuse_taken(o)
+    resume.refuse_taken(o.output_dir, o.resume_from_checkpoint)
     with resume.alone(o.output_dir):
         say(chosen)
         resume.sweep(o.output_dir)
@@ -143,8 +143,9 @@ class Driver:
                     total, norm = self._step(micro, tokens)
                 loss = loss if total is None else total / tokens
                 run.after_step(loss, norm, tokens)
+        result = run.finish()
         self._report_profile()
-        return run.finish()
+        return result
 
     def _step(self, micro, tokens):
         """One step over batches with `tokens` targets in all -> the sum of the losses, the norm of the
@@ -172,8 +173,8 @@ class Driver:
             from longlora.training import profile
 
             found = self.recorder.report()
-            write_json(os.path.join(self.run.o.output_dir, PROFILE), found)
             self.run.say(profile.text(found))
+            write_json(os.path.join(self.run.o.output_dir, PROFILE), found)
 
     def evaluate(self) -> float:
         run = self.run

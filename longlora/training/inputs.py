@@ -6,7 +6,7 @@ from typing import Any
 
 from longlora import disk
 from longlora.data.sequences import Sequences
-from longlora.data.tokens import tokenise
+from longlora.data.tokens import CACHED, tokenise
 from longlora.decoder import plan, rope
 from longlora.decoder.config import ModelConfig, read_config
 from longlora.decoder.lora import LoraConfig
@@ -106,7 +106,7 @@ def read_data(
     """
     cache = o.cache_dir or os.path.join(o.output_dir, "cache")
     if os.path.isdir(cache):
-        disk.sweep(cache)
+        disk.sweep(cache, CACHED)
 
     def sequences(path):
         tokens = tokenise(path, source.tokenizer, setup.config.vocab_size, cache, say)

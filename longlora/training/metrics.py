@@ -6,7 +6,7 @@ import resource
 from collections.abc import Iterable
 from typing import Any
 
-from longlora.disk import write_text
+from longlora.disk import flush, write_text
 from longlora.errors import UserError
 
 FILE = "metrics.jsonl"
@@ -61,5 +61,12 @@ class Log:
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
+
+    def sync(self) -> None:
+        """Flush the rows to disk, so that no checkpoint is newer than they are. UserError if that fails."""
+        try:
+            flush(self.path)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None

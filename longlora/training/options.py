@@ -14,7 +14,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
-from longlora.errors import UserError
+from longlora.errors import UserError, shown
+
+LONGEST = 1 << 24  # tokens of a sequence, and of a batch
 
 
 def option(
@@ -60,13 +62,14 @@ class TrainOptions:
     )
     output_dir: str = option(None, "directory for the adapter, the checkpoints and the metrics")
     target_length: int | None = option(
-        None, "extend the positions to this many tokens (default: the base model's)", low=1
+        None, "extend the positions to this many tokens (default: the base model's)", low=1, high=LONGEST
     )
     sequence_length: int = option(
         None,
         "tokens of a training sequence (default: the target length)",
         resolved=True,
         low=2,
+        high=LONGEST,
         alias=("model_max_length", "max_length"),
     )
     rope_type: str = option(
@@ -156,17 +159,20 @@ class TrainOptions:
     resume_from_checkpoint: str | None = option(
         None, "a checkpoint directory, or latest: the newest in output_dir, if any (default: start anew)"
     )
-    seed: int = option(42, "seed of the initial weights and of the order of the data", low=0)
+    seed: int = option(42, "seed of the initial weights and of the order of the data", low=0, high=2**63 - 1)
     device: str = option(
         "auto",
         "where to compute; auto is the first usable GPU, or else the CPU",
         metavar="auto|cpu|cuda|cuda:N",
     )
     num_threads: int | None = option(
-        None, "threads of the CPU (default: OMP_NUM_THREADS, or else all processors)", low=1
+        None, "threads of the CPU (default: OMP_NUM_THREADS, or else all processors)", low=1, high=4096
     )
     max_memory: float | None = option(
-        None, "GiB that the run may use (default: what the machine or the GPU has available)", above=0
+        None,
+        "GiB that the run may use (default: what the machine or the GPU has available)",
+        above=0,
+        high=2**30,
     )
     cache_dir: str | None = option(
         None, "directory for tokenised text (default: the directory cache in output_dir)"
@@ -227,6 +233,11 @@ class TrainOptions:
             raise UserError(
                 f"sequence_length should be at most the {longest} tokens of the base model unless "
                 f"target_length extends it, got {length}"
+            )
+        if length * self.per_device_train_batch_size > LONGEST:
+            raise UserError(
+                f"per_device_train_batch_size should be at most {LONGEST // length} with {length} tokens in "
+                f"a sequence, got {self.per_device_train_batch_size}"
             )
         if self.attention == "s2":
             self.group_size = self._group(length)
@@ -310,19 +321,19 @@ def _checked(f: Field, value: Any) -> Any:
         if type(None) in _types(f) or meta["resolved"]:
             return None
         raise UserError(f"{name} is missing")
-    value = _converted(name, kind, value)
+    value = _path(name, value) if _is_path(f) else _converted(name, kind, value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise UserError(f"{name} should be {kind.__name__}, got {value!r}")
+        raise UserError(f"{name} should be {kind.__name__}, got {shown(value)}")
     if meta["choices"] and value not in meta["choices"]:
-        raise UserError(f"{name} should be one of {', '.join(meta['choices'])}, got {value!r}")
+        raise UserError(f"{name} should be one of {', '.join(meta['choices'])}, got {shown(value)}")
     if kind is float and not math.isfinite(value):
-        raise UserError(f"{name} should be finite, got {value!r}")
+        raise UserError(f"{name} should be finite, got {shown(value)}")
     if meta["low"] is not None and value < meta["low"]:
-        raise UserError(f"{name} should be at least {meta['low']}, got {value!r}")
+        raise UserError(f"{name} should be at least {meta['low']}, got {shown(value)}")
     if meta["above"] is not None and not value > meta["above"]:
-        raise UserError(f"{name} should be above {meta['above']}, got {value!r}")
+        raise UserError(f"{name} should be above {meta['above']}, got {shown(value)}")
     if meta["high"] is not None and value > meta["high"]:
-        raise UserError(f"{name} should be at most {meta['high']}, got {value!r}")
+        raise UserError(f"{name} should be at most {meta['high']}, got {shown(value)}")
     return value
 
 
@@ -332,18 +343,33 @@ def _converted(name: str, kind: Any, value: Any) -> Any:
         if isinstance(value, str):
             value = value.split(",")
         if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
-            raise UserError(f"{name} should be a list of names, got {value!r}")
+            raise UserError(f"{name} should be a list of names, got {shown(value)}")
         return tuple(v for part in value for v in part.replace(",", " ").split() if v != "none")
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-4 as a string
-        except ValueError:
-            raise UserError(f"{name} should be a number, got {value!r}") from None
+        except (ValueError, OverflowError):  # OverflowError: an integer of more than 300 digits
+            raise UserError(f"{name} should be a number, got {shown(value)}") from None
     if name == "lr_scheduler_type" and value == "constant_with_warmup":
         return "constant"
+    return value
+
+
+def _is_path(f: Field) -> bool:
+    return _kind(f) is str and not f.metadata["choices"] and not f.metadata["metavar"]
+
+
+def _path(name: str, value: Any) -> str:
+    """A path as the system knows it; a shell expands ~, YAML and --model=~/base do not."""
     if name == "resume_from_checkpoint" and value in (True, "true", "True"):
         return "latest"  # as in transformers
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str):
+        raise UserError(f"{name} should be a path, got {shown(value)}")
+    if not value or "\0" in value:
+        raise UserError(f"{name} should be the name of a file or directory, got {shown(value)}")
+    return os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
 
 
 def aliases() -> dict[str, str]:
@@ -358,9 +384,9 @@ def from_dict(values: dict[str, Any], where: str = "options", planning: bool = F
     for key, value in values.items():
         name = other.get(key, key)
         if name not in names:
-            near = difflib.get_close_matches(str(key), names + list(other), 1)
+            near = difflib.get_close_matches(shown(key).strip("'"), names + list(other), 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"{where}: unknown option {key!r}{hint}")
+            raise UserError(f"{where}: unknown option {shown(key)}{hint}")
         if name in found:
             raise UserError(f"{where}: {name} is given twice")
         found[name] = value
@@ -384,10 +410,10 @@ def _default(f: Field) -> str:
     return f" [{shown.lower() if isinstance(default, bool) else shown}]"
 
 
-def add_flags(parser: argparse.ArgumentParser, shown: Collection[str] | None = None) -> None:
+def add_flags(parser: argparse.ArgumentParser, listed: Collection[str] | None = None) -> None:
     """Add a flag for every option; flags that are not given stay out of the namespace.
 
-    shown: the options that --help lists, by default all.
+    listed: the options that --help lists, by default all.
     """
     parser.add_argument(
         "--config", metavar="FILE", help="a YAML file of options; flags take precedence over it"
@@ -409,7 +435,7 @@ def add_flags(parser: argparse.ArgumentParser, shown: Collection[str] | None = N
             )
         if other:
             section.add_argument(*other, **how)
-        if shown is None or f.name in shown:
+        if listed is None or f.name in listed:
             how["help"] = f.metadata["help"].replace("%", "%%") + _default(f)
         section.add_argument(flag, **how)
 
@@ -420,19 +446,14 @@ def from_flags(namespace: argparse.Namespace, planning: bool = False) -> TrainOp
     given = {f.name: getattr(namespace, f.name) for f in fields(TrainOptions) if hasattr(namespace, f.name)}
     if not namespace.config:
         return from_dict(given, "command line", planning)
-    import yaml
+    from longlora.training import config_file
 
-    try:
-        with open(namespace.config, encoding="utf-8") as file:
-            values = yaml.safe_load(file) or {}
-    except OSError as error:
-        raise UserError(f"{namespace.config}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{namespace.config}: is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{namespace.config}: should be a mapping of options, got {type(values).__name__}")
+    values = config_file.read(namespace.config)
     known = aliases()
     for name in given:
         for key in [key for key in values if known.get(key, key) == name]:
             del values[key]
+    # YAML's null, ~, leaves an option open. For a list it could mean none of them, so it is refused.
+    lists = [f.name for f in fields(TrainOptions) if _kind(f) is tuple]
+    values = {key: v for key, v in values.items() if v is not None or known.get(key, key) in lists}
     return from_dict({**values, **given}, namespace.config, planning)

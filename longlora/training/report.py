@@ -1,6 +1,7 @@
 """What a run reports in words and pictures: the lines of its steps, options.yaml, loss.png."""
 
 import os
+from collections.abc import Callable
 
 from longlora.disk import write_text
 from longlora.training.options import TrainOptions
@@ -34,9 +35,12 @@ def write_options(o: TrainOptions) -> None:
     write_text(os.path.join(o.output_dir, OPTIONS), yaml.safe_dump(o.to_dict(), sort_keys=False))
 
 
-def draw(o: TrainOptions, rows: list[dict]) -> None:
-    """Draw loss.png into output_dir, once there is a loss."""
+def draw(o: TrainOptions, rows: list[dict], say: Callable[[str], object]) -> None:
+    """Draw loss.png into output_dir, once there is a loss. A picture that fails is said and ends no run."""
     if any("loss" in row for row in rows):
-        from longlora import plots
+        try:
+            from longlora import plots
 
-        plots.loss(os.path.join(o.output_dir, "loss.png"), rows)
+            plots.loss(os.path.join(o.output_dir, "loss.png"), rows)
+        except Exception as error:
+            say(f"loss.png could not be drawn: {error}")

@@ -8,7 +8,6 @@ the lines of the steps are in report.py.
 
 import contextlib
 import math
-import os
 import signal
 import time
 import zlib
@@ -18,19 +17,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from longlora import __version__, progress
+from longlora import __version__, disk, progress
 from longlora.device import host
 from longlora.errors import UserError
 from longlora.evaluation.ppl import perplexity
-from longlora.files import adapter, merge
+from longlora.files import adapter, base_folder, merge
 from longlora.ops import shifted_heads
 from longlora.training import metrics, report, resume
 from longlora.training.inputs import Say, Setup, Source, read_data
 from longlora.training.options import TrainOptions
 from longlora.training.stop import Stop
 
-# A directory that holds one of these holds a run or a model and is never overwritten.
-TAKEN = (metrics.FILE, report.OPTIONS, adapter.CONFIG, "config.json")
 # The options that a resumed run may change: the arithmetic of a step does not depend on them. Weights and
 # data are compared by content, and the length of the run where the schedule depends on it.
 FREE = {
@@ -164,23 +161,6 @@ def same_run(state: dict, identity: dict, o: TrainOptions, where: str) -> None:
             raise UserError(f"{where}: was trained with {name} {before!r}, got {value!r}")
 
 
-def refuse_taken(o: TrainOptions) -> None:
-    """UserError if output_dir holds something that this run would overwrite."""
-    if os.path.exists(o.output_dir) and not os.path.isdir(o.output_dir):
-        raise UserError(f"{o.output_dir}: is not a directory")
-    resumes = o.resume_from_checkpoint
-    if resumes == "latest" or resumes and resume.belongs_to(resumes, o.output_dir):
-        return
-    taken = [name for name in TAKEN if os.path.exists(os.path.join(o.output_dir, name))]
-    taken += [os.path.basename(path) for path in resume.found(o.output_dir)]
-    if taken:
-        raise UserError(
-            f"{o.output_dir}: holds another run or a model ({taken[0]}); resume it (resume_from_checkpoint "
-            "latest) or choose another output_dir"
-            + (f"; {resumes} is of another output_dir" if resumes else "")
-        )
-
-
 class Moved:
     """Stops a run that trains nothing: every tensor of every kind has to change.
 
@@ -299,11 +279,11 @@ class Run:
     def start(self, engine: Engine, memory: str | None = None) -> None:
         """Write the options and the metrics so far, and say what the run will do.
 
-        memory: a sentence about the memory of the run.
+        memory: a sentence about the memory of the run. UserError for what would fail when the run saves.
         """
         o, self.engine = self.o, engine
-        if self.writes:
-            report.write_options(o)
+        self.once(self._rehearse)
+        self.once(lambda: report.write_options(o))
         self.log = metrics.Log(o.output_dir, self.rows, self.writes)
         for sentence in self._describe(engine.parameters):
             self.say(sentence)
@@ -315,6 +295,21 @@ class Run:
                 if self.resumed
                 else "resuming: no checkpoint yet, from the start"
             )
+
+    def _rehearse(self):
+        """Write everything that a checkpoint holds besides tensors, and remove it again."""
+        folder, home = self.o.output_dir, resume.path_of(self.o.output_dir, self.steps)
+        least = sum(3 * 4 * math.prod(p.shape) for p in self.engine.parameters)  # value, m and v in float32
+        free = disk.free(folder)
+        if free is not None and free < least and self.step < self.steps:
+            raise UserError(
+                f"{folder}: a checkpoint takes more than {least / 2**20:,.1f} MiB, its disk has "
+                f"{free / 2**20:,.1f} MiB free"
+            )
+        if self.setup.lora is not None:
+            base_folder.check(folder)
+        with disk.passing(folder, "rehearsal") as aside:
+            self.write_model(aside, None, home)
 
     def _describe(self, parameters):
         """What the run will do, line by line."""
@@ -374,12 +369,15 @@ class Run:
             except Exception:
                 self.say(f"stopped by an error after step {self.step}; {self._rescue()}")
                 raise
+            except KeyboardInterrupt:
+                self.say(f"ended at once after step {self.step}; {self._left()}")
+                raise
             if self.step > self.first or self.resumed is None:
                 self.save()
 
     @contextlib.contextmanager
     def updating(self) -> Iterator[None]:
-        """Entered while parameters change: what fails in here leaves no state that could be saved.
+        """Entered while parameters change: until `after_step` there is no state that could be saved.
 
         But a UserError is raised before anything changes.
         """
@@ -389,17 +387,18 @@ class Run:
         except UserError:
             self.consistent = True
             raise
-        self.consistent = True
 
     def _rescue(self):
         """Save the steps so far after an error, unless they are saved -> what is there, in words."""
-        saved = f"the last checkpoint is {self.saved}" if self.saved else "nothing was saved"
         if not self.consistent or self.processes > 1 or self.step == self.saved_step:
-            return saved
+            return self._left()
         try:
             return f"the state after step {self.step} is saved in {self.save()}"
-        except (UserError, MemoryError) as error:
-            return f"and the state after step {self.step} could not be saved ({error}); {saved}"
+        except Exception as error:
+            return f"and the state after step {self.step} could not be saved ({error}); {self._left()}"
+
+    def _left(self):
+        return f"the last checkpoint is {self.saved}" if self.saved else "nothing was saved"
 
     def goes_on(self) -> bool:
         """Whether there is another step to make."""
@@ -438,7 +437,7 @@ class Run:
         if self.moved.waiting:
             self.consistent = False  # nothing is kept of a run that trains nothing
             self.moved.check(self.step, share < 0.5)
-            self.consistent = True
+        self.consistent = True
         speed = tokens / (time.perf_counter() - self.started)
         row = {
             "step": self.step,
@@ -451,7 +450,11 @@ class Run:
             "num_input_tokens_seen": self.position * o.sequence_length,
         }
         if due.evaluates:
-            row["eval_loss"] = self.engine.evaluate()
+            try:
+                row["eval_loss"] = self.engine.evaluate()
+            except Exception:
+                self.log.add(**row)  # the step is made, and saved as such
+                raise
             row["eval_perplexity"] = perplexity(row["eval_loss"])
             self.shown = f", held-out perplexity {row['eval_perplexity']:.3f}"
         row["peak_memory"] = self.engine.peak_memory()
@@ -475,6 +478,7 @@ class Run:
             "epoch": self.position / len(self.corpus),
             "position": self.position,
             "seed": self.o.seed,
+            "written": time.time(),
             **self.identity,
             "options": self.alone.to_dict(),
             "log_history": self.log.rows,
@@ -486,45 +490,48 @@ class Run:
         }
         output_dir, limit = self.o.output_dir, self.o.save_total_limit
         home = resume.path_of(output_dir, self.step)
-        self.once(
-            lambda: resume.save(
-                output_dir, state, tensors, lambda path: self.write_model(path, values, home), limit
-            )
-        )
+
+        def write():
+            self.log.sync()
+            resume.save(output_dir, state, tensors, lambda path: self.write_model(path, values, home), limit)
+
+        self.once(write)
         self.saved, self.saved_step = home, self.step
         return home
 
-    def write_model(self, directory: str, values: dict[str, Any], home: str | None = None) -> None:
+    def write_model(self, directory: str, values: dict[str, Any] | None, home: str | None = None) -> None:
         """Write the adapter, or with `full` the whole model, into the directory.
 
-        home: the name that the directory gets in the end.
+        values: name -> float32 array, or None to leave the weights out; home: the name that the directory
+        gets in the end.
         """
         source, setup = self.source, self.setup
         if setup.lora is not None:
             adapter.save(directory, values, setup.lora, source.base, setup.raw, source.tokenizer, home)
         else:
-            merge.save_merged(
-                directory,
-                lambda name: host(values[name]),
-                setup.raw,
-                source.tokenizer,
-                source.dtype,
-                source.beside,
-            )
+            read = None if values is None else lambda name: host(values[name])
+            merge.save_merged(directory, read, setup.raw, source.tokenizer, source.dtype, source.beside)
+
+    def _write_last(self, values):
+        try:
+            self.write_model(self.o.output_dir, values)
+        except UserError as error:
+            raise UserError(f"{error}; {self._left()}") from None
 
     def finish(self) -> Result:
-        """Draw the loss; write the model unless a signal stopped the run -> Result."""
+        """Write the model unless a signal stopped the run, and draw the loss -> Result."""
         o, rows = self.o, self.log.rows
-        self.once(lambda: report.draw(o, rows))
         stopped = self.engine.signal() if self.step < self.steps else None
+        if not stopped:
+            values = self.engine.values()
+            self.once(lambda: self._write_last(values))
+        self.once(lambda: report.draw(o, rows, self.say))
         if stopped:
             self.say(
                 f"stopped by {signal.Signals(stopped).name} after step {self.step}; go on with "
                 f"--resume-from-checkpoint {self.saved}"
             )
         else:
-            values = self.engine.values()
-            self.once(lambda: self.write_model(o.output_dir, values))
             self.say(report.last_line(o, rows))
         last = {key: value for row in rows for key, value in row.items()}
         return Result(

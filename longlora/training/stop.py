@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from typing import Any
@@ -19,8 +20,8 @@ TOGETHER = 1.0
 class Stop:
     """Remembers the first signal while it is entered, so that the step ends and is saved before the run.
 
-    A SIGINT or SIGTERM that comes more than TOGETHER seconds later means now: KeyboardInterrupt. SIGHUP
-    under nohup stays ignored. `signal` is the first one's number, or None.
+    A SIGINT or SIGTERM that comes more than TOGETHER seconds later means now: KeyboardInterrupt. SIGHUP under
+    nohup stays ignored. `signal` is the first one's number, or None.
     """
 
     def __init__(self) -> None:
@@ -31,7 +32,9 @@ class Stop:
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
             for number in (*ASK, *WARN):
-                if number in NOW or signal.getsignal(number) != signal.SIG_IGN:
+                before = signal.getsignal(number)
+                # None: a library has a handler of its own there, which Python could not restore.
+                if before is not None and (number in NOW or before != signal.SIG_IGN):
                     self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -39,11 +42,15 @@ class Stop:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._since = number, now
-            name = signal.Signals(number).name
-            text = f"\n{name}: finishing and saving this step; another SIGINT or SIGTERM ends at once\n"
-            # print may be what the signal has interrupted, and nobody may be left to read.
-            with contextlib.suppress(OSError):
-                os.write(2, text.encode())
+            text = (
+                f"\n{signal.Signals(number).name}: finishing and saving this step; a SIGINT or SIGTERM after "
+                f"{TOGETHER:g} s ends the run at once and loses what is not saved\n"
+            )
+            # print may be what the signal has interrupted, and nobody may be left to read. Without a standard
+            # error, descriptor 2 is a file of the run.
+            if sys.__stderr__ is not None:
+                with contextlib.suppress(OSError):
+                    os.write(2, text.encode())
         elif number in NOW and now - self._since > TOGETHER:
             raise KeyboardInterrupt
 

@@ -12,9 +12,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY_GPU = ["80:sm_80", "90a:sm_90a", "100:sm_100", "120:sm_120", "120:compute_120"]
-# Writes its arguments to $RECORD and makes its output, so that setup.py goes on.
+# Tells its release, writes its arguments to $RECORD and makes its output, so that setup.py goes on. If BROKEN
+# is set, it fails as nvcc does with a host compiler that is too new.
 RECORDER = """#!/bin/sh
-[ -z "$RECORD" ] || echo "$@" >> "$RECORD"
+[ "$1" != --version ] || { echo "Cuda compilation tools, release ${RELEASE:-13.0}, V1"; exit; }
+echo "$@" >> "$RECORD"
+[ -z "$BROKEN" ] || { echo 'host_config.h:132:2: error: #error -- unsupported GNU version!'; exit 1; }
 while [ $# -gt 0 ]; do
     [ "$1" != -o ] || : > "$2"
     shift
@@ -40,9 +43,8 @@ class Tree:
         self.hopper.parent.mkdir(exist_ok=True)
         self.hopper.write_text('#include "../common.cuh"\n')
         for name in ("nvcc", "cc"):
-            (folder / name).write_text(
-                RECORDER.replace("$RECORD", "$RECORD" if name == "nvcc" else "$NO_RECORD")
-            )
+            script = RECORDER if name == "nvcc" else RECORDER.replace("$RECORD", "$RECORD.cc")
+            (folder / name).write_text(script.replace("$BROKEN", "$BROKEN" if name == "nvcc" else ""))
             (folder / name).chmod(0o755)
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("LONGLORA_CUDA")},
@@ -50,6 +52,7 @@ class Tree:
             "NVCC": str(folder / "nvcc"),
             "RECORD": str(self.record),
             "LONGLORA_CUDA": "1",
+            "WIDE": "1",  # kernels of one instruction set only
         }
         self.past()
 
@@ -58,8 +61,8 @@ class Tree:
         for path in self.root.rglob("*"):
             os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 3600))
 
-    def build(self, **switches):
-        """-> {source: the GPUs in nvcc's call}, {source: the macros in it}, of compiled sources."""
+    def run(self, **switches):
+        """Build, with these environment variables -> the finished process."""
         self.record.unlink(missing_ok=True)
         command = [
             sys.executable,
@@ -71,10 +74,14 @@ class Tree:
             "--build-temp",
             "made",
         ]
-        done = subprocess.run(
-            command, cwd=self.root, env=self.environment | switches, capture_output=True, text=True
-        )
+        environment = self.environment | switches
+        return subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True)
+
+    def build(self, **switches):
+        """-> {source: the GPUs in nvcc's call}, {source: the macros in it}, of compiled sources."""
+        done = self.run(**switches)
         assert done.returncode == 0, done.stdout + done.stderr
+        self.said = done.stderr
         calls = self.record.read_text().splitlines() if self.record.exists() else []
         gpus, macros = {}, {}
         for call in calls:
@@ -85,7 +92,9 @@ class Tree:
                     for arch, code in re.findall(r"-gencode arch=compute_(\w+),code=(\w+)", call)
                 ]
                 macros[source[1]] = re.findall(r"-D(LONGLORA_\w+)", call)
-        gpus.pop("x.cu", None)  # setup.py's question where nvcc's libraries are
+        tried = [source for source in gpus if not source.startswith("cuda/")]
+        assert [Path(source).name for source in tried] == ["empty.cu"], "setup.py tries the compiler once"
+        del gpus[tried[0]], macros[tried[0]]
         return gpus, macros
 
 
@@ -132,3 +141,49 @@ def test_what_is_newer_than_its_object_is_compiled_again(tree):
         tree.past()
     assert set(tree.build(LONGLORA_CUDA_ARCH="90a")[0]) == everything, "other flags, other objects"
     assert not tree.build()[0], "the former objects are still there"
+
+
+@pytest.mark.parametrize("release", ["11.8", "12.4"])
+def test_an_older_toolkit_builds_for_the_gpus_it_knows(tree, release):
+    gpus, _ = tree.build(RELEASE=release, LONGLORA_CUDA="auto")
+    assert set(gpus) == ordinary()
+    assert all(of == ["80:sm_80", "90:sm_90", "90:compute_90"] for of in gpus.values())
+    (line,) = tree.said.splitlines()
+    assert (
+        line.startswith("longlora: ") and f"is of CUDA {release}, which knows no GPU later than sm_90" in line
+    )
+    assert tree.build(RELEASE=release, LONGLORA_CUDA_ARCH="90a")[0].keys() > ordinary(), "as told"
+
+
+def test_a_toolkit_of_12_8_builds_for_all(tree):
+    gpus, _ = tree.build(RELEASE="12.8", LONGLORA_CUDA="auto")
+    gpus.pop("cuda/hopper/attention.cu")
+    assert all(of == EVERY_GPU for of in gpus.values()) and not tree.said
+
+
+@pytest.mark.parametrize(
+    "switches, why",
+    [
+        (dict(RELEASE="11.7"), "is of CUDA 11.7, which is older than 11.8"),
+        (dict(RELEASE="unknown"), "--version did not tell its release"),
+        (dict(BROKEN="1"), "error: #error -- unsupported GNU version!"),
+        (
+            dict(NVCC="/nowhere", PATH="/usr/bin:/bin"),
+            "there was no nvcc in NVCC, CUDA_HOME, CUDA_PATH, PATH",
+        ),
+    ],
+)
+def test_without_a_toolkit_that_can_the_cpu_alone_is_built(tree, switches, why):
+    if "NVCC" in switches and shutil.which("/usr/local/cuda/bin/nvcc"):
+        pytest.skip("there is an nvcc where it is looked for last")
+    done = tree.run(LONGLORA_CUDA="auto", **switches)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("longlora: ") and why in line and line.endswith(": building for the CPU alone")
+    compiled = Path(f"{tree.record}.cc").read_text()
+    assert " -DLONGLORA_CUDA=1 " not in compiled and " -DLONGLORA_WITHOUT_CUDA=" in compiled
+    assert "-lcudart_static" not in compiled and "csrc/cpu/swiglu.c" in compiled
+    calls = tree.record.read_text().splitlines() if tree.record.exists() else []
+    assert not [call for call in calls if " cuda/" in call]
+    done = tree.run(LONGLORA_CUDA="1", **switches)
+    assert done.returncode == 1 and done.stderr.startswith("LONGLORA_CUDA=1, but ") and why in done.stderr

@@ -23,7 +23,7 @@ pytestmark = [
         not (ROOT / "cuda").exists(), reason="the CUDA sources are not here: these tests need the source tree"
     ),
     pytest.mark.skipif(not shutil.which(CXX), reason=f"no C++ compiler: {CXX} is not installed"),
-    pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="the sanitizers know nothing of fibers"),
+    pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="the sanitizers do not know fibers"),
 ]
 
 

@@ -103,7 +103,7 @@ def test_other_kinds_of_runs_too(tmp_path, fields):
         assert b["loss"] == pytest.approx(a["loss"], rel=CLOSE[fields.get("dtype", "float32")])
 
 
-def test_the_loss_is_read_where_it_is_said(tmp_path, monkeypatch):
+def test_the_loss_is_read_in_logged_steps_only(tmp_path, monkeypatch):
     """A step waits for one number, the norm. Logged rows equal those of a run that logs every step."""
     each = run(tmp_path, device=GPU, max_steps=6, output_dir=str(tmp_path / "each"))
     reads, real = [], model_.Model.train_microbatch
@@ -276,7 +276,7 @@ def test_the_plan_has_the_workspace_that_a_step_takes(fields, lora):
     )
 
 
-def test_the_plan_is_of_the_gpu(tmp_path):
+def test_the_plan_counts_the_memory_of_the_gpu(tmp_path):
     config = read_config(tiny.CONFIG)
     about = plan_.plan(config, sequence_length=64, lora=LoraConfig(), device=GPU)
     free, total = cuda.memory_info(GPU)

@@ -29,7 +29,8 @@ def tokenizer(kind, template=None):
             single=template,
             special_tokens=[("<s>", backend.token_to_id("<s>")), ("</s>", backend.token_to_id("</s>"))],
         )
-    return Tokenizer(backend, {"eos_token": "</s>" if kind == "llama" else "<|endoftext|>"}, {})
+    eos = "</s>" if kind == "llama" else "<|endoftext|>"
+    return Tokenizer(backend, {"eos_token": eos}, {}, kind)
 
 
 KINDS = {

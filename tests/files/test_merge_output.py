@@ -52,3 +52,39 @@ def test_what_a_killed_merge_left_goes(tmp_path, adapter):
     (tmp_path / ".mine.partial").mkdir()
     merge(tmp_path / "base", adapter, tmp_path / "merged")
     assert not left.exists() and (tmp_path / ".mine.partial").exists()
+
+
+def test_a_link_to_a_directory_that_does_not_exist_yet(tmp_path, adapter):
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    merge(tmp_path / "base", adapter, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "config.json").exists()
+
+
+def test_a_fresh_disk_is_empty(tmp_path, adapter):
+    """ext4 puts lost+found into it."""
+    (tmp_path / "disk" / "lost+found").mkdir(parents=True)
+    merge(tmp_path / "base", adapter, tmp_path / "disk")
+    assert (tmp_path / "disk" / "config.json").exists()
+
+
+def test_what_a_killed_merge_left_in_an_existing_directory_goes(tmp_path, adapter):
+    left = tmp_path / "there" / ".there.01234567.partial"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_text("x")
+    merge(tmp_path / "base", adapter, tmp_path / "there")
+    assert not left.exists() and (tmp_path / "there" / "config.json").exists()
+
+
+def test_a_move_that_fails_leaves_the_directory_empty(tmp_path, adapter, monkeypatch):
+    real = os.rename
+
+    def rename(a, b):
+        if str(b).endswith("tokenizer.json") and ".partial" not in str(b):
+            raise OSError(5, "Input/output error")
+        real(a, b)
+
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(UserError, match="there: cannot be written: Input/output error"):
+        merge(tmp_path / "base", adapter, tmp_path / "there")
+    assert os.listdir(tmp_path / "there") == []

@@ -325,6 +325,14 @@ def test_damaged_tokenizer(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
+def test_half_a_character(tmp_path):
+    path = directory(tmp_path, trained("gpt2"), eos_token="<|im_end|>")
+    tokenizer = Tokenizer.from_directory(path)
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_parts(["a", text])):
+        with pytest.raises(UserError, match=r"a text holds half a character, '\\ud83d' at 4"):
+            encode("cut \ud83d")
+
+
 def test_missing_tokenizer(tmp_path):
     with pytest.raises(UserError, match="has no tokenizer.json"):
         Tokenizer.from_directory(tmp_path)

@@ -2,10 +2,8 @@
 
 import itertools
 import json
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,13 +131,3 @@ def test_only_an_earlier_demo_is_replaced(tmp_path):
     with pytest.raises(UserError, match="steps should be at least 1, got 0"):
         demo.run(tmp_path / "new", steps=0)
     assert not (tmp_path / "new").exists()
-
-
-def test_the_python_of_the_readme(tmp_path, monkeypatch, capsys):
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert blocks
-    monkeypatch.chdir(tmp_path)
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-    assert (tmp_path / "merged" / "model.safetensors").exists() and "perplexity" in capsys.readouterr().out

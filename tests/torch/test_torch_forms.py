@@ -7,6 +7,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
 transformers = pytest.importorskip("transformers", reason="its sources are read")
 from families import VERSION, tiny  # noqa: E402
+from swap_checks import own_rotary  # noqa: E402
 from torch import nn  # noqa: E402
 
 import longlora.torch  # noqa: E402
@@ -171,6 +172,7 @@ ROTATIONS = {
 
 @pytest.mark.parametrize("family", ROTATIONS)
 def test_rotations(family):
+    own_rotary()
     source = getattr(getattr(transformers.models, family), f"modeling_{family}")
     assert forms.rotation(source) is ROTATIONS[family]
 
@@ -189,6 +191,7 @@ def test_a_rotation_by_other_angles(monkeypatch):
             sin = emb.sin()
             return cos, sin
 
+    own_rotary()
     assert forms.rotation(LLAMA) is False
     monkeypatch.setattr(LLAMA, "LlamaRotaryEmbedding", OtherRotaryEmbedding)
     assert forms.rotation(LLAMA) is None

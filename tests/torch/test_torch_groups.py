@@ -131,6 +131,15 @@ def test_two_processes_by_fsdp2_make_the_steps_of_one(tmp_path):
     two_equal_one(tmp_path, FSDP2)
 
 
+def test_an_untied_head_by_fsdp2(tmp_path):
+    """accelerate shards the last norm and the head as a unit of their own."""
+    tiny.model(tmp_path / "base", tie_word_embeddings=False)
+    one = run(ours.train, tmp_path, "one", gradient_accumulation_steps=2, max_steps=2)
+    launched(tmp_path, "two", FSDP2, max_steps=2)
+    same_rows(metrics.read(tmp_path / "two"), one.history, rel=2e-5)
+    close(trained(tmp_path / "two"), trained(tmp_path / "one"))
+
+
 def test_swapped_layers_under_fsdp2(tmp_path):
     command = [sys.executable, str(HERE / "swap_fsdp2_worker.py")]
     ranks = [

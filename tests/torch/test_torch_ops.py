@@ -364,6 +364,22 @@ def test_autocast(device):  # noqa: F811
     assert inputs[0].grad.dtype == torch.float32
 
 
+def test_float16_autocast_keeps_small_gradients(device):  # noqa: F811
+    """They are scaled before they are rounded to float16."""
+    x, weight, ids = rand(4096, 16) * 0.5, rand(512, 16) * 1e-3, put(np.arange(4096) % 512)
+
+    def gradient(scale, low):
+        rows = x.detach().requires_grad_()
+        with torch.autocast(device, torch.float16, enabled=low):
+            loss = ops.linear_cross_entropy(rows, weight, ids)
+        (loss * scale).backward()
+        return rows.grad / scale
+
+    want = gradient(1.0, False)
+    assert want.abs().mean() < 1e-6
+    assert (gradient(2.0**16, True) - want).norm() <= 2e-3 * want.norm()
+
+
 def test_a_gradient_of_a_gradient_is_refused():
     q = rand(1, 4, 1, 8).requires_grad_()
     (grad,) = torch.autograd.grad(

@@ -147,7 +147,7 @@ def test_ten_steps_of_smollm2_are_the_drivers(tmp_path, smollm2):  # noqa: F811
     its loss and its gradient ten times as far. Losses are 2e-6 apart in the median and 1e-5 in one step,
     gradient norms up to 3e-4.
 
-    Adam's first steps have the size of the rate also where the gradient is nothing but rounding. Adapters are
+    Adam's first steps have the size of the rate even where the gradient is only rounding. Adapters are
     up to 4e-3 of the way that they moved apart. A higher rate carries more of that into the weights.
     """
     torch.set_num_threads(get_num_threads())
@@ -251,9 +251,9 @@ def test_packed_documents_train_as_in_the_driver(tmp_path, fields):
 
 @pytest.mark.parametrize("train", [driver.train, ours.train], ids=["driver", "torch"])
 def test_rates_and_decay_by_hand(tmp_path, train):
-    """Adam's first step is the rate for every number that has a gradient, whatever its size. Decay takes rate
-    x decay of a matrix and nothing of a norm. A has no gradient while B is zero: what it loses is decay. A
-    run without decay tells its start."""
+    """Adam's first step moves every number that has a gradient by the rate, whatever its size. Decay shrinks
+    a matrix by rate x decay and leaves norms alone. A has no gradient while B is zero, so it changes by decay
+    only. A run without decay gives its start."""
     rate, slow, decay = 1e-2, 1e-3, 0.5
     fields = dict(
         max_steps=1,
@@ -362,6 +362,53 @@ def test_a_signal_ends_the_step_and_saves(tmp_path):
     same_rows(rest.history, whole.history, rel=0)
 
 
+def test_an_error_between_steps_keeps_the_steps_so_far(tmp_path, monkeypatch):
+    """The resumed run ends with the bits of one that met no error."""
+    real, calls = trainer.batch, []
+
+    def batch(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise MemoryError("no memory")
+        return real(*args)
+
+    monkeypatch.setattr(trainer, "batch", batch)
+    said = []
+    with pytest.raises(MemoryError):
+        run(ours.train, tmp_path, "out", said, max_steps=6)
+    (path,) = resume.found(tmp_path / "out")
+    step = resume.load(path)[0]["global_step"]
+    assert (
+        said[-1] == f"stopped by an error after step {step}; the state after step {step} is saved in {path}"
+    )
+    monkeypatch.setattr(trainer, "batch", real)
+    run(ours.train, tmp_path, "out", max_steps=6, resume_from_checkpoint="latest")
+    run(ours.train, tmp_path, "whole", max_steps=6)
+    a, b = trained(tmp_path / "out"), trained(tmp_path / "whole")
+    assert all(np.array_equal(a[name], b[name]) for name in b)
+
+
+@pytest.mark.parametrize("at", ["while it updates", "after it"])
+def test_an_error_around_an_update_saves_nothing_of_it(tmp_path, monkeypatch, at):
+    """The parameters may be those of no step, or of a step that was not counted."""
+    real, calls = torch.optim.AdamW.step, []
+
+    def step(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) < 3:
+            return real(self, *args, **kwargs)
+        if at == "after it":
+            real(self, *args, **kwargs)
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    said = []
+    with pytest.raises(MemoryError):
+        run(ours.train, tmp_path, "out", said, max_steps=6)
+    assert said[-1] == "stopped by an error after step 2; nothing was saved"
+    assert not resume.found(tmp_path / "out")
+
+
 def test_an_adapter_is_read_everywhere(tmp_path):
     """Ours by `longlora ppl` and `longlora merge`; the driver's by PEFT, which trains on."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -409,6 +456,20 @@ def test_an_adapter_is_read_everywhere(tmp_path):
 
 
 # ---- what is refused -----------------------------------------------------------------------------
+
+
+def test_logits_are_never_whole(tmp_path, monkeypatch):
+    """Nor in evaluation."""
+    rows, linear = set(), torch.nn.functional.linear
+
+    def watched(x, weight, bias=None):
+        rows.add(weight.shape[0])
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    held_out = str(tiny.text(tmp_path / "held.txt", 80, seed=9))
+    run(ours.train, tmp_path, "out", max_steps=2, eval_data=held_out, eval_steps=1)
+    assert rows and tiny.CONFIG["vocab_size"] not in rows
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ def test_what_cannot_be_trained_is_refused(family, changes, inputs, words):
     [
         (dict(s_aux=torch.zeros(4)), "attention sinks"),
         (dict(softcap=30.0), "soft-capped"),
-        (dict(is_causal=False), "not causal"),
+        (dict(indices=torch.zeros(4, dtype=torch.int32)), "attention to selected tokens"),
     ],
 )
 def test_what_the_kernel_does_not_do_is_refused(asked, words):

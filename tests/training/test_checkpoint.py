@@ -120,7 +120,7 @@ def test_a_checkpoint_is_an_adapter_of_its_own(tmp_path):
     assert inspect.describe(path)["kind"] == "checkpoint" and inspect.describe(path)["step"] == 1
     lora, tensors, raw = adapter.load(path, open_model(tmp_path / "base"))
     assert lora.r == 8 and raw["max_position_embeddings"] == 128
-    # what it holds is what the optimizer goes on from
+    # the optimizer continues from what it holds
     for name, array in resume.load(path)[1].items():
         if name.startswith("value."):
             np.testing.assert_array_equal(array, tensors[name.removeprefix("value.")])

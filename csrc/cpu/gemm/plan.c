@@ -18,12 +18,13 @@ Gemm CPU(gemm_of_u)(const Gemm *g) {
 /* Columns of a panel for N of them: NR, or two vectors where N is four. */
 static int64_t panel_columns(int64_t N) { return NV == 3 && ceil_div(N, VW) == 4 ? 2 * VW : NR; }
 
-/* Few rows: the transposed product reads the larger matrix where it lies, which packing would not repay. Few
- * columns and a dense along m: as rows they fill the vectors. */
+/* Few rows: the transposed product reads the larger matrix where it lies, which packing would not repay. Up
+ * to 16 rows it is the narrow product for every dtype, which sums each row as if it were alone: generation
+ * relies on that. Few columns and a dense along m: as rows they fill the vectors. */
 static int swapping_pays(const Gemm *g, int32_t unit) {
     int few_rows = g->M <= 128 && g->M < g->N && g->b.row == 1;
     int few_columns = g->N <= 64 && g->N < g->M && g->a.row == 1;
-    return (few_rows && (g->b.dtype == unit || (g->M == 1 && g->R == 0))) || few_columns;
+    return (few_rows && (g->b.dtype == unit || (g->M <= 16 && g->R == 0))) || few_columns;
 }
 
 static void choose_rows_of_a(Plan *p, int32_t unit) {

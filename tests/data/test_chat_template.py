@@ -1,0 +1,132 @@
+"""Chat templates against transformers' apply_chat_template, on the shapes that public models have."""
+
+import json
+
+import pytest
+import tiny
+import transformers
+
+from longlora.data.chat_template import LLAMA_2, ChatTemplate, find_template
+from longlora.errors import UserError
+from longlora.files.open_model import open_model
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SHAPES = {
+    "chatml": CHATML,
+    "default system": "{% if messages[0]['role'] != 'system' %}<sys>You help.</sys>\n{% endif %}" + CHATML,
+    "no system": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    + CHATML,
+    "alternating": "{{ bos_token }}{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ m['content'] + eos_token }}{% endif %}"
+    "{% endfor %}",
+    "trimmed": "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</{{ m.role }}>\n{% endfor %}",
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ ns.n }}:"
+    "{{ m['content'] }};{% endfor %}{{ ns.n }}",
+    "controls": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content }}|"
+    "{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}",
+    "tools": "{% if tools %}{{ tools | tojson(indent=2) }}\n{% endif %}" + CHATML,
+    "json": "{{ messages | tojson }}",
+    "macro": "{% macro turn(m) %}[{{ m.role }}]{{ m.content }}{% endmacro %}"
+    "{% for m in messages %}{{ turn(m) }}{% endfor %}",
+    "generation": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
+    "{% endgeneration %}{% else %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}",
+    "blocks": "{% for m in messages %}\n    {% if m.role == 'user' %}\n    U {{ m.content }}\n"
+    "    {% endif %}\n{% endfor %}\n",
+    "llama 2": LLAMA_2,
+}
+USER, ASSISTANT, SYSTEM = (
+    {"role": role, "content": text}
+    for role, text in (
+        ("user", " What's \u00e9 <b>? "),
+        ("assistant", "It's a 'letter'.\n"),
+        ("system", "Be brief."),
+    )
+)
+CHATS = {
+    "user": [USER],
+    "turns": [USER, ASSISTANT, USER],
+    "system": [SYSTEM, USER, ASSISTANT],
+    "wrong order": [ASSISTANT, USER],
+}
+
+
+def theirs(template, chat, **how):
+    """What transformers renders, or the message of its error."""
+    backend = transformers.PreTrainedTokenizerFast(tokenizer_object=_backend(), **SPECIAL)
+    try:
+        return backend.apply_chat_template(chat, chat_template=template, tokenize=False, **how), None
+    except Exception as error:
+        return None, str(error)
+
+
+def _backend():
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_str(tiny.tokenizer_json())
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_text_is_that_of_transformers(shape, chat):
+    tools = [{"type": "function", "function": {"name": "f", "description": "d\u00e9", "parameters": {}}}]
+    for how in ({}, {"add_generation_prompt": True}, {"tools": tools}):
+        wanted, error = theirs(SHAPES[shape], CHATS[chat], **how)
+        template = ChatTemplate(SHAPES[shape], SPECIAL, "here")
+        if error is None:
+            assert template.render(CHATS[chat], **how) == wanted
+        else:
+            with pytest.raises(UserError, match="here: the chat template refuses these messages: "):
+                template.render(CHATS[chat], **how)
+
+
+def test_answers_are_marked():
+    text, spans = ChatTemplate(SHAPES["generation"], SPECIAL, "here").render_marked(
+        [USER, ASSISTANT, USER, ASSISTANT]
+    )
+    assert [text[a:b] for a, b in spans] == [ASSISTANT["content"] + "</s>"] * 2
+
+
+def test_a_template_cannot_reach_out():
+    """Jinja's sandbox: no attributes of Python, no change of what it was given."""
+    for source in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}"):
+        with pytest.raises(UserError, match="refuses these messages"):
+            ChatTemplate(source, SPECIAL, "here").render([USER])
+    assert ChatTemplate("{{ raise_exception.__globals__ }}", SPECIAL, "here").render([USER]) == ""
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ("{% if %}", r"here: the chat template is not valid \(line 1\)"),
+        ("{{ 1 / 0 }}", "here: the chat template fails: ZeroDivisionError"),
+        ("{{ messages[7]['role'] }}", "here: the chat template refuses"),
+        ("{% for i in range(10 ** 9) %}x{% endfor %}", "here: the chat template fails"),
+    ],
+)
+def test_templates_that_fail(source, words):
+    with pytest.raises(UserError, match=words):
+        ChatTemplate(source, SPECIAL, "here").render([USER])
+
+
+def test_where_a_template_is_found(tmp_path):
+    """chat_template.jinja wins over tokenizer_config.json; a list has a default; else LLaMA-2's format."""
+    path = tiny.model(tmp_path / "base")
+    assert find_template(open_model(path), SPECIAL).source == LLAMA_2
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert find_template(open_model(path), SPECIAL).source == "d"
+    (path / "chat_template.jinja").write_text("j")
+    assert find_template(open_model(path), SPECIAL).source == "j"
+    (tmp_path / "mine.jinja").write_text("m")
+    assert find_template(open_model(path), SPECIAL, tmp_path / "mine.jinja").source == "m"
+    (tmp_path / "mine.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="mine.jinja: the chat template is not UTF-8"):
+        find_template(open_model(path), SPECIAL, tmp_path / "mine.jinja")

@@ -1,0 +1,116 @@
+"""The choice of tokens against transformers' logits processors, and by pencil."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from longlora.decoder.sampling import Sampler, Sampling, log_probabilities
+from longlora.errors import UserError
+
+V = 50
+
+
+def logits(seed=0):
+    return (np.random.default_rng(seed).standard_normal(V) * 3).astype(np.float32)
+
+
+def shares(sampling, x, prompt=(), count=4000):
+    """How often each token is drawn first."""
+    counts = np.zeros(V)
+    for seed in range(count):
+        sampler = Sampler(Sampling(**{**sampling, "seed": seed}), np.array(prompt, np.int64), V)
+        counts[sampler.choose(x)] += 1
+    return counts / count
+
+
+def wanted(sampling, x, prompt=()):
+    """The probabilities by transformers' processors, in the same order."""
+    ids, scores = torch.tensor([list(prompt)], dtype=torch.long), torch.tensor(x)[None]
+    if "repetition_penalty" in sampling:
+        scores = transformers.RepetitionPenaltyLogitsProcessor(sampling["repetition_penalty"])(ids, scores)
+    scores = transformers.TemperatureLogitsWarper(float(sampling["temperature"]))(ids, scores)
+    if "top_k" in sampling:
+        scores = transformers.TopKLogitsWarper(sampling["top_k"])(ids, scores)
+    if "top_p" in sampling:
+        scores = transformers.TopPLogitsWarper(sampling["top_p"])(ids, scores)
+    if "min_p" in sampling:
+        scores = transformers.MinPLogitsWarper(sampling["min_p"])(ids, scores)
+    return scores.softmax(-1)[0].numpy()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        dict(temperature=1.0),
+        dict(temperature=0.3),
+        dict(temperature=1.5, top_k=4),
+        dict(temperature=1.2, top_p=0.7),
+        dict(temperature=1.2, min_p=0.1),
+        dict(temperature=1.0, top_k=9, top_p=0.8, min_p=0.02),
+        dict(temperature=1.0, repetition_penalty=1.8),
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_as_transformers_would(sampling):
+    """4,000 draws: what transformers excludes never comes, and a share differs by five deviations at most."""
+    x, prompt = logits(), [3, 7, 7, 20]
+    p, got = wanted(sampling, x, prompt), shares(sampling, x, prompt)
+    assert not got[p == 0].any()
+    assert (np.abs(got - p) <= 5 * np.sqrt(p * (1 - p) / 4000) + 1e-9).all()
+
+
+def test_greedy_takes_the_first_of_the_likeliest():
+    x = np.zeros(V, np.float32)
+    x[[8, 5]] = 2
+    assert Sampler(Sampling(), np.zeros(0, np.int64), V).choose(x) == 5
+
+
+def test_penalties_count_the_answer_and_bias_is_added():
+    x = np.zeros(V, np.float32)
+    x[1], x[2], x[3] = 1.0, 0.7, 0.2
+    sampler = Sampler(Sampling(presence_penalty=0.4, frequency_penalty=0.25), np.array([2, 2]), V)
+    # 1: 1.0; then 1 has 1 - 0.4 - 0.25 = 0.35, so 2; then 2 has 0.05, so 1 again; then 1 has 0.1, so 3.
+    assert [sampler.choose(x) for _ in range(4)] == [1, 2, 1, 3]
+    assert Sampler(Sampling(logit_bias={9: 1.5}), np.zeros(0, np.int64), V).choose(x) == 9
+
+
+def test_a_seed_gives_the_same_tokens():
+    def tokens(seed):
+        sampler = Sampler(Sampling(temperature=1.0, seed=seed), np.zeros(0, np.int64), V)
+        return [sampler.choose(logits(i)) for i in range(20)]
+
+    assert tokens(5) == tokens(5) != tokens(6)
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("temperature", -0.1, "temperature should be a number from 0 to 100, got -0.1"),
+        ("temperature", float("nan"), "temperature should be a number"),
+        ("top_k", 2.0, "top_k should be an integer from 0"),
+        ("top_p", 0, "top_p should be a number above 0 to 1, got 0"),
+        ("min_p", 1.1, "min_p should be a number from 0 to 1"),
+        ("repetition_penalty", 0, "repetition_penalty should be a number above 0"),
+        ("presence_penalty", 3, "presence_penalty should be a number from -2 to 2"),
+        ("frequency_penalty", True, "frequency_penalty should be a number"),
+        ("seed", -1, "seed should be an integer from 0 to 2"),
+    ],
+)
+def test_wrong_values_are_named(name, value, words):
+    with pytest.raises(UserError, match=words):
+        Sampling(**{name: value})
+
+
+def test_a_bias_of_a_token_that_does_not_exist_and_logits_that_are_nan():
+    with pytest.raises(UserError, match="logit_bias names token 50, the model has 0 to 49"):
+        Sampler(Sampling(logit_bias={V: 1.0}), np.zeros(0, np.int64), V)
+    with pytest.raises(UserError, match="NaN"):
+        Sampler(Sampling(), np.zeros(0, np.int64), V).choose(np.full(V, np.nan, np.float32))
+
+
+def test_log_probabilities_are_torchs():
+    x = logits() * 50
+    np.testing.assert_allclose(
+        log_probabilities(x), torch.tensor(x).double().log_softmax(-1).numpy(), rtol=1e-12, atol=1e-12
+    )

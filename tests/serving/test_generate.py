@@ -1,0 +1,133 @@
+"""longlora.generate and longlora.chat, and the commands of these names."""
+
+import io
+import json
+
+import pytest
+import tiny
+
+import longlora
+from longlora import cli
+from longlora.decoder.sampling import Sampling
+from longlora.errors import UserError
+from longlora.serving.chat import Chat
+from longlora.serving.open import open_engine
+from longlora.training import driver
+
+
+@pytest.fixture
+def base(tmp_path):
+    return str(tiny.model(tmp_path / "base"))
+
+
+def test_pieces_are_the_tokens_text(base):
+    answer = longlora.generate(base, "abc", max_new_tokens=12, device="cpu")
+    text = "".join(answer)
+    assert answer.reason == "length" and len(answer.tokens) == 12 and answer.prompt_tokens == 3
+    again = longlora.generate(base, "abc", max_new_tokens=12, device="cpu")
+    assert "".join(again) == text and again.tokens == answer.tokens
+    assert 0 < answer.first <= answer.seconds
+
+
+def test_an_adapter_is_merged_in(tmp_path, base):
+    """Its logits choose the tokens: those of the merged model."""
+    run = driver.train(lambda line: None, **tiny.options(tmp_path, max_steps=3, learning_rate=0.1))
+    longlora.merge(base, run.output_dir, tmp_path / "merged")
+    how = dict(max_new_tokens=20, device="cpu")
+    adapted = longlora.generate(base, "shift group", adapter=run.output_dir, **how)
+    merged = longlora.generate(tmp_path / "merged", "shift group", **how)
+    plain = longlora.generate(base, "shift group", **how)
+    assert "".join(adapted) == "".join(merged)
+    assert "".join(plain) and adapted.tokens == merged.tokens != plain.tokens
+    assert adapted._opened.engine.cache.places == 128  # the extended context
+
+
+def test_a_stop_string_and_a_question_about_a_file(tmp_path, base, monkeypatch):
+    whole = "".join(longlora.generate(base, "abc", max_new_tokens=12, device="cpu"))
+    part = whole[4:6]
+    stopped = longlora.generate(base, "abc", max_new_tokens=12, stop=part, device="cpu")
+    assert "".join(stopped) == whole[: whole.index(part)] and stopped.reason == "stop"
+    (tmp_path / "m.md").write_text("Ann is five.")
+    asked = longlora.generate(
+        base, material=tmp_path / "m.md", question="How old?", context=300, max_new_tokens=2, device="cpu"
+    )
+    assert "".join(asked) is not None and asked.prompt_tokens > 60
+
+
+@pytest.mark.parametrize(
+    "keywords, words",
+    [
+        ({}, "generate needs a prompt, or a question"),
+        (dict(prompt="a", question="b"), "generate needs a prompt, or a question"),
+        (dict(prompt="a", material="x.txt"), "material goes with a question"),
+        (dict(prompt="a", max_new_tokens=0), "max_new_tokens should be an integer of at least 1, got 0"),
+        (dict(prompt="a", temperature=-1), "temperature should be a number from 0"),
+        (dict(prompt="a" * 64), "the prompt has 64 tokens, the context is 64: 1 too many"),
+        (dict(question="b", material="missing.txt"), "missing.txt: cannot be read"),
+        (dict(prompt="a", context=0), "context should be an integer of at least 1, got 0"),
+        (dict(prompt=""), "the prompt has no tokens"),
+    ],
+)
+def test_wrong_arguments_are_named(base, keywords, words):
+    with pytest.raises(UserError, match=words):
+        "".join(longlora.generate(base, device="cpu", **keywords))
+
+
+def test_generate_from_the_command_line(base, capsys, monkeypatch):
+    flags = ["generate", "--model", base, "--max-new-tokens", "5", "--device", "cpu"]
+    assert cli.main([*flags, "--prompt", "abc"]) == 0
+    text = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("abc"))
+    assert cli.main([*flags, "--prompt", "-", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["text"] + "\n" == text and found["reason"] == "length" and len(found["tokens"]) == 5
+    assert cli.main([*flags, "--prompt", "a", "--prompt-file", "b"]) == 2
+
+
+def chat(base, lines, **how):
+    opened = open_engine(base, context=how.pop("context", 400))
+    out, note = io.StringIO(), io.StringIO()
+    conversation = Chat(opened, Sampling(), 6, out=out, note=note, **how)
+    conversation.run(lines)
+    return conversation, out.getvalue(), note.getvalue()
+
+
+def test_a_conversation_keeps_its_history(base, tmp_path):
+    conversation, out, _ = chat(
+        base, ["one", "", "two", f"/save {tmp_path}/c.json", "/quit", "three"], system="s"
+    )
+    roles = [message["role"] for message in conversation.messages]
+    assert roles == ["system", "user", "assistant", "user", "assistant"]
+    assert out.count("\n") >= 2 and json.loads((tmp_path / "c.json").read_text()) == conversation.messages
+
+
+def test_files_reset_help_and_errors(base, tmp_path):
+    (tmp_path / "m.txt").write_text("material")
+    lines = [f"/file {tmp_path}/m.txt", "what", "/file missing.txt", "/help", "/reset", "x" * 1000, "again"]
+    conversation, _, note = chat(base, lines)
+    assert "read " in note and "missing.txt: cannot be read" in note and "/reset" in note
+    assert "too many to leave room for an answer" in note
+    assert [message["content"] for message in conversation.messages[::2]] == ["again"]
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_chat(base):
+    class Interrupting(io.StringIO):
+        def write(self, text):
+            if not self.tell():
+                super().write(text)
+                raise KeyboardInterrupt
+            return super().write(text)
+
+    opened = open_engine(base, context=400)
+    note = io.StringIO()
+    conversation = Chat(opened, Sampling(), 50, out=Interrupting(), note=note)
+    conversation.run(["one", "two"])
+    assert "(stopped)" in note.getvalue() and not opened.engine.busy
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 2
+
+
+def test_a_pdf_without_its_library_is_one_clear_line(base, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pypdf", None)
+    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.4")
+    with pytest.raises(UserError, match=r"needs pypdf: pip install 'longlora\[pdf\]'"):
+        longlora.generate(base, material=tmp_path / "a.pdf", question="q", device="cpu")
