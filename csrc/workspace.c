@@ -35,3 +35,5 @@ int64_t linear_cross_entropy_backward_cuda_workspace(const void *args) {
     const LinearCrossEntropyBackward *a = args;
     return logits_bytes(a->x.shape[0], a->weight.shape[0]);
 }
+
+int64_t cached_attention_cuda_workspace(const void *args) { return cache_bytes(args); }

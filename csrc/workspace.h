@@ -181,4 +181,22 @@ static inline AttentionParts attention_parts(const S2AttentionBackward *a) {
     return p;
 }
 
+/* ---- cached_attention ------------------------------------------------------------------------ */
+
+/* The parts that keys are cut into where a KV head has few query rows: of CACHE_PART_KEYS keys, where that
+ * makes no more than CACHE_PARTS. */
+enum { CACHE_PARTS = 64, CACHE_PART_KEYS = 256 };
+static inline int64_t cache_parts(const CachedAttention *a) {
+    enum { FEW = 32 };
+    int64_t S = a->q.shape[1], H = a->q.shape[2], P = a->k_cache.shape[1], K = a->k_cache.shape[2];
+    int64_t most = least(P, CACHE_PART_KEYS * CACHE_PARTS);
+    return K && S * (H / K) <= FEW && most > CACHE_PART_KEYS ? ceil_div(most, CACHE_PART_KEYS) : 1;
+}
+/* For each part, its sums for each query row: D of them, their maximum and their total. */
+static inline int64_t cache_bytes(const CachedAttention *a) {
+    int64_t B = a->q.shape[0], S = a->q.shape[1], H = a->q.shape[2], D = a->q.shape[3];
+    int64_t K = a->k_cache.shape[2], parts = cache_parts(a);
+    return parts == 1 ? 0 : 4 * B * parts * K * (S * (H / K)) * (D + 2);
+}
+
 #endif

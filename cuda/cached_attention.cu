@@ -12,11 +12,10 @@
 
 enum {
     THREADS = 128,
-    ROWS = 8,        /* query rows of a block */
-    FEW = 32,        /* query rows of a KV head up to which the keys are cut into parts */
-    PARTS = 64,      /* parts at most */
-    PART_KEYS = 256, /* keys of a part, where that makes no more than PARTS */
-    MOST = 256,      /* D at most */
+    ROWS = 8, /* query rows of a block */
+    PARTS = CACHE_PARTS,
+    PART_KEYS = CACHE_PART_KEYS,
+    MOST = 256, /* D at most */
 };
 
 /* [N,T,H,D] and its strides. */
@@ -223,15 +222,8 @@ static Shape shape_of(const CachedAttention *a) {
                 (const int32_t *)a->lengths.data,
                 1,
                 (float)a->scale };
-    int64_t most = least(s.P, (int64_t)PART_KEYS * PARTS);
-    if (s.K && s.count() <= FEW && most > PART_KEYS) s.parts = (int)ceil_div(most, PART_KEYS);
+    s.parts = (int)cache_parts(a);
     return s;
-}
-
-extern "C" int64_t cached_attention_cuda_workspace(const void *args) {
-    Shape s = shape_of((const CachedAttention *)args);
-    if (s.parts == 1) return 0;
-    return (int64_t)sizeof(float) * s.B * s.parts * s.K * s.count() * (s.D + 2);
 }
 
 extern "C" int cached_attention_cuda(const void *args, const CudaCall *call) {
