@@ -57,9 +57,7 @@ def choose_to_plan(wanted: str, max_memory: float | None) -> tuple[str, str]:
     if why is None:
         return choose(wanted)
     if max_memory is None:
-        raise UserError(
-            f"device {wanted} cannot be used: {why}; with --max-memory GIB, the plan is for such a GPU"
-        )
+        raise UserError(f"device {wanted} cannot be used: {why}; with --max-memory GIB a plan is for any GPU")
     return f"cuda:{number}", f"device: a GPU with {max_memory:g} GiB for the run; none is used here: {why}"
 
 
