@@ -38,7 +38,7 @@ class Tokenizer:
 
     backend: a tokenizers.Tokenizer, or the UserError for using one that can only be copied; special:
     "bos_token" and so on -> the token's text; files: name -> its content, or a function that gives it; where:
-    its name in messages; assumed: texts of special tokens that no file holds, but transformers' class adds.
+    its name in messages; spare: texts of added tokens that a model may have no rows for.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class Tokenizer:
         special: dict[str, str],
         files: Mapping[str, bytes | Callable[[], bytes]],
         where: str,
-        assumed: Iterable[str] = (),
+        spare: Iterable[str] = (),
     ):
         self._backend, self.special, self._files = backend, special, files
-        self.where, self._assumed = where, set(assumed)
+        self.where, self._spare = where, set(spare)
 
     @property
     def backend(self) -> Any:
@@ -83,13 +83,13 @@ class Tokenizer:
                 backend = make(files, chosen, named)
             except sentencepiece.Missing as error:
                 return cls(error, {}, files.bytes, files.path)
-            special, assumed = add_tokens(backend, chosen, named)
+            special, spare = add_tokens(backend, chosen, named)
             repair(backend, files)
             # With a tokenizer.json, add_bos_token and add_eos_token do not count.
             post_process(backend, chosen, named.init if files.json is None else {}, special)
             backend.encode_special_tokens = splits
             probe(backend)
-        return cls(backend, special, files.bytes, files.path, assumed)
+        return cls(backend, special, files.bytes, files.path, spare)
 
     @classmethod
     def from_gguf(cls, metadata: dict[str, Any], path: str) -> "Tokenizer":
@@ -97,19 +97,23 @@ class Tokenizer:
 
         path: the file's name in messages. UserError for another kind or missing keys.
         """
-        backend, special, files, assumed = tokenizer_gguf.read(metadata, path)
-        return cls(backend, special, files, path, assumed)
+        backend, special, files, spare = tokenizer_gguf.read(metadata, path)
+        return cls(backend, special, files, path, spare)
 
     def check(self, config: ModelConfig, path: Path) -> "Tokenizer":
-        """Return self. UserError if a token has no row in the embedding of `config`; more rows are fine."""
+        """Return self. UserError if a token has no row in the embedding of `config`; more rows are fine.
+
+        A token for padding, say, without a row becomes text like any other: transformers would give it an id
+        that the model does not have.
+        """
         if isinstance(self._backend, UserError):
             return self
         rows = config.vocab_size
         vocab = self.backend.get_vocab(with_added_tokens=True)
-        size = max((index for text, index in vocab.items() if text not in self._assumed), default=-1) + 1
+        size = max((index for text, index in vocab.items() if text not in self._spare), default=-1) + 1
         if size > rows:
             raise UserError(f"{path}: the tokenizer has {size} tokens, the embedding {rows} rows")
-        beyond = {text for text in self._assumed if vocab.get(text, 0) >= rows}
+        beyond = {text for text in self._spare if vocab.get(text, 0) >= rows}
         if beyond:
             self._forget(beyond)
         used = [index for index in self.encode("") if index >= rows]
@@ -120,7 +124,7 @@ class Tokenizer:
         return self
 
     def _forget(self, texts):
-        """Take back special tokens that only the class has: the model has no row for them."""
+        """Take back added tokens that the model has no row for."""
         described = json.loads(self.backend.to_str())
         described["added_tokens"] = [
             added for added in described["added_tokens"] if added["content"] not in texts

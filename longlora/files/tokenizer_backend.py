@@ -66,7 +66,8 @@ def build(described: Described | bytes, where: str) -> Any:
 def add_tokens(backend: Any, chosen: Class, named: NamedTokens) -> tuple[dict[str, str], list[str]]:
     """Add the tokens of all files to `backend`, as TokenizersBackend's constructor does.
 
-    Returns "bos_token" and so on -> the token's text, and the texts that no file holds, but the class adds.
+    Returns "bos_token" and so on -> the token's text, and the texts of tokens that a model may lack: those
+    that no file holds, but the class adds; those that only added_tokens.json has; and the one for padding.
     """
     from tokenizers import AddedToken
 
@@ -80,8 +81,9 @@ def add_tokens(backend: Any, chosen: Class, named: NamedTokens) -> tuple[dict[st
         if str(value) not in held and value not in adding:
             adding.append(value)
     names = {str(value) for value in special.values()}
-    assumed = {*defaults.values(), *chosen.specific.values()} - set(named.by_content)
-    assumed = {text for text in assumed if backend.token_to_id(text) is None}
+    spare = {*defaults.values(), *chosen.specific.values()} - set(named.by_content)
+    spare |= named.loose | {str(value) for name, value in special.items() if name == "pad_token"}
+    spare -= backend.get_vocab(with_added_tokens=False).keys()
     for i, value in enumerate(adding):
         if isinstance(value, str):
             adding[i] = AddedToken(value, special=True)
@@ -91,7 +93,7 @@ def add_tokens(backend: Any, chosen: Class, named: NamedTokens) -> tuple[dict[st
     if chosen.repeats:
         again = dict.fromkeys(map(str, [*special.values(), *named.extra]))
         backend.add_tokens([AddedToken(text, special=True) for text in again])
-    return {name: str(value) for name, value in special.items()}, sorted(assumed)
+    return {name: str(value) for name, value in special.items()}, sorted(spare)
 
 
 def post_process(backend: Any, chosen: Class, init: dict[str, Any], special: dict[str, str]) -> None:

@@ -110,6 +110,7 @@ class TokenizerFiles:
         for content, index in (self._parsed(ADDED) or {}).items():
             known = content in special
             flags = {"content": content, "normalized": not known, "special": known}
+            found.loose.add(content)
             found.add(_index(index, self.name(ADDED)), token(flags, f"{self.name(ADDED)}: {content}"))
 
     def _json(self, found):
@@ -120,6 +121,7 @@ class TokenizerFiles:
             index = _index(entry.get("id"), f"{where}: added_tokens")
             flags = {key: value for key, value in entry.items() if key != "id"}
             found.add(index, token(flags, f"{where}: added_tokens"))
+            found.loose.discard(entry["content"])
 
 
 @dataclass
@@ -127,7 +129,8 @@ class NamedTokens:
     """The tokens that the files name. A token is its text, or an AddedToken where a file gives its flags.
 
     init: tokenizer_config.json with what other files add to it; decoder: id -> added token; by_content: text
-    -> added token; specific: names beside NAMED -> token; extra: special tokens without a name.
+    -> added token; specific: names beside NAMED -> token; extra: special tokens without a name; loose: texts
+    of tokens that only added_tokens.json has.
     """
 
     init: dict[str, Any]
@@ -135,6 +138,7 @@ class NamedTokens:
     by_content: dict[str, Any] = field(default_factory=dict)
     specific: dict[str, Any] = field(default_factory=dict)
     extra: list[Any] = field(default_factory=list)
+    loose: set[str] = field(default_factory=set)
 
     def add(self, index: int, added: Any) -> None:
         """Note that a file gives `added` the id `index`."""

@@ -70,7 +70,7 @@ def read(
     named = NamedTokens(_special(get, tokens))
     with silent(), guarded(path):
         backend = build(described, path)
-        _, assumed = add_tokens(backend, inner, NamedTokens({}))
+        _, spare = add_tokens(backend, inner, NamedTokens({}))
         _add_typed(backend, get, tokens, kind)
         outer = CLASSES[CLASS_OF.get(architecture, "TokenizersBackend")]
         special, _ = add_tokens(backend, outer, named)
@@ -85,7 +85,7 @@ def read(
         "tokenizer.json": lambda: backend.to_str(pretty=True).encode("utf-8"),
         "tokenizer_config.json": lambda: (json.dumps(config, indent=2) + "\n").encode("utf-8"),
     }
-    return backend, special, files, [text for text in assumed if text not in special.values()]
+    return backend, special, files, [text for text in spare if text not in special.values()]
 
 
 class _Keys:

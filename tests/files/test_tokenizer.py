@@ -325,6 +325,41 @@ def test_damaged_tokenizer(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
+class Rows:
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json", "class"])
+def test_a_token_without_a_row_that_no_text_needs(tmp_path, file):
+    """Many models have one, such as Llama 2 with <pad> as token 32,000 of 32,000."""
+    tok = trained("llama")
+    rows = tok.get_vocab_size()
+    config = {"class": dict(tokenizer_class="CodeLlamaTokenizer", unk_token="<unk>")}.get(file, {})
+    pad = {"class": "<FILL_ME>"}.get(file, "<pad>")
+    path = directory(
+        tmp_path, tok, **config, **(dict(pad_token=pad) if file == "tokenizer_config.json" else {})
+    )
+    if file == "added_tokens.json":
+        (path / file).write_text(json.dumps({pad: rows}))
+    tokenizer = Tokenizer.from_directory(path)
+    assert max(tokenizer.encode(f"the {pad}")) >= rows
+    equal(tokenizer, auto(path), [text for text in UGLY if pad not in text])
+    assert tokenizer.check(Rows(rows), path).encode(f"the {pad}").max() < rows
+    assert "pad_token" not in tokenizer.special and tokenizer.vocab_size <= rows
+    equal(tokenizer, auto(path), [text for text in UGLY if pad not in text])
+    again = Tokenizer.from_directory(path).check(Rows(rows + 9), path)
+    assert max(again.encode(f"the {pad}")) >= rows  # a padded embedding has a row for it
+
+
+@pytest.mark.parametrize("config", [dict(eos_token="<end>"), dict(extra_special_tokens=["<user>"])])
+def test_a_token_without_a_row_that_texts_need(tmp_path, config):
+    path = directory(tmp_path, trained("gpt2"), **config)
+    tokenizer = Tokenizer.from_directory(path)
+    with pytest.raises(UserError, match="the tokenizer has 396 tokens, the embedding 395 rows"):
+        tokenizer.check(Rows(395), path)
+
+
 def test_half_a_character(tmp_path):
     path = directory(tmp_path, trained("gpt2"), eos_token="<|im_end|>")
     tokenizer = Tokenizer.from_directory(path)
