@@ -9,9 +9,10 @@ folder. For those adapter_config.json has a key that PEFT does not know, and PEF
 
 import contextlib
 import os
+import re
 from typing import Any
 
-from longlora.disk import make_directory
+from longlora.disk import make_directory, sweep
 from longlora.errors import UserError
 
 Path = str | os.PathLike[str]
@@ -47,10 +48,13 @@ def find(adapter: Path) -> str | None:
 def check(adapter: Path) -> None:
     """UserError if the directory `adapter` has such a folder with files that are not ours.
 
-    A copy of an adapter has them where links were followed.
+    A copy of an adapter has them where links were followed. What killed processes left half written goes.
     """
     folder = os.path.join(adapter, FOLDER)
-    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+    if not os.path.isdir(folder):
+        return
+    sweep(folder, re.escape(CONFIG))
+    for entry in os.scandir(folder):
         if not entry.is_symlink() and entry.name != CONFIG:
             raise UserError(f"{entry.path}: is in the way; longlora writes the folder {FOLDER} of an adapter")
 

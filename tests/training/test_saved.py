@@ -156,6 +156,14 @@ def test_a_copy_of_a_run_whose_links_were_followed(tmp_path):
     assert run(tmp_path, **how).step == 4
 
 
+def test_a_run_killed_while_it_wrote_the_folder_of_its_positions(tmp_path):
+    run(tmp_path, max_steps=1)
+    left = tmp_path / "out" / base_folder.FOLDER / ".config.json.01234567.partial"
+    left.write_text("{")
+    assert run(tmp_path, max_steps=2, resume_from_checkpoint="latest").step == 2
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_what_could_only_fail_at_saving_fails_before_the_first_step(tmp_path, monkeypatch, full):
     def save(self, directory, length=None):
