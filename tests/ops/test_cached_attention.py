@@ -73,8 +73,6 @@ def test_every_length(length, place):
 
 def test_more_keys_than_parts_of_256(place):
     """64 parts at most: beyond 16,384 keys the parts grow."""
-    if checks.EMULATED:
-        pytest.skip("an emulated GPU takes minutes for 20,000 keys")
     for length in (16383, 16384, 20000):
         both(*inputs(1, [length], 2, 1, 8))
 

@@ -173,11 +173,12 @@ def test_bfloat16_within_its_noise():
     loss, grads = grads_of(model)
     longlora.torch.unswap(model)
     assert (loss - want).abs() <= 2 * (plain_loss - want).abs() + 4e-3 * want.abs()
-    worst = [
-        max((g[n].float() - exact_grads[n]).norm() / exact_grads[n].norm() for n in exact_grads)
+    # The root of the mean over all numbers of all gradients: thousands of roundings, not the worst of a few.
+    errors = [
+        sum(((g[n].float() - exact_grads[n]).norm() / exact_grads[n].norm()) ** 2 for n in exact_grads) ** 0.5
         for g in (grads, plain)
     ]
-    assert worst[0] <= 2 * worst[1], worst
+    assert errors[0] <= 1.5 * errors[1], errors
     assert SMALL["vocab_size"] == model.config.vocab_size
 
 
