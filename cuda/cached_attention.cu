@@ -117,10 +117,12 @@ template <class T, class C, bool ALIGNED, int COLUMNS> __global__ void __launch_
         float score[ROWS] = {};
         if ((int)threadIdx.x < n)
             for (int64_t d = 0; d < s.D; d += N) {
-                Raw<C, N> raw;
+                const C *row = k.data + (key + threadIdx.x) * k.t + d;
                 float x[N];
-                get<ALIGNED>(raw, k.data + (key + threadIdx.x) * k.t, d, s.D);
-                widen<C>(x, raw);
+                if (ALIGNED) load<N>(x, row);
+                else
+#pragma unroll
+                    for (int j = 0; j < N; j++) x[j] = d + j < s.D ? to_float(row[j]) : 0.0f;
 #pragma unroll
                 for (int r = 0; r < ROWS; r++)
 #pragma unroll

@@ -76,6 +76,8 @@ def save(
     config = read_config(raw)
     lora = lora.for_model(config)
     shapes, modules = lora.tensor_shapes(config), list(lora.modules_to_save)
+    if tensors is not None:
+        check(tensors, shapes, "tensors")
     tied = config.tie_word_embeddings and "model.embed_tokens.weight" in shapes
     if tied:
         modules = [*dict.fromkeys([*modules, "embed_tokens", "lm_head"])]
@@ -111,7 +113,6 @@ def save(
         described |= base_folder.fields(home or directory, path)
         write_json(os.path.join(base_folder.make(directory, path), base_folder.CONFIG), raw)
     if tensors is not None:
-        check(tensors, shapes, "tensors")
         out = {PREFIX + name: array for name, array in tensors.items()}
         if tied:
             out[PREFIX + "lm_head.weight"] = tensors["model.embed_tokens.weight"]

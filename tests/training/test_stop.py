@@ -26,12 +26,17 @@ class Hook:
 def signalled(tmp_path, *numbers, wrap=()):
     """Run until step 3, send the signals at once -> exit code, standard output, standard error."""
     flags = tiny.flags(tiny.options(tmp_path, max_steps=20_000))
+    before = {
+        number: signal.signal(number, signal.SIG_DFL) for number in numbers
+    }  # not ignored, as under nohup
     process = subprocess.Popen(
         [*wrap, sys.executable, "-m", "longlora", "train", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    for number, handler in before.items():
+        signal.signal(number, handler)
     for line in process.stdout:
         if line.startswith("step 3/"):
             break

@@ -77,7 +77,7 @@ def test_generate_from_the_command_line(base, capsys, monkeypatch):
     flags = ["generate", "--model", base, "--max-new-tokens", "5", "--device", "cpu"]
     assert cli.main([*flags, "--prompt", "abc"]) == 0
     text = capsys.readouterr().out
-    monkeypatch.setattr("sys.stdin", io.StringIO("abc"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"abc")))
     assert cli.main([*flags, "--prompt", "-", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["text"] + "\n" == text and found["reason"] == "length" and len(found["tokens"]) == 5
