@@ -386,6 +386,52 @@ def transformers_model():
         cp.enable(whole, GROUP)
 
 
+def families():
+    """Families that hide positions from their attention, or have values narrower than keys; those refused."""
+    from attention_matrix import build, logits
+
+    from longlora.torch import configure
+
+    ids = text(2, 20)
+    for family in ("gpt2", "gpt_bigcode", "llama4_text", "deepseek_v3", "bert"):
+        model = configure(build(family, "longlora_s2"), 6).train()
+        want = cp.split(logits(model, ids), 1, GROUP)
+        got = cp.enable(model, GROUP)(input_ids=cp.split(ids, 1, GROUP)).logits
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max(), family
+    for family, words in (
+        ("qwen3_next", "Qwen3NextForCausalLM has linear attention or convolutions"),
+        ("lfm2", "Lfm2ForCausalLM has linear attention or convolutions"),
+        ("bart", "BartForCausalLM takes no position_ids"),
+        ("roberta", "RobertaForCausalLM counts positions from its padding"),
+    ):
+        with refusal(ValueError, words):
+            cp.enable(build(family, "longlora_s2"), GROUP)
+    model = cp.enable(configure(build("llama", "longlora_s2"), 6).train(), GROUP)
+    for name in ("cache", "past_key_values"):
+        with refusal(ValueError, f"{name} should be None, got a cache"):
+            model(input_ids=ids, **{name: object()})
+
+
+def loss_without_logits():
+    """A swapped model makes the loss of its piece, and no logits."""
+    from longlora.torch import swap
+
+    ids = text(2, 50)
+    want, grads = one_process(ids)
+    model = tiny()
+    assert swap(model)["linear_cross_entropy"] == 1
+    cp.enable(model, GROUP)
+    mine, targets = (cp.split(x, 1, GROUP) for x in (ids, cp.next_tokens(ids)))
+    out = model(input_ids=mine, labels=targets, shift_labels=targets, num_items_in_batch=1)
+    assert out.logits is None
+    loss = cp.loss(out.loss, targets, GROUP, gradients="sum")
+    loss.backward()
+    assert abs(loss - want) <= 1e-5 * want
+    for p in model.parameters():
+        dist.all_reduce(p.grad)
+    same_gradients(model, grads)
+
+
 def peft_model():
     """LoRA on a model over four pieces."""
     from peft import LoraConfig, get_peft_model
@@ -439,7 +485,13 @@ OTHERS = {
     "helpers": helpers,
     "loss": loss_is_the_mean_over_all_targets,
 }
-FOUR = {"transformers": transformers_model, "peft": peft_model, "fsdp": fsdp}
+FOUR = {
+    "transformers": transformers_model,
+    "families": families,
+    "loss without logits": loss_without_logits,
+    "peft": peft_model,
+    "fsdp": fsdp,
+}
 
 
 def case_names(world):

@@ -1,5 +1,6 @@
 """Context parallelism in a transformers model: enable and disable."""
 
+import inspect
 from typing import Any, TypeVar
 
 import torch
@@ -23,8 +24,9 @@ def _refused(model, kwargs):
             "context parallel: attention_mask should be None or all ones, got one that hides tokens; "
             "padding at the right end needs no mask, only targets of -100"
         )
-    if kwargs.get("past_key_values") is not None:
-        return ValueError("context parallel: past_key_values should be None, got a cache")
+    for name in ("past_key_values", "cache"):  # what transformers calls it until 5.23, and later
+        if kwargs.get(name) is not None:
+            return ValueError(f"context parallel: {name} should be None, got a cache")
     if kwargs.get("labels") is not None and kwargs.get("shift_labels") is None:
         return ValueError(
             "context parallel: labels would be shifted inside each piece, and its last target would be lost; "
@@ -123,6 +125,26 @@ class _Parallel:
         return out
 
 
+def _check(model):
+    """ValueError for a model that would compute something else in pieces."""
+    from longlora.torch.attention import NAME, base_of  # needs transformers; the rest here does not
+    from longlora.torch.documents import carries_state
+
+    name, inner = model.config._attn_implementation, base_of(model)
+    if name != NAME:
+        raise ValueError(f'enable: model should have attn_implementation="{NAME}", got {name!r}')
+    kind = type(inner).__name__
+    if carries_state(inner.config):
+        raise ValueError(
+            f"enable: {kind} has linear attention or convolutions, whose state does not go from piece to "
+            "piece"
+        )
+    if "position_ids" not in inspect.signature(type(inner).forward).parameters:
+        raise ValueError(f"enable: {kind} takes no position_ids, and would begin each piece at position 0")
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in inner.modules()):
+        raise ValueError(f"enable: {kind} counts positions from its padding, not from 0")
+
+
 def enable(model: Model, mesh: Any) -> Model:
     """Let the transformers model attend over the ranks of mesh while it trains, each with its piece -> model.
 
@@ -132,15 +154,12 @@ def enable(model: Model, mesh: Any) -> Model:
     piece. The ranks tell each other their lengths once, and position_ids become those of the whole
     sequence. The loss is `loss`.
 
-    ValueError for another attn_implementation. A forward pass raises ValueError, on every rank, for a mask
-    that hides tokens, labels that would be shifted inside the piece, packed documents and caches, and
-    NotImplementedError for evaluation.
+    ValueError for another attn_implementation, and for models that would compute something else in pieces:
+    with a state or convolutions along the sequence, or without position_ids that begin at 0. A forward pass
+    raises ValueError, on every rank, for a mask that hides tokens, labels that would be shifted inside the
+    piece, packed documents and caches, and NotImplementedError for evaluation.
     """
-    from longlora.torch.attention import NAME  # needs transformers; the rest here does not
-
-    name = model.config._attn_implementation
-    if name != NAME:
-        raise ValueError(f'enable: model should have attn_implementation="{NAME}", got {name!r}')
+    _check(model)
     disable(model)
     state = _Parallel(process_group("enable", mesh))
     for module in model.modules():
