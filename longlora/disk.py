@@ -183,6 +183,14 @@ def sweep(directory: Path, name: str = ".+") -> None:
                 remove(path)
 
 
+def unlink(path: Path) -> None:
+    """Remove the file or link `path`. UserError if that fails."""
+    try:
+        os.unlink(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be removed: {error.strerror or error}") from None
+
+
 def remove(path: Path) -> None:
     """Remove a file or a directory as far as that is possible."""
     if os.path.isdir(path) and not os.path.islink(path):

@@ -12,7 +12,7 @@ import os
 import re
 from typing import Any
 
-from longlora.disk import make_directory, sweep
+from longlora.disk import make_directory, sweep, unlink
 from longlora.errors import UserError
 
 Path = str | os.PathLike[str]
@@ -71,7 +71,7 @@ def make(adapter: Path, base: Path | None) -> str:
     make_directory(folder)
     for entry in os.scandir(folder):
         if entry.is_symlink():
-            os.unlink(entry.path)
+            unlink(entry.path)
     if base is not None and os.path.isfile(os.path.join(base, CONFIG)):
         for entry in os.scandir(base):
             ours = entry.name == CONFIG or entry.name.startswith(".") or entry.name.endswith(".gguf")

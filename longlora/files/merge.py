@@ -157,7 +157,7 @@ def save_merged(
         places = {name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard}
         write_json(os.path.join(directory, INDEX), {"metadata": {"total_size": total}, "weight_map": places})
     elif os.path.exists(os.path.join(directory, INDEX)):
-        os.unlink(os.path.join(directory, INDEX))  # of an earlier model; readers would follow it
+        disk.unlink(os.path.join(directory, INDEX))  # of an earlier model; readers would follow it
     kept = dtypes["model.embed_tokens.weight"]
     other = ("dtype", "transformers_weights")  # the latter names the base's file of weights
     raw = {key: value for key, value in raw.items() if key not in other} | {"torch_dtype": kept}

@@ -234,6 +234,25 @@ def test_a_picture_that_fails_ends_no_run(tmp_path, monkeypatch):
     assert (tmp_path / "out" / adapter.WEIGHTS).exists()
 
 
+@pytest.mark.parametrize("full, name", [(False, "model.safetensors"), (True, "model.safetensors.index.json")])
+def test_an_old_file_that_cannot_be_removed_at_the_end(tmp_path, monkeypatch, full, name):
+    """A run that goes on replaces the links of the positions' folder, and a whole model has no old index."""
+    run(tmp_path, max_steps=1, full=full)
+    if full:
+        (tmp_path / "out" / name).write_text("{}")
+    real = os.unlink
+
+    def unlink(path, *rest, **how):
+        if os.path.basename(path) == name and os.path.dirname(path).endswith(("out", base_folder.FOLDER)):
+            raise OSError(errno.EIO, "Input/output error")
+        real(path, *rest, **how)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    message = failure(tmp_path, max_steps=2, full=full, resume_from_checkpoint="latest")
+    last = tmp_path / "out" / "checkpoint-2"
+    assert f"{name}: cannot be removed: Input/output error; the last checkpoint is {last}" in message
+
+
 def test_a_model_that_cannot_be_written_at_the_end_names_the_checkpoint(tmp_path, monkeypatch):
     real = adapter.save
 
