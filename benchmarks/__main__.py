@@ -9,15 +9,24 @@ import importlib
 import pathlib
 import sys
 
-names = sorted(path.stem.removeprefix("bench_") for path in pathlib.Path(__file__).parent.glob("bench_*.py"))
-wanted = []
-while len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-    wanted.append(sys.argv.pop(1))
-if not wanted and {"-h", "--help"} & set(sys.argv):
-    print(f"{__doc__}\nBenchmarks: {', '.join(names)}")
-    sys.exit()
-unknown = sorted(set(wanted) - set(names))
-if unknown:
-    sys.exit(f"benchmarks: unknown {', '.join(unknown)}; known are {', '.join(names)}")
-for name in wanted or names:
-    importlib.import_module(f"benchmarks.bench_{name}").main(sys.argv[1:])
+from longlora.guard import guarded
+
+
+def main() -> int:
+    """Run the benchmarks that the command line names."""
+    folder, arguments = pathlib.Path(__file__).parent, sys.argv[1:]
+    names = sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
+    count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    wanted, rest = arguments[:count], arguments[count:]
+    if not wanted and {"-h", "--help"} & set(rest):
+        print(f"{__doc__}\nBenchmarks: {', '.join(names)}")
+        return 0
+    unknown = sorted(set(wanted) - set(names))
+    if unknown:
+        sys.exit(f"benchmarks: unknown {', '.join(unknown)}; known are {', '.join(names)}")
+    for name in wanted or names:
+        importlib.import_module(f"benchmarks.bench_{name}").main(rest)
+    return 0
+
+
+sys.exit(guarded(main, "benchmarks"))

@@ -55,7 +55,13 @@ def _compiled():
         ours = {}
     os.environ.update(ours)
     try:
-        extension = importlib.import_module("._C", __name__)
+        try:
+            extension = importlib.import_module("._C", __name__)
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"longlora was not built in {os.path.dirname(__file__)}: "
+                "run `pip install .`, or `python setup.py build_ext --inplace` in the tree"
+            ) from error
         threads = extension.get_num_threads()
     finally:
         for name in ours:

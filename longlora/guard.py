@@ -8,7 +8,8 @@ that has gone.
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from longlora.errors import UserError
 
@@ -18,14 +19,16 @@ def guarded(run: Callable[[], int], program: str = "longlora", speaks: bool = Tr
 
     program: begins the line. speaks: whether a user's error is told; in a group of processes one does it.
     """
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character gets its code
-        sys.stdout.reconfigure(errors="backslashreplace")
-    code, raised = 0, None
+    output = sys.stdout
+    code, raised, watched = 0, None, _Watched(output)
+    sys.stdout = watched if output is not None else None
     try:
         code = run()
     except BaseException as error:  # a panic of a library in Rust is no Exception
         raised = error
-    code, line = _outcome(code, raised, _unwritten(), program)
+    finally:
+        sys.stdout = output
+    code, line = _outcome(code, raised, watched.ended(), program)
     if line is not None and sys.stderr is not None and (speaks or code == 1):
         with contextlib.suppress(OSError, ValueError):
             print(f"{program}: error: {UserError(line)}", file=sys.stderr)
@@ -53,27 +56,57 @@ def _outcome(
         return 130, None
     if isinstance(raised, UserError):
         return 2, str(raised)
+    if isinstance(raised, ImportError):  # a library, or our own extension
+        return 2, str(raised)
     if isinstance(raised, MemoryError):
         return 2, "out of memory; `longlora plan` shows what makes a run fit"
     return 1, f"this is a fault of {program}, please report it: {_kept(raised)}"
 
 
-def _unwritten() -> OSError | None:
-    """Flush standard output -> what prevents that, or None.
+class _Watched:
+    """Standard output that remembers why something could not be written; argparse, for one, does not say."""
 
-    What cannot be written is dropped: Python would report it once more when it ends.
-    """
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.stdout.flush()
-        return error
-    except ValueError:  # it is closed
-        pass
-    return None
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self.failure: OSError | None = None
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character gets its code
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._noting():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._noting():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
+
+    def ended(self) -> OSError | None:
+        """Flush -> what kept something from being written, or None.
+
+        What cannot be written is dropped: Python would report it once more when it ends.
+        """
+        if self._stream is None:
+            return None
+        try:
+            self.flush()
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+                self._stream.flush()
+        except ValueError:  # it is closed
+            pass
+        return self.failure
 
 
 def _kept(error: BaseException) -> str:

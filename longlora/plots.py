@@ -9,22 +9,20 @@ Curve = tuple[Sequence[float], Sequence[float]]  # x and y of each point
 
 
 def _figure(width=7, height=4, columns=1):
-    import matplotlib
+    """A figure of its own: pyplot would keep it, and choose a display for the whole program."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(1, columns, figsize=(width, height), dpi=100, layout="constrained", squeeze=False)
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, squeeze=False)
 
 
 def _save(figure, path):
-    from matplotlib import pyplot
-
     from longlora.disk import replacing
 
     with replacing(path) as aside:
         figure.savefig(aside, format="png")
-    pyplot.close(figure)
 
 
 def loss(path: Path, metrics: Sequence[Mapping[str, Any]], title: str = "training loss") -> None:

@@ -24,6 +24,7 @@ from longlora.files import adapter
 from longlora.files.model_file import some, to_float32
 from longlora.files.open_model import open_model
 from longlora.files.safetensors import SafetensorsFile
+from longlora.guard import guarded
 
 PARAMETERS, WEIGHTS = "trainable_params.bin", ("adapter_model.bin", "adapter_model.safetensors")
 
@@ -193,16 +194,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cut-embedding", action="store_true", help="leave out embedding rows that the base does not have"
     )
-    args = parser.parse_args(argv)
-    try:
+
+    def imported():
+        args = parser.parse_args(argv)
         for line in import_adapter(
             args.directory, args.output_dir, args.model, args.target_length, args.cut_embedding
         ):
             print(line)
-    except UserError as error:
-        print(f"longlora: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return guarded(imported)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 
 from longlora import cli
 from longlora.errors import UserError
+from longlora.guard import guarded
 from longlora.job import processors
 from longlora.progress import quietly
 from longlora.torch.trainer import TorchEngine
@@ -125,7 +126,7 @@ def arguments(o: TrainOptions) -> TrainingArguments:
         adam_epsilon=o.adam_epsilon,
         lr_scheduler_type="constant",
         bf16=o.dtype == "bfloat16",
-        seed=o.seed,
+        seed=o.seed % 2**32,  # NumPy's; what is random in a run is ours and takes the whole seed
         logging_strategy="steps",
         logging_steps=1,
         save_strategy="no",
@@ -157,26 +158,28 @@ def once(args: TrainingArguments, function: Callable[[], object]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line -> the exit code: 0, 2 for a UserError, 128 + n after the signal n."""
+    """The command line -> the exit code: that of longlora.guard, or 128 + n after the signal n."""
     parser = cli.Parser(
         prog="python -m longlora.torch.train",
         allow_abbrev=False,
         description="extend a model with longlora's kernels in torch; for torchrun and accelerate launch",
     )
     options.add_flags(parser, set(TrainOptions.__dataclass_fields__) - set(REFUSED))
-    try:
-        given = options.dashed(sys.argv[1:] if argv is None else argv)
-        result = run(options.from_flags(parser.parse_args(given)))
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"longlora: error: {error}", file=sys.stderr)
-        else:
-            time.sleep(2)  # the first process that ends ends all: let rank 0 print its message first
-        return 2
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    return 0 if result.stopped is None else 128 + result.stopped
+
+    def trained():
+        try:
+            given = options.dashed(sys.argv[1:] if argv is None else argv)
+            result = run(options.from_flags(parser.parse_args(given)))
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+        return 0 if result.stopped is None else 128 + result.stopped
+
+    speaks = os.environ.get("RANK", "0") == "0"
+    code = guarded(trained, speaks=speaks)
+    if code == 2 and not speaks:
+        time.sleep(2)  # the first process that ends ends all: let rank 0 print its message first
+    return code
 
 
 def leave(code: int) -> NoReturn:
@@ -185,9 +188,8 @@ def leave(code: int) -> NoReturn:
     gloo's threads release their tensors late; that aborts an interpreter that is ending (seen with torch
     2.13).
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
     if "RANK" in os.environ:
+        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

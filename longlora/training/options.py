@@ -109,7 +109,7 @@ class TrainOptions:
         choices=("auto", "none", "minimal", "full"),
     )
     per_device_train_batch_size: int = option(1, "sequences in a batch", low=1, alias=("batch_size",))
-    gradient_accumulation_steps: int = option(1, "batches in a step", low=1)
+    gradient_accumulation_steps: int = option(1, "batches in a step", low=1, high=1 << 16)
     max_steps: int = option(-1, "steps to train; -1 means as num_train_epochs says", low=-1)
     num_train_epochs: float = option(1.0, "passes over the data when max_steps is -1", above=0)
     learning_rate: float = option(
@@ -129,7 +129,7 @@ class TrainOptions:
     weight_decay: float = option(0.0, "weight decay of AdamW, on matrices only", low=0)
     adam_beta1: float = option(0.9, "beta1 of AdamW", low=0, high=0.99999)
     adam_beta2: float = option(0.95, "beta2 of AdamW; 0.95 is the paper's", low=0, high=0.99999)
-    adam_epsilon: float = option(1e-8, "epsilon of AdamW", above=0)
+    adam_epsilon: float = option(1e-8, "epsilon of AdamW", low=1e-38)
     max_grad_norm: float = option(1.0, "clip gradients to this global norm; 0 never clips", low=0)
     long_documents: str = option(
         "split",

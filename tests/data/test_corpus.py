@@ -172,7 +172,7 @@ def test_names_that_are_not_utf_8_are_read(tmp_path):
         assert KINDS["gpt2"].backend.decode(found.ids[:-1].tolist()) == "some text"
     assert len(said) == 1  # the second time they come from the cache
     assert "caf\\udce9.txt: is not UTF-8 at byte 0" in failure(
-        tokenise, write_bad(path), KINDS["gpt2"], 400, "no"
+        tokenise, write_bad(path), KINDS["gpt2"], 400, str(tmp_path / "no")
     )
 
 
