@@ -187,12 +187,46 @@ def test_a_flag_wins_over_the_yaml_under_any_name(tmp_path):
         (dict(device="cuda:0", profile=True), "profile supports the CPU only"),
         (dict(target_modules=[3]), "target_modules should be a list of names"),
         (dict(lora_r=3, r=4), "r is given twice"),
+        (dict(num_threads=5000), "num_threads should be at most 4096"),
+        (dict(max_memory=1e300), "max_memory should be at most 1073741824"),
+        (dict(seed=2**70), "seed should be at most 9223372036854775807"),
+        (dict(target_length=2**31), "target_length should be at most 16777216"),
+        (dict(sequence_length=2**31), "sequence_length should be at most 16777216"),
+        (dict(gradient_accumulation_steps=2**31), "gradient_accumulation_steps should be at most 65536"),
+        (dict(adam_epsilon=1e-45), "adam_epsilon should be at least 1e-38"),
+        (dict(weight_decay=10**400), "weight_decay should be a number, got 1000000"),
+        (dict(lora_alpha=float("-inf")), "lora_alpha should be finite"),
+        (dict(data=""), "data should be the name of a file or directory, got ''"),
+        (dict(data="a\0b"), "data should be the name of a file or directory, got 'a\\x00b'"),
+        (dict(data=3), "data should be a path, got 3"),
     ],
 )
 def test_options_that_cannot_be_are_named(fields, words):
     with pytest.raises(UserError) as caught:
         options.from_dict({**GIVEN, **fields})
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_batch_has_a_limit(tmp_path):
+    """16,777,216 tokens: a larger one is a mistake, and its plan would take minutes."""
+    config = read_config(tiny.config(tmp_path / "base"))
+    options.from_dict({**GIVEN, "per_device_train_batch_size": 1 << 18}).resolve(config)
+    with pytest.raises(
+        UserError, match="per_device_train_batch_size should be at most 262144 with 64 tokens"
+    ):
+        options.from_dict({**GIVEN, "per_device_train_batch_size": (1 << 18) + 1}).resolve(config)
+
+
+def test_paths_may_begin_at_home(tmp_path, monkeypatch):
+    """No shell has expanded ~ in YAML, in keywords and in --model=~/base."""
+    monkeypatch.setenv("HOME", "/home/me")
+    file = tmp_path / "run.yaml"
+    file.write_text("model: ~/base\ndata: d~/x\noutput_dir: ~user/x\ncache_dir: ~\ninit: ~\nseed: ~\n")
+    found = options.from_flags(argparse.Namespace(config=str(file)))
+    assert (found.model, found.data, found.output_dir) == ("/home/me/base", "d~/x", "~user/x")
+    assert (found.cache_dir, found.init, found.seed) == (None, None, 42)  # ~ alone is YAML's null
+    assert parsed("--model=~/base").model == "/home/me/base"
+    assert options.from_dict({**GIVEN, "model": Path("~/base")}).model == "/home/me/base"
 
 
 def test_every_option_is_in_the_help(capsys):

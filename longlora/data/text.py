@@ -195,7 +195,7 @@ def _cut(block: bytes) -> int:
     if cut > 0:
         return cut
     last = len(block) - 1
-    while last > len(block) - 4 and block[last] & 0xC0 == 0x80:  # a byte inside a character
+    while last > max(0, len(block) - 4) and block[last] & 0xC0 == 0x80:  # a byte inside a character
         last -= 1
     return max(last, 0)
 
@@ -206,11 +206,12 @@ def _records(path):
     with open_file(path) as file:
         for number, line in enumerate(_lines(file, path), 1):
             text = _decoded(line, path, offset)
+            text = text.removeprefix("\ufeff") if number == 1 else text
             offset += len(line)
             if not text.strip():
                 continue
             try:
-                record = json.loads(text.removeprefix("\ufeff") if number == 1 else text)
+                record = json.loads(text)
             except (ValueError, RecursionError) as error:
                 why = getattr(error, "msg", error)
                 raise UserError(f"{path}: line {number} is not JSON: {why}") from None

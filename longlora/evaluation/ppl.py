@@ -12,7 +12,7 @@ from longlora.data.tokens import encode_documents, read_bin
 from longlora.decoder.config import ModelConfig
 from longlora.decoder.model import Model
 from longlora.device import CPU, choose
-from longlora.errors import UserError
+from longlora.errors import UserError, shown
 from longlora.files.tokenizer import Tokenizer
 from longlora.ops import IGNORE
 
@@ -210,7 +210,9 @@ def run(
     for name, values, low in given:
         for value in values:
             if (value is not None or name == "lengths") and (type(value) is not int or value < low):
-                raise UserError(f"{name} should be an integer of at least {low}, got {value!r}")
+                raise UserError(f"{name} should be an integer of at least {low}, got {shown(value)}")
+            if value is not None and value > 1 << 50:
+                raise UserError(f"{name} should be at most {1 << 50}, got {shown(value)}")
     if stride is not None and stride > min(lengths):
         raise UserError(f"stride should be at most the shortest length {min(lengths)}, got {stride}")
     if rope_type is None and target_length is not None:

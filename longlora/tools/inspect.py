@@ -6,7 +6,7 @@ from typing import Any
 
 from longlora.decoder.config import read_config
 from longlora.disk import read_json
-from longlora.errors import UserError
+from longlora.errors import UserError, printable
 from longlora.files import adapter, base_folder
 from longlora.files.open_model import open_model
 from longlora.files.safetensors import SafetensorsFile
@@ -124,11 +124,11 @@ def text(described):
         if isinstance(value, dict):
             return ", ".join(f"{key} {number:,}" for key, number in value.items())
         return (
-            ", ".join(map(str, value))
+            printable(", ".join(map(str, value)))
             if isinstance(value, list)
             else f"{value:,}"
             if type(value) is int
-            else str(value)
+            else printable(str(value))  # what a file says
         )
 
     width = max(map(len, described))

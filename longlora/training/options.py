@@ -454,6 +454,6 @@ def from_flags(namespace: argparse.Namespace, planning: bool = False) -> TrainOp
         for key in [key for key in values if known.get(key, key) == name]:
             del values[key]
     # YAML's null, ~, leaves an option open. For a list it could mean none of them, so it is refused.
-    lists = [f.name for f in fields(TrainOptions) if _kind(f) is tuple]
-    values = {key: v for key, v in values.items() if v is not None or known.get(key, key) in lists}
+    open_ = [f.name for f in fields(TrainOptions) if _kind(f) is not tuple]
+    values = {key: v for key, v in values.items() if v is not None or known.get(key, key) not in open_}
     return from_dict({**values, **given}, namespace.config, planning)

@@ -131,6 +131,7 @@ print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 102
         ("blank.txt", " \n\t \n", ["holds no text"]),
         ("empty.jsonl", "\n\n", ["holds no text"]),
         ("nothing.jsonl", '{"text": ""}\n', ["holds no text"]),
+        ("marked.jsonl", '\ufeff\n{"text": "a"}\n', []),
         ("bad.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', ["not UTF-8 at byte 24"]),
         ("broken.jsonl", '{"text": "a"}\n\n{"text": \n', ["line 3 is not JSON"]),
         ("deep.jsonl", "[" * 100_000 + "\n", ["line 1 is not JSON"]),

@@ -190,6 +190,7 @@ def test_memory_does_not_grow_with_the_vocabulary(tmp_path):
         (dict(lengths=1), "lengths should be an integer of at least 2"),
         (dict(lengths=[]), "lengths should be"),
         (dict(lengths=[64, "x"]), "lengths should be"),
+        (dict(lengths=2**62), "lengths should be at most"),
         (dict(stride=0), "stride should be"),
         (dict(stride=65), "stride should be at most the shortest length 64"),
         (dict(target_length=128), "target_length needs rope_type"),

@@ -1,0 +1,316 @@
+"""What users write: files of options, texts, command lines.
+
+An input is taken with the right result, or refused by one line that prints and exit code 2. Anything else is
+a failure: a fault of ours (exit code 1), another result, or more than LIMIT seconds of processor time or
+MEMORY bytes. The right results come from yaml.safe_load, json.loads and bytes.decode. The inputs follow from
+the seed.
+
+    python tests/fuzz/inputs.py --count 100000 --seed 1 [--kind yaml]
+
+A failure prints the number of its input; `--first NUMBER --count 1` repeats it.
+"""
+
+import argparse
+import collections
+import contextlib
+import io
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+import tiny  # noqa: E402
+import yaml  # noqa: E402
+
+from longlora import cli  # noqa: E402
+from longlora.data import text  # noqa: E402
+from longlora.errors import UserError  # noqa: E402
+from longlora.training import config_file, options  # noqa: E402
+
+LIMIT, MEMORY = 10, 4 << 30
+NAMES = list(options.TrainOptions.__dataclass_fields__) + list(options.aliases())
+SCALARS = """0 1 -1 2 8 16 64 1.5 -0.5 1e-4 1e400 .inf -.inf .nan 0x10 0x_ 0o17 1_000 1:30 2026-13-45
+2026-11-29 ~ null true no 'x' "" "a\\0b" "\\ud83d" ~/base base text.txt q_proj none auto cpu cuda:0
+cuda:99999999999999999999 split 4294967296 9223372036854775808 1180591620717411303424 !!int x !!bool
+x !!str 3 !!binary aGk= !!python/none ~ *a &a 5 [] [q_proj] {} {a: 1} [[a]] [1, 2] | > % @ ` ! - ? :
+, # "\\U00110000" <<""".split()
+VALUES = [
+    "0",
+    "1",
+    "-1",
+    "2",
+    "8",
+    "64",
+    "0.5",
+    "-0.0",
+    "1e-300",
+    "1e300",
+    "nan",
+    "inf",
+    "-inf",
+    "",
+    " ",
+    "x",
+    "\x1b[2J",
+    "~",
+]
+VALUES += [str(2**n + d) for n in (31, 32, 63, 64, 70) for d in (-1, 0)] + [
+    "9" * 5000,
+    "\udce9",
+    "é",
+    "base",
+    "text.txt",
+    "\n",
+]
+PIECES = [
+    "a",
+    "the quick ",
+    "\n",
+    "\r\n",
+    "\r",
+    " ",
+    "\ufeff",
+    "é",
+    "漢字",
+    "🙂",
+    "\u2028",
+    "\0",
+    "\x1b",
+    '{"text": "',
+]
+PIECES += [
+    '"}',
+    '{"text": "ab"}',
+    '{"text": ""}',
+    '{"text": 1}',
+    "[]",
+    "null",
+    "1e999",
+    '"\\ud83d"',
+    "\\n",
+    ",",
+    "[" * 50,
+]
+
+
+GOOD = {
+    "r": "4",
+    "lora_alpha": "7.5",
+    "learning_rate": "1e-4",
+    "full": "false",
+    "rope_type": "yarn",
+    "target_length": "128",
+    "seed": "0x1F",
+    "target_modules": "[q_proj, v_proj]",
+    "modules_to_save": "none",
+    "warmup_steps": "0.1",
+    "max_memory": "2",
+    "data": "~/text.txt",
+    "resume_from_checkpoint": "true",
+    "eval_fraction": ".25",
+    "group_size": "!!int 16",
+    "output_dir": "~",
+    "max_steps": "+1_0",
+}
+
+
+class Wrong(Exception):
+    """A result that differs from the right one."""
+
+
+def check(same, *facts):
+    if not same:
+        raise Wrong(*facts)
+
+
+def damaged(rng, data):
+    """Bytes with a few of them changed, cut out or repeated."""
+    data = bytearray(data)
+    for _ in range(rng.choice((0, 0, 1, 1, 3))):
+        at, count = rng.randrange(len(data) + 1), rng.choice((1, 2, 9))
+        part = rng.choice((rng.randbytes(count), data[at : at + count] * 2, b""))
+        data[at : at + count] = part
+    return bytes(data)
+
+
+# ---- one function for each kind: it takes the input, or raises UserError --------------------------
+
+
+def of_yaml(rng):
+    lines = ["model: base"] * (rng.random() < 0.9)
+    for name, value in rng.sample(sorted(GOOD.items()), rng.randrange(len(GOOD))):
+        lines.append(f"{name}: {value}")
+    for _ in range(rng.choice((0, 0, 1, 5))):
+        key = rng.choice(NAMES) if rng.random() < 0.9 else rng.choice(SCALARS)
+        value = " ".join(rng.choices(SCALARS, k=rng.choice((1, 1, 1, 2))))
+        lines.append(f"{key}: {value}" if rng.random() < 0.9 else f"{key}:\n - {value}\n - {value}")
+    if rng.random() < 0.1:
+        lines.append(
+            "seed:\n - &b0 [x, x, x]\n" + "".join(f" - &b{i} [{f'*b{i - 1}, ' * 9}]\n" for i in range(1, 30))
+        )
+    Path("c.yaml").write_bytes(damaged(rng, "\n".join(lines).encode()))
+    found, wanted = config_file.read("c.yaml"), None
+    with contextlib.suppress(Exception):  # a key that is no value of YAML: no option has that name
+        wanted = yaml.safe_load(Path("c.yaml").read_text("utf-8"))
+    o = options.from_flags(argparse.Namespace(config="c.yaml"), planning=True)
+    check(found == wanted, wanted, found)
+    Path("again.yaml").write_text(yaml.safe_dump(o.to_dict()))
+    check(options.from_flags(argparse.Namespace(config="again.yaml"), planning=True) == o, o)
+
+
+def pieces(rng):
+    return damaged(rng, "".join(rng.choices(PIECES, k=rng.choice((1, 5, 40)))).encode())
+
+
+def read(name, rng):
+    text.BLOCK = rng.choice((1, 3, 16, 1 << 17))
+    return ["".join(parts) for parts in text.Corpus(name).documents()]
+
+
+def of_txt(rng):
+    data = pieces(rng)
+    Path("t.txt").write_bytes(data)
+    wanted = data.decode().removeprefix("\ufeff").replace("\r\n", "\n") if decodes(data) else ""
+    try:
+        check(read("t.txt", rng) == [wanted], data)
+    except UserError:
+        check(not wanted.strip(), data)
+        raise
+
+
+def decodes(data):
+    with contextlib.suppress(UnicodeDecodeError):
+        data.decode()
+        return True
+    return False
+
+
+def of_jsonl(rng):
+    data = b"".join(
+        rng.choice((b'{"text": "ab\\r\\n"}\n', b"\n", pieces(rng) + b"\n")) for _ in range(rng.randrange(5))
+    )
+    Path("t.jsonl").write_bytes(data)
+    wanted = []
+    try:
+        for number, line in enumerate(data.split(b"\n")):
+            line = line.decode().removeprefix("\ufeff" if not number else "")
+            if line.strip():
+                wanted.append(json.loads(line)["text"])
+                wanted[-1].encode()
+        wanted = list(filter(None, wanted))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        wanted = []
+    try:
+        check(read("t.jsonl", rng) == wanted, data)
+    except UserError:
+        check(not wanted, data, wanted)
+        raise
+
+
+def of_flags(rng):
+    """A command line of one of the quick commands, in its whole."""
+    command = rng.choice(("plan", "plan", "train", "ppl", "inspect", "merge", "doctor", "--version", "no"))
+    given = {
+        "plan": ["--model", "base"],
+        "train": ["--model", "base", "--data", "text.txt", "--output-dir", "out", "--num-threads", "1"],
+        "ppl": ["--model", "base", "--data", "text.txt", "--lengths", "8"],
+        "inspect": ["base"],
+        "merge": ["--model", "base", "--adapter", "adapter", "--output-dir", "merged"],
+    }.get(command, [])
+    names = {"plan": NAMES, "train": NAMES}.get(
+        command, ["lengths", "stride", "max_tokens", "bins", "json", "device"]
+    )
+    for _ in range(rng.choice((0, 1, 1, 2, 3))):
+        name, value = rng.choice(names).replace("_", "-"), rng.choice(VALUES)
+        given += rng.choice(([f"--{name}={value}"], [f"--{name}", value], [f"--{name}"], [value]))
+    if command == "train":  # a quick run
+        given += [
+            "--max-steps",
+            "1",
+            "--gradient-accumulation-steps",
+            "1",
+            "--max-memory",
+            "1",
+            "--output-dir",
+            "out",
+        ]
+    said, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+        try:
+            code = cli.main([command, *given])
+        except SystemExit as stop:
+            code = stop.code
+    line = errors.getvalue()
+    check(code in (0, 2), [command, *given], code, line)
+    if code == 2:
+        check(
+            line.count("\n") == 1 and line[:-1].isprintable() and line.startswith("longlora: error: "), line
+        )
+        raise UserError(line)
+
+
+KINDS = {"yaml": of_yaml, "txt": of_txt, "jsonl": of_jsonl, "flags": of_flags}
+
+
+def one(number, seed, chosen):
+    """Try an input -> its kind and the outcome; a failure is told."""
+    kind = chosen or list(KINDS)[number % len(KINDS)]
+    signal.setitimer(signal.ITIMER_PROF, LIMIT)
+    try:
+        KINDS[kind](random.Random(f"{seed} {number}"))
+        return f"{kind} accepted"
+    except UserError as error:
+        if str(error).isprintable():
+            return f"{kind} refused"
+        print(f"input {number} ({kind}): does not print: {error!r}", file=sys.stderr)
+    except BaseException:
+        print(f"input {number} ({kind}): {traceback.format_exc()}", file=sys.stderr)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    return "failed"
+
+
+def late(number, frame):
+    raise TimeoutError(f"more than {LIMIT} seconds of processor time")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", choices=KINDS)
+    o = parser.parse_args()
+    signal.signal(signal.SIGPROF, late)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    outcomes = collections.Counter()
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        tempfile.tempdir = os.environ["HOME"] = folder
+        tiny.model("base")
+        tiny.text("text.txt", 100)
+        for number in range(o.first, o.first + o.count):
+            outcomes[one(number, o.seed, o.kind)] += 1
+            tempdirs = ("out", "merged", *(p.name for p in Path().glob("longlora-error-*")))
+            clean(*tempdirs)
+    print(dict(outcomes))
+    return 1 if outcomes["failed"] else 0
+
+
+def clean(*paths):
+    """Remove what an input left, so that the next one begins as the first."""
+    import shutil
+
+    for path in map(Path, paths):
+        shutil.rmtree(path, ignore_errors=True)
+        path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
