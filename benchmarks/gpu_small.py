@@ -4,6 +4,7 @@ compute-sanitizer runs on this program, and it replaces the op tests on machines
 compares a few training steps of the demo's model instead; --smoke makes them short.
 """
 
+import argparse
 import math
 import sys
 
@@ -190,11 +191,15 @@ def training(steps, length):
 
 
 def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--training", action="store_true", help="compare training steps of the demo's model")
+    parser.add_argument("--smoke", action="store_true", help="fewer and shorter steps")
+    asked = parser.parse_args(argv)
     if not cuda.is_available():
         print(f"no GPU: {cuda.reason()}")
         return 2
-    if "--training" in argv:
-        good = training(*((2, 32) if "--smoke" in argv else (6, 512)))
+    if asked.training:
+        good = training(*((2, 32) if asked.smoke else (6, 512)))
         print("the losses agree" if good else "the losses of GPU and CPU differ")
         return 0 if good else 1
     wrong = ops()

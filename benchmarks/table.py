@@ -4,8 +4,8 @@ A ratio above 1 means that we are better. Less time and memory are better. Each 
 with the figure that it must reach and the one that it aims at.
 """
 
+import argparse
 import json
-import sys
 
 
 def cell(row):
@@ -51,7 +51,9 @@ def table(rows):
 
 
 if __name__ == "__main__":
-    with open(sys.argv[1]) as file:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", help="rows that `python -m benchmarks --json FILE` wrote")
+    with open(parser.parse_args().file) as file:
         found = [json.loads(line) for line in file]
     about = found[0]
     commits = ", ".join(dict.fromkeys(row["commit"] or "unknown" for row in found))

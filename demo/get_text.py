@@ -8,11 +8,11 @@ book, with one verse or paragraph per line. The books of HELD_OUT go to CACHE/he
 CACHE/train/ (kjv-01-genesis.txt and so on).
 """
 
+import argparse
 import os
 import re
 import struct
 import subprocess
-import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -124,4 +124,6 @@ def main(cache):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("cache", metavar="CACHE")
+    main(**vars(parser.parse_args()))

@@ -4,8 +4,8 @@ pretrain.sh in CACHE.
     python demo/make_assets.py CACHE
 """
 
+import argparse
 import shutil
-import sys
 from pathlib import Path
 
 ASSETS = Path(__file__).parent.parent / "longlora" / "assets"
@@ -18,6 +18,9 @@ HELD_OUT = {"austen-persuasion": "Chapter 7", "kjv-44-acts": "Acts 16"}
 
 def main(cache):
     cache = Path(cache)
+    missing = [name for name in ("model", "train", "held_out") if not (cache / name).is_dir()]
+    if missing:
+        raise SystemExit(f"{cache}: has no folder {missing[0]}; nothing was changed")
     for folder in ("model", "train", "held_out"):
         shutil.rmtree(ASSETS / folder, ignore_errors=True)
         (ASSETS / folder).mkdir(parents=True)
@@ -35,4 +38,6 @@ def main(cache):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("cache", metavar="CACHE")
+    main(**vars(parser.parse_args()))

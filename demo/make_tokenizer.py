@@ -5,8 +5,8 @@
 It writes tokenizer.json and tokenizer_config.json to DIRECTORY.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,4 +32,7 @@ def main(text, directory):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("text", metavar="CACHE/train")
+    parser.add_argument("directory", metavar="DIRECTORY")
+    main(**vars(parser.parse_args()))

@@ -48,7 +48,7 @@ def plan(
         steps: list[tuple[str, str, Any]] = []
         if cache_dtype == "float32":
             steps.append(("--cache-dtype bfloat16", "cache_dtype", "bfloat16"))
-        steps += [(f"--slots {rows >> i}", "rows", rows >> i) for i in range(1, 6) if rows >> i]
+        steps += [(f"{rows >> i} rows", "rows", rows >> i) for i in range(1, 6) if rows >> i]
         steps += [
             (f"--context {context >> i}", "context", context >> i) for i in range(1, 10) if context >> i
         ]
@@ -58,11 +58,11 @@ def plan(
 
 def _parts(config, context, rows, dtype, cache_dtype, device):
     parts = dict(Network(config).lay_out(dtype, training=False).parts)
-    parts |= layout_of(config, rows, context, cache_dtype)[0].parts
     shapes = (1, min(CHUNK, context)), (min(TOGETHER, rows), 1)
     network = Network(config, layers=range(min(2, config.num_hidden_layers)))
     weights = network.lay_out(dtype, training=False)
-    _, buffers = layout_of(config, rows, context, cache_dtype)
+    places, buffers = layout_of(config, rows, context, cache_dtype)
+    parts |= places.parts
     ops, size = Recorder(device), 0
     for B, S in shapes:
         size = max(size, Network(config).activations(B, S, dtype, None).layout.size)
@@ -70,7 +70,7 @@ def _parts(config, context, rows, dtype, cache_dtype, device):
         arena = untouched(weights.size + needs.layout.size)
         network.bind(arena)
         batch = Batch(ops, network, needs, arena, weights.size)
-        cache = untouched(sum(2 * k.nbytes for k, _ in buffers) + (1 << 16) * len(buffers))
+        cache = untouched(places.size)
         table = untouched(4 * context * (config.head_dim // 2)).view(
             (context, config.head_dim // 2), "float32"
         )

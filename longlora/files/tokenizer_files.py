@@ -155,7 +155,7 @@ class NamedTokens:
 
 
 def _extra(init, where):
-    """The special tokens without a name in `init`, as its files have them."""
+    """The special tokens that `init` lists without a name, in the order of the list."""
     listed = init.get("extra_special_tokens", init.get("additional_special_tokens"))
     if not isinstance(listed, list | None):
         raise UserError(f"{where}: extra_special_tokens should be a list or an object, got {listed!r}")

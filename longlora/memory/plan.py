@@ -19,7 +19,7 @@ Choice = TypeVar("Choice")
 Parts = dict[str, int]  # name -> bytes
 
 
-class Sum:
+class MemoryPlan:
     """What all plans have: parts, their sum, the memory there is, and sentences that would make it fit."""
 
     parts: Parts
@@ -35,6 +35,17 @@ class Sum:
     def fits(self) -> bool:
         return self.total <= self.memory
 
+    def sizes(self) -> dict[str, Any]:
+        """What all plans say, for json.dumps; sizes in bytes."""
+        return {
+            "device": self.device,
+            "parts": dict(self.parts),
+            "total": self.total,
+            "memory": self.memory,
+            "fits": self.fits,
+            "changes": list(self.changes),
+        }
+
     def table(self, what: str) -> str:
         """A table in GiB, the verdict on `what`, and what would make it fit."""
         rows = {**self.parts, "total": self.total}
@@ -48,7 +59,7 @@ class Sum:
 
 
 @dataclass(frozen=True)
-class GenerationPlan(Sum):
+class GenerationPlan(MemoryPlan):
     """What generation takes, in `parts`: `rows` sequences of up to `context` tokens. Sizes in bytes."""
 
     config: Any = field(repr=False)  # ModelConfig
@@ -68,12 +79,7 @@ class GenerationPlan(Sum):
             "cache_dtype": self.cache_dtype,
             "context": self.context,
             "rows": self.rows,
-            "device": self.device,
-            "parts": dict(self.parts),
-            "total": self.total,
-            "memory": self.memory,
-            "fits": self.fits,
-            "changes": list(self.changes),
+            **self.sizes(),
         }
 
     def text(self) -> str:
@@ -82,7 +88,7 @@ class GenerationPlan(Sum):
 
 
 @dataclass(frozen=True)
-class Plan(Sum):
+class Plan(MemoryPlan):
     """What a run takes, in `parts`, and the choices they follow from.
 
     memory: what `device` has. changes: sentences, each with a change that would make the run fit; empty if it
@@ -110,12 +116,7 @@ class Plan(Sum):
             "group_size": self.group_size,
             "training": "full" if self.lora is None else "lora",
             "checkpointing": self.checkpointing,
-            "device": self.device,
-            "parts": dict(self.parts),
-            "total": self.total,
-            "memory": self.memory,
-            "fits": self.fits,
-            "changes": list(self.changes),
+            **self.sizes(),
         }
 
     def text(self) -> str:

@@ -49,6 +49,7 @@ class Request:
     notify: Callable[[Event], None]
     end: frozenset[int] = frozenset()
     top_logprobs: int | None = None
+    sampler: Any = field(default=None, repr=False)  # made by the engine
     reused: int = 0  # tokens of the prompt that a row of the cache already held
     cancelled: bool = field(default=False, repr=False)
 
@@ -63,7 +64,6 @@ class _Slot:
     def __init__(self, row):
         self.row, self.tokens, self.used = row, np.zeros(0, np.int32), 0
         self.request: Any = None
-        self.sampler: Any = None
         self.rest = np.zeros(0, np.int32)  # of the prompt, not yet in the cache
         self.next: Any = None  # the last token chosen, not yet in the cache
         self.made = 0
@@ -91,8 +91,7 @@ class Engine:
             )
         if request.prompt.min() < 0 or request.prompt.max() >= self.model.config.vocab_size:
             raise UserError(f"the prompt has tokens outside 0 to {self.model.config.vocab_size - 1}")
-        request_sampler = Sampler(request.sampling, request.prompt, self.model.config.vocab_size)
-        del request_sampler  # its checks are what was wanted
+        request.sampler = Sampler(request.sampling, request.prompt, self.model.config.vocab_size)
         with self._lock:
             if len(self._waiting) >= self.queue and not any(slot.request is None for slot in self._slots):
                 return False
@@ -146,7 +145,6 @@ class Engine:
             slot.request, slot.made, slot.next = request, 0, None
             slot.tokens, slot.rest = slot.tokens[: request.reused], prompt[request.reused :]
             self.cache.lengths[slot.row] = request.reused
-            slot.sampler = Sampler(request.sampling, prompt, self.model.config.vocab_size)
             self._clock += 1
             slot.used = self._clock
 
@@ -157,7 +155,7 @@ class Engine:
             self._finish(slot, Event(reason="length"))
             return
         try:
-            token = slot.sampler.choose(logits)
+            token = request.sampler.choose(logits)
         except UserError as error:
             self._finish(slot, Event(reason="error", error=str(error)))
             return

@@ -92,11 +92,6 @@ class Answer:
         return piece
 
 
-def prompt_ids(opened: Opened, text: str) -> np.ndarray:
-    """The tokens of a plain prompt, with the special tokens that the tokenizer adds."""
-    return opened.tokenizer.encode(text)
-
-
 def chat_ids(opened: Opened, template: Any, messages: Sequence[dict[str, Any]], **extra: Any) -> np.ndarray:
     """The tokens of a conversation, up to where the assistant begins to answer."""
     text = template.render(messages, add_generation_prompt=True, **extra)
@@ -174,7 +169,7 @@ def generate(
     device, _ = choose(device)
     opened = open_engine(model, adapter, context=context, dtype=dtype, cache_dtype=cache_dtype, device=device)
     if prompt is not None:
-        ids = prompt_ids(opened, prompt)
+        ids = opened.tokenizer.encode(prompt)  # with the special tokens that the tokenizer adds
     else:
         template = find_template(opened.base, opened.tokenizer.special, chat_template)
         messages = (

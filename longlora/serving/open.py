@@ -1,6 +1,5 @@
 """Opening a model to use it: weights with the adapter merged in, tokenizer, cache, engine."""
 
-import json
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from longlora.decoder.config import ModelConfig, read_config
 from longlora.decoder.generation_plan import plan
 from longlora.decoder.model import Model
 from longlora.decoder.weights import DTYPES
+from longlora.disk import read_json
 from longlora.errors import UserError
 from longlora.files import adapter as adapters
 from longlora.files.merge import Merged
@@ -83,8 +83,7 @@ def end_tokens(base: Any, tokenizer: Tokenizer) -> frozenset[int]:
     found: list = []
     path = os.path.join(base.path, "generation_config.json")
     if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            found.append(json.load(file).get("eos_token_id"))
+        found.append(read_json(path).get("eos_token_id"))
     if not found or found[0] is None:
         found = [base.config.raw.get("eos_token_id"), tokenizer.eos_token_id]
     flat = [x for value in found for x in (value if isinstance(value, list) else [value])]
