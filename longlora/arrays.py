@@ -16,9 +16,28 @@ def _name(dtype: Any) -> str:
     return str(dtype).rpartition(".")[2]
 
 
+def no_array(x: Any) -> TypeError:
+    """The error for an argument that is no array."""
+    return TypeError(
+        "wanted an array (NumPy, torch, longlora.Tensor or another that supports DLPack), "
+        f"got {type(x).__name__}"
+    )
+
+
 def dtype_name(x: Any) -> str:
-    """The name of x's dtype, one of DTYPES, for an array of any library."""
+    """The name of x's dtype, one of DTYPES, for an array of any library. TypeError if x is not an array."""
+    if not hasattr(x, "dtype"):
+        raise no_array(x)
     return _name(x.dtype)
+
+
+def shape(x: Any, name: str, axes: int = 0) -> tuple[int, ...]:
+    """The shape of the argument `name`. TypeError if it is not an array, ValueError below `axes` axes."""
+    if not hasattr(x, "shape"):
+        raise TypeError(f"{name}: {no_array(x)}")
+    if len(x.shape) < axes:
+        raise ValueError(f"{name} should have at least {axes} axes, got {len(x.shape)}")
+    return tuple(x.shape)
 
 
 def _is_torch(x: Any) -> bool:
@@ -55,10 +74,7 @@ def empty(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
     if hasattr(like, "__dlpack__"):
         kind, index = like.__dlpack_device__() if hasattr(like, "__dlpack_device__") else (1, 0)
         return Tensor(shape, dtype, f"cuda:{index}" if kind == 2 else "cpu")
-    raise TypeError(
-        "wanted an array (NumPy, torch, longlora.Tensor or another that supports DLPack), "
-        f"got {type(like).__name__}"
-    )
+    raise no_array(like)
 
 
 def zeros(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
@@ -75,7 +91,8 @@ def empty_like(x: Any) -> Any:
     """Like `empty`, with the shape and dtype of x."""
     if type(x) is np.ndarray:
         return np.empty(x.shape, x.dtype)
-    return empty(tuple(x.shape), dtype_name(x), x)
+    dtype = dtype_name(x)
+    return empty(tuple(x.shape), dtype, x)
 
 
 def give_back(like: Any, *results: Any) -> Any:

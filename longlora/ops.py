@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from longlora import _C
-from longlora.arrays import dtype_name, empty, empty_like, give_back, zeros
+from longlora.arrays import dtype_name, empty, empty_like, give_back, shape, zeros
 
 Array = Any  # an array of any library that supports DLPack
 
@@ -43,9 +43,17 @@ def _choice(op: str, name: str, value: str, choices: dict[str, int]) -> int:
     return choices[value]
 
 
+def _four(op: str, q: Array) -> tuple[int, ...]:
+    """The shape of the queries, [B,T,H,D]."""
+    found = shape(q, f"{op}: q")
+    if len(found) != 4:
+        raise ValueError(f"{op}: q should have 4 axes, got {len(found)}")
+    return found
+
+
 def cast(x: Array, dtype: str) -> Array:
     """Convert x [M,N] to `dtype` ("float32", "bfloat16", "float16"), rounded to nearest even -> out [M,N]."""
-    out = empty(tuple(x.shape), dtype, x)
+    out = empty(shape(x, "cast: x"), dtype, x)
     _C.cast(out, x)
     return give_back(x, out)
 
@@ -68,18 +76,16 @@ def matmul(a: Array, b: Array, alpha: float = 1.0, dtype: str | None = None) -> 
 
     a and b may have any strides and each its own float dtype.
     """
-    if len(a.shape) < 2 or len(b.shape) != 2:
-        raise ValueError(
-            f"matmul: a should have 2 axes or more and b 2, got {len(a.shape)} and {len(b.shape)}"
-        )
-    out = empty((*a.shape[:-1], b.shape[1]), dtype or dtype_name(a), a)
+    rows, columns = shape(a, "matmul: a", 2)[:-1], shape(b, "matmul: b", 2)[1]
+    out = empty((*rows, columns), dtype or dtype_name(a), a)
     _C.matmul(out, a, b, alpha, 0.0)
     return give_back(a, out)
 
 
 def embedding_forward(weight: Array, ids: Array) -> Array:
     """Gather rows of weight [V,C] by ids [M] int32 -> out [M,C]. ValueError for an id outside 0..V-1."""
-    out = empty((*ids.shape, weight.shape[1]), dtype_name(weight), weight)
+    rows, C = shape(ids, "embedding_forward: ids"), shape(weight, "embedding_forward: weight", 2)[1]
+    out = empty((*rows, C), dtype_name(weight), weight)
     _C.embedding_forward(out, weight, ids)
     return give_back(weight, out)
 
@@ -89,7 +95,7 @@ def embedding_backward(dout: Array, ids: Array, order: Array, rows: int) -> Arra
 
     ids [M] int32; order [M] int32 is the stable argsort of ids, which fixes the order of the sum.
     """
-    dweight = zeros((rows, dout.shape[-1]), "float32", dout)
+    dweight = zeros((rows, shape(dout, "embedding_backward: dout", 1)[-1]), "float32", dout)
     _C.embedding_backward(dweight, dout, ids, order)
     return give_back(dout, dweight)
 
@@ -102,7 +108,7 @@ def rms_norm_forward(
     sum = x + residual; rstd = 1/sqrt(mean(sum^2) + eps); out = sum rstd weight. weight [C]. Without a
     residual, sum is x itself. RMSNorm, arXiv 1910.07467.
     """
-    out, rstd = empty_like(x), empty(tuple(x.shape[:-1]), "float32", x)
+    out, rstd = empty_like(x), empty(shape(x, "rms_norm_forward: x", 1)[:-1], "float32", x)
     total = None if residual is None else empty_like(x)
     _C.rms_norm_forward(out, rstd, total, x, residual, weight, eps)
     return give_back(x, out, rstd, x if total is None else total)
@@ -115,7 +121,7 @@ def rms_norm_backward(
 
     x [M,C] is the forward's sum, rstd [M] its statistic. dresidual [M,C], if given, is added to dx.
     """
-    dx, dweight = empty_like(x), zeros(tuple(weight.shape), "float32", x)
+    dx, dweight = empty_like(x), zeros(shape(weight, "rms_norm_backward: weight"), "float32", x)
     _C.rms_norm_backward(dx, dweight, dout, x, rstd, weight, dresidual)
     return give_back(x, dx, dweight)
 
@@ -152,8 +158,10 @@ def lora_linear_forward(
     u = x a^T; out = x weight^T + bias + scale u b^T + residual. x [M,C], weight [N,C], bias [N], a [R,C],
     b [N,R], residual [M,N]. LoRA, arXiv 2106.09685 section 4.1.
     """
-    out = empty((*x.shape[:-1], weight.shape[0]), dtype_name(x), x)
-    u = None if a is None else empty((*x.shape[:-1], a.shape[0]), "float32", x)
+    op = "lora_linear_forward"
+    rows, N = shape(x, f"{op}: x", 1)[:-1], shape(weight, f"{op}: weight", 1)[0]
+    out = empty((*rows, N), dtype_name(x), x)
+    u = None if a is None else empty((*rows, shape(a, f"{op}: a", 1)[0]), "float32", x)
     _C.lora_linear_forward(out, u, x, weight, bias, a, b, residual, scale)
     return give_back(x, out, u)
 
@@ -176,11 +184,12 @@ def lora_linear_backward(
     da and db are None without a and b; dweight and dbias are None unless train_weight and train_bias are set.
     All four are float32. u is the forward's result; without it, u is computed again from x.
     """
-    dx = empty_like(x)
-    da = None if a is None else zeros(tuple(a.shape), "float32", x)
-    db = None if b is None else zeros(tuple(b.shape), "float32", x)
-    dweight = zeros(tuple(weight.shape), "float32", x) if train_weight else None
-    dbias = zeros((weight.shape[0],), "float32", x) if train_bias else None
+    dx, op = empty_like(x), "lora_linear_backward"
+    of_weight = shape(weight, f"{op}: weight", 1)
+    da = None if a is None else zeros(shape(a, f"{op}: a"), "float32", x)
+    db = None if b is None else zeros(shape(b, f"{op}: b"), "float32", x)
+    dweight = zeros(of_weight, "float32", x) if train_weight else None
+    dbias = zeros(of_weight[:1], "float32", x) if train_bias else None
     _C.lora_linear_backward(dx, da, db, dweight, dbias, dout, x, weight, a, b, u, scale)
     return give_back(x, dx, da, db, dweight, dbias)
 
@@ -209,9 +218,8 @@ def s2_attention_forward(
         document.
     scale: factor of q k^T (default: 1/sqrt(D)). lse is the log-sum-exp of the scaled scores.
     """
-    if len(q.shape) != 4:
-        raise ValueError(f"s2_attention_forward: q should have 4 axes, got {len(q.shape)}")
-    out, lse = empty_like(q), empty((q.shape[0], q.shape[2], q.shape[1]), "float32", q)
+    B, T, H, _ = _four("s2_attention_forward", q)
+    out, lse = empty_like(q), empty((B, H, T), "float32", q)
     _C.s2_attention_forward(
         out,
         lse,
@@ -267,7 +275,7 @@ def attention_scalars(
         group_size,
         _choice(op, "boundary", boundary, BOUNDARIES),
         _choice(op, "shift", shift, SHIFTS),
-        1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale,
+        1 / math.sqrt(max(shape(q, f"{op}: q", 1)[-1], 1)) if scale is None else scale,
     )
 
 
@@ -297,9 +305,8 @@ def cached_attention(
     A sequence's result depends on its own queries, keys and length alone, bit by bit. ValueError for a row
     or length outside the cache; on a GPU such a sequence gives NaN.
     """
-    if len(q.shape) != 4:
-        raise ValueError(f"cached_attention: q should have 4 axes, got {len(q.shape)}")
-    out, factor = empty_like(q), 1 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale
+    D = _four("cached_attention", q)[3]
+    out, factor = empty_like(q), 1 / math.sqrt(max(D, 1)) if scale is None else scale
     _C.cached_attention(out, k_cache, v_cache, q, k, v, rows, lengths, factor)
     return give_back(q, out)
 
@@ -326,7 +333,8 @@ def linear_cross_entropy_forward(
     x [M,C], weight [V,C], targets [M] int32. losses = lse - logit of the target, and 0 where the target is
     ignore_index. The logits [M,V] are never in memory as a whole.
     """
-    losses, lse = empty(tuple(x.shape[:-1]), "float32", x), empty(tuple(x.shape[:-1]), "float32", x)
+    rows = shape(x, "linear_cross_entropy_forward: x", 1)[:-1]
+    losses, lse = empty(rows, "float32", x), empty(rows, "float32", x)
     _C.linear_cross_entropy_forward(losses, lse, x, weight, targets, ignore_index)
     return give_back(x, losses, lse)
 
@@ -344,8 +352,9 @@ def linear_cross_entropy_backward(
     dlosses [M] float32 is the gradient of each row's loss. dweight is None unless train_weight is set. The
     other arguments are those of linear_cross_entropy_forward, which a training step does not need to call.
     """
-    losses, dx = empty(tuple(x.shape[:-1]), "float32", x), empty_like(x)
-    dweight = zeros(tuple(weight.shape), "float32", x) if train_weight else None
+    op = "linear_cross_entropy_backward"
+    losses, dx = empty(shape(x, f"{op}: x", 1)[:-1], "float32", x), empty_like(x)
+    dweight = zeros(shape(weight, f"{op}: weight"), "float32", x) if train_weight else None
     _C.linear_cross_entropy_backward(losses, dx, dweight, x, weight, targets, dlosses, ignore_index)
     return give_back(x, losses, dx, dweight)
 

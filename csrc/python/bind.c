@@ -243,6 +243,7 @@ static PyObject *py_peak(PyObject *self, PyObject *arg) {
     float unused;
     long long n = PyLong_AsLongLong(arg);
     if (n == -1 && PyErr_Occurred()) return NULL;
+    if (n < 1) return PyErr_Format(PyExc_ValueError, "peak: n should be at least 1, got %lld", n);
     for (int i = 0; i < ISA_COUNT; i++)
         if (isa_supported(i)) peak = peaks[i];
     Py_BEGIN_ALLOW_THREADS

@@ -187,7 +187,8 @@ def run(
     """Perplexity of the model at path `model`, with an adapter if given, on the text at `data`.
 
     Attention is dense. Memory does not grow with the vocabulary. Returns {"results": [{"length", "tokens",
-    "loss", "perplexity"}, ...], ...}, one result for each of `lengths`, loss in nats per token.
+    "loss", "perplexity"}, ...], ...}, one result for each of `lengths`, loss in nats per token. Its
+    "longest_document" counts tokens: windows beyond it hold no more text.
 
     lengths        tokens of a window
     stride         tokens between windows (a sliding window); by default windows lie side by side
@@ -230,6 +231,7 @@ def run(
         "adapter": None if adapter is None else os.fspath(adapter),
         "data": os.fspath(data),
         "left_out": corpus.sentence(),
+        "longest_document": max(map(len, parts)),
         "attention": "dense",
         "device": device,
         "stride": stride,
@@ -242,4 +244,7 @@ def text(results: dict) -> str:
     lines = [f"{'length':>8} {'tokens':>10} {'loss':>8} {'perplexity':>11}"]
     for r in results["results"]:
         lines.append(f"{r['length']:>8} {r['tokens']:>10,} {r['loss']:>8.4f} {r['perplexity']:>11.3f}")
-    return "\n".join([*lines, *filter(None, [results["left_out"]])])
+    longest = results["longest_document"]
+    beyond = [f"{r['length']:,}" for r in results["results"] if r["length"] > longest]
+    short = f"no document has {', '.join(beyond)} tokens; the longest has {longest:,}" if beyond else None
+    return "\n".join([*lines, *filter(None, [results["left_out"], short])])

@@ -341,3 +341,10 @@ else:
     raise SystemExit("a second copy was loaded")
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_rounds_of_peak_are_counted():
+    assert _C.peak(2000) == 2 * _C.peak(1000) > 0
+    for wrong, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), (1 << 70, OverflowError)):
+        with pytest.raises(error):
+            _C.peak(wrong)

@@ -225,6 +225,15 @@ def test_the_table_and_the_json_hold_the_same(tmp_path):
         assert f"{result['perplexity']:.3f}" in table and f"{result['tokens']:,}" in table
 
 
+def test_lengths_that_no_document_has_are_said(tmp_path):
+    base, path = tiny.model(tmp_path / "base"), tmp_path / "t.jsonl"
+    path.write_text('{"text": "context of the token"}\n{"text": "long"}\n')  # of 20 and 4 tokens
+    found = ppl.run(base, path, [16, 20, 21, 4096])
+    assert found["longest_document"] == 20
+    assert ppl.text(found).splitlines()[-1] == "no document has 21, 4,096 tokens; the longest has 20"
+    assert "no document" not in ppl.text(ppl.run(base, path, [16, 20]))
+
+
 def test_what_a_directory_holds_besides_its_text_is_said(tmp_path):
     """The result is that of the text alone."""
     base, data = tiny.model(tmp_path / "base"), tmp_path / "data"
