@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from longlora.tools.demo import run as demo
     from longlora.tools.doctor import examine as doctor
     from longlora.tools.inspect import describe as inspect
-    from longlora.training.driver import plan, train
+    from longlora.tools.plan import plan
+    from longlora.training.driver import train
 
 __version__ = "0.1.0"
 _COMPILED = ("Tensor", "get_num_threads", "set_num_threads")
@@ -28,7 +29,7 @@ _MODULES = ("cuda", "ops", "torch")
 # The commands: module and function.
 _COMMANDS = {
     "train": "training.driver:train",
-    "plan": "training.driver:plan",
+    "plan": "tools.plan:plan",
     "ppl": "evaluation.ppl:run",
     "generate": "serving.generate:generate",
     "chat": "serving.chat:chat",

@@ -7,7 +7,7 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, NoReturn
 
 from longlora.errors import UserError
@@ -15,6 +15,7 @@ from longlora.guard import guarded
 from longlora.training import options
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_GENERATION = ("context", "rows", "cache_dtype")  # options of plan --generate alone
 
 
 class Command(NamedTuple):
@@ -62,18 +63,43 @@ def _train(args: argparse.Namespace) -> int:
     return 0 if result.stopped is None else 128 + result.stopped
 
 
+def _flags(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
 def _plan_flags(parser: argparse.ArgumentParser) -> None:
     options.add_flags(parser, options.PLANNED)
+    add = parser.add_argument_group("generation").add_argument
+    add("--generate", action="store_true", help="plan generation instead of a training run")
+    add("--context", type=int, help="tokens of prompt and answer together (default: the model's)")
+    add("--rows", type=int, help="answers that advance side by side [1]")
+    add("--cache-dtype", choices=("auto", *_DTYPES), help="of keys and values [auto: that of the weights]")
     _json_flag(parser)
 
 
 def _plan(args: argparse.Namespace) -> int:
+    import longlora
     from longlora.device import choose_to_plan
     from longlora.training import driver
 
-    o = options.from_flags(args, planning=True)
-    o.device, chosen = choose_to_plan(o.device, o.max_memory)
-    plan = driver.plan_of(o)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    if args.generate:
+        takes = ("model", "dtype", "device", "max_memory", *_GENERATION)
+        given = {name: value for name, value in given.items() if name not in ("command", "generate", "json")}
+        odd = [name for name in given if name not in takes]
+        if odd:
+            raise UserError(f"plan --generate takes {_flags(takes)}; it has no {_flags(odd)}")
+        if "model" not in given:
+            raise UserError("model is missing")
+        given["device"], chosen = choose_to_plan(given.get("device", "auto"), given.get("max_memory"))
+        plan = longlora.plan(generate=True, **given)
+    else:
+        odd = [name for name in _GENERATION if name in given]
+        if odd:
+            raise UserError(f"{_flags(odd)} needs --generate")
+        o = options.from_flags(args, planning=True)
+        o.device, chosen = choose_to_plan(o.device, o.max_memory)
+        plan = driver.plan_of(o)
     return _print(args, plan.to_json(), lambda _: f"{chosen}\n{plan.text()}")
 
 
@@ -245,7 +271,9 @@ def _demo(args: argparse.Namespace) -> int:
 
 COMMANDS = (
     Command("train", "extend a model: LoRA, S2-Attn, position interpolation", options.add_flags, _train),
-    Command("plan", "show the memory a training run takes, from the config alone", _plan_flags, _plan),
+    Command(
+        "plan", "show the memory that training or generation takes, from the config alone", _plan_flags, _plan
+    ),
     Command("ppl", "measure perplexity by length, with dense attention", _ppl_flags, _ppl),
     Command("generate", "continue a text, or answer a question about one", _generate_flags, _generate),
     Command("chat", "talk to a model at the terminal", _chat_flags, _chat),

@@ -242,7 +242,8 @@ def test_help_lists_what_the_command_takes_and_every_default(capsys):
     with pytest.raises(SystemExit):
         cli.main(["plan", "--help"])
     shown = set(re.findall(r"^  --([a-z0-9-]+)", capsys.readouterr().out, re.M))
-    assert shown - {"config", "json"} == {name.replace("_", "-") for name in options.PLANNED}
+    generation = {"generate", "context", "rows", "cache-dtype"}
+    assert shown - {"config", "json"} - generation == {name.replace("_", "-") for name in options.PLANNED}
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     flags = re.split(r" (?=--[a-z])", " ".join(capsys.readouterr().out.split()))
@@ -482,6 +483,47 @@ def test_plan_needs_a_config_only_and_is_quick(tmp_path):
         "plan", "--model", tmp_path / "model", "--target-length", "32768", "--max-memory", "20"
     ).stdout
     assert text.startswith("device: ") and "does not fit" in text and "20.000 GiB are available" in text
+
+
+def test_plan_of_generation(tmp_path, capsys):
+    """From a config without weights; the cache by pencil; what would make it fit; flags of the other plan."""
+    fields = dict(num_hidden_layers=3, torch_dtype="bfloat16", max_position_embeddings=500)
+    flags = [
+        "plan",
+        "--generate",
+        "--model",
+        str(tiny.config(tmp_path / "model", **fields)),
+        "--device",
+        "cpu",
+    ]
+    assert cli.main([*flags, "--rows", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    each = 2 * 3 * 2 * 8 * 2  # keys and values, layers, heads, head size, bytes
+    assert found["parts"]["cache of keys and values"] == pytest.approx(4 * 500 * each, rel=0.01)
+    assert (found["dtype"], found["cache_dtype"], found["context"], found["rows"]) == ("bfloat16",) * 2 + (
+        500,
+        4,
+    )
+    assert found["fits"] and not found["changes"] and sum(found["parts"].values()) == found["total"]
+    tight = [*flags, "--dtype", "float32", "--context", "16777216", "--max-memory", "3"]
+    assert cli.main(tight) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("device: cpu") and "does not fit; 3.000 GiB are available" in shown
+    assert "  --context 4194304: " in shown
+    assert (
+        longlora.plan(generate=True, model=flags[3], device="cpu", rows=4).to_json()["parts"].keys()
+        == found["parts"].keys()
+    )
+    for wrong, words in (
+        ([*flags, "--target-length", "9"], "plan --generate takes --model, --dtype"),
+        ([*flags, "--context", "0"], "context should be an integer of at least 1, got 0"),
+        ([*flags, "--max-memory", "nan"], "max_memory should be a number of GiB above 0"),
+        ([*flags, "--dtype", "int8"], "dtype should be one of float32, bfloat16, float16, got 'int8'"),
+        ([flags[0], *flags[2:], "--rows", "2"], "--rows needs --generate"),
+        (["plan", "--generate"], "model is missing"),
+    ):
+        assert cli.main(wrong) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_doctor_names_what_is_in_use():

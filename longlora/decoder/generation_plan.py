@@ -11,7 +11,7 @@ from longlora.decoder.weights import DTYPES
 from longlora.device import CPU, free_memory
 from longlora.errors import UserError
 from longlora.memory.dry_run import Recorder, untouched
-from longlora.memory.plan import GROWTH, GenerationPlan, own_memory, what_would_fit
+from longlora.memory.plan import GROWTH, GenerationPlan, Parts, own_memory, what_would_fit
 
 
 def plan(
@@ -29,8 +29,7 @@ def plan(
     cache_dtype: of keys and values, by default dtype. memory: bytes, by default what `device` has now.
     UserError for a choice that does not exist.
     """
-    cache_dtype = cache_dtype or dtype
-    for name, value in (("dtype", dtype), ("cache_dtype", cache_dtype)):
+    for name, value in (("dtype", dtype), ("cache_dtype", cache_dtype or dtype)):
         if value not in DTYPES:
             raise UserError(f"{name} should be one of {', '.join(DTYPES)}, got {value!r}")
     for name, number in (("context", context), ("rows", rows)):
@@ -38,25 +37,31 @@ def plan(
             raise UserError(f"{name} should be an integer of at least 1, got {number!r}")
     if memory is None:
         memory = job.memory(own_memory()) if device == CPU else free_memory(device)
+    asked: dict[str, Any] = dict(context=context, rows=rows, dtype=dtype, cache_dtype=cache_dtype)
 
-    def total(context: int = context, rows: int = rows, cache_dtype: str = cache_dtype) -> int:
-        return sum(_parts(config, context, rows, dtype, cache_dtype, device).values())
+    def parts_of(**changes: Any) -> Parts:
+        changed = {**asked, **changes}
+        changed["cache_dtype"] = changed["cache_dtype"] or changed["dtype"]
+        return _parts(config, device=device, **changed)
 
-    parts = _parts(config, context, rows, dtype, cache_dtype, device)
+    parts = parts_of()
     changes: tuple[str, ...] = ()
+    cache_dtype = cache_dtype or dtype
     if sum(parts.values()) > memory:
         steps: list[tuple[str, str, Any]] = []
         if cache_dtype == "float32":
             steps.append(("--cache-dtype bfloat16", "cache_dtype", "bfloat16"))
+        if dtype == "float32":
+            steps.append(("--dtype bfloat16", "dtype", "bfloat16"))
         steps += [(f"{rows >> i} rows", "rows", rows >> i) for i in range(1, 6) if rows >> i]
         steps += [
             (f"--context {context >> i}", "context", context >> i) for i in range(1, 10) if context >> i
         ]
-        changes = what_would_fit(total, steps, memory)
+        changes = what_would_fit(lambda **c: sum(parts_of(**c).values()), steps, memory)
     return GenerationPlan(config, dtype, cache_dtype, context, rows, device, memory, parts, changes)
 
 
-def _parts(config, context, rows, dtype, cache_dtype, device):
+def _parts(config, *, context, rows, dtype, cache_dtype, device):
     parts = dict(Network(config).lay_out(dtype, training=False).parts)
     shapes = (1, min(CHUNK, context)), (min(TOGETHER, rows), 1)
     network = Network(config, layers=range(min(2, config.num_hidden_layers)))

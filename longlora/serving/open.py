@@ -61,20 +61,25 @@ def open_engine(
         weights = Merged(base, lora, tensors)
     if dtype == "auto":
         dtype = base.dtype("model.embed_tokens.weight")
-    cache_dtype = dtype if cache_dtype == "auto" else cache_dtype
     for name, value in (("dtype", dtype), ("cache_dtype", cache_dtype)):
-        if value not in DTYPES:
+        if value not in (*DTYPES, "auto"):
             raise UserError(f"{name} should be one of auto, {', '.join(DTYPES)}, got {value!r}")
     if context is None:
         context = config.max_position_embeddings
     planned = plan(
-        config, context=context, rows=rows, dtype=dtype, cache_dtype=cache_dtype, device=device, memory=memory
+        config,
+        context=context,
+        rows=rows,
+        dtype=dtype,
+        cache_dtype=None if cache_dtype == "auto" else cache_dtype,
+        device=device,
+        memory=memory,
     )
     if not planned.fits:
         raise UserError(f"the model does not fit in memory\n{planned.text()}")
     tokenizer = base.tokenizer()
     made = Model(config, dtype=dtype, device=device).load(weights)
-    cache = Cache(config, rows, context, cache_dtype, device)
+    cache = Cache(config, rows, context, planned.cache_dtype, device)
     return Opened(Engine(made, cache), tokenizer, config, end_tokens(base, tokenizer), base)
 
 
