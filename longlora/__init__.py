@@ -1,9 +1,10 @@
 """LongLoRA (arXiv 2309.12307): extend the context of a pretrained decoder on one machine.
 
 The commands of the command line are functions of this package: train, plan, ppl, generate, chat, merge,
-inspect, doctor, demo. longlora.ops and Tensor are the kernels, on NumPy, torch and other DLPack arrays.
-longlora.torch works on models of transformers. longlora.cuda describes the GPUs. Every name is imported at
-its first use, so `import longlora` loads nothing, not even NumPy.
+inspect, doctor, demo. Session is a model that answers again and again. longlora.ops and Tensor are the
+kernels, on NumPy, torch and other DLPack arrays. longlora.torch works on models of transformers.
+longlora.cuda describes the GPUs. Every name is imported at its first use, so `import longlora` loads nothing,
+not even NumPy.
 """
 
 import importlib
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from longlora.files.merge import merge
     from longlora.serving.chat import chat
     from longlora.serving.generate import generate
+    from longlora.serving.session import Session
     from longlora.tools.demo import run as demo
     from longlora.tools.doctor import examine as doctor
     from longlora.tools.inspect import describe as inspect
@@ -38,7 +40,14 @@ _COMMANDS = {
     "doctor": "tools.doctor:examine",
     "demo": "tools.demo:run",
 }
-__all__ = [*_COMPILED, *_COMMANDS, "cuda", "ops"]  # not torch: `import *` works where it is not installed
+_OTHERS = {"Session": "serving.session:Session"}
+__all__ = [
+    *_COMPILED,
+    *_COMMANDS,
+    *_OTHERS,
+    "cuda",
+    "ops",
+]  # not torch: `import *` works where it is not installed
 
 
 def _compiled():
@@ -84,8 +93,9 @@ def __getattr__(name):
     if name in _COMPILED:
         value = globals()[name] = getattr(_compiled(), name)
         return value
-    if name in _COMMANDS:
-        module, _, function = _COMMANDS[name].partition(":")
+    place = _COMMANDS.get(name) or _OTHERS.get(name)
+    if place is not None:
+        module, _, function = place.partition(":")
         value = globals()[name] = getattr(importlib.import_module(f".{module}", __name__), function)
         return value
     if name in _MODULES:

@@ -155,6 +155,7 @@ def _generation_flags(parser: argparse.ArgumentParser) -> None:
     add("--presence-penalty", type=float, default=0.0, help="lowers tokens that are in the answer [0]")
     add("--frequency-penalty", type=float, default=0.0, help="lowers them each time they come [0]")
     add("--seed", type=int, help="draw the same tokens each time")
+    add("--prompt-cache", metavar="FILE", help="keep what was read in FILE: it is not read again")
     add("--chat-template", help="a file with a chat template (default: the model's own)")
     add("--dtype", default="auto", choices=("auto", *_DTYPES), help="of the weights [auto: as in the files]")
     add("--cache-dtype", default="auto", choices=("auto", *_DTYPES), help="of keys and values [auto: dtype]")
@@ -190,6 +191,7 @@ def _generate(args: argparse.Namespace) -> int:
         return 0
     text = "".join(answer)
     found = dict(text=text, tokens=answer.tokens, reason=answer.reason, prompt_tokens=answer.prompt_tokens)
+    found["reused_tokens"] = answer.reused
     print(json.dumps(found | dict(seconds=answer.seconds, seconds_to_first_token=answer.first)))
     return 0
 

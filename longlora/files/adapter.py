@@ -4,6 +4,7 @@ Tensors have the names of the Hugging Face model ("model.layers.0.self_attn.q_pr
 prefix is added on writing and removed on reading.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from longlora.decoder.lora import LoraConfig
 from longlora.disk import make_directory, read_json, write_json, write_text
 from longlora.errors import UserError
 from longlora.files import base_folder
-from longlora.files.model_file import ModelFile, some, to_float32
+from longlora.files.model_file import SAMPLE, ModelFile, some, to_float32
 from longlora.files.safetensors import SafetensorsFile
 from longlora.files.safetensors import save as save_tensors
 from longlora.files.tokenizer import Tokenizer
@@ -267,3 +268,13 @@ def check(tensors: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], whe
             raise UserError(
                 f"{where}: {name} should have shape {list(shape)}, got {list(tensors[name].shape)}"
             )
+
+
+def fingerprint(lora: LoraConfig, tensors: Mapping[str, np.ndarray], config: Any) -> str:
+    """Identify an adapter: a hash of rank, scale, rope, and of names, first and last bytes of tensors."""
+    digest = hashlib.sha256(json.dumps([lora.r, lora.scale, repr(config.rope)]).encode())
+    for name, array in sorted(tensors.items()):
+        flat = array.reshape(-1)
+        digest.update(f"{name} {list(array.shape)}\n".encode())
+        digest.update(flat[:SAMPLE].tobytes() + flat[-SAMPLE:].tobytes())
+    return digest.hexdigest()

@@ -108,10 +108,9 @@ class ModelFile:
         step = max(1, CHUNK // max(1, int(np.prod(shape[1:]))))
         for start in range(0, shape[0], step):
             part, stored = self._part(name, start, start + step)
-            # All exponent bits set means infinity or NaN. This checks bfloat16 without converting it.
-            finite = (part & 0x7F80) != 0x7F80 if stored == "bfloat16" else np.isfinite(part)
-            if not finite.all():
-                where = np.argwhere(~finite)[0]
+            right = finite(part, stored)
+            if not right.all():
+                where = np.argwhere(~right)[0]
                 where[0] += start
                 raise UserError(f"{self.path}: {name} is not finite at {where.tolist()}")
             write(start, part if stored == dtype else from_float32(to_float32(part, stored), dtype))
@@ -144,6 +143,12 @@ class ModelFile:
             digest.update(buffer[start : start + size] + buffer[end - size : end])
             release(buffer, start, end)
         return digest.hexdigest()
+
+
+def finite(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Whether each number of an ndarray as stored (bfloat16: uint16 bits) is finite -> bool like it."""
+    # All exponent bits set means infinity or NaN. This checks bfloat16 without converting it.
+    return (array & 0x7F80) != 0x7F80 if dtype == "bfloat16" else np.isfinite(array)
 
 
 def to_float32(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -1,39 +1,33 @@
 """longlora chat: a conversation at the terminal. The cache keeps what was said and what was read."""
 
+import json
 import os
 import sys
 from typing import Any
 
-from longlora.data.chat_template import find_template
-from longlora.decoder.sampling import Sampling
-from longlora.device import choose
-from longlora.disk import write_json
+from longlora.disk import read_bytes, write_json
 from longlora.errors import UserError
-from longlora.serving.generate import Answer, chat_ids, read_material
-from longlora.serving.open import Opened, open_engine
+from longlora.serving.generate import read_material
+from longlora.serving.session import Session, check
 
 HELP = """/file PATH   read a .txt, .md or .pdf file; the next question is about it
 /reset       forget the conversation
 /save PATH   save the conversation as JSON
+/load PATH   continue a conversation that was saved
 /help        show this
 /quit        leave (also Ctrl-D); Ctrl-C stops an answer"""
 
 
 class Chat:
-    """A conversation with `opened`. out: where answers go; note: where remarks go."""
+    """A conversation in `session`.
+
+    system: the system message. out: where answers go; note: where remarks go. how: see Session.answer.
+    """
 
     def __init__(
-        self,
-        opened: Opened,
-        sampling: Sampling,
-        max_new_tokens: int | None = None,
-        system: str | None = None,
-        template: Any = None,
-        out: Any = None,
-        note: Any = None,
+        self, session: Session, system: str | None = None, out: Any = None, note: Any = None, **how: Any
     ):
-        self._opened, self._sampling, self._most = opened, sampling, max_new_tokens
-        self._template = template or find_template(opened.base, opened.tokenizer.special)
+        self._session, self._how = session, how
         self._start = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[dict[str, str]] = list(self._start)
         self._material: list[str] = []
@@ -46,9 +40,7 @@ class Chat:
             return
         content = "\n\n".join([*self._material, text])
         messages = [*self.messages, {"role": "user", "content": content}]
-        answer = Answer(
-            self._opened, chat_ids(self._opened, self._template, messages), self._sampling, self._most
-        )
+        answer = self._session.chat(messages, **self._how)
         pieces: list[str] = []
         iterator = iter(answer)
         while True:
@@ -69,7 +61,7 @@ class Chat:
         self._out.flush()
         self._material = []
         self.messages = [*messages, {"role": "assistant", "content": "".join(pieces).strip()}]
-        used, places = answer.prompt_tokens + len(answer.tokens), self._opened.engine.cache.places
+        used, places = answer.prompt_tokens + len(answer.tokens), self._session.context
         if used > 0.9 * places:
             self._note.write(f"({used} of {places} tokens of the context are used)\n")
 
@@ -79,14 +71,17 @@ class Chat:
         if name == "/file" and rest:
             text = read_material(rest)
             self._material.append(text)
-            count = len(self._opened.tokenizer.backend.encode(text, add_special_tokens=False).ids)
-            self._note.write(f"(read {rest}: {count} of {self._opened.engine.cache.places} tokens)\n")
+            count = len(self._session.opened.tokenizer.backend.encode(text, add_special_tokens=False).ids)
+            self._note.write(f"(read {rest}: {count} of {self._session.context} tokens)\n")
         elif name == "/reset":
             self.messages, self._material = list(self._start), []
             self._note.write("(the conversation is forgotten)\n")
         elif name == "/save" and rest:
             write_json(rest, self.messages)
             self._note.write(f"(saved {rest})\n")
+        elif name == "/load" and rest:
+            self.messages, self._material = read_conversation(rest), []
+            self._note.write(f"(loaded {rest}: {len(self.messages)} messages)\n")
         else:
             self._note.write(HELP + "\n")
 
@@ -104,12 +99,28 @@ class Chat:
                 self._note.write(f"({error})\n")
 
 
+def read_conversation(path: str) -> list[dict[str, str]]:
+    """The messages that /save has written. UserError for a file that holds anything else."""
+    try:
+        found = json.loads(read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    keys = {"role", "content"}
+    if not isinstance(found, list) or not all(
+        isinstance(x, dict) and x.keys() == keys and all(isinstance(x[key], str) for key in keys)
+        for x in found
+    ):
+        raise UserError(f"{path}: should be a list of messages, each with a role and a content")
+    return found
+
+
 def chat(
     model: str | os.PathLike[str],
     adapter: str | os.PathLike[str] | None = None,
     *,
     system: str | None = None,
     max_new_tokens: int | None = None,
+    prompt_cache: str | os.PathLike[str] | None = None,
     context: int | None = None,
     dtype: str = "auto",
     cache_dtype: str = "auto",
@@ -121,17 +132,28 @@ def chat(
     """Hold a conversation at the terminal -> its messages. The arguments are those of longlora.generate.
 
     system: the system message. lines: what the user says, by default what is typed.
+    prompt_cache: a file. What it holds is not read again, and at the end it holds the conversation's cache.
     """
-    how = Sampling(**sampling)
-    device, chosen = choose(device)
-    opened = open_engine(model, adapter, context=context, dtype=dtype, cache_dtype=cache_dtype, device=device)
-    template = find_template(opened.base, opened.tokenizer.special, chat_template)
-    conversation = Chat(opened, how, max_new_tokens, system, template)
+    check(max_new_tokens, (), **sampling)
+    session = Session(
+        model,
+        adapter,
+        context=context,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        chat_template=chat_template,
+        device=device,
+    )
+    if prompt_cache is not None and os.path.exists(prompt_cache):
+        session.load(prompt_cache)
+    conversation = Chat(session, system, max_new_tokens=max_new_tokens, **sampling)
     print(
-        f"{chosen}; a context of {opened.engine.cache.places} tokens; /help shows what else there is",
+        f"{session.chosen}; a context of {session.context} tokens; /help shows what else there is",
         file=sys.stderr,
     )
     conversation.run(prompt_lines() if lines is None else lines)
+    if prompt_cache is not None and session.held:
+        session.save(prompt_cache)
     return conversation.messages
 
 

@@ -98,6 +98,14 @@ class Engine:
             self._waiting.append(request)
         return True
 
+    def tokens(self, row: int) -> np.ndarray:
+        """The tokens that a row of the cache holds, int32 [N]."""
+        return self._slots[row].tokens
+
+    def hold(self, row: int, tokens: np.ndarray) -> None:
+        """Say which tokens an idle row of the cache holds: keys and values were written by the caller."""
+        self._slots[row].tokens, self.cache.lengths[row] = tokens, len(tokens)
+
     @property
     def busy(self) -> bool:
         """Whether a request waits or runs."""

@@ -22,13 +22,18 @@ Path = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Opened:
-    """A model that is ready to answer. end: the tokens that end an answer."""
+    """A model that is ready to answer.
+
+    end: the tokens that end an answer. base: the opened files.
+    identity: what the cache depends on besides the tokens: hashes of model and adapter, and dtypes.
+    """
 
     engine: Engine
     tokenizer: Tokenizer
     config: ModelConfig
     end: frozenset[int]
-    base: Any  # the opened files
+    base: Any
+    identity: dict[str, str]
 
 
 def open_engine(
@@ -55,10 +60,12 @@ def open_engine(
     base = open_model(model)
     config: ModelConfig = base.config
     weights: Any = base
+    identity = {"model": base.fingerprint(), "adapter": "none"}
     if adapter is not None:
         lora, tensors, raw = adapters.load(adapter, base)
         config = read_config(raw) if raw is not None else config
         weights = Merged(base, lora, tensors)
+        identity["adapter"] = adapters.fingerprint(lora, tensors, config)
     if dtype == "auto":
         dtype = base.dtype("model.embed_tokens.weight")
     for name, value in (("dtype", dtype), ("cache_dtype", cache_dtype)):
@@ -80,7 +87,8 @@ def open_engine(
     tokenizer = base.tokenizer()
     made = Model(config, dtype=dtype, device=device).load(weights)
     cache = Cache(config, rows, context, planned.cache_dtype, device)
-    return Opened(Engine(made, cache), tokenizer, config, end_tokens(base, tokenizer), base)
+    identity |= {"dtype": dtype, "cache_dtype": planned.cache_dtype}
+    return Opened(Engine(made, cache), tokenizer, config, end_tokens(base, tokenizer), base, identity)
 
 
 def end_tokens(base: Any, tokenizer: Tokenizer) -> frozenset[int]:

@@ -8,10 +8,8 @@ import tiny
 
 import longlora
 from longlora import cli
-from longlora.decoder.sampling import Sampling
 from longlora.errors import UserError
 from longlora.serving.chat import Chat
-from longlora.serving.open import open_engine
 from longlora.training import driver
 
 
@@ -85,9 +83,9 @@ def test_generate_from_the_command_line(base, capsys, monkeypatch):
 
 
 def chat(base, lines, **how):
-    opened = open_engine(base, context=how.pop("context", 400))
+    session = longlora.Session(base, context=400, device="cpu")
     out, note = io.StringIO(), io.StringIO()
-    conversation = Chat(opened, Sampling(), 6, out=out, note=note, **how)
+    conversation = Chat(session, out=out, note=note, max_new_tokens=6, **how)
     conversation.run(lines)
     return conversation, out.getvalue(), note.getvalue()
 
@@ -99,6 +97,15 @@ def test_a_conversation_keeps_its_history(base, tmp_path):
     roles = [message["role"] for message in conversation.messages]
     assert roles == ["system", "user", "assistant", "user", "assistant"]
     assert out.count("\n") >= 2 and json.loads((tmp_path / "c.json").read_text()) == conversation.messages
+    again, _, note = chat(base, [f"/load {tmp_path}/c.json"])
+    assert again.messages == conversation.messages and "5 messages" in note
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[1]", '[{"role": "user"}]', '[{"role": 1, "content": "a"}]'])
+def test_what_is_no_conversation_is_not_loaded(base, tmp_path, content):
+    (tmp_path / "c.json").write_text(content)
+    conversation, _, note = chat(base, [f"/load {tmp_path}/c.json"])
+    assert f"({tmp_path}/c.json: " in note and conversation.messages == []
 
 
 def test_files_reset_help_and_errors(base, tmp_path):
@@ -118,11 +125,10 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(base):
                 raise KeyboardInterrupt
             return super().write(text)
 
-    opened = open_engine(base, context=400)
-    note = io.StringIO()
-    conversation = Chat(opened, Sampling(), 50, out=Interrupting(), note=note)
+    session, note = longlora.Session(base, context=400, device="cpu"), io.StringIO()
+    conversation = Chat(session, max_new_tokens=50, out=Interrupting(), note=note)
     conversation.run(["one", "two"])
-    assert "(stopped)" in note.getvalue() and not opened.engine.busy
+    assert "(stopped)" in note.getvalue() and not session.opened.engine.busy
     assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 2
 
 

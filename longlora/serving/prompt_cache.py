@@ -1,0 +1,103 @@
+"""Saved prompt caches: a safetensors file with tokens, and keys and values of each layer.
+
+Its metadata name the model, the adapter and the dtypes that made it, and `load` takes no other.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from longlora import _C
+from longlora.device import host
+from longlora.errors import UserError
+from longlora.files.model_file import finite
+from longlora.files.safetensors import SafetensorsFile, release, write
+from longlora.serving.engine import Engine
+
+Path = str | os.PathLike[str]
+FORMAT = "longlora prompt cache 1"
+BLOCK = 4096  # tokens of a layer that are checked and copied at a time
+
+
+def _layers(engine: Engine, tokens: int) -> dict[str, Any]:
+    """Name -> the Tensor [tokens,K,D] of row 0 of the cache: keys and values of each layer."""
+    found = {}
+    for i, (keys, values) in enumerate(engine.cache.layers):
+        found[f"layers.{i}.keys"], found[f"layers.{i}.values"] = keys[0, :tokens], values[0, :tokens]
+    return found
+
+
+def save(path: Path, engine: Engine, identity: Mapping[str, str]) -> int:
+    """Write row 0 of the engine's cache to the file `path` -> its tokens. identity: see open.Opened.
+
+    UserError if the row is empty, or if the file cannot be written; what was there is then untouched.
+    """
+    tokens = engine.tokens(0)
+    if not len(tokens):
+        raise UserError(f"{path}: the cache is empty, there is nothing to save")
+    layers = _layers(engine, len(tokens))
+    kinds = {name: (str(x.dtype), tuple(x.shape)) for name, x in layers.items()}
+
+    def read(name: str) -> np.ndarray:
+        if name == "tokens":
+            return tokens
+        x = layers[name]
+        out = _C.Tensor(x.shape, x.dtype, x.device)  # the rows of a cache are contiguous; a view has offsets
+        out.copy_(x)
+        return host(out.view((out.nbytes,), "uint8"))
+
+    write(path, {"tokens": ("int32", (len(tokens),)), **kinds}, read, {"format": FORMAT, **identity})
+    return len(tokens)
+
+
+def load(path: Path, engine: Engine, identity: Mapping[str, str]) -> int:
+    """Read row 0 of the engine's cache from the file `path` -> its tokens. identity: see open.Opened.
+
+    UserError for a file of another model, adapter or dtype, one that is damaged, and one that has more tokens
+    than the context. Where keys or values are at fault the row is then empty, else it is untouched.
+    """
+    file = SafetensorsFile(path)
+    if file.metadata.get("format") != FORMAT:
+        raise UserError(f"{path}: is not a {FORMAT}")
+    for what, ours in identity.items():
+        if (theirs := file.metadata.get(what)) != ours:
+            shown = f": {theirs}, wanted {ours}" if "dtype" in what else ""
+            raise UserError(f"{path}: is the prompt cache of another {what.replace('_', ' ')}{shown}")
+    count = file.entries["tokens"][1][0] if file.entries.get("tokens", ("", ()))[1] else 0
+    if not 0 < count <= engine.cache.places:
+        raise UserError(f"{path}: has {count} tokens, the context is {engine.cache.places}")
+    layers = _layers(engine, count)
+    wanted = {name: (str(x.dtype), tuple(x.shape)) for name, x in layers.items()}
+    wanted["tokens"] = "int32", (count,)
+    found = {name: (dtype, shape) for name, (dtype, shape, _, _) in file.entries.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise UserError(
+                f"{path}: {name} should be {_shown(wanted.get(name))}, got {_shown(found.get(name))}"
+            )
+    tokens = np.array(file.array("tokens"), np.int32)
+    vocab = engine.model.config.vocab_size
+    if tokens.min() < 0 or tokens.max() >= vocab:
+        raise UserError(f"{path}: has tokens outside 0 to {vocab - 1}")
+    engine.hold(0, tokens[:0])
+    for name, x in layers.items():
+        stored = file.array(name)
+        for start in range(0, count, BLOCK):
+            part = stored[start : start + BLOCK]
+            if not finite(part, x.dtype).all():
+                raise UserError(f"{path}: {name} is not finite")
+            x[start : start + BLOCK].copy_(_typed(part, x.dtype))
+        release(file.buffer, *file.entries[name][2:])
+    engine.hold(0, tokens)
+    return count
+
+
+def _typed(part: np.ndarray, dtype: str) -> Any:
+    """The array as a Tensor of its dtype, without a copy."""
+    return _C.Tensor.wrap(np.ascontiguousarray(part).view(np.uint8), part.shape, dtype)
+
+
+def _shown(kind: Any) -> str:
+    return "absent" if kind is None else f"{kind[0]} {list(kind[1])}"

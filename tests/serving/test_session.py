@@ -1,0 +1,159 @@
+"""longlora.Session: several answers of one model, and its cache in a file."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+
+import longlora
+from longlora import cli
+from longlora.errors import UserError
+from longlora.files.safetensors import SafetensorsFile, save
+from longlora.training import driver
+
+TEXT = "A long document, which takes its time to read. "
+HOW = dict(context=200, device="cpu")
+
+
+@pytest.fixture
+def base(tmp_path):
+    return str(tiny.model(tmp_path / "base"))
+
+
+def answer(session, prompt, count=8):
+    found = session.generate(prompt, max_new_tokens=count)
+    return "".join(found), found
+
+
+def test_what_a_prompt_shares_with_the_last_is_read_once(base):
+    session = longlora.Session(base, **HOW)
+    text, first = answer(session, TEXT + "Who?")
+    _, second = answer(session, TEXT + "When?")
+    assert first.reused == 0 and second.reused == len(TEXT) + 2 and session.context == 200  # "Wh"
+    again, third = answer(session, TEXT + "Who?")
+    assert again == text and third.reused == len(TEXT) + 2
+    assert session.held == third.prompt_tokens + 7  # the last token is chosen and not read
+    assert "".join(session.chat([dict(role="user", content="x")], max_new_tokens=2)) is not None
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", "float16"])
+def test_a_saved_cache_is_what_was_read(base, tmp_path, cache_dtype):
+    """Another process's session continues with the bits of this one."""
+    session, file = longlora.Session(base, cache_dtype=cache_dtype, **HOW), tmp_path / "saved"
+    answer(session, TEXT)
+    assert session.save(file) == session.held == len(TEXT) + 7
+    expected, here = answer(session, TEXT + "Who?", 20)
+    other = longlora.Session(base, cache_dtype=cache_dtype, **HOW)
+    assert other.load(file) == len(TEXT) + 7
+    found, there = answer(other, TEXT + "Who?", 20)
+    assert found == expected and there.reused == here.reused == len(TEXT)
+    for ours, theirs in zip(session.opened.engine.cache.layers, other.opened.engine.cache.layers):
+        for x, y in zip(ours, theirs):
+            used = [z[0, : session.held] for z in (x, y)]
+            bits = [longlora.ops.cast(z, "float32").numpy().view(np.uint32) for z in used]
+            np.testing.assert_array_equal(*bits)
+
+
+def test_an_answer_that_is_left_ends(base):
+    session = longlora.Session(base, **HOW)
+    left = session.generate(TEXT, max_new_tokens=100)
+    next(iter(left))
+    _, second = answer(session, TEXT)
+    assert second.reused == len(TEXT) - 1 and len(second.tokens) == 8 and not session.opened.engine.busy
+    assert "".join(second) == ""  # it was iterated over
+    kept = session.generate(TEXT)
+    pieces = iter(kept)
+    next(pieces)
+    assert answer(session, "b")[1].reason == "length"
+    assert list(pieces) is not None and kept.reason == "cancelled"
+
+
+def test_files_of_another_model_adapter_or_dtype_are_refused(base, tmp_path):
+    session, file = longlora.Session(base, **HOW), tmp_path / "saved"
+    answer(session, TEXT)
+    session.save(file)
+    run = driver.train(lambda line: None, **tiny.options(tmp_path, max_steps=1))
+    other = tiny.model(tmp_path / "other", seed=1)
+    for arguments, words in (
+        (dict(model=other), "is the prompt cache of another model"),
+        (dict(model=base, adapter=run.output_dir), "is the prompt cache of another adapter"),
+        (dict(model=base, dtype="bfloat16"), "another dtype: float32, wanted bfloat16"),
+        (dict(model=base, cache_dtype="float16"), "another cache dtype: float32, wanted float16"),
+        (dict(model=base, context=20), rf"has {len(TEXT) + 7} tokens, the context is 20"),
+    ):
+        with pytest.raises(UserError, match=words):
+            longlora.Session(**{**HOW, **arguments}).load(file)
+    with pytest.raises(UserError, match="the cache is empty, there is nothing to save"):
+        longlora.Session(base, **HOW).save(file)
+
+
+def damaged(path, change):
+    """Write the file again after change(tensors, metadata)."""
+    file = SafetensorsFile(path)
+    tensors = {name: np.array(file.array(name)) for name in file.entries}
+    metadata = dict(file.metadata)
+    change(tensors, metadata)
+    save(path, tensors, metadata)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t, m: m.pop("format"), "is not a longlora prompt cache 1"),
+        (lambda t, m: m.pop("adapter"), "another adapter"),
+        (lambda t, m: t.pop("tokens"), "has 0 tokens"),
+        (
+            lambda t, m: t.update(tokens=t["tokens"].reshape(1, -1)),
+            "layers.0.keys should be float32 [1, 2, 8], got float32 [54",
+        ),
+        (lambda t, m: t.update(tokens=t["tokens"].astype(np.int64)), "got int64"),
+        (lambda t, m: t["tokens"].fill(260), "tokens outside 0 to 259"),
+        (lambda t, m: t["tokens"].fill(-1), "tokens outside 0 to 259"),
+        (lambda t, m: t.pop("layers.1.keys"), "layers.1.keys should be float32 [54, 2, 8], got absent"),
+        (lambda t, m: t.update({"layers.2.keys": t["layers.1.keys"]}), "layers.2.keys should be absent"),
+        (lambda t, m: t["layers.1.values"].fill(np.nan), "layers.1.values is not finite"),
+        (lambda t, m: t.update(tokens=t["tokens"][:-1]), "should be float32 [53, 2, 8], got float32 [54"),
+    ],
+)
+def test_damaged_files_are_named_and_the_session_goes_on(base, tmp_path, change, words):
+    session, file = longlora.Session(base, **HOW), tmp_path / "saved"
+    answer(session, TEXT)
+    session.save(file)
+    damaged(file, change)
+    with pytest.raises(UserError) as caught:
+        session.load(file)
+    assert words in str(caught.value) and str(file) in str(caught.value)
+    expected = answer(longlora.Session(base, **HOW), TEXT)[0]
+    assert answer(session, TEXT)[0] == expected
+
+
+def test_generate_and_chat_keep_what_they_read_in_a_file(base, tmp_path, capsys):
+    (tmp_path / "m.txt").write_text(TEXT)
+    cache = str(tmp_path / "saved")
+    flags = [
+        "generate",
+        "--model",
+        base,
+        "--context",
+        "300",
+        "--device",
+        "cpu",
+        "--prompt-cache",
+        cache,
+        "--json",
+    ]
+    flags += ["--material", str(tmp_path / "m.txt"), "--max-new-tokens", "3", "--question"]
+    reused = []
+    for question in ("Who?", "When?"):
+        assert cli.main([*flags, question]) == 0
+        reused.append(json.loads(capsys.readouterr().out)["reused_tokens"])
+    assert reused[0] == 0 and reused[1] > len(TEXT)
+    (tmp_path / "saved").write_bytes(b"something else, and long enough")
+    assert cli.main([*flags, "Why?"]) == 2 and f"{cache}: " in capsys.readouterr().err
+    (tmp_path / "saved").unlink()
+    lines, how = [f"/file {tmp_path}/m.txt", "Who?"], dict(context=300, device="cpu", max_new_tokens=3)
+    first = longlora.chat(base, prompt_cache=cache, lines=lines, **how)
+    session = longlora.Session(base, context=300, device="cpu")
+    held = session.load(cache)
+    assert held > len(TEXT) and session.chat(first[:1], max_new_tokens=1) is not None
