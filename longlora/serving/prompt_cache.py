@@ -94,7 +94,7 @@ def load(path: Path, engine: Engine, identity: Mapping[str, str]) -> int:
     return count
 
 
-def _typed(part: np.ndarray, dtype: str) -> Any:
+def _typed(part: np.ndarray, dtype: Any) -> Any:
     """The array as a Tensor of its dtype, without a copy."""
     return _C.Tensor.wrap(np.ascontiguousarray(part).view(np.uint8), part.shape, dtype)
 
