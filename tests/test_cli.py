@@ -73,7 +73,7 @@ def test_defaults():
     and no weight decay.
     """
     nothing = (
-        "init target_length sequence_length group_size embedding_learning_rate eval_data "
+        "init adapter target_length sequence_length group_size embedding_learning_rate eval_data "
         "max_eval_samples save_total_limit resume_from_checkpoint num_threads max_memory "
         "cache_dir"
     ).split()

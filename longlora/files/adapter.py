@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from longlora.decoder.config import read_config
+from longlora.decoder.config import ModelConfig, read_config
 from longlora.decoder.lora import LoraConfig
 from longlora.disk import make_directory, read_json, write_json, write_text
 from longlora.errors import UserError
@@ -160,7 +160,7 @@ def load(
     base: the model that the adapter should belong to. UserError if the adapter has another base, if a tensor
     is missing, extra or of the wrong shape, or if it uses a PEFT feature that is not supported.
     """
-    lora = read_lora(directory)
+    lora, raw = describe(directory) if base is None else describe(directory, base.config, base.path)
     path = os.path.join(directory, WEIGHTS)
     file = SafetensorsFile(path)
     made_for = file.metadata.get("longlora_base")
@@ -176,29 +176,47 @@ def load(
         name.removeprefix(PREFIX): to_float32(file.array(name), file.entries[name][0])
         for name in file.entries
     }
-    folder = base_folder.find(directory)
-    described = os.path.join(folder or directory, base_folder.CONFIG)
-    raw = read_json(described) if folder is not None else None
-    if raw is not None:
-        # It says how the base was stored in training. Here the base is read, whatever its storage.
-        raw.pop("quantization_config", None)
-    extended = None if raw is None else read_config(raw, described)
-    config = extended if base is None else base.config
-    if base is not None and extended is not None and extended.tensor_shapes() != base.config.tensor_shapes():
-        raise UserError(
-            f"{directory}: is an adapter for another base model than {base.path}: its config has other shapes"
-        )
+    config = base.config if base is not None else None if raw is None else read_config(raw)
     if config is not None:
-        try:
-            lora = lora.for_model(config)
-        except UserError as error:
-            raise UserError(f"{os.path.join(directory, CONFIG)}: {error}") from None
-        lora = _tie(lora, tensors, config, path)
+        _tie(tensors, config, path)
         check(tensors, lora.tensor_shapes(config), path)
     for name, array in tensors.items():
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {name} is not finite")
     return lora, tensors, raw
+
+
+def describe(
+    directory: Path, base: ModelConfig | None = None, base_path: Path | None = None
+) -> tuple[LoraConfig, dict[str, Any] | None]:
+    """Read what an adapter says of itself, and no tensor -> (LoraConfig, its config's dict or None).
+
+    base: the config of the model at base_path that the adapter should belong to. UserError as in `load`.
+    """
+    lora = read_lora(directory)
+    folder = base_folder.find(directory)
+    raw = None
+    if folder is not None:
+        path = os.path.join(folder, base_folder.CONFIG)
+        raw = read_json(path)
+        # It says how the base was stored in training. Here the base is read, whatever its storage.
+        raw.pop("quantization_config", None)
+        extended = read_config(raw, path)
+        if base is not None and extended.tensor_shapes() != base.tensor_shapes():
+            raise UserError(
+                f"{directory}: is an adapter for another base model than {base_path}: "
+                "its config has other shapes"
+            )
+        base = base or extended
+    if base is None:
+        return lora, raw
+    try:
+        lora = lora.for_model(base)
+    except UserError as error:
+        raise UserError(f"{os.path.join(directory, CONFIG)}: {error}") from None
+    if base.tie_word_embeddings and "embed_tokens" in lora.modules_to_save:  # the head is the embedding
+        lora = replace(lora, modules_to_save=tuple(x for x in lora.modules_to_save if x != "lm_head"))
+    return lora, raw
 
 
 def read_lora(directory: Path) -> LoraConfig:
@@ -239,18 +257,17 @@ def _last(names, prefix):
     )
 
 
-def _tie(lora, tensors, config, path):
-    """Drop PEFT's copy of a tied embedding under the head's name -> LoraConfig. UserError if they differ."""
+def _tie(tensors, config, path):
+    """Drop PEFT's copy of a tied embedding under the head's name. UserError if they differ."""
     head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if not config.tie_word_embeddings or head is None and embedding is None:
-        return lora
+        return
     if head is None or embedding is None or not np.array_equal(head, embedding):
         raise UserError(
             f"{path}: the base model ties its head to the embedding, but this adapter was trained without "
             "ensure_weight_tying; this is not supported"
         )
     del tensors["lm_head.weight"]
-    return replace(lora, modules_to_save=tuple(name for name in lora.modules_to_save if name != "lm_head"))
 
 
 def check(tensors: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], where: str) -> None:

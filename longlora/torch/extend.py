@@ -246,12 +246,8 @@ def load(adapter: str | Path, base: str | Path, is_trainable: bool = False, **kw
         raise UserError(f"load: {adapter} is not the directory of an adapter: it has no {adapters.CONFIG}")
     place, how = opened(base)
     how |= kwargs
-    folder, kind = base_folder.find(adapter), AutoModelForCausalLM
-    if folder is not None:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=kwargs.get("trust_remote_code"))
-        found = {name: kwargs[name] for name in HUB if name in kwargs}
-        stored = None if "gguf_file" in how else AutoConfig.from_pretrained(place, **found)
-        _store_as(config, getattr(stored, "quantization_config", None))
+    kind, config = AutoModelForCausalLM, positions(adapter, place, how)
+    if config is not None:
         how["config"] = config
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and config.architectures:
             # A model that also takes images or sound: AutoModelForCausalLM does not know it.
@@ -266,6 +262,21 @@ def load(adapter: str | Path, base: str | Path, is_trainable: bool = False, **kw
             raise_trained(made)
             made.load_adapter(adapter, "default", is_trainable=True)  # again, without the base's rounding
     return made
+
+
+def positions(adapter: str | Path, place: str, how: dict[str, Any]) -> Any:
+    """The config with which an adapter's base at `place` has the adapter's positions, or None: as it is.
+
+    how: keywords of from_pretrained.
+    """
+    folder = base_folder.find(adapter)
+    if folder is None:
+        return None
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=how.get("trust_remote_code"))
+    found = {name: how[name] for name in HUB if name in how}
+    stored = None if "gguf_file" in how else AutoConfig.from_pretrained(place, **found)
+    _store_as(config, getattr(stored, "quantization_config", None))
+    return config
 
 
 def _guarded(original):

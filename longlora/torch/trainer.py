@@ -4,7 +4,7 @@ tensors wherever DDP, FSDP2 or DeepSpeed ZeRO keep their parts."""
 import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from longlora.errors import UserError
 from longlora.files import adapter
 from longlora.ops import IGNORE
 from longlora.torch.attention import NAME, configure
-from longlora.torch.extend import ExtendedModel, extend, opened
+from longlora.torch.extend import ExtendedModel, extend, opened, positions
 from longlora.torch.moved import MOMENTS, Trained
 from longlora.torch.swap import swap
 from longlora.training import metrics
@@ -35,15 +35,18 @@ from longlora.training.run import Result, Run, peak_rate
 # ---- the model -----------------------------------------------------------------------------------
 
 
-def build(o: TrainOptions, setup: Setup, saved: dict[str, np.ndarray] | None = None) -> peft.PeftModel:
+def build(o: TrainOptions, setup: Setup, start: Mapping[str, np.ndarray] | None = None) -> peft.PeftModel:
     """The base model at o.model with rope, S2-Attn and LoRA as the options say.
 
-    The trained tensors start as in the driver, or from `saved`, the optimizer state of a checkpoint.
+    The trained tensors start as in the driver, or from `start`, arrays by the driver's names.
     """
     assert o.model is not None and setup.lora is not None
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     path, how = opened(o.model)
     how["dtype" if version >= (4, 56) else "torch_dtype"] = getattr(torch, o.dtype)
+    extended = None if o.adapter is None else positions(o.adapter, path, how)
+    if extended is not None:
+        how["config"] = extended
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=NAME, **how)
     # A head that is tied to the embedding is the embedding.
     tied, whole = setup.config.tie_word_embeddings, list(setup.lora.modules_to_save)
@@ -53,6 +56,7 @@ def build(o: TrainOptions, setup: Setup, saved: dict[str, np.ndarray] | None = N
         r=setup.lora.r,
         lora_alpha=setup.lora.lora_alpha,
         lora_dropout=0.0,
+        use_rslora=setup.lora.use_rslora,
         task_type="CAUSAL_LM",
         target_modules=list(setup.lora.target_modules),
         modules_to_save=whole or None,
@@ -61,18 +65,18 @@ def build(o: TrainOptions, setup: Setup, saved: dict[str, np.ndarray] | None = N
     # Dense attention is one group without a shift, in the same kernel.
     dense = {"group_size": o.sequence_length, "boundary": "split", "shift": "none"}
     attention: dict[str, Any] = setup.attention or dense
-    if o.target_length is not None:
+    if o.target_length is not None and extended is None:
         model = extend(model, o.target_length, rope=o.rope_type, lora=lora, **attention)
     else:
         model = ExtendedModel(configure(model, **attention), lora)
     shapes = setup.lora.tensor_shapes(setup.config)
     for name, parameter in named(model, setup):
-        if saved is not None:
-            put(parameter, saved[f"value.{name}"])
+        if start is not None:
+            put(parameter, start[name])
         elif name.endswith("lora_A.weight"):
-            start = _C.Tensor(shapes[name], "float32")
-            Model.draw(name, o.seed, start, 1 / math.sqrt(shapes[name][1]))
-            put(parameter, start.numpy())
+            drawn = _C.Tensor(shapes[name], "float32")
+            Model.draw(name, o.seed, drawn, 1 / math.sqrt(shapes[name][1]))
+            put(parameter, drawn.numpy())
     swap(model)  # without it the logits of a long sequence are the largest tensor of a step
     return model
 
@@ -238,10 +242,13 @@ class TorchEngine:
         self.trainer: Any = None
         if left:
             args.max_steps = left
+            start, saved = run.source.adapter, run.tensors
+            if saved is not None:
+                start = {name: saved[f"value.{name}"] for name in shapes}
             self.trainer = Steps(
                 run,
                 kinds,
-                model=build(run.o, setup, run.tensors),
+                model=build(run.o, setup, start),
                 args=args,
                 callbacks=[Callback(self._begin, self._updates, self._after_step)],
                 train_dataset=Places(run.corpus, run.o.seed, run.position, left * run.each),
@@ -252,6 +259,7 @@ class TorchEngine:
             if run.o.dtype == "bfloat16" and self.trainer.is_fsdp_enabled:  # the loss is float32 and stays so
                 sharding = self.trainer.accelerator.state.fsdp_plugin
                 sharding.mixed_precision_policy = replace(sharding.mixed_precision_policy, output_dtype=None)
+        run.source.adapter = None  # its memory is free again
 
     def train(self) -> Result:
         """Make the steps of the run and finish it."""

@@ -117,6 +117,9 @@ class Driver:
             self.model.load(run.source.base)
         else:
             self.model.init_random(o.seed)
+        if run.source.adapter is not None:
+            self.model.load_adapter(run.source.adapter, setup.lora)
+            run.source.adapter = None  # its memory is free again
         if run.tensors is not None:
             self.optimizer.load_state_dict(run.tensors, run.step)
 

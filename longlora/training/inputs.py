@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from longlora import disk
 from longlora.data.sequences import Sequences
 from longlora.data.tokens import CACHED, tokenise
@@ -11,6 +13,8 @@ from longlora.decoder import plan, rope
 from longlora.decoder.config import ModelConfig, read_config
 from longlora.decoder.lora import LoraConfig
 from longlora.device import CPU
+from longlora.files import adapter as adapters
+from longlora.training import from_adapter
 from longlora.training.options import TrainOptions
 
 Say = Callable[[str], object]  # receives the lines of a run's report
@@ -28,13 +32,16 @@ class Source:
     """Where weights and tokenizer come from: a base model, or a config and random weights (`base` is None).
 
     Also `config` (a ModelConfig), `fingerprint` (a string that identifies the weights), `tokenizer` or None,
-    `dtype`, the storage of a whole model that the run saves: one name, or a name for each tensor, and
-    `beside`, other files of such a model.
+    `dtype`, the storage of a whole model that the run saves: one name, or a name for each tensor,
+    `beside`, other files of such a model, `adapter`, the float32 tensors by name of the adapter that is
+    trained further, or None, and `adapter_fingerprint`.
     UserError for files that cannot be read.
     """
 
     def __init__(self, o: TrainOptions):
         self.beside: dict[str, bytes] = {}
+        self.adapter: dict[str, np.ndarray] | None = None
+        self.adapter_fingerprint: str | None = None
         if o.model:
             from longlora.files.open_model import open_model
 
@@ -43,6 +50,10 @@ class Source:
             self.tokenizer = self.base.tokenizer() if self.base.has_tokenizer() else None
             self.beside = self.base.beside()
             self.dtype: str | dict[str, str] = {name: self.base.dtype(name) for name in self.base.names()}
+            if o.adapter is not None:
+                lora, self.adapter, raw = adapters.load(o.adapter, self.base)
+                config = self.config if raw is None else read_config(raw)
+                self.adapter_fingerprint = from_adapter.fingerprint(lora, self.adapter, config)
             return
         from longlora.files.tokenizer import Tokenizer
 
@@ -71,7 +82,14 @@ class Setup:
     def __init__(self, o: TrainOptions, base: ModelConfig, device: str = CPU):
         self.config, self.raw = base, base.raw
         self.rope = f"rope: {base.rope.type}, as the base: {base.max_position_embeddings} positions"
-        if o.target_length is not None:
+        self.lora: LoraConfig | None = None
+        if o.adapter is not None:
+            self.lora, raw = from_adapter.take_over(o, base)
+            if raw is not None:
+                self.config, self.raw = read_config(raw), raw
+                kind, length = self.config.rope.type, self.config.max_position_embeddings
+                self.rope = f"rope: {kind}, as the adapter: {length} positions"
+        elif o.target_length is not None:
             extended, self.rope = rope.extend(base, o.rope_type, o.target_length)
             self.raw = rope.to_config(base.raw, extended, o.target_length)
             self.config = read_config(self.raw)
@@ -80,8 +98,9 @@ class Setup:
         s2 = {"group_size": o.group_size, "boundary": o.boundary, "shift": o.shift}
         self.attention = None if dense else s2
         self.multiple = 1 if dense or o.boundary == "split" else o.group_size or 1
-        targets: Any = "all-linear" if o.target_modules == ("all-linear",) else o.target_modules
-        self.lora = None if o.full else LoraConfig(o.r, o.lora_alpha, targets, o.modules_to_save)
+        if self.lora is None and not o.full:
+            targets: Any = "all-linear" if o.target_modules == ("all-linear",) else o.target_modules
+            self.lora = LoraConfig(o.r, o.lora_alpha, targets, o.modules_to_save)
         self.plan = plan.plan(
             self.config,
             dtype=o.dtype,

@@ -57,6 +57,10 @@ class TrainOptions:
     init: str | None = option(
         None, "instead of --model: a config.json, or a directory with one; the weights start random"
     )
+    adapter: str | None = option(
+        None,
+        "an adapter to train further; its rank, alpha, modules and positions are kept (default: a new one)",
+    )
     data: str = option(
         None, "training text: .txt, .jsonl with a field text, a directory of these, or token .bin"
     )
@@ -178,6 +182,8 @@ class TrainOptions:
         None, "directory for tokenised text (default: the directory cache in output_dir)"
     )
 
+    given = frozenset[str]()  # the names of the options that somebody has set
+
     def check(self, planning: bool = False) -> "TrainOptions":
         """Check each value and how the values fit each other -> self; UserError names the option.
 
@@ -195,6 +201,8 @@ class TrainOptions:
             raise UserError("target_length extends a pretrained model; with init the length is the config's")
         if self.init is not None and not self.full:
             raise UserError("init needs full: LoRA on random weights trains nothing of use")
+        if self.adapter is not None and self.full:
+            raise UserError("adapter and full exclude each other: full trains no adapter")
         if self.warmup_steps > 1 and self.warmup_steps % 1:
             raise UserError(
                 "warmup_steps should be a whole number of steps or a share below 1, "
@@ -226,13 +234,13 @@ class TrainOptions:
     def resolve(self, config: Any) -> "TrainOptions":
         """Fill in what was left open, for a base of `config` (a ModelConfig) -> self; UserError for a
         misfit."""
-        length, longest = self.sequence_length, config.max_position_embeddings
+        length, longest = self.sequence_length, self.target_length or config.max_position_embeddings
         if length is None:
-            length = self.sequence_length = self.target_length or longest
-        if self.target_length is None and length > longest:
+            length = self.sequence_length = longest
+        if length > longest:
+            limit = "base model unless target_length extends it" if self.adapter is None else "adapter"
             raise UserError(
-                f"sequence_length should be at most the {longest} tokens of the base model unless "
-                f"target_length extends it, got {length}"
+                f"sequence_length should be at most the {longest} tokens of the {limit}, got {length}"
             )
         if length * self.per_device_train_batch_size > LONGEST:
             raise UserError(
@@ -269,6 +277,7 @@ class TrainOptions:
 PLANNED = (
     "model",
     "init",
+    "adapter",
     "target_length",
     "sequence_length",
     "attention",
@@ -390,7 +399,9 @@ def from_dict(values: dict[str, Any], where: str = "options", planning: bool = F
         if name in found:
             raise UserError(f"{where}: {name} is given twice")
         found[name] = value
-    return TrainOptions(**found).check(planning)
+    made = TrainOptions(**found)
+    made.given = frozenset(name for name, value in found.items() if value is not None)
+    return made.check(planning)
 
 
 def dashed(arguments: Iterable[str]) -> list[str]:

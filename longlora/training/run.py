@@ -33,6 +33,7 @@ from longlora.training.stop import Stop
 FREE = {
     "model",
     "init",
+    "adapter",
     "data",
     "output_dir",
     "cache_dir",
@@ -149,6 +150,7 @@ def same_run(state: dict, identity: dict, o: TrainOptions, where: str) -> None:
     what = {
         "data": "other data",
         "base": "another base model",
+        "adapter": "another start: give the adapter that it started from, or none if there was none",
         "schedule": "a schedule of another warm-up or length",
     }
     for key, words in what.items():
@@ -245,7 +247,12 @@ class Run:
         self.each = o.per_device_train_batch_size * o.gradient_accumulation_steps * processes
         self.steps, self.warmup = length(o, len(self.corpus), self.each)
         schedule = [self.warmup, self.steps if o.lr_scheduler_type != "constant" else None]
-        self.identity = {"data": fingerprint, "base": source.fingerprint, "schedule": schedule}
+        self.identity = {
+            "data": fingerprint,
+            "base": source.fingerprint,
+            "adapter": source.adapter_fingerprint,
+            "schedule": schedule,
+        }
         # A checkpoint belongs to one process that makes the same steps.
         self.alone = replace(o, gradient_accumulation_steps=o.gradient_accumulation_steps * processes)
         self.step = 0
@@ -325,6 +332,8 @@ class Run:
         counts: dict[str, int] = {}
         for p in parameters:
             counts[p.kind] = counts.get(p.kind, 0) + math.prod(p.shape)
+        if o.adapter is not None:
+            yield f"adapter: {o.adapter} is trained further, r {o.r}, alpha {o.lora_alpha:g}"
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
         yield f"trainable: {kinds}; total {sum(counts.values()):,}"
         yield setup.rope

@@ -1,6 +1,7 @@
 """longlora.torch.train against the driver: equal losses, adapters and files; one continues the checkpoints of
 the other; what is refused. Groups of processes are in test_torch_groups.py."""
 
+import json
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ import longlora
 from longlora import get_num_threads, set_num_threads
 from longlora.data.sequences import Sequences
 from longlora.data.tokens import Tokens
+from longlora.disk import read_json
 from longlora.errors import UserError
 from longlora.evaluation import ppl
 from longlora.files import adapter, merge
@@ -129,6 +131,35 @@ def test_every_kind_of_run_is_the_drivers(tmp_path, fields):
     )
     same_rows(mine.history, theirs.history)
     close(trained(tmp_path / "mine"), trained(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("rope_type", ["yarn", None], ids=["extended", "as the base"])
+def test_an_adapter_is_trained_further_as_the_driver_does(tmp_path, rope_type):
+    first = dict(target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head", "embed_tokens", "norm"])
+    first |= dict(rope_type=rope_type, target_length=256) if rope_type else dict(target_length=None)
+    run(driver.train, tmp_path, "first", **first, r=4)
+    path = tmp_path / "first" / adapter.CONFIG
+    path.write_text(json.dumps(read_json(path) | dict(use_rslora=True)))
+    fields = dict(
+        adapter=str(tmp_path / "first"),
+        eval_data=str(tmp_path / "text.txt"),
+        max_eval_samples=2,
+        target_length=None,
+        sequence_length=64,
+        group_size=16,
+    )
+    mine, theirs = (
+        run(train, tmp_path, name, **fields)
+        for train, name in ((ours.train, "mine"), (driver.train, "theirs"))
+    )
+    same_rows(mine.history, theirs.history)
+    close(trained(tmp_path / "mine"), trained(tmp_path / "theirs"))
+    fields |= dict(output_dir=str(tmp_path / "on"), max_steps=5)
+    fields["resume_from_checkpoint"] = str(tmp_path / "theirs" / "checkpoint-4")
+    on = driver.train(lambda line: None, **tiny.options(tmp_path, **fields))
+    fields |= dict(resume_from_checkpoint=str(tmp_path / "mine" / "checkpoint-4"))
+    fields |= dict(output_dir=str(tmp_path / "mine-on"))
+    same_rows(ours.train(lambda line: None, **tiny.options(tmp_path, **fields)).history, on.history)
 
 
 def test_bfloat16_learns_as_the_driver_does(tmp_path):

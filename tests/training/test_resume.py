@@ -174,6 +174,7 @@ KEPT = dict(
 FREE = dict(
     model="copy",
     init=None,
+    adapter=None,
     data="copy.jsonl",
     output_dir="other",
     cache_dir="elsewhere",
