@@ -106,6 +106,8 @@ def test_defaults():
         eval_fraction=0.0,
         eval_steps=0,
         save_steps=0,
+        load_best_model_at_end=False,
+        metric_for_best_model="eval_loss",
         logging_steps=1,
         profile=False,
         seed=42,

@@ -12,13 +12,13 @@ from transformers import TrainerCallback
 from longlora.errors import UserError
 from longlora.torch.attention import base_of
 from longlora.torch.masters import LOW
-from longlora.training.run import Moved
+from longlora.training.moved import Moved
 
 MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}  # our names of Adam's moments -> torch's
 
 
 class Trained:
-    """One trained tensor (training.run.Trained): whole and float32, wherever the engine keeps its parts.
+    """One trained tensor (training.moved.Trained): whole and float32, wherever the engine keeps its parts.
 
     All processes must read and write the tensors in the same order.
     """

@@ -156,6 +156,12 @@ class TrainOptions:
     )
     save_steps: int = option(0, "write a checkpoint every N steps; 0 means at the end only", low=0)
     save_total_limit: int | None = option(None, "keep only the newest N checkpoints (default: all)", low=1)
+    load_best_model_at_end: bool = option(
+        False, "the result is the checkpoint with the lowest held-out loss, which save_total_limit keeps"
+    )
+    metric_for_best_model: str = option(
+        "eval_loss", "what the best checkpoint has the lowest of", choices=("eval_loss", "loss")
+    )
     logging_steps: int = option(1, "log metrics every N steps", low=1)
     profile: bool = option(
         False, "report the time of a step op by op: a table at the end and profile.json; CPU only"
@@ -215,7 +221,19 @@ class TrainOptions:
         if self.profile and self.device not in ("auto", "cpu"):
             raise UserError("profile supports the CPU only; on a GPU use Nsight Systems")
         self._check_attention()
+        self._check_best()
         return self
+
+    def _check_best(self) -> None:
+        if not self.load_best_model_at_end:
+            return
+        if self.eval_data is None and not self.eval_fraction:
+            raise UserError("load_best_model_at_end needs eval_data or eval_fraction")
+        if not self.eval_steps or self.save_steps % self.eval_steps or not self.save_steps:
+            raise UserError(
+                "load_best_model_at_end needs save_steps to be a multiple of eval_steps, "
+                f"got {self.save_steps} and {self.eval_steps}"
+            )
 
     def _check_attention(self) -> None:
         group, length, target = self.group_size, self.sequence_length, self.target_length

@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable
 
 from longlora.disk import write_text
+from longlora.evaluation.ppl import perplexity
+from longlora.training.best import Best
 from longlora.training.options import TrainOptions
 
 OPTIONS = "options.yaml"
@@ -19,13 +21,18 @@ def line(row: dict, steps: int, left: float) -> str:
     return text + (f"  held-out perplexity {row['eval_perplexity']:.3f}" if "eval_loss" in row else "")
 
 
-def last_line(o: TrainOptions, rows: list[dict]) -> str:
-    """The last line of the report of a run that was not stopped."""
+def last_line(o: TrainOptions, rows: list[dict], best: Best | None = None) -> str:
+    """The last line of the report of a run that was not stopped; best: the checkpoint that is the result."""
     evaluated = [row["eval_perplexity"] for row in rows if "eval_perplexity" in row]
     if not evaluated:
         return f"saved {o.output_dir}"
-    change = f"{evaluated[0]:.3f} -> {evaluated[-1]:.3f}"
-    return f"saved {o.output_dir}; held-out perplexity {change}, dense attention"
+    last, what = evaluated[-1], ""
+    if best is not None:
+        last, what = perplexity(best.loss), f", the best checkpoint, of step {best.step}"
+    elif o.load_best_model_at_end:
+        what = ", of the last step, as no checkpoint has a finite held-out loss"
+    change = f"{evaluated[0]:.3f} -> {last:.3f}"
+    return f"saved {o.output_dir}{what}; held-out perplexity {change}, dense attention"
 
 
 def write_options(o: TrainOptions) -> None:

@@ -106,12 +106,13 @@ def save(
     optimizer: dict[str, Any],
     write_model: Callable[[str], object],
     limit: int | None = None,
+    kept: str | None = None,
 ) -> str:
     """Write checkpoint-N, N = state["global_step"] -> its path.
 
     write_model(directory) writes the adapter or the model; optimizer is name -> float32 array. With `limit`,
-    only that many checkpoints stay: those written first are removed once the new one is in place. UserError
-    if it cannot be written; the older checkpoints are then untouched.
+    only that many checkpoints stay: those written first are removed once the new one is in place, but never
+    `kept`. UserError if it cannot be written; the older checkpoints are then untouched.
     """
     final = path_of(output_dir, state["global_step"])
     aside = final + ASIDE
@@ -132,10 +133,23 @@ def save(
     finally:
         disk.remove(aside)
         _settle(output_dir)
-    others = [path for path in by_age(output_dir) if path != final] if limit else []
-    for old in others[: len(others) + 1 - limit] if limit else []:
-        _discard(old)
+    if limit:
+        stay = {os.path.realpath(path) for path in (final, kept) if path is not None}
+        paths = by_age(output_dir)
+        others = [path for path in paths if os.path.realpath(path) not in stay]
+        room = max(limit - (len(paths) - len(others)), 0)
+        for old in others[: max(len(others) - room, 0)]:
+            _discard(old)
     return final
+
+
+def keep_only(output_dir: str, checkpoint: str) -> None:
+    """Remove every other checkpoint of output_dir, if `checkpoint` is one of them."""
+    paths, path = found(output_dir), os.path.realpath(checkpoint)
+    if path in map(os.path.realpath, paths):
+        for other in paths:
+            if os.path.realpath(other) != path:
+                _discard(other)
 
 
 def _settle(output_dir: str) -> None:

@@ -7,11 +7,11 @@ the lines of the steps are in report.py.
 """
 
 import contextlib
+import functools
 import math
 import signal
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -23,8 +23,9 @@ from longlora.errors import UserError
 from longlora.evaluation.ppl import perplexity
 from longlora.files import adapter, base_folder, merge
 from longlora.ops import shifted_heads
-from longlora.training import metrics, report, resume
+from longlora.training import best, metrics, report, resume
 from longlora.training.inputs import Say, Setup, Source, read_data
+from longlora.training.moved import Moved, Trained
 from longlora.training.options import TrainOptions
 from longlora.training.stop import Stop
 
@@ -50,25 +51,13 @@ FREE = {
     "max_eval_samples",
     "save_steps",
     "save_total_limit",
+    "load_best_model_at_end",
+    "metric_for_best_model",
     "logging_steps",
     "profile",
 }
 # The kinds of parameters that train at embedding_learning_rate; all others train at learning_rate.
 EMBEDDING_RATE = ("embedding", "head", "norm")
-
-
-class Trained(Protocol):
-    """A trained tensor: name, kind (decoder.weights.KINDS), shape, float32 value and gradient."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-
-    @property
-    def value(self) -> Any: ...
-
-    @property
-    def grad(self) -> Any: ...
 
 
 class Engine(Protocol):
@@ -98,9 +87,11 @@ class Engine(Protocol):
 
 
 class Result(dict):
-    """The result of a run: output_dir, step, loss, eval_loss, stopped, history, as keys and as attributes.
+    """The result of a run: output_dir, step, loss, eval_loss, best_model_checkpoint, stopped, history, as
+    keys and as attributes.
 
-    The losses are the last ones, in nats per token. stopped is the number of the signal that ended the run,
+    The losses are the last ones, in nats per token. best_model_checkpoint is the checkpoint that is in
+    output_dir with load_best_model_at_end, else None. stopped is the number of the signal that ended the run,
     or None. history holds the rows of metrics.jsonl.
     """
 
@@ -163,48 +154,10 @@ def same_run(state: dict, identity: dict, o: TrainOptions, where: str) -> None:
             raise UserError(f"{where}: was trained with {name} {before!r}, got {value!r}")
 
 
-class Moved:
-    """Stops a run that trains nothing: every tensor of every kind has to change.
-
-    It compares checksums, so that nothing is copied.
-    """
-
-    def __init__(self, parameters: Iterable[Trained]):
-        self.waiting: dict[str, dict[Trained, int]] = {}
-        for p in parameters:
-            self.waiting.setdefault(p.kind, {})[p] = self._sum(p)
-        self.first = True
-
-    @staticmethod
-    def _sum(p):
-        return zlib.crc32(host(p.value))
-
-    def check(self, step: int, low: bool) -> None:
-        """Call after a step. UserError names a kind that has not moved.
-
-        LoRA's A may wait for the second step: it has no gradient while B is zero. low: the rate is far below
-        its peak, so the schedule may keep an update below the rounding of float32; then a gradient is enough.
-        """
-        for kind, sums in list(self.waiting.items()):
-            still = [p for p, before in sums.items() if self._sum(p) == before]
-            # A bias of k has almost no gradient; every other tensor has one.
-            if not still or kind == "bias" and len(still) < len(sums):
-                del self.waiting[kind]
-                continue
-            flat = [p for p in still if not host(p.grad).any()]
-            if kind == "lora_A" and self.first or low and not flat:
-                continue
-            why = (
-                "its gradient is zero"
-                if flat
-                else "its updates are below the rounding of float32; raise the learning rate"
-            )
-            names = ", ".join(p.name for p in (flat or still)[:2])
-            raise UserError(
-                f"step {step}: {kind} does not train: {len(flat or still)} of {len(sums)} tensors have not "
-                f"moved ({names}): {why}"
-            )
-        self.first = False
+def values_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The trained tensors in the optimizer state of a checkpoint, name -> float32 array."""
+    head = "value."
+    return {name.removeprefix(head): array for name, array in tensors.items() if name.startswith(head)}
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -258,6 +211,9 @@ class Run:
         self.step = 0
         self.tensors: dict[str, np.ndarray] | None = None
         self.rows: list[dict] = []
+        self.best: best.Best | None = None
+        of = "" if self.held_out is None else self.held_out.tokens.fingerprint
+        self.of_best = f"{of} {count} {self.evaluated}"
         if self.resumed is not None:
             self._resume(self.resumed)
         # The checkpoint to return to, and its step; whether parameters and optimizer are those of `step`.
@@ -268,6 +224,10 @@ class Run:
         state, self.tensors = resume.load(path)
         same_run(state, self.identity, self.alone, path)
         self.step, self.rows = state["global_step"], state["log_history"]
+        if self.o.load_best_model_at_end:
+            self.best, forgotten = best.from_state(state, path, self.of_best)
+            if forgotten is not None:
+                self.say(f"the best checkpoint so far does not count: {forgotten}")
         if self.step > self.steps:
             raise UserError(
                 f"{path}: has made {self.step} steps, which is more than the {self.steps} of max_steps"
@@ -481,6 +441,12 @@ class Run:
     def save(self) -> str:
         """Write checkpoint-N, N = step -> its path."""
         tensors = self.engine.state()
+        output_dir, limit, chosen = self.o.output_dir, self.o.save_total_limit, self.best
+        home = resume.path_of(output_dir, self.step)
+        if self.o.load_best_model_at_end:
+            last = self.log.rows[-1] if self.log.rows else {}
+            loss = last.get("eval_loss") if last.get("step") == self.step else None
+            chosen = best.better(self.best, self.step, loss, home)
         state = {
             "global_step": self.step,
             "max_steps": self.steps,
@@ -492,20 +458,17 @@ class Run:
             "options": self.alone.to_dict(),
             "log_history": self.log.rows,
             "version": __version__,
+            **best.to_state(chosen, self.of_best),
         }
-
-        values = {
-            name.removeprefix("value."): array for name, array in tensors.items() if name.startswith("value.")
-        }
-        output_dir, limit = self.o.output_dir, self.o.save_total_limit
-        home = resume.path_of(output_dir, self.step)
+        values, kept = values_of(tensors), None if chosen is None else chosen.path
 
         def write():
             self.log.sync()
-            resume.save(output_dir, state, tensors, lambda path: self.write_model(path, values, home), limit)
+            model = functools.partial(self.write_model, values=values, home=home)
+            resume.save(output_dir, state, tensors, model, limit, kept)
 
         self.once(write)
-        self.saved, self.saved_step = home, self.step
+        self.saved, self.saved_step, self.best = home, self.step, chosen
         return home
 
     def write_model(self, directory: str, values: dict[str, Any] | None, home: str | None = None) -> None:
@@ -522,8 +485,16 @@ class Run:
             merge.save_merged(directory, read, setup.raw, source.tokenizer, source.dtype, source.beside)
 
     def _write_last(self, values):
+        """Write the result: the model of `values`, or where values is None the best checkpoint's."""
         try:
+            if values is None:
+                assert self.best is not None
+                state, tensors = resume.load(self.best.path)
+                same_run(state, self.identity, self.alone, self.best.path)
+                values = values_of(tensors)
             self.write_model(self.o.output_dir, values)
+            if self.best is not None and self.o.save_total_limit == 1:  # as TrainingArguments means it
+                resume.keep_only(self.o.output_dir, self.best.path)
         except UserError as error:
             raise UserError(f"{error}; {self._left()}") from None
 
@@ -532,7 +503,8 @@ class Run:
         o, rows = self.o, self.log.rows
         stopped = self.engine.signal() if self.step < self.steps else None
         if not stopped:
-            values = self.engine.values()
+            earlier = self.best is not None and self.best.step != self.step
+            values = None if earlier else self.engine.values()
             self.once(lambda: self._write_last(values))
         self.once(lambda: report.draw(o, rows, self.say))
         if stopped:
@@ -541,13 +513,14 @@ class Run:
                 f"--resume-from-checkpoint {self.saved}"
             )
         else:
-            self.say(report.last_line(o, rows))
+            self.say(report.last_line(o, rows, self.best))
         last = {key: value for row in rows for key, value in row.items()}
         return Result(
             output_dir=o.output_dir,
             step=self.step,
             loss=last.get("loss"),
             eval_loss=last.get("eval_loss"),
+            best_model_checkpoint=self.best.path if self.best is not None and not stopped else None,
             stopped=stopped,
             history=rows,
         )

@@ -191,6 +191,8 @@ FREE = dict(
     max_eval_samples=1,
     save_steps=1,
     save_total_limit=1,
+    load_best_model_at_end=True,
+    metric_for_best_model="loss",
     logging_steps=2,
     profile=False,
 )
