@@ -75,7 +75,7 @@ def test_defaults():
     nothing = (
         "init adapter target_length sequence_length group_size embedding_learning_rate eval_data "
         "max_eval_samples save_total_limit resume_from_checkpoint num_threads max_memory "
-        "cache_dir"
+        "cache_dir long_documents packing_boundaries chat_template"
     ).split()
     assert options.from_dict(GIVEN).to_dict() == GIVEN | dict.fromkeys(nothing) | dict(
         rope_type="linear",
@@ -101,8 +101,7 @@ def test_defaults():
         adam_beta2=0.95,
         adam_epsilon=1e-8,
         max_grad_norm=1.0,
-        long_documents="split",
-        packing_boundaries="none",
+        train_on_inputs=False,
         eval_fraction=0.0,
         eval_steps=0,
         save_steps=0,
@@ -257,7 +256,7 @@ def test_help_lists_what_the_command_takes_and_every_default(capsys):
         ("no-full", "false"),
         ("no-profile", "false"),
         ("max-steps", "-1"),
-        ("packing-boundaries", "none"),
+        ("no-train-on-inputs", "false"),
         ("target-modules", "q_proj k_proj v_proj o_proj"),
     ):
         assert f"[{default}]" in described[f"--{name}"], name

@@ -8,6 +8,7 @@ import datetime
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -91,6 +92,10 @@ class ChatTemplate:
         self._template = _compiled(source, where)
         self.marks_answers = "generation" in source and "endgeneration" in source
 
+    def key(self) -> list[Any]:
+        """What the text of messages depends on."""
+        return [self.source, sorted(self._special.items())]
+
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **extra: Any
     ) -> str:
@@ -117,7 +122,7 @@ class ChatTemplate:
             ) from None
         text, spans, first = [], [], 0
         length = 0
-        for piece in _split(marked):
+        for piece in re.split(f"([{_Generation.FIRST}{_Generation.LAST}])", marked):
             if piece == _Generation.FIRST:
                 first = length
             elif piece == _Generation.LAST:
@@ -126,17 +131,6 @@ class ChatTemplate:
                 text.append(piece)
                 length += len(piece)
         return "".join(text), spans
-
-
-def _split(text):
-    """Cut text at the marks, which are pieces of their own."""
-    start = 0
-    for i, letter in enumerate(text):
-        if letter in (_Generation.FIRST, _Generation.LAST):
-            yield text[start:i]
-            yield letter
-            start = i + 1
-    yield text[start:]
 
 
 def find_template(

@@ -1,5 +1,6 @@
 """Token ids to training batches: cut and packed into sequences, dealt out in a seeded order."""
 
+import bisect
 import copy
 from collections.abc import Iterable
 
@@ -20,6 +21,10 @@ class Sequences:
     text; a single token left at the very end has no target and makes no sequence. "document": every document
     is a text of its own, and its last token has no target; a piece of a single token is left out.
 
+    Of instructions (tokens.learned is given) only the tokens of answers are targets. Those that do not see
+    each other stay whole: each goes into the sequence where it leaves the least room. A sequence without a
+    target is left out.
+
     `pieces` holds (first, last) in tokens.ids for every document's part of every sequence. `sentence` reports
     what was done, with the number of lost tokens. `where` names the corpus in messages. UserError if no
     sequence results.
@@ -34,31 +39,45 @@ class Sequences:
         packing_boundaries: str = "none",
     ):
         self.tokens, self.length, self.apart = tokens, length, packing_boundaries == "document"
+        self.what = "documents" if tokens.learned is None else "samples"
         sizes = np.diff(tokens.borders)
         long = int((sizes > length).sum())
         if long and long_documents == "refuse":
             i = int(np.argmax(sizes > length))
             raise UserError(
-                f"{where}: document {i} has {int(sizes[i]):,} tokens, the sequence {length:,} ({long} such); "
+                f"{where}: {f'document {i}' if tokens.learned is None else f'record {i + 1}'} has "
+                f"{int(sizes[i]):,} tokens, the sequence {length:,} ({long} such); "
                 "long_documents can be split, truncate or drop"
             )
         self.pieces: list[list[tuple[int, int]]] = []
-        lost, single = self._pack(sizes, long_documents)
+        whole = self.apart and tokens.learned is not None
+        lost, single = (self._pack_whole if whole else self._pack)(sizes, long_documents)
+        made = len(self.pieces)
+        if tokens.learned is not None:
+            self.pieces = [piece for piece in self.pieces if self._count(piece)]
         if not self.pieces:
             raise UserError(f"{where}: leaves no sequence of {length} tokens")
+        self.sentence = self._describe(sizes, long, long_documents, lost, single, made - len(self.pieces))
+
+    def _describe(self, sizes, long, long_documents, lost, single, silent):
         done = {
             "split": "split",
             "truncate": f"truncated, {lost:,} tokens lost",
             "drop": f"dropped, {lost:,} tokens lost",
         }
-        self.sentence = (
-            f"{len(tokens):,} documents, {int(sizes.sum()):,} tokens (shortest {int(sizes.min()):,}, median "
-            f"{int(np.median(sizes)):,}, longest {int(sizes.max()):,}) -> {len(self.pieces):,} sequences of "
-            f"{length:,}" + (f"; {long:,} longer documents {done.get(long_documents)}" if long else "")
+        learned = ""
+        if self.tokens.learned is not None:
+            learned = f"{sum(map(self._count, self.pieces)):,} of them targets, "
+        sentence = (
+            f"{len(self.tokens):,} {self.what}, {int(sizes.sum()):,} tokens ({learned}shortest "
+            f"{int(sizes.min()):,}, median {int(np.median(sizes)):,}, longest {int(sizes.max()):,}) -> "
+            f"{len(self.pieces):,} sequences of {self.length:,}"
         )
+        sentence += f"; {long:,} longer {self.what} {done.get(long_documents)}" if long else ""
         if self.apart:
-            self.sentence += "; documents do not see each other"
-            self.sentence += f", {single:,} single tokens left out" if single else ""
+            sentence += f"; {self.what} do not see each other"
+            sentence += f", {single:,} single tokens left out" if single else ""
+        return sentence + (f"; {silent:,} sequences without a target left out" if silent else "")
 
     def _pack(self, sizes: np.ndarray, long_documents: str) -> tuple[int, int]:
         """Fill `pieces` -> the lost tokens of long documents, the single tokens left out."""
@@ -81,6 +100,28 @@ class Sequences:
             single += size
         if open_ and self.length - room >= 2:
             self.pieces.append(open_)
+        return lost, single
+
+    def _pack_whole(self, sizes: np.ndarray, long_documents: str) -> tuple[int, int]:
+        """As _pack, but each document is whole in one sequence, or each part of one that is split."""
+        rooms: list[tuple[int, int]] = []  # the room left in a sequence, and its number; rising
+        lost = single = 0
+        for first, size in zip(self.tokens.borders[:-1].tolist(), sizes.tolist()):
+            last = first + size
+            if size > self.length and long_documents != "split":
+                last = first + (self.length if long_documents == "truncate" else 0)
+                lost += first + size - last
+            while last - first >= 2:
+                take = min(last - first, self.length)
+                at = bisect.bisect_left(rooms, (take, 0))
+                room, i = rooms.pop(at) if at < len(rooms) else (self.length, len(self.pieces))
+                if i == len(self.pieces):
+                    self.pieces.append([])
+                self.pieces[i].append((first, first + take))
+                if room - take >= 2:
+                    bisect.insort(rooms, (room - take, i))
+                first += take
+            single += last - first
         return lost, single
 
     def __len__(self) -> int:
@@ -108,10 +149,34 @@ class Sequences:
     def _parts(self, i: int) -> list[np.ndarray]:
         return [np.asarray(self.tokens.ids[a:b], np.int32) for a, b in self.pieces[i]]
 
+    def labels(self, i: int) -> list[np.ndarray]:
+        """The target of each token of texts(i), int32: the next token of the same text, or IGNORE."""
+        found = []
+        for text, learned in zip(self.texts(i), self._learned(self.pieces[i])):
+            after = np.append(text[1:], np.int32(IGNORE))
+            found.append(after if learned is None else np.where(np.append(learned[1:], False), after, IGNORE))
+        return found
+
+    def _learned(self, piece):
+        """Which tokens of the texts of a sequence may be targets, bool; None for a text where all may."""
+        parts: list = [None] * (len(piece) if self.apart else 1)
+        if self.tokens.learned is not None:
+            parts = [self.tokens.learned[a:b].astype(bool) for a, b in piece]
+            parts = parts if self.apart else [np.concatenate(parts)]
+        return parts
+
+    def _count(self, piece):
+        return sum(int(np.count_nonzero(learned[1:])) for learned in self._learned(piece))
+
     def targets(self, i: int) -> int:
-        """The number of tokens in sequence i that another token predicts."""
-        sizes = [last - first for first, last in self.pieces[i]]
-        return sum(sizes) - (len(sizes) if self.apart else 1)
+        """The number of tokens in sequence i that another token predicts and the loss counts."""
+        if self.tokens.learned is not None:
+            return self._count(self.pieces[i])
+        return self.size(i) - (len(self.pieces[i]) if self.apart else 1)
+
+    def size(self, i: int) -> int:
+        """The number of tokens in sequence i."""
+        return sum(last - first for first, last in self.pieces[i])
 
 
 def batch(
@@ -119,7 +184,7 @@ def batch(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """The sequences `indices` as a batch -> ids, targets, cu_seqlens.
 
-    ids and targets [B,T] are int32. A target is the next token of the same text, or IGNORE. T is the length
+    ids and targets [B,T] are int32; targets are Sequences.labels. T is the length
     of the longest row, rounded up to `multiple`: a short rest of a document costs no more than its length.
     Shorter rows end in padding.
 
@@ -127,17 +192,17 @@ def batch(
     boundaries of the documents among the B*T tokens, int32 [S], from 0 to B*T. Padding forms pieces of its
     own.
     """
-    rows = [sequences.texts(i) for i in indices]
-    lengths = [sum(map(len, texts)) for texts in rows]
+    rows = [list(zip(sequences.texts(i), sequences.labels(i))) for i in indices]
+    lengths = [sum(len(text) for text, _ in row) for row in rows]
     T = -(-max(lengths) // multiple) * multiple
     ids, targets = np.zeros((len(rows), T), np.int32), np.full((len(rows), T), IGNORE, np.int32)
     starts = []
     for row, texts in enumerate(rows):
         first = 0
-        for text in texts:
+        for text, labels in texts:
             last = first + len(text)
             ids[row, first:last] = text
-            targets[row, first : last - 1] = text[1:]
+            targets[row, first:last] = labels
             starts.append(row * T + first)
             first = last
         if first < T:

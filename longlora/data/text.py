@@ -1,5 +1,7 @@
 """Text files to documents. A .txt file is one document, a .jsonl file has one document a line.
 
+Other files of records (data/records.py) have one document a record.
+
 A directory stands for its .txt and .jsonl files, in subfolders and behind links too, with suffixes of either
 case: each file once, in the order of the paths. Everything else is left out, and `Corpus.sentence` says so:
 hidden files and folders (.ipynb_checkpoints, macOS's ._book.txt), files of another kind, files without text,
@@ -9,11 +11,12 @@ In a .txt file CRLF becomes LF. The strings of a .jsonl file stay as they are.
 """
 
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 
+from longlora.data import records
+from longlora.data.records import decoded, kind
 from longlora.disk import open_file
 from longlora.errors import UserError, printable
 
@@ -29,13 +32,8 @@ HIDDEN, OTHER, PART = "hidden", "of another kind", "part of a run or a model"
 AGAIN, EMPTY = "linked again", "without text"
 
 
-def kind(path: str) -> str:
-    """The suffix of a file's name, in lower case."""
-    return os.path.splitext(path)[1].lower()
-
-
 class Corpus:
-    """The text at `path`: a .txt, .jsonl or .bin file, or a directory.
+    """The text at `path`: a .txt or .bin file, one of records, a directory, or a dataset's name.
 
     files     the paths of the files, sorted
     left_out  why -> the paths of what a directory holds besides
@@ -52,11 +50,12 @@ class Corpus:
             self.files = self._walk()
             if not self.files:
                 raise UserError("; ".join([f"{path}: holds no .txt and no .jsonl file", *self._sentences()]))
-        elif not os.path.lexists(path):
+        elif kind(path) != records.HUB and not os.path.lexists(path):
             raise UserError(f"{path}: no such file or directory")
-        elif kind(path) not in (*KINDS, ".bin"):
+        elif kind(path) not in (".txt", ".bin", *records.KINDS, records.HUB):
             raise UserError(
-                f"{path}: should be .txt, .jsonl or .bin, or a directory of .txt and .jsonl files"
+                f"{path}: should be .txt, .jsonl or .bin, .jsonl.gz, .json or .parquet, or a directory of "
+                ".txt and .jsonl files"
             )
 
     def leave_out(self, why: str, *paths: str) -> None:
@@ -153,13 +152,6 @@ def _why_not(folder, name):
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def _decoded(data: bytes, path: str, offset: int) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 at byte {offset + error.start}") from None
-
-
 def _blocks(path, crlf):
     """Yield the text of a .txt in pieces of about BLOCK bytes; call crlf() if CRLF was in it."""
     left: bytes | None = b""
@@ -169,7 +161,7 @@ def _blocks(path, crlf):
             data = _read(file, path)
             block = left + data
             cut = _cut(block) if data else len(block)
-            text = _decoded(block[:cut], path, offset)
+            text = decoded(block[:cut], path, offset)
             if offset == 0:
                 text = text.removeprefix("\ufeff")
             if "\r\n" in text:
@@ -201,34 +193,20 @@ def _cut(block: bytes) -> int:
 
 
 def _records(path):
-    """Yield the documents of a .jsonl file."""
-    offset = 0
-    with open_file(path) as file:
-        for number, line in enumerate(_lines(file, path), 1):
-            text = _decoded(line, path, offset)
-            text = text.removeprefix("\ufeff") if number == 1 else text
-            offset += len(line)
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                why = getattr(error, "msg", error)
-                raise UserError(f"{path}: line {number} is not JSON: {why}") from None
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise UserError(f'{path}: line {number} should be an object with a string "text"')
-            half = re.search("[\ud800-\udfff]", record["text"])
-            if half:
-                raise UserError(
-                    f"{path}: line {number}: its text holds half a character, {half[0]!r} at {half.start()}; "
-                    "it was cut inside an emoji or the like"
-                )
-            if record["text"]:
-                yield (record["text"],)
+    """Yield the documents of a file of records."""
+    for place, record in records.read(path):
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise UserError(f'{path}: {place} should be an object with a string "text"')
+        whole(record["text"], path, place)
+        if record["text"]:
+            yield (record["text"],)
 
 
-def _lines(file, path):
-    try:
-        yield from file
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+def whole(text: str, path: str, place: str) -> None:
+    """UserError if the text of a record holds half a character."""
+    half = re.search("[\ud800-\udfff]", text)
+    if half:
+        raise UserError(
+            f"{path}: {place}: its text holds half a character, {half[0]!r} at {half.start()}; "
+            "it was cut inside an emoji or the like"
+        )

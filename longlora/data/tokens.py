@@ -10,13 +10,15 @@ import numpy as np
 
 from longlora import progress
 from longlora.data import text
+from longlora.data.chat import Instructions
 from longlora.data.parts import Parts
+from longlora.data.records import HUB, dataset, kind
 from longlora.disk import open_file, read_json, replacing, write_json
 from longlora.errors import UserError
 from longlora.files.tokenizer import Tokenizer
 
 AT_ONCE = 16  # blocks of text that are tokenised in parallel
-CACHED = r"tokens-[0-9a-f]{16}\.(bin|json)"  # the names of the files in a cache
+CACHED = r"tokens-[0-9a-f]{16}\.(bin|mask|json)"  # the names of the files in a cache
 VERSION = 2  # of the rules by which files become ids; older caches are not used
 
 
@@ -28,7 +30,7 @@ def encode_documents(
     Yields, block by block, int32 ids and whether the document ends there. The ids equal those of the whole
     document tokenised at once. Blocks are tokenised in parallel on all cores, also across documents.
     """
-    front, back = _affixes(tokenizer)
+    front, back = tokenizer.affixes()
     nothing, size, parts = front[:0], 0, Parts(tokenizer)
     waiting: list[tuple[str, bool, bool]] = []
 
@@ -46,14 +48,6 @@ def encode_documents(
                 yield from encoded()
                 waiting, size = [], 0
     yield from encoded()
-
-
-def _affixes(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """The special tokens that the tokenizer puts before and after a text."""
-    bare = tokenizer.encode_parts(["a"])[0].tolist()
-    whole = tokenizer.encode("a").tolist()
-    at = next(i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
-    return np.array(whole[:at], np.int32), np.array(whole[at + len(bare) :], np.int32)
 
 
 class FileIds:
@@ -92,10 +86,11 @@ class FileIds:
 
 class Tokens:
     """Token ids of a corpus: `ids` [N], integers, an ndarray or FileIds; `borders` int64 [documents + 1],
-    where each document begins in `ids`, and N; `fingerprint`, a hash of both."""
+    where each document begins in `ids`, and N; `learned` [N], 1 for the tokens of answers, or None if every
+    token is to be learned; `fingerprint`, a hash of all."""
 
-    def __init__(self, ids: Any, borders: np.ndarray, fingerprint: str):
-        self.ids, self.borders, self.fingerprint = ids, borders, fingerprint
+    def __init__(self, ids: Any, borders: np.ndarray, fingerprint: str, learned: Any = None):
+        self.ids, self.borders, self.fingerprint, self.learned = ids, borders, fingerprint, learned
 
     def document(self, i: int) -> np.ndarray:
         """The ids of document i."""
@@ -139,37 +134,48 @@ def tokenise(
     vocab_size: int,
     cache_dir: str,
     say: Callable[[str], object] = print,
+    instructions: Instructions | None = None,
 ) -> Tokens:
     """Return the Tokens of the text at `path`, from the cache if text and tokenizer are unchanged.
 
-    Each document ends with the tokenizer's end-of-text token, if it has one. The cache consists of two files,
-    each written aside and renamed. Its key covers the files' paths, sizes and times, and the tokenizer. `say`
-    receives a sentence when the text is tokenised anew, and one when a directory holds more than its text.
-    UserError for text that cannot be read and for a damaged cache.
+    instructions: how the records at `path` become tokens, if they are not text.
+
+    Each document of text ends with the tokenizer's end-of-text token, if it has one. The cache consists of
+    two files, or three with instructions, each written aside and renamed. Its key covers the files' paths,
+    sizes and times, the tokenizer and the instructions. `say` receives a sentence when the text is tokenised
+    anew, and one when a directory holds more than its text. UserError for text that cannot be read and for a
+    damaged cache.
     """
     corpus = text.Corpus(path)
-    if text.kind(corpus.files[0]) == ".bin":
+    if kind(corpus.files[0]) == ".bin":
         return read_bin(path, vocab_size)
     if tokenizer is None:
         raise UserError(f"{path}: the model has no tokenizer; wanted a token .bin")
     facts = [_facts(file) for file in corpus.files]
-    key = hashlib.sha256(json.dumps([VERSION, facts, tokenizer.fingerprint()]).encode()).hexdigest()[:16]
+    rules = [VERSION, facts, tokenizer.fingerprint(), *(instructions.key() if instructions else ())]
+    key = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:16]
     stem = os.path.join(cache_dir, f"tokens-{key}")
     if os.path.exists(stem + ".json"):
         found = read_json(stem + ".json")
         corpus.left_out |= {text.EMPTY: found["empty"]} if found["empty"] else {}
         if corpus.sentence():
             say(f"{path}: {corpus.sentence()}")
+    elif instructions:
+        found = _tokenise_samples(corpus, tokenizer, stem, say, instructions)
     else:
         found = _tokenise(corpus, tokenizer, stem, say)
     borders = np.array(found["borders"], np.int64)
-    if not os.path.exists(stem + ".bin") or os.path.getsize(stem + ".bin") != 4 * int(borders[-1]):
-        raise UserError(f"{stem}.bin: is damaged; remove it and {stem}.json")
-    return Tokens(FileIds(stem + ".bin", "<i4"), borders, found["fingerprint"])
+    for name, size in ((".bin", 4), (".mask", 1)) if instructions else ((".bin", 4),):
+        if not os.path.exists(stem + name) or os.path.getsize(stem + name) != size * int(borders[-1]):
+            raise UserError(f"{stem}{name}: is damaged; remove it and {stem}.json")
+    learned = FileIds(stem + ".mask", "u1") if instructions else None
+    return Tokens(FileIds(stem + ".bin", "<i4"), borders, found["fingerprint"], learned)
 
 
 def _facts(file):
     """What changes when a file's content does."""
+    if kind(file) == HUB:
+        return [file, dataset(file)._fingerprint]
     try:
         found = os.stat(file)
     except OSError as error:
@@ -181,15 +187,7 @@ def _tokenise(
     corpus: text.Corpus, tokenizer: Tokenizer, stem: str, say: Callable[[str], object]
 ) -> dict[str, Any]:
     eos, borders, digest = tokenizer.eos_token_id, [0], hashlib.sha256()
-    total = sum(os.path.getsize(file) for file in corpus.files)
-    # The .json file is written last: it marks the cache as complete.
-    with (
-        replacing(stem + ".bin") as aside,
-        open(aside, "wb") as out,
-        progress.bar(
-            total=total, unit="B", unit_scale=True, desc="tokenising", leave=False, disable=None
-        ) as bar,
-    ):
+    with replacing(stem + ".bin") as aside, open(aside, "wb") as out, _bar(corpus) as bar:
 
         def put(ids):
             ids = ids.astype("<i4", copy=False)
@@ -213,6 +211,55 @@ def _tokenise(
             borders.append(borders[-1] + size)
             size, final = 0, None
     digest.update(np.array(borders))
+    found = _write_found(stem, corpus, borders, digest)
+    say("; ".join(filter(None, [_tokenised(corpus, "documents", borders), corpus.sentence()])))
+    return found
+
+
+def _tokenise_samples(
+    corpus: text.Corpus,
+    tokenizer: Tokenizer,
+    stem: str,
+    say: Callable[[str], object],
+    instructions: Instructions,
+) -> dict[str, Any]:
+    borders, digest = [0], hashlib.sha256()
+    with (
+        replacing(stem + ".bin") as aside,
+        replacing(stem + ".mask") as beside,
+        open(aside, "wb") as out,
+        open(beside, "wb") as mask,
+        _bar(corpus) as bar,
+    ):
+        for ids, learned, size in instructions.encode(corpus.files, tokenizer):
+            for file, array in ((out, ids.astype("<i4", copy=False)), (mask, learned.astype("u1"))):
+                digest.update(array)
+                file.write(array)
+            borders.append(borders[-1] + len(ids))
+            bar.update(size)
+    digest.update(np.array(borders))
+    found = _write_found(stem, corpus, borders, digest)
+    say("; ".join(filter(None, [_tokenised(corpus, "samples", borders), corpus.sentence()])))
+    return found
+
+
+def _size(corpus):
+    """The bytes of the corpus, 0 where they are not known."""
+    return sum(os.path.getsize(file) for file in corpus.files if os.path.exists(file))
+
+
+def _bar(corpus):
+    total = _size(corpus) or None
+    return progress.bar(total=total, unit="B", unit_scale=True, desc="tokenising", leave=False, disable=None)
+
+
+def _tokenised(corpus, what, borders):
+    sentence, size = f"tokenised {len(borders) - 1:,} {what}, {borders[-1]:,} tokens", _size(corpus)
+    return sentence + (f", {size / max(borders[-1], 1):.2f} bytes each" if size else "")
+
+
+def _write_found(stem, corpus, borders, digest):
+    """Write what the cache holds -> it. This file is the last: it marks the cache as complete."""
     found = {
         "files": corpus.files,
         "empty": corpus.left_out.get(text.EMPTY, []),
@@ -220,7 +267,4 @@ def _tokenise(
         "borders": borders,
     }
     write_json(stem + ".json", found)
-    count, each = len(borders) - 1, total / max(borders[-1], 1)
-    sentence = f"tokenised {count:,} documents, {borders[-1]:,} tokens, {each:.2f} bytes each"
-    say("; ".join(filter(None, [sentence, corpus.sentence()])))
     return found

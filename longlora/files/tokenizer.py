@@ -51,6 +51,7 @@ class Tokenizer:
     ):
         self._backend, self.special, self._files = backend, special, files
         self.where, self._spare = where, set(spare)
+        self._plain: Any = None
 
     @property
     def backend(self) -> Any:
@@ -125,14 +126,19 @@ class Tokenizer:
 
     def _forget(self, texts):
         """Take back added tokens that the model has no row for."""
-        described = json.loads(self.backend.to_str())
-        described["added_tokens"] = [
-            added for added in described["added_tokens"] if added["content"] not in texts
+        kept = [
+            added
+            for added in json.loads(self.backend.to_str())["added_tokens"]
+            if added["content"] not in texts
         ]
-        splits = self.backend.encode_special_tokens
-        self._backend = build(described, self.where)
-        self._backend.encode_special_tokens = splits
+        self._backend = self._copy({"added_tokens": kept})
         self.special = {name: text for name, text in self.special.items() if text not in texts}
+
+    def _copy(self, changes):
+        """A backend like this one but for `changes` of its tokenizer.json."""
+        made = build({**json.loads(self.backend.to_str()), **changes}, self.where)
+        made.encode_special_tokens = self.backend.encode_special_tokens
+        return made
 
     @property
     def vocab_size(self) -> int:
@@ -159,6 +165,36 @@ class Tokenizer:
         with self._encoding(parts) as backend:
             done = backend.encode_batch_fast(parts, add_special_tokens=False)
         return [np.array(found.ids, np.int32) for found in done]
+
+    def affixes(self) -> tuple[np.ndarray, np.ndarray]:
+        """The special tokens that are put before and after a text."""
+        bare = self.encode_parts(["a"])[0].tolist()
+        whole = self.encode("a").tolist()
+        at = next(i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
+        return np.array(whole[:at], np.int32), np.array(whole[at + len(bare) :], np.int32)
+
+    def encode_places(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Encode texts without special tokens -> for each its ids, int32 [T], and the characters of each id.
+
+        Token i is made of the characters first[i] .. last[i] - 1 of its text; two tokens share a character
+        whose bytes they share. An added token may strip spaces beside it: they are not among its characters.
+        """
+        with self._encoding(texts):
+            if self._plain is None:  # a post-processor may take the spaces of a token off its characters
+                self._plain = self._copy({"post_processor": None})
+            done = self._plain.encode_batch(texts, add_special_tokens=False)
+            added = np.array(sorted(self.backend.get_added_tokens_decoder()), np.int64)
+        found = []
+        for text, encoding in zip(texts, done, strict=True):
+            ids = np.array(encoding.ids, np.int32)
+            places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            for i in np.flatnonzero(np.isin(ids, added)).tolist():
+                first, last = places[i].tolist()
+                own = text[first:last]
+                if own.strip():
+                    places[i] = last - len(own.lstrip()), first + len(own.rstrip())
+            found.append((ids, places[:, 0], places[:, 1]))
+        return found
 
     @contextlib.contextmanager
     def _encoding(self, texts):

@@ -26,7 +26,7 @@ from longlora.job import processors
 from longlora.progress import quietly
 from longlora.torch.trainer import TorchEngine
 from longlora.training import options, resume
-from longlora.training.inputs import Say, Setup, Source, read_data, use_threads
+from longlora.training.inputs import Say, Setup, Source, instructs, read_data, use_threads
 from longlora.training.options import TrainOptions
 from longlora.training.run import Result, Run
 
@@ -62,7 +62,7 @@ def run(o: TrainOptions, say: Say = print) -> Result:
     elif "OMP_NUM_THREADS" not in os.environ:  # torch knows no quota of a control group
         torch.set_num_threads(min(torch.get_num_threads(), processors()))
     source = Source(o)
-    setup = Setup(o, source.config)
+    setup = Setup(o, source.config, instructs=instructs(o))
     given = PRECISION in os.environ
     args = arguments(o)
     if args.n_gpu > 1:

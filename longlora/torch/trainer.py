@@ -298,7 +298,7 @@ class TorchEngine:
             if not math.isfinite(norm):
                 raise UserError("the gradient is not finite")
         places = trainer.train_dataset.places[(run.step - run.first) * run.each :][: run.each]
-        run.after_step(loss, norm, sum(run.corpus.targets(place) for place in places))
+        run.after_step(loss, norm, sum(run.corpus.size(place) for place in places))
         return self._signal is not None
 
     @torch.no_grad()

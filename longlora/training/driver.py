@@ -20,7 +20,7 @@ from longlora.memory.plan import Plan
 from longlora.ops import IGNORE
 from longlora.progress import quietly
 from longlora.training import metrics, options, resume
-from longlora.training.inputs import Say, Setup, Source, use_threads
+from longlora.training.inputs import Say, Setup, Source, instructs, use_threads
 from longlora.training.options import TrainOptions
 from longlora.training.run import Result, Run
 
@@ -54,7 +54,8 @@ def plan_of(o: TrainOptions) -> Plan:
         config = open_model(path).config
     else:
         config = read_config(path)
-    return Setup(o, config, choose_to_plan(o.device, o.max_memory)[0]).plan
+    device = choose_to_plan(o.device, o.max_memory)[0]
+    return Setup(o, config, device, bool(o.data and os.path.exists(o.data)) and instructs(o)).plan
 
 
 def run(o: TrainOptions, say: Say = print) -> Result:
@@ -65,7 +66,7 @@ def run(o: TrainOptions, say: Say = print) -> Result:
     device, chosen = choose(o.device)
     if o.profile and device != CPU:
         raise UserError("profile supports the CPU only; give --device cpu")
-    setup = Setup(o, source.config, device)
+    setup = Setup(o, source.config, device, instructs(o))
     plan = setup.plan
     if not plan.fits:
         where = "" if device == CPU else f" on {device}"
@@ -141,17 +142,17 @@ class Driver:
                     for _ in range(run.o.gradient_accumulation_steps)
                 ]
                 micro = [batch(run.corpus, indices, run.setup.multiple) for indices in places]
-                tokens = sum(int((targets != IGNORE).sum()) for _, targets, _ in micro)
+                count = sum(int((targets != IGNORE).sum()) for _, targets, _ in micro)
                 with run.named():
-                    total, norm = self._step(micro, tokens)
-                loss = loss if total is None else total / tokens
-                run.after_step(loss, norm, tokens)
+                    total, norm = self._step(micro, count)
+                loss = loss if total is None else total / count
+                run.after_step(loss, norm, sum(run.corpus.size(i) for indices in places for i in indices))
         result = run.finish()
         self._report_profile()
         return result
 
-    def _step(self, micro, tokens):
-        """One step over batches with `tokens` targets in all -> the sum of the losses, the norm of the
+    def _step(self, micro, count):
+        """One step over batches with `count` targets in all -> the sum of the losses, the norm of the
         gradient.
 
         A GPU is not waited for when the loss is not needed; the sum is then None.
@@ -163,7 +164,7 @@ class Driver:
         with self.recorder if recorded else contextlib.nullcontext():
             self.model.zero_grad()
             sums: list[Any] = [
-                self.model.train_microbatch(ids, targets, 1 / tokens, read, cu_seqlens)
+                self.model.train_microbatch(ids, targets, 1 / count, read, cu_seqlens)
                 for ids, targets, cu_seqlens in micro
             ]
             rates = {kind: run.rate(kind) for kind in self.model.kinds}

@@ -1,18 +1,24 @@
 """What a run starts from: the base model, what the options mean for it, and its sequences."""
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from longlora import disk
+from longlora.data.chat import Instructions, form_of
+from longlora.data.chat_template import ChatTemplate, find_template
 from longlora.data.sequences import Sequences
 from longlora.data.tokens import CACHED, tokenise
 from longlora.decoder import plan, rope
 from longlora.decoder.config import ModelConfig, read_config
 from longlora.decoder.lora import LoraConfig
 from longlora.device import CPU
+from longlora.errors import UserError
 from longlora.files import adapter as adapters
 from longlora.training import from_adapter
 from longlora.training.options import TrainOptions
@@ -59,11 +65,17 @@ class Source:
 
         assert o.init is not None
         directory = o.init if os.path.isdir(o.init) else os.path.dirname(o.init) or "."
+        self._directory = directory
         self.base, self.config, self.tokenizer = None, read_config(o.init), None
         self.fingerprint = f"random {o.seed}"
         if Tokenizer.is_in(directory):
             self.tokenizer = Tokenizer.from_directory(directory).check(self.config, directory)
         self.dtype = self.config.raw.get("dtype") or self.config.raw.get("torch_dtype") or "float32"
+
+    def template(self, file: str | None) -> ChatTemplate:
+        """The chat template in `file`, or else the model's. UserError if it cannot be used."""
+        base = self.base or SimpleNamespace(kind="huggingface", path=self._directory)
+        return find_template(base, self.tokenizer.special if self.tokenizer else {}, file)
 
 
 class Setup:
@@ -76,10 +88,11 @@ class Setup:
     lora       a LoraConfig, or None if every weight is trained
     plan       the Plan of its memory on `device`
 
-    It completes the options (TrainOptions.resolve). UserError if they do not fit the base model.
+    instructs: whether the data are questions and answers. It completes the options (TrainOptions.resolve).
+    UserError if they do not fit the base model.
     """
 
-    def __init__(self, o: TrainOptions, base: ModelConfig, device: str = CPU):
+    def __init__(self, o: TrainOptions, base: ModelConfig, device: str = CPU, instructs: bool = False):
         self.config, self.raw = base, base.raw
         self.rope = f"rope: {base.rope.type}, as the base: {base.max_position_embeddings} positions"
         self.lora: LoraConfig | None = None
@@ -93,7 +106,7 @@ class Setup:
             extended, self.rope = rope.extend(base, o.rope_type, o.target_length)
             self.raw = rope.to_config(base.raw, extended, o.target_length)
             self.config = read_config(self.raw)
-        o.resolve(self.config)
+        o.resolve(self.config, instructs)
         dense = o.attention == "dense"
         s2 = {"group_size": o.group_size, "boundary": o.boundary, "shift": o.shift}
         self.attention = None if dense else s2
@@ -115,20 +128,38 @@ class Setup:
         )
 
 
+def instructs(o: TrainOptions) -> bool:
+    """Whether the data are questions and answers. UserError for a file of neither these nor text."""
+    return form_of(o.data) is not None
+
+
 def read_data(
     o: TrainOptions, source: Source, setup: Setup, say: Say
-) -> tuple[Sequences, Sequences | None, str]:
+) -> tuple[Sequences, Sequences | None, str, str | None]:
     """Tokenise the data, or take it from the cache.
 
-    Returns the sequences to train on, those held out or None, and a fingerprint that identifies the former.
-    UserError for data that cannot be read.
+    Returns the sequences to train on, those held out or None, a fingerprint that identifies the former, and
+    one of the chat template, or None for text. UserError for data that cannot be read.
     """
     cache = o.cache_dir or os.path.join(o.output_dir, "cache")
     if os.path.isdir(cache):
         disk.sweep(cache, CACHED)
+    forms = {path: form_of(path) for path in (o.data, o.eval_data) if path}
+    talks = any(form and not form.plain for form in forms.values())
+    template = source.template(o.chat_template) if talks else None
+    if o.chat_template and not talks:
+        raise UserError(f"chat_template is for conversations; {o.data} holds none")
+    if o.train_on_inputs and not any(forms.values()):
+        raise UserError(f"train_on_inputs is for questions and answers; {o.data} is text")
 
     def sequences(path):
-        tokens = tokenise(path, source.tokenizer, setup.config.vocab_size, cache, say)
+        form, how = forms[path], None
+        if form is not None:
+            how = Instructions(form, None if form.plain else template, o.train_on_inputs)
+            learned = "everything is learned" if o.train_on_inputs else "the answers are learned"
+            by = f", rendered by {how.template.where}" if how.template else ""
+            say(f"{path}: records of {form.name}{by}; {learned}")
+        tokens = tokenise(path, source.tokenizer, setup.config.vocab_size, cache, say, how)
         return Sequences(tokens, o.sequence_length, o.long_documents, path, o.packing_boundaries)
 
     corpus, held_out = sequences(o.data), None
@@ -136,4 +167,5 @@ def read_data(
         held_out = sequences(o.eval_data)
     elif o.eval_fraction:
         held_out = corpus.hold_out(o.eval_fraction)
-    return corpus, held_out, f"{corpus.tokens.fingerprint} {len(corpus)}"
+    rules = hashlib.sha256(json.dumps(template.key()).encode()).hexdigest() if template else None
+    return corpus, held_out, f"{corpus.tokens.fingerprint} {len(corpus)}", rules

@@ -62,7 +62,9 @@ class TrainOptions:
         "an adapter to train further; its rank, alpha, modules and positions are kept (default: a new one)",
     )
     data: str = option(
-        None, "training text: .txt, .jsonl with a field text, a directory of these, or token .bin"
+        None,
+        "training text: .txt, .jsonl with a field text, a directory of these, or token .bin; or records of "
+        "questions and answers: .jsonl, .jsonl.gz, .json, .parquet, or a dataset's name",
     )
     output_dir: str = option(None, "directory for the adapter, the checkpoints and the metrics")
     target_length: int | None = option(
@@ -136,16 +138,22 @@ class TrainOptions:
     adam_epsilon: float = option(1e-8, "epsilon of AdamW", low=1e-38)
     max_grad_norm: float = option(1.0, "clip gradients to this global norm; 0 never clips", low=0)
     long_documents: str = option(
-        "split",
-        "what to do with documents longer than a sequence",
+        None,
+        "what to do with documents longer than a sequence (default: split; refuse for questions and answers)",
         choices=("split", "refuse", "truncate", "drop"),
+        resolved=True,
     )
     packing_boundaries: str = option(
-        "none",
+        None,
         "documents packed into one sequence: none (they form one text) or document (they do not see each "
-        "other)",
+        "other) (default: none; document for questions and answers)",
         choices=("none", "document"),
+        resolved=True,
     )
+    chat_template: str | None = option(
+        None, "a file with a Jinja chat template for questions and answers (default: the model's)"
+    )
+    train_on_inputs: bool = option(False, "learn the questions too, not only the answers")
     eval_data: str | None = option(None, "held-out text, in the same forms as data (default: none)")
     eval_fraction: float = option(
         0.0, "share of the sequences to hold out when there is no eval_data", low=0, high=0.5
@@ -249,9 +257,15 @@ class TrainOptions:
                 f"boundary {self.boundary} would need every document to be a multiple of group_size"
             )
 
-    def resolve(self, config: Any) -> "TrainOptions":
-        """Fill in what was left open, for a base of `config` (a ModelConfig) -> self; UserError for a
-        misfit."""
+    def resolve(self, config: Any, instructs: bool = False) -> "TrainOptions":
+        """Fill in what was left open -> self; UserError for a misfit.
+
+        config: the base's ModelConfig. instructs: whether the data are questions and answers.
+        """
+        for name, value in (OF_ANSWERS if instructs else OF_TEXT).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self._check_attention()
         length, longest = self.sequence_length, self.target_length or config.max_position_embeddings
         if length is None:
             length = self.sequence_length = longest
@@ -290,6 +304,10 @@ class TrainOptions:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
+# The defaults that depend on the data: text, or questions and answers. What is cut from an instruction could
+# be its question.
+OF_TEXT = {"long_documents": "split", "packing_boundaries": "none"}
+OF_ANSWERS = {"long_documents": "refuse", "packing_boundaries": "document"}
 # The options that `longlora plan` depends on. It accepts the others too, so that the flags and the YAML file
 # of a run can be planned as they are.
 PLANNED = (

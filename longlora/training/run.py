@@ -26,7 +26,7 @@ from longlora.ops import shifted_heads
 from longlora.training import best, metrics, report, resume
 from longlora.training.inputs import Say, Setup, Source, read_data
 from longlora.training.moved import Moved, Trained
-from longlora.training.options import TrainOptions
+from longlora.training.options import OF_TEXT, TrainOptions
 from longlora.training.stop import Stop
 
 # The options that a resumed run may change: the arithmetic of a step does not depend on them. Weights and
@@ -36,6 +36,7 @@ FREE = {
     "init",
     "adapter",
     "data",
+    "chat_template",
     "output_dir",
     "cache_dir",
     "resume_from_checkpoint",
@@ -139,6 +140,7 @@ def length(o: TrainOptions, sequences: int, each: int) -> tuple[int, int]:
 def same_run(state: dict, identity: dict, o: TrainOptions, where: str) -> None:
     """UserError unless the checkpoint `where`, of this state, belongs to a run with the same arithmetic."""
     what = {
+        "template": "another chat template",
         "data": "other data",
         "base": "another base model",
         "adapter": "another start: give the adapter that it started from, or none if there was none",
@@ -147,7 +149,7 @@ def same_run(state: dict, identity: dict, o: TrainOptions, where: str) -> None:
     for key, words in what.items():
         if state.get(key) != identity[key]:
             raise UserError(f"{where}: was trained with {words}")
-    defaults = TrainOptions().to_dict()  # of an option that did not exist yet
+    defaults = {**TrainOptions().to_dict(), **OF_TEXT}  # of an option that did not exist yet
     for name, value in o.to_dict().items():
         before = state["options"].get(name, defaults[name])
         if name not in FREE and before != value:
@@ -194,13 +196,14 @@ class Run:
         self.processes, self.writes, self.once = processes, writes, once
         resumes = o.resume_from_checkpoint
         self.resumed = resume.resolve(resumes, o.output_dir) if resumes else None
-        self.corpus, self.held_out, fingerprint = read_data(o, source, setup, say)
+        self.corpus, self.held_out, fingerprint, template = read_data(o, source, setup, say)
         count = 0 if self.held_out is None else len(self.held_out)
         self.evaluated = min(count, o.max_eval_samples or count)
         self.each = o.per_device_train_batch_size * o.gradient_accumulation_steps * processes
         self.steps, self.warmup = length(o, len(self.corpus), self.each)
         schedule = [self.warmup, self.steps if o.lr_scheduler_type != "constant" else None]
         self.identity = {
+            "template": template,
             "data": fingerprint,
             "base": source.fingerprint,
             "adapter": source.adapter_fingerprint,
@@ -399,7 +402,8 @@ class Run:
     def after_step(self, loss: float, norm: float, tokens: int) -> None:
         """Check, log, evaluate and save as is due.
 
-        loss is the mean over the step's `tokens` targets in nats, norm that of the gradient before clipping.
+        loss is the mean over the step's targets in nats, norm that of the gradient before clipping, tokens
+        the number of tokens in the step.
         """
         o, due, share = self.o, self.due(), self.share(self.step + 1)
         self.step += 1

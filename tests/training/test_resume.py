@@ -196,6 +196,8 @@ FREE = dict(
     logging_steps=2,
     profile=False,
 )
+# Options of questions and answers; tests/training/test_instructions.py resumes with them.
+OF_ANSWERS = ["chat_template", "train_on_inputs"]
 FIRST = dict(
     max_steps=2,
     eval_fraction=0.1,
@@ -233,7 +235,7 @@ def test_what_is_in_the_arithmetic_may_not_change_on_resuming(stopped, name):
 
 
 def test_everything_else_may_change_on_resuming(tmp_path):
-    assert sorted([*KEPT, *FREE]) == sorted(options.TrainOptions.__dataclass_fields__)
+    assert sorted([*KEPT, *FREE, *OF_ANSWERS]) == sorted(options.TrainOptions.__dataclass_fields__)
     first = run(tmp_path, max_steps=2, data=few(tmp_path / "few.jsonl"), warmup_steps=1)
     shutil.copytree(tmp_path / "base", tmp_path / "copy")
     few(tmp_path / "copy.jsonl")
