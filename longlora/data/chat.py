@@ -3,6 +3,7 @@
 The forms are those that Alpaca and LongAlpaca, ShareGPT, TRL and the OpenAI API use.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -203,65 +204,65 @@ def _check_letters(value, path, place):
 def answers(
     template: ChatTemplate, sample: Sample, ends: Sequence[str] = ()
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Render a conversation -> its text, and the first and last character of what the assistant says.
+    """Render a conversation -> its text, and where the assistant speaks: first character, and last + 1.
 
     That is what the template marks with {% generation %}. Without marks it is what follows the prompt that
-    the template renders for an answer, to the end of the message. Spaces after one of `ends`, the tokens that
-    can end a message, are not part of it: an answer ends there.
+    the template renders for an answer, to the end of the message. `ends` are the special tokens: spaces after
+    the one that ends an answer are not part of it.
 
     UserError if the template refuses the messages, or does not show where an answer begins and ends.
     """
     messages, extra = sample.messages, sample.extra
     text, spans = template.render_marked(messages, **extra)
     if not template.marks_answers:
-        found = [
-            _by_prefix(template, messages, i, text, extra)
+        return text, [
+            _by_prefix(template, messages, i, text, extra, tuple(ends))
             for i, message in enumerate(messages)
             if i >= sample.first and message["role"] == "assistant"
         ]
-        return text, [(first, _ended(text, first, last, ends)) for first, last in found]
     if sample.first:
-        start = _prefix(template, messages, sample.first, text, extra)
-        spans = [(first, last) for first, last in spans if first >= start]
+        start = template.render(messages[: sample.first], add_generation_prompt=True, **extra)
+        if not text.startswith(start):
+            raise _unclear(template, start, text, sample.first)
+        spans = [(first, last) for first, last in spans if first >= len(start)]
     return text, spans
 
 
-def _by_prefix(template, messages, i, text, extra):
+def _by_prefix(template, messages, i, text, extra, ends):
     """Where message i lies in `text`, the text of all messages."""
-    first = _prefix(template, messages, i, text, extra)
-    turn = template.render(messages[: i + 1], **extra)
-    if text.startswith(turn) and len(turn) > first:
-        return first, len(turn)
-    # Some templates begin an answer in another way where it is the last message: after that, nothing differs.
-    content = messages[i].get("content")
-    at = turn.find(content.strip(), first) if isinstance(content, str) and content.strip() else -1
-    if at < 0 or not text.startswith(turn[at:], first):
-        raise _unclear(template, turn, text, i)
-    return first, first + len(turn) - at
-
-
-def _prefix(template, messages, i, text, extra):
-    """The length of the prompt for message i, if the text of all messages starts with it."""
     start = template.render(messages[:i], add_generation_prompt=True, **extra)
-    if not text.startswith(start):
-        raise _unclear(template, start, text, i)
-    return len(start)
+    turn = template.render(messages[: i + 1], **extra)
+    prompted = text.startswith(start)
+    if prompted and text.startswith(turn) and len(turn) > len(start):
+        own = turn[len(start) :].rstrip()
+        return len(start), len(start) + len(own) if own.endswith(ends) else len(turn)
+    # Some templates write a message in another way where it is the last one, or begin an answer in another
+    # way than the prompt. What the assistant says must then follow the prompt, and an end token must follow.
+    content = messages[i].get("content")
+    said = content.strip() if isinstance(content, str) and not messages[i].get("tool_calls") else ""
+    common = len(os.path.commonprefix([start, text]))
+    first = text.rfind(said, max(0, common - len(said) + 1), _skip(text, common) + len(said)) if said else -1
+    last = _skip(text, first + len(said))
+    end = next((end for end in ends if text.startswith(end, last)), None)
+    if first < 0 or end is None:
+        raise _unclear(template, *((turn, text) if prompted else (start, text)), i)
+    return len(start) if prompted else first, last + len(end)
+
+
+def _skip(text, at):
+    """The place of the first character from `at` on that is no space."""
+    found = re.compile(r"\S").search(text, at)
+    return found.start() if found else len(text)
 
 
 def _unclear(template, start, text, i):
-    at = next((k for k, (a, b) in enumerate(zip(start, text)) if a != b), min(len(start), len(text)))
+    at = len(os.path.commonprefix([start, text]))
     before, after = start[max(0, at - 20) : at + 20], text[max(0, at - 20) : at + 20]
     return UserError(
         f"{template.where}: the template does not show which tokens are the answer in message {i + 1}: it "
         f"writes {before!r} up to there, and {after!r} with what follows; mark answers with "
         "{% generation %} in a --chat-template, or train on everything with --train-on-inputs"
     )
-
-
-def _ended(text, first, last, ends):
-    """`last`, without the spaces that follow an end token."""
-    own = text[first:last].rstrip()
-    return first + len(own) if own.endswith(tuple(ends)) else last
 
 
 # ---- tokens --------------------------------------------------------------------------------------
@@ -352,7 +353,7 @@ def targets(first: np.ndarray, last: np.ndarray, spans: Sequence[tuple[int, int]
 
 
 def _ends(tokenizer):
-    """The texts of the added tokens that are no spaces."""
+    """The texts of the special tokens, the longest first: one may begin with another."""
     added = tokenizer.backend.get_added_tokens_decoder().values()
-    texts = {*(token.content for token in added), *tokenizer.special.values()}
-    return sorted(text for text in texts if re.search(r"\S", text))
+    texts = {*(token.content for token in added if token.special), *tokenizer.special.values()}
+    return sorted(filter(str.strip, texts), key=lambda text: (-len(text), text))

@@ -6,10 +6,11 @@ not trusted.
 
 import datetime
 import functools
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -20,6 +21,8 @@ import jinja2.sandbox
 from longlora.disk import read_json
 from longlora.errors import UserError
 
+MOST = 2_000_000  # rounds of all loops of a rendering, and characters or digits of a product
+_COUNTED, _ROUNDS = "longlora counted", "longlora rounds"  # names that no template can use
 # The format of LLaMA-2-chat, which the authors of LongLoRA train on: for models without a template.
 LLAMA_2 = (
     "{%- set bos = bos_token if bos_token is defined else '' -%}"
@@ -57,6 +60,32 @@ class _Generation(jinja2.ext.Extension):
         return self.FIRST + caller() + self.LAST
 
 
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, without products and powers that fill the memory."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**":
+            size = abs(right) * 4 if isinstance(right, (int, float)) else 0
+        else:
+            sizes = [len(x) if hasattr(x, "__len__") else x for x in (left, right)]
+            lists = any(hasattr(x, "__len__") for x in (left, right))
+            size = sizes[0] * sizes[1] if lists and all(isinstance(x, int) for x in sizes) else 0
+        if size > MOST:
+            raise jinja2.TemplateError(f"a result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+@jinja2.pass_context
+def _counted(context: Any, items: Any) -> Iterator[Any]:
+    """The items of a loop; an error once the loops of a rendering have made more than MOST rounds."""
+    for item in items:
+        if next(context[_ROUNDS]) >= MOST:
+            raise jinja2.TemplateError(f"its loops make more than {MOST:,} rounds")
+        yield item
+
+
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
@@ -67,14 +96,18 @@ def _to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=Fals
 
 @functools.lru_cache(16)
 def _compiled(source: str, where: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _to_json
+    environment.filters |= {"tojson": _to_json, _COUNTED: _counted}
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
     try:
-        return environment.from_string(source)
+        tree = environment.parse(source)
+        for loop in list(tree.find_all(jinja2.nodes.For)):
+            loop.iter = jinja2.nodes.Filter(loop.iter, _COUNTED, [], [], None, None, lineno=loop.lineno)
+        code = environment.compile(tree)
+        return environment.template_class.from_code(environment, code, environment.make_globals(None))
     except jinja2.TemplateError as error:
         line = getattr(error, "lineno", None)
         raise UserError(
@@ -112,6 +145,7 @@ class ChatTemplate:
         """Render messages -> the text, and first and last character of each {% generation %} block."""
         names = {**self._special, "tools": None, "documents": None, **extra}
         names |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        names[_ROUNDS] = itertools.count()
         try:
             marked = self._template.render(**names)
         except jinja2.TemplateError as error:

@@ -108,6 +108,13 @@ def test_a_template_cannot_reach_out():
         ("{{ 1 / 0 }}", "here: the chat template fails: ZeroDivisionError"),
         ("{{ messages[7]['role'] }}", "here: the chat template refuses"),
         ("{% for i in range(10 ** 9) %}x{% endfor %}", "here: the chat template fails"),
+        (
+            "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+            "refuses these messages: its loops make more than 2,000,000 rounds",
+        ),
+        ("{{ 10 ** (10 ** 10) }}", r"a result of \*\* is too large"),
+        ("{{ 'x' * 99999999 }}", r"a result of \* is too large"),
+        ("{{ 99999 * ([1] * 999) }}", r"a result of \* is too large"),
     ],
 )
 def test_templates_that_fail(source, words):

@@ -1,0 +1,260 @@
+"""Questions and answers become the tokens of transformers, and exactly the answers' tokens are learned."""
+
+import gzip
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from test_chat_template import SHAPES, SPECIAL
+from test_tokenizer import UGLY, trained
+
+from longlora.data import chat, records, tokens
+from longlora.data.chat import FORMS, Instructions, form_of, samples
+from longlora.data.chat_template import LLAMA_2, ChatTemplate
+from longlora.data.sequences import Sequences, batch
+from longlora.data.tokens import Tokens, tokenise
+from longlora.errors import UserError
+from longlora.files.tokenizer import Tokenizer
+from longlora.ops import IGNORE
+
+TALK = [
+    {"role": "user", "content": "What's \u00e9? "},
+    {"role": "assistant", "content": " It's the quick 'letter'.\n"},
+    {"role": "user", "content": "the \n\nlazy"},
+    {"role": "assistant", "content": "\u65e5\u672c fox"},
+]
+NAMES = ["<s>", "</s>", "<end>", "<|im_start|>", "<|im_end|>", "<|end|>", "<|eot_id|>", "<end_of_turn>"]
+
+
+def tokenizer(kind, names=NAMES, **how):
+    from tokenizers import AddedToken
+
+    backend = trained(kind)
+    backend.add_tokens([AddedToken(name, special=True, **how) for name in names])
+    return Tokenizer(backend, SPECIAL, {}, kind)
+
+
+KINDS = {kind: tokenizer(kind) for kind in ("llama3", "qwen2", "llama")}
+
+
+def failure(function, *arguments):
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def encoded(tmp_path, made, rows, template=None, everything=False):
+    """The ids of each record, and which are learned."""
+    path = write(tmp_path / "data.jsonl", rows)
+    how = Instructions(form_of(path), template and ChatTemplate(template, SPECIAL, "here"), everything)
+    return [(ids, learned) for ids, learned, _ in how.encode([path], made)]
+
+
+def parts(made, ids, learned):
+    """The texts of the runs of tokens that are learned."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], learned.astype(int), [0]])))
+    return [made.decode(ids[a:b]) for a, b in edges.reshape(-1, 2)]
+
+
+# ---- which tokens are answers --------------------------------------------------------------------
+
+
+def trl_templates():
+    """name -> text of the chat templates of public models that TRL marks for training, and their originals."""
+    import trl
+
+    folder = Path(trl.__file__).parent / "chat_templates"
+    return {path.stem: path.read_text() for path in folder.glob("*.jinja")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_marked_answers_are_those_of_transformers(tmp_path, kind):
+    """{% generation %}: LLaMA-2's template, our tests' own and those of TRL, in conversations of 2 and 4."""
+    import transformers
+
+    made = KINDS[kind]
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=made.backend, **SPECIAL)
+    marked = {name: text for name, text in trl_templates().items() if name.endswith("_training")}
+    for text in [LLAMA_2, SHAPES["generation"], *marked.values()]:
+        talks = [TALK[:2], TALK]
+        try:
+            wanted = [
+                theirs.apply_chat_template(
+                    talk, chat_template=text, return_assistant_tokens_mask=True, return_dict=True
+                )
+                for talk in talks
+            ]
+        except Exception:  # a template for pictures
+            continue
+        found = encoded(tmp_path, made, [{"messages": talk} for talk in talks], text)
+        for (ids, learned), right in zip(found, wanted, strict=True):
+            assert ids.tolist() == right["input_ids"]
+            assert learned.astype(int).tolist() == right["assistant_masks"] and learned.any()
+
+
+@pytest.mark.parametrize(
+    "name", "cohere gemma gemma3 llama3 qwen2_5 qwen3_instruct_2507 smolvlm lfm2 phi3".split()
+)
+def test_answers_of_public_templates_are_those_that_trl_marks(tmp_path, name):
+    """By the prefixes of the original template. TRL also marks spaces around some answers."""
+    found = trl_templates()
+    row, made = {"messages": TALK}, KINDS["llama3"]
+    ((ids, learned),) = encoded(tmp_path, made, [row], found[name])
+    ((marked, wanted),) = encoded(tmp_path, made, [row], found[name + "_training"])
+    assert ids.tolist() == marked.tolist()
+    assert [text.strip() for text in parts(made, ids, learned)] == [
+        text.strip() for text in parts(made, marked, wanted)
+    ]
+
+
+TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+HEAD = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+SAID = [" It's the quick 'letter'.\n", "\u65e5\u672c fox"]
+
+
+@pytest.mark.parametrize(
+    "template, wanted",
+    [
+        # the spaces after the end token belong to nobody
+        ("{% for m in messages %}" + TURN + "{% endfor %}" + HEAD, [text + "<|im_end|>" for text in SAID]),
+        # without an end token the line break is what ends an answer
+        (
+            "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
+            "{% if add_generation_prompt %}assistant:{% endif %}",
+            [" It's the quick 'letter'.\n", " \u65e5\u672c fox\n"],
+        ),
+        # the prompt ends in a space, which the tokenizer joins with the answer's first word
+        (
+            "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}assistant: {% endif %}",
+            [" It's the quick 'letter'.</s>", " \u65e5\u672c fox</s>"],
+        ),
+        # no words before an answer: add_generation_prompt changes nothing
+        (
+            "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else "
+            "' ' + m.content | trim + '</s>' }}{% endfor %}",
+            [" It's the quick 'letter'.</s>", " \u65e5\u672c fox</s>"],
+        ),
+        # the end of the last message is the end of the conversation too
+        (
+            "{% for m in messages %}" + TURN + "{% endfor %}" + HEAD[:-11] + "{% else %}</s>{% endif %}",
+            [SAID[0] + "<|im_end|>", SAID[1] + "<|im_end|>\n</s>"],
+        ),
+        # the last answer has an empty thought, the others lose it
+        (
+            "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+            "{{ '<think>\n\n</think>\n\n' if loop.last and m.role == 'assistant' }}"
+            "{{ m.content + '<|im_end|>\n' }}{% endfor %}" + HEAD,
+            [SAID[0] + "<|im_end|>", "<think>\n\n</think>\n\n" + SAID[1] + "<|im_end|>"],
+        ),
+        # the prompt begins a thought that no answer of the conversation has
+        (
+            "{% for m in messages %}" + TURN + "{% endfor %}" + HEAD[:-11] + "<think>\n{% endif %}",
+            [SAID[0] + "<|im_end|>", SAID[1] + "<|im_end|>"],
+        ),
+    ],
+    ids=["end token", "line break", "joined", "no prompt", "end of all", "thought", "prompted thought"],
+)
+def test_answers_by_hand(tmp_path, template, wanted):
+    made = KINDS["llama3"]
+    ((ids, learned),) = encoded(tmp_path, made, [{"messages": TALK}], template)
+    assert parts(made, ids, learned) == wanted
+    text = ChatTemplate(template, SPECIAL, "here").render(TALK)
+    np.testing.assert_array_equal(ids, made.encode_parts([text])[0])
+    ((same, everything),) = encoded(tmp_path, made, [{"messages": TALK}], template, everything=True)
+    assert everything.all() and same.tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize(
+    "template, words",
+    [
+        # the number of messages stands before them
+        (
+            "{{ messages | length }}{% for m in messages %}" + TURN + "{% endfor %}" + HEAD,
+            ["record", "message 2", "writes '1<|im_start|>user", "and '4<|im_start|>user"],
+        ),
+        # an answer is shortened where it is not the last
+        (
+            "{% for m in messages %}{{ m.role }}:{{ m.content if loop.last else m.content[:4] }}</s>"
+            "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
+            ["message 2", "the template does not show which tokens are the answer"],
+        ),
+        # nothing ends an answer, and the next message changes it
+        (
+            "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ '.' if not loop.last }}{% endfor %}"
+            "{{ 'assistant:' if add_generation_prompt }}",
+            ["message 2"],
+        ),
+        ("{% for m in messages %}{{ m.content if m.role == 'user' }}{% endfor %}", ["message 2"]),
+        (
+            "{% for m in messages %}{% generation %}{% endgeneration %}{{ m.content }}{% endfor %}",
+            ["no token"],
+        ),
+        ("{{ raise_exception('roles must alternate') }}", ["refuses these messages: roles must alternate"]),
+        ("{{ 1 / 0 }}", ["the chat template fails: ZeroDivisionError"]),
+    ],
+)
+def test_a_template_that_shows_no_answer_is_named_with_the_place(tmp_path, template, words):
+    message = failure(encoded, tmp_path, KINDS["llama3"], [{"messages": TALK}], template)
+    assert message.startswith(f"{tmp_path / 'data.jsonl'}: line 1: ")
+    assert all(word in message.replace("line 1", "record") for word in words), message
+
+
+@pytest.mark.parametrize("kind", ["llama3", "qwen2"])
+@given(
+    sides=st.lists(
+        st.lists(
+            st.sampled_from([*UGLY, " ", "\n", "the quick", "don't", "12", "\u65e5", "</s>"]), max_size=9
+        ),
+        min_size=2,
+        max_size=2,
+    )
+)
+@example(sides=[["so ", "\u65e5"], ["\u65e5 "]])
+@settings(max_examples=100, deadline=None)
+def test_a_target_is_a_token_with_a_byte_of_the_answer(kind, sides):
+    """Byte-level tokens: their bytes, one after the other, are those of the text."""
+    prompt, answer = map("".join, sides)
+    made = KINDS[kind]
+    ((ids, first, last),) = made.encode_places([prompt + answer])
+    np.testing.assert_array_equal(ids, made.encode_parts([prompt + answer])[0])
+    added = {index: token.content for index, token in made.backend.get_added_tokens_decoder().items()}
+    sizes = [len(added[i].encode()) if i in added else len(made.backend.id_to_token(i)) for i in ids.tolist()]
+    ends = np.cumsum(sizes)
+    start = len(prompt.encode())
+    assert not len(ids) or ends[-1] == len((prompt + answer).encode())
+    learned = chat.targets(first, last, [(len(prompt), len(prompt + answer))])
+    np.testing.assert_array_equal(learned, ends > start if answer else np.zeros(len(ids), bool))
+
+
+def test_a_token_that_strips_the_spaces_of_an_answer_is_not_learned(tmp_path):
+    """Phi-3's <|assistant|> takes the spaces that follow it; the prompt's tokens are the same without."""
+    made = tokenizer("llama", ["<|assistant|>", "<|end|>"], rstrip=True, lstrip=True)
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    rows = [{"messages": [TALK[0], {"role": "assistant", "content": " \n the fox \n"}]}]
+    ((ids, learned),) = encoded(tmp_path, made, rows, template)
+    assert parts(made, ids, learned) == ["the fox<|end|>"]
+
+
+def test_spaces_of_an_answer_are_learned_where_a_post_processor_takes_them_off(tmp_path):
+    from tokenizers import processors
+
+    made = tokenizer("llama3")
+    made.backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    ((ids, learned),) = encoded(tmp_path, made, [{"prompt": "the", "completion": "  fox \n\n"}])
+    assert parts(made, ids, learned) == ["  fox \n\n</s>"]
