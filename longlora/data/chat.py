@@ -3,10 +3,11 @@
 The forms are those that Alpaca and LongAlpaca, ShareGPT, TRL and the OpenAI API use.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -183,11 +184,24 @@ def samples(files: Sequence[str], form: Form) -> Iterator[tuple[str, Sample]]:
             _check_letters(record, path, place)
             assert isinstance(record, dict)
             try:
-                yield where, form.read(record)
+                yield where, replace(form.read(record), extra=_extra(record))
             except _Wrong as error:
                 raise UserError(f"{where}: {error}") from None
     if not some:
         raise UserError(f"{files[0]}: holds no record")
+
+
+def _extra(record):
+    """What a template may read besides the messages."""
+    tools = record.get("tools") or None
+    if isinstance(tools, str):  # a dataset whose tools differ in their fields holds them as JSON
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            pass
+    if not (tools is None or isinstance(tools, list)):
+        raise _Wrong(f"tools should be a list, got {shown(tools)}")
+    return {"tools": tools} if tools else {}
 
 
 def _check_letters(value, path, place):

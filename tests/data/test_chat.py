@@ -1,24 +1,20 @@
 """Questions and answers become the tokens of transformers, and exactly the answers' tokens are learned."""
 
-import gzip
 import json
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_chat_template import SHAPES, SPECIAL
 from test_tokenizer import UGLY, trained
 
-from longlora.data import chat, records, tokens
-from longlora.data.chat import FORMS, Instructions, form_of, samples
+from longlora.data import chat
+from longlora.data.chat import Instructions, form_of
 from longlora.data.chat_template import LLAMA_2, ChatTemplate
 from longlora.data.sequences import Sequences, batch
-from longlora.data.tokens import Tokens, tokenise
+from longlora.data.tokens import Tokens
 from longlora.errors import UserError
 from longlora.files.tokenizer import Tokenizer
 from longlora.ops import IGNORE
@@ -258,3 +254,76 @@ def test_spaces_of_an_answer_are_learned_where_a_post_processor_takes_them_off(t
     made.backend.post_processor = processors.ByteLevel(trim_offsets=True)
     ((ids, learned),) = encoded(tmp_path, made, [{"prompt": "the", "completion": "  fox \n\n"}])
     assert parts(made, ids, learned) == ["  fox \n\n</s>"]
+
+
+# ---- sequences -----------------------------------------------------------------------------------
+
+
+def samples_of(sizes, learned):
+    """Tokens of samples of these sizes, whose ids count up; learned: from which token on each is an answer."""
+    borders = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    mask = np.concatenate([np.arange(n) >= k for n, k in zip(sizes, learned)] or [np.zeros(0)])
+    return Tokens(np.arange(borders[-1], dtype=np.int32), borders, "", mask.astype(np.uint8))
+
+
+def test_samples_stay_whole_and_fill_the_least_room_by_hand():
+    """Samples of 5, 6, 3, 2 and 4 in sequences of 8."""
+    found = Sequences(samples_of([5, 6, 3, 2, 4], [3, 1, 0, 1, 2]), 8, "refuse", "data", "document")
+    assert found.pieces == [[(0, 5), (11, 14)], [(5, 11), (14, 16)], [(16, 20)]]
+    assert found.sentence == (
+        "5 samples, 20 tokens (12 of them targets, shortest 2, median 4, longest 6) -> 3 sequences of 8; "
+        "samples do not see each other"
+    )
+    ids, targets, cu_seqlens = batch(found, [0, 2])
+    none = IGNORE
+    assert ids.tolist() == [[0, 1, 2, 3, 4, 11, 12, 13], [16, 17, 18, 19, 0, 0, 0, 0]]
+    assert targets.tolist() == [
+        [none, none, 3, 4, none, 12, 13, none],
+        [none, 18, 19, none, none, none, none, none],
+    ]
+    assert cu_seqlens.tolist() == [0, 5, 8, 12, 16]
+
+
+def test_long_samples_are_refused_by_their_record():
+    message = failure(Sequences, samples_of([5, 9], [3, 3]), 8, "refuse", "some.json", "document")
+    assert message.startswith("some.json: record 2 has 9 tokens, the sequence 8 (1 such)")
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    length=st.integers(2, 17),
+    rule=st.sampled_from(["split", "truncate", "drop"]),
+    boundaries=st.sampled_from(["none", "document"]),
+    data=st.data(),
+)
+@settings(max_examples=200, deadline=None)
+def test_every_target_is_the_next_token_of_an_answer(sizes, length, rule, boundaries, data):
+    """All targets are there that the parts of the samples have, and no sequence is without one."""
+    made = samples_of(sizes, [data.draw(st.integers(0, n)) for n in sizes])
+    sample = np.repeat(np.arange(len(sizes)), sizes)
+    try:
+        found = Sequences(made, length, rule, packing_boundaries=boundaries)
+    except UserError:
+        return
+    seen = []
+    for i in range(len(found)):
+        ids, targets, _ = batch(found, [i])
+        assert len(found.get(i)) == found.size(i) <= length
+        scored = targets[0] != IGNORE
+        assert scored.sum() == found.targets(i) > 0
+        assert made.learned[targets[0][scored]].all()
+        if boundaries == "document":
+            assert (targets[0][scored] == ids[0][scored] + 1).all()
+            assert (sample[targets[0][scored]] == sample[ids[0][scored]]).all()
+        seen += targets[0][scored].tolist()
+    assert len(seen) == len(set(seen))
+    assert f"{len(seen):,} of them targets" in found.sentence
+    if boundaries == "document":
+        place = np.concatenate([np.arange(n) for n in sizes])
+        whole = np.repeat(sizes, sizes) <= length
+        kept = {
+            "split": place % length > 0,
+            "truncate": (place < length) & (place > 0),
+            "drop": whole & (place > 0),
+        }
+        assert sorted(seen) == np.flatnonzero(kept[rule] & (made.learned > 0)).tolist()

@@ -1,0 +1,292 @@
+"""Files of records: every container gives the same records, every form the same messages; errors have a place."""
+
+import gzip
+import json
+import sys
+
+import numpy as np
+import pytest
+from test_chat import KINDS, TALK, failure, tokenizer, write
+from test_chat_template import SPECIAL
+
+from longlora.data import records
+from longlora.data.chat import Instructions, form_of, samples
+from longlora.data.chat_template import LLAMA_2, ChatTemplate
+from longlora.data.tokens import tokenise
+from longlora.errors import UserError
+
+USER, ASSISTANT = TALK[:2]
+ROWS = [
+    {"instruction": "Say \u00e9", "input": "twice", "output": "\u00e9\u00e9"},
+    {"instruction": "b", "output": "c"},
+]
+PROMPT = "prompt and completion"
+
+
+def messages(path):
+    return [list(sample.messages) for _, sample in samples([path], form_of(path))]
+
+
+def contain(path, rows):
+    """Write the rows to the file `path` as its suffix says -> the path."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif path.suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.name == "list.json":
+        path.write_text("\ufeff " + json.dumps(rows, indent=1) + "\n")
+    else:
+        path.write_text(lines)
+    return str(path)
+
+
+# ---- containers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.jsonl.gz", "list.json", "lines.json", "a.parquet"])
+def test_every_container_gives_the_same_records(tmp_path, name):
+    path = contain(tmp_path / name, ROWS)
+    assert [record for _, record in records.read(path)] == ROWS
+    assert form_of(path).name == "Alpaca"
+    text = contain(tmp_path / f"text-{name}", [{"text": "one"}, {"text": "two \u00e9"}])
+    assert form_of(text) is None
+    made = KINDS["llama3"]
+    found = tokenise(text, made, 500, str(tmp_path / "cache"), str)
+    for i, words in enumerate(("one", "two \u00e9")):
+        np.testing.assert_array_equal(found.document(i)[:-1], made.encode(words))
+
+
+def test_a_dataset_is_read_by_its_name(tmp_path, monkeypatch):
+    """By the datasets library, from a folder: the Hub cannot be reached here."""
+    datasets = pytest.importorskip("datasets")
+    load = datasets.load_dataset
+    contain(tmp_path / "train.parquet", ROWS)
+    contain(tmp_path / "other.jsonl", [{"instruction": "d", "output": "e"}])
+    files = {"train": str(tmp_path / "train.parquet")}
+
+    def from_folder(name, split):
+        assert name == "someone/talks"
+        if split == "train":
+            return load("parquet", data_files=files, split=split, cache_dir=str(tmp_path / "hub"))
+        raise ValueError(f"no {split}")
+
+    monkeypatch.setattr(datasets, "load_dataset", from_folder)
+    assert records.kind("someone/talks") == records.kind("someone/talks:test") == records.HUB
+    assert [record for _, record in records.read("someone/talks")] == ROWS
+    how = Instructions(form_of("someone/talks"), ChatTemplate(LLAMA_2, SPECIAL, "here"))
+    found = tokenise("someone/talks", KINDS["llama3"], 500, str(tmp_path / "cache"), str, how)
+    assert len(found) == 2
+    assert "someone/talks:test: no such file, and no dataset" in failure(form_of, "someone/talks:test")
+    (tmp_path / "someone").mkdir()
+    monkeypatch.chdir(tmp_path)  # a wrong name in a folder that exists is a wrong path
+    assert failure(form_of, "someone/talks") == "someone/talks: no such file or directory"
+
+
+def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert failure(form_of, str(path)) == f"{path}: reading .parquet needs pip install 'longlora[parquet]'"
+    assert failure(form_of, "someone/talks").endswith("of that name pip install 'longlora[datasets]'")
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.jsonl.gz", b"not gzip", "cannot be read: Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "cannot be read: Compressed file ended"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": \n'), "line 2 is not JSON"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "\xff"}\n'), "is not UTF-8 at byte 10"),
+        ("a.parquet", b"PAR1 nothing", "cannot be read: "),
+        ("a.json", b"", "holds no text"),
+        ("a.json", b"[]", "holds no text"),
+        ("a.json", b'[{"text": "a"}, {"text": ]', "record 2 is not JSON"),
+        ("a.json", b'[{"text": "a"} {"text": "b"}]', "after record 1: wanted a comma or the list's end"),
+        ("a.json", b'[{"text": "a"}', "after record 1: wanted a comma or the list's end"),
+        ("a.json", b'[{"text": "a"},', "record 2 is not JSON"),
+        ("a.json", b'[{"text": "a"}] x', "there is more after the list"),
+        ("a.json", b"[" * 100_000, "record 1 is not JSON"),
+        ("a.json", b'{"text": "a"} "b"', 'record 2 should be an object with a string "text"'),
+        ("a.json", b"\xff", "is not UTF-8 at byte 0"),
+    ],
+)
+def test_damaged_containers_are_named(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_bytes(content)
+    message = failure(tokenise, str(path), KINDS["llama3"], 500, str(tmp_path / "cache"), str)
+    assert message.startswith(f"{path}: ") and words in message
+
+
+# ---- forms ---------------------------------------------------------------------------------------
+
+
+def said(*texts):
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 9, texts)]
+
+
+@pytest.mark.parametrize(
+    "record, name, wanted",
+    [
+        ({"instruction": "a", "input": "", "output": "c"}, "Alpaca", said("a", "c")),
+        ({"instruction": "a", "input": "b", "output": "c", "file": "f"}, "Alpaca", said("a\nb", "c")),
+        (
+            {"instruction": "a", "output": "c", "system": "s", "history": [["d", "e"]]},
+            "Alpaca",
+            [{"role": "system", "content": "s"}, *said("d", "e", "a", "c")],
+        ),
+        ({"messages": TALK}, "messages", TALK),
+        ({"prompt": "a", "messages": TALK}, "messages", TALK),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "s"},
+                    {"from": "human", "value": "a"},
+                    {"from": "gpt", "value": "b"},
+                    {"from": "tool", "value": "t"},
+                    {"from": "assistant", "value": "c"},
+                ]
+            },
+            "ShareGPT",
+            [
+                {"role": role, "content": text}
+                for role, text in zip(("system", "user", "assistant", "tool", "assistant"), "sabtc")
+            ],
+        ),
+        ({"prompt": said("a"), "completion": said("a", "b")[1:]}, PROMPT + " messages", said("a", "b")),
+    ],
+)
+def test_a_form_gives_messages(tmp_path, record, name, wanted):
+    path = write(tmp_path / "a.jsonl", [record])
+    assert form_of(path).name == name
+    assert messages(path) == [wanted]
+
+
+def test_only_the_completion_is_learned_of_message_lists(tmp_path):
+    plain = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+        "{{ '<assistant>' if add_generation_prompt }}"
+    )
+    for template in (LLAMA_2, plain):
+        rows = [{"prompt": TALK[:3], "completion": TALK[3:]}]
+        path = write(tmp_path / "a.jsonl", rows)
+        how = Instructions(form_of(path), ChatTemplate(template, SPECIAL, "here"))
+        ((ids, learned, _),) = how.encode([path], KINDS["llama3"])
+        text = KINDS["llama3"].decode(ids[learned])
+        assert text.strip() in ("\u65e5\u672c fox </s>", "\u65e5\u672c fox</s>")
+
+
+@pytest.mark.parametrize("kind, front", [("llama3", []), ("llama", ["<s>"])])
+def test_strings_are_tokenised_as_one_text_with_an_end(tmp_path, kind, front):
+    """No template. As TRL does, the end token is added to the completion, and only that is learned."""
+    made = tokenizer(kind)
+    if front:
+        from tokenizers import processors
+
+        made.backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", made.backend.token_to_id("<s>"))]
+        )
+    path = write(tmp_path / "a.jsonl", [{"prompt": "the quick", "completion": " fox"}])
+    ((ids, learned, _),) = Instructions(form_of(path), None).encode([path], made)
+    assert ids.tolist() == [*made.encode("the quick fox").tolist(), made.eos_token_id]
+    count = len(made.encode("the quick"))
+    assert learned.tolist() == [i >= count for i in range(len(ids))]
+    ((same, everything, _),) = Instructions(form_of(path), None, True).encode([path], made)
+    assert same.tolist() == ids.tolist() and everything.all()
+
+
+def test_tools_reach_the_template(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    for tools in ([{"name": "f"}], '[{"name": "f"}]'):
+        path = write(tmp_path / "a.jsonl", [{"messages": [USER, call], "tools": tools}])
+        ((_, sample),) = samples([path], form_of(path))
+        assert sample.extra == {"tools": [{"name": "f"}]} and list(sample.messages) == [USER, call]
+
+
+WRONG = [
+    ({"question": "a"}, 'should be an object with a string "text", or with messages; conversations; instr'),
+    (["a"], 'should be an object with a string "text", or with'),
+    ({"instruction": "a"}, "output should be a text that is not empty, got None"),
+    ({"instruction": "a", "output": " \n"}, "output should be a text that is not empty, got ' \\n'"),
+    ({"instruction": "", "output": "a"}, "instruction should be a text that is not empty"),
+    ({"instruction": "a", "input": 3, "output": "b"}, "input should be a text, got 3"),
+    ({"instruction": "a", "output": "b", "history": [["c"]]}, "history should be a list of questions"),
+    ({"instruction": "a", "output": "\ud83d"}, "holds half a character"),
+    ({"messages": []}, "messages should be a list of messages, got []"),
+    ({"messages": [{"content": "a"}]}, "messages[0] should be an object with role and content"),
+    ({"messages": [{"role": "user", "content": 3}]}, "messages[0]: content should be a text, got 3"),
+    ({"messages": [USER]}, "messages has no answer: the assistant says nothing"),
+    ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages has no answer"),
+    ({"messages": [USER, {"role": "assistant", "content": "\udcfe"}]}, "holds half a character"),
+    ({"messages": TALK, "tools": "f"}, "tools should be a list, got 'f'"),
+    ({"conversations": [{"from": "narrator", "value": "a"}]}, "from should be one of human, user, gpt"),
+    ({"conversations": [{"from": "human"}]}, "conversations[0]: value should be a text, got None"),
+    ({"conversations": [{"from": "human", "value": "a"}]}, "conversations has no answer"),
+    ({"prompt": "a"}, "completion should be a text that is not empty, got None"),
+    ({"prompt": [USER]}, "completion should be a list of messages, got None"),
+    ({"prompt": [USER, ASSISTANT], "completion": [USER]}, "completion has no answer"),
+]
+
+
+@pytest.mark.parametrize("record, words", WRONG)
+def test_what_is_wrong_with_a_record_is_named_with_its_place(tmp_path, record, words):
+    path = write(tmp_path / "a.jsonl", [record])
+    message = failure(messages, path)
+    assert message.startswith(f"{path}: line 1") and words in message
+
+
+def test_a_record_of_another_form_is_named_with_its_place(tmp_path):
+    path = write(tmp_path / "a.jsonl", [ROWS[1], {"messages": TALK}])
+    wanted = "should have instruction, input and output as the first record, it is messages"
+    assert failure(messages, path) == f"{path}: line 2: {wanted}"
+    path = contain(tmp_path / "list.json", [ROWS[1], {"text": "b"}])
+    assert failure(messages, path) == f"{path}: record 2: {wanted[:-8]}text"
+    path = write(tmp_path / "a.jsonl", [{"messages": TALK}, {"question": "a"}])
+    assert failure(messages, path).endswith(
+        "should have messages as the first record, it is of no known form"
+    )
+    path = write(tmp_path / "a.jsonl", [{"text": "a"}, ROWS[0]])
+    message = failure(tokenise, path, KINDS["llama3"], 500, str(tmp_path / "cache"), str)
+    assert message == f'{path}: line 2 should be an object with a string "text"'
+
+
+def test_a_directory_of_records_has_one_form(tmp_path):
+    write(tmp_path / "a.jsonl", ROWS[:1])
+    write(tmp_path / "b.jsonl", ROWS[1:])
+    form = form_of(str(tmp_path))
+    assert form.name == "Alpaca"
+    found = samples([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], form)
+    assert [sample.messages[-1]["content"] for _, sample in found] == ["\u00e9\u00e9", "c"]
+    (tmp_path / "c.txt").write_text("some text")
+    message = failure(tokenise, str(tmp_path), KINDS["llama3"], 500, str(tmp_path / "cache"), str)
+    assert 'a.jsonl: line 1 should be an object with a string "text"' in message
+
+
+# ---- the cache -----------------------------------------------------------------------------------
+
+
+def test_the_cache_is_keyed_by_what_the_tokens_depend_on(tmp_path):
+    path, cache = contain(tmp_path / "list.json", ROWS), tmp_path / "cache"
+    made = KINDS["llama3"]
+
+    def tokens(template=LLAMA_2, everything=False):
+        said = []
+        how = Instructions(form_of(path), ChatTemplate(template, SPECIAL, "here"), everything)
+        return tokenise(path, made, 500, str(cache), said.append, how), said
+
+    first, lines = tokens()
+    assert len(lines) == 1 and lines[0].startswith(f"tokenised 2 samples, {len(first.ids)} tokens")
+    again, lines = tokens()
+    assert again.fingerprint == first.fingerprint and not lines
+    np.testing.assert_array_equal(again.learned, first.learned)
+    np.testing.assert_array_equal(again.ids, first.ids)
+    for found in (tokens(LLAMA_2 + "!"), tokens(everything=True)):
+        assert found[0].fingerprint != first.fingerprint and found[1]
+    for file in cache.glob("*.mask"):
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match=r"\.mask: is damaged; remove it and "):
+        tokens()
