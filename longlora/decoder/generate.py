@@ -1,6 +1,6 @@
 """Passes over a model with a cache: prompts in chunks, and one new token of several sequences at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,9 +38,12 @@ class Generator:
         self._batches: dict[tuple[int, int], Batch] = {}
         self._inputs = Inputs()
 
-    def extend(self, row: int, ids: np.ndarray) -> np.ndarray:
+    def extend(
+        self, row: int, ids: np.ndarray, score: Callable[[np.ndarray], None] | None = None
+    ) -> np.ndarray:
         """Add the tokens `ids`, int32 [S] with S >= 1, to the sequence of `row` -> logits of the next, [V].
 
+        score: is called with the logits after each token, float32 [N,V], a few tokens at a time.
         Tokens go through the model in chunks, so memory does not grow with S. ValueError if they do not fit
         in the cache.
         """
@@ -48,6 +51,9 @@ class Generator:
         for start in range(0, len(ids), self.chunk):
             part = ids[start : start + self.chunk]
             batch = self._pass([row], part[None])
+            together = self._logits.shape[0]
+            for first in range(0, len(part), together) if score else ():
+                score(self._next(batch, first, min(together, len(part) - first)))
         return self._next(batch, len(part) - 1, 1)[0]
 
     def step(self, rows: Sequence[int], ids: Sequence[int]) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 
 from longlora.errors import UserError
 
+NAN = "the model's logits are NaN"
 # name -> (lowest, highest, whether the lowest itself is allowed)
 LIMITS = dict(
     temperature=(0, 100, True),
@@ -84,7 +85,7 @@ class Sampler:
         """Choose the next token by `logits`, float32 [V], and count it. UserError for a NaN."""
         s, x = self.sampling, logits.astype(np.float64)
         if np.isnan(x).any():
-            raise UserError("the model's logits are NaN")
+            raise UserError(NAN)
         if s.repetition_penalty != 1:
             seen = x[self._seen]
             x[self._seen] = np.where(seen > 0, seen / s.repetition_penalty, seen * s.repetition_penalty)

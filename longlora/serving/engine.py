@@ -14,23 +14,29 @@ import numpy as np
 from longlora.decoder.cache import Cache
 from longlora.decoder.generate import Generator
 from longlora.decoder.model import Model
-from longlora.decoder.sampling import Sampler, Sampling, log_probabilities
+from longlora.decoder.sampling import NAN, Sampler, Sampling, log_probabilities
 from longlora.errors import UserError
 
 
 @dataclass(frozen=True)
 class Event:
-    """A new token of an answer, or its end.
+    """A new token of an answer, a token of the prompt with its score, or the end.
 
     token: None at the end.
-    logprob, top: the token's log-probability and the likeliest tokens with theirs, if the request asks.
-    reason: at the end, "stop" (an end token), "length" (max_new_tokens), "cancelled" or "error".
+    logprob, top: the token's log-probability and the likeliest tokens with theirs, if the request asks. The
+        first token of a prompt has none.
+    prompt: whether the token is one of the prompt's.
+    reason: at the end, "stop" (an end token), "length" (max_new_tokens), "cancelled", "refused" (it has
+        waited, and the engine stops) or "error".
+    end: the token that has ended the answer, if one has.
     """
 
     token: int | None = None
     logprob: float | None = None
     top: Sequence[tuple[int, float]] = ()
+    prompt: bool = False
     reason: str | None = None
+    end: int | None = None
     error: str | None = None
 
 
@@ -41,6 +47,7 @@ class Request:
     notify: is called with each Event, by the thread of the engine; it must not wait.
     end: the tokens that end an answer. They are not part of it.
     top_logprobs: None for no log-probabilities, else how many of the likeliest tokens get theirs.
+    score_prompt: give the log-probabilities of the prompt's tokens too. All of the prompt is read then.
     """
 
     prompt: np.ndarray
@@ -49,6 +56,7 @@ class Request:
     notify: Callable[[Event], None]
     end: frozenset[int] = frozenset()
     top_logprobs: int | None = None
+    score_prompt: bool = False
     sampler: Any = field(default=None, repr=False)  # made by the engine
     reused: int = 0  # tokens of the prompt that a row of the cache already held
     cancelled: bool = field(default=False, repr=False)
@@ -79,8 +87,23 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._lock, self._clock = threading.Lock(), 0
 
-    def submit(self, request: Request) -> bool:
-        """Queue a request -> False if the queue is full. UserError for one that can never be served."""
+    def submit(self, *requests: Request) -> bool:
+        """Queue requests, all or none -> False if the queue has no room for them.
+
+        UserError for one that can never be served.
+        """
+        for request in requests:
+            self._check(request)
+            vocab = self.model.config.vocab_size
+            request.sampler = Sampler(request.sampling, request.prompt, vocab)
+        with self._lock:
+            free = sum(slot.request is None for slot in self._slots)
+            if len(self._waiting) + len(requests) > self.queue + free:
+                return False
+            self._waiting.extend(requests)
+        return True
+
+    def _check(self, request):
         count, places = len(request.prompt), self.cache.places
         if not count:
             raise UserError("the prompt has no tokens")
@@ -91,12 +114,6 @@ class Engine:
             )
         if request.prompt.min() < 0 or request.prompt.max() >= self.model.config.vocab_size:
             raise UserError(f"the prompt has tokens outside 0 to {self.model.config.vocab_size - 1}")
-        request.sampler = Sampler(request.sampling, request.prompt, self.model.config.vocab_size)
-        with self._lock:
-            if len(self._waiting) >= self.queue and not any(slot.request is None for slot in self._slots):
-                return False
-            self._waiting.append(request)
-        return True
 
     def tokens(self, row: int) -> np.ndarray:
         """The tokens that a row of the cache holds, int32 [N]."""
@@ -111,6 +128,23 @@ class Engine:
         """Whether a request waits or runs."""
         return bool(self._waiting) or any(slot.request is not None for slot in self._slots)
 
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many requests run, and how many wait."""
+        return sum(slot.request is not None for slot in self._slots), len(self._waiting)
+
+    def refuse_waiting(self) -> None:
+        """End the requests that have not begun."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, deque()
+        for request in waiting:
+            request.notify(Event(reason="refused"))
+
+    def abort(self, error: str) -> None:
+        """End what runs, after a tick that has failed. What the rows hold is forgotten."""
+        for slot in self._slots:
+            self._fail(slot, error)
+
     def tick(self) -> None:
         """Advance: admit requests, read one chunk of one prompt, add a token to every answer."""
         self._admit()
@@ -121,18 +155,25 @@ class Engine:
         reading = [slot for slot in running if slot.request is not None and len(slot.rest)]
         answering = [slot for slot in running if slot.request is not None and not len(slot.rest)]
         if reading:
-            slot = min(reading, key=lambda slot: slot.used)
-            part = slot.rest[: self._generator.chunk]
-            logits = self._generator.extend(slot.row, part)
-            slot.tokens, slot.rest = np.concatenate([slot.tokens, part]), slot.rest[len(part) :]
-            if not len(slot.rest):
-                self._choose(slot, logits)
+            self._read(min(reading, key=lambda slot: slot.used))
         if answering:
             tokens = [slot.next for slot in answering]
             logits = self._generator.step([slot.row for slot in answering], tokens)
             for slot, token, row in zip(answering, tokens, logits, strict=True):
                 slot.tokens = np.append(slot.tokens, np.int32(token))
                 self._choose(slot, row)
+
+    def _read(self, slot):
+        """Read one chunk of a prompt."""
+        part = slot.rest[: self._generator.chunk]
+        try:
+            logits = self._generator.extend(slot.row, part, self._scorer(slot))
+        except UserError as error:
+            self._fail(slot, str(error))
+            return
+        slot.tokens, slot.rest = np.concatenate([slot.tokens, part]), slot.rest[len(part) :]
+        if not len(slot.rest):
+            self._choose(slot, logits)
 
     def _admit(self):
         """Give waiting requests the free rows that hold most of their prompts, else the longest unused."""
@@ -147,7 +188,9 @@ class Engine:
                 continue
             prompt = np.ascontiguousarray(request.prompt, np.int32)
             # The last token is read in any case: its logits choose the first token of the answer.
-            shared = {slot.row: _common(slot.tokens, prompt[:-1]) for slot in free}
+            shared = {
+                slot.row: 0 if request.score_prompt else _common(slot.tokens, prompt[:-1]) for slot in free
+            }
             slot = max(free, key=lambda slot: (shared[slot.row], -slot.used))
             request.reused = shared[slot.row]
             slot.request, slot.made, slot.next = request, 0, None
@@ -165,27 +208,62 @@ class Engine:
         try:
             token = request.sampler.choose(logits)
         except UserError as error:
-            self._finish(slot, Event(reason="error", error=str(error)))
+            self._fail(slot, str(error))
             return
+        likely: dict[str, Any] = {}
+        if request.top_logprobs is not None:
+            likely = _likely(log_probabilities(logits), token, request.top_logprobs)
         if token in request.end:
-            self._finish(slot, Event(reason="stop"))
+            self._finish(slot, Event(end=token, **likely, reason="stop"))
             return
         slot.next, slot.made = token, slot.made + 1
-        logprob: float | None = None
-        top: list[tuple[int, float]] = []
-        if request.top_logprobs is not None:
-            logs = log_probabilities(logits)
-            logprob = float(logs[token])
-            best = np.argsort(-logs, kind="stable")[: request.top_logprobs]
-            top = [(int(i), float(logs[i])) for i in best]
-        request.notify(Event(token, logprob, top))
+        request.notify(Event(token, **likely))
         if slot.made == request.max_new_tokens:
             self._finish(slot, Event(reason="length"))
+
+    @staticmethod
+    def _scorer(slot):
+        """A function that takes the logits after the tokens of a prompt, piece by piece, if it is scored."""
+        request = slot.request
+        if not request.score_prompt:
+            return None
+        prompt, place = request.prompt, len(slot.tokens)
+        if place == 0:
+            request.notify(Event(int(prompt[0]), prompt=True))
+
+        def score(logits):
+            nonlocal place
+            if np.isnan(logits).any():
+                raise UserError(NAN)
+            for logs in log_probabilities(logits[: len(prompt) - 1 - place]):
+                place += 1
+                token = int(prompt[place])
+                likely = _likely(logs, token, request.top_logprobs or 0)
+                request.notify(Event(token, **likely, prompt=True))
+
+        return score
+
+    def _fail(self, slot, error):
+        """Forget what a row holds, and end its answer, if any."""
+        slot.tokens, self.cache.lengths[slot.row] = slot.tokens[:0], 0
+        if slot.request is not None:
+            self._finish(slot, Event(reason="error", error=error))
 
     @staticmethod
     def _finish(slot, event):
         request, slot.request, slot.rest = slot.request, None, slot.rest[:0]
         request.notify(event)
+
+
+def _likely(logs, token, count):
+    """The log-probability of a token, and the `count` likeliest tokens: among equals the first ones."""
+    top: list[tuple[int, float]] = []
+    if count:
+        count = min(count, len(logs))
+        least = np.partition(logs, len(logs) - count)[len(logs) - count]
+        found = np.flatnonzero(logs >= least)
+        top = [(int(i), float(logs[i])) for i in found[np.argsort(-logs[found], kind="stable")][:count]]
+    return dict(logprob=float(logs[token]), top=top)
 
 
 def _common(a, b):

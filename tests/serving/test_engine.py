@@ -6,7 +6,7 @@ import tiny
 
 from longlora.decoder.sampling import Sampling
 from longlora.errors import UserError
-from longlora.serving.engine import Request
+from longlora.serving.engine import Request, _likely
 from longlora.serving.open import open_engine
 
 
@@ -90,6 +90,7 @@ def test_end_tokens_cancelling_and_no_tokens(opened):
     engine.submit(ended)
     finish(engine)
     assert found[-1].reason == "stop" and tokens(found) == tokens(events)[: tokens(events).index(third)]
+    assert found[-1].end == third and found[-1].token is None
     cancelled, seen = request(PROMPTS[0], 8)
     engine.submit(cancelled)
     engine.tick()
@@ -112,12 +113,60 @@ def test_log_probabilities_sum_up(opened):
         assert np.exp([logprob for _, logprob in event.top]).sum() == pytest.approx(1)
 
 
+def test_a_scored_prompt_has_the_log_probabilities_of_one_pass(opened):
+    """Pieces of a chunk give what one pass over the prompt gives, also where a row holds the prompt."""
+    engine = opened(rows=2).engine
+    plain, _ = request(PROMPTS[1], 1)
+    engine.submit(plain)
+    finish(engine)
+    prompt = np.arange(1, 41, dtype=np.int32)
+    engine._generator.extend(1, prompt)
+    expected, engine.cache.lengths[1] = [], 0
+    for token, following in zip(prompt, prompt[1:]):
+        logits = engine._generator.extend(1, np.array([token], np.int32)).astype(np.float64)
+        expected.append(logits[following] - np.log(np.exp(logits).sum()))
+    engine.cache.lengths[1] = 0
+    engine._generator.chunk = 16  # the prompt is read in three pieces
+    for _ in range(2):
+        asked, events = request(prompt, 1, top_logprobs=2, score_prompt=True)
+        engine.submit(asked)
+        finish(engine)
+        scored = [event for event in events if event.prompt]
+        assert [event.token for event in scored] == list(prompt) and scored[0].logprob is None
+        np.testing.assert_allclose([event.logprob for event in scored[1:]], expected, atol=1e-5)
+        assert all(event.top[0][1] >= event.top[1][1] for event in scored[1:])
+        assert asked.reused == 0 and [event.prompt for event in events[40:]] == [False, False]
+
+
+def test_the_likeliest_of_equals_are_the_first():
+    logs = np.array([0.0, -1.0, 0.0, -1.0, -1.0])
+    assert [token for token, _ in _likely(logs, 1, 4)["top"]] == [0, 2, 1, 3]
+    assert _likely(logs, 1, 0) == dict(logprob=-1.0, top=[]) and len(_likely(logs, 1, 9)["top"]) == 5
+
+
+def test_what_has_not_begun_is_refused_and_what_runs_is_aborted(opened):
+    engine = opened(rows=1).engine
+    (running, events), (waiting, seen) = request(PROMPTS[0]), request(PROMPTS[1])
+    assert engine.submit(running, waiting)
+    engine.tick()
+    assert engine.load == (1, 1)
+    engine.refuse_waiting()
+    assert [event.reason for event in seen] == ["refused"]
+    engine.abort("no power")
+    assert events[-1].reason == "error" and events[-1].error == "no power" and not engine.busy
+    again, found = request(PROMPTS[0])
+    engine.submit(again)
+    finish(engine)
+    assert found[-1].reason == "length" and again.reused == 0
+
+
 def test_a_full_queue_and_requests_that_cannot_be_served(opened):
     engine = opened(rows=1).engine
     engine.queue = 1
     running, _ = request(PROMPTS[0], 30)
     engine.submit(running)
     engine.tick()
+    assert not engine.submit(request(PROMPTS[0])[0], request(PROMPTS[0])[0])  # both or none
     assert engine.submit(request(PROMPTS[0])[0]) and not engine.submit(request(PROMPTS[0])[0])
     for prompt, count, words in (
         ([], 1, "the prompt has no tokens"),
@@ -135,6 +184,10 @@ def test_logits_that_are_nan_end_one_answer(opened):
     engine.submit(asked)
     finish(engine)
     assert events[-1].reason == "error" and "NaN" in events[-1].error
+    scored, events = request(PROMPTS[0], score_prompt=True)
+    engine.submit(scored)
+    finish(engine)
+    assert events[-1].reason == "error" and "NaN" in events[-1].error and scored.reused == 0
 
 
 def test_what_does_not_fit_is_refused_before_weights_are_read(tmp_path, opened):
