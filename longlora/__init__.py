@@ -1,7 +1,7 @@
 """LongLoRA (arXiv 2309.12307): extend the context of a pretrained decoder on one machine.
 
-The commands of the command line are functions of this package: train, plan, ppl, generate, chat, merge,
-inspect, doctor, demo. Session is a model that answers again and again. longlora.ops and Tensor are the
+The commands of the command line are functions of this package: train, plan, ppl, generate, chat, serve,
+merge, inspect, doctor, demo. Session is a model that answers again and again. longlora.ops and Tensor are the
 kernels, on NumPy, torch and other DLPack arrays. longlora.torch works on models of transformers.
 longlora.cuda describes the GPUs. Every name is imported at its first use, so `import longlora` loads nothing,
 not even NumPy.
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from longlora.files.merge import merge
     from longlora.serving.chat import chat
     from longlora.serving.generate import generate
+    from longlora.serving.serve import serve
     from longlora.serving.session import Session
     from longlora.tools.demo import run as demo
     from longlora.tools.doctor import examine as doctor
@@ -35,6 +36,7 @@ _COMMANDS = {
     "ppl": "evaluation.ppl:run",
     "generate": "serving.generate:generate",
     "chat": "serving.chat:chat",
+    "serve": "serving.serve:serve",
     "merge": "files.merge:merge",
     "inspect": "tools.inspect:describe",
     "doctor": "tools.doctor:examine",

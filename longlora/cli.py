@@ -133,7 +133,7 @@ def _ppl(args: argparse.Namespace) -> int:
     return 0
 
 
-def _generation_flags(parser: argparse.ArgumentParser) -> None:
+def _model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="a Hugging Face directory or a .gguf file")
     add("--adapter", help="an adapter trained on that model")
@@ -142,24 +142,40 @@ def _generation_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="tokens of prompt and answer together (default: what the model was made for)",
     )
+    add("--chat-template", help="a file with a chat template (default: the model's own)")
+    add("--dtype", default="auto", choices=("auto", *_DTYPES), help="of the weights [auto: as in the files]")
+    add("--cache-dtype", default="auto", choices=("auto", *_DTYPES), help="of keys and values [auto: dtype]")
+    _device_flag(parser, "auto")
+
+
+def _sampling_flags(parser: argparse._ActionsContainer, temperature: float) -> None:
+    add = parser.add_argument
     add(
         "--max-new-tokens",
         type=int,
         help="tokens of an answer at most (default: what the context has room for)",
     )
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token [0]")
+    add(
+        "--temperature",
+        type=float,
+        default=temperature,
+        help=f"0 takes the likeliest token [{temperature:g}]",
+    )
     add("--top-k", type=int, default=0, help="draw from the K likeliest tokens; 0 is all [0]")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that sum to P [1]")
     add("--min-p", type=float, default=0.0, help="drop tokens below P times the likeliest one [0]")
     add("--repetition-penalty", type=float, default=1.0, help="above 1 avoids tokens that were there [1]")
     add("--presence-penalty", type=float, default=0.0, help="lowers tokens that are in the answer [0]")
     add("--frequency-penalty", type=float, default=0.0, help="lowers them each time they come [0]")
-    add("--seed", type=int, help="draw the same tokens each time")
-    add("--prompt-cache", metavar="FILE", help="keep what was read in FILE: it is not read again")
-    add("--chat-template", help="a file with a chat template (default: the model's own)")
-    add("--dtype", default="auto", choices=("auto", *_DTYPES), help="of the weights [auto: as in the files]")
-    add("--cache-dtype", default="auto", choices=("auto", *_DTYPES), help="of keys and values [auto: dtype]")
-    _device_flag(parser, "auto")
+
+
+def _generation_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flags(parser)
+    _sampling_flags(parser, temperature=0.0)
+    parser.add_argument("--seed", type=int, help="draw the same tokens each time")
+    parser.add_argument(
+        "--prompt-cache", metavar="FILE", help="keep what was read in FILE: it is not read again"
+    )
 
 
 def _generate_flags(parser: argparse.ArgumentParser) -> None:
@@ -215,6 +231,36 @@ def _chat(args: argparse.Namespace) -> int:
 
     given = {name: value for name, value in vars(args).items() if name != "command"}
     longlora.chat(**given)
+    return 0
+
+
+def _serve_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flags(parser)
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 is all [127.0.0.1]")
+    add("--port", type=int, default=8000, help="0 takes a free one [8000]")
+    add("--rows", type=int, default=4, metavar="N", help="answers that advance side by side [4]")
+    add("--queue", type=int, default=64, metavar="N", help="requests that may wait [64]")
+    add(
+        "--api-key",
+        help="what clients must give; other users do not see it in the environment variable LONGLORA_API_KEY",
+    )
+    add(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a site whose pages may use the server, or *; repeatable",
+    )
+    add("--served-model-name", metavar="NAME", help="(default: the last part of the path)")
+    group = parser.add_argument_group("answers", "for requests that do not say; --max-new-tokens is for all")
+    _sampling_flags(group, temperature=1.0)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    import longlora
+
+    longlora.serve(**{name: value for name, value in vars(args).items() if name != "command"})
     return 0
 
 
@@ -279,6 +325,7 @@ COMMANDS = (
     Command("ppl", "measure perplexity by length, with dense attention", _ppl_flags, _ppl),
     Command("generate", "continue a text, or answer a question about one", _generate_flags, _generate),
     Command("chat", "talk to a model at the terminal", _chat_flags, _chat),
+    Command("serve", "serve a model by OpenAI's API, with a page to chat", _serve_flags, _serve),
     Command("merge", "write base model and adapter as one model for any server", _merge_flags, _merge),
     Command("inspect", "describe a model, an adapter or a checkpoint", _inspect_flags, _inspect),
     Command(

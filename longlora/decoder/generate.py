@@ -51,9 +51,10 @@ class Generator:
         for start in range(0, len(ids), self.chunk):
             part = ids[start : start + self.chunk]
             batch = self._pass([row], part[None])
-            together = self._logits.shape[0]
-            for first in range(0, len(part), together) if score else ():
-                score(self._next(batch, first, min(together, len(part) - first)))
+            if score is not None:
+                together = self._logits.shape[0]
+                for first in range(0, len(part), together):
+                    score(self._next(batch, first, min(together, len(part) - first)))
         return self._next(batch, len(part) - 1, 1)[0]
 
     def step(self, rows: Sequence[int], ids: Sequence[int]) -> np.ndarray:

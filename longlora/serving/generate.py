@@ -9,6 +9,7 @@ from typing import Any
 
 from longlora.errors import UserError
 from longlora.serving.answer import Answer
+from longlora.serving.pdf import pdf_text
 from longlora.serving.session import Session, check
 
 PathLike = str | os.PathLike[str]
@@ -19,27 +20,13 @@ def read_material(path: PathLike) -> str:
     """The text of a .txt, .md or .pdf file. UserError for a file that cannot be read as text."""
     path = os.fspath(path)
     if path.lower().endswith(".pdf"):
-        return _pdf(path)
+        return pdf_text(path, path)
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _pdf(path):
-    try:
-        import pypdf
-    except ImportError:
-        raise UserError(f"{path}: reading a PDF needs pypdf: pip install 'longlora[pdf]'") from None
-    try:
-        text = "\n\n".join(page.extract_text() for page in pypdf.PdfReader(path).pages)
-    except Exception as error:  # pypdf raises many kinds for damaged files
-        raise UserError(f"{path}: cannot be read as a PDF: {error}") from None
-    if not text.strip():
-        raise UserError(f"{path}: has no text; a scanned PDF needs text recognition first")
-    return text
 
 
 def question_about(material: str, question: str) -> list[dict[str, Any]]:

@@ -1,9 +1,12 @@
-"""The text of an answer as its tokens come: whole characters, up to a stop string."""
+"""The text of an answer as its tokens come: whole characters, up to a stop string. The bytes of a token."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
+
+from longlora.files.tokenizer_gguf import byte_alphabet
 
 
 class TextStream:
@@ -41,3 +44,32 @@ class TextStream:
 def _beginning(text, stop):
     """The length of the longest end of `text` that begins `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Spelling:
+    """What each token is in a text. `tokenizer`: a files.Tokenizer."""
+
+    def __init__(self, tokenizer: Any):
+        self._backend = tokenizer.backend
+        self._added = self._backend.get_added_tokens_decoder()
+        decoder = self._backend.decoder
+        byte_level = decoder is not None and b"ByteLevel" in decoder.__getstate__()
+        self._letters = {letter: byte for byte, letter in byte_alphabet().items()} if byte_level else None
+
+    def bytes(self, token: int) -> bytes:
+        """The bytes of a token: part of a character, perhaps. A row of the model without a token has none."""
+        if token in self._added:
+            return self._added[token].content.encode()
+        piece = self._backend.id_to_token(token)
+        if piece is None:
+            return b""
+        if self._letters is not None:
+            return bytes(self._letters[letter] for letter in piece if letter in self._letters)
+        one = re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece)
+        return bytes([int(one[1], 16)]) if one else piece.replace("\u2581", " ").encode()
+
+    def width(self, token: int) -> int:
+        """How many characters begin in a token. Special tokens are not part of a text."""
+        if token in self._added and self._added[token].special:
+            return 0
+        return sum(byte & 0xC0 != 0x80 for byte in self.bytes(token))
