@@ -1,6 +1,8 @@
 """Listening for HTTP: the socket, connections that take too long, and signals that end the server."""
 
 import asyncio
+import contextlib
+import os
 import signal
 import socket
 import sys
@@ -15,6 +17,7 @@ from longlora.errors import UserError
 
 # Seconds for the head of a request to come; for the client to read what it has been sent.
 HEAD_SECONDS, READ_SECONDS = 20.0, 60.0
+BACKLOG = 128  # connections that the system holds until they are taken
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -86,16 +89,24 @@ class Server(uvicorn.Server):
     """Serves `app` on a bound socket until `drain` has been called and `idle()` is true.
 
     SIGINT and SIGTERM call `drain`, which should end what runs. The server answers in the meantime, to refuse
-    what comes. A second signal ends it at once.
+    what comes. A second signal ends it at once, by a SystemExit.
     """
 
     def __init__(self, app: Any, bound: socket.socket, drain: Callable[[], None], idle: Callable[[], bool]):
         super().__init__(
             uvicorn.Config(
-                app, http=_Protocol, ws="none", lifespan="off", log_level="error", server_header=False
+                app,
+                http=_Protocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="error",
+                server_header=False,
+                backlog=BACKLOG,
             )
         )
         self._bound, self._drain, self._idle, self._draining = bound, drain, idle, False
+        self._forced: int | None = None
 
     @property
     def url(self) -> str:
@@ -104,6 +115,8 @@ class Server(uvicorn.Server):
 
     def run(self, sockets: Any = None) -> None:
         super().run([self._bound])
+        if self._forced is not None:
+            raise SystemExit(128 + self._forced)
 
     def stop(self) -> None:
         """End the server, when what runs has finished. Any thread may call it."""
@@ -112,13 +125,15 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if not self._draining:
-            print(
-                f"{signal.Signals(sig).name}: finishing the answers that run; once more ends them",
-                file=sys.stderr,
-            )
             self.stop()
+            text = f"{signal.Signals(sig).name}: finishing the answers that run; once more ends them\n"
+            # print may be what the signal has interrupted, and nobody may be left to read.
+            if sys.__stderr__ is not None:
+                with contextlib.suppress(OSError):
+                    os.write(2, text.encode())
         else:
             self.should_exit = self.force_exit = True
+            self._forced = sig
 
     async def on_tick(self, counter: int) -> bool:
         if self._draining and self._idle():

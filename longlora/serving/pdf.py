@@ -42,6 +42,7 @@ async def convert(data: bytes) -> str:
     finally:
         if process.returncode is None:
             process.kill()
+            await process.wait()
     if process.returncode == 0:
         return text.decode("utf-8")
     if process.returncode == 2:

@@ -189,6 +189,7 @@ def _template(name: str, value: Any) -> dict[str, Any]:
     for key in _object(name, value):
         if key in RESERVED or not key.isidentifier():
             raise Refused(f"{name} cannot set {shown(key)}", param=name)
+    _text(name, json.dumps(value, ensure_ascii=False))
     return value
 
 

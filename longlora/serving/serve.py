@@ -57,44 +57,41 @@ def serve(
     UserError for a port that is taken, and for what longlora.generate refuses, before any weight is read.
     """
     try:
-        from longlora.serving.listen import Server, bind
+        from longlora.serving import listen
         from longlora.serving.server import Service
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs {error.name}: pip install 'longlora[serve]'") from None
-    for name, number, least in (
-        ("rows", rows, 1),
-        ("queue", queue, 0),
-        ("max_new_tokens", max_new_tokens, 1),
-    ):
-        if number is not None and (type(number) is not int or number < least):
-            raise UserError(f"{name} should be an integer of at least {least}, got {number!r}")
     defaults = {"temperature": 1.0, **sampling}
     Sampling(**defaults)
-    key = _key(api_key)
-    origins = [_origin(origin) for origin in cors_origin]
-    bound = bind(host, port)
-    device, chosen = choose(device)
-    opened = open_engine(
-        model, adapter, context=context, rows=rows, dtype=dtype, cache_dtype=cache_dtype, device=device
-    )
-    engine = opened.engine
-    engine.queue = queue
-    template = find_template(opened.base, opened.tokenizer.special, chat_template)
-    name = served_model_name or Path(model if adapter is None else adapter).resolve().name
-    limits = Limits(name, engine.cache.places, rows + queue, max_new_tokens, defaults)
-    local = host in LOCAL
-    service = Service(opened, template, limits, key, origins, any_host=not local)
-    server = Server(service.app, bound, service.worker.stop, lambda: not service.worker.alive)
-    print(
-        f"{chosen}; {name}: {rows} answers at a time, a context of {limits.context} tokens each", flush=True
-    )
-    if not local and key is None:
-        print("warning: whoever reaches this machine can use the server; see --api-key", file=sys.stderr)
-    print(f"{server.url} has the page, {server.url}/v1 is the base URL of the API", flush=True)
-    service.worker.start()
-    if ready is not None:
-        ready(server)
-    server.run()
+    _check(rows, queue, max_new_tokens)
+    key, origins, local = _key(api_key), [_origin(origin) for origin in cors_origin], host in LOCAL
+    with listen.bind(host, port) as bound:
+        device, chosen = choose(device)
+        opened = open_engine(
+            model, adapter, context=context, rows=rows, dtype=dtype, cache_dtype=cache_dtype, device=device
+        )
+        opened.engine.queue, places = queue, opened.engine.cache.places
+        template = find_template(opened.base, opened.tokenizer.special, chat_template)
+        name = served_model_name or Path(model if adapter is None else adapter).resolve().name
+        limits = Limits(name, places, rows + queue, max_new_tokens, defaults)
+        service = Service(opened, template, limits, key, origins, any_host=not local)
+        server = listen.Server(service.app, bound, service.worker.stop, lambda: not service.worker.alive)
+        bound.listen(listen.BACKLOG)  # who comes now waits
+        print(f"{chosen}; {name}: {rows} answers at a time, a context of {places} tokens each")
+        if not local and key is None:
+            print("warning: whoever reaches this machine can use the server; see --api-key", file=sys.stderr)
+        print(f"{server.url} has the page, {server.url}/v1 is the base URL of the API", flush=True)
+        service.worker.start()
+        if ready is not None:
+            ready(server)
+        server.run()
+
+
+def _check(rows, queue, max_new_tokens):
+    numbers = dict(rows=(rows, 1), queue=(queue, 0), max_new_tokens=(max_new_tokens, 1))
+    for name, (number, least) in numbers.items():
+        if number is not None and (type(number) is not int or number < least):
+            raise UserError(f"{name} should be an integer of at least {least}, got {number!r}")
 
 
 def _key(given):

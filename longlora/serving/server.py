@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import hmac
 import ipaddress
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -107,8 +108,10 @@ class Service:
         return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
     def _told(self, error):
-        """What a user's error says, without the place of the model on this machine."""
-        return str(error).replace(self._opened.base.path, self._limits.model)
+        """What a user's error says, without the places of files on this machine."""
+        for path in (self._opened.base.path, self._template.where):
+            error = str(error).replace(path, os.path.basename(path))
+        return error
 
     def _admit(self, method: str, path: str, headers: dict[bytes, bytes]) -> None:
         """Refused for a request that is not let in.

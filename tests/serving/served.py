@@ -9,7 +9,10 @@ import tiny
 import longlora
 
 # Says nothing but what the messages say, so that tokens are easy to count.
-TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}{% if m['name'] %}({{ m['name'] }}){% endif %}{{ tail }}\n{% endfor %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}"
+    "{% if m['name'] %}({{ m['name'] }}){% endif %}{{ tail }}\n{% endfor %}"
+)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,116 @@
+"""The command `longlora serve` in a process of its own: ports, signals, the key, a PDF."""
+
+import asyncio
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+import tiny
+
+from longlora.errors import UserError
+from longlora.serving import pdf
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tiny.model(tmp_path_factory.mktemp("command") / "tiny", max_position_embeddings=4096)
+
+
+def start(path, *flags, **environment):
+    """Start the command -> the process, once it listens, and its URL."""
+    command = [sys.executable, "-m", "longlora", "serve", "--model", str(path), "--device", "cpu", *flags]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, **pipes, env={**os.environ, **environment})
+    lines = [process.stdout.readline(), process.stdout.readline()]
+    return process, lines[1].split(" ")[0]
+
+
+def post(url, fields, **headers):
+    body = json.dumps(fields).encode() if isinstance(fields, dict) else fields
+    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=20) as response:
+        return json.loads(response.read())
+
+
+def test_a_signal_finishes_what_runs(path):
+    process, url = start(path, "--port", "0", "--temperature", "0", "--rows", "1", LONGLORA_API_KEY="secret")
+    with process:
+        body = json.dumps(dict(prompt="a", max_tokens=400, stream=True, logit_bias={"256": -100})).encode()
+        headers = {"Authorization": "Bearer secret"}
+        request = urllib.request.Request(f"{url}/v1/completions", body, headers)
+        with urllib.request.urlopen(request, timeout=20) as stream:
+            stream.readline()
+            process.send_signal(signal.SIGTERM)
+            rest = stream.read().decode()
+        assert rest.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in rest
+        assert process.wait(20) == 0
+        assert "SIGTERM: finishing the answers that run" in process.stderr.read()
+
+
+def test_a_second_signal_ends_it_at_once(path):
+    process, url = start(path, "--port", "0")
+    with process:
+        body = json.dumps(dict(prompt="a", max_tokens=4000, stream=True, logit_bias={"256": -100})).encode()
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", body)) as stream:
+            stream.readline()
+            process.send_signal(signal.SIGINT)
+            process.stderr.readline()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 128 + signal.SIGTERM
+            with pytest.raises(http.client.IncompleteRead):
+                stream.read()
+
+
+def written(text):
+    """A PDF of one page that says `text`."""
+    content = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET".encode()
+    objects = [
+        b"<</Type/Catalog/Pages 2 0 R>>",
+        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>",
+        b"<</Length %d>>stream\n%s\nendstream" % (len(content), content),
+        b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    ]
+    made, places = b"%PDF-1.4\n", []
+    for number, part in enumerate(objects, 1):
+        places.append(len(made))
+        made += b"%d 0 obj%s endobj\n" % (number, part)
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    return (
+        made
+        + b"xref\n0 6\n0000000000 65535 f \n%strailer<</Size 6/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF"
+        % (table, len(made))
+    )
+
+
+def test_a_port_that_is_taken_and_a_pdf(path):
+    process, url = start(path, "--port", "0")
+    with process:
+        port = url.rpartition(":")[2]
+        again, _ = start(path, "--port", port)
+        with again:
+            line = again.stderr.read()
+            assert again.wait(20) == 2 and line.count("\n") == 1
+            assert f"port {port}: Address already in use" in line
+        assert post(f"{url}/pdf", written("Ann is five."))["text"].strip() == "Ann is five."
+        for data, words in (
+            (b"%PDF-1.4 no", "the PDF: cannot be read as a PDF"),
+            (written(""), "has no text"),
+        ):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                post(f"{url}/pdf", data)
+            assert caught.value.code == 400 and words in json.loads(caught.value.read())["error"]["message"]
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+def test_a_pdf_that_takes_too_long(monkeypatch):
+    """The process that reads it ends; the server does not."""
+    monkeypatch.setattr(pdf, "SECONDS", 0.01)
+    with pytest.raises(UserError, match="takes too long to read"):
+        asyncio.run(pdf.convert(b"%PDF"))
