@@ -268,8 +268,20 @@ def _merge_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help="the base model: a Hugging Face directory or a .gguf file"
     )
-    parser.add_argument("--adapter", required=True, help="an adapter trained on that model")
+    parser.add_argument("--adapter", help="an adapter trained on that model (default: the base model alone)")
     parser.add_argument("--output-dir", required=True, help="a new directory for the merged model")
+    parser.add_argument(
+        "--format",
+        default="huggingface",
+        choices=("huggingface", "gguf"),
+        help="a Hugging Face directory, or a .gguf file in it for llama.cpp [huggingface]",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "f32", "f16", "bf16", "q8_0"),
+        help="of the weights; q8_0 only with --format gguf [auto: that of the base]",
+    )
     _device_flag(parser, "cpu")
 
 
@@ -280,8 +292,8 @@ def _merge(args: argparse.Namespace) -> int:
     device, chosen = choose(args.device)
     if args.device != CPU:
         print(chosen)
-    longlora.merge(args.model, args.adapter, args.output_dir, device)
-    print(f"saved {args.output_dir}")
+    given = (args.model, args.adapter, args.output_dir, device, args.format, args.dtype)
+    print(f"saved {longlora.merge(*given)}")
     return 0
 
 

@@ -142,9 +142,6 @@ def _yarn(rope, head_dim, frequency):
     def dimension(turns):
         return head_dim * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    def scale(mscale=1.0):
-        return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
-
     low, high = dimension(rope.beta_fast or 32), dimension(rope.beta_slow or 1)
     if rope.truncate is not False:
         low, high = math.floor(low), math.ceil(high)
@@ -152,9 +149,16 @@ def _yarn(rope, head_dim, frequency):
     ramp = np.clip((np.arange(head_dim // 2) - low) / ((high - low) or 0.001), 0, 1)
     factor = rope.attention_factor
     if factor is None:
-        both = rope.mscale and rope.mscale_all_dim
-        factor = scale(rope.mscale) / scale(rope.mscale_all_dim) if both else scale()
+        factor = yarn_attention(rope.factor)
+        if rope.mscale and rope.mscale_all_dim:
+            one, other = (yarn_attention(rope.factor, x) for x in (rope.mscale, rope.mscale_all_dim))
+            factor = one / other
     return frequency * (1 - ramp + ramp / rope.factor), factor
+
+
+def yarn_attention(factor: float, mscale: float = 1.0) -> float:
+    """What yarn multiplies cosines and sines by, unless a config says otherwise."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def tables(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray, np.ndarray]:

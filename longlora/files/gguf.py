@@ -14,7 +14,7 @@ import numpy as np
 
 from longlora.decoder.config import read_config
 from longlora.decoder.families import FAMILIES
-from longlora.decoder.rope import Rope, inverse_frequencies
+from longlora.decoder.rope import Rope, inverse_frequencies, yarn_attention
 from longlora.errors import UserError
 from longlora.files.gguf_header import open_files
 from longlora.files.model_file import ModelFile
@@ -67,19 +67,27 @@ class Architecture:
     names: dict[str, str] = field(default_factory=lambda: LAYER_NAMES)
     multipliers: dict[str, str] = field(default_factory=dict)  # metadata key -> config key
     fixed: dict[str, Any] = field(default_factory=dict)  # config keys that the architecture implies
+    # What llama.cpp computes besides.
+    divisors: bool = False  # it divides the rope's frequencies by rope_freqs.weight
+    o_bias: bool = False  # it adds a bias to the attention's output
+    square: bool = False  # it expects heads x head size to be the hidden size
 
 
-# Architectures have the names of our families. Mistral is stored as llama.
+# Architectures have the names of our families, but for those that are stored as another.
+STORED_AS = {"mistral": "llama"}
 ARCHITECTURES = {
-    "llama": Architecture(interleaved=True),
-    "qwen2": Architecture(),
+    "llama": Architecture(interleaved=True, divisors=True, o_bias=True),
+    "qwen2": Architecture(square=True),
     "qwen3": Architecture(),
     "phi3": Architecture(
         rotated_whole=False,
+        square=True,
         names={**LAYER_NAMES, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
     ),
     "granite": Architecture(
         interleaved=True,
+        divisors=True,
+        o_bias=True,
         multipliers={
             "embedding_scale": "embedding_multiplier",
             "residual_scale": "residual_multiplier",
@@ -248,7 +256,7 @@ class Gguf(ModelFile):
         original = found.pop("original_context_length", None)
         found.pop("finetuned", None)
         if self._freqs is not None:
-            return self._llama3(raw, self._freqs)
+            return self._llama3(raw, self._freqs, original)
         if kind == "none" or kind == "linear" and factor in (None, 0, 1):
             return None
         scaling = {"rope_type": kind, "factor": _decimal(factor)}
@@ -257,12 +265,18 @@ class Gguf(ModelFile):
         for key, name in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
             if key in found:
                 scaling[name] = _decimal(found.pop(key))
+        numbers = isinstance(found.get("attn_factor"), float) and isinstance(scaling["factor"], (int, float))
+        if kind == "yarn" and numbers:  # llama.cpp multiplies yarn's own factor by it
+            scaling["attention_factor"] = found.pop("attn_factor") * yarn_attention(scaling["factor"])
         if found:
             raise UserError(f"{self.path}: rope scaling with {', '.join(sorted(found))} is not supported")
         return scaling
 
-    def _llama3(self, raw, divisors):
-        """Recover Llama 3's rule. llama.cpp stores only its result, the divisors of the frequencies."""
+    def _llama3(self, raw, divisors, original):
+        """Recover Llama 3's rule. llama.cpp stores only its result, the divisors of the frequencies.
+
+        original: the length of pretraining, where the metadata has it; it is one of the powers of 2 else.
+        """
         theta = raw["rope_theta"]
         if type(theta) not in (int, float) or not 2 <= theta <= 1e12:
             return None  # read_config refuses it
@@ -270,25 +284,16 @@ class Gguf(ModelFile):
             raise UserError(f"{self.path}: rope_freqs.weight should be a list of numbers above 0")
         if np.allclose(divisors, 1):
             return None
-        factor = float(divisors.max())
-        plain = inverse_frequencies(Rope("default", float(raw["rope_theta"]), 1), 2 * divisors.size)[0]
-        for power in range(9, 21):
-            rope = Rope(
-                "llama3",
-                float(raw["rope_theta"]),
-                1 << power,
-                factor,
-                low_freq_factor=1.0,
-                high_freq_factor=4.0,
-            )
-            if np.allclose(plain / inverse_frequencies(rope, 2 * divisors.size)[0], divisors, rtol=1e-4):
-                return {
-                    "rope_type": "llama3",
-                    "factor": factor,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 1 << power,
-                }
+        size, plain = 2 * divisors.size, Rope("default", float(theta), 1)
+        given = type(original) is int and 0 < original <= 1 << 31
+        rule: dict[str, Any] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        for length in [original] if given else [1 << power for power in range(9, 21)]:
+            factor = _llama3_factor(length * inverse_frequencies(plain, size)[0][-1], float(divisors[-1]))
+            rope = Rope("llama3", float(theta), length, factor, **rule)
+            found = inverse_frequencies(plain, size)[0] / inverse_frequencies(rope, size)[0]
+            if np.allclose(found, divisors, rtol=1e-4):
+                scaling = {"rope_type": "llama3", "factor": factor, **rule}
+                return {**scaling, "original_max_position_embeddings": length}
         raise UserError(
             f"{self.path}: rope_freqs.weight does not follow Llama 3's rule, the only one supported"
         )
@@ -338,6 +343,15 @@ def _quotient(hidden, heads):
     """The head size that two sizes of the metadata imply, or None where they are none."""
     good = type(hidden) is int and type(heads) is int and 0 < heads <= hidden
     return hidden // heads if good else None
+
+
+def _llama3_factor(angle, divisor):
+    """The factor of Llama 3's rule. angle, divisor: of the slowest frequency, at the original length."""
+    keep = min(max((angle / (2 * math.pi) - 1.0) / 3.0, 0.0), 1.0)
+    if keep == 0:
+        return divisor
+    factor = (1 - keep) / max(1 / divisor - keep, 1e-9)
+    return float(round(factor)) if abs(factor - round(factor)) < 1e-3 else factor
 
 
 def _decimal(value):

@@ -12,16 +12,20 @@ import numpy as np
 from longlora import _C, disk
 from longlora.decoder.config import read_config
 from longlora.device import CPU, choose, host, send
-from longlora.disk import make_directory, write_bytes, write_json
+from longlora.disk import make_directory, parse_json, write_bytes, write_json
 from longlora.errors import UserError
+from longlora.files import tokenizer_to_gguf
 from longlora.files.adapter import load
-from longlora.files.huggingface import INDEX, SINGLE
-from longlora.files.model_file import from_float32
+from longlora.files.gguf_writer import DTYPES, OF_BASE, GgufWriter, sampling
+from longlora.files.huggingface import GENERATION, INDEX, SINGLE
+from longlora.files.model_file import narrowed
 from longlora.files.open_model import open_model
 from longlora.files.safetensors import WIDTHS, write
 from longlora.files.tokenizer import Tokenizer
 
 Path = str | os.PathLike[str]
+FORMATS = ("huggingface", "gguf")
+WORDS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # names of dtypes -> those of the package
 SHARD = 5_000_000_000  # bytes; a smaller model is one file
 
 
@@ -56,27 +60,77 @@ class Merged:
         return out
 
 
-def merge(model: Path, adapter: Path, output_dir: Path, device: str = CPU) -> None:
-    """Merge the adapter at path `adapter` into the model at path `model` and write a Hugging Face directory.
+def merge(
+    model: Path,
+    adapter: Path | None,
+    output_dir: Path,
+    device: str = CPU,
+    format: str = "huggingface",
+    dtype: str = "auto",
+) -> str:
+    """Merge the adapter at path `adapter` into the model at path `model` and write one model -> its path.
 
-    Each tensor is W + scale B A in float32, rounded once to the base's dtype (float32 where the base is
-    quantised). output_dir should not exist or be empty; a new one appears whole or not at all. device: cpu,
-    cuda, cuda:1, ... or auto; reading and writing take most of the time on either. UserError if the two do
-    not belong together or nothing can be written.
+    Each tensor is W + scale B A in float32, rounded once. Without an adapter the base itself is written.
+    format: "huggingface", a directory, or "gguf", a file model-DTYPE.gguf in output_dir. dtype: f32, f16,
+    bf16, with gguf also q8_0, or auto: that of the base (float32 where the base is quantised). output_dir
+    should not exist or be empty; a new one appears whole or not at all. device: cpu, cuda, cuda:1, ... or
+    auto; reading and writing take most of the time on either. UserError if the two do not belong together or
+    nothing can be written.
     """
     device, _ = choose(device)
+    if format not in FORMATS:
+        raise UserError(f"format should be one of {', '.join(FORMATS)}, got {format!r}")
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"dtype should be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
     base = open_model(model)
-    lora, tensors, raw = load(adapter, base)
+    source: Any = base
+    raw: dict[str, Any] = base.config.raw
+    if adapter is not None:
+        lora, tensors, extended = load(adapter, base)
+        source, raw = Merged(base, lora, tensors, device), extended or raw
+    write = _gguf if format == "gguf" else _huggingface
+    return write(base, source, raw, output_dir, dtype)
+
+
+def _huggingface(base, source, raw, output_dir, dtype):
+    """Write a Hugging Face directory -> its path."""
+    if dtype == "q8_0":
+        raise UserError("dtype q8_0 is for format gguf; a Hugging Face directory takes f32, f16 and bf16")
     tokenizer, beside = base.tokenizer() if base.has_tokenizer() else None, base.beside()
-    dtypes = {name: base.dtype(name) for name in base.names()}
-    merged = Merged(base, lora, tensors, device)
-    with _appearing(output_dir) as aside:
-        save_merged(aside, merged.read, raw or base.config.raw, tokenizer, dtypes, beside)
+    dtypes = {name: base.dtype(name) if dtype == "auto" else WORDS[dtype] for name in base.names()}
+    shapes = base.config.tensor_shapes()
+    with _appearing(
+        output_dir, sum(math.prod(shapes[name]) * WIDTHS[dtypes[name]] for name in dtypes)
+    ) as aside:
+        save_merged(aside, source.read, raw, tokenizer, dtypes, beside)
+    return os.fspath(output_dir)
+
+
+def _gguf(base, source, raw, output_dir, dtype):
+    """Write a GGUF file into a new directory -> its path."""
+    if not base.has_tokenizer():
+        raise UserError(f"{base.path}: has no tokenizer; a GGUF file needs one")
+    config, tokenizer = read_config(raw, base.path), base.tokenizer()
+    beside = base.beside().get(GENERATION)
+    generation = parse_json(beside, GENERATION) if beside is not None else {}
+    keys = (
+        tokenizer_to_gguf.kept(base.metadata)
+        if base.kind == "gguf"
+        else tokenizer_to_gguf.keys(tokenizer, config, generation)
+    )
+    if dtype == "auto":
+        dtype = OF_BASE[base.dtype("model.embed_tokens.weight")]
+    name = os.path.basename(os.path.realpath(output_dir))
+    writer = GgufWriter(config, keys, dtype, name, sampling(generation))
+    file = f"model-{dtype}.gguf"
+    with _appearing(output_dir, writer.size) as aside:
+        writer.write(os.path.join(aside, file), source.read)
+    return os.path.join(output_dir, file)
 
 
 @contextlib.contextmanager
-def _appearing(output_dir):
-    """Give a directory to write a model to; at the end it is at output_dir.
+def _appearing(output_dir, size):
+    """Give a directory to write a model of `size` bytes to; at the end it is at output_dir.
 
     A new directory appears whole by one rename. An empty one that exists may be a mount, a link or the
     shell's own, and its parent read-only: it stays, and files move into it, config.json last.
@@ -92,6 +146,9 @@ def _appearing(output_dir):
         disk.sweep(parent, re.escape(name))
         if os.path.lexists(final) and (not there or set(os.listdir(final)) - {"lost+found"}):
             raise UserError(f"{where}: exists and is not an empty directory")
+        free = disk.free(parent)
+        if free is not None and size > free:
+            raise UserError(f"{where}: needs {size:,} bytes, the disk has {free:,} free")
         handle, aside = disk.make_aside(parent, name, directory=True)
         with disk.closing(handle):
             yield aside
@@ -141,7 +198,7 @@ def save_merged(
 
     def rounded(name):
         assert read is not None
-        return from_float32(np.asarray(read(name), np.float32), dtypes[name])
+        return narrowed(np.asarray(read(name), np.float32), dtypes[name], name)
 
     make_directory(directory)
     files = (

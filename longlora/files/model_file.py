@@ -167,6 +167,19 @@ def from_float32(array: np.ndarray, dtype: str) -> np.ndarray:
     return array.astype(dtype, copy=False)
 
 
+def narrowed(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """`from_float32` for the tensor `name`. UserError if a number of it is beyond the range of `dtype`."""
+    with np.errstate(over="ignore"):
+        stored = from_float32(array, dtype)
+    beyond = (stored & 0x7F80) == 0x7F80 if dtype == "bfloat16" else ~np.isfinite(stored)
+    if beyond.any():
+        largest = float(np.abs(array).max())
+        raise UserError(
+            f"{name} has a weight of {largest:g}, which {dtype} cannot hold; choose another dtype"
+        )
+    return stored
+
+
 def _name(array):
     return str(array.dtype).rpartition(".")[2]
 

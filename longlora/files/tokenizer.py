@@ -215,13 +215,22 @@ class Tokenizer:
         with guarded(self.where):
             return self.backend.decode([int(index) for index in ids], skip_special_tokens=skip_special_tokens)
 
+    def names(self) -> list[str]:
+        """The names of its files."""
+        return list(self._files)
+
+    def file(self, name: str) -> bytes:
+        """The content of its file `name`, which is one of `names()`."""
+        content = self._files[name]
+        return content() if callable(content) else content
+
     def save(self, directory: Path, length: int | None = None) -> None:
         """Write the tokenizer's files into `directory` for transformers to load. UserError if that fails.
 
         length: the positions of the model that they go with. A smaller model_max_length is raised to it.
         """
-        for name, content in self._files.items():
-            content = content() if callable(content) else content
+        for name in self._files:
+            content = self.file(name)
             if name == CONFIG and length is not None:
                 content = _longer(content, length)
             write_bytes(os.path.join(directory, name), content)

@@ -1,6 +1,7 @@
 """GGUF files: weights equal transformers' bit for bit, metadata becomes the config, damage is one line."""
 
 import dataclasses
+import math
 import mmap
 import os
 import subprocess
@@ -306,6 +307,11 @@ def test_linear_and_yarn_metadata(tmp_path):
         rope__scaling__original_context_length=16,
     ).config
     assert config.rope == Rope("yarn", 10000.0, 16, 8.0)
+    more = dict(rope__scaling__factor=8.0, rope__scaling__original_context_length=16)
+    more |= dict(rope__scaling__type="yarn", rope__scaling__attn_factor=2.0)
+    rope = write(tmp_path / "d.gguf", model, **more).config.rope
+    # llama.cpp's own factor 1 + 0.1 ln 8, times the attn_factor of the file
+    assert rope == Rope("yarn", 10000.0, 16, 8.0, attention_factor=2 * (1 + 0.1 * math.log(8)))
     assert write(tmp_path / "c.gguf", model, rope__scaling__type="none").config.rope.type == "default"
 
 
@@ -336,8 +342,18 @@ def test_llama3_frequencies_are_found_again(tmp_path, original):
             "rope type 'longrope' is not supported",
         ),
         (
-            dict(rope__scaling__type="yarn", rope__scaling__factor=2.0, rope__scaling__attn_factor=2.0),
+            dict(rope__scaling__type="linear", rope__scaling__factor=2.0, rope__scaling__attn_factor=2.0),
             "rope scaling with attn_factor",
+        ),
+        (
+            dict(rope__scaling__type="yarn", rope__scaling__factor=2.0, rope__scaling__attn_factor=2),
+            "rope scaling with attn_factor",
+        ),
+        (
+            dict(
+                rope__scaling__type="yarn", rope__scaling__factor=2.0, rope__scaling__yarn_log_multiplier=1.0
+            ),
+            "rope scaling with yarn_log_multiplier",
         ),
     ],
 )
