@@ -26,14 +26,17 @@ class Generator:
     """
 
     def __init__(self, model: Model, cache: Cache, chunk: int = CHUNK):
-        self.model, self.cache, self.chunk = model, cache, min(chunk, cache.places)
+        self.model, self.cache, self.chunk = model, cache, min(chunk, cache.longest)
         network, V = model.network, model.config.vocab_size
         shapes = (1, self.chunk), (min(TOGETHER, cache.rows), 1)
         size = max(network.activations(*shape, model.dtype, None).layout.size for shape in shapes)
         self._arena = _C.Tensor((size,), "uint8", model.device)
         self._logits = _C.Tensor((min(TOGETHER, cache.rows), V), "float32", model.device)
-        tables = rope.tables(model.rope, model.config.head_dim, cache.places)
-        self._tables = [send(x, model.device) for x in tables]
+        D = model.config.head_dim
+        if cache.limit is None:  # the positions of a pass are written before it
+            self._tables = [_C.Tensor((self.chunk, D // 2), "float32", model.device) for _ in range(2)]
+        else:
+            self._tables = [send(x, model.device) for x in rope.tables(model.rope, D, cache.limit)]
         self._head = network.head.data
         self._batches: dict[tuple[int, int], Batch] = {}
         self._inputs = Inputs()
@@ -73,9 +76,15 @@ class Generator:
         """Run ids [B,S] through the layers -> the Batch, with the head's input in n."""
         (B, S), cache = ids.shape, self.cache
         rows = np.asarray(rows, np.int32)
-        before = cache.lengths[rows]
-        if before.max() + S > cache.places:
-            raise ValueError(f"a sequence has {before.max() + S} tokens, and its row {cache.places} places")
+        lengths = cache.make_room(rows, S)
+        positions, put = cache.lengths[rows][:, None] + np.arange(S), self._inputs.put
+        if cache.limit is None:
+            first = int(positions.min())
+            for table, values in zip(
+                self._tables, rope.tables(self.model.rope, self.model.config.head_dim, S, first)
+            ):
+                put(table[:S], values)
+            positions -= first
         batch = self._batches.get((B, S))
         if batch is None:
             if len(self._batches) >= BATCHES:
@@ -83,14 +92,13 @@ class Generator:
             network = self.model.network
             needs = network.activations(B, S, self.model.dtype, None)
             batch = self._batches[B, S] = Batch(_C, network, needs, self._arena, 0)
-            batch.attend_to_cache(cache.layers, self._tables)
-        put = self._inputs.put
+        batch.attend_to_cache(cache.layers, self._tables)
         put(batch.rows, rows)
-        put(batch.lengths, before)
-        put(batch.positions, (before[:, None] + np.arange(S)).astype(np.int32))
+        put(batch.lengths, lengths)
+        put(batch.positions, positions.astype(np.int32))
         put(batch.ids, ids.reshape(-1))
         self.model.network.forward(batch)
-        cache.lengths[rows] += S
+        cache.add(rows, S)
         return batch
 
     def _next(self, batch: Any, first: int, count: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The plan of generation, from the config alone: weights, the cache, and a pass in a dry run."""
 
+from dataclasses import replace
 from typing import Any
 
 from longlora import job
@@ -7,6 +8,7 @@ from longlora.decoder.cache import layout_of
 from longlora.decoder.config import ModelConfig
 from longlora.decoder.generate import CHUNK, TOGETHER
 from longlora.decoder.network import Batch, Network
+from longlora.decoder.streaming import Window
 from longlora.decoder.weights import DTYPES
 from longlora.device import CPU, free_memory
 from longlora.errors import UserError
@@ -17,7 +19,7 @@ from longlora.memory.plan import GROWTH, GenerationPlan, Parts, own_memory, what
 def plan(
     config: ModelConfig,
     *,
-    context: int,
+    context: int | Window,
     rows: int = 1,
     dtype: str = "float32",
     cache_dtype: str | None = None,
@@ -26,13 +28,15 @@ def plan(
 ) -> GenerationPlan:
     """Plan the memory of generation with `rows` sequences of up to `context` tokens. It reads no weight.
 
+    context: or the Window of a sequence without end.
     cache_dtype: of keys and values, by default dtype. memory: bytes, by default what `device` has now.
     UserError for a choice that does not exist.
     """
     for name, value in (("dtype", dtype), ("cache_dtype", cache_dtype or dtype)):
         if value not in DTYPES:
             raise UserError(f"{name} should be one of {', '.join(DTYPES)}, got {value!r}")
-    for name, number in (("context", context), ("rows", rows)):
+    tokens = context.size if isinstance(context, Window) else context
+    for name, number in (("context", tokens), ("rows", rows)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise UserError(f"{name} should be an integer of at least 1, got {number!r}")
     if memory is None:
@@ -54,37 +58,42 @@ def plan(
         if dtype == "float32":
             steps.append(("--dtype bfloat16", "dtype", "bfloat16"))
         steps += [(f"{rows >> i} rows", "rows", rows >> i) for i in range(1, 6) if rows >> i]
-        steps += [
-            (f"--context {context >> i}", "context", context >> i) for i in range(1, 10) if context >> i
-        ]
+        for size in (tokens >> i for i in range(1, 10)):
+            if size and not isinstance(context, Window):
+                steps.append((f"--context {size}", "context", size))
+            elif isinstance(context, Window) and size > context.start:
+                smaller = replace(context, recent=size - context.start)
+                steps.append((f"--recent-size {smaller.recent}", "context", smaller))
         changes = what_would_fit(lambda **c: sum(parts_of(**c).values()), steps, memory)
-    return GenerationPlan(config, dtype, cache_dtype, context, rows, device, memory, parts, changes)
+    return GenerationPlan(config, dtype, cache_dtype, tokens, rows, device, memory, parts, changes)
 
 
 def _parts(config, *, context, rows, dtype, cache_dtype, device):
     parts = dict(Network(config).lay_out(dtype, training=False).parts)
-    shapes = (1, min(CHUNK, context)), (min(TOGETHER, rows), 1)
+    if isinstance(context, Window):
+        places, chunk, table_rows, sinks = context.places, context.chunk, context.chunk, context.start
+    else:
+        places, chunk, table_rows, sinks = context, min(CHUNK, context), context, 0
+    shapes = (1, chunk), (min(TOGETHER, rows), 1)
     network = Network(config, layers=range(min(2, config.num_hidden_layers)))
     weights = network.lay_out(dtype, training=False)
-    places, buffers = layout_of(config, rows, context, cache_dtype)
-    parts |= places.parts
-    ops, size = Recorder(device), 0
+    layout, buffers, _ = layout_of(config, rows, places, cache_dtype, sinks)
+    parts |= layout.parts
+    ops, size, half = Recorder(device), 0, config.head_dim // 2
     for B, S in shapes:
         size = max(size, Network(config).activations(B, S, dtype, None).layout.size)
         needs = network.activations(B, S, dtype, None)
         arena = untouched(weights.size + needs.layout.size)
         network.bind(arena)
         batch = Batch(ops, network, needs, arena, weights.size)
-        cache = untouched(places.size)
-        table = untouched(4 * context * (config.head_dim // 2)).view(
-            (context, config.head_dim // 2), "float32"
-        )
+        cache = untouched(layout.size)
+        table = untouched(4 * table_rows * half).view((table_rows, half), "float32")
         batch.attend_to_cache([(k.view(cache), v.view(cache)) for k, v in buffers], (table, table))
         network.forward(batch)
         logits = untouched(4 * B * config.vocab_size).view((B, config.vocab_size), "float32")
         ops.matmul(logits, batch.n[:B], network.head.data.T, 1.0, 0.0)
     parts["a pass"] = size + 4 * min(TOGETHER, rows) * config.vocab_size
-    parts["tables"] = 2 * 4 * context * (config.head_dim // 2)
+    parts["tables"] = 2 * 4 * table_rows * half
     parts["scratch of the ops" if device == CPU else "workspace of the ops"] = ops.bytes
     if device == CPU:
         parts["runtime"] = own_memory() + GROWTH

@@ -161,12 +161,13 @@ def yarn_attention(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def tables(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Give cos and sin, float32 [length, head_dim / 2], of positions 0..length-1, rounded once."""
+def tables(rope: Rope, head_dim: int, length: int, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Give cos and sin, float32 [length, head_dim / 2], of positions from `first` on, rounded once."""
     frequency, factor = inverse_frequencies(rope, head_dim)
     cos, sin = np.empty((2, length, head_dim // 2), np.float32)
     for start in range(0, length, 8192):
-        angle = np.arange(start, min(start + 8192, length), dtype=np.float64)[:, None] * frequency
+        positions = first + np.arange(start, min(start + 8192, length), dtype=np.float64)
+        angle = positions[:, None] * frequency
         cos[start : start + 8192] = np.cos(angle) * factor
         sin[start : start + 8192] = np.sin(angle) * factor
     return cos, sin

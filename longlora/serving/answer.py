@@ -1,5 +1,6 @@
 """An answer as it comes: the engine advances as its text is asked for."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -31,10 +32,11 @@ class Answer:
         top_logprobs: int | None = None,
         on_read: Callable[[], Any] | None = None,
     ):
-        room = opened.engine.cache.places - len(ids)
+        limit = opened.engine.cache.limit
+        room = sys.maxsize if limit is None else limit - len(ids)
         if room < 1:
             raise UserError(
-                f"the prompt has {len(ids)} tokens, the context is {opened.engine.cache.places}: "
+                f"the prompt has {len(ids)} tokens, the context is {limit}: "
                 f"{1 - room} too many to leave room for an answer"
             )
         self._opened, self._events = opened, list[Event]()

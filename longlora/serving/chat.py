@@ -61,9 +61,9 @@ class Chat:
         self._out.flush()
         self._material = []
         self.messages = [*messages, {"role": "assistant", "content": "".join(pieces).strip()}]
-        used, places = answer.prompt_tokens + len(answer.tokens), self._session.context
-        if used > 0.9 * places:
-            self._note.write(f"({used} of {places} tokens of the context are used)\n")
+        used, context = answer.prompt_tokens + len(answer.tokens), self._session.context
+        if context is not None and used > 0.9 * context:
+            self._note.write(f"({used} of {context} tokens of the context are used)\n")
 
     def _command(self, line):
         name, _, rest = line.partition(" ")
@@ -72,7 +72,8 @@ class Chat:
             text = read_material(rest)
             self._material.append(text)
             count = len(self._session.opened.tokenizer.backend.encode(text, add_special_tokens=False).ids)
-            self._note.write(f"(read {rest}: {count} of {self._session.context} tokens)\n")
+            context = self._session.context
+            self._note.write(f"(read {rest}: {count}{f' of {context}' if context else ''} tokens)\n")
         elif name == "/reset":
             self.messages, self._material = list(self._start), []
             self._note.write("(the conversation is forgotten)\n")
@@ -122,6 +123,9 @@ def chat(
     max_new_tokens: int | None = None,
     prompt_cache: str | os.PathLike[str] | None = None,
     context: int | None = None,
+    streaming: bool = False,
+    start_size: int = 4,
+    recent_size: int | None = None,
     dtype: str = "auto",
     cache_dtype: str = "auto",
     chat_template: str | os.PathLike[str] | None = None,
@@ -139,18 +143,19 @@ def chat(
         model,
         adapter,
         context=context,
+        streaming=streaming,
+        start_size=start_size,
+        recent_size=recent_size,
         dtype=dtype,
         cache_dtype=cache_dtype,
         chat_template=chat_template,
         device=device,
     )
-    if prompt_cache is not None and os.path.exists(prompt_cache):
-        session.load(prompt_cache)
+    if prompt_cache is not None:
+        session.load(prompt_cache, missing_ok=True)
     conversation = Chat(session, system, max_new_tokens=max_new_tokens, **sampling)
-    print(
-        f"{session.chosen}; a context of {session.context} tokens; /help shows what else there is",
-        file=sys.stderr,
-    )
+    length = f"a context of {session.context} tokens" if session.context else "a conversation of any length"
+    print(f"{session.chosen}; {length}; /help shows what else there is", file=sys.stderr)
     conversation.run(prompt_lines() if lines is None else lines)
     if prompt_cache is not None and session.held:
         session.save(prompt_cache)

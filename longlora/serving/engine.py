@@ -104,13 +104,13 @@ class Engine:
         return True
 
     def _check(self, request):
-        count, places = len(request.prompt), self.cache.places
+        count, limit = len(request.prompt), self.cache.limit
         if not count:
             raise UserError("the prompt has no tokens")
-        if count + request.max_new_tokens > places:
+        if limit is not None and count + request.max_new_tokens > limit:
             raise UserError(
                 f"the prompt has {count} tokens and max_new_tokens is {request.max_new_tokens}, "
-                f"together more than the context of {places}"
+                f"together more than the context of {limit}"
             )
         if request.prompt.min() < 0 or request.prompt.max() >= self.model.config.vocab_size:
             raise UserError(f"the prompt has tokens outside 0 to {self.model.config.vocab_size - 1}")
@@ -192,10 +192,9 @@ class Engine:
                 slot.row: 0 if request.score_prompt else _common(slot.tokens, prompt[:-1]) for slot in free
             }
             slot = max(free, key=lambda slot: (shared[slot.row], -slot.used))
-            request.reused = shared[slot.row]
+            request.reused = self.cache.keep(slot.row, shared[slot.row])
             slot.request, slot.made, slot.next = request, 0, None
             slot.tokens, slot.rest = slot.tokens[: request.reused], prompt[request.reused :]
-            self.cache.lengths[slot.row] = request.reused
             self._clock += 1
             slot.used = self._clock
 

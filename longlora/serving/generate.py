@@ -45,6 +45,9 @@ def generate(
     stop: str | Sequence[str] = (),
     prompt_cache: PathLike | None = None,
     context: int | None = None,
+    streaming: bool = False,
+    start_size: int = 4,
+    recent_size: int | None = None,
     dtype: str = "auto",
     cache_dtype: str = "auto",
     chat_template: PathLike | None = None,
@@ -75,6 +78,9 @@ def generate(
         model,
         adapter,
         context=context,
+        streaming=streaming,
+        start_size=start_size,
+        recent_size=recent_size,
         dtype=dtype,
         cache_dtype=cache_dtype,
         chat_template=chat_template,
@@ -82,8 +88,7 @@ def generate(
     )
     on_read = None
     if prompt_cache is not None:
-        if os.path.exists(prompt_cache):
-            session.load(prompt_cache)
+        session.load(prompt_cache, missing_ok=True)
         on_read = functools.partial(session.save, prompt_cache)
     if prompt is not None:
         return session.generate(prompt, on_read=on_read, **how)

@@ -8,6 +8,7 @@ from longlora.decoder.cache import Cache
 from longlora.decoder.config import ModelConfig, read_config
 from longlora.decoder.generation_plan import plan
 from longlora.decoder.model import Model
+from longlora.decoder.streaming import StreamingCache, Window
 from longlora.decoder.weights import DTYPES
 from longlora.disk import read_json
 from longlora.errors import UserError
@@ -41,6 +42,7 @@ def open_engine(
     adapter: Path | None = None,
     *,
     context: int | None = None,
+    window: tuple[int, int | None] | None = None,
     rows: int = 1,
     dtype: str = "auto",
     cache_dtype: str = "auto",
@@ -49,7 +51,9 @@ def open_engine(
 ) -> Opened:
     """Open the model at path `model`, with an adapter merged in if given.
 
-    context: tokens of prompt and answer together; by default what the model was made for.
+    context: tokens of prompt and answer together, by default what the model was made for.
+    window: start and recent of a streaming.Window instead, for one answer without end. recent is by default
+        8192 or what the model was made for.
     rows: answers that advance side by side.
     dtype: of the weights; "auto" is that of the files. cache_dtype: of keys and values; "auto" is dtype.
     device: "cpu" or "cuda:N". memory: bytes, by default what the device has.
@@ -71,11 +75,14 @@ def open_engine(
     for name, value in (("dtype", dtype), ("cache_dtype", cache_dtype)):
         if value not in (*DTYPES, "auto"):
             raise UserError(f"{name} should be one of auto, {', '.join(DTYPES)}, got {value!r}")
-    if context is None:
-        context = config.max_position_embeddings
+    length = config.max_position_embeddings if context is None else context
+    size: int | Window = length
+    if window is not None:
+        start, recent = window
+        size = Window(start, min(8192, length - start) if recent is None else recent)
     planned = plan(
         config,
-        context=context,
+        context=size,
         rows=rows,
         dtype=dtype,
         cache_dtype=None if cache_dtype == "auto" else cache_dtype,
@@ -86,7 +93,11 @@ def open_engine(
         raise UserError(f"the model does not fit in memory\n{planned.text()}")
     tokenizer = base.tokenizer()
     made = Model(config, dtype=dtype, device=device).load(weights)
-    cache = Cache(config, rows, context, planned.cache_dtype, device)
+    kind = planned.cache_dtype, device
+    if isinstance(size, Window):
+        cache: Cache = StreamingCache(config, size, config.rope, *kind)
+    else:
+        cache = Cache(config, rows, size, *kind)
     identity |= {"dtype": dtype, "cache_dtype": planned.cache_dtype}
     return Opened(Engine(made, cache), tokenizer, config, end_tokens(base, tokenizer), base, identity)
 

@@ -29,11 +29,18 @@ def _layers(engine: Engine, tokens: int) -> dict[str, Any]:
     return found
 
 
+def check(path: Path, engine: Engine) -> None:
+    """UserError if the engine's cache cannot be in a file."""
+    if engine.cache.limit is None:
+        raise UserError(f"{path}: a streaming session forgets what it reads; its cache cannot be in a file")
+
+
 def save(path: Path, engine: Engine, identity: Mapping[str, str]) -> int:
     """Write row 0 of the engine's cache to the file `path` -> its tokens. identity: see open.Opened.
 
     UserError if the row is empty, or if the file cannot be written; what was there is then untouched.
     """
+    check(path, engine)
     tokens = engine.tokens(0)
     if not len(tokens):
         raise UserError(f"{path}: the cache is empty, there is nothing to save")

@@ -34,6 +34,9 @@ class Session:
     again: a second question about a long text is answered at once.
 
     context: tokens of prompt and answer together, by default what the model was made for.
+    streaming: take prompts and answers of any length in memory of a fixed size. The model then sees the first
+        start_size tokens and the last recent_size, by default 8192 or what the model was made for. It forgets
+        the others.
     dtype, cache_dtype: of the weights, and of keys and values; "auto" is that of the files.
     adapter: trained on the model. chat_template: a file, by default the model's own template.
     chosen: a sentence about the device.
@@ -47,22 +50,36 @@ class Session:
         adapter: PathLike | None = None,
         *,
         context: int | None = None,
+        streaming: bool = False,
+        start_size: int = 4,
+        recent_size: int | None = None,
         dtype: str = "auto",
         cache_dtype: str = "auto",
         chat_template: PathLike | None = None,
         device: str = "auto",
     ):
+        if streaming and context is not None:
+            raise UserError("context and streaming exclude each other: a streaming answer has no end")
+        if not streaming and (start_size != 4 or recent_size is not None):
+            raise UserError("start_size and recent_size go with streaming")
+        window = (start_size, recent_size) if streaming else None
         device, self.chosen = choose(device)
         self.opened = open_engine(
-            model, adapter, context=context, dtype=dtype, cache_dtype=cache_dtype, device=device
+            model,
+            adapter,
+            context=context,
+            window=window,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+            device=device,
         )
         self._chat_template = chat_template
         self._last: Answer | None = None
 
     @property
-    def context(self) -> int:
-        """How many tokens a prompt and its answer may have together."""
-        return self.opened.engine.cache.places
+    def context(self) -> int | None:
+        """How many tokens a prompt and its answer may have together; None if there is no limit."""
+        return self.opened.engine.cache.limit
 
     @property
     def held(self) -> int:
@@ -114,15 +131,21 @@ class Session:
     def save(self, path: PathLike) -> int:
         """Write the cache to the file `path` -> the tokens it holds.
 
-        UserError if there are none, or if it cannot be written; what was there is then untouched.
+        UserError if there are none, if the session is streaming, and if the file cannot be written; what was
+        there is then untouched.
         """
         return prompt_cache.save(path, self.opened.engine, self.opened.identity)
 
-    def load(self, path: PathLike) -> int:
+    def load(self, path: PathLike, missing_ok: bool = False) -> int:
         """Take the cache of the file `path`, which `save` wrote -> the tokens it holds.
 
-        UserError for a file of another model, adapter or dtype, one that is damaged, and one with more tokens
-        than the context. Where keys or values are at fault the cache is then empty, else it is untouched.
+        missing_ok: do nothing if there is no file, and return 0.
+        UserError for a streaming session, a file of another model, adapter or dtype, one that is damaged, and
+        one with more tokens than the context. Where keys or values are at fault the cache is then empty, else
+        it is untouched.
         """
         self._end()
+        prompt_cache.check(path, self.opened.engine)
+        if missing_ok and not os.path.exists(path):
+            return 0
         return prompt_cache.load(path, self.opened.engine, self.opened.identity)

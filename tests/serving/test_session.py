@@ -157,3 +157,49 @@ def test_generate_and_chat_keep_what_they_read_in_a_file(base, tmp_path, capsys)
     session = longlora.Session(base, context=300, device="cpu")
     held = session.load(cache)
     assert held > len(TEXT) and session.chat(first[:1], max_new_tokens=1) is not None
+
+
+def test_a_streaming_answer_has_no_end(base, capsys):
+    """Many windows of text in memory that does not grow; a prompt that goes on is not read again."""
+    how = dict(streaming=True, start_size=4, recent_size=40, device="cpu")
+    session = longlora.Session(base, **how)
+    text, first = answer(session, TEXT * 4, 150)
+    cache = session.opened.engine.cache
+    assert session.context is None and cache.places == 54 and len(first.tokens) == 150
+    assert cache.forgotten == 4 * len(TEXT) + 149 - 44
+    longer = np.array([*(TEXT * 4).encode(), *first.tokens, 1, 2], np.int32)
+    second = session.answer(longer, max_new_tokens=8)
+    assert len("".join(second)) and second.reused == len(longer) - 3  # the answer's last token is read now
+    _, third = answer(session, TEXT)  # what was forgotten is read again
+    assert third.reused == 0
+    flags = [
+        "generate",
+        "--model",
+        base,
+        "--device",
+        "cpu",
+        "--streaming",
+        "--recent-size",
+        "40",
+        "--prompt",
+        TEXT * 4,
+    ]
+    assert cli.main([*flags, "--max-new-tokens", "150"]) == 0
+    assert capsys.readouterr().out == text + "\n"
+    assert longlora.Session(base, streaming=True, device="cpu").opened.engine.cache.window.recent == 60
+
+
+@pytest.mark.parametrize(
+    "keywords, words",
+    [
+        (dict(streaming=True, context=100), "context and streaming exclude each other"),
+        (dict(start_size=5), "start_size and recent_size go with streaming"),
+        (dict(recent_size=100), "start_size and recent_size go with streaming"),
+        (dict(streaming=True, recent_size=0), "recent_size should be an integer of at least 1, got 0"),
+        (dict(streaming=True, start_size=64), "recent_size should be an integer of at least 1, got 0"),
+        (dict(streaming=True, prompt_cache="x"), "x: a streaming session forgets what it reads"),
+    ],
+)
+def test_streaming_that_cannot_be(base, keywords, words):
+    with pytest.raises(UserError, match=words):
+        longlora.generate(base, "a", device="cpu", **keywords)
