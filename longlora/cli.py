@@ -151,17 +151,6 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
 def _sampling_flags(parser: argparse._ActionsContainer, temperature: float) -> None:
     add = parser.add_argument
     add(
-        "--streaming",
-        action="store_true",
-        help="answers without end in memory of a fixed size: the model sees the first and the last tokens",
-    )
-    add("--start-size", type=int, default=4, help="with --streaming: the first tokens that are kept [4]")
-    add(
-        "--recent-size",
-        type=int,
-        help="with --streaming: the last tokens that are kept (default: 8192, or what the model has)",
-    )
-    add(
         "--max-new-tokens",
         type=int,
         help="tokens of an answer at most (default: what the context has room for)",
@@ -183,10 +172,20 @@ def _sampling_flags(parser: argparse._ActionsContainer, temperature: float) -> N
 def _generation_flags(parser: argparse.ArgumentParser) -> None:
     _model_flags(parser)
     _sampling_flags(parser, temperature=0.0)
-    parser.add_argument("--seed", type=int, help="draw the same tokens each time")
-    parser.add_argument(
-        "--prompt-cache", metavar="FILE", help="keep what was read in FILE: it is not read again"
+    add = parser.add_argument
+    add("--seed", type=int, help="draw the same tokens each time")
+    add(
+        "--streaming",
+        action="store_true",
+        help="answers without end in memory of a fixed size: the model sees the first and the last tokens",
     )
+    add("--start-size", type=int, default=4, help="with --streaming: the first tokens that are kept [4]")
+    add(
+        "--recent-size",
+        type=int,
+        help="with --streaming: the last tokens that are kept (default: 8192, or what the model has)",
+    )
+    add("--prompt-cache", metavar="FILE", help="keep what was read in FILE: it is not read again")
 
 
 def _generate_flags(parser: argparse.ArgumentParser) -> None:

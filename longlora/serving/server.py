@@ -26,7 +26,7 @@ from starlette.routing import Route
 from longlora.data.chat_template import ChatTemplate
 from longlora.errors import UserError
 from longlora.serving import pdf
-from longlora.serving.generate import chat_ids
+from longlora.serving.answer import chat_ids
 from longlora.serving.open import Opened
 from longlora.serving.protocol import Limits, Refused, Wanted, read_chat, read_completion
 from longlora.serving.replies import Reply, encoded

@@ -17,7 +17,7 @@ import longlora
 from longlora.decoder.sampling import Sampling
 from longlora.errors import UserError
 from longlora.serving import listen, server, streams
-from longlora.serving.generate import Answer
+from longlora.serving.answer import Answer
 from longlora.serving.open import open_engine
 
 HELLO = [{"role": "user", "content": "hello"}]
