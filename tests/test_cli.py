@@ -75,7 +75,7 @@ def test_defaults():
     nothing = (
         "init adapter target_length sequence_length group_size embedding_learning_rate eval_data "
         "max_eval_samples save_total_limit resume_from_checkpoint num_threads max_memory "
-        "cache_dir long_documents packing_boundaries chat_template"
+        "cache_dir long_documents packing_boundaries chat_template run_name"
     ).split()
     assert options.from_dict(GIVEN).to_dict() == GIVEN | dict.fromkeys(nothing) | dict(
         rope_type="linear",
@@ -108,6 +108,7 @@ def test_defaults():
         load_best_model_at_end=False,
         metric_for_best_model="eval_loss",
         logging_steps=1,
+        report_to=[],
         profile=False,
         seed=42,
         device="auto",

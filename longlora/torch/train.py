@@ -25,7 +25,7 @@ from longlora.guard import guarded
 from longlora.job import processors
 from longlora.progress import quietly
 from longlora.torch.trainer import TorchEngine
-from longlora.training import options, resume
+from longlora.training import options, reporters, resume
 from longlora.training.inputs import Say, Setup, Source, instructs, read_data, use_threads
 from longlora.training.options import TrainOptions
 from longlora.training.run import Result, Run
@@ -56,6 +56,7 @@ def run(o: TrainOptions, say: Say = print) -> Result:
     """As `train`, with checked options."""
     say = quietly(say)
     refuse(o)
+    reporters.chosen(o.report_to)  # before anything takes time
     use_threads(o)
     if o.num_threads:
         torch.set_num_threads(o.num_threads)

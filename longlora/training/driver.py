@@ -19,7 +19,7 @@ from longlora.errors import UserError
 from longlora.memory.plan import Plan
 from longlora.ops import IGNORE
 from longlora.progress import quietly
-from longlora.training import metrics, options, resume
+from longlora.training import metrics, options, reporters, resume
 from longlora.training.inputs import Say, Setup, Source, instructs, use_threads
 from longlora.training.options import TrainOptions
 from longlora.training.run import Result, Run
@@ -61,6 +61,7 @@ def plan_of(o: TrainOptions) -> Plan:
 def run(o: TrainOptions, say: Say = print) -> Result:
     """As `train`, with checked options."""
     say = quietly(say)
+    reporters.chosen(o.report_to)  # before anything takes time
     use_threads(o)
     source = Source(o)
     device, chosen = choose(o.device)

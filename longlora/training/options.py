@@ -171,6 +171,14 @@ class TrainOptions:
         "eval_loss", "what the best checkpoint has the lowest of", choices=("eval_loss", "loss")
     )
     logging_steps: int = option(1, "log metrics every N steps", low=1)
+    report_to: tuple = option(
+        (),
+        "programs that get the metrics too: tensorboard, wandb, all that are installed, or none",
+        choices=("tensorboard", "wandb", "all", "none"),
+    )
+    run_name: str | None = option(
+        None, "the name of the run in wandb (default: wandb chooses)", metavar="NAME"
+    )
     profile: bool = option(
         False, "report the time of a step op by op: a table at the end and profile.json; CPU only"
     )
@@ -369,8 +377,9 @@ def _checked(f: Field, value: Any) -> Any:
     value = _path(name, value) if _is_path(f) else _converted(name, kind, value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise UserError(f"{name} should be {kind.__name__}, got {shown(value)}")
-    if meta["choices"] and value not in meta["choices"]:
-        raise UserError(f"{name} should be one of {', '.join(meta['choices'])}, got {shown(value)}")
+    for one in value if kind is tuple else (value,):
+        if meta["choices"] and one not in meta["choices"]:
+            raise UserError(f"{name} should be one of {', '.join(meta['choices'])}, got {shown(one)}")
     if kind is float and not math.isfinite(value):
         raise UserError(f"{name} should be finite, got {shown(value)}")
     if meta["low"] is not None and value < meta["low"]:
@@ -453,7 +462,7 @@ def _default(f: Field) -> str:
     default = f.default if f.default_factory is MISSING else f.default_factory()
     if default is None:
         return ""
-    shown = " ".join(default) if isinstance(default, tuple) else str(default)
+    shown = (" ".join(default) or "none") if isinstance(default, tuple) else str(default)
     return f" [{shown.lower() if isinstance(default, bool) else shown}]"
 
 

@@ -23,7 +23,7 @@ from longlora.errors import UserError
 from longlora.evaluation.ppl import perplexity
 from longlora.files import adapter, base_folder, merge
 from longlora.ops import shifted_heads
-from longlora.training import best, metrics, report, resume
+from longlora.training import best, metrics, report, reporters, resume
 from longlora.training.inputs import Say, Setup, Source, read_data
 from longlora.training.moved import Moved, Trained
 from longlora.training.options import OF_TEXT, TrainOptions
@@ -55,6 +55,8 @@ FREE = {
     "load_best_model_at_end",
     "metric_for_best_model",
     "logging_steps",
+    "report_to",
+    "run_name",
     "profile",
 }
 # The kinds of parameters that train at embedding_learning_rate; all others train at learning_rate.
@@ -255,6 +257,7 @@ class Run:
         self.once(self._rehearse)
         self.once(lambda: report.write_options(o))
         self.log = metrics.Log(o.output_dir, self.rows, self.writes)
+        self.reports = reporters.Reports(o, reporters.chosen(o.report_to) if self.writes else (), self.say)
         for sentence in self._describe(engine.parameters):
             self.say(sentence)
         if memory is not None:
@@ -319,7 +322,7 @@ class Run:
         """
         if self.evaluated and self.step == 0:
             loss = self.engine.evaluate()
-            self.log.add(step=0, eval_loss=loss, eval_perplexity=perplexity(loss))
+            self._log(step=0, eval_loss=loss, eval_perplexity=perplexity(loss))
             self.say(f"before: held-out perplexity {perplexity(loss):.3f}, dense attention")
         self.moved, self.shown = Moved(self.engine.parameters), ""
         self.began = self.started = time.perf_counter()
@@ -329,6 +332,7 @@ class Run:
         """Entered around the steps: notes signals, shows the progress, and saves a checkpoint at the end."""
         quiet = None if self.writes else True
         with (
+            self.reports,
             Stop() as self.stop,
             progress.bar(
                 total=self.steps, initial=self.step, desc="training", unit="step", disable=quiet
@@ -426,7 +430,7 @@ class Run:
             try:
                 row["eval_loss"] = self.engine.evaluate()
             except Exception:
-                self.log.add(**row)  # the step is made, and saved as such
+                self._log(**row)  # the step is made, and saved as such
                 raise
             row["eval_perplexity"] = perplexity(row["eval_loss"])
             self.shown = f", held-out perplexity {row['eval_perplexity']:.3f}"
@@ -434,13 +438,17 @@ class Run:
         self.bar.update(1)
         self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s{self.shown}")
         if due.logs:
-            self.log.add(**row)
+            self._log(**row)
             if self.bar.disable:
                 each = (time.perf_counter() - self.began) / (self.step - self.first)
                 self.say(report.line(row, self.steps, each * (self.steps - self.step)))
         if due.saves and self.engine.signal() is None:
             self.save()
         self.started = time.perf_counter()
+
+    def _log(self, **row):
+        self.log.add(**row)
+        self.reports.log(row)
 
     def save(self) -> str:
         """Write checkpoint-N, N = step -> its path."""
@@ -518,6 +526,7 @@ class Run:
             )
         else:
             self.say(report.last_line(o, rows, self.best))
+        self.reports.close()  # wandb may wait for its network here: all is written
         last = {key: value for row in rows for key, value in row.items()}
         return Result(
             output_dir=o.output_dir,

@@ -163,13 +163,15 @@ def test_an_adapter_is_trained_further_as_the_driver_does(tmp_path, rope_type):
 
 
 def test_the_result_is_the_best_checkpoint(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
     monkeypatch.setattr(trainer.TorchEngine, "evaluate", lambda engine: [9.0, 5.0, 3.0, 4.0][engine.run.step])
     fields = dict(eval_fraction=0.1, eval_steps=1, save_steps=1, load_best_model_at_end=True, max_steps=3)
-    result = run(ours.train, tmp_path, "out", **fields, save_total_limit=1)
+    result = run(ours.train, tmp_path, "out", **fields, save_total_limit=1, report_to="tensorboard")
     (path,) = resume.found(tmp_path / "out")
     assert result.best_model_checkpoint == path == str(tmp_path / "out" / "checkpoint-2")
     best, found = trained(path), trained(tmp_path / "out")
     assert all(np.array_equal(found[name], best[name]) for name in best)
+    assert len(list((tmp_path / "out" / "runs").glob("*/events.out.tfevents.*"))) == 1
 
 
 def test_bfloat16_learns_as_the_driver_does(tmp_path):

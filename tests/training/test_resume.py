@@ -194,6 +194,8 @@ FREE = dict(
     load_best_model_at_end=True,
     metric_for_best_model="loss",
     logging_steps=2,
+    report_to=["tensorboard"],
+    run_name="again",
     profile=False,
 )
 # Options of questions and answers; tests/training/test_instructions.py resumes with them.
