@@ -1,8 +1,10 @@
-"""A server of a tiny model in a thread of the test."""
+"""A server of a tiny model in a thread of the test, and requests by hand."""
 
 import contextlib
+import http.client
 import json
 import threading
+import time
 
 import tiny
 
@@ -46,3 +48,40 @@ def serving(path, change=None, **how):
         servers[0].stop()
         thread.join(20)
         assert not thread.is_alive() and not failed
+
+
+def ask(running, method="POST", path="/v1/chat/completions", body=None, **headers):
+    """A request by hand -> status, headers, and what JSON says or the bytes."""
+    connection = http.client.HTTPConnection(running.url.removeprefix("http://"), timeout=20)
+    body = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request(method, path, body, {name.replace("_", "-"): text for name, text in headers.items()})
+    response = connection.getresponse()
+    data = response.read()
+    connection.close()
+    is_json = response.getheader("content-type") == "application/json"
+    return response.status, dict(response.getheaders()), json.loads(data) if is_json else data
+
+
+def until(other, **loads):
+    """Wait until so many requests run or wait."""
+    for _ in range(200):
+        health = ask(other, "GET", "/health")[2]
+        if all(health[name] == count for name, count in loads.items()):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{health}, and not {loads}")
+
+
+def engine(running):
+    return running._drain.__self__.engine
+
+
+def slow(monkeypatch, running):
+    """Let a step take 20 ms, so that 400 tokens take longer than `until` waits."""
+    step = engine(running)._generator.step
+
+    def slower(*arguments):
+        time.sleep(0.02)
+        return step(*arguments)
+
+    monkeypatch.setattr(engine(running)._generator, "step", slower)

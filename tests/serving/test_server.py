@@ -1,17 +1,16 @@
 """longlora serve over a socket, by the official client of OpenAI and by hand."""
 
-import http.client
 import json
 import random
 import socket
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import openai
 import pytest
 import served
+from served import ask, engine, slow, until
 
 import longlora
 from longlora.decoder.sampling import Sampling
@@ -45,43 +44,6 @@ def client(running):
 def opened(path, running):
     """The same model, without a server."""
     return open_engine(path)
-
-
-def ask(running, method="POST", path="/v1/chat/completions", body=None, **headers):
-    """A request by hand -> status, headers, and what JSON says or the bytes."""
-    connection = http.client.HTTPConnection(running.url.removeprefix("http://"), timeout=20)
-    body = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    connection.request(method, path, body, {name.replace("_", "-"): text for name, text in headers.items()})
-    response = connection.getresponse()
-    data = response.read()
-    connection.close()
-    is_json = response.getheader("content-type") == "application/json"
-    return response.status, dict(response.getheaders()), json.loads(data) if is_json else data
-
-
-def until(other, **loads):
-    """Wait until so many requests run or wait."""
-    for _ in range(200):
-        health = ask(other, "GET", "/health")[2]
-        if all(health[name] == count for name, count in loads.items()):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"{health}, and not {loads}")
-
-
-def engine(running):
-    return running._drain.__self__.engine
-
-
-def slow(monkeypatch, running):
-    """Let a step take 20 ms, so that 400 tokens take longer than `until` waits."""
-    step = engine(running)._generator.step
-
-    def slower(*arguments):
-        time.sleep(0.02)
-        return step(*arguments)
-
-    monkeypatch.setattr(engine(running)._generator, "step", slower)
 
 
 def test_models_and_health(client, running, path):
