@@ -15,9 +15,9 @@ import numpy as np
 
 from longlora.decoder.config import ModelConfig, read_config
 from longlora.decoder.lora import LoraConfig
-from longlora.disk import make_directory, read_json, write_json, write_text
+from longlora.disk import make_directory, read_json, write_json
 from longlora.errors import UserError
-from longlora.files import base_folder
+from longlora.files import base_folder, card
 from longlora.files.model_file import SAMPLE, ModelFile, some, to_float32
 from longlora.files.safetensors import SafetensorsFile
 from longlora.files.safetensors import save as save_tensors
@@ -120,36 +120,10 @@ def save(
         of_base = {"format": "pt", "longlora_base": base.fingerprint()}
         save_tensors(os.path.join(directory, WEIGHTS), out, of_base)
     write_json(os.path.join(directory, CONFIG), described, sort_keys=True)
-    write_text(
-        os.path.join(directory, "README.md"),
-        CARD.format(
-            base=json.dumps(path),
-            load=base_folder.NOTE + "\n" if extended else "",
-            length=config.max_position_embeddings,
-            r=lora.r,
-            alpha=lora.lora_alpha,
-            targets=", ".join(lora.target_modules),
-            modules=", ".join(modules) or "nothing",
-        ),
-    )
+    note = base_folder.NOTE if extended else ""
+    card.write(directory, card.adapter(base, config.max_position_embeddings, described, note))
     if tokenizer is not None:
         tokenizer.save(directory, config.max_position_embeddings)
-
-
-CARD = """---
-library_name: peft
-base_model: {base}
-pipeline_tag: text-generation
-tags:
-- lora
-- longlora
----
-Context of {length} tokens, by LongLoRA (arXiv 2309.12307) with `longlora`. LoRA r = {r}, alpha = {alpha} on \
-{targets}; trained
-whole and stored here: {modules}.
-
-{load}Servers that do not take `modules_to_save` (vLLM, llama.cpp) need the merged model: `longlora merge`.
-"""
 
 
 def load(

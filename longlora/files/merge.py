@@ -14,7 +14,7 @@ from longlora.decoder.config import read_config
 from longlora.device import CPU, choose, host, send
 from longlora.disk import make_directory, parse_json, write_bytes, write_json
 from longlora.errors import UserError
-from longlora.files import tokenizer_to_gguf
+from longlora.files import card, tokenizer_to_gguf
 from longlora.files.adapter import load
 from longlora.files.gguf_writer import DTYPES, OF_BASE, GgufWriter, sampling
 from longlora.files.huggingface import GENERATION, INDEX, SINGLE
@@ -89,24 +89,26 @@ def merge(
         lora, tensors, extended = load(adapter, base)
         source, raw = Merged(base, lora, tensors, device), extended or raw
     write = _gguf if format == "gguf" else _huggingface
-    return write(base, source, raw, output_dir, dtype)
+    return write(base, adapter, source, raw, output_dir, dtype)
 
 
-def _huggingface(base, source, raw, output_dir, dtype):
+def _huggingface(base, adapter, source, raw, output_dir, dtype):
     """Write a Hugging Face directory -> its path."""
     if dtype == "q8_0":
         raise UserError("dtype q8_0 is for format gguf; a Hugging Face directory takes f32, f16 and bf16")
     tokenizer, beside = base.tokenizer() if base.has_tokenizer() else None, base.beside()
     dtypes = {name: base.dtype(name) if dtype == "auto" else WORDS[dtype] for name in base.names()}
-    shapes = base.config.tensor_shapes()
+    shapes, name = base.config.tensor_shapes(), _name(output_dir)
     with _appearing(
         output_dir, sum(math.prod(shapes[name]) * WIDTHS[dtypes[name]] for name in dtypes)
     ) as aside:
         save_merged(aside, source.read, raw, tokenizer, dtypes, beside)
+        kept = dtypes["model.embed_tokens.weight"]
+        card.write(aside, card.merged(base, adapter, read_config(raw, base.path), name, kept, None))
     return os.fspath(output_dir)
 
 
-def _gguf(base, source, raw, output_dir, dtype):
+def _gguf(base, adapter, source, raw, output_dir, dtype):
     """Write a GGUF file into a new directory -> its path."""
     if not base.has_tokenizer():
         raise UserError(f"{base.path}: has no tokenizer; a GGUF file needs one")
@@ -120,12 +122,17 @@ def _gguf(base, source, raw, output_dir, dtype):
     )
     if dtype == "auto":
         dtype = OF_BASE[base.dtype("model.embed_tokens.weight")]
-    name = os.path.basename(os.path.realpath(output_dir))
+    name, file = _name(output_dir), f"model-{dtype}.gguf"
     writer = GgufWriter(config, keys, dtype, name, sampling(generation))
-    file = f"model-{dtype}.gguf"
     with _appearing(output_dir, writer.size) as aside:
         writer.write(os.path.join(aside, file), source.read)
+        card.write(aside, card.merged(base, adapter, config, name, dtype, file))
     return os.path.join(output_dir, file)
+
+
+def _name(output_dir):
+    """How the model is called: as its directory."""
+    return os.path.basename(os.path.realpath(output_dir))
 
 
 @contextlib.contextmanager

@@ -218,7 +218,7 @@ def test_files_of_an_adapter(tmp_path):
     assert found["peft_type"] == "LORA" and found["base_model_name_or_path"] == str(path / "longlora_base")
     assert found["needs_the_positions_in_its_folder_longlora_base"] == str(base)
     assert found["modules_to_save"] == ["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"]
-    assert (path / "README.md").read_text().startswith("---\nlibrary_name: peft\nbase_model: ")
+    assert (path / "README.md").read_text().startswith("---\nlibrary_name: peft\npipeline_tag: ")
 
 
 def test_peft_reads_the_adapter_with_the_warning_about_its_positions_alone(tmp_path):

@@ -27,7 +27,7 @@ def test_an_empty_directory_stays(tmp_path, adapter, monkeypatch, kind):
     monkeypatch.chdir(there)
     merge(base, adapter, {"empty": there, "link": tmp_path / "link", "here": "."}[kind])
     assert os.stat(there).st_ino == before
-    assert set(os.listdir(there)) == {"config.json", "model.safetensors"} | {
+    assert set(os.listdir(there)) == {"README.md", "config.json", "model.safetensors"} | {
         name for name in os.listdir(there) if "token" in name
     }
     assert open_model(there).names() == open_model(base).names()
