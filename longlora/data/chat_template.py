@@ -20,6 +20,7 @@ import jinja2.sandbox
 
 from longlora.disk import read_json
 from longlora.errors import UserError
+from longlora.files.tokenizer_files import CHAT_TEMPLATE
 
 MOST = 2_000_000  # rounds of all loops of a rendering, and characters or digits of a product
 _COUNTED, _ROUNDS = "longlora counted", "longlora rounds"  # names that no template can use
@@ -168,21 +169,29 @@ class ChatTemplate:
 
 
 def find_template(
-    base: Any, special: Mapping[str, str], file: str | os.PathLike[str] | None = None
+    base: Any,
+    special: Mapping[str, str],
+    file: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> ChatTemplate:
     """Find the chat template of `base`, an opened model.
 
     It is in chat_template.jinja, in tokenizer_config.json, or in the metadata of a GGUF file.
-    file: a template to use instead. A model without one gets the format of LLaMA-2-chat.
+    file: a template to use instead. adapter: a directory whose chat_template.jinja comes first, for it was
+    trained with that. A model without a template gets the format of LLaMA-2-chat.
     """
     if file is not None:
         return ChatTemplate(_read(os.fspath(file)), special, os.fspath(file))
+    if adapter is not None:
+        path = os.path.join(adapter, CHAT_TEMPLATE)
+        if os.path.isfile(path):
+            return ChatTemplate(_read(path), special, path)
     if base.kind == "gguf":
         source = base.metadata.get("tokenizer.chat_template")
         if isinstance(source, str):
             return ChatTemplate(source, special, base.path)
     else:
-        path = os.path.join(base.path, "chat_template.jinja")
+        path = os.path.join(base.path, CHAT_TEMPLATE)
         if os.path.isfile(path):
             return ChatTemplate(_read(path), special, path)
         path = os.path.join(base.path, "tokenizer_config.json")

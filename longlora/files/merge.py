@@ -12,7 +12,7 @@ import numpy as np
 from longlora import _C, disk
 from longlora.decoder.config import read_config
 from longlora.device import CPU, choose, host, send
-from longlora.disk import make_directory, parse_json, write_bytes, write_json
+from longlora.disk import make_directory, parse_json, read_bytes, write_bytes, write_json
 from longlora.errors import UserError
 from longlora.files import card, tokenizer_to_gguf
 from longlora.files.adapter import load
@@ -22,6 +22,7 @@ from longlora.files.model_file import narrowed
 from longlora.files.open_model import open_model
 from longlora.files.safetensors import WIDTHS, write
 from longlora.files.tokenizer import Tokenizer
+from longlora.files.tokenizer_files import CHAT_TEMPLATE
 
 Path = str | os.PathLike[str]
 FORMATS = ("huggingface", "gguf")
@@ -97,6 +98,9 @@ def _huggingface(base, adapter, source, raw, output_dir, dtype):
     if dtype == "q8_0":
         raise UserError("dtype q8_0 is for format gguf; a Hugging Face directory takes f32, f16 and bf16")
     tokenizer, beside = base.tokenizer() if base.has_tokenizer() else None, base.beside()
+    template = _template(adapter)
+    if tokenizer is not None and template is not None:
+        tokenizer.put(CHAT_TEMPLATE, template)
     dtypes = {name: base.dtype(name) if dtype == "auto" else WORDS[dtype] for name in base.names()}
     shapes, name = base.config.tensor_shapes(), _name(output_dir)
     with _appearing(
@@ -112,7 +116,9 @@ def _gguf(base, adapter, source, raw, output_dir, dtype):
     """Write a GGUF file into a new directory -> its path."""
     if not base.has_tokenizer():
         raise UserError(f"{base.path}: has no tokenizer; a GGUF file needs one")
-    config, tokenizer = read_config(raw, base.path), base.tokenizer()
+    config, tokenizer, template = read_config(raw, base.path), base.tokenizer(), _template(adapter)
+    if template is not None:
+        tokenizer.put(CHAT_TEMPLATE, template)
     beside = base.beside().get(GENERATION)
     generation = parse_json(beside, GENERATION) if beside is not None else {}
     keys = (
@@ -120,6 +126,8 @@ def _gguf(base, adapter, source, raw, output_dir, dtype):
         if base.kind == "gguf"
         else tokenizer_to_gguf.keys(tokenizer, config, generation)
     )
+    if template is not None and base.kind == "gguf":
+        keys["tokenizer.chat_template"] = template.decode("utf-8")
     if dtype == "auto":
         dtype = OF_BASE[base.dtype("model.embed_tokens.weight")]
     name, file = _name(output_dir), f"model-{dtype}.gguf"
@@ -128,6 +136,19 @@ def _gguf(base, adapter, source, raw, output_dir, dtype):
         writer.write(os.path.join(aside, file), source.read)
         card.write(aside, card.merged(base, adapter, config, name, dtype, file))
     return os.path.join(output_dir, file)
+
+
+def _template(adapter):
+    """The chat template that the adapter was trained with, bytes, or None."""
+    path = None if adapter is None else os.path.join(adapter, CHAT_TEMPLATE)
+    if path is None or not os.path.isfile(path):
+        return None
+    content = read_bytes(path)
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 at byte {error.start}") from None
+    return content
 
 
 def _name(output_dir):

@@ -235,6 +235,10 @@ class Tokenizer:
                 content = _longer(content, length)
             write_bytes(os.path.join(directory, name), content)
 
+    def put(self, name: str, content: bytes) -> None:
+        """Let `save` write the file `name` with this content."""
+        self._files = {**self._files, name: content}
+
     def fingerprint(self) -> str:
         """Identify this tokenizer: two with equal fingerprints give equal ids for every text."""
         described = self.backend.to_str() + ("split" if self.backend.encode_special_tokens else "")

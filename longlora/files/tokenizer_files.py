@@ -16,8 +16,9 @@ Path = str | os.PathLike[str]
 JSON, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
 SENTENCEPIECE, VOCAB, MERGES = "tokenizer.model", "vocab.json", "merges.txt"
+CHAT_TEMPLATE = "chat_template.jinja"
 # Everything transformers and llama.cpp read of a tokenizer; copied unchanged to an adapter or merged model.
-FILES = (JSON, CONFIG, SPECIAL_MAP, ADDED, "chat_template.jinja", SENTENCEPIECE, VOCAB, MERGES)
+FILES = (JSON, CONFIG, SPECIAL_MAP, ADDED, CHAT_TEMPLATE, SENTENCEPIECE, VOCAB, MERGES)
 TEMPLATES = "additional_chat_templates"
 # Vocabularies of other tokenizers, which we do not read.
 OTHER = ("tekken.json", "tiktoken.model", "spiece.model", "vocab.txt", "spm.model")

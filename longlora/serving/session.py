@@ -38,7 +38,8 @@ class Session:
         start_size tokens and the last recent_size, by default 8192 or what the model was made for. It forgets
         the others.
     dtype, cache_dtype: of the weights, and of keys and values; "auto" is that of the files.
-    adapter: trained on the model. chat_template: a file, by default the model's own template.
+    adapter: trained on the model. chat_template: a file, by default the one that the adapter was
+        trained with, or the model's own.
     chosen: a sentence about the device.
 
     UserError for files that cannot be read or do not fit in memory, before any weight is read.
@@ -73,7 +74,7 @@ class Session:
             cache_dtype=cache_dtype,
             device=device,
         )
-        self._chat_template = chat_template
+        self._chat_template, self._adapter = chat_template, adapter
         self._last: Answer | None = None
 
     @property
@@ -89,7 +90,8 @@ class Session:
     @functools.cached_property
     def template(self) -> Any:
         """The chat template. UserError if its file cannot be read."""
-        return find_template(self.opened.base, self.opened.tokenizer.special, self._chat_template)
+        opened = self.opened
+        return find_template(opened.base, opened.tokenizer.special, self._chat_template, self._adapter)
 
     def generate(self, prompt: str, **how: Any) -> Answer:
         """Continue `prompt` as it is -> an Answer to iterate over. how: see `answer`."""

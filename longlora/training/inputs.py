@@ -20,6 +20,7 @@ from longlora.decoder.lora import LoraConfig
 from longlora.device import CPU
 from longlora.errors import UserError
 from longlora.files import adapter as adapters
+from longlora.files.tokenizer_files import CHAT_TEMPLATE
 from longlora.training import from_adapter
 from longlora.training.options import TrainOptions
 
@@ -72,10 +73,17 @@ class Source:
             self.tokenizer = Tokenizer.from_directory(directory).check(self.config, directory)
         self.dtype = self.config.raw.get("dtype") or self.config.raw.get("torch_dtype") or "float32"
 
-    def template(self, file: str | None) -> ChatTemplate:
-        """The chat template in `file`, or else the model's. UserError if it cannot be used."""
+    def template(self, o: TrainOptions) -> ChatTemplate:
+        """The chat template of the run. UserError if it cannot be used.
+
+        It goes with the tokenizer's files, so that it is there where the result is used.
+        """
         base = self.base or SimpleNamespace(kind="huggingface", path=self._directory)
-        return find_template(base, self.tokenizer.special if self.tokenizer else {}, file)
+        special = self.tokenizer.special if self.tokenizer else {}
+        found = find_template(base, special, o.chat_template, o.adapter)
+        if self.tokenizer:
+            self.tokenizer.put(CHAT_TEMPLATE, found.source.encode())
+        return found
 
 
 class Setup:
@@ -139,14 +147,14 @@ def read_data(
     """Tokenise the data, or take it from the cache.
 
     Returns the sequences to train on, those held out or None, a fingerprint that identifies the former, and
-    one of the chat template, or None for text. UserError for data that cannot be read.
+    one of what decides which tokens are answers, or None for text. UserError for data that cannot be read.
     """
     cache = o.cache_dir or os.path.join(o.output_dir, "cache")
     if os.path.isdir(cache):
         disk.sweep(cache, CACHED)
     forms = {path: form_of(path) for path in (o.data, o.eval_data) if path}
     talks = any(form and not form.plain for form in forms.values())
-    template = source.template(o.chat_template) if talks else None
+    template = source.template(o) if talks else None
     if o.chat_template and not talks:
         raise UserError(f"chat_template is for conversations; {o.data} holds none")
     if o.train_on_inputs and not any(forms.values()):
@@ -167,5 +175,6 @@ def read_data(
         held_out = sequences(o.eval_data)
     elif o.eval_fraction:
         held_out = corpus.hold_out(o.eval_fraction)
-    rules = hashlib.sha256(json.dumps(template.key()).encode()).hexdigest() if template else None
+    decides = json.dumps([template and template.key(), o.train_on_inputs])
+    rules = hashlib.sha256(decides.encode()).hexdigest() if any(forms.values()) else None
     return corpus, held_out, f"{corpus.tokens.fingerprint} {len(corpus)}", rules

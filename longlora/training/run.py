@@ -142,7 +142,7 @@ def length(o: TrainOptions, sequences: int, each: int) -> tuple[int, int]:
 def same_run(state: dict, identity: dict, o: TrainOptions, where: str) -> None:
     """UserError unless the checkpoint `where`, of this state, belongs to a run with the same arithmetic."""
     what = {
-        "template": "another chat template",
+        "template": "another chat template or train_on_inputs",
         "data": "other data",
         "base": "another base model",
         "adapter": "another start: give the adapter that it started from, or none if there was none",

@@ -1,4 +1,4 @@
-"""Files of records: every container gives the same records, every form the same messages; errors have a place."""
+"""Every container gives the same records, every form the same messages; errors have a place."""
 
 import gzip
 import json
@@ -33,10 +33,8 @@ def contain(path, rows):
     if path.name.endswith(".gz"):
         path.write_bytes(gzip.compress(lines.encode()))
     elif path.suffix == ".parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        table = pytest.importorskip("pyarrow").Table.from_pylist(rows)
+        pytest.importorskip("pyarrow.parquet").write_table(table, path)
     elif path.name == "list.json":
         path.write_text("\ufeff " + json.dumps(rows, indent=1) + "\n")
     else:

@@ -243,6 +243,25 @@ def test_a_batch_of_packed_documents_by_hand():
     assert "position_ids" not in trainer.batch(Sequences(tokens, 8), [0], 1)
 
 
+def test_questions_and_answers_are_the_drivers(tmp_path):
+    """Four batches a step, with different numbers of targets; the last ones are held out."""
+    pairs = [
+        ("What is it?" * n, "An answer. " * m) for n, m in ((1, 1), (2, 5), (4, 2), (1, 4), (3, 1), (1, 6))
+    ]
+    records = [{"instruction": q, "output": a} for q, a in pairs]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    fields = dict(
+        data=str(tmp_path / "a.json"),
+        eval_data=str(tmp_path / "a.json"),
+        gradient_accumulation_steps=4,
+        max_steps=3,
+    )
+    theirs = run(driver.train, tmp_path, "theirs", **fields)
+    mine = run(ours.train, tmp_path, "mine", **fields)
+    same_rows(mine.history, theirs.history)
+    close(trained(tmp_path / "mine"), trained(tmp_path / "theirs"))
+
+
 def test_packed_documents_train_as_if_each_were_alone(tmp_path):
     """Two documents of 64 tokens in one sequence, or a sequence each; the groups are of 16. Evaluated
     likewise."""

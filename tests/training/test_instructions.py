@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import tiny
-from runs import failure, numbers, run
+from runs import failure, numbers, run, weights
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
@@ -83,3 +83,109 @@ def test_the_loss_is_the_mean_over_the_targets_of_the_whole_step(tmp_path, name,
         f"{int(np.median(sizes))}, longest {max(sizes)}) -> 5 sequences of 128" in line
     )
     assert "samples do not see each other" in line
+
+
+def test_a_run_goes_on_with_the_same_template_and_answers_only(tmp_path):
+    data = write(tmp_path / "a.jsonl", PAIRS)
+    fields = dict(data=data, chat_template=template(tmp_path / "t.jinja"))
+    run(tmp_path, max_steps=2, **fields)
+    whole = run(tmp_path, max_steps=4, output_dir=str(tmp_path / "whole"), **fields)
+    again = dict(fields, max_steps=4, resume_from_checkpoint="latest")
+    other = template(tmp_path / "other.jinja", TEMPLATE.replace("{{ m.content }}", "{{ m.content }} "))
+    for change in (dict(chat_template=other), dict(train_on_inputs=True)):
+        message = failure(tmp_path, **again | change)
+        assert message.endswith("was trained with another chat template or train_on_inputs")
+    assert "other data" in failure(tmp_path, **again | dict(packing_boundaries="none"))
+    (tmp_path / "t.jinja").rename(tmp_path / "moved.jinja")  # the same template at another path
+    resumed = run(tmp_path, **again | dict(chat_template=str(tmp_path / "moved.jinja")))
+    assert numbers(resumed.history) == numbers(whole.history)
+    for name, array in weights(tmp_path / "whole").items():
+        np.testing.assert_array_equal(weights(tmp_path / "out")[name], array)
+
+
+def test_the_template_goes_with_the_adapter(tmp_path):
+    """It is found where the adapter is used, and the merged model has it."""
+    from longlora.data.chat_template import LLAMA_2
+    from longlora.files.merge import merge
+    from longlora.serving.session import Session
+
+    data = write(tmp_path / "a.jsonl", PAIRS)
+    run(tmp_path, data=data, max_steps=1, chat_template=template(tmp_path / "t.jinja"))
+    run(tmp_path, data=data, max_steps=1, output_dir=str(tmp_path / "plain"))
+    base, out = tmp_path / "base", tmp_path / "out"
+    assert (out / "chat_template.jinja").read_text() == TEMPLATE
+    assert (tmp_path / "plain" / "chat_template.jinja").read_text() == LLAMA_2
+    assert Session(base, out, device="cpu", context=64).template.source == TEMPLATE
+    merge(base, out, tmp_path / "merged")
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == TEMPLATE
+    further = dict(adapter=str(out), target_length=None, output_dir=str(tmp_path / "further"))
+    run(tmp_path, data=data, max_steps=1, **further)
+    assert (tmp_path / "further" / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_plain_prompts_need_no_template(tmp_path):
+    data = tmp_path / "a.jsonl"
+    data.write_text(json.dumps({"prompt": "one two", "completion": " three"}) + "\n")
+    (tmp_path / "base").mkdir()
+    tiny.model(tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").write_text("{% if %}")  # is not looked at
+    said = []
+    result = run(tmp_path, said, data=str(data), max_steps=1, attention="dense")
+    text = b"one two three"
+    wanted = losses(
+        tmp_path / "base", tmp_path / "out", [(np.array([*text, END]), np.arange(len(text) + 1) >= 7)]
+    )
+    assert result.loss == pytest.approx(wanted.mean(), rel=1e-5) and len(wanted) == 7
+    assert f"{data}: records of prompt and completion; the answers are learned" in said
+
+
+LONG = [("What is it?", "An answer. " * 20), *PAIRS]
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(pairs=LONG), "record 1 has 249 tokens, the sequence 128 (1 such); long_documents can be split"),
+        (dict(chat_template="t.jinja", data="text.txt"), "chat_template is for conversations; "),
+        (dict(train_on_inputs=True, data="text.txt"), "train_on_inputs is for questions and answers; "),
+        (dict(chat_template="none.jinja"), "none.jinja: cannot be read: No such file"),
+        (dict(chat_template="bad.jinja"), "bad.jinja: the chat template is not valid (line 1)"),
+        (dict(pairs=[("a", "")]), "line 1: output should be a text that is not empty"),
+        (dict(boundary="wrap"), "packing_boundaries document needs boundary split"),
+        (dict(pairs=[("Q" * 200, "A")], long_documents="truncate"), "leaves no sequence of 128 tokens"),
+        (dict(eval_data="held.jsonl"), "held.jsonl: line 1: completion should be a text that is not empty"),
+    ],
+)
+def test_what_a_run_cannot_use_is_refused(tmp_path, fields, words):
+    tiny.text(tmp_path / "text.txt")
+    template(tmp_path / "t.jinja")
+    template(tmp_path / "bad.jinja", "{% if %}")
+    (tmp_path / "held.jsonl").write_text('{"prompt": "a"}\n')
+    fields = dict(data="a.jsonl", chat_template="t.jinja", max_steps=1) | fields
+    write(tmp_path / "a.jsonl", fields.pop("pairs", PAIRS))
+    if fields["data"] == "text.txt" and "train_on_inputs" in fields:
+        del fields["chat_template"]
+    paths = {"data", "chat_template", "eval_data"}
+    message = failure(tmp_path, **{k: str(tmp_path / v) if k in paths else v for k, v in fields.items()})
+    assert words in message
+
+
+def test_explicit_options_win_over_the_defaults_of_instructions(tmp_path):
+    said = []
+    fields = dict(data=write(tmp_path / "a.jsonl", LONG), chat_template=template(tmp_path / "t.jinja"))
+    run(tmp_path, said, max_steps=1, long_documents="split", packing_boundaries="none", **fields)
+    line = next(line for line in said if line.startswith("data: "))
+    assert "1 longer samples split" in line and "do not see each other" not in line
+
+
+def test_the_command_line_trains_on_a_list_of_records(tmp_path):
+    """From the flags to the metrics, in a process of its own."""
+    records = [{"instruction": q, "input": "", "output": a} for q, a in PAIRS]
+    (tmp_path / "alpaca.json").write_text(json.dumps(records))
+    fields = tiny.options(tmp_path, data=str(tmp_path / "alpaca.json"), max_steps=30, eval_fraction=0.2)
+    done = tiny.command("train", *tiny.flags(fields))
+    assert done.returncode == 0, done.stderr
+    assert "alpaca.json: records of Alpaca, rendered by the built-in chat template" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < 0.5 * rows[1]["loss"]
+    assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
