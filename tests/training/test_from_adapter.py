@@ -162,7 +162,7 @@ def test_the_adapter_is_a_part_of_the_runs_identity(first, tmp_path):
         (dict(modules_to_save=[]), "modules_to_save of the adapter"),
         (dict(target_length=128), "target_length of the adapter DIR is 256, got 128"),
         (dict(rope_type="linear"), "rope_type of the adapter DIR is yarn, got linear"),
-        (dict(sequence_length=512), "sequence_length should be at most the 256 tokens of the adapter"),
+        (dict(sequence_length=512), "sequence_length should be at most target_length 256, got 512"),
         (dict(full=True), "adapter and full exclude each other"),
         (dict(model=None, init="base", full=True), "adapter and full exclude each other"),
         (dict(adapter="nowhere"), "nowhere: is not an adapter: it has no adapter_config.json"),
@@ -216,7 +216,9 @@ def test_an_adapter_that_extends_nothing_keeps_the_positions_of_its_base(tmp_pat
     assert "rope: default, as the base: 64 positions" in said
     assert not (tmp_path / "second" / "longlora_base").exists()
     given["output_dir"] = str(tmp_path / "third")
-    assert f"is 64, got {128}" in failure(tmp_path, **given, target_length=128)
+    assert "is 64, got 128" in failure(tmp_path, **given, target_length=128)
+    given |= dict(target_length=None, sequence_length=128)
+    assert "at most the 64 tokens of the adapter, got 128" in failure(tmp_path, **given)
 
 
 # ---- PEFT ----------------------------------------------------------------------------------------
