@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -197,14 +198,20 @@ def floors(config, context, dtype):
     return flops, width * (layers + C * V + 2 * L * K * D * (context + STEPS / 2))
 
 
-def read_bandwidth(seconds):
-    """GB/s that all threads read: sums of squares of an array that no cache holds."""
-    import longlora
+def read_bandwidth(threads):
+    """GB/s that `threads` threads read from memory, at best: NumPy's "or" over arrays that no cache holds."""
+    parts = [np.ones(32 << 20, np.uint64) for _ in range(threads)]
 
-    x, out = longlora.Tensor((64 << 20,)), longlora.Tensor((1,), "float64")
-    x.fill(1)
-    (best,) = harness.interleaved([lambda: longlora._C.sum_squares(out, x)], seconds)
-    return x.nbytes / best / 1e9
+    def read(i):
+        np.bitwise_or.reduce(parts[i])
+
+    with ThreadPoolExecutor(threads) as pool:
+        seconds = []
+        for _ in range(9):
+            start = time.perf_counter()
+            list(pool.map(read, range(threads)))
+            seconds.append(time.perf_counter() - start)
+    return sum(part.nbytes for part in parts) / min(seconds) / 1e9
 
 
 def peers():
@@ -227,7 +234,7 @@ def main(argv=None):
     if bench.gpu is not None:
         raise SystemExit("generate: is measured on the CPU only")
     smoke, config = bench.options.smoke, read_config(shapes(bench.options.smoke))
-    bandwidth = read_bandwidth(bench.options.seconds)
+    bandwidth = read_bandwidth(bench.options.threads)
     print(f"  reading: {bandwidth:.1f} GB/s")
     for context in (32,) if smoke else CONTEXTS:
         for dtype in DTYPES:
