@@ -111,6 +111,30 @@ def test_the_loss_before_the_first_step_is_that_of_the_adapter(first, tmp_path):
     assert result.history[0]["step"] == 0 and result.history[0]["eval_loss"] == wanted["loss"]
 
 
+def test_after_texts_come_instructions(first, tmp_path):
+    """A question a record; its loss before the first step is that of the adapter on the answers."""
+    pairs = [
+        ("Which group is long? " * n, "The shifted one. " * m) for n, m in ((1, 1), (3, 2), (2, 5), (1, 3))
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(dict(prompt=p, completion=c)) + "\n" for p, c in pairs))
+    fields = dict(eval_data=str(data), max_steps=2, eval_steps=1, save_steps=1, load_best_model_at_end=True)
+    result = further(first, tmp_path / "out", data=str(data), **fields)
+    model, _ = ppl.open_for_evaluation(first / "base", first / "out")
+    total = count = 0
+    for prompt, completion in pairs:
+        ids = np.array([*prompt.encode(), *completion.encode(), tiny.CONFIG["eos_token_id"]], np.int32)
+        targets = np.append(ids[1:], np.int32(IGNORE)).astype(np.int32)
+        targets[: len(prompt.encode()) - 1] = IGNORE
+        total += float(model.losses(ids, targets).sum())
+        count += int((targets != IGNORE).sum())
+    assert result.history[0]["eval_loss"] == pytest.approx(total / count, rel=1e-6)
+    best = min(result.history[1:], key=lambda row: row["eval_loss"])
+    assert result.best_model_checkpoint == str(tmp_path / "out" / f"checkpoint-{best['step']}")
+    assert best["eval_loss"] < result.history[0]["eval_loss"]
+    equal(weights(tmp_path / "out"), weights(result.best_model_checkpoint))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_resuming_gives_the_bits_of_never_having_stopped(first, tmp_path, dtype):
     fields = dict(dtype=dtype, lr_scheduler_type="cosine")
