@@ -103,7 +103,9 @@ def _messages(record):
 
 
 def _sharegpt(record):
-    turns = _turns(record["conversations"], "conversations", "from", "value")
+    found = record["conversations"]
+    named = found and isinstance(found[0], dict) and "role" in found[0]  # in the words of messages
+    turns = _turns(found, "conversations", *(() if named else ("from", "value")))
     return Sample(messages=_answered(_system(record) + turns, "conversations"))
 
 

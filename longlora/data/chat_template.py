@@ -33,7 +33,7 @@ LLAMA_2 = (
     "{%- set rest = messages[1:] -%}"
     "{%- else -%}{%- set system = '' -%}{%- set rest = messages -%}{%- endif -%}"
     "{%- for message in rest -%}"
-    "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
+    "{%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}"
     "{{ raise_exception('the roles of messages should alternate between user and assistant') }}"
     "{%- endif -%}"
     "{%- if message['role'] == 'user' -%}"

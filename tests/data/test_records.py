@@ -6,6 +6,8 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_chat import KINDS, TALK, failure, tokenizer, write
 from test_chat_template import SPECIAL
 
@@ -20,6 +22,12 @@ ROWS = [
     {"instruction": "Say \u00e9", "input": "twice", "output": "\u00e9\u00e9"},
     {"instruction": "b", "output": "c"},
 ]
+TEMPLATE = ChatTemplate(
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{{ '<assistant>' if add_generation_prompt }}",
+    SPECIAL,
+    "here",
+)
 PROMPT = "prompt and completion"
 
 
@@ -155,6 +163,7 @@ def said(*texts):
                 for role, text in zip(("system", "user", "assistant", "tool", "assistant"), "sabtc")
             ],
         ),
+        ({"conversations": TALK}, "ShareGPT", TALK),
         ({"prompt": said("a"), "completion": said("a", "b")[1:]}, PROMPT + " messages", said("a", "b")),
     ],
 )
@@ -165,11 +174,7 @@ def test_a_form_gives_messages(tmp_path, record, name, wanted):
 
 
 def test_only_the_completion_is_learned_of_message_lists(tmp_path):
-    plain = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
-        "{{ '<assistant>' if add_generation_prompt }}"
-    )
-    for template in (LLAMA_2, plain):
+    for template in (LLAMA_2, TEMPLATE.source):
         rows = [{"prompt": TALK[:3], "completion": TALK[3:]}]
         path = write(tmp_path / "a.jsonl", rows)
         how = Instructions(form_of(path), ChatTemplate(template, SPECIAL, "here"))
@@ -235,6 +240,29 @@ def test_what_is_wrong_with_a_record_is_named_with_its_place(tmp_path, record, w
     path = write(tmp_path / "a.jsonl", [record])
     message = failure(messages, path)
     assert message.startswith(f"{path}: line 1") and words in message
+
+
+WORDS = st.sampled_from(["user", "assistant", "human", "gpt", "tool", "a b", "", " ", "<s>", "\u65e5"])
+NAMES = ["role", "content", "from", "value", "tool_calls"]
+KEYS = ["messages", "conversations", "instruction", "input", "output", "prompt", "completion", "system"]
+TURNS = st.lists(st.dictionaries(st.sampled_from(NAMES), WORDS, max_size=4), max_size=4)
+VALUES = st.recursive(
+    WORDS | TURNS | st.none() | st.integers(), lambda x: st.lists(x, max_size=3), max_leaves=5
+)
+RECORDS = st.dictionaries(st.sampled_from([*KEYS, "tools", "history"]), VALUES, max_size=4)
+
+
+@given(rows=st.lists(RECORDS, min_size=1, max_size=3), everything=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_no_record_fails_in_another_way(tmp_path_factory, rows, everything):
+    """A record of whatever content has targets, or is refused by a UserError."""
+    path = write(tmp_path_factory.getbasetemp() / "any.jsonl", rows)
+    try:
+        form = form_of(path)
+        for ids, learned, _ in Instructions(form, TEMPLATE, everything).encode([path], KINDS["llama3"]):
+            assert len(ids) == len(learned) and learned[1:].any()
+    except UserError as error:
+        assert str(error).startswith(f"{path}: line ")
 
 
 def test_a_record_of_another_form_is_named_with_its_place(tmp_path):
