@@ -164,9 +164,9 @@ def read_data(
         form, how = forms[path], None
         if form is not None:
             how = Instructions(form, None if form.plain else template, o.train_on_inputs)
-            learned = "everything is learned" if o.train_on_inputs else "the answers are learned"
+            over = "everything" if o.train_on_inputs else "the answers"
             by = f", rendered by {how.template.where}" if how.template else ""
-            say(f"{path}: records of {form.name}{by}; {learned}")
+            say(f"{path}: records of {form.name}{by}; loss and perplexity are over {over}")
         tokens = tokenise(path, source.tokenizer, setup.config.vocab_size, cache, say, how)
         return Sequences(tokens, o.sequence_length, o.long_documents, path, o.packing_boundaries)
 

@@ -151,7 +151,9 @@ class TrainOptions:
         resolved=True,
     )
     chat_template: str | None = option(
-        None, "a file with a Jinja chat template for questions and answers (default: the model's)"
+        None,
+        "a file with a Jinja chat template for questions and answers (default: the model's)",
+        alias=("chat_template_path",),
     )
     train_on_inputs: bool = option(False, "learn the questions too, not only the answers")
     eval_data: str | None = option(None, "held-out text, in the same forms as data (default: none)")

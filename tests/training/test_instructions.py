@@ -136,7 +136,7 @@ def test_plain_prompts_need_no_template(tmp_path):
         tmp_path / "base", tmp_path / "out", [(np.array([*text, END]), np.arange(len(text) + 1) >= 7)]
     )
     assert result.loss == pytest.approx(wanted.mean(), rel=1e-5) and len(wanted) == 7
-    assert f"{data}: records of prompt and completion; the answers are learned" in said
+    assert f"{data}: records of prompt and completion; loss and perplexity are over the answers" in said
 
 
 LONG = [("What is it?", "An answer. " * 20), *PAIRS]
