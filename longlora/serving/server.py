@@ -216,10 +216,11 @@ class Service:
                 try:
                     begun = await answers.next(PING_SECONDS)
                 except TimeoutError:
-                    begun = None
+                    begun = []
                 return Stream(answers, made, begun, stack.pop_all())
-            while (piece := await answers.next()) is not None:
-                made.add(piece)
+            while pieces := await answers.next():
+                for piece in pieces:
+                    made.add(piece)
         return reply(made.body())
 
     def _prompts(self, wanted: Wanted) -> list[tuple[np.ndarray, str]]:

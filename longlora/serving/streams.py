@@ -52,26 +52,34 @@ class Answers:
             for choice in self.choices:
                 choice.request.cancel()
 
-    async def next(self, seconds: float | None = None) -> Piece | None:
-        """The next piece; None after the last one. Gone, Refused for an answer that failed, TimeoutError."""
+    async def next(self, seconds: float | None = None) -> list[Piece]:
+        """The pieces that there are, at least one; none after the last one of every answer.
+
+        Gone, Refused for an answer that failed, TimeoutError.
+        """
         if not self._left:
-            return None
+            return []
         async with asyncio.timeout(seconds):
-            piece = await self._queue.get()
-        if piece is None:
-            raise Gone
-        if piece.reason == "refused":
-            raise Refused(STOPPING, 503)
-        if piece.reason == "error":
-            raise Refused(piece.error or "", 500)
-        self._left -= piece.reason is not None
-        return piece
+            found = [await self._queue.get()]
+        while not self._queue.empty():
+            found.append(self._queue.get_nowait())
+        pieces = []
+        for piece in found:
+            if piece is None:
+                raise Gone
+            if piece.reason == "refused":
+                raise Refused(STOPPING, 503)
+            if piece.reason == "error":
+                raise Refused(piece.error or "", 500)
+            self._left -= piece.reason is not None
+            pieces.append(piece)
+        return pieces
 
 
 class Stream(Response):
-    """Server-sent events. begun: the first piece, if it was waited for."""
+    """Server-sent events. begun: the first pieces, if they were waited for."""
 
-    def __init__(self, answers: Answers, made: Reply, begun: Piece | None, stack: contextlib.AsyncExitStack):
+    def __init__(self, answers: Answers, made: Reply, begun: list[Piece], stack: contextlib.AsyncExitStack):
         super().__init__(headers={"cache-control": "no-cache"}, media_type="text/event-stream")
         del self.headers["content-length"]
         self._answers, self._made, self._begun, self._stack = answers, made, begun, stack
@@ -81,27 +89,25 @@ class Stream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             with contextlib.suppress(Gone):
                 async for part in self._parts():
-                    await send({"type": "http.response.body", "body": part, "more_body": True})
+                    if part:
+                        await send({"type": "http.response.body", "body": part, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
 
     async def _parts(self):
-        made, answers = self._made, self._answers
-        for part in made.beginning():
-            yield part
-        piece = self._begun
+        """What to send, as it comes: the events of all pieces that there are at a time."""
+        made, pieces = self._made, self._begun
+        yield b"".join(made.beginning())
         try:
-            while piece is not None or not made.complete:
-                if piece is None:
-                    yield PING
-                else:
-                    for part in made.events(piece):
-                        yield part
+            while True:
+                yield b"".join(part for piece in pieces for part in made.events(piece))
+                if made.complete:
+                    break
                 try:
-                    piece = None if made.complete else await answers.next(PING_SECONDS)
+                    pieces = await self._answers.next(PING_SECONDS)
                 except TimeoutError:
-                    piece = None
+                    pieces = []
+                    yield PING
         except Refused as error:
             yield event(error.body())
             return
-        for part in made.end():
-            yield part
+        yield b"".join(made.end())
