@@ -25,7 +25,7 @@ def test_log_likelihoods_and_texts_of_local_completions(tmp_path):
             batch_size=2,
             max_retries=1,
         )
-        pairs = [("the shift", " group"), ("a", " b"), ("long ", "context")]
+        pairs = [("the shift", " group"), ("a", " b"), ("long", " context")]
         asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
         found = model.loglikelihood(asked, disable_tqdm=True)
         until = Instance("generate_until", {}, ("the shift", dict(until=["\n"], max_gen_toks=8)), 0)
