@@ -77,6 +77,13 @@ class Cache:
         """Note that rows have taken `count` more tokens each."""
         self.lengths[rows] += count
 
+    def copy(self, source: int, target: int, start: int, stop: int) -> None:
+        """Give row `target`, which holds `start` tokens, tokens start to stop of row `source`."""
+        for pair in self.layers:
+            for x in pair:
+                x[target, start:stop].copy_(x[source, start:stop])
+        self.lengths[target] = stop
+
     def keep(self, row: int, count: int) -> int:
         """Forget all but the first `count` tokens of a row -> how many it still has: count, or 0."""
         self.lengths[row] = count

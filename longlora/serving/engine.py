@@ -165,6 +165,7 @@ class Engine:
 
     def _read(self, slot):
         """Read one chunk of a prompt."""
+        self._share(slot)
         part = slot.rest[: self._generator.chunk]
         try:
             logits = self._generator.extend(slot.row, part, self._scorer(slot))
@@ -197,6 +198,20 @@ class Engine:
             slot.tokens, slot.rest = slot.tokens[: request.reused], prompt[request.reused :]
             self._clock += 1
             slot.used = self._clock
+
+    def _share(self, slot):
+        """Copy what another row holds of a prompt, so that it is read once for all who ask it."""
+        request, have = slot.request, len(slot.tokens)
+        if request.score_prompt:
+            return
+        others = [other for other in self._slots if other is not slot]
+        shared = {other.row: _common(other.tokens, request.prompt[:-1]) for other in others}
+        row = max(shared, key=shared.__getitem__, default=slot.row)
+        if shared.get(row, 0) > have:
+            count = shared[row]
+            self.cache.copy(row, slot.row, have, count)
+            slot.tokens, slot.rest = request.prompt[:count].astype(np.int32), slot.rest[count - have :]
+            request.reused += count - have
 
     def _choose(self, slot, logits):
         """Choose the next token of an answer by its logits, and end the answer where it ends."""

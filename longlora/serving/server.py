@@ -41,6 +41,7 @@ SMALLEST_LIMIT, BYTES_PER_TOKEN = (
     64,
 )  # of a body: the larger one of this and of that times the context
 DRAINED = 64 << 20  # bytes of a body over the limit that are read, so that the client hears why
+MOST_COMING = 32  # requests, beyond those that have a place, whose bodies are read
 RETRY_SECONDS = 5
 OPEN_PATHS = ("/", "/health")  # without the key
 
@@ -76,6 +77,7 @@ class Service:
         # One at a time: a long text takes much more memory while it is tokenised.
         self._pool = ThreadPoolExecutor(1, "tokens")
         self._converting = asyncio.Semaphore(1)
+        self._coming = 0  # requests whose bodies and texts take memory, but no place yet
         self._page, self._policy = _page()
         self._created = int(time.time())
         self.worker = Worker(opened.engine)
@@ -176,11 +178,20 @@ class Service:
         return await self._answer(request, read_completion)
 
     async def _answer(self, request: Request, read: Callable[[bytes, Limits], Wanted]) -> Response:
-        body = await self._read_body(request, self._body_limit)
-        wanted = read(body, self._limits)
-        del body
-        loop = asyncio.get_running_loop()
-        prompts = await loop.run_in_executor(self._pool, self._prompts, wanted)
+        if self._coming >= self._limits.choices + MOST_COMING:
+            raise Refused("too many requests come at the same time", 429, None, "rate_limit_exceeded")
+        self._coming += 1
+        try:
+            wanted = read(await self._read_body(request, self._body_limit), self._limits)
+            loop = asyncio.get_running_loop()
+            prompts = await loop.run_in_executor(self._pool, self._prompts, wanted)
+        finally:
+            self._coming -= 1
+        return await self._submit(request, wanted, prompts)
+
+    async def _submit(
+        self, request: Request, wanted: Wanted, prompts: list[tuple[np.ndarray, str]]
+    ) -> Response:
         answers = Answers(request, wanted.n * len(prompts))
         for index in range(answers.count):
             ids, _ = prompts[index // wanted.n]

@@ -80,6 +80,28 @@ def test_a_shared_prefix_is_read_once(opened):
     assert third.reused == len(longer) - 1 and len(tokens(again)) == 1
 
 
+def test_a_prompt_that_several_ask_is_read_once(opened):
+    """Also by one who asks while another still answers. Each gets what it gets alone."""
+    alone = []
+    for prompt in (PROMPTS[1], [*PROMPTS[1], 5, 6]):
+        engine = opened(rows=1).engine
+        asked, events = request(prompt, 12)
+        engine.submit(asked)
+        finish(engine)
+        alone.append(tokens(events))
+    engine = opened(rows=3).engine
+    (first, events), (second, seen), (third, found) = (
+        request(prompt, 12) for prompt in (PROMPTS[1], PROMPTS[1], [*PROMPTS[1], 5, 6])
+    )
+    assert engine.submit(first, second)
+    engine.tick()
+    engine.tick()
+    engine.submit(third)
+    finish(engine)
+    assert (first.reused, second.reused, third.reused) == (0, 39, 40)
+    assert [tokens(events), tokens(seen), tokens(found)] == [alone[0], *alone]
+
+
 def test_end_tokens_cancelling_and_no_tokens(opened):
     engine = opened().engine
     asked, events = request(PROMPTS[0], 8)

@@ -223,6 +223,14 @@ def test_a_full_queue_says_429(client, running, monkeypatch):
     assert ask(running, body=dict(messages=HELLO, n=5, max_tokens=2))[0] == 200
 
 
+def test_too_many_bodies_at_a_time_say_429(running, monkeypatch):
+    monkeypatch.setattr(server, "MOST_COMING", -6)  # of six places
+    status, headers, found = ask(running, body=dict(messages=HELLO, max_tokens=1))
+    assert (
+        status == 429 and "retry-after" in headers and "too many requests come" in found["error"]["message"]
+    )
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_frees_its_place(running, monkeypatch, stream):
     slow(monkeypatch, running)
