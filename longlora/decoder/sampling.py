@@ -9,6 +9,7 @@ import numpy as np
 from longlora.errors import UserError
 
 NAN = "the model's logits are NaN"
+FIRST = 1024  # tokens that are sorted first, to draw one
 # name -> (lowest, highest, whether the lowest itself is allowed)
 LIMITS = dict(
     temperature=(0, 100, True),
@@ -89,7 +90,8 @@ class Sampler:
         if s.repetition_penalty != 1:
             seen = x[self._seen]
             x[self._seen] = np.where(seen > 0, seen / s.repetition_penalty, seen * s.repetition_penalty)
-        x -= s.presence_penalty * (self._counts > 0) + s.frequency_penalty * self._counts
+        if s.presence_penalty or s.frequency_penalty:
+            x -= s.presence_penalty * (self._counts > 0) + s.frequency_penalty * self._counts
         for token, bias in s.logit_bias.items():
             x[token] += bias
         token = int(x.argmax()) if s.temperature == 0 else self._draw(x / s.temperature)
@@ -98,22 +100,36 @@ class Sampler:
         return token
 
     def _draw(self, x):
-        """Draw from the softmax of x, after top_k, top_p and min_p. Equal logits: the first token first."""
-        s = self.sampling
-        order = np.argsort(-x, kind="stable")
-        if s.top_k:
-            order = order[: s.top_k]
-        p = np.exp(x[order] - x[order[0]])
-        p /= p.sum()
+        """Draw from the softmax of x, after top_k, top_p and min_p. Equal logits: the first token first.
+
+        A vocabulary is long to sort, so only the likeliest tokens are, as many as decide.
+        """
+        s, drawn = self.sampling, self._random.random()
+        most = min(s.top_k or len(x), len(x))
+        size, enough = most if s.top_k else min(FIRST, most), False
+        while not enough:
+            order = largest(x, size)
+            p = np.exp(x[order] - x[order[0]])
+            p /= p.sum() if size == most else np.exp(x - x[order[0]]).sum()
+            sums, least = np.cumsum(p), s.min_p * p[0]
+            plain = s.top_p == 1 and not s.min_p and size < most
+            enough = size == most or p[-1] < least or sums[-1] > (drawn if plain else s.top_p)
+            size = min(8 * size, most)
         if s.top_p < 1:
-            order = order[: int(np.searchsorted(np.cumsum(p), s.top_p)) + 1]
+            order = order[: int(np.searchsorted(sums, s.top_p)) + 1]
             p = p[: len(order)]
         if s.min_p:
-            keep = p >= s.min_p * p[0]
-            order, p = order[keep], p[keep]
-        return int(
-            order[min(np.searchsorted(np.cumsum(p), self._random.random() * p.sum(), "right"), len(p) - 1)]
-        )
+            order, p = order[p >= least], p[p >= least]
+        whole = 1.0 if plain else p.sum()
+        return int(order[min(np.searchsorted(np.cumsum(p), drawn * whole, "right"), len(p) - 1)])
+
+
+def largest(x: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` largest numbers, int64 [count], the largest first; of equals the first ones."""
+    if count < len(x):
+        found = np.flatnonzero(x >= np.partition(x, len(x) - count)[len(x) - count])
+        return found[np.argsort(-x[found], kind="stable")[:count]]
+    return np.argsort(-x, kind="stable")
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from longlora.decoder.cache import Cache
 from longlora.decoder.generate import Generator
 from longlora.decoder.model import Model
-from longlora.decoder.sampling import NAN, Sampler, Sampling, log_probabilities
+from longlora.decoder.sampling import NAN, Sampler, Sampling, largest, log_probabilities
 from longlora.errors import UserError
 
 
@@ -273,10 +273,7 @@ def _likely(logs, token, count):
     """The log-probability of a token, and the `count` likeliest tokens: among equals the first ones."""
     top: list[tuple[int, float]] = []
     if count:
-        count = min(count, len(logs))
-        least = np.partition(logs, len(logs) - count)[len(logs) - count]
-        found = np.flatnonzero(logs >= least)
-        top = [(int(i), float(logs[i])) for i in found[np.argsort(-logs[found], kind="stable")][:count]]
+        top = [(int(i), float(logs[i])) for i in largest(logs, count)]
     return dict(logprob=float(logs[token]), top=top)
 
 

@@ -60,6 +60,32 @@ def test_tokens_are_drawn_as_transformers_would(sampling):
     assert (np.abs(got - p) <= 5 * np.sqrt(p * (1 - p) / 4000) + 1e-9).all()
 
 
+@pytest.mark.parametrize("scale", [0.01, 3.0, 20.0])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        dict(top_p=0.8),
+        dict(top_p=0.9999),
+        dict(min_p=0.05),
+        dict(min_p=1e-6, top_p=0.99),
+        dict(top_k=3000),
+    ],
+    ids=str,
+)
+def test_a_part_of_a_long_vocabulary_is_sorted(monkeypatch, sampling, scale):
+    """The tokens are those of a draw that sorts all of it, for flat and steep logits with equal ones."""
+    x = np.round(np.random.default_rng(1).standard_normal(20_000) * scale, 3).astype(np.float32)
+
+    def drawn():
+        seeds = range(20)
+        return [Sampler(Sampling(temperature=1.0, seed=i, **sampling), [], len(x)).choose(x) for i in seeds]
+
+    some = drawn()
+    monkeypatch.setattr("longlora.decoder.sampling.FIRST", len(x))
+    assert drawn() == some and len(set(some)) > 1
+
+
 def test_greedy_takes_the_first_of_the_likeliest():
     x = np.zeros(V, np.float32)
     x[[8, 5]] = 2
