@@ -78,6 +78,22 @@ def test_yarn_with_an_attention_factor(tmp_path):
         assert key == pytest.approx(0.7 / (1 + 0.1 * np.log(4)), rel=1e-6)
 
 
+@pytest.mark.parametrize("name, extend", [("llama", None), ("llama", "ntk"), ("qwen2-tied", None)])
+def test_transformers_reads_the_file(tmp_path, name, extend):
+    """Its reader keeps theta, but no other rope, and takes head sizes from elsewhere than llama.cpp."""
+    from transformers import AutoModelForCausalLM
+
+    path = base(tmp_path / "base", name, extend=extend)
+    file = written(path, tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", gguf_file=os.path.basename(file), dtype=torch.float32
+    )
+    with torch.no_grad():
+        got = theirs.eval()(torch.from_numpy(IDS)[None]).logits[0].numpy()
+    wanted = logits(path, IDS)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
 def test_matrices_are_rounded_once_and_vectors_stay_float32(tmp_path, dtype):
     path = base(tmp_path / "base", hidden_size=48, head_dim=12, intermediate_size=64)
@@ -148,7 +164,7 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path, kind):
     if kind == "llama-bpe":
         tokenizer(path, kind, change=lambda described: described["model"].update(ignore_merges=True))
     if kind == "llama":
-        tokenizer(path, kind, lambda x: (_complete(x), _around(("<s>", 1))(x)))
+        tokenizer(path, kind, lambda x: (_metaspace(x), _around(("<s>", 1))(x)))
     file = open_model(written(path, tmp_path / "out"))
     one, other = open_model(path).tokenizer(), file.tokenizer()
     for text in UGLY:
@@ -158,16 +174,21 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path, kind):
     assert file.metadata.get("tokenizer.chat_template") == (None if kind == "llama" else TEMPLATE)
 
 
+def _metaspace(described):
+    """As transformers 5 splits a SentencePiece vocabulary."""
+    _complete(described)
+    described["normalizer"] = None
+    described["pre_tokenizer"] = dict(type="Metaspace", replacement="▁", prepend_scheme="first", split=False)
+
+
 def _complete(described):
-    """Give the merges that SentencePiece's vocabulary implies, each split of each token, and its spaces."""
+    """Give the merges that SentencePiece's vocabulary implies: each split of each token."""
     from longlora.files.sentencepiece import merges_of
 
     model = described["model"]
     normal = {text: index for text, index in model["vocab"].items() if index > 258}
     scores = {text: -float(index) for text, index in normal.items()}
     model["merges"] = merges_of(normal, scores)
-    described["normalizer"] = None
-    described["pre_tokenizer"] = dict(type="Metaspace", replacement="▁", prepend_scheme="first", split=False)
 
 
 def _around(first, last=None):

@@ -156,7 +156,7 @@ TOKENIZERS = {
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_ids_of_texts(tmp_path, llama, kind):
-    """Texts in NFC, without special tokens: it strips spaces beside them in ways of its own."""
+    """SentencePiece as its own library has it: transformers 5 puts no space before a text that begins with one."""
     path = base(tmp_path / "base")
     tokenizer(path, kind, TOKENIZERS[kind], tokenizer_class="TokenizersBackend")
     ours = open_model(path).tokenizer()
@@ -165,7 +165,7 @@ def test_ids_of_texts(tmp_path, llama, kind):
     assert pre == {"gpt2": "gpt-2", "llama": "default"}.get(kind, kind)
     texts = [text for text in UGLY if text and "\x00" not in text]
     for text, theirs in zip(texts, llama.ask(file, texts=texts), strict=True):
-        assert theirs == ours.encode(text).tolist(), repr(text)
+        assert theirs == ours.encode(text).tolist(), (pre, repr(text))
 
 
 def test_smollm2_with_a_longer_context(tmp_path, llama, smollm2):  # noqa: F811
