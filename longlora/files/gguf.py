@@ -17,7 +17,7 @@ from longlora.decoder.families import FAMILIES
 from longlora.decoder.rope import Rope, inverse_frequencies, yarn_attention
 from longlora.errors import UserError
 from longlora.files.gguf_header import open_files
-from longlora.files.model_file import ModelFile
+from longlora.files.model_file import ModelFile, to_float32
 from longlora.files.tokenizer import Tokenizer
 
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -34,6 +34,8 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Types that are not quantised -> how NumPy reads them (bfloat16: bits), and their names here.
+PLAIN = {"F32": ("<f4", "float32"), "F16": ("<f2", "float16"), "BF16": ("<u2", "bfloat16")}
 # Config keys that every file must have -> their names in the metadata.
 REQUIRED = {
     "hidden_size": "embedding_length",
@@ -168,7 +170,7 @@ class Gguf(ModelFile):
                 )
             place, known = Place(file.buffer, shape, kind, start, row), self._hugging_face_name(name)
             if name == "rope_freqs.weight":
-                self._freqs = self._dequantise(place, None)
+                self._freqs = to_float32(*self._values(place, None))
             elif known in self._tensors:
                 raise UserError(f"{file.path}: {name} is a second {known}")
             else:
@@ -299,28 +301,32 @@ class Gguf(ModelFile):
         )
 
     def dtype(self, name: str) -> str:
-        return {"F16": "float16", "BF16": "bfloat16"}.get(self._tensors[name].kind.name, "float32")
+        return PLAIN.get(self._tensors[name].kind.name, (None, "float32"))[1]
 
     def _span(self, name):
         place = self._tensors[name]
         return place.buffer, place.start, place.start + place.row * math.prod(place.shape[:-1])
 
-    def _dequantise(self, place, rows):
-        """-> float32 [len(rows), ...]: rows (a slice or indices) of a matrix, or the whole of a vector."""
+    def _values(self, place, rows):
+        """-> [len(rows), ...] and its dtype: rows (a slice or indices) of a matrix, or the whole of a vector.
+
+        Quantised ones become float32; the others are as they are stored.
+        """
         import gguf
 
         shape, kind, count = place.shape, place.kind, math.prod(place.shape[:-1])
         data = np.frombuffer(place.buffer, np.uint8, place.row * count, place.start).reshape(count, place.row)
         data = data if len(shape) == 1 else data[rows]
         try:
-            if kind.name in ("F32", "F16"):
-                values = data.view("<f4" if kind.name == "F32" else "<f2").astype(np.float32, copy=False)
+            plain, dtype = PLAIN.get(kind.name, (None, "float32"))
+            if plain is not None:
+                values = data.view(plain)
             else:
                 # One long row: the library's loop over rows takes longer than the arithmetic.
                 values = gguf.quants.dequantize(np.ascontiguousarray(data).reshape(1, -1), kind)
         except NotImplementedError:
             raise UserError(f"{self.path}: weights of type {kind.name} cannot be dequantised") from None
-        return values.reshape(-1, *shape[1:])
+        return values.reshape(-1, *shape[1:]), dtype
 
     def _part(self, name, start, stop):
         place = self._tensors[name]
@@ -329,8 +335,9 @@ class Gguf(ModelFile):
             pairs = np.arange(place.shape[0]).reshape(-1, self.config.head_dim // 2, 2)
             rows = pairs.swapaxes(1, 2).reshape(-1)[start:stop]
         if len(place.shape) == 1:
-            return self._dequantise(place, None)[rows], "float32"
-        return self._dequantise(place, rows), "float32"
+            values, dtype = self._values(place, None)
+            return values[rows], dtype
+        return self._values(place, rows)
 
     def has_tokenizer(self) -> bool:
         return "tokenizer.ggml.tokens" in self.metadata

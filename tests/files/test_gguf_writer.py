@@ -17,8 +17,9 @@ from test_weights import build
 from longlora import cli, disk
 from longlora.decoder import rope as rope_
 from longlora.decoder.lora import LoraConfig
+from longlora.decoder.model import Model
 from longlora.errors import UserError
-from longlora.files import adapter
+from longlora.files import adapter, model_file
 from longlora.files.gguf import STORED_AS
 from longlora.files.merge import merge
 from longlora.files.open_model import open_model
@@ -46,6 +47,26 @@ def test_our_reader_gives_every_family_back(tmp_path, name):
         elif field.name not in ("raw", "bos_token_id", "eos_token_id"):
             assert other == one, field.name
     np.testing.assert_array_equal(logits(file, IDS[:50]), logits(path, IDS[:50]))
+
+
+@pytest.mark.parametrize("dtype, ours", [("bf16", "bfloat16"), ("f16", "float16"), ("f32", "float32")])
+@pytest.mark.parametrize("format", ["huggingface", "gguf"])
+def test_weights_that_have_the_dtype_of_the_run_are_not_converted(tmp_path, monkeypatch, format, dtype, ours):
+    """Only a GGUF's norms are, which are float32 in every file."""
+    file = merge(base(tmp_path / "base", "llama"), None, tmp_path / "out", format=format, dtype=dtype)
+    opened, real, converted = open_model(file), model_file.from_float32, []
+
+    def from_float32(array, dtype):
+        converted.append(array.ndim)
+        return real(array, dtype)
+
+    monkeypatch.setattr(model_file, "from_float32", from_float32)
+    model = Model(opened.config, dtype=ours).load(opened)
+    assert set(converted) <= ({1} if format == "gguf" and dtype != "f32" else set())
+    monkeypatch.undo()
+    for name in opened.names():
+        found = model.tensor(name).numpy()
+        np.testing.assert_array_equal(found, opened.read(name).astype(found.dtype))
 
 
 @pytest.mark.parametrize("name, kind", [(name, kind) for name, kinds in ROPES.items() for kind in kinds])
