@@ -518,7 +518,7 @@ def test_plan_of_generation(tmp_path, capsys):
     )
     for wrong, words in (
         ([*flags, "--target-length", "9"], "plan --generate takes --model, --dtype"),
-        ([*flags, "--context", "0"], "context should be an integer of at least 1, got 0"),
+        ([*flags, "--context", "0"], "context should be an integer from 1 to 16777216, got 0"),
         ([*flags, "--max-memory", "nan"], "max_memory should be a number of GiB above 0"),
         ([*flags, "--dtype", "int8"], "dtype should be one of float32, bfloat16, float16, got 'int8'"),
         ([flags[0], *flags[2:], "--rows", "2"], "--rows needs --generate"),

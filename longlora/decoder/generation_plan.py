@@ -15,6 +15,8 @@ from longlora.errors import UserError
 from longlora.memory.dry_run import Recorder, untouched
 from longlora.memory.plan import GROWTH, GenerationPlan, Parts, own_memory, what_would_fit
 
+MOST_TOKENS, MOST_ROWS = 1 << 24, 1 << 12
+
 
 def plan(
     config: ModelConfig,
@@ -36,9 +38,9 @@ def plan(
         if value not in DTYPES:
             raise UserError(f"{name} should be one of {', '.join(DTYPES)}, got {value!r}")
     tokens = context.size if isinstance(context, Window) else context
-    for name, number in (("context", tokens), ("rows", rows)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise UserError(f"{name} should be an integer of at least 1, got {number!r}")
+    for name, number, most in (("context", tokens, MOST_TOKENS), ("rows", rows, MOST_ROWS)):
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= most:
+            raise UserError(f"{name} should be an integer from 1 to {most}, got {number!r}")
     if memory is None:
         memory = job.memory(own_memory()) if device == CPU else free_memory(device)
     asked: dict[str, Any] = dict(context=context, rows=rows, dtype=dtype, cache_dtype=cache_dtype)

@@ -259,7 +259,7 @@ class Engine:
 
     def _fail(self, slot, error):
         """Forget what a row holds, and end its answer, if any."""
-        slot.tokens, self.cache.lengths[slot.row] = slot.tokens[:0], 0
+        slot.tokens = slot.tokens[: self.cache.keep(slot.row, 0)]
         if slot.request is not None:
             self._finish(slot, Event(reason="error", error=error))
 

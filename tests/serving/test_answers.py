@@ -8,6 +8,7 @@ import tiny
 
 import longlora
 from longlora import cli
+from longlora.decoder.model import Model
 from longlora.errors import UserError
 from longlora.serving.chat import Chat
 from longlora.training import driver
@@ -62,7 +63,7 @@ def test_a_stop_string_and_a_question_about_a_file(tmp_path, base, monkeypatch):
         (dict(prompt="a", temperature=-1), "temperature should be a number from 0"),
         (dict(prompt="a" * 64), "the prompt has 64 tokens, the context is 64: 1 too many"),
         (dict(question="b", material="missing.txt"), "missing.txt: cannot be read"),
-        (dict(prompt="a", context=0), "context should be an integer of at least 1, got 0"),
+        (dict(prompt="a", context=0), "context should be an integer from 1 to 16777216, got 0"),
         (dict(prompt=""), "the prompt has no tokens"),
     ],
 )
@@ -137,3 +138,50 @@ def test_a_pdf_without_its_library_is_one_clear_line(base, tmp_path, monkeypatch
     (tmp_path / "a.pdf").write_bytes(b"%PDF-1.4")
     with pytest.raises(UserError, match=r"needs pypdf: pip install 'longlora\[pdf\]'"):
         longlora.generate(base, material=tmp_path / "a.pdf", question="q", device="cpu")
+
+
+def test_what_does_not_fit_is_said_before_weights_are_read(base, monkeypatch):
+    def load(self, source):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(Model, "load", load)
+    monkeypatch.setattr("longlora.job.memory", lambda *_: 1 << 30)
+    with pytest.raises(UserError) as caught:
+        longlora.generate(base, "a", context=1 << 24, device="cpu")
+    assert "with 1 x 16777216 tokens it needs 4." in str(caught.value)
+    assert "1.00 GiB are available; what would make it fit: --context " in str(caught.value)
+    with pytest.raises(UserError, match="context should be an integer from 1 to 16777216, got 16777217"):
+        longlora.generate(base, "a", context=(1 << 24) + 1, device="cpu")
+
+
+def test_material_over_the_context_says_by_how_much(base, tmp_path):
+    (tmp_path / "m.txt").write_text("x" * 500)
+    short = longlora.generate(base, question="", context=600, device="cpu", material=tmp_path / "m.txt")
+    with pytest.raises(UserError) as caught:
+        longlora.generate(base, question="", context=300, device="cpu", material=tmp_path / "m.txt")
+    count = short.prompt_tokens
+    assert f"the prompt has {count} tokens, the context is 300: {count - 299} too many" in str(caught.value)
+
+
+def test_a_stop_string_that_never_comes_changes_nothing(base):
+    plain = longlora.generate(base, "abc", max_new_tokens=30, device="cpu")
+    text = "".join(plain)
+    never = text[-1] + text[-1:] + "never"  # what might begin it is held back, also at the end
+    answer = longlora.generate(base, "abc", max_new_tokens=30, stop=[never, "nor this"], device="cpu")
+    assert "".join(answer) == text and answer.reason == "length" and answer.tokens == plain.tokens
+
+
+@pytest.mark.parametrize("how", [{}, dict(streaming=True, recent_size=8)], ids=["context", "streaming"])
+def test_logits_that_are_nan_end_the_answer_and_not_the_session(base, how):
+    session = longlora.Session(base, device="cpu", **how)
+    expected = "".join(session.generate("abc", max_new_tokens=20))
+    norm = session.opened.engine.model.tensor("model.norm.weight")
+    kept = norm.numpy().copy()
+    norm.fill(float("nan"))
+    with pytest.raises(UserError, match="the model's logits are NaN"):
+        "".join(session.generate("abcd", max_new_tokens=5))
+    norm.copy_(kept)
+    again = session.generate("abc", max_new_tokens=20)
+    assert "".join(again) == expected and again.reused == 0  # nothing of a failed answer is used
+    with pytest.raises(UserError, match="the prompt has no tokens"):
+        "".join(session.generate(""))
