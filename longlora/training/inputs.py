@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from longlora import disk
+from longlora.data import records
 from longlora.data.chat import Instructions, form_of
 from longlora.data.chat_template import ChatTemplate, find_template
 from longlora.data.sequences import Sequences
@@ -167,6 +168,8 @@ def read_data(
             over = "everything" if o.train_on_inputs else "the answers"
             by = f", rendered by {how.template.where}" if how.template else ""
             say(f"{path}: records of {form.name}{by}; loss and perplexity are over {over}")
+        elif records.kind(path) in (*records.KINDS, records.HUB):
+            say(f"{path}: records of text; loss and perplexity are over everything")
         tokens = tokenise(path, source.tokenizer, setup.config.vocab_size, cache, say, how)
         return Sequences(tokens, o.sequence_length, o.long_documents, path, o.packing_boundaries)
 
