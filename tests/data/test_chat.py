@@ -249,13 +249,24 @@ def test_a_token_that_strips_the_spaces_of_an_answer_is_not_learned(tmp_path):
     assert parts(made, ids, learned) == ["the fox<|end|>"]
 
 
-def test_spaces_of_an_answer_are_learned_where_a_post_processor_takes_them_off(tmp_path):
+def test_the_longest_end_token_ends_an_answer(tmp_path):
+    made = tokenizer("llama3", ["</s>", "</s>>"])
+    template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content | trim }}</s>>{% endfor %}"
+        "{{ 'assistant:' if add_generation_prompt else '!' }}"
+    )
+    ((ids, learned),) = encoded(tmp_path, made, [{"messages": TALK}], template)
+    assert parts(made, ids, learned) == ["It's the quick 'letter'.</s>>", "\u65e5\u672c fox</s>>!"]
+
+
+@pytest.mark.parametrize("prompt, completion", [("the", "  fox \n\n"), ("the ", "\n\nfox")])
+def test_a_post_processor_that_takes_spaces_off_changes_no_target(tmp_path, prompt, completion):
     from tokenizers import processors
 
     made = tokenizer("llama3")
     made.backend.post_processor = processors.ByteLevel(trim_offsets=True)
-    ((ids, learned),) = encoded(tmp_path, made, [{"prompt": "the", "completion": "  fox \n\n"}])
-    assert parts(made, ids, learned) == ["  fox \n\n</s>"]
+    ((ids, learned),) = encoded(tmp_path, made, [{"prompt": prompt, "completion": completion}])
+    assert parts(made, ids, learned) == [completion + "</s>"]
 
 
 # ---- sequences -----------------------------------------------------------------------------------
