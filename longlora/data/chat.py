@@ -369,7 +369,7 @@ def targets(first: np.ndarray, last: np.ndarray, spans: Sequence[tuple[int, int]
 
 
 def _ends(tokenizer):
-    """The texts of the special tokens, the longest first: one may begin with another."""
+    """The texts of the special tokens."""
     added = tokenizer.backend.get_added_tokens_decoder().values()
     texts = {*(token.content for token in added if token.special), *tokenizer.special.values()}
-    return sorted(filter(str.strip, texts), key=lambda text: (-len(text), text))
+    return sorted(filter(str.strip, texts))
