@@ -183,12 +183,14 @@ def samples(files: Sequence[str], form: Form) -> Iterator[tuple[str, Sample]]:
             if found is not form:
                 kind = found.name if isinstance(found, Form) else found or "of no known form"
                 raise UserError(f"{where}: should have {form.wanted} as the first record, it is {kind}")
-            _check_letters(record, path, place)
             assert isinstance(record, dict)
             try:
+                _check_letters(record, path, place)
                 yield where, replace(form.read(record), extra=_extra(record))
             except _Wrong as error:
                 raise UserError(f"{where}: {error}") from None
+            except RecursionError:
+                raise UserError(f"{where}: is nested too deeply") from None
     if not some:
         raise UserError(f"{files[0]}: holds no record")
 

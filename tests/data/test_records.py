@@ -242,6 +242,18 @@ def test_what_is_wrong_with_a_record_is_named_with_its_place(tmp_path, record, w
     assert message.startswith(f"{path}: line 1") and words in message
 
 
+def test_a_record_may_be_nested_as_deep_as_json_is_read(tmp_path):
+    path, refused = tmp_path / "a.jsonl", 0
+    for depth in range(100, 1100, 25):
+        path.write_text(f'{{"instruction": "a", "output": "b", "more": {"[" * depth}{"]" * depth}}}\n')
+        try:
+            assert messages(str(path)) == [said("a", "b")]
+        except UserError as error:
+            assert str(error).startswith(f"{path}: line 1")
+            refused += 1
+    assert 0 < refused < 40
+
+
 WORDS = st.sampled_from(["user", "assistant", "human", "gpt", "tool", "a b", "", " ", "<s>", "\u65e5"])
 NAMES = ["role", "content", "from", "value", "tool_calls"]
 KEYS = ["messages", "conversations", "instruction", "input", "output", "prompt", "completion", "system"]
