@@ -107,7 +107,8 @@ def conversation(address: str, words: int) -> dict[str, float]:
             usage = event.get("usage") or usage
             for choice in event.get("choices", ()):
                 said += choice["delta"].get("content") or ""
-                seconds = seconds or (time.monotonic() - began if said else 0.0)
+                if said or choice["finish_reason"]:
+                    seconds = seconds or time.monotonic() - began
         found[name] = round(seconds, 3)
         messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "And why?"}]
     details = usage["prompt_tokens_details"]
