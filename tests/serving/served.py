@@ -77,11 +77,12 @@ def engine(running):
 
 
 def slow(monkeypatch, running):
-    """Let a step take 20 ms, so that 400 tokens take longer than `until` waits."""
-    step = engine(running)._generator.step
+    """Let a step take 20 ms, so that 400 tokens take longer than `until` waits -> an Event that ends this."""
+    step, ends = engine(running)._generator.step, threading.Event()
 
     def slower(*arguments):
-        time.sleep(0.02)
+        ends.wait(0.02)
         return step(*arguments)
 
     monkeypatch.setattr(engine(running)._generator, "step", slower)
+    return ends

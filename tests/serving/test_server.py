@@ -418,9 +418,9 @@ def test_a_step_that_fails_ends_what_runs_and_not_the_server(path, monkeypatch, 
 
 def test_stopping_finishes_what_runs_and_refuses_the_rest(path, monkeypatch):
     with served.serving(path, rows=1) as other:
-        slow(monkeypatch, other)
+        goes_on = slow(monkeypatch, other)
         client = openai.OpenAI(base_url=f"{other.url}/v1", api_key="none", max_retries=0)
-        how = dict(model="tiny", prompt="a", max_tokens=60, logit_bias=ASCII)
+        how = dict(model="tiny", prompt="a", max_tokens=400, logit_bias=ASCII)
         stream = client.completions.create(**how, stream=True)
         parts = [next(iter(stream))]
         with ThreadPoolExecutor(1) as pool:
@@ -430,6 +430,7 @@ def test_stopping_finishes_what_runs_and_refuses_the_rest(path, monkeypatch):
             status, _, found = waiting.result()
         assert status == 503 and found["error"]["message"] == "the server is stopping"
         assert ask(other, body=dict(messages=HELLO))[0] == 503 and ask(other, "GET", "/health")[0] == 503
+        goes_on.set()
         parts += list(stream)
         assert parts[-1].choices[0].finish_reason == "length"
 
