@@ -19,7 +19,7 @@ from longlora.serving import pdf
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    return tiny.model(tmp_path_factory.mktemp("command") / "tiny", max_position_embeddings=4096)
+    return tiny.model(tmp_path_factory.mktemp("command") / "tiny", max_position_embeddings=65536)
 
 
 def start(path, *flags, **environment):
@@ -40,7 +40,7 @@ def post(url, fields, **headers):
 def test_a_signal_finishes_what_runs(path):
     process, url = start(path, "--port", "0", "--temperature", "0", "--rows", "1", LONGLORA_API_KEY="secret")
     with process:
-        body = json.dumps(dict(prompt="a", max_tokens=400, stream=True, logit_bias={"256": -100})).encode()
+        body = json.dumps(dict(prompt="a", max_tokens=1500, stream=True, logit_bias={"256": -100})).encode()
         headers = {"Authorization": "Bearer secret"}
         request = urllib.request.Request(f"{url}/v1/completions", body, headers)
         with urllib.request.urlopen(request, timeout=20) as stream:
@@ -55,7 +55,7 @@ def test_a_signal_finishes_what_runs(path):
 def test_a_second_signal_ends_it_at_once(path):
     process, url = start(path, "--port", "0")
     with process:
-        body = json.dumps(dict(prompt="a", max_tokens=4000, stream=True, logit_bias={"256": -100})).encode()
+        body = json.dumps(dict(prompt="a", max_tokens=60000, stream=True, logit_bias={"256": -100})).encode()
         with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", body)) as stream:
             stream.readline()
             process.send_signal(signal.SIGINT)

@@ -287,18 +287,19 @@ def test_bodies_that_are_too_large_or_too_slow(running, monkeypatch):
     assert status == 413 and "more than 4194304 bytes" in found["error"]["message"]
     monkeypatch.setattr(server, "BODY_SECONDS", 0.1)
     address = running.url.removeprefix("http://").split(":")
-    with socket.create_connection((address[0], int(address[1])), timeout=10) as slow:
-        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
-        assert slow.recv(4096).startswith(b"HTTP/1.1 408 ")
+    with socket.create_connection((address[0], int(address[1])), timeout=10) as late:
+        late.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+        assert late.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
 def test_heads_that_are_too_slow(running, monkeypatch):
     monkeypatch.setattr(listen, "HEAD_SECONDS", 0.1)
     address = running.url.removeprefix("http://").split(":")
     for sent in (b"", b"GET /health HTTP/1.1\r\nHo"):
-        with socket.create_connection((address[0], int(address[1])), timeout=10) as slow:
-            slow.sendall(sent)
-            assert slow.recv(100) == b""
+        with socket.create_connection((address[0], int(address[1])), timeout=10) as late:
+            late.sendall(sent)
+            assert late.recv(100) == b""
+    monkeypatch.setattr(listen, "HEAD_SECONDS", 0.5)
     with socket.create_connection((address[0], int(address[1])), timeout=10) as again:
         again.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert again.recv(4096).startswith(b"HTTP/1.1 200")
@@ -334,6 +335,7 @@ def test_hundreds_of_malformed_requests(running, monkeypatch):
             found = one.recv(100)
         statuses.add(found[9:12])
     assert statuses <= {b"", b"200", b"400", b"403", b"404", b"405", b"408"} and {b"", b"400"} < statuses
+    monkeypatch.undo()
     assert ask(running, path="/v1/completions", body=dict(prompt="a", max_tokens=1))[0] == 200
 
 
@@ -387,8 +389,9 @@ def test_logits_that_are_nan_end_an_answer_and_not_the_server(path):
         assert ask(other, path="/v1/completions", body=dict(prompt="a"))[0] == 200
 
 
-def test_an_error_in_a_stream_is_an_event(path):
+def test_an_error_in_a_stream_is_an_event(path, monkeypatch):
     with served.serving(path) as other:
+        slow(monkeypatch, other)
         client = openai.OpenAI(base_url=f"{other.url}/v1", api_key="none", max_retries=0)
         how = dict(model="tiny", prompt="a", max_tokens=400, logit_bias=ASCII)
         stream = iter(client.completions.create(**how, stream=True))
