@@ -103,9 +103,8 @@ def _huggingface(base, adapter, source, raw, output_dir, dtype):
         tokenizer.put(CHAT_TEMPLATE, template)
     dtypes = {name: base.dtype(name) if dtype == "auto" else WORDS[dtype] for name in base.names()}
     shapes, name = base.config.tensor_shapes(), _name(output_dir)
-    with _appearing(
-        output_dir, sum(math.prod(shapes[name]) * WIDTHS[dtypes[name]] for name in dtypes)
-    ) as aside:
+    size = sum(math.prod(shapes[tensor]) * WIDTHS[dtype] for tensor, dtype in dtypes.items())
+    with _appearing(output_dir, size) as aside:
         save_merged(aside, source.read, raw, tokenizer, dtypes, beside)
         kept = dtypes["model.embed_tokens.weight"]
         card.write(aside, card.merged(base, adapter, read_config(raw, base.path), name, kept, None))

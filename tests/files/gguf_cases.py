@@ -30,10 +30,10 @@ ROPES = {
     "llama": ("linear", "ntk", "yarn", "llama3"),
     "mistral": ("linear",),
     "qwen2": ("linear", "yarn"),
-    "qwen3": ("yarn",),
+    "qwen3": ("linear", "yarn"),
     "phi3": ("ntk",),
-    "granite": ("llama3",),
-    "smollm3": ("yarn",),
+    "granite": ("yarn", "llama3"),
+    "smollm3": ("linear", "yarn"),
 }
 LONGER = 256  # the extended length; the original one is 64
 

@@ -156,7 +156,7 @@ TOKENIZERS = {
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_ids_of_texts(tmp_path, llama, kind):
-    """SentencePiece as its own library has it: transformers 5 puts no space before a text that begins with one."""
+    """SentencePiece is as in its own library: a text that begins with a space gets another one."""
     path = base(tmp_path / "base")
     tokenizer(path, kind, TOKENIZERS[kind], tokenizer_class="TokenizersBackend")
     ours = open_model(path).tokenizer()
