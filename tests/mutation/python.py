@@ -1,0 +1,244 @@
+"""Puts one fault at a time into longlora/FOLDER, and runs the tests of tests/FOLDER that run its line.
+
+    python tests/mutation/python.py FOLDER [--count N] [--seed S] [--again] [--only WORDS] [--tests WORDS]
+
+It works on a copy of the working directory. First it runs each test file once, and notes the lines that each
+test runs and how long it takes: the map. Each mutant then costs a fork of a process that has loaded all
+libraries: the tests that run the line, the quickest first, then the others of their files, until one fails.
+Results are appended to build/mutation/FOLDER.jsonl, and a run that was stopped goes on from there.
+equivalent.txt lists mutants that compute the same, with the reason; they are not tried.
+"""
+
+import compileall
+import contextlib
+import hashlib
+import importlib
+import itertools
+import json
+import os
+import py_compile
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import operators
+import pytest
+import results
+
+WHOLE = {"training", "data", "files"}
+# Seconds of processor time, traced. Longer tests are left out: a quick one should notice.
+LONGEST = 10.0
+MAP_LIMIT = 900  # seconds for a test file
+MEMORY = 8 << 30  # bytes of a mutant at most
+ROOT = Path.cwd()
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", ".*_cache", ".hypothesis")
+Tests = dict[str, dict[str, Any]]
+
+
+class Map:
+    """A plugin of pytest. tests: name -> its lines, its processor time, whether it starts processes."""
+
+    def __init__(self, folder: str):
+        self.tests: Tests = {}
+        self._prefix, self._started = folder, False
+        self._sink: set[tuple[str, int]] = set()
+        self._of_fixture: dict[object, set[tuple[str, int]]] = defaultdict(set)
+        sys.addaudithook(self._audit)
+        threading.settrace(self._trace)
+
+    def _audit(self, event: str, _: object) -> None:
+        self._started |= event in ("subprocess.Popen", "os.fork", "os.posix_spawn")
+
+    def _trace(self, frame: Any, event: str, _: object) -> Any:
+        return self._line if frame.f_code.co_filename.startswith(self._prefix) else None
+
+    def _line(self, frame: Any, event: str, _: object) -> Any:
+        self._sink.add((frame.f_code.co_filename, frame.f_lineno))
+        return self._line
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Any:
+        """The lines of a fixture that serves many tests belong to all of them."""
+        before = self._sink
+        if fixturedef.scope != "function":
+            self._sink = self._of_fixture[fixturedef]
+        try:
+            return (yield)
+        finally:
+            self._sink = before
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: Any) -> Any:
+        self._sink, self._started, start = set(), False, sum(os.times()[:4])
+        sys.settrace(self._trace)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            lines, seconds = self._sink.copy(), sum(os.times()[:4]) - start
+            for definition in itertools.chain(*item._fixtureinfo.name2fixturedefs.values()):
+                lines |= self._of_fixture[definition]
+            named = sorted((os.path.relpath(name), line) for name, line in lines)
+            self.tests[item.nodeid] = dict(lines=named, seconds=seconds, starts=self._started)
+
+
+class Chosen:
+    """A plugin of pytest: runs the tests of `order` only, in that order."""
+
+    def __init__(self, order: list[str]):
+        self.rank = {name: i for i, name in enumerate(order)}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items[:] = sorted((i for i in items if i.nodeid in self.rank), key=lambda i: self.rank[i.nodeid])
+
+
+def forked(function: Callable[[], int], limit: float, log: Path) -> int | None:
+    """Call the function in a fork -> its result, None if it took longer than `limit` seconds."""
+    pid = os.fork()
+    if not pid:
+        code = 3
+        try:
+            os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+            out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+            os.dup2(out, 1), os.dup2(out, 2)
+            code = int(function())
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
+    end, code = time.monotonic() + limit, None
+    try:
+        while code is None and time.monotonic() < end:
+            time.sleep(0.01)
+            done, status = os.waitpid(pid, os.WNOHANG)
+            code = os.waitstatus_to_exitcode(status) if done else None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # with what the tests started
+        if code is None:
+            os.waitpid(pid, 0)
+    return code
+
+
+def run_tests(files: list[str], plugin: object, *options: str) -> int:
+    command = ["-q", "-p", "no:cacheprovider", "-p", "no:faulthandler", "--basetemp=temp.pytest", *options]
+    return pytest.main([*command, *files], plugins=[plugin])
+
+
+def make_map(folder: str, words: str, store: Path) -> tuple[Tests, list[str]]:
+    """-> the tests of the folder, and the modules that they load. Files that did not change: from `store`."""
+    sources = b"".join(path.read_bytes() for path in sorted(Path("longlora", folder).rglob("*.py")))
+    known = json.loads(store.read_text()) if store.exists() else {}
+    tests, loaded = {}, {}
+    for path in [str(p) for p in sorted(Path("tests", folder).glob("test_*.py")) if words in p.name]:
+        key = hashlib.sha256(sources + Path(path).read_bytes()).hexdigest()
+        if known.get(path, {}).get("key") != key:
+            print(f"runs {path}", flush=True)
+
+            def trace(path: str = path, key: str = key) -> int:
+                plugin = Map(os.path.abspath(f"longlora/{folder}") + os.sep)
+                code = run_tests([path], plugin)
+                found = dict(key=key, tests=plugin.tests, loaded=list(sys.modules))
+                Path("map.json").write_text(json.dumps(found))
+                return code
+
+            if forked(trace, MAP_LIMIT, Path("map.log")) not in (0, 5):
+                raise SystemExit(f"{path} fails without a fault:\n{Path('map.log').read_text()[-4000:]}")
+            known[path] = json.loads(Path("map.json").read_text())
+            store.parent.mkdir(parents=True, exist_ok=True)
+            store.write_text(json.dumps(known))
+        tests |= known[path]["tests"]
+        loaded |= dict.fromkeys(known[path]["loaded"])
+    return tests, list(loaded)
+
+
+def load(modules: list[str]) -> None:
+    """Import the libraries of the tests, once for all mutants."""
+    own = {path.stem for path in Path("tests").rglob("*.py")} | {"longlora", "__main__"}
+    for name in modules:
+        if name.partition(".")[0] not in own:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+
+
+def choose(tests: Tests, file: str, line: int) -> list[str]:
+    """The tests that may notice a fault in a line, the best first."""
+    quick = {name: test for name, test in tests.items() if test["seconds"] < LONGEST}
+    runs = {name for name, test in quick.items() if [file, line] in test["lines"]}
+    if not runs:  # a constant of the module, a default, a line that only other processes run
+        runs = {name for name, test in quick.items() if any(there == file for there, _ in test["lines"])}
+        runs |= {name for name, test in quick.items() if test["starts"]}
+    files = {name.partition("::")[0] for name in runs}
+    near = [name for name in quick if name.partition("::")[0] in files]
+    return sorted(near, key=lambda name: (name not in runs, quick[name]["seconds"]))
+
+
+def try_mutant(path: Path, mutant: operators.Mutant, tests: Tests) -> str:
+    """-> one of results.KINDS."""
+    order = choose(tests, str(path), mutant.line)
+    if not order:
+        return "no test"
+    data = path.read_bytes()
+    limit = 60 + 10 * sum(tests[name]["seconds"] for name in order)
+    try:
+        path.write_bytes(data[: mutant.begin] + mutant.now.encode() + data[mutant.end :])
+        files = sorted({name.partition("::")[0] for name in order})
+        code = forked(lambda: run_tests(files, Chosen(order), "-x"), limit, Path("mutant.log"))
+    finally:
+        path.write_bytes(data)
+    return "timeout" if code is None else "survived" if code == 0 else "noticed"
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[None]:
+    """Work in a copy of the tree."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT, f"{folder}/tree", symlinks=True, ignore=LEFT_OUT)
+        os.chdir(f"{folder}/tree")
+        sys.path.insert(0, os.getcwd())
+        # Times of files do not tell two mutants of one second apart.
+        mode = py_compile.PycInvalidationMode.CHECKED_HASH
+        compileall.compile_dir("longlora", quiet=2, invalidation_mode=mode)
+        sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
+        try:
+            yield
+        finally:
+            os.chdir(ROOT)
+
+
+def main() -> None:
+    parser = results.parser(__doc__)
+    parser.add_argument("folder", help="training, data and files are tried whole, 100 mutants of the others")
+    parser.add_argument("--tests", default="", metavar="WORDS", help="test files whose name has these words")
+    args = parser.parse_args()
+    folder, store = args.folder, ROOT / "build/mutation"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends with the copy removed
+    with scratch():
+        paths = [path for path in sorted(Path("longlora", folder).rglob("*.py")) if args.only in path.name]
+        found = [(path, mutant) for path in paths for mutant in operators.mutants(path.read_text())]
+        keys = {f"{path}:{m.function}: {m.was} -> {m.then}": (path, m) for path, m in found}
+        count = args.count or (None if folder in WHOLE else 100)
+        wanted = results.sample(set(keys), count, args.seed)
+        tests, modules = make_map(folder, args.tests, store / f"{folder}.map.json")
+        load(modules)
+        path = paths[0]
+        nothing = operators.Mutant(0, 0, 0, "", "", "", "")
+        if try_mutant(path, nothing, tests) == "noticed":
+            raise SystemExit(f"tests fail without a fault:\n{Path('mutant.log').read_text()[-4000:]}")
+        results.try_all(
+            store / f"{folder}.jsonl", args.again, wanted, lambda key: try_mutant(*keys[key], tests)
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""What became of each mutant: lines of JSON in build/mutation, and the table of a run."""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+EQUIVALENT = Path(__file__).with_name("equivalent.txt")
+KINDS = ("noticed", "timeout", "survived", "no test")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options of both programs."""
+    made = argparse.ArgumentParser(description=description.splitlines()[0])
+    made.add_argument("--count", type=int, help="a random sample of this size")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--again", action="store_true", help="try once more what survived")
+    made.add_argument("--only", default="", metavar="WORDS", help="files whose name has these words")
+    return made
+
+
+def sample(keys: set[str], count: int | None, seed: int) -> list[str]:
+    """The mutants to try: those that compute the same are left out."""
+    equivalent = {line.partition("  # ")[0] for line in EQUIVALENT.read_text().splitlines()}
+    left = sorted(keys - equivalent)
+    print(f"{len(keys)} mutants, {len(keys & equivalent)} of them equivalent", flush=True)
+    return random.Random(seed).sample(left, min(count or len(left), len(left)))
+
+
+def try_all(log: Path, again: bool, wanted: list[str], attempt: Callable[[str], str]) -> None:
+    """Try each mutant that `log` does not have, and print the table. A key: file:function: was -> then."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    known = {r["key"]: r["result"] for r in rows if not again or r["result"] in ("noticed", "timeout")}
+    with log.open("a") as out:
+        for i, key in enumerate(wanted):
+            if key not in known:
+                start = time.monotonic()
+                known[key] = attempt(key)
+                seconds = round(time.monotonic() - start, 2)
+                out.write(json.dumps(dict(key=key, result=known[key], seconds=seconds)) + "\n")
+                out.flush()
+                print(f"{i + 1}/{len(wanted)} {known[key]} in {seconds} s: {key}", flush=True)
+    print("\nNot noticed:")
+    for key in sorted(wanted):
+        if known[key] in ("survived", "no test"):
+            print(f"{known[key]}: {key}")
+    counts = {kind: sum(known[key] == kind for key in wanted) for kind in KINDS}
+    share = 100 * (counts["noticed"] + counts["timeout"]) / max(len(wanted), 1)
+    print(", ".join(f"{count} {kind}" for kind, count in counts.items()), f"of {len(wanted)}: {share:.1f} %")

@@ -1,0 +1,69 @@
+"""The mutation tool finds gaps of tests, leaves the tree as it was, and goes on where it stopped."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "mutation"))
+import operators  # noqa: E402
+
+TOOL = Path(__file__).with_name("mutation") / "python.py"
+TOY = '''"""A toy."""
+
+
+def clip(x, low=0):
+    """The larger one."""
+    if x < low:
+        raise ValueError(f"{x} is too small")
+    return x + 1
+'''
+TESTS = """from longlora.toy.clip import clip
+
+def test_one_more():
+    assert clip(3) == 4
+"""
+
+
+def run(tree, *options):
+    command = [sys.executable, TOOL, "toy", "--count", "1000", *options]
+    outside = {k: v for k, v in os.environ.items() if k not in ("PYTHONSAFEPATH", "PYTHONPATH")}
+    done = subprocess.run(command, cwd=tree, env=outside, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_gap_is_found_and_nothing_changes(tmp_path):
+    package, tests = tmp_path / "longlora/toy", tmp_path / "tests/toy"
+    for folder, name, text in ((package, "clip.py", TOY), (tests, "test_clip.py", TESTS)):
+        folder.mkdir(parents=True)
+        (folder / name).write_text(text)
+    out = run(tmp_path)
+    survived = [line for line in out.splitlines() if line.startswith("survived:")]
+    # A lower limit of 1, `<=` for `<` and no error at all: x = 3 tells nothing about them.
+    assert [line.partition(" -> ")[2] for line in survived] == [
+        "def clip(x, low=1):",
+        "if (x <= low):",
+        "pass",
+    ]
+    assert "3 noticed, 0 timeout, 3 survived, 0 no test of 6: 50.0 %" in out
+    assert (package / "clip.py").read_text() == TOY
+    (tests / "test_clip.py").write_text(
+        "import pytest\n" + TESTS + "    assert clip(0) == 1\n"
+        "    with pytest.raises(ValueError):\n        clip(-0.5)\n"
+    )
+    out = run(tmp_path, "--again")
+    assert out.count(" s: longlora/") == 3 and "6 noticed, 0 timeout, 0 survived" in out
+
+
+def changes(line):
+    return {mutant.then for mutant in operators.mutants(f"def f():\n    {line}\n")}
+
+
+def test_the_faults_of_a_line():
+    assert changes("return a <= 2") == {"return (a < 2)", "return a <= 3", "return None"}
+    assert changes("x = a and not b") == {"x = (a)", "x = (not b)", "x = a and (b)"}
+    assert changes("f(a, key=True)") == {"(f(a))", "f(a, key=False)", "pass"}
+    assert changes("x: int = 'é' + y") == {"x: int = 'é~' + y", "x: int = ('é' - y)"}
+    assert changes("while f(): break") == {"while (not f()): break", "while f(): continue"}
+    assert changes('"""Words."""') == set() and changes('raise E("words")') == {"pass"}
