@@ -37,7 +37,7 @@ WHOLE = {"training", "data", "files"}
 # Seconds of processor time, traced. Longer tests are left out: a quick one should notice.
 LONGEST = 10.0
 MAP_LIMIT = 900  # seconds for a test file
-MEMORY = 8 << 30  # bytes of a mutant at most
+MEMORY = 6 << 30  # bytes of a mutant at most
 ROOT = Path.cwd()
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", ".*_cache", ".hypothesis")
 Tests = dict[str, dict[str, Any]]
@@ -130,9 +130,9 @@ def forked(function: Callable[[], int], limit: float, log: Path) -> int | None:
     return code
 
 
-def run_tests(files: list[str], plugin: object, *options: str) -> int:
+def run_tests(files: list[str], plugin: object | None, *options: str) -> int:
     command = ["-q", "-p", "no:cacheprovider", "-p", "no:faulthandler", "--basetemp=temp.pytest", *options]
-    return pytest.main([*command, *files], plugins=[plugin])
+    return pytest.main([*command, *files], plugins=[plugin] if plugin else [])
 
 
 def make_map(folder: str, words: str, store: Path) -> tuple[Tests, list[str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 EQUIVALENT = Path(__file__).with_name("equivalent.txt")
 KINDS = ("noticed", "timeout", "survived", "no test")
+MISSED = ("survived", "no test")
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -33,7 +34,7 @@ def try_all(log: Path, again: bool, wanted: list[str], attempt: Callable[[str], 
     """Try each mutant that `log` does not have, and print the table. A key: file:function: was -> then."""
     log.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    known = {r["key"]: r["result"] for r in rows if not again or r["result"] in ("noticed", "timeout")}
+    known = {r["key"]: r["result"] for r in rows if not again or r["result"] not in MISSED}
     with log.open("a") as out:
         for i, key in enumerate(wanted):
             if key not in known:
@@ -45,8 +46,9 @@ def try_all(log: Path, again: bool, wanted: list[str], attempt: Callable[[str], 
                 print(f"{i + 1}/{len(wanted)} {known[key]} in {seconds} s: {key}", flush=True)
     print("\nNot noticed:")
     for key in sorted(wanted):
-        if known[key] in ("survived", "no test"):
+        if known[key] in MISSED:
             print(f"{known[key]}: {key}")
     counts = {kind: sum(known[key] == kind for key in wanted) for kind in KINDS}
-    share = 100 * (counts["noticed"] + counts["timeout"]) / max(len(wanted), 1)
-    print(", ".join(f"{count} {kind}" for kind, count in counts.items()), f"of {len(wanted)}: {share:.1f} %")
+    total = sum(counts.values())  # without those that are no faults
+    share = 100 * (counts["noticed"] + counts["timeout"]) / max(total, 1)
+    print(", ".join(f"{count} {kind}" for kind, count in counts.items()), f"of {total}: {share:.1f} %")

@@ -1,0 +1,132 @@
+"""Puts one fault at a time into a file of C or CUDA, and runs tests/ops and tests/binding on the extension.
+
+    python tests/mutation/c.py [--count N] [--seed S] [--again] [--only WORDS] [--cuda]
+
+It works on a copy of the working directory, which is built for portable instructions alone: one object is
+compiled for each mutant. --cuda takes cuda/*.cu instead of csrc, compiled for the emulated GPU. A mutant with
+an object that is the same to the byte computes the same. Results: build/mutation/c.jsonl and cuda.jsonl.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import python
+import results
+
+LIMIT = 900  # seconds for the tests of a mutant
+SWAPS = {
+    **{" < ": " <= ", " <= ": " < ", " > ": " >= ", " >= ": " > ", " == ": " != ", " != ": " == "},
+    **{" && ": " || ", " || ": " && ", " + ": " - ", " - ": " + ", " * ": " + ", " / ": " * ", " % ": " / "},
+    **{" += ": " -= ", " -= ": " += ", " *= ": " += ", " << ": " >> ", " >> ": " << ", " & ": " | "},
+    **{" | ": " & ", "break;": "continue;", "continue;": "break;", "MIN(": "MAX(", "MAX(": "MIN("},
+}
+SWAP = re.compile("|".join(map(re.escape, SWAPS)))
+NUMBER = re.compile(r"(?<![\w.\"])\d+(?![\w.\"])")
+STATEMENT = re.compile(r"(?<=    )[\w\[\]().>*-]+(?: [+*|-]?= .*|\(.*\));$")
+TEXT = re.compile(r'/\*.*?\*/|//.*|"(?:\\.|[^"\\\n])*"', re.DOTALL)
+Place = tuple[Path, int, int, str]  # bytes from begin to end of a file become these
+
+
+def mutants(path: Path) -> Iterator[tuple[str, Place]]:
+    """-> key, place."""
+    source = path.read_text()
+    at = 0
+    code = TEXT.sub(lambda found: re.sub(r"[^\n]", "\0", found[0]), source)
+    for number, line in enumerate(code.splitlines(keepends=True), 1):
+        if not line.startswith("#"):
+            found = [(m.start(), m.end(), SWAPS[m[0]]) for m in SWAP.finditer(line)]
+            found += [(m.start(), m.end(), str(int(m[0]) + 1)) for m in NUMBER.finditer(line)]
+            found += [(m.start(), m.end(), ";") for m in STATEMENT.finditer(line)]
+            for begin, end, now in found:
+                was = source[at : at + len(line)]
+                then = was[:begin] + now + was[end:]
+                yield f"{path}:{number}: {was.strip()} -> {then.strip()}", (path, at + begin, at + end, now)
+        at += len(line)
+
+
+class Extension:
+    """The copy's extension, built again for each mutant."""
+
+    def __init__(self, cuda: bool):
+        self._cuda, self._objects = cuda, python.ROOT / "build/mutation/objects"
+        setup = Path("setup.py")
+        when, text = setup.stat(), setup.read_text()
+        one = re.sub("^X86 = .*", "X86 = False", text, flags=re.MULTILINE)
+        assert one != text, "setup.py chooses its instruction sets in another way"
+        setup.write_text(one)
+        os.utime(setup, ns=(when.st_atime_ns, when.st_mtime_ns))
+        for built in Path("longlora").glob("_C*.so"):
+            built.unlink()
+
+    def build(self) -> bool:
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--build-temp", self._objects]
+        wanted = os.environ | {"LONGLORA_CUDA": "emulation" if self._cuda else "0"}
+        return not subprocess.run(command, env=wanted, capture_output=True).returncode
+
+    def try_mutant(self, place: Place, tests: list[str]) -> str:
+        """-> one of results.KINDS."""
+        path, begin, end, now = place
+        text, when = path.read_text(), path.stat()
+        objects = {made: made.read_bytes() for made in self._objects.rglob(f"{path.stem}.*o")}
+        try:
+            path.write_text(text[:begin] + now + text[end:])
+            if not self.build():
+                return "not compiled"
+            if all(made.read_bytes() == data for made, data in objects.items()):
+                return "equivalent"
+            return self.run(tests)
+        finally:
+            path.write_text(text)
+            os.utime(path, ns=(when.st_atime_ns, when.st_mtime_ns))
+            for made, data in objects.items():
+                made.write_bytes(data)
+
+    def run(self, tests: list[str]) -> str:
+        chosen = ["-x", "-k", "cuda"] if self._cuda else ["-x"]
+        code = python.forked(lambda: python.run_tests(tests, None, *chosen), LIMIT, Path("mutant.log"))
+        return "timeout" if code is None else "survived" if code == 0 else "noticed"
+
+
+def tests_of(path: Path, cuda: bool) -> list[str]:
+    """The test files, those that name the file's op first."""
+    folders = ["ops"] if cuda else ["binding", "ops"] if path.parent.name == "python" else ["ops", "binding"]
+    files = [p for folder in folders for p in sorted(Path("tests", folder).glob("test_*.py"))]
+    stem = path.stem.removesuffix("_forward").removesuffix("_backward")
+    words = "matmul|lora_linear" if path.parent.name == "gemm" or stem == "gemm" else stem
+    near = [p for p in files if re.search(words, p.name)]
+    rest = [p for p in files if p not in near and p.name not in ("test_wide.py", "test_reference.py")]
+    return list(map(str, near + rest))
+
+
+def main() -> None:
+    parser = results.parser(__doc__)
+    parser.add_argument("--cuda", action="store_true", help="cuda/*.cu, emulated")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    with python.scratch():
+        pattern = "cuda/*.cu" if args.cuda else "csrc/**/*.c"
+        paths = [path for path in sorted(Path().glob(pattern)) if args.only in str(path)]
+        keys = dict(found for path in paths for found in mutants(path))
+        wanted = results.sample(set(keys), args.count, args.seed)
+        extension = Extension(args.cuda)
+        if not extension.build():
+            raise SystemExit("the extension cannot be built")
+        python.load(["numpy", "hypothesis", "torch", "jax"])
+        if wanted and extension.run(tests_of(keys[wanted[0]][0], args.cuda)[:1]) != "survived":
+            raise SystemExit(f"tests fail without a fault:\n{Path('mutant.log').read_text()[-4000:]}")
+        log = python.ROOT / f"build/mutation/{'cuda' if args.cuda else 'c'}.jsonl"
+        results.try_all(
+            log,
+            args.again,
+            wanted,
+            lambda key: extension.try_mutant(keys[key], tests_of(keys[key][0], args.cuda)),
+        )
+
+
+if __name__ == "__main__":
+    main()
