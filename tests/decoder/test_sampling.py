@@ -101,6 +101,18 @@ def test_penalties_count_the_answer_and_bias_is_added():
     assert Sampler(Sampling(logit_bias={9: 1.5}), np.zeros(0, np.int64), V).choose(x) == 9
 
 
+def test_repetition_counts_the_answer_as_transformers_does():
+    """Greedy, token by token: those chosen so far are penalised with the prompt's."""
+    x, ids = np.linspace(5, 3, V, dtype=np.float32), [4, 9]
+    sampler = Sampler(Sampling(repetition_penalty=1.3), np.array(ids), V)
+    processor = transformers.RepetitionPenaltyLogitsProcessor(1.3)
+    for _ in range(12):
+        wanted = int(processor(torch.tensor([ids]), torch.tensor(x)[None].clone()).argmax())
+        assert sampler.choose(x) == wanted
+        ids.append(wanted)
+    assert len(set(ids)) == 14
+
+
 def test_a_seed_gives_the_same_tokens():
     def tokens(seed):
         sampler = Sampler(Sampling(temperature=1.0, seed=seed), np.zeros(0, np.int64), V)
@@ -128,6 +140,28 @@ def test_wrong_values_are_named(name, value, words):
         Sampling(**{name: value})
 
 
+@pytest.mark.parametrize(
+    "name, low, high, below, above",
+    [
+        ("temperature", 0, 100, -1e-9, 100.1),
+        ("top_k", 0, 1 << 31, -1, (1 << 31) + 1),
+        ("top_p", 1e-9, 1, 0, 1.001),
+        ("min_p", 0, 1, -1e-9, 1.001),
+        ("repetition_penalty", 1e-9, 100, 0, 100.1),
+        ("presence_penalty", -2, 2, -2.01, 2.01),
+        ("frequency_penalty", -2.0, 2.0, -2.01, 2.01),
+        ("seed", 0, (1 << 64) - 1, -1, 1 << 64),
+        ("seed", None, 7, True, 1.0),
+    ],
+)
+def test_the_limits_belong_to_the_range(name, low, high, below, above):
+    for value in (low, high):
+        assert getattr(Sampling(**{name: value}), name) == value
+    for value in (below, above, "1"):
+        with pytest.raises(UserError, match=f"{name} should be"):
+            Sampling(**{name: value})
+
+
 def test_a_bias_of_a_token_that_does_not_exist_and_logits_that_are_nan():
     with pytest.raises(UserError, match="logit_bias names token 50, the model has 0 to 49"):
         Sampler(Sampling(logit_bias={V: 1.0}), np.zeros(0, np.int64), V)
@@ -136,7 +170,7 @@ def test_a_bias_of_a_token_that_does_not_exist_and_logits_that_are_nan():
 
 
 def test_log_probabilities_are_torchs():
-    x = logits() * 50
+    x = logits().reshape(2, -1) * 500  # the exponential of twice the largest is infinite
     np.testing.assert_allclose(
         log_probabilities(x), torch.tensor(x).double().log_softmax(-1).numpy(), rtol=1e-12, atol=1e-12
     )

@@ -11,6 +11,7 @@ equivalent.txt lists mutants that compute the same, with the reason; they are no
 
 import compileall
 import contextlib
+import gc
 import hashlib
 import importlib
 import itertools
@@ -169,6 +170,7 @@ def load(modules: list[str]) -> None:
         if name.partition(".")[0] not in own:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
+    gc.freeze()  # forks share its memory
 
 
 def choose(tests: Tests, file: str, line: int) -> list[str]:
@@ -209,7 +211,6 @@ def scratch() -> Iterator[None]:
         # Times of files do not tell two mutants of one second apart.
         mode = py_compile.PycInvalidationMode.CHECKED_HASH
         compileall.compile_dir("longlora", quiet=2, invalidation_mode=mode)
-        sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
         try:
             yield
         finally:

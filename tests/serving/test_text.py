@@ -3,8 +3,9 @@
 import pytest
 import tiny
 from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 
-from longlora.serving.text import TextStream
+from longlora.serving.text import Spelling, TextStream
 
 
 class Bytes:
@@ -45,3 +46,31 @@ def test_what_might_begin_a_stop_string_is_held_back():
 def test_special_tokens_have_no_text():
     stream = TextStream(Bytes)
     assert stream.add(ord("a")) == "a" and stream.add(256) == "" and stream.add(ord("b")) == "b"
+
+
+PIECES = "\u2581the \u2581caf\u00e9 s \u2581a\u2581b <0xE6> <0x97> <0xA5> <0x0a> x<0x41>".split()
+
+
+class Pieces:
+    """SentencePiece's tokens: with a mark for a space, and for single bytes. Then two added tokens."""
+
+    backend = Backend(models.BPE({piece: i for i, piece in enumerate(PIECES)}, []))
+    backend.decoder = decoders.ByteFallback()
+    backend.add_special_tokens(["<s>"])
+    backend.add_tokens(["\u00e9\u2581"])
+
+
+def test_the_bytes_of_tokens():
+    """Each byte of a byte-level vocabulary is its own; SentencePiece's mark is a space."""
+    spelling = Spelling(Bytes)
+    assert [spelling.bytes(i) for i in range(256)] == [bytes([i]) for i in range(256)]
+    assert [spelling.width(i) for i in (0x41, 0x7F, 0x80, 0xBF, 0xC3, 0xE6, 0xF0)] == [1, 1, 0, 0, 1, 1, 1]
+    assert (spelling.bytes(256), spelling.width(256)) == (b"<|end|>", 0)
+    assert (spelling.bytes(300), spelling.width(300)) == (b"", 0)
+
+    spelling = Spelling(Pieces)
+    assert [spelling.bytes(i) for i in range(11)] == [
+        *(b" the", " caf\u00e9".encode(), b"s", b" a b", b"\xe6", b"\x97", b"\xa5", b"\n", b"x<0x41>"),
+        *(b"<s>", "\u00e9\u2581".encode()),
+    ]
+    assert [spelling.width(i) for i in range(11)] == [4, 5, 1, 4, 1, 0, 0, 1, 7, 0, 2]
