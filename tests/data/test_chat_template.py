@@ -1,6 +1,8 @@
 """Chat templates against transformers' apply_chat_template, on the shapes that public models have."""
 
+import datetime
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -33,6 +35,10 @@ SHAPES = {
     "{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}",
     "tools": "{% if tools %}{{ tools | tojson(indent=2) }}\n{% endif %}" + CHATML,
     "json": "{{ messages | tojson }}",
+    "json as wanted": "{{ messages | tojson(ensure_ascii=True, separators=(',', ':'), sort_keys=True) }}"
+    "{{ {'b': 1, 'a': '\u00e9'} | tojson(true, 1, none, false) }}",
+    "what is not given": "{{ tools is none }} {{ documents is none }} {{ add_generation_prompt }}"
+    "{{ other is defined }} {{ pad_token is defined }} {{ bos_token }}",
     "macro": "{% macro turn(m) %}[{{ m.role }}]{{ m.content }}{% endmacro %}"
     "{% for m in messages %}{{ turn(m) }}{% endfor %}",
     "generation": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
@@ -86,6 +92,26 @@ def test_text_is_that_of_transformers(shape, chat):
                 template.render(CHATS[chat], **how)
 
 
+def test_the_date_of_today():
+    before = datetime.datetime.now().strftime("%d %b %Y")
+    text = ChatTemplate("{{ strftime_now('%d %b %Y') }}", SPECIAL, "here").render([USER])
+    assert text in (before, datetime.datetime.now().strftime("%d %b %Y"))
+
+
+def test_the_key_is_what_a_text_depends_on():
+    """Keys find tokenised data again: equal for the same template, others for another text or token."""
+    keys = [
+        ChatTemplate(source, special, "here").key()
+        for source in ("a", "b")
+        for special in (SPECIAL, {**SPECIAL, "bos_token": "<t>"})
+    ]
+    assert all(keys.count(key) == 1 for key in keys)
+    turned = dict(reversed(SPECIAL.items()))
+    assert ChatTemplate("a", turned, "elsewhere").key() == keys[0]
+    assert ChatTemplate(CHATML, SPECIAL, "here").marks_answers is False
+    assert ChatTemplate(SHAPES["generation"], SPECIAL, "here").marks_answers is True
+
+
 def test_answers_are_marked():
     text, spans = ChatTemplate(SHAPES["generation"], SPECIAL, "here").render_marked(
         [USER, ASSISTANT, USER, ASSISTANT]
@@ -112,6 +138,10 @@ def test_a_template_cannot_reach_out():
             "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
             "refuses these messages: its loops make more than 2,000,000 rounds",
         ),
+        ("{% if true %}\n{% endif %}\n{% for %}", r"here: the chat template is not valid \(line 3\)"),
+        ("{{ 'x' | nothing }}", r"here: the chat template is not valid .*No filter named 'nothing'"),
+        ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "here: the chat template is nested too deeply"),
+        ("{{ raise_exception('not so') }}", "here: the chat template refuses these messages: not so"),
         ("{{ 10 ** (10 ** 10) }}", r"a result of \*\* is too large"),
         ("{{ 'x' * 99999999 }}", r"a result of \* is too large"),
         ("{{ 99999 * ([1] * 999) }}", r"a result of \* is too large"),
@@ -120,6 +150,55 @@ def test_a_template_cannot_reach_out():
 def test_templates_that_fail(source, words):
     with pytest.raises(UserError, match=words):
         ChatTemplate(source, SPECIAL, "here").render([USER])
+
+
+def test_what_is_small_enough_is_rendered():
+    source = "{{ 2 ** 10 }} {{ 3 * 4 }} {{ 'ab' * 3 }} {{ 2 * [1] }} {{ 2 * 0.5 }} {{ 4 ** -1 }}"
+    assert ChatTemplate(source, SPECIAL, "here").render([USER]) == "1024 12 ababab [1, 1] 1.0 0.25"
+    assert ChatTemplate("{{ ('x' * 1999999) | length }}", SPECIAL, "here").render([USER]) == "1999999"
+
+
+def test_other_places_of_a_template(tmp_path):
+    """The adapter's file comes before the model's; a GGUF file has its own; what is wrong is named."""
+    path = tiny.model(tmp_path / "base")
+    (path / "chat_template.jinja").write_text("of the model")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    model = open_model(path)
+    found = find_template(model, SPECIAL, adapter=adapter)
+    assert (found.source, found.where) == ("of the model", str(path / "chat_template.jinja"))
+    (adapter / "chat_template.jinja").write_text("of the adapter: {{ bos_token }}")
+    found = find_template(model, SPECIAL, adapter=adapter)
+    assert (found.render([]), found.where) == ("of the adapter: <s>", str(adapter / "chat_template.jinja"))
+    (tmp_path / "mine").write_text("{{ eos_token }}")
+    found = find_template(model, SPECIAL, tmp_path / "mine", adapter)
+    assert (found.render([]), found.where) == ("</s>", str(tmp_path / "mine"))
+    with pytest.raises(UserError, match="none: cannot be read: No such file or directory"):
+        find_template(model, SPECIAL, tmp_path / "none")
+
+    gguf = SimpleNamespace(
+        kind="gguf", path="x.gguf", metadata={"tokenizer.chat_template": "g {{ bos_token }}"}
+    )
+    found = find_template(gguf, SPECIAL)
+    assert (found.render([]), found.where) == ("g <s>", "x.gguf")
+    gguf.metadata = {}
+    found = find_template(gguf, SPECIAL)
+    assert (found.source, found.where) == (LLAMA_2, "the built-in chat template")
+    assert found.render([USER]) == "<s>[INST] " + USER["content"] + " [/INST]"
+
+    (path / "chat_template.jinja").unlink()
+    config = path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": "c {{ bos_token }}"}))
+    found = find_template(model, SPECIAL)
+    assert (found.render([]), found.where) == ("c <s>", str(config))
+    config.write_text(json.dumps({"chat_template": 7}))
+    with pytest.raises(UserError, match="tokenizer_config.json: chat_template should be a text or a list"):
+        find_template(model, SPECIAL)
+    for without in ([{"name": "tool_use", "template": "t"}, "x"], None):
+        config.write_text(json.dumps({"chat_template": without}))
+        assert find_template(model, SPECIAL).source == LLAMA_2
+    config.unlink()
+    assert find_template(model, SPECIAL).source == LLAMA_2
 
 
 def test_where_a_template_is_found(tmp_path):

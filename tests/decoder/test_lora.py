@@ -93,6 +93,13 @@ def test_a_linear_that_the_family_lacks(family, names, message):
     [
         (dict(r=0), "r should be an integer above 0, got 0"),
         (dict(r=True), "r should be an integer above 0, got True"),
+        (dict(r=4.0), "r should be an integer above 0, got 4.0"),
+        (dict(r=1 << 20), "r should be an integer above 0, got 1048576"),
+        (dict(lora_alpha=0), "lora_alpha should be a number above 0, got 0"),
+        (dict(lora_alpha=float("nan")), "lora_alpha should be a number above 0, got nan"),
+        (dict(use_rslora=1), "use_rslora should be true or false, got 1"),
+        (dict(target_modules="q_proj"), "target_modules should be a list of q_proj"),
+        (dict(modules_to_save=("norm", "conv")), "modules_to_save should be a list of embed_tokens"),
         (dict(lora_alpha="1"), "lora_alpha should be a number above 0, got '1'"),
         (
             dict(target_modules=("c_attn",)),
@@ -109,3 +116,27 @@ def test_refused(fields, message):
 def test_scale():
     assert LoraConfig(r=4, lora_alpha=8).scale == 2
     assert LoraConfig(r=4, lora_alpha=8, use_rslora=True).scale == 4
+
+
+def test_lists_and_none_are_taken():
+    lora = LoraConfig(r=1, lora_alpha=0.5, target_modules=["q_proj"], modules_to_save=None)
+    assert (lora.target_modules, lora.modules_to_save, lora.scale) == (("q_proj",), (), 0.5)
+    assert list(lora.tensor_shapes(config("llama"))) == [
+        f"model.layers.{i}.self_attn.q_proj.lora_{part}.weight" for i in range(2) for part in "AB"
+    ]
+
+
+def test_a_tied_head_is_the_embedding():
+    """PEFT would train a copy of it; we train the one that both use."""
+    lora = LoraConfig(target_modules=None, modules_to_save=["lm_head"])
+    tied = read_config({**SIZES, "model_type": "llama", "tie_word_embeddings": True})
+    assert lora.tensor_shapes(tied) == {"model.embed_tokens.weight": (50, 16)}
+    assert lora.tensor_shapes(config("llama")) == {"lm_head.weight": (50, 16)}
+
+
+def test_norm_means_every_norm():
+    lora = LoraConfig(target_modules=None, modules_to_save=["norm"])
+    one = LoraConfig(target_modules=None, modules_to_save=["model.norm"])
+    assert one.tensor_shapes(config("qwen3")) == {"model.norm.weight": (16,)}
+    found = lora.tensor_shapes(config("qwen3"))
+    assert found["model.layers.1.self_attn.q_norm.weight"] == (8,) and len(found) == 2 * 4 + 1
