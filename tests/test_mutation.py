@@ -1,4 +1,4 @@
-"""The mutation tool finds gaps of tests, leaves the tree as it was, and goes on where it stopped."""
+"""The mutation tools find gaps of tests, leave the tree as it was, and go on where they stopped."""
 
 import os
 import subprocess
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "mutation"))
+import c  # noqa: E402
 import operators  # noqa: E402
 
 TOOL = Path(__file__).with_name("mutation") / "python.py"
@@ -68,3 +69,17 @@ def test_the_faults_of_a_line():
     assert changes("x: int = 'é' + y") == {"x: int = 'é~' + y", "x: int = ('é' - y)"}
     assert changes("while f(): break") == {"while (not f()): break", "while f(): continue"}
     assert changes('"""Words."""') == set() and changes('raise E("words")') == {"pass"}
+
+
+def test_the_faults_of_c(tmp_path):
+    """Comments, strings, directives, floats and names with digits stay."""
+    path = tmp_path / "x.c"
+    path.write_text('#if A < 1\n/* a < b\n   1 + 2 */\n    f32(x, 1.5, "3 - 4"); // 5\n    y[2] = a < *b;\n')
+    found = [place for _, place in c.mutants(path)]
+    assert [path.read_text()[begin:end] for _, begin, end, _ in found] == [
+        'f32(x, 1.5, "3 - 4");',
+        " < ",
+        "2",
+        "y[2] = a < *b;",
+    ]
+    assert [now for *_, now in found] == [";", " <= ", "3", ";"]

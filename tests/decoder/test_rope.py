@@ -254,6 +254,8 @@ def test_tables(name):
         np.testing.assert_allclose(cos[position], factor * np.cos(position * frequency), rtol=0, atol=1e-7)
         np.testing.assert_allclose(sin[position], factor * np.sin(position * frequency), rtol=0, atol=1e-7)
     assert rope_.tables(rope, 32, 0)[0].shape == (0, 16)
+    for got, whole in zip(rope_.tables(rope, 32, 9000, first=100), (cos, sin)):
+        np.testing.assert_array_equal(got, whole[100:9100])
 
 
 @pytest.mark.parametrize(

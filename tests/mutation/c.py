@@ -26,9 +26,9 @@ SWAPS = {
     **{" | ": " & ", "break;": "continue;", "continue;": "break;", "MIN(": "MAX(", "MAX(": "MIN("},
 }
 SWAP = re.compile("|".join(map(re.escape, SWAPS)))
-NUMBER = re.compile(r"(?<![\w.\"])\d+(?![\w.\"])")
-STATEMENT = re.compile(r"(?<=    )[\w\[\]().>*-]+(?: [+*|-]?= .*|\(.*\));$")
-TEXT = re.compile(r'/\*.*?\*/|//.*|"(?:\\.|[^"\\\n])*"', re.DOTALL)
+NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
+STATEMENT = re.compile(r"(?<=    )[\w\[\]().>*-]+(?: [+*|-]?= .*|\(.*\));(?=\s*$)")
+TEXT = re.compile(r'/\*.*?\*/|//[^\n]*|"(?:\\.|[^"\\\n])*"', re.DOTALL)
 Place = tuple[Path, int, int, str]  # bytes from begin to end of a file become these
 
 
@@ -36,7 +36,7 @@ def mutants(path: Path) -> Iterator[tuple[str, Place]]:
     """-> key, place."""
     source = path.read_text()
     at = 0
-    code = TEXT.sub(lambda found: re.sub(r"[^\n]", "\0", found[0]), source)
+    code = TEXT.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), source)
     for number, line in enumerate(code.splitlines(keepends=True), 1):
         if not line.startswith("#"):
             found = [(m.start(), m.end(), SWAPS[m[0]]) for m in SWAP.finditer(line)]
