@@ -92,8 +92,8 @@ def open_engine(
     if not planned.fits:
         raise UserError(
             f"the model does not fit in memory: with {planned.rows} x {planned.context} tokens it needs "
-            f"{planned.total / 2**30:.2f} GiB, {planned.memory / 2**30:.2f} GiB are available; what would make "
-            f"it fit: {'; '.join(planned.changes)}"
+            f"{planned.total / 2**30:.2f} GiB, {planned.memory / 2**30:.2f} GiB are available; what would "
+            f"make it fit: {'; '.join(planned.changes)}"
         )
     tokenizer = base.tokenizer()
     made = Model(config, dtype=dtype, device=device).load(weights)
