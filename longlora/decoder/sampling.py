@@ -121,7 +121,8 @@ class Sampler:
         if s.min_p:
             order, p = order[p >= least], p[p >= least]
         whole = 1.0 if plain else p.sum()
-        return int(order[min(np.searchsorted(np.cumsum(p), drawn * whole, "right"), len(p) - 1)])
+        place = int(np.searchsorted(np.cumsum(p), drawn * whole, "right"))
+        return int(order[min(place, len(p) - 1)])
 
 
 def largest(x: np.ndarray, count: int) -> np.ndarray:
