@@ -139,6 +139,18 @@ def test_plain_prompts_need_no_template(tmp_path):
     assert f"{data}: records of prompt and completion; loss and perplexity are over the answers" in said
 
 
+def test_a_new_model_learns_by_the_template_beside_its_config(tmp_path):
+    """--init --full: the whole model that results has the template."""
+    template(tiny.config(tmp_path / "new") / "chat_template.jinja")
+    fields = dict(model=None, init=str(tmp_path / "new"), full=True, target_length=None, sequence_length=64)
+    said = []
+    data = write(tmp_path / "a.jsonl", [pair for pair in PAIRS if len("".join(pair)) < 40])
+    run(tmp_path, said, data=data, max_steps=1, **fields)
+    over = "loss and perplexity are over the answers"
+    assert f"{data}: records of Alpaca, rendered by {tmp_path}/new/chat_template.jinja; {over}" in said
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
+
+
 def test_a_record_with_a_text_is_text_and_that_is_said(tmp_path):
     data, said = tmp_path / "a.jsonl", []
     data.write_text(json.dumps({"instruction": "a", "output": "b", "text": "shift group " * 20}) + "\n")
