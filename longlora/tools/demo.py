@@ -1,7 +1,7 @@
-"""`longlora demo` extends a small model from 256 to 2048 tokens and shows by perplexity that it worked.
+"""`longlora demo` extends a small model from 256 to 2048 tokens, measures it, and teaches it to answer.
 
 Model and texts ship with the package in longlora/assets; the scripts that made them are in the repository's
-demo/. The demo uses only the public functions ppl, train and merge.
+demo/. The demo uses only the public functions ppl, train and merge, and Session.
 """
 
 import math
@@ -18,6 +18,7 @@ from longlora.disk import write_json
 from longlora.errors import UserError
 from longlora.evaluation import ppl
 from longlora.files.merge import merge
+from longlora.tools import demo_answers
 from longlora.training.driver import train
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -43,7 +44,9 @@ NEXT = """Next, a model of your own: a Hugging Face directory or a .gguf file.
     longlora plan  --model MODEL --target-length 32768
     longlora train --model MODEL --data TEXT.txt --target-length 32768 --output-dir extended
     longlora ppl   --model MODEL --adapter extended --data OTHER.txt --lengths 4096,8192,16384,32768
-    longlora merge --model MODEL --adapter extended --output-dir merged"""
+    longlora train --model MODEL --adapter extended --data QUESTIONS.jsonl --output-dir taught
+    longlora chat  --model MODEL --adapter taught
+    longlora merge --model MODEL --adapter taught --output-dir merged"""
 
 
 def run(
@@ -52,12 +55,16 @@ def run(
     say: Callable[[str], object] = print,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Run the demo -> the content of report.json: lengths, and perplexities before and after.
+    """Run the demo -> the content of report.json: lengths, perplexities before and after, answers.
 
-    Writes report.json, loss.png, perplexity.png, attention.png, adapter/ and merged/ to output_dir. steps:
-    training steps (default: STEPS, under 5 minutes on 2 cores). device: as in train. UserError if output_dir
-    holds anything but an earlier demo.
+    Writes report.json, loss.png, perplexity.png, attention.png, adapter/, merged/, questions.jsonl and
+    taught/ to output_dir. steps: training steps on text (default: STEPS; the demo takes under 5 minutes on 2
+    cores). device: as in train. UserError if output_dir holds anything but an earlier demo.
     """
+
+    def indented(line: str) -> object:
+        return say(f"   {line}")
+
     started = time.perf_counter()
     steps = STEPS if steps is None else steps
     if steps < 1:
@@ -81,30 +88,19 @@ def run(
     )
 
     say(f"\n2. LoRA and S2-Attn training on {TARGET} tokens")
-    result = train(
-        model=MODEL,
-        data=TEXT,
-        output_dir=output / "adapter",
-        max_steps=steps,
-        say=lambda line: say(f"   {line}"),
-        device=device,
-        **SETTINGS,
-    )
-    if result.stopped is not None:
-        raise KeyboardInterrupt
-    merge(MODEL, output / "adapter", output / "merged")
+    history = _extend(output, steps, indented, device)
 
     say("\n3. After: the same text, dense attention")
     after, curve_after = _perplexity(say, "extended", adapter=output / "adapter", device=device)
 
-    plots.loss(output / "loss.png", result.history)
+    plots.loss(output / "loss.png", history)
     plots.perplexity(
         output / "perplexity.png",
         {"before": curve_before, "interpolated, untrained": curve_interpolated, "after": curve_after},
         native=native,
     )
     plots.attention(output / "attention.png", TARGET, GROUP)
-    report = {
+    report: dict[str, Any] = {
         "lengths": list(LENGTHS),
         "before": before,
         "interpolated": interpolated,
@@ -112,19 +108,42 @@ def run(
         "native_length": native,
         "steps": steps,
         "tokens_trained": steps * TARGET,
-        "loss": [[row["step"], row["loss"]] for row in result.history],
-        "seconds": round(time.perf_counter() - started, 1),
+        "loss": [[row["step"], row["loss"]] for row in history],
     }
-    write_json(output / "report.json", report)
-
     say("\n" + table(report))
+
+    say(f"\n4. Training on {demo_answers.COUNT} questions and answers about the training texts")
+    if demo_answers.teach(MODEL, output / "adapter", TEXT, output, indented, device) is not None:
+        raise KeyboardInterrupt
+    say("\n5. A question about the texts it has never seen")
+    adapters = {"extended": output / "adapter", "taught": output / "taught"}
+    report["answers"] = demo_answers.ask(MODEL, adapters, HELD_OUT, indented, device)
+    report["seconds"] = round(time.perf_counter() - started, 1)
+    write_json(output / "report.json", report)
     say(
         f"\n{report['seconds']:.0f} seconds. In {output}: report.json, loss.png, perplexity.png, "
         "attention.png,\n"
-        "adapter/ (AutoPeftModelForCausalLM loads it), merged/ (stock transformers loads it).\n"
+        "adapter/ and taught/ (AutoPeftModelForCausalLM loads them), merged/ (stock transformers loads it).\n"
     )
     say(NEXT)
     return report
+
+
+def _extend(output: Path, steps: int, say: Callable[[str], object], device: str) -> list[dict[str, Any]]:
+    """Train output/adapter, write output/merged -> the rows of metrics.jsonl."""
+    result = train(
+        model=MODEL,
+        data=TEXT,
+        output_dir=output / "adapter",
+        max_steps=steps,
+        say=say,
+        device=device,
+        **SETTINGS,
+    )
+    if result.stopped is not None:
+        raise KeyboardInterrupt
+    merge(MODEL, output / "adapter", output / "merged")
+    return result.history
 
 
 def table(report: dict[str, Any]) -> str:
@@ -147,7 +166,7 @@ def _prepared(output: Path) -> Path:
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_json(report, {"lengths": list(LENGTHS)})
-        for name in ("adapter", "merged"):
+        for name in ("adapter", "merged", "taught"):
             if (output / name).exists():
                 shutil.rmtree(output / name)
     except OSError as error:

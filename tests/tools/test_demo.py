@@ -84,6 +84,18 @@ def test_what_it_leaves(done, report):
     )
 
 
+def test_it_answers_the_question(done, report):
+    """The texts are as long as the model has learned to read; only the model that was taught answers."""
+    right = {"austen-persuasion": "Jane Austen.", "kjv-44-acts": "It is from the Bible."}
+    assert {answer["book"] for answer in report["answers"]} == set(right) and len(report["answers"]) == 4
+    for answer in report["answers"]:
+        taught = answer["asked"] == "taught"
+        assert (answer["answer"] == right[answer["book"]]) == taught, answer
+        assert 1500 < answer["tokens"] < demo.TARGET
+        assert f"Who wrote this? {answer['answer']}" in done[1]
+    assert adapter.load(done[0] / "taught", open_model(demo.MODEL))[0].r == 8
+
+
 def test_transformers_gives_the_merged_models_perplexity(done, report):
     import torch
     import transformers
@@ -107,7 +119,7 @@ def test_nothing_of_an_earlier_demo_stays(done):
     assert [path for path in done[0].rglob("*") if path.name in ("old", "checkpoint-9")] == []
 
 
-@pytest.mark.parametrize("left", ["adapter", "merged"])
+@pytest.mark.parametrize("left", ["adapter", "merged", "taught"])
 def test_an_earlier_demo_is_removed_first(tmp_path, monkeypatch, left):
     """Old files are removed first, so that none is left if the demo is stopped."""
 
