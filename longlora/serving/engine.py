@@ -98,7 +98,8 @@ class Engine:
             request.sampler = Sampler(request.sampling, request.prompt, vocab)
         with self._lock:
             free = sum(slot.request is None for slot in self._slots)
-            if len(self._waiting) + len(requests) > self.queue + free:
+            waiting = sum(not request.cancelled for request in self._waiting)
+            if waiting + len(requests) > self.queue + free:
                 return False
             self._waiting.extend(requests)
         return True
@@ -178,15 +179,17 @@ class Engine:
 
     def _admit(self):
         """Give waiting requests the free rows that hold most of their prompts, else the longest unused."""
+        with self._lock:
+            left = [request for request in self._waiting if request.cancelled]
+            self._waiting = deque(request for request in self._waiting if not request.cancelled)
+        for request in left:
+            request.notify(Event(reason="cancelled"))
         while True:
             free = [slot for slot in self._slots if slot.request is None]
             with self._lock:
                 if not free or not self._waiting:
                     return
                 request = self._waiting.popleft()
-            if request.cancelled:
-                request.notify(Event(reason="cancelled"))
-                continue
             prompt = np.ascontiguousarray(request.prompt, np.int32)
             # The last token is read in any case: its logits choose the first token of the answer.
             shared = {

@@ -59,7 +59,7 @@ class Choice:
         top_logprobs: int | None = None,
         score_prompt: bool = False,
     ):
-        self._index, self._put = index, put
+        self._index, self._put, self._failed = index, put, False
         self._stream = TextStream(opened.tokenizer, stop)
         self._tokens, self._scores = 0, list[Score]()
         self.request = Request(
@@ -67,6 +67,18 @@ class Choice:
         )
 
     def _take(self, event: Event) -> None:
+        """Take an event. What fails here, such as a tokenizer, fails this answer alone."""
+        if self._failed:
+            return
+        try:
+            self._add(event)
+        except Exception as error:
+            _report(error)
+            self._failed = True
+            self.request.cancel()
+            self._send("", "error", FAULT)
+
+    def _add(self, event):
         if event.logprob is not None or event.prompt:
             token = event.end if event.token is None else event.token
             ends = event.end is not None
@@ -132,6 +144,10 @@ class Worker:
             try:
                 engine.tick()
             except Exception as error:
-                with contextlib.suppress(OSError, ValueError):  # nobody may be left to read
-                    traceback.print_exception(error)
+                _report(error)
                 engine.abort(FAULT)
+
+
+def _report(error):
+    with contextlib.suppress(OSError, ValueError):  # nobody may be left to read
+        traceback.print_exception(error)

@@ -190,6 +190,11 @@ def test_a_full_queue_and_requests_that_cannot_be_served(opened):
     engine.tick()
     assert not engine.submit(request(PROMPTS[0])[0], request(PROMPTS[0])[0])  # both or none
     assert engine.submit(request(PROMPTS[0])[0]) and not engine.submit(request(PROMPTS[0])[0])
+    waiting = engine._waiting[0]
+    waiting.cancel()  # its place is free
+    assert engine.submit(request(PROMPTS[0])[0])
+    engine.tick()
+    assert engine.load == (1, 1)
     for prompt, count, words in (
         ([], 1, "the prompt has no tokens"),
         ([1] * 60, 5, "60 tokens and max_new_tokens is 5, together more than the context of 64"),

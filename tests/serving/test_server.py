@@ -18,6 +18,7 @@ from longlora.errors import UserError
 from longlora.serving import listen, server, streams
 from longlora.serving.answer import Answer
 from longlora.serving.open import open_engine
+from longlora.serving.text import TextStream
 
 HELLO = [{"role": "user", "content": "hello"}]
 # Only printable ASCII is drawn, and no end token.
@@ -417,6 +418,26 @@ def test_a_step_that_fails_ends_what_runs_and_not_the_server(path, monkeypatch, 
         assert status == 500 and "the server has failed at this answer" in found["error"]["message"]
         assert ask(other, path="/v1/completions", body=dict(prompt="a"))[0] == 200
     assert "MemoryError: no memory" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_fails_ends_one_answer(path, monkeypatch, capsys):
+    """Another answer that is made at the same time goes on."""
+    add = TextStream.add
+
+    def fails(self, token):
+        if token == ord("!"):
+            raise RuntimeError("no such token")
+        return add(self, token)
+
+    monkeypatch.setattr(TextStream, "add", fails)
+    with served.serving(path) as other, ThreadPoolExecutor(1) as pool:
+        slow(monkeypatch, other)
+        whole = pool.submit(ask, other, body=dict(messages=HELLO, max_tokens=30, logit_bias={"65": 100}))
+        until(other, running=1)
+        status, _, found = ask(other, body=dict(messages=HELLO, max_tokens=30, logit_bias={"33": 100}))
+        assert status == 500 and "the server has failed at this answer" in found["error"]["message"]
+        assert whole.result()[2]["choices"][0]["message"]["content"] == "A" * 30
+    assert capsys.readouterr().err.count("RuntimeError: no such token") == 1
 
 
 def test_stopping_finishes_what_runs_and_refuses_the_rest(path, monkeypatch):
