@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -239,3 +240,14 @@ def test_files_and_functions_are_short(place):
         assert lines <= LONGEST_FILE, f"{path.relative_to(ROOT)} has {lines} lines, above {LONGEST_FILE}"
         long = {name: count for name, count in functions_of(path) if count > LONGEST_FUNCTION}
         assert not long, f"{path.relative_to(ROOT)}: functions above {LONGEST_FUNCTION} lines: {long}"
+
+
+def test_every_file_of_the_package_is_shipped():
+    """What is no Python file, such as the server's page, is in the wheel if a pattern names it."""
+    package = ROOT / "longlora"
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    shipped = {path for pattern in table["package-data"]["longlora"] for path in package.glob(pattern)}
+    others = {
+        path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc", ".so")
+    }
+    assert package / "serving/page.html" in others <= shipped

@@ -110,6 +110,10 @@ def test_a_conversation_that_is_too_long(page):
     assert "maximum context length of 512 tokens" in find(page, ".error p").text
     find(page, ".error button").click()  # without the oldest turns
     wait(lambda: len(every(page, "article.assistant .actions")) == 2)
+    find(page, "#text").send_keys("z" * 600, Keys.ENTER)
+    wait(lambda: every(page, ".error"))
+    every(page, ".error button")[-1].click()  # take the question back
+    assert find(page, "#text").get_attribute("value") == "z" * 600 and len(every(page, "article")) == 4
 
 
 def test_what_a_model_says_is_text(page):
