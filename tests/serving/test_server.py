@@ -4,6 +4,7 @@ import json
 import random
 import socket
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -308,6 +309,28 @@ def test_heads_that_are_too_slow(running, monkeypatch):
         while (rest := again.recv(4096)) and b"status" in rest:
             pass
         assert rest == b""
+
+
+def test_a_client_that_does_not_read(path, monkeypatch):
+    """The buffers of the connection are small, and the answer is long: the server ends the connection."""
+    monkeypatch.setattr(listen, "READ_SECONDS", 0.2)
+    data = json.dumps(dict(prompt="x" * 500, max_tokens=1, echo=True, logprobs=20)).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
+    with served.serving(path) as other, socket.socket() as deaf:
+        other._bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = other.url.removeprefix("http://").split(":")
+        deaf.connect((host, int(port)))
+        deaf.sendall(head.encode() + data)
+        found = deaf.recv(1)
+        for _ in range(1000):
+            if not other.server_state.connections:
+                break
+            time.sleep(0.01)
+        assert not other.server_state.connections
+        while part := deaf.recv(1 << 16):
+            found += part
+    assert found.startswith(b"HTTP/1.1 200") and not found.endswith(b"}")
 
 
 def test_a_stream_that_waits_gives_signs_of_life(running, monkeypatch):
