@@ -121,7 +121,7 @@ def save(
         save_tensors(os.path.join(directory, WEIGHTS), out, of_base)
     write_json(os.path.join(directory, CONFIG), described, sort_keys=True)
     note = base_folder.NOTE if extended else ""
-    card.write(directory, card.adapter(base, config.max_position_embeddings, described, note))
+    card.write(directory, card.adapter(base, directory, config.max_position_embeddings, described, note))
     if tokenizer is not None:
         tokenizer.save(directory, config.max_position_embeddings)
 

@@ -75,24 +75,26 @@ def merged(
         front(hub, None if file else "transformers", ["longlora", "gguf"] if file else ["longlora"]),
         f"# {_plain(name)}\n",
         f"A context of {config.max_position_embeddings:,} tokens{made}.\n",
-        "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts)]) + "\n",
+        _table(facts),
         how.format(name=_plain(name), file=file, length=config.max_position_embeddings),
     ]
     return "\n".join(parts)
 
 
-def adapter(base: Any, length: int, lora: Mapping[str, Any], note: str) -> str:
+def adapter(base: Any, directory: Path, length: int, lora: Mapping[str, Any], note: str) -> str:
     """The card of an adapter.
 
-    base: the opened base model. length: the context. lora: the fields of adapter_config.json. note: how its
-    positions are loaded.
+    base: the opened base model. directory: of the adapter. length: the context. lora: the fields of
+    adapter_config.json. note: how its positions are loaded.
     """
+    facts = list(run_facts(directory))
     return "\n".join(
         [
             front(hub_name(base), "peft", ["lora", "longlora"]),
             f"A context of {length:,} tokens for {_shown(base)}, by {METHOD}.",
             f"LoRA r = {lora['r']}, alpha = {lora['lora_alpha']:g} on {', '.join(lora['target_modules'])};",
             f"trained whole and stored here: {', '.join(lora['modules_to_save'] or ()) or 'nothing'}.\n",
+            *([_table(facts)] if facts else []),
             *([note] if note else []),
             "Servers that do not take `modules_to_save` (vLLM, llama.cpp) need the merged model: "
             "`longlora merge`.\n",
@@ -128,6 +130,10 @@ def run_facts(adapter: Path) -> Iterator[tuple[str, str]]:
     if found:
         change = f"{found[0]:.3f} before, {found[-1]:.3f} after" if len(found) > 1 else f"{found[0]:.3f}"
         yield "held-out perplexity", f"{change}, with dense attention"
+
+
+def _table(facts):
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts)]) + "\n"
 
 
 def _run(adapter):

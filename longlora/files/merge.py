@@ -13,7 +13,7 @@ from longlora import _C, disk
 from longlora.decoder.config import read_config
 from longlora.device import CPU, choose, host, send
 from longlora.disk import make_directory, parse_json, read_bytes, write_bytes, write_json
-from longlora.errors import UserError
+from longlora.errors import UserError, printable
 from longlora.files import card, tokenizer_to_gguf
 from longlora.files.adapter import load
 from longlora.files.gguf_writer import DTYPES, OF_BASE, GgufWriter, sampling
@@ -152,7 +152,7 @@ def _template(adapter):
 
 def _name(output_dir):
     """How the model is called: as its directory."""
-    return os.path.basename(os.path.realpath(output_dir))
+    return printable(os.path.basename(os.path.realpath(output_dir)))
 
 
 @contextlib.contextmanager

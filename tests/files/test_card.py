@@ -105,6 +105,18 @@ def test_the_name_of_a_gguf_on_the_hub(tmp_path):
     assert card.hub_name(Gguf) == "org/Model"
 
 
+def test_the_card_of_a_run_has_its_figures(tmp_path):
+    """options.yaml and metrics.jsonl are there when a run writes its adapter."""
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "options.yaml").write_text(yaml.safe_dump(OPTIONS))
+    (tmp_path / "adapter" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    _, folder = trained(tmp_path)
+    _, text = front(folder)
+    assert (
+        "| data | `books` |\n| trained at | 4,096 tokens, 12 steps |\n| held-out perplexity | 21.500" in text
+    )
+
+
 def test_a_readme_of_the_users_stays(tmp_path):
     path, folder = trained(tmp_path)
     ours = (folder / "README.md").read_text()

@@ -3,13 +3,19 @@
 import dataclasses
 import json
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import faults
 import gguf
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from gguf_cases import BOS, CASES, EOS, LONGER, ROPES, TEMPLATE, base, logits, tokenizer
+from smollm2 import smollm2  # noqa: F401 (fixture)
 from test_adapter import made
 from test_tokenizer import UGLY
 from test_weights import build
@@ -435,6 +441,54 @@ def test_weights_that_a_dtype_cannot_hold(tmp_path, value, dtype, words):
         with pytest.raises(UserError, match=words.replace("[", r"\[").replace("+", r"\+")):
             merge(path, None, tmp_path / "out", dtype=dtype)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", faults.KINDS)
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
+def test_a_fault_leaves_nothing_or_the_whole_file(tmp_path, kind, there):
+    path = base(tmp_path / "base")
+    wanted = Path(written(path, tmp_path / "out")).read_bytes()
+    clean = faults.call(lambda: written(path, tmp_path / "clean" / "out"), kind, 0)
+    assert clean.code == 0, clean.text
+    for at in faults.places(clean.count, 10):
+        out = tmp_path / f"n{at}" / "out"
+        (out if there else out.parent).mkdir(parents=True)
+        found = faults.call(lambda: written(path, out), kind, at)  # noqa: B023
+        assert found.code in ((faults.KILLED,) if kind == "kill" else (0, faults.REFUSED)), found.text
+        file = out / "model-f32.gguf"
+        if not file.exists():
+            shutil.rmtree(out, ignore_errors=True)  # killed while files moved into a directory that existed
+            written(path, out)
+        assert file.read_bytes() == wanted and os.listdir(out.parent) == ["out"]
+
+
+def test_one_tensor_is_in_memory_at_a_time(smollm2, tmp_path):  # noqa: F811
+    """The peak of the process that writes SmolLM2 in float32: 513 MiB, of which the embedding is 108."""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("this system has no /proc/self/status to read the peak from")
+    script = """if True:
+        import sys
+        import gguf, numpy
+        from longlora.files.merge import merge
+        from longlora.files.open_model import open_model
+        def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) >> 10
+        model = open_model(sys.argv[1])
+        model.tokenizer()
+        before = peak()
+        merge(sys.argv[1], None, sys.argv[2], format="gguf", dtype="f32")
+        print(peak() - before)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(smollm2), str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 200
+    assert open_model(tmp_path / "out" / "model-f32.gguf").metadata["tokenizer.ggml.pre"] == "smollm"
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    file = written(base(tmp_path / "base"), os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    assert open_model(file).metadata["general.name"] == "caf\\udce9"
 
 
 def test_a_directory_in_another_dtype(tmp_path):
