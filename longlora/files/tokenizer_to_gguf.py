@@ -173,6 +173,8 @@ def _prefix(steps, where):
             prefix = step["prepend_scheme"] != "never"
         elif kind == "Prepend" and step["prepend"] == SPACE:
             prefix = True
+        elif kind == "Replace" and (pattern, step["content"]) == ({"Regex": rf"\A{SPACE}"}, SPACE * 2):
+            pass  # Metaspace puts no space before a space; llama.cpp does, as this step
         elif pattern != {"String": " "} or kind == "Replace" and step["content"] != SPACE:
             raise UserError(f"{where}: llama.cpp's SentencePiece does not have the step {json.dumps(step)}")
     return prefix

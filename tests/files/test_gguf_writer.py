@@ -17,6 +17,7 @@ import torch
 from gguf_cases import BOS, CASES, EOS, LONGER, ROPES, TEMPLATE, base, logits, tokenizer
 from smollm2 import smollm2  # noqa: F401 (fixture)
 from test_adapter import made
+from test_sentencepiece import model as sentencepiece_model
 from test_tokenizer import UGLY
 from test_weights import build
 
@@ -329,6 +330,25 @@ def test_sentencepiece_scores_order_the_merges(tmp_path):
     types = found["tokenizer.ggml.token_type"]
     assert (types[0], types[1], types[3], types[258]) == (2, 3, 6, 6)
     assert found["tokenizer.ggml.model"] == "llama" and found["tokenizer.ggml.add_space_prefix"] is True
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(), 'the step {"type": "Replace", "pattern": {"Regex"'),  # it removes spaces
+        (dict(remove_extra_whitespaces=False, user_defined_symbols=["<extra>"]), '"Regex": "<extra>"'),
+        (dict(model_type="unigram", vocab_size=400), "of type Unigram"),
+        (dict(byte_fallback=False, vocab_size=200), "BPE without bytes"),
+    ],
+)
+def test_sentencepiece_models_that_llama_cpp_does_not_have(tmp_path, options, words):
+    path = base(tmp_path / "base")
+    (path / "tokenizer.json").unlink()
+    content = sentencepiece_model(**{"normalization_rule_name": "identity", **options})
+    (path / "tokenizer.model").write_bytes(content)
+    names = dict(tokenizer_class="TokenizersBackend", bos_token="<s>", eos_token="</s>")
+    (path / "tokenizer_config.json").write_text(json.dumps(names))
+    refused(tmp_path, path, words)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from gguf_cases import CASES, LONGER, ROPES, base, logits, tokenizer
 from smollm2 import smollm2  # noqa: F401 (fixture)
 from test_adapter import made
 from test_gguf_writer import _around, _complete
+from test_sentencepiece import MODELS
+from test_sentencepiece import model as sentencepiece_model
 from test_tokenizer import UGLY
 
 from longlora.decoder import rope as rope_
@@ -166,6 +169,40 @@ def test_ids_of_texts(tmp_path, llama, kind):
     texts = [text for text in UGLY if text and "\x00" not in text]
     for text, theirs in zip(texts, llama.ask(file, texts=texts), strict=True):
         assert theirs == ours.encode(text).tolist(), (pre, repr(text))
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("llama", "TokenizersBackend"),
+        ("llama", "LlamaTokenizer"),
+        ("no prefix", "TokenizersBackend"),
+        ("symbols", "LlamaTokenizer"),
+    ],
+)
+def test_ids_of_a_sentencepiece_model(tmp_path, llama, kind, name):
+    """They are those of the library SentencePiece, and ours."""
+    path = base(tmp_path / "base")
+    (path / "tokenizer.json").unlink()
+    options = dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
+    content = sentencepiece_model(**{**MODELS[kind], **options})
+    (path / "tokenizer.model").write_bytes(content)
+    prefix = kind != "no prefix"
+    config = dict(
+        tokenizer_class=name, legacy=True, bos_token="<s>", eos_token="</s>", add_prefix_space=prefix
+    )
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = open_model(path).tokenizer()
+    file = merge(path, None, tmp_path / "out", format="gguf")
+    found = open_model(file).metadata
+    assert found["tokenizer.ggml.add_space_prefix"] is prefix
+    processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+    texts = [text for text in UGLY if text and "\x00" not in text and "<" not in text]
+    theirs = llama.ask(file, texts=texts)
+    for text, ids in zip(texts, theirs, strict=True):
+        assert ids == processor.encode(text), repr(text)
+        if not text.startswith((" ", "▁")):
+            assert ids == ours.encode(text).tolist(), repr(text)
 
 
 def test_smollm2_with_a_longer_context(tmp_path, llama, smollm2):  # noqa: F811
