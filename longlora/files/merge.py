@@ -121,7 +121,7 @@ def _gguf(base, adapter, source, raw, output_dir, dtype):
     beside = base.beside().get(GENERATION)
     generation = parse_json(beside, GENERATION) if beside is not None else {}
     keys = (
-        tokenizer_to_gguf.kept(base.metadata)
+        tokenizer_to_gguf.kept(base.metadata, base.path)
         if base.kind == "gguf"
         else tokenizer_to_gguf.keys(tokenizer, config, generation)
     )

@@ -239,6 +239,14 @@ def _check_text(found, where):
                     raise UserError(f"{where}: {key} holds half a character") from None
 
 
-def kept(metadata: Mapping[str, Any]) -> Keys:
-    """Give the keys of another GGUF file as they are there."""
-    return {key: value for key, value in metadata.items() if key.startswith("tokenizer.") and value != []}
+def kept(metadata: Mapping[str, Any], where: str) -> Keys:
+    """Give the keys of another GGUF file as they are there. where: its name in messages.
+
+    UserError for numbers that no tokenizer has: they are written with 32 bits.
+    """
+    found = {key: value for key, value in metadata.items() if key.startswith("tokenizer.") and value != []}
+    for key, value in found.items():
+        numbers = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, (int, float))]
+        if any(-(2**31) > x or x >= 2**31 for x in numbers):
+            raise UserError(f"{where}: {key} holds a number beyond 32 bits")
+    return found

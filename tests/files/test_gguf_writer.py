@@ -421,24 +421,37 @@ def test_bad_input_is_found_before_anything_is_written(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "out") == ["mine"]
 
 
-def test_a_gguf_whose_tokenizer_has_other_tokens(tmp_path):
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"tokenizer.ggml.tokens": slice(500), "tokenizer.ggml.token_type": slice(500)},
+            "the tokenizer has 500 tokens, the embedding 512 rows",
+        ),
+        ({"tokenizer.ggml.more": 1 << 40}, "tokenizer.ggml.more holds a number beyond 32 bits"),
+        ({"tokenizer.ggml.more": 1e30}, "tokenizer.ggml.more holds a number beyond 32 bits"),
+        ({"tokenizer.ggml.tokens": None}, "has no tokenizer; a GGUF file needs one"),
+    ],
+)
+def test_ggufs_with_tokenizers_that_are_none(tmp_path, changes, words):
     first = written(base(tmp_path / "base"), tmp_path / "one")
-    writer = gguf.GGUFWriter(tmp_path / "less.gguf", "llama")
-    reader, opened = gguf.GGUFReader(first), open_model(first)
-    for key, value in opened.metadata.items():
-        if key == "general.architecture":
-            continue
-        if key in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type"):
-            value = value[:500]
-        kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
-        writer.add_key_value(key, value, kind)
+    writer = gguf.GGUFWriter(tmp_path / "changed.gguf", "llama")
+    reader, metadata = gguf.GGUFReader(first), open_model(first).metadata
+    for key, change in changes.items():
+        metadata[key] = metadata[key][change] if isinstance(change, slice) else change
+    for key, value in metadata.items():
+        if key != "general.architecture" and value is not None:
+            kind = gguf.GGUFValueType.get_type(value)
+            if type(value) is int:
+                kind = gguf.GGUFValueType.UINT32 if value < 1 << 32 else gguf.GGUFValueType.UINT64
+            writer.add_key_value(key, value, kind)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    refused(tmp_path, tmp_path / "less.gguf", "the tokenizer has 500 tokens, the embedding 512 rows")
+    refused(tmp_path, tmp_path / "changed.gguf", words)
 
 
 @pytest.mark.parametrize(
