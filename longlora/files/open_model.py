@@ -11,6 +11,9 @@ from longlora.files.model_file import ModelFile
 def open_model(path: str | os.PathLike[str]) -> ModelFile:
     """Open the model at `path`, a Hugging Face directory or a .gguf file. UserError says what is wrong."""
     if os.path.isdir(path):
+        files = sorted(name for name in os.listdir(path) if name.endswith(".gguf"))
+        if files and not os.path.exists(os.path.join(path, "config.json")):
+            raise UserError(f"{path}: has no config.json; give the file {os.path.join(path, files[0])}")
         return HuggingFace(path)
     if not os.path.exists(path):
         raise UserError(

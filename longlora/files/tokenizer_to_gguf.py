@@ -59,6 +59,9 @@ def keys(tokenizer: Tokenizer, config: ModelConfig, generation: Mapping[str, Any
     pairs = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in core["merges"]]
     if not pairs:
         raise UserError(f"{where}: a tokenizer without merges cannot go into a GGUF file")
+    for part in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if core.get(part):
+            raise UserError(f"{where}: llama.cpp's BPE does not have {part} {core[part]!r}")
     tokens, types = _tokens(tokenizer, config.vocab_size)
     found: Keys = {"merges": [f"{left} {right}" for left, right in pairs]}
     if any(step["type"] == "ByteLevel" for step in steps):
@@ -154,7 +157,7 @@ def _sentence_piece(tokenizer, core, pairs, tokens, types):
             types[index] = UNKNOWN
         elif len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             types[index] = BYTE
-        elif types[index] == USER_DEFINED:
+        elif types[index] == USER_DEFINED and text.replace(SPACE, " ") not in tokens:
             tokens[index] = text.replace(SPACE, " ")  # llama.cpp looks for it in the text as it is
     last = float(-len(pairs))
     scores = [

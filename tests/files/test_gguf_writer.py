@@ -287,6 +287,7 @@ LETTERS = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_
         (split(LETTERS, LETTERS), "has no name for texts split by"),
         (lambda x: x.update(normalizer=dict(type="Lowercase")), "does not have the normalizer"),
         (lambda x: x["model"].update(merges=[]), "without merges"),
+        (lambda x: x["model"].update(end_of_word_suffix="</w>"), "does not have end_of_word_suffix '</w>'"),
         (split(dict(type="Whitespace")), "BPE without bytes"),
         (
             lambda x: x.update(model=dict(type="WordLevel", vocab={"a": 0, EOS: 2}, unk_token="a")),
@@ -330,6 +331,24 @@ def test_sentencepiece_scores_order_the_merges(tmp_path):
     types = found["tokenizer.ggml.token_type"]
     assert (types[0], types[1], types[3], types[258]) == (2, 3, 6, 6)
     assert found["tokenizer.ggml.model"] == "llama" and found["tokenizer.ggml.add_space_prefix"] is True
+
+
+def test_user_defined_tokens_of_sentencepiece(tmp_path):
+    """llama.cpp looks for them in the text, so their spaces are spaces; it ends if two tokens are equal."""
+    path, flags = base(tmp_path / "base"), dict(single_word=False, lstrip=False, rstrip=False)
+
+    def change(described):
+        _complete(described)
+        size = len(described["model"]["vocab"])
+        for index, content in enumerate(("▁▁one", "▁two", " two")):
+            token = dict(id=size + index, content=content, normalized=False, special=False, **flags)
+            described["added_tokens"].append(token)
+
+    tokenizer(path, "llama", change)
+    found = open_model(written(path, tmp_path / "out")).metadata
+    tokens, types = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
+    assert len(set(tokens)) == 512
+    assert [text for text, kind in zip(tokens, types, strict=True) if kind == 4] == ["  one", "▁two", " two"]
 
 
 @pytest.mark.parametrize(
@@ -533,6 +552,12 @@ def test_a_directory_in_another_dtype(tmp_path):
         wanted = whole.read(name).astype(ml_dtypes.bfloat16).astype(np.float32)
         np.testing.assert_array_equal(half.read(name), wanted)
     assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_the_directory_of_a_gguf_names_the_file(tmp_path):
+    file = written(base(tmp_path / "base"), tmp_path / "out")
+    with pytest.raises(UserError, match=f"out: has no config.json; give the file {file}"):
+        open_model(tmp_path / "out")
 
 
 def test_the_command(tmp_path, capsys):
