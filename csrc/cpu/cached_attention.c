@@ -3,7 +3,8 @@
  * With many query rows for a KV head, as in a chunk of a prompt, tasks are those of s2_attention's forward
  * pass: one segment, whose last S rows are the queries. With few, as in decoding, the keys take the time.
  * They are cut into parts, which follow from a sequence's length alone. A task is one part for all heads, and
- * a second pass adds the parts up in their order. Measurements: docs/tuning/cached_attention.md. */
+ * a second pass adds the parts up in their order. With very few, keys and values are multiplied where they
+ * lie, with the next ones on their way from memory. Measurements: docs/tuning/generate.md. */
 #include "s2_forward.h"
 
 #include <stdatomic.h>
@@ -12,7 +13,8 @@ enum {
     FEW = 32,        /* query rows of a KV head up to which the keys are cut into parts */
     PARTS = 64,      /* parts at most */
     PART_KEYS = 256, /* keys of a part, where that makes no more than PARTS */
-    KEYS = 64,       /* keys that are converted to float32 at a time */
+    KEYS = 64,       /* keys whose scores are computed at a time */
+    IN_PLACE = 4,    /* query rows of a KV head up to which keys and values are read where they lie */
 };
 
 typedef struct {
@@ -58,16 +60,17 @@ static inline float *partial_at(const Call *c, int64_t b, int64_t part, int64_t 
     return c->partial + ((b * c->parts + part) * c->K + kv_head) * c->rows * (c->pitch + 2);
 }
 
-/* VW scores: a query times VW rows of k. To zip and add the first half of the sums with the second half,
- * log2(VW) times, leaves the sum of row j in lane j. */
-static inline vf dot_rows(const float *q, const float *k, int64_t pitch) {
+/* VW scores: a query [pitch] times VW rows of k, `step` bytes apart. To zip and add the first half of the
+ * sums with the second half, log2(VW) times, leaves the sum of row j in lane j. */
+static inline __attribute__((always_inline)) vf dot_rows(const float *q, const char *k, int64_t step,
+                                                         int64_t pitch, int32_t dtype) {
     vf sum[VW];
     UNROLLED
     for (int j = 0; j < VW; j++) sum[j] = (vf){ 0 };
     for (int64_t d = 0; d < pitch; d += VW) {
         vf x = vf_load(q + d);
         UNROLLED
-        for (int j = 0; j < VW; j++) sum[j] += x * vf_load(k + j * pitch + d);
+        for (int j = 0; j < VW; j++) sum[j] += x * vf_load_any(k + j * step + d * dtype_size(dtype), dtype);
     }
 #define ADD_HALVES(half)             \
     UNROLLED                         \
@@ -85,17 +88,16 @@ static inline vf dot_rows(const float *q, const float *k, int64_t pitch) {
     return sum[0];
 }
 
-/* Fills p [rows,KEYS] with exp(score - maximum) of n keys from key `first` on, 0 where a row does not see the
- * key. Scales what the rows have summed before, out and sum, where a maximum has grown. */
-static void weigh(const Call *c, float *p, const float *q, const float *k, int64_t length, int64_t first,
-                  int64_t n, float *out, float *maximum, float *sum) {
+/* Turns p [rows,KEYS], scores of n keys from key `first` on, into exp(score - maximum), 0 where a row does
+ * not see the key. Scales what the rows have summed before, out and sum, where a maximum has grown. */
+static void weigh(const Call *c, float *p, int64_t length, int64_t first, int64_t n, float *out,
+                  float *maximum, float *sum) {
     int64_t pitch = c->pitch, padded = round_up(n, VW);
     for (int64_t r = 0; r < c->rows; r++) {
         float *row = p + r * KEYS;
         int64_t seen = max64(0, min64(n, length + r / c->each + 1 - first));
         vf top = vf_set1(maximum[r]), total = { 0 };
         for (int64_t j = 0; j < padded; j += VW) {
-            vf_store(row + j, dot_rows(q + r * pitch, k + j * pitch, pitch));
             for (int64_t i = max64(j, seen); i < j + VW; i++) row[i] = -INFINITY;
             top = vf_max(vf_load(row + j), top);
         }
@@ -131,27 +133,143 @@ static void load_keys(const Call *c, float *out, const Tensor *x, int64_t row, i
     memset(out + n * pitch, 0, (size_t)((round_up(n, VW) - n) * pitch) * sizeof(float));
 }
 
-static void part_of_head(const Call *c, int64_t b, int64_t part, int64_t head, float *memory) {
+/* queries [rows,pitch]: the query rows of a KV head, times the scale; zeros beyond D. */
+static void load_queries(const Call *c, float *queries, int64_t b, int64_t head) {
     const Tensor *q = &c->a->q;
+    for (int64_t r = 0; r < c->rows; r++) {
+        float *x = queries + r * c->pitch;
+        int64_t s = r / c->each, h = head * c->each + r % c->each;
+        load_row(x, at(q, b * q->stride[0] + s * q->stride[1] + h * q->stride[2]), q->dtype, c->D);
+        for (int64_t d = 0; d < c->pitch; d++) x[d] = d < c->D ? x[d] * (float)c->a->scale : 0;
+    }
+}
+
+static void part_of_head(const Call *c, int64_t b, int64_t part, int64_t head, float *memory) {
     int64_t pitch = c->pitch, keys = c->length[b] + c->S;
     int64_t first = part * part_keys(keys), last = min64(keys, first + part_keys(keys));
     float *queries = memory, *k = queries + FEW * pitch, *v = k + KEYS * pitch, *p = v + KEYS * pitch;
     float *out = partial_at(c, b, part, head), *maximum = out + c->rows * pitch, *sum = maximum + c->rows;
-    for (int64_t r = 0; r < c->rows; r++) {
-        float *x = queries + r * pitch;
-        int64_t s = r / c->each, h = head * c->each + r % c->each;
-        load_row(x, at(q, b * q->stride[0] + s * q->stride[1] + h * q->stride[2]), q->dtype, c->D);
-        for (int64_t d = 0; d < pitch; d++) x[d] = d < c->D ? x[d] * (float)c->a->scale : 0;
-        maximum[r] = -INFINITY;
-        sum[r] = 0;
-    }
-    memset(out, 0, (size_t)(c->rows * pitch) * sizeof(float));
+    load_queries(c, queries, b, head);
     for (int64_t key = first; key < last; key += KEYS) {
         int64_t n = min64(KEYS, last - key);
         load_keys(c, k, &c->a->k_cache, c->row[b], head, key, n);
         load_keys(c, v, &c->a->v_cache, c->row[b], head, key, n);
-        weigh(c, p, queries, k, c->length[b], key, n, out, maximum, sum);
+        for (int64_t r = 0; r < c->rows; r++)
+            for (int64_t j = 0; j < n; j += VW)
+                vf_store(p + r * KEYS + j, dot_rows(queries + r * pitch, (const char *)(k + j * pitch),
+                                                    pitch * (int64_t)sizeof(float), pitch, F32));
+        weigh(c, p, c->length[b], key, n, out, maximum, sum);
         multiply(NORMAL, out, pitch, p, KEYS, v, pitch, c->rows, pitch / VW, n, DEPTH, 1, -FAR, FAR);
+    }
+}
+
+/* ---- at most IN_PLACE query rows: nothing is converted before it is multiplied -------------------- */
+
+/* Rows of a cache that lie `step` bytes apart. */
+typedef struct {
+    const char *first;
+    int64_t step, bytes;
+} Rows;
+
+static inline Rows rows_at(const Call *c, const Tensor *x, int64_t row, int64_t head, int64_t key) {
+    return (Rows){ at(x, row * x->stride[0] + key * x->stride[1] + head * x->stride[2]),
+                   x->stride[1] * dtype_size(x->dtype), c->D * dtype_size(x->dtype) };
+}
+
+/* p [rows,KEYS]: scores of n keys. Values of the same keys are fetched on the way. */
+static inline __attribute__((always_inline)) void score(const Call *c, float *p, const float *queries, Rows k,
+                                                        Rows v, int64_t n, float *memory, int32_t dtype) {
+    int64_t pitch = c->pitch, fetched = 0;
+    for (int64_t j = 0; j < n; j += VW) {
+        const char *rows = k.first + j * k.step;
+        int64_t step = k.step;
+        if (n - j < VW) { /* the last rows are fewer: the sums of the others are not used */
+            memset(memory, 0, (size_t)(VW * pitch) * sizeof(float));
+            for (int64_t i = 0; j + i < n; i++)
+                memcpy((char *)memory + i * k.bytes, rows + i * step, (size_t)k.bytes);
+            rows = (const char *)memory, step = k.bytes;
+        }
+        for (int64_t r = 0; r < c->rows; r++) {
+            int64_t until = min64(n, j + VW * (r + 1) / c->rows);
+            for (; fetched < until; fetched++) fetch(v.first + fetched * v.step, v.bytes);
+            vf_store(p + r * KEYS + j, dot_rows(queries + r * pitch, rows, step, pitch, dtype));
+        }
+    }
+}
+
+/* out[rows,pitch] += p[rows,n] v. The `next` keys are fetched on the way. */
+static inline __attribute__((always_inline)) void
+add_values(const Call *c, float *out, const float *p, Rows v, Rows next, int64_t n, int32_t dtype, int rows) {
+    enum { WIDTH = VW == 16 ? 4 : 2 }; /* vectors of a row that are summed at a time */
+    for (int64_t d = 0; d < c->pitch; d += WIDTH * VW) {
+        int vecs = (int)min64(WIDTH, (c->pitch - d) / VW);
+        vf sum[IN_PLACE][WIDTH];
+        UNROLLED
+        for (int i = 0; i < IN_PLACE * WIDTH; i++) sum[i / WIDTH][i % WIDTH] = (vf){ 0 };
+        for (int64_t j = 0; j < n; j++) {
+            const char *x = v.first + j * v.step + d * dtype_size(dtype);
+            if (d == 0) fetch(next.first + j * next.step, next.bytes);
+            UNROLLED
+            for (int i = 0; i < WIDTH; i++) {
+                if (i >= vecs) break;
+                vf y = vf_load_any(x + i * VW * dtype_size(dtype), dtype);
+                UNROLLED
+                for (int r = 0; r < rows; r++) sum[r][i] += vf_set1(p[r * KEYS + j]) * y;
+            }
+        }
+        UNROLLED
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < vecs; i++) {
+                float *to = out + r * c->pitch + d + i * VW;
+                vf_store(to, vf_load(to) + sum[r][i]);
+            }
+    }
+}
+
+static inline __attribute__((always_inline)) void part_in_place(const Call *c, int64_t b, int64_t part,
+                                                                float *memory, int32_t dtype, int rows) {
+    int64_t pitch = c->pitch, keys = c->length[b] + c->S;
+    int64_t first = part * part_keys(keys), last = min64(keys, first + part_keys(keys));
+    float *queries = memory, *p = queries + IN_PLACE * pitch, *rest = p + IN_PLACE * KEYS;
+    for (int64_t key = first; key < last; key += KEYS)
+        for (int64_t head = 0; head < c->K; head++) {
+            int64_t n = min64(KEYS, last - key);
+            int64_t then = head + 1 < c->K ? key : min64(key + KEYS, last - 1);
+            Rows k = rows_at(c, &c->a->k_cache, c->row[b], head, key),
+                 v = rows_at(c, &c->a->v_cache, c->row[b], head, key),
+                 next = rows_at(c, &c->a->k_cache, c->row[b], (head + 1) % c->K, then);
+            float *out = partial_at(c, b, part, head), *maximum = out + c->rows * pitch,
+                  *sum = maximum + c->rows;
+            load_queries(c, queries, b, head);
+            score(c, p, queries, k, v, n, rest, dtype);
+            weigh(c, p, c->length[b], key, n, out, maximum, sum);
+            add_values(c, out, p, v, next, n, dtype, rows);
+        }
+}
+
+/* A copy of the loops for each dtype and number of rows. */
+static void part_of_dtype(const Call *c, int64_t b, int64_t part, float *memory) {
+    int32_t dtype = c->a->k_cache.dtype;
+#define ROWS_CASE(n)                                                        \
+    case n:                                                                 \
+        if (dtype == F32) part_in_place(c, b, part, memory, F32, n);        \
+        else if (dtype == BF16) part_in_place(c, b, part, memory, BF16, n); \
+        else part_in_place(c, b, part, memory, F16, n);                     \
+        return;
+    switch (c->rows) {
+        ROWS_CASE(1)
+        ROWS_CASE(2)
+        ROWS_CASE(3)
+        ROWS_CASE(4)
+    }
+#undef ROWS_CASE
+}
+
+static void begin_part(const Call *c, int64_t b, int64_t part) {
+    for (int64_t head = 0; head < c->K; head++) {
+        float *out = partial_at(c, b, part, head), *maximum = out + c->rows * c->pitch;
+        memset(out, 0, (size_t)(c->rows * c->pitch) * sizeof(float));
+        for (int64_t r = 0; r < c->rows; r++) maximum[r] = -INFINITY, maximum[c->rows + r] = 0;
     }
 }
 
@@ -159,8 +277,13 @@ static int part_thread(int64_t index, void *context) {
     Call *c = context;
     for (int64_t i; (i = atomic_fetch_add(&c->next, 1)) < c->count;) {
         int64_t b = i / c->parts, part = i % c->parts;
-        for (int64_t head = 0; part < parts_of(c->length[b] + c->S) && head < c->K; head++)
-            part_of_head(c, b, part, head, c->memory + index * c->floats);
+        float *memory = c->memory + index * c->floats;
+        if (part >= parts_of(c->length[b] + c->S)) continue;
+        begin_part(c, b, part);
+        if (c->rows <= IN_PLACE && c->D == c->pitch && c->a->k_cache.dtype == c->a->v_cache.dtype)
+            part_of_dtype(c, b, part, memory);
+        else
+            for (int64_t head = 0; head < c->K; head++) part_of_head(c, b, part, head, memory);
     }
     return 0;
 }

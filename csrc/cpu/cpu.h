@@ -271,8 +271,10 @@ static inline vh vf_to_f16(vf x) {
     return h;
 #endif
 }
-static inline vf vf_from_bf16(vh h) {
-#if defined __AVX2__ && !defined __AVX512F__ /* gcc would widen each half on its own */
+static inline vf vf_from_bf16(vh h) { /* gcc would widen each half on its own */
+#if defined __AVX512F__
+    return (vf)((vu)_mm512_cvtepu16_epi32((__m256i)h) << 16);
+#elif defined __AVX2__
     return (vf)((vu)_mm256_cvtepu16_epi32((__m128i)h) << 16);
 #else
     return (vf)(__builtin_convertvector(h, vu) << 16);
