@@ -17,7 +17,7 @@ from longlora.serving.text import TextStream
 class Answer:
     """An answer as it comes: iterate over its pieces of text. To leave the loop early ends the answer.
 
-    on_read: is called once, when the prompt has been read.
+    on_read: is called once, when the prompt has been read and the text of the first token was taken.
     When it has ended: reason ("stop", "length"), tokens (ids), prompt_tokens, reused (of these, those that
     the cache still held), first (seconds to the first token), seconds (for all), logprobs if asked for.
     """
@@ -64,14 +64,15 @@ class Answer:
         try:
             while self.reason is None:
                 engine.tick()
-                if self._events and self._on_read is not None and self._events[0].reason != "error":
-                    self._on_read()
-                    self._on_read = None
+                read = bool(self._events)
                 for event in self._events:
                     piece = self._take(event, began)
                     if piece:
                         yield piece
                 self._events.clear()
+                if read and self._on_read is not None:
+                    self._on_read()
+                    self._on_read = None
         finally:
             self._request.cancel()
             self.seconds = time.perf_counter() - began

@@ -203,3 +203,16 @@ def test_a_streaming_answer_has_no_end(base, capsys):
 def test_streaming_that_cannot_be(base, keywords, words):
     with pytest.raises(UserError, match=words):
         longlora.generate(base, "a", device="cpu", **keywords)
+
+
+def test_a_prompt_is_saved_behind_the_first_token_and_not_after_an_error(base, tmp_path):
+    session, called = longlora.Session(base, **HOW), []
+    answer = session.generate("abc", max_new_tokens=9, on_read=lambda: called.append(len(answer.tokens)))
+    "".join(answer)
+    assert called == [1]
+    "".join(longlora.generate(base, "abc", prompt_cache=tmp_path / "saved", max_new_tokens=9, **HOW))
+    assert session.load(tmp_path / "saved") == 3
+    session.opened.engine.model.tensor("model.norm.weight").fill(float("nan"))
+    with pytest.raises(UserError, match="NaN"):
+        "".join(session.generate("abc", on_read=lambda: called.append(0)))
+    assert called == [1]
