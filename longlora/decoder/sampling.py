@@ -1,6 +1,5 @@
 """The choice of the next token from the logits: greedy, or drawn at random, with the usual penalties."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
@@ -54,7 +53,7 @@ class Sampling:
         for name, (low, high, inclusive) in LIMITS.items():
             value = getattr(self, name)
             kinds = int if name == "top_k" else (int, float)
-            right = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+            right = isinstance(value, kinds) and not isinstance(value, bool)
             if not right or not (low <= value if inclusive else low < value) or value > high:
                 kind = "an integer" if name == "top_k" else "a number"
                 lowest = f"from {low}" if inclusive else f"above {low}"

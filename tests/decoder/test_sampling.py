@@ -89,7 +89,14 @@ def test_a_part_of_a_long_vocabulary_is_sorted(monkeypatch, sampling, scale):
 def test_greedy_takes_the_first_of_the_likeliest():
     x = np.zeros(V, np.float32)
     x[[8, 5]] = 2
-    assert Sampler(Sampling(), np.zeros(0, np.int64), V).choose(x) == 5
+    sampler = Sampler(Sampling(), np.zeros(0, np.int64), V)
+    assert [sampler.choose(x) for _ in range(3)] == [5, 5, 5]  # no penalty
+
+
+def test_large_logits_are_drawn():
+    """The exponential of twice the largest is infinite. The others are too far below to be drawn."""
+    x = logits() * 500
+    assert Sampler(Sampling(temperature=1.0, seed=0), np.zeros(0, np.int64), V).choose(x) == x.argmax()
 
 
 def test_penalties_count_the_answer_and_bias_is_added():
@@ -98,14 +105,15 @@ def test_penalties_count_the_answer_and_bias_is_added():
     sampler = Sampler(Sampling(presence_penalty=0.4, frequency_penalty=0.25), np.array([2, 2]), V)
     # 1: 1.0; then 1 has 1 - 0.4 - 0.25 = 0.35, so 2; then 2 has 0.05, so 1 again; then 1 has 0.1, so 3.
     assert [sampler.choose(x) for _ in range(4)] == [1, 2, 1, 3]
-    assert Sampler(Sampling(logit_bias={9: 1.5}), np.zeros(0, np.int64), V).choose(x) == 9
+    for token in (0, 9, V - 1):
+        assert Sampler(Sampling(logit_bias={token: 1.5}), np.zeros(0, np.int64), V).choose(x) == token
 
 
 def test_repetition_counts_the_answer_as_transformers_does():
     """Greedy, token by token: those chosen so far are penalised with the prompt's."""
     x, ids = np.linspace(5, 3, V, dtype=np.float32), [4, 9]
-    sampler = Sampler(Sampling(repetition_penalty=1.3), np.array(ids), V)
-    processor = transformers.RepetitionPenaltyLogitsProcessor(1.3)
+    sampler = Sampler(Sampling(repetition_penalty=2), np.array(ids), V)
+    processor = transformers.RepetitionPenaltyLogitsProcessor(2.0)
     for _ in range(12):
         wanted = int(processor(torch.tensor([ids]), torch.tensor(x)[None].clone()).argmax())
         assert sampler.choose(x) == wanted
