@@ -93,10 +93,20 @@ def test_greedy_takes_the_first_of_the_likeliest():
     assert [sampler.choose(x) for _ in range(3)] == [5, 5, 5]  # no penalty
 
 
-def test_large_logits_are_drawn():
-    """The exponential of twice the largest is infinite. The others are too far below to be drawn."""
-    x = logits() * 500
-    assert Sampler(Sampling(temperature=1.0, seed=0), np.zeros(0, np.int64), V).choose(x) == x.argmax()
+def test_a_logit_far_above_the_others_is_drawn():
+    """The exponential of its distance is infinite."""
+    x = np.zeros(V, np.float32)
+    x[7] = 1000
+    assert Sampler(Sampling(temperature=1.0, seed=0), np.zeros(0, np.int64), V).choose(x) == 7
+
+
+def test_equals_are_kept_by_min_p_and_the_first_by_top_k():
+    x = np.zeros(V, np.float32)
+    first = Sampler(Sampling(temperature=1.0, top_k=1, seed=0), np.zeros(0, np.int64), V)
+    assert first.choose(x) == 0
+    x[[8, 5]] = 2
+    both = Sampler(Sampling(temperature=1.0, min_p=1, seed=0), np.zeros(0, np.int64), V)
+    assert {both.choose(x) for _ in range(40)} == {5, 8}
 
 
 def test_penalties_count_the_answer_and_bias_is_added():
@@ -111,7 +121,7 @@ def test_penalties_count_the_answer_and_bias_is_added():
 
 def test_repetition_counts_the_answer_as_transformers_does():
     """Greedy, token by token: those chosen so far are penalised with the prompt's."""
-    x, ids = np.linspace(5, 3, V, dtype=np.float32), [4, 9]
+    x, ids = np.linspace(0.9, 0.5, V, dtype=np.float32), [4, 9]
     sampler = Sampler(Sampling(repetition_penalty=2), np.array(ids), V)
     processor = transformers.RepetitionPenaltyLogitsProcessor(2.0)
     for _ in range(12):
