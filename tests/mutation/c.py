@@ -64,9 +64,9 @@ class Extension:
             built.unlink()
 
     def build(self) -> bool:
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--build-temp", self._objects]
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--build-temp"]
         wanted = os.environ | {"LONGLORA_CUDA": "emulation" if self._cuda else "0"}
-        return not subprocess.run(command, env=wanted, capture_output=True).returncode
+        return not subprocess.run([*command, self._objects], env=wanted, capture_output=True).returncode
 
     def try_mutant(self, place: Place, tests: list[str]) -> str:
         """-> one of results.KINDS."""

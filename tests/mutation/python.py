@@ -104,9 +104,9 @@ class Chosen:
 
 def forked(function: Callable[[], int], limit: float, log: Path) -> int | None:
     """Call the function in a fork -> its result, None if it took longer than `limit` seconds."""
+    code: int | None = 3
     pid = os.fork()
     if not pid:
-        code = 3
         try:
             os.setsid()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -116,7 +116,7 @@ def forked(function: Callable[[], int], limit: float, log: Path) -> int | None:
             code = int(function())
             sys.stdout.flush()
         finally:
-            os._exit(code)
+            os._exit(code or 0)
     end, code = time.monotonic() + limit, None
     try:
         while code is None and time.monotonic() < end:
@@ -140,7 +140,8 @@ def make_map(folder: str, words: str, store: Path) -> tuple[Tests, list[str]]:
     """-> the tests of the folder, and the modules that they load. Files that did not change: from `store`."""
     sources = b"".join(path.read_bytes() for path in sorted(Path("longlora", folder).rglob("*.py")))
     known = json.loads(store.read_text()) if store.exists() else {}
-    tests, loaded = {}, {}
+    tests: Tests = {}
+    loaded: dict[str, None] = {}
     for path in [str(p) for p in sorted(Path("tests", folder).glob("test_*.py")) if words in p.name]:
         key = hashlib.sha256(sources + Path(path).read_bytes()).hexdigest()
         if known.get(path, {}).get("key") != key:
