@@ -29,6 +29,7 @@ SWAP = re.compile("|".join(map(re.escape, SWAPS)))
 NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
 STATEMENT = re.compile(r"(?<=    )[\w\[\]().>*-]+(?: [+*|-]?= .*|\(.*\));(?=\s*$)")
 TEXT = re.compile(r'/\*.*?\*/|//[^\n]*|"(?:\\.|[^"\\\n])*"', re.DOTALL)
+STAGE = re.compile("_(forward|backward)$")
 Place = tuple[Path, int, int, str]  # bytes from begin to end of a file become these
 
 
@@ -93,14 +94,15 @@ class Extension:
 
 
 def tests_of(path: Path, cuda: bool) -> list[str]:
-    """The test files, those that name the file's op first."""
-    folders = ["ops"] if cuda else ["binding", "ops"] if path.parent.name == "python" else ["ops", "binding"]
-    files = [p for folder in folders for p in sorted(Path("tests", folder).glob("test_*.py"))]
-    stem = path.stem.removesuffix("_forward").removesuffix("_backward")
-    words = "matmul|lora_linear" if path.parent.name == "gemm" or stem == "gemm" else stem
-    near = [p for p in files if re.search(words, p.name)]
-    rest = [p for p in files if p not in near and p.name not in ("test_wide.py", "test_reference.py")]
-    return list(map(str, near + rest))
+    """The test files of an op, its own first; of the binding; or all of both for what serves all ops."""
+    ops, binding = (sorted(Path("tests", folder).glob("test_*.py")) for folder in ("ops", "binding"))
+    ops = [file for file in ops if file.name not in ("test_wide.py", "test_reference.py")]
+    if path.parent.name == "python":
+        return list(map(str, binding))
+    words = "matmul|lora_linear|linear_cross_entropy" if "gemm" in str(path) else STAGE.sub("", path.stem)
+    own = [file for file in ops if re.search(words, file.name)]
+    others = [file for file in ops if file not in own and (not own or re.search(words, file.read_text()))]
+    return list(map(str, own + others + ([] if own or cuda else binding)))
 
 
 def main() -> None:
