@@ -9,6 +9,7 @@ not even NumPy.
 
 import importlib
 import os
+import sys
 
 TYPE_CHECKING = False  # as in typing, which takes longer to import than this file
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ def _compiled():
     when nothing else runs. The user's own settings win. A library that is loaded later and shares the
     runtime, as torch does, gets the same settings. The environment is restored afterwards.
     """
+    loaded = sys.modules.get(f"{__name__}._C")
+    if loaded is not None:
+        return loaded  # its number of threads may be the user's by now
     ours = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
     if ours.keys() & os.environ.keys():
         ours = {}

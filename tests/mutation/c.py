@@ -119,14 +119,13 @@ def main() -> None:
         if not extension.build():
             raise SystemExit("the extension cannot be built")
         python.load(["numpy", "hypothesis", "torch", "jax"])
-        if wanted and extension.run(tests_of(keys[wanted[0]][0], args.cuda)[:1]) != "survived":
-            raise SystemExit(f"tests fail without a fault:\n{Path('mutant.log').read_text()[-4000:]}")
+        tests = {keys[key][0]: tests_of(keys[key][0], args.cuda) for key in wanted}
+        for files in {tuple(files) for files in tests.values()}:
+            if extension.run(list(files)) != "survived":
+                raise SystemExit(f"tests fail without a fault:\n{Path('mutant.log').read_text()[-4000:]}")
         log = python.ROOT / f"build/mutation/{'cuda' if args.cuda else 'c'}.jsonl"
         results.try_all(
-            log,
-            args.again,
-            wanted,
-            lambda key: extension.try_mutant(keys[key], tests_of(keys[key][0], args.cuda)),
+            log, args.again, wanted, lambda key: extension.try_mutant(keys[key], tests[keys[key][0]])
         )
 
 

@@ -131,6 +131,19 @@ want = ops.matmul(x, x).tobytes()
 """
 
 
+def test_more_threads_than_processors_stay():
+    """Also when other names of the package are used for the first time afterwards."""
+    script = """
+import os
+os.environ.pop("OMP_NUM_THREADS", None)
+import longlora
+longlora.set_num_threads(301)
+longlora.Tensor((1,), "uint8")
+print(longlora.get_num_threads())
+"""
+    assert python(script) == ["301"]
+
+
 def test_forked_child_after_the_parent_used_threads():
     out = python(
         BODY
