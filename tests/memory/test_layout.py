@@ -32,6 +32,7 @@ def test_parts_add_up_to_the_size():
     layout = Layout()
     layout.add((16,), "float32")
     layout.end_part("one")
+    assert layout.parts == {"one": 64}
     layout.add_all({"a": ((32,), "float16"), "b": ((16,), "int32")})
     layout.end_part("two")
     layout.add((1,), "float32")
@@ -47,3 +48,5 @@ def test_views_of_an_arena():
     view = buffer.view(arena, start=64)
     view.copy_(np.arange(6, dtype=np.float32).reshape(2, 3))
     np.testing.assert_array_equal(arena.numpy()[128:152].view(np.float32), np.arange(6))
+    buffer.view(arena).copy_(np.full((2, 3), 7, np.float32))
+    np.testing.assert_array_equal(arena.numpy()[64:88].view(np.float32), np.full(6, 7))
