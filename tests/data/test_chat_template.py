@@ -144,7 +144,7 @@ def test_a_template_cannot_reach_out():
         ("{{ raise_exception('not so') }}", "here: the chat template refuses these messages: not so"),
         ("{{ 10 ** 600000 }}", r"a result of \*\* is too large"),
         ("{{ 10 ** (10 ** 10) }}", r"a result of \*\* is too large"),
-        ("{{ 'x' * 99999999 }}", r"a result of \* is too large"),
+        ("{{ 'x' * 2000001 }}", r"a result of \* is too large"),
         ("{{ 99999 * ([1] * 999) }}", r"a result of \* is too large"),
     ],
 )
@@ -154,9 +154,11 @@ def test_templates_that_fail(source, words):
 
 
 def test_what_is_small_enough_is_rendered():
-    source = "{{ 2 ** 10 }} {{ 3 * 4 }} {{ 'ab' * 3 }} {{ 2 * [1] }} {{ 2 * 0.5 }} {{ 4 ** -1 }}"
-    assert ChatTemplate(source, SPECIAL, "here").render([USER]) == "1024 12 ababab [1, 1] 1.0 0.25"
-    assert ChatTemplate("{{ ('x' * 1999999) | length }}", SPECIAL, "here").render([USER]) == "1999999"
+    source = (
+        "{{ 2 ** 10 }} {{ 3 * 4 }} {{ 'ab' * 3 }} {{ 2 * [1] }} {{ 2 * 0.5 }} {{ 4 ** -1 }} {{ 9999 * 9999 }}"
+    )
+    assert ChatTemplate(source, SPECIAL, "here").render([USER]) == "1024 12 ababab [1, 1] 1.0 0.25 99980001"
+    assert ChatTemplate("{{ ('x' * 2000000) | length }}", SPECIAL, "here").render([USER]) == "2000000"
 
 
 def test_other_places_of_a_template(tmp_path):

@@ -192,7 +192,7 @@ def try_mutant(path: Path, mutant: operators.Mutant, tests: Tests) -> str:
     if not order:
         return "no test"
     data = path.read_bytes()
-    limit = 60 + 10 * sum(tests[name]["seconds"] for name in order)
+    limit = 30 + 5 * sum(tests[name]["seconds"] for name in order)
     try:
         path.write_bytes(data[: mutant.begin] + mutant.now.encode() + data[mutant.end :])
         files = sorted({name.partition("::")[0] for name in order})
