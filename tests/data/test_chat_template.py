@@ -8,6 +8,7 @@ import pytest
 import tiny
 import transformers
 
+from longlora.data import chat_template
 from longlora.data.chat_template import LLAMA_2, ChatTemplate, find_template
 from longlora.errors import UserError
 from longlora.files.open_model import open_model
@@ -159,6 +160,18 @@ def test_what_is_small_enough_is_rendered():
     )
     assert ChatTemplate(source, SPECIAL, "here").render([USER]) == "1024 12 ababab [1, 1] 1.0 0.25 99980001"
     assert ChatTemplate("{{ ('x' * 2000000) | length }}", SPECIAL, "here").render([USER]) == "2000000"
+
+
+def test_rounds_are_counted_over_all_loops(monkeypatch):
+    monkeypatch.setattr(chat_template, "MOST", 6)
+    source = "{% for i in range(2) %}{% for j in range(n) %}x{% endfor %}{% endfor %}"
+    template = ChatTemplate(source, SPECIAL, "here")
+    assert [template.render([], n=n) for n in (1, 2, 2)] == ["xx", "xxxx", "xxxx"]
+    with pytest.raises(UserError, match="its loops make more than 6 rounds"):
+        template.render([], n=3)
+    assert ChatTemplate("{% for i in range(6) %}x{% endfor %}", SPECIAL, "here").render([]) == "xxxxxx"
+    with pytest.raises(UserError, match="its loops make more than 6 rounds"):
+        ChatTemplate("{% for i in range(7) %}x{% endfor %}", SPECIAL, "here").render([])
 
 
 def test_other_places_of_a_template(tmp_path):

@@ -74,3 +74,16 @@ def test_the_bytes_of_tokens():
         *(b"<s>", "\u00e9\u2581".encode()),
     ]
     assert [spelling.width(i) for i in range(11)] == [4, 5, 1, 4, 1, 0, 0, 1, 7, 0, 2]
+
+
+def test_the_end_of_a_long_token_is_held_back():
+    stream = TextStream(Pieces, ["exy"])
+    assert [stream.add(0), stream.add(2), stream.add(0)] == ["\u2581th", "es", "\u2581th"]
+    assert [stream.finish(), stream.finish()] == ["e", ""]
+
+
+def test_a_tokenizer_without_a_decoder():
+    class Bare:
+        backend = Backend(models.BPE({"a": 0, "\u2581b": 1}, []))
+
+    assert [Spelling(Bare).bytes(i) for i in range(2)] == [b"a", b" b"]
