@@ -114,7 +114,9 @@ def records(folder: Path, count: int, characters: int, seed: int) -> list[dict]:
         if asked is None:
             failed += 1
             if failed > 1000 * count:
-                raise SystemExit(f"{folder}: its books give no questions of the kind {kind}")
+                raise SystemExit(
+                    f"{folder}: its books give no questions of the kind {kind} in {characters} characters"
+                )
             continue
         question, answer = asked
         text = "\n\n".join(f"{chapter.heading}\n\n{chapter.text}" for chapter in read)

@@ -48,7 +48,9 @@ class Sample:
 
 
 def _string(record, name, empty=False):
-    value = record.get(name, "" if empty else None)
+    value = record.get(name)
+    if value is None and empty:  # files that come from tables write a field that is missing as null
+        return ""
     if not isinstance(value, str) or not (empty or value.strip()):
         raise _Wrong(f"{name} should be a text{'' if empty else ' that is not empty'}, got {shown(value)}")
     return value

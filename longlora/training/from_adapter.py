@@ -37,7 +37,7 @@ def take_over(o: TrainOptions, base: ModelConfig) -> tuple[LoraConfig, dict[str,
     for name, value in decided.items():
         given = getattr(o, name)
         if name in o.given and not _same(name, given, value, lora, config):
-            got, wanted = (" ".join(x) if isinstance(x, tuple) else x for x in (given, value))
+            got, wanted = (" ".join(x) or "none" if isinstance(x, tuple) else x for x in (given, value))
             raise UserError(f"{name} of the adapter {o.adapter} is {wanted}, got {got}; leave {name} out")
         setattr(o, name, value)
     if not extended:

@@ -178,6 +178,8 @@ def read_data(
         held_out = sequences(o.eval_data)
     elif o.eval_fraction:
         held_out = corpus.hold_out(o.eval_fraction)
-    decides = json.dumps([template and template.key(), o.train_on_inputs])
-    rules = hashlib.sha256(decides.encode()).hexdigest() if any(forms.values()) else None
+    form = forms[o.data]  # what is held out may change in a run
+    key = template.key() if template and form and not form.plain else None
+    decides = json.dumps([key, o.train_on_inputs])
+    rules = hashlib.sha256(decides.encode()).hexdigest() if form else None
     return corpus, held_out, f"{corpus.tokens.fingerprint} {len(corpus)}", rules

@@ -249,8 +249,8 @@ class TrainOptions:
             raise UserError("load_best_model_at_end needs eval_data or eval_fraction")
         if not self.eval_steps or self.save_steps % self.eval_steps or not self.save_steps:
             raise UserError(
-                "load_best_model_at_end needs save_steps to be a multiple of eval_steps, "
-                f"got {self.save_steps} and {self.eval_steps}"
+                "load_best_model_at_end needs eval_steps, and save_steps that is a multiple of it, "
+                f"got {self.eval_steps} and {self.save_steps}"
             )
 
     def _check_attention(self) -> None:

@@ -148,6 +148,14 @@ def same_run(state: dict, identity: dict, o: TrainOptions, where: str) -> None:
         "adapter": "another start: give the adapter that it started from, or none if there was none",
         "schedule": "a schedule of another warm-up or length",
     }
+    before, now = (
+        "text" if of.get("template") is None else "questions and answers" for of in (state, identity)
+    )
+    if before != now:
+        raise UserError(
+            f"{where}: was trained on {before}, the data are {now}; to train its result further give it as "
+            "the adapter"
+        )
     for key, words in what.items():
         if state.get(key) != identity[key]:
             raise UserError(f"{where}: was trained with {words}")

@@ -141,6 +141,11 @@ def said(*texts):
         ({"instruction": "a", "input": "", "output": "c"}, "Alpaca", said("a", "c")),
         ({"instruction": "a", "input": "b", "output": "c", "file": "f"}, "Alpaca", said("a\nb", "c")),
         (
+            {"instruction": "a", "input": None, "output": "c", "system": None, "history": None},
+            "Alpaca",
+            said("a", "c"),
+        ),
+        (
             {"instruction": "a", "output": "c", "system": "s", "history": [["d", "e"]]},
             "Alpaca",
             [{"role": "system", "content": "s"}, *said("d", "e", "a", "c")],

@@ -183,7 +183,7 @@ def test_the_adapter_is_a_part_of_the_runs_identity(first, tmp_path):
         (dict(target_modules=["q_proj", "v_proj"]), "is q_proj v_proj down_proj, got q_proj v_proj"),
         (dict(target_modules=["all-linear"]), "target_modules of the adapter"),
         (dict(modules_to_save=["norm"]), "modules_to_save of the adapter DIR is embed_tokens norm, got norm"),
-        (dict(modules_to_save=[]), "modules_to_save of the adapter"),
+        (dict(modules_to_save=[]), "is embed_tokens norm, got none; leave modules_to_save out"),
         (dict(target_length=128), "target_length of the adapter DIR is 256, got 128"),
         (dict(rope_type="linear"), "rope_type of the adapter DIR is yarn, got linear"),
         (dict(sequence_length=512), "sequence_length should be at most target_length 256, got 512"),

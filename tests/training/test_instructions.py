@@ -97,10 +97,25 @@ def test_a_run_goes_on_with_the_same_template_and_answers_only(tmp_path):
         assert message.endswith("was trained with another chat template or train_on_inputs")
     assert "other data" in failure(tmp_path, **again | dict(packing_boundaries="none"))
     (tmp_path / "t.jinja").rename(tmp_path / "moved.jinja")  # the same template at another path
+    text = tmp_path / "text.txt"
+    text.write_text("A text. " * 200)
+    message = failure(tmp_path, data=str(text), max_steps=4, resume_from_checkpoint="latest")
+    assert "was trained on questions and answers, the data are text" in message
     resumed = run(tmp_path, **again | dict(chat_template=str(tmp_path / "moved.jinja")))
     assert numbers(resumed.history) == numbers(whole.history)
     for name, array in weights(tmp_path / "whole").items():
         np.testing.assert_array_equal(weights(tmp_path / "out")[name], array)
+
+
+def test_a_resumed_run_may_hold_out_questions(tmp_path):
+    """Which data are held out is free, and what they are does not change the steps."""
+    (tmp_path / "text.txt").write_text("A text that is long enough. " * 200)
+    fields = dict(data=str(tmp_path / "text.txt"))
+    whole = run(tmp_path, max_steps=2, output_dir=str(tmp_path / "whole"), **fields)
+    run(tmp_path, max_steps=1, **fields)
+    held = dict(eval_data=write(tmp_path / "a.jsonl", PAIRS), chat_template=template(tmp_path / "t.jinja"))
+    resumed = run(tmp_path, max_steps=2, resume_from_checkpoint="latest", **fields, **held)
+    assert resumed.eval_loss is not None and resumed.loss == whole.loss
 
 
 def test_the_template_goes_with_the_adapter(tmp_path):
