@@ -54,12 +54,17 @@ def empty(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
     """Allocate an uninitialised array for ops to write to, in the library and on the device of `like`.
 
     dtype is one of DTYPES. Arrays of libraries other than NumPy, torch and CuPy may be immutable (JAX's are).
-    For these the result is a Tensor, which `give_back` converts. TypeError if `like` is not an array.
+    For these the result is a Tensor, which `give_back` converts. TypeError if `like` is not an array, and for
+    bfloat16 in NumPy without ml_dtypes.
     """
     if isinstance(like, np.ndarray):
         if dtype == "bfloat16":
-            import ml_dtypes
-
+            try:
+                import ml_dtypes
+            except ModuleNotFoundError:
+                raise TypeError(
+                    "bfloat16 in NumPy needs the package ml_dtypes: pip install ml_dtypes"
+                ) from None
             return np.empty(shape, ml_dtypes.bfloat16)
         return np.empty(shape, dtype)
     if _is_torch(like):

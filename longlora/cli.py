@@ -73,7 +73,7 @@ def _plan_flags(parser: argparse.ArgumentParser) -> None:
     add("--generate", action="store_true", help="plan generation instead of a training run")
     add("--context", type=int, help="tokens of prompt and answer together (default: the model's)")
     add("--rows", type=int, help="answers that advance side by side [1]")
-    add("--cache-dtype", choices=("auto", *_DTYPES), help="of keys and values [auto: that of the weights]")
+    add("--cache-dtype", choices=("auto", *_DTYPES), help="dtype of keys and values [auto: the weights' own]")
     _json_flag(parser)
 
 
@@ -110,12 +110,17 @@ def _ppl_flags(parser: argparse.ArgumentParser) -> None:
     add("--adapter", help="an adapter trained on that model")
     add("--data", required=True, help=".txt, .jsonl, a directory of them, or token .bin")
     add("--lengths", required=True, type=_lengths, help="tokens of a window: 2048,4096,...")
-    add("--stride", type=int, help="sliding window: tokens between windows (default: windows side by side)")
+    add("--stride", type=int, help="tokens between the starts of two windows (default: windows side by side)")
     add("--rope-type", choices=rope_types, help="interpolate the positions first, without training")
     add("--target-length", type=int, help="the length --rope-type extends to (default: the largest length)")
     add("--max-tokens", type=int, help="use only the first N tokens of the data")
     add("--bins", type=int, help="with --json: also report each length by position, in N equal parts")
-    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="storage [float32]")
+    add(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="dtype of weights and activations [float32]",
+    )
     _device_flag(parser, "auto")
     _json_flag(parser)
 
@@ -143,8 +148,18 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
         help="tokens of prompt and answer together (default: what the model was made for)",
     )
     add("--chat-template", help="a file with a chat template (default: the model's own)")
-    add("--dtype", default="auto", choices=("auto", *_DTYPES), help="of the weights [auto: as in the files]")
-    add("--cache-dtype", default="auto", choices=("auto", *_DTYPES), help="of keys and values [auto: dtype]")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", *_DTYPES),
+        help="dtype of the weights [auto: as in the files]",
+    )
+    add(
+        "--cache-dtype",
+        default="auto",
+        choices=("auto", *_DTYPES),
+        help="dtype of keys and values [auto: the weights' own]",
+    )
     _device_flag(parser, "auto")
 
 
@@ -159,21 +174,26 @@ def _sampling_flags(parser: argparse._ActionsContainer, temperature: float) -> N
         "--temperature",
         type=float,
         default=temperature,
-        help=f"0 takes the likeliest token [{temperature:g}]",
+        help=f"how freely tokens are drawn; 0 takes the likeliest one [{temperature:g}]",
     )
     add("--top-k", type=int, default=0, help="draw from the K likeliest tokens; 0 is all [0]")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that sum to P [1]")
     add("--min-p", type=float, default=0.0, help="drop tokens below P times the likeliest one [0]")
     add("--repetition-penalty", type=float, default=1.0, help="above 1 avoids tokens that were there [1]")
     add("--presence-penalty", type=float, default=0.0, help="lowers tokens that are in the answer [0]")
-    add("--frequency-penalty", type=float, default=0.0, help="lowers them each time they come [0]")
+    add(
+        "--frequency-penalty",
+        type=float,
+        default=0.0,
+        help="lowers tokens by how often they are in the answer [0]",
+    )
 
 
 def _generation_flags(parser: argparse.ArgumentParser) -> None:
     _model_flags(parser)
     _sampling_flags(parser, temperature=0.0)
     add = parser.add_argument
-    add("--seed", type=int, help="draw the same tokens each time")
+    add("--seed", type=int, help="equal seeds draw equal tokens (default: a random seed)")
     add(
         "--streaming",
         action="store_true",
@@ -247,13 +267,13 @@ def _chat(args: argparse.Namespace) -> int:
 def _serve_flags(parser: argparse.ArgumentParser) -> None:
     _model_flags(parser)
     add = parser.add_argument
-    add("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 is all [127.0.0.1]")
-    add("--port", type=int, default=8000, help="0 takes a free one [8000]")
+    add("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 listens at all [127.0.0.1]")
+    add("--port", type=int, default=8000, help="the port; 0 takes a free one [8000]")
     add("--rows", type=int, default=4, metavar="N", help="answers that advance side by side [4]")
     add("--queue", type=int, default=64, metavar="N", help="requests that may wait [64]")
     add(
         "--api-key",
-        help="what clients must give; other users do not see it in the environment variable LONGLORA_API_KEY",
+        help="the key that clients must give; LONGLORA_API_KEY in the environment hides it from other users",
     )
     add(
         "--cors-origin",
@@ -262,8 +282,14 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         metavar="ORIGIN",
         help="a site whose pages may use the server, or *; repeatable",
     )
-    add("--served-model-name", metavar="NAME", help="(default: the last part of the path)")
-    group = parser.add_argument_group("answers", "for requests that do not say; --max-new-tokens is for all")
+    add(
+        "--served-model-name",
+        metavar="NAME",
+        help="the name that clients give (default: the last part of the path)",
+    )
+    group = parser.add_argument_group(
+        "answers", "for requests that leave them out; --max-new-tokens limits all"
+    )
     _sampling_flags(group, temperature=1.0)
 
 
@@ -290,7 +316,7 @@ def _merge_flags(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=("auto", "f32", "f16", "bf16", "q8_0"),
-        help="of the weights; q8_0 only with --format gguf [auto: that of the base]",
+        help="dtype of the weights; q8_0 only with --format gguf [auto: that of the base]",
     )
     _device_flag(parser, "cpu")
 
@@ -348,7 +374,7 @@ COMMANDS = (
     Command("generate", "continue a text, or answer a question about one", _generate_flags, _generate),
     Command("chat", "talk to a model at the terminal", _chat_flags, _chat),
     Command("serve", "serve a model by OpenAI's API, with a page to chat", _serve_flags, _serve),
-    Command("merge", "write base model and adapter as one model for any server", _merge_flags, _merge),
+    Command("merge", "write base model and adapter as one model for other programs", _merge_flags, _merge),
     Command("inspect", "describe a model, an adapter or a checkpoint", _inspect_flags, _inspect),
     Command(
         "doctor", "show the build, the processor, versions, and why CUDA is unavailable", _json_flag, _doctor
@@ -384,13 +410,11 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     args, unknown = p.parse_known_args(options.dashed(sys.argv[1:] if argv is None else argv))
     if unknown:
         subparsers = next(action for action in p._actions if isinstance(action, argparse._SubParsersAction))
-        known = [
-            flag for action in subparsers.choices[args.command]._actions for flag in action.option_strings
-        ]
+        chosen = subparsers.choices[args.command]
+        known = [flag for action in chosen._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
-        p.error(
-            f"{args.command}: unknown option {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else "")
-        )
+        hint = f"; did you mean {near[0]}?" if near else ""
+        chosen.error(f"{args.command}: unknown option {unknown[0]!r}{hint}")
     return args
 
 

@@ -280,7 +280,7 @@ def test_help_lists_what_the_command_takes_and_every_default(capsys):
         (dict(sequence_length=300), ["sequence_length should be at most target_length 128"]),
         (dict(boundary="wrap", group_size=48), ["wrap needs sequence_length to be a multiple of group_size"]),
         (dict(max_steps="many"), ["--max-steps", "invalid int value: 'many'"]),
-        (dict(typo=1), ["unknown option '--typo'"]),
+        (dict(typo=1), ["unknown option '--typo'", "(see longlora train --help)"]),
         (dict(targetlength=1), ["did you mean --target"]),
         (dict(rope_type="x"), ["rope_type should be one of"]),
         (dict(model="missing"), ["missing: no such file"]),

@@ -1,5 +1,7 @@
 """cast, accumulate, scale and the global norm."""
 
+import sys
+
 import checks
 import ml_dtypes
 import numpy as np
@@ -81,3 +83,9 @@ def test_global_norm(N, dtype, isa, each_thread_count):
     assert results[0] == results[1] == results[2]
     want = checks.reference.global_norm([x, x])
     assert abs(results[0] - want) <= 1e-12 * max(want, 1)
+
+
+def test_bfloat16_in_numpy_without_ml_dtypes(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)  # as if it were not installed
+    with pytest.raises(TypeError, match="needs the package ml_dtypes: pip install ml_dtypes"):
+        ops.cast(np.ones((2, 2), np.float32), "bfloat16")
