@@ -191,7 +191,7 @@ def run(
     "longest_document" counts tokens: windows beyond it hold no more text.
 
     lengths        tokens of a window
-    stride         tokens between windows (a sliding window); by default windows lie side by side
+    stride         tokens between the starts of two windows; by default windows lie side by side
     rope_type      interpolate the positions first, without training
     target_length  the length to interpolate to; by default the longest window
     max_tokens     use only this many tokens from the start of the data
