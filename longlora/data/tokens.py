@@ -212,7 +212,7 @@ def _tokenise(
             size, final = 0, None
     digest.update(np.array(borders))
     found = _write_found(stem, corpus, borders, digest)
-    say("; ".join(filter(None, [_tokenised(corpus, "documents", borders), corpus.sentence()])))
+    say("; ".join(filter(None, [_tokenised(corpus, "document", borders), corpus.sentence()])))
     return found
 
 
@@ -239,7 +239,7 @@ def _tokenise_samples(
             bar.update(size)
     digest.update(np.array(borders))
     found = _write_found(stem, corpus, borders, digest)
-    say("; ".join(filter(None, [_tokenised(corpus, "samples", borders), corpus.sentence()])))
+    say("; ".join(filter(None, [_tokenised(corpus, "sample", borders), corpus.sentence()])))
     return found
 
 
@@ -254,7 +254,8 @@ def _bar(corpus):
 
 
 def _tokenised(corpus, what, borders):
-    sentence, size = f"tokenised {len(borders) - 1:,} {what}, {borders[-1]:,} tokens", _size(corpus)
+    count, size = len(borders) - 1, _size(corpus)
+    sentence = f"tokenised {count:,} {what}{'' if count == 1 else 's'}, {borders[-1]:,} tokens"
     return sentence + (f", {size / max(borders[-1], 1):.2f} bytes each" if size else "")
 
 

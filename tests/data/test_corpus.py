@@ -116,7 +116,7 @@ def test_files_without_text_are_left_out_of_a_directory(tmp_path):
     second = tokenise(str(data), KINDS["gpt2"], 400, cache, said.append)
     assert len(first) == len(second) == 1
     sentence = "left out 3 without text (blank.txt, ...)"
-    assert said[0].startswith("tokenised 1 documents, ") and said[0].endswith(f"bytes each; {sentence}")
+    assert said[0].startswith("tokenised 1 document, ") and said[0].endswith(f"bytes each; {sentence}")
     assert said[1:] == [f"{data}: {sentence}"]
     os.unlink(data / "a.txt")
     assert f"{data}: holds no text" in failure(tokenise, str(data), KINDS["gpt2"], 400, cache)
