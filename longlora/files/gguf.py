@@ -303,6 +303,10 @@ class Gguf(ModelFile):
     def dtype(self, name: str) -> str:
         return PLAIN.get(self._tensors[name].kind.name, (None, "float32"))[1]
 
+    def storage(self, name: str) -> str:
+        kind = self._tensors[name].kind.name
+        return PLAIN.get(kind, (None, kind.lower()))[1]
+
     def _span(self, name):
         place = self._tensors[name]
         return place.buffer, place.start, place.start + place.row * math.prod(place.shape[:-1])

@@ -38,6 +38,10 @@ class ModelFile:
         """The dtype that tensor `name` has on disk; "float32" for a quantised one."""
         raise NotImplementedError
 
+    def storage(self, name: str) -> str:
+        """As `dtype`, but the name of its format for a quantised tensor, such as "q4_1"."""
+        return self.dtype(name)
+
     def has_tokenizer(self) -> bool:
         """Whether there is a tokenizer to read."""
         raise NotImplementedError

@@ -28,7 +28,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{path}: is neither a model (config.json) nor an adapter ({adapter.CONFIG}){hint}")
     model = open_model(path)
     count = sum(math.prod(model.shape(name)) for name in model.names())
-    dtypes = sorted({model.dtype(name) for name in model.names()})
+    dtypes = sorted({model.storage(name) for name in model.names()})
     kind = "checkpoint" if os.path.exists(os.path.join(path, STATE)) else "model"
     return {
         "kind": kind,

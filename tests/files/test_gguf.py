@@ -21,6 +21,7 @@ from longlora.errors import UserError
 from longlora.files.gguf import ARCHITECTURES, Gguf
 from longlora.files.merge import save_merged
 from longlora.files.open_model import open_model
+from longlora.tools import inspect
 
 ARCH = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 PERMUTED = ("llama", "granite", "smollm3")  # their converters derive from LlamaModel, which permutes q and k
@@ -140,6 +141,8 @@ def test_every_family_and_storage(tmp_path, family, fields, kind):
             assert np.abs(got - wanted).max() <= {"F16": 1e-3, "BF16": 8e-3, "Q8_0": 1e-2}[kind]
         stored = {"F16": "float16", "BF16": "bfloat16"} if wanted.ndim == 2 else {}
         assert ours.dtype(name) == stored.get(kind, "float32")
+    matrices = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "Q8_0": "q8_0"}
+    assert inspect.describe(tmp_path / "m.gguf")["dtypes"] == sorted({"float32", matrices[kind]})
     config = open_model(tmp_path / "hf").config
     other = ("raw", "family", "bos_token_id", "eos_token_id")
     assert {"mistral": "llama"}.get(config.family, config.family) == ours.config.family
