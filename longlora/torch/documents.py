@@ -203,8 +203,8 @@ def of_4d(given: Tensor, B: int, T: int, name: str, model: str) -> Documents:
         if not torch.equal(seen, (number[:, :, None] == number[:, None]) & causal):
             raise ValueError(
                 f"longlora_s2: the 4-D attention mask of {name} is not causal attention within documents, "
-                "and S2-Attn cannot train with it; give a 2-D mask or position_ids, or use another "
-                "attn_implementation"
+                "and S2-Attn cannot train with it (transformers makes one of a 2-D mask that hides tokens "
+                "between others); give padding at the ends, position_ids, or another attn_implementation"
             )
         if given.dtype != torch.bool and not bool((given[:, 0][~seen] <= HIDDEN).all()):
             raise ValueError(

@@ -240,7 +240,7 @@ def bidirectional():
             "llama",
             {},
             lambda: dict(attention_mask=put(torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1]]))),
-            "not causal attention within documents",
+            "a 2-D mask that hides tokens between others",
         ),
     ],
 )
