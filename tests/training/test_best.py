@@ -179,7 +179,7 @@ def test_a_state_that_says_nothing_of_use_is_no_best(tmp_path, damage):
     "fields, words",
     [
         (dict(eval_fraction=0.0), "load_best_model_at_end needs eval_data or eval_fraction"),
-        (dict(save_steps=3, eval_steps=2), "eval_steps, and save_steps that is a multiple of it, got 2 and 3"),
+        (dict(save_steps=3, eval_steps=2), "and save_steps that is a multiple of it, got 2 and 3"),
         (dict(save_steps=0), "eval_steps, and save_steps that is a multiple of it, got 1 and 0"),
         (dict(eval_steps=0), "eval_steps, and save_steps that is a multiple of it, got 0 and 1"),
         (dict(metric_for_best_model="accuracy"), "metric_for_best_model should be one of eval_loss, loss"),
