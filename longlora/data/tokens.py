@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -58,8 +59,10 @@ class FileIds:
 
     def __init__(self, path: str, dtype: Any, start: int = 0):
         self.path, self.dtype, self._start = path, np.dtype(dtype), start
-        self._file = open_file(path)
-        self._count = (os.fstat(self._file.fileno()).st_size - start) // self.dtype.itemsize
+        with open_file(path) as file:
+            self._descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
+        self._count = (os.fstat(self._descriptor).st_size - start) // self.dtype.itemsize
 
     def __len__(self) -> int:
         return self._count
@@ -73,9 +76,8 @@ class FileIds:
         view, at = memoryview(out).cast("B") if len(out) else memoryview(b""), 0
         while at < len(view):
             try:
-                got = os.preadv(
-                    self._file.fileno(), [view[at:]], self._start + first * self.dtype.itemsize + at
-                )
+                place = self._start + first * self.dtype.itemsize + at
+                got = os.preadv(self._descriptor, [view[at:]], place)
             except OSError as error:
                 raise UserError(f"{self.path}: cannot be read: {error.strerror}") from None
             if not got:

@@ -1,10 +1,12 @@
 """Text to sequences: ids are those of the whole text, lost tokens are reported, errors say what is wrong."""
 
+import gc
 import json
 import os
 import resource
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -405,3 +407,16 @@ def test_another_seed_or_epoch_is_another_order():
     wanted = [np.random.default_rng([42, epoch]).permutation(7).tolist() for epoch in (0, 1)]
     assert Order(7, 42).take(14) == wanted[0] + wanted[1]
     assert json.dumps(Order(50, 1).take(3))  # plain integers
+
+
+def test_a_file_of_ids_is_closed_with_its_object(tmp_path):
+    np.arange(4, dtype="<i4").tofile(tmp_path / "ids.bin")
+    before = set(os.listdir("/proc/self/fd"))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        ids = tokens.FileIds(str(tmp_path / "ids.bin"), "<i4")
+        assert ids[1:3].tolist() == [1, 2] and set(os.listdir("/proc/self/fd")) != before
+        del ids
+        gc.collect()
+    assert set(os.listdir("/proc/self/fd")) == before
+    assert not [str(warning.message) for warning in seen if warning.category is ResourceWarning]
