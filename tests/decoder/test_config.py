@@ -1,4 +1,4 @@
-"""Configs of the families as transformers 5 writes them, its defaults, and everything that is refused."""
+"""We read configs as transformers 5 does, with its defaults. We refuse what the decoder does not compute."""
 
 import json
 
@@ -41,7 +41,7 @@ def model(config):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_tensors_are_those_of_transformers(tmp_path, family, tied, bias):
+def test_tensors_have_the_names_and_shapes_of_transformers(tmp_path, family, tied, bias):
     row = FAMILIES[family]
     fields = {rule: bias for rule in (row.qkv_bias, row.o_bias) if isinstance(rule, str)}
     config = theirs(family, tie_word_embeddings=tied, head_dim=16, **fields)
@@ -88,7 +88,7 @@ def test_a_missing_key_has_the_default_of_transformers(family, given):
     assert ours.attention_multiplier == getattr(config, "attention_multiplier", None)
 
 
-def test_multipliers_of_granite():
+def test_granite_reads_its_multipliers():
     fields = dict(
         embedding_multiplier=12, residual_multiplier=0.22, attention_multiplier=0.015625, logits_scaling=8.0
     )
@@ -110,7 +110,7 @@ def test_multipliers_of_granite():
         (dict(no_rope_layers=[1] * 6, no_rope_layer_interval=2), None),
     ],
 )
-def test_layers_of_smollm3_that_rotate(fields, rotated):
+def test_smollm3_rotates_the_layers_that_transformers_rotates(fields, rotated):
     config = theirs("smollm3", **{**fields, "num_hidden_layers": 6})
     decided = tuple(bool(layer.self_attn.use_rope) for layer in model(config).model.layers)
     raw = {**RAW, "model_type": "smollm3", "num_hidden_layers": 6, **fields}
@@ -118,7 +118,7 @@ def test_layers_of_smollm3_that_rotate(fields, rotated):
     assert read_config({**raw, "model_type": "llama"}).rope_layers is None
 
 
-def test_sources_of_a_config(tmp_path):
+def test_a_config_comes_from_a_folder_a_file_or_a_dict(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(RAW))
     assert (
         read_config(tmp_path)
@@ -129,7 +129,7 @@ def test_sources_of_a_config(tmp_path):
     assert read_config(RAW).raw == RAW
 
 
-def test_defaults_of_what_is_left_out():
+def test_missing_keys_have_defaults():
     few = {key: value for key, value in RAW.items() if key != "num_key_value_heads"}
     config = read_config(few)
     assert config.num_key_value_heads == 4 and config.head_dim == 8 and config.eos_token_id is None
@@ -142,7 +142,7 @@ def test_defaults_of_what_is_left_out():
 
 
 @pytest.mark.parametrize("value, read", [(7, 7), ([5, 9], 5), ([], None), (None, None)])
-def test_end_token(value, read):
+def test_the_first_end_token_counts(value, read):
     assert read_config({**RAW, "eos_token_id": value}).eos_token_id == read
 
 
@@ -192,7 +192,7 @@ WINDOWS = [
 @pytest.mark.parametrize(
     "family, fields, window", WINDOWS, ids=[f"{case[0]}-{i}" for i, case in enumerate(WINDOWS)]
 )
-def test_sliding_windows_by_the_rules_of_transformers(family, fields, window):
+def test_a_sliding_window_is_active_by_the_rules_of_transformers(family, fields, window):
     raw = {**RAW, "model_type": family, **fields}
     if window is None:
         assert read_config(raw)
@@ -252,7 +252,7 @@ def test_sliding_windows_by_the_rules_of_transformers(family, fields, window):
         ({"eos_token_id": "</s>"}, "eos_token_id should be a token id"),
     ],
 )
-def test_refused(tmp_path, fields, message):
+def test_a_wrong_config_is_refused(tmp_path, fields, message):
     (tmp_path / "config.json").write_text(json.dumps({**RAW, **fields}))
     with pytest.raises(UserError, match=message) as caught:
         read_config(tmp_path)
@@ -292,13 +292,13 @@ def test_refused(tmp_path, fields, message):
         ("phi3", {"architectures": ["PhiForCausalLM"]}, "supported is Phi3ForCausalLM"),
     ],
 )
-def test_refused_of_a_family(family, fields, message):
+def test_a_family_refuses_what_it_does_not_compute(family, fields, message):
     with pytest.raises(UserError, match=message):
         read_config({**RAW, "model_type": family, **fields})
 
 
 @pytest.mark.parametrize("kind", ["longrope", "su", "yarn", "linear", "llama3", "dynamic"])
-def test_phi3_has_the_plain_rope_only(kind):
+def test_phi3_has_only_the_plain_rope(kind):
     """transformers reads su and yarn of a Phi-3 as longrope, and refuses the others."""
     scaling = {"type": kind, "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     with pytest.raises(UserError, match=f"rope type '{kind}' is not supported; supported is default"):
@@ -313,14 +313,14 @@ def test_key_value_heads_have_no_default_outside_llama(family):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"\xff\xfe", b'{"a": ' + b"[" * 100000])
-def test_damaged_file(tmp_path, content):
+def test_a_damaged_file_is_named_in_one_line(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match="config.json: (not JSON|should hold a JSON object)") as caught:
         read_config(tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_no_config(tmp_path):
+def test_a_missing_config_is_named(tmp_path):
     with pytest.raises(UserError, match="config.json: No such file"):
         read_config(tmp_path)
 
@@ -378,7 +378,7 @@ VALUES = (
 
 @given(st.sampled_from(sorted(FAMILIES)), st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4))
 @settings(max_examples=500, deadline=None)
-def test_whatever_a_config_says_is_read_or_refused_in_one_line(family, fields):
+def test_any_config_is_read_or_refused_in_one_line(family, fields):
     from longlora.decoder.rope import inverse_frequencies
 
     try:

@@ -1,4 +1,4 @@
-"""Passes over a cache against transformers: prompts in chunks, several sequences, four families."""
+"""Passes over a cache give transformers' logits: prompts in chunks, several sequences, four families."""
 
 import numpy as np
 import pytest
@@ -32,8 +32,8 @@ def reference(theirs, ids):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "phi3", "granite", "smollm3"])
-def test_logits_of_prompts_and_steps_are_transformers(tmp_path, family):
-    """Prompts longer and shorter than a chunk; then steps of all rows, in another order."""
+def test_prompts_and_steps_have_the_logits_of_transformers(tmp_path, family):
+    """Prompts are longer or shorter than a chunk. Then all rows take steps, in another order."""
     theirs, generator = opened(tmp_path, family)
     rows = prompts(theirs.config.vocab_size, 70, 1, 33)
     for row, ids in enumerate(rows):
@@ -47,8 +47,8 @@ def test_logits_of_prompts_and_steps_are_transformers(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
-def test_greedy_tokens_are_those_of_transformers(tmp_path, family):
-    """Up to the first step where the two best logits are closer than the error of a pass."""
+def test_greedy_tokens_equal_those_of_transformers(tmp_path, family):
+    """They may differ from the first step where the two best logits are closer than the error of a pass."""
     theirs, generator = opened(tmp_path, family)
     (prompt,) = prompts(theirs.config.vocab_size, 20)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, family):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_sequence_has_the_bits_that_it_has_alone(tmp_path, dtype):
+def test_a_sequence_has_the_same_bits_alone_and_beside_others(tmp_path, dtype):
     """Its logits do not depend on the sequences beside it, for one to sixteen of them."""
     lengths = [5, 40, 1, 17, 33, 8, 9, 21, 30, 2, 3, 4, 6, 7, 11, 12]
     _, generator = opened(tmp_path, "llama", rows=16, dtype=dtype)
@@ -86,15 +86,15 @@ def test_a_sequence_has_the_bits_that_it_has_alone(tmp_path, dtype):
         np.testing.assert_array_equal(generator.step([row], [int(rows[row][0])])[0], together[row])
 
 
-def test_forgetting_the_last_tokens(tmp_path):
+def test_a_cache_forgets_the_last_tokens(tmp_path):
     theirs, generator = opened(tmp_path, "llama")
     (ids,) = prompts(theirs.config.vocab_size, 50)
     first = generator.extend(0, ids)
-    generator.cache.lengths[0] = 32  # as after the first chunk
+    generator.cache.lengths[0] = 32  # the state after the first chunk
     np.testing.assert_array_equal(generator.extend(0, ids[32:]), first)
 
 
-def test_a_row_that_is_full(tmp_path):
+def test_a_full_row_refuses_a_token(tmp_path):
     _, generator = opened(tmp_path, "llama", places=10)
     generator.extend(1, prompts(50, 9)[0])
     generator.step([1], [3])
@@ -102,8 +102,8 @@ def test_a_row_that_is_full(tmp_path):
         generator.step([1], [3])
 
 
-def test_the_plan_says_what_is_there(tmp_path):
-    """The cache's bytes by pencil; what would make it fit; values out of range."""
+def test_the_plan_counts_the_bytes_of_the_cache(tmp_path):
+    """The bytes are computed by hand. The plan names what would make it fit and refuses wrong values."""
     build(tmp_path / "base")
     config = open_model(tmp_path / "base").config
     found = plan(config, context=1000, rows=3, cache_dtype="bfloat16")

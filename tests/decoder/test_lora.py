@@ -28,8 +28,8 @@ def config(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("targets", [None, "all-linear"])
-def test_names_and_shapes_are_those_of_peft(family, targets):
-    """PEFT is given names that the family has, or "all-linear"; we are given the default, or "all-linear"."""
+def test_names_and_shapes_equal_those_of_peft(family, targets):
+    """PEFT gets names that the family has, or "all-linear". We get the default, or "all-linear"."""
     import peft
     import transformers
 
@@ -56,7 +56,7 @@ def test_names_and_shapes_are_those_of_peft(family, targets):
     assert ours.tensor_shapes(config(family)) == {name: tuple(x.shape) for name, x in trained.items()}
 
 
-def test_parts_that_name_a_fused_linear_together():
+def test_the_parts_of_a_fused_linear_name_it():
     def targets(*names):
         return LoraConfig(target_modules=names).for_model(config("phi3")).target_modules
 
@@ -81,7 +81,7 @@ def test_parts_that_name_a_fused_linear_together():
         ),
     ],
 )
-def test_a_linear_that_the_family_lacks(family, names, message):
+def test_a_linear_that_the_family_lacks_is_refused(family, names, message):
     lora = LoraConfig(target_modules=names)
     for refuses in (lora.for_model, lora.tensor_shapes):
         with pytest.raises(UserError, match=f"target_modules: {message}"):
@@ -108,17 +108,17 @@ def test_a_linear_that_the_family_lacks(family, names, message):
         (dict(modules_to_save="all-linear"), "modules_to_save should be a list of embed_tokens"),
     ],
 )
-def test_refused(fields, message):
+def test_wrong_fields_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         LoraConfig(**fields)
 
 
-def test_scale():
+def test_the_scale_follows_alpha_and_rank():
     assert LoraConfig(r=4, lora_alpha=8).scale == 2
     assert LoraConfig(r=4, lora_alpha=8, use_rslora=True).scale == 4
 
 
-def test_lists_and_none_are_taken():
+def test_fields_may_be_lists_or_none():
     lora = LoraConfig(r=1, lora_alpha=0.5, target_modules=["q_proj"], modules_to_save=None)
     assert (lora.target_modules, lora.modules_to_save, lora.scale) == (("q_proj",), (), 0.5)
     assert list(lora.tensor_shapes(config("llama"))) == [
@@ -127,7 +127,7 @@ def test_lists_and_none_are_taken():
 
 
 def test_a_tied_head_is_the_embedding():
-    """PEFT would train a copy of it; we train the one that both use."""
+    """PEFT would train a copy of it. We train the tensor that both use."""
     lora = LoraConfig(target_modules=None, modules_to_save=["lm_head"])
     tied = read_config({**SIZES, "model_type": "llama", "tie_word_embeddings": True})
     assert lora.tensor_shapes(tied) == {"model.embed_tokens.weight": (50, 16)}

@@ -1,4 +1,4 @@
-"""The decoder against transformers and autograd: loss and every gradient, then whole runs."""
+"""The decoder has the loss and gradients of transformers and autograd, in single passes and in whole runs."""
 
 import numpy as np
 import pytest
@@ -62,14 +62,14 @@ def head(name):
 
 
 def whole(name):
-    """Every parameter of transformers' model; a tied head is the embedding."""
+    """Every parameter of transformers' model. A tied head is the embedding."""
     _, transformers = registered()
     module = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**CONFIGS[name]))
     return set(dict(module.named_parameters()))
 
 
 EMBEDDING = {"model.embed_tokens.weight"}
-# What is trained, by the words of LORAS.
+# The names that train, for each key of LORAS.
 TRAINED = {
     "full": whole,
     "paper": lambda name: EMBEDDING | norms(name) | linears(name, "q", "k", "v", "o"),
@@ -94,7 +94,7 @@ def test_every_family_is_here():
 
 
 @pytest.mark.parametrize("name,lora,attention", CASES)
-def test_gradients_equal_autograd(name, lora, attention):
+def test_gradients_equal_those_of_autograd(name, lora, attention):
     made = build(name, lora_of(name, lora), attention=attention)
     module, named = peer(made, name, lora_of(name, lora), attention)
     ids, targets = tokens(2, 37)
@@ -137,9 +137,9 @@ def test_tiles_change_only_rounding(name, lora, monkeypatch):
 @pytest.mark.parametrize("lora", ["full", "paper"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bfloat16_is_near_float32(name, lora):
-    """The errors of a gradient's tensors are those of some hundred roundings to bfloat16 by half a unit,
-    2^-9, in either direction: sqrt(100) 2^-9 = 0.02. One draw may be five times as far off where a sum
-    cancels, so the median of twelve counts.
+    """A gradient has the error of about a hundred roundings to bfloat16, each by half a unit,
+    2^-9, in either direction: sqrt(100) 2^-9 = 0.02. A single draw may be five times as far off where a
+    sum cancels, so the test takes the median of twelve.
     """
     errors, losses = {}, []
     for seed in range(12):
@@ -160,8 +160,8 @@ def test_bfloat16_is_near_float32(name, lora):
         assert np.median(draws) <= 0.05, n
 
 
-def test_gradients_accumulate():
-    """Four micro-batches of one sequence are one micro-batch of four."""
+def test_gradients_of_micro_batches_add_up():
+    """Four micro-batches of one sequence give the gradients of one micro-batch of four."""
     ids, targets = tokens(4, 37)
     made = build("llama", LORAS["paper"], B=4)
     loss, whole = gradients(made, ids, targets)
@@ -173,7 +173,7 @@ def test_gradients_accumulate():
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_equal_bits_for_any_number_of_threads(name):
+def test_any_number_of_threads_gives_equal_bits(name):
     ids, targets = tokens(2, 37)
     found, grain = [], _C.get_grain()
     _C.set_grain(0)  # all threads take part
@@ -192,8 +192,8 @@ def rates(made, rate=3e-3):
 
 
 @pytest.mark.parametrize("name,lora", [("llama", "paper"), ("qwen2", "full"), ("qwen3", "all")])
-def test_ten_losses_equal_torch(name, lora):
-    """Ten steps check what no single gradient does: AdamW, clipping, the working copies."""
+def test_ten_losses_equal_those_of_torch(name, lora):
+    """Ten steps check what a single gradient does not: AdamW, clipping, the working copies."""
     torch, _ = registered()
     made = build(name, lora_of(name, lora))
     module, named = peer(made, name, lora_of(name, lora), S2)
@@ -216,7 +216,7 @@ def test_ten_losses_equal_torch(name, lora):
         torch_optimizer.step()
         close(loss, total.item() / count, 3e-5, f"loss of step {step}")
         close(norm, torch_norm, 1e-3, f"norm of step {step}")
-    assert norm > 0.5  # else nothing was clipped
+    assert norm > 0.5  # otherwise nothing was clipped
 
 
 def run(made, optimizer, steps):
@@ -236,7 +236,7 @@ def test_resume_gives_the_same_bits(lora, dtype):
     run(made, optimizer, range(3))
     kept = {n: np.array(x) for n, x in optimizer.state_dict().items()}
     went_on = run(made, optimizer, range(3, 6))
-    again = build("qwen3", LORAS[lora], dtype=dtype)  # frozen weights are those of the seed
+    again = build("qwen3", LORAS[lora], dtype=dtype)  # the seed decides the frozen weights
     other = AdamW(again.parameters, weight_decay=0.01, max_grad_norm=1.0)
     other.load_state_dict(kept, 3)
     assert run(again, other, range(3, 6)) == went_on
@@ -246,7 +246,7 @@ def test_resume_gives_the_same_bits(lora, dtype):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_evaluation_equals_transformers(name):
-    made = build(name, LORAS["all"], T=16)  # longer than the training batch: buffers of its own
+    made = build(name, LORAS["all"], T=16)  # evaluation is longer and needs its own buffers
     module, _ = peer(made, name, LORAS["all"], None)
     ids, targets = tokens(1, 61)
     total, logits = peer_losses(module, ids, targets)
@@ -254,10 +254,10 @@ def test_evaluation_equals_transformers(name):
     losses = made.losses(ids[0], targets[0])
     close(losses.sum(dtype=np.float64), total.item(), 1e-6)
     assert (losses[targets[0] == -100] == 0).all() and (losses[targets[0] != -100] > 0).all()
-    short = made.losses(ids[0, :7], targets[0, :7])  # shorter than the training batch: in its buffers
+    short = made.losses(ids[0, :7], targets[0, :7])  # this fits in the buffers of training
     np.testing.assert_allclose(
         short, losses[:7], rtol=1e-5, atol=1e-6
-    )  # dense and causal: what follows changes nothing
+    )  # attention is causal: later tokens change nothing
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -275,8 +275,8 @@ def test_a_model_without_a_plan_only_evaluates(lora, dtype):
         made.train_microbatch(ids, targets, 1.0)
 
 
-def test_training_leaves_evaluation_alone():
-    """Evaluation borrows the training pass's memory; neither may leave a trace in the other."""
+def test_training_and_evaluation_do_not_change_each_other():
+    """Evaluation borrows the memory of the training pass. Neither may leave a trace in the other."""
     made = build("llama", LORAS["paper"])
     ids, targets = tokens(2, 37)
     before, first = made.losses(ids[0], targets[0]), gradients(made, ids, targets)
@@ -287,7 +287,7 @@ def test_training_leaves_evaluation_alone():
         np.testing.assert_array_equal(again[1][n], gradient, n)
 
 
-def test_shorter_batches_use_the_same_memory_and_longer_are_refused():
+def test_shorter_batches_use_the_same_memory_and_longer_ones_are_refused():
     made = build("llama", LORAS["paper"], B=2, T=37)
     for B, T in ((1, 1), (1, 5), (2, 20), (1, 74)):
         ids, targets = tokens(B, T)
@@ -302,8 +302,9 @@ def test_shorter_batches_use_the_same_memory_and_longer_are_refused():
         made.train_microbatch(*tokens(2, 38), 1.0)
 
 
-def test_random_start_is_that_of_transformers_and_of_peft():
-    """normal(0, initializer_range), LoRA A within 1/sqrt(C), B zero; by seed and name alone."""
+def test_random_weights_follow_the_rules_of_transformers_and_peft():
+    """Weights are normal(0, initializer_range), LoRA A lies within 1/sqrt(C), B is zero. Seed and name decide
+    all of them."""
     config = read_config(CONFIGS["qwen2"])
     made = model_.Model(config, lora=LORAS["paper"], seed=5).init_random()
     again, other = (
@@ -327,8 +328,8 @@ def test_random_start_is_that_of_transformers_and_of_peft():
             assert not np.array_equal(other[name], x)
 
 
-def test_a_step_uses_no_other_memory_than_its_plan():
-    """Poisoned with NaN before every pass, the arena's activations are written before they are read."""
+def test_a_step_reads_no_activation_before_it_writes_it():
+    """The test fills the arena's activations with NaN before the second pass. Its gradients stay the same."""
     made = build("qwen3", LORAS["all"], checkpointing="minimal")
     ids, targets = tokens(2, 37)
     _, clean = gradients(made, ids, targets)
@@ -338,7 +339,7 @@ def test_a_step_uses_no_other_memory_than_its_plan():
         np.testing.assert_array_equal(found[n], gradient, n)
 
 
-def test_what_is_wrong_is_named():
+def test_errors_say_what_is_wrong():
     config = read_config(CONFIGS["llama"])
     with pytest.raises(UserError, match="dtype should be one of float32, bfloat16, float16, got 'int8'"):
         model_.Model(config, dtype="int8")
@@ -388,7 +389,7 @@ def test_what_is_wrong_is_named():
 )
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_the_backward_ends_where_nothing_below_learns(name, targets, last, checkpointing):
-    """The gradients have the bits of a backward down to the embedding; the lowest layer calls fewer ops."""
+    """The gradients have the bits of a backward down to the embedding. The lowest layer calls fewer ops."""
     made = build(
         name, LoraConfig(r=2, target_modules=targets, modules_to_save=()), checkpointing=checkpointing
     )
@@ -421,8 +422,8 @@ def test_where_the_backward_ends(lora, end):
     assert (network.lowest, network.reach) == end
 
 
-def test_a_step_is_made_of_ops():
-    """How often each op runs in a step, so that nothing is computed twice that was kept."""
+def test_a_step_computes_nothing_twice_that_it_keeps():
+    """The test counts how often each op runs in a step."""
     before = dict(_C.calls())
     gradients(build("llama", LORAS["paper"], checkpointing="none"), *tokens(2, 37))
     none = {n: c - before[n] for n, c in _C.calls().items()}

@@ -1,4 +1,4 @@
-"""Batches, positions and packed documents against transformers, where each row or document stands alone."""
+"""A batch, and documents packed in it, give what transformers gives for each row or document alone."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_batches_and_positions_equal_transformers(name):
+def test_batches_and_positions_give_the_logits_of_transformers(name):
     made = build(name, LORAS["all"], B=1, T=16)
     module, _ = peer(made, name, LORAS["all"], None)
     torch, _ = registered()
@@ -33,7 +33,8 @@ def test_batches_and_positions_equal_transformers(name):
     close(losses, flat.numpy().reshape(3, 29), 1e-5)
 
 
-BORDERS = np.array([0, 9, 10, 50, 50, 74], np.int32)  # of two rows: one token, across the rows, empty
+# Of two rows. One document has one token, one spans both rows, one is empty.
+BORDERS = np.array([0, 9, 10, 50, 50, 74], np.int32)
 
 
 def documents(ids):
@@ -43,7 +44,7 @@ def documents(ids):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_packed_documents_evaluate_as_they_do_alone(name):
+def test_packed_documents_are_evaluated_as_if_alone(name):
     made = build(name, LORAS["all"], B=1, T=16)
     module, _ = peer(made, name, LORAS["all"], None)
     ids, targets = tokens(2, 37)
@@ -53,15 +54,15 @@ def test_packed_documents_evaluate_as_they_do_alone(name):
     losses = made.losses(ids, targets, cu_seqlens=BORDERS)
     assert losses.shape == (2, 37)
     close(losses.sum(dtype=np.float64), sum(total.item() for total, _ in alone), 1e-6)
-    again = made.losses(ids, targets)  # of rows: nothing of the documents is left
+    again = made.losses(ids, targets)  # rows again: nothing of the documents is left
     total, _ = peer_losses(module, ids, targets)
     close(again.sum(dtype=np.float64), total.item(), 1e-6)
 
 
 @pytest.mark.parametrize("attention", [S2, None], ids=["s2", "dense"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "granite", "smollm3"])
-def test_packed_documents_train_as_they_do_alone(name, attention):
-    """Groups and positions restart in each: loss and gradients are sums over transformers' documents."""
+def test_packed_documents_are_trained_as_if_alone(name, attention):
+    """Groups and positions start again in each document. Loss and gradients are sums over transformers'."""
     ids, targets = tokens(2, 37)
     found = []
     for choice in layer_.RECOMPUTE:
@@ -76,5 +77,5 @@ def test_packed_documents_train_as_they_do_alone(name, attention):
         close(found[0][1][n], parameter.grad.numpy(), 2e-5, n)
         for _, other in found[1:]:
             np.testing.assert_array_equal(other[n], found[0][1][n], n)
-    rows, _ = gradients(made, ids, targets)  # of rows again: no document is left
+    rows, _ = gradients(made, ids, targets)  # rows again: nothing of the documents is left
     assert rows == gradients(build(name, LORAS["all"], attention=attention), ids, targets)[0] != found[0][0]

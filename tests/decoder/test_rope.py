@@ -1,4 +1,4 @@
-"""Frequencies are transformers'; factors count from the original length; saved configs suit v4 and v5."""
+"""Frequencies equal transformers'. Factors count from the original length. Saved configs suit v4 and v5."""
 
 import json
 import math
@@ -54,8 +54,8 @@ SCALINGS = {
         "original_max_position_embeddings": 512,
     },
 }
-# RAW extended from 2048 to 16384 positions, by pencil. NTK-aware: theta grows by factor^(D / (D - 2)) with
-# D = 32.
+# RAW extended from 2048 to 16384 positions, computed by hand. NTK-aware: theta grows by factor^(D / (D - 2))
+# with D = 32.
 BY_HAND = {
     "linear": Rope("linear", 10000.0, 2048, 8.0),
     "ntk": Rope("ntk", 10000.0 * 8 ** (32 / 30), 2048, 8.0, original_theta=10000.0),
@@ -65,7 +65,7 @@ BY_HAND = {
 
 
 def theirs(raw):
-    """Inverse frequencies and attention factor by transformers 5."""
+    """The inverse frequencies and the attention factor of transformers 5."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -85,7 +85,7 @@ def same(raw, head_dim=32):
 
 @pytest.mark.parametrize("name", SCALINGS)
 @pytest.mark.parametrize("spelling", [4, 5])
-def test_frequencies(name, spelling):
+def test_frequencies_equal_those_of_transformers(name, spelling):
     raw, scaling = dict(RAW), SCALINGS[name]
     if spelling == 4:
         raw["rope_scaling"] = scaling
@@ -106,7 +106,7 @@ def test_the_old_key_wins_as_in_transformers():
 
 @given(st.sampled_from(rope_.EXTENSIONS), st.integers(2049, 1 << 20))
 @settings(max_examples=60, deadline=None)
-def test_extended_config_is_read_back_the_same_by_us_and_by_transformers(kind, target):
+def test_we_and_transformers_read_an_extended_config_alike(kind, target):
     rope, text = rope_.extend(read_config(RAW), kind, target)
     raw = json.loads(json.dumps(rope_.to_config(RAW, rope, target)))
     config = same(raw)
@@ -135,15 +135,15 @@ def test_transformers_reads_the_saved_config_without_a_warning(caplog):
 
 @pytest.mark.parametrize("family", ["granite", "smollm3"])
 @pytest.mark.parametrize("kind", rope_.EXTENSIONS)
-def test_other_families_are_extended_as_llama(family, kind):
+def test_other_families_are_extended_like_llama(family, kind):
     raw = {**RAW, "model_type": family}
     rope, _ = rope_.extend(read_config(raw), kind, 8192)
     config = same(rope_.to_config(raw, rope, 8192))
     assert config.rope == rope == rope_.extend(read_config(RAW), kind, 8192)[0]
 
 
-def test_phi3_is_extended_by_ntk(caplog):
-    """transformers refuses other types in a Phi-3 config, and writes 4096 as the original length always."""
+def test_phi3_is_extended_by_ntk_only(caplog):
+    """transformers refuses other types in a Phi-3 config, and always writes 4096 as the original length."""
     import logging
 
     from transformers import Phi3Config
@@ -177,28 +177,28 @@ def test_phi3_is_extended_by_ntk(caplog):
 
 
 @pytest.mark.parametrize("target, factor", [(2049, 2), (4096, 2), (4097, 3), (8192, 4), (100000, 49)])
-def test_linear_factor(target, factor):
+def test_the_linear_factor_is_rounded_up(target, factor):
     rope, text = rope_.extend(read_config(RAW), "linear", target)
     assert rope.factor == factor and rope.original_length == 2048
     assert text == f"rope: linear, factor ceil({target} / 2048) = {factor}"
 
 
 @pytest.mark.parametrize("kind", rope_.EXTENSIONS)
-def test_extending_once(kind):
+def test_extending_once_gives_the_rope_computed_by_hand(kind):
     assert rope_.extend(read_config(RAW), kind, 16384)[0] == BY_HAND[kind]
 
 
 @pytest.mark.parametrize("first", ["linear", "ntk"])
 @pytest.mark.parametrize("second", rope_.EXTENSIONS)
-def test_extending_twice_is_extending_once(first, second):
-    """Upstream's fault: 4096 by 4, then to 32768, gave a factor of 2 in place of 8."""
+def test_extending_twice_equals_extending_once(first, second):
+    """The authors' scripts give a factor of 2 in place of 8 when they extend 4096 by 4, then to 32768."""
     half, _ = rope_.extend(read_config(RAW), first, 8192)
     twice, text = rope_.extend(read_config(rope_.to_config(RAW, half, 8192)), second, 16384)
     assert twice == BY_HAND[second] and "extended before" in text
 
 
 @pytest.mark.parametrize("kind", ["yarn", "llama3"])
-def test_extending_yarn_and_llama3_again_goes_on_with_their_own_rule(kind):
+def test_yarn_and_llama3_are_extended_again_by_their_own_rule(kind):
     half, _ = rope_.extend(read_config(RAW), kind, 8192)
     extended = read_config(rope_.to_config(RAW, half, 8192))
     assert rope_.extend(extended, kind, 16384)[0] == BY_HAND[kind]
@@ -206,7 +206,7 @@ def test_extending_yarn_and_llama3_again_goes_on_with_their_own_rule(kind):
         rope_.extend(extended, "linear", 16384)
 
 
-def test_extending_yarn_keeps_its_ramp_and_computes_the_attention_factor_anew():
+def test_yarn_keeps_its_ramp_and_gets_a_new_attention_factor():
     """The attention_factor of the base belongs to its factor. The paper's rule gives 0.1 ln 8 + 1 for a
     factor of 8."""
     base = read_config({**RAW, "rope_scaling": SCALINGS["yarn, all keys"]})
@@ -216,13 +216,13 @@ def test_extending_yarn_keeps_its_ramp_and_computes_the_attention_factor_anew():
     same(rope_.to_config(RAW, rope, 32768))
 
 
-def test_a_linear_base_without_the_original_length_counts_max_positions_as_original():
-    """As upstream's own models are: max_position_embeddings 4096, factor 8."""
+def test_max_positions_are_the_original_length_of_a_linear_base_without_one():
+    """The authors' own models are like this: max_position_embeddings 4096, factor 8."""
     config = read_config({**RAW, "rope_scaling": {"type": "linear", "factor": 8.0}})
     assert rope_.extend(config, "linear", 32768)[0].factor == 16
 
 
-def test_llama_3_1_extends_from_its_real_length():
+def test_llama_3_1_is_extended_from_its_original_length():
     scaling = {**SCALINGS["llama3"], "original_max_position_embeddings": 8192}
     config = read_config({**RAW, "max_position_embeddings": 131072, "rope_scaling": scaling})
     assert rope_.extend(config, "llama3", 262144)[0].factor == 16
@@ -231,7 +231,7 @@ def test_llama_3_1_extends_from_its_real_length():
 
 
 @pytest.mark.parametrize("target", [2048, 1, 0, -5, True, 4096.0, "4096"])
-def test_target_not_above_the_original(target):
+def test_a_target_that_is_not_longer_is_refused(target):
     with pytest.raises(
         UserError, match="target length should be above the 2048 tokens of the base model, got"
     ):
@@ -239,13 +239,13 @@ def test_target_not_above_the_original(target):
 
 
 @pytest.mark.parametrize("kind", ["default", "dynamic", "longrope", None])
-def test_unknown_extension(kind):
+def test_an_unknown_extension_is_refused(kind):
     with pytest.raises(UserError, match="rope type should be one of linear, ntk, yarn, llama3"):
         rope_.extend(read_config(RAW), kind, 4096)
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_tables(name):
+def test_tables_hold_cosines_and_sines(name):
     rope = read_config({**RAW, "rope_scaling": SCALINGS[name]}).rope
     frequency, factor = rope_.inverse_frequencies(rope, 32)
     cos, sin = rope_.tables(rope, 32, 131072)
@@ -298,6 +298,6 @@ def test_tables(name):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported; supported is 1"),
     ],
 )
-def test_absurd_rope(fields, message):
+def test_absurd_ropes_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         read_config({**RAW, **fields})

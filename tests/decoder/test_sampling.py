@@ -1,4 +1,4 @@
-"""The choice of tokens against transformers' logits processors, and by pencil."""
+"""Tokens are drawn as transformers' logits processors draw them, or as computed by hand."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def logits(seed=0):
 
 
 def shares(sampling, x, prompt=(), count=4000):
-    """How often each token is drawn first."""
+    """The share of draws in which each token comes first."""
     counts = np.zeros(V)
     for seed in range(count):
         sampler = Sampler(Sampling(**{**sampling, "seed": seed}), np.array(prompt, np.int64), V)
@@ -25,7 +25,7 @@ def shares(sampling, x, prompt=(), count=4000):
 
 
 def wanted(sampling, x, prompt=()):
-    """The probabilities by transformers' processors, in the same order."""
+    """The probabilities that transformers' processors give, in the same order."""
     ids, scores = torch.tensor([list(prompt)], dtype=torch.long), torch.tensor(x)[None]
     if "repetition_penalty" in sampling:
         scores = transformers.RepetitionPenaltyLogitsProcessor(sampling["repetition_penalty"])(ids, scores)
@@ -52,8 +52,8 @@ def wanted(sampling, x, prompt=()):
     ],
     ids=str,
 )
-def test_tokens_are_drawn_as_transformers_would(sampling):
-    """4,000 draws: what transformers excludes never comes, and a share differs by five deviations at most."""
+def test_tokens_have_the_probabilities_of_transformers(sampling):
+    """In 4,000 draws an excluded token never comes, and a share differs by at most five deviations."""
     x, prompt = logits(), [3, 7, 7, 20]
     p, got = wanted(sampling, x, prompt), shares(sampling, x, prompt)
     assert not got[p == 0].any()
@@ -73,8 +73,8 @@ def test_tokens_are_drawn_as_transformers_would(sampling):
     ],
     ids=str,
 )
-def test_a_part_of_a_long_vocabulary_is_sorted(monkeypatch, sampling, scale):
-    """The tokens are those of a draw that sorts all of it, for flat and steep logits with equal ones."""
+def test_sorting_a_part_of_a_long_vocabulary_gives_the_same_tokens(monkeypatch, sampling, scale):
+    """Logits are flat or steep, and some are equal."""
     x = np.round(np.random.default_rng(1).standard_normal(20_000) * scale, 3).astype(np.float32)
 
     def drawn():
@@ -86,7 +86,7 @@ def test_a_part_of_a_long_vocabulary_is_sorted(monkeypatch, sampling, scale):
     assert drawn() == some and len(set(some)) > 1
 
 
-def test_greedy_takes_the_first_of_the_likeliest():
+def test_greedy_takes_the_first_of_the_likeliest_tokens():
     x = np.zeros(V, np.float32)
     x[[8, 5]] = 2
     sampler = Sampler(Sampling(), np.zeros(0, np.int64), V)
@@ -119,8 +119,8 @@ def test_penalties_count_the_answer_and_bias_is_added():
         assert Sampler(Sampling(logit_bias={token: 1.5}), np.zeros(0, np.int64), V).choose(x) == token
 
 
-def test_repetition_counts_the_answer_as_transformers_does():
-    """Greedy, token by token: those chosen so far are penalised with the prompt's."""
+def test_the_repetition_penalty_counts_the_answer_as_transformers_does():
+    """Greedy choices, token by token. Chosen tokens are penalised like those of the prompt."""
     x, ids = np.linspace(0.9, 0.5, V, dtype=np.float32), [4, 9]
     sampler = Sampler(Sampling(repetition_penalty=2), np.array(ids), V)
     processor = transformers.RepetitionPenaltyLogitsProcessor(2.0)
@@ -172,7 +172,7 @@ def test_wrong_values_are_named(name, value, words):
         ("seed", None, 7, True, 1.0),
     ],
 )
-def test_the_limits_belong_to_the_range(name, low, high, below, above):
+def test_limits_belong_to_their_range(name, low, high, below, above):
     for value in (low, high):
         assert getattr(Sampling(**{name: value}), name) == value
     for value in (below, above, "1"):
@@ -180,14 +180,14 @@ def test_the_limits_belong_to_the_range(name, low, high, below, above):
             Sampling(**{name: value})
 
 
-def test_a_bias_of_a_token_that_does_not_exist_and_logits_that_are_nan():
+def test_a_bias_of_an_unknown_token_and_nan_logits_are_refused():
     with pytest.raises(UserError, match="logit_bias names token 50, the model has 0 to 49"):
         Sampler(Sampling(logit_bias={V: 1.0}), np.zeros(0, np.int64), V)
     with pytest.raises(UserError, match="NaN"):
         Sampler(Sampling(), np.zeros(0, np.int64), V).choose(np.full(V, np.nan, np.float32))
 
 
-def test_log_probabilities_are_torchs():
+def test_log_probabilities_equal_those_of_torch():
     x = logits().reshape(2, -1) * 500  # the exponential of twice the largest is infinite
     np.testing.assert_allclose(
         log_probabilities(x), torch.tensor(x).double().log_softmax(-1).numpy(), rtol=1e-12, atol=1e-12

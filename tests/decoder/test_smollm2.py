@@ -1,6 +1,8 @@
-"""A real model, SmolLM2-135M, end to end: perplexity and logits against transformers, every gradient against
-autograd, and a real extension: interpolated by 4, perplexity must fall by more than half in 24 steps of
-S2-Attn, and PEFT must find the same."""
+"""A real model, SmolLM2-135M, from file to adapter.
+
+Perplexity and logits equal transformers', every gradient equals autograd's. Then the model is extended by 4:
+24 steps of S2-Attn more than halve the perplexity of the interpolated model, and PEFT finds the same logits.
+"""
 
 import math
 import shutil
@@ -42,7 +44,7 @@ def acts(base):
     return base.tokenizer().encode(HELD_OUT.read_text())[:2048]
 
 
-def test_logits_and_perplexity_are_those_of_transformers(base, peer, acts):
+def test_logits_and_perplexity_equal_those_of_transformers(base, peer, acts):
     model = Model(base.config).load(base)
     with torch.no_grad():
         theirs = peer(torch.from_numpy(acts[None]).long()).logits[0]
@@ -141,14 +143,14 @@ def errors_of_steps(base, converted, acts, layers, steps, dtype):  # noqa: F811
     return losses, errors
 
 
-def test_every_gradient_is_autograds(base, converted, acts):  # noqa: F811
-    """The first three layers, against float64. A float32 sum of n products is off by about sqrt(n) u, u =
-    2^-24: 24 to 39 u here. Some thirty of them follow each other, forward and backward: 39 sqrt(30) = 214 u,
-    so the limit is 256 u. The median of five steps counts, because one step may be ill-conditioned. The loss
-    is a mean, which is far nearer.
+def test_every_gradient_equals_autograds(base, converted, acts):  # noqa: F811
+    """The first three layers are compared with float64.
 
-    Deeper layers of this model enlarge a rounding tenfold, in some steps: the next test has all of them, with
-    a wide limit.
+    A float32 sum of n products is off by about sqrt(n) u, u = 2^-24: here 24 to 39 u. About thirty of them
+    follow each other, forward and backward: 39 sqrt(30) = 214 u, so the limit is 256 u. The median of five
+    steps counts, because one step may be ill-conditioned. The loss is a mean, which is far nearer.
+
+    Deeper layers of this model enlarge some roundings tenfold. The next test has all layers and a wide limit.
     """
     losses, errors = errors_of_steps(base, converted, acts, 3, 5, torch.float64)
     medians = {name: np.median(steps) * 2**24 for name, steps in errors.items()}
@@ -161,8 +163,10 @@ def test_every_gradient_is_autograds(base, converted, acts):  # noqa: F811
 
 
 def test_every_gradient_of_the_whole_model_is_near_autograds(base, converted, acts):  # noqa: F811
-    """All layers, one step, against torch's float32: a layer that takes another's weights or buffers is off
-    by its whole size, a rounding in either of them by some ten-thousandths."""
+    """All layers in one step are compared with torch's float32.
+
+    A layer that takes another's weights or buffers is off by its whole size, roundings by ten-thousandths.
+    """
     (loss,), errors = errors_of_steps(base, converted, acts, base.config.num_hidden_layers, 1, torch.float32)
     print(f"loss {loss:.1e}, gradients up to {max(errors.values())[0]:.1e}")
     assert len(errors) == 1 + 30 * (8 + 2) + 1
@@ -202,7 +206,7 @@ def test_extension_halves_the_perplexity(base, smollm2, converted, acts, tmp_pat
     assert after < before / 2
     assert done.step == 24 and done.stopped is None
 
-    # What PEFT and stock transformers read is what we trained.
+    # PEFT and stock transformers read what we trained.
     peft = pytest.importorskip("peft", reason="PEFT is the peer that loads the adapter")
     lora, tensors, raw = adapter.load(output, base)
     made = Model(read_config(raw), lora=lora).load(base)
