@@ -1,4 +1,4 @@
-"""Chromium without a window, by selenium. Tests that need it are skipped where it is not installed."""
+"""Chromium without a window, driven by selenium. Tests that need it are skipped where it is missing."""
 
 import contextlib
 import shutil

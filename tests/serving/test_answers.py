@@ -1,4 +1,4 @@
-"""longlora.generate and longlora.chat, and the commands of these names."""
+"""longlora.generate and longlora.chat answer, as functions and as commands."""
 
 import io
 import json
@@ -19,7 +19,7 @@ def base(tmp_path):
     return str(tiny.model(tmp_path / "base"))
 
 
-def test_pieces_are_the_tokens_text(base):
+def test_equal_prompts_get_equal_answers(base):
     answer = longlora.generate(base, "abc", max_new_tokens=12, device="cpu")
     text = "".join(answer)
     assert answer.reason == "length" and len(answer.tokens) == 12 and answer.prompt_tokens == 3
@@ -28,8 +28,8 @@ def test_pieces_are_the_tokens_text(base):
     assert 0 < answer.first <= answer.seconds
 
 
-def test_an_adapter_is_merged_in(tmp_path, base):
-    """Its logits choose the tokens: those of the merged model."""
+def test_an_adapter_answers_as_the_merged_model(tmp_path, base):
+    """The tokens are those of the merged model and not those of the base."""
     run = driver.train(lambda line: None, **tiny.options(tmp_path, max_steps=3, learning_rate=0.1))
     longlora.merge(base, run.output_dir, tmp_path / "merged")
     how = dict(max_new_tokens=20, device="cpu")
@@ -41,7 +41,7 @@ def test_an_adapter_is_merged_in(tmp_path, base):
     assert adapted._opened.engine.cache.places == 128  # the extended context
 
 
-def test_a_stop_string_and_a_question_about_a_file(tmp_path, base, monkeypatch):
+def test_a_stop_string_ends_an_answer_and_a_file_goes_into_the_prompt(tmp_path, base, monkeypatch):
     whole = "".join(longlora.generate(base, "abc", max_new_tokens=12, device="cpu"))
     part = whole[4:6]
     stopped = longlora.generate(base, "abc", max_new_tokens=12, stop=part, device="cpu")
@@ -72,7 +72,7 @@ def test_wrong_arguments_are_named(base, keywords, words):
         "".join(longlora.generate(base, device="cpu", **keywords))
 
 
-def test_generate_from_the_command_line(base, capsys, monkeypatch):
+def test_the_command_generate_answers_as_the_function(base, capsys, monkeypatch):
     flags = ["generate", "--model", base, "--max-new-tokens", "5", "--device", "cpu"]
     assert cli.main([*flags, "--prompt", "abc"]) == 0
     text = capsys.readouterr().out
@@ -103,13 +103,13 @@ def test_a_conversation_keeps_its_history(base, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[1]", '[{"role": "user"}]', '[{"role": 1, "content": "a"}]'])
-def test_what_is_no_conversation_is_not_loaded(base, tmp_path, content):
+def test_a_file_without_a_conversation_is_not_loaded(base, tmp_path, content):
     (tmp_path / "c.json").write_text(content)
     conversation, _, note = chat(base, [f"/load {tmp_path}/c.json"])
     assert f"({tmp_path}/c.json: " in note and conversation.messages == []
 
 
-def test_files_reset_help_and_errors(base, tmp_path):
+def test_chat_reads_files_resets_and_survives_errors(base, tmp_path):
     (tmp_path / "m.txt").write_text("material")
     lines = [f"/file {tmp_path}/m.txt", "what", "/file missing.txt", "/help", "/reset", "x" * 1000, "again"]
     conversation, _, note = chat(base, lines)
@@ -133,14 +133,14 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(base):
     assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 2
 
 
-def test_a_pdf_without_its_library_is_one_clear_line(base, tmp_path, monkeypatch):
+def test_a_pdf_without_pypdf_says_what_to_install(base, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pypdf", None)
     (tmp_path / "a.pdf").write_bytes(b"%PDF-1.4")
     with pytest.raises(UserError, match=r"needs pypdf: pip install 'longlora\[pdf\]'"):
         longlora.generate(base, material=tmp_path / "a.pdf", question="q", device="cpu")
 
 
-def test_what_does_not_fit_is_said_before_weights_are_read(base, monkeypatch):
+def test_an_answer_that_does_not_fit_is_refused_before_weights_are_read(base, monkeypatch):
     def load(self, source):
         raise AssertionError("weights are read")
 
@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_said_before_weights_are_read(base, monkeypatch):
         longlora.generate(base, "a", context=(1 << 24) + 1, device="cpu")
 
 
-def test_material_over_the_context_says_by_how_much(base, tmp_path):
+def test_an_error_says_by_how_much_material_is_too_long(base, tmp_path):
     (tmp_path / "m.txt").write_text("x" * 500)
     short = longlora.generate(base, question="", context=600, device="cpu", material=tmp_path / "m.txt")
     with pytest.raises(UserError) as caught:
@@ -166,13 +166,13 @@ def test_material_over_the_context_says_by_how_much(base, tmp_path):
 def test_a_stop_string_that_never_comes_changes_nothing(base):
     plain = longlora.generate(base, "abc", max_new_tokens=30, device="cpu")
     text = "".join(plain)
-    never = text[-1] + text[-1:] + "never"  # what might begin it is held back, also at the end
+    never = text[-1] + text[-1:] + "never"  # its beginning is held back, also at the end
     answer = longlora.generate(base, "abc", max_new_tokens=30, stop=[never, "nor this"], device="cpu")
     assert "".join(answer) == text and answer.reason == "length" and answer.tokens == plain.tokens
 
 
 @pytest.mark.parametrize("how", [{}, dict(streaming=True, recent_size=8)], ids=["context", "streaming"])
-def test_logits_that_are_nan_end_the_answer_and_not_the_session(base, how):
+def test_nan_logits_end_the_answer_and_not_the_session(base, how):
     session = longlora.Session(base, device="cpu", **how)
     expected = "".join(session.generate("abc", max_new_tokens=20))
     norm = session.opened.engine.model.tensor("model.norm.weight")
@@ -182,6 +182,6 @@ def test_logits_that_are_nan_end_the_answer_and_not_the_session(base, how):
         "".join(session.generate("abcd", max_new_tokens=5))
     norm.copy_(kept)
     again = session.generate("abc", max_new_tokens=20)
-    assert "".join(again) == expected and again.reused == 0  # nothing of a failed answer is used
+    assert "".join(again) == expected and again.reused == 0  # a failed answer leaves nothing to reuse
     with pytest.raises(UserError, match="the prompt has no tokens"):
         "".join(session.generate(""))

@@ -1,4 +1,4 @@
-"""The engine: requests join and leave, share prefixes, and get what each would get alone."""
+"""Requests join and leave the engine, share prefixes, and get what each gets alone."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ PROMPTS = [[72, 101, 108], [1] * 40, [200, 3], [5, 6, 7, 8, 9, 10]]
 
 
 @pytest.mark.parametrize("sampling", [{}, dict(temperature=1.0, top_p=0.9, seed=3)], ids=["greedy", "drawn"])
-def test_each_gets_what_it_gets_alone(opened, sampling):
+def test_each_request_gets_what_it_gets_alone(opened, sampling):
     """Four requests on two rows, one of them submitted later."""
     alone = []
     for prompt in PROMPTS:
@@ -73,15 +73,15 @@ def test_a_shared_prefix_is_read_once(opened):
     other, _ = request([9, 9, 9], 1)
     engine.submit(other)
     finish(engine)
-    assert other.reused == 0  # it took the row that held nothing of use
+    assert other.reused == 0  # it takes the row that holds nothing of use
     third, again = request(longer, 1)
     engine.submit(third)
     finish(engine)
     assert third.reused == len(longer) - 1 and len(tokens(again)) == 1
 
 
-def test_a_prompt_that_several_ask_is_read_once(opened):
-    """Also by one who asks while another still answers. Each gets what it gets alone."""
+def test_a_prompt_of_several_requests_is_read_once(opened):
+    """The third request joins while the others are answered. Each gets what it gets alone."""
     alone = []
     for prompt in (PROMPTS[1], [*PROMPTS[1], 5, 6]):
         engine = opened(rows=1).engine
@@ -102,7 +102,7 @@ def test_a_prompt_that_several_ask_is_read_once(opened):
     assert [tokens(events), tokens(seen), tokens(found)] == [alone[0], *alone]
 
 
-def test_end_tokens_cancelling_and_no_tokens(opened):
+def test_answers_end_by_a_token_by_cancelling_or_at_once(opened):
     engine = opened().engine
     asked, events = request(PROMPTS[0], 8)
     engine.submit(asked)
@@ -125,7 +125,7 @@ def test_end_tokens_cancelling_and_no_tokens(opened):
     assert [event.reason for event in nothing] == ["length"]
 
 
-def test_log_probabilities_sum_up(opened):
+def test_probabilities_sum_to_one(opened):
     engine = opened().engine
     asked, events = request(PROMPTS[0], 3, top_logprobs=260)
     engine.submit(asked)
@@ -136,7 +136,7 @@ def test_log_probabilities_sum_up(opened):
 
 
 def test_a_scored_prompt_has_the_log_probabilities_of_one_pass(opened):
-    """Pieces of a chunk give what one pass over the prompt gives, also where a row holds the prompt."""
+    """A prompt that is read in chunks gets what single passes give, also where a row holds it already."""
     engine = opened(rows=2).engine
     plain, _ = request(PROMPTS[1], 1)
     engine.submit(plain)
@@ -160,13 +160,13 @@ def test_a_scored_prompt_has_the_log_probabilities_of_one_pass(opened):
         assert asked.reused == 0 and [event.prompt for event in events[40:]] == [False, False]
 
 
-def test_the_likeliest_of_equals_are_the_first():
+def test_of_equal_tokens_the_first_come_first():
     logs = np.array([0.0, -1.0, 0.0, -1.0, -1.0])
     assert [token for token, _ in _likely(logs, 1, 4)["top"]] == [0, 2, 1, 3]
     assert _likely(logs, 1, 0) == dict(logprob=-1.0, top=[]) and len(_likely(logs, 1, 9)["top"]) == 5
 
 
-def test_what_has_not_begun_is_refused_and_what_runs_is_aborted(opened):
+def test_waiting_requests_are_refused_and_running_ones_aborted(opened):
     engine = opened(rows=1).engine
     (running, events), (waiting, seen) = request(PROMPTS[0]), request(PROMPTS[1])
     assert engine.submit(running, waiting)
@@ -182,13 +182,13 @@ def test_what_has_not_begun_is_refused_and_what_runs_is_aborted(opened):
     assert found[-1].reason == "length" and again.reused == 0
 
 
-def test_a_full_queue_and_requests_that_cannot_be_served(opened):
+def test_a_full_queue_and_impossible_requests_are_refused(opened):
     engine = opened(rows=1).engine
     engine.queue = 1
     running, _ = request(PROMPTS[0], 30)
     engine.submit(running)
     engine.tick()
-    assert not engine.submit(request(PROMPTS[0])[0], request(PROMPTS[0])[0])  # both or none
+    assert not engine.submit(request(PROMPTS[0])[0], request(PROMPTS[0])[0])  # both are taken, or neither
     assert engine.submit(request(PROMPTS[0])[0]) and not engine.submit(request(PROMPTS[0])[0])
     waiting = engine._waiting[0]
     waiting.cancel()  # its place is free
@@ -204,7 +204,7 @@ def test_a_full_queue_and_requests_that_cannot_be_served(opened):
             engine.submit(request(prompt, count)[0])
 
 
-def test_logits_that_are_nan_end_one_answer(opened):
+def test_nan_logits_end_one_answer(opened):
     engine = opened(rows=2).engine
     engine.model.tensor("model.norm.weight").fill(float("nan"))
     asked, events = request(PROMPTS[0])
@@ -217,7 +217,7 @@ def test_logits_that_are_nan_end_one_answer(opened):
     assert events[-1].reason == "error" and "NaN" in events[-1].error and scored.reused == 0
 
 
-def test_what_does_not_fit_is_refused_before_weights_are_read(tmp_path, opened):
+def test_an_engine_that_does_not_fit_is_refused(tmp_path, opened):
     with pytest.raises(UserError, match="does not fit in memory"):
         opened(rows=4, memory=1 << 20)
     with pytest.raises(UserError, match="dtype should be one of auto, float32"):

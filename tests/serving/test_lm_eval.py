@@ -12,7 +12,7 @@ completions = pytest.importorskip(
 )
 
 
-def test_log_likelihoods_and_texts_of_local_completions(tmp_path):
+def test_local_completions_get_log_likelihoods_and_texts(tmp_path):
     from lm_eval.api.instance import Instance
 
     path = tmp_path / "tiny"

@@ -61,7 +61,7 @@ def limit(driver, tokens):
     find(driver, "#options .ends button").click()
 
 
-def test_a_conversation(page):
+def test_a_conversation_goes_on_repeats_and_begins_anew(page):
     limit(page, 5)
     ask(page, "hello")
     assert page.switch_to.active_element.get_attribute("id") == "text"  # the next question can be typed
@@ -77,7 +77,7 @@ def test_a_conversation(page):
     assert not every(page, "article") and find(page, "#used").text.startswith("0 of")
 
 
-def test_stopping_an_answer(page, running, monkeypatch):
+def test_a_button_and_a_key_stop_an_answer(page, running, monkeypatch):
     slow(monkeypatch, running)
     for stop in (lambda: find(page, "#stop").click(), lambda: find(page, "#text").send_keys(Keys.ESCAPE)):
         find(page, "#text").send_keys("hello", Keys.ENTER)
@@ -87,7 +87,7 @@ def test_stopping_an_answer(page, running, monkeypatch):
         wait(lambda: find(page, "#send").is_displayed())
 
 
-def test_files_are_material(page, tmp_path):
+def test_files_become_material(page, tmp_path):
     limit(page, 2)
     (tmp_path / "facts.md").write_text("Ann is five. " * 10)
     find(page, "#pick").send_keys(str(tmp_path / "facts.md"))
@@ -102,13 +102,13 @@ def test_files_are_material(page, tmp_path):
     assert find(page, ".error p").text == "No.txt is not UTF-8 text"
 
 
-def test_a_conversation_that_is_too_long(page):
+def test_a_conversation_that_is_too_long_drops_its_oldest_turns(page):
     limit(page, 2)
     ask(page, "x" * 300)
     find(page, "#text").send_keys("y" * 300, Keys.ENTER)
     wait(lambda: every(page, ".error"))
     assert "maximum context length of 512 tokens" in find(page, ".error p").text
-    find(page, ".error button").click()  # without the oldest turns
+    find(page, ".error button").click()  # leaves out the oldest turns
     wait(lambda: len(every(page, "article.assistant .actions")) == 2)
     find(page, "#text").send_keys("z" * 600, Keys.ENTER)
     wait(lambda: every(page, ".error"))
@@ -116,8 +116,8 @@ def test_a_conversation_that_is_too_long(page):
     assert find(page, "#text").get_attribute("value") == "z" * 600 and len(every(page, "article")) == 4
 
 
-def test_what_a_model_says_is_text(page):
-    """Markdown becomes elements; HTML does not."""
+def test_html_in_an_answer_stays_text(page):
+    """Markdown becomes elements, HTML does not."""
     said = "# Title\n\na **bold** `code` <img src=x onerror=alert(1)>\n\n- one\n- two\n\n```\n<b>x</b>\n```"
     page.execute_script("render(arguments[0], arguments[1])", find(page, "#talk"), said)
     tags = [node.tag_name for node in every(page, "#talk *")]
@@ -125,8 +125,8 @@ def test_what_a_model_says_is_text(page):
     assert "<img src=x onerror=alert(1)>" in find(page, "#talk p").text
 
 
-def test_keyboard_and_screen_reader(page):
-    """Every control has a name and can be reached by the keyboard, and the conversation is announced."""
+def test_keyboard_and_screen_reader_reach_everything(page):
+    """Every control has a name, the keyboard reaches it, and a reader announces the conversation."""
     assert page.switch_to.active_element.get_attribute("id") == "text"
     for node in every(page, "button, input:not([hidden]), textarea, progress"):
         name = node.accessible_name
@@ -139,7 +139,7 @@ def test_keyboard_and_screen_reader(page):
     assert find(page, "#talk").get_attribute("role") == "log" and find(page, "#talk").aria_role == "log"
 
 
-def test_it_asks_no_other_host(page, running, tmp_path):
+def test_the_page_asks_no_other_host(page, running, tmp_path):
     ask(page, "hello")
     urls = set()
     for entry in page.get_log("performance"):
@@ -151,7 +151,7 @@ def test_it_asks_no_other_host(page, running, tmp_path):
     assert all(url.startswith(("data:", "chrome")) for url in urls - ours), urls - ours
 
 
-def test_the_key_is_asked_for(driver, tmp_path):
+def test_the_page_asks_for_the_key(driver, tmp_path):
     with served.serving(tmp_path / "tiny", api_key="secret") as other:
         driver.get(other.url)
         wait(lambda: find(driver, "#locked").is_displayed())

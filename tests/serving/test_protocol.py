@@ -1,4 +1,4 @@
-"""Bodies of requests: what clients send is taken, and all else is refused by name, whatever it is."""
+"""We read the fields that clients send. Anything else in a body is refused by name."""
 
 import json
 import random
@@ -21,7 +21,7 @@ def completion(**fields):
     return read_completion(json.dumps({"prompt": "a", **fields}).encode(), LIMITS)
 
 
-def test_defaults_are_the_servers():
+def test_the_server_decides_the_defaults():
     wanted = chat()
     assert wanted.messages == HELLO and wanted.max_tokens is None and wanted.n == 1 and not wanted.stream
     assert wanted.sampling.temperature == 1 and wanted.sampling.top_p == 0.5 and wanted.top_logprobs is None
@@ -29,7 +29,7 @@ def test_defaults_are_the_servers():
     assert chat(temperature=0, top_p=None).sampling.temperature == 0
 
 
-def test_what_the_openai_client_sends():
+def test_fields_of_the_openai_client_are_read():
     wanted = chat(
         model="m",
         max_completion_tokens=7,
@@ -57,7 +57,7 @@ def test_what_the_openai_client_sends():
     assert wanted.sampling_of(0).seed == (1 << 64) - 1 and wanted.sampling_of(1).seed == 0
 
 
-def test_what_vllms_clients_add():
+def test_fields_of_vllms_clients_are_read():
     wanted = chat(
         top_k=-1,
         min_p=0.1,
@@ -70,8 +70,8 @@ def test_what_vllms_clients_add():
     assert completion(truncate_prompt_tokens=5).keep_tokens == 5
 
 
-def test_messages_as_clients_repeat_them():
-    """Text parts, names, developers, and the empty fields of an answer that is sent back."""
+def test_messages_that_clients_send_back_are_read():
+    """Text parts, names, developers, and the empty fields of an answer that comes back."""
     found = chat(
         messages=[
             {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
@@ -86,7 +86,7 @@ def test_messages_as_clients_repeat_them():
     ]
 
 
-def test_every_kind_of_prompt():
+def test_every_kind_of_prompt_is_read():
     assert completion(prompt="ab").prompts == ["ab"] and completion(prompt=["a", "b"]).prompts == ["a", "b"]
     (ids,) = completion(prompt=[1, 2]).prompts
     assert ids.dtype == np.int32 and list(ids) == [1, 2]
@@ -148,7 +148,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         (dict(chat_template_kwargs={"a": {"b": "\udfff"}}), "chat_template_kwargs holds half", None),
     ],
 )
-def test_what_is_refused_by_name(fields, words, param):
+def test_other_fields_of_chats_are_refused_by_name(fields, words, param):
     with pytest.raises(Refused, match=words) as caught:
         chat(**fields)
     assert caught.value.status == 400 and caught.value.param == (param or caught.value.param)
@@ -175,7 +175,7 @@ def test_what_is_refused_by_name(fields, words, param):
         (dict(model="other"), "there is no model 'other' here, only 'm'"),
     ],
 )
-def test_what_completions_refuse(fields, words):
+def test_other_fields_of_completions_are_refused_by_name(fields, words):
     with pytest.raises(Refused, match=words):
         completion(**fields)
 
@@ -195,7 +195,7 @@ def test_what_completions_refuse(fields, words):
         (b'{"messages": [{"role": "user", "content": "a"}], "temperature": 1e999}', "temperature"),
     ],
 )
-def test_bodies_that_are_no_requests(body, words):
+def test_bodies_that_are_not_requests_are_refused(body, words):
     with pytest.raises(Refused, match=words):
         read_chat(body, LIMITS)
 
@@ -215,7 +215,7 @@ VALUES = [
 
 
 def damaged(random, fields):
-    """A body with some fields of any value, and perhaps some bytes of any value."""
+    """A body in which some fields, and perhaps some bytes, have any value."""
     body = {name: random.choice(VALUES) for name in random.sample(fields, random.randrange(1, 4))}
     if random.random() < 0.6:
         body[fields[0]] = HELLO if fields[0] == "messages" else "a"
@@ -226,8 +226,8 @@ def damaged(random, fields):
 
 
 @pytest.mark.parametrize("read, table", [(read_chat, CHAT), (read_completion, COMPLETION)])
-def test_malformed_bodies_are_refused_and_nothing_else(read, table):
-    """5000 bodies for each route. What is taken is within the limits; any other error fails the test."""
+def test_malformed_bodies_are_read_or_refused(read, table):
+    """Each route gets 5000 bodies. Those that are read keep the limits. Any other error fails the test."""
     source, taken = random.Random(0), 0
     fields = [*table, *protocol.NOTHING, *protocol.HARMLESS, "xyz"]
     for _ in range(5000):

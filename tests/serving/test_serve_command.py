@@ -37,7 +37,7 @@ def post(url, fields, **headers):
         return json.loads(response.read())
 
 
-def test_a_signal_finishes_what_runs(path):
+def test_a_signal_lets_running_answers_finish(path):
     process, url = start(path, "--port", "0", "--temperature", "0", "--rows", "1", LONGLORA_API_KEY="secret")
     with process:
         body = json.dumps(dict(prompt="a", max_tokens=1500, stream=True, logit_bias={"256": -100})).encode()
@@ -52,7 +52,7 @@ def test_a_signal_finishes_what_runs(path):
         assert "SIGTERM: finishing the answers that run" in process.stderr.read()
 
 
-def test_a_second_signal_ends_it_at_once(path):
+def test_a_second_signal_ends_the_server_at_once(path):
     process, url = start(path, "--port", "0")
     with process:
         body = json.dumps(dict(prompt="a", max_tokens=60000, stream=True, logit_bias={"256": -100})).encode()
@@ -88,7 +88,7 @@ def written(text):
     )
 
 
-def test_a_port_that_is_taken_and_a_pdf(path):
+def test_a_taken_port_is_one_line_and_a_pdf_is_read(path):
     process, url = start(path, "--port", "0")
     with process:
         port = url.rpartition(":")[2]
@@ -109,8 +109,8 @@ def test_a_port_that_is_taken_and_a_pdf(path):
         assert process.wait(20) == 0
 
 
-def test_a_pdf_that_takes_too_long(monkeypatch):
-    """The process that reads it ends; the server does not."""
+def test_a_pdf_that_takes_too_long_is_refused(monkeypatch):
+    """The process that reads it ends, the server does not."""
     monkeypatch.setattr(pdf, "SECONDS", 0.01)
     with pytest.raises(UserError, match="takes too long to read"):
         asyncio.run(pdf.convert(b"%PDF"))

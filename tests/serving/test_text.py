@@ -1,4 +1,4 @@
-"""Text of an answer as it comes: whole characters, and stop strings that span tokens."""
+"""The text of an answer comes in whole characters, and stop strings may span tokens."""
 
 import pytest
 import tiny
@@ -33,13 +33,13 @@ def test_a_stop_string_ends_the_text_and_is_not_part_of_it():
     found, stopped = pieces("one two END three", ["END"])
     assert "".join(found) == "one two " and stopped
     found, stopped = pieces("aab", ["ab", "b"])
-    assert "".join(found) == "a" and stopped  # the first to begin wins
+    assert "".join(found) == "a" and stopped  # the one that begins first wins
 
 
-def test_what_might_begin_a_stop_string_is_held_back():
+def test_the_beginning_of_a_stop_string_is_held_back():
     found, stopped = pieces("x EN y E", ["END"])
     assert "".join(found) == "x EN y E" and not stopped
-    assert found[:4] == ["x", " ", "", ""] and found[4] == "EN "  # certain only with the space
+    assert found[:4] == ["x", " ", "", ""] and found[4] == "EN "  # only the space makes it certain
     assert found[-1] == "E"
 
 
@@ -52,7 +52,7 @@ PIECES = "\u2581the \u2581caf\u00e9 s \u2581a\u2581b <0xE6> <0x97> <0xA5> <0x0a>
 
 
 class Pieces:
-    """SentencePiece's tokens: with a mark for a space, and for single bytes. Then two added tokens."""
+    """SentencePiece's tokens, with a mark for a space and for single bytes, and two added tokens."""
 
     backend = Backend(models.BPE({piece: i for i, piece in enumerate(PIECES)}, []))
     backend.decoder = decoders.ByteFallback()
@@ -60,8 +60,8 @@ class Pieces:
     backend.add_tokens(["\u00e9\u2581"])
 
 
-def test_the_bytes_of_tokens():
-    """Each byte of a byte-level vocabulary is its own; SentencePiece's mark is a space."""
+def test_tokens_have_bytes_and_widths():
+    """Each byte of a byte-level vocabulary stands for itself. SentencePiece's mark is a space."""
     spelling = Spelling(Bytes)
     assert [spelling.bytes(i) for i in range(256)] == [bytes([i]) for i in range(256)]
     assert [spelling.width(i) for i in (0x41, 0x7F, 0x80, 0xBF, 0xC3, 0xE6, 0xF0)] == [1, 1, 0, 0, 1, 1, 1]
