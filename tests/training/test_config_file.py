@@ -35,7 +35,7 @@ MERGES = "a0: &a0 {r: 4}\n" + "".join(
         ("seed: 2026-13-45", ["c.yaml: seed: month must be in 1..12"]),
         ("seed: 0x_", ["c.yaml: seed: invalid literal for int()"]),
         ("seed: !!int x", ["c.yaml: seed: invalid literal for int()"]),
-        ("seed: !!bool x", ["c.yaml: seed: x"]),
+        ("seed: !!bool x", ["c.yaml: seed: 'x' does not fit its YAML tag"]),
         ("seed: " + "9" * 5000, ["c.yaml: seed: Exceeds the limit"]),
         ("seed: 2026-11-29", ["seed should be int, got datetime.date(2026, 11, 29)"]),
         ("seed: " + "[" * 1000, ["c.yaml: is not YAML: maximum recursion depth"]),
