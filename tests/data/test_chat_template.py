@@ -1,4 +1,4 @@
-"""Chat templates against transformers' apply_chat_template, on the shapes that public models have."""
+"""Chat templates give the texts of transformers' apply_chat_template, in the shapes of public models."""
 
 import datetime
 import json
@@ -81,7 +81,7 @@ def _backend():
 
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_text_is_that_of_transformers(shape, chat):
+def test_texts_equal_those_of_transformers(shape, chat):
     tools = [{"type": "function", "function": {"name": "f", "description": "d\u00e9", "parameters": {}}}]
     for how in ({}, {"add_generation_prompt": True}, {"tools": tools}):
         wanted, error = theirs(SHAPES[shape], CHATS[chat], **how)
@@ -93,14 +93,14 @@ def test_text_is_that_of_transformers(shape, chat):
                 template.render(CHATS[chat], **how)
 
 
-def test_the_date_of_today():
+def test_a_template_may_ask_for_the_date():
     before = datetime.datetime.now().strftime("%d %b %Y")
     text = ChatTemplate("{{ strftime_now('%d %b %Y') }}", SPECIAL, "here").render([USER])
     assert text in (before, datetime.datetime.now().strftime("%d %b %Y"))
 
 
-def test_the_key_is_what_a_text_depends_on():
-    """Keys find tokenised data again: equal for the same template, others for another text or token."""
+def test_a_key_stands_for_all_that_a_text_depends_on():
+    """A key finds tokenised data again: equal for equal templates, another for other texts or tokens."""
     keys = [
         ChatTemplate(source, special, "here").key()
         for source in ("a", "b")
@@ -120,8 +120,8 @@ def test_answers_are_marked():
     assert [text[a:b] for a, b in spans] == [ASSISTANT["content"] + "</s>"] * 2
 
 
-def test_a_template_cannot_reach_out():
-    """Jinja's sandbox: no attributes of Python, no change of what it was given."""
+def test_a_template_reaches_nothing_of_python():
+    """In Jinja's sandbox it gets no attribute of Python and changes no argument."""
     for source in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}"):
         with pytest.raises(UserError, match="refuses these messages"):
             ChatTemplate(source, SPECIAL, "here").render([USER])
@@ -149,12 +149,12 @@ def test_a_template_cannot_reach_out():
         ("{{ 99999 * ([1] * 999) }}", r"a result of \* is too large"),
     ],
 )
-def test_templates_that_fail(source, words):
+def test_a_template_that_fails_is_one_line(source, words):
     with pytest.raises(UserError, match=words):
         ChatTemplate(source, SPECIAL, "here").render([USER])
 
 
-def test_what_is_small_enough_is_rendered():
+def test_small_results_are_rendered():
     source = (
         "{{ 2 ** 10 }} {{ 3 * 4 }} {{ 'ab' * 3 }} {{ 2 * [1] }} {{ 2 * 0.5 }} {{ 4 ** -1 }} {{ 9999 * 9999 }}"
     )
@@ -174,8 +174,8 @@ def test_rounds_are_counted_over_all_loops(monkeypatch):
         ChatTemplate("{% for i in range(7) %}x{% endfor %}", SPECIAL, "here").render([])
 
 
-def test_other_places_of_a_template(tmp_path):
-    """The adapter's file comes before the model's; a GGUF file has its own; what is wrong is named."""
+def test_a_template_comes_from_adapter_model_or_gguf(tmp_path):
+    """The adapter's file comes before the model's, a GGUF file has its own, and errors name the file."""
     path = tiny.model(tmp_path / "base")
     (path / "chat_template.jinja").write_text("of the model")
     adapter = tmp_path / "adapter"
@@ -217,8 +217,8 @@ def test_other_places_of_a_template(tmp_path):
     assert find_template(model, SPECIAL).source == LLAMA_2
 
 
-def test_where_a_template_is_found(tmp_path):
-    """chat_template.jinja wins over tokenizer_config.json; a list has a default; else LLaMA-2's format."""
+def test_the_file_of_a_template_wins_over_the_config(tmp_path):
+    """chat_template.jinja wins, then tokenizer_config.json, of a list the default, then LLaMA-2's format."""
     path = tiny.model(tmp_path / "base")
     assert find_template(open_model(path), SPECIAL).source == LLAMA_2
     config = json.loads((path / "tokenizer_config.json").read_text())

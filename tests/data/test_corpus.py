@@ -1,4 +1,4 @@
-"""What a directory given as data stands for: its texts, each once, and a sentence about the rest."""
+"""A directory of data stands for its texts, each once, and a sentence names the rest."""
 
 import os
 
@@ -34,7 +34,7 @@ def test_missing_and_unreadable_paths_are_named(tmp_path):
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
-    """root can read every folder, so the system call is replaced."""
+    """root can read every folder, so the test replaces the system call."""
     write(tmp_path / "a.txt", "a")
     (tmp_path / "b").mkdir()
     listdir = os.listdir
@@ -73,7 +73,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         (["a.txt", ".b\x1b[2J"], ["a.txt"], "left out 1 hidden (.b\\x1b[2J)"),
     ],
 )
-def test_the_rule_for_a_directory(tmp_path, present, taken, sentence):
+def test_a_directory_stands_for_its_texts(tmp_path, present, taken, sentence):
     for name in present:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def test_the_rule_for_a_directory(tmp_path, present, taken, sentence):
 
 
 def test_links_are_followed_and_nothing_is_read_twice(tmp_path):
-    """A folder elsewhere counts, a second path to a text does not, and a folder inside itself ends."""
+    """A link to another folder counts. A second path to a text does not, nor does a folder inside itself."""
     data = tmp_path / "data"
     (data / "z").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
@@ -123,7 +123,7 @@ def test_files_without_text_are_left_out_of_a_directory(tmp_path):
 
 
 def test_line_ends_of_windows_become_line_breaks(tmp_path):
-    """As Python reads text files. A lone CR and the strings of JSON stay."""
+    """Python reads text files like this. A lone CR and the strings of JSON stay."""
     write(tmp_path / "a.txt", "one\r\ntwo\rthree\r\n\r\n")
     write(tmp_path / "b.txt", "four\n")
     write(tmp_path / "c.jsonl", b'{"text": "five\\r\\n"}\r\n')
@@ -133,7 +133,7 @@ def test_line_ends_of_windows_become_line_breaks(tmp_path):
 
 
 def test_a_run_reads_the_folder_that_it_writes_to(tmp_path, monkeypatch):
-    """A second run in the folder of the text, and a resumed one, train on the same text as the first."""
+    """A second run in the folder of the text and a resumed run train on the same text as the first."""
     monkeypatch.chdir(tmp_path)
     tiny.model("base")
     tiny.text("text.txt")
@@ -170,7 +170,7 @@ def test_names_that_are_not_utf_8_are_read(tmp_path):
     for given in (path, str(data)):
         found = tokenise(given, KINDS["gpt2"], 400, str(tmp_path / "cache"), said.append)
         assert KINDS["gpt2"].backend.decode(found.ids[:-1].tolist()) == "some text"
-    assert len(said) == 1  # the second time they come from the cache
+    assert len(said) == 1  # the second time the tokens come from the cache
     assert "caf\\udce9.txt: is not UTF-8 at byte 0" in failure(
         tokenise, write_bad(path), KINDS["gpt2"], 400, str(tmp_path / "no")
     )

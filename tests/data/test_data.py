@@ -1,4 +1,4 @@
-"""Text to sequences: ids are those of the whole text, lost tokens are reported, errors say what is wrong."""
+"""Text becomes sequences with the ids of the whole text. Lost tokens are counted, errors are named."""
 
 import gc
 import json
@@ -118,7 +118,7 @@ print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 102
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     count, growth = map(int, done.stdout.split())
     assert count == os.path.getsize(path) + 1
-    # the ids alone take 4 bytes per byte of text here
+    # the ids alone take 4 bytes for each byte of this text
     assert growth < size
 
 
@@ -144,7 +144,7 @@ print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 102
         ("text.csv", "a,b\n", ["should be .txt, .jsonl or .bin"]),
     ],
 )
-def test_what_is_wrong_with_a_text_is_named(tmp_path, monkeypatch, block, name, content, words):
+def test_errors_say_what_is_wrong_with_a_text(tmp_path, monkeypatch, block, name, content, words):
     monkeypatch.setattr(text, "BLOCK", block)
     path, cache = write(tmp_path / name, content), tmp_path / "cache"
     if not words:
@@ -164,7 +164,7 @@ def test_documents_end_in_one_end_token_and_the_cache_is_used(tmp_path, monkeypa
     found = tokenise(str(data), made, 500, cache, said.append)
     wanted = [made.encode(words) for words in ("hello world", "one", "two")]
     assert len(found) == 3 and said and "3 documents" in said[0]
-    for i, ids in enumerate(wanted):  # the template has added </s> already
+    for i, ids in enumerate(wanted):  # the template adds </s> itself
         np.testing.assert_array_equal(found.document(i), ids)
     plain = tokenise(str(data), KINDS["llama"], 500, cache, said.append)
     assert all(plain.document(i)[-1] == KINDS["llama"].eos_token_id for i in range(3))
@@ -175,7 +175,7 @@ def test_documents_end_in_one_end_token_and_the_cache_is_used(tmp_path, monkeypa
     assert again.fingerprint == found.fingerprint and len(said) == 2
 
 
-def test_changed_text_is_tokenised_anew_and_a_damaged_cache_named(tmp_path):
+def test_changed_text_is_tokenised_anew_and_a_damaged_cache_is_named(tmp_path):
     path, cache = write(tmp_path / "a.txt", "one"), tmp_path / "cache"
     first = tokenise(path, KINDS["gpt2"], 400, str(cache), str)
     write(tmp_path / "a.txt", "three")
@@ -193,7 +193,7 @@ def test_changed_text_is_tokenised_anew_and_a_damaged_cache_named(tmp_path):
     ids=["time", "size", "path"],
 )
 def test_text_of_another_time_size_or_path_is_tokenised_anew(tmp_path, name, content, time):
-    """A change of any of the three is noticed. The tokens are those of this text only."""
+    """The cache notices a change of any of the three. The tokens are those of this text alone."""
     cache, made = tmp_path / "cache", KINDS["gpt2"]
     for file, words, seconds in (("a.txt", "one", 1), (name, content, time)):
         path = write(tmp_path / file, words)
@@ -218,7 +218,7 @@ def test_a_tokenisation_that_fails_leaves_nothing(tmp_path, monkeypatch):
 # ---- token files ---------------------------------------------------------------------------------
 
 
-def test_token_files_of_both_kinds(tmp_path):
+def test_token_files_of_both_kinds_are_read(tmp_path):
     ids = np.array([1, 2, 65535, 7] * 300)
     small = write(tmp_path / "s.bin", ids.astype("<u2").tobytes())
     large = write(tmp_path / "l.bin", ids.astype("<u4").tobytes())
@@ -292,8 +292,8 @@ def test_every_token_is_in_one_sequence_or_counted_as_lost(sizes, length, rule):
         ("drop", 1, "2 longer documents dropped, 58 tokens lost"),
     ],
 )
-def test_what_becomes_of_documents_is_said_in_numbers(rule, sequences, end):
-    """Documents of 20, 5 and 38 tokens in sequences of 10."""
+def test_a_sentence_says_in_numbers_what_becomes_of_documents(rule, sequences, end):
+    """Documents of 20, 5 and 38 tokens fill sequences of 10."""
     found = Sequences(tokens_of([20, 5, 38]), 10, rule)
     assert len(found) == sequences and found.sentence == (
         f"3 documents, 63 tokens (shortest 5, median 20, longest 38) -> {sequences} sequences of 10; {end}"
@@ -325,8 +325,8 @@ def test_a_batch_has_the_next_tokens_as_targets_and_no_target_in_padding():
     assert batch(found, [1])[0].shape == (1, 7) and batch(found, [1], 5)[0].shape == (1, 10)
 
 
-def test_documents_that_do_not_see_each_other_by_hand():
-    """Two documents leave room for one token, which would have no target, so the sequence ends before it.
+def test_documents_that_do_not_see_each_other_are_packed_whole():
+    """Two documents leave room for one token. It would have no target, so the sequence ends before it.
 
     Documents of a single token are left out.
     """
@@ -389,7 +389,7 @@ def test_a_target_is_the_next_token_of_the_same_text(sizes, length, rule, bounda
     stop=st.integers(0, 12),
 )
 @settings(deadline=None)
-def test_the_order_is_a_permutation_an_epoch_and_goes_on_exactly(n, seed, takes, stop):
+def test_the_order_is_a_permutation_in_each_epoch_and_can_be_resumed(n, seed, takes, stop):
     whole = Order(n, seed)
     taken = [whole.take(count) for count in takes]
     order = [i for part in taken for i in part]
@@ -399,14 +399,14 @@ def test_the_order_is_a_permutation_an_epoch_and_goes_on_exactly(n, seed, takes,
     assert [resumed.take(count) for count in takes[stop:]] == taken[stop:]
 
 
-def test_another_seed_or_epoch_is_another_order():
-    """The order is NumPy's, so that a run can be resumed years later."""
+def test_each_seed_and_epoch_has_its_own_order():
+    """NumPy defines the order, so a run can be resumed years later."""
     assert Order(50, 1).take(50) != Order(50, 2).take(50)
     epochs = Order(50, 1).take(150)
     assert epochs[:50] != epochs[50:100] != epochs[100:] != epochs[:50]
     wanted = [np.random.default_rng([42, epoch]).permutation(7).tolist() for epoch in (0, 1)]
     assert Order(7, 42).take(14) == wanted[0] + wanted[1]
-    assert json.dumps(Order(50, 1).take(3))  # plain integers
+    assert json.dumps(Order(50, 1).take(3))  # they are plain integers
 
 
 def test_a_file_of_ids_is_closed_with_its_object(tmp_path):

@@ -1,4 +1,4 @@
-"""Long texts in parts: the ids are those of the whole text, whatever it is made of."""
+"""A long text is tokenised in parts and has the ids of the whole, whatever its characters."""
 
 import time
 
@@ -17,7 +17,7 @@ from longlora.files.tokenizer import Tokenizer
 
 
 def made(kind, letters, merges=(), normalizer=None):
-    """A BPE tokenizer with the vocabulary of `letters` and `merges`, which are tokens "a b" -> "ab"."""
+    """A BPE tokenizer. Its vocabulary is `letters` and the results of `merges`, each "a b" -> "ab"."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, normalizers, pre_tokenizers
 
@@ -27,7 +27,7 @@ def made(kind, letters, merges=(), normalizer=None):
     backend = Backend(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
     if kind == "bytes":
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    elif kind == "metaspace":  # as transformers builds LlamaTokenizer
+    elif kind == "metaspace":  # transformers builds LlamaTokenizer like this
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     if normalizer:
         backend.normalizer = getattr(normalizers, normalizer)()
@@ -45,7 +45,7 @@ MADE = {
 
 
 def together(tokenizer, whole, size):
-    """The ids of a text that comes in pieces of `size` characters, and the number of its parts."""
+    """The ids of a text that is read in pieces of `size` characters, and the number of its parts."""
     pieces = [whole[i : i + size] for i in range(0, len(whole), size)]
     found = [part for part, _ in Parts(tokenizer).of(pieces)]
     assert "".join(found) == whole
@@ -91,7 +91,7 @@ def together(tokenizer, whole, size):
 )
 @settings(max_examples=150, deadline=None)
 def test_runs_without_spaces_have_the_ids_of_the_whole(kind, runs, size):
-    """With few characters looked at, so that runs are longer than that."""
+    """The search looks at few characters, so runs are longer than that."""
     whole = "".join(unit * count for unit, count in runs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "NEIGHBOURS", 24)
@@ -111,30 +111,30 @@ def test_runs_without_spaces_have_the_ids_of_the_whole(kind, runs, size):
         ("llama3", "漢字。仮名、", True),
         ("qwen2", "QWxhZGRpbjpvcGVu", True),
         ("gpt2", "1234,", True),
-        ("doubling", "a", False),  # a token may begin at any a
+        ("doubling", "a", False),  # a token may begin at each a
         ("doubling", "b", True),
         ("gpt2", "1", False),  # llama3's regular expression counts digits by three
         ("gpt2", "=", False),
         ("gpt2", " ", False),
     ],
 )
-def test_texts_are_cut_where_the_tokenizer_lets_them(kind, unit, cut):
+def test_texts_are_cut_where_the_tokenizer_allows_it(kind, unit, cut):
     whole = unit * (20_000 // len(unit)) + "x"
     ids, count = together(MADE[kind], whole, 1000)
     assert count >= 15 if cut else count == 1
     np.testing.assert_array_equal(ids, MADE[kind].encode(whole))
 
 
-def test_a_place_between_letters_needs_every_token_that_lies_across():
-    """The tokens of a run of a depend on where it begins: 8 8 2 1, not 8 2 1 8. Near a cut the ids agree."""
+def test_a_cut_inside_a_run_of_letters_keeps_the_ids():
+    """The tokens of a run of a depend on its beginning: 8 8 2 1, not 8 2 1 8. Near a cut they agree."""
     tokenizer = MADE["doubling"]
     assert list(map(len, tokenizer.backend.encode("a" * 19).tokens)) == [8, 8, 2, 1]
     ids, count = together(tokenizer, "a" * 5003, 1000)
     np.testing.assert_array_equal(ids, tokenizer.encode("a" * 5003))
 
 
-def test_text_without_spaces_takes_time_in_proportion(tmp_path):
-    """4 MB in many blocks: seconds, where joining them again at each block took minutes."""
+def test_the_time_of_text_without_spaces_grows_with_its_length(tmp_path):
+    """4 MB in many blocks take seconds. Joining the blocks again at each one would take minutes."""
     count = (4 << 20) // 12
     path = write(tmp_path / "long.txt", "漢字仮名" * count)
     with pytest.MonkeyPatch.context() as patch:
