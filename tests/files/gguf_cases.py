@@ -1,4 +1,4 @@
-"""Tiny models with tokenizers for the tests of GGUF files that we write, and what both sides compute."""
+"""Tiny models with tokenizers, for tests of the GGUF files that we write, and the logits of both sides."""
 
 import json
 
@@ -12,7 +12,7 @@ from longlora.files.open_model import open_model
 
 BOS, EOS = "<|im_start|>", "<|im_end|>"
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-# Each family that llama.cpp has, as it can be: q8_0 needs rows of 32, smollm3 a layer without rope.
+# Each family that llama.cpp has. q8_0 needs rows of 32 numbers, smollm3 a layer without rope.
 CASES = {
     "llama": dict(family="llama"),
     "llama-bias": dict(family="llama", attention_bias=True, tie_word_embeddings=True, head_dim=16),
@@ -25,7 +25,7 @@ CASES = {
     "granite": dict(family="granite", attention_bias=True, tie_word_embeddings=True),
     "smollm3": dict(family="smollm3", num_hidden_layers=5, no_rope_layer_interval=4),
 }
-# How positions are extended, where llama.cpp computes that for the family.
+# The types of rope that llama.cpp computes for the family.
 ROPES = {
     "llama": ("linear", "ntk", "yarn", "llama3"),
     "mistral": ("linear",),
@@ -35,7 +35,7 @@ ROPES = {
     "granite": ("yarn", "llama3"),
     "smollm3": ("linear", "yarn"),
 }
-LONGER = 256  # the extended length; the original one is 64
+LONGER = 256  # the extended length, from 64
 
 
 def tokenizer(path, kind="qwen2", change=None, **config):

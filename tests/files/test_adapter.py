@@ -39,7 +39,7 @@ def extended(base, kind=None):
 
 
 def saved(tmp_path, lora=None, kind=None, **fields):
-    """Make a tiny base and an adapter for it -> base path, adapter path, tensors."""
+    """Save a tiny base and an adapter for it -> path of the base, path of the adapter, tensors."""
     build(tmp_path / "base", **fields)
     base, lora = open_model(tmp_path / "base"), lora or LoraConfig()
     tensors = made(base, lora)
@@ -64,7 +64,7 @@ def logits(model, count=TARGET):
 
 
 def reference(base, path, tensors, lora):
-    """The right logits: those of transformers with merged weights put in by hand."""
+    """The right logits: transformers computes them from weights that are merged by hand."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -97,7 +97,7 @@ def reference(base, path, tensors, lora):
     ids=[*FAMILIES, "all-linear", "phi3-all-linear", "phi3-gate-up", "lora-only", "norms", "head"],
 )
 @pytest.mark.parametrize("tied", [False, True])
-def test_peft_gives_our_logits_and_so_does_the_merged_model(tmp_path, family, tied, lora):
+def test_peft_and_the_merged_model_give_our_logits(tmp_path, family, tied, lora):
     from transformers import AutoModelForCausalLM
 
     base, path, tensors = saved(tmp_path, lora, family=family, tie_word_embeddings=tied)
@@ -116,7 +116,7 @@ def test_peft_gives_our_logits_and_so_does_the_merged_model(tmp_path, family, ti
         np.testing.assert_array_equal(again[name], array)
 
 
-# From 64 positions to TARGET, by pencil: heads of 8 numbers, so that NTK raises theta by factor^(8 / 6).
+# From 64 positions to TARGET, by hand. Heads have 8 numbers, so NTK raises theta by factor^(8 / 6).
 ROPES = {
     "linear": (Rope("linear", 10000.0, 64, 4.0), dict(rope_type="linear", factor=4.0)),
     "ntk": (
@@ -141,7 +141,7 @@ ROPES = {
 
 
 @pytest.mark.parametrize("kind", rope_.EXTENSIONS)
-def test_every_rope_goes_with_the_adapter(tmp_path, kind):
+def test_an_adapter_and_a_merged_model_keep_the_rope(tmp_path, kind):
     from transformers import AutoConfig
 
     base, path, tensors = saved(tmp_path, kind=kind)
@@ -178,7 +178,7 @@ PEFT_TARGETS = {"phi3": ["qkv_proj", "o_proj"]}
     ],
 )
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_is_trained_is_what_peft_trains(tmp_path, family, lora, tied):
+def test_an_adapter_trains_the_tensors_that_peft_trains(tmp_path, family, lora, tied):
     from peft import LoraConfig as Theirs
     from peft import get_peft_model
 
@@ -203,7 +203,7 @@ def test_what_is_trained_is_what_peft_trains(tmp_path, family, lora, tied):
     assert ours.tensor_shapes(open_model(tmp_path).config) == wanted
 
 
-def test_files_of_an_adapter(tmp_path):
+def test_an_adapter_has_the_files_and_fields_of_peft(tmp_path):
     base, path, _ = saved(tmp_path, LoraConfig(r=4, lora_alpha=7.5))
     assert sorted(os.listdir(path)) == [
         "README.md",
@@ -221,7 +221,7 @@ def test_files_of_an_adapter(tmp_path):
     assert (path / "README.md").read_text().startswith("---\nlibrary_name: peft\npipeline_tag: ")
 
 
-def test_peft_reads_the_adapter_with_the_warning_about_its_positions_alone(tmp_path):
+def test_peft_warns_of_nothing_but_the_positions(tmp_path):
     for tied in (False, True):
         base, path, _ = saved(tmp_path / str(tied), tie_word_embeddings=tied)
         with warnings.catch_warnings(record=True) as seen:
@@ -241,7 +241,7 @@ def test_peft_reads_the_adapter_with_the_warning_about_its_positions_alone(tmp_p
     ],
     ids=["a", "b", "c"],
 )
-def test_an_adapter_that_peft_wrote(tmp_path, tied, fields):
+def test_an_adapter_of_peft_is_read(tmp_path, tied, fields):
     from peft import LoraConfig as Theirs
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -281,7 +281,7 @@ def test_an_untied_adapter_of_a_tied_base_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_merged_is_rounded_once_to_the_dtype_of_the_base(tmp_path, dtype):
+def test_merged_weights_are_rounded_once_to_the_dtype_of_the_base(tmp_path, dtype):
     base, path, tensors = saved(tmp_path, dtype=getattr(torch, dtype))
     merge.merge(base, path, tmp_path / "merged")
     before, after = open_model(base), open_model(tmp_path / "merged")
@@ -298,7 +298,7 @@ def test_merged_is_rounded_once_to_the_dtype_of_the_base(tmp_path, dtype):
     np.testing.assert_array_equal(after.read(name), before.read(name))
 
 
-def test_merged_in_shards(tmp_path, monkeypatch):
+def test_a_merged_model_may_have_shards(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr(merge, "SHARD", 3000)
@@ -316,7 +316,7 @@ def test_merged_in_shards(tmp_path, monkeypatch):
     np.testing.assert_array_equal(again.read("lm_head.weight"), open_model(base).read("lm_head.weight"))
 
 
-def test_tokenizer_goes_along(tmp_path):
+def test_the_tokenizer_goes_into_adapter_and_merged_model(tmp_path):
     from transformers import AutoTokenizer
 
     build(tmp_path / "base", vocab_size=512)
@@ -336,7 +336,7 @@ def test_tokenizer_goes_along(tmp_path):
         )
 
 
-def test_merging_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_merge_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     base, path, _ = saved(tmp_path)
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("mine")
@@ -353,7 +353,7 @@ def test_merging_leaves_what_was_there(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "there"]
 
 
-def test_an_adapter_for_another_base(tmp_path):
+def test_an_adapter_for_another_base_is_refused(tmp_path):
     base, path, _ = saved(tmp_path)
     other = build(tmp_path / "other")
     with torch.no_grad():
@@ -407,7 +407,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj."
         (lambda t: t.clear(), "tensors of the adapter are missing"),
     ],
 )
-def test_wrong_adapter_tensors(tmp_path, change, message):
+def test_wrong_tensors_of_an_adapter_are_named(tmp_path, change, message):
     base, path, _ = saved(tmp_path)
     edit(path, change)
     with pytest.raises(UserError, match=message) as caught:
@@ -438,7 +438,7 @@ def test_wrong_adapter_tensors(tmp_path, change, message):
         ({"modules_to_save": ["score"]}, "modules_to_save should be a list of embed_tokens"),
     ],
 )
-def test_wrong_adapter_config(tmp_path, fields, message):
+def test_wrong_fields_of_an_adapter_config_are_named(tmp_path, fields, message):
     base, path, _ = saved(tmp_path)
     file = path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
@@ -474,7 +474,7 @@ def test_wrong_adapter_config(tmp_path, fields, message):
     )
 )
 @settings(max_examples=200, deadline=None)
-def test_whatever_an_adapter_config_says_is_read_or_refused_in_one_line(tmp_path_factory, fields):
+def test_any_adapter_config_is_read_or_refused_in_one_line(tmp_path_factory, fields):
     path = tmp_path_factory.getbasetemp() / "adapter_config.json"
     path.write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"], **fields}))
     try:
@@ -483,7 +483,7 @@ def test_whatever_an_adapter_config_says_is_read_or_refused_in_one_line(tmp_path
         assert "\n" not in str(error)
 
 
-def test_not_an_adapter(tmp_path):
+def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not an adapter: it has no adapter_config.json"):
         adapter.load(tmp_path)
     _, path, _ = saved(tmp_path)
@@ -492,7 +492,7 @@ def test_not_an_adapter(tmp_path):
         adapter.load(path)
 
 
-def test_saving_checks_what_it_is_given(tmp_path):
+def test_saving_checks_the_tensors(tmp_path):
     build(tmp_path / "base")
     base = open_model(tmp_path / "base")
     tensors = made(base, LoraConfig())
@@ -508,7 +508,7 @@ def test_qwen3_norm_means_all_norms_as_in_peft(tmp_path):
     assert "model.layers.0.self_attn.q_norm.weight" in shapes
 
 
-def test_inspect(tmp_path):
+def test_inspect_describes_a_base_and_an_adapter(tmp_path):
     base, path, tensors = saved(tmp_path, tie_word_embeddings=True)
     found = inspect.describe(base)
     assert (found["kind"], found["format"], found["rope"]) == ("model", "huggingface", "default, theta 10000")
@@ -526,7 +526,7 @@ def test_inspect(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["phi3", "granite", "smollm3"])
-def test_inspect_of_other_families(tmp_path, family):
+def test_inspect_describes_other_families(tmp_path, family):
     base, path, tensors = saved(tmp_path, family=family, tie_word_embeddings=True)
     model, found = build(tmp_path / "again", family, tie_word_embeddings=True), inspect.describe(base)
     assert (found["kind"], found["family"]) == ("model", family)
@@ -537,8 +537,8 @@ def test_inspect_of_other_families(tmp_path, family):
     assert sum(found["trained"].values()) == sum(array.size for array in tensors.values())
 
 
-def test_parts_of_a_fused_linear_in_a_file(tmp_path):
-    """PEFT writes such adapters for target_modules of several families: it adapts the ones that exist."""
+def test_an_adapter_may_name_parts_of_a_fused_linear(tmp_path):
+    """PEFT writes such adapters for target_modules of several families. It adapts those that exist."""
     base, path, tensors = saved(tmp_path, family="phi3")
     file = path / "adapter_config.json"
     assert json.loads(file.read_text())["target_modules"] == ["qkv_proj", "o_proj"]
@@ -548,8 +548,8 @@ def test_parts_of_a_fused_linear_in_a_file(tmp_path):
     assert lora.target_modules == ("qkv_proj", "o_proj") and found.keys() == tensors.keys()
 
 
-def test_smollm2_merged_from_gguf(smollm2, converted, tmp_path):  # noqa: F811
-    """On a quantised, permuted, tied base, our merged directory equals PEFT on transformers' GGUF loading."""
+def test_smollm2_is_merged_from_a_gguf(smollm2, converted, tmp_path):  # noqa: F811
+    """The base is quantised, permuted and tied. Our merged model equals PEFT on transformers' own."""
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Each field of PEFT's LoraConfig: an adapter with it computes here what it does in PEFT, or is refused."""
+"""An adapter with any field of PEFT's LoraConfig computes here what PEFT computes, or is refused."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from longlora.files import adapter, merge
 from longlora.files.open_model import open_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-# Field -> values other than the default.
+# Field -> values that are not the default.
 READ = {
     "r": [dict(r=4)],
     "lora_alpha": [dict(lora_alpha=3), dict(lora_alpha=7.5)],
@@ -68,7 +68,7 @@ WRITTEN = {
     "a_field_of_next_year": {"a": 1},
     "a_number_of_next_year": 0.5,
 }
-# Said of the adapter, or of how it was initialised.
+# What the errors say of the adapter, or of its initialisation.
 SAID = ("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path")
 INITIAL = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
 
@@ -116,21 +116,21 @@ def cases(table):
 
 
 @pytest.mark.parametrize("name, fields", cases(READ))
-def test_a_field_that_is_read(tmp_path, name, fields):
+def test_a_field_that_we_know_is_read_as_peft_reads_it(tmp_path, name, fields):
     made(tmp_path, **fields)
     wanted = with_peft(tmp_path)
     np.testing.assert_allclose(merged(tmp_path), wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("name, fields", cases(REFUSED))
-def test_a_field_that_is_refused(tmp_path, name, fields):
+def test_a_field_that_we_do_not_compute_is_refused(tmp_path, name, fields):
     made(tmp_path, attention_bias=name in ("bias", "lora_bias"), **fields)
     with pytest.raises(UserError, match=f"adapter_config.json: {name} "):
         adapter.load(tmp_path / "adapter", open_model(tmp_path / "base"))
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_a_field_that_is_written_by_hand(tmp_path, name):
+def test_a_field_written_by_hand_is_refused(tmp_path, name):
     made(tmp_path)
     write(tmp_path, **{name: WRITTEN[name]})
     with pytest.raises(UserError, match=f"adapter_config.json: {name} .* is not supported"):
@@ -144,22 +144,22 @@ def write(path, **fields):
 
 
 @pytest.mark.parametrize("init", ["corda", "lora_ga", "loftq", "next_year"])
-def test_an_init_that_changes_the_base(tmp_path, init):
+def test_an_initialisation_that_changes_the_base_is_refused(tmp_path, init):
     made(tmp_path)
     write(tmp_path, init_lora_weights=init)
     with pytest.raises(UserError, match=f"init_lora_weights '{init}' changes the base model's weights"):
         adapter.load(tmp_path / "adapter", open_model(tmp_path / "base"))
 
 
-def test_eva_leaves_the_base_as_it_is(tmp_path):
+def test_eva_is_read_because_it_leaves_the_base_alone(tmp_path):
     made(tmp_path)
     write(tmp_path, init_lora_weights="eva", eva_config=dataclasses.asdict(peft.EvaConfig()))
     wanted = with_peft(tmp_path)
     np.testing.assert_allclose(merged(tmp_path), wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
 
 
-def test_a_converted_pissa_adapter(tmp_path):
-    """The message's advice: PEFT writes a plain adapter of twice the rank for the base as it was."""
+def test_a_converted_pissa_adapter_is_read(tmp_path):
+    """The message advises this: PEFT writes a plain adapter of twice the rank for the original base."""
     base = build(tmp_path / "base")
     lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, init_lora_weights="pissa")
     model = peft.get_peft_model(base, lora)
@@ -175,7 +175,7 @@ def test_a_converted_pissa_adapter(tmp_path):
     np.testing.assert_allclose(merged(tmp_path), wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
 
 
-def test_fields_that_a_file_leaves_out_have_the_defaults_of_peft(tmp_path):
+def test_missing_fields_have_the_defaults_of_peft(tmp_path):
     made(tmp_path, lora_alpha=8)
     write(tmp_path, r=..., lora_alpha=..., use_rslora=..., modules_to_save=..., init_lora_weights=...)
     wanted = with_peft(tmp_path)
@@ -194,7 +194,7 @@ def test_the_storage_of_the_base_in_training_does_not_matter(tmp_path, method):
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
-def test_tensors_that_are_no_floating_point_numbers(tmp_path):
+def test_tensors_of_integers_are_refused(tmp_path):
     from safetensors.numpy import load_file, save_file
 
     made(tmp_path)

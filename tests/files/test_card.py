@@ -1,4 +1,4 @@
-"""Model cards: front matter for the Hub, what is known of the training, and nobody's own README is lost."""
+"""A model card has front matter for the Hub and the facts of the training. A user's README stays."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ ROWS = [dict(step=0, eval_perplexity=21.5), dict(step=1), dict(step=12, eval_per
 
 @pytest.mark.parametrize("place", ["run", "checkpoint", "damaged", "bare"])
 @pytest.mark.parametrize("format", ["huggingface", "gguf"])
-def test_the_card_of_a_merged_model(tmp_path, place, format):
+def test_a_merged_model_has_a_card(tmp_path, place, format):
     path, folder = trained(tmp_path, _name_or_path="org/Small-1B")
     if place == "checkpoint":
         state = dict(options=OPTIONS, log_history=ROWS)
@@ -68,7 +68,7 @@ def test_the_card_of_a_merged_model(tmp_path, place, format):
     assert how in text and "longlora" in text
 
 
-def test_the_base_alone(tmp_path):
+def test_the_card_of_a_base_alone_names_no_adapter(tmp_path):
     merge(base(tmp_path / "a`b|c"), None, tmp_path / "out", dtype="bf16")
     matter, text = front(tmp_path / "out")
     assert "base_model" not in matter and "A context of 64 tokens.\n" in text
@@ -86,7 +86,7 @@ def test_the_base_alone(tmp_path):
         (dict(_name_or_path="a/b"), "models--org--Model-1--x/snapshots/0123", "org/Model-1--x"),
     ],
 )
-def test_the_name_of_the_base_on_the_hub(tmp_path, raw, place, name):
+def test_a_card_names_a_base_of_the_hub(tmp_path, raw, place, name):
     (tmp_path / place).mkdir(parents=True)
     path, folder = trained(tmp_path, tmp_path / place, **raw)
     assert card.hub_name(open_model(path)) == name
@@ -97,7 +97,7 @@ def test_the_name_of_the_base_on_the_hub(tmp_path, raw, place, name):
     )
 
 
-def test_the_name_of_a_gguf_on_the_hub(tmp_path):
+def test_a_gguf_says_its_name_on_the_hub(tmp_path):
     class Gguf:
         path, config = "m.gguf", type("Config", (), {"raw": {}})
         metadata = {"general.repo_url": "https://huggingface.co/org/Model", "general.source.repo_url": 3}
@@ -117,7 +117,7 @@ def test_the_card_of_a_run_has_its_figures(tmp_path):
     )
 
 
-def test_a_readme_of_the_users_stays(tmp_path):
+def test_the_users_readme_stays(tmp_path):
     path, folder = trained(tmp_path)
     ours = (folder / "README.md").read_text()
     (folder / "README.md").write_text("old " + card.MARK)

@@ -1,4 +1,4 @@
-"""A model directory holds what transformers loads from it, whichever files are there, whatever they say."""
+"""We read from a model directory what transformers loads from it, whatever its files are and say."""
 
 import json
 
@@ -14,7 +14,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def same(path):
-    """Our tensors are those of transformers, and a head is tied here where it is tied there."""
+    """Our tensors equal those of transformers, and both tie the head or neither does."""
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -65,7 +65,7 @@ def test_the_index_says_which_files_to_read_not_where_a_tensor_is(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.rubbish", "model.layers.7.mlp.up_proj.weight"])
-def test_a_shard_with_a_tensor_that_the_index_does_not_list(tmp_path, name):
+def test_a_tensor_that_the_index_does_not_list_is_read_as_transformers_does(tmp_path, name):
     index = sharded(tmp_path)
     place = index["weight_map"].pop(name, None)
     (tmp_path / INDEX).write_text(json.dumps(index))
@@ -75,7 +75,7 @@ def test_a_shard_with_a_tensor_that_the_index_does_not_list(tmp_path, name):
 
 
 @pytest.mark.parametrize("lists", ["first", "last"])
-def test_a_tensor_that_is_in_two_shards(tmp_path, lists):
+def test_a_tensor_in_two_shards_is_read_as_transformers_does(tmp_path, lists):
     index = sharded(tmp_path)
     files = sorted(set(index["weight_map"].values()))
     name = next(name for name, place in index["weight_map"].items() if place == files[0])
@@ -97,8 +97,8 @@ def test_config_json_may_name_the_weights(tmp_path):
         assert "transformers_weights should name" in failure(tmp_path)
 
 
-def test_the_parts_of_ranks_are_named(tmp_path):
-    """transformers reads only such files where there is one, and needs as many ranks."""
+def test_files_of_single_ranks_are_refused_by_name(tmp_path):
+    """Where such a file exists transformers reads only these files, and needs as many ranks."""
     build(tmp_path)
     (tmp_path / "shard-00001-model-00001-of-00002.safetensors").write_bytes(b"")
     assert "is one rank's part of a model" in failure(tmp_path)
@@ -106,7 +106,7 @@ def test_the_parts_of_ranks_are_named(tmp_path):
 
 @pytest.mark.parametrize("save", [{}, dict(max_shard_size="3KB")], ids=["single", "sharded"])
 @pytest.mark.parametrize("head", ["absent", "equal", "another", "alone", "last number"])
-def test_a_tied_head(tmp_path, head, save):
+def test_a_head_is_tied_where_transformers_ties_it(tmp_path, head, save):
     build(tmp_path, tie_word_embeddings=True, save=save)
     file = shard_of(json.loads((tmp_path / INDEX).read_text()), EMBEDDING) if save else SINGLE
 
@@ -121,7 +121,7 @@ def test_a_tied_head(tmp_path, head, save):
         return tensors
 
     edit(tmp_path, change, file)
-    if save and head == "alone":  # the index then lists the head
+    if save and head == "alone":  # then the index lists the head
         index = json.loads((tmp_path / INDEX).read_text())
         index["weight_map"][HEAD] = index["weight_map"].pop(EMBEDDING)
         (tmp_path / INDEX).write_text(json.dumps(index))

@@ -1,4 +1,4 @@
-"""GGUF files: weights equal transformers' bit for bit, metadata becomes the config, damage is one line."""
+"""GGUF files have transformers' weights, bit for bit. Metadata becomes the config. Damage is one line."""
 
 import dataclasses
 import math
@@ -102,7 +102,7 @@ def tiny(path, family="llama", **fields):
     )
 
 
-# llama.cpp omits the rope in every fourth layer of SmolLM3; the metadata does not say so.
+# llama.cpp omits the rope in every fourth layer of SmolLM3. The metadata does not say so.
 FOUR_LAYERS = {"smollm3": dict(num_hidden_layers=4, no_rope_layer_interval=4)}
 
 
@@ -126,7 +126,7 @@ def test_every_architecture_is_here():
 
 @pytest.mark.parametrize("family, fields", STORED)
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
-def test_every_family_and_storage(tmp_path, family, fields, kind):
+def test_every_family_is_read_from_every_storage(tmp_path, family, fields, kind):
     model = tiny(tmp_path / "hf", family, **fields)
     ours, state = write(tmp_path / "m.gguf", model, kind), model.state_dict()
     assert ours.kind == "gguf"
@@ -152,8 +152,8 @@ def test_every_family_and_storage(tmp_path, family, fields, kind):
 
 
 @pytest.mark.parametrize("family", ["phi3", "granite", "smollm3"])
-def test_a_gguf_becomes_a_directory_that_transformers_reads(tmp_path, family):
-    """Multipliers, layers without rope and the order of rows: wrong ones give other logits."""
+def test_transformers_reads_the_directory_made_of_a_gguf(tmp_path, family):
+    """Wrong multipliers, layers without rope or orders of rows give other logits."""
     from transformers import AutoModelForCausalLM
 
     model = tiny(tmp_path / "hf", family).eval()
@@ -180,7 +180,7 @@ def test_transformers_reads_a_phi3_gguf_as_we_do(tmp_path):
         assert ours.config.raw[name] == pytest.approx(getattr(theirs.config, name), rel=1e-6)
 
 
-def test_granite_without_scales_has_those_of_llama_cpp(tmp_path):
+def test_granite_without_scales_has_the_defaults_of_llama_cpp(tmp_path):
     """llama.cpp takes 1 for a missing scale, and 1 / sqrt(head_dim) for a missing attention.scale."""
     model = tiny(tmp_path / "hf", "granite")
     model.config.embedding_multiplier = model.config.residual_multiplier = 0.0
@@ -190,7 +190,7 @@ def test_granite_without_scales_has_those_of_llama_cpp(tmp_path):
     assert config.attention_multiplier == 8**-0.5
 
 
-def test_phi3_ggufs_that_are_refused(tmp_path):
+def test_phi3_ggufs_that_we_do_not_compute_are_refused(tmp_path):
     model = tiny(tmp_path / "hf", "phi3")
     factors = {"rope_factors_long.weight": np.ones(4, np.float32)}
     with pytest.raises(UserError, match="rope_factors_long.weight asks for longrope, which is not supported"):
@@ -204,7 +204,7 @@ def test_phi3_ggufs_that_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("alignment", [8, 256, 4096])
-def test_general_alignment(tmp_path, alignment):
+def test_tensors_are_aligned_as_the_file_says(tmp_path, alignment):
     """The data and each tensor begin at a multiple of general.alignment, or of 32 without that key."""
     model = tiny(tmp_path / "hf")
     ours, state = write(tmp_path / "m.gguf", model, alignment=alignment), model.state_dict()
@@ -213,7 +213,7 @@ def test_general_alignment(tmp_path, alignment):
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_reading_in_pieces_is_reading_whole(tmp_path, kind, monkeypatch):
+def test_pieces_of_a_tensor_equal_the_whole(tmp_path, kind, monkeypatch):
     ours = write(tmp_path / "m.gguf", tiny(tmp_path / "hf"), kind)
     whole = {name: ours.read(name) for name in ours.names()}
     monkeypatch.setattr("longlora.files.model_file.CHUNK", 100)
@@ -221,7 +221,7 @@ def test_reading_in_pieces_is_reading_whole(tmp_path, kind, monkeypatch):
         np.testing.assert_array_equal(ours.read(name), array)
 
 
-def test_smollm2_weights_are_those_of_transformers(smollm2, converted):  # noqa: F811
+def test_smollm2_has_the_weights_of_transformers(smollm2, converted):  # noqa: F811
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
@@ -247,7 +247,7 @@ def test_smollm2_weights_are_those_of_transformers(smollm2, converted):  # noqa:
 
 
 def test_loading_needs_little_more_than_the_weights(smollm2):  # noqa: F811
-    """The peak resident size of a process that reads all tensors, as float32.
+    """The test measures the peak resident size of a process that reads all tensors as float32.
 
     getrusage would not do: a child inherits its figure from the parent.
     """
@@ -298,7 +298,7 @@ def test_loading_is_quick(smollm2):  # noqa: F811
     assert seconds < 2.5 and faults < 40_000  # 0.6 and 2,000 here; the file has 24,000 pages
 
 
-def test_linear_and_yarn_metadata(tmp_path):
+def test_linear_and_yarn_are_read_from_the_metadata(tmp_path):
     model = tiny(tmp_path / "hf")
     config = write(tmp_path / "a.gguf", model, rope__scaling__type="linear", rope__scaling__factor=4.0).config
     assert config.rope == Rope("linear", 10000.0, 64, 4.0)
@@ -360,12 +360,12 @@ def test_llama3_frequencies_are_found_again(tmp_path, original):
         ),
     ],
 )
-def test_unsupported_metadata(tmp_path, keys, message):
+def test_unsupported_metadata_is_refused(tmp_path, keys, message):
     with pytest.raises(UserError, match=message):
         write(tmp_path / "m.gguf", tiny(tmp_path / "hf"), **keys)
 
 
-def test_another_architecture(tmp_path):
+def test_another_architecture_is_refused(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gemma2")
     writer.add_tensor("token_embd.weight", np.ones((4, 32), np.float32))
     writer.write_header_to_file()
@@ -379,7 +379,7 @@ def test_another_architecture(tmp_path):
         open_model(tmp_path / "m.gguf")
 
 
-def test_extra_and_misshapen_tensors(tmp_path):
+def test_extra_missing_and_misshapen_tensors_are_named(tmp_path):
     model = tiny(tmp_path / "hf")
     with pytest.raises(UserError, match="1 tensors do not belong to a llama model: blk.0.more.weight"):
         write(tmp_path / "m.gguf", model, extra={"blk.0.more.weight": np.ones(32, np.float32)})
@@ -404,7 +404,7 @@ def test_nan_is_named(tmp_path):
 
 
 def opened(path):
-    """Open, read all, build the tokenizer. The only error is a UserError of one line with the file's name."""
+    """Open and read a file, build its tokenizer. The only error is a UserError of one line with its name."""
     try:
         model = Gguf(path)
         for name in model.names():
@@ -415,7 +415,7 @@ def opened(path):
         return str(error)
 
 
-def test_a_file_cut_anywhere(tmp_path):
+def test_a_file_that_is_cut_anywhere_is_one_line(tmp_path):
     write(tmp_path / "m.gguf", tiny(tmp_path / "hf"))
     whole, cut = (tmp_path / "m.gguf").read_bytes(), tmp_path / "cut.gguf"
     for size in [*range(0, 100), *range(100, len(whole), 613), len(whole) - 1]:
@@ -423,7 +423,7 @@ def test_a_file_cut_anywhere(tmp_path):
         assert opened(cut), size
 
 
-def test_smollm2_cut(smollm2, tmp_path):  # noqa: F811
+def test_smollm2_that_is_cut_is_truncated(smollm2, tmp_path):  # noqa: F811
     with open(smollm2, "rb") as file:
         head = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         for size in (5, 100, 100_000, 2_000_000, 50_000_000, len(head) - 1):
@@ -448,7 +448,7 @@ def test_a_damaged_header_never_hangs_or_crashes(small, at, noise):
     opened(path)
 
 
-def test_not_a_gguf(tmp_path):
+def test_another_file_is_not_a_gguf(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04" + bytes(100))
     assert "not a GGUF file" in opened(tmp_path / "m.gguf")
     (tmp_path / "m.gguf").write_bytes(b"GGUF\x00\x00\x00\x03" + bytes(100))

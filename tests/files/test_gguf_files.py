@@ -32,7 +32,7 @@ def split(path, folder, most=5, **keys):
 
 @pytest.mark.parametrize("family, kind", [("llama", "Q8_0"), ("qwen3", "F16"), ("phi3", "F32")])
 @pytest.mark.parametrize("most", [1, 7])
-def test_a_split_model_is_the_whole_one(tmp_path, family, kind, most):
+def test_a_split_model_equals_the_whole_one(tmp_path, family, kind, most):
     whole = write(tmp_path / "m.gguf", tiny(tmp_path / "hf", family), kind)
     files = split(whole.path, tmp_path / "parts", most)
     assert len(files) == -(-len(whole.names()) // most) and files[0].name.startswith("m-00001-of-")
@@ -43,13 +43,13 @@ def test_a_split_model_is_the_whole_one(tmp_path, family, kind, most):
         np.testing.assert_array_equal(ours.read(name), whole.read(name), err_msg=name)
 
 
-def test_its_tokenizer_is_in_the_first_file(tmp_path):
+def test_the_tokenizer_of_a_split_model_is_in_its_first_file(tmp_path):
     path = gguf_file(tmp_path / "m.gguf", trained("gpt2"), "gpt2", eos_token_id=2)
     ours = open_model(split(path, tmp_path / "parts")[0])
     assert ours.tokenizer().fingerprint() == open_model(path).tokenizer().fingerprint()
 
 
-def test_other_files_than_the_first(tmp_path):
+def test_another_file_than_the_first_is_refused(tmp_path):
     write(tmp_path / "m.gguf", tiny(tmp_path / "hf"))
     files = split(tmp_path / "m.gguf", tmp_path / "parts", 7)
     for part, path in enumerate(files[1:], 2):
@@ -68,7 +68,7 @@ def test_other_files_than_the_first(tmp_path):
     ],
     ids=["missing", "truncated", "another part", "no first", "damaged"],
 )
-def test_parts_that_are_missing_or_wrong(tmp_path, change, message):
+def test_missing_and_wrong_parts_are_named(tmp_path, change, message):
     write(tmp_path / "m.gguf", tiny(tmp_path / "hf"))
     files = split(tmp_path / "m.gguf", tmp_path / "parts", 8)
     assert len(files) == 3
@@ -77,7 +77,7 @@ def test_parts_that_are_missing_or_wrong(tmp_path, change, message):
         open_model(files[0])
 
 
-def test_a_part_under_another_name(tmp_path):
+def test_a_part_under_another_name_is_refused(tmp_path):
     write(tmp_path / "m.gguf", tiny(tmp_path / "hf"))
     first, *_ = split(tmp_path / "m.gguf", tmp_path / "parts", 8)
     os.rename(first, tmp_path / "renamed.gguf")
@@ -87,7 +87,7 @@ def test_a_part_under_another_name(tmp_path):
         open_model(tmp_path / "renamed.gguf")
 
 
-def test_parts_of_different_models(tmp_path):
+def test_parts_of_different_models_are_refused(tmp_path):
     """The third file of a model with one layer less has other tensors."""
     write(tmp_path / "a.gguf", tiny(tmp_path / "hf"))
     write(tmp_path / "b.gguf", tiny(tmp_path / "other", num_hidden_layers=1))
@@ -125,7 +125,7 @@ def test_parts_of_different_models(tmp_path):
         ("granite", {"embedding_length": "x", "attention.scale": 0.0}, "hidden_size should be an integer"),
     ],
 )
-def test_metadata_of_wrong_types(tmp_path, family, keys, message, monkeypatch):
+def test_metadata_of_wrong_types_is_named(tmp_path, family, keys, message, monkeypatch):
     """One line names the key, and nothing else is printed."""
     model = tiny(tmp_path / "hf", family)
     write(tmp_path / "m.gguf", model)
@@ -148,7 +148,7 @@ def test_metadata_of_wrong_types(tmp_path, family, keys, message, monkeypatch):
 @pytest.mark.parametrize(
     "factors", [np.ones((4, 4)), np.full(16, np.nan), np.zeros(16), -np.ones(16), np.full(16, np.inf)]
 )
-def test_rope_freqs_that_are_none(tmp_path, factors):
+def test_wrong_rope_freqs_are_refused(tmp_path, factors):
     model = tiny(tmp_path / "hf", head_dim=32)
     with pytest.raises(UserError, match="rope_freqs.weight should be a list of numbers above 0"):
         write(tmp_path / "m.gguf", model, extra={"rope_freqs.weight": factors.astype(np.float32)})
@@ -156,7 +156,7 @@ def test_rope_freqs_that_are_none(tmp_path, factors):
         write(tmp_path / "n.gguf", model, extra={"rope_freqs.weight": np.ones(8, np.float32)})
 
 
-def test_a_tensor_under_two_names(tmp_path):
+def test_a_tensor_with_two_names_is_refused(tmp_path):
     model = tiny(tmp_path / "hf")
     extra = {"model.norm.weight": np.ones(32, np.float32)}
     with pytest.raises(UserError, match="(output_norm|model.norm).weight is a second model.norm.weight"):

@@ -1,4 +1,4 @@
-"""Inputs made to harm: they are refused in one line that prints, and at once."""
+"""Inputs that are made to harm are refused at once, in one line that prints."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from longlora.files.safetensors import SafetensorsFile
         ("tag \U000e0041", r"tag \U000e0041"),
     ],
 )
-def test_what_does_not_print_is_escaped(text, wanted):
+def test_characters_that_do_not_print_are_escaped(text, wanted):
     """The escapes are those of Python's string literals."""
     assert str(UserError(text)) == wanted
     assert str(UserError(text)).isprintable() and str(UserError(text)).encode()
@@ -45,8 +45,8 @@ def test_a_long_message_keeps_its_ends():
     "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 )
 @pytest.mark.parametrize("kind", ["pipe", "device", "directory", "socket"])
-def test_files_that_are_none(tmp_path, name, kind, monkeypatch):
-    """A pipe without a writer would be waited for, and /dev/zero read without end."""
+def test_pipes_devices_and_folders_in_place_of_files_are_refused(tmp_path, name, kind, monkeypatch):
+    """Reading a pipe without a writer would wait, and reading /dev/zero would never end."""
     import socket
 
     base = tiny.model(tmp_path / "m")
@@ -61,23 +61,23 @@ def test_files_that_are_none(tmp_path, name, kind, monkeypatch):
     with pytest.raises(UserError) as caught:
         open_model(base).tokenizer()
     assert name in str(caught.value)
-    if kind != "socket":  # a socket cannot be opened at all
+    if kind != "socket":  # no process can open a socket like a file
         assert f"is a {kind}" in str(caught.value) or "is a pipe, a socket or a device" in str(caught.value)
 
 
-def test_a_gguf_that_is_a_pipe(tmp_path):
+def test_a_pipe_in_place_of_a_gguf_is_refused(tmp_path):
     os.mkfifo(tmp_path / "m.gguf")
     with pytest.raises(UserError, match="m.gguf: is a pipe, a socket or a device; wanted a file"):
         open_model(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("name", ["a\0b", "\ud800", "x" * 5000])
-def test_names_that_no_file_can_have(tmp_path, name):
+def test_names_that_no_file_can_have_are_refused(tmp_path, name):
     with pytest.raises(UserError):
         open_file(tmp_path / name)
 
 
-def test_a_file_name_that_is_not_utf_8(tmp_path):
+def test_a_message_shows_a_file_name_that_is_not_utf_8(tmp_path):
     """The name is caf\u00e9 in Latin-1. The message shows the byte and can be printed."""
     path = os.path.join(os.fsencode(tmp_path), b"caf\xe9.json")
     with open(path, "wb") as file:
@@ -111,8 +111,8 @@ def entry(shape, size):
     ],
     ids=["large sizes", "many sizes", "large numbers", "one number", "metadata", "twice", "deep"],
 )
-def test_a_header_that_takes_long(tmp_path, text, message):
-    """Each has one or two megabytes. The first took 46 seconds when its sizes were multiplied."""
+def test_a_huge_header_is_refused_at_once(tmp_path, text, message):
+    """Each has one or two megabytes. Multiplying the sizes of the first would take 46 seconds."""
     path = header(tmp_path / "x.safetensors", text.encode())
     before = time.process_time()
     with pytest.raises(UserError, match=message) as caught:
@@ -121,7 +121,7 @@ def test_a_header_that_takes_long(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("shape", [[], [0], [0, 7], [3, 0, 1 << 20]])
-def test_sizes_that_an_array_can_have(tmp_path, shape):
+def test_sizes_that_an_array_can_have_are_read(tmp_path, shape):
     from safetensors.numpy import load_file
 
     size = 0 if 0 in shape else 4
@@ -130,7 +130,7 @@ def test_sizes_that_an_array_can_have(tmp_path, shape):
 
 
 @pytest.mark.parametrize("shape", [[0, 1 << 62], [1] * 1000], ids=["large", "axes"])
-def test_sizes_that_no_array_can_have(tmp_path, shape):
+def test_sizes_that_no_array_can_have_are_refused(tmp_path, shape):
     size = 0 if 0 in shape else 4
     path = header(tmp_path / "x.safetensors", json.dumps({"a": entry(shape, size)}).encode(), bytes(size))
     with pytest.raises(UserError, match="x.safetensors: a: shape "):

@@ -1,4 +1,4 @@
-"""Where merge may write: a new directory, or an empty one, which stays the directory it is."""
+"""merge writes to a new directory, or to an empty one, which stays the same directory."""
 
 import os
 
@@ -18,7 +18,7 @@ def adapter(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["empty", "link", "here"])
-def test_an_empty_directory_stays(tmp_path, adapter, monkeypatch, kind):
+def test_an_empty_directory_stays_the_same_directory(tmp_path, adapter, monkeypatch, kind):
     """It may be a mount, the end of a link, or where the shell is."""
     there, base = tmp_path / "there", tmp_path / "base"
     there.mkdir()
@@ -33,7 +33,7 @@ def test_an_empty_directory_stays(tmp_path, adapter, monkeypatch, kind):
     assert open_model(there).names() == open_model(base).names()
 
 
-def test_a_read_only_parent(tmp_path, adapter):
+def test_the_parent_of_an_empty_directory_may_be_read_only(tmp_path, adapter):
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     parent = tmp_path / "parent"
@@ -45,7 +45,7 @@ def test_a_read_only_parent(tmp_path, adapter):
         merge(tmp_path / "base", adapter, parent / "new")
 
 
-def test_what_a_killed_merge_left_goes(tmp_path, adapter):
+def test_the_next_merge_removes_what_a_killed_one_left(tmp_path, adapter):
     left = tmp_path / ".merged.abcdefgh.partial"
     left.mkdir()
     (left / "model.safetensors").write_text("x")
@@ -54,20 +54,20 @@ def test_what_a_killed_merge_left_goes(tmp_path, adapter):
     assert not left.exists() and (tmp_path / ".mine.partial").exists()
 
 
-def test_a_link_to_a_directory_that_does_not_exist_yet(tmp_path, adapter):
+def test_a_link_may_lead_to_a_directory_that_does_not_exist_yet(tmp_path, adapter):
     (tmp_path / "link").symlink_to(tmp_path / "there")
     merge(tmp_path / "base", adapter, tmp_path / "link")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "config.json").exists()
 
 
-def test_a_fresh_disk_is_empty(tmp_path, adapter):
+def test_a_fresh_disk_counts_as_empty(tmp_path, adapter):
     """ext4 puts lost+found into it."""
     (tmp_path / "disk" / "lost+found").mkdir(parents=True)
     merge(tmp_path / "base", adapter, tmp_path / "disk")
     assert (tmp_path / "disk" / "config.json").exists()
 
 
-def test_what_a_killed_merge_left_in_an_existing_directory_goes(tmp_path, adapter):
+def test_the_next_merge_clears_an_existing_directory_of_a_killed_one(tmp_path, adapter):
     left = tmp_path / "there" / ".there.01234567.partial"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_text("x")

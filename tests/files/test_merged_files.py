@@ -1,4 +1,4 @@
-"""What goes with a model into an adapter and a merged model: the files of its tokenizer and of generation."""
+"""An adapter and a merged model get the files of the model's tokenizer and of generation."""
 
 import json
 
@@ -15,8 +15,8 @@ from longlora.files.open_model import open_model
 TEMPLATES = {"chat_template.jinja": "main\r\n", "additional_chat_templates/tool_use.jinja": "tools"}
 
 
-def test_every_file_of_tokenizer_and_generation_goes_along(tmp_path):
-    """Byte for byte, but for model_max_length: transformers cuts a text there."""
+def test_every_file_of_tokenizer_and_generation_is_copied(tmp_path):
+    """They stay byte for byte, except model_max_length, where transformers cuts a text."""
     from transformers import AutoTokenizer, GenerationConfig
 
     build(tmp_path / "base", vocab_size=512)
@@ -58,7 +58,7 @@ def test_every_file_of_tokenizer_and_generation_goes_along(tmp_path):
 
 
 @pytest.mark.parametrize("length", [None, True, "64", TARGET, 10**30, TARGET + 0.5])
-def test_a_model_max_length_that_stays(tmp_path, length):
+def test_a_model_max_length_that_is_long_enough_stays(tmp_path, length):
     base = build(tmp_path / "base", vocab_size=512)
     directory(tmp_path / "base", trained("gpt2"), model_max_length=length, eos_token="<|im_end|>")
     base.save_pretrained(tmp_path / "base")

@@ -73,7 +73,7 @@ CLASSES = (
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_sentence_piece_model(tmp_path, kind):
+def test_a_sentencepiece_model_has_the_ids_of_transformers(tmp_path, kind):
     content, read = model(**MODELS[kind]), 0
     cases = part([*itertools.product(CLASSES, FILES)], 7)
     for (family, name), files in cases:
@@ -92,7 +92,7 @@ def test_a_sentence_piece_model(tmp_path, kind):
         ("Qwen2TokenizerFast", "smollm3"),
     ],
 )
-def test_vocab_and_merges(tmp_path, name, family):
+def test_vocab_and_merges_have_the_ids_of_transformers(tmp_path, name, family):
     for files in ("nothing", "names", "flags", "decoder", "map", "added", "spaces", "no space"):
         path = written(tmp_path / "t", None, name, family, SPECIAL[files])
         described = json.loads(trained("gpt2").to_str())["model"]
@@ -113,7 +113,7 @@ def test_tokenizer_json_wins(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"spm\n", b"", b"\x0a\x03\x0a\x01", bytes(range(256)), b"IQ== 0\nIg== 1\n"]
 )
-def test_files_that_are_no_model(tmp_path, content):
+def test_files_without_a_model_are_refused(tmp_path, content):
     path = written(tmp_path / "t", None, None, "llama", {})
     (path / "tokenizer.model").write_bytes(content)
     with pytest.raises(UserError, match="tokenizer.model: is no SentencePiece model"):
@@ -121,7 +121,7 @@ def test_files_that_are_no_model(tmp_path, content):
 
 
 @pytest.mark.parametrize("kind", ["word", "char"])
-def test_kinds_that_are_no_subwords(tmp_path, kind):
+def test_models_of_words_and_characters_are_refused(tmp_path, kind):
     path = written(tmp_path / "t", None, None, "llama", {})
     (path / "tokenizer.model").write_bytes(model(model_type=kind, byte_fallback=False, vocab_size=60))
     with pytest.raises(UserError, match="is no SentencePiece model of kind Unigram or BPE"):
@@ -129,7 +129,7 @@ def test_kinds_that_are_no_subwords(tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", ["tekken.json", "tiktoken.model", "vocab.txt", "vocab.json"])
-def test_vocabularies_that_are_not_read(tmp_path, name):
+def test_other_vocabularies_are_refused(tmp_path, name):
     path = written(tmp_path / "t", None, "LlamaTokenizer", "llama", {})
     (path / name).write_text("{}")
     assert Tokenizer.is_in(path)
@@ -139,8 +139,8 @@ def test_vocabularies_that_are_not_read(tmp_path, name):
         Tokenizer.from_directory(path)
 
 
-def test_without_the_library(tmp_path, monkeypatch):
-    """The files are copied all the same. What needs ids says what to install."""
+def test_a_model_without_its_library_is_copied_and_not_read(tmp_path, monkeypatch):
+    """The files are still copied. A call that needs ids says what to install."""
     path = written(tmp_path / "t", None, "LlamaTokenizer", "llama", {})
     (path / "tokenizer.model").write_bytes(model(**MODELS["llama"]))
     monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)

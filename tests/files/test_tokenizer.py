@@ -132,7 +132,7 @@ def auto(path, **kwargs):
     ),
 )
 @pytest.mark.parametrize("kind", ["gpt2", "llama-bpe", "qwen2"])
-def test_byte_level_directory(tmp_path, kind, config):
+def test_a_byte_level_directory_has_the_ids_of_transformers(tmp_path, kind, config):
     path = directory(tmp_path, trained(kind), **config)
     equal(Tokenizer.from_directory(path), auto(path), [*UGLY, "a <|extra|> b"])
 
@@ -165,7 +165,7 @@ def test_byte_level_directory(tmp_path, kind, config):
     ],
     ids=["llama", "legacy", "no-space", "by-the-letter"],
 )
-def test_sentence_piece_directory(tmp_path, config):
+def test_a_sentencepiece_directory_has_the_ids_of_transformers(tmp_path, config):
     path = directory(tmp_path, trained("llama"), **config)
     equal(Tokenizer.from_directory(path), auto(path))
 
@@ -223,7 +223,7 @@ def gguf_file(path, tok, model, architecture="llama", types=(), **keys):
 
 @pytest.mark.parametrize("pre", ["default", "smollm", "llama-bpe", "smaug-bpe", "dbrx", "qwen2"])
 @pytest.mark.parametrize("bos", [False, True])
-def test_byte_level_gguf(tmp_path, pre, bos):
+def test_a_byte_level_gguf_has_the_ids_of_transformers(tmp_path, pre, bos):
     path = gguf_file(
         tmp_path / "model.gguf",
         trained(pre),
@@ -239,7 +239,7 @@ def test_byte_level_gguf(tmp_path, pre, bos):
 
 
 @pytest.mark.parametrize("keys", [{}, {"add_bos_token": False}], ids=["bos", "no-bos"])
-def test_sentence_piece_gguf(tmp_path, keys):
+def test_a_sentencepiece_gguf_has_the_ids_of_transformers(tmp_path, keys):
     path = gguf_file(
         tmp_path / "model.gguf",
         trained("llama"),
@@ -263,7 +263,7 @@ def test_sentence_piece_gguf(tmp_path, keys):
     ],
     ids=str,
 )
-def test_gguf_with_an_end_token(tmp_path, kind, keys):
+def test_a_gguf_decides_about_its_end_token(tmp_path, kind, keys):
     model, split = ("llama", {}) if kind == "llama" else ("gpt2", {"pre": kind})
     keys = keys | {"bos_token_id": 1, "eos_token_id": 2}
     ours = open_model(gguf_file(tmp_path / "model.gguf", trained(kind), model, **split, **keys)).tokenizer()
@@ -271,7 +271,7 @@ def test_gguf_with_an_end_token(tmp_path, kind, keys):
     assert (ours.encode("Hello")[-1] == 2) == keys["add_eos_token"]
 
 
-def test_smollm2(smollm2, tmp_path):  # noqa: F811
+def test_smollm2_has_the_ids_of_transformers(smollm2, tmp_path):  # noqa: F811
     ours, theirs = open_model(smollm2).tokenizer(), auto(smollm2.parent, gguf_file=smollm2.name)
     equal(ours, theirs)
     ours.save(tmp_path)
@@ -291,7 +291,7 @@ def test_smollm2(smollm2, tmp_path):  # noqa: F811
     any_text()
 
 
-def test_saved_directory_is_the_one_read(tmp_path):
+def test_a_saved_directory_equals_the_one_read(tmp_path):
     (tmp_path / "a").mkdir()
     path = directory(
         tmp_path / "a", trained("qwen2"), tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>"
@@ -301,7 +301,7 @@ def test_saved_directory_is_the_one_read(tmp_path):
         assert (tmp_path / "b" / name).read_bytes() == (path / name).read_bytes()
 
 
-def test_more_tokens_than_rows(tmp_path):
+def test_more_tokens_than_rows_are_refused(tmp_path):
     path = directory(tmp_path, trained("gpt2"), eos_token="<|im_end|>")
 
     class Config:
@@ -318,7 +318,7 @@ def test_more_tokens_than_rows(tmp_path):
     "text",
     ["", "{", "[]", "{}", '{"model": 3}', '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}'],
 )
-def test_damaged_tokenizer(tmp_path, text):
+def test_a_damaged_tokenizer_is_one_line(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match="tokenizer.json") as caught:
         Tokenizer.from_directory(tmp_path)
@@ -331,7 +331,7 @@ class Rows:
 
 
 @pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json", "class"])
-def test_a_token_without_a_row_that_no_text_needs(tmp_path, file):
+def test_a_token_without_a_row_is_dropped_if_no_text_needs_it(tmp_path, file):
     """Many models have one, such as Llama 2 with <pad> as token 32,000 of 32,000."""
     tok = trained("llama")
     rows = tok.get_vocab_size()
@@ -349,18 +349,18 @@ def test_a_token_without_a_row_that_no_text_needs(tmp_path, file):
     assert "pad_token" not in tokenizer.special and tokenizer.vocab_size <= rows
     equal(tokenizer, auto(path), [text for text in UGLY if pad not in text])
     again = Tokenizer.from_directory(path).check(Rows(rows + 9), path)
-    assert max(again.encode(f"the {pad}")) >= rows  # a padded embedding has a row for it
+    assert max(again.encode(f"the {pad}")) >= rows  # a padded embedding has a row for the token
 
 
 @pytest.mark.parametrize("config", [dict(eos_token="<end>"), dict(extra_special_tokens=["<user>"])])
-def test_a_token_without_a_row_that_texts_need(tmp_path, config):
+def test_a_token_without_a_row_is_refused_if_texts_need_it(tmp_path, config):
     path = directory(tmp_path, trained("gpt2"), **config)
     tokenizer = Tokenizer.from_directory(path)
     with pytest.raises(UserError, match="the tokenizer has 396 tokens, the embedding 395 rows"):
         tokenizer.check(Rows(395), path)
 
 
-def test_half_a_character(tmp_path):
+def test_half_a_character_is_refused(tmp_path):
     path = directory(tmp_path, trained("gpt2"), eos_token="<|im_end|>")
     tokenizer = Tokenizer.from_directory(path)
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_parts(["a", text])):
@@ -368,7 +368,7 @@ def test_half_a_character(tmp_path):
             encode("cut \ud83d")
 
 
-def test_missing_tokenizer(tmp_path):
+def test_a_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(UserError, match="has no tokenizer.json"):
         Tokenizer.from_directory(tmp_path)
 
@@ -384,7 +384,7 @@ def test_missing_tokenizer(tmp_path):
         ("tokenizer.ggml.eos_token_id", 400, "eos_token has id 400, the tokenizer has 395 tokens"),
     ],
 )
-def test_unsupported_gguf_tokenizer(tmp_path, key, value, message):
+def test_an_unsupported_tokenizer_of_a_gguf_is_refused(tmp_path, key, value, message):
     path = gguf_file(
         tmp_path / "model.gguf", trained("default"), "gpt2", pre="default", bos_token_id=1, eos_token_id=2
     )
@@ -392,7 +392,7 @@ def test_unsupported_gguf_tokenizer(tmp_path, key, value, message):
         Tokenizer.from_gguf({**open_model(path).metadata, key: value}, path)
 
 
-def test_the_split_of_qwen2_is_transformers():
+def test_qwen2_has_the_split_of_transformers():
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     assert QWEN2 == PRETOKENIZE_REGEX

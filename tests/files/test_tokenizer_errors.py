@@ -1,4 +1,4 @@
-"""What is wrong in a tokenizer's files is said in one line, which names the file and the key."""
+"""An error in a tokenizer's files is one line that names the file and the key."""
 
 import json
 
@@ -60,7 +60,7 @@ def refused(path, message):
         (dict(fast_tokenizer_files=["tokenizer.4.0.json"]), "fast_tokenizer_files .* is not supported"),
     ],
 )
-def test_tokenizer_config(tmp_path, config, message):
+def test_errors_of_tokenizer_config_are_named(tmp_path, config, message):
     described = json.loads(trained("llama" if "legacy" in config else "gpt2").to_str())
     refused(written(tmp_path / "t", described, None, "llama", {"config": config}), f"{CONFIG}: .*{message}")
 
@@ -83,7 +83,7 @@ def test_tokenizer_config(tmp_path, config, message):
         ("config.json", "x", "config.json: should hold a JSON object, got str"),
     ],
 )
-def test_other_files(tmp_path, file, content, message):
+def test_errors_of_other_files_are_named(tmp_path, file, content, message):
     path = written(tmp_path / "t", json.loads(trained("gpt2").to_str()), None, "llama", {})
     (path / file).write_text(json.dumps(content))
     refused(path, message)
@@ -117,7 +117,7 @@ def template(single, ids):
         ),
     ],
 )
-def test_tokenizer_json(tmp_path, capfd, part, message):
+def test_errors_of_tokenizer_json_are_named(tmp_path, capfd, part, message):
     """A panic of the library prints nothing."""
     described = json.loads(tiny.tokenizer_json())
     refused(written(tmp_path / "t", {**described, **part}, None, "llama", {}), message)
@@ -127,12 +127,12 @@ def test_tokenizer_json(tmp_path, capfd, part, message):
 @pytest.mark.parametrize(
     "model, message", [(5, "model should be an object, got 5"), ({"vocab": [3]}, "vocab should be tokens")]
 )
-def test_a_class_that_builds_from_no_model(tmp_path, model, message):
+def test_a_class_refuses_models_that_it_cannot_build_from(tmp_path, model, message):
     described = {**json.loads(trained("llama").to_str()), "model": model}
     refused(written(tmp_path / "t", described, "LlamaTokenizer", "llama", {}), f"tokenizer.json: .*{message}")
 
 
-def test_a_template_with_a_token_that_has_no_row(tmp_path):
+def test_a_template_with_a_token_without_a_row_is_refused(tmp_path):
     base = tiny.model(tmp_path / "m")
     described = json.loads(tiny.tokenizer_json())
     post = template([SPECIAL, {"Sequence": {"id": "A", "type_id": 0}}], [99999])

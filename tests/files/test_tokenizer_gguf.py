@@ -52,7 +52,7 @@ def same(path, where, texts):
 
 @pytest.mark.parametrize("architecture", READ)
 @pytest.mark.parametrize("model", ["gpt2", "llama", "llama with merges"])
-def test_keys_and_types(tmp_path, architecture, model):
+def test_keys_and_types_give_the_ids_of_transformers(tmp_path, architecture, model):
     tok = trained("llama" if model.startswith("llama") else "gpt2")
     for keys, types in part([*itertools.product(KEYS, TYPES)], 5):
         more = dict(with_merges=True) if "merges" in model else {}
@@ -63,7 +63,7 @@ def test_keys_and_types(tmp_path, architecture, model):
 
 
 @pytest.mark.parametrize("pre", SPLITS)
-def test_splits(tmp_path, pre):
+def test_splits_give_the_ids_of_transformers(tmp_path, pre):
     path = gguf_file(tmp_path / "m.gguf", trained("gpt2"), "gpt2", pre=pre, **IDS)
     same(path, pre, TEXTS)
 
@@ -74,20 +74,20 @@ def test_every_split_of_transformers_is_here():
     assert {pre: split for pre, split in SPLITS.items() if split is not None} == GGUF_PRE_TOKENIZER_SPLITS
 
 
-def test_the_class_of_an_architecture():
+def test_an_architecture_has_the_class_of_its_family():
     assert set(READ) < set(ARCHITECTURES) and set(CLASS_OF) <= set(ARCHITECTURES)
     assert CLASS_OF == {name: kind for name, kind in OF_FAMILY.items() if kind == "Qwen2Tokenizer"}
 
 
-def test_a_line_break_without_a_space_before_it(tmp_path):
-    """llama.cpp puts no space before a text where add_space_prefix is false. transformers and we do."""
+def test_a_line_break_gets_a_space_before_it(tmp_path):
+    """Without add_space_prefix llama.cpp puts no space before a text. transformers does, and so do we."""
     path = gguf_file(tmp_path / "m.gguf", trained("llama"), "llama", add_space_prefix=False, **IDS)
     ours = same(path, "line break", ["\n", *UGLY])
     assert ours.decode(ours.encode("\n")[1:]) == "\n" and ours.encode("\n").size == 3
 
 
-def test_tokens_that_only_the_class_has(tmp_path):
-    """GPT2Tokenizer has <|endoftext|>. Where it has no row of the embedding, it is text like any other."""
+def test_a_token_of_the_class_alone_may_lack_a_row(tmp_path):
+    """GPT2Tokenizer has <|endoftext|>. Without a row of the embedding it is text like any other."""
     tok = trained("gpt2")
     path = gguf_file(tmp_path / "m.gguf", tok, "gpt2", types={"more": 1}, **IDS)
     metadata = metadata_of(path)
@@ -123,14 +123,14 @@ def test_tokens_that_only_the_class_has(tmp_path):
         ("add_eos_token", [], "ggml.add_eos_token should be of type bool"),
     ],
 )
-def test_wrong_keys(tmp_path, key, value, message):
+def test_wrong_keys_are_named(tmp_path, key, value, message):
     path = gguf_file(tmp_path / "m.gguf", trained("gpt2"), "gpt2", **IDS)
     with pytest.raises(UserError, match=f"m.gguf: .*{message}"):
         Tokenizer.from_gguf({**metadata_of(path), f"tokenizer.ggml.{key}": value}, path)
 
 
 @pytest.mark.parametrize("scores", [None, [1.0], ["a"] * 500, [1] * 500, 3.0])
-def test_wrong_scores(tmp_path, scores):
+def test_wrong_scores_are_named(tmp_path, scores):
     path = gguf_file(tmp_path / "m.gguf", trained("llama"), "llama", **IDS)
     with pytest.raises(UserError, match="m.gguf: .*(score for each token|scores should be a list of float)"):
         Tokenizer.from_gguf({**metadata_of(path), "tokenizer.ggml.scores": scores}, path)

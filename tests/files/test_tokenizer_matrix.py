@@ -1,4 +1,4 @@
-"""Ids equal AutoTokenizer's for each kind of tokenizer file, class, family and way to name special tokens.
+"""Ids equal AutoTokenizer's for every kind of tokenizer file, class, family and form of special tokens.
 
 A part of the matrix runs with the other tests. LONGLORA_WHOLE=1 runs the whole of it, in some minutes.
 """
@@ -39,7 +39,7 @@ NAMES = (
 
 
 def texts():
-    """UGLY, and the special tokens in all surroundings, and text of random characters."""
+    """UGLY, the special tokens in all surroundings, and text of random characters."""
     names = (
         BOS,
         EOS,
@@ -171,7 +171,7 @@ def typed(content, **flags):
     return {"__type": "AddedToken", **added(content, **flags)}
 
 
-# What tokenizer_config.json and other files say of special tokens.
+# What tokenizer_config.json and other files say about special tokens.
 SPECIAL = {
     "nothing": {},
     "names": {"config": dict(bos_token=BOS, eos_token=EOS, pad_token=None, add_bos_token=True)},
@@ -268,12 +268,12 @@ def same(path, where):
 
 
 def part(cases, every):
-    """All cases, or each so many of them."""
+    """All cases, or every n-th of them."""
     return cases if WHOLE else cases[::every]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kinds(tmp_path, kind):
+def test_every_kind_of_file_has_the_ids_of_transformers(tmp_path, kind):
     described, equal = KINDS[kind](), 0
     cases = [*itertools.product(NAMES, FAMILIES, SPECIAL)]
     for name, family, special in part(cases, 97):
@@ -284,7 +284,7 @@ def test_kinds(tmp_path, kind):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["bytes", "legacy"])
-def test_classes(tmp_path, kind, family):
+def test_every_class_has_the_ids_of_transformers(tmp_path, kind, family):
     """The class may stand in tokenizer_config.json, in config.json or in neither."""
     described = KINDS[kind]()
     cases = [*itertools.product(NAMES, (None, "GPT2Tokenizer", "LlamaTokenizer"))]
@@ -319,7 +319,7 @@ def test_every_class_of_transformers_is_here():
     assert ours == {family: OF_FAMILY.get(family) for family in DECODERS}
 
 
-def test_families_whose_class_is_overruled():
+def test_transformers_overrules_the_class_of_the_same_families():
     from transformers.models.auto.tokenization_auto import MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
 
     assert set(OVERRULED) == set(DECODERS) & MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
@@ -327,7 +327,7 @@ def test_families_whose_class_is_overruled():
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
-def test_classes_that_are_refused(tmp_path, name):
+def test_other_classes_are_refused(tmp_path, name):
     for suffix in ("", "Fast"):
         path = written(tmp_path / "t", KINDS["bytes"](), f"{name}Tokenizer{suffix}", "llama", {})
         with pytest.raises(
@@ -341,8 +341,8 @@ def test_classes_that_are_refused(tmp_path, name):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["GPT2Tokenizer", "LlamaTokenizer", "TokenizerOfNobody", None])
 @pytest.mark.parametrize("place", ["list", "object", "other"])
-def test_code_of_the_authors(tmp_path, family, name, place, monkeypatch):
-    """It is never run. transformers takes a class of its own where it has one for the model."""
+def test_code_of_the_authors_never_runs(tmp_path, family, name, place, monkeypatch):
+    """transformers takes its own class where it has one for the model."""
     monkeypatch.setattr("transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE", 0)
     code = ["tok.Slow", "tok.Fast"]
     auto_map = {"list": code, "object": {"AutoTokenizer": code}, "other": {"AutoConfig": "c.C"}}[place]
@@ -353,7 +353,7 @@ def test_code_of_the_authors(tmp_path, family, name, place, monkeypatch):
             Tokenizer.from_directory(path)
 
 
-def test_the_repair_of_mistrals_split(tmp_path):
+def test_the_split_of_mistral_is_repaired_as_in_transformers(tmp_path):
     """transformers repairs vocabularies of more than 100,000 tokens that old versions saved."""
     described = KINDS["llama3"]()
     vocab = described["model"]["vocab"]

@@ -30,7 +30,7 @@ SIZES = dict(
     max_position_embeddings=64,
     head_dim=8,
 )
-# Arguments of a tiny model of each family beside the sizes, with what distinguishes the family.
+# What a tiny model of each family needs beside the sizes: the features that distinguish it.
 OF_FAMILY = {
     "mistral": dict(sliding_window=None),
     "phi3": dict(bos_token_id=1, eos_token_id=2, pad_token_id=None),
@@ -42,7 +42,7 @@ OF_FAMILY = {
 
 
 def build(path, family="llama", dtype=torch.float32, **fields):
-    """Save a tiny random model of a family at `path` by save_pretrained(**save) -> the model."""
+    """Save a tiny random model of a family at `path` with save_pretrained(**save) -> the model."""
     import transformers
 
     save = fields.pop("save", {})
@@ -72,7 +72,7 @@ def failure(path):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_reading_is_what_transformers_saved(tmp_path, family, tied, dtype, sharded):
+def test_we_read_the_tensors_that_transformers_saved(tmp_path, family, tied, dtype, sharded):
     save = dict(max_shard_size="3KB") if sharded else {}
     model = build(tmp_path, family, getattr(torch, dtype), tie_word_embeddings=tied, save=save)
     assert os.path.exists(tmp_path / "model.safetensors.index.json") is sharded
@@ -95,7 +95,7 @@ def test_reading_is_what_transformers_saved(tmp_path, family, tied, dtype, shard
 
 @given(st.lists(st.integers(0, (1 << 32) - 1), min_size=1, max_size=40))
 @settings(max_examples=200, deadline=None)
-def test_rounding_to_bfloat16_is_ml_dtypes(bits):
+def test_rounding_to_bfloat16_equals_ml_dtypes(bits):
     with np.errstate(invalid="ignore", over="ignore"):
         values = np.array(bits, np.uint32).view(np.float32)
         wanted = values.astype(ml_dtypes.bfloat16).view(np.uint16)
@@ -105,7 +105,7 @@ def test_rounding_to_bfloat16_is_ml_dtypes(bits):
     assert np.isnan(to_float32(ours, "bfloat16")[nan]).all()
 
 
-def test_out_of_another_shape(tmp_path):
+def test_an_out_of_another_shape_is_refused(tmp_path):
     build(tmp_path)
     with pytest.raises(ValueError, match="model.norm.weight: out should have shape \\(16,\\), got \\(17,\\)"):
         open_model(tmp_path).read("model.norm.weight", np.empty(17, np.float32))
@@ -188,7 +188,7 @@ def test_wrong_tensors_are_named(tmp_path, change, message):
     assert re.search(message, failure(tmp_path))
 
 
-def test_old_buffers_are_passed_over(tmp_path):
+def test_old_buffers_are_ignored(tmp_path):
     build(tmp_path)
     edit(
         tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)})
@@ -196,7 +196,7 @@ def test_old_buffers_are_passed_over(tmp_path):
     assert open_model(tmp_path).names()
 
 
-def test_tied_head_written_twice(tmp_path):
+def test_a_tied_head_that_is_stored_is_ignored(tmp_path):
     build(tmp_path, tie_word_embeddings=True)
     edit(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
     assert "lm_head.weight" not in open_model(tmp_path).names()
@@ -220,7 +220,7 @@ def test_tied_head_written_twice(tmp_path):
         ),
     ],
 )
-def test_wrong_index(tmp_path, change, message):
+def test_a_wrong_index_is_refused(tmp_path, change, message):
     build(tmp_path, save=dict(max_shard_size="3KB"))
     index = tmp_path / "model.safetensors.index.json"
     found = json.loads(index.read_text())
@@ -229,13 +229,13 @@ def test_wrong_index(tmp_path, change, message):
     assert re.search(message, failure(tmp_path))
 
 
-def test_a_missing_shard(tmp_path):
+def test_a_missing_shard_is_named(tmp_path):
     build(tmp_path, save=dict(max_shard_size="3KB"))
     next(tmp_path.glob("model-00001-of-*.safetensors")).unlink()
     assert "No such file" in failure(tmp_path)
 
 
-def test_no_weights(tmp_path):
+def test_a_directory_without_safetensors_is_refused(tmp_path):
     build(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     assert "only safetensors weights are read" in failure(tmp_path)
@@ -289,7 +289,7 @@ def entry(start, end, shape=None, dtype="F32"):
         (b"[" * 100000, 0, "the header is not JSON"),
     ],
 )
-def test_damaged_header(tmp_path, header, size, message):
+def test_a_damaged_header_is_one_line(tmp_path, header, size, message):
     with pytest.raises(UserError, match=message) as caught:
         SafetensorsFile(raw_file(tmp_path / "x.safetensors", header, bytes(size)))
     assert "\n" not in str(caught.value) and "x.safetensors" in str(caught.value)
@@ -297,7 +297,7 @@ def test_damaged_header(tmp_path, header, size, message):
 
 @pytest.mark.parametrize("order", ["abcd", "dcba"])
 def test_empty_tensors_may_begin_where_others_do(tmp_path, order):
-    """The safetensors library reads them too, and the order of names in the header does not matter."""
+    """The safetensors library reads them too. The order of names in the header does not matter."""
     from safetensors.numpy import load_file
 
     entries = {"a": entry(0, 0, [0, 3]), "b": entry(0, 16), "c": entry(16, 16, [4, 0]), "d": entry(16, 24)}
@@ -325,12 +325,12 @@ def test_a_header_above_the_limit_of_the_format(tmp_path):
 
 
 @pytest.mark.parametrize("length", [0, 1, 3, 1 << 40, (1 << 64) - 1])
-def test_lying_header_length(tmp_path, length):
+def test_a_wrong_header_length_is_refused(tmp_path, length):
     with pytest.raises(UserError):
         SafetensorsFile(raw_file(tmp_path / "x.safetensors", {"a": entry(0, 16)}, bytes(16), length))
 
 
-def test_a_file_cut_anywhere(tmp_path):
+def test_a_safetensors_file_that_is_cut_anywhere_is_refused(tmp_path):
     build(tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
     for size in [*range(0, 40), *range(40, len(whole), 997), len(whole) - 1]:
@@ -340,7 +340,7 @@ def test_a_file_cut_anywhere(tmp_path):
 
 @given(st.data())
 @settings(max_examples=150, deadline=None)
-def test_a_header_of_noise(tmp_path_factory, data):
+def test_a_header_of_noise_is_read_or_refused_in_one_line(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "noise.safetensors"
     raw_file(
         path,
@@ -419,7 +419,7 @@ def disk_calls(monkeypatch):
 
 
 def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """First the file's bytes are flushed, then it is renamed, then the directory is flushed."""
+    """First the bytes of the file are flushed, then it gets its name, then the directory is flushed."""
     calls = disk_calls(monkeypatch)
     safetensors_file.save(tmp_path / "x.safetensors", {"a": np.ones(5000, np.float32)})
     file, directory = os.stat(tmp_path / "x.safetensors"), os.stat(tmp_path)
@@ -451,13 +451,13 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_a_directory_that_cannot_be_written(tmp_path):
+def test_a_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written: File exists"):
         write_text(tmp_path / "file" / "x.json", "{}")
 
 
-def test_an_adapter_is_not_a_model(tmp_path):
+def test_an_adapter_is_refused_as_a_model(tmp_path):
     build(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "is an adapter; wanted the model it was trained on" in failure(tmp_path)
