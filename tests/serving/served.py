@@ -1,4 +1,4 @@
-"""A server of a tiny model in a thread of the test, and requests by hand."""
+"""A server of a tiny model runs in a thread of the test, which sends requests by hand."""
 
 import contextlib
 import http.client
@@ -10,7 +10,7 @@ import tiny
 
 import longlora
 
-# Says nothing but what the messages say, so that tokens are easy to count.
+# It adds little to the messages, so tokens are easy to count.
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}"
     "{% if m['name'] %}({{ m['name'] }}){% endif %}{{ tail }}\n{% endfor %}"
@@ -19,7 +19,7 @@ TEMPLATE = (
 
 @contextlib.contextmanager
 def serving(path, change=None, **how):
-    """Serve a random model in `path`, made if it is not there -> the server. It has stopped at the end."""
+    """Serve a random model in `path` and make it if it is missing -> the server. It stops at the end."""
     if not (path / "config.json").exists():
         tiny.model(path, max_position_embeddings=512, change=change)
         config = dict(eos_token="<|end|>", chat_template=TEMPLATE)
@@ -51,7 +51,7 @@ def serving(path, change=None, **how):
 
 
 def ask(running, method="POST", path="/v1/chat/completions", body=None, **headers):
-    """A request by hand -> status, headers, and what JSON says or the bytes."""
+    """Send a request by hand -> status, headers, and the JSON or the bytes of the body."""
     connection = http.client.HTTPConnection(running.url.removeprefix("http://"), timeout=20)
     body = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     connection.request(method, path, body, {name.replace("_", "-"): text for name, text in headers.items()})
