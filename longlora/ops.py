@@ -9,8 +9,8 @@ arrays of a call share one dtype, float32, bfloat16 or float16, unless the op sa
 in float32. Statistics and gradients of parameters are float32. Equal inputs give equal bits for any number of
 threads.
 
-Every function raises TypeError for a wrong dtype or object and ValueError for a wrong shape, before it
-writes.
+Every function raises TypeError for a wrong dtype or object, ValueError for a wrong shape, and BufferError
+for an array whose memory cannot be read as it is, before it writes.
 """
 
 import math
@@ -59,7 +59,7 @@ def cast(x: Array, dtype: str) -> Array:
 
 
 def accumulate(out: Array, x: Array, scale: float = 1.0) -> Array:
-    """Add scale x [M,N] to out [M,N] in place -> out. Each may have its own float dtype."""
+    """Add scale x [M,N] to out [M,N] in place -> out. Each may have its own of the three dtypes."""
     _C.accumulate(out, x, scale)
     return out
 
@@ -74,7 +74,7 @@ def scale(x: Array, scale: float) -> Array:
 def matmul(a: Array, b: Array, alpha: float = 1.0, dtype: str | None = None) -> Array:
     """Multiply a [M,C] by b [C,N] -> alpha a b [M,N] of `dtype` (default: a's).
 
-    a and b may have any strides and each its own float dtype.
+    a and b may have any strides, and each its own of the three dtypes.
     """
     rows, columns = shape(a, "matmul: a", 2)[:-1], shape(b, "matmul: b", 2)[1]
     out = empty((*rows, columns), dtype or dtype_name(a), a)
