@@ -100,4 +100,4 @@ class Answer:
 def chat_ids(opened: Opened, template: Any, messages: Sequence[dict[str, Any]], **extra: Any) -> np.ndarray:
     """The tokens of a conversation, up to where the assistant begins to answer."""
     text = template.render(messages, add_generation_prompt=True, **extra)
-    return np.array(opened.tokenizer.backend.encode(text, add_special_tokens=False).ids, np.int32)
+    return opened.tokenizer.encode_parts([text])[0]

@@ -71,7 +71,7 @@ class Chat:
         if name == "/file" and rest:
             text = read_material(rest)
             self._material.append(text)
-            count = len(self._session.opened.tokenizer.backend.encode(text, add_special_tokens=False).ids)
+            count = len(self._session.opened.tokenizer.encode_parts([text])[0])
             context = self._session.context
             self._note.write(f"(read {rest}: {count}{f' of {context}' if context else ''} tokens)\n")
         elif name == "/reset":

@@ -65,6 +65,7 @@ def test_a_stop_string_ends_an_answer_and_a_file_goes_into_the_prompt(tmp_path, 
         (dict(question="b", material="missing.txt"), "missing.txt: cannot be read"),
         (dict(prompt="a", context=0), "context should be an integer from 1 to 16777216, got 0"),
         (dict(prompt=""), "the prompt has no tokens"),
+        (dict(question="a\ud83d"), "a text holds half a character"),
     ],
 )
 def test_wrong_arguments_are_named(base, keywords, words):
@@ -111,10 +112,10 @@ def test_a_file_without_a_conversation_is_not_loaded(base, tmp_path, content):
 
 def test_chat_reads_files_resets_and_survives_errors(base, tmp_path):
     (tmp_path / "m.txt").write_text("material")
-    lines = [f"/file {tmp_path}/m.txt", "what", "/file missing.txt", "/help", "/reset", "x" * 1000, "again"]
+    lines = [f"/file {tmp_path}/m.txt", "what", "/file missing.txt", "/help", "/reset", "x" * 1000, "\udce9", "again"]
     conversation, _, note = chat(base, lines)
     assert "read " in note and "missing.txt: cannot be read" in note and "/reset" in note
-    assert "too many to leave room for an answer" in note
+    assert "too many to leave room for an answer" in note and "half a character, '\\udce9' at" in note
     assert [message["content"] for message in conversation.messages[::2]] == ["again"]
 
 
