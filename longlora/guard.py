@@ -19,9 +19,10 @@ def guarded(run: Callable[[], int], program: str = "longlora", speaks: bool = Tr
 
     program: begins the line. speaks: whether a user's error is told; in a group of processes one does it.
     """
+    _open_standard_streams()
     output = sys.stdout
     code, raised, watched = 0, None, _Watched(output)
-    sys.stdout = watched if output is not None else None
+    sys.stdout = watched
     try:
         code = run()
     except BaseException as error:  # a panic of a library in Rust is no Exception
@@ -29,12 +30,19 @@ def guarded(run: Callable[[], int], program: str = "longlora", speaks: bool = Tr
     finally:
         sys.stdout = output
     code, line = _outcome(code, raised, watched.ended(), program)
-    if line is not None and sys.stderr is not None and (speaks or code == 1):
+    if line is not None and (speaks or code == 1):
         with contextlib.suppress(OSError, ValueError):
             print(f"{program}: error: {UserError(line)}", file=sys.stderr)
     if isinstance(raised, SystemExit):
         raise SystemExit(code)
     return code
+
+
+def _open_standard_streams() -> None:
+    """Give this process the streams that it was started without: Python has None in their places."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
 
 
 def _outcome(
@@ -96,8 +104,6 @@ class _Watched:
 
         What cannot be written is dropped: Python would report it once more when it ends.
         """
-        if self._stream is None:
-            return None
         try:
             self.flush()
         except OSError:

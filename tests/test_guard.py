@@ -97,6 +97,16 @@ def test_output_that_cannot_be_written(tmp_path, command):
     assert shell("longlora inspect nothing 2> /dev/full").returncode == 2
 
 
+def test_closed_streams_do_not_end_an_answer(tmp_path):
+    flags = f"--model {tiny.model(tmp_path / 'base')} --max-new-tokens 3 --device cpu"
+    done = shell(f"longlora generate {flags} --prompt a >&-")
+    assert done.returncode == 0 and done.stderr == ""
+    done = shell(f"longlora chat {flags} <&-")
+    assert done.returncode == 0 and "/help" in done.stderr
+    done = shell(f"echo /help | longlora chat {flags} 2>&-")
+    assert done.returncode == 0 and done.stdout == ""
+
+
 def test_a_run_whose_report_cannot_be_written_is_a_run(tmp_path):
     """On a full disk for its report the model is there, and the code says that output is missing."""
     flags = " ".join(f"'{flag}'" for flag in tiny.flags(tiny.options(tmp_path, max_steps=1)))

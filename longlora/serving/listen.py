@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -37,7 +38,8 @@ def bind(host: str, port: int) -> socket.socket:
             raise
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot listen at {host}, port {port}: {why}; --port 0 takes a free one") from None
+        hint = "; --port 0 takes a free one" if getattr(error, "errno", None) == errno.EADDRINUSE else ""
+        raise UserError(f"cannot listen at {host}, port {port}: {why}{hint}") from None
     return bound
 
 

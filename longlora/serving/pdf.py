@@ -20,6 +20,8 @@ def pdf_text(source: str | BinaryIO, name: str) -> str:
         raise UserError(f"{name}: reading a PDF needs pypdf: pip install 'longlora[pdf]'") from None
     try:
         text = "\n\n".join(page.extract_text() for page in pypdf.PdfReader(source).pages)
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # pypdf raises many kinds for damaged files
         raise UserError(f"{name}: cannot be read as a PDF: {error}") from None
     if not text.strip():
