@@ -8,6 +8,7 @@ from typing import Any
 from longlora.disk import read_bytes, write_json
 from longlora.errors import UserError
 from longlora.serving.generate import read_material
+from longlora.serving.prompt_cache import rehearse
 from longlora.serving.session import Session, check
 
 HELP = """/file PATH   read a .txt, .md or .pdf file; the next question is about it
@@ -139,6 +140,8 @@ def chat(
     prompt_cache: a file. What it holds is not read again, and at the end it holds the conversation's cache.
     """
     check(max_new_tokens, (), **sampling)
+    if prompt_cache is not None:
+        rehearse(prompt_cache)
     session = Session(
         model,
         adapter,

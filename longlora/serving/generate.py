@@ -10,6 +10,7 @@ from typing import Any
 from longlora.errors import UserError
 from longlora.serving.answer import Answer
 from longlora.serving.pdf import pdf_text
+from longlora.serving.prompt_cache import rehearse
 from longlora.serving.session import Session, check
 
 PathLike = str | os.PathLike[str]
@@ -74,6 +75,8 @@ def generate(
     messages: list[dict[str, Any]] = [{"role": "user", "content": question}]
     if material is not None:
         messages = question_about(read_material(material), str(question))
+    if prompt_cache is not None:
+        rehearse(prompt_cache)
     session = Session(
         model,
         adapter,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from longlora import _C
+from longlora import _C, disk
 from longlora.device import host
 from longlora.errors import UserError
 from longlora.files.model_file import finite
@@ -33,6 +33,17 @@ def check(path: Path, engine: Engine) -> None:
     """UserError if the engine's cache cannot be in a file."""
     if engine.cache.limit is None:
         raise UserError(f"{path}: a streaming session forgets what it reads; its cache cannot be in a file")
+
+
+def rehearse(path: Path) -> None:
+    """UserError if no file can be written at `path`: a long text would be read for nothing."""
+    folder, name = os.path.split(os.path.abspath(path))
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made: {error.strerror or error}") from None
+    with disk.passing(folder, name):
+        pass
 
 
 def save(path: Path, engine: Engine, identity: Mapping[str, str]) -> int:

@@ -1,6 +1,7 @@
 """longlora.Session: several answers of one model, and its cache in a file."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import tiny
 
 import longlora
 from longlora import cli
+from longlora.decoder.model import Model
 from longlora.errors import UserError
 from longlora.files.safetensors import SafetensorsFile, save
 from longlora.training import driver
@@ -157,6 +159,18 @@ def test_generate_and_chat_keep_what_they_read_in_a_file(base, tmp_path, capsys)
     session = longlora.Session(base, context=300, device="cpu")
     held = session.load(cache)
     assert held > len(TEXT) and session.chat(first[:1], max_new_tokens=1) is not None
+
+
+@pytest.mark.parametrize("path", ["file/saved", "/proc/saved"])
+def test_a_cache_that_cannot_be_written_is_said_before_anything_is_read(base, tmp_path, monkeypatch, path):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(Model, "load", None)
+    for how in (dict(prompt="a"), dict(question="a")):
+        with pytest.raises(UserError, match="cannot be made|cannot be written"):
+            longlora.generate(base, prompt_cache=os.path.join(tmp_path, path), device="cpu", **how)
+    with pytest.raises(UserError, match="cannot be made|cannot be written"):
+        longlora.chat(base, prompt_cache=os.path.join(tmp_path, path), device="cpu", lines=["a"])
+    assert [file.name for file in tmp_path.iterdir() if file.name != "base"] == ["file"]
 
 
 def test_a_streaming_answer_has_no_end(base, capsys):
