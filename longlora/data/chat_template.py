@@ -22,7 +22,8 @@ from longlora.disk import read_json
 from longlora.errors import UserError
 from longlora.files.tokenizer_files import CHAT_TEMPLATE
 
-MOST = 2_000_000  # rounds of all loops of a rendering, and characters or digits of a product
+# Rounds of all loops and calls of a rendering; characters or digits of a product.
+MOST = 2_000_000
 _COUNTED, _ROUNDS = "longlora counted", "longlora rounds"  # names that no template can use
 # The format of LLaMA-2-chat, which the authors of LongLoRA train on: for models without a template.
 LLAMA_2 = (
@@ -62,7 +63,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, without products and powers that fill the memory."""
+    """Jinja's sandbox, without products and powers that fill the memory, and without calls without end."""
 
     intercepted_binops = frozenset(["*", "**"])
 
@@ -77,13 +78,22 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             raise jinja2.TemplateError(f"a result of {operator} is too large")
         return super().call_binop(context, operator, left, right)
 
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        _count(__context)
+        return super().call(__context, __obj, *args, **kwargs)
+
+
+def _count(context):
+    """Count a round or a call; an error once a rendering has made more than MOST of them."""
+    if next(context[_ROUNDS]) >= MOST:
+        raise jinja2.TemplateError(f"it makes more than {MOST:,} calls and rounds of loops")
+
 
 @jinja2.pass_context
 def _counted(context: Any, items: Any) -> Iterator[Any]:
-    """The items of a loop; an error once the loops of a rendering have made more than MOST rounds."""
+    """The items of a loop; each is counted."""
     for item in items:
-        if next(context[_ROUNDS]) >= MOST:
-            raise jinja2.TemplateError(f"its loops make more than {MOST:,} rounds")
+        _count(context)
         yield item
 
 

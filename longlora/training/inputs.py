@@ -23,7 +23,7 @@ from longlora.errors import UserError
 from longlora.files import adapter as adapters
 from longlora.files.tokenizer_files import CHAT_TEMPLATE
 from longlora.training import from_adapter
-from longlora.training.options import TrainOptions
+from longlora.training.options import OF_ANSWERS, OF_TEXT, TrainOptions
 
 Say = Callable[[str], object]  # receives the lines of a run's report
 
@@ -171,7 +171,14 @@ def read_data(
         elif records.kind(path) in (*records.KINDS, records.HUB):
             say(f"{path}: records of text; loss and perplexity are over everything")
         tokens = tokenise(path, source.tokenizer, setup.config.vocab_size, cache, say, how)
-        return Sequences(tokens, o.sequence_length, o.long_documents, path, o.packing_boundaries)
+        long, boundaries = (of_form(name, form) for name in ("long_documents", "packing_boundaries"))
+        return Sequences(tokens, o.sequence_length, long, path, boundaries)
+
+    def of_form(name, form):
+        """The option as it is for the data, unless these are of another form and nobody has set it."""
+        if bool(form) == bool(forms[o.data]) or name in o.given:
+            return getattr(o, name)
+        return (OF_ANSWERS if form else OF_TEXT)[name]
 
     corpus, held_out = sequences(o.data), None
     if o.eval_data:

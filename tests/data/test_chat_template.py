@@ -137,7 +137,11 @@ def test_a_template_reaches_nothing_of_python():
         ("{% for i in range(10 ** 9) %}x{% endfor %}", "here: the chat template fails"),
         (
             "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
-            "refuses these messages: its loops make more than 2,000,000 rounds",
+            "refuses these messages: it makes more than 2,000,000 calls and rounds of loops",
+        ),
+        (
+            "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(40) }}",
+            "refuses these messages: it makes more than 2,000,000 calls and rounds of loops",
         ),
         ("{% if true %}\n{% endif %}\n{% for %}", r"here: the chat template is not valid \(line 3\)"),
         ("{{ 'x' | nothing }}", r"here: the chat template is not valid .*No filter named 'nothing'"),
@@ -162,16 +166,16 @@ def test_small_results_are_rendered():
     assert ChatTemplate("{{ ('x' * 2000000) | length }}", SPECIAL, "here").render([USER]) == "2000000"
 
 
-def test_rounds_are_counted_over_all_loops(monkeypatch):
-    monkeypatch.setattr(chat_template, "MOST", 6)
+def test_rounds_of_all_loops_and_calls_are_counted(monkeypatch):
+    monkeypatch.setattr(chat_template, "MOST", 9)
     source = "{% for i in range(2) %}{% for j in range(n) %}x{% endfor %}{% endfor %}"
     template = ChatTemplate(source, SPECIAL, "here")
     assert [template.render([], n=n) for n in (1, 2, 2)] == ["xx", "xxxx", "xxxx"]
-    with pytest.raises(UserError, match="its loops make more than 6 rounds"):
+    with pytest.raises(UserError, match="it makes more than 9 calls and rounds"):
         template.render([], n=3)
-    assert ChatTemplate("{% for i in range(6) %}x{% endfor %}", SPECIAL, "here").render([]) == "xxxxxx"
-    with pytest.raises(UserError, match="its loops make more than 6 rounds"):
-        ChatTemplate("{% for i in range(7) %}x{% endfor %}", SPECIAL, "here").render([])
+    assert ChatTemplate("{% for i in range(8) %}x{% endfor %}", SPECIAL, "here").render([]) == "xxxxxxxx"
+    with pytest.raises(UserError, match="it makes more than 9 calls and rounds"):
+        ChatTemplate("{% for i in range(9) %}x{% endfor %}", SPECIAL, "here").render([])
 
 
 def test_a_template_comes_from_adapter_model_or_gguf(tmp_path):

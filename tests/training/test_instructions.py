@@ -118,6 +118,20 @@ def test_a_resumed_run_may_hold_out_questions(tmp_path):
     assert resumed.eval_loss is not None and resumed.loss == whole.loss
 
 
+def test_held_out_data_follow_their_own_form(tmp_path):
+    """Held-out questions do not see each other where the run learns text, and long text is split."""
+    text = tmp_path / "text.txt"
+    text.write_text("A text that is long enough. " * 200)
+    questions, of = write(tmp_path / "a.jsonl", PAIRS), dict(chat_template=template(tmp_path / "t.jinja"))
+    found = run(tmp_path, data=str(text), eval_data=questions, max_steps=1, **of)
+    wanted = losses(tmp_path / "base", tmp_path / "out", rendered(PAIRS)).mean()
+    assert found.history[0]["eval_loss"] == pytest.approx(wanted, rel=1e-5)
+    other = dict(data=questions, eval_data=str(text), output_dir=str(tmp_path / "other"))
+    assert run(tmp_path, max_steps=1, **other, **of).eval_loss is not None
+    message = failure(tmp_path, **other | dict(output_dir=str(tmp_path / "no")), long_documents="refuse", **of)
+    assert "text.txt: document 0 has" in message
+
+
 def test_the_template_goes_with_the_adapter(tmp_path):
     """It is found where the adapter is used, and the merged model has it."""
     from longlora.data.chat_template import LLAMA_2
