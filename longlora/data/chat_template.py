@@ -134,7 +134,7 @@ class ChatTemplate:
     def __init__(self, source: str, special: Mapping[str, str], where: str):
         self.source, self.where, self._special = source, where, dict(special)
         self._template = _compiled(source, where)
-        self.marks_answers = "generation" in source and "endgeneration" in source
+        self.marks_answers = "endgeneration" in source
 
     def key(self) -> list[Any]:
         """What the text of messages depends on."""

@@ -118,6 +118,7 @@ def test_answers_are_marked():
         [USER, ASSISTANT, USER, ASSISTANT]
     )
     assert [text[a:b] for a, b in spans] == [ASSISTANT["content"] + "</s>"] * 2
+    assert not ChatTemplate(CHATML, SPECIAL, "here").render_marked([USER])[0].endswith("assistant\n")
 
 
 def test_a_template_reaches_nothing_of_python():
@@ -160,9 +161,11 @@ def test_a_template_that_fails_is_one_line(source, words):
 
 def test_small_results_are_rendered():
     source = (
-        "{{ 2 ** 10 }} {{ 3 * 4 }} {{ 'ab' * 3 }} {{ 2 * [1] }} {{ 2 * 0.5 }} {{ 4 ** -1 }} {{ 9999 * 9999 }}"
+        "{{ 2 ** 10 }} {{ 3 * 4 }} {{ 'ab' * 3 }} {{ 2 * [1] }} {{ 2 * 0.5 }} "
+        "{{ 4 ** -1 }} {{ 9999 * 9999 }} "
+        "{{ (2 ** 500000) % 7 }}"  # the powers of 2 are 1, 2, 4, 1, 2, 4, ...
     )
-    assert ChatTemplate(source, SPECIAL, "here").render([USER]) == "1024 12 ababab [1, 1] 1.0 0.25 99980001"
+    assert ChatTemplate(source, SPECIAL, "here").render([USER]) == "1024 12 ababab [1, 1] 1.0 0.25 99980001 4"
     assert ChatTemplate("{{ ('x' * 2000000) | length }}", SPECIAL, "here").render([USER]) == "2000000"
 
 
