@@ -64,7 +64,7 @@ def test_the_parts_of_a_fused_linear_name_it():
     assert LoraConfig(target_modules="all-linear").for_model(config("phi3")).target_modules == FUSED
     assert targets("down_proj", "v_proj", "k_proj", "q_proj") == ("down_proj", "qkv_proj")
     assert targets("gate_proj", "up_proj", "gate_up_proj") == ("gate_up_proj",)
-    assert targets("qkv_proj") == ("qkv_proj",)
+    assert targets("qkv_proj") == targets("q_proj", "k_proj", "v_proj") == ("qkv_proj",)
     assert LoraConfig().for_model(config("llama")) == LoraConfig()
 
 
@@ -105,7 +105,10 @@ def test_a_linear_that_the_family_lacks_is_refused(family, names, message):
             dict(target_modules=("c_attn",)),
             "target_modules should be a list of q_proj, .*, gate_up_proj, got",
         ),
-        (dict(modules_to_save="all-linear"), "modules_to_save should be a list of embed_tokens"),
+        (
+            dict(modules_to_save="all-linear"),
+            "modules_to_save should be a list of embed_tokens, .* got 'all-linear'",
+        ),
     ],
 )
 def test_wrong_fields_are_refused(fields, message):
@@ -114,6 +117,7 @@ def test_wrong_fields_are_refused(fields, message):
 
 
 def test_the_scale_follows_alpha_and_rank():
+    assert LoraConfig().scale == 16 / 8  # of LongLoRA's code
     assert LoraConfig(r=4, lora_alpha=8).scale == 2
     assert LoraConfig(r=4, lora_alpha=8, use_rslora=True).scale == 4
 
@@ -132,6 +136,7 @@ def test_a_tied_head_is_the_embedding():
     tied = read_config({**SIZES, "model_type": "llama", "tie_word_embeddings": True})
     assert lora.tensor_shapes(tied) == {"model.embed_tokens.weight": (50, 16)}
     assert lora.tensor_shapes(config("llama")) == {"lm_head.weight": (50, 16)}
+    assert not LoraConfig(target_modules=None, modules_to_save=None).tensor_shapes(tied)
 
 
 def test_norm_means_every_norm():
@@ -140,3 +145,7 @@ def test_norm_means_every_norm():
     assert one.tensor_shapes(config("qwen3")) == {"model.norm.weight": (16,)}
     found = lora.tensor_shapes(config("qwen3"))
     assert found["model.layers.1.self_attn.q_norm.weight"] == (8,) and len(found) == 2 * 4 + 1
+    both = LoraConfig(target_modules=None, modules_to_save=["q_norm", "k_norm"])
+    assert sorted(both.tensor_shapes(config("qwen3"))) == [
+        f"model.layers.{i}.self_attn.{name}_norm.weight" for i in range(2) for name in "kq"
+    ]
