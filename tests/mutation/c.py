@@ -28,6 +28,7 @@ SWAPS = {
 SWAP = re.compile("|".join(map(re.escape, SWAPS)))
 NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
 STATEMENT = re.compile(r"(?<=    )[\w\[\]().>*-]+(?: [+*|-]?= .*|\(.*\));(?=\s*$)")
+FUNCTION = re.compile(r"\w[^=;(]*?(?:CPU\()?(\w+)\)?\(")
 TEXT = re.compile(r'/\*.*?\*/|//[^\n]*|"(?:\\.|[^"\\\n])*"', re.DOTALL)
 STAGE = re.compile("_(forward|backward)$")
 Place = tuple[Path, int, int, str]  # bytes from begin to end of a file become these
@@ -36,9 +37,11 @@ Place = tuple[Path, int, int, str]  # bytes from begin to end of a file become t
 def mutants(path: Path) -> Iterator[tuple[str, Place]]:
     """-> key, place."""
     source = path.read_text()
-    at = 0
+    at, function = 0, ""
     code = TEXT.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), source)
-    for number, line in enumerate(code.splitlines(keepends=True), 1):
+    for line in code.splitlines(keepends=True):
+        if begins := FUNCTION.match(line):
+            function = begins[1]
         if not line.startswith("#"):
             found = [(m.start(), m.end(), SWAPS[m[0]]) for m in SWAP.finditer(line)]
             found += [(m.start(), m.end(), str(int(m[0]) + 1)) for m in NUMBER.finditer(line)]
@@ -46,7 +49,7 @@ def mutants(path: Path) -> Iterator[tuple[str, Place]]:
             for begin, end, now in found:
                 was = source[at : at + len(line)]
                 then = was[:begin] + now + was[end:]
-                yield f"{path}:{number}: {was.strip()} -> {then.strip()}", (path, at + begin, at + end, now)
+                yield f"{path}:{function}: {was.strip()} -> {then.strip()}", (path, at + begin, at + end, now)
         at += len(line)
 
 
