@@ -98,6 +98,7 @@ def test_a_linear_that_the_family_lacks_is_refused(family, names, message):
         (dict(lora_alpha=0), "lora_alpha should be a number above 0, got 0"),
         (dict(lora_alpha=float("nan")), "lora_alpha should be a number above 0, got nan"),
         (dict(use_rslora=1), "use_rslora should be true or false, got 1"),
+        (dict(target_modules=5), "target_modules should be a list of q_proj"),
         (dict(target_modules="q_proj"), "target_modules should be a list of q_proj"),
         (dict(modules_to_save=("norm", "conv")), "modules_to_save should be a list of embed_tokens"),
         (dict(lora_alpha="1"), "lora_alpha should be a number above 0, got '1'"),
