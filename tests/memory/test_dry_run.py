@@ -80,7 +80,7 @@ def test_the_recorder_keeps_the_largest_block_of_each_rank(monkeypatch):
     monkeypatch.setattr(_C, "scratch", lambda op, *args: args)
     monkeypatch.setattr(_C, "workspace", lambda op, *args: args[0])
     cpu, gpu = Recorder("cpu"), Recorder("cuda:0")
-    for blocks in ((3, 10), (7,), (2, 8, 5), ()):
+    for blocks in ((3, 10), (7,), (2, 8, 5), (0, 0, 0, 0), ()):
         cpu.matmul(*blocks)
     for size in (3, 10, 7):
         gpu.matmul(size)
