@@ -193,3 +193,12 @@ def test_log_probabilities_equal_those_of_torch():
     np.testing.assert_allclose(
         log_probabilities(x), torch.tensor(x).double().log_softmax(-1).numpy(), rtol=1e-12, atol=1e-12
     )
+
+
+def test_each_penalty_works_without_the_other():
+    """The first of two near equals has 1 - 0.4 after its turn. The second has 0.9."""
+    x = np.zeros(V, np.float32)
+    x[3], x[4] = 1, 0.9
+    for name in ("presence_penalty", "frequency_penalty"):
+        sampler = Sampler(Sampling(**{name: 0.4}), np.zeros(0, np.int64), V)
+        assert [sampler.choose(x) for _ in range(2)] == [3, 4]
