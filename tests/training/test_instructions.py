@@ -126,9 +126,9 @@ def test_held_out_data_follow_their_own_form(tmp_path):
     found = run(tmp_path, data=str(text), eval_data=questions, max_steps=1, **of)
     wanted = losses(tmp_path / "base", tmp_path / "out", rendered(PAIRS)).mean()
     assert found.history[0]["eval_loss"] == pytest.approx(wanted, rel=1e-5)
-    other = dict(data=questions, eval_data=str(text), output_dir=str(tmp_path / "other"))
-    assert run(tmp_path, max_steps=1, **other, **of).eval_loss is not None
-    message = failure(tmp_path, **other | dict(output_dir=str(tmp_path / "no")), long_documents="refuse", **of)
+    of |= dict(data=questions, eval_data=str(text), max_steps=1)
+    assert run(tmp_path, output_dir=str(tmp_path / "other"), **of).eval_loss is not None
+    message = failure(tmp_path, output_dir=str(tmp_path / "no"), long_documents="refuse", **of)
     assert "text.txt: document 0 has" in message
 
 
