@@ -18,6 +18,7 @@ import yaml
 
 import longlora
 from longlora import _C, cli, cuda
+from longlora.decoder import generation_plan
 from longlora.decoder.config import read_config
 from longlora.device import choose
 from longlora.errors import UserError
@@ -487,8 +488,9 @@ def test_plan_needs_a_config_only_and_is_quick(tmp_path):
     assert text.startswith("device: ") and "does not fit" in text and "20.000 GiB are available" in text
 
 
-def test_plan_of_generation(tmp_path, capsys):
+def test_plan_of_generation(tmp_path, capsys, monkeypatch):
     """From a config without weights; the cache by pencil; what would make it fit; flags of the other plan."""
+    monkeypatch.setattr(generation_plan, "own_memory", lambda: 1 << 28)  # whatever ran in this process before
     fields = dict(num_hidden_layers=3, torch_dtype="bfloat16", max_position_embeddings=500)
     flags = [
         "plan",

@@ -10,6 +10,7 @@ import numpy as np
 
 from longlora.decoder.config import read_config
 from longlora.files.merge import save_merged
+from longlora.files.safetensors import save as save_tensors
 
 CONFIG = dict(
     model_type="llama",
@@ -79,9 +80,11 @@ def model(path, seed=0, change=None, **fields):
         name: random.standard_normal(shape).astype(np.float32) * np.float32(0.2) + np.float32(len(shape) == 1)
         for name, shape in read_config(raw).tensor_shapes().items()
     }
-    for name, array in tensors.items() if change else ():
-        change(name, array)
     save_merged(path, tensors.__getitem__, raw)
+    if change:
+        for name, array in tensors.items():
+            change(name, array)
+        save_tensors(path / "model.safetensors", tensors)  # which takes numbers that save_merged refuses
     return path
 
 

