@@ -13,7 +13,7 @@ from longlora import _C
 os.environ["PYTHONSAFEPATH"] = "1"
 os.environ["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(longlora.__file__)))
 
-# The files that take longest. The processes start with them; `pytest -m quick` leaves them out.
+# The files that take longest. The processes start with them.
 LONGEST = [
     "test_cuda_emulation.py",
     "test_smollm2.py",
@@ -29,6 +29,20 @@ LONGEST = [
     "test_examples.py",
     "test_docs_code.py",
 ]
+# `pytest -m quick` leaves out the longest files, those of tests/torch, and these.
+NOT_QUICK = {
+    *LONGEST,
+    "test_build_cuda.py",
+    "test_checkpoint.py",
+    "test_faults.py",
+    "test_fuzz_files.py",
+    "test_fuzz_inputs.py",
+    "test_gguf_writer.py",
+    "test_page.py",
+    "test_saved.py",
+    "test_stop.py",
+    "test_tokenizer_matrix.py",
+}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -62,7 +76,7 @@ def pytest_collection_modifyitems(items):
     rank = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
     for item in items:
-        if item.path.name not in rank:
+        if item.path.name not in NOT_QUICK and item.path.parent.name != "torch":
             item.add_marker(pytest.mark.quick)
 
 
