@@ -112,7 +112,9 @@ int CPU(gemm_narrow_pack)(Job *job) {
 
 int CPU(gemm_narrow)(Job *job) {
     const Plan *plan = job->plan;
-    int64_t cost = NARROW_ROWS * narrow_columns(plan) * (plan->steps / 64 + 1);
+    /* With few columns a task waits for its rows of a: 8 bytes come in a nanosecond. */
+    int64_t reading = plan->K * dtype_size(plan->a.dtype) / 8, counting = plan->steps / 64 + 1;
+    int64_t cost = NARROW_ROWS * max64(narrow_columns(plan) * counting, reading);
     if (CPU(gemm_narrow_pack)(job)) return -1;
     return parallel_for(ceil_div(plan->M, NARROW_ROWS), cost, narrow_task, job);
 }
