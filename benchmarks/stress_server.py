@@ -2,9 +2,9 @@
 
     python -m benchmarks.stress_server --model MODEL [--clients 32] [--seconds 120]
 
-One client asks for a quarter of the time, then all of them: short questions, answers as a whole and as
-streams, some of which the client leaves, and some requests that are wrong. At the end a conversation has two
-questions about a long text. It prints JSON.
+For the first quarter of the time one client asks, then all clients do. They send short questions, read some
+answers whole and some as streams, close some streams early, and send some wrong requests. At the end one
+conversation asks two questions about a long text. The script prints JSON.
 """
 
 import argparse

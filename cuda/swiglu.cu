@@ -13,7 +13,7 @@ static __device__ __forceinline__ float sigmoid(float x) {
     float e = expf(x < LOWEST ? x : -x);
     return x < LOWEST ? e : reciprocal_fast(1.0f + e);
 }
-/* For products with a sigmoid of 0: -inf times that is no number. */
+/* For products with a sigmoid of 0: -inf times that is NaN. */
 static __device__ __forceinline__ float clipped(float x) { return fmaxf(x, -1e30f); }
 
 template <class T, bool ALIGNED> __global__ void __launch_bounds__(BLOCK)

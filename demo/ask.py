@@ -2,9 +2,9 @@
 
     python demo/ask.py MODEL QUESTIONS.jsonl [--adapter A] [--output-file ANSWERS.jsonl]
 
-An answer is right if its first line is the wanted one; quotation marks, spaces and the full stop at the end
-do not count. Answers are greedy. The table has one row for each kind of question. ANSWERS.jsonl keeps
-question, wanted answer and answer.
+An answer is right if its first line equals the expected answer. The comparison ignores quotation marks, extra
+spaces and a full stop at the end. Answers are greedy. The table has one row for each kind of question.
+ANSWERS.jsonl keeps the question, the expected answer and the answer.
 """
 
 import argparse

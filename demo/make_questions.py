@@ -34,7 +34,7 @@ class Chapter(NamedTuple):
 
 
 def chapters(book: str) -> list[Chapter]:
-    """The chapters of a book. What stands before the first heading is left out."""
+    """The chapters of a book. Text before the first heading is left out."""
     found = list(HEADING.finditer(book))
     ends = [match.start() for match in found[1:]] + [len(book)]
     texts = [book[a.end() : b].strip() for a, b in zip(found, ends, strict=True)]

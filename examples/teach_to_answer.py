@@ -1,4 +1,4 @@
-"""Teach a model to answer: train on questions and answers, of which the answers are learned, then ask it."""
+"""Teach a model to answer: train on the answers to questions, then ask it."""
 
 import json
 import os

@@ -17,7 +17,7 @@ def _name(dtype: Any) -> str:
 
 
 def no_array(x: Any) -> TypeError:
-    """The error for an argument that is no array."""
+    """The error for an argument that is not an array."""
     return TypeError(
         "wanted an array (NumPy, torch, longlora.Tensor or another that supports DLPack), "
         f"got {type(x).__name__}"

@@ -22,7 +22,7 @@ ASIDE = ".partial"  # ends the names of what is being written
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open the file `path` for reading bytes. UserError if that fails, or if it is no regular file.
+    """Open the file `path` for reading bytes. UserError if that fails, or if it is not a regular file.
 
     Opening a pipe could wait for ever, and a device may have no end.
     """

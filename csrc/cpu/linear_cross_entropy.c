@@ -128,7 +128,7 @@ static void raise_from(const Chunk *c) {
     for (int64_t i = 0; i < c->stride; i++) {
         if (c->v0 > 0 && !(c->max[i] > c->from[i] + SLACK)) continue;
         float shrink = expf(c->from[i] - c->max[i]);
-        c->from[i] = c->max[i] == -INFINITY ? -FLT_MAX : c->max[i]; /* -inf less -inf is no number */
+        c->from[i] = c->max[i] == -INFINITY ? -FLT_MAX : c->max[i]; /* -inf - -inf is NaN */
         if (c->v0 == 0) continue;
         c->total[i] *= shrink;
         for (int64_t j = 0; c->dlosses && i < c->rows && j < C; j++) c->sums[i * c->sums_row + j] *= shrink;

@@ -175,7 +175,7 @@ typedef struct {
     int tensors, outputs, scalars; /* outputs are the first of the tensors */
 } Spec;
 
-/* -1 if the text is no spec. */
+/* -1 if the text is not a spec. */
 int parse_spec(const char *text, Spec *spec);
 
 /* The checks return -1 with an exception. `tensors` and `t` have spec->tensors elements. */

@@ -173,7 +173,7 @@ def form_in(corpus: Corpus) -> Form | None:
             wanted = "; ".join(form.wanted for form in FORMS)
             raise UserError(f'{path}: {place} should be an object with a string "text", or with {wanted}')
         return None if form == TEXT else form
-    return None  # that it holds no text is said where it is read
+    return None  # reading it reports that it holds no text
 
 
 def samples(files: Sequence[str], form: Form) -> Iterator[tuple[str, Sample]]:
@@ -270,7 +270,7 @@ def _by_prefix(template, messages, i, text, extra, ends):
 
 
 def _skip(text, at):
-    """The place of the first character from `at` on that is no space."""
+    """The place of the first character from `at` on that is not a space."""
     found = re.compile(r"\S").search(text, at)
     return found.start() if found else len(text)
 
@@ -362,7 +362,7 @@ def targets(first: np.ndarray, last: np.ndarray, spans: Sequence[tuple[int, int]
     """Which tokens hold a character of one of the spans -> bool [T].
 
     Token i is made of the characters first[i] .. last[i] - 1, both rising. A token that the tokenizer makes
-    of the end of a prompt and the begin of an answer is part of the answer: the model has to write it.
+    of the end of a prompt and the beginning of an answer is part of the answer: the model has to write it.
     """
     found = np.zeros(len(first), bool)
     last = np.maximum(last, first + 1)  # a token of no character lies before the next one

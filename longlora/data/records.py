@@ -22,7 +22,7 @@ _ROWS = 64  # of a .parquet that are in memory at a time
 
 
 def kind(path: str) -> str:
-    """The suffix of a file's name in lower case, or HUB for what is no path but could be a dataset's name."""
+    """The suffix of a file's name in lower case, or HUB for a dataset's name that is not a path."""
     name = path.lower()
     suffix = ".jsonl.gz" if name.endswith(".jsonl.gz") else os.path.splitext(name)[1]
     there = os.path.lexists(path) or os.path.isdir(path.partition("/")[0])
@@ -106,7 +106,7 @@ def _values(path):
 
 
 def _skip(text, at):
-    """The place of the first character from `at` on that is no space."""
+    """The place of the first character from `at` on that is not a space."""
     found = _LETTER.search(text, at)
     return found.start() if found else len(text)
 

@@ -184,9 +184,9 @@ def batch(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """The sequences `indices` as a batch -> ids, targets, cu_seqlens.
 
-    ids and targets [B,T] are int32; targets are Sequences.labels. T is the length
-    of the longest row, rounded up to `multiple`: a short rest of a document costs no more than its length.
-    Shorter rows end in padding.
+    ids and targets [B,T] are int32; the targets are those of Sequences.labels. T is the length of the longest
+    row, rounded up to `multiple`: a short rest of a document costs no more than its length. Shorter rows end
+    in padding.
 
     cu_seqlens is None if every row is one text. Otherwise (packing_boundaries "document") it holds the
     boundaries of the documents among the B*T tokens, int32 [S], from 0 to B*T. Padding forms pieces of its

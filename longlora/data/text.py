@@ -22,7 +22,7 @@ from longlora.errors import UserError, printable
 
 BLOCK = 1 << 17  # bytes of a .txt file that are read, and tokenised on one core, at a time
 KINDS = (".txt", ".jsonl")
-# Files that are no data if one of these lies beside them.
+# Files are not data if one of these lies beside them.
 OWN = {
     "metrics.jsonl": ("options.yaml",),
     "merges.txt": ("config.json", "tokenizer_config.json", "vocab.json"),

@@ -119,7 +119,7 @@ def read_bin(path: str, vocab_size: int) -> Tokens:
         if count != head[2]:
             raise UserError(f"{path}: should hold {head[2]} tokens by its header, holds {count}")
     if size == start or (size - start) % dtype.itemsize:
-        raise UserError(f"{path}: {size - start} bytes are no whole number of {dtype.name} tokens")
+        raise UserError(f"{path}: {size - start} bytes are not a whole number of {dtype.name} tokens")
     ids, digest = FileIds(path, dtype, start), hashlib.sha256()
     for first in range(0, len(ids), 1 << 22):
         part = ids[first : first + (1 << 22)]

@@ -101,7 +101,7 @@ class Sampler:
     def _draw(self, x):
         """Draw from the softmax of x, after top_k, top_p and min_p. Equal logits: the first token first.
 
-        A vocabulary is long to sort, so only the likeliest tokens are, as many as decide.
+        Sorting a whole vocabulary is slow. So only the likeliest tokens are sorted, until they decide the draw.
         """
         s, drawn = self.sampling, self._random.random()
         most = min(s.top_k or len(x), len(x))

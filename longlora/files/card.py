@@ -117,7 +117,7 @@ def hub_name(model: Any) -> str | None:
 def run_facts(adapter: Path) -> Iterator[tuple[str, str]]:
     """Give what the directory of an adapter says about its training: names and values for a table.
 
-    What is damaged is left out: a card is no reason to fail.
+    Damaged files are skipped: a card must not make the run fail.
     """
     options, rows = _run(adapter)
     if isinstance(options.get("data"), str):

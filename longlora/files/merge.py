@@ -1,4 +1,4 @@
-"""Whole models on disk: a base with an adapter merged in, written as a Hugging Face directory."""
+"""A base with an adapter merged in: read tensor by tensor, written as a Hugging Face directory or as GGUF."""
 
 import contextlib
 import math

@@ -252,7 +252,7 @@ def _ids(name, value, wanted):
     if not all(type(token) is int for token in value):
         raise _fail(name, wanted, value)
     if any(not 0 <= token < 1 << 31 for token in value):
-        raise Refused(f"{name} has a number that is no token id", param=name)
+        raise Refused(f"{name} has a number that is not a token id", param=name)
     return np.array(value, np.int32)
 
 
@@ -306,7 +306,7 @@ def parse(body: bytes) -> dict[str, Any]:
 
 
 def _constant(text):
-    raise ValueError(f"{text} is no number in JSON")
+    raise ValueError(f"{text} is not a number in JSON")
 
 
 def read_chat(body: bytes, limits: Limits) -> Wanted:

@@ -34,7 +34,7 @@ from longlora.serving.streams import PING_SECONDS, STOPPING, Answers, Gone, Stre
 from longlora.serving.text import Spelling
 from longlora.serving.worker import Choice, Worker
 
-# The body of a request may take so many seconds, and more if it comes with so many bytes a second.
+# A request's body may take BODY_SECONDS, plus one second for each BYTES_PER_SECOND that have come.
 BODY_SECONDS, BYTES_PER_SECOND = 30.0, 32 << 10
 SMALLEST_LIMIT, BYTES_PER_TOKEN = (
     4 << 20,

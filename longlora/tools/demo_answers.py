@@ -22,7 +22,7 @@ SETTINGS = dict(
 
 
 def passage(book: str, first: int, characters: int) -> str:
-    """Whole words of `book`, from the word after the character `first` on, at most so many characters."""
+    """Whole words of `book` after the character `first`, at most `characters` long."""
     return book[first : first + characters].partition(" ")[2].rpartition(" ")[0]
 
 

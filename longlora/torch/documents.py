@@ -29,8 +29,8 @@ class Documents:
     the last; None for one document. seen: [B,T] bool, false where a token is padding; None without padding.
     packed: whether there are several documents besides padding.
 
-    It is no tensor. A model that computes with its mask by itself would take boundaries for a mask, and None
-    for one that hides nothing. So everything but the attributes above and `to` raises Misread.
+    It is not a tensor. A model that reads its mask itself would take a tensor of boundaries for a mask, and
+    None for a mask that hides nothing. So everything but the attributes above and `to` raises Misread.
     """
 
     def __init__(

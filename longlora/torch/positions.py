@@ -220,7 +220,7 @@ def _equal(a, b):
 def _numbers(model, config, new):
     """The numbers that modules of `model` take from the lines that differ in `new`: [(name, key, value)].
 
-    UserError where a tensor has another shape with it: positions that are no rotary embedding.
+    UserError where a tensor has another shape with it: positions that are not a rotary embedding.
     """
     whole = copy.deepcopy(model.config)
     before = _bare(model, whole)

@@ -39,10 +39,14 @@ def use_threads(o: TrainOptions) -> None:
 class Source:
     """Where weights and tokenizer come from: a base model, or a config and random weights (`base` is None).
 
-    Also `config` (a ModelConfig), `fingerprint` (a string that identifies the weights), `tokenizer` or None,
-    `dtype`, the storage of a whole model that the run saves: one name, or a name for each tensor,
-    `beside`, other files of such a model, `adapter`, the float32 tensors by name of the adapter that is
-    trained further, or None, and `adapter_fingerprint`.
+    config               the ModelConfig
+    fingerprint          a string that identifies the weights
+    tokenizer            or None
+    dtype                in which a run with `full` saves the model: one name, or a name for each tensor
+    beside               other files that are saved with such a model
+    adapter              the adapter that is trained further, name -> float32 array, or None
+    adapter_fingerprint  a string that identifies that adapter, or None
+
     UserError for files that cannot be read.
     """
 

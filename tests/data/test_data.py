@@ -233,8 +233,8 @@ def test_token_files_of_both_kinds_are_read(tmp_path):
         assert "should hold 1200 tokens by its header, holds 1199" in failure(read_bin, path, 1 << 17)
     assert "token 2 is 65535, the model has 100" in failure(read_bin, small, 100)
     assert "token 0 is 1, the model has 1" in failure(read_bin, small, 1)
-    assert "no whole number of uint16" in failure(read_bin, write(tmp_path / "odd.bin", b"123"), 100)
-    assert "no whole number" in failure(read_bin, write(tmp_path / "none.bin", b""), 100)
+    assert "not a whole number of uint16" in failure(read_bin, write(tmp_path / "odd.bin", b"123"), 100)
+    assert "not a whole number" in failure(read_bin, write(tmp_path / "none.bin", b""), 100)
 
 
 @pytest.mark.parametrize("vocab_size", [100, 70_000])

@@ -146,9 +146,10 @@ def errors_of_steps(base, converted, acts, layers, steps, dtype):  # noqa: F811
 def test_every_gradient_equals_autograds(base, converted, acts):  # noqa: F811
     """The first three layers are compared with float64.
 
-    A float32 sum of n products is off by about sqrt(n) u, u = 2^-24: here 24 to 39 u. About thirty of them
-    follow each other, forward and backward: 39 sqrt(30) = 214 u, so the limit is 256 u. The median of five
-    steps counts, because one step may be ill-conditioned. The loss is a mean, which is far nearer.
+    The error of a float32 sum of n products is about sqrt(n) u, where u = 2^-24: here 24 to 39 u. A step
+    chains about thirty such sums, forward and backward: 39 sqrt(30) = 214 u, so the limit is 256 u. The test
+    takes the median of five steps, because one step may be ill-conditioned. The loss is a mean, so its error
+    is far smaller.
 
     Deeper layers of this model enlarge some roundings tenfold. The next test has all layers and a wide limit.
     """

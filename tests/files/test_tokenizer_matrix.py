@@ -171,7 +171,7 @@ def typed(content, **flags):
     return {"__type": "AddedToken", **added(content, **flags)}
 
 
-# What tokenizer_config.json and other files say about special tokens.
+# Special tokens as tokenizer_config.json and other files declare them.
 SPECIAL = {
     "nothing": {},
     "names": {"config": dict(bos_token=BOS, eos_token=EOS, pad_token=None, add_bos_token=True)},

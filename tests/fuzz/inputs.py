@@ -157,7 +157,7 @@ def of_yaml(rng):
         )
     Path("c.yaml").write_bytes(damaged(rng, "\n".join(lines).encode()))
     found, wanted = config_file.read("c.yaml"), None
-    with contextlib.suppress(Exception):  # a key that is no value of YAML: no option has that name
+    with contextlib.suppress(Exception):  # no option has a name that YAML cannot read
         wanted = yaml.safe_load(Path("c.yaml").read_text("utf-8"))
     o = options.from_flags(argparse.Namespace(config="c.yaml"), planning=True)
     check(found == wanted, wanted, found)

@@ -67,7 +67,7 @@ class Map:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Any:
-        """The lines of a fixture that serves many tests belong to all of them."""
+        """Lines that a shared fixture runs count for every test that uses the fixture."""
         before = self._sink
         if fixturedef.scope != "function":
             self._sink = self._of_fixture[fixturedef]

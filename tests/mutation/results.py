@@ -49,6 +49,6 @@ def try_all(log: Path, again: bool, wanted: list[str], attempt: Callable[[str], 
         if known[key] in MISSED:
             print(f"{known[key]}: {key}")
     counts = {kind: sum(known[key] == kind for key in wanted) for kind in KINDS}
-    total = sum(counts.values())  # without those that are no faults
+    total = sum(counts.values())  # without the equivalent ones
     share = 100 * (counts["noticed"] + counts["timeout"]) / max(total, 1)
     print(", ".join(f"{count} {kind}" for kind, count in counts.items()), f"of {total}: {share:.1f} %")

@@ -1,4 +1,4 @@
-"""Functions of longlora.ops raise TypeError for an object that is no array, ValueError for a wrong shape."""
+"""Functions of longlora.ops raise TypeError for what is not an array, ValueError for a wrong shape."""
 
 import inspect
 
@@ -33,7 +33,7 @@ def call(function, parameters, **wrong):
 @pytest.mark.parametrize(
     "name, function, parameters, arrays", list(functions()), ids=lambda x: x if isinstance(x, str) else ""
 )
-def test_an_object_that_is_no_array(name, function, parameters, arrays):
+def test_an_object_that_is_not_an_array(name, function, parameters, arrays):
     for argument in arrays:
         for wrong in ("x", 3, object(), [1.0]):
             with pytest.raises((TypeError, ValueError)):

@@ -27,7 +27,7 @@ def trained(family="llama", **how):
     return longlora.torch.configure(build(family, "longlora_s2"), **{"group_size": G, **how}).train()
 
 
-# ---- Documents are no tensor ---------------------------------------------------------------------
+# ---- Documents are not a tensor ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def test_ten_steps_of_smollm2_are_the_drivers(tmp_path, smollm2):  # noqa: F811
 
 
 def test_a_batch_of_packed_documents_by_hand():
-    """Positions start again with each document; the first token of a document is no label."""
+    """Positions start again with each document; the first token of a document is not a label."""
     tokens = Tokens(np.arange(14, dtype=np.int32), np.array([0, 3, 7, 8, 14]), "")
     inputs = trainer.batch(Sequences(tokens, 8, packing_boundaries="document"), [1, 0], 1)
     none = -100

@@ -20,7 +20,7 @@ AUTOCAST_DTYPE = "autocast's own"  # the dtype that torch's matmul takes under a
 
 _library = torch.library.Library("longlora", "DEF")
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-_OTHERS = frozenset((type(None), bool, int, float, str, list))  # the arguments that are no tensors
+_OTHERS = frozenset((type(None), bool, int, float, str, list))  # the arguments that are not tensors
 
 
 def register(
