@@ -101,7 +101,8 @@ class Sampler:
     def _draw(self, x):
         """Draw from the softmax of x, after top_k, top_p and min_p. Equal logits: the first token first.
 
-        Sorting a whole vocabulary is slow. So only the likeliest tokens are sorted, until they decide the draw.
+        Sorting a whole vocabulary is slow. So only the likeliest tokens are sorted, as many as decide the
+        draw.
         """
         s, drawn = self.sampling, self._random.random()
         most = min(s.top_k or len(x), len(x))

@@ -8,8 +8,7 @@ from typing import Any
 from longlora.disk import read_bytes, write_json
 from longlora.errors import UserError
 from longlora.serving.generate import read_material
-from longlora.serving.prompt_cache import rehearse
-from longlora.serving.session import Session, check
+from longlora.serving.session import Session, check, open_session
 
 HELP = """/file PATH   read a .txt, .md or .pdf file; the next question is about it
 /reset       forget the conversation
@@ -123,39 +122,17 @@ def chat(
     system: str | None = None,
     max_new_tokens: int | None = None,
     prompt_cache: str | os.PathLike[str] | None = None,
-    context: int | None = None,
-    streaming: bool = False,
-    start_size: int = 4,
-    recent_size: int | None = None,
-    dtype: str = "auto",
-    cache_dtype: str = "auto",
-    chat_template: str | os.PathLike[str] | None = None,
-    device: str = "auto",
     lines: Any = None,
-    **sampling: Any,
+    **options: Any,
 ) -> list[dict[str, str]]:
-    """Hold a conversation at the terminal -> its messages. The arguments are those of longlora.generate.
+    """Hold a conversation at the terminal -> its messages.
 
     system: the system message. lines: what the user says, by default what is typed.
     prompt_cache: a file. What it holds is not read again, and at the end it holds the conversation's cache.
+    max_new_tokens, options: as for longlora.generate.
     """
-    check(max_new_tokens, (), **sampling)
-    if prompt_cache is not None:
-        rehearse(prompt_cache)
-    session = Session(
-        model,
-        adapter,
-        context=context,
-        streaming=streaming,
-        start_size=start_size,
-        recent_size=recent_size,
-        dtype=dtype,
-        cache_dtype=cache_dtype,
-        chat_template=chat_template,
-        device=device,
-    )
-    if prompt_cache is not None:
-        session.load(prompt_cache, missing_ok=True)
+    check(max_new_tokens, ())
+    session, sampling = open_session(model, adapter, prompt_cache, options)
     conversation = Chat(session, system, max_new_tokens=max_new_tokens, **sampling)
     length = f"a context of {session.context} tokens" if session.context else "a conversation of any length"
     print(f"{session.chosen}; {length}; /help shows what else there is", file=sys.stderr)

@@ -10,8 +10,7 @@ from typing import Any
 from longlora.errors import UserError
 from longlora.serving.answer import Answer
 from longlora.serving.pdf import pdf_text
-from longlora.serving.prompt_cache import rehearse
-from longlora.serving.session import Session, check
+from longlora.serving.session import check, open_session
 
 PathLike = str | os.PathLike[str]
 QUESTION = "Below is some material. Read it, then answer the question.\n\n{material}\n\nQuestion: {question}"
@@ -45,24 +44,19 @@ def generate(
     max_new_tokens: int | None = None,
     stop: str | Sequence[str] = (),
     prompt_cache: PathLike | None = None,
-    context: int | None = None,
-    streaming: bool = False,
-    start_size: int = 4,
-    recent_size: int | None = None,
-    dtype: str = "auto",
-    cache_dtype: str = "auto",
-    chat_template: PathLike | None = None,
-    device: str = "auto",
-    **sampling: Any,
+    **options: Any,
 ) -> Answer:
     """Continue `prompt`, or answer `question` about the text file `material` -> an Answer to iterate over.
 
     A prompt is continued as it is. A question goes through the model's chat template. For several answers of
     one model use longlora.Session.
 
-    max_new_tokens, stop, sampling: as for Session.answer. The others: as for Session.
+    max_new_tokens, stop: as for Session.answer.
     prompt_cache: a file. If it is there, what the prompt shares with it is not read again. When the whole
         prompt has been read, it is written to the file.
+    options: the other keywords of longlora.Session (context, streaming, start_size, recent_size, dtype,
+        cache_dtype, chat_template, device), and the fields of decoder.sampling.Sampling (temperature, top_k,
+        top_p, min_p, seed, ...).
 
     UserError for files that cannot be read or do not fit in memory, before any weight is read.
     """
@@ -70,32 +64,14 @@ def generate(
         raise UserError("generate needs a prompt, or a question about a material")
     if prompt is not None and material is not None:
         raise UserError("material goes with a question, not with a prompt")
-    how = dict(max_new_tokens=max_new_tokens, stop=stop, **sampling)
-    check(**how)
+    check(max_new_tokens, stop)
     messages: list[dict[str, Any]] = [{"role": "user", "content": question}]
     if material is not None:
         messages = question_about(read_material(material), str(question))
-    if prompt_cache is not None:
-        rehearse(prompt_cache)
-    session = Session(
-        model,
-        adapter,
-        context=context,
-        streaming=streaming,
-        start_size=start_size,
-        recent_size=recent_size,
-        dtype=dtype,
-        cache_dtype=cache_dtype,
-        chat_template=chat_template,
-        device=device,
-    )
-    on_read = None
-    if prompt_cache is not None:
-        session.load(prompt_cache, missing_ok=True)
-        on_read = functools.partial(session.save, prompt_cache)
-    if prompt is not None:
-        return session.generate(prompt, on_read=on_read, **how)
-    return session.chat(messages, on_read=on_read, **how)
+    session, sampling = open_session(model, adapter, prompt_cache, options)
+    save = None if prompt_cache is None else functools.partial(session.save, prompt_cache)
+    how = dict(max_new_tokens=max_new_tokens, stop=stop, on_read=save, **sampling)
+    return session.chat(messages, **how) if prompt is None else session.generate(prompt, **how)
 
 
 def show(answer: Answer, out: Any = None) -> None:

@@ -2,7 +2,8 @@
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -151,3 +152,22 @@ class Session:
         if missing_ok and not os.path.exists(path):
             return 0
         return prompt_cache.load(path, self.opened.engine, self.opened.identity)
+
+
+def open_session(
+    model: PathLike, adapter: PathLike | None, cache: PathLike | None, options: Mapping[str, Any]
+) -> tuple[Session, dict[str, Any]]:
+    """Open a session with what the file `cache` holds, if that is given and exists.
+
+    options: keywords of Session, and fields of Sampling. Returns the session and the fields of Sampling.
+    UserError as for both, and for a `cache` that cannot be written, before any weight is read.
+    """
+    names = {field.name for field in fields(Sampling)}
+    sampling = {name: value for name, value in options.items() if name in names}
+    Sampling(**sampling)
+    if cache is not None:
+        prompt_cache.rehearse(cache)
+    session = Session(model, adapter, **{k: v for k, v in options.items() if k not in names})
+    if cache is not None:
+        session.load(cache, missing_ok=True)
+    return session, sampling
