@@ -82,7 +82,7 @@ class Answer:
         if event.reason == "error":
             raise UserError(event.error)
         if event.reason is not None:
-            self.reason = "stop" if self._stream.stopped else event.reason
+            self.reason = self._stream.reason(event.reason)
             return self._stream.finish()
         if self._stream.stopped:
             return ""

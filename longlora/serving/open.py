@@ -13,6 +13,7 @@ from longlora.decoder.weights import DTYPES
 from longlora.disk import read_json
 from longlora.errors import UserError
 from longlora.files import adapter as adapters
+from longlora.files.huggingface import GENERATION
 from longlora.files.merge import Merged
 from longlora.files.open_model import open_model
 from longlora.files.tokenizer import Tokenizer
@@ -109,7 +110,7 @@ def open_engine(
 def end_tokens(base: Any, tokenizer: Tokenizer) -> frozenset[int]:
     """The tokens that end an answer: those of generation_config.json, else of config.json and tokenizer."""
     found: list = []
-    path = os.path.join(base.path, "generation_config.json")
+    path = os.path.join(base.path, GENERATION)
     if os.path.isfile(path):
         found.append(read_json(path).get("eos_token_id"))
     if not found or found[0] is None:

@@ -35,6 +35,10 @@ class TextStream:
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text
 
+    def reason(self, reason: str) -> str:
+        """Why the answer ended, where the engine says `reason`: "stop" if a stop string has cancelled it."""
+        return "stop" if self.stopped and reason in ("cancelled", "length") else reason
+
     def finish(self) -> str:
         """What was held back, at the end of an answer."""
         text, self._held = self._held, ""

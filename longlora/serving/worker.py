@@ -84,9 +84,7 @@ class Choice:
             ends = event.end is not None
             self._scores.append(Score(int(token or 0), event.logprob, event.top, event.prompt, ends))
         if event.reason is not None:
-            stopped = self._stream.stopped and event.reason in ("cancelled", "length")
-            reason = "stop" if stopped else event.reason
-            self._send(self._stream.finish(), reason, event.error)
+            self._send(self._stream.finish(), self._stream.reason(event.reason), event.error)
         elif event.token is not None and not event.prompt and not self._stream.stopped:
             self._tokens += 1
             text = self._stream.add(event.token)
