@@ -18,8 +18,8 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
-from longlora.disk import read_json
 from longlora.errors import UserError
+from longlora.files.tokenizer import Tokenizer
 from longlora.files.tokenizer_files import CHAT_TEMPLATE
 
 # Rounds of all loops and calls of a rendering; characters or digits of a product.
@@ -179,41 +179,25 @@ class ChatTemplate:
 
 
 def find_template(
-    base: Any,
-    special: Mapping[str, str],
+    tokenizer: Tokenizer | None,
     file: str | os.PathLike[str] | None = None,
     adapter: str | os.PathLike[str] | None = None,
 ) -> ChatTemplate:
-    """Find the chat template of `base`, an opened model.
+    """Find the chat template of a model by its tokenizer.
 
-    It is in chat_template.jinja, in tokenizer_config.json, or in the metadata of a GGUF file.
     file: a template to use instead. adapter: a directory whose chat_template.jinja comes first, for it was
-    trained with that. A model without a template gets the format of LLaMA-2-chat.
+    trained with that. A model without a template gets the format of LLaMA-2-chat. UserError for a template
+    that cannot be read.
     """
+    special = tokenizer.special if tokenizer is not None else {}
+    if file is None and adapter is not None:
+        path = os.path.join(adapter, CHAT_TEMPLATE)
+        file = path if os.path.isfile(path) else None
     if file is not None:
         return ChatTemplate(_read(os.fspath(file)), special, os.fspath(file))
-    if adapter is not None:
-        path = os.path.join(adapter, CHAT_TEMPLATE)
-        if os.path.isfile(path):
-            return ChatTemplate(_read(path), special, path)
-    if base.kind == "gguf":
-        source = base.metadata.get("tokenizer.chat_template")
-        if isinstance(source, str):
-            return ChatTemplate(source, special, base.path)
-    else:
-        path = os.path.join(base.path, CHAT_TEMPLATE)
-        if os.path.isfile(path):
-            return ChatTemplate(_read(path), special, path)
-        path = os.path.join(base.path, "tokenizer_config.json")
-        found = read_json(path).get("chat_template") if os.path.isfile(path) else None
-        if isinstance(found, list):  # several by name
-            named = {x.get("name"): x.get("template") for x in found if isinstance(x, dict)}
-            found = named.get("default")
-        if isinstance(found, str):
-            return ChatTemplate(found, special, path)
-        if found is not None:
-            raise UserError(f"{path}: chat_template should be a text or a list with a default one")
-    return ChatTemplate(LLAMA_2, special, "the built-in chat template")
+    own = tokenizer.chat_templates() if tokenizer is not None else {}
+    source, where = own.get("default", (LLAMA_2, "the built-in chat template"))
+    return ChatTemplate(source, special, where)
 
 
 def _read(path):

@@ -16,17 +16,19 @@ from typing import Any
 import numpy as np
 
 from longlora.decoder.config import ModelConfig
-from longlora.disk import json_text, write_bytes
+from longlora.disk import json_text, parse_json, write_bytes
 from longlora.errors import UserError
 from longlora.files import sentencepiece, tokenizer_gguf
 from longlora.files.tokenizer_backend import add_tokens, build, guarded, post_process, probe, repair, silent
 from longlora.files.tokenizer_class import as_class, choose
 from longlora.files.tokenizer_files import (
+    CHAT_TEMPLATE,
     CONFIG,
     JSON,
     MERGES,
     OTHER,
     SENTENCEPIECE,
+    TEMPLATES,
     VOCAB,
     Path,
     TokenizerFiles,
@@ -234,6 +236,37 @@ class Tokenizer:
             if name == CONFIG and length is not None:
                 content = _longer(content, length)
             write_bytes(os.path.join(directory, name), content)
+
+    def chat_templates(self) -> dict[str, tuple[str, str]]:
+        """The chat templates: name, "default" for the usual one -> text, and the file that holds it.
+
+        As in transformers, files of their own come before tokenizer_config.json. UserError for a file that is
+        not UTF-8, and for a chat_template in the config that is neither a text nor a list of named ones.
+        """
+        found: dict[str, tuple[str, str]] = {}
+        for name in self._files:
+            folder, base = os.path.split(name)
+            if name == CHAT_TEMPLATE or folder == TEMPLATES:
+                try:
+                    text = self.file(name).decode("utf-8").replace("\r\n", "\n")
+                except UnicodeDecodeError:
+                    raise UserError(f"{self._place(name)}: the chat template is not UTF-8") from None
+                found["default" if not folder else base.removesuffix(".jinja")] = text, self._place(name)
+        if found or CONFIG not in self._files:
+            return found
+        told, where = parse_json(self.file(CONFIG), CONFIG).get("chat_template"), self._place(CONFIG)
+        if isinstance(told, list):
+            told = {x.get("name"): x.get("template") for x in told if isinstance(x, dict)}
+        elif isinstance(told, str):
+            told = {"default": told}
+        elif told is not None:
+            raise UserError(f"{where}: chat_template should be a text or a list with a default one")
+        texts = (told or {}).items()
+        return {k: (x, where) for k, x in texts if isinstance(k, str) and isinstance(x, str)}
+
+    def _place(self, name):
+        """Its file `name`, for messages; a GGUF is one file."""
+        return os.path.join(self.where, name) if os.path.isdir(self.where) else self.where
 
     def put(self, name: str, content: bytes) -> None:
         """Let `save` write the file `name` with this content."""

@@ -6,18 +6,15 @@ and is refused.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from longlora.decoder.config import ModelConfig
-from longlora.disk import parse_json
 from longlora.errors import UserError
 from longlora.files.model_file import some
 from longlora.files.sentencepiece import SPACE
 from longlora.files.tokenizer import Tokenizer
 from longlora.files.tokenizer_class import LLAMA3, QWEN2, QWEN35, TEKKEN
-from longlora.files.tokenizer_files import CONFIG, TEMPLATES
 from longlora.files.tokenizer_gguf import CONTROL, GPT4O, PREFIX, USER_DEFINED
 
 Keys = dict[str, Any]
@@ -210,19 +207,8 @@ def _special(tokenizer, config, generation):
 
 
 def _templates(tokenizer):
-    """The chat templates, by the keys that llama.cpp reads. As in transformers, files precede the config."""
-    named = {}
-    for name in tokenizer.names():
-        folder, base = os.path.split(name)
-        if name == "chat_template.jinja" or folder == TEMPLATES:
-            text = tokenizer.file(name).decode("utf-8").replace("\r\n", "\n")
-            named["default" if not folder else base.removesuffix(".jinja")] = text
-    if not named and CONFIG in tokenizer.names():
-        told = parse_json(tokenizer.file(CONFIG), CONFIG).get("chat_template")
-        if isinstance(told, list):
-            told = {x.get("name"): x.get("template") for x in told if isinstance(x, dict)}
-        named = told if isinstance(told, dict) else {"default": told}
-    named = {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
+    """The chat templates, by the keys that llama.cpp reads."""
+    named = {name: text for name, (text, _) in tokenizer.chat_templates().items()}
     found: Keys = {}
     if "default" in named:
         found["tokenizer.chat_template"] = named.pop("default")

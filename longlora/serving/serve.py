@@ -71,7 +71,7 @@ def serve(
             model, adapter, context=context, rows=rows, dtype=dtype, cache_dtype=cache_dtype, device=device
         )
         opened.engine.queue, places = queue, opened.engine.cache.places
-        template = find_template(opened.base, opened.tokenizer.special, chat_template, adapter)
+        template = find_template(opened.tokenizer, chat_template, adapter)
         name = served_model_name or Path(model if adapter is None else adapter).resolve().name
         limits = Limits(name, places, rows + queue, max_new_tokens, defaults)
         service = Service(opened, template, limits, key, origins, any_host=not local)

@@ -91,8 +91,7 @@ class Session:
     @functools.cached_property
     def template(self) -> Any:
         """The chat template. UserError if its file cannot be read."""
-        opened = self.opened
-        return find_template(opened.base, opened.tokenizer.special, self._chat_template, self._adapter)
+        return find_template(self.opened.tokenizer, self._chat_template, self._adapter)
 
     def generate(self, prompt: str, **how: Any) -> Answer:
         """Continue `prompt` as it is -> an Answer to iterate over. how: see `answer`."""

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -71,7 +70,6 @@ class Source:
 
         assert o.init is not None
         directory = o.init if os.path.isdir(o.init) else os.path.dirname(o.init) or "."
-        self._directory = directory
         self.base, self.config, self.tokenizer = None, read_config(o.init), None
         self.fingerprint = f"random {o.seed}"
         if Tokenizer.is_in(directory):
@@ -83,9 +81,7 @@ class Source:
 
         It goes with the tokenizer's files, so that it is there where the result is used.
         """
-        base = self.base or SimpleNamespace(kind="huggingface", path=self._directory)
-        special = self.tokenizer.special if self.tokenizer else {}
-        found = find_template(base, special, o.chat_template, o.adapter)
+        found = find_template(self.tokenizer, o.chat_template, o.adapter)
         if self.tokenizer:
             self.tokenizer.put(CHAT_TEMPLATE, found.source.encode())
         return found

@@ -2,7 +2,7 @@
 
 import datetime
 import json
-from types import SimpleNamespace
+import os
 
 import pytest
 import tiny
@@ -12,6 +12,8 @@ from longlora.data import chat_template
 from longlora.data.chat_template import LLAMA_2, ChatTemplate, find_template
 from longlora.errors import UserError
 from longlora.files.open_model import open_model
+from longlora.files.tokenizer import Tokenizer
+from longlora.files.tokenizer_gguf import byte_alphabet
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 CHATML = (
@@ -181,61 +183,84 @@ def test_rounds_of_all_loops_and_calls_are_counted(monkeypatch):
         ChatTemplate("{% for i in range(9) %}x{% endfor %}", SPECIAL, "here").render([])
 
 
+def files_of(path):
+    """A tokenizer without a vocabulary, with the files that lie in `path`."""
+    files = {name: (path / name).read_bytes() for name in os.listdir(path)}
+    return Tokenizer(UserError("no vocabulary"), SPECIAL, files, str(path))
+
+
 def test_a_template_comes_from_adapter_model_or_gguf(tmp_path):
     """The adapter's file comes before the model's, a GGUF file has its own, and errors name the file."""
-    path = tiny.model(tmp_path / "base")
-    (path / "chat_template.jinja").write_text("of the model")
-    adapter = tmp_path / "adapter"
+    path, adapter = tmp_path / "base", tmp_path / "adapter"
+    path.mkdir()
     adapter.mkdir()
-    model = open_model(path)
-    found = find_template(model, SPECIAL, adapter=adapter)
+    (path / "chat_template.jinja").write_text("of the model")
+    found = find_template(files_of(path), adapter=adapter)
     assert (found.source, found.where) == ("of the model", str(path / "chat_template.jinja"))
     (adapter / "chat_template.jinja").write_text("of the adapter: {{ bos_token }}")
-    found = find_template(model, SPECIAL, adapter=adapter)
+    found = find_template(files_of(path), adapter=adapter)
     assert (found.render([]), found.where) == ("of the adapter: <s>", str(adapter / "chat_template.jinja"))
     (tmp_path / "mine").write_text("{{ eos_token }}")
-    found = find_template(model, SPECIAL, tmp_path / "mine", adapter)
+    found = find_template(files_of(path), tmp_path / "mine", adapter)
     assert (found.render([]), found.where) == ("</s>", str(tmp_path / "mine"))
     with pytest.raises(UserError, match="none: cannot be read: No such file or directory"):
-        find_template(model, SPECIAL, tmp_path / "none")
+        find_template(files_of(path), tmp_path / "none")
+    (path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="base/chat_template.jinja: the chat template is not UTF-8"):
+        find_template(files_of(path))
 
-    gguf = SimpleNamespace(
-        kind="gguf", path="x.gguf", metadata={"tokenizer.chat_template": "g {{ bos_token }}"}
-    )
-    found = find_template(gguf, SPECIAL)
-    assert (found.render([]), found.where) == ("g <s>", "x.gguf")
-    gguf.metadata = {}
-    found = find_template(gguf, SPECIAL)
+    metadata = {"tokenizer.chat_template": "g {{ bos_token }}"} | gguf_tokenizer()
+    found = find_template(Tokenizer.from_gguf(metadata, "x.gguf"))
+    assert (found.source, found.where) == ("g {{ bos_token }}", "x.gguf")
+    found = find_template(Tokenizer.from_gguf(gguf_tokenizer(), "x.gguf"))
     assert (found.source, found.where) == (LLAMA_2, "the built-in chat template")
-    assert found.render([USER]) == "<s>[INST] " + USER["content"] + " [/INST]"
 
     (path / "chat_template.jinja").unlink()
     config = path / "tokenizer_config.json"
     config.write_text(json.dumps({"chat_template": "c {{ bos_token }}"}))
-    found = find_template(model, SPECIAL)
+    found = find_template(files_of(path))
     assert (found.render([]), found.where) == ("c <s>", str(config))
     config.write_text(json.dumps({"chat_template": 7}))
     with pytest.raises(UserError, match="tokenizer_config.json: chat_template should be a text or a list"):
-        find_template(model, SPECIAL)
+        find_template(files_of(path))
     for without in ([{"name": "tool_use", "template": "t"}, "x"], None):
         config.write_text(json.dumps({"chat_template": without}))
-        assert find_template(model, SPECIAL).source == LLAMA_2
+        assert find_template(files_of(path)).source == LLAMA_2
     config.unlink()
-    assert find_template(model, SPECIAL).source == LLAMA_2
+    for none in (files_of(path), None):
+        assert find_template(none).source == LLAMA_2
+    assert find_template(files_of(path)).render([USER]) == "<s>[INST] " + USER["content"] + " [/INST]"
+
+
+def gguf_tokenizer():
+    """The metadata of a GGUF with a small byte-level tokenizer."""
+    letters = list(byte_alphabet().values())
+    tokens = ["<s>", "</s>", *letters, letters[0] + letters[1]]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3] + [1] * 257,
+        "tokenizer.ggml.merges": [f"{letters[0]} {letters[1]}"],
+        "tokenizer.ggml.bos_token_id": 0,
+    }
 
 
 def test_the_file_of_a_template_wins_over_the_config(tmp_path):
     """chat_template.jinja wins, then tokenizer_config.json, of a list the default, then LLaMA-2's format."""
     path = tiny.model(tmp_path / "base")
-    assert find_template(open_model(path), SPECIAL).source == LLAMA_2
+
+    def found(*file):
+        return find_template(open_model(path).tokenizer(), *file).source
+
+    assert found() == LLAMA_2
     config = json.loads((path / "tokenizer_config.json").read_text())
     config["chat_template"] = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     (path / "tokenizer_config.json").write_text(json.dumps(config))
-    assert find_template(open_model(path), SPECIAL).source == "d"
+    assert found() == "d"
     (path / "chat_template.jinja").write_text("j")
-    assert find_template(open_model(path), SPECIAL).source == "j"
+    assert found() == "j"
     (tmp_path / "mine.jinja").write_text("m")
-    assert find_template(open_model(path), SPECIAL, tmp_path / "mine.jinja").source == "m"
+    assert found(tmp_path / "mine.jinja") == "m"
     (tmp_path / "mine.jinja").write_bytes(b"\xff")
     with pytest.raises(UserError, match="mine.jinja: the chat template is not UTF-8"):
-        find_template(open_model(path), SPECIAL, tmp_path / "mine.jinja")
+        found(tmp_path / "mine.jinja")
