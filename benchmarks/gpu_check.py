@@ -34,12 +34,14 @@ OP_TESTS = (
     "rope_op",
     "lora_linear",
     "s2_attention",
+    "cached_attention",
     "swiglu",
     "linear_cross_entropy",
     "adamw",
     "cuda_views",
     "cuda_binding",
     "cuda_streams",
+    "cuda_generate",
 )
 # The last two skip themselves without transformers and peft.
 TORCH_TESTS = ("torch_ops", "torch_transformers", "torch_extend")

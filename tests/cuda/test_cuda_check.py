@@ -87,6 +87,16 @@ def test_a_part_that_fails_or_takes_too_long_keeps_the_others(tmp_path, monkeypa
     assert "| memcheck | out of time |" in (tmp_path / "report.md").read_text()
 
 
+def test_every_kernel_is_tested(monkeypatch):
+    """A .cu file of an op has a test file of the op's name, and the check runs it."""
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.gpu_check import OP_TESTS
+
+    stems = {path.stem for path in (ROOT / "cuda").glob("*.cu")} - {"copy", "device", "gemm"}
+    ops = {{"rope": "rope_op"}.get(stem, stem.removesuffix("_forward")) for stem in stems}
+    assert ops - {"s2_attention_backward"} == {name for name in OP_TESTS if not name.startswith("cuda_")}
+
+
 def test_what_the_tests_came_to(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks import gpu_check
