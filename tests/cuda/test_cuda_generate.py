@@ -15,7 +15,9 @@ from longlora.files.open_model import open_model
 if not cuda.is_available():
     pytest.skip(f"no GPU and no emulation of one: {cuda.reason()}", allow_module_level=True)
 
-NEAR = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.01}
+# Logits reach 4. On the emulation they differ by 1.5e-5 at most in each dtype. A GPU may round a key or a
+# value of the cache the other way: by 2^-8 in bfloat16, and one of forty keys has a small share of a logit.
+NEAR = {"float32": 1e-4, "bfloat16": 4e-3, "float16": 1e-3}
 
 
 @pytest.mark.parametrize("dtype", NEAR)
