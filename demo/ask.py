@@ -17,7 +17,7 @@ import longlora
 
 
 def plain(text: str) -> str:
-    """The first line of an answer, without what does not count."""
+    """The first line of an answer, without the characters that the comparison ignores."""
     return " ".join(text.strip().partition("\n")[0].replace('"', "").split()).rstrip(".")
 
 

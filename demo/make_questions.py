@@ -42,7 +42,7 @@ def chapters(book: str) -> list[Chapter]:
 
 
 def passage(chosen: random.Random, book: list[Chapter], characters: int) -> list[Chapter]:
-    """Consecutive chapters from a random one on, half of `characters` to all of them long.
+    """Consecutive chapters that begin with a random one, between half of `characters` and all of them long.
 
     A single chapter that is longer is cut at the end of a paragraph.
     """

@@ -39,7 +39,7 @@ def guarded(run: Callable[[], int], program: str = "longlora", speaks: bool = Tr
 
 
 def _open_standard_streams() -> None:
-    """Give this process the streams that it was started without: Python has None in their places."""
+    """Open the standard streams that the process was started without. Python has None for them."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
@@ -72,7 +72,7 @@ def _outcome(
 
 
 class _Watched:
-    """Standard output that remembers why something could not be written; argparse, for one, does not say."""
+    """Standard output that keeps the error of a failed write. argparse, for one, drops that error."""
 
     def __init__(self, stream: Any):
         self._stream = stream

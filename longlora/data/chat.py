@@ -5,7 +5,6 @@ The forms are those that Alpaca and LongAlpaca, ShareGPT, TRL and the OpenAI API
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,7 +27,7 @@ _ROLES = {
 
 
 class _Wrong(Exception):
-    """What is wrong with a record, without its place."""
+    """A fault in a record. Whoever catches it adds the place."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def form_of(path: str) -> Form | None:
 
 
 def form_in(corpus: Corpus) -> Form | None:
-    """As form_of, of an opened Corpus."""
+    """As form_of, for an open Corpus."""
     path = corpus.files[0]
     if any(records.kind(file) in (".txt", ".bin") for file in corpus.files):
         return None
@@ -198,7 +197,7 @@ def samples(files: Sequence[str], form: Form) -> Iterator[tuple[str, Sample]]:
 
 
 def _extra(record):
-    """What a template may read besides the messages."""
+    """The names that a template may read besides the messages."""
     tools = record.get("tools") or None
     if isinstance(tools, str):  # a dataset whose tools differ in their fields holds them as JSON
         try:
@@ -256,23 +255,18 @@ def _by_prefix(template, messages, i, text, extra, ends):
     if prompted and text.startswith(turn) and len(turn) > len(start):
         own = turn[len(start) :].rstrip()
         return len(start), len(start) + len(own) if own.endswith(ends) else len(turn)
-    # Some templates write a message in another way where it is the last one, or begin an answer in another
-    # way than the prompt. What the assistant says must then follow the prompt, and an end token must follow.
+    # Some templates write the last message differently, or begin an answer differently from the prompt for
+    # one. Then the assistant's text must follow the prompt, and an end token must follow the text.
     content = messages[i].get("content")
     said = content.strip() if isinstance(content, str) and not messages[i].get("tool_calls") else ""
     common = len(os.path.commonprefix([start, text]))
-    first = text.rfind(said, max(0, common - len(said) + 1), _skip(text, common) + len(said)) if said else -1
-    last = _skip(text, first + len(said))
+    most = records.skip_spaces(text, common) + len(said)
+    first = text.rfind(said, max(0, common - len(said) + 1), most) if said else -1
+    last = records.skip_spaces(text, first + len(said))
     end = next((end for end in ends if text.startswith(end, last)), None)
     if first < 0 or end is None:
         raise _unclear(template, *((turn, text) if prompted else (start, text)), i)
     return len(start) if prompted else first, last + len(end)
-
-
-def _skip(text, at):
-    """The place of the first character from `at` on that is not a space."""
-    found = re.compile(r"\S").search(text, at)
-    return found.start() if found else len(text)
 
 
 def _unclear(template, start, text, i):
@@ -300,7 +294,7 @@ class Instructions:
     everything: bool = False
 
     def key(self) -> list:
-        """What the tokens depend on, besides the records and the tokenizer."""
+        """Everything that the tokens depend on, besides the records and the tokenizer."""
         return [VERSION, self.form.name, self.template and self.template.key(), self.everything]
 
     def encode(

@@ -22,7 +22,7 @@ from longlora.errors import UserError
 from longlora.files.tokenizer import Tokenizer
 from longlora.files.tokenizer_files import CHAT_TEMPLATE
 
-# Rounds of all loops and calls of a rendering; characters or digits of a product.
+# The most rounds of loops and calls in a rendering, and the most characters or digits of a product.
 MOST = 2_000_000
 _COUNTED, _ROUNDS = "longlora counted", "longlora rounds"  # names that no template can use
 # The format of LLaMA-2-chat, which the authors of LongLoRA train on: for models without a template.
@@ -137,7 +137,7 @@ class ChatTemplate:
         self.marks_answers = "endgeneration" in source
 
     def key(self) -> list[Any]:
-        """What the text of messages depends on."""
+        """Everything that the text depends on, besides the messages."""
         return [self.source, sorted(self._special.items())]
 
     def render(

@@ -83,14 +83,14 @@ def _values(path):
     A large file is not parsed whole: its objects would take several times its size.
     """
     text, decoder = decoded(read_bytes(path), path, 0).removeprefix("\ufeff"), json.JSONDecoder()
-    at = _skip(text, 0)
+    at = skip_spaces(text, 0)
     listed = text[at : at + 1] == "["
     at += listed
     number = 0
     while True:
-        at = _skip(text, at)
+        at = skip_spaces(text, at)
         if listed and number and text[at : at + 1] == ",":
-            at = _skip(text, at + 1)
+            at = skip_spaces(text, at + 1)
         elif text[at : at + 1] in (("]",) if listed else ("",)):
             break
         elif listed and number:
@@ -101,11 +101,11 @@ def _values(path):
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: record {number} is not JSON: {getattr(error, 'msg', error)}") from None
         yield f"record {number}", value
-    if listed and _skip(text, at + 1) < len(text):
+    if listed and skip_spaces(text, at + 1) < len(text):
         raise UserError(f"{path}: is not JSON: there is more after the list")
 
 
-def _skip(text, at):
+def skip_spaces(text: str, at: int) -> int:
     """The place of the first character from `at` on that is not a space."""
     found = _LETTER.search(text, at)
     return found.start() if found else len(text)

@@ -5,7 +5,6 @@ prefix is added on writing and removed on reading.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -18,7 +17,7 @@ from longlora.decoder.lora import LoraConfig
 from longlora.disk import make_directory, read_json, write_json
 from longlora.errors import UserError
 from longlora.files import base_folder, card
-from longlora.files.model_file import SAMPLE, ModelFile, some, to_float32
+from longlora.files.model_file import ModelFile, some, to_float32
 from longlora.files.safetensors import SafetensorsFile
 from longlora.files.safetensors import save as save_tensors
 from longlora.files.tokenizer import Tokenizer
@@ -261,11 +260,11 @@ def check(tensors: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], whe
             )
 
 
-def fingerprint(lora: LoraConfig, tensors: Mapping[str, np.ndarray], config: Any) -> str:
-    """Identify an adapter: a hash of rank, scale, rope, and of names, first and last bytes of tensors."""
-    digest = hashlib.sha256(json.dumps([lora.r, lora.scale, repr(config.rope)]).encode())
-    for name, array in sorted(tensors.items()):
-        flat = array.reshape(-1)
+def fingerprint(lora: LoraConfig, tensors: Mapping[str, np.ndarray], config: ModelConfig) -> str:
+    """Identify an adapter by what it computes: its scale, its positions and every value of its tensors."""
+    digest = hashlib.sha256(repr((lora.scale, config.rope, config.max_position_embeddings)).encode())
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
         digest.update(f"{name} {list(array.shape)}\n".encode())
-        digest.update(flat[:SAMPLE].tobytes() + flat[-SAMPLE:].tobytes())
+        digest.update(array.data)
     return digest.hexdigest()

@@ -69,13 +69,13 @@ class Architecture:
     names: dict[str, str] = field(default_factory=lambda: LAYER_NAMES)
     multipliers: dict[str, str] = field(default_factory=dict)  # metadata key -> config key
     fixed: dict[str, Any] = field(default_factory=dict)  # config keys that the architecture implies
-    # What llama.cpp computes besides.
+    # Whether llama.cpp computes these for the architecture.
     divisors: bool = False  # it divides the rope's frequencies by rope_freqs.weight
     o_bias: bool = False  # it adds a bias to the attention's output
     square: bool = False  # it expects heads x head size to be the hidden size
 
 
-# Architectures have the names of our families, but for those that are stored as another.
+# An architecture has the name of its family here, unless the family is stored as another one.
 STORED_AS = {"mistral": "llama"}
 ARCHITECTURES = {
     "llama": Architecture(interleaved=True, divisors=True, o_bias=True),

@@ -151,7 +151,7 @@ def _template(adapter):
 
 
 def _name(output_dir):
-    """How the model is called: as its directory."""
+    """The name of the model: that of its directory."""
     return printable(os.path.basename(os.path.realpath(output_dir)))
 
 

@@ -137,7 +137,7 @@ class Tokenizer:
         self.special = {name: text for name, text in self.special.items() if text not in texts}
 
     def _copy(self, changes):
-        """A backend like this one but for `changes` of its tokenizer.json."""
+        """A copy of this backend with `changes` made in its tokenizer.json."""
         made = build({**json.loads(self.backend.to_str()), **changes}, self.where)
         made.encode_special_tokens = self.backend.encode_special_tokens
         return made

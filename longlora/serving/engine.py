@@ -203,7 +203,7 @@ class Engine:
             slot.used = self._clock
 
     def _share(self, slot):
-        """Copy what another row holds of a prompt, so that it is read once for all who ask it."""
+        """Copy the part of the prompt that another row holds, so that a shared prompt is read once."""
         request, have = slot.request, len(slot.tokens)
         if request.score_prompt:
             return

@@ -16,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from longlora.errors import UserError
 
-# Seconds for the head of a request to come; for the client to read what it has been sent.
+# Seconds until the head of a request must be there, and until a client must have read what it was sent.
 HEAD_SECONDS, READ_SECONDS = 20.0, 60.0
 BACKLOG = 128  # connections that the system holds until they are taken
 
@@ -129,7 +129,7 @@ class Server(uvicorn.Server):
         if not self._draining:
             self.stop()
             text = f"{signal.Signals(sig).name}: finishing the answers that run; once more ends them\n"
-            # print may be what the signal has interrupted, and nobody may be left to read.
+            # The signal may have interrupted print, and standard error may be closed.
             if sys.__stderr__ is not None:
                 with contextlib.suppress(OSError):
                     os.write(2, text.encode())

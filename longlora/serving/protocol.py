@@ -21,7 +21,7 @@ HARMLESS = frozenset(
     "user metadata store safety_identifier service_tier prompt_cache_key prompt_cache_retention "
     "parallel_tool_calls".split()
 )
-# Fields of OpenAI's API that ask for what is not done here, and the values that ask for nothing.
+# Fields of OpenAI's API that this server does not support. The listed values ask for nothing and pass.
 NOTHING: Mapping[str, tuple[Any, ...]] = dict(
     tools=([],),
     tool_choice=("none", "auto"),
@@ -38,7 +38,7 @@ NOTHING: Mapping[str, tuple[Any, ...]] = dict(
     web_search_options=(),
 )
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-# Names that a chat template gets from us.
+# Names that the server passes to a chat template.
 RESERVED = ("messages", "add_generation_prompt", "tools", "self")
 MOST_STOPS, LONGEST_STOP, MOST_BIASES, MOST_TOP = 16, 256, 1024, 20
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
@@ -49,7 +49,7 @@ class Refused(Exception):
 
     def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
         super().__init__(message)
-        # What the message quotes may be any text.
+        # The message may quote any text.
         self.message, self.status, self.param, self.code = str(UserError(message)), status, param, code
 
     def body(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def event(value: Any) -> bytes:
 
 @dataclass
 class _Said:
-    """What there is of one answer. start: characters before its next token."""
+    """One answer so far. start: characters before its next token."""
 
     echo: str
     text: list[str] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Reply:
         return all(said.reason for said in self._said)
 
     def add(self, piece: Piece) -> None:
-        """Take what is new of an answer."""
+        """Add the new part of an answer."""
         said = self._said[piece.index]
         said.text.append(piece.text)
         said.scores.extend(piece.scores)

@@ -36,10 +36,8 @@ from longlora.serving.worker import Choice, Worker
 
 # A request's body may take BODY_SECONDS, plus one second for each BYTES_PER_SECOND that have come.
 BODY_SECONDS, BYTES_PER_SECOND = 30.0, 32 << 10
-SMALLEST_LIMIT, BYTES_PER_TOKEN = (
-    4 << 20,
-    64,
-)  # of a body: the larger one of this and of that times the context
+# The limit of a body in bytes: SMALLEST_LIMIT, or if that is more, BYTES_PER_TOKEN times the context.
+SMALLEST_LIMIT, BYTES_PER_TOKEN = 4 << 20, 64
 DRAINED = 64 << 20  # bytes of a body over the limit that are read, so that the client hears why
 MOST_COMING = 32  # requests, beyond those that have a place, whose bodies are read
 RETRY_SECONDS = 5
@@ -116,7 +114,7 @@ class Service:
         return error
 
     def _admit(self, method: str, path: str, headers: dict[bytes, bytes]) -> None:
-        """Refused for a request that is not let in.
+        """Raise Refused for a request that may not use the server.
 
         Without a key, pages of other sites must not use the server by the browser of someone who may: a
         browser says in Origin whose page asks, and in Host by which name, which such a site may have made its
@@ -251,8 +249,7 @@ class Service:
         return found
 
     def _chat_ids(self, wanted):
-        """The tokens of a conversation, if asked for without the fewest of its oldest turns."""
-
+        """The tokens of a conversation, without the oldest turns that do not fit if the client allows that."""
         messages = wanted.messages
         head = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
 
@@ -321,7 +318,7 @@ class Service:
 
 
 class _Guard:
-    """Answers requests that are not let in."""
+    """Refuses the requests that `admit` does not let in."""
 
     def __init__(self, app: Any, admit: Callable[[str, str, dict[bytes, bytes]], None]):
         self._app, self._admit = app, admit

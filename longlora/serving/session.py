@@ -22,7 +22,7 @@ PathLike = str | os.PathLike[str]
 def check(
     max_new_tokens: int | None, stop: str | Sequence[str], **sampling: Any
 ) -> tuple[Sampling, Sequence[str]]:
-    """UserError for arguments of an answer that cannot be -> how tokens are chosen, and the stop strings."""
+    """Check the arguments of an answer -> its Sampling and its stop strings. UserError names a wrong one."""
     if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 1):
         raise UserError(f"max_new_tokens should be an integer of at least 1, got {max_new_tokens!r}")
     return Sampling(**sampling), [stop] if isinstance(stop, str) else stop

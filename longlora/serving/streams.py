@@ -94,7 +94,7 @@ class Stream(Response):
             await send({"type": "http.response.body", "body": b""})
 
     async def _parts(self):
-        """What to send, as it comes: the events of all pieces that there are at a time."""
+        """The parts of the stream. Pieces that are ready together are one part."""
         made, pieces = self._made, self._begun
         yield b"".join(made.beginning())
         try:

@@ -29,7 +29,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new of an answer: text, and scores if asked for.
+    """The new part of an answer: text, and scores if asked for.
 
     cut: whether a stop string has cut the text, so that the last scores may be of tokens that are not in it.
     reason: an Event's, with the last piece.

@@ -265,7 +265,7 @@ def load(adapter: str | Path, base: str | Path, is_trainable: bool = False, **kw
 
 
 def positions(adapter: str | Path, place: str, how: dict[str, Any]) -> Any:
-    """The config with which an adapter's base at `place` has the adapter's positions, or None: as it is.
+    """The config that gives the base at `place` the adapter's positions; None if its own config has them.
 
     how: keywords of from_pretrained.
     """

@@ -4,7 +4,7 @@ import math
 import os
 from dataclasses import dataclass
 
-# What trainer_state.json says, in transformers' words, and of which held-out sequences it says so.
+# Keys of trainer_state.json: transformers' names, and the held-out sequences that the metric belongs to.
 METRIC, STEP, PATH, HELD_OUT = "best_metric", "best_global_step", "best_model_checkpoint", "held_out"
 
 

@@ -1,11 +1,7 @@
 """A run that trains an adapter further: the options that the adapter decides, and which adapter it is."""
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from longlora.decoder.config import ModelConfig, read_config
 from longlora.decoder.lora import LoraConfig
@@ -52,13 +48,3 @@ def _same(name, given, value, lora, config):
     if given == ("all-linear",):
         given = "all-linear"
     return replace(lora, **{name: given}).tensor_shapes(config) == lora.tensor_shapes(config)
-
-
-def fingerprint(lora: LoraConfig, tensors: Mapping[str, np.ndarray], config: ModelConfig) -> str:
-    """Identify an adapter by what it computes: its scale, its positions and every value of its tensors."""
-    digest = hashlib.sha256(repr((lora.scale, config.rope, config.max_position_embeddings)).encode())
-    for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name])
-        digest.update(f"{name} {list(array.shape)}\n".encode())
-        digest.update(array.data)
-    return digest.hexdigest()

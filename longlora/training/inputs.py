@@ -64,7 +64,7 @@ class Source:
             if o.adapter is not None:
                 lora, self.adapter, raw = adapters.load(o.adapter, self.base)
                 config = self.config if raw is None else read_config(raw)
-                self.adapter_fingerprint = from_adapter.fingerprint(lora, self.adapter, config)
+                self.adapter_fingerprint = adapters.fingerprint(lora, self.adapter, config)
             return
         from longlora.files.tokenizer import Tokenizer
 
@@ -175,7 +175,7 @@ def read_data(
         return Sequences(tokens, o.sequence_length, long, path, boundaries)
 
     def of_form(name, form):
-        """The option as it is for the data, unless these are of another form and nobody has set it."""
+        """The run's option; or if nobody has set it and the data's form is another, the default of `form`."""
         if bool(form) == bool(forms[o.data]) or name in o.given:
             return getattr(o, name)
         return (OF_ANSWERS if form else OF_TEXT)[name]

@@ -90,7 +90,7 @@ REPORTERS: dict[str, tuple[Callable[[TrainOptions], Reporter], str]] = {
 
 
 def chosen(report_to: Iterable[str]) -> list[str]:
-    """The programs that report_to means; "all" is all that are installed. UserError for one that is not."""
+    """The programs that report_to names; "all" means all that are installed. UserError for a missing one."""
     if "all" in report_to:
         return [name for name in REPORTERS if _missing(name) is None]
     for name in report_to:

@@ -46,7 +46,7 @@ class Stop:
                 f"\n{signal.Signals(number).name}: finishing and saving this step; a SIGINT or SIGTERM after "
                 f"{TOGETHER:g} s ends the run at once and loses what is not saved\n"
             )
-            # print may be what the signal has interrupted, and nobody may be left to read. Without a standard
+            # The signal may have interrupted print, and standard error may be closed. Without a standard
             # error, descriptor 2 is a file of the run.
             if sys.__stderr__ is not None:
                 with contextlib.suppress(OSError):
