@@ -249,7 +249,7 @@ class Service:
         return found
 
     def _chat_ids(self, wanted):
-        """The tokens of a conversation, without the oldest turns that do not fit if the client allows that."""
+        """The tokens of a conversation. Turns that do not fit are left out if the client has agreed."""
         messages = wanted.messages
         head = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
 
