@@ -84,7 +84,7 @@ def _plan(args: argparse.Namespace) -> int:
 
     given = {name: value for name, value in vars(args).items() if value is not None}
     if args.generate:
-        takes = ("model", "dtype", "device", "max_memory", *_GENERATION)
+        takes = ("model", "adapter", "dtype", "device", "max_memory", *_GENERATION)
         given = {name: value for name, value in given.items() if name not in ("command", "generate", "json")}
         odd = [name for name in given if name not in takes]
         if odd:

@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +21,11 @@ import longlora
 from longlora import _C, cli, cuda
 from longlora.decoder import generation_plan
 from longlora.decoder.config import read_config
+from longlora.decoder.lora import LoraConfig
 from longlora.device import choose
 from longlora.errors import UserError
 from longlora.evaluation import ppl
+from longlora.files import adapter
 from longlora.training import driver, options
 
 GIVEN = dict(model="m", data="d", output_dir="o")
@@ -518,8 +521,14 @@ def test_plan_of_generation(tmp_path, capsys, monkeypatch):
         longlora.plan(generate=True, model=flags[3], device="cpu", rows=4).to_json()["parts"].keys()
         == found["parts"].keys()
     )
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    opened = SimpleNamespace(path=str(tmp_path / "model"), config=read_config(config), fingerprint=lambda: "")
+    longer = dict(max_position_embeddings=2000, rope_scaling=dict(rope_type="linear", factor=4.0))
+    adapter.save(tmp_path / "adapter", None, LoraConfig(), opened, config | longer)
+    assert cli.main([*flags, "--adapter", str(tmp_path / "adapter"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["context"] == 2000
     for wrong, words in (
-        ([*flags, "--target-length", "9"], "plan --generate takes --model, --dtype"),
+        ([*flags, "--target-length", "9"], "plan --generate takes --model, --adapter, --dtype"),
         ([*flags, "--context", "0"], "context should be an integer from 1 to 16777216, got 0"),
         ([*flags, "--max-memory", "nan"], "max_memory should be a number of GiB above 0"),
         ([*flags, "--dtype", "int8"], "dtype should be one of float32, bfloat16, float16, got 'int8'"),

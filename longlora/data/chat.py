@@ -19,7 +19,7 @@ from longlora.files.tokenizer import Tokenizer
 
 TEXT = "text"  # the form of records that are plain text
 AT_ONCE = 1 << 21  # characters that are tokenised in parallel
-VERSION = 1  # of the rules by which records become ids and answers; older caches are not used
+VERSION = 2  # of the rules by which records become ids and answers; older caches are not used
 _ROLES = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"},
     **{"system": "system", "tool": "tool", "observation": "tool", "function_response": "tool"},
@@ -69,17 +69,36 @@ def _turns(found, name, role="role", content="content"):
                 raise _Wrong(f"{name}[{i}]: from should be one of {', '.join(_ROLES)}, got {shown(said)}")
             turn = {"role": _ROLES[said], "content": turn.get(content)}
         text = turn.get("content")
-        if not (isinstance(text, (str, list)) or text is None and turn.get("tool_calls")):
+        if isinstance(text, list):
+            turn = {**turn, "content": _joined(text, f"{name}[{i}].content")}
+        elif not (isinstance(text, str) or text is None and turn.get("tool_calls")):
             raise _Wrong(f"{name}[{i}]: {content} should be a text, got {shown(text)}")
+        weight = turn.get("weight")
+        if not (weight is None or type(weight) in (int, float) and weight in (0, 1)):
+            raise _Wrong(f"{name}[{i}]: weight should be 0 or 1, got {shown(weight)}")
         turns.append(turn)
     return turns
 
 
+def _joined(parts, name):
+    """The text of the parts of a message: they become lines, as in a request to the server."""
+    for i, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, dict) else part
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise _Wrong(f'{name}[{i}] should be a part of type "text", got {shown(kind)}')
+    return "\n".join(part["text"] for part in parts)
+
+
+def _learned(message):
+    """Whether the loss is on this message: the assistant says it, and its weight is not 0."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
 def _answered(messages, name, first=0):
     """`messages`, if the assistant says something in one of them from `first` on."""
-    said = [m for m in messages[first:] if m["role"] == "assistant"]
-    if not any(m.get("tool_calls") or (m.get("content") or "") and str(m["content"]).strip() for m in said):
-        raise _Wrong(f"{name} has no answer: the assistant says nothing")
+    said = [m for m in messages[first:] if _learned(m)]
+    if not any(m.get("tool_calls") or (m.get("content") or "").strip() for m in said):
+        raise _Wrong(f"{name} has no answer: the assistant says nothing, or all that it says has weight 0")
     return messages
 
 
@@ -227,7 +246,7 @@ def answers(
 
     That is what the template marks with {% generation %}. Without marks it is what follows the prompt that
     the template renders for an answer, to the end of the message. `ends` are the special tokens: spaces after
-    the one that ends an answer are not part of it.
+    the one that ends an answer are not part of it. An answer whose message has weight 0 is left out.
 
     UserError if the template refuses the messages, or does not show where an answer begins and ends.
     """
@@ -237,8 +256,16 @@ def answers(
         return text, [
             _by_prefix(template, messages, i, text, extra, tuple(ends))
             for i, message in enumerate(messages)
-            if i >= sample.first and message["role"] == "assistant"
+            if i >= sample.first and _learned(message)
         ]
+    said = [message for message in messages if message["role"] == "assistant"]
+    if not all(map(_learned, said)):
+        if len(said) != len(spans):
+            raise UserError(
+                f"{template.where}: the template marks {len(spans)} answers of {len(said)}, so it is not "
+                "clear which of them have weight 0"
+            )
+        spans = [span for span, message in zip(spans, said) if _learned(message)]
     if sample.first:
         start = template.render(messages[: sample.first], add_generation_prompt=True, **extra)
         if not text.startswith(start):

@@ -6,7 +6,6 @@ not trusted.
 
 import datetime
 import functools
-import itertools
 import json
 import os
 import re
@@ -24,7 +23,9 @@ from longlora.files.tokenizer_files import CHAT_TEMPLATE
 
 # The most rounds of loops and calls in a rendering, and the most characters or digits of a product.
 MOST = 2_000_000
-_COUNTED, _ROUNDS = "longlora counted", "longlora rounds"  # names that no template can use
+MOST_TEXT = 1 << 27  # characters that a rendering may write and join, in all
+# Names that no template can use.
+_COUNTED, _SIZED, _USED = "longlora counted", "longlora sized", "longlora used"
 # The format of LLaMA-2-chat, which the authors of LongLoRA train on: for models without a template.
 LLAMA_2 = (
     "{%- set bos = bos_token if bos_token is defined else '' -%}"
@@ -63,13 +64,16 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, without products and powers that fill the memory, and without calls without end."""
+    """Jinja's sandbox, without results that fill the memory, and without calls without end."""
 
-    intercepted_binops = frozenset(["*", "**"])
+    intercepted_binops = frozenset(["*", "**", "+"])
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
             size = abs(right) * 4 if isinstance(right, (int, float)) else 0
+        elif operator == "+":
+            size = 0
+            _sized(context, left), _sized(context, right)
         else:
             sizes = [len(x) if hasattr(x, "__len__") else x for x in (left, right)]
             lists = any(hasattr(x, "__len__") for x in (left, right))
@@ -83,9 +87,18 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
 
+class _Used:
+    """What a rendering has used: rounds and calls, and characters that were written or joined."""
+
+    def __init__(self):
+        self.rounds = self.text = 0
+
+
 def _count(context):
     """Count a round or a call; an error once a rendering has made more than MOST of them."""
-    if next(context[_ROUNDS]) >= MOST:
+    used = context[_USED]
+    used.rounds += 1
+    if used.rounds > MOST:
         raise jinja2.TemplateError(f"it makes more than {MOST:,} calls and rounds of loops")
 
 
@@ -95,6 +108,16 @@ def _counted(context: Any, items: Any) -> Iterator[Any]:
     for item in items:
         _count(context)
         yield item
+
+
+@jinja2.pass_context
+def _sized(context: Any, value: Any) -> Any:
+    """`value`, which is written or joined; an error once a rendering has used more than MOST_TEXT of it."""
+    used = context[_USED]
+    used.text += len(value) if isinstance(value, (str, list)) else 0
+    if used.text > MOST_TEXT:
+        raise jinja2.TemplateError(f"it writes more than {MOST_TEXT:,} characters")
+    return value
 
 
 def _raise(message: str) -> None:
@@ -110,13 +133,21 @@ def _compiled(source: str, where: str) -> jinja2.Template:
     environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters |= {"tojson": _to_json, _COUNTED: _counted}
+    environment.filters |= {"tojson": _to_json, _COUNTED: _counted, _SIZED: _sized}
+
+    def through(filter, node):
+        return jinja2.nodes.Filter(node, filter, [], [], None, None, lineno=node.lineno)
+
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
     try:
         tree = environment.parse(source)
         for loop in list(tree.find_all(jinja2.nodes.For)):
-            loop.iter = jinja2.nodes.Filter(loop.iter, _COUNTED, [], [], None, None, lineno=loop.lineno)
+            loop.iter = through(_COUNTED, loop.iter)
+        for parts in list(tree.find_all((jinja2.nodes.Output, jinja2.nodes.Concat))):
+            parts.nodes = [
+                x if isinstance(x, jinja2.nodes.TemplateData) else through(_SIZED, x) for x in parts.nodes
+            ]
         code = environment.compile(tree)
         return environment.template_class.from_code(environment, code, environment.make_globals(None))
     except jinja2.TemplateError as error:
@@ -156,7 +187,7 @@ class ChatTemplate:
         """Render messages -> the text, and first and last character of each {% generation %} block."""
         names = {**self._special, "tools": None, "documents": None, **extra}
         names |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
-        names[_ROUNDS] = itertools.count()
+        names[_USED] = _Used()
         try:
             marked = self._template.render(**names)
         except jinja2.TemplateError as error:

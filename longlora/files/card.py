@@ -14,6 +14,7 @@ from longlora.errors import printable
 Path = str | os.PathLike[str]
 FILE = "README.md"
 MARK = "<!-- longlora may write this file again. Remove this line to keep what you change. -->"
+MOST_RUNS = 8  # that a card names: a damaged file may name itself
 METHOD = "LongLoRA (arXiv 2309.12307) with `longlora`"
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)  # of a model on the Hub
 CACHED = re.compile(r"models--([A-Za-z0-9][\w.-]*?)--([\w.-]+)", re.ASCII)  # its folder in the Hub's cache
@@ -57,19 +58,18 @@ def front(base: str | None, library: str | None, tags: Sequence[str]) -> str:
     return "\n".join(["---", *lines, "---", MARK, ""])
 
 
-def merged(
-    base: Any, adapter: Path | None, config: ModelConfig, name: str, dtype: str, file: str | None
-) -> str:
-    """The card of a merged model.
+def merged(base: Any, run: Path | None, config: ModelConfig, name: str, dtype: str, file: str | None) -> str:
+    """The card of a whole model.
 
-    base: the opened base model. adapter: the directory of the adapter. config: that of the merged model.
-    name: how it is called. dtype: of its weights. file: the name of a GGUF file, None for a directory.
+    base: the opened base model. run: the directory of the adapter that is merged in, or of the run that
+    trained every weight. config: that of the whole model. name: how it is called. dtype: of its weights.
+    file: the name of a GGUF file, None for a directory.
     """
     hub = hub_name(base)
     facts = [("base model", _shown(base))]
-    facts += run_facts(adapter) if adapter is not None else []
+    facts += run_facts(run) if run is not None else []
     facts += [("positions", _positions(config)), ("weights", dtype)]
-    made = f" by {METHOD}" if adapter is not None else ""
+    made = f" by {METHOD}" if run is not None else ""
     how = GGUF if file else DIRECTORY
     parts = [
         front(hub, None if file else "transformers", ["longlora", "gguf"] if file else ["longlora"]),
@@ -117,15 +117,23 @@ def hub_name(model: Any) -> str | None:
 def run_facts(adapter: Path) -> Iterator[tuple[str, str]]:
     """Give what the directory of an adapter says about its training: names and values for a table.
 
-    Damaged files are skipped: a card must not make the run fail.
+    An adapter that was trained further also says what it was trained on before. Damaged files are skipped: a
+    card must not make the run fail.
     """
-    options, rows = _run(adapter)
-    if isinstance(options.get("data"), str):
-        yield "data", _code(os.path.basename(os.path.normpath(options["data"])))
-    length = options.get("sequence_length") or options.get("target_length")
-    steps = [row["step"] for row in rows if type(row.get("step")) is int]
-    if type(length) is int:
-        yield "trained at", f"{length:,} tokens" + (f", {max(steps):,} steps" if steps else "")
+    runs = list(_runs(adapter))
+    data, lengths = [], []
+    for options, rows in runs:
+        if isinstance(options.get("data"), str):
+            data.append(_code(os.path.basename(os.path.normpath(options["data"]))))
+        length = options.get("sequence_length") or options.get("target_length")
+        steps = [row["step"] for row in rows if type(row.get("step")) is int]
+        if type(length) is int:
+            lengths.append(f"{length:,} tokens" + (f", {max(steps):,} steps" if steps else ""))
+    if data:
+        yield "data", ", then ".join(data)
+    if lengths:
+        yield "trained at", ", then ".join(lengths)
+    rows = runs[-1][1]
     found = [row["eval_perplexity"] for row in rows if _is_number(row.get("eval_perplexity"))]
     if found:
         change = f"{found[0]:.3f} before, {found[-1]:.3f} after" if len(found) > 1 else f"{found[0]:.3f}"
@@ -134,6 +142,15 @@ def run_facts(adapter: Path) -> Iterator[tuple[str, str]]:
 
 def _table(facts):
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts)]) + "\n"
+
+
+def _runs(adapter):
+    """The runs that made the adapter, the first one first: options and metrics of each."""
+    runs: list[Any] = []
+    while isinstance(adapter, (str, os.PathLike)) and len(runs) < MOST_RUNS:
+        runs.insert(0, _run(adapter))
+        adapter = runs[0][0].get("adapter")
+    return runs
 
 
 def _run(adapter):

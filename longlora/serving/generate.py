@@ -64,6 +64,8 @@ def generate(
         raise UserError("generate needs a prompt, or a question about a material")
     if prompt is not None and material is not None:
         raise UserError("material goes with a question, not with a prompt")
+    if prompt is not None and options.get("chat_template") is not None:
+        raise UserError("chat_template goes with a question: a prompt is continued as it is")
     check(max_new_tokens, stop)
     messages: list[dict[str, Any]] = [{"role": "user", "content": question}]
     if material is not None:

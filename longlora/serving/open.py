@@ -1,6 +1,7 @@
 """Opening a model to use it: weights with the adapter merged in, tokenizer, cache, engine."""
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from longlora.files.huggingface import GENERATION
 from longlora.files.merge import Merged
 from longlora.files.open_model import open_model
 from longlora.files.tokenizer import Tokenizer
+from longlora.progress import Quiet
 from longlora.serving.engine import Engine
 
 Path = str | os.PathLike[str]
@@ -59,6 +61,7 @@ def open_engine(
     dtype: of the weights; "auto" is that of the files. cache_dtype: of keys and values; "auto" is dtype.
     device: "cpu" or "cuda:N". memory: bytes, by default what the device has.
 
+    A context that is longer than the model was made for gets a warning on standard error.
     UserError for files that do not belong together, and for what does not fit in memory: before any weight
     is read.
     """
@@ -95,6 +98,12 @@ def open_engine(
             f"the model does not fit in memory: with {planned.rows} x {planned.context} tokens it needs "
             f"{planned.total / 2**30:.2f} GiB, {planned.memory / 2**30:.2f} GiB are available; what would "
             f"make it fit: {'; '.join(planned.changes)}"
+        )
+    made_for = config.max_position_embeddings
+    if length > made_for:
+        Quiet(sys.stderr).write(
+            f"warning: a context of {length} tokens is longer than the {made_for} that the model was made "
+            "for; beyond them its answers get poor (longlora train --target-length extends a model)\n"
         )
     tokenizer = base.tokenizer()
     made = Model(config, dtype=dtype, device=device).load(weights)

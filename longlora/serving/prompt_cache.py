@@ -1,9 +1,11 @@
 """Saved prompt caches: a safetensors file with tokens, and keys and values of each layer.
 
-Its metadata name the model, the adapter and the dtypes that made it, and `load` takes no other.
+Its metadata name the model, the adapter and the dtypes that made it, and `load` takes no other. Each tensor
+has a checksum.
 """
 
 import os
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +19,8 @@ from longlora.files.safetensors import SafetensorsFile, release, write
 from longlora.serving.engine import Engine
 
 Path = str | os.PathLike[str]
-FORMAT = "longlora prompt cache 1"
+FORMAT = "longlora prompt cache 2"
+CHECKSUMS = "checksums"  # uint8 [N,4]: the CRC-32 of each other tensor, in the order of their names
 BLOCK = 4096  # tokens of a layer that are checked and copied at a time
 
 
@@ -56,18 +59,28 @@ def save(path: Path, engine: Engine, identity: Mapping[str, str]) -> int:
     if not len(tokens):
         raise UserError(f"{path}: the cache is empty, there is nothing to save")
     layers = _layers(engine, len(tokens))
-    kinds = {name: (str(x.dtype), tuple(x.shape)) for name, x in layers.items()}
+    sums: dict[str, int] = {}
 
     def read(name: str) -> np.ndarray:
-        if name == "tokens":
-            return tokens
-        x = layers[name]
-        out = _C.Tensor(x.shape, x.dtype, x.device)  # the rows of a cache are contiguous; a view has offsets
-        out.copy_(x)
-        return host(out.view((out.nbytes,), "uint8"))
+        if name == CHECKSUMS:  # the writer asks for it last: its elements are the narrowest
+            return np.array([sums[name] for name in sorted(sums)], "<u4")
+        array = tokens
+        if name != "tokens":
+            x = layers[name]  # the rows of a cache are contiguous; a view has offsets
+            out = _C.Tensor(x.shape, x.dtype, x.device)
+            out.copy_(x)
+            array = host(out.view((out.nbytes,), "uint8"))
+        sums[name] = zlib.crc32(array)
+        return array
 
-    write(path, {"tokens": ("int32", (len(tokens),)), **kinds}, read, {"format": FORMAT, **identity})
+    write(path, _kinds(layers, len(tokens)), read, {"format": FORMAT, **identity})
     return len(tokens)
+
+
+def _kinds(layers: Mapping[str, Any], tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> dtype and shape of each tensor of a file."""
+    kinds = {name: (str(x.dtype), tuple(x.shape)) for name, x in layers.items()}
+    return kinds | {"tokens": ("int32", (tokens,)), CHECKSUMS: ("uint8", (len(kinds) + 1, 4))}
 
 
 def load(path: Path, engine: Engine, identity: Mapping[str, str]) -> int:
@@ -87,8 +100,7 @@ def load(path: Path, engine: Engine, identity: Mapping[str, str]) -> int:
     if not 0 < count <= engine.cache.places:
         raise UserError(f"{path}: has {count} tokens, the context is {engine.cache.places}")
     layers = _layers(engine, count)
-    wanted = {name: (str(x.dtype), tuple(x.shape)) for name, x in layers.items()}
-    wanted["tokens"] = "int32", (count,)
+    wanted = _kinds(layers, count)
     found = {name: (dtype, shape) for name, (dtype, shape, _, _) in file.entries.items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
@@ -99,14 +111,24 @@ def load(path: Path, engine: Engine, identity: Mapping[str, str]) -> int:
     vocab = engine.model.config.vocab_size
     if tokens.min() < 0 or tokens.max() >= vocab:
         raise UserError(f"{path}: has tokens outside 0 to {vocab - 1}")
+    names = sorted(wanted.keys() - {CHECKSUMS})
+    sums = dict(zip(names, file.array(CHECKSUMS).reshape(-1).view("<u4").tolist(), strict=True))
+
+    def check_sum(name, found):
+        if found != sums[name]:
+            raise UserError(f"{path}: {name} is damaged: its checksum is {found:08x}, not {sums[name]:08x}")
+
+    check_sum("tokens", zlib.crc32(tokens))
     engine.hold(0, tokens[:0])
     for name, x in layers.items():
-        stored = file.array(name)
+        stored, found = file.array(name), 0
         for start in range(0, count, BLOCK):
-            part = stored[start : start + BLOCK]
+            part = np.ascontiguousarray(stored[start : start + BLOCK])
+            found = zlib.crc32(part, found)
             if not finite(part, x.dtype).all():
                 raise UserError(f"{path}: {name} is not finite")
             x[start : start + BLOCK].copy_(_typed(part, x.dtype))
+        check_sum(name, found)
         release(file.buffer, *file.entries[name][2:])
     engine.hold(0, tokens)
     return count
@@ -114,7 +136,7 @@ def load(path: Path, engine: Engine, identity: Mapping[str, str]) -> int:
 
 def _typed(part: np.ndarray, dtype: Any) -> Any:
     """The array as a Tensor of its dtype, without a copy."""
-    return _C.Tensor.wrap(np.ascontiguousarray(part).view(np.uint8), part.shape, dtype)
+    return _C.Tensor.wrap(part.view(np.uint8), part.shape, dtype)
 
 
 def _shown(kind: Any) -> str:

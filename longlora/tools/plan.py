@@ -8,6 +8,7 @@ from longlora.decoder import generation_plan
 from longlora.decoder.config import ModelConfig, read_config
 from longlora.device import choose_to_plan
 from longlora.errors import UserError
+from longlora.files.adapter import describe
 from longlora.files.open_model import open_model
 from longlora.memory.plan import GenerationPlan, Plan
 from longlora.training import driver
@@ -25,6 +26,7 @@ def plan(*, generate: bool = False, **keywords: Any) -> Plan | GenerationPlan:
 
 def generation(
     model: PathLike,
+    adapter: PathLike | None = None,
     *,
     context: int | None = None,
     rows: int = 1,
@@ -35,7 +37,7 @@ def generation(
 ) -> GenerationPlan:
     """Plan the memory of generation: weights, the cache, a pass, and what would make them fit.
 
-    model: a directory with a config.json, with or without weights, or a .gguf file.
+    model: a directory with a config.json, with or without weights, or a .gguf file. adapter: trained on it.
     context: tokens of prompt and answer together, by default what the model was made for.
     rows: answers that advance side by side. max_memory: GiB, by default what the device has.
     dtype, cache_dtype, device: as for longlora.generate.
@@ -46,6 +48,9 @@ def generation(
             raise UserError(f"max_memory should be a number of GiB above 0, got {max_memory!r}")
     device, _ = choose_to_plan(device, max_memory)
     config, stored = _described(model)
+    if adapter is not None:
+        _, raw = describe(adapter, config, model)
+        config = config if raw is None else read_config(raw)
     return generation_plan.plan(
         config,
         context=config.max_position_embeddings if context is None else context,

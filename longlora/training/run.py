@@ -9,6 +9,7 @@ the lines of the steps are in report.py.
 import contextlib
 import functools
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from longlora import __version__, disk, progress
 from longlora.device import host
 from longlora.errors import UserError
 from longlora.evaluation.ppl import perplexity
-from longlora.files import adapter, base_folder, merge
+from longlora.files import adapter, base_folder, card, merge
 from longlora.ops import shifted_heads
 from longlora.training import best, metrics, report, reporters, resume
 from longlora.training.inputs import Say, Setup, Source, read_data
@@ -503,6 +504,11 @@ class Run:
         else:
             read = None if values is None else lambda name: host(values[name])
             merge.save_merged(directory, read, setup.raw, source.tokenizer, source.dtype, source.beside)
+            if source.base is not None:
+                name = os.path.basename(os.path.realpath(home or directory))
+                kept = source.base.dtype("model.embed_tokens.weight")
+                text = card.merged(source.base, directory, setup.config, name, kept, None)
+                card.write(directory, text)
 
     def _write_last(self, values):
         """Write the result: the model of `values`, or where values is None the best checkpoint's."""

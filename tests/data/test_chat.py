@@ -117,6 +117,29 @@ def test_answers_of_public_templates_are_those_that_trl_marks(tmp_path, name):
     ]
 
 
+@pytest.mark.parametrize("template", [SHAPES["chatml"], LLAMA_2], ids=["prefixes", "marks"])
+def test_answers_of_weight_0_are_read_and_not_learned(tmp_path, template):
+    made = KINDS["llama3"]
+    talk = [TALK[0], TALK[1] | {"weight": 0}, TALK[2], TALK[3] | {"weight": 1}]
+    rows = [{"messages": TALK}, {"messages": talk}]
+    (ids, both), (same, last) = encoded(tmp_path, made, rows, template)
+    texts = [parts(made, ids, learned) for learned in (both, last)]
+    assert ids.tolist() == same.tolist() and len(texts[0]) == 2 and texts[1] == texts[0][1:]
+    once = "{% for m in messages %}{{ m.content }}{% if loop.last %}{% generation %}x{% endgeneration %}"
+    words = failure(encoded, tmp_path, made, rows[1:], once + "{% endif %}{% endfor %}")
+    assert "the template marks 1 answers of 2, so it is not clear which of them have weight 0" in words
+
+
+def test_text_parts_of_a_message_become_its_lines(tmp_path):
+    made = KINDS["llama3"]
+    part = [{"type": "text", "text": text} for text in ("one", "two")]
+    lists = [{"role": "user", "content": part}, {"role": "assistant", "content": part[:1]}]
+    plain = [{"role": "user", "content": "one\ntwo"}, {"role": "assistant", "content": "one"}]
+    rows = [{"messages": lists}, {"messages": plain}]
+    (ids, learned), (wanted, right) = encoded(tmp_path, made, rows, SHAPES["chatml"])
+    assert ids.tolist() == wanted.tolist() and learned.tolist() == right.tolist()
+
+
 TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
 HEAD = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 SAID = [" It's the quick 'letter'.\n", "\u65e5\u672c fox"]

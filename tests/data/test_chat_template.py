@@ -50,6 +50,9 @@ SHAPES = {
     "    {% endif %}\n{% endfor %}\n",
     "llama 2": LLAMA_2,
 }
+DOUBLED = (
+    "{%% set ns = namespace(x='x') %%}{%% for i in range(99) %%}{%% set ns.x = %s %%}{%% endfor %%}{{ ns.x }}"
+)
 USER, ASSISTANT, SYSTEM = (
     {"role": role, "content": text}
     for role, text in (
@@ -150,6 +153,13 @@ def test_a_template_reaches_nothing_of_python():
         ("{{ 10 ** (10 ** 10) }}", r"a result of \*\* is too large"),
         ("{{ 'x' * 2000001 }}", r"a result of \* is too large"),
         ("{{ 99999 * ([1] * 999) }}", r"a result of \* is too large"),
+        (DOUBLED % "ns.x ~ ns.x", "refuses these messages: it writes more than 134,217,728 characters"),
+        (DOUBLED % "ns.x + ns.x", "it writes more than 134,217,728 characters"),
+        (
+            "{% set x = 'x' * 2000000 %}{% macro m() %}{% for i in range(99999) %}{{ x }}{% endfor %}"
+            "{% endmacro %}{{ m() | length }}",
+            "it writes more than 134,217,728 characters",
+        ),
     ],
 )
 def test_a_template_that_fails_is_one_line(source, words):

@@ -117,6 +117,23 @@ def test_the_card_of_a_run_has_its_figures(tmp_path):
     )
 
 
+def test_the_card_of_an_adapter_that_was_trained_further_names_both_runs(tmp_path):
+    _, folder = trained(tmp_path)
+    further = OPTIONS | dict(data="q.jsonl", sequence_length=2048, adapter=str(tmp_path / "second"))
+    for name, options in (("second", OPTIONS), ("adapter", further)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "options.yaml").write_text(yaml.safe_dump(options))
+        rows = ROWS if name == "adapter" else [dict(step=240)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name / "metrics.jsonl").write_text(lines)
+    facts = dict(card.run_facts(folder))
+    assert facts["data"] == "`books`, then `q.jsonl`"
+    assert facts["trained at"] == "4,096 tokens, 240 steps, then 2,048 tokens, 12 steps"
+    assert facts["held-out perplexity"].startswith("21.500 before, 9.250 after")
+    (tmp_path / "second" / "options.yaml").write_text(yaml.safe_dump(dict(data="x", adapter=str(folder))))
+    assert len(dict(card.run_facts(folder))["data"].split(", then ")) == card.MOST_RUNS
+
+
 def test_the_users_readme_stays(tmp_path):
     path, folder = trained(tmp_path)
     ours = (folder / "README.md").read_text()

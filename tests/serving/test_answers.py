@@ -60,6 +60,7 @@ def test_a_stop_string_ends_an_answer_and_a_file_goes_into_the_prompt(tmp_path, 
         ({}, "generate needs a prompt, or a question"),
         (dict(prompt="a", question="b"), "generate needs a prompt, or a question"),
         (dict(prompt="a", material="x.txt"), "material goes with a question"),
+        (dict(prompt="a", chat_template="none"), "chat_template goes with a question"),
         (dict(prompt="a", max_new_tokens=0), "max_new_tokens should be an integer of at least 1, got 0"),
         (dict(prompt="a", temperature=-1), "temperature should be a number from 0"),
         (dict(prompt="a" * 64), "the prompt has 64 tokens, the context is 64: 1 too many"),
@@ -73,6 +74,14 @@ def test_a_stop_string_ends_an_answer_and_a_file_goes_into_the_prompt(tmp_path, 
 def test_wrong_arguments_are_named(base, keywords, words):
     with pytest.raises(UserError, match=words):
         "".join(longlora.generate(base, device="cpu", **keywords))
+
+
+def test_a_context_beyond_the_models_is_warned_of(base, capsys):
+    longlora.Session(base, context=200, device="cpu")
+    said = capsys.readouterr().err
+    assert "a context of 200 tokens is longer than the 64 that the model was made for" in said
+    longlora.Session(base, context=64, device="cpu")
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_the_command_generate_answers_as_the_function(base, capsys, monkeypatch):

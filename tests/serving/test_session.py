@@ -102,7 +102,7 @@ def damaged(path, change):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda t, m: m.pop("format"), "is not a longlora prompt cache 1"),
+        (lambda t, m: m.pop("format"), "is not a longlora prompt cache 2"),
         (lambda t, m: m.pop("adapter"), "another adapter"),
         (lambda t, m: t.pop("tokens"), "has 0 tokens"),
         (
@@ -110,6 +110,10 @@ def damaged(path, change):
             "layers.0.keys should be float32 [1, 2, 8], got float32 [54",
         ),
         (lambda t, m: t.update(tokens=t["tokens"].astype(np.int64)), "got int64"),
+        (lambda t, m: t["tokens"].put(3, 7), "tokens is damaged: its checksum is"),
+        (lambda t, m: t["layers.0.keys"].put(9, 0.5), "layers.0.keys is damaged: its checksum is"),
+        (lambda t, m: t["layers.1.values"].put(-1, 0.5), "layers.1.values is damaged: its checksum is"),
+        (lambda t, m: t.pop("checksums"), "checksums should be uint8 [5, 4], got absent"),
         (lambda t, m: t["tokens"].fill(260), "tokens outside 0 to 259"),
         (lambda t, m: t["tokens"].fill(-1), "tokens outside 0 to 259"),
         (lambda t, m: t.pop("layers.1.keys"), "layers.1.keys should be float32 [54, 2, 8], got absent"),

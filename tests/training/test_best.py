@@ -56,6 +56,8 @@ def test_the_result_is_the_checkpoint_with_the_lowest_loss(tmp_path, losses):
 def test_a_full_model_is_the_best_one_too(tmp_path, losses):
     run(tmp_path, max_steps=3, full=True, **HELD)
     equal(weights(tmp_path / "out"), weights(tmp_path / "out" / "checkpoint-2"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# out\n" in card and "AutoModelForCausalLM.from_pretrained" in card and ", 3 steps |" in card
 
 
 @pytest.mark.parametrize("limit, kept", [(1, [2]), (2, [2, 6]), (3, [2, 5, 6]), (9, [1, 2, 3, 4, 5, 6])])
