@@ -144,10 +144,12 @@ def _compiled(source: str, where: str) -> jinja2.Template:
         tree = environment.parse(source)
         for loop in list(tree.find_all(jinja2.nodes.For)):
             loop.iter = through(_COUNTED, loop.iter)
-        for parts in list(tree.find_all((jinja2.nodes.Output, jinja2.nodes.Concat))):
-            parts.nodes = [
-                x if isinstance(x, jinja2.nodes.TemplateData) else through(_SIZED, x) for x in parts.nodes
+        joined: tuple[Any, ...] = jinja2.nodes.Output, jinja2.nodes.Concat
+        for node in list(tree.find_all(joined)):
+            parts = [
+                x if isinstance(x, jinja2.nodes.TemplateData) else through(_SIZED, x) for x in node.nodes
             ]
+            node.nodes = parts
         code = environment.compile(tree)
         return environment.template_class.from_code(environment, code, environment.make_globals(None))
     except jinja2.TemplateError as error:

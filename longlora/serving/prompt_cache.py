@@ -114,21 +114,21 @@ def load(path: Path, engine: Engine, identity: Mapping[str, str]) -> int:
     names = sorted(wanted.keys() - {CHECKSUMS})
     sums = dict(zip(names, file.array(CHECKSUMS).reshape(-1).view("<u4").tolist(), strict=True))
 
-    def check_sum(name, found):
-        if found != sums[name]:
-            raise UserError(f"{path}: {name} is damaged: its checksum is {found:08x}, not {sums[name]:08x}")
+    def check_sum(name, crc):
+        if crc != sums[name]:
+            raise UserError(f"{path}: {name} is damaged: its checksum is {crc:08x}, not {sums[name]:08x}")
 
     check_sum("tokens", zlib.crc32(tokens))
     engine.hold(0, tokens[:0])
     for name, x in layers.items():
-        stored, found = file.array(name), 0
+        stored, crc = file.array(name), 0
         for start in range(0, count, BLOCK):
             part = np.ascontiguousarray(stored[start : start + BLOCK])
-            found = zlib.crc32(part, found)
+            crc = zlib.crc32(part, crc)
             if not finite(part, x.dtype).all():
                 raise UserError(f"{path}: {name} is not finite")
             x[start : start + BLOCK].copy_(_typed(part, x.dtype))
-        check_sum(name, found)
+        check_sum(name, crc)
         release(file.buffer, *file.entries[name][2:])
     engine.hold(0, tokens)
     return count
