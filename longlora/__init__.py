@@ -13,7 +13,7 @@ import sys
 
 TYPE_CHECKING = False  # as in typing, which takes longer to import than this file
 if TYPE_CHECKING:
-    from longlora import _C, cuda, ops
+    from longlora import _C, cuda, eval, ops
     from longlora._C import Tensor, get_num_threads, set_num_threads
     from longlora.evaluation.ppl import run as ppl
     from longlora.files.merge import merge
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _COMPILED = ("Tensor", "get_num_threads", "set_num_threads")
-_MODULES = ("cuda", "ops", "torch")
+_MODULES = ("cuda", "eval", "ops", "torch")
 # The commands: module and function.
 _COMMANDS = {
     "train": "training.driver:train",
@@ -50,7 +50,7 @@ __all__ = [
     *_OTHERS,
     "cuda",
     "ops",
-]  # not torch: `import *` works where it is not installed
+]  # not torch, which may not be installed, and not eval, which would hide the built-in function
 
 
 def _compiled():

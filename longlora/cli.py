@@ -7,24 +7,16 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, NoReturn
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
+from longlora import cli_eval
 from longlora.errors import UserError
+from longlora.flags import DTYPES, Command, device_flag, json_flag, lengths, model_flags, show
 from longlora.guard import guarded
 from longlora.training import options
 
-_DTYPES = ("float32", "bfloat16", "float16")
 _GENERATION = ("context", "rows", "cache_dtype")  # options of plan --generate alone
-
-
-class Command(NamedTuple):
-    """A row of the table: add_flags puts the flags on a parser, run takes them and returns the exit code."""
-
-    name: str
-    help: str
-    add_flags: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,28 +24,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"longlora: error: {UserError(message)} (see {self.prog} --help)\n")
-
-
-def _lengths(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected integers separated by commas, got {text!r}") from None
-
-
-def _device_flag(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--device", default=default, metavar="auto|cpu|cuda|cuda:N", help=f"where to compute [{default}]"
-    )
-
-
-def _json_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _print(args: argparse.Namespace, found: dict, text: Callable[[dict], str]) -> int:
-    print(json.dumps(found, indent=2) if args.json else text(found))
-    return 0
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -73,8 +43,8 @@ def _plan_flags(parser: argparse.ArgumentParser) -> None:
     add("--generate", action="store_true", help="plan generation instead of a training run")
     add("--context", type=int, help="tokens of prompt and answer together (default: the model's)")
     add("--rows", type=int, help="answers that advance side by side [1]")
-    add("--cache-dtype", choices=("auto", *_DTYPES), help="dtype of keys and values [auto: the weights' own]")
-    _json_flag(parser)
+    add("--cache-dtype", choices=("auto", *DTYPES), help="dtype of keys and values [auto: the weights' own]")
+    json_flag(parser)
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -100,7 +70,7 @@ def _plan(args: argparse.Namespace) -> int:
         o = options.from_flags(args, planning=True)
         o.device, chosen = choose_to_plan(o.device, o.max_memory)
         plan = driver.plan_of(o)
-    return _print(args, plan.to_json(), lambda _: f"{chosen}\n{plan.text()}")
+    return show(args, plan.to_json(), lambda _: f"{chosen}\n{plan.text()}")
 
 
 def _ppl_flags(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +79,7 @@ def _ppl_flags(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="a Hugging Face directory or a .gguf file")
     add("--adapter", help="an adapter trained on that model")
     add("--data", required=True, help=".txt, .jsonl, a directory of them, or token .bin")
-    add("--lengths", required=True, type=_lengths, help="tokens of a window: 2048,4096,...")
+    add("--lengths", required=True, type=lengths, help="tokens of a window: 2048,4096,...")
     add("--stride", type=int, help="tokens between the starts of two windows (default: windows side by side)")
     add("--rope-type", choices=rope_types, help="interpolate the positions first, without training")
     add("--target-length", type=int, help="the length --rope-type extends to (default: the largest length)")
@@ -121,8 +91,8 @@ def _ppl_flags(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16"),
         help="dtype of weights and activations [float32]",
     )
-    _device_flag(parser, "auto")
-    _json_flag(parser)
+    device_flag(parser, "auto")
+    json_flag(parser)
 
 
 def _ppl(args: argparse.Namespace) -> int:
@@ -139,28 +109,13 @@ def _ppl(args: argparse.Namespace) -> int:
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--model", required=True, help="a Hugging Face directory or a .gguf file")
-    add("--adapter", help="an adapter trained on that model")
-    add(
+    model_flags(parser)
+    parser.add_argument(
         "--context",
         type=int,
         help="tokens of prompt and answer together (default: what the model was made for)",
     )
-    add("--chat-template", help="a file with a chat template (default: the model's own)")
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", *_DTYPES),
-        help="dtype of the weights [auto: as in the files]",
-    )
-    add(
-        "--cache-dtype",
-        default="auto",
-        choices=("auto", *_DTYPES),
-        help="dtype of keys and values [auto: the weights' own]",
-    )
-    _device_flag(parser, "auto")
+    parser.add_argument("--chat-template", help="a file with a chat template (default: the model's own)")
 
 
 def _sampling_flags(parser: argparse._ActionsContainer, temperature: float) -> None:
@@ -318,7 +273,7 @@ def _merge_flags(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "f32", "f16", "bf16", "q8_0"),
         help="dtype of the weights; q8_0 only with --format gguf [auto: that of the base]",
     )
-    _device_flag(parser, "cpu")
+    device_flag(parser, "cpu")
 
 
 def _merge(args: argparse.Namespace) -> int:
@@ -335,19 +290,19 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _inspect_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="a model, an adapter or a checkpoint")
-    _json_flag(parser)
+    json_flag(parser)
 
 
 def _inspect(args: argparse.Namespace) -> int:
     from longlora.tools import inspect
 
-    return _print(args, inspect.describe(args.path), inspect.text)
+    return show(args, inspect.describe(args.path), inspect.text)
 
 
 def _doctor(args: argparse.Namespace) -> int:
     from longlora.tools import doctor
 
-    return _print(args, doctor.examine(), doctor.text)
+    return show(args, doctor.examine(), doctor.text)
 
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:
@@ -355,7 +310,7 @@ def _demo_flags(parser: argparse.ArgumentParser) -> None:
         "--output-dir", default="longlora-demo", help="a directory for its files [longlora-demo]"
     )
     parser.add_argument("--steps", type=int, help="training steps [240]")
-    _device_flag(parser, "auto")
+    device_flag(parser, "auto")
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -371,13 +326,14 @@ COMMANDS = (
         "plan", "show the memory that training or generation takes, from the config alone", _plan_flags, _plan
     ),
     Command("ppl", "measure perplexity by length, with dense attention", _ppl_flags, _ppl),
+    Command("eval", "test what a model does with a long text", cli_eval.add_flags, cli_eval.run),
     Command("generate", "continue a text, or answer a question about one", _generate_flags, _generate),
     Command("chat", "talk to a model at the terminal", _chat_flags, _chat),
     Command("serve", "serve a model by OpenAI's API, with a page to chat", _serve_flags, _serve),
     Command("merge", "write base model and adapter as one model for other programs", _merge_flags, _merge),
     Command("inspect", "describe a model, an adapter or a checkpoint", _inspect_flags, _inspect),
     Command(
-        "doctor", "show the build, the processor, versions, and why CUDA is unavailable", _json_flag, _doctor
+        "doctor", "show the build, the processor, versions, and why CUDA is unavailable", json_flag, _doctor
     ),
     Command(
         "demo", "extend a small model that ships with the package, and show that it works", _demo_flags, _demo
@@ -409,12 +365,14 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     p = parser()
     args, unknown = p.parse_known_args(options.dashed(sys.argv[1:] if argv is None else argv))
     if unknown:
-        subparsers = next(action for action in p._actions if isinstance(action, argparse._SubParsersAction))
-        chosen = subparsers.choices[args.command]
+        chosen, words = p, []
+        while subparsers := [x for x in chosen._actions if isinstance(x, argparse._SubParsersAction)]:
+            words.append(getattr(args, subparsers[0].dest))
+            chosen = subparsers[0].choices[words[-1]]
         known = [flag for action in chosen._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        chosen.error(f"{args.command}: unknown option {unknown[0]!r}{hint}")
+        chosen.error(f"{' '.join(words)}: unknown option {unknown[0]!r}{hint}")
     return args
 
 

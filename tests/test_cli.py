@@ -18,7 +18,7 @@ import tiny
 import yaml
 
 import longlora
-from longlora import _C, cli, cuda
+from longlora import _C, cli, cli_eval, cuda
 from longlora.decoder import generation_plan
 from longlora.decoder.config import read_config
 from longlora.decoder.lora import LoraConfig
@@ -551,10 +551,11 @@ def test_doctor_names_what_is_in_use():
 
 
 def test_every_command_is_a_function_of_the_package():
-    names = [command.name for command in cli.COMMANDS]
-    assert names == list(longlora._COMMANDS)
-    for name in names:
-        function = getattr(longlora, name)
+    names = [command.name for command in cli.COMMANDS if command.name != "eval"]
+    tasks = [task.name for task in cli_eval.TASKS]
+    assert names == list(longlora._COMMANDS) and tasks == longlora.eval.__all__
+    for place, name in [*((longlora, name) for name in names), *((longlora.eval, name) for name in tasks)]:
+        function = getattr(place, name)
         assert function.__doc__ and "return" in function.__annotations__, name
     typed = Path(longlora.__file__).read_text().partition("if TYPE_CHECKING:")[2].partition("__version__")[0]
     assert set(names) <= set(re.findall(r"(\w+)(?:,|$)", typed, re.M)), "for editors and mypy"
@@ -574,7 +575,7 @@ def test_help_is_quick_and_imports_little():
         done, spent = timed([sys.executable, "-c", script])
         seconds.append(spent)
         assert "train" in done.stdout and "others set()" in done.stderr
-        names = ["", ".cli", ".errors", ".guard", ".training", ".training.options"]
+        names = ["", ".cli", ".cli_eval", ".errors", ".flags", ".guard", ".training", ".training.options"]
         assert f"ours {[f'longlora{name}' for name in names]}" in done.stderr
     assert min(seconds) < 0.3, seconds  # processor time; 0.04 s here
 

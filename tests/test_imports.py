@@ -15,11 +15,11 @@ FLOORS = (
     ("decoder",),
     ("files",),
     ("data", "plots"),
+    ("serving",),
     ("evaluation",),
     ("training",),
-    ("serving",),
-    ("tools",),
-    ("cli", "guard", "__main__"),
+    ("tools", "eval"),
+    ("cli", "cli_eval", "flags", "guard", "__main__"),
     ("torch",),
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

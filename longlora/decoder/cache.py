@@ -88,3 +88,10 @@ class Cache:
         """Forget all but the first `count` tokens of a row -> how many it still has: count, or 0."""
         self.lengths[row] = count
         return count
+
+
+def common(a: np.ndarray, b: np.ndarray) -> int:
+    """How many first elements of two arrays are equal."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n

@@ -1,1 +1,1 @@
-"""Evaluation: perplexity."""
+"""Evaluation: perplexity, and what a model finds in a long text."""

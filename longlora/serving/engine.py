@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from longlora.decoder.cache import Cache
+from longlora.decoder.cache import Cache, common
 from longlora.decoder.generate import Generator
 from longlora.decoder.model import Model
 from longlora.decoder.sampling import NAN, Sampler, Sampling, largest, log_probabilities
@@ -82,7 +82,7 @@ class Engine:
 
     def __init__(self, model: Model, cache: Cache, queue: int = 64):
         self.model, self.cache, self.queue = model, cache, queue
-        self._generator = Generator(model, cache)
+        self.generator = Generator(model, cache)
         self._slots = [_Slot(row) for row in range(cache.rows)]
         self._waiting: deque[Request] = deque()
         self._lock, self._clock = threading.Lock(), 0
@@ -159,7 +159,7 @@ class Engine:
             self._read(min(reading, key=lambda slot: slot.used))
         if answering:
             tokens = [slot.next for slot in answering]
-            logits = self._generator.step([slot.row for slot in answering], tokens)
+            logits = self.generator.step([slot.row for slot in answering], tokens)
             for slot, token, row in zip(answering, tokens, logits, strict=True):
                 slot.tokens = np.append(slot.tokens, np.int32(token))
                 self._choose(slot, row)
@@ -167,9 +167,9 @@ class Engine:
     def _read(self, slot):
         """Read one chunk of a prompt."""
         self._share(slot)
-        part = slot.rest[: self._generator.chunk]
+        part = slot.rest[: self.generator.chunk]
         try:
-            logits = self._generator.extend(slot.row, part, self._scorer(slot))
+            logits = self.generator.extend(slot.row, part, self._scorer(slot))
         except UserError as error:
             self._fail(slot, str(error))
             return
@@ -193,7 +193,7 @@ class Engine:
             prompt = np.ascontiguousarray(request.prompt, np.int32)
             # The last token is read in any case: its logits choose the first token of the answer.
             shared = {
-                slot.row: 0 if request.score_prompt else _common(slot.tokens, prompt[:-1]) for slot in free
+                slot.row: 0 if request.score_prompt else common(slot.tokens, prompt[:-1]) for slot in free
             }
             slot = max(free, key=lambda slot: (shared[slot.row], -slot.used))
             request.reused = self.cache.keep(slot.row, shared[slot.row])
@@ -208,7 +208,7 @@ class Engine:
         if request.score_prompt:
             return
         others = [other for other in self._slots if other is not slot]
-        shared = {other.row: _common(other.tokens, request.prompt[:-1]) for other in others}
+        shared = {other.row: common(other.tokens, request.prompt[:-1]) for other in others}
         row = max(shared, key=shared.__getitem__, default=slot.row)
         if shared.get(row, 0) > have:
             count = shared[row]
@@ -278,10 +278,3 @@ def _likely(logs, token, count):
     if count:
         top = [(int(i), float(logs[i])) for i in largest(logs, count)]
     return dict(logprob=float(logs[token]), top=top)
-
-
-def _common(a, b):
-    """How many first elements of two arrays are equal."""
-    n = min(len(a), len(b))
-    differ = np.flatnonzero(a[:n] != b[:n])
-    return int(differ[0]) if len(differ) else n

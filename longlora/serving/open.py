@@ -47,6 +47,7 @@ def open_engine(
     context: int | None = None,
     window: tuple[int, int | None] | None = None,
     rows: int = 1,
+    fewest_rows: int | None = None,
     dtype: str = "auto",
     cache_dtype: str = "auto",
     device: str = "cpu",
@@ -57,7 +58,7 @@ def open_engine(
     context: tokens of prompt and answer together, by default what the model was made for.
     window: start and recent of a streaming.Window instead, for one answer without end. recent is by default
         8192 or what the model was made for.
-    rows: answers that advance side by side.
+    rows: answers that advance side by side. fewest_rows: take fewer where memory is short, down to this many.
     dtype: of the weights; "auto" is that of the files. cache_dtype: of keys and values; "auto" is dtype.
     device: "cpu" or "cuda:N". memory: bytes, by default what the device has.
 
@@ -84,15 +85,11 @@ def open_engine(
     if window is not None:
         start, recent = window
         size = Window(start, min(8192, length - start) if recent is None else recent)
-    planned = plan(
-        config,
-        context=size,
-        rows=rows,
-        dtype=dtype,
-        cache_dtype=None if cache_dtype == "auto" else cache_dtype,
-        device=device,
-        memory=memory,
-    )
+    how = dict(dtype=dtype, cache_dtype=None if cache_dtype == "auto" else cache_dtype, device=device)
+    planned = plan(config, context=size, rows=rows, memory=memory, **how)
+    while not planned.fits and fewest_rows is not None and planned.rows > fewest_rows:
+        fewer = max(fewest_rows, planned.rows // 2)
+        planned = plan(config, context=size, rows=fewer, memory=memory, **how)
     if not planned.fits:
         raise UserError(
             f"the model does not fit in memory: with {planned.rows} x {planned.context} tokens it needs "
@@ -111,7 +108,7 @@ def open_engine(
     if isinstance(size, Window):
         cache: Cache = StreamingCache(config, size, config.rope, *kind)
     else:
-        cache = Cache(config, rows, size, *kind)
+        cache = Cache(config, planned.rows, size, *kind)
     identity |= {"dtype": dtype, "cache_dtype": planned.cache_dtype}
     return Opened(Engine(made, cache), tokenizer, config, end_tokens(base, tokenizer), base, identity)
 

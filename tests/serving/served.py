@@ -78,11 +78,11 @@ def engine(running):
 
 def slow(monkeypatch, running):
     """Let a step take 20 ms, so that 400 tokens take longer than `until` waits -> an Event that ends this."""
-    step, ends = engine(running)._generator.step, threading.Event()
+    step, ends = engine(running).generator.step, threading.Event()
 
     def slower(*arguments):
         ends.wait(0.02)
         return step(*arguments)
 
-    monkeypatch.setattr(engine(running)._generator, "step", slower)
+    monkeypatch.setattr(engine(running).generator, "step", slower)
     return ends

@@ -142,13 +142,13 @@ def test_a_scored_prompt_has_the_log_probabilities_of_one_pass(opened):
     engine.submit(plain)
     finish(engine)
     prompt = np.arange(1, 41, dtype=np.int32)
-    engine._generator.extend(1, prompt)
+    engine.generator.extend(1, prompt)
     expected, engine.cache.lengths[1] = [], 0
     for token, following in zip(prompt, prompt[1:]):
-        logits = engine._generator.extend(1, np.array([token], np.int32)).astype(np.float64)
+        logits = engine.generator.extend(1, np.array([token], np.int32)).astype(np.float64)
         expected.append(logits[following] - np.log(np.exp(logits).sum()))
     engine.cache.lengths[1] = 0
-    engine._generator.chunk = 16  # the prompt is read in three pieces
+    engine.generator.chunk = 16  # the prompt is read in three pieces
     for _ in range(2):
         asked, events = request(prompt, 1, top_logprobs=2, score_prompt=True)
         engine.submit(asked)

@@ -36,7 +36,7 @@ def test_local_completions_get_log_likelihoods_and_texts(tmp_path):
         logs = []
         opened.engine.abort("")
         for token in ids[:-1]:
-            logits = opened.engine._generator.extend(0, np.array([token], np.int32)).astype(np.float64)
+            logits = opened.engine.generator.extend(0, np.array([token], np.int32)).astype(np.float64)
             logs.append(logits - np.log(np.exp(logits).sum()))
         places = range(len(opened.tokenizer.encode(context)) - 1, len(ids) - 1)
         assert value == pytest.approx(sum(logs[i][ids[i + 1]] for i in places), abs=1e-4)

@@ -116,7 +116,7 @@ def test_a_stop_string_that_spans_tokens(client):
 
 def scores(opened, ids):
     """The log-probabilities of tokens 1 to the last, each from a pass of its own."""
-    generator, found = opened.engine._generator, []
+    generator, found = opened.engine.generator, []
     opened.engine.cache.lengths[0] = 0
     for token, following in zip(ids, ids[1:]):
         logits = generator.extend(0, np.array([token], np.int32)).astype(np.float64)
@@ -427,7 +427,7 @@ def test_an_error_in_a_stream_is_an_event(path, monkeypatch):
 
 def test_a_step_that_fails_ends_what_runs_and_not_the_server(path, monkeypatch, capsys):
     with served.serving(path) as other:
-        generator = engine(other)._generator
+        generator = engine(other).generator
         right, failed = generator.extend, []
 
         def fails(*arguments):
