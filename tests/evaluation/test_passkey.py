@@ -32,8 +32,8 @@ def test_the_prompt_is_the_authors(base):
         filler = length - 247  # bytes of the other lines
         before = round(filler * depth)
         lines = [
-            "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will "
-            "quiz you about the important information there.",
+            "There is an important info hidden inside a lot of irrelevant text. Find it and "
+            "memorize them. I will quiz you about the important information there.",
             garbage[:before],
             "The pass key is 40213. Remember it. 40213 is the pass key.",
             garbage[: filler - before],
