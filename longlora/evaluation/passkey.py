@@ -92,8 +92,8 @@ def run(
 ) -> dict[str, Any]:
     """Ask the model at path `model`, with an adapter if given, for a number that a long text hides."""
     lengths = [lengths] if isinstance(lengths, int) else list(lengths)
-    depths = [depths] if isinstance(depths, (int, float, str)) else list(depths)
-    for depth in depths:
+    chosen: list[Depth] = [depths] if isinstance(depths, (int, float, str)) else [*depths]
+    for depth in chosen:
         if depth != "random" and not (isinstance(depth, (int, float)) and 0 <= depth <= 1):
             raise UserError(f"a depth should be a number from 0 to 1, or random, got {shown(depth)}")
     device, _ = choose(device)
@@ -109,7 +109,7 @@ def run(
     )
     reader = Reader(opened.engine.generator)
     results = []
-    cells = [(length, depth) for length in sorted(lengths) for depth in sorted(depths, reverse=True)]
+    cells = [(length, depth) for length in sorted(lengths) for depth in sorted(chosen, reverse=True)]
     for length, depth in progress.bar(iterable=cells, desc="passkey", leave=False, disable=None):
         drawn = [draw(seed, length, depth, i) for i in range(samples)]
         prompts = [make_prompt(opened.tokenizer, length, *one)[0] for one in drawn]

@@ -18,6 +18,7 @@ from longlora.files.huggingface import GENERATION
 from longlora.files.merge import Merged
 from longlora.files.open_model import open_model
 from longlora.files.tokenizer import Tokenizer
+from longlora.memory.plan import GenerationPlan
 from longlora.progress import Quiet
 from longlora.serving.engine import Engine
 
@@ -85,11 +86,16 @@ def open_engine(
     if window is not None:
         start, recent = window
         size = Window(start, min(8192, length - start) if recent is None else recent)
-    how = dict(dtype=dtype, cache_dtype=None if cache_dtype == "auto" else cache_dtype, device=device)
-    planned = plan(config, context=size, rows=rows, memory=memory, **how)
+
+    def plan_of(rows: int) -> GenerationPlan:
+        kind = None if cache_dtype == "auto" else cache_dtype
+        return plan(
+            config, context=size, rows=rows, dtype=dtype, cache_dtype=kind, device=device, memory=memory
+        )
+
+    planned = plan_of(rows)
     while not planned.fits and fewest_rows is not None and planned.rows > fewest_rows:
-        fewer = max(fewest_rows, planned.rows // 2)
-        planned = plan(config, context=size, rows=fewer, memory=memory, **how)
+        planned = plan_of(max(fewest_rows, planned.rows // 2))
     if not planned.fits:
         raise UserError(
             f"the model does not fit in memory: with {planned.rows} x {planned.context} tokens it needs "
