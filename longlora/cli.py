@@ -84,6 +84,7 @@ def _ppl_flags(parser: argparse.ArgumentParser) -> None:
     add("--rope-type", choices=rope_types, help="interpolate the positions first, without training")
     add("--target-length", type=int, help="the length --rope-type extends to (default: the largest length)")
     add("--max-tokens", type=int, help="use only the first N tokens of the data")
+    add("--protocol", choices=("authors",), help="also give what the eval.py of the authors computes")
     add("--bins", type=int, help="with --json: also report each length by position, in N equal parts")
     add(
         "--dtype",

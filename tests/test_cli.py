@@ -408,6 +408,7 @@ def test_train_merge_inspect_from_the_command_line(tmp_path):
     [
         ("--stride 16", dict(stride=16)),
         ("--bins 2", dict(bins=2)),
+        ("--protocol authors", dict(protocol="authors")),
         ("--max-tokens 50", dict(max_tokens=50)),
         ("--dtype bfloat16", dict(dtype="bfloat16")),
         ("--rope-type yarn", dict(rope_type="yarn")),
@@ -419,7 +420,7 @@ def test_every_flag_of_ppl_is_passed_on(tmp_path, monkeypatch, capsys, flags, ke
     """The result equals that of the keyword, and differs from the result without it."""
     monkeypatch.chdir(tmp_path)
     driver.train(lambda line: None, **tiny.options(tmp_path, max_steps=1))
-    tiny.text(tmp_path / "held.txt", 30)
+    tiny.text(tmp_path / "held.txt", 80)  # the protocol of the authors takes 357 tokens
     always = "ppl --model base --data held.txt --lengths 32,100 --device cpu --json"
     assert cli.main([*always.split(), *flags.split()]) == 0
     found, given = json.loads(capsys.readouterr().out), dict(lengths=[32, 100], device="cpu")

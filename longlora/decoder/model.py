@@ -16,6 +16,7 @@ from longlora.decoder import rope as rope_
 from longlora.decoder.config import ModelConfig
 from longlora.decoder.lora import LoraConfig
 from longlora.decoder.network import Batch, Network
+from longlora.decoder.scores import score
 from longlora.decoder.weights import DTYPES, KINDS
 from longlora.device import CPU, Inputs, host, send
 from longlora.errors import UserError
@@ -319,6 +320,15 @@ class Model:
         self._inputs.put(batch.targets, np.ascontiguousarray(targets, np.int32).reshape(-1))
         self.network.losses(batch)
         return np.array(host(batch.losses)).reshape(shape)
+
+    def scores(self, ids: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Score each target with dense attention, a few rows of logits at a time.
+
+        ids, targets: int32 [T]; every target is a token.
+        Returns their log-probabilities, float64 [T], and whether each is the likeliest token, bool [T].
+        """
+        batch = self._forward(ids, None, None)
+        return score(self.network.head.data, batch.n, targets)
 
     def logits(self, ids: np.ndarray, *, positions: Any = None, cu_seqlens: Any = None) -> np.ndarray:
         """Compute all logits at once, for short texts -> float32 [T,V] or [B,T,V]. Arguments as in losses."""

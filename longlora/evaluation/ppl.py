@@ -16,6 +16,9 @@ from longlora.errors import UserError, shown
 from longlora.files.tokenizer import Tokenizer
 from longlora.ops import IGNORE
 
+AUTHORS_STRIDE = 256  # tokens between the starts of two windows
+AUTHORS_E = 2.71828  # which they raise to the power of the loss
+
 
 def windows(count: int, length: int, stride: int | None = None) -> list[tuple[int, int, int]]:
     """Cut `count` tokens into windows of `length` -> [(first, last, index of the first scored target)].
@@ -121,6 +124,32 @@ def measure(
     return results
 
 
+def measure_authors(model: Model, parts: list[np.ndarray], length: int) -> dict:
+    """Score documents (int32 [N] each) as eval.py of LongLoRA's authors does with a batch of one.
+
+    The documents are one stream of tokens. A window of `length` begins every 256 tokens, as long as a whole
+    one and the token after it are there. The last window is left out.
+    Returns {windows, loss, perplexity, accuracy}. The loss of a window is the mean over all its targets, the
+    second token to the last. Its accuracy is the share of its tokens after which the next token, also the one
+    after the window, is the likeliest. Both are then means over the windows.
+    UserError if the stream has no window.
+    """
+    ids = np.concatenate([*parts, np.zeros(0, np.int32)]).astype(np.int32)
+    starts = range(0, len(ids) - length, AUTHORS_STRIDE)[:-1]
+    if not starts:
+        raise UserError(
+            f"the authors' protocol needs at least {length + AUTHORS_STRIDE + 1} tokens for windows of "
+            f"{length}, the data has {len(ids)}"
+        )
+    found = []
+    for first in starts:
+        logs, best = model.scores(ids[first : first + length], ids[first + 1 : first + length + 1])
+        found.append((-logs[:-1].mean(), best.mean()))
+    loss, accuracy = np.mean(found, 0).tolist()
+    power = AUTHORS_E**loss if loss < 700 else math.inf
+    return {"windows": len(starts), "loss": loss, "perplexity": power, "accuracy": accuracy}
+
+
 def _binned(positions: np.ndarray, length: int, bins: int) -> list[dict]:
     edges = [length * i // bins for i in range(bins + 1)]
     found = []
@@ -182,6 +211,7 @@ def run(
     dtype: str = "float32",
     max_tokens: int | None = None,
     bins: int | None = None,
+    protocol: str | None = None,
     device: str = "auto",
 ) -> dict:
     """Perplexity of the model at path `model`, with an adapter if given, on the text at `data`.
@@ -196,6 +226,8 @@ def run(
     target_length  the length to interpolate to; by default the longest window
     max_tokens     use only this many tokens from the start of the data
     bins           give each result by_position too, in this many parts of the window
+    protocol       "authors" gives each result authors too, what eval.py of LongLoRA's authors computes:
+                   {"windows", "loss", "perplexity", "accuracy"}; stride, bins and documents do not change it
     device         auto, cpu, cuda, cuda:1, ...; auto is the first usable GPU, or else the CPU
 
     UserError names an argument that is out of range and files that cannot be read.
@@ -214,6 +246,8 @@ def run(
                 raise UserError(f"{name} should be an integer of at least {low}, got {shown(value)}")
             if value is not None and value > 1 << 50:
                 raise UserError(f"{name} should be at most {1 << 50}, got {shown(value)}")
+    if protocol not in (None, "authors"):
+        raise UserError(f"protocol should be authors, got {shown(protocol)}")
     if stride is not None and stride > min(lengths):
         raise UserError(f"stride should be at most the shortest length {min(lengths)}, got {stride}")
     if rope_type is None and target_length is not None:
@@ -225,8 +259,12 @@ def run(
     made, base = open_for_evaluation(model, adapter, rope_type, target_length, dtype, device)
     tokenizer = base.tokenizer() if base.has_tokenizer() else None
     parts = read_ids(corpus, tokenizer, base.config, max_tokens)
+    theirs = [measure_authors(made, parts, length) for length in lengths] if protocol else []
+    results = measure(made, parts, lengths, stride, bins)
+    for result, authors in zip(results, theirs, strict=False):
+        result["authors"] = authors
     return {
-        "results": measure(made, parts, lengths, stride, bins),
+        "results": results,
         "model": os.fspath(model),
         "adapter": None if adapter is None else os.fspath(adapter),
         "data": os.fspath(data),
@@ -244,6 +282,15 @@ def text(results: dict) -> str:
     lines = [f"{'length':>8} {'tokens':>10} {'loss':>8} {'perplexity':>11}"]
     for r in results["results"]:
         lines.append(f"{r['length']:>8} {r['tokens']:>10,} {r['loss']:>8.4f} {r['perplexity']:>11.3f}")
+    if "authors" in results["results"][0]:
+        lines.append("\nby the authors' protocol:")
+        lines.append(f"{'length':>8} {'windows':>10} {'loss':>8} {'perplexity':>11} {'accuracy':>9}")
+    for r in results["results"]:
+        if a := r.get("authors"):
+            lines.append(
+                f"{r['length']:>8} {a['windows']:>10,} {a['loss']:>8.4f} {a['perplexity']:>11.3f} "
+                f"{a['accuracy']:>9.4f}"
+            )
     longest = results["longest_document"]
     beyond = [f"{r['length']:,}" for r in results["results"] if r["length"] > longest]
     short = f"no document has {', '.join(beyond)} tokens; the longest has {longest:,}" if beyond else None

@@ -126,6 +126,72 @@ def test_adapter_and_interpolation_are_in_the_number(tmp_path):
     assert linear == pytest.approx(wanted.mean(), rel=1e-5)  # the saved config has the rope
 
 
+def authors_of(base, ids, length):
+    """What the authors' loop gives by transformers, window by window -> (windows, loss, accuracy).
+
+    Windows begin every 256 tokens while length + 1 tokens are left, and the last of them is dropped.
+    The loss is that of transformers for labels = ids. The accuracy counts the token after the window too.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    starts, first = [], 0
+    while first + length + 1 <= len(ids):
+        starts.append(first)
+        first += 256
+    losses, shares = [], []
+    for first in starts[:-1]:
+        window = torch.tensor(ids[first : first + length + 1])
+        with torch.no_grad():
+            done = model(window[None, :-1], labels=window[None, :-1])
+        losses.append(done.loss.item())
+        shares.append((done.logits[0].argmax(-1) == window[1:]).double().mean().item())
+    return len(losses), np.mean(losses), np.mean(shares)
+
+
+def test_the_authors_protocol_is_their_loop(tmp_path):
+    """Two documents are one stream; ours keeps them apart."""
+    base, path = tiny.model(tmp_path / "base"), tmp_path / "t.jsonl"
+    texts = [tiny.text(tmp_path / "t.txt", words, seed=words).read_text() for words in (90, 110)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    ids = [x for text in texts for x in ids_of(base)(text)]
+    found = ppl.run(base, path, [48, 64], protocol="authors")
+    for result in found["results"]:
+        windows, loss, accuracy = authors_of(base, ids, result["length"])
+        theirs = result.pop("authors")
+        assert theirs["windows"] == windows and 3 <= windows
+        assert theirs["loss"] == pytest.approx(loss, rel=1e-5)
+        assert theirs["perplexity"] == pytest.approx(2.71828**loss, rel=1e-5)
+        assert theirs["accuracy"] == pytest.approx(accuracy, abs=1e-12) and accuracy > 0
+        assert abs(theirs["loss"] - result["loss"]) > 1e-3  # the two numbers differ
+    assert found == ppl.run(base, path, [48, 64])
+
+
+@pytest.mark.parametrize("more, windows", [(256, 0), (257, 1), (512, 1), (513, 2)])
+def test_the_authors_windows_need_a_token_after_them_and_the_last_is_left_out(tmp_path, more, windows):
+    """By their code: range(0, N - L, 256), without its last element."""
+    base, path = tiny.model(tmp_path / "base"), tmp_path / "t.txt"
+    path.write_text("a" * (32 + more))
+    if windows:
+        (found,) = ppl.run(base, path, 32, protocol="authors")["results"]
+        assert found["authors"]["windows"] == windows
+        return
+    with pytest.raises(UserError, match="at least 289 tokens for windows of 32, the data has 288"):
+        ppl.run(base, path, 32, protocol="authors")
+
+
+def test_the_table_has_the_authors_numbers_below_ours(tmp_path):
+    base, path = tiny.model(tmp_path / "base"), tiny.text(tmp_path / "t.txt", 100)
+    found = ppl.run(base, path, [32, 64], protocol="authors")
+    lines = ppl.text(found).splitlines()
+    assert lines[:3] == ppl.text(ppl.run(base, path, [32, 64])).splitlines()
+    for line, result in zip(lines[-2:], found["results"], strict=True):
+        theirs = result["authors"]
+        wanted = [str(result["length"]), str(theirs["windows"]), f"{theirs['loss']:.4f}"]
+        assert line.split() == [*wanted, f"{theirs['perplexity']:.3f}", f"{theirs['accuracy']:.4f}"]
+
+
 @pytest.mark.parametrize("limit", [None, 2])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_what_a_run_says_of_held_out_text_is_transformers(tmp_path, limit):
@@ -197,6 +263,7 @@ def test_memory_does_not_grow_with_the_vocabulary(tmp_path):
         (dict(rope_type="linear", target_length=64), "target length should be above the 64 tokens"),
         (dict(rope_type="x"), "rope type"),
         (dict(max_tokens=0), "max_tokens should be"),
+        (dict(protocol="ours"), "protocol should be authors"),
         (dict(adapter="base"), "is not an adapter"),
         (dict(model="no"), "no such file"),
         (dict(data="no.txt"), "no such file"),
