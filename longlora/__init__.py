@@ -53,6 +53,31 @@ __all__ = [
 ]  # not torch, which may not be installed, and not eval, which would hide the built-in function
 
 
+def _installed(here: str) -> list[str]:
+    """The folders that modules of the package come from.
+
+    In a clone, `python -m longlora` and torchrun import the source tree of the current folder. If it has no
+    extension and the package was installed from it, the modules are those of the installed package.
+    """
+    from importlib.machinery import EXTENSION_SUFFIXES as suffixes
+
+    def built(folder: str) -> bool:
+        return any(os.path.exists(os.path.join(folder, f"_C{suffix}")) for suffix in suffixes)
+
+    def source(folder: str) -> bytes:
+        with open(os.path.join(folder, "__init__.py"), "rb") as file:
+            return file.read()
+
+    if not built(here):
+        for folder in (os.path.join(entry, "longlora") for entry in sys.path):
+            if built(folder) and source(folder) == source(here):
+                return [folder]
+    return [here]
+
+
+__path__ = _installed(os.path.dirname(__file__))
+
+
 def _compiled():
     """The extension. Modules of the package import it with `from longlora import _C`, which calls this
     function.

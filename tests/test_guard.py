@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,25 @@ def test_a_wrong_flag_is_printable_and_short(capsys):
         assert stop.value.code == 2 and line.isprintable() and len(line) < 2200
 
 
+def test_a_tree_that_was_not_built_uses_the_package_that_was_installed_from_it(tmp_path):
+    """In a clone, after `pip install .`: -m imports the tree of the current folder first."""
+    source = Path(longlora.__path__[0])
+    tree, site = tmp_path / "tree/longlora", tmp_path / "site"
+    tree.mkdir(parents=True)
+    site.mkdir()
+    os.symlink(source, site / "longlora")
+    shutil.copy(source / "__init__.py", tree)
+    environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONSAFEPATH": ""}
+    show = "import longlora; from longlora import ops; print(longlora.__file__, ops.__file__)"
+    for words in (["-c", show], ["-m", "longlora", "inspect", tmp_path / "nothing"]):
+        command = [sys.executable, *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tree.parent, env=environment)
+        if words[0] == "-c":
+            assert done.stdout.split() == [str(tree / "__init__.py"), str(site / "longlora/ops.py")]
+        else:
+            assert done.returncode == 2 and "nothing" in done.stderr
+
+
 def test_a_tree_that_was_not_built_says_so(tmp_path):
     """python -m benchmarks there, and longlora itself. The help of both needs no build."""
     source = Path(longlora.__file__).parent
@@ -142,6 +162,8 @@ def test_a_tree_that_was_not_built_says_so(tmp_path):
             copy = tmp_path / "longlora" / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             copy.write_bytes(path.read_bytes())
+    with open(tmp_path / "longlora/__init__.py", "a") as file:
+        file.write("# no installed package is of this source\n")
     os.symlink(root / "benchmarks", tmp_path / "benchmarks")
     for module, words in (("longlora", ["doctor"]), ("benchmarks", ["gemm"])):
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

@@ -278,10 +278,14 @@ def run(
 
 
 def text(results: dict) -> str:
-    """The result of `run` as a table."""
+    """The result of `run` as a table. A length that no document has gets no number."""
     lines = [f"{'length':>8} {'tokens':>10} {'loss':>8} {'perplexity':>11}"]
+    longest = results["longest_document"]
     for r in results["results"]:
-        lines.append(f"{r['length']:>8} {r['tokens']:>10,} {r['loss']:>8.4f} {r['perplexity']:>11.3f}")
+        if r["length"] > longest:
+            lines.append(f"{r['length']:>8} {'-':>10} {'-':>8} {'-':>11}")
+        else:
+            lines.append(f"{r['length']:>8} {r['tokens']:>10,} {r['loss']:>8.4f} {r['perplexity']:>11.3f}")
     if "authors" in results["results"][0]:
         lines.append("\nby the authors' protocol:")
         lines.append(f"{'length':>8} {'windows':>10} {'loss':>8} {'perplexity':>11} {'accuracy':>9}")
@@ -291,7 +295,6 @@ def text(results: dict) -> str:
                 f"{r['length']:>8} {a['windows']:>10,} {a['loss']:>8.4f} {a['perplexity']:>11.3f} "
                 f"{a['accuracy']:>9.4f}"
             )
-    longest = results["longest_document"]
     beyond = [f"{r['length']:,}" for r in results["results"] if r["length"] > longest]
     short = f"no document has {', '.join(beyond)} tokens; the longest has {longest:,}" if beyond else None
     return "\n".join([*lines, *filter(None, [results["left_out"], short])])
