@@ -27,6 +27,7 @@ from longlora.data.chat_template import ChatTemplate
 from longlora.errors import UserError
 from longlora.serving import pdf
 from longlora.serving.answer import chat_ids
+from longlora.serving.log import USAGE, Log
 from longlora.serving.open import Opened
 from longlora.serving.protocol import Limits, Refused, Wanted, read_chat, read_completion
 from longlora.serving.replies import Reply, encoded
@@ -91,10 +92,10 @@ class Service:
             Route("/v1/completions", self._complete, methods=["POST"]),
             Route("/pdf", self._pdf, methods=["POST"]),
         ]
-        middleware = [Middleware(_Guard, admit=self._admit)]
+        middleware = [Middleware(Log), Middleware(_Guard, admit=self._admit)]
         if self._origins:
             allowed: dict[str, Any] = dict(allow_methods=["GET", "POST"], allow_headers=["*"])
-            middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(self._origins), **allowed))
+            middleware.insert(1, Middleware(CORSMiddleware, allow_origins=list(self._origins), **allowed))
         handlers: dict[Any, Any] = {
             Refused: lambda request, error: refusal(error),
             UserError: lambda request, error: refusal(Refused(self._told(error))),
@@ -215,6 +216,7 @@ class Service:
             sum(len(ids) for ids, _ in prompts),
             lambda: sum(request.reused for request in requests[:: wanted.n]),
         )
+        request.scope[USAGE] = made.usage
         if not self.worker.submit(requests):
             if self.worker.stopping:
                 raise Refused(STOPPING, 503)

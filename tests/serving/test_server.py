@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import socket
 import sys
 import time
@@ -168,6 +169,21 @@ def test_a_conversation_is_not_read_again(client):
     messages += [{"role": "assistant", "content": "zz"}, {"role": "user", "content": "again"}]
     second = client.chat.completions.create(model="tiny", messages=messages, max_tokens=3)
     assert second.usage.prompt_tokens_details.cached_tokens >= 202
+
+
+def test_each_request_for_an_answer_is_a_line(path, capsys):
+    body = dict(messages=[dict(role="user", content="log me")], max_tokens=5, logit_bias=ASCII)
+    with served.serving(path) as running:
+        assert ask(running, body=body)[0] == 200
+        status, _, _ = ask(running, body=body | dict(stream=True))
+        assert status == 200 and ask(running, "GET", "/health")[0] == 200
+        assert ask(running, "GET", "/v1/no%0Ane")[0] == 404 and ask(running, body=b"{")[0] == 400
+    lines = capsys.readouterr().err.splitlines()
+    found = [re.sub(r"^\d\d:\d\d:\d\d 127.0.0.1 | \d+\.\d\d s$", "", line) for line in lines]
+    answered = r"POST /v1/chat/completions 200, prompt \d+ tokens \(\d+ reused\), answer 5,"
+    assert len(found) == 4 and re.fullmatch(answered, found[0]) and re.fullmatch(answered, found[1])
+    assert found[2:] == [r"GET /v1/no\nne 404,", "POST /v1/chat/completions 400,"]
+    assert "log me" not in "".join(lines)
 
 
 def test_a_prompt_over_the_context(client):
