@@ -10,6 +10,7 @@ from longlora.decoder import rope
 from longlora.decoder.cache import Cache
 from longlora.decoder.model import Model
 from longlora.decoder.network import Batch
+from longlora.decoder.scores import score
 from longlora.device import Inputs, host, send
 
 CHUNK = 512  # tokens of a prompt in one pass: the activations of a pass are bounded, whatever the prompt
@@ -72,6 +73,21 @@ class Generator:
             found.append(self._next(batch, 0, len(part)))
         return np.concatenate(found)
 
+    def score(
+        self, rows: Sequence[int], ids: np.ndarray, places: np.ndarray, targets: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Add tokens to several sequences, and score what may come after some of them.
+
+        rows: their rows of the cache, all different. ids: int32 [B,S], at most `chunk` tokens together.
+        places: int [N], tokens of ids.reshape(-1). targets: int [N], a token that may come after each.
+        Returns the log-probability of each target, float64 [N], and whether it is the likeliest token. No
+        other logits are computed. ValueError if the tokens do not fit in the cache.
+        """
+        batch = self._pass(rows, ids)
+        n = _C.Tensor((len(places), batch.n.shape[1]), batch.n.dtype, self.model.device)
+        _C.embedding_forward(n, batch.n, send(np.asarray(places, np.int32), self.model.device))
+        return score(self._head, n, targets)
+
     def _pass(self, rows, ids):
         """Run ids [B,S] through the layers -> the Batch, with the head's input in n."""
         (B, S), cache = ids.shape, self.cache
@@ -91,6 +107,9 @@ class Generator:
                 self._batches.clear()
             network = self.model.network
             needs = network.activations(B, S, self.model.dtype, None)
+            if needs.layout.size > self._arena.shape[0]:  # more rows take a little more than one of a chunk
+                self._batches.clear()
+                self._arena = _C.Tensor((needs.layout.size,), "uint8", self.model.device)
             batch = self._batches[B, S] = Batch(_C, network, needs, self._arena, 0)
         batch.attend_to_cache(cache.layers, self._tables)
         put(batch.rows, rows)
