@@ -1,6 +1,7 @@
 """`longlora eval TASK`. A task is one row of TASKS, and a function of the same name in longlora.eval."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,9 @@ def _keywords(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in NOT_KEYWORDS}
 
 
-def _depths(text: str) -> list[float] | str:
-    if text == "random":
-        return text
+def _depths(text: str) -> list[float | str]:
     try:
-        return [float(part) for part in text.split(",")]
+        return [part if part == "random" else float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected random, or numbers from 0 to 1, got {text!r}") from None
 
@@ -39,8 +38,7 @@ def _passkey_flags(parser: argparse.ArgumentParser) -> None:
         "--depths",
         type=_depths,
         default=[0.0, 0.25, 0.5, 0.75, 1.0],
-        metavar="random|D,D,...",
-        help="where the key is, from 0 (begin) to 1 (end) [0,0.25,0.5,0.75,1]",
+        help="where the key is, from 0 (begin) to 1 (end), or random [0,0.25,0.5,0.75,1]",
     )
 
 
@@ -50,13 +48,30 @@ def _passkey(args: argparse.Namespace) -> int:
     return _run(args, passkey.run, passkey.text)
 
 
+def _topics_flags(parser: argparse.ArgumentParser) -> None:
+    _retrieval_flags(parser, "tokens of a conversation at most: 4096,8192,...")
+
+
+def _topics(args: argparse.Namespace) -> int:
+    from longlora.evaluation import topics
+
+    return _run(args, topics.run, topics.text)
+
+
 def _run(
     args: argparse.Namespace, function: Callable[..., dict[str, Any]], text: Callable[[dict], str]
 ) -> int:
-    return show(args, function(**_keywords(args)), text)
+    """Run a task; with --json standard output holds nothing else."""
+    from longlora.progress import quietly
+
+    say = quietly(lambda line: print(line, file=sys.stderr if args.json else sys.stdout, flush=True))
+    return show(args, function(**_keywords(args), say=say), text)
 
 
-TASKS = (Command("passkey", "find a number in a long text, by length and depth", _passkey_flags, _passkey),)
+TASKS = (
+    Command("passkey", "find a number in a long text, by length and depth", _passkey_flags, _passkey),
+    Command("topics", "name the first topic of a long conversation", _topics_flags, _topics),
+)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

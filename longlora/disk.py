@@ -168,6 +168,23 @@ def lock(handle: int) -> bool | None:
     return True
 
 
+@contextlib.contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Create `directory` if need be and lock it; UserError if another run holds it.
+
+    The lock belongs to the process, so a killed run leaves none.
+    """
+    try:
+        os.makedirs(directory, exist_ok=True)
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be made: {error.strerror}") from None
+    with closing(handle):
+        if lock(handle) is False:
+            raise UserError(f"{directory}: another run is writing there now")
+        yield
+
+
 def sweep(directory: Path, name: str = ".+") -> None:
     """Remove what killed processes left in `directory` of what `make_aside` made for files of this name.
 

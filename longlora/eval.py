@@ -1,5 +1,6 @@
 """Evaluations as functions, one for each task of `longlora eval`: longlora.eval.passkey(...)."""
 
 from longlora.evaluation.passkey import run as passkey
+from longlora.evaluation.topics import run as topics
 
-__all__ = ["passkey"]
+__all__ = ["passkey", "topics"]

@@ -84,3 +84,41 @@ def attention(path: Path, length: int, group_size: int, boundary: str = "split",
         axes.imshow(mask, cmap="Blues", extent=(0, length, length, 0), vmin=0, vmax=1.4)
         axes.set(xlabel="key", ylabel="query", title=f"{name}, group {group_size}")
     _save(figure, path)
+
+
+def passkey(path: Path, results: Sequence[Mapping[str, Any]], trained: int, pretrained: int) -> None:
+    """Draw the share of found keys as a heat map: lengths from left to right, depths from top to bottom.
+
+    results: rows with length, depth and accuracy, as evaluation.passkey.run returns them. A length may have
+    depths of its own; one with random depths is a single block. trained, pretrained: lengths that are marked.
+    """
+    from matplotlib import colormaps
+
+    lengths = sorted({row["length"] for row in results})
+    figure, ((axes,),) = _figure(max(5.0, 2.2 + 0.8 * len(lengths)), 4.6)
+    colours = colormaps["RdYlGn"]
+    for x, length in enumerate(lengths):
+        cells = {row["depth"]: row["accuracy"] for row in results if row["length"] == length}
+        depths = sorted(depth for depth in cells if depth != "random") or ["random"]
+        edges = [0.0, *((a + b) / 2 for a, b in zip(depths, depths[1:])), 1.0]
+        for depth, top, bottom in zip(depths, edges, edges[1:]):
+            share = cells[depth]
+            axes.bar(
+                x, bottom - top, 1, top, color=colours(0.08 + 0.84 * share), edgecolor="white", linewidth=1
+            )
+            shown = f"{100 * share:.0f}" + ("\nat random" if depth == "random" else "")
+            axes.text(x, (top + bottom) / 2, shown, ha="center", va="center", fontsize=8)
+    marks = {pretrained: "base", trained: "trained"} if trained != pretrained else {trained: "trained"}
+    for length, name in marks.items():
+        place = sum(x <= length for x in lengths) - 0.5  # after the last column that is not longer
+        if 0 < place:
+            axes.axvline(place, color="black", linewidth=2, linestyle="-" if length == trained else ":")
+            axes.text(place, -0.02, f"{name} {length:,}", ha="right", va="bottom", fontsize=8)
+    axes.set(
+        xlabel="tokens of the prompt",
+        ylabel="depth of the key (0 is the beginning)",
+        title="passkeys found, %\n",
+    )
+    axes.set(xlim=(-0.5, len(lengths) - 0.5), ylim=(1, 0))
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    _save(figure, path)

@@ -1,23 +1,20 @@
-"""Passkey retrieval, the authors' task: a number hides in a long filler, and the model has to repeat it.
+"""Passkey retrieval: a number hides in a long filler, and the model has to repeat it.
 
-The prompt is that of the LongLoRA paper, appendix A.2, which is that of Mohtashami and Jaggi,
+The prompt is that of the LongLoRA paper, appendix A.2, which has it from Mohtashami and Jaggi,
 arXiv 2305.16300.
 """
 
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from longlora import progress
-from longlora.device import choose
 from longlora.errors import UserError, shown
-from longlora.evaluation.reader import Reader
+from longlora.evaluation import retrieval
 from longlora.files.tokenizer import Tokenizer
-from longlora.serving.open import open_engine
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -27,8 +24,8 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 KEY = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 LARGEST = 50_000  # keys are 1 to this
-SIDE_BY_SIDE = 16  # prompts that are answered together at most
-Depth = float | str
+RANDOM = "random"  # a depth that each prompt draws
+NAME = "passkey 1"
 
 
 def prompt_text(key: int, before: int, after: int) -> str:
@@ -41,30 +38,27 @@ def make_prompt(tokenizer: Tokenizer, length: int, depth: float, key: int) -> tu
     """The longest prompt of at most `length` tokens with the key at `depth` -> its ids, int32 [N], its text.
 
     depth: the part of the filler that stands before the key, from 0 to 1. The filler ends in the middle of a
-    sentence where that fills the prompt, as in the authors' script.
+    word where that fills the prompt, as in the authors' script.
     UserError if the prompt has more tokens without any filler.
     """
 
-    def prompt(filler: int) -> tuple[np.ndarray, str]:
+    def of(filler: int) -> str:
         before = round(filler * depth)
-        text = prompt_text(key, before, filler - before)
-        return tokenizer.encode(text), text
+        return prompt_text(key, before, filler - before)
 
-    shortest = len(prompt(0)[0])
+    def tokens(filler: int) -> int:
+        return len(tokenizer.encode(of(filler)))
+
+    shortest = tokens(0)
     if shortest > length:
-        raise UserError(
-            f"length {length} is too short for the task, which has {shortest} tokens without filler"
-        )
-    low, high = 0, len(FILLER)
-    while len(prompt(high)[0]) <= length:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if len(prompt(middle)[0]) <= length else (low, middle)
-    return prompt(low)
+        raise retrieval.too_short(length, shortest, "without filler")
+    each = len(FILLER) / len(tokenizer.encode_parts([FILLER])[0])
+    filler = retrieval.longest(tokens, length, int((length - shortest) * each), 64 * length)
+    text = of(filler)
+    return tokenizer.encode(text), text
 
 
-def draw(seed: int, length: int, depth: Depth, sample: int) -> tuple[float, int]:
+def draw(seed: int, length: int, depth: float | str, sample: int) -> tuple[float, int]:
     """The depth and the key of a sample. They follow from the arguments alone."""
     generator = random.Random(f"{seed} {length} {depth} {sample}")
     where, key = generator.random(), generator.randint(1, LARGEST)
@@ -82,50 +76,100 @@ def run(
     adapter: str | os.PathLike | None = None,
     *,
     lengths: int | Sequence[int],
-    depths: float | str | Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    depths: float | str | Sequence[float | str] = (0.0, 0.25, 0.5, 0.75, 1.0),
     samples: int = 10,
     seed: int = 0,
     output_dir: str | os.PathLike | None = None,
     dtype: str = "auto",
     cache_dtype: str = "auto",
     device: str = "auto",
+    say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
-    """Ask the model at path `model`, with an adapter if given, for a number that a long text hides."""
+    """Ask the model at path `model`, with an adapter if given, for a number that a long text hides.
+
+    Returns {"results": [{"length", "depth", "samples", "right", "accuracy", "answers": [{"depth", "tokens",
+    "expected", "answer", "right"}]}, ...], "trained_length", "pretrained_length", "settings", ...}, one
+    result for each length and depth.
+
+    lengths      tokens of a prompt. It has exactly that many, or the most below that the filler allows
+    depths       the part of the filler before the key, from 0 to 1; "random" draws it for each prompt
+    samples      prompts for each length and depth, each with a key of its own
+    seed         equal seeds make equal prompts
+    output_dir   keeps passkey.json and the heat map passkey.png. A later call with this directory continues:
+                 cells that are in the file are not run again, more samples are added to them, and the result
+                 holds all cells of the file
+    dtype, cache_dtype, device: as in Session. say: receives a line for each cell
+
+    UserError names an argument that is out of range, files that do not belong together or hold results of
+    other settings, and a length that does not fit in memory: before any weight is read.
+    """
     lengths = [lengths] if isinstance(lengths, int) else list(lengths)
-    chosen: list[Depth] = [depths] if isinstance(depths, (int, float, str)) else [*depths]
-    for depth in chosen:
-        if depth != "random" and not (isinstance(depth, (int, float)) and 0 <= depth <= 1):
-            raise UserError(f"a depth should be a number from 0 to 1, or random, got {shown(depth)}")
-    device, _ = choose(device)
-    opened = open_engine(
+    chosen = [depths] if isinstance(depths, (int, float, str)) else list(depths)
+    retrieval.integers(lengths=lengths, samples=samples, seed=seed)
+    for depth in chosen or [None]:
+        number = isinstance(depth, (int, float)) and not isinstance(depth, bool) and 0 <= depth <= 1
+        if not number and depth != RANDOM:
+            raise UserError(f"depths should be numbers from 0 to 1, or {RANDOM}, got {shown(depth)}")
+
+    def prompt(tokenizer: Tokenizer, cell: retrieval.Cell, sample: int) -> retrieval.Prompt:
+        depth, key = draw(seed, cell["length"], cell["depth"], sample)
+        ids, _ = make_prompt(tokenizer, cell["length"], depth, key)
+        count = len(tokenizer.encode_parts([f" {key}."])[0])  # the dot shows where the number ends
+        return retrieval.Prompt(ids, str(key), count, lambda answer: right(answer, key), dict(depth=depth))
+
+    # The deepest key first: the prompts of the other depths begin as this one does, up to their keys.
+    ordered = sorted({x if isinstance(x, str) else float(x) for x in chosen}, key=_place, reverse=True)
+    cells = [dict(length=length, depth=depth) for length in sorted(set(lengths)) for depth in ordered]
+    found = retrieval.measure(
+        retrieval.Task(NAME, cells, prompt),
         model,
         adapter,
-        context=max(lengths) + 16,
-        rows=min(samples, SIDE_BY_SIDE),
-        fewest_rows=1,
+        samples=samples,
+        seed=seed,
+        output_dir=output_dir,
         dtype=dtype,
         cache_dtype=cache_dtype,
         device=device,
+        say=say,
     )
-    reader = Reader(opened.engine.generator)
-    results = []
-    cells = [(length, depth) for length in sorted(lengths) for depth in sorted(chosen, reverse=True)]
-    for length, depth in progress.bar(iterable=cells, desc="passkey", leave=False, disable=None):
-        drawn = [draw(seed, length, depth, i) for i in range(samples)]
-        prompts = [make_prompt(opened.tokenizer, length, *one)[0] for one in drawn]
-        count = max(len(opened.tokenizer.encode_parts([f" {key}."])[0]) for _, key in drawn)
-        answers = [opened.tokenizer.decode(ids) for ids in reader.answers(prompts, count, opened.end)]
-        hits = sum(right(answer, key) for answer, (_, key) in zip(answers, drawn, strict=True))
-        results.append(dict(length=length, depth=depth, right=hits, samples=samples, accuracy=hits / samples))
-    return {"results": results, "model": os.fspath(model)}
+    found["results"].sort(key=lambda row: (row["length"], _place(row["depth"])))
+    if output_dir is not None:
+        _draw(os.path.join(output_dir, "passkey.png"), found, say)
+    return found
 
 
-def text(results: dict[str, Any]) -> str:
-    """The result of `run` as a table."""
-    cells = {(r["length"], r["depth"]): r["accuracy"] for r in results["results"]}
-    lengths, depths = (sorted({cell[i] for cell in cells}) for i in (0, 1))
+def _place(depth: float | str) -> float:
+    """Where a depth stands among the others."""
+    return 2.0 if isinstance(depth, str) else depth
+
+
+def _draw(path: str, found: dict[str, Any], say: Callable[[str], object]) -> None:
+    """Draw the heat map. A picture that fails is said, and loses no result."""
+    try:
+        from longlora import plots
+
+        plots.passkey(path, found["results"], found["trained_length"], found["pretrained_length"])
+        say(f"saved {path}")
+    except Exception as error:
+        say(f"{path} could not be drawn: {error}")
+
+
+def text(found: dict[str, Any]) -> str:
+    """The result of `run` as a table of per cent."""
+    cells = {(r["length"], r["depth"]): r for r in found["results"]}
+    lengths = sorted({length for length, _ in cells})
+    depths = sorted({depth for _, depth in cells}, key=_place)
     lines = [f"{'length':>8}" + "".join(f"{depth:>9}" for depth in depths)]
     for length in lengths:
-        row = (cells[length, depth] for depth in depths)
-        lines.append(f"{length:>8}" + "".join(f"{100 * accuracy:>8.0f}%" for accuracy in row))
-    return "\n".join(lines)
+        row = (cells.get((length, depth)) for depth in depths)
+        shares = (f"{100 * cell['accuracy']:.0f}%" if cell else "" for cell in row)
+        lines.append(f"{length:>8}" + "".join(f"{share:>9}" for share in shares))
+    counts = sorted({r["samples"] for r in found["results"]})
+    prompts = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
+    return "\n".join([*lines, f"keys found, of {prompts} prompts in a cell; {trained(found)}"])
+
+
+def trained(found: dict[str, Any]) -> str:
+    """For which lengths the model was made, in words."""
+    now, before = found["trained_length"], found["pretrained_length"]
+    return f"the model is made for {now:,} tokens" + (f", its base for {before:,}" if before != now else "")

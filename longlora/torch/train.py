@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
-from longlora import cli
+from longlora import cli, disk
 from longlora.errors import UserError
 from longlora.guard import guarded
 from longlora.job import processors
@@ -79,7 +79,7 @@ def run(o: TrainOptions, say: Say = print) -> Result:
 
         def prepare():
             resume.refuse_taken(o.output_dir, o.resume_from_checkpoint)
-            held.enter_context(resume.alone(o.output_dir))
+            held.enter_context(disk.alone(o.output_dir))
             resume.sweep(o.output_dir)
             read_data(o, source, setup, say)  # the other processes find it in the cache
 

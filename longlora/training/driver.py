@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from longlora import disk
 from longlora.data.sequences import Order, batch
 from longlora.decoder.config import read_config
 from longlora.device import CPU, choose, choose_to_plan
-from longlora.disk import write_json
 from longlora.errors import UserError
 from longlora.memory.plan import Plan
 from longlora.ops import IGNORE
@@ -76,7 +76,7 @@ def run(o: TrainOptions, say: Say = print) -> Result:
             "; what would make it fit: " + "; ".join(plan.changes)
         )
     resume.refuse_taken(o.output_dir, o.resume_from_checkpoint)
-    with resume.alone(o.output_dir):
+    with disk.alone(o.output_dir):
         say(chosen)
         resume.sweep(o.output_dir)
         return Driver(Run(o, source, setup, say), device).train()
@@ -179,7 +179,7 @@ class Driver:
 
             found = self.recorder.report()
             self.run.say(profile.text(found))
-            write_json(os.path.join(self.run.o.output_dir, PROFILE), found)
+            disk.write_json(os.path.join(self.run.o.output_dir, PROFILE), found)
 
     def evaluate(self) -> float:
         run = self.run

@@ -9,7 +9,7 @@ most a *.partial, which the next run removes, or puts back where it was a checkp
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -179,23 +179,6 @@ def sweep(output_dir: str) -> None:
     for name in os.listdir(output_dir):
         if re.fullmatch(rf"checkpoint-\d+({re.escape(REPLACED)})?(\.old)?{re.escape(ASIDE)}", name):
             disk.remove(os.path.join(output_dir, name))
-
-
-@contextlib.contextmanager
-def alone(directory: str) -> Iterator[None]:
-    """Create `directory` if need be and lock it; UserError if another run holds it.
-
-    The lock belongs to the process, so a killed run leaves none.
-    """
-    try:
-        os.makedirs(directory, exist_ok=True)
-        handle = os.open(directory, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be made: {error.strerror}") from None
-    with disk.closing(handle):
-        if disk.lock(handle) is False:
-            raise UserError(f"{directory}: another run is writing there now")
-        yield
 
 
 def load(path: str) -> tuple[dict, dict[str, np.ndarray]]:
