@@ -58,6 +58,26 @@ def _topics(args: argparse.Namespace) -> int:
     return _run(args, topics.run, topics.text)
 
 
+def _tasks_flags(parser: argparse.ArgumentParser) -> None:
+    model_flags(parser)
+    add = parser.add_argument
+    add("--tasks", required=True, metavar="TASK,TASK,...", help="tasks, groups and tags of lm-eval")
+    add("--lengths", type=lengths, help="tokens of a prompt with its answer, for tasks such as RULER's")
+    add("--context", type=int, help="tokens that are read at most (default: what the model was made for)")
+    add("--limit", type=int, help="use only the first N samples of each task")
+    add("--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
+    add("--task-dir", metavar="DIR", help="a directory with tasks of your own")
+    add("--apply-chat-template", action="store_true", help="make each prompt a message to an assistant")
+    add("--chat-template", metavar="FILE", help="a chat template (default: the model's own)")
+    json_flag(parser)
+
+
+def _tasks(args: argparse.Namespace) -> int:
+    from longlora.evaluation import tasks
+
+    return _run(args, tasks.run, tasks.text)
+
+
 def _run(
     args: argparse.Namespace, function: Callable[..., dict[str, Any]], text: Callable[[dict], str]
 ) -> int:
@@ -71,6 +91,7 @@ def _run(
 TASKS = (
     Command("passkey", "find a number in a long text, by length and depth", _passkey_flags, _passkey),
     Command("topics", "name the first topic of a long conversation", _topics_flags, _topics),
+    Command("tasks", "run tasks of lm-eval: RULER, LongBench, HellaSwag, ...", _tasks_flags, _tasks),
 )
 
 

@@ -6,33 +6,33 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from longlora.decoder.cache import Cache, common
+from longlora.decoder.cache import common
 from longlora.decoder.generate import Generator
-from longlora.decoder.model import Model
 from longlora.decoder.sampling import NAN
 from longlora.errors import UserError
 
 Pair = tuple[np.ndarray, np.ndarray]  # context and continuation, int32 [N] and [M] with N, M >= 1
+Asked = tuple[int, int, int]  # a place, a token that may come after it, and the number of the request
 
 
 @dataclass
 class _Text:
-    """Tokens to read, and what is asked: (place, target, request), the target after the token at `place`."""
+    """Tokens to read, and what is asked."""
 
     ids: np.ndarray
-    asked: list[tuple[int, int, int]] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
 
 
 class Scorer:
-    """Scores continuations by `model` in the rows of `cache`.
+    """Scores continuations by `generator`, in the rows of its cache.
 
     Requests are sorted by their tokens, and the cache holds the last context. So each token of a prefix that
     requests share is read once. The continuations of one context are read side by side in the rows.
     """
 
-    def __init__(self, model: Model, cache: Cache):
-        self._cache, self._generator = cache, Generator(model, cache)
-        self._held = [np.zeros(0, np.int32) for _ in range(cache.rows)]  # the tokens of each row
+    def __init__(self, generator: Generator):
+        self._generator, self._cache = generator, generator.cache
+        self._held = [np.zeros(0, np.int32) for _ in range(self._cache.rows)]  # the tokens of each row
 
     def score(
         self, pairs: Sequence[Pair], done: Callable[[int], object] = lambda count: None
@@ -60,8 +60,8 @@ class Scorer:
         self._held[0] = ids[:first]
         for start in range(first, len(ids), chunk):
             stop = min(start + chunk, len(ids))
-            asked = [(place - start, *rest) for place, *rest in text.asked if start <= place < stop]
-            self._score([0], ids[None, start:stop], asked)
+            asked = [one for one in text.asked if start <= one[0] < stop]
+            self._score([0], ids[None, start:stop], _moved(asked, -start))
         self._held[0] = ids
 
     def _side_by_side(self, tails: list[_Text]) -> Iterator[list[_Text]]:
@@ -75,7 +75,7 @@ class Scorer:
         """Read tails after the trunk, which row 0 holds."""
         if len(tails) == 1:
             (tail,), count = tails, len(trunk)
-            asked = [(count + place, *rest) for place, *rest in tail.asked]
+            asked = _moved(tail.asked, count)
             self._read(_Text(np.concatenate([trunk, tail.ids]), asked))
             return
         rows, width = range(len(tails)), len(tails[0].ids)
@@ -89,7 +89,7 @@ class Scorer:
         ids, asked = np.zeros((len(tails), width), np.int32), []
         for row, tail in zip(rows, tails, strict=True):
             ids[row, : len(tail.ids)] = tail.ids
-            asked += [(row * width + place, *rest) for place, *rest in tail.asked]
+            asked += _moved(tail.asked, row * width)
         self._score(list(rows), ids, asked)
 
     def _score(self, rows, ids, asked):
@@ -99,6 +99,10 @@ class Scorer:
             raise UserError(NAN)
         np.add.at(self._logs, requests, logs)
         np.logical_and.at(self._best, requests, best)
+
+
+def _moved(asked: list[Asked], by: int) -> list[Asked]:
+    return [(place + by, target, request) for place, target, request in asked]
 
 
 def _grouped(pairs: Sequence[Pair]) -> Iterator[tuple[_Text, list[_Text], int]]:
@@ -122,6 +126,6 @@ def _grouped(pairs: Sequence[Pair]) -> Iterator[tuple[_Text, list[_Text], int]]:
         if len(tails) == 1:
             (tail,) = tails.values()
             trunk.ids = np.concatenate([trunk.ids, tail.ids])
-            trunk.asked += [(count + place, *rest) for place, *rest in tail.asked]
+            trunk.asked += _moved(tail.asked, count)
             tails = {}
         yield trunk, sorted(tails.values(), key=lambda text: -len(text.ids)), len(members)

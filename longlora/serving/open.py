@@ -41,7 +41,40 @@ class Opened:
     identity: dict[str, str]
 
 
-def open_engine(
+@dataclass(frozen=True)
+class Prepared:
+    """A model that was checked and fits in memory, before its weights are read.
+
+    config: with the adapter's longer positions. weights: what Model.load takes. size: of the cache.
+    """
+
+    base: Any
+    config: ModelConfig
+    weights: Any
+    size: int | Window
+    planned: GenerationPlan
+    identity: dict[str, str]
+
+    def load(self) -> Opened:
+        """Read the weights."""
+        planned, config = self.planned, self.config
+        tokenizer = self.base.tokenizer()
+        made = Model(config, dtype=planned.dtype, device=planned.device).load(self.weights)
+        kind = planned.cache_dtype, planned.device
+        if isinstance(self.size, Window):
+            cache: Cache = StreamingCache(config, self.size, config.rope, *kind)
+        else:
+            cache = Cache(config, planned.rows, self.size, *kind)
+        end = end_tokens(self.base, tokenizer)
+        return Opened(Engine(made, cache), tokenizer, config, end, self.base, self.identity)
+
+
+def open_engine(model: Path, adapter: Path | None = None, **how: Any) -> Opened:
+    """Open the model at path `model`, with an adapter merged in if given. Arguments as in `prepare`."""
+    return prepare(model, adapter, **how).load()
+
+
+def prepare(
     model: Path,
     adapter: Path | None = None,
     *,
@@ -53,8 +86,8 @@ def open_engine(
     cache_dtype: str = "auto",
     device: str = "cpu",
     memory: int | None = None,
-) -> Opened:
-    """Open the model at path `model`, with an adapter merged in if given.
+) -> Prepared:
+    """Check the model at path `model`, with an adapter if given, and plan its memory. No weight is read.
 
     context: tokens of prompt and answer together, by default what the model was made for.
     window: start and recent of a streaming.Window instead, for one answer without end. recent is by default
@@ -64,8 +97,7 @@ def open_engine(
     device: "cpu" or "cuda:N". memory: bytes, by default what the device has.
 
     A context that is longer than the model was made for gets a warning on standard error.
-    UserError for files that do not belong together, and for what does not fit in memory: before any weight
-    is read.
+    UserError for files that do not belong together, and for what does not fit in memory.
     """
     base = open_model(model)
     config: ModelConfig = base.config
@@ -108,15 +140,8 @@ def open_engine(
             f"warning: a context of {length} tokens is longer than the {made_for} that the model was made "
             "for; beyond them its answers get poor (longlora train --target-length extends a model)\n"
         )
-    tokenizer = base.tokenizer()
-    made = Model(config, dtype=dtype, device=device).load(weights)
-    kind = planned.cache_dtype, device
-    if isinstance(size, Window):
-        cache: Cache = StreamingCache(config, size, config.rope, *kind)
-    else:
-        cache = Cache(config, planned.rows, size, *kind)
     identity |= {"dtype": dtype, "cache_dtype": planned.cache_dtype}
-    return Opened(Engine(made, cache), tokenizer, config, end_tokens(base, tokenizer), base, identity)
+    return Prepared(base, config, weights, size, planned, identity)
 
 
 def end_tokens(base: Any, tokenizer: Tokenizer) -> frozenset[int]:
