@@ -1,0 +1,29 @@
+"""The tables and verdicts of benchmarks/paper.py as Markdown."""
+
+
+def markdown(rows):
+    """Rows of cells, the first one the header -> a Markdown table."""
+    header, *others = ("| " + " | ".join(cells) + " |" for cells in rows)
+    return "\n".join([header, "|" + "---|" * len(rows[0]), *others])
+
+
+def block(stats, table):
+    """The table and the verdicts on its claims."""
+    claims = "\n".join(f"- {claim}: **{verdict}**" for claim, verdict in table.claims(stats))
+    return f"{markdown(table.shows(stats))}\n\n{claims}"
+
+
+def text(stats, tables):
+    return "\n\n".join(f"## {table.title}\n\n{block(stats, table)}" for table in tables.values())
+
+
+def write_docs(folder, stats, tables):
+    """Put the blocks of the tables between their marks in paper.md."""
+    page = folder / "paper.md"
+    found = page.read_text()
+    for name, table in tables.items():
+        begin, end = f"<!-- table {name} begins -->\n", f"<!-- table {name} ends -->"
+        before, _, rest = found.partition(begin)
+        _, _, after = rest.partition(end)
+        found = f"{before}{begin}{block(stats, table)}\n{end}{after}"
+    page.write_text(found)
