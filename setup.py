@@ -4,20 +4,23 @@ Switches (environment):
     LONGLORA_CUDA       auto (default): build the CUDA kernels if there is an nvcc that can, of CUDA 11.8 or
                         later, else for the CPU alone; 0: never build them; 1: fail if that is not possible;
                         emulation: compile them as C++ against tests/emulation, for machines without a GPU
-    LONGLORA_CUDA_ARCH  GPUs to build for, default "80 90a 100 120", or "80 90" where nvcc is older than 12.8;
-                        PTX of the last one serves later GPUs
+    LONGLORA_CUDA_ARCH  GPUs to build for: by default those that nvidia-smi finds, and where it finds none
+                        "80 90a 100 120", or "80 90" if nvcc is older than 12.8; PTX of the last one serves
+                        later GPUs
     NVCC, CUDA_HOME, CUDA_PATH      where nvcc is; else PATH, then /usr/local/cuda
     CC, CXX, MAX_JOBS   compilers; how many run at a time, by default one per processor
     DEBUG=1             -O0 -g, assertions
     SANITIZE=address,undefined      instrumented build; tests/sanitize.sh runs the op tests on one
     WIDE=1              only portable kernels, with the block sizes of AVX-512 and its bfloat16 products:
                         slow; tests/ops/test_wide.py uses it on processors without AVX-512
+    POOL=1              our own threads in place of OpenMP, as on macOS; tests/ops/test_pool.py uses it
+    NUMPY_INCLUDE       NumPy's headers, for a cross build. It also sets CC, LDSHARED and _PYTHON_HOST_PLATFORM,
+                        the platform that it builds for; see .ci/cross
 """
 
 import glob
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -32,7 +35,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 DEBUG, SANITIZE, WIDE = map(os.environ.get, ("DEBUG", "SANITIZE", "WIDE"))
-X86 = platform.machine().lower() in ("x86_64", "amd64") and not WIDE
+# What is built for: linux-x86_64, linux-aarch64, macosx-11.0-arm64, ...
+PLATFORM = sysconfig.get_platform()
+MACHINE, MACOS = PLATFORM.rpartition("-")[2], PLATFORM.startswith("macosx-")
+X86 = MACHINE in ("x86_64", "amd64") and not WIDE
+# Apple's clang has no OpenMP, and a second OpenMP beside torch's would end the process on macOS.
+POOL = MACOS or os.environ.get("POOL")
+OPENMP = [] if POOL else ["-fopenmp"]
 V4 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 V3 = ["-mavx2", "-mfma", "-mf16c"]
 # The same names as FOR_EACH_ISA in csrc/ops.h.
@@ -40,7 +49,8 @@ ISAS = {"portable": ["-DWIDE", "-O1" if SANITIZE else "-O2", "-Wno-psabi"] if WI
 if X86:
     ISAS |= {"avx2": V3, "avx512": V3 + V4, "avx512_bf16": V3 + V4 + ["-mavx512bf16"]}
 # All other .c files are kernels.
-ONCE = [*sorted(glob.glob("csrc/*.c")), *sorted(glob.glob("csrc/python/*.c")), "csrc/cpu/parallel.c"]
+THREADS = "csrc/cpu/parallel.c"
+ONCE = [*sorted(glob.glob("csrc/*.c")), *sorted(glob.glob("csrc/python/*.c")), THREADS]
 KERNELS = sorted(set(glob.glob("csrc/cpu/**/*.c", recursive=True)) - set(ONCE))
 HEADERS = glob.glob("csrc/**/*.h", recursive=True)
 KERNEL_HEADERS = ["csrc/longlora.h", "csrc/ops.h", *glob.glob("csrc/cpu/**/*.h", recursive=True)]
@@ -58,11 +68,11 @@ SANITIZERS = (
     if SANITIZE
     else []
 )
-FLAGS = ["-std=c11", "-fopenmp", *WARN, *OPTIMISE, *SANITIZERS]
+FLAGS = ["-std=c11", *WARN, *OPTIMISE, *SANITIZERS]
 MATH = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 # gcc for aarch64 would load the next operands of a tile so early that sums spill. On x86 it does not.
-if platform.machine() == "aarch64" and "clang" not in (
-    os.environ.get("CC") or sysconfig.get_config_var("CC") or ""
+if MACHINE == "aarch64" and not re.search(
+    "clang|zig", os.environ.get("CC") or sysconfig.get_config_var("CC") or ""
 ):
     MATH.append("-fno-schedule-insns")
 # Without the last three flags the CUDA sources would need libstdc++ at run time.
@@ -98,6 +108,26 @@ def cuda_libraries(nvcc):
     return [folder for folder in folders if os.path.exists(os.path.join(folder, "libcudart_static.a"))][:1]
 
 
+def gpus_here():
+    """The compute capabilities of this machine's GPUs, as [80, 90, ...]; none without nvidia-smi."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return sorted({int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", said, re.MULTILINE)})
+
+
+def serving(gpus, known):
+    """Those of the known architectures that serve these GPUs: for each the latest one that is not later."""
+
+    def number(arch):
+        return int(arch.rstrip("a"))
+
+    older = [[arch for arch in known if number(arch) <= gpu] for gpu in gpus]
+    return sorted({archs[-1] for archs in older if archs}, key=number)
+
+
 class NoCuda(Exception):
     """Why the CUDA kernels are not built."""
 
@@ -116,8 +146,7 @@ class Cuda:
         self.release = int(release[1]), int(release[2])
         if self.release < OLDEST_CUDA:
             raise NoCuda(f"{self.nvcc} is of CUDA {release[1]}.{release[2]}, which is older than 11.8")
-        known = "80 90a 100 120" if self.release >= (12, 8) else "80 90"
-        self.archs = re.findall(r"\w+", os.environ.get("LONGLORA_CUDA_ARCH") or known)
+        self.archs, self.why = self.choose_archs()
         self.one_arch = {
             source: arch
             for folder, arch in ONE_ARCH.items()
@@ -128,6 +157,26 @@ class Cuda:
         self.sources = sorted([*glob.glob("cuda/*.cu"), *self.one_arch], key=os.path.getsize, reverse=True)
         self.link, self.library_dirs = CUDA_LINK, cuda_libraries(self.nvcc)
         self.try_compiler()
+
+    def choose_archs(self):
+        """The architectures, and why these."""
+        named = re.findall(r"\w+", os.environ.get("LONGLORA_CUDA_ARCH") or "")
+        if named:
+            return named, "as LONGLORA_CUDA_ARCH says"
+        old = self.release < (12, 8)
+        known = ["80", "90"] if old else ["80", "90a", "100", "120"]
+        here = serving(gpus_here(), known)
+        why = "for the GPUs of this machine" if here else "as nvidia-smi finds no GPU here that is supported"
+        if old:
+            version = ".".join(map(str, self.release))
+            why += f" and nvcc, of CUDA {version}, knows no GPU later than sm_90"
+        return here or known, why
+
+    def says(self):
+        return (
+            f"longlora: building CUDA kernels for sm {' '.join(self.archs)}, {self.why}. "
+            "LONGLORA_CUDA_ARCH chooses others; with LONGLORA_CUDA=0 there are none"
+        )
 
     def try_compiler(self):
         """NoCuda if nvcc cannot compile an empty file, for example with a host compiler that is too new."""
@@ -195,6 +244,8 @@ def choose_cuda():
         return Emulation(), ""
     if wanted == "0":
         return None, "it was built with LONGLORA_CUDA=0"
+    if MACOS and wanted == "auto":
+        return None, "there is no CUDA on macOS"
     try:
         cuda = Cuda()
     except NoCuda as why:
@@ -202,17 +253,23 @@ def choose_cuda():
             raise SystemExit(f"LONGLORA_CUDA=1, but {why}") from None
         print(f"longlora: {why}: building for the CPU alone", file=sys.stderr)
         return None, str(why)
-    if cuda.release < (12, 8) and not os.environ.get("LONGLORA_CUDA_ARCH"):
-        print(
-            f"longlora: {cuda.nvcc} is of CUDA {cuda.release[0]}.{cuda.release[1]}, which knows no GPU later "
-            f"than sm_90: building for {' '.join(cuda.archs)}, and PTX for later ones",
-            file=sys.stderr,
-        )
+    print(cuda.says(), file=sys.stderr)
     return cuda, ""
 
 
 def newer(made, *inputs):
     return os.path.exists(made) and os.path.getmtime(made) > max(map(os.path.getmtime, ["setup.py", *inputs]))
+
+
+def find_openmp(compiler):
+    """SystemExit if the compiler has no OpenMP."""
+    probe = [*compiler, "-fopenmp", "-fsyntax-only", "-x", "c", "-"]
+    done = subprocess.run(probe, input="#include <omp.h>\n", text=True, capture_output=True)
+    if done.returncode:
+        raise SystemExit(
+            f"{compiler[0]} -fopenmp does not find OpenMP, which is needed: gcc includes it, for clang "
+            f"install libomp-dev (Debian)\n{done.stderr}"
+        )
 
 
 class BuildExt(build_ext):
@@ -223,22 +280,13 @@ class BuildExt(build_ext):
     """
 
     def build_extension(self, ext):
-        cc = self.compiler.compiler_so
-        probe = subprocess.run(
-            [*cc, "-fopenmp", "-fsyntax-only", "-x", "c", "-"],
-            input="#include <omp.h>\n",
-            text=True,
-            capture_output=True,
-        )
-        if probe.returncode:
-            raise SystemExit(
-                f"{cc[0]} -fopenmp does not find OpenMP, which is needed: gcc includes it, for clang install "
-                f"libomp-dev (Debian), Apple's clang has none\n{probe.stderr}"
-            )
+        if OPENMP:
+            find_openmp(self.compiler.compiler_so)
         cuda, why = choose_cuda()
         macros = [("LONGLORA_CUDA", "1") if cuda else ("LONGLORA_WITHOUT_CUDA", json.dumps(why))]
         jobs = [(source, None, []) for source in (cuda.sources if cuda else [])]
-        jobs += [(source, macros, []) for source in ext.sources]
+        macros += [("LONGLORA_POOL", "1")] * bool(POOL)
+        jobs += [(source, macros, OPENMP if source == THREADS else []) for source in ext.sources]
         jobs += [(source, [("ISA", isa)], MATH + flags) for isa, flags in ISAS.items() for source in KERNELS]
 
         def folder(how):
@@ -283,10 +331,10 @@ free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 extension = Extension(
     "longlora._C",
     sources=ONCE,
-    include_dirs=["csrc", numpy.get_include()],
+    include_dirs=["csrc", os.environ.get("NUMPY_INCLUDE") or numpy.get_include()],
     define_macros=[("LONGLORA_X86", "1")] * X86 + [("Py_LIMITED_API", "0x030b0000")] * (not free_threaded),
     extra_compile_args=FLAGS,
-    extra_link_args=["-fopenmp", "-lm", *SANITIZERS],
+    extra_link_args=[*OPENMP, "-lm", *SANITIZERS],
     py_limited_api=not free_threaded,
 )
 setup(

@@ -21,7 +21,7 @@ import time
 
 import numpy as np
 
-from longlora.training import metrics
+from longlora import job
 
 from . import harness
 
@@ -195,7 +195,7 @@ def one_side(side, length, group, dtype, layers):
         start = time.perf_counter()
         losses.append(step())
         print(time.perf_counter() - start, flush=True)
-    print(json.dumps({"gib": metrics.peak_memory() / 2**30, "losses": losses, "checkpointing": kept}))
+    print(json.dumps({"gib": job.peak_memory() / 2**30, "losses": losses, "checkpointing": kept}))
 
 
 def gpu_step(length, device, repeats, smoke):

@@ -18,7 +18,7 @@ import tiny
 import yaml
 
 import longlora
-from longlora import _C, cli, cli_eval, cuda
+from longlora import _C, cli, cli_eval, cuda, job
 from longlora.decoder import generation_plan
 from longlora.decoder.config import read_config
 from longlora.decoder.lora import LoraConfig
@@ -544,7 +544,7 @@ def test_doctor_names_what_is_in_use():
     found = json.loads(tiny.command("doctor", "--json").stdout)
     assert found["instruction_set"] in found["instruction_sets"] and found["cuda"]["reason"]
     assert found["threads"] == 1  # OMP_NUM_THREADS
-    assert found["processors"] == len(os.sched_getaffinity(0))
+    assert found["processors"] == job.processors()
     assert found["versions"]["numpy"] == np.__version__
     assert sys.version.startswith(found["python"] + " ")
     text = tiny.command("doctor").stdout

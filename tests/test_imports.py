@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "longlora"
 # From the bottom up. A module imports from its own floor and those below. `torch` and `cli` are entry points.
 FLOORS = (
-    ("errors", "disk", "job", "progress"),
+    ("errors", "disk", "job", "linux", "macos", "progress"),
     ("_C", "arrays", "cuda", "device", "ops"),
     ("memory",),
     ("decoder",),

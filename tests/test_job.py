@@ -4,7 +4,7 @@ import resource
 
 import pytest
 
-from longlora import job
+from longlora import job, linux
 
 MEMINFO = "MemTotal: 32000000 kB\nMemAvailable: 20000000 kB\n"
 
@@ -13,7 +13,7 @@ MEMINFO = "MemTotal: 32000000 kB\nMemAvailable: 20000000 kB\n"
 def system(tmp_path, monkeypatch):
     """A function that writes files below /proc and the mounted groups, and the folder of the groups."""
     groups = tmp_path / "groups"
-    monkeypatch.setattr(job, "PROC", str(tmp_path / "proc"))
+    monkeypatch.setattr(linux, "PROC", str(tmp_path / "proc"))
 
     def write(files):
         for name, text in {"proc/meminfo": MEMINFO, **files}.items():

@@ -1,29 +1,137 @@
 /* parallel.c --- the one place that starts threads and takes memory.
  *
- * OpenMP runtimes keep a pool of threads that does not survive fork(). If a parent has entered a parallel
- * region, its child would wait for ever for threads that do not exist. So a forked child runs its loops on
+ * Threads wait in a pool, OpenMP's or our own, which does not survive fork(). If a parent has run a loop in
+ * threads, its child would wait for ever for threads that do not exist. So a forked child runs its loops on
  * the calling thread only.
  *
  * Figures for what a thread and fresh memory cost: docs/tuning/parallel.md. */
-#define _DEFAULT_SOURCE /* madvise, MAP_ANONYMOUS */
+#define _DEFAULT_SOURCE  /* madvise, MAP_ANONYMOUS */
+#define _DARWIN_C_SOURCE /* the same on macOS, and _SC_NPROCESSORS_ONLN */
 #include "cpu.h"
 
-#include <omp.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#ifndef LONGLORA_POOL
+#include <omp.h>
+#endif
 
 /* ---- threads --------------------------------------------------------------------------------- */
 
-static atomic_int threads; /* 0: what OpenMP says (OMP_NUM_THREADS, else the processors) */
+/* A call of parallel_for. It lives on its caller's stack. */
+typedef struct Loop {
+    int64_t n;
+    int (*body)(int64_t i, void *context);
+    void *context;
+    atomic_int failed;
+    char first[512];    /* the message of the body that failed first */
+    atomic_llong next;  /* this and what follows is used by the pool only: the index that is taken next */
+    int wanted, inside; /* helpers that may still join, and helpers that are in it */
+    struct Loop *older; /* in the list of open loops */
+} Loop;
+
+static pthread_mutex_t errors = PTHREAD_MUTEX_INITIALIZER; /* of `first` of all loops */
+
+static void turn(Loop *loop, int64_t i) {
+    if (loop->failed || !loop->body(i, loop->context)) return;
+    pthread_mutex_lock(&errors);
+    if (!loop->failed) strncpy(loop->first, last_error(), sizeof loop->first - 1);
+    loop->failed = 1;
+    pthread_mutex_unlock(&errors);
+}
+
+#ifndef LONGLORA_POOL
+static int default_threads(void) { return omp_get_max_threads(); }
+
+static void run(Loop *loop, int count) {
+#pragma omp parallel for num_threads(count) schedule(dynamic, 1)
+    for (int64_t i = 0; i < loop->n; i++) turn(loop, i);
+}
+#else
+/* Where there is no OpenMP, a pool of our own: helpers sleep until a loop wants them. Loops of several
+ * callers may be open at once. They share the helpers, which are never more than the largest count less the
+ * caller. A loop that gets no helper is done by its caller alone, so no loop waits for another one. */
+enum { STACK = 8 << 20 }; /* bytes of a helper; macOS gives half a MiB by itself */
+static pthread_mutex_t pool = PTHREAD_MUTEX_INITIALIZER; /* of what follows, and of the loops' last fields */
+static pthread_cond_t opened = PTHREAD_COND_INITIALIZER, left = PTHREAD_COND_INITIALIZER;
+static Loop *loops;
+static int helpers;
+
+static int processors;
+/* Like OpenMP, which reads its settings when it is loaded. */
+__attribute__((constructor)) static void read_settings(void) {
+    const char *wanted = getenv("OMP_NUM_THREADS");
+    long n = wanted ? strtol(wanted, NULL, 10) : 0;
+    if (n < 1) n = sysconf(_SC_NPROCESSORS_ONLN);
+    processors = n < 1 ? 1 : n > 1 << 16 ? 1 << 16 : (int)n;
+}
+static int default_threads(void) { return processors; }
+
+static void take_turns(Loop *loop) {
+    for (int64_t i; (i = atomic_fetch_add(&loop->next, 1)) < loop->n;) turn(loop, i);
+}
+
+static void *help(void *unused) {
+    pthread_mutex_lock(&pool);
+    for (;;) {
+        Loop *loop = loops;
+        while (loop && !loop->wanted) loop = loop->older;
+        if (!loop) {
+            pthread_cond_wait(&opened, &pool);
+            continue;
+        }
+        loop->wanted--;
+        loop->inside++;
+        pthread_mutex_unlock(&pool);
+        take_turns(loop);
+        pthread_mutex_lock(&pool);
+        if (!--loop->inside) pthread_cond_broadcast(&left);
+    }
+    return unused;
+}
+
+/* Signals are left to Python's threads. If no thread can be started, the loop has fewer helpers. */
+static void start_helpers(int count) {
+    sigset_t all, before;
+    pthread_attr_t how;
+    if (helpers >= count || pthread_attr_init(&how)) return;
+    pthread_attr_setstacksize(&how, STACK);
+    pthread_attr_setdetachstate(&how, PTHREAD_CREATE_DETACHED);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    for (pthread_t made; helpers < count && !pthread_create(&made, &how, help, NULL);) helpers++;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&how);
+}
+
+static void run(Loop *loop, int count) {
+    pthread_mutex_lock(&pool);
+    start_helpers(count - 1);
+    loop->wanted = count - 1;
+    loop->older = loops;
+    loops = loop;
+    for (int i = 1; i < count; i++) pthread_cond_signal(&opened);
+    pthread_mutex_unlock(&pool);
+    take_turns(loop);
+    pthread_mutex_lock(&pool);
+    Loop **link = &loops;
+    while (*link != loop) link = &(*link)->older;
+    *link = loop->older;
+    while (loop->inside) pthread_cond_wait(&left, &pool);
+    pthread_mutex_unlock(&pool);
+}
+#endif
+
+static atomic_int threads; /* 0: default_threads(): OMP_NUM_THREADS, else the processors */
 static atomic_int forked;
 static atomic_llong grain =
     20000; /* nanoseconds of work that are worth a thread: four times what it costs to wake one */
 
 void set_threads(int n) { threads = n; }
-int get_threads(void) { return forked ? 1 : threads ? threads : omp_get_max_threads(); }
+int get_threads(void) { return forked ? 1 : threads ? threads : default_threads(); }
 void set_grain(int64_t nanoseconds) { grain = nanoseconds; }
 int64_t get_grain(void) { return grain; }
 
@@ -37,20 +145,9 @@ int parallel_for(int64_t n, int64_t cost, int (*body)(int64_t i, void *context),
             if (body(i, context)) return -1;
         return 0;
     }
-    atomic_int failed = 0;
-    char first[512] = "";
-#pragma omp parallel for num_threads((int)count) schedule(dynamic, 1)
-    for (int64_t i = 0; i < n; i++) {
-        if (failed) continue;
-        if (body(i, context)) {
-#pragma omp critical
-            if (!failed) {
-                failed = 1;
-                strncpy(first, last_error(), sizeof first - 1);
-            }
-        }
-    }
-    return failed ? fail("%s", first) : 0;
+    Loop loop = { .n = n, .body = body, .context = context };
+    run(&loop, (int)count);
+    return loop.failed ? fail("%s", loop.first) : 0;
 }
 
 /* ---- memory ---------------------------------------------------------------------------------- */

@@ -13,8 +13,8 @@ from typing import Any
 from longlora import _C
 from longlora.device import CPU
 from longlora.errors import UserError
+from longlora.job import NORESERVE
 
-NORESERVE = 0x4000  # MAP_NORESERVE of Linux, which Python's mmap does not name
 APART = 1 << 46  # bytes between two addresses of _nowhere
 # Addresses that no system gives to a process. They differ, since ops refuse outputs that overlap.
 _nowhere = itertools.cycle(range(1 << 60, 1 << 62, APART))

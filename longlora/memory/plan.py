@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from longlora import job
 from longlora.device import CPU
 
 # What a process grows by besides the other parts: threads, NumPy's modules and small arrays, and the rounding
@@ -127,8 +128,7 @@ class Plan(MemoryPlan):
 @functools.cache
 def own_memory() -> int:
     """Bytes that this process had resident when it first asked: Python, NumPy and other libraries."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmRSS:"))
+    return job.resident_memory()
 
 
 def choose(alternatives: Iterable[tuple[Choice, Parts]], memory: int) -> tuple[Choice, Parts]:

@@ -23,8 +23,7 @@ LIBRARIES = (
 
 def examine() -> dict[str, Any]:
     """Versions, instruction sets, threads, memory and CUDA, as a dict for JSON. Memory is in bytes."""
-    from longlora import _C, __version__
-    from longlora.job import available_memory
+    from longlora import _C, __version__, job
 
     versions: dict[str, str | None] = {}
     for name in LIBRARIES:
@@ -37,13 +36,13 @@ def examine() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "extension": _C.__file__,
-        "processor": _processor(),
+        "processor": job.processor_name() or platform.processor() or platform.machine(),
         "instruction_set": _C.isa_names[_C.get_isa()],
         "instruction_sets": [name for name, there in zip(_C.isa_names, _C.isa_supported) if there],
         "forced_by": os.environ.get("LONGLORA_ISA"),
         "threads": _C.get_num_threads(),
-        "processors": len(os.sched_getaffinity(0)),
-        "memory_available": available_memory(),
+        "processors": job.processors(),
+        "memory_available": job.available_memory(),
         "cuda": _cuda(),
         "versions": versions,
     }
@@ -106,17 +105,6 @@ def _cuda_text(found: dict[str, Any]) -> list[tuple[str, str]]:
             f"{cublas['version']}, {cublas['file']}" if cublas else f"missing: {found['cublas_missing']}",
         ),
     ]
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(
-                (line.split(":", 1)[1].strip() for line in file if line.startswith("model name")),
-                platform.processor(),
-            )
-    except OSError:
-        return platform.processor()
 
 
 def text(found: dict[str, Any]) -> str:

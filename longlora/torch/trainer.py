@@ -15,7 +15,7 @@ import transformers
 from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from longlora import _C
+from longlora import _C, job
 from longlora.data import sequences
 from longlora.decoder.model import Model
 from longlora.decoder.network import Network
@@ -26,7 +26,6 @@ from longlora.torch.attention import NAME, configure
 from longlora.torch.extend import ExtendedModel, extend, opened, positions
 from longlora.torch.moved import MOMENTS, Trained
 from longlora.torch.swap import swap
-from longlora.training import metrics
 from longlora.training.inputs import Setup
 from longlora.training.optimizer import decay_of
 from longlora.training.options import TrainOptions
@@ -345,7 +344,7 @@ class TorchEngine:
         return self._signal
 
     def peak_memory(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.args.device.type == "cuda" else metrics.peak_memory()
+        return torch.cuda.max_memory_allocated() if self.args.device.type == "cuda" else job.peak_memory()
 
 
 def check_accelerator(accelerator: Any, dtype: str, device: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from longlora import disk
+from longlora import disk, job
 from longlora.data.sequences import Order, batch
 from longlora.decoder.config import read_config
 from longlora.device import CPU, choose, choose_to_plan
@@ -19,7 +19,7 @@ from longlora.errors import UserError
 from longlora.memory.plan import Plan
 from longlora.ops import IGNORE
 from longlora.progress import quietly
-from longlora.training import metrics, options, reporters, resume
+from longlora.training import options, reporters, resume
 from longlora.training.inputs import Say, Setup, Source, instructs, use_threads
 from longlora.training.options import TrainOptions
 from longlora.training.run import Result, Run
@@ -203,4 +203,4 @@ class Driver:
         return self.run.stop.signal
 
     def peak_memory(self) -> int:
-        return metrics.peak_memory()
+        return job.peak_memory()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,18 +9,6 @@ from longlora.disk import flush, write_text
 from longlora.errors import UserError
 
 FILE = "metrics.jsonl"
-
-
-def peak_memory() -> int:
-    """The largest resident size of this program so far, in bytes.
-
-    Without /proc the figure is getrusage's, which may be that of the program that started this one.
-    """
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-            return int(next(line for line in file if line.startswith("VmHWM:")).split()[1]) * 1024
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def read(output_dir: str | os.PathLike) -> list[dict]:

@@ -23,6 +23,10 @@ while [ $# -gt 0 ]; do
     shift
 done
 """
+NVIDIA_SMI = """#!/bin/sh
+[ -n "$GPUS" ] || { echo "NVIDIA-SMI has failed because it could not communicate with the driver."; exit 9; }
+[ "$*" = "--query-gpu=compute_cap --format=csv,noheader" ] && printf '%s\\n' $GPUS
+"""
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 
@@ -46,8 +50,12 @@ class Tree:
             script = RECORDER if name == "nvcc" else RECORDER.replace("$RECORD", "$RECORD.cc")
             (folder / name).write_text(script.replace("$BROKEN", "$BROKEN" if name == "nvcc" else ""))
             (folder / name).chmod(0o755)
+        (folder / "nvidia-smi").write_text(NVIDIA_SMI)
+        (folder / "nvidia-smi").chmod(0o755)
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("LONGLORA_CUDA")},
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "GPUS": "",
             "CC": str(folder / "cc"),
             "NVCC": str(folder / "nvcc"),
             "RECORD": str(self.record),
@@ -149,16 +157,51 @@ def test_an_older_toolkit_builds_for_the_gpus_it_knows(tree, release):
     assert set(gpus) == ordinary()
     assert all(of == ["80:sm_80", "90:sm_90", "90:compute_90"] for of in gpus.values())
     (line,) = tree.said.splitlines()
-    assert (
-        line.startswith("longlora: ") and f"is of CUDA {release}, which knows no GPU later than sm_90" in line
-    )
+    assert line.startswith("longlora: building CUDA kernels for sm 80 90, ")
+    assert f"nvcc, of CUDA {release}, knows no GPU later than sm_90" in line
     assert tree.build(RELEASE=release, LONGLORA_CUDA_ARCH="90a")[0].keys() > ordinary(), "as told"
 
 
 def test_a_toolkit_of_12_8_builds_for_all(tree):
     gpus, _ = tree.build(RELEASE="12.8", LONGLORA_CUDA="auto")
     gpus.pop("cuda/hopper/attention.cu")
-    assert all(of == EVERY_GPU for of in gpus.values()) and not tree.said
+    assert all(of == EVERY_GPU for of in gpus.values())
+    assert tree.said == (
+        "longlora: building CUDA kernels for sm 80 90a 100 120, as nvidia-smi finds no GPU here that is "
+        "supported. LONGLORA_CUDA_ARCH chooses others; with LONGLORA_CUDA=0 there are none\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "gpus, release, archs",
+    [
+        ("9.0 9.0", "13.0", "90a"),
+        ("8.9 8.0", "13.0", "80"),  # code for 8.0 runs on every 8.x
+        ("12.0 8.6", "12.8", "80 120"),
+        ("10.3", "13.0", "100"),
+        ("11.0", "13.0", "100"),  # by the PTX of an earlier one
+        ("9.0", "12.4", "90"),
+        ("12.0", "12.4", "90"),
+        ("7.5 9.0", "13.0", "90a"),  # 7.5 is not supported
+        ("7.5", "13.0", "80 90a 100 120"),
+        ("[N/A]", "13.0", "80 90a 100 120"),
+    ],
+)
+def test_the_gpus_that_are_there(tree, gpus, release, archs):
+    done = tree.run(GPUS=gpus, RELEASE=release, LONGLORA_CUDA="auto")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"longlora: building CUDA kernels for sm {archs}, ")
+    assert line.endswith(". LONGLORA_CUDA_ARCH chooses others; with LONGLORA_CUDA=0 there are none")
+    assert ("for the GPUs of this machine" in line) == (len(archs) < 14)
+    calls = tree.record.read_text().splitlines()
+    ordinary = next(call for call in calls if " -c cuda/swiglu.cu " in call)
+    assert re.findall(r"code=sm_(\w+)", ordinary) == archs.split()
+    assert f"code=compute_{archs.split()[-1]}" in ordinary
+    tree.record.unlink()
+    done = tree.run(GPUS=gpus, LONGLORA_CUDA_ARCH="80 100")
+    assert "for sm 80 100, as LONGLORA_CUDA_ARCH says. " in done.stderr
+    assert tree.run(GPUS=gpus, LONGLORA_CUDA="0").stderr == "" and not tree.record.exists()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import tiny
 from runs import failure, run
 
+from longlora import job
 from longlora.decoder import model as model_
 from longlora.training import metrics, resume
 
@@ -169,8 +170,8 @@ def test_peak_memory_is_not_that_of_the_program_that_started_it():
     if not os.path.exists("/proc/self/status"):
         pytest.skip("this system has no /proc/self/status to read the peak from")
     held = np.ones(300 << 20, np.uint8)
-    code = "from longlora.training import metrics; print(metrics.peak_memory())"
+    code = "from longlora import job; print(job.peak_memory())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
-    assert 1 << 20 < int(done.stdout) < held.nbytes < metrics.peak_memory()
+    assert 1 << 20 < int(done.stdout) < held.nbytes < job.peak_memory()
