@@ -90,4 +90,4 @@ def test_the_pages_have_commands():
 
 
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) < 150
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
