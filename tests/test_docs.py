@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import longlora
 from longlora import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,6 +66,22 @@ def test_links_between_pages_lead_somewhere(page):
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert not anchor or anchor in headings(target), link
+
+
+def test_the_menu_of_the_site_has_every_page():
+    menu = re.findall(r"- (?:\w+: )?([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert len(menu) == len(set(menu))
+    assert set(menu) >= {str(page.relative_to(ROOT / "docs")) for page in ROOT.glob("docs/**/*.md")}
+
+
+def test_the_reference_has_every_public_name():
+    reference = (ROOT / "docs/api.md").read_text()
+    shown = set(re.findall(r"^::: (\S+)$", reference, re.M))
+    public = {f"longlora.{name}" for name in longlora.__all__ if name != "Session"}
+    for module in ("torch/ops", "torch/context_parallel"):
+        listed = (PACKAGE / module / "__init__.py").read_text().partition("__all__ = [")[2].partition("]")[0]
+        public |= {f"longlora.{module.replace('/', '.')}.{name}" for name in re.findall(r'"(\w+)"', listed)}
+    assert public - shown == set()
 
 
 def commands(page):
