@@ -108,6 +108,7 @@ def test_defaults():
         train_on_inputs=False,
         eval_fraction=0.0,
         eval_steps=0,
+        eval_passkey=0,
         save_steps=0,
         load_best_model_at_end=False,
         metric_for_best_model="eval_loss",

@@ -58,7 +58,7 @@ def make_prompt(tokenizer: Tokenizer, length: int, depth: float, key: int) -> tu
     return tokenizer.encode(text), text
 
 
-def draw(seed: int, length: int, depth: float | str, sample: int) -> tuple[float, int]:
+def sample_of(seed: int, length: int, depth: float | str, sample: int) -> tuple[float, int]:
     """The depth and the key of a sample. They follow from the arguments alone."""
     generator = random.Random(f"{seed} {length} {depth} {sample}")
     where, key = generator.random(), generator.randint(1, LARGEST)
@@ -112,7 +112,7 @@ def run(
             raise UserError(f"depths should be numbers from 0 to 1, or {RANDOM}, got {shown(depth)}")
 
     def prompt(tokenizer: Tokenizer, cell: retrieval.Cell, sample: int) -> retrieval.Prompt:
-        depth, key = draw(seed, cell["length"], cell["depth"], sample)
+        depth, key = sample_of(seed, cell["length"], cell["depth"], sample)
         ids, _ = make_prompt(tokenizer, cell["length"], depth, key)
         count = len(tokenizer.encode_parts([f" {key}."])[0])  # the dot shows where the number ends
         return retrieval.Prompt(ids, str(key), count, lambda answer: right(answer, key), dict(depth=depth))
@@ -134,7 +134,7 @@ def run(
     )
     found["results"].sort(key=lambda row: (row["length"], _place(row["depth"])))
     if output_dir is not None:
-        _draw(os.path.join(output_dir, "passkey.png"), found, say)
+        draw(os.path.join(output_dir, "passkey.png"), found, say)
     return found
 
 
@@ -143,7 +143,7 @@ def _place(depth: float | str) -> float:
     return 2.0 if isinstance(depth, str) else depth
 
 
-def _draw(path: str, found: dict[str, Any], say: Callable[[str], object]) -> None:
+def draw(path: str, found: dict[str, Any], say: Callable[[str], object]) -> None:
     """Draw the heat map. A picture that fails is said, and loses no result."""
     try:
         from longlora import plots

@@ -145,7 +145,7 @@ def measure(
 def _open(model: Path, adapter: Path | None, context: int, how: dict[str, Any]) -> Opened:
     """Open a model for prompts and answers of `context` tokens, with as many rows as fit into memory."""
     try:
-        return open_engine(model, adapter, context=context, fewest_rows=1, **how)
+        return open_engine(model, adapter, context=context, fewest_rows=1, warns=False, **how)
     except UserError as error:  # what would make it fit, in the words of our options
         shorter = re.sub(r"--context (\d+)", lambda found: f"--lengths {int(found[1]) - ANSWER}", str(error))
         raise UserError(shorter) from None

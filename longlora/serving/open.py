@@ -86,6 +86,7 @@ def prepare(
     cache_dtype: str = "auto",
     device: str = "cpu",
     memory: int | None = None,
+    warns: bool = True,
 ) -> Prepared:
     """Check the model at path `model`, with an adapter if given, and plan its memory. No weight is read.
 
@@ -95,8 +96,8 @@ def prepare(
     rows: answers that advance side by side. fewest_rows: take fewer where memory is short, down to this many.
     dtype: of the weights; "auto" is that of the files. cache_dtype: of keys and values; "auto" is dtype.
     device: "cpu" or "cuda:N". memory: bytes, by default what the device has.
+    warns: a context that is longer than the model was made for gets a warning on standard error.
 
-    A context that is longer than the model was made for gets a warning on standard error.
     UserError for files that do not belong together, and for what does not fit in memory.
     """
     base = open_model(model)
@@ -135,7 +136,7 @@ def prepare(
             f"make it fit: {'; '.join(planned.changes)}"
         )
     made_for = config.max_position_embeddings
-    if length > made_for:
+    if warns and length > made_for:
         Quiet(sys.stderr).write(
             f"warning: a context of {length} tokens is longer than the {made_for} that the model was made "
             "for; beyond them its answers get poor (longlora train --target-length extends a model)\n"

@@ -37,6 +37,7 @@ REFUSED = {
     "full": "LoRA, embedding and norms are trained",
     "max_memory": "the memory of torch is not planned",
     "profile": "use torch.profiler",
+    "eval_passkey": "use longlora eval passkey on the result",
 }
 
 
@@ -47,7 +48,7 @@ def train(say: Say = print, **keywords: Any) -> Result:
 
     Call it as longlora.train, in one process or in every process of a group that torchrun or accelerate
     launched. UserError for options that cannot be met, and for those that this path does not have: init,
-    full, max_memory, profile, a device other than auto and cpu, checkpointing minimal.
+    full, max_memory, profile, eval_passkey, a device other than auto and cpu, checkpointing minimal.
     """
     return run(options.from_dict(keywords), say)
 

@@ -5,6 +5,7 @@ optimizer.
 """
 
 import contextlib
+import gc
 import math
 import os
 from typing import Any
@@ -19,7 +20,7 @@ from longlora.errors import UserError
 from longlora.memory.plan import Plan
 from longlora.ops import IGNORE
 from longlora.progress import quietly
-from longlora.training import options, reporters, resume
+from longlora.training import card, options, reporters, resume
 from longlora.training.inputs import Say, Setup, Source, instructs, use_threads
 from longlora.training.options import TrainOptions
 from longlora.training.run import Result, Run
@@ -67,6 +68,7 @@ def run(o: TrainOptions, say: Say = print) -> Result:
     device, chosen = choose(o.device)
     if o.profile and device != CPU:
         raise UserError("profile supports the CPU only; give --device cpu")
+    card.check(o, source)
     setup = Setup(o, source.config, device, instructs(o))
     plan = setup.plan
     if not plan.fits:
@@ -79,7 +81,12 @@ def run(o: TrainOptions, say: Say = print) -> Result:
     with disk.alone(o.output_dir):
         say(chosen)
         resume.sweep(o.output_dir)
-        return Driver(Run(o, source, setup, say), device).train()
+        result = Driver(Run(o, source, setup, say), device).train()
+        if o.eval_passkey and result.stopped is None:
+            gc.collect()  # run and engine refer to each other; their memory is free now
+            old, new = (config.max_position_embeddings for config in (source.config, setup.config))
+            card.make(o, old, new, say)
+        return result
 
 
 class Driver:

@@ -164,6 +164,13 @@ class TrainOptions:
     eval_steps: int = option(
         0, "evaluate every N steps, besides at the start and the end; 0 means only there", low=0
     )
+    eval_passkey: int = option(
+        0,
+        "at the end, ask the result for N passkeys at each of five depths, at the old and the new length, "
+        "and measure its perplexity there on eval_data; 0 asks for none",
+        low=0,
+        high=1000,
+    )
     save_steps: int = option(0, "write a checkpoint every N steps; 0 means at the end only", low=0)
     save_total_limit: int | None = option(None, "keep only the newest N checkpoints (default: all)", low=1)
     load_best_model_at_end: bool = option(

@@ -51,6 +51,7 @@ FREE = {
     "eval_data",
     "eval_steps",
     "max_eval_samples",
+    "eval_passkey",
     "save_steps",
     "save_total_limit",
     "load_best_model_at_end",

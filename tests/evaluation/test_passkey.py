@@ -49,13 +49,13 @@ def test_the_prompt_is_the_authors(base, length, depth):
 def test_a_seed_makes_a_key_and_a_depth():
     """The keys of cells, seeds and samples are their own."""
     drawn = {
-        passkey.draw(*x)[1] for x in ((0, 99, 0.5, 0), (1, 99, 0.5, 0), (0, 98, 0.5, 0), (0, 99, 0.5, 1))
+        passkey.sample_of(*x)[1] for x in ((0, 99, 0.5, 0), (1, 99, 0.5, 0), (0, 98, 0.5, 0), (0, 99, 0.5, 1))
     }
     assert len(drawn) == 4
     generator = random.Random("7 4096 random 3")
     where = generator.random()
-    assert passkey.draw(7, 4096, "random", 3) == (where, generator.randint(1, 50000))
-    assert passkey.draw(7, 4096, 0.25, 3)[0] == 0.25
+    assert passkey.sample_of(7, 4096, "random", 3) == (where, generator.randint(1, 50000))
+    assert passkey.sample_of(7, 4096, 0.25, 3)[0] == 0.25
 
 
 @pytest.mark.parametrize("unit, guess", [(1, 0), (1, 50), (7, 13), (7, 1000), (1000, 5), (0.01, 3)])
