@@ -15,10 +15,11 @@ from longlora.device import choose
 from longlora.errors import UserError, shown
 from longlora.evaluation.reader import Reader
 from longlora.files.tokenizer import Tokenizer
-from longlora.serving.open import Opened, open_engine
+from longlora.serving.open import Opened, Prepared, prepare
 
 Path = str | os.PathLike[str]
 Cell = dict[str, Any]  # what the prompts of a cell have in common: their length, and what the task adds
+Filled = tuple[Cell, list[dict[str, Any]]]  # a cell and its answers
 ANSWER = 64  # tokens of an answer at most
 MOST = MOST_TOKENS - ANSWER  # tokens of a prompt at most
 SIDE_BY_SIDE = 16  # prompts that are answered together at most: more make a step no faster
@@ -100,7 +101,8 @@ def measure(
     """Answer `samples` prompts of each cell of the task -> what `passkey.run` describes.
 
     With output_dir the results are in a file there after every few prompts. What it holds already is not
-    asked again. UserError as for open_engine, and for a file with results of other settings.
+    asked again. UserError as for serving.open.prepare, for a file with results of other settings, and for a
+    length that is too short: before any weight is read.
     """
     with contextlib.ExitStack() as held:
         if output_dir is not None:
@@ -109,43 +111,62 @@ def measure(
         say(chosen)
         context = max(cell["length"] for cell in task.cells) + ANSWER
         how = dict(rows=min(samples, SIDE_BY_SIDE), dtype=dtype, cache_dtype=cache_dtype, device=device)
-        opened = _open(model, adapter, context, how)
-        settings = {"task": task.name, **opened.identity, "seed": seed}
+        prepared = _prepare(model, adapter, context, how)
+        settings = {"task": task.name, **prepared.identity, "seed": seed}
         path = None if output_dir is None else os.path.join(output_dir, f"{task.name.split()[0]}.json")
         found = _kept(path, settings)
+        task.prompt(prepared.base.tokenizer(), min(task.cells, key=lambda cell: cell["length"]), 0)
         about = dict(
             model=os.fspath(model),
             adapter=None if adapter is None else os.fspath(adapter),
             device=device,
-            trained_length=opened.config.max_position_embeddings,
-            pretrained_length=opened.base.config.max_position_embeddings,
+            trained_length=prepared.config.max_position_embeddings,
+            pretrained_length=prepared.base.config.max_position_embeddings,
             settings=settings,
         )
 
         def report() -> dict[str, Any]:
             return {**about, "results": [_summed(cell, answers) for cell, answers in found]}
 
-        reader = Reader(opened.engine.generator)
-        for number, cell in enumerate(task.cells, 1):
-            answers = next((answers for other, answers in found if other == cell), None)
-            if answers is None:
-                answers = []
-                found.append((cell, answers))
-            while len(answers) < samples:
-                numbers = range(len(answers), min(samples, len(answers) + opened.engine.cache.rows))
-                answers += _answers(opened, reader, [task.prompt(opened.tokenizer, cell, i) for i in numbers])
-                if path is not None:
-                    disk.write_json(path, report())
-            right = sum(answer["right"] for answer in answers)
-            words = ", ".join(f"{name} {value}" for name, value in cell.items())
-            say(f"{words}: {right} of {len(answers)} right ({number} of {len(task.cells)} cells)")
+        def keep() -> None:
+            if path is not None:
+                disk.write_json(path, report())
+
+        _fill(task, found, prepared, samples, keep, say)
         return report()
 
 
-def _open(model: Path, adapter: Path | None, context: int, how: dict[str, Any]) -> Opened:
-    """Open a model for prompts and answers of `context` tokens, with as many rows as fit into memory."""
+def _fill(
+    task: Task,
+    found: list[Filled],
+    prepared: Prepared,
+    samples: int,
+    keep: Callable[[], None],
+    say: Callable[[str], object],
+) -> None:
+    """Answer what `found` lacks of the cells of the task; keep() is called after every few prompts."""
+    opened, reader = None, None
+    for number, cell in enumerate(task.cells, 1):
+        answers = next((answers for other, answers in found if other == cell), [])
+        while len(answers) < samples:
+            if opened is None or reader is None:
+                opened = prepared.load()
+                reader = Reader(opened.engine.generator)
+            numbers = range(len(answers), min(samples, len(answers) + opened.engine.cache.rows))
+            more = _answers(opened, reader, [task.prompt(opened.tokenizer, cell, i) for i in numbers])
+            if not answers:
+                found.append((cell, answers))
+            answers += more
+            keep()
+        right = sum(answer["right"] for answer in answers)
+        words = ", ".join(f"{name} {value}" for name, value in cell.items())
+        say(f"{words}: {right} of {len(answers)} right ({number} of {len(task.cells)} cells)")
+
+
+def _prepare(model: Path, adapter: Path | None, context: int, how: dict[str, Any]) -> Prepared:
+    """Plan a model for prompts and answers of `context` tokens, with as many rows as fit into memory."""
     try:
-        return open_engine(model, adapter, context=context, fewest_rows=1, warns=False, **how)
+        return prepare(model, adapter, context=context, fewest_rows=1, warns=False, **how)
     except UserError as error:  # what would make it fit, in the words of our options
         shorter = re.sub(r"--context (\d+)", lambda found: f"--lengths {int(found[1]) - ANSWER}", str(error))
         raise UserError(shorter) from None
@@ -173,7 +194,7 @@ def _summed(cell: Cell, answers: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _kept(path: str | None, settings: dict[str, Any]) -> list[tuple[Cell, list[dict[str, Any]]]]:
+def _kept(path: str | None, settings: dict[str, Any]) -> list[Filled]:
     """The cells that the file of an earlier run holds, with their answers. UserError for other settings."""
     if path is None or not os.path.exists(path):
         return []

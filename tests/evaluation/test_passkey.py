@@ -17,6 +17,7 @@ from longlora.errors import UserError
 from longlora.evaluation import passkey, retrieval
 from longlora.evaluation.reader import Reader
 from longlora.files.open_model import open_model
+from longlora.serving.open import Prepared
 
 HOW = dict(device="cpu", say=lambda line: None)
 GARBAGE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. " * 20
@@ -171,6 +172,10 @@ def test_a_model_that_says_the_key_is_right(base, monkeypatch):
     assert all(a["answer"] == f" {a['expected']}." for row in found["results"] for a in row["answers"])
 
 
+def unread(prepared):
+    raise AssertionError("weights are read")
+
+
 def test_a_run_continues_cell_by_cell(base, tmp_path, monkeypatch):
     """A run that fails in its second cell leaves the first. The next one asks for nothing twice."""
     whole = longlora.eval.passkey(base, lengths=[300, 320], depths=[0, 1], samples=3, **HOW)
@@ -190,6 +195,7 @@ def test_a_run_continues_cell_by_cell(base, tmp_path, monkeypatch):
     assert [(row["length"], row["depth"], row["samples"]) for row in stored["results"]] == [(300, 1.0, 2)]
     found = longlora.eval.passkey(base, lengths=[300, 320], depths=[0, 1], samples=3, **how)
     assert asked == [2, 2, 1, 3, 3, 3] and found == whole
+    monkeypatch.setattr(Prepared, "load", unread)
     assert longlora.eval.passkey(base, lengths=320, depths=1, samples=1, **how) == whole  # the whole file
     assert len(asked) == 6 and (tmp_path / "out/passkey.png").stat().st_size > 1000
 
@@ -208,7 +214,7 @@ def test_a_run_continues_cell_by_cell(base, tmp_path, monkeypatch):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_results_of_other_settings_are_refused_and_kept(base, tmp_path, change, words):
+def test_results_of_other_settings_are_refused_and_kept(base, tmp_path, monkeypatch, change, words):
     other, file = tmp_path / "other", tmp_path / "out/passkey.json"
     how = dict(lengths=300, depths=1, samples=1, output_dir=tmp_path / "out", **HOW)
     longlora.eval.passkey(base, **how)
@@ -220,6 +226,7 @@ def test_results_of_other_settings_are_refused_and_kept(base, tmp_path, change, 
     if "damage" in change:
         file.write_text(file.read_text().replace(f'"{change["damage"]}"', '"x"'))
     before = file.read_bytes()
+    monkeypatch.setattr(Prepared, "load", unread)
     settings = {k: v for k, v in change.items() if k in ("seed", "dtype", "cache_dtype")}
     with pytest.raises(UserError) as error:
         longlora.eval.passkey(other if "model" in change else base, **{**how, **settings})
@@ -250,6 +257,7 @@ def test_bad_input_is_one_line(base, capsys, words, said, monkeypatch):
     from longlora import job
 
     monkeypatch.setattr(job, "memory", lambda own: own + (1 << 30))
+    monkeypatch.setattr(Prepared, "load", unread)
     try:
         code = cli.main(["eval", "passkey", "--model", base, "--device", "cpu", *words.split()])
     except SystemExit as stop:
