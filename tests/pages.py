@@ -33,7 +33,13 @@ TEXTS = ("TEXT", "OTHER", "HELD_OUT", "books", "persuasion.txt")
 QUESTIONS = ("QUESTIONS", "alpaca.json", "LongAlpaca-12k.json")
 NUMBERS = {"100000": "256", "32769": "257", "32768": "256", "16384": "128", "8192": "64", "4096": "32"}
 # What commands get besides: the words that end a page's line replace those before.
-BESIDES = {"train": ("--max-steps", "2", "--num-threads", "1"), "generate": ("--max-new-tokens", "4")}
+RETRIEVAL = ("--lengths", "320,400", "--samples", "1")
+BESIDES = {
+    "train": ("--max-steps", "2", "--num-threads", "1"),
+    "generate": ("--max-new-tokens", "4"),
+    "eval passkey": RETRIEVAL,
+    "eval topics": RETRIEVAL,
+}
 # Packages that a page needs, by what is on it.
 NEEDS = {
     r"import longlora\.torch|import peft|from peft|-m longlora\.torch": ("torch", "transformers", "peft"),
@@ -136,7 +142,8 @@ def small(words: list[str]) -> list[str]:
     """The words of a longlora command as they run here: with small numbers, few steps, on the CPU."""
     numbers = re.compile("|".join(rf"\b{number}\b" for number in NUMBERS))
     words = [numbers.sub(lambda found: NUMBERS[found[0]], word) for word in words]
-    return [re.sub("^cuda$", "cpu", word) for word in words] + list(BESIDES.get(words[0], ()))
+    besides = BESIDES.get(words[0]) or BESIDES.get(" ".join(words[:2]), ())
+    return [*(re.sub("^cuda$", "cpu", word) for word in words), *besides]
 
 
 class Runner:

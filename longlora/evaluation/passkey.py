@@ -14,6 +14,7 @@ import numpy as np
 
 from longlora.errors import UserError, shown
 from longlora.evaluation import retrieval
+from longlora.evaluation.retrieval import RANDOM
 from longlora.files.tokenizer import Tokenizer
 
 TASK = (
@@ -24,7 +25,6 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 KEY = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 LARGEST = 50_000  # keys are 1 to this
-RANDOM = "random"  # a depth that each prompt draws
 NAME = "passkey 1"
 
 
@@ -121,7 +121,7 @@ def run(
     ordered = sorted({x if isinstance(x, str) else float(x) for x in chosen}, key=_place, reverse=True)
     cells = [dict(length=length, depth=depth) for length in sorted(set(lengths)) for depth in ordered]
     found = retrieval.measure(
-        retrieval.Task(NAME, cells, prompt),
+        retrieval.Task(NAME, cells, prompt, ("depth",)),
         model,
         adapter,
         samples=samples,

@@ -20,6 +20,7 @@ from longlora.serving.open import Opened, Prepared, prepare
 Path = str | os.PathLike[str]
 Cell = dict[str, Any]  # what the prompts of a cell have in common: their length, and what the task adds
 Filled = tuple[Cell, list[dict[str, Any]]]  # a cell and its answers
+RANDOM = "random"  # in a cell: each prompt draws the number
 ANSWER = 64  # tokens of an answer at most
 MOST = MOST_TOKENS - ANSWER  # tokens of a prompt at most
 SIDE_BY_SIDE = 16  # prompts that are answered together at most: more make a step no faster
@@ -46,11 +47,13 @@ class Task:
 
     name: with the version of its prompts: results of another version do not mix with these.
     cells: in the order in which they run. prompt: makes sample number N of a cell.
+    details: the names of the details of its prompts.
     """
 
     name: str
     cells: Sequence[Cell]
     prompt: Callable[[Tokenizer, Cell, int], Prompt]
+    details: tuple[str, ...]
 
 
 def integers(**named: Any) -> None:
@@ -114,7 +117,7 @@ def measure(
         prepared = _prepare(model, adapter, context, how)
         settings = {"task": task.name, **prepared.identity, "seed": seed}
         path = None if output_dir is None else os.path.join(output_dir, f"{task.name.split()[0]}.json")
-        found = _kept(path, settings)
+        found = _kept(path, settings, task)
         task.prompt(prepared.base.tokenizer(), min(task.cells, key=lambda cell: cell["length"]), 0)
         about = dict(
             model=os.fspath(model),
@@ -194,7 +197,7 @@ def _summed(cell: Cell, answers: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _kept(path: str | None, settings: dict[str, Any]) -> list[Filled]:
+def _kept(path: str | None, settings: dict[str, Any], task: Task) -> list[Filled]:
     """The cells that the file of an earlier run holds, with their answers. UserError for other settings."""
     if path is None or not os.path.exists(path):
         return []
@@ -208,13 +211,19 @@ def _kept(path: str | None, settings: dict[str, Any]) -> list[Filled]:
                 f"{path}: holds results of another {name.replace('_', ' ')}: {shown(theirs.get(name))}, "
                 f"wanted {shown(ours)}; give another output_dir"
             )
-    try:
-        return [
-            (
-                {k: v for k, v in row.items() if k not in ("samples", "right", "accuracy", "answers")},
-                [dict(answer, right=bool(answer["right"])) for answer in row["answers"]],
-            )
-            for row in stored["results"]
-        ]
-    except (KeyError, TypeError, AttributeError, ValueError):
-        raise UserError(f"{path}: is damaged; remove it, or give another output_dir") from None
+    rows = stored.get("results")
+    if not isinstance(rows, list) or not all(_is_row(row, task) for row in rows):
+        raise UserError(f"{path}: is damaged; remove it, or give another output_dir")
+    return [({name: row[name] for name in task.cells[0]}, row["answers"]) for row in rows]
+
+
+def _is_row(row: Any, task: Task) -> bool:
+    """Whether a value from a file is a cell of the task with its answers."""
+    if not isinstance(row, dict) or not isinstance(row.get("answers"), list) or not row["answers"]:
+        return False
+    numbers = [row.get(name) for name in task.cells[0]]
+    needed = {"tokens", "expected", "answer", "right", *task.details}
+    return all(type(x) in (int, float) or x == RANDOM for x in numbers) and all(
+        isinstance(answer, dict) and needed <= answer.keys() and isinstance(answer["right"], bool)
+        for answer in row["answers"]
+    )

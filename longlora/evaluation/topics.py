@@ -109,7 +109,7 @@ def run(
 
     cells = [dict(length=length) for length in sorted(set(lengths))]
     found = retrieval.measure(
-        retrieval.Task(NAME, cells, prompt),
+        retrieval.Task(NAME, cells, prompt, ("topics",)),
         model,
         adapter,
         samples=samples,

@@ -211,6 +211,9 @@ def test_a_run_continues_cell_by_cell(base, tmp_path, monkeypatch):
         (dict(text="["), ["not JSON"]),
         (dict(damage="right"), ["is damaged"]),
         (dict(damage="answers"), ["is damaged"]),
+        (dict(damage="tokens"), ["is damaged"]),
+        (dict(damage="results"), ["is damaged"]),
+        (dict(damage="length"), ["is damaged"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

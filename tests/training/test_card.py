@@ -36,6 +36,8 @@ def test_the_card_holds_what_the_commands_measure(tmp_path):
     assert card["sample"]["before"] == before["results"][0]["answers"][0]
     assert card["sample"]["after"]["expected"] == card["sample"]["before"]["expected"]
     assert (out / "passkey.png").exists()
+    with pytest.raises(UserError, match="base"):  # the adapter goes with no other
+        longlora.eval.passkey(tiny.model(tmp_path / "other", seed=9), out, lengths=256, **QUIET)
     assert f"   after: {card['sample']['after']['answer']!r}" in said
     assert any(line.split() == ["288"] + 5 * ["0%"] for line in said)
 
