@@ -116,8 +116,8 @@ def _manager(names, task_dir, lengths, tokenizer):
     manager = TaskManager(include_path=task_dir, metadata=metadata)
     for name in names:
         if not _matches(manager, name):
-            near = difflib.get_close_matches(name, manager.all_tasks, 3)
-            raise UserError(f"lm-eval has no task {shown(name)}{near and '; near: '}{', '.join(near)}")
+            near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, 3))
+            raise UserError(f"lm-eval has no task {shown(name)}" + (near and f"; near: {near}"))
     return manager
 
 
