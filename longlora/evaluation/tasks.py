@@ -3,7 +3,7 @@
 import difflib
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ def run(
     dtype: str = "auto",
     cache_dtype: str = "auto",
     device: str = "auto",
+    say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
     """Run lm-eval's tasks with the model at path `model`, with an adapter merged in if given.
 
@@ -52,6 +53,7 @@ def run(
     chat_template        a file with a template, by default the adapter's or the model's own
     dtype, cache_dtype   of weights, and of keys and values; auto is that of the files
     device               auto, cpu, cuda, cuda:1, ...
+    say                  is called with the line that names the device
 
     UserError names what is wrong: unknown tasks, an adapter of another model, lengths that model or memory
     have no room for, data that cannot be had. All of it is found before the weights are read.
@@ -63,7 +65,8 @@ def run(
         raise UserError("chat_template needs apply_chat_template")
     harness = _harness()
     manager = _manager(names, task_dir, sizes, os.fspath(model))
-    device, _ = choose(device)
+    device, chosen = choose(device)
+    say(chosen)
     how: dict[str, Any] = dict(dtype=dtype, cache_dtype=cache_dtype, device=device)
     prepared = prepare(model, adapter, context=context, rows=SIDE_BY_SIDE, fewest_rows=1, **how)
     _check_lengths(sizes, prepared)
