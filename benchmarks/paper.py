@@ -118,7 +118,10 @@ def main(argv=None):
         make(tables, o.json, o.again, lambda line: print(line, flush=True))
     stats = Stats(read(o.json))
     if o.docs:
-        paper_report.write_docs(ROOT / "docs", stats, tables)
+        from . import paper_charts
+
+        paper_report.write_page(ROOT / "docs/paper.md", stats, tables)
+        paper_charts.write(ROOT / "docs", stats)
     else:
         print(paper_report.text(stats, tables))
     return 0

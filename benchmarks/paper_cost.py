@@ -16,6 +16,7 @@ from longlora.tools.demo import MODEL
 from longlora.training.optimizer import AdamW
 
 from .harness import interleaved
+from .paper_stats import MISSING
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 # Forward and backward against the forward alone. The backward of attention makes five products for two.
@@ -51,6 +52,57 @@ def expected(config, length):
     """Operations of a step with S2-Attn over those with dense attention."""
     s2, dense = (sum(step(config, length, pairs(length, g)).values()) for g in (length // 4, length))
     return s2 / dense
+
+
+def table(stats, runs):
+    """The rows of the table: operations by part beside what was measured. runs: {length: run}."""
+    config = demo()
+    rows = [["", *map(str, runs)]]
+
+    def line(name, of):
+        rows.append([name, *(of(length) for length in runs)])
+
+    def giga(group_share, part):
+        def of(length):
+            return f"{forward(config, length, pairs(length, length // group_share))[part] / 1e9:.2f}"
+
+        return of
+
+    line("attention, dense (10⁹ operations, forward)", giga(1, "attention"))
+    line("attention, S²-Attn", giga(4, "attention"))
+    for part in ("projections", "MLP", "head"):
+        line(part, giga(1, part))
+    line("a step, S²-Attn : dense, by operations", lambda T: f"{expected(config, T):.2f}")
+    for name, what, form in (
+        ("a step, dense (s)", ("dense_seconds",), "{:.3f}"),
+        ("a step, S²-Attn (s)", ("s2_seconds",), "{:.3f}"),
+        ("a step, S²-Attn : dense, measured", ("s2_seconds", "dense_seconds"), "{:.2f}"),
+        ("memory, dense (GiB)", ("dense_gib",), "{:.3f}"),
+        ("memory, S²-Attn (GiB)", ("s2_gib",), "{:.3f}"),
+    ):
+        line(name, lambda T: _shown(stats, runs[T], what, form))
+    return rows
+
+
+def _shown(stats, run, what, form):
+    """A figure of the run's first row, or the ratio of two."""
+    rows = list(stats.found(run).values())
+    if not rows:
+        return MISSING
+    one, *other = (rows[0][name] for name in what)
+    return form.format(one / other[0] if other else one)
+
+
+def busy(stats, runs):
+    """A sentence about the machine that measured, where other programs ran beside it."""
+    rows = [row for run in runs.values() for row in stats.found(run).values()]
+    loads = [row["load"] for row in rows]
+    if not rows or max(loads) <= rows[0]["threads"]:
+        return ""
+    return (
+        f"Measured while other programs ran (load {min(loads):.0f} to {max(loads):.0f} on "
+        f"{rows[0]['threads']} cores): read the ratios, not the seconds."
+    )
 
 
 def measure(length, seconds=3.0):

@@ -10,20 +10,18 @@ def markdown(rows):
 def block(stats, table):
     """The table and the verdicts on its claims."""
     claims = "\n".join(f"- {claim}: **{verdict}**" for claim, verdict in table.claims(stats))
-    return f"{markdown(table.shows(stats))}\n\n{claims}"
+    return "\n\n".join(filter(None, [markdown(table.shows(stats)), table.note(stats), claims]))
 
 
 def text(stats, tables):
     return "\n\n".join(f"## {table.title}\n\n{block(stats, table)}" for table in tables.values())
 
 
-def write_docs(folder, stats, tables):
-    """Put the blocks of the tables between their marks in paper.md."""
-    page = folder / "paper.md"
+def write_page(page, stats, tables):
+    """Put the blocks of the tables between their marks in the page. A mark that is missing is an error."""
     found = page.read_text()
     for name, table in tables.items():
         begin, end = f"<!-- table {name} begins -->\n", f"<!-- table {name} ends -->"
-        before, _, rest = found.partition(begin)
-        _, _, after = rest.partition(end)
-        found = f"{before}{begin}{block(stats, table)}\n{end}{after}"
+        before, rest = found.split(begin)
+        found = before + begin + block(stats, table) + "\n" + end + rest.split(end)[1]
     page.write_text(found)

@@ -30,6 +30,7 @@ class Table(NamedTuple):
     shows   Stats -> the header and the rows of a Markdown table
     claims  Stats -> [(what must come out, whether it does)]
     seeds   how often each run is made
+    note    Stats -> a sentence below the table, or nothing
     """
 
     title: str
@@ -37,6 +38,7 @@ class Table(NamedTuple):
     shows: Callable[[Stats], list[list[str]]]
     claims: Callable[[Stats], list[tuple[str, str]]]
     seeds: tuple[int, ...] = SEEDS
+    note: Callable[[Stats], str] = lambda stats: ""
 
 
 def run(target=TARGET, lengths=None, own=True, curve=None, pattern=None, **changes):
@@ -331,15 +333,18 @@ def costs() -> Table:
     runs = {T: {"time": T} for T in paper_cost.LENGTHS}
 
     def shows(stats):
-        return stats.costs(runs)
+        return paper_cost.table(stats, runs)
 
     def claims(stats):
-        ratios = [stats.of(one, "s2_seconds") for one in runs.values()]
-        dense = [stats.of(one, "dense_seconds") for one in runs.values()]
-        shares = [{seed: -r[seed] / d[seed] for seed in r} for r, d in zip(ratios, dense)]
-        return [("the share of S2-Attn's time in dense attention's falls with the length", rises(shares))]
+        shares = [stats.ratio((one, "s2_seconds"), (one, "dense_seconds")) for one in runs.values()]
+        return [
+            ("the share of S2-Attn's time in dense attention's falls with the length", rises(shares[::-1]))
+        ]
 
-    return Table("Tables 11 to 13: cost", runs, shows, claims, seeds=(0,))
+    def note(stats):
+        return paper_cost.busy(stats, runs)
+
+    return Table("Tables 11 to 13: cost", runs, shows, claims, seeds=(0,), note=note)
 
 
 TABLES = {
