@@ -7,7 +7,8 @@ import pytest
 
 import longlora
 
-NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def test_there_are_notebooks():
@@ -20,7 +21,8 @@ def test_runs(path, tmp_path, monkeypatch):
     import nbformat
 
     monkeypatch.setenv("SMOKE", "1")
-    # The kernel runs in its own process and must import the package under test.
+    # The kernel runs in its own process and must import the package under test, and benchmarks from the tree.
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     monkeypatch.setenv("PYTHONPATH", str(Path(longlora.__file__).parent.parent), prepend=os.pathsep)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     notebook = nbformat.read(path, as_version=4)
