@@ -69,6 +69,7 @@ SANITIZERS = (
     else []
 )
 FLAGS = ["-std=c11", *WARN, *OPTIMISE, *SANITIZERS]
+LINK = [*OPENMP, "-lm", *SANITIZERS]
 MATH = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 # gcc for aarch64 would load the next operands of a tile so early that sums spill. On x86 it does not.
 if MACHINE == "aarch64" and not re.search(
@@ -319,12 +320,14 @@ class BuildExt(build_ext):
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             ext.extra_objects = list(pool.map(build, jobs))
-        ext.sources = []
         if cuda:
-            ext.extra_link_args = [*ext.extra_link_args, *cuda.link]
+            ext.extra_link_args = [*LINK, *cuda.link]
             ext.library_dirs = cuda.library_dirs
         self.force = self.compiler.force = True  # link again: the switches may have changed
+        # What is compiled is only linked here. A command may build more than once, so the sources come back.
+        sources, ext.sources = ext.sources, []
         super().build_extension(ext)
+        ext.sources = sources
 
 
 free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
@@ -334,7 +337,7 @@ extension = Extension(
     include_dirs=["csrc", os.environ.get("NUMPY_INCLUDE") or numpy.get_include()],
     define_macros=[("LONGLORA_X86", "1")] * X86 + [("Py_LIMITED_API", "0x030b0000")] * (not free_threaded),
     extra_compile_args=FLAGS,
-    extra_link_args=[*OPENMP, "-lm", *SANITIZERS],
+    extra_link_args=LINK,
     py_limited_api=not free_threaded,
 )
 setup(
