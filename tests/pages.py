@@ -3,8 +3,8 @@
     python tests/pages.py PAGE.md      in an empty folder, in which files with the names of the page are made
 
 An indented block that begins with one of PROGRAMS holds commands. A ```python block is a script, a ```yaml
-block a file whose name is in its first line. A block that cannot run here says why in a comment before it, which
-readers do not see: <!-- not run: why -->.
+block a file whose name is in its first line. A block that cannot run here says why in a comment before it,
+which readers do not see: <!-- not run: why -->.
 """
 
 import contextlib
