@@ -63,8 +63,16 @@ def _commands():
     from longlora import cli
 
     os.environ["COLUMNS"] = "100"
-    (subparsers,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
     lines = ["# Command line", "", "What `longlora COMMAND --help` prints."]
-    for name, parser in subparsers.choices.items():
+    for name, parser in _leaves(cli.parser(), ""):
         lines += ["", f"## {name}", "", "```text", parser.format_help().rstrip(), "```"]
     return "\n".join([*lines, ""])
+
+
+def _leaves(parser, name):
+    """The parsers of commands, and of the tasks of a command that has some."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not below:
+        yield name, parser
+    for word, inner in (pair for action in below for pair in action.choices.items()):
+        yield from _leaves(inner, f"{name} {word}".strip())

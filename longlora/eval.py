@@ -4,4 +4,4 @@ from longlora.evaluation.passkey import run as passkey
 from longlora.evaluation.tasks import run as tasks
 from longlora.evaluation.topics import run as topics
 
-__all__ = ["passkey", "tasks", "topics"]
+__all__ = ["passkey", "topics", "tasks"]

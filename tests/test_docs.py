@@ -1,6 +1,7 @@
 """docs/architecture.md describes each module. The pages name only files, sections, commands and options that
 exist."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -82,6 +83,30 @@ def test_the_reference_has_every_public_name():
         listed = (PACKAGE / module / "__init__.py").read_text().partition("__all__ = [")[2].partition("]")[0]
         public |= {f"longlora.{module.replace('/', '.')}.{name}" for name in re.findall(r'"(\w+)"', listed)}
     assert public - shown == set()
+
+
+def strings():
+    """The texts of the sources that have at least 20 letters of their own: their parts between braces."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            if all(isinstance(part, ast.FormattedValue | ast.Constant) for part in parts):
+                text = "".join(
+                    str(part.value) if isinstance(part, ast.Constant) else "\0" for part in parts
+                ).split("\0")
+                if sum(map(len, text)) >= 20:
+                    yield text
+
+
+def test_the_messages_that_are_explained_are_those_of_the_program():
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    messages = [a or b for a, b in re.findall(r"^\*\*(?:``(.+)``|`(.+)`)\*\*$", page, re.M)]
+    assert len(messages) >= 20
+    texts = list(strings())
+    for message in messages:
+        near = [text for text in texts if all(part in message for part in text)]
+        forms = [".*?".join(map(re.escape, text)) + r"(?:\.\.\.)?" for text in near]
+        assert any(re.fullmatch(form, message) for form in forms), message
 
 
 def commands(page):
