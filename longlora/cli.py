@@ -8,11 +8,11 @@ import difflib
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from longlora import cli_eval
 from longlora.errors import UserError
-from longlora.flags import DTYPES, Command, device_flag, json_flag, lengths, model_flags, show
+from longlora.flags import DTYPES, Command, Help, device_flag, json_flag, lengths, model_flags, show
 from longlora.guard import guarded
 from longlora.training import options
 
@@ -21,6 +21,9 @@ _GENERATION = ("context", "rows", "cache_dtype")  # options of plan --generate a
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports wrong flags in one line, as every other error."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**{"formatter_class": Help, **how})
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"longlora: error: {UserError(message)} (see {self.prog} --help)\n")
@@ -42,8 +45,12 @@ def _plan_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("generation").add_argument
     add("--generate", action="store_true", help="plan generation instead of a training run")
     add("--context", type=int, help="tokens of prompt and answer together (default: the model's)")
-    add("--rows", type=int, help="answers that advance side by side [1]")
-    add("--cache-dtype", choices=("auto", *DTYPES), help="dtype of keys and values [auto: the weights' own]")
+    add("--rows", type=int, help="answers that advance side by side (default: 1)")
+    add(
+        "--cache-dtype",
+        choices=("auto", *DTYPES),
+        help="dtype of keys and values (default: auto, the weights' own)",
+    )
     json_flag(parser)
 
 
@@ -87,10 +94,7 @@ def _ppl_flags(parser: argparse.ArgumentParser) -> None:
     add("--protocol", choices=("authors",), help="also give what the eval.py of the authors computes")
     add("--bins", type=int, help="with --json: also report each length by position, in N equal parts")
     add(
-        "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16"),
-        help="dtype of weights and activations [float32]",
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="dtype of weights and activations"
     )
     device_flag(parser, "auto")
     json_flag(parser)
@@ -130,18 +134,18 @@ def _sampling_flags(parser: argparse._ActionsContainer, temperature: float) -> N
         "--temperature",
         type=float,
         default=temperature,
-        help=f"how freely tokens are drawn; 0 takes the likeliest one [{temperature:g}]",
+        help="how freely tokens are drawn; 0 takes the likeliest one",
     )
-    add("--top-k", type=int, default=0, help="draw from the K likeliest tokens; 0 is all [0]")
-    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that sum to P [1]")
-    add("--min-p", type=float, default=0.0, help="drop tokens below P times the likeliest one [0]")
-    add("--repetition-penalty", type=float, default=1.0, help="above 1 avoids tokens that were there [1]")
-    add("--presence-penalty", type=float, default=0.0, help="lowers tokens that are in the answer [0]")
+    add("--top-k", type=int, default=0, help="draw from the K likeliest tokens; 0 is all")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that sum to P")
+    add("--min-p", type=float, default=0.0, help="drop tokens below P times the likeliest one")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1 avoids tokens that were there")
+    add("--presence-penalty", type=float, default=0.0, help="lowers tokens that are in the answer")
     add(
         "--frequency-penalty",
         type=float,
         default=0.0,
-        help="lowers tokens by how often they are in the answer [0]",
+        help="lowers tokens by how often they are in the answer",
     )
 
 
@@ -155,7 +159,7 @@ def _generation_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="answers without end in memory of a fixed size: the model sees the first and the last tokens",
     )
-    add("--start-size", type=int, default=4, help="with --streaming: the first tokens that are kept [4]")
+    add("--start-size", type=int, default=4, help="with --streaming: the first tokens that are kept")
     add(
         "--recent-size",
         type=int,
@@ -223,10 +227,10 @@ def _chat(args: argparse.Namespace) -> int:
 def _serve_flags(parser: argparse.ArgumentParser) -> None:
     _model_flags(parser)
     add = parser.add_argument
-    add("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 listens at all [127.0.0.1]")
-    add("--port", type=int, default=8000, help="the port; 0 takes a free one [8000]")
-    add("--rows", type=int, default=4, metavar="N", help="answers that advance side by side [4]")
-    add("--queue", type=int, default=64, metavar="N", help="requests that may wait [64]")
+    add("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 listens at all")
+    add("--port", type=int, default=8000, help="the port; 0 takes a free one")
+    add("--rows", type=int, default=4, metavar="N", help="answers that advance side by side")
+    add("--queue", type=int, default=64, metavar="N", help="requests that may wait")
     add(
         "--api-key",
         help="the key that clients must give; LONGLORA_API_KEY in the environment hides it from other users",
@@ -266,13 +270,13 @@ def _merge_flags(parser: argparse.ArgumentParser) -> None:
         "--format",
         default="huggingface",
         choices=("huggingface", "gguf"),
-        help="a Hugging Face directory, or a .gguf file in it for llama.cpp [huggingface]",
+        help="a Hugging Face directory, or a .gguf file in it for llama.cpp",
     )
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "f32", "f16", "bf16", "q8_0"),
-        help="dtype of the weights; q8_0 only with --format gguf [auto: that of the base]",
+        help="dtype of the weights; q8_0 only with --format gguf; auto is that of the base",
     )
     device_flag(parser, "cpu")
 
@@ -307,10 +311,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output-dir", default="longlora-demo", help="a directory for its files [longlora-demo]"
-    )
-    parser.add_argument("--steps", type=int, help="training steps [240]")
+    parser.add_argument("--output-dir", default="longlora-demo", help="a directory for its files")
+    parser.add_argument("--steps", type=int, help="training steps (default: 240)")
     device_flag(parser, "auto")
 
 

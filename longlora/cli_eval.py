@@ -26,8 +26,8 @@ def _retrieval_flags(parser: argparse.ArgumentParser, lengths_of: str) -> None:
     model_flags(parser)
     add = parser.add_argument
     add("--lengths", required=True, type=lengths, help=lengths_of)
-    add("--samples", type=int, default=10, help="prompts for each cell of the table [10]")
-    add("--seed", type=int, default=0, help="equal seeds make equal prompts [0]")
+    add("--samples", type=int, default=10, help="prompts for each cell of the table")
+    add("--seed", type=int, default=0, help="equal seeds make equal prompts")
     add("--output-dir", help="keep results and a figure here; a run that was stopped continues")
     json_flag(parser)
 
@@ -38,7 +38,7 @@ def _passkey_flags(parser: argparse.ArgumentParser) -> None:
         "--depths",
         type=_depths,
         default=[0.0, 0.25, 0.5, 0.75, 1.0],
-        help="where the key is, from 0 (begin) to 1 (end), or random [0,0.25,0.5,0.75,1]",
+        help="where the key is, from 0 (begin) to 1 (end), or random",
     )
 
 

@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -17,6 +17,25 @@ class Command(NamedTuple):
     run: Callable[[argparse.Namespace], int]
 
 
+class Help(argparse.HelpFormatter):
+    """Shows the default of each flag, also 0, and N or X where a number goes.
+
+    A default of None means that the text says in words what happens. Flags of a run bring their own defaults.
+    """
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if action.nargs == 0 or default is None or default == argparse.SUPPRESS or default == []:
+            return action.help
+        values = default if isinstance(default, list) else [default]
+        shown = ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+        return f"{action.help} [{shown.replace('%', '%%')}]"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        kinds: dict[Any, str] = {int: "N", float: "X"}
+        return kinds.get(action.type) or super()._get_default_metavar_for_optional(action)
+
+
 def lengths(text: str) -> list[int]:
     """The type of a flag with integers separated by commas."""
     try:
@@ -26,9 +45,7 @@ def lengths(text: str) -> list[int]:
 
 
 def device_flag(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--device", default=default, metavar="auto|cpu|cuda|cuda:N", help=f"where to compute [{default}]"
-    )
+    parser.add_argument("--device", default=default, metavar="auto|cpu|cuda|cuda:N", help="where to compute")
 
 
 def json_flag(parser: argparse.ArgumentParser) -> None:
@@ -44,13 +61,13 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=("auto", *DTYPES),
-        help="dtype of the weights [auto: as in the files]",
+        help="dtype of the weights; auto is that of the files",
     )
     add(
         "--cache-dtype",
         default="auto",
         choices=("auto", *DTYPES),
-        help="dtype of keys and values [auto: the weights' own]",
+        help="dtype of keys and values; auto is the weights' own",
     )
     device_flag(parser, "auto")
 

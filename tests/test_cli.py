@@ -244,6 +244,31 @@ def test_every_option_is_in_the_help(capsys):
         assert f"--{name.replace('_', '-')}" in shown
 
 
+def leaves(parser):
+    """The parsers of all commands, and of the tasks of those that have some."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [leaf for action in below for inner in action.choices.values() for leaf in leaves(inner)] or [
+        parser
+    ]
+
+
+def test_help_shows_every_default_also_0_and_once():
+    parsers = leaves(cli.parser())
+    assert len(parsers) >= len(cli.COMMANDS)
+    shown = 0
+    for parser in parsers:
+        formatter = parser._get_formatter()
+        for action in parser._actions:
+            if not action.option_strings or action.nargs == 0 or action.default in (None, argparse.SUPPRESS):
+                continue
+            text = formatter._expand_help(action)
+            plain = action.default if isinstance(action.default, list) else [action.default]
+            wanted = ",".join(str(value).removesuffix(".0") for value in plain)
+            assert re.findall(r"\[(.*?)\]", text) == ([wanted] if wanted else []), text
+            shown += bool(wanted)
+    assert shown > 40
+
+
 def test_help_lists_what_the_command_takes_and_every_default(capsys):
     """plan accepts the other flags of a run, but lists only those that it depends on."""
     with pytest.raises(SystemExit):
