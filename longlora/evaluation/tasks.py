@@ -34,7 +34,7 @@ def run(
     dtype: str = "auto",
     cache_dtype: str = "auto",
     device: str = "auto",
-    say: Callable[[str], object] = lambda line: None,
+    say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """Run lm-eval's tasks with the model at path `model`, with an adapter merged in if given.
 
