@@ -124,6 +124,17 @@ def measure(
     return results
 
 
+def authors_windows(count: int, length: int) -> range:
+    """Where the authors' windows begin in `count` tokens. UserError if there are none."""
+    starts = range(0, count - length, AUTHORS_STRIDE)[:-1]
+    if not starts:
+        raise UserError(
+            f"the authors' protocol needs at least {length + AUTHORS_STRIDE + 1} tokens for windows of "
+            f"{length}, the data has {count}"
+        )
+    return starts
+
+
 def measure_authors(model: Model, parts: list[np.ndarray], length: int) -> dict:
     """Score documents (int32 [N] each) as eval.py of LongLoRA's authors does with a batch of one.
 
@@ -135,13 +146,7 @@ def measure_authors(model: Model, parts: list[np.ndarray], length: int) -> dict:
     UserError if the stream has no window.
     """
     ids = np.concatenate([*parts, np.zeros(0, np.int32)]).astype(np.int32)
-    starts = range(0, len(ids) - length, AUTHORS_STRIDE)[:-1]
-    if not starts:
-        raise UserError(
-            f"the authors' protocol needs at least {length + AUTHORS_STRIDE + 1} tokens for windows of "
-            f"{length}, the data has {len(ids)}"
-        )
-    found = []
+    starts, found = authors_windows(len(ids), length), []
     for first in starts:
         logs, best = model.scores(ids[first : first + length], ids[first + 1 : first + length + 1])
         found.append((-logs[:-1].mean(), best.mean()))
@@ -259,6 +264,8 @@ def run(
     made, base = open_for_evaluation(model, adapter, rope_type, target_length, dtype, device)
     tokenizer = base.tokenizer() if base.has_tokenizer() else None
     parts = read_ids(corpus, tokenizer, base.config, max_tokens)
+    if protocol:
+        authors_windows(sum(map(len, parts)), max(lengths))
     theirs = [measure_authors(made, parts, length) for length in lengths] if protocol else []
     results = measure(made, parts, lengths, stride, bins)
     for result, authors in zip(results, theirs, strict=False):
