@@ -8,7 +8,7 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_OPS = {"reference", "scratch", "threads", "wide"}
+NOT_OPS = {"pool", "reference", "scratch", "threads", "wide"}
 # The files tests/ops/test_NAME.py that test an op on its own. The first is as long as all others.
 OPS = sorted({path.stem.removeprefix("test_") for path in ROOT.glob("tests/ops/test_*.py")} - NOT_OPS)
 OPS.sort(key=lambda name: name != "s2_attention")
