@@ -31,7 +31,8 @@ PROGRAMS = (*OURS, *NOT_RUN)
 MODELS = ("MODEL", "SmolLM2-135M.gguf")
 TEXTS = ("TEXT", "OTHER", "HELD_OUT", "books", "persuasion.txt")
 QUESTIONS = ("QUESTIONS", "alpaca.json", "LongAlpaca-12k.json")
-NUMBERS = {"100000": "256", "32769": "257", "32768": "256", "16384": "128", "8192": "64", "4096": "32"}
+NUMBERS = {"100000": "1024", "32769": "1025", "32768": "1024", "16384": "512", "8192": "256", "4096": "128"}
+NUMBER = re.compile("|".join(rf"\b{number}\b" for number in NUMBERS))
 # What commands get besides: the words that end a page's line replace those before.
 RETRIEVAL = ("--lengths", "320,400", "--samples", "1")
 BESIDES = {
@@ -107,6 +108,17 @@ def commands(text: str) -> list[list[str]]:
     return found
 
 
+def runs(page: Path) -> bool:
+    """Whether a block of the page runs here, more than the names of extras."""
+    for block in blocks(page):
+        if block.reason is None and block.kind not in ("text", "commands"):
+            return True
+        if block.reason is None and block.kind == "commands":
+            if any(words[0] not in NOT_RUN for words in commands(block.text)):
+                return True
+    return False
+
+
 def needs(page: Path) -> set[str]:
     text = page.read_text()
     return {name for words, names in NEEDS.items() if re.search(words, text, re.M) for name in names}
@@ -138,10 +150,13 @@ def make_files(page: Path) -> None:
         Runner().command(["longlora", *words.split()])
 
 
+def fewer(text: str) -> str:
+    return NUMBER.sub(lambda found: NUMBERS[found[0]], text)
+
+
 def small(words: list[str]) -> list[str]:
     """The words of a longlora command as they run here: with small numbers, few steps, on the CPU."""
-    numbers = re.compile("|".join(rf"\b{number}\b" for number in NUMBERS))
-    words = [numbers.sub(lambda found: NUMBERS[found[0]], word) for word in words]
+    words = [fewer(word) for word in words]
     besides = BESIDES.get(words[0]) or BESIDES.get(" ".join(words[:2]), ())
     return [*(re.sub("^cuda$", "cpu", word) for word in words), *besides]
 
@@ -203,7 +218,7 @@ class Runner:
         if "127.0.0.1:8000" in text:
             assert self.url, "the page has started no server"
             text = text.replace("http://127.0.0.1:8000", self.url)
-        exec(compile(text, "the page", "exec"), {"__name__": "__main__", "MODEL": "MODEL"})
+        exec(compile(fewer(text), "the page", "exec"), {"__name__": "__main__", "MODEL": "MODEL"})
 
 
 def run(page: Path) -> None:

@@ -85,6 +85,15 @@ def test_the_reference_has_every_public_name():
     assert public - shown == set()
 
 
+def test_the_tables_and_charts_of_performance_are_those_of_the_results(monkeypatch):
+    """`python -m benchmarks.page` makes them."""
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import page
+
+    for path, text in page.made().items():
+        assert path.read_text() == text, path.name
+
+
 def strings():
     """The texts of the sources that have at least 20 letters of their own: their parts between braces."""
     for path in PACKAGE.rglob("*.py"):
