@@ -7,7 +7,6 @@ block a file whose name is in its first line. A block that cannot run here says 
 which readers do not see: <!-- not run: why -->.
 """
 
-import contextlib
 import io
 import json
 import re
@@ -66,7 +65,7 @@ class Block(NamedTuple):
 
 def blocks(page: Path) -> list[Block]:
     """The blocks of a page, fenced or indented by four spaces, from the top."""
-    found, lines, reason, item = [], page.read_text().splitlines(), None, ""
+    found, lines, reason = [], page.read_text().splitlines(), None
     i = 0
     while i < len(lines):
         line, inner = lines[i], []
@@ -228,8 +227,7 @@ def run(page: Path) -> None:
         if block.reason is not None or block.kind == "text":
             continue
         print(f"\n---- {block.text}\n", flush=True)
-        with contextlib.suppress(AttributeError):
-            sys.stdin = io.StringIO("")  # what chat reads
+        sys.stdin = io.StringIO("")  # what chat reads
         if block.kind == "python":
             runner.script(block.text)
         elif block.kind == "yaml":

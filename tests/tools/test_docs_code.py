@@ -1,4 +1,4 @@
-"""The commands and the Python in README.md and docs/*.md run as they are printed, on small files: see pages.py."""
+"""The commands and the Python of README.md and docs/*.md run as printed, on small files: see pages.py."""
 
 import os
 import subprocess
