@@ -1,8 +1,8 @@
 """What mkdocs needs to make a site of pages that are written for the repository.
 
 README.md becomes the first page, CONTRIBUTING.md and the READMEs of the kernels become pages, and the help of
-each command becomes the page cli.md. Links to other files of the tree lead to the repository if mkdocs.yml knows
-its address, and are left out otherwise. A link to a file that does not exist fails the build.
+each command becomes the page cli.md. Links to other files of the tree lead to the repository if mkdocs.yml
+knows its address, and are left out otherwise. A link to a file that does not exist fails the build.
 """
 
 import argparse

@@ -276,7 +276,8 @@ def _merge_flags(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=("auto", "f32", "f16", "bf16", "q8_0"),
-        help="dtype of the weights; q8_0 only with --format gguf; auto is that of the base, float32 if it is quantised",
+        help="dtype of the weights; q8_0 only with --format gguf; auto is that of the base, float32 if it is "
+        "quantised",
     )
     device_flag(parser, "cpu")
 
