@@ -110,8 +110,8 @@ def passkey(path: Path, results: Sequence[Mapping[str, Any]], trained: int, pret
             axes.text(x, (top + bottom) / 2, shown, ha="center", va="center", fontsize=8)
     marks = {pretrained: "base", trained: "trained"} if trained != pretrained else {trained: "trained"}
     for length, name in marks.items():
-        place = sum(x <= length for x in lengths) - 0.5  # after the last column that is not longer
-        if 0 < place:
+        if lengths[0] <= length <= lengths[-1]:  # after the last column that is not longer
+            place = sum(x <= length for x in lengths) - 0.5
             axes.axvline(place, color="black", linewidth=2, linestyle="-" if length == trained else ":")
             axes.text(place, -0.02, f"{name} {length:,}", ha="right", va="bottom", fontsize=8)
     axes.set(
