@@ -15,6 +15,7 @@ from longlora.device import choose
 from longlora.errors import UserError, shown
 from longlora.evaluation.reader import Reader
 from longlora.files.tokenizer import Tokenizer
+from longlora.serving import prompt_cache
 from longlora.serving.open import Opened, Prepared, prepare
 
 Path = str | os.PathLike[str]
@@ -108,15 +109,17 @@ def measure(
     length that is too short: before any weight is read.
     """
     with contextlib.ExitStack() as held:
+        path = None
         if output_dir is not None:
             held.enter_context(disk.alone(os.fspath(output_dir)))
+            path = os.path.join(output_dir, f"{task.name.split()[0]}.json")
+            prompt_cache.rehearse(path)
         device, chosen = choose(device)
         say(chosen)
         context = max(cell["length"] for cell in task.cells) + ANSWER
         how = dict(rows=min(samples, SIDE_BY_SIDE), dtype=dtype, cache_dtype=cache_dtype, device=device)
         prepared = _prepare(model, adapter, context, how)
         settings = {"task": task.name, **prepared.identity, "seed": seed}
-        path = None if output_dir is None else os.path.join(output_dir, f"{task.name.split()[0]}.json")
         found = _kept(path, settings, task)
         task.prompt(prepared.base.tokenizer(), min(task.cells, key=lambda cell: cell["length"]), 0)
         about = dict(

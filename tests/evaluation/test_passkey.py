@@ -252,6 +252,7 @@ def test_results_of_other_settings_are_refused_and_kept(base, tmp_path, monkeypa
         ("--lengths 9000000", "what would make it fit: --lengths 2249952: "),
         ("--lengths 16777216", "lengths should be an integer from 1 to 16777152"),
         ("--lengths 300 --adapter missing", "missing"),
+        ("--lengths 300 --output-dir /dev/null/out", "/dev/null/out: cannot be made: Not a directory"),
         ("--lengths 300 --typo 1", "eval passkey: unknown option '--typo'"),
         ("--lengths 300 --deepths 1", "did you mean --depths?"),
     ],
