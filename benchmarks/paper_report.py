@@ -7,10 +7,21 @@ def markdown(rows):
     return "\n".join([header, "|" + "---|" * len(rows[0]), *others])
 
 
+def missing(stats, table):
+    """A sentence about the runs of the table that are not there."""
+    counts = [len(stats.found(one)) for one in table.runs.values()]
+    made, wanted = sum(counts), len(counts) * len(table.seeds)
+    return (
+        "" if made == wanted else f"So far {made} of {wanted} runs are made. A figure without ± has one seed."
+    )
+
+
 def block(stats, table):
     """The table and the verdicts on its claims."""
     claims = "\n".join(f"- {claim}: **{verdict}**" for claim, verdict in table.claims(stats))
-    return "\n\n".join(filter(None, [markdown(table.shows(stats)), table.note(stats), claims]))
+    return "\n\n".join(
+        filter(None, [markdown(table.shows(stats)), missing(stats, table), table.note(stats), claims])
+    )
 
 
 def text(stats, tables):
