@@ -218,11 +218,14 @@ add_values(const Call *c, float *out, const float *p, Rows v, Rows next, int64_t
             }
         }
         UNROLLED
-        for (int r = 0; r < rows; r++)
-            for (int i = 0; i < vecs; i++) {
+        for (int r = 0; r < rows; r++) {
+            UNROLLED
+            for (int i = 0; i < WIDTH; i++) {
+                if (i >= vecs) continue;
                 float *to = out + r * c->pitch + d + i * VW;
                 vf_store(to, vf_load(to) + sum[r][i]);
             }
+        }
     }
 }
 
