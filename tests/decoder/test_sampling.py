@@ -5,7 +5,8 @@ import pytest
 import torch
 import transformers
 
-from longlora.decoder.sampling import Sampler, Sampling, log_probabilities
+from longlora.decoder import sampling as sampling_module
+from longlora.decoder.sampling import Sampler, Sampling, largest, log_probabilities
 from longlora.errors import UserError
 
 V = 50
@@ -84,6 +85,24 @@ def test_sorting_a_part_of_a_long_vocabulary_gives_the_same_tokens(monkeypatch, 
     some = drawn()
     monkeypatch.setattr("longlora.decoder.sampling.FIRST", len(x))
     assert drawn() == some and len(set(some)) > 1
+
+
+@pytest.mark.parametrize("how", [{}, dict(top_p=0.9), dict(min_p=0.5)], ids=str)
+def test_no_more_is_sorted_than_decides_the_draw(monkeypatch, how):
+    """100 of 10,000 tokens share all of the probability, so the first sort decides every draw."""
+    sizes = []
+
+    def counted(x, size):
+        sizes.append(size)
+        return largest(x, size)
+
+    monkeypatch.setattr(sampling_module, "largest", counted)
+    x = np.full(10_000, -50.0, np.float32)
+    x[5000:5100] = 0
+    for seed in range(20):
+        sampler = Sampler(Sampling(temperature=1.0, seed=seed, **how), np.zeros(0, np.int64), len(x))
+        assert 5000 <= sampler.choose(x) < 5100
+    assert sizes == [sampling_module.FIRST] * 20
 
 
 def test_greedy_takes_the_first_of_the_likeliest_tokens():
