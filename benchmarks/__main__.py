@@ -2,7 +2,8 @@
 
     python -m benchmarks [NAME ...] [OPTION ...]
 
-Each benchmark takes the same options; `python -m benchmarks NAME --help` lists them.
+Each benchmark takes the same options; `python -m benchmarks NAME --help` lists them. The tables of the paper
+are a program of their own: `python -m benchmarks.paper`.
 """
 
 import importlib

@@ -10,6 +10,7 @@ charts into docs/paper.md.
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -84,6 +85,7 @@ def make(tables, results, again=False, say=print):
     started = time.perf_counter()
     for number, (name, label, one) in enumerate(left, 1):
         load = os.getloadavg()[0]
+        gc.collect()  # the model of the run before lies in a cycle of references
         row = {"run": one} | perform(one) | {"load": round(load, 1)} | about
         with open(results, "a") as file:
             file.write(json.dumps(row) + "\n")
