@@ -7,7 +7,7 @@ arXiv 2305.16300.
 import os
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,8 +103,10 @@ def run(
     UserError names an argument that is out of range, files that do not belong together or hold results of
     other settings, and a length that does not fit in memory: before any weight is read.
     """
-    lengths = [lengths] if isinstance(lengths, int) else list(lengths)
-    chosen = [depths] if isinstance(depths, (int, float, str)) else list(depths)
+    lengths = list(lengths) if isinstance(lengths, Iterable) else [lengths]
+    chosen: list[Any] = (
+        [depths] if isinstance(depths, str) or not isinstance(depths, Iterable) else list(depths)
+    )
     retrieval.integers(lengths=lengths, samples=samples, seed=seed)
     for depth in chosen or [None]:
         number = isinstance(depth, (int, float)) and not isinstance(depth, bool) and 0 <= depth <= 1

@@ -151,11 +151,11 @@ def _fill(
     say: Callable[[str], object],
 ) -> None:
     """Answer what `found` lacks of the cells of the task; keep() is called after every few prompts."""
-    opened, reader = None, None
+    opened: Any = None
     for number, cell in enumerate(task.cells, 1):
         answers = next((answers for other, answers in found if other == cell), [])
         while len(answers) < samples:
-            if opened is None or reader is None:
+            if opened is None:
                 opened = prepared.load()
                 reader = Reader(opened.engine.generator)
             numbers = range(len(answers), min(samples, len(answers) + opened.engine.cache.rows))

@@ -6,7 +6,7 @@ and the topics are our own.
 
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from longlora.evaluation import retrieval
@@ -101,7 +101,7 @@ def run(
 
     UserError as eval.passkey.
     """
-    lengths = [lengths] if isinstance(lengths, int) else list(lengths)
+    lengths = list(lengths) if isinstance(lengths, Iterable) else [lengths]
     retrieval.integers(lengths=lengths, samples=samples, seed=seed)
 
     def prompt(tokenizer: Tokenizer, cell: retrieval.Cell, sample: int) -> retrieval.Prompt:

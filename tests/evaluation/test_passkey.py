@@ -142,16 +142,17 @@ def test_an_answer_is_what_a_session_says(base, model):
 
 
 def test_the_command_and_the_function_agree(base, capsys):
-    words = "--lengths 300,350 --depths 0,1,random --samples 2 --device cpu --json --seed 4"
+    words = "--lengths 300,520 --depths 0,1,random --samples 2 --device cpu --json --seed 4"
     assert cli.main(["eval", "passkey", "--model", base, *words.split()]) == 0
     printed = capsys.readouterr()
-    found, how = json.loads(printed.out), dict(lengths=[350, 300], depths=["random", 1, 0], samples=2, seed=4)
+    found, how = json.loads(printed.out), dict(lengths=[520, 300], depths=["random", 1, 0], samples=2, seed=4)
     assert "length 300, depth 1.0: 0 of 2 right (2 of 6 cells)" in printed.err
+    assert "warning" not in printed.err  # 520 tokens are more than the model is made for, on purpose
     assert found == longlora.eval.passkey(base, **how, **HOW)
     cells = [(row["length"], row["depth"], row["samples"], row["right"]) for row in found["results"]]
-    assert cells == [(length, depth, 2, 0) for length in (300, 350) for depth in (0.0, 1.0, "random")]
+    assert cells == [(length, depth, 2, 0) for length in (300, 520) for depth in (0.0, 1.0, "random")]
     assert [answer["tokens"] for row in found["results"] for answer in row["answers"]] == 6 * [300] + 6 * [
-        350
+        520
     ]
     assert found["trained_length"] == found["pretrained_length"] == 512
     assert cli.main(["eval", "passkey", "--model", base, *words.replace("--json", "").split()]) == 0
@@ -268,6 +269,14 @@ def test_bad_input_is_one_line(base, capsys, words, said, monkeypatch):
         code = stop.code
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert code == 2 and said in line, line
+
+
+@pytest.mark.parametrize(
+    "given", [dict(lengths=300.0), dict(lengths=[]), dict(lengths=300, samples=True), dict(lengths="300")]
+)
+def test_numbers_are_integers(base, given):
+    with pytest.raises(UserError, match="(lengths|samples) should be an integer"):
+        longlora.eval.passkey(base, **given, **HOW)
 
 
 def test_an_unknown_task_is_named(capsys):
