@@ -116,6 +116,10 @@ def test_what_prompts_share_is_read_once_and_changes_no_bit(model):
     for row, prompt, logits in zip((0, 1, 0), prompts(), alone, strict=True):
         np.testing.assert_array_equal(together.extend(row, prompt), logits)
     assert together.read == 45 + 31 + 17 and together.reused == 2 * 32
+    again = reader(model, 1)
+    first = again.extend(0, prompts()[0][:33])
+    np.testing.assert_array_equal(again.extend(0, prompts()[0][:33]), first)
+    assert again.read == 33 + 1  # all but the last token, which two chunks hold
 
 
 def test_prompts_side_by_side_are_answered_as_one_by_one(model):
