@@ -3,6 +3,7 @@
 import difflib
 import os
 import random
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,17 +65,22 @@ def run(
     if chat_template is not None and not apply_chat_template:
         raise UserError("chat_template needs apply_chat_template")
     harness = _harness()
-    manager = _manager(names, task_dir, sizes, os.fspath(model))
-    device, chosen = choose(device)
-    say(chosen)
-    how: dict[str, Any] = dict(dtype=dtype, cache_dtype=cache_dtype, device=device)
-    prepared = prepare(model, adapter, context=context, rows=SIDE_BY_SIDE, fewest_rows=1, **how)
-    _check_lengths(sizes, prepared)
-    template = None
-    if apply_chat_template:
-        template = find_template(prepared.base.tokenizer(), chat_template, adapter)
+    # A task that makes texts of a length counts tokens by transformers, which reads a directory.
+    with tempfile.TemporaryDirectory() as folder:
+        whole = os.path.isdir(model)
+        manager = _manager(names, task_dir, sizes, os.fspath(model) if whole else folder)
+        device, chosen = choose(device)
+        say(chosen)
+        how: dict[str, Any] = dict(dtype=dtype, cache_dtype=cache_dtype, device=device)
+        prepared = prepare(model, adapter, context=context, rows=SIDE_BY_SIDE, fewest_rows=1, **how)
+        _check_lengths(sizes, prepared)
+        tokenizer, template = prepared.base.tokenizer(), None
+        if not whole:
+            tokenizer.save(folder)
+        if apply_chat_template:
+            template = find_template(tokenizer, chat_template, adapter)
+        loaded = _load(manager, names)
     with_model = harness.HarnessModel(prepared, template)
-    loaded = _load(manager, names)
     found = _evaluate(with_model, loaded, limit, num_fewshot, apply_chat_template)
     _aggregate_lengths(found, sizes)
     about = dict(model=os.fspath(model), adapter=None if adapter is None else os.fspath(adapter))

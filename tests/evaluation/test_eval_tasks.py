@@ -8,6 +8,7 @@ import sys
 import pytest
 import tiny
 
+import longlora
 from longlora import cli
 from longlora.errors import UserError
 from longlora.training import driver
@@ -55,8 +56,11 @@ metric_list:
 # As RULER: texts are made for the lengths that the user asks for, and the other metrics are -1.
 NEEDLE = """\
 import datasets
+from tokenizers import Tokenizer
 
 def make(max_seq_lengths=(64,), tokenizer=None, **other):
+    if tokenizer is not None:
+        assert len(Tokenizer.from_file(f"{tokenizer}/tokenizer.json").encode("the key").ids) in (6, 7)
     rows = [dict(text="the " * (length // 8) + key + " is", key=key, length=length)
             for length in max_seq_lengths for key in "abcde"]
     return {"test": datasets.Dataset.from_list(rows)}
@@ -233,6 +237,17 @@ def test_the_command_prints_what_the_function_gives(folder, base, capsys):
     row = next(line.split() for line in lines if "acc_norm" in line)
     assert row[:2] == ["acc_norm", f"{found['results']['local_choice']['acc_norm,none']:.4f}"]
     assert not any("4096" in line or "-1" in line for line in lines)
+
+
+def test_a_gguf_is_scored_as_its_directory(tmp_path, folder):
+    """Its tokenizer, with a merge, is a directory for tasks that make their own texts."""
+    path = tiny.model(tmp_path / "whole", vocab_size=258)
+    raw = json.loads((path / "tokenizer.json").read_text())
+    raw["model"] |= {"merges": [["t", "h"]], "vocab": raw["model"]["vocab"] | {"th": 257}}
+    (path / "tokenizer.json").write_text(json.dumps(raw))
+    gguf = longlora.merge(path, None, tmp_path / "gguf", format="gguf", dtype="f32")
+    how = dict(tasks=["local_needle", "local_choice"], lengths=64, task_dir=folder, limit=2)
+    assert tasks.run(gguf, **how)["results"] == tasks.run(path, **how)["results"]
 
 
 def test_requests_that_are_cut_are_told(folder, base):
