@@ -2,10 +2,10 @@
 
     python -m benchmarks.paper [TABLE ...] [OPTION ...]
 
-Tables are 1, 2, 3 (with 14 and Figure 4), 5 (Figure 5), 6, 7, 8 and cost (11 to 13); without a name all of
-them run, in about an hour on two cores that do nothing else. Every run is one line of the results, written
-when the run ends. A run whose line is there is not made again, so a stopped command goes on where it was.
---report prints the tables and the verdicts of the results and runs nothing; --docs writes them and the
+Tables are 1, 2, 3 (with 14 and Figure 4), 5 (Figure 5), 6, 6-longer, 7, 8 and cost (11 to 13). Without a name
+all of them run, in about an hour on two cores that do nothing else. Every run is one line of the results,
+written when the run ends. A run whose line is there is not made again, so a stopped command goes on where it
+was. --report prints the tables and the verdicts of the results and runs nothing; --docs writes them and the
 charts into docs/paper.md.
 """
 

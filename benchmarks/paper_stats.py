@@ -82,13 +82,22 @@ def above(one, other):
     return YES if all(larger) else NO if not any(larger) else NOISE
 
 
+def _off(one, other):
+    """The mean of one / other - 1 over the seeds, None if there are none."""
+    seeds = one.keys() & other.keys()
+    return statistics.fmean(one[seed] / other[seed] for seed in seeds) - 1 if seeds else None
+
+
 def near(one, other, share=0.01):
     """Whether the mean of one / other is at most `share` away from 1, with the difference in per cent."""
-    seeds = one.keys() & other.keys()
-    if not seeds:
-        return MISSING
-    off = statistics.fmean(one[seed] / other[seed] for seed in seeds) - 1
-    return f"{YES if abs(off) <= share else NO} ({off:+.1%})"
+    off = _off(one, other)
+    return MISSING if off is None else f"{YES if abs(off) <= share else NO} ({off:+.1%})"
+
+
+def at_most(one, other, share=0.01):
+    """As near, where `one` may be any amount below `other`."""
+    off = _off(one, other)
+    return MISSING if off is None else f"{YES if off <= share else NO} ({off:+.1%})"
 
 
 def within_noise(figures):
@@ -105,12 +114,12 @@ def rises(figures):
 
 
 def closes(one, other):
-    """Whether two curves [(step, mean, spread)] end with less than half of their largest gap."""
+    """Whether a curve [(step, mean, spread)] that was above another ends with less than half of the gap."""
     theirs = {step: value for step, value, _ in other}
-    gaps = [abs(value - theirs[step]) for step, value, _ in one if step in theirs]
+    gaps = [value - theirs[step] for step, value, _ in one if step in theirs]
     if not gaps:
         return MISSING
-    return YES if gaps[-1] < max(gaps) / 2 else NO
+    return YES if max(gaps) > 0 and gaps[-1] < max(gaps) / 2 else NO
 
 
 def together(*verdicts):
@@ -124,8 +133,6 @@ def joined(verdicts):
     if len(set(words)) == 1:
         return words[0]
     if all(word.startswith(YES) for word in words) or all(word.startswith(NO) for word in words):
-        details = ", ".join(
-            f"{word.partition('(')[2].rstrip(')')} at {place}" for place, word in verdicts.items()
-        )
-        return f"{words[0].partition(' ')[0]} ({details})"
-    return "; ".join(f"{word} at {place}" for place, word in verdicts.items())
+        offs = (f"{place}: {verdict.partition('(')[2].rstrip(')')}" for place, verdict in verdicts.items())
+        return f"{words[0].partition(' ')[0]} ({', '.join(offs)})"
+    return "; ".join(f"{place}: {verdict}" for place, verdict in verdicts.items())

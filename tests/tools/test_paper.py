@@ -37,14 +37,18 @@ def test_verdicts_by_pencil(paper):
     assert p.above({0: 2}, {1: 1}) == "not yet run"  # no seed in common
     assert p.near({0: 10.1, 1: 9.9}, {0: 10, 1: 10}) == "yes (+0.0%)"
     assert p.near({0: 10.3}, {0: 10}) == "no (+3.0%)"
+    assert p.at_most({0: 9}, {0: 10}) == "yes (-10.0%)" and p.at_most({0: 11}, {0: 10}) == "no (+10.0%)"
     assert p.within_noise([{0: 1, 1: 3}, {0: 2, 1: 4}]) == "yes"  # means 2 and 3, spreads 1.41
     assert p.within_noise([{0: 1, 1: 1.1}, {0: 2, 1: 2.1}]) == "no"
     assert p.rises([{0: 1, 1: 1}, {0: 2, 1: 2}, {0: 3, 1: 1.5}]) == "within noise"
     assert p.closes([(0, 8, 0), (1, 5, 0), (2, 4.1, 0)], [(0, 8, 0), (1, 4, 0), (2, 4, 0)]) == "yes"
     assert p.closes([(0, 8, 0), (1, 5, 0), (2, 5, 0)], [(0, 8, 0), (1, 4, 0), (2, 4, 0)]) == "no"
+    assert (
+        p.closes([(0, 8, 0), (1, 3, 0), (2, 3, 0)], [(0, 8, 0), (1, 4, 0), (2, 4, 0)]) == "no"
+    )  # never behind
     assert p.joined({1: "yes", 2: "yes"}) == "yes"
-    assert p.joined({1: "yes", 2: "no"}) == "yes at 1; no at 2"
-    assert p.joined({1: "yes (+0.1%)", 2: "yes (-0.1%)"}) == "yes (+0.1% at 1, -0.1% at 2)"
+    assert p.joined({1: "yes", 2: "no"}) == "1: yes; 2: no"
+    assert p.joined({1: "yes (+0.1%)", 2: "yes (-0.1%)"}) == "yes (1: +0.1%, 2: -0.1%)"
     assert p.together("yes", "within noise", "no") == "no"
     assert p.cell({0: 1.0, 1: 3.0}) == "2.00 ± 1.41" and p.cell({0: 1.0}) == "1.00"
 
