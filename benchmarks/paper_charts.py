@@ -50,75 +50,69 @@ def _lengths(axes, lengths):
     axes.minorticks_off()
 
 
-def _legend(axes, **where):
+def _legend(axes):
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, **where)
+        axes.legend(fontsize=8)
+
+
+def _dots(axes, rows, kinds):
+    """A row of dots for each (name, figures). kinds: label and style of each figure of a row."""
+    for kind, (label, style) in enumerate(kinds):
+        points = [(at, figures[kind]) for at, (_, figures) in enumerate(rows) if figures[kind]]
+        if points:
+            y, found = zip(*points)
+            x, error = [mean(figure) for figure in found], [spread(figure) for figure in found]
+            axes.errorbar(x, y, xerr=error, fmt="o", markersize=6, capsize=3, label=label, **style)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    _legend(axes)
 
 
 def attention(stats):
     """Table 1: what the shift is for; Tables 6 and 7: other patterns and groups."""
     figure, (left, right) = _figure()
+    left.axhline(0, color=GREY, linewidth=1)
     for how, tested, label, style in (
-        ("dense", "dense", "dense", dict(color=GREY)),
         ("s2", "dense", "S²-Attn", dict(color=BLUE)),
         ("short", "dense", "short", dict(color=RED)),
         ("short", "own", "short, evaluated as short", dict(color=RED, linestyle="--")),
     ):
-        found = [stats.of(full(T, how), tested, T) for T in TARGETS]
-        _line(left, TARGETS, found, label=label, **style)
+        ratios = [stats.ratio((full(T, how), tested, T), (full(T, "dense"), "dense", T)) for T in TARGETS]
+        above = [{seed: 100 * (value - 1) for seed, value in ratio.items()} for ratio in ratios]
+        _line(left, TARGETS, above, label=label, **style)
     _lengths(left, TARGETS)
-    left.set(
-        xlabel="tokens, trained and evaluated",
-        ylabel="perplexity",
-        title="Table 1: attention in the training",
-    )
+    left.set(xlabel="tokens, trained and evaluated", ylabel="perplexity above dense attention's (%)")
+    left.set_title("Table 1: attention in the training", fontsize=10)
     _legend(left)
-    rows = [(f"group {name}" if "/" in name else name, one, LIGHT) for name, one in GROUPS.items()]
-    rows += [(name, one, BLUE if one == longlora() else RED) for name, one in PATTERNS.items()]
-    rows = [(name, stats.of(one, "dense", TARGET), colour) for name, one, colour in rows]
-    _bars(right, [row for row in rows if row[1]])
-    right.set(xlabel=f"perplexity at {TARGET}, evaluated dense", title="Tables 6 and 7: patterns and groups")
+    runs = {(f"S²-Attn, {name}" if "/" in name else name): one for name, one in GROUPS.items()}
+    runs |= {name: one for name, one in PATTERNS.items() if one != longlora()}
+    rows = [(name, [_of(stats, one, tested) for tested in ("dense", "own")]) for name, one in runs.items()]
+    hollow = dict(color=LIGHT, markerfacecolor="white")
+    _dots(right, rows, [("dense", dict(color=BLUE)), ("as trained", hollow)])
+    right.set(xlabel=f"perplexity at {TARGET}, by evaluation")
+    right.set_title("Tables 6 and 7: patterns and groups", fontsize=10)
     return figure
 
 
-def _bars(axes, rows):
-    """Horizontal bars of (name, figure, colour), the first on top, from a bit below the smallest value."""
-    for place, (_, found, colour) in enumerate(rows):
-        axes.barh(place, mean(found), xerr=spread(found), color=colour, height=0.7, capsize=2)
-        axes.text(mean(found) + spread(found), place, f" {mean(found):.1f}", va="center", fontsize=8)
-    axes.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=8)
-    axes.invert_yaxis()
-    if rows:
-        low, high = min(mean(row[1]) for row in rows), max(mean(row[1]) for row in rows)
-        axes.set_xlim(low - 0.3 * (high - low) - 0.5, high + 0.15 * (high - low) + 0.5)
-    axes.grid(axis="y", visible=False)
+def _of(stats, one, tested):
+    return stats.of(one, tested, TARGET) if tested == "dense" or "own" in one else {}
 
 
 def training(stats):
     """Table 2: what is trained; Figure 5: by step."""
     figure, (left, right) = _figure()
-    runs, width = what_is_trained().runs, 0.38
-    for offset, (rate, colour) in enumerate(zip(ONE_RATE, (LIGHT, BLUE))):
-        for place, name in enumerate(TRAINED):
-            found = stats.of(runs[name, rate], "dense", TARGET)
-            if found:
-                label = f"rate {rate:g}" if place == 0 else None
-                at = place + (offset - 0.5) * width
-                left.barh(
-                    at, mean(found), xerr=spread(found), height=width, color=colour, label=label, capsize=2
-                )
-                left.text(mean(found) + spread(found), at, f" {mean(found):.1f}", va="center", fontsize=7)
-    left.set_yticks(range(len(TRAINED)), TRAINED, fontsize=8)
-    left.invert_yaxis()
-    left.grid(axis="y", visible=False)
-    left.set(xlim=(30, None), xlabel=f"perplexity at {TARGET}", title="Table 2: what is trained")
-    _legend(left, loc="lower right")
+    runs = what_is_trained().runs
+    rows = [(name, [stats.of(runs[name, rate], "dense", TARGET) for rate in ONE_RATE]) for name in TRAINED]
+    _dots(left, rows, [(f"rate {rate:g}", dict(color=c)) for rate, c in zip(ONE_RATE, (RED, BLUE))])
+    left.set(xlabel=f"perplexity at {TARGET}")
+    left.set_title("Table 2: what is trained", fontsize=10)
     for (name, one), colour in zip(CURVES.items(), (BLUE, GREY)):
         curve = stats.curve(one)
         if curve:
             x, y, error = zip(*curve)
             right.errorbar(x, y, yerr=error, color=colour, label=name, marker="o", markersize=4, capsize=3)
-    right.set(xlabel="step", ylabel="perplexity", title="Figure 5: by step, S²-Attn, evaluated dense")
+    right.set(xlabel="step", ylabel="perplexity, evaluated dense")
+    right.set_title("Figure 5: by step, trained with S²-Attn", fontsize=10)
     _legend(right)
     return figure
 
@@ -131,11 +125,8 @@ def lengths(stats):
         _line(left, upto(T), found, color=colour, label=f"trained to {T}")
         left.axvline(T, color=colour, linestyle=":", linewidth=1)
     _lengths(left, upto(TARGETS[-1]))
-    left.set(
-        xlabel="tokens in evaluation",
-        ylabel="perplexity",
-        title=f"Tables 3, 14: LongLoRA from {NATIVE} tokens",
-    )
+    left.set(xlabel="tokens in evaluation", ylabel="perplexity")
+    left.set_title(f"Tables 3 and 14: LongLoRA, pretrained on {NATIVE} tokens", fontsize=10)
     _legend(left)
     measured = [
         stats.ratio(({"time": T}, "s2_seconds"), ({"time": T}, "dense_seconds")) for T in paper_cost.LENGTHS
@@ -144,12 +135,8 @@ def lengths(stats):
     model = [paper_cost.expected(paper_cost.demo(), T) for T in paper_cost.LENGTHS]
     right.plot(paper_cost.LENGTHS, model, color=GREY, linestyle="--", label="operations")
     _lengths(right, paper_cost.LENGTHS)
-    right.set(
-        xlabel="tokens of a sequence",
-        ylabel="S²-Attn / dense, one step",
-        ylim=(0, 1.1),
-        title="Tables 11 to 13: what S²-Attn saves",
-    )
+    right.set(xlabel="tokens of a sequence", ylabel="S²-Attn / dense, one step", ylim=(0, 1.1))
+    right.set_title("Tables 11 to 13: what S²-Attn saves", fontsize=10)
     _legend(right)
     return figure
 
