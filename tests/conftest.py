@@ -7,7 +7,7 @@ import mirror
 import pytest
 
 import longlora
-from longlora import _C
+from longlora import _C, job
 
 # Processes started by tests import the package under test, not the sources of their working directory.
 os.environ["PYTHONSAFEPATH"] = "1"
@@ -52,7 +52,7 @@ def pytest_cmdline_main(config):
     Named files run in this process. Everything runs in this process if pytest-xdist is missing, or on a GPU,
     because tests count its free memory.
     """
-    option, processors = config.option, len(os.sched_getaffinity(0))
+    option, processors = config.option, job.processors()
     whole = config.args_source == config.ArgsSource.TESTPATHS and not option.usepdb and not option.collectonly
     free = (
         config.pluginmanager.hasplugin("xdist")

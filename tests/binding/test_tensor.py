@@ -246,7 +246,7 @@ def test_tensor_dlpack_keywords():
 def test_memory_of_a_large_tensor_is_committed_late_and_returned():
     script = """
 import longlora.ops
-def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096
+from longlora.job import resident_memory as resident
 before = resident()
 t = longlora.Tensor(256 << 20, "uint8")
 assert resident() - before < 16 << 20

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from systems import on_linux
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY_GPU = ["80:sm_80", "90a:sm_90a", "100:sm_100", "120:sm_120", "120:compute_120"]
@@ -28,7 +29,7 @@ NVIDIA_SMI = """#!/bin/sh
 [ "$*" = "--query-gpu=compute_cap --format=csv,noheader" ] && printf '%s\\n' $GPUS
 """
 
-pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+pytestmark = [pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree"), on_linux]
 
 
 class Tree:

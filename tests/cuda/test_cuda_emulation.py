@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from built import OPS, ROOT, build, run, run_tests
+from systems import on_linux
 
 CXX = os.environ.get("CXX") or "c++"
 TESTS = [OPS[:1], OPS[1:]]  # two runs in parallel, of about equal length
@@ -19,6 +20,7 @@ LEAST = 700  # at least this number of tests must run
 ORDERS = ["forward", "reversed", "shuffled"]
 
 pytestmark = [
+    on_linux,
     pytest.mark.skipif(
         not (ROOT / "cuda").exists(), reason="the CUDA sources are not here: these tests need the source tree"
     ),

@@ -13,6 +13,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from systems import on_linux
 from test_tokenizer import UGLY, trained
 
 from longlora.data import text, tokens
@@ -409,6 +410,7 @@ def test_each_seed_and_epoch_has_its_own_order():
     assert json.dumps(Order(50, 1).take(3))  # they are plain integers
 
 
+@on_linux
 def test_a_file_of_ids_is_closed_with_its_object(tmp_path):
     np.arange(4, dtype="<i4").tofile(tmp_path / "ids.bin")
     before = set(os.listdir("/proc/self/fd"))

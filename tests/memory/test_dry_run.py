@@ -1,14 +1,17 @@
 """The dry run of a step makes exactly the calls of a step."""
 
 import mmap
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import peers
 import pytest
+from systems import on_linux
 
-from longlora import _C
+from longlora import _C, job
 from longlora.decoder import plan as plan_
 from longlora.decoder.layer import RECOMPUTE
 from longlora.errors import UserError
@@ -91,28 +94,23 @@ def test_the_recorder_keeps_the_largest_block_of_each_rank(monkeypatch):
 
 def strict():
     """Whether the system limits address space to its memory."""
-    with open("/proc/sys/vm/overcommit_memory") as file:
-        return file.read().strip() == "2"
+    path = "/proc/sys/vm/overcommit_memory"
+    return os.path.exists(path) and Path(path).read_text().strip() == "2"
 
 
 @pytest.mark.skipif(strict(), reason="the system forbids overcommitment")
 def test_untouched_memory_costs_none():
     """Bytes: sixteen times the machine's memory."""
-
-    def resident():
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * mmap.PAGESIZE
-
-    with open("/proc/meminfo") as file:
-        total = int(file.readline().split()[1]) << 10
-    before = resident()
+    total = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
+    before = job.resident_memory()
     arena = untouched(16 * total)
     rows = arena.view((total // 4, 4), "float32", 12 * total)[total // 8 :]
-    assert rows.shape == (total // 4 - total // 8, 4) and resident() - before < 1 << 20
+    assert rows.shape == (total // 4 - total // 8, 4) and job.resident_memory() - before < 1 << 20
     assert untouched(0).shape == (1,)
     np.testing.assert_array_equal(arena[:8].numpy(), 0)
 
 
+@on_linux
 def test_a_plan_needs_no_address_space():
     """Under ulimit -v a model of 16 GiB has the parts that it has without, and what would make it fit."""
     script = """if True:

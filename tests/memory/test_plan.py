@@ -80,17 +80,12 @@ CASES += [
 STEP = """
 import json, sys
 import numpy as np
+from longlora import job
 from longlora.decoder.config import read_config
 from longlora.decoder.model import Model
 from longlora.decoder.plan import plan
 from longlora.decoder.lora import LoraConfig
 from longlora.training.optimizer import AdamW
-
-
-def status(key):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith(key + ":"))
-
 
 case, raw = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 full, changed = case.pop("full"), {k: case.pop(k) for k in ("model_type", "tie_word_embeddings") if k in case}
@@ -106,7 +101,7 @@ borders = [0, T // 3, T, B * T] if case.get("packed") else None
 model.train_microbatch(ids, ids, 1 / ids.size, cu_seqlens=borders)
 optimizer.step(dict.fromkeys(model.kinds, 1e-3))
 model.losses(ids[0, :256], ids[0, :256])
-print(json.dumps({"planned": found.total, "measured": status("VmHWM"), "parts": found.parts}))
+print(json.dumps({"planned": found.total, "measured": job.peak_memory(), "parts": found.parts}))
 """
 
 

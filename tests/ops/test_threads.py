@@ -7,8 +7,9 @@ import threading
 
 import numpy as np
 import pytest
+from systems import on_linux
 
-from longlora import _C, ops
+from longlora import _C, job, ops
 
 
 @pytest.fixture(autouse=True)
@@ -176,6 +177,7 @@ with multiprocessing.get_context("fork").Pool(2) as pool: print(all(pool.map(run
     assert out == ["True"]
 
 
+@on_linux
 def test_small_work_starts_no_threads():
     """A call of a few microseconds runs on the calling thread only, unless the grain is 0."""
     out = python(
@@ -239,13 +241,14 @@ def test_scratch_that_is_kept_is_bounded():
     out = python("""
 import numpy as np
 from longlora import ops
-def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+from longlora import job
+def resident(): return job.resident_memory() >> 20
 q, k = np.ones((1, 16384, 64, 64), np.float16), np.ones((1, 16384, 1, 64), np.float16)
 o, lse = ops.s2_attention_forward(q, k, k, group_size=4, shift="none")
 dq, dk, dv = np.ones_like(q), np.ones_like(k), np.ones_like(k)
 before = resident()
 ops._C.s2_attention_backward(dq, dk, dv, o, q, k, k, o, lse, None, 4, 0, 1, 0.125)
-peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) >> 10
+peak = job.peak_memory() >> 20
 print(peak - before > 250, resident() - before < 128)
 """)
     assert out == ["True", "True"]
@@ -258,7 +261,7 @@ def test_number_of_threads():
     out = subprocess.run(
         [sys.executable, "-c", show], env=unset, capture_output=True, text=True, check=True
     ).stdout
-    assert int(out) == len(os.sched_getaffinity(0))
+    assert int(out) == job.processors()
     before = _C.get_num_threads()
     try:
         _C.set_num_threads(5)
@@ -277,6 +280,7 @@ def test_number_of_threads():
         _C.set_num_threads(before)
 
 
+@on_linux
 def test_threads_really_run():
     """More than one thread of the process has used the processor, according to /proc."""
     out = python(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from runs import equal, failure, run, weights
+from systems import on_linux
 
 from longlora import disk, plots
 from longlora.errors import UserError
@@ -102,6 +103,7 @@ def test_a_state_with_other_types_is_named(tmp_path, name, value, words):
     assert f"{path}: {name} {words}" in message
 
 
+@on_linux
 def test_metrics_are_on_disk_before_their_checkpoint(tmp_path, monkeypatch):
     events, flushed, renamed = [], os.fsync, os.rename
 
@@ -329,6 +331,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     assert run(tmp_path, max_steps=1).step == 1
 
 
+@on_linux
 def test_a_file_that_is_swept_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
     real, gone = disk.lock, []
 
