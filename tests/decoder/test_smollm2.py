@@ -176,7 +176,7 @@ def test_every_gradient_of_the_whole_model_is_near_autograds(base, converted, ac
 
 
 def test_extension_halves_the_perplexity(base, smollm2, converted, acts, tmp_path):  # noqa: F811
-    """24 steps of one 1024-token sequence, G = 256, AdamW at 2e-3 for LoRA and 1e-4 for embedding and norms;
+    """18 steps of one 1024-token sequence, G = 256, AdamW at 2e-3 for LoRA and 1e-4 for embedding and norms;
     dense evaluation."""
     held_out = tmp_path / "held_out.txt"
     held_out.write_text(HELD_OUT.read_text()[:24_000])
@@ -198,14 +198,14 @@ def test_extension_halves_the_perplexity(base, smollm2, converted, acts, tmp_pat
         group_size=256,
         learning_rate=2e-3,
         embedding_learning_rate=1e-4,
-        max_steps=24,
+        max_steps=18,
         output_dir=output,
         seed=1,
     )
     after = ppl.run(smollm2, held_out, [1024], adapter=output)["results"][0]["perplexity"]
-    print(f"native {native:.2f}, interpolated {before:.2f}, after 24 steps {after:.2f}")
+    print(f"native {native:.2f}, interpolated {before:.2f}, after 18 steps {after:.2f}")
     assert after < before / 2
-    assert done.step == 24 and done.stopped is None
+    assert done.step == 18 and done.stopped is None
 
     # PEFT and stock transformers read what we trained.
     peft = pytest.importorskip("peft", reason="PEFT is the peer that loads the adapter")
