@@ -59,7 +59,7 @@ def run(
     UserError names what is wrong: unknown tasks, an adapter of another model, lengths that model or memory
     have no room for, data that cannot be had. All of it is found before the weights are read.
     """
-    names = tasks.split(",") if isinstance(tasks, str) else list(tasks)
+    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
     sizes = [lengths] if isinstance(lengths, int) else list(lengths or ())
     _check(names, sizes, limit=limit, num_fewshot=num_fewshot)
     if chat_template is not None and not apply_chat_template:
@@ -189,14 +189,13 @@ def _evaluate(model, loaded, limit, num_fewshot, chats):
         if shots is None or (num_fewshot is not None and shots != 0):  # a task's own 0 is never changed
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=SEED)
-    found: dict[str, Any] = evaluate(
-        lm=model,
-        task_dict=loaded,
-        limit=limit,
-        log_samples=False,
-        apply_chat_template=chats,
-        fewshot_as_multiturn=chats,
-    )
+    how = dict(apply_chat_template=chats, fewshot_as_multiturn=chats, log_samples=False)
+    try:
+        found: dict[str, Any] = evaluate(lm=model, task_dict=loaded, limit=limit, **how)
+    except ValueError as error:
+        if "larger than population" not in str(error):
+            raise
+        raise UserError(f"num_fewshot: a task has fewer than {num_fewshot} other examples") from None
     kept = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")
     return {name: _plain(found[name]) for name in kept if name in found}
 

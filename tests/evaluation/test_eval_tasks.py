@@ -239,6 +239,27 @@ def test_the_command_prints_what_the_function_gives(folder, base, capsys):
     assert not any("4096" in line or "-1" in line for line in lines)
 
 
+def test_requests_are_those_of_simple_evaluate(folder, base, monkeypatch):
+    """The same examples before the same questions; a task's own number of examples counts without ours."""
+    asked = []
+
+    def record(self, requests, **how):
+        asked.append([texts for texts, _, _ in requests])
+        return [(0.0, False)] * len(requests)
+
+    monkeypatch.setattr(harness.HarnessModel, "_loglikelihood_tokens", record)
+    evaluated(harness.HarnessModel(prepare(base)), folder, ["local_choice"])
+    tasks.run(base, " local_choice", num_fewshot=2, task_dir=folder)
+    assert asked[0] == asked[1] and asked[0][0][0].count("Question") == 3
+    tasks.run(base, "local_choice", task_dir=folder)
+    assert asked[2][0][0].count("Question") == 1
+
+
+def test_more_examples_than_there_are_is_a_line(folder, base):
+    with pytest.raises(UserError, match="num_fewshot"):
+        tasks.run(base, "local_choice", num_fewshot=50, task_dir=folder)
+
+
 def test_a_gguf_is_scored_as_its_directory(tmp_path, folder):
     """Its tokenizer, with a merge, is a directory for tasks that make their own texts."""
     path = tiny.model(tmp_path / "whole", vocab_size=258)

@@ -137,6 +137,18 @@ def test_more_choices_than_rows_and_choices_longer_than_a_chunk(model, wanted):
         assert (logs, greedy) == (pytest.approx(wanted(*pair)[0], abs=2e-5), wanted(*pair)[1])
 
 
+def test_more_rows_than_a_step_takes_are_read_in_one_pass(model, wanted):
+    """Thirty rows need a little more memory than one of as many tokens."""
+    context = np.arange(5, dtype=np.int32)
+    pairs = [(context, np.array([7, i, 9], np.int32)) for i in range(30)]
+    ours = scorer(model, 30)
+    passes, size = counted(ours), ours._generator._arena.nbytes
+    found = ours.score(pairs)
+    assert passes == [(1, 5), (30, 2)] and ours._generator._arena.nbytes > size
+    for i in (0, 29):
+        assert found[i][0] == pytest.approx(wanted(*pairs[i])[0], abs=2e-5)
+
+
 def test_logits_that_are_nan_are_named_and_forgotten(base, tmp_path, wanted):
     """After the error the rows are read again."""
     source = open_model(base)
