@@ -5,6 +5,7 @@ longlora raises an error of its own that names the reason. Anything else is a fa
 """
 
 import logging
+import re
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -240,13 +241,33 @@ What `longlora.torch` does with each family that has a causal language model in 
 - **merge**: so does stock transformers from what `merge_and_unload()` saves
 - **longlora merge**: so does stock transformers from what the command writes, for the families of the driver
 
-{works} families work, {refused} are refused before anything is trained, with the reason as the error says it.
-Where a family works, an empty cell is a loader that says itself that it cannot read the adapter, or a family
-that the driver does not have.
-
-| family | {checks} | |
-|---|{lines}---|
+{works} families work, {refused} are refused before anything is trained. The name of a family is the `model_type` in
+`config.json`.
 """
+WORKS = """
+## What works
+
+An empty cell is a loader that says itself that it cannot read the adapter, or a family that the driver does not have.
+
+"""
+REASONS = {
+    "refused": """
+## What is refused
+
+The reason is what the error says.
+
+""",
+    "not tried": """
+## What was not tried
+
+No tiny model of these families could be made.
+
+""",
+    "fault": """
+## What fails
+
+""",
+}
 
 
 def write_page(rows: dict[str, Row]) -> None:
@@ -257,23 +278,31 @@ def write_page(rows: dict[str, Row]) -> None:
         factor=FACTOR,
         works=verdicts.count("works"),
         refused=verdicts.count("refused"),
-        checks=" | ".join(CHECKS),
-        lines="---|" * len(CHECKS),
     )
-    for family, row in sorted(rows.items()):
-        cells = [("yes" if name in row.passed else "") for name in CHECKS]
-        reason = f"{row.verdict}: {row.reason}" if row.reason else row.verdict
-        text += f"| {family} | {' | '.join(cells)} | {reason} |\n"
+    text += f"{WORKS}| family | {' | '.join(CHECKS)} |\n|---|{'---|' * len(CHECKS)}\n"
+    for family in sorted(family for family in rows if rows[family].verdict == "works"):
+        cells = ["yes" if name in rows[family].passed else "" for name in CHECKS]
+        text += f"| {family} | {' | '.join(cells)} |\n"
+    for verdict, heading in REASONS.items():
+        chosen = sorted(family for family in rows if rows[family].verdict == verdict)
+        if chosen:
+            text += f"{heading}| family | reason |\n|---|---|\n"
+        for family in chosen:
+            after = f"after {', '.join(rows[family].passed)}: " if rows[family].passed else ""
+            text += f"| {family} | {after}{rows[family].reason} |\n"
     PAGE.write_text(text)
 
 
 def recorded() -> tuple[str, dict[str, Row]]:
     """The page -> the version of transformers, the rows."""
     text, rows = PAGE.read_text(), {}
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == len(CHECKS) + 2 and cells[-1].startswith(("works", "refused", "fault", "not tried")):
-            verdict, _, reason = cells[-1].partition(": ")
-            passed = [name for name, cell in zip(CHECKS, cells[1:]) if cell]
-            rows[cells[0]] = Row(passed, verdict, reason)
+    for verdict, heading in {"works": WORKS, **REASONS}.items():
+        section = text.partition(heading)[2].partition("\n## ")[0]
+        for line in section.splitlines()[2:]:
+            family, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            if verdict == "works":
+                rows[family] = Row([name for name, cell in zip(CHECKS, cells, strict=True) if cell], verdict)
+            else:
+                passed, reason = re.fullmatch("(?:after (.*?): )?(.*)", cells[0]).groups()
+                rows[family] = Row(passed.split(", ") if passed else [], verdict, reason)
     return text.partition("model in transformers ")[2].split()[0].rstrip("."), rows
