@@ -241,13 +241,14 @@ What `longlora.torch` does with each family that has a causal language model in 
 - **merge**: so does stock transformers from what `merge_and_unload()` saves
 - **longlora merge**: so does stock transformers from what the command writes, for the families of the driver
 
-{works} families work, {refused} are refused before anything is trained. The name of a family is the `model_type` in
-`config.json`.
+{works} families work, {refused} are refused before anything is trained. The name of a family is the
+`model_type` in `config.json`.
 """
 WORKS = """
 ## What works
 
-An empty cell is a loader that says itself that it cannot read the adapter, or a family that the driver does not have.
+An empty cell is a loader that says itself that it cannot read the adapter, or a family that the driver
+does not have.
 
 """
 REASONS = {
