@@ -32,15 +32,22 @@ LONGEST = [
 # `pytest -m quick` leaves out the longest files, those of tests/torch, and these.
 NOT_QUICK = {
     *LONGEST,
+    "test_adapter.py",
     "test_build_cuda.py",
     "test_checkpoint.py",
     "test_faults.py",
     "test_fuzz_files.py",
     "test_fuzz_inputs.py",
+    "test_gguf.py",
     "test_gguf_writer.py",
     "test_page.py",
+    "test_parts.py",
+    "test_resume.py",
     "test_saved.py",
+    "test_scratch.py",
     "test_stop.py",
+    "test_threads.py",
+    "test_tokenizer.py",
     "test_tokenizer_matrix.py",
 }
 
