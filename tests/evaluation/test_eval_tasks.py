@@ -118,8 +118,10 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Nothing is fetched, and lm-eval does not describe the machine, which takes seconds."""
+def quick(monkeypatch, tmp_path):
+    """Nothing is fetched or kept, and lm-eval does not describe the machine, which takes seconds."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
