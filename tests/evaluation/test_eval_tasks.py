@@ -132,7 +132,7 @@ def quick(monkeypatch, tmp_path):
 def hf(path, **how):
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=path, device="cpu", dtype="float32", batch_size=4, **how)
+    return HFLM(pretrained=path, device="cpu", dtype="float32", **{"batch_size": 4, **how})
 
 
 def evaluated(model, folder, names, chats=False):
@@ -188,6 +188,43 @@ def test_scores_are_those_of_lm_eval_s_own_model(folder, base, context):
     assert len(answers) > 3 and not any(stop in text for text in answers for stop in ("Y", "un"))
     assert max(map(len, answers)) == 12 and min(map(len, answers)) < 6
     assert (ours.cut > 0) == (context == 100)
+
+
+def test_special_tokens_are_those_of_lm_eval_s_own_model(tmp_path):
+    """A tokenizer that begins each text with a token; texts that have it already, and without context.
+
+    "<|end|>" and "<|stop|>" end an answer, and are not part of it. In a batch `hf` keeps what comes after the
+    second, because it looks for stop strings in a text without special tokens.
+    """
+    from lm_eval.api.instance import Instance
+
+    path = tiny.model(tmp_path / "base", seed=3, tie_word_embeddings=False, max_position_embeddings=256)
+    raw = json.loads((path / "tokenizer.json").read_text())
+    begin, stop = (
+        raw["added_tokens"][0] | dict(id=257 + i, content=x) for i, x in enumerate(("<s>", "<|stop|>"))
+    )
+    raw["added_tokens"] += [begin, stop]
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"<s>": {"id": "<s>", "ids": [257], "tokens": ["<s>"]}}
+    raw["post_processor"] = dict(
+        type="TemplateProcessing", single=single, pair=single, special_tokens=special
+    )
+    (path / "tokenizer.json").write_text(json.dumps(raw))
+    named = dict(eos_token="<|end|>", bos_token="<s>", tokenizer_class="PreTrainedTokenizerFast")
+    (path / "tokenizer_config.json").write_text(json.dumps(named))
+    pairs = [("", "shift"), ("", "<s>shift"), ("<s>the", " group"), ("the ", "group"), ("the", " g")]
+    prompts = [(f"{'the ' * i}key is", dict(until=["<|stop|>", "q"], max_gen_toks=40)) for i in range(12)]
+    found = []
+    for model in (harness.HarnessModel(prepare(path, rows=4)), hf(str(path), batch_size=1)):
+        assert model.tok_encode("ab") == [257, 97, 98] and model.tok_encode("<s>ab") == [257, 97, 98]
+        ask = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+        rolling = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in ("the long " * 40, "", "a")]
+        until = [Instance("generate_until", {}, prompt, i) for i, prompt in enumerate(prompts)]
+        logs = model.loglikelihood(ask, disable_tqdm=True)
+        values = [value for value, _ in logs] + model.loglikelihood_rolling(rolling)
+        found.append(([greedy for _, greedy in logs], model.generate_until(until), values))
+    assert found[0][:2] == found[1][:2] and found[0][2] == pytest.approx(found[1][2], rel=1e-6)
+    assert len({len(text) for text in found[0][1]}) > 1
 
 
 def test_chats_are_those_of_lm_eval_s_own_model(folder, base):
