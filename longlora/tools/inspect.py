@@ -8,7 +8,7 @@ from longlora.decoder.config import read_config
 from longlora.disk import read_json
 from longlora.errors import UserError, printable
 from longlora.files import adapter, base_folder
-from longlora.files.open_model import open_model
+from longlora.files.open_model import open_model, refuse_folder_of_gguf
 from longlora.files.safetensors import SafetensorsFile
 from longlora.training.resume import STATE
 
@@ -22,6 +22,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = os.fspath(path)
     if os.path.isdir(path) and os.path.exists(os.path.join(path, adapter.CONFIG)):
         return _adapter(path)
+    refuse_folder_of_gguf(path)
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
         runs = sorted(name for name in os.listdir(path) if name.startswith("checkpoint-"))
         hint = f"; it holds {', '.join(runs)}" if runs else ""

@@ -9,7 +9,7 @@ from longlora.decoder.config import ModelConfig, read_config
 from longlora.device import choose_to_plan
 from longlora.errors import UserError
 from longlora.files.adapter import describe
-from longlora.files.open_model import open_model
+from longlora.files.open_model import open_model, refuse_folder_of_gguf
 from longlora.memory.plan import GenerationPlan, Plan
 from longlora.training import driver
 
@@ -64,6 +64,7 @@ def generation(
 
 def _described(model: PathLike) -> tuple[ModelConfig, str]:
     """The config of a model and the dtype of its weights: that of the files, else what config.json says."""
+    refuse_folder_of_gguf(model)
     if os.path.isdir(model) and not any(".safetensors" in name for name in os.listdir(model)):
         config = read_config(model)
         named = config.raw.get("dtype") or config.raw.get("torch_dtype")

@@ -49,12 +49,10 @@ def plan_of(o: TrainOptions) -> Plan:
     """The memory plan of a run with these options, from the config alone: no weight is read."""
     use_threads(o)
     path = o.model or o.init or ""
-    if os.path.isfile(path) and path.endswith(".gguf"):
-        from longlora.files.open_model import open_model
+    from longlora.files.open_model import open_model, refuse_folder_of_gguf
 
-        config = open_model(path).config
-    else:
-        config = read_config(path)
+    refuse_folder_of_gguf(path)
+    config = open_model(path).config if os.path.isfile(path) and path.endswith(".gguf") else read_config(path)
     device = choose_to_plan(o.device, o.max_memory)[0]
     return Setup(o, config, device, bool(o.data and os.path.exists(o.data)) and instructs(o)).plan
 

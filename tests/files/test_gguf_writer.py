@@ -21,6 +21,7 @@ from test_sentencepiece import model as sentencepiece_model
 from test_tokenizer import UGLY
 from test_weights import build
 
+import longlora
 from longlora import cli, disk
 from longlora.decoder import rope as rope_
 from longlora.decoder.lora import LoraConfig
@@ -565,8 +566,15 @@ def test_a_directory_in_another_dtype(tmp_path):
 
 def test_the_directory_of_a_gguf_names_the_file(tmp_path):
     file = written(base(tmp_path / "base"), tmp_path / "out")
-    with pytest.raises(UserError, match=f"out: has no config.json; give the file {file}"):
-        open_model(tmp_path / "out")
+    folder, plan = str(tmp_path / "out"), longlora.plan
+    for look in (
+        open_model,
+        longlora.inspect,
+        lambda path: plan(model=path),
+        lambda path: plan(model=path, generate=True),
+    ):
+        with pytest.raises(UserError, match=f"out: has no config.json; give the file {file}"):
+            look(folder)
 
 
 def test_the_command(tmp_path, capsys):
