@@ -11,6 +11,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-OURS = ("longlora", "torchrun", "accelerate", "python")
+OURS = ("longlora", "torchrun", "accelerate", "python", "curl")
 # Programs that do not run here, and why.
 NOT_RUN = {"pip": ".ci/run installs", "pytest": "it is the suite", "tensorboard": "it does not end by itself"}
 PROGRAMS = (*OURS, *NOT_RUN)
@@ -179,6 +180,8 @@ class Runner:
 
             given = words[words.index("longlora.torch.train") + 1 :]
             assert train.main(small(["train", *given])[1:]) == 0, words
+        elif words[0] == "curl":
+            self.ask(words)
         else:
             assert words[0] in NOT_RUN, f"{words}: say why it does not run, or run it here"
 
@@ -205,6 +208,20 @@ class Runner:
         threading.Thread(target=longlora.serve, kwargs=how, daemon=True).start()
         assert started.wait(60), words
 
+    def ask(self, words: list[str]) -> None:
+        """Ask the server, where curl is installed."""
+        words = [self.at_the_server(fewer(word)) for word in words]
+        if shutil.which("curl"):
+            done = subprocess.run([*words, "--fail"], check=True, capture_output=True, timeout=60)
+            assert json.loads(done.stdout)["choices"], words
+
+    def at_the_server(self, text: str) -> str:
+        """The text with the address of our server."""
+        if "127.0.0.1:8000" in text:
+            assert self.url, "the page has started no server"
+            text = text.replace("http://127.0.0.1:8000", self.url)
+        return text
+
     def script(self, text: str) -> None:
         if RANKS.match(text):
             for wide, narrow in FEWER.items():
@@ -214,10 +231,7 @@ class Runner:
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
             subprocess.run([sys.executable, *launch], check=True, timeout=300)
             return
-        if "127.0.0.1:8000" in text:
-            assert self.url, "the page has started no server"
-            text = text.replace("http://127.0.0.1:8000", self.url)
-        exec(compile(fewer(text), "the page", "exec"), {"__name__": "__main__", "MODEL": "MODEL"})
+        exec(compile(fewer(self.at_the_server(text)), "the page", "exec"), {"__name__": "__main__", "MODEL": "MODEL"})
 
 
 def run(page: Path) -> None:
