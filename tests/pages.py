@@ -145,6 +145,8 @@ def make_files(page: Path) -> None:
             Path(name).mkdir()
             Path(name, "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     Path("book.txt").write_text("Anne Elliot reads.")
+    Path("longlora").mkdir()
+    Path("longlora/assets").symlink_to(ROOT / "longlora/assets")
     if not re.search("output.dir.{1,2}extended", page.read_text()):
         words = "train --model MODEL --data TEXT --target-length 32768 --output-dir extended"
         Runner().command(["longlora", *words.split()])
