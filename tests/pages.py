@@ -233,7 +233,8 @@ class Runner:
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
             subprocess.run([sys.executable, *launch], check=True, timeout=300)
             return
-        exec(compile(fewer(self.at_the_server(text)), "the page", "exec"), {"__name__": "__main__", "MODEL": "MODEL"})
+        program = compile(fewer(self.at_the_server(text)), "the page", "exec")
+        exec(program, {"__name__": "__main__", "MODEL": "MODEL"})
 
 
 def run(page: Path) -> None:
