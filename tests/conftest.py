@@ -35,6 +35,7 @@ NOT_QUICK = {
     "test_adapter.py",
     "test_build_cuda.py",
     "test_checkpoint.py",
+    "test_eval_tasks.py",
     "test_faults.py",
     "test_fuzz_files.py",
     "test_fuzz_inputs.py",
