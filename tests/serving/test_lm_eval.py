@@ -1,5 +1,4 @@
-"""lm-evaluation-harness against the server. It has forty dependencies, so the tests do not install it: they
-run where it is installed, and test_server.py sends its bodies by hand."""
+"""lm-evaluation-harness against the server, as one of its clients."""
 
 import numpy as np
 import pytest
@@ -7,17 +6,17 @@ import served
 
 from longlora.serving.open import open_engine
 
-completions = pytest.importorskip(
-    "lm_eval.models.openai_completions", reason="pip install 'lm_eval[api]' runs the harness"
-)
+for name in ("lm_eval", "tenacity"):
+    pytest.importorskip(name, reason="pip install 'lm-eval[api]' runs the harness")
 
 
 def test_local_completions_get_log_likelihoods_and_texts(tmp_path):
     from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     path = tmp_path / "tiny"
     with served.serving(path) as running:
-        model = completions.LocalCompletionsAPI(
+        model = LocalCompletionsAPI(
             model="tiny",
             base_url=f"{running.url}/v1/completions",
             tokenizer=str(path),
