@@ -94,7 +94,7 @@ class HarnessModel(TemplateLM):
         Where a template refuses a system message, it is left out.
         """
         assert self._template is not None
-        messages, mark = [dict(message) for message in chat_history], "\ue000"
+        messages, mark = [dict(message) for message in chat_history], "\ue000 "
         if not add_generation_prompt:
             messages[-1]["content"] += mark
         try:
@@ -104,7 +104,11 @@ class HarnessModel(TemplateLM):
             if len(others) == len(messages):
                 raise
             text = self._template.render(others, add_generation_prompt)
-        return text if add_generation_prompt else text[: text.rindex(mark)]
+        if add_generation_prompt:
+            return text
+        at = text.rindex(mark.strip())
+        # As transformers: a template that trims messages trims this one too.
+        return text[:at] if text[at:].startswith(mark) else text[:at].rstrip()
 
     # ---- requests ----------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import tiny
 
 import longlora
 from longlora import cli
+from longlora.data.chat_template import ChatTemplate
 from longlora.errors import UserError
 from longlora.training import driver
 
@@ -233,15 +234,20 @@ def test_chats_are_those_of_lm_eval_s_own_model(folder, base):
     ours = harness.HarnessModel(prepare(base, rows=4), template)
     found = evaluated(ours, folder, names, chats=True)
     assert found["samples"]["local_choice"][0]["arguments"][0][0].startswith("<user>Question")
-    theirs = hf(str(base))
-    same(found, evaluated(theirs, folder, names, chats=True))
-    talk = [
-        dict(role="system", content="s"),
-        dict(role="user", content="u"),
-        dict(role="assistant", content="a "),
-    ]
+    same(found, evaluated(hf(str(base)), folder, names, chats=True))
+
+
+@pytest.mark.parametrize("content", ["m.content", "m.content | trim"])
+def test_a_last_message_goes_on_as_in_transformers(base, content):
+    from transformers import AutoTokenizer
+
+    theirs, source = AutoTokenizer.from_pretrained(base), TEMPLATE.replace("m.content", content)
+    ours = harness.HarnessModel(prepare(base), ChatTemplate(source, {}, "here"))
+    talk = [dict(role=role, content=f" {role} ") for role in ("user", "assistant")]
     for prompt in (True, False):
-        assert ours.apply_chat_template(talk, prompt) == theirs.apply_chat_template(talk, prompt)
+        how = dict(add_generation_prompt=prompt, continue_final_message=not prompt, chat_template=source)
+        wanted = theirs.apply_chat_template(talk, tokenize=False, **how)
+        assert ours.apply_chat_template([dict(role="system", content="s"), *talk], prompt) == wanted
 
 
 def test_an_adapter_is_in_the_scores(tmp_path, folder):
