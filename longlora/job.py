@@ -34,6 +34,11 @@ def peak_memory() -> int:
     return system.peak_memory()
 
 
+def limit_memory(size: int) -> None:
+    """Let this process have `size` bytes at most, where the system can."""
+    system.limit_memory(size)
+
+
 def processors() -> int:
     """Processors that this process may use."""
     return system.processors()

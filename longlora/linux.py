@@ -37,6 +37,11 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if peak is None else peak
 
 
+def limit_memory(size: int) -> None:
+    """A limit of address space."""
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
 def processors() -> int:
     """Processors that the process is bound to, or fewer by the quota of its groups."""
     count = len(os.sched_getaffinity(0))

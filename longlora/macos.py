@@ -57,6 +57,10 @@ def peak_memory() -> int:
     return _task().resident_size_max
 
 
+def limit_memory(size: int) -> None:
+    """Nothing: a process of macOS maps hundreds of GiB, so a limit of address space would say nothing."""
+
+
 def processors() -> int:
     """All processors, fast and slow ones. macOS binds no process to some of them."""
     return os.cpu_count() or 1

@@ -6,6 +6,7 @@ import sys
 from typing import Any, BinaryIO
 
 import longlora
+from longlora import job
 from longlora.errors import UserError
 
 LARGEST = 32 << 20  # bytes of an uploaded PDF
@@ -56,7 +57,7 @@ def _main():
     import io
     import resource
 
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    job.limit_memory(MEMORY)
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     try:
         text = pdf_text(io.BytesIO(sys.stdin.buffer.read()), "the PDF")
