@@ -47,6 +47,7 @@ NEEDS = {
     r"^ +longlora serve|import OpenAI": ("starlette", "uvicorn", "h11"),
     "import OpenAI": ("openai",),
     "--report-to tensorboard": ("tensorboard",),
+    "longlora eval tasks": ("lm_eval",),
 }
 # A script for torchrun says so in its first line. It has these names from its reader, and here fewer ranks.
 RANKS = re.compile(r"# torchrun --nproc-per-node (\d+) ")
@@ -145,6 +146,7 @@ def make_files(page: Path) -> None:
             Path(name).mkdir()
             Path(name, "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     Path("book.txt").write_text("Anne Elliot reads.")
+    Path("books.jsonl").write_text('{"text": "Anne Elliot reads.", "label": 0}\n')
     Path("longlora").mkdir()
     Path("longlora/assets").symlink_to(ROOT / "longlora/assets")
     if not re.search("output.dir.{1,2}extended", page.read_text()):
@@ -248,8 +250,9 @@ def run(page: Path) -> None:
         if block.kind == "python":
             runner.script(block.text)
         elif block.kind == "yaml":
-            name = block.text.splitlines()[0].removeprefix("# ")
-            Path(name).write_text(block.text)
+            path = Path(block.text.splitlines()[0].removeprefix("# "))
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(block.text)
         else:
             assert block.kind == "commands", f"a block of {block.kind!r}: is it run?"
             for words in commands(block.text):
