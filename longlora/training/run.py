@@ -63,6 +63,7 @@ FREE = {
 }
 # The kinds of parameters that train at embedding_learning_rate; all others train at learning_rate.
 EMBEDDING_RATE = ("embedding", "head", "norm")
+FEW = 10  # a run over the data that has fewer steps says so
 
 
 class Engine(Protocol):
@@ -324,6 +325,8 @@ class Run:
             f"learning rate {o.learning_rate:g}, embedding, head and norms {o.embedding_learning_rate:g}, "
             f"{o.lr_scheduler_type}{warmup}"
         )
+        if o.max_steps < 0 and self.steps < FEW:
+            yield "few steps: a larger num_train_epochs or a smaller sequence_length makes more"
 
     def begin(self) -> None:
         """Evaluate before the first step, and note the parameters' checksums and the time.

@@ -300,19 +300,23 @@ def test_the_seed_is_that_of_lora_and_of_the_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "epochs, accumulation, steps", [(0.1, 4, 3), (0.01, 4, 1), (0.04, 4, 1), (0.05, 4, 2), (0.06, 1, 6)]
+    "epochs, accumulation, steps",
+    [(0.1, 4, 3), (0.01, 4, 1), (0.04, 4, 1), (0.05, 4, 2), (0.06, 1, 6), (0.1, 1, 10)],
 )
 def test_epochs_are_rounded_up_to_whole_steps(tmp_path, epochs, accumulation, steps):
     """An epoch here is 100 sequences."""
     (np.arange(12_800) % 250).astype("<u2").tofile(tmp_path / "ids.bin")
+    said = []
     result = run(
         tmp_path,
+        said,
         data=str(tmp_path / "ids.bin"),
         max_steps=-1,
         num_train_epochs=epochs,
         gradient_accumulation_steps=accumulation,
     )
     assert result.step == steps
+    assert any(line.startswith("few steps: ") for line in said) == (steps < 10)
     for row, step in zip(result.history, range(1, steps + 1), strict=True):
         assert row["epoch"] == pytest.approx(step * accumulation / 100)
         assert row["num_input_tokens_seen"] == step * accumulation * 128
