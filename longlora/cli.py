@@ -352,6 +352,7 @@ def parser() -> Parser:
     p = Parser(
         prog="longlora",
         description="Extend the context of a pretrained language model (LongLoRA).",
+        epilog="Begin with: longlora demo. The options of a command: longlora COMMAND --help",
         allow_abbrev=False,
     )
     p.add_argument("--version", action="version", version=f"longlora {__version__}")
@@ -365,14 +366,24 @@ def parser() -> Parser:
     return p
 
 
+def _below(chosen: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of the commands below a parser."""
+    found = [action for action in chosen._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(found[0].choices) if found else {}
+
+
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = parser()
-    args, unknown = p.parse_known_args(options.dashed(sys.argv[1:] if argv is None else argv))
+    p, argv = parser(), options.dashed(sys.argv[1:] if argv is None else argv)
+    chosen, words = p, []
+    for word in argv:
+        if word in _below(chosen):
+            chosen = _below(chosen)[word]
+            words.append(word)
+    if words == argv and _below(chosen):  # a command is missing: the help has them all
+        chosen.print_help(sys.stderr)
+        chosen.exit(2)
+    args, unknown = p.parse_known_args(argv)
     if unknown:
-        chosen, words = p, []
-        while subparsers := [x for x in chosen._actions if isinstance(x, argparse._SubParsersAction)]:
-            words.append(getattr(args, subparsers[0].dest))
-            chosen = subparsers[0].choices[words[-1]]
         known = [flag for action in chosen._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -248,6 +248,14 @@ def leaves(parser):
     ]
 
 
+@pytest.mark.parametrize("words, name", [([], "inspect"), (["eval"], "passkey")])
+def test_a_line_without_a_command_gets_the_help(words, name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and out == "" and f"\n    {name} " in err
+
+
 def test_help_shows_every_default_also_0_and_once():
     parsers = leaves(cli.parser())
     assert len(parsers) >= len(cli.COMMANDS)
