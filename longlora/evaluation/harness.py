@@ -82,10 +82,6 @@ class HarnessModel(TemplateLM):
         """Identifies the tokenizer."""
         return self._tokenizer.fingerprint()
 
-    def chat_template(self, chat_template: bool | str = False) -> str:
-        """The text of the template."""
-        return self._template.source if self._template is not None and chat_template else ""
-
     def apply_chat_template(
         self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
     ) -> str:

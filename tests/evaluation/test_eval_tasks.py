@@ -441,7 +441,9 @@ def test_an_answer_that_we_do_not_compute_is_refused(tmp_path, base, options, wo
 def test_drawn_answers_follow_from_the_request(tmp_path, folder, base):
     (tmp_path / "needle.py").write_text(NEEDLE)
     text = "task: local_drawn\ntest_split: test\ncustom_dataset: !function needle.make\n" + KINDS["needle"]
-    (tmp_path / "t.yaml").write_text(text.replace("do_sample: false", "do_sample: true, temperature: 5.0"))
+    (tmp_path / "t.yaml").write_text(
+        text.replace("do_sample: false", "do_sample: true, temperature: 5.0, num_beams: 1")
+    )
     model = harness.HarnessModel(prepare(base, rows=4))
     one, two = (evaluated(model, tmp_path, ["local_drawn"])["samples"]["local_drawn"] for _ in range(2))
     assert [sample["resps"] for sample in one] == [sample["resps"] for sample in two]
