@@ -90,12 +90,9 @@ def make(tables, results, again=False, say=print):
         with open(results, "a") as file:
             file.write(json.dumps(row) + "\n")
         each = (time.perf_counter() - started) / number
-        found = row.get("dense") or {"seconds": row.get("s2_seconds")}
-        say(
-            f"table {name}, {label}, seed {one['seed']}: "
-            + ", ".join(f"{value:.4g} at {length}" for length, value in found.items())
-            + f"; {each * (len(left) - number) / 60:.0f} minutes left"
-        )
+        found = (f"{value:.4g} at {length}" for length, value in row.get("dense", {}).items())
+        minutes = each * (len(left) - number) / 60
+        say(f"table {name}, {label}, seed {one['seed']}: {', '.join(found)}; {minutes:.0f} minutes left")
 
 
 def main(argv=None):

@@ -100,7 +100,7 @@ def busy(stats, runs):
     if not rows or max(loads) <= rows[0]["threads"]:
         return ""
     return (
-        f"Measured while other programs ran (load {min(loads):.0f} to {max(loads):.0f} on "
+        f"Measured while other programs ran (a load of {max(loads):.0f} on "
         f"{rows[0]['threads']} cores): read the ratios, not the seconds."
     )
 

@@ -91,13 +91,13 @@ def _off(one, other):
 def near(one, other, share=0.01):
     """Whether the mean of one / other is at most `share` away from 1, with the difference in per cent."""
     off = _off(one, other)
-    return MISSING if off is None else f"{YES if abs(off) <= share else NO} ({off:+.1%})"
+    return MISSING if off is None else f"{YES if abs(off) <= share else NO} ({off:+.2%})"
 
 
 def at_most(one, other, share=0.01):
     """As near, where `one` may be any amount below `other`."""
     off = _off(one, other)
-    return MISSING if off is None else f"{YES if off <= share else NO} ({off:+.1%})"
+    return MISSING if off is None else f"{YES if off <= share else NO} ({off:+.2%})"
 
 
 def within_noise(figures):

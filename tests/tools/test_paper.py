@@ -35,9 +35,9 @@ def test_verdicts_by_pencil(paper):
     assert p.above({0: 2, 1: 3}, {0: 3, 1: 4}) == "no"
     assert p.above({0: 2, 1: 3}, {0: 1, 1: 4}) == "within noise"
     assert p.above({0: 2}, {1: 1}) == "not yet run"  # no seed in common
-    assert p.near({0: 10.1, 1: 9.9}, {0: 10, 1: 10}) == "yes (+0.0%)"
-    assert p.near({0: 10.3}, {0: 10}) == "no (+3.0%)"
-    assert p.at_most({0: 9}, {0: 10}) == "yes (-10.0%)" and p.at_most({0: 11}, {0: 10}) == "no (+10.0%)"
+    assert p.near({0: 10.1, 1: 9.9}, {0: 10, 1: 10}) == "yes (+0.00%)"
+    assert p.near({0: 10.3}, {0: 10}) == "no (+3.00%)"
+    assert p.at_most({0: 9}, {0: 10}) == "yes (-10.00%)" and p.at_most({0: 11}, {0: 10}) == "no (+10.00%)"
     assert p.within_noise([{0: 1, 1: 3}, {0: 2, 1: 4}]) == "yes"  # means 2 and 3, spreads 1.41
     assert p.within_noise([{0: 1, 1: 1.1}, {0: 2, 1: 2.1}]) == "no"
     assert p.rises([{0: 1, 1: 1}, {0: 2, 1: 2}, {0: 3, 1: 1.5}]) == "within noise"
