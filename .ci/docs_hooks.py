@@ -54,7 +54,30 @@ def on_page_markdown(markdown, page, config, files):
             return text
         return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{target}{hash}{anchor})"
 
-    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", place, markdown)
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", place, indented(markdown))
+
+
+def indented(markdown):
+    """The page with four spaces before what belongs to an item of a list, as mkdocs wants them.
+
+    GitHub wants as many as the item's mark takes: two after "- ", three after "1. ". After an item of several
+    paragraphs mkdocs wants an empty line.
+    """
+    lines, width, fenced, parts = [], 0, False, False
+    for line in markdown.splitlines():
+        fenced ^= line.lstrip().startswith("```")
+        mark = None if fenced else re.match(r"(?:\d+\.|[-*]) +(?=\S)", line)
+        if mark:
+            if parts and lines[-1].strip():
+                lines.append("")
+            width, parts = len(mark[0]), False
+        elif line.strip() and not line.startswith(" " * width):
+            width, parts = 0, False
+        elif width and line.strip():
+            parts |= not lines[-1].strip()
+            line = " " * 4 + line[width:]
+        lines.append(line)
+    return "\n".join([*lines, ""])
 
 
 def _commands():

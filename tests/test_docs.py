@@ -2,6 +2,7 @@
 exist."""
 
 import ast
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -92,6 +93,19 @@ def test_the_tables_and_charts_of_performance_are_those_of_the_results(monkeypat
 
     for path, text in page.made().items():
         assert path.read_text() == text, path.name
+
+
+def test_what_belongs_to_an_item_of_a_list_does_so_on_the_site():
+    pytest.importorskip("mkdocs", reason="pip install '.[docs]'")
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / ".ci/docs_hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    assert hooks.indented("- a\n  b\n\n      code\n\n10. a\n\n        code\n\nb\n\n    code\n") == (
+        "- a\n    b\n\n        code\n\n10. a\n\n        code\n\nb\n\n    code\n"
+    )
+    assert hooks.indented("1. a\n\n   b\n2. c\n3. d\n") == "1. a\n\n    b\n\n2. c\n3. d\n"
+    fenced = "1. a\n\ntext\n\n```yaml\n- a: b\n  c: d\n```\n"
+    assert hooks.indented(fenced) == fenced
 
 
 def strings():
