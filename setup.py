@@ -14,8 +14,8 @@ Switches (environment):
     WIDE=1              only portable kernels, with the block sizes of AVX-512 and its bfloat16 products:
                         slow; tests/ops/test_wide.py uses it on processors without AVX-512
     POOL=1              our own threads in place of OpenMP, as on macOS; tests/ops/test_pool.py uses it
-    NUMPY_INCLUDE       NumPy's headers, for a cross build. It also sets CC, LDSHARED and _PYTHON_HOST_PLATFORM,
-                        the platform that it builds for; see .ci/cross
+    NUMPY_INCLUDE       NumPy's headers, for a cross build. It also sets CC, LDSHARED and
+                        _PYTHON_HOST_PLATFORM, the platform that it builds for; see .ci/cross
 """
 
 import glob

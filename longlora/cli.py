@@ -374,7 +374,8 @@ def _below(chosen: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     p, argv = parser(), options.dashed(sys.argv[1:] if argv is None else argv)
-    chosen, words = p, []
+    chosen: argparse.ArgumentParser = p
+    words: list[str] = []
     for word in argv:
         if word in _below(chosen):
             chosen = _below(chosen)[word]
