@@ -413,6 +413,7 @@ def test_each_seed_and_epoch_has_its_own_order():
 @on_linux
 def test_a_file_of_ids_is_closed_with_its_object(tmp_path):
     np.arange(4, dtype="<i4").tofile(tmp_path / "ids.bin")
+    gc.collect()  # what earlier tests left open closes now
     before = set(os.listdir("/proc/self/fd"))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -420,5 +421,5 @@ def test_a_file_of_ids_is_closed_with_its_object(tmp_path):
         assert ids[1:3].tolist() == [1, 2] and set(os.listdir("/proc/self/fd")) != before
         del ids
         gc.collect()
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before
     assert not [str(warning.message) for warning in seen if warning.category is ResourceWarning]

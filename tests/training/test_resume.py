@@ -189,6 +189,7 @@ FREE = dict(
     warmup_steps=0.25,
     eval_steps=1,
     max_eval_samples=1,
+    eval_passkey=1,
     save_steps=1,
     save_total_limit=1,
     load_best_model_at_end=True,
