@@ -1,4 +1,4 @@
-"""What macOS is asked: a made-up kernel answers, and macOS's headers have the same fields and numbers."""
+"""longlora/macos.py, without a Mac: a fake kernel answers, and the structures match macOS's headers."""
 
 import ctypes
 import importlib.util

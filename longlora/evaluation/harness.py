@@ -158,7 +158,7 @@ class HarnessModel(TemplateLM):
         return [text.result() for text in texts]
 
     def prompt(self, context: str, new_tokens: int) -> np.ndarray:
-        """The tokens of a prompt, int32 [N]; its end if it leaves no room for an answer."""
+        """The tokens of a prompt, int32 [N]. One that leaves no room for an answer loses its beginning."""
         room = self.max_length - new_tokens
         if room < 1:
             raise UserError(

@@ -1,4 +1,4 @@
-"""The lines that a server writes about requests."""
+"""The request log of the server."""
 
 import sys
 import time
@@ -11,10 +11,10 @@ USAGE = "longlora.usage"  # in the scope of a request: a function that returns w
 
 
 class Log:
-    """Middleware that writes a line on standard error for each POST, and for what is refused.
+    """Middleware that logs each POST and each refused request, one line each, on standard error.
 
-    A line has the time, the client's address, the status, and for an answer its tokens and seconds. It has
-    nothing of the texts.
+    A line gives the time, the client's address, the status and the seconds, and for an answer its tokens. It
+    never contains the texts.
     """
 
     def __init__(self, app: Any):
