@@ -83,9 +83,9 @@ def _turns(found, name, role="role", content="content"):
 def _joined(parts, name):
     """The text of the parts of a message: they become lines, as in a request to the server."""
     for i, part in enumerate(parts):
-        kind = part.get("type") if isinstance(part, dict) else part
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise _Wrong(f'{name}[{i}] should be a part of type "text", got {shown(kind)}')
+        right = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        if not right:
+            raise _Wrong(f'{name}[{i}] should be a part of type "text" with a text, got {shown(part)}')
     return "\n".join(part["text"] for part in parts)
 
 
