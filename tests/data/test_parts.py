@@ -1,7 +1,6 @@
 """A long text is tokenised in parts and has the ids of the whole, whatever its characters."""
 
-import time
-
+import effort
 import numpy as np
 import pytest
 import tiny
@@ -133,17 +132,23 @@ def test_a_cut_inside_a_run_of_letters_keeps_the_ids():
     np.testing.assert_array_equal(ids, tokenizer.encode("a" * 5003))
 
 
-def test_the_time_of_text_without_spaces_grows_with_its_length(tmp_path):
-    """4 MB in many blocks take seconds. Joining the blocks again at each one would take minutes."""
-    count = (4 << 20) // 12
-    path = write(tmp_path / "long.txt", "漢字仮名" * count)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "BLOCK", 1 << 10)
-        began = time.process_time()
+def test_the_work_for_text_without_spaces_grows_with_its_length(tmp_path, monkeypatch):
+    """Twice as many blocks take twice the work: calls, characters that are tokenised, memory for a part."""
+    monkeypatch.setattr(text, "BLOCK", 1 << 10)
+    tokenizer, found = MADE["gpt2"], []
+    encode, seen = tokenizer.encode_parts, []
+    monkeypatch.setattr(tokenizer, "encode_parts", lambda texts: seen.extend(texts) or encode(texts))
+    for count in (1 << 15, 1 << 16):
+        path = write(tmp_path / "long.txt", "漢字仮名" * count)
         blocks = list(text._blocks(path, list))
-        assert len(blocks) > 3000 and "".join(blocks) == "漢字仮名" * count
-        found = list(encode_documents(MADE["gpt2"], Corpus(path).documents()))
-    assert time.process_time() - began < 60 and len(found) > 3000
+        assert len(blocks) > count // 100 and "".join(blocks) == "漢字仮名" * count
+        seen.clear()
+        with effort.calls() as counted:
+            documents = list(encode_documents(tokenizer, Corpus(path).documents()))
+        assert len(documents) > count // 100 and max(map(len, seen)) < 3 * text.BLOCK
+        found.append([counted.count, sum(map(len, seen))])
+    (calls, characters), twice = found
+    assert twice[0] < 2.2 * calls and twice[1] < 2.2 * characters, found
 
 
 def test_a_document_that_cannot_be_cut_and_does_not_fit_is_refused(tmp_path, monkeypatch):

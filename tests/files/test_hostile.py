@@ -101,7 +101,7 @@ def entry(shape, size):
 @pytest.mark.parametrize(
     "text, message",
     [
-        (json.dumps({"a": entry([(1 << 63) - 1] * 85_000, 0)}), "needs more than 2\\^63 bytes"),
+        (json.dumps({"a": entry([(1 << 63) - 1] * 170_000, 0)}), "needs more than 2\\^63 bytes"),
         (json.dumps({"a": entry([2] * 500_000, 0)}), "needs more than 2\\^63 bytes"),
         (json.dumps({"a": entry([int("9" * 4000)] * 400, 0)}), "should be a list of integers from 0"),
         ('{"a": {"shape": [' + "9" * 1_700_000 + "]}}", "the header is not JSON"),
@@ -112,12 +112,13 @@ def entry(shape, size):
     ids=["large sizes", "many sizes", "large numbers", "one number", "metadata", "twice", "deep"],
 )
 def test_a_huge_header_is_refused_at_once(tmp_path, text, message):
-    """Each has one or two megabytes. Multiplying the sizes of the first would take 46 seconds."""
+    """Each has one to four megabytes and takes 0.3 s at most. The limit leaves room for machines that are a
+    hundred times slower. Multiplying all sizes of the first would take 180 s."""
     path = header(tmp_path / "x.safetensors", text.encode())
     before = time.process_time()
     with pytest.raises(UserError, match=message) as caught:
         SafetensorsFile(path)
-    assert time.process_time() - before < 3 and len(str(caught.value)) < LONGEST + 10
+    assert time.process_time() - before < 30 and len(str(caught.value)) < LONGEST + 10
 
 
 @pytest.mark.parametrize("shape", [[], [0], [0, 7], [3, 0, 1 << 20]])
