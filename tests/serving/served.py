@@ -10,6 +10,7 @@ import tiny
 
 import longlora
 
+PATIENCE = 120  # seconds until a wait for something that must happen fails
 # It adds little to the messages, so tokens are easy to count.
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}"
@@ -39,20 +40,20 @@ def serving(path, change=None, **how):
 
     thread = threading.Thread(target=run)
     thread.start()
-    begun.wait()
+    assert begun.wait(PATIENCE)
     if failed:
         raise failed[0]
     try:
         yield servers[0]
     finally:
         servers[0].stop()
-        thread.join(20)
+        thread.join(PATIENCE)
         assert not thread.is_alive() and not failed
 
 
 def ask(running, method="POST", path="/v1/chat/completions", body=None, **headers):
     """Send a request by hand -> status, headers, and the JSON or the bytes of the body."""
-    connection = http.client.HTTPConnection(running.url.removeprefix("http://"), timeout=20)
+    connection = http.client.HTTPConnection(running.url.removeprefix("http://"), timeout=PATIENCE)
     body = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     connection.request(method, path, body, {name.replace("_", "-"): text for name, text in headers.items()})
     response = connection.getresponse()
@@ -63,8 +64,9 @@ def ask(running, method="POST", path="/v1/chat/completions", body=None, **header
 
 
 def until(other, **loads):
-    """Wait until so many requests run or wait."""
-    for _ in range(200):
+    """Wait until as many requests run and wait as `loads` says."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
         health = ask(other, "GET", "/health")[2]
         if all(health[name] == count for name, count in loads.items()):
             return
@@ -76,13 +78,25 @@ def engine(running):
     return running._drain.__self__.engine
 
 
-def slow(monkeypatch, running):
-    """Let a step take 20 ms, so that 400 tokens take longer than `until` waits -> an Event that ends this."""
-    step, ends = engine(running).generator.step, threading.Event()
+def held(monkeypatch, running):
+    """Hold the steps of the answers that run -> an Event that lets them go on.
 
-    def slower(*arguments):
-        ends.wait(0.02)
+    So an answer does not end before the test has seen it. A step goes on if the engine has more to do: to end
+    a cancelled answer, to begin one that waits, or to refuse it when the server stops.
+    """
+    worker, goes_on = running._drain.__self__, threading.Event()
+    at = worker.engine
+    step = at.generator.step
+
+    def more():
+        running, waiting = [slot.request for slot in at._slots], list(at._waiting)
+        cancelled = any(request is not None and request.cancelled for request in [*running, *waiting])
+        return cancelled or bool(waiting) and (None in running or worker.stopping)
+
+    def held_step(*arguments):
+        while not more() and not goes_on.wait(0.01):
+            pass
         return step(*arguments)
 
-    monkeypatch.setattr(engine(running).generator, "step", slower)
-    return ends
+    monkeypatch.setattr(at.generator, "step", held_step)
+    return goes_on

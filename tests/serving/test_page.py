@@ -6,7 +6,7 @@ import time
 import pytest
 import served
 from browser import browser
-from served import slow, until
+from served import PATIENCE, held, until
 
 from longlora.serving import server
 
@@ -43,10 +43,10 @@ def every(driver, selector):
     return driver.find_elements(By.CSS_SELECTOR, selector)
 
 
-def wait(condition, seconds=10):
-    until = time.monotonic() + seconds
+def wait(condition):
+    end = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < until, "it does not come"
+        assert time.monotonic() < end, "it does not come"
         time.sleep(0.02)
 
 
@@ -78,7 +78,7 @@ def test_a_conversation_goes_on_repeats_and_begins_anew(page):
 
 
 def test_a_button_and_a_key_stop_an_answer(page, running, monkeypatch):
-    slow(monkeypatch, running)
+    held(monkeypatch, running)
     for stop in (lambda: find(page, "#stop").click(), lambda: find(page, "#text").send_keys(Keys.ESCAPE)):
         find(page, "#text").send_keys("hello", Keys.ENTER)
         until(running, running=1)

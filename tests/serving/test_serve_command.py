@@ -12,6 +12,7 @@ import urllib.request
 
 import pytest
 import tiny
+from served import PATIENCE
 
 from longlora.errors import UserError
 from longlora.serving import pdf
@@ -33,7 +34,7 @@ def start(path, *flags, **environment):
 
 def post(url, fields, **headers):
     body = json.dumps(fields).encode() if isinstance(fields, dict) else fields
-    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=20) as response:
+    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=PATIENCE) as response:
         return json.loads(response.read())
 
 
@@ -43,12 +44,12 @@ def test_a_signal_lets_running_answers_finish(path):
         body = json.dumps(dict(prompt="a", max_tokens=1500, stream=True, logit_bias={"256": -100})).encode()
         headers = {"Authorization": "Bearer secret"}
         request = urllib.request.Request(f"{url}/v1/completions", body, headers)
-        with urllib.request.urlopen(request, timeout=20) as stream:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as stream:
             stream.readline()
             process.send_signal(signal.SIGTERM)
             rest = stream.read().decode()
         assert rest.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in rest
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE) == 0
         assert "SIGTERM: finishing the answers that run" in process.stderr.read()
 
 
@@ -61,7 +62,7 @@ def test_a_second_signal_ends_the_server_at_once(path):
             process.send_signal(signal.SIGINT)
             process.stderr.readline()
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 128 + signal.SIGTERM
+            assert process.wait(PATIENCE) == 128 + signal.SIGTERM
             with pytest.raises(http.client.IncompleteRead):
                 stream.read()
 
@@ -95,7 +96,7 @@ def test_a_taken_port_is_one_line_and_a_pdf_is_read(path):
         again, _ = start(path, "--port", port)
         with again:
             line = again.stderr.read()
-            assert again.wait(20) == 2 and line.count("\n") == 1
+            assert again.wait(PATIENCE) == 2 and line.count("\n") == 1
             assert f"port {port}: Address already in use" in line
         assert post(f"{url}/pdf", written("Ann is five."))["text"].strip() == "Ann is five."
         for data, words in (
@@ -106,7 +107,7 @@ def test_a_taken_port_is_one_line_and_a_pdf_is_read(path):
                 post(f"{url}/pdf", data)
             assert caught.value.code == 400 and words in json.loads(caught.value.read())["error"]["message"]
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE) == 0
 
 
 def test_a_pdf_that_takes_too_long_is_refused(monkeypatch):

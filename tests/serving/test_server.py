@@ -5,14 +5,16 @@ import random
 import re
 import socket
 import sys
+import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import openai
 import pytest
 import served
-from served import ask, engine, slow, until
+from served import PATIENCE, ask, engine, held, until
 
 import longlora
 from longlora.decoder.sampling import Sampling
@@ -230,7 +232,7 @@ def test_names_and_template_arguments_reach_the_template(client):
 
 def test_a_full_queue_says_429(client, running, monkeypatch):
     """Two rows and a queue of four: a request of six answers fills it."""
-    slow(monkeypatch, running)
+    goes_on = held(monkeypatch, running)
     how = dict(model="tiny", prompt="a", n=6, max_tokens=400, logit_bias=ASCII)
     stream = client.completions.create(**how, stream=True)
     next(iter(stream))
@@ -238,6 +240,7 @@ def test_a_full_queue_says_429(client, running, monkeypatch):
     assert status == 429 and headers["retry-after"] == "5" and found["error"]["type"] == "rate_limit_error"
     stream.close()  # its places are free again
     until(running, running=0, waiting=0)
+    goes_on.set()
     assert ask(running, body=dict(messages=HELLO, n=5, max_tokens=2))[0] == 200
 
 
@@ -251,7 +254,7 @@ def test_too_many_bodies_at_a_time_say_429(running, monkeypatch):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_frees_its_place(running, monkeypatch, stream):
-    slow(monkeypatch, running)
+    held(monkeypatch, running)
     address = running.url.removeprefix("http://").split(":")
     body = json.dumps(dict(prompt="a", max_tokens=400, stream=stream, logit_bias=ASCII)).encode()
     with socket.create_connection((address[0], int(address[1]))) as gone:
@@ -305,7 +308,7 @@ def test_bodies_that_are_too_large_or_too_slow(running, monkeypatch):
     assert status == 413 and "more than 4194304 bytes" in found["error"]["message"]
     monkeypatch.setattr(server, "BODY_SECONDS", 0.1)
     address = running.url.removeprefix("http://").split(":")
-    with socket.create_connection((address[0], int(address[1])), timeout=10) as late:
+    with socket.create_connection((address[0], int(address[1])), timeout=PATIENCE) as late:
         late.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
         assert late.recv(4096).startswith(b"HTTP/1.1 408 ")
 
@@ -314,17 +317,19 @@ def test_heads_that_are_too_slow(running, monkeypatch):
     monkeypatch.setattr(listen, "HEAD_SECONDS", 0.1)
     address = running.url.removeprefix("http://").split(":")
     for sent in (b"", b"GET /health HTTP/1.1\r\nHo"):
-        with socket.create_connection((address[0], int(address[1])), timeout=10) as late:
+        with socket.create_connection((address[0], int(address[1])), timeout=PATIENCE) as late:
             late.sendall(sent)
             assert late.recv(100) == b""
-    monkeypatch.setattr(listen, "HEAD_SECONDS", 0.5)
-    with socket.create_connection((address[0], int(address[1])), timeout=10) as again:
+    monkeypatch.undo()
+    with socket.create_connection((address[0], int(address[1])), timeout=PATIENCE) as again:
         again.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert again.recv(4096).startswith(b"HTTP/1.1 200")
+        found = b""
+        while not found.endswith(b"}"):
+            found += again.recv(4096)
+        assert found.startswith(b"HTTP/1.1 200")
+        monkeypatch.setattr(listen, "HEAD_SECONDS", 0.1)
         again.sendall(b"GET /heal")
-        while (rest := again.recv(4096)) and b"status" in rest:
-            pass
-        assert rest == b""
+        assert again.recv(4096) == b""
 
 
 def test_a_client_that_does_not_read(path, monkeypatch):
@@ -339,9 +344,8 @@ def test_a_client_that_does_not_read(path, monkeypatch):
         deaf.connect((host, int(port)))
         deaf.sendall(head.encode() + data)
         found = deaf.recv(1)
-        for _ in range(1000):
-            if not other.server_state.connections:
-                break
+        end = time.monotonic() + PATIENCE
+        while other.server_state.connections and time.monotonic() < end:
             time.sleep(0.01)
         assert not other.server_state.connections
         while part := deaf.recv(1 << 16):
@@ -350,11 +354,23 @@ def test_a_client_that_does_not_read(path, monkeypatch):
 
 
 def test_a_stream_that_waits_gives_signs_of_life(running, monkeypatch):
-    monkeypatch.setattr(streams, "PING_SECONDS", 0.001)
-    monkeypatch.setattr(server, "PING_SECONDS", 0.001)
-    body = dict(messages=[{"role": "user", "content": "x" * 400}], max_tokens=30, stream=True)
-    status, _, data = ask(running, body=body)
-    assert status == 200 and streams.PING in data and data.endswith(b"data: [DONE]\n\n")
+    """Before its first token, and between tokens."""
+    monkeypatch.setattr(streams, "PING_SECONDS", 0.01)
+    monkeypatch.setattr(server, "PING_SECONDS", 0.01)
+    generator, reads = engine(running).generator, threading.Event()
+    extend = generator.extend
+    monkeypatch.setattr(generator, "extend", lambda *how: reads.wait(PATIENCE) and extend(*how))
+    goes_on = held(monkeypatch, running)
+    body = dict(messages=HELLO, max_tokens=30, stream=True, logit_bias=ASCII)
+    request = urllib.request.Request(f"{running.url}/v1/chat/completions", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=PATIENCE) as stream:
+        ping, said = streams.PING.split()[0], re.compile(rb'"content":"[^"]')
+        assert any(line.startswith(ping) for line in stream)
+        reads.set()
+        assert any(said.search(line) for line in stream)
+        assert any(line.startswith(ping) for line in stream)
+        goes_on.set()
+        assert stream.read().endswith(b"data: [DONE]\n\n")
 
 
 def test_hundreds_of_malformed_requests(running, monkeypatch):
@@ -370,7 +386,7 @@ def test_hundreds_of_malformed_requests(running, monkeypatch):
         sent = bytearray(good)
         for _ in range(source.randrange(1, 6)):
             sent[source.randrange(len(sent))] = source.randrange(256)
-        with socket.create_connection((address[0], int(address[1])), timeout=10) as one:
+        with socket.create_connection((address[0], int(address[1])), timeout=PATIENCE) as one:
             one.sendall(sent)
             found = one.recv(100)
         statuses.add(found[9:12])
@@ -431,12 +447,13 @@ def test_logits_that_are_nan_end_an_answer_and_not_the_server(path):
 
 def test_an_error_in_a_stream_is_an_event(path, monkeypatch):
     with served.serving(path) as other:
-        slow(monkeypatch, other)
+        goes_on = held(monkeypatch, other)
         client = openai.OpenAI(base_url=f"{other.url}/v1", api_key="none", max_retries=0)
         how = dict(model="tiny", prompt="a", max_tokens=400, logit_bias=ASCII)
         stream = iter(client.completions.create(**how, stream=True))
         next(stream)
         engine(other).model.tensor("model.norm.weight").fill(float("nan"))
+        goes_on.set()
         with pytest.raises(openai.APIError, match="logits are NaN"):
             list(stream)
 
@@ -470,18 +487,19 @@ def test_a_tokenizer_that_fails_ends_one_answer(path, monkeypatch, capsys):
 
     monkeypatch.setattr(TextStream, "add", fails)
     with served.serving(path) as other, ThreadPoolExecutor(1) as pool:
-        slow(monkeypatch, other)
+        goes_on = held(monkeypatch, other)
         whole = pool.submit(ask, other, body=dict(messages=HELLO, max_tokens=30, logit_bias={"65": 100}))
         until(other, running=1)
         status, _, found = ask(other, body=dict(messages=HELLO, max_tokens=30, logit_bias={"33": 100}))
         assert status == 500 and "the server has failed at this answer" in found["error"]["message"]
+        goes_on.set()
         assert whole.result()[2]["choices"][0]["message"]["content"] == "A" * 30
     assert capsys.readouterr().err.count("RuntimeError: no such token") == 1
 
 
 def test_stopping_finishes_what_runs_and_refuses_the_rest(path, monkeypatch):
     with served.serving(path, rows=1) as other:
-        goes_on = slow(monkeypatch, other)
+        goes_on = held(monkeypatch, other)
         client = openai.OpenAI(base_url=f"{other.url}/v1", api_key="none", max_retries=0)
         how = dict(model="tiny", prompt="a", max_tokens=400, logit_bias=ASCII)
         stream = client.completions.create(**how, stream=True)
