@@ -130,10 +130,7 @@ def test_a_checkpoint_is_an_adapter_of_its_own(tmp_path):
 def test_a_run_killed_at_any_moment_goes_on_from_its_newest_checkpoint(tmp_path, full):
     """kill -9 again and again at random moments; in the end the bits are those of a run that nobody
     touched."""
-    steps, moments = (
-        200,
-        random.Random(7 + full),
-    )  # more than a busy machine does before this process wakes up
+    steps, moments = 200, random.Random(7 + full)
     fields = tiny.options(
         tmp_path,
         max_steps=steps,
@@ -142,18 +139,18 @@ def test_a_run_killed_at_any_moment_goes_on_from_its_newest_checkpoint(tmp_path,
         full=full,
         resume_from_checkpoint="latest",
     )
-    arguments = [
-        sys.executable,
-        "-m",
-        "longlora",
-        "train",
-        *tiny.flags({k: v for k, v in fields.items() if v is not False}),
-    ]
+    # The file system outlives the process, so nothing has to reach the disk. Most of the time would go there.
+    script = "import os, sys; os.fsync = os.fstat; from longlora.cli import main; sys.exit(main())"
+    flags = tiny.flags({k: v for k, v in fields.items() if v is not False})
+    arguments = [sys.executable, "-c", script, "train", *flags]
     out, kills = tmp_path / "out", 0
     for _ in range(8):
-        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # The pipe holds 45 lines, one a step, and the process waits when it is full. So the run does not end
+        # before it is killed three times, however late this process wakes up.
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, pipesize=4096)
+        process = subprocess.Popen(arguments, **pipes)
         for line in process.stdout:  # wait until it is at work, then for a random while
-            if line.startswith("step "):
+            if line.startswith(b"step "):
                 break
         try:
             process.wait(moments.uniform(0, 0.12))
@@ -176,9 +173,8 @@ def test_a_run_killed_at_any_moment_goes_on_from_its_newest_checkpoint(tmp_path,
     if process.returncode:
         subprocess.run(arguments, check=True, capture_output=True)
     assert not [name for name in tiny.listing(out) if "partial" in name]
-    driver.train(
-        lambda line: None, **{**fields, "output_dir": str(tmp_path / "whole"), "resume_from_checkpoint": None}
-    )
+    changes = dict(output_dir=str(tmp_path / "whole"), resume_from_checkpoint=None, save_steps=steps)
+    driver.train(lambda line: None, **{**fields, **changes})
     ours, theirs = (resume.load(str(path / f"checkpoint-{steps}")) for path in (out, tmp_path / "whole"))
     for name in theirs[1]:
         np.testing.assert_array_equal(ours[1][name], theirs[1][name], name)

@@ -134,7 +134,7 @@ def test_what_is_evaluated_can_be_limited(tmp_path):
 def in_process(script, fields):
     """A run in a process of its own, by `script`."""
     command = [sys.executable, "-c", script, "train", *tiny.flags(fields)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 def test_a_full_disk_leaves_the_older_checkpoints(tmp_path):

@@ -40,9 +40,10 @@ def signalled(tmp_path, *numbers, wrap=()):
     for line in process.stdout:
         if line.startswith("step 3/"):
             break
-    for number in numbers:
+    # A process that is stopped meets them together when it goes on. Else it may end between two of them.
+    for number in (signal.SIGSTOP, *numbers, signal.SIGCONT):
         process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=600)
     return process.returncode, output, errors
 
 
@@ -52,7 +53,7 @@ def signalled(tmp_path, *numbers, wrap=()):
         (signal.SIGHUP,),
         (signal.SIGUSR1,),
         (signal.SIGXCPU,),
-        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGTERM, signal.SIGINT),
         (signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
     ],
     ids=str,
@@ -70,9 +71,10 @@ def test_a_hangup_that_is_ignored_stays_ignored(tmp_path):
 
 
 def test_a_later_signal_means_now(monkeypatch):
+    monkeypatch.setattr(stop, "TOGETHER", 600.0)
     with stop.Stop() as s:
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
         assert s.signal == signal.SIGTERM
         monkeypatch.setattr(stop, "TOGETHER", -1.0)
         signal.raise_signal(signal.SIGUSR1)  # a warning never means now
@@ -195,12 +197,11 @@ def test_a_terminal_without_the_character_gets_its_code():
 def test_a_sweep_leaves_what_is_being_written(tmp_path):
     """A file of a living process is locked; that of a killed one goes."""
     script = (
-        "import sys, time; from longlora.disk import replacing\n"
-        "with replacing(sys.argv[1]) as aside: print(aside, flush=True); time.sleep(60)"
+        "import sys; from longlora.disk import replacing\n"
+        "with replacing(sys.argv[1]) as aside: print(aside, flush=True); sys.stdin.read()"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path / "tokens.bin")], stdout=subprocess.PIPE, text=True
-    )
+    command, pipe = [sys.executable, "-c", script, str(tmp_path / "tokens.bin")], subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
     aside = process.stdout.readline().strip()
     sweep(tmp_path)
     assert os.path.exists(aside)
