@@ -210,13 +210,13 @@ class Runner:
 
         how = dict(args, port=0, ready=ready)
         threading.Thread(target=longlora.serve, kwargs=how, daemon=True).start()
-        assert started.wait(60), words
+        assert started.wait(600), words
 
     def ask(self, words: list[str]) -> None:
         """Ask the server, where curl is installed."""
         words = [self.at_the_server(fewer(word)) for word in words]
         if shutil.which("curl"):
-            done = subprocess.run([*words, "--fail"], check=True, capture_output=True, timeout=60)
+            done = subprocess.run([*words, "--fail"], check=True, capture_output=True, timeout=1200)
             assert json.loads(done.stdout)["choices"], words
 
     def at_the_server(self, text: str) -> str:
@@ -233,7 +233,7 @@ class Runner:
                 text = text.replace(wide, narrow)
             Path("script.py").write_text(GIVEN + text)
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
-            subprocess.run([sys.executable, *launch], check=True, timeout=300)
+            subprocess.run([sys.executable, *launch], check=True, timeout=1200)
             return
         program = compile(fewer(self.at_the_server(text)), "the page", "exec")
         exec(program, {"__name__": "__main__", "MODEL": "MODEL"})

@@ -30,7 +30,7 @@ def run(tree, *options):
     command = [sys.executable, TOOL, "toy", "--count", "1000", *options]
     outside = {k: v for k, v in os.environ.items() if k not in ("PYTHONSAFEPATH", "PYTHONPATH")}
     outside["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # quicker, and there is nothing for plugins to do
-    done = subprocess.run(command, cwd=tree, env=outside, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tree, env=outside, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -142,7 +142,7 @@ def command(*arguments, **kwargs):
         [sys.executable, "-m", "longlora", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         **kwargs,
     )

@@ -36,7 +36,7 @@ def check(out, *arguments):
         env=ENV,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     return done, [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
 

@@ -116,7 +116,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 count = len(tokenise({path!r}).ids)
 print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=1200)
     count, growth = map(int, done.stdout.split())
     assert count == os.path.getsize(path) + 1
     # the ids alone take 4 bytes for each byte of this text

@@ -12,7 +12,7 @@ def test_random_capsules():
     """In a process of its own, which a wrong access would end."""
     program = Path(__file__).with_name("capsules.py")
     done = subprocess.run(
-        [sys.executable, program, "--count", str(COUNT)], capture_output=True, text=True, timeout=300
+        [sys.executable, program, "--count", str(COUNT)], capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr}"
     outcomes = ast.literal_eval(done.stdout)

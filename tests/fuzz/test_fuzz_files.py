@@ -12,7 +12,7 @@ KINDS = ("safetensors", "gguf", "config", "index", "adapters", "adapter_weights"
 def fuzz(*arguments):
     program = Path(__file__).with_name("files.py")
     command = [sys.executable, program, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200)
 
 
 def test_damaged_files():
@@ -50,7 +50,7 @@ def test_a_failure_is_reported_with_its_number(tmp_path):
         sys.exit(files.main())
     """
     command = [sys.executable, "-c", text, str(program.parent)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 1 and "KeyError: 'a key'" in done.stderr
     assert "ended by SIGSEGV" in done.stderr and "ended by SIGPROF" in done.stderr
     assert ast.literal_eval(done.stdout)["failed"] > 3

@@ -9,7 +9,7 @@ from pathlib import Path
 def fuzz(*arguments):
     program = Path(__file__).with_name("inputs.py")
     command = [sys.executable, program, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200)
 
 
 def test_what_users_write_is_taken_or_refused_in_one_line():
@@ -37,7 +37,7 @@ def test_a_failure_is_told_with_its_number():
         sys.exit(inputs.main())
     """
     command = [sys.executable, "-c", text, str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 1 and ast.literal_eval(done.stdout) == {"failed": 12}
     for words in ("input 0 (txt)", "another text", "KeyError: 'a key'", "more than 0.2 seconds"):
         assert words in done.stderr

@@ -113,7 +113,7 @@ def test_total_is_the_measured_peak(case):
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": PACKAGE},
-        timeout=300,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

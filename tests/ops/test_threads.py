@@ -116,7 +116,7 @@ def python(script, **environment):
     return subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, **environment},
-        timeout=60,
+        timeout=1200,
         check=True,
         text=True,
         capture_output=True,
@@ -313,7 +313,7 @@ def test_how_threads_wait(given):
         | {"OMP_DISPLAY_ENV": "verbose"}
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr
     if "GOMP_SPINCOUNT" not in done.stderr:

@@ -27,7 +27,7 @@ def done(tmp_path_factory):
         [sys.executable, "-m", "longlora", "demo", "--output-dir", output, "--steps", str(STEPS)],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=3600,
     )
     assert ran.returncode == 0, ran.stderr
     return output, ran.stdout

@@ -39,7 +39,7 @@ def test_the_blocks_of_a_page_run(page, tmp_path):
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=300,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     assert done.stdout.endswith("---- all blocks have run\n")

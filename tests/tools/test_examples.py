@@ -43,7 +43,7 @@ def test_runs(path, tmp_path):
         env={**os.environ, "STEPS": "3", "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip(), "an example prints what it found"

@@ -31,5 +31,5 @@ def test_runs(path, tmp_path, monkeypatch):
     assert path.stat().st_size < 1 << 20
     assert not any(output.output_type == "error" for output in committed)
     nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()

@@ -507,7 +507,7 @@ def main(rank, world, directory):
         init_method=f"file://{directory}/init",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=1200),
     )
     GROUP = dist.group.WORLD
     attention, report = attention_cases(world), {}

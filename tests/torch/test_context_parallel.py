@@ -48,7 +48,7 @@ def report(world, directory):
             start_new_session=True,
         )
         try:
-            printed, _ = ranks.communicate(timeout=240)
+            printed, _ = ranks.communicate(timeout=1200)
         except subprocess.TimeoutExpired:
             os.killpg(ranks.pid, signal.SIGKILL)
             raise

@@ -73,7 +73,7 @@ def launched(tmp_path, output, config=None, **fields):
         [sys.executable, "-m", *command, *tiny.flags(fields)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1200,
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -149,7 +149,7 @@ def test_swapped_layers_under_fsdp2(tmp_path):
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=120) for process in ranks]
+        said = [process.communicate(timeout=1200) for process in ranks]
     finally:
         for process in ranks:
             process.kill()

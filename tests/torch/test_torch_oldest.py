@@ -43,7 +43,7 @@ def test_on_the_oldest_transformers(tmp_path):
             ],
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=3600,
         )
         if done.returncode:
             reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
@@ -68,7 +68,7 @@ def test_on_the_oldest_transformers(tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=900,
+        timeout=3600,
         env={**os.environ, "PYTHONPATH": paths, "LONGLORA_TRANSFORMERS": OLDEST},
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

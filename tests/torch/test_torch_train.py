@@ -583,6 +583,6 @@ def test_the_command_line(tmp_path):
         [sys.executable, "-m", "longlora.torch.train", *tiny.flags(tiny.options(tmp_path, full=True))],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
     )
     tiny.refused(done, "full is not available with torch")

@@ -217,7 +217,7 @@ def test_wandb_itself_takes_a_run_offline(tmp_path):
         [sys.executable, "-c", code.format(where, ["train", *given])],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
     )
     assert done.returncode == 0 and "fails" not in done.stdout, done.stderr
     (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")

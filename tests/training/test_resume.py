@@ -284,7 +284,7 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on_exactly(tmp_path, numb
     fields = dict(max_steps=20_000)
     process = started(tmp_path, **fields)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=600)
+    output, errors = process.communicate(timeout=1200)
     assert process.returncode == code, errors
     (path,) = resume.found(tmp_path / "out")
     state, _ = resume.load(path)

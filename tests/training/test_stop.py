@@ -43,7 +43,7 @@ def signalled(tmp_path, *numbers, wrap=()):
     # A process that is stopped meets them together when it goes on. Else it may end between two of them.
     for number in (signal.SIGSTOP, *numbers, signal.SIGCONT):
         process.send_signal(number)
-    output, errors = process.communicate(timeout=600)
+    output, errors = process.communicate(timeout=1200)
     return process.returncode, output, errors
 
 
