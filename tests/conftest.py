@@ -5,6 +5,7 @@ import os
 import checks
 import mirror
 import pytest
+from hypothesis import HealthCheck, settings
 
 import longlora
 from longlora import _C, job
@@ -16,6 +17,15 @@ os.environ["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(longl
 # A disk takes milliseconds to flush, and a run flushes often. No test looks at what outlives a crash of the
 # machine; those of the order of flushes and names see the calls all the same.
 os.fsync = os.fstat
+
+# Each run draws the same examples, however slow the machine is. `--hypothesis-profile default` draws others.
+settings.register_profile(
+    "same",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("same")
 
 # The files that take longest. The processes start with them.
 LONGEST = [

@@ -244,7 +244,7 @@ def test_a_template_that_shows_no_answer_is_named_with_the_place(tmp_path, templ
     )
 )
 @example(sides=[["so ", "\u65e5"], ["\u65e5 "]])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_target_is_a_token_with_a_byte_of_the_answer(kind, sides):
     """Byte-level tokens: their bytes, one after the other, are those of the text."""
     prompt, answer = map("".join, sides)
@@ -332,7 +332,7 @@ def test_long_samples_are_refused_by_their_record():
     boundaries=st.sampled_from(["none", "document"]),
     data=st.data(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_target_is_the_next_token_of_an_answer(sizes, length, rule, boundaries, data):
     """All targets are there that the parts of the samples have, and no sequence is without one."""
     made = samples_of(sizes, [data.draw(st.integers(0, n)) for n in sizes])

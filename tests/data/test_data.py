@@ -77,7 +77,7 @@ def failure(function, *arguments):
     ),
     block=st.integers(1, 60),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_text_read_in_blocks_has_the_ids_of_the_whole(tmp_path_factory, kind, parts, block):
     whole = "".join(parts)
     if not whole.strip():
@@ -255,7 +255,7 @@ def test_the_first_id_that_the_model_does_not_have_is_refused(tmp_path, vocab_si
     length=st.integers(2, 17),
     rule=st.sampled_from(["split", "truncate", "drop"]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_token_is_in_one_sequence_or_counted_as_lost(sizes, length, rule):
     kept = {
         "split": sizes,
@@ -351,7 +351,7 @@ def test_documents_that_do_not_see_each_other_are_packed_whole():
     rule=st.sampled_from(["split", "truncate", "drop"]),
     boundaries=st.sampled_from(["none", "document"]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_target_is_the_next_token_of_the_same_text(sizes, length, rule, boundaries):
     tokens = tokens_of(sizes)
     try:
@@ -389,7 +389,6 @@ def test_a_target_is_the_next_token_of_the_same_text(sizes, length, rule, bounda
     takes=st.lists(st.integers(0, 9), max_size=12),
     stop=st.integers(0, 12),
 )
-@settings(deadline=None)
 def test_the_order_is_a_permutation_in_each_epoch_and_can_be_resumed(n, seed, takes, stop):
     whole = Order(n, seed)
     taken = [whole.take(count) for count in takes]

@@ -88,7 +88,7 @@ def together(tokenizer, whole, size):
     ),
     size=st.integers(20, 120),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_runs_without_spaces_have_the_ids_of_the_whole(kind, runs, size):
     """The search looks at few characters, so runs are longer than that."""
     whole = "".join(unit * count for unit, count in runs)

@@ -276,7 +276,7 @@ RECORDS = st.dictionaries(st.sampled_from([*KEYS, "tools", "history"]), VALUES, 
 
 
 @given(rows=st.lists(RECORDS, min_size=1, max_size=3), everything=st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_record_fails_in_another_way(tmp_path_factory, rows, everything):
     """A record of whatever content has targets, or is refused by a UserError."""
     path = write(tmp_path_factory.getbasetemp() / "any.jsonl", rows)

@@ -377,7 +377,7 @@ VALUES = (
 
 
 @given(st.sampled_from(sorted(FAMILIES)), st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_any_config_is_read_or_refused_in_one_line(family, fields):
     from longlora.decoder.rope import inverse_frequencies
 

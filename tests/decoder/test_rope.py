@@ -105,7 +105,7 @@ def test_the_old_key_wins_as_in_transformers():
 
 
 @given(st.sampled_from(rope_.EXTENSIONS), st.integers(2049, 1 << 20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_we_and_transformers_read_an_extended_config_alike(kind, target):
     rope, text = rope_.extend(read_config(RAW), kind, target)
     raw = json.loads(json.dumps(rope_.to_config(RAW, rope, target)))

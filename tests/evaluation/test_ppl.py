@@ -29,7 +29,7 @@ def one_thread():
 
 
 @given(count=st.integers(0, 60), length=st.integers(2, 20), stride=st.integers(1, 20))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_sliding_window_scores_every_target_once_with_all_the_context_there_is(count, length, stride):
     stride = min(stride, length - 1)  # if stride = length, the first target of a window has no context
     seen = []
@@ -40,7 +40,7 @@ def test_a_sliding_window_scores_every_target_once_with_all_the_context_there_is
 
 
 @given(count=st.integers(0, 60), length=st.integers(2, 20))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_windows_side_by_side_score_all_their_targets(count, length):
     found = ppl.windows(count, length)
     assert [first for first, _, _ in found] == list(range(0, max(count - 1, 0), length))

@@ -473,7 +473,7 @@ def test_wrong_fields_of_an_adapter_config_are_named(tmp_path, fields, message):
         max_size=3,
     )
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_adapter_config_is_read_or_refused_in_one_line(tmp_path_factory, fields):
     path = tmp_path_factory.getbasetemp() / "adapter_config.json"
     path.write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"], **fields}))

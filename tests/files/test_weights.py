@@ -94,7 +94,7 @@ def test_we_read_the_tensors_that_transformers_saved(tmp_path, family, tied, dty
 
 
 @given(st.lists(st.integers(0, (1 << 32) - 1), min_size=1, max_size=40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_rounding_to_bfloat16_equals_ml_dtypes(bits):
     with np.errstate(invalid="ignore", over="ignore"):
         values = np.array(bits, np.uint32).view(np.float32)
@@ -339,7 +339,7 @@ def test_a_safetensors_file_that_is_cut_anywhere_is_refused(tmp_path):
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_header_of_noise_is_read_or_refused_in_one_line(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "noise.safetensors"
     raw_file(

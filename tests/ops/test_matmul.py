@@ -3,7 +3,7 @@
 import checks
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longlora import _C, ops
@@ -77,11 +77,7 @@ def test_more_than_one_block(transposed, M, C, N, dtype, isa, poison):
     )
 
 
-@settings(
-    max_examples=checks.examples(60),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=checks.examples(60))
 @given(
     M=st.integers(0, 90),
     C=st.integers(0, 90),

@@ -7,7 +7,7 @@ import mirror
 import numpy as np
 import pytest
 import reference
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longlora import _C, ops
@@ -137,11 +137,7 @@ def test_the_lengths_that_broke_others(place):
         assert np.isfinite(lse).all()
 
 
-@settings(
-    max_examples=checks.examples(60),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=checks.examples(60))
 @given(data=st.data())
 def test_anything(place, data):
     draw = data.draw

@@ -133,7 +133,7 @@ def one_after_the_other(lengths, G, shift, scale, q, k, v, dout):
     return [np.concatenate([to_numpy(x) for x in pieces], 1) for pieces in results], totals
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.data())
 def test_any_pieces(data):
     draw = data.draw
