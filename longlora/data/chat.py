@@ -202,7 +202,7 @@ def samples(files: Sequence[str], form: Form) -> Iterator[tuple[str, Sample]]:
             where, found, some = f"{path}: {place}", _form(record), True
             if found is not form:
                 kind = found.name if isinstance(found, Form) else found or "of no known form"
-                raise UserError(f"{where}: should have {form.wanted} as the first record, it is {kind}")
+                raise UserError(f"{where}: should have {form.wanted}, as the first record has; it is {kind}")
             assert isinstance(record, dict)
             try:
                 _check_letters(record, path, place)
@@ -262,8 +262,8 @@ def answers(
     if not all(map(_learned, said)):
         if len(said) != len(spans):
             raise UserError(
-                f"{template.where}: the template marks {len(spans)} answers of {len(said)}, so it is not "
-                "clear which of them have weight 0"
+                f"{template.where}: the template marks {len(spans)} of {len(said)} answers, so it is not "
+                "clear which ones have weight 0"
             )
         spans = [span for span, message in zip(spans, said) if _learned(message)]
     if sample.first:

@@ -135,12 +135,13 @@ def dataset(path: str) -> Any:
         import datasets
     except ImportError:
         raise UserError(
-            f"{path}: no such file or directory; for a dataset of that name pip install 'longlora[datasets]'"
+            f"{path}: no such file or directory; to load a dataset of that name: "
+            "pip install 'longlora[datasets]'"
         ) from None
     try:
         return datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # of the network, the Hub, the files
-        raise UserError(f"{path}: no such file, and no dataset that can be loaded: {error}") from None
+        raise UserError(f"{path}: no such file, and it cannot be loaded as a dataset: {error}") from None
 
 
 def _dataset_rows(path):

@@ -46,7 +46,7 @@ class Sequences:
             i = int(np.argmax(sizes > length))
             raise UserError(
                 f"{where}: {f'document {i}' if tokens.learned is None else f'record {i + 1}'} has "
-                f"{int(sizes[i]):,} tokens, the sequence {length:,} ({long} such); "
+                f"{int(sizes[i]):,} tokens, more than the {length:,} of a sequence ({long} are too long); "
                 "long_documents can be split, truncate or drop"
             )
         self.pieces: list[list[tuple[int, int]]] = []

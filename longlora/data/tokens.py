@@ -125,7 +125,7 @@ def read_bin(path: str, vocab_size: int) -> Tokens:
         part = ids[first : first + (1 << 22)]
         if int(part.max()) >= vocab_size:
             at = int(np.argmax(part >= vocab_size))
-            raise UserError(f"{path}: token {first + at} is {part[at]}, the model has {vocab_size}")
+            raise UserError(f"{path}: token {first + at} is {part[at]}, the model has {vocab_size} tokens")
         digest.update(part)
     return Tokens(ids, np.array([0, len(ids)], np.int64), digest.hexdigest())
 

@@ -69,7 +69,7 @@ class Cache:
         before = self.lengths[rows]
         if before.max() + count > self.places:
             raise ValueError(
-                f"a sequence has {before.max() + count} tokens, and its row {self.places} places"
+                f"a sequence of {before.max() + count} tokens does not fit its row of {self.places} places"
             )
         return before.astype(np.int32)
 

@@ -271,7 +271,7 @@ class Model:
         not rise from 0 to B T.
         """
         if self.plan is None:
-            raise UserError("this model was made without a plan: it evaluates only")
+            raise UserError("this model was made without a plan, so it can only evaluate")
         network, batch = self.network, self._batch(*_rows(ids.shape, cu_seqlens))
         ids, targets = (np.ascontiguousarray(x, np.int32).reshape(-1) for x in (ids, targets))
         self._fill(batch, ids, self._attention, None, _boundaries(cu_seqlens, ids.size))
@@ -297,7 +297,7 @@ class Model:
         if positions is not None:
             positions = np.ascontiguousarray(positions, np.int32).reshape(-1)
             if len(positions) != ids.size or positions.min(initial=0) < 0:
-                raise ValueError("positions should be integers from 0, as many as ids")
+                raise ValueError("positions should be integers from 0, one for each id")
         ids = np.ascontiguousarray(ids, np.int32).reshape(-1)
         self._fill(batch, ids, None, positions, _boundaries(cu_seqlens, ids.size))
         self.network.forward(batch)

@@ -201,7 +201,9 @@ def extend(config: Any, type: str, target_length: int) -> tuple[Rope, str]:
             f"{base.type}, got {type}"
         )
     if type == "ntk" and config.head_dim <= 2:
-        raise UserError("ntk spreads the interpolation over dimensions; this model rotates 2, got ntk")
+        raise UserError(
+            "rope type should not be ntk for a model that rotates 2 dimensions: ntk spreads over more"
+        )
     factor = float(math.ceil(target_length / original))
     before = (
         ""

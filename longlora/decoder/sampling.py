@@ -76,7 +76,7 @@ class Sampler:
         self._random = np.random.Generator(np.random.Philox(sampling.seed))
         for token in sampling.logit_bias:
             if not 0 <= token < vocab_size:
-                raise UserError(f"logit_bias names token {token}, the model has 0 to {vocab_size - 1}")
+                raise UserError(f"logit_bias names token {token}, the model has tokens 0 to {vocab_size - 1}")
         self._seen = np.zeros(vocab_size, bool)
         self._seen[np.asarray(prompt, np.int64)] = True
         self._counts = np.zeros(vocab_size, np.int64)

@@ -218,5 +218,7 @@ def _sampling(options, seed):
         del options["num_beams"]
     odd = [name for name in options if name not in NAMES]
     if odd:
-        raise UserError(f"a task generates with {odd[0]}={shown(options[odd[0]])}, which we do not compute")
+        raise UserError(
+            f"a task generates with {odd[0]}={shown(options[odd[0]])}, which longlora cannot compute"
+        )
     return Sampling(**{**options, "seed": seed}) if draws else Sampling()

@@ -139,8 +139,8 @@ def _check_lengths(lengths, prepared: Prepared):
     made_for = prepared.planned.context
     if lengths and max(lengths) > made_for:
         raise UserError(
-            f"length {max(lengths)} is more than the {made_for} tokens of the model's context; with "
-            f"--context {max(lengths)} it reads them all the same"
+            f"length {max(lengths)} is more than the {made_for} tokens of the model's context; "
+            f"--context {max(lengths)} makes it read them anyway"
         )
 
 
@@ -162,7 +162,9 @@ def _load(manager, names):
         raise UserError(f"tasks: {error}") from None
     for name, task in loaded["tasks"].items():
         if task.OUTPUT_TYPE not in KINDS or getattr(task, "MULTIMODAL", False):
-            raise UserError(f"task {name} has {task.OUTPUT_TYPE} of more than text, which we do not compute")
+            raise UserError(
+                f"task {name} needs {task.OUTPUT_TYPE} or more than text, which longlora does not compute"
+            )
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(f"task {name} runs code that the model writes, which longlora does not do")
     return loaded

@@ -138,7 +138,7 @@ def load(
     file = SafetensorsFile(path)
     made_for = file.metadata.get("longlora_base")
     if base is not None and made_for is not None and made_for != base.fingerprint():
-        raise UserError(f"{directory}: is an adapter for another base model than {base.path}")
+        raise UserError(f"{directory}: is an adapter for a base model other than {base.path}")
     foreign = [name for name in file.entries if not name.startswith(PREFIX)]
     if foreign:
         raise UserError(f"{path}: {len(foreign)} tensors lack PEFT's prefix {PREFIX!r}: {some(foreign)}")
@@ -177,7 +177,7 @@ def describe(
         extended = read_config(raw, path)
         if base is not None and extended.tensor_shapes() != base.tensor_shapes():
             raise UserError(
-                f"{directory}: is an adapter for another base model than {base_path}: "
+                f"{directory}: is an adapter for a base model other than {base_path}: "
                 "its config has other shapes"
             )
         base = base or extended

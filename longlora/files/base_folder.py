@@ -56,7 +56,9 @@ def check(adapter: Path) -> None:
     sweep(folder, re.escape(CONFIG))
     for entry in os.scandir(folder):
         if not entry.is_symlink() and entry.name != CONFIG:
-            raise UserError(f"{entry.path}: is in the way; longlora writes the folder {FOLDER} of an adapter")
+            raise UserError(
+                f"{entry.path}: is in the way: longlora writes all files of an adapter's {FOLDER}"
+            )
 
 
 def make(adapter: Path, base: Path | None) -> str:

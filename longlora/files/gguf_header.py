@@ -153,9 +153,7 @@ def open_files(path: str | os.PathLike[str]) -> list[GgufFile]:
     if count in (0, 1):
         return [first]
     if not isinstance(count, int) or not isinstance(number, int) or not 0 <= number < count < 1 << 16:
-        raise UserError(
-            f"{first.path}: split.no {number!r} and split.count {count!r} are not one part of a whole"
-        )
+        raise UserError(f"{first.path}: split.no {number!r} does not fit split.count {count!r}")
     name = re.fullmatch(rf"(.*-)\d{{5}}(-of-{count:05}\.gguf)", first.path, re.DOTALL)
     if name is None:
         raise UserError(

@@ -211,7 +211,7 @@ def _refuse(config: ModelConfig, arch: Architecture) -> None:
     rotated = config.rope_layers or (True,) * config.num_hidden_layers
     wanted = tuple(interval is None or (i + 1) % interval != 0 for i in range(config.num_hidden_layers))
     if rotated != wanted:
-        stop(f"other layers without rope than each {interval}th")
+        stop(f"layers without rope other than every {interval}th")
 
 
 def _divisors(config):

@@ -33,10 +33,10 @@ def read(content: bytes, where: str) -> Any:
     try:
         model.ParseFromString(content)
     except Exception:  # the class of the error depends on protobuf's implementation
-        raise UserError(f"{where}: is no SentencePiece model") from None
+        raise UserError(f"{where}: is not a SentencePiece model") from None
     kind = model.trainer_spec.model_type
     if not model.pieces or kind not in (UNIGRAM, BPE):
-        raise UserError(f"{where}: is no SentencePiece model of kind Unigram or BPE")
+        raise UserError(f"{where}: is not a SentencePiece model of kind Unigram or BPE")
     return model
 
 

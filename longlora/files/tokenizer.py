@@ -260,7 +260,7 @@ class Tokenizer:
         elif isinstance(told, str):
             told = {"default": told}
         elif told is not None:
-            raise UserError(f"{where}: chat_template should be a text or a list with a default one")
+            raise UserError(f"{where}: chat_template should be a text, or a list with one named default")
         texts = (told or {}).items()
         return {k: (x, where) for k, x in texts if isinstance(k, str) and isinstance(x, str)}
 

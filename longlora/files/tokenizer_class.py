@@ -213,7 +213,9 @@ def choose(files: TokenizerFiles) -> Class:
                 return BACKEND
             return _class(own if family in OVERRULED else declared, where)
     elif own is None and (in_config is None or not _is_known(in_config)):
-        raise UserError(f"{where}: auto_map asks for Python code of the model's authors, which is not run")
+        raise UserError(
+            f"{where}: auto_map asks for the model authors' Python code, which longlora does not run"
+        )
     return _class(in_config or in_model or own or BACKEND.name, where)
 
 

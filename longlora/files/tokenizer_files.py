@@ -174,7 +174,9 @@ def token(value: Any, where: str) -> Any:
     flags = {key: given for key, given in value.items() if key not in ("content", "__type")}
     wrong = [key for key, given in flags.items() if key not in FLAGS or not isinstance(given, bool)]
     if wrong:
-        raise UserError(f"{where}: a token's flags are {', '.join(FLAGS)}, each true or false, got {value!r}")
+        raise UserError(
+            f"{where}: a token's flags ({', '.join(FLAGS)}) should each be true or false, got {value!r}"
+        )
     return AddedToken(_text(value.get("content"), where), **flags)
 
 

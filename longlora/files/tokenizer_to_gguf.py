@@ -191,7 +191,7 @@ def _special(tokenizer, config, generation):
             found[key] = index
     bos, eos = found.get("bos_token_id"), found.get("eos_token_id")
     if eos is None:
-        raise UserError(f"{tokenizer.where}: names no token that ends a text; llama.cpp would take token 11")
+        raise UserError(f"{tokenizer.where}: names no token that ends a text; llama.cpp would use token 11")
     around = [int(index) for index in tokenizer.encode("")]
     if around not in ([], [bos], [eos], [bos, eos]):
         raise UserError(

@@ -33,7 +33,7 @@ def untouched(size: int) -> _C.Tensor:
     except OSError as error:
         if size > APART:
             raise UserError(
-                f"the plan needs {size} bytes of address space, no memory: {error.strerror}"
+                f"the plan needs {size} bytes of address space, though no memory: {error.strerror}"
             ) from None
         memory = (ctypes.c_ubyte * size).from_address(next(_nowhere))
     return _C.Tensor.wrap(memory, (size,), "uint8")

@@ -37,7 +37,7 @@ class Answer:
         if room < 1:
             raise UserError(
                 f"the prompt has {len(ids)} tokens, the context is {limit}: "
-                f"{1 - room} too many to leave room for an answer"
+                f"shorten it by {1 - room} to leave room for an answer"
             )
         self._opened, self._events = opened, list[Event]()
         self._stream, self._on_read, self._begun = TextStream(opened.tokenizer, stop), on_read, False

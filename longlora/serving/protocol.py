@@ -380,7 +380,7 @@ def _wanted(found: dict[str, Any], max_tokens: int | None, limits: Limits) -> Wa
         sampling["top_k"] = 0
     for name, value in sampling.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise Refused(f"{name} is beyond the numbers of a computer", param=name)
+            raise Refused(f"{name} is too large for a number of 64 bits", param=name)
     try:
         how = Sampling(**sampling)
     except UserError as error:

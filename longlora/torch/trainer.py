@@ -102,9 +102,7 @@ def named(model: torch.nn.Module, setup: Setup) -> list[tuple[str, torch.nn.Para
             found[name.removeprefix(adapter.PREFIX)] = parameter
     wanted = setup.lora.tensor_shapes(setup.config)
     if set(found) != set(wanted):
-        raise UserError(
-            f"the model of transformers trains other tensors: {sorted(set(found) ^ set(wanted))[0]}"
-        )
+        raise UserError(f"transformers' model trains other tensors: {sorted(set(found) ^ set(wanted))[0]}")
     return [(name, found[name]) for name in wanted]
 
 

@@ -22,7 +22,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     with open_file(path) as file:
         data = file.read(LARGEST + 1)
     if len(data) > LARGEST:
-        raise UserError(f"{path}: is larger than {LARGEST:,} bytes, which no file of options is")
+        raise UserError(f"{path}: is larger than {LARGEST:,} bytes, the limit for a file of options")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -34,7 +34,9 @@ def take_over(o: TrainOptions, base: ModelConfig) -> tuple[LoraConfig, dict[str,
         given = getattr(o, name)
         if name in o.given and not _same(name, given, value, lora, config):
             got, wanted = (" ".join(x) or "none" if isinstance(x, tuple) else x for x in (given, value))
-            raise UserError(f"{name} of the adapter {o.adapter} is {wanted}, got {got}; leave {name} out")
+            raise UserError(
+                f"{name} should be {wanted}, as in the adapter {o.adapter}, got {got}; leave {name} out"
+            )
         setattr(o, name, value)
     if not extended:
         o.target_length = None

@@ -110,7 +110,7 @@ class AdamW:
         wanted = {f"{what}.{p.name}": p.shape for p in self.parameters for what in ("value", "m", "v")}
         if set(state) != set(wanted):
             odd = sorted(set(state) ^ set(wanted))
-            raise UserError(f"optimizer state: state of other parameters: {odd[0]}")
+            raise UserError(f"optimizer state: belongs to other parameters: {odd[0]}")
         for name, shape in wanted.items():
             if tuple(state[name].shape) != shape:
                 found = list(state[name].shape)

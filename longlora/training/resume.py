@@ -79,7 +79,7 @@ def refuse_taken(output_dir: str, resumes: str | None) -> None:
         raise UserError(f"{output_dir}: holds {taken} and no checkpoint; choose another output_dir")
     raise UserError(
         f"{output_dir}: holds another run or a model ({taken}); resume it (resume_from_checkpoint latest) "
-        "or choose another output_dir" + (f"; {resumes} is of another output_dir" if resumes else "")
+        "or choose another output_dir" + (f"; {resumes} belongs to another output_dir" if resumes else "")
     )
 
 

@@ -245,9 +245,7 @@ class Run:
             if forgotten is not None:
                 self.say(f"the best checkpoint so far does not count: {forgotten}")
         if self.step > self.steps:
-            raise UserError(
-                f"{path}: has made {self.step} steps, which is more than the {self.steps} of max_steps"
-            )
+            raise UserError(f"{path}: has made {self.step} steps, more than the {self.steps} of max_steps")
         if state["position"] != self.position:
             raise UserError(
                 f"{path}: its position is sequence {state['position']}, but {self.step} steps use "

@@ -127,7 +127,7 @@ def test_answers_of_weight_0_are_read_and_not_learned(tmp_path, template):
     assert ids.tolist() == same.tolist() and len(texts[0]) == 2 and texts[1] == texts[0][1:]
     once = "{% for m in messages %}{{ m.content }}{% if loop.last %}{% generation %}x{% endgeneration %}"
     words = failure(encoded, tmp_path, made, rows[1:], once + "{% endif %}{% endfor %}")
-    assert "the template marks 1 answers of 2, so it is not clear which of them have weight 0" in words
+    assert "the template marks 1 of 2 answers, so it is not clear which ones have weight 0" in words
 
 
 def test_text_parts_of_a_message_become_its_lines(tmp_path):
@@ -322,7 +322,9 @@ def test_samples_stay_whole_and_fill_the_least_room_by_hand():
 
 def test_long_samples_are_refused_by_their_record():
     message = failure(Sequences, samples_of([5, 9], [3, 3]), 8, "refuse", "some.json", "document")
-    assert message.startswith("some.json: record 2 has 9 tokens, the sequence 8 (1 such)")
+    assert message.startswith(
+        "some.json: record 2 has 9 tokens, more than the 8 of a sequence (1 are too long)"
+    )
 
 
 @given(

@@ -231,7 +231,7 @@ def test_a_template_comes_from_adapter_model_or_gguf(tmp_path):
     found = find_template(files_of(path))
     assert (found.render([]), found.where) == ("c <s>", str(config))
     config.write_text(json.dumps({"chat_template": 7}))
-    with pytest.raises(UserError, match="tokenizer_config.json: chat_template should be a text or a list"):
+    with pytest.raises(UserError, match="tokenizer_config.json: chat_template should be a text, or a list"):
         find_template(files_of(path))
     for without in ([{"name": "tool_use", "template": "t"}, "x"], None):
         config.write_text(json.dumps({"chat_template": without}))

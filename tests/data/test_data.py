@@ -232,8 +232,8 @@ def test_token_files_of_both_kinds_are_read(tmp_path):
         np.testing.assert_array_equal(read_bin(path, 1 << 17).ids, ids)
         write(tmp_path / "h.bin", head.tobytes() + ids[:-1].astype(kind).tobytes())
         assert "should hold 1200 tokens by its header, holds 1199" in failure(read_bin, path, 1 << 17)
-    assert "token 2 is 65535, the model has 100" in failure(read_bin, small, 100)
-    assert "token 0 is 1, the model has 1" in failure(read_bin, small, 1)
+    assert "token 2 is 65535, the model has 100 tokens" in failure(read_bin, small, 100)
+    assert "token 0 is 1, the model has 1 tokens" in failure(read_bin, small, 1)
     assert "not a whole number of uint16" in failure(read_bin, write(tmp_path / "odd.bin", b"123"), 100)
     assert "not a whole number" in failure(read_bin, write(tmp_path / "none.bin", b""), 100)
 
@@ -303,7 +303,9 @@ def test_a_sentence_says_in_numbers_what_becomes_of_documents(rule, sequences, e
 
 def test_long_documents_are_refused_by_name():
     message = failure(Sequences, tokens_of([5, 20, 30]), 10, "refuse", "some.txt")
-    assert message.startswith("some.txt: document 1 has 20 tokens, the sequence 10 (2 such)")
+    assert message.startswith(
+        "some.txt: document 1 has 20 tokens, more than the 10 of a sequence (2 are too long)"
+    )
     assert len(Sequences(tokens_of([5, 10, 3]), 10, "refuse")) == 2
 
 

@@ -86,7 +86,9 @@ def test_a_dataset_is_read_by_its_name(tmp_path, monkeypatch):
     how = Instructions(form_of("someone/talks"), ChatTemplate(LLAMA_2, SPECIAL, "here"))
     found = tokenise("someone/talks", KINDS["llama3"], 500, str(tmp_path / "cache"), str, how)
     assert len(found) == 2
-    assert "someone/talks:test: no such file, and no dataset" in failure(form_of, "someone/talks:test")
+    assert "someone/talks:test: no such file, and it cannot be loaded as a dataset" in failure(
+        form_of, "someone/talks:test"
+    )
     (tmp_path / "someone").mkdir()
     monkeypatch.chdir(tmp_path)  # a wrong name in a folder that exists is a wrong path
     assert failure(form_of, "someone/talks") == "someone/talks: no such file or directory"
@@ -98,7 +100,7 @@ def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert failure(form_of, str(path)) == f"{path}: reading .parquet needs pip install 'longlora[parquet]'"
-    assert failure(form_of, "someone/talks").endswith("of that name pip install 'longlora[datasets]'")
+    assert failure(form_of, "someone/talks").endswith("of that name: pip install 'longlora[datasets]'")
 
 
 @pytest.mark.parametrize(
@@ -290,13 +292,13 @@ def test_no_record_fails_in_another_way(tmp_path_factory, rows, everything):
 
 def test_a_record_of_another_form_is_named_with_its_place(tmp_path):
     path = write(tmp_path / "a.jsonl", [ROWS[1], {"messages": TALK}])
-    wanted = "should have instruction, input and output as the first record, it is messages"
+    wanted = "should have instruction, input and output, as the first record has; it is messages"
     assert failure(messages, path) == f"{path}: line 2: {wanted}"
     path = contain(tmp_path / "list.json", [ROWS[1], {"text": "b"}])
     assert failure(messages, path) == f"{path}: record 2: {wanted[:-8]}text"
     path = write(tmp_path / "a.jsonl", [{"messages": TALK}, {"question": "a"}])
     assert failure(messages, path).endswith(
-        "should have messages as the first record, it is of no known form"
+        "should have messages, as the first record has; it is of no known form"
     )
     path = write(tmp_path / "a.jsonl", [{"text": "a"}, ROWS[0]])
     message = failure(tokenise, path, KINDS["llama3"], 500, str(tmp_path / "cache"), str)

@@ -98,7 +98,7 @@ def test_a_full_row_refuses_a_token(tmp_path):
     _, generator = opened(tmp_path, "llama", places=10)
     generator.extend(1, prompts(50, 9)[0])
     generator.step([1], [3])
-    with pytest.raises(ValueError, match="a sequence has 11 tokens, and its row 10 places"):
+    with pytest.raises(ValueError, match="a sequence of 11 tokens does not fit its row of 10 places"):
         generator.step([1], [3])
 
 

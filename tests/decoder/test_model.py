@@ -373,7 +373,7 @@ def test_errors_say_what_is_wrong():
     np.testing.assert_array_equal(made.parameters[1].value.numpy(), before)
     with pytest.raises(ValueError, match="no rate for lora_A"):
         optimizer.step({k: 1.0 for k in made.kinds if k != "lora_A"})
-    with pytest.raises(UserError, match="of other parameters"):
+    with pytest.raises(UserError, match="belongs to other parameters"):
         optimizer.load_state_dict({}, 1)
 
 

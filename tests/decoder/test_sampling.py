@@ -201,7 +201,7 @@ def test_limits_belong_to_their_range(name, low, high, below, above):
 
 
 def test_a_bias_of_an_unknown_token_and_nan_logits_are_refused():
-    with pytest.raises(UserError, match="logit_bias names token 50, the model has 0 to 49"):
+    with pytest.raises(UserError, match="logit_bias names token 50, the model has tokens 0 to 49"):
         Sampler(Sampling(logit_bias={V: 1.0}), np.zeros(0, np.int64), V)
     with pytest.raises(UserError, match="NaN"):
         Sampler(Sampling(), np.zeros(0, np.int64), V).choose(np.full(V, np.nan, np.float32))

@@ -426,7 +426,7 @@ def test_a_task_that_cannot_be_loaded_is_named_with_the_reason(tmp_path, base, m
 @pytest.mark.parametrize(
     "options, words",
     [
-        ("num_beams: 4", "num_beams=4, which we do not compute"),
+        ("num_beams: 4", "num_beams=4, which longlora cannot compute"),
         ("max_gen_toks: 300", "asks for 300 new tokens, the context is 256"),
     ],
 )

@@ -361,7 +361,7 @@ def test_an_adapter_for_another_base_is_refused(tmp_path):
     other.save_pretrained(tmp_path / "other")
     build(tmp_path / "bigger", hidden_size=32)
     for name in ("other", "bigger"):
-        with pytest.raises(UserError, match=f"is an adapter for another base model than .*{name}"):
+        with pytest.raises(UserError, match=f"is an adapter for a base model other than .*{name}"):
             adapter.load(path, open_model(tmp_path / name))
 
 

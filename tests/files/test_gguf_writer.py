@@ -376,7 +376,7 @@ def test_sentencepiece_models_that_llama_cpp_does_not_have(tmp_path, options, wo
     "name, fields, words",
     [
         ("qwen3-bias", dict(attention_bias=True), "a qwen3 model with a bias on the attention's output"),
-        ("smollm3", dict(no_rope_layer_interval=2), "a smollm3 model with other layers without rope"),
+        ("smollm3", dict(no_rope_layer_interval=2), "layers without rope other than every 4th"),
         ("smollm3", dict(attention_bias=True), "a bias on the attention's output"),
         ("qwen2", dict(head_dim=16), "4 heads of 16 and hidden_size 32"),
     ],

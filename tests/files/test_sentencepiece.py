@@ -116,7 +116,7 @@ def test_tokenizer_json_wins(tmp_path):
 def test_files_without_a_model_are_refused(tmp_path, content):
     path = written(tmp_path / "t", None, None, "llama", {})
     (path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(UserError, match="tokenizer.model: is no SentencePiece model"):
+    with pytest.raises(UserError, match="tokenizer.model: is not a SentencePiece model"):
         Tokenizer.from_directory(path)
 
 
@@ -124,7 +124,7 @@ def test_files_without_a_model_are_refused(tmp_path, content):
 def test_models_of_words_and_characters_are_refused(tmp_path, kind):
     path = written(tmp_path / "t", None, None, "llama", {})
     (path / "tokenizer.model").write_bytes(model(model_type=kind, byte_fallback=False, vocab_size=60))
-    with pytest.raises(UserError, match="is no SentencePiece model of kind Unigram or BPE"):
+    with pytest.raises(UserError, match="is not a SentencePiece model of kind Unigram or BPE"):
         Tokenizer.from_directory(path)
 
 

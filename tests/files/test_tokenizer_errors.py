@@ -24,8 +24,11 @@ def refused(path, message):
     "config, message",
     [
         (dict(eos_token=5), "eos_token should be a token: a string, or an object with its content, got 5"),
-        (dict(eos_token={"a": 1}), "eos_token: a token's flags are single_word, lstrip, .*, got {'a': 1}"),
-        (dict(eos_token=added("x", lstrip=1)), "eos_token: a token's flags are .* each true or false"),
+        (
+            dict(eos_token={"a": 1}),
+            "eos_token: a token's flags .single_word, lstrip, .* should each be true or false, got {'a': 1}",
+        ),
+        (dict(eos_token=added("x", lstrip=1)), "eos_token: a token's flags .* should each be true or false"),
         (dict(eos_token={"special": True}), "eos_token should be a token: .*, got None"),
         (dict(eos_token=["a"]), "eos_token should be a token"),
         (dict(pad_token="cut \ud83d"), r"pad_token: 'cut \\ud83d' holds half a character"),

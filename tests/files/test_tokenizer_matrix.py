@@ -349,7 +349,7 @@ def test_code_of_the_authors_never_runs(tmp_path, family, name, place, monkeypat
     described = {"config": {"auto_map": auto_map, "eos_token": EOS}}
     path = written(tmp_path / "t", KINDS["bytes"](), name, family, described)
     if not same(path, (family, name, place)) and family is not None:
-        with pytest.raises(UserError, match="auto_map asks for Python code of the model's authors"):
+        with pytest.raises(UserError, match="auto_map asks for the model authors' Python code"):
             Tokenizer.from_directory(path)
 
 

@@ -138,5 +138,5 @@ def test_a_plan_needs_no_address_space():
 
 
 def test_no_machine_has_that_much():
-    with pytest.raises(UserError, match="needs 9223372036854775807 bytes of address space, no memory"):
+    with pytest.raises(UserError, match="needs 9223372036854775807 bytes of address space, though no memory"):
         untouched((1 << 63) - 1)

@@ -193,7 +193,7 @@ def bad_arguments_stop_every_rank():
         call(qkv(), shift="full")
     with refusal(ValueError, f"lengths should have {WORLD} entries"):
         call(qkv(), lengths=[8] * (WORLD + 1))
-    with refusal(ValueError, "being T=8"):
+    with refusal(ValueError, "for rank . T=8"):
         call(qkv(), lengths=[7] * WORLD)
     with refusal(ValueError, "boundary"):
         call(qkv(), lengths=[8] * WORLD, boundary="wrap")

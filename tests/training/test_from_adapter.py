@@ -178,14 +178,26 @@ def test_the_adapter_is_a_part_of_the_runs_identity(first, tmp_path):
 @pytest.mark.parametrize(
     "fields, words",
     [
-        (dict(r=8), "r of the adapter DIR is 4, got 8; leave r out"),
-        (dict(lora_alpha=16.0), "lora_alpha of the adapter DIR is 12.0, got 16.0"),
-        (dict(target_modules=["q_proj", "v_proj"]), "is q_proj v_proj down_proj, got q_proj v_proj"),
-        (dict(target_modules=["all-linear"]), "target_modules of the adapter"),
-        (dict(modules_to_save=["norm"]), "modules_to_save of the adapter DIR is embed_tokens norm, got norm"),
-        (dict(modules_to_save=[]), "is embed_tokens norm, got none; leave modules_to_save out"),
-        (dict(target_length=128), "target_length of the adapter DIR is 256, got 128"),
-        (dict(rope_type="linear"), "rope_type of the adapter DIR is yarn, got linear"),
+        (dict(r=8), "r should be 4, as in the adapter DIR, got 8; leave r out"),
+        (dict(lora_alpha=16.0), "lora_alpha should be 12.0, as in the adapter DIR, got 16.0"),
+        (
+            dict(target_modules=["q_proj", "v_proj"]),
+            "be q_proj v_proj down_proj, as in the adapter DIR, got q_proj v_proj",
+        ),
+        (
+            dict(target_modules=["all-linear"]),
+            "target_modules should be q_proj v_proj down_proj, as in the adapter",
+        ),
+        (
+            dict(modules_to_save=["norm"]),
+            "modules_to_save should be embed_tokens norm, as in the adapter DIR, got norm",
+        ),
+        (
+            dict(modules_to_save=[]),
+            "be embed_tokens norm, as in the adapter DIR, got none; leave modules_to_save out",
+        ),
+        (dict(target_length=128), "target_length should be 256, as in the adapter DIR, got 128"),
+        (dict(rope_type="linear"), "rope_type should be yarn, as in the adapter DIR, got linear"),
         (dict(sequence_length=512), "sequence_length should be at most target_length 256, got 512"),
         (dict(full=True), "adapter and full exclude each other"),
         (dict(model=None, init="base", full=True), "adapter and full exclude each other"),
@@ -212,7 +224,7 @@ def test_an_adapter_of_another_base_model_is_refused(first, tmp_path):
     given = dict(adapter=str(first / "out"), target_length=None, output_dir=str(tmp_path / "out"))
     for name, fields in (("seed", dict(seed=5)), ("shape", dict(hidden_size=64))):
         other = str(tiny.model(tmp_path / name, **fields))
-        assert "is an adapter for another base model than" in failure(first, model=other, **given)
+        assert "is an adapter for a base model other than" in failure(first, model=other, **given)
     with pytest.raises(UserError, match="its config has other shapes"):
         driver.plan(model=other, adapter=str(first / "out"))
 
@@ -240,7 +252,7 @@ def test_an_adapter_that_extends_nothing_keeps_the_positions_of_its_base(tmp_pat
     assert "rope: default, as the base: 64 positions" in said
     assert not (tmp_path / "second" / "longlora_base").exists()
     given["output_dir"] = str(tmp_path / "third")
-    assert "is 64, got 128" in failure(tmp_path, **given, target_length=128)
+    assert "target_length should be 64, as in the adapter" in failure(tmp_path, **given, target_length=128)
     given |= dict(target_length=None, sequence_length=128)
     assert "at most the 64 tokens of the adapter, got 128" in failure(tmp_path, **given)
 

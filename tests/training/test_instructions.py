@@ -194,7 +194,10 @@ LONG = [("What is it?", "An answer. " * 20), *PAIRS]
 @pytest.mark.parametrize(
     "fields, words",
     [
-        (dict(pairs=LONG), "record 1 has 249 tokens, the sequence 128 (1 such); long_documents can be split"),
+        (
+            dict(pairs=LONG),
+            "record 1 has 249 tokens, more than the 128 of a sequence (1 are too long); long_documents",
+        ),
         (dict(chat_template="t.jinja", data="text.txt"), "chat_template is for conversations; "),
         (dict(train_on_inputs=True, data="text.txt"), "train_on_inputs is for questions and answers; "),
         (dict(chat_template="none.jinja"), "none.jinja: cannot be read: No such file"),

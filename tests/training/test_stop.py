@@ -100,7 +100,7 @@ def test_another_runs_checkpoint_does_not_write_over_this_run(tmp_path):
     before = tiny.listing(tmp_path / "out")
     theirs = str(tmp_path / "a" / "checkpoint-2")
     message = failure(tmp_path, resume_from_checkpoint=theirs)
-    assert "holds another run" in message and f"{theirs} is of another output_dir" in message
+    assert "holds another run" in message and f"{theirs} belongs to another output_dir" in message
     assert tiny.listing(tmp_path / "out") == before
     found = run(tmp_path, max_steps=3, resume_from_checkpoint=theirs, output_dir=str(tmp_path / "empty"))
     assert found.step == 3

@@ -303,8 +303,8 @@ def s2_attention(
         raise error
     elif len(lengths) != dist.get_world_size(group) or lengths[dist.get_rank(group)] != q.shape[1]:
         raise ValueError(
-            f"s2_attention: lengths should have {dist.get_world_size(group)} entries, that of rank "
-            f"{dist.get_rank(group)} being T={q.shape[1]}, got {list(lengths)}"
+            f"s2_attention: lengths should have {dist.get_world_size(group)} entries, for rank "
+            f"{dist.get_rank(group)} T={q.shape[1]}, got {list(lengths)}"
         )
     plan = plan_of(tuple(lengths), dist.get_rank(group), group_size, q.shape[2], k.shape[2], shift)
     return _Attention.apply(dense(q), dense(k), dense(v), plan, group_size, scale, group)
