@@ -63,7 +63,7 @@ def test_a_stop_string_ends_an_answer_and_a_file_goes_into_the_prompt(tmp_path, 
         (dict(prompt="a", chat_template="none"), "chat_template goes with a question"),
         (dict(prompt="a", max_new_tokens=0), "max_new_tokens should be an integer of at least 1, got 0"),
         (dict(prompt="a", temperature=-1), "temperature should be a number from 0"),
-        (dict(prompt="a" * 64), "the prompt has 64 tokens, the context is 64: 1 too many"),
+        (dict(prompt="a" * 64), "the prompt has 64 tokens, the context is 64: shorten it by 1 to leave room"),
         (dict(question="b", material="missing.txt"), "missing.txt: cannot be read: No such file"),
         (dict(question="b", material="missing.pdf"), "missing.pdf: cannot be read: No such file"),
         (dict(prompt="a", context=0), "context should be an integer from 1 to 16777216, got 0"),
@@ -173,7 +173,7 @@ def test_an_error_says_by_how_much_material_is_too_long(base, tmp_path):
     with pytest.raises(UserError) as caught:
         longlora.generate(base, question="", context=300, device="cpu", material=tmp_path / "m.txt")
     count = short.prompt_tokens
-    assert f"the prompt has {count} tokens, the context is 300: {count - 299} too many" in str(caught.value)
+    assert f"the prompt has {count} tokens, the context is 300: shorten it by {count - 299} to" in str(caught.value)
 
 
 def test_a_stop_string_that_never_comes_changes_nothing(base):

@@ -243,7 +243,7 @@ def test_lora_of_ones_own():
             "has an adapter already",
         ),
         (lambda: longlora.torch.load("nowhere", "base"), "nowhere is not the directory of an adapter"),
-        (lambda: longlora.torch.extend(tiny("gpt_neox", "sdpa"), 512, rope="ntk"), "this model rotates 2"),
+        (lambda: longlora.torch.extend(tiny("gpt_neox", "sdpa"), 512, rope="ntk"), "a model that rotates 2"),
         (
             lambda: longlora.torch.extend(
                 tiny("llama", "sdpa"), 512, lora=peft.LoraConfig(task_type="SEQ_CLS")
