@@ -6,26 +6,20 @@ not trusted.
 
 import datetime
 import functools
-import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
 import jinja2.ext
 import jinja2.nodes
-import jinja2.sandbox
 
+from longlora.data.sandbox import USED, Sandbox, Used
 from longlora.errors import UserError
 from longlora.files.tokenizer import Tokenizer
 from longlora.files.tokenizer_files import CHAT_TEMPLATE
 
-# The most rounds of loops and calls in a rendering, and the most characters or digits of a product.
-MOST = 2_000_000
-MOST_TEXT = 1 << 27  # characters that a rendering may write and join, in all
-# Names that no template can use.
-_COUNTED, _SIZED, _USED = "longlora counted", "longlora sized", "longlora used"
 # The format of LLaMA-2-chat, which the authors of LongLoRA train on: for models without a template.
 LLAMA_2 = (
     "{%- set bos = bos_token if bos_token is defined else '' -%}"
@@ -63,95 +57,25 @@ class _Generation(jinja2.ext.Extension):
         return self.FIRST + caller() + self.LAST
 
 
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, without results that fill the memory, and without calls without end."""
-
-    intercepted_binops = frozenset(["*", "**", "+"])
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**":
-            size = abs(right) * 4 if isinstance(right, (int, float)) else 0
-        elif operator == "+":
-            size = 0
-            _sized(context, left), _sized(context, right)
-        else:
-            sizes = [len(x) if hasattr(x, "__len__") else x for x in (left, right)]
-            lists = any(hasattr(x, "__len__") for x in (left, right))
-            size = sizes[0] * sizes[1] if lists and all(isinstance(x, int) for x in sizes) else 0
-        if size > MOST:
-            raise jinja2.TemplateError(f"a result of {operator} is too large")
-        return super().call_binop(context, operator, left, right)
-
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        _count(__context)
-        return super().call(__context, __obj, *args, **kwargs)
-
-
-class _Used:
-    """What a rendering has used: rounds and calls, and characters that were written or joined."""
-
-    def __init__(self):
-        self.rounds = self.text = 0
-
-
-def _count(context):
-    """Count a round or a call; an error once a rendering has made more than MOST of them."""
-    used = context[_USED]
-    used.rounds += 1
-    if used.rounds > MOST:
-        raise jinja2.TemplateError(f"it makes more than {MOST:,} calls and rounds of loops")
-
-
-@jinja2.pass_context
-def _counted(context: Any, items: Any) -> Iterator[Any]:
-    """The items of a loop; each is counted."""
-    for item in items:
-        _count(context)
-        yield item
-
-
-@jinja2.pass_context
-def _sized(context: Any, value: Any) -> Any:
-    """`value`, which is written or joined; an error once a rendering has used more than MOST_TEXT of it."""
-    used = context[_USED]
-    used.text += len(value) if isinstance(value, (str, list)) else 0
-    if used.text > MOST_TEXT:
-        raise jinja2.TemplateError(f"it writes more than {MOST_TEXT:,} characters")
-    return value
-
-
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _now(format: str) -> str:
+    if len(format) > 1000:  # the C library may take 256 times as much memory
+        raise jinja2.TemplateError("the format of a date is too long")
+    return datetime.datetime.now().strftime(format)
 
 
 @functools.lru_cache(16)
 def _compiled(source: str, where: str) -> jinja2.Template:
-    environment = _Sandbox(
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters |= {"tojson": _to_json, _COUNTED: _counted, _SIZED: _sized}
-
-    def through(filter, node):
-        return jinja2.nodes.Filter(node, filter, [], [], None, None, lineno=node.lineno)
-
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
+    environment.globals["strftime_now"] = _now
     try:
-        tree = environment.parse(source)
-        for loop in list(tree.find_all(jinja2.nodes.For)):
-            loop.iter = through(_COUNTED, loop.iter)
-        joined: tuple[Any, ...] = jinja2.nodes.Output, jinja2.nodes.Concat
-        for node in list(tree.find_all(joined)):
-            parts = [
-                x if isinstance(x, jinja2.nodes.TemplateData) else through(_SIZED, x) for x in node.nodes
-            ]
-            node.nodes = parts
-        code = environment.compile(tree)
-        return environment.template_class.from_code(environment, code, environment.make_globals(None))
+        return environment.compiled(source)
     except jinja2.TemplateError as error:
         line = getattr(error, "lineno", None)
         raise UserError(
@@ -189,7 +113,7 @@ class ChatTemplate:
         """Render messages -> the text, and first and last character of each {% generation %} block."""
         names = {**self._special, "tools": None, "documents": None, **extra}
         names |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
-        names[_USED] = _Used()
+        names[USED] = Used()
         try:
             marked = self._template.render(**names)
         except jinja2.TemplateError as error:

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import transformers
 
-from longlora.data import chat_template
+from longlora.data import sandbox
 from longlora.data.chat_template import LLAMA_2, ChatTemplate, find_template
 from longlora.errors import UserError
 from longlora.files.open_model import open_model
@@ -178,7 +178,7 @@ def test_small_results_are_rendered():
 
 
 def test_rounds_of_all_loops_and_calls_are_counted(monkeypatch):
-    monkeypatch.setattr(chat_template, "MOST", 9)
+    monkeypatch.setattr(sandbox, "MOST", 9)
     macro = "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(n) }}"
     assert ChatTemplate(macro, SPECIAL, "here").render([], n=2) == ""  # 7 calls
     with pytest.raises(UserError, match="it makes more than 9 calls and rounds"):
