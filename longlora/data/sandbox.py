@@ -57,29 +57,26 @@ class Used:
             raise jinja2.TemplateError(f"it writes more than {MOST_TEXT:,} characters")
 
     def made(self, value: Any, size: int | None = None) -> Any:
-        """Count `value`, which the template has made. size: what size() would find, if that is known."""
+        """Count `value`, which the template has made. size: what size() would find, or None."""
         if isinstance(value, str):
             self.add(len(value))
         elif isinstance(value, (list, tuple, dict)):
             self.add(ITEM * (len(value) + 1))  # it shares its items with other lists
-            if size is not None:
-                self._sizes[id(value)] = value, size
-            self.size(value)
+            self.size(value, size)
         return value
 
-    def size(self, value: Any) -> int:
+    def size(self, value: Any, known: int | None = None) -> int:
         """About how many characters `value` is when it is written out. MOST_TEXT is the most."""
         if isinstance(value, str):
             return len(value)
         if not isinstance(value, (list, tuple, dict, KeysView, ValuesView, ItemsView)):
             return ITEM
-        if id(value) in self._sizes:
-            size = self._sizes[id(value)][1]
-        else:
+        size = self._sizes[id(value)][1] if id(value) in self._sizes else known
+        if size is None:
             values = value.values() if isinstance(value, dict) else ()
             size = ITEM * (len(value) + 1) + sum(self.size(item) for item in itertools.chain(value, values))
-            if size > 32 * ITEM:  # small ones are soon measured again
-                self._sizes[id(value)] = value, size
+        if size > 32 * ITEM:  # small ones are soon measured again
+            self._sizes[id(value)] = value, size
         if size > MOST_TEXT:
             raise jinja2.TemplateError(f"it makes a list of more than {MOST_TEXT:,} characters")
         return size
@@ -118,12 +115,15 @@ class _Limits(jinja2.visitor.NodeTransformer):
         return node
 
     def _visit_joined(self, node):
-        source = [x for x in node.nodes if isinstance(x, jinja2.nodes.TemplateData)]
         node = self.generic_visit(node)
-        node.nodes = [x if x in source else self._through(_WRITTEN, x) for x in node.nodes]
+        is_source = [isinstance(x, jinja2.nodes.TemplateData) for x in node.nodes]
+        source = sum(len(x.data) for x in itertools.compress(node.nodes, is_source))
+        node.nodes = [
+            x if plain else self._through(_WRITTEN, x) for x, plain in zip(node.nodes, is_source, strict=True)
+        ]
         if source:
             nothing = jinja2.nodes.Const("", lineno=node.lineno)
-            node.nodes.append(self._through(_WRITTEN, nothing, sum(len(x.data) for x in source)))
+            node.nodes.append(self._through(_WRITTEN, nothing, source))
         return node
 
     visit_Output = visit_Concat = _visit_joined
