@@ -96,6 +96,8 @@ def _compiled():
         ours = {}
     os.environ.update(ours)
     try:
+        # The extension imports it too, but turns what comes up there, such as Ctrl-C, into an ImportError.
+        importlib.import_module("numpy")
         try:
             extension = importlib.import_module("._C", __name__)
         except ModuleNotFoundError as error:

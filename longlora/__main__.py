@@ -1,7 +1,17 @@
-"""python -m longlora"""
+"""python -m longlora, and the command longlora"""
 
 import sys
 
-from longlora.cli import main
+from longlora.interrupt import end_quietly
 
-sys.exit(main())
+
+def main() -> int:
+    """Run the command line of the process -> the exit code."""
+    end_quietly()
+    from longlora import cli
+
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

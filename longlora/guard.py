@@ -7,10 +7,12 @@ that has gone.
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from longlora import interrupt
 from longlora.errors import UserError
 
 
@@ -23,8 +25,15 @@ def guarded(run: Callable[[], int], program: str = "longlora", speaks: bool = Tr
     output = sys.stdout
     code, raised, watched = 0, None, _Watched(output)
     sys.stdout = watched
+    quiet = signal.getsignal(signal.SIGINT) is interrupt.end
     try:
-        code = run()
+        try:
+            if quiet:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            code = run()
+        finally:
+            if quiet:
+                signal.signal(signal.SIGINT, interrupt.end)
     except BaseException as error:  # a panic of a library in Rust is no Exception
         raised = error
     finally:

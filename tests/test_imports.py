@@ -19,7 +19,7 @@ FLOORS = (
     ("evaluation",),
     ("training",),
     ("tools", "eval"),
-    ("cli", "cli_eval", "flags", "guard", "__main__"),
+    ("cli", "cli_eval", "flags", "guard", "interrupt", "__main__"),
     ("torch",),
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

@@ -63,6 +63,7 @@ class StreamingCache(Cache):
         super().__init__(config, 1, window.places, dtype, device, window.start)
         self.window, self.limit, self.longest = window, None, window.chunk
         self._all, self._first, self._held = self.layers, 0, 0  # the first place in use, and the keys there
+        self._whole = True  # False while tokens are forgotten: Ctrl-C may end that half way
         self._rotates = config.rope_layers or [True] * config.num_hidden_layers
         self._frequency, _ = rope_.inverse_frequencies(rope, config.head_dim)
         self._turn = [_C.Tensor((1, config.head_dim // 2), "float32", device) for _ in range(2)]
@@ -84,12 +85,14 @@ class StreamingCache(Cache):
     def add(self, rows: np.ndarray, count: int) -> None:
         super().add(rows, count)
         self._held += count
+        self._whole = True
 
     def keep(self, row: int, count: int) -> int:
-        if count == self.lengths[row]:
+        if count == self.lengths[row] and self._whole:
             return count
-        if self.forgotten:
+        if self.forgotten or not self._whole:
             count = 0
+        self._whole = True
         self.lengths[row] = self._held = count
         self._look_from(0)
         return count
@@ -99,7 +102,7 @@ class StreamingCache(Cache):
 
     def _forget(self, over, count):
         """Forget the oldest `over` tokens of the window; there is room for `count` more then."""
-        start = self.window.start
+        start, self._whole = self.window.start, False
         if start and not self.forgotten:
             for kept, here in zip(self._sinks, self.layers):
                 for sinks, x in zip(kept, here):

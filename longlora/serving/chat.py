@@ -98,6 +98,8 @@ class Chat:
                 self.say(line)
             except UserError as error:
                 self._note.write(f"({error})\n")
+            except KeyboardInterrupt:  # outside of an answer: a file is read, or a long text becomes tokens
+                self._note.write("\n(stopped)\n")
 
 
 def read_conversation(path: str) -> list[dict[str, str]]:

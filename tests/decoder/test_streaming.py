@@ -73,6 +73,25 @@ class Plain:
         return self.norm(x[-1], "norm") @ self.weight("embed_tokens").T
 
 
+@pytest.mark.parametrize("place", ["_write_sinks", "_look_from"])
+def test_what_ctrl_c_leaves_half_forgotten_is_forgotten_whole(tmp_path, monkeypatch, place):
+    """It may come while keys are moved, in some layers and not in others."""
+    base, generator = opened(tmp_path)
+    cache, ids = generator.cache, np.random.default_rng(0).integers(0, 64, 40)
+    generator.extend(0, ids)
+    assert cache.keep(0, 40) == 40 and cache.forgotten > 0
+
+    def interrupted(*unused):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache, place, interrupted)
+        generator.extend(0, ids[:9])
+    assert cache.keep(0, 40) == 0 and cache.lengths[0] == 0
+    np.testing.assert_array_equal(generator.extend(0, ids), opened(tmp_path)[1].extend(0, ids))
+    assert cache.keep(0, 40) == 40
+
+
 def opened(tmp_path, model="llama", start=3, recent=20, dtype="float32", device="cpu"):
     base = open_model(tiny.model(tmp_path / "base", **MODELS[model]))
     made = Model(base.config, device=device).load(base)

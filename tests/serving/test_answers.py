@@ -11,6 +11,7 @@ from longlora import cli
 from longlora.decoder import generation_plan
 from longlora.decoder.model import Model
 from longlora.errors import UserError
+from longlora.files.tokenizer import Tokenizer
 from longlora.serving.chat import Chat
 from longlora.training import driver
 
@@ -143,6 +144,23 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(base):
     conversation.run(["one", "two"])
     assert "(stopped)" in note.getvalue() and not session.opened.engine.busy
     assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 2
+
+
+def test_ctrl_c_before_an_answer_does_not_end_the_chat(base, monkeypatch):
+    """While a file is read, or a long text becomes tokens. The conversation stays as it was."""
+    calls = []
+
+    def encode(self, texts):
+        calls.append(texts)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return before(self, texts)
+
+    before = Tokenizer.encode_parts
+    monkeypatch.setattr(Tokenizer, "encode_parts", encode)
+    conversation, _, note = chat(base, ["one", "two", "three"])
+    assert "(stopped)" in note
+    assert [message["content"] for message in conversation.messages[::2]] == ["one", "three"]
 
 
 def test_a_pdf_without_pypdf_says_what_to_install(base, tmp_path, monkeypatch):
