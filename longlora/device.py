@@ -18,7 +18,7 @@ CPU = "cpu"
 
 def check_device(wanted: object) -> None:
     """UserError unless `wanted` is "auto", "cpu", "cuda" or "cuda:N"."""
-    if not isinstance(wanted, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted):
+    if not isinstance(wanted, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,9})?", wanted):
         raise UserError(f"device should be auto, cpu, cuda, or cuda:0 and so on, got {wanted!r}")
 
 

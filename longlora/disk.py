@@ -179,6 +179,8 @@ def alone(directory: Path) -> Iterator[None]:
         handle = os.open(directory, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"{directory}: cannot be made: {error.strerror}") from None
+    except ValueError as error:  # a null byte in the name
+        raise UserError(f"{directory}: cannot be made: {error}") from None
     with closing(handle):
         if lock(handle) is False:
             raise UserError(f"{directory}: another run is writing there now")

@@ -186,6 +186,10 @@ def test_a_flag_wins_over_the_yaml_under_any_name(tmp_path):
         (dict(packing_boundaries="document", boundary="swap"), "document needs boundary split"),
         (dict(sequence_length=100, target_length=50), "sequence_length should be at most target_length 50"),
         (dict(device="gpu"), "device should be auto, cpu, cuda, or cuda:0 and so on, got 'gpu'"),
+        (
+            dict(device="cuda:" + "9" * 99),
+            "device should be auto, cpu, cuda, or cuda:0 and so on, got 'cuda:9",
+        ),
         (dict(device=0), "device should be str"),
         (dict(device="cuda:0", profile=True), "profile supports the CPU only"),
         (dict(target_modules=[3]), "target_modules should be a list of names"),

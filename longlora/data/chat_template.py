@@ -6,6 +6,7 @@ not trusted.
 
 import datetime
 import functools
+import io
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ import jinja2.ext
 import jinja2.nodes
 
 from longlora.data.sandbox import USED, Sandbox, Used
+from longlora.disk import open_file
 from longlora.errors import UserError
 from longlora.files.tokenizer import Tokenizer
 from longlora.files.tokenizer_files import CHAT_TEMPLATE
@@ -159,7 +161,7 @@ def find_template(
 
 def _read(path):
     try:
-        with open(path, encoding="utf-8") as file:
+        with io.TextIOWrapper(open_file(path), encoding="utf-8") as file:
             return file.read()
     except UnicodeDecodeError:
         raise UserError(f"{path}: the chat template is not UTF-8") from None

@@ -350,7 +350,7 @@ def test_torch_is_not_needed(folder, base):
         (dict(context=0), "context should be an integer from 1"),
         (dict(task_dir="no"), "no: no such directory"),
         (dict(chat_template="no.jinja"), "chat_template needs apply_chat_template"),
-        (dict(apply_chat_template=True, chat_template="no.jinja"), "no.jinja: cannot be read"),
+        (dict(apply_chat_template=True, chat_template="no.jinja"), "no.jinja: No such file or directory"),
         (dict(model="no"), "no: no such file or directory"),
         (dict(dtype="int8"), "dtype should be one of"),
         (dict(device="tpu"), "device"),

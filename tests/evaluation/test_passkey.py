@@ -283,6 +283,11 @@ def test_numbers_are_integers(base, given):
         longlora.eval.passkey(base, **given, **HOW)
 
 
+def test_a_null_byte_in_a_name_is_one_line(base):
+    with pytest.raises(UserError, match=r"^a\\x00b: cannot be made: embedded null byte$"):
+        longlora.eval.passkey(base, lengths=300, output_dir="a\0b", **HOW)
+
+
 def test_an_unknown_task_is_named(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["eval", "needle"])

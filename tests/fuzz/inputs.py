@@ -1,8 +1,8 @@
 """What users write: files of options, texts, command lines.
 
 An input is taken with the right result, or refused by one line that prints and exit code 2. Anything else is
-a failure: a fault of ours (exit code 1), another result, or more than LIMIT seconds of processor time or
-MEMORY bytes. The right results come from yaml.safe_load, json.loads and bytes.decode. The inputs follow from
+a failure: a fault of ours (exit code 1), another result, more than LIMIT seconds of processor time, HANG
+seconds in all, or MEMORY bytes. The right results come from yaml.safe_load, json.loads and bytes.decode. The inputs follow from
 the seed.
 
     python tests/fuzz/inputs.py --count 100000 --seed 1 [--kind yaml]
@@ -34,7 +34,7 @@ from longlora.data import text  # noqa: E402
 from longlora.errors import UserError  # noqa: E402
 from longlora.training import config_file, options  # noqa: E402
 
-LIMIT, MEMORY = 10, 4 << 30
+LIMIT, HANG, MEMORY = 10, 20, 4 << 30
 NAMES = list(options.TrainOptions.__dataclass_fields__) + list(options.aliases())
 SCALARS = """0 1 -1 2 8 16 64 1.5 -0.5 1e-4 1e400 .inf -.inf .nan 0x10 0x_ 0o17 1_000 1:30 2026-13-45
 2026-11-29 ~ null true no 'x' "" "a\\0b" "\\ud83d" ~/base base text.txt q_proj none auto cpu cuda:0
@@ -100,6 +100,27 @@ PIECES += [
 ]
 
 
+# A task for lm-eval.
+TASK = {
+    "tiny.yaml": """\
+task: tiny
+test_split: test
+fewshot_split: test
+custom_dataset: !function tiny_task.make
+output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_choice: ["a", "b"]
+doc_to_target: 0
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+""",
+    "tiny_task.py": """\
+import datasets
+
+def make(**other):
+    return {"test": datasets.Dataset.from_list([{"q": "the "}, {"q": "of "}])}
+""",
+}
 GOOD = {
     "r": "4",
     "lora_alpha": "7.5",
@@ -241,28 +262,115 @@ def of_flags(rng):
             "--output-dir",
             "out",
         ]
+    ran([command, *given])
+
+
+def ran(words):
+    """Run a command line -> what it says. UserError if it is refused as it should be."""
     said, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
         try:
-            code = cli.main([command, *given])
+            code = cli.main(words)
         except SystemExit as stop:
             code = stop.code
-    line = errors.getvalue()
-    check(code in (0, 2), [command, *given], code, line)
+    lines = errors.getvalue()
+    check(code in (0, 2), words, code, lines)
     if code == 2:
-        check(
-            line.count("\n") == 1 and line[:-1].isprintable() and line.startswith("longlora: error: "), line
-        )
+        *before, line = lines.splitlines()
+        check(line.isprintable() and line.startswith("longlora: error: "), words, lines)
+        # There --json tells the device, and lm-eval what it does.
+        check(not before or "--json" in words or words[:2] == ["eval", "tasks"], words, lines)
         raise UserError(line)
+    return said.getvalue()
 
 
-KINDS = {"yaml": of_yaml, "txt": of_txt, "jsonl": of_jsonl, "flags": of_flags}
+# ---- evaluations: what must be refused, for each flag --------------------------------------------
+
+NO_NUMBER = ["", " ", "x", "nan", "inf", "-1", "0.5", "1e3", "0x10", "9" * 5000, "True", "\udce9"]
+NO_COUNT = ["0", *NO_NUMBER]
+NO_FILE = ["", "missing", "fifo", "empty", "missing/x", "text.txt/x", "x" * 5000, "\0", "/dev/zero"]
+NO_MODEL = [*NO_FILE, "text.txt"]
+NO_LENGTHS = [*NO_COUNT, "300,", ",300", "300,,300", "300 300", "300,-1", "300,0", str(10**15), str(2**64)]
+NO_MODEL_FLAGS = {
+    "model": NO_MODEL,
+    "adapter": [*NO_MODEL, "base"],
+    "dtype": ["", "x", "float64", "FLOAT32", "0"],
+    "device": ["", "x", "gpu", "cuda:-1", "cuda:x", "cpu:0", "cuda:" + "9" * 99],
+}
+NO_RETRIEVAL_FLAGS = {
+    **NO_MODEL_FLAGS,
+    "cache-dtype": ["", "x", "float64", "0"],
+    "lengths": [*NO_LENGTHS, "1", "60"],
+    "samples": [*NO_COUNT, str(2**63)],
+    "seed": [*NO_NUMBER, str(2**63)],
+    "output-dir": ["", "fifo", "text.txt", "text.txt/x", "x" * 5000, "\0", "/dev/zero"],
+}
+MODEL = ["--model", "base", "--device", "cpu"]
+RETRIEVAL = [*MODEL, "--lengths", "400", "--samples", "1"]
+EVALUATIONS = {
+    "eval passkey": (
+        [*RETRIEVAL, "--depths", "0.5"],
+        {**NO_RETRIEVAL_FLAGS, "depths": ["", "x", "nan", "inf", "-0.1", "1.1", "0.5,", "random,x", "1e300"]},
+    ),
+    "eval topics": (RETRIEVAL, NO_RETRIEVAL_FLAGS),
+    "eval tasks": (
+        [*MODEL, "--tasks", "tiny", "--task-dir", "tasks"],
+        {
+            **NO_MODEL_FLAGS,
+            "cache-dtype": ["", "x", "float64", "0"],
+            "tasks": ["", ",", "tiny,", "nothing_of_this_name", "missing.yaml", "fifo", "tasks/../fifo"],
+            "lengths": [*NO_LENGTHS, str(10**6)],
+            "context": [*NO_COUNT, str(2**63)],
+            "limit": NO_COUNT,
+            "num-fewshot": [*NO_NUMBER, "9"],
+            "task-dir": ["", "missing", "fifo", "text.txt", "x" * 5000, "\0", "/dev/zero"],
+            "chat-template": ["text.txt"],  # without --apply-chat-template
+            "apply-chat-template --chat-template": NO_FILE,
+        },
+    ),
+    "ppl": (
+        [*MODEL, "--data", "text.txt", "--lengths", "8", "--protocol", "authors"],
+        {
+            **NO_MODEL_FLAGS,
+            "data": NO_FILE,
+            "lengths": [*NO_LENGTHS, "1", str(2**20)],
+            "stride": [*NO_COUNT, "9", str(2**63)],
+            "target-length": ["64"],  # without --rope-type
+            "rope-type": ["", "x"],
+            "max-tokens": [*NO_COUNT, "1", "9", str(2**63)],
+            "bins": [*NO_COUNT, str(2**63)],
+            "protocol": ["", "x", "AUTHORS", "0"],
+        },
+    ),
+}
+
+
+def of_eval(rng):
+    """An evaluation with one flag that must be refused, or with any values."""
+    command = rng.choice(list(EVALUATIONS))
+    given, wrong = EVALUATIONS[command]
+    given, must = list(given), rng.random() < 0.8
+    for _ in range(1 if must else rng.choice((0, 1, 2))):
+        flag = rng.choice(list(wrong))
+        value = rng.choice(wrong[flag] if must else [*VALUES, "1,2", "400", "random"])
+        *switches, flag = flag.split(" --")
+        given += [f"--{switch}" for switch in switches] + [f"--{flag}={value}"]
+    given += ["--json"] * (rng.random() < 0.5)
+    said = ran([*command.split(), *given])
+    check(not must, "is taken", command, given)
+    if "--json" in given:
+        json.loads(said)
+
+
+KINDS = {"yaml": of_yaml, "txt": of_txt, "jsonl": of_jsonl, "flags": of_flags, "eval": of_eval}
 
 
 def one(number, seed, chosen):
     """Try an input -> its kind and the outcome; a failure is told."""
-    kind = chosen or list(KINDS)[number % len(KINDS)]
+    # An evaluation takes as long as a hundred others.
+    kind = chosen or ("eval" if number % 20 == 0 else list(KINDS)[number % 4])
     signal.setitimer(signal.ITIMER_PROF, LIMIT)
+    signal.setitimer(signal.ITIMER_REAL, HANG)
     try:
         KINDS[kind](random.Random(f"{seed} {number}"))
         return f"{kind} accepted"
@@ -274,11 +382,18 @@ def one(number, seed, chosen):
         print(f"input {number} ({kind}): {traceback.format_exc()}", file=sys.stderr)
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
     return "failed"
 
 
+class Late(BaseException):
+    """An input took too long. A TimeoutError is an OSError, which would be told as an error of a file."""
+
+
 def late(number, frame):
-    raise TimeoutError(f"more than {LIMIT} seconds of processor time")
+    if number == signal.SIGPROF:
+        raise Late(f"more than {LIMIT} seconds of processor time")
+    raise Late(f"more than {HANG} seconds")
 
 
 def main():
@@ -289,12 +404,19 @@ def main():
     parser.add_argument("--kind", choices=KINDS)
     o = parser.parse_args()
     signal.signal(signal.SIGPROF, late)
+    signal.signal(signal.SIGALRM, late)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     outcomes = collections.Counter()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         tempfile.tempdir = os.environ["HOME"] = folder
+        os.environ |= dict(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=folder)
         tiny.model("base")
         tiny.text("text.txt", 100)
+        os.mkfifo("fifo")
+        for name in ("empty", "tasks"):
+            os.mkdir(name)
+        for name, text in TASK.items():
+            Path("tasks", name).write_text(text)
         for number in range(o.first, o.first + o.count):
             outcomes[one(number, o.seed, o.kind)] += 1
             tempdirs = ("out", "merged", *(p.name for p in Path().glob("longlora-error-*")))

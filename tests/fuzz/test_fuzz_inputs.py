@@ -19,6 +19,7 @@ def test_what_users_write_is_taken_or_refused_in_one_line():
     assert sum(outcomes.values()) == 2000
     for kind in ("yaml", "txt", "jsonl", "flags"):
         assert outcomes[f"{kind} refused"] > 100 and outcomes[f"{kind} accepted"] > 50, outcomes
+    assert outcomes["eval refused"] > 50 and outcomes["eval accepted"] > 2, outcomes
 
 
 def test_a_failure_is_told_with_its_number():

@@ -200,7 +200,7 @@ LONG = [("What is it?", "An answer. " * 20), *PAIRS]
         ),
         (dict(chat_template="t.jinja", data="text.txt"), "chat_template is for conversations; "),
         (dict(train_on_inputs=True, data="text.txt"), "train_on_inputs is for questions and answers; "),
-        (dict(chat_template="none.jinja"), "none.jinja: cannot be read: No such file"),
+        (dict(chat_template="none.jinja"), "none.jinja: No such file or directory"),
         (dict(chat_template="bad.jinja"), "bad.jinja: the chat template is not valid (line 1)"),
         (dict(pairs=[("a", "")]), "line 1: output should be a text that is not empty"),
         (dict(boundary="wrap"), "packing_boundaries document needs boundary split"),
