@@ -10,7 +10,6 @@ questions share. Each side runs in its own process, and their rounds in turn. Th
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import time
 
@@ -86,25 +85,9 @@ def one_side(side, case, smoke):
 
 def measured(bench, sides, case):
     """The rounds of all sides in turn -> side -> requests per second."""
-    rounds, running = max(1, round(bench.options.seconds)), {}
-    environment = os.environ | {"OMP_NUM_THREADS": str(bench.options.threads)}
-    for side in sides:
-        command = [sys.executable, "-m", "benchmarks.bench_eval_tasks", "--side", side, "--case", case]
-        command += ["--smoke"] * bench.options.smoke
-        running[side] = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        if running[side].stdout.readline() != "ready\n":
-            raise SystemExit(f"{side} failed")
-    times = {side: [] for side in sides}
-    for _ in range(1 + rounds):
-        for side, process in running.items():
-            time.sleep(0 if bench.options.smoke else PAUSE)
-            print(file=process.stdin, flush=True)
-            times[side].append(float(process.stdout.readline()))
-    for process in running.values():
-        process.communicate()
-    return {side: 4 * QUESTIONS / statistics.median(found[1:]) for side, found in times.items()}
+    rounds = max(1, round(bench.options.seconds))
+    times = harness.in_turn(bench, sides, ["--case", case], rounds, PAUSE)
+    return {side: 4 * QUESTIONS / statistics.median(sum(found, [])) for side, found in times.items()}
 
 
 def main(argv=None):

@@ -15,7 +15,6 @@ token reads, at the read bandwidth that this run measures.
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -163,26 +162,10 @@ def one_side(side, context, dtype, smoke):
 
 def measured(bench, sides, context, dtype):
     """The rounds of all sides in turn -> side -> tokens per second of prefill and of decode."""
-    rounds, running = max(2, round(2 * bench.options.seconds)), {}
-    environment = os.environ | {"OMP_NUM_THREADS": str(bench.options.threads)}
-    for side in sides:
-        command = [sys.executable, "-m", "benchmarks.bench_generate", "--side", side, "--dtype", dtype]
-        command += ["--context", str(context), *["--smoke"] * bench.options.smoke]
-        running[side] = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        if running[side].stdout.readline() != "ready\n":
-            raise SystemExit(f"{side} failed")
-    times = {side: [] for side in sides}
-    for _ in range(1 + rounds):
-        for side, process in running.items():
-            time.sleep(0 if bench.options.smoke else PAUSE)
-            print(file=process.stdin, flush=True)
-            times[side].append([float(word) for word in process.stdout.readline().split()])
-    found = {}
-    for side, process in running.items():
-        process.communicate()
-        prefill, decode = (statistics.median(part) for part in zip(*times[side][1:]))
+    rounds, found = max(2, round(2 * bench.options.seconds)), {}
+    words = ["--dtype", dtype, "--context", str(context)]
+    for side, times in harness.in_turn(bench, sides, words, rounds, PAUSE).items():
+        prefill, decode = (statistics.median(part) for part in zip(*times))
         found[side] = context / prefill, 1 / decode
     return found
 

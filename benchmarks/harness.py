@@ -26,6 +26,7 @@ import pathlib
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 
@@ -89,6 +90,32 @@ def interleaved(calls, seconds=1.0, least=5):
                 call()
             samples.append((time.perf_counter() - start) / repeat)
     return [statistics.median(samples) for samples in times]
+
+
+def in_turn(bench, sides, words, rounds, pause):
+    """Run each side of a benchmark in its own process, their rounds in turn -> side -> numbers of each round.
+
+    A process gets `words` after its side. It says "ready", and answers each line with the numbers of a round.
+    The first round is not counted. pause: seconds before a round.
+    """
+    running, environment = {}, os.environ | {"OMP_NUM_THREADS": str(bench.options.threads)}
+    for side in sides:
+        command = [sys.executable, "-m", f"benchmarks.bench_{bench.benchmark}", "--side", side, *words]
+        command += ["--smoke"] * bench.options.smoke
+        running[side] = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        if running[side].stdout.readline() != "ready\n":
+            raise SystemExit(f"{side} failed")
+    found = {side: [] for side in sides}
+    for _ in range(1 + rounds):
+        for side, process in running.items():
+            time.sleep(0 if bench.options.smoke else pause)
+            print(file=process.stdin, flush=True)
+            found[side].append([float(word) for word in process.stdout.readline().split()])
+    for process in running.values():
+        process.communicate()
+    return {side: numbers[1:] for side, numbers in found.items()}
 
 
 class Bench:

@@ -2,8 +2,8 @@
 
 An input is taken with the right result, or refused by one line that prints and exit code 2. Anything else is
 a failure: a fault of ours (exit code 1), another result, more than LIMIT seconds of processor time, HANG
-seconds in all, or MEMORY bytes. The right results come from yaml.safe_load, json.loads and bytes.decode. The inputs follow from
-the seed.
+seconds in all, or MEMORY bytes. The right results come from yaml.safe_load, json.loads and bytes.decode. The
+inputs follow from the seed.
 
     python tests/fuzz/inputs.py --count 100000 --seed 1 [--kind yaml]
 

@@ -22,7 +22,7 @@ def generate(monkeypatch):
 
 
 def test_a_round_of_our_side(generate):
-    bench = SimpleNamespace(options=SimpleNamespace(threads=1, seconds=0.1, smoke=True))
+    bench = SimpleNamespace(benchmark="generate", options=SimpleNamespace(threads=1, seconds=0.1, smoke=True))
     ((side, (prefill, decode)),) = generate.measured(bench, ["ours"], 32, "bfloat16").items()
     assert side == "ours" and prefill > 0 and decode > 0
 
