@@ -49,7 +49,8 @@ async def convert(data: bytes) -> str:
     if process.returncode == 0:
         return text.decode("utf-8")
     if process.returncode == 2:
-        raise UserError(error.decode("utf-8", "replace").strip())
+        said = error.decode("utf-8", "replace").splitlines()  # pypdf warns in lines of its own
+        raise UserError(said[-1])
     raise UserError("the PDF takes too much memory or time to read")
 
 
@@ -62,7 +63,7 @@ def _main():
     try:
         text = pdf_text(io.BytesIO(sys.stdin.buffer.read()), "the PDF")
     except UserError as error:
-        sys.stderr.buffer.write(str(error).encode("utf-8", "replace"))
+        sys.stderr.buffer.write(b"\n" + str(error).encode("utf-8", "replace"))
         sys.exit(2)
     sys.stdout.buffer.write(text.encode("utf-8", "replace"))
 

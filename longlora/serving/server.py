@@ -41,6 +41,7 @@ BODY_SECONDS, BYTES_PER_SECOND = 30.0, 32 << 10
 SMALLEST_LIMIT, BYTES_PER_TOKEN = 4 << 20, 64
 DRAINED = 64 << 20  # bytes of a body over the limit that are read, so that the client hears why
 MOST_COMING = 32  # requests, beyond those that have a place, whose bodies are read
+MOST_PDFS = 4  # PDFs that come or wait to be converted; each may take pdf.LARGEST bytes
 RETRY_SECONDS = 5
 OPEN_PATHS = ("/", "/health")  # without the key
 
@@ -54,6 +55,13 @@ def refusal(error: Refused) -> Response:
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     return reply(error.body(), error.status, headers)
+
+
+def _no_such_route(request: Request, error: Any) -> Response:
+    """What Starlette raises, with its headers: the methods that a route has."""
+    said = refusal(Refused(f"{request.method} {request.url.path}: {error.detail}", error.status_code))
+    said.headers.update(error.headers or {})
+    return said
 
 
 class Service:
@@ -76,6 +84,7 @@ class Service:
         # One at a time: a long text takes much more memory while it is tokenised.
         self._pool = ThreadPoolExecutor(1, "tokens")
         self._converting = asyncio.Semaphore(1)
+        self._pdfs = 0  # that come, wait or are converted
         self._coming = 0  # requests whose bodies and texts take memory, but no place yet
         self._page, self._policy = _page()
         self._created = int(time.time())
@@ -87,7 +96,8 @@ class Service:
             Route("/", self._show_page),
             Route("/health", self._health),
             Route("/v1/models", self._models),
-            Route("/v1/models/{name}", self._model),
+            Route("/v1/models/", self._models),
+            Route("/v1/models/{name:path}", self._model),  # a name may have slashes, as those on the Hub
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._complete, methods=["POST"]),
             Route("/pdf", self._pdf, methods=["POST"]),
@@ -99,9 +109,7 @@ class Service:
         handlers: dict[Any, Any] = {
             Refused: lambda request, error: refusal(error),
             UserError: lambda request, error: refusal(Refused(self._told(error))),
-            HTTPException: lambda request, error: refusal(
-                Refused(f"{request.method} {request.url.path}: {error.detail}", error.status_code)
-            ),
+            HTTPException: _no_such_route,
             Gone: lambda request, error: Response(status_code=499),  # nobody reads it
             ClientDisconnect: lambda request, error: Response(status_code=499),
             Exception: lambda request, error: refusal(Refused("the server has failed", 500)),
@@ -294,9 +302,17 @@ class Service:
 
     async def _pdf(self, request: Request) -> Response:
         """Convert a PDF, the body of the request -> its text."""
-        body = await self._read_body(request, pdf.LARGEST)
-        async with self._converting:
-            return reply(dict(text=await pdf.convert(body)))
+        if self._pdfs >= MOST_PDFS:
+            raise Refused("too many PDFs come at the same time", 429, None, "rate_limit_exceeded")
+        self._pdfs += 1
+        try:
+            body = await self._read_body(request, pdf.LARGEST)
+            async with self._converting:
+                if await request.is_disconnected():
+                    raise Gone
+                return reply(dict(text=await pdf.convert(body)))
+        finally:
+            self._pdfs -= 1
 
     async def _read_body(self, request, limit):
         if self.worker.stopping:

@@ -59,7 +59,7 @@ def ask(running, method="POST", path="/v1/chat/completions", body=None, **header
     response = connection.getresponse()
     data = response.read()
     connection.close()
-    is_json = response.getheader("content-type") == "application/json"
+    is_json = data and response.getheader("content-type") == "application/json"
     return response.status, dict(response.getheaders()), json.loads(data) if is_json else data
 
 

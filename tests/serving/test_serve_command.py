@@ -101,11 +101,13 @@ def test_a_taken_port_is_one_line_and_a_pdf_is_read(path):
         assert post(f"{url}/pdf", written("Ann is five."))["text"].strip() == "Ann is five."
         for data, words in (
             (b"%PDF-1.4 no", "the PDF: cannot be read as a PDF"),
+            (b"%PDF-1.4" + b"x" * 99, "the PDF: cannot be read as a PDF"),
             (written(""), "has no text"),
         ):
             with pytest.raises(urllib.error.HTTPError) as caught:
                 post(f"{url}/pdf", data)
-            assert caught.value.code == 400 and words in json.loads(caught.value.read())["error"]["message"]
+            said = json.loads(caught.value.read())["error"]["message"]
+            assert caught.value.code == 400 and said.startswith("the PDF: ") and words in said
         process.terminate()
         assert process.wait(PATIENCE) == 0
 

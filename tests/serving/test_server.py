@@ -1,5 +1,6 @@
 """longlora serve over a socket, by the official client of OpenAI and by hand."""
 
+import asyncio
 import json
 import random
 import re
@@ -58,6 +59,14 @@ def test_models_and_health(client, running, path):
     with pytest.raises(openai.NotFoundError, match="there is no model 'other' here"):
         client.models.retrieve("other")
     assert ask(running, "GET", "/health")[2] == dict(status="ok", running=0, waiting=0)
+
+
+def test_a_model_may_have_slashes_in_its_name(path):
+    with served.serving(path, served_model_name="someone/tiny") as other:
+        for name in ("someone/tiny", "someone%2Ftiny"):
+            assert ask(other, "GET", f"/v1/models/{name}")[2]["id"] == "someone/tiny"
+        assert ask(other, "GET", "/v1/models/")[2] == ask(other, "GET", "/v1/models")[2]
+        assert ask(other, "GET", "/v1/models/someone")[0] == 404
 
 
 def test_a_chat_is_what_generate_says(client, opened):
@@ -252,6 +261,43 @@ def test_too_many_bodies_at_a_time_say_429(running, monkeypatch):
     )
 
 
+def test_pdfs_wait_for_one_another_and_not_too_many(running, monkeypatch):
+    """Each may take 32 MiB. One whose client has gone is not converted."""
+    service, ends, converted = running.config.app.routes[0].endpoint.__self__, threading.Event(), []
+
+    async def convert(data):
+        await asyncio.sleep(0.01)
+        while not ends.is_set():
+            await asyncio.sleep(0.01)
+        converted.append(data)
+        return "text"
+
+    def come(count):
+        for _ in range(2000):
+            if service._pdfs == count:
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"{service._pdfs} PDFs, and not {count}")
+
+    monkeypatch.setattr(server.pdf, "convert", convert)
+    monkeypatch.setattr(server, "MOST_PDFS", 3)
+    address = running.url.removeprefix("http://").split(":")
+    with ThreadPoolExecutor(2) as pool:
+        asked = []
+        for body in (b"1", b"2"):
+            asked.append(pool.submit(ask, running, path="/pdf", body=body))
+            come(len(asked))
+        with socket.create_connection((address[0], int(address[1]))) as gone:
+            gone.sendall(b"POST /pdf HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\n3")
+            come(3)
+            status, headers, found = ask(running, path="/pdf", body=b"4")
+            assert status == 429 and "retry-after" in headers and "too many PDFs" in found["error"]["message"]
+        ends.set()
+        assert [one.result()[2] for one in asked] == [dict(text="text")] * 2
+    come(0)
+    assert converted == [b"1", b"2"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_frees_its_place(running, monkeypatch, stream):
     held(monkeypatch, running)
@@ -290,6 +336,9 @@ def test_errors_have_openais_format(client, running):
     ):
         found = ask(running, method, path)
         assert found[0] == status and found[2]["error"]["message"], path
+    for method in ("GET", "PUT", "OPTIONS", "HEAD"):
+        status, headers, data = ask(running, method, "/v1/completions")
+        assert status == 405 and headers["allow"] == "POST" and (method != "HEAD" or not data)
     status, _, found = ask(running, body=dict(messages=HELLO, logit_bias={"300": 1}))
     assert status == 400 and "logit_bias names token 300" in found["error"]["message"]
 
