@@ -48,6 +48,7 @@ V3 = ["-mavx2", "-mfma", "-mf16c"]
 ISAS = {"portable": ["-DWIDE", "-O1" if SANITIZE else "-O2", "-Wno-psabi"] if WIDE else []}
 if X86:
     ISAS |= {"avx2": V3, "avx512": V3 + V4, "avx512_bf16": V3 + V4 + ["-mavx512bf16"]}
+    ISAS |= {"amx": [*ISAS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]}
 # All other .c files are kernels.
 THREADS = "csrc/cpu/parallel.c"
 ONCE = [*sorted(glob.glob("csrc/*.c")), *sorted(glob.glob("csrc/python/*.c")), THREADS]

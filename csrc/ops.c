@@ -1,17 +1,25 @@
 /* ops.c --- the table of ops, and the choice of an instruction set. A new op is one row here. The language of
  * the specs is explained in ops.h. */
+#define _GNU_SOURCE /* syscall() */
 #include "ops.h"
 #include "cuda.h"
 
+#ifdef LONGLORA_X86
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #ifdef LONGLORA_X86
-#define CPU(name) { name##_portable, name##_avx2, name##_avx512, name##_avx512_bf16 }
+#define CPU(name) { name##_portable, name##_avx2, name##_avx512, name##_avx512_bf16, name##_amx }
 #else
-#define CPU(name) { name##_portable, NULL, NULL, NULL }
+#define CPU(name) { name##_portable, NULL, NULL, NULL, NULL }
 #endif
 #ifdef LONGLORA_CUDA
 #define CUDA(function) function
@@ -128,6 +136,21 @@ const char *last_error(void) { return message; }
 #define NAME(isa) #isa,
 const char *const isa_names[ISA_COUNT] = { FOR_EACH_ISA(NAME) };
 
+#ifdef LONGLORA_X86
+/* Whether the processor has AMX for bfloat16 and the system lets this process use it. Linux wants to be asked,
+ * once for all threads of a process. */
+static int matrix_unit_granted(void) {
+#ifdef __linux__
+    enum { REQUEST = 0x1023, TILE_DATA = 18, BF16_BIT = 1 << 22, TILE_BIT = 1 << 24 };
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (BF16_BIT | TILE_BIT)) != (BF16_BIT | TILE_BIT)) return 0;
+    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+    return 0;
+#endif
+}
+#endif
+
 int isa_supported(int isa) {
 #ifdef LONGLORA_X86
     __builtin_cpu_init();
@@ -140,6 +163,7 @@ int isa_supported(int isa) {
         case 1: return avx2;
         case 2: return avx512;
         case 3: return avx512 && __builtin_cpu_supports("avx512bf16");
+        case 4: return avx512 && __builtin_cpu_supports("avx512bf16") && matrix_unit_granted();
         default: return 0;
     }
 #else
@@ -169,5 +193,5 @@ int choose_isa(void) {
         if (strcmp(wanted, isa_names[i])) continue;
         return isa_supported(i) ? i : fail("LONGLORA_ISA: this machine or build does not have %s", wanted);
     }
-    return fail("LONGLORA_ISA should be portable, avx2, avx512 or avx512_bf16, got %s", wanted);
+    return fail("LONGLORA_ISA should be portable, avx2, avx512, avx512_bf16 or amx, got %s", wanted);
 }

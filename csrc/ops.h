@@ -47,8 +47,8 @@ extern "C" {
 
 /* The instruction sets that the CPU kernels are built for: the same sources with other compiler flags (see
  * setup.py). Portable C comes first; the others must agree with it. */
-#define FOR_EACH_ISA(X) X(portable) X(avx2) X(avx512) X(avx512_bf16)
-enum { ISA_COUNT = 4 };
+#define FOR_EACH_ISA(X) X(portable) X(avx2) X(avx512) X(avx512_bf16) X(amx)
+enum { ISA_COUNT = 5 };
 
 /* What a call takes on the CPU while it runs: the bytes of the blocks that it holds at one time, in the order
  * in which it takes them; then zeros. Matrix products within an op run one after the other, each with a block
@@ -69,7 +69,8 @@ typedef struct {
 
 #ifdef LONGLORA_X86
 #define DECLARE_FOR_EACH_ISA(declare, name) \
-    declare(name, portable) declare(name, avx2) declare(name, avx512) declare(name, avx512_bf16)
+    declare(name, portable) declare(name, avx2) declare(name, avx512) declare(name, avx512_bf16) \
+        declare(name, amx)
 #else
 #define DECLARE_FOR_EACH_ISA(declare, name) declare(name, portable)
 #endif

@@ -27,7 +27,9 @@ int CPU(gemm)(const Gemm *g) {
     job.packed_a = job_u.packed_a = job.packed_a2 + plan.floats.a2;
     if (plan.keeps_sums) job.sums = job.packed_a + plan.floats.a;
     if (plan.R && !plan.swapped) job.of_u = &job_u;
-    int status = plan.way == NARROW ? CPU(gemm_narrow)(&job) : CPU(gemm_blocks)(&job);
+    int status = plan.way == NARROW  ? CPU(gemm_narrow)(&job)
+                 : plan.way == UNITS ? CPU(gemm_unit)(&job)
+                                     : CPU(gemm_blocks)(&job);
     scratch_free(memory);
     return status;
 }

@@ -91,6 +91,21 @@ static Plan plan_of_u(const Plan *parent, const Gemm *g) {
     return u;
 }
 
+#if MATRIX_UNIT
+/* Slices and scratch of a product on the matrix unit. k is never cut. */
+static void plan_unit(Plan *p) {
+    int64_t of_k = ceil_div(p->steps, UNIT), all = of_k + ceil_div(p->steps2, UNIT);
+    int64_t bytes = max64(1, all) * UNIT_BYTES; /* of 16 rows or columns */
+    int in_place = p->a.col == 1 && p->K % UNIT_K == 0 && p->M % UNIT == 0 && p->R == 0;
+    p->way = UNITS, p->rows_of_a = in_place ? IN_PLACE : PACKED;
+    p->wide_n = min64(ceil_div(p->N, 2 * UNIT), max64(1, PACK_BYTES / bytes / 2)) * 2 * UNIT;
+    p->wide_m = min64(ceil_div(p->M, 2 * UNIT), max64(1, PACK_BYTES / bytes)) * 2 * UNIT;
+    p->floats.b = p->wide_n / UNIT * bytes / 4;
+    p->floats.a = in_place ? 0 : p->wide_m / UNIT * bytes / 4;
+    p->floats.u = p->R && !p->swapped ? ceil_div(p->R, UNIT) * of_k * UNIT_BYTES / 4 : 0;
+}
+#endif
+
 static void count_floats(Plan *p, const Plan *of_u) {
     int64_t depth_b = p->depth + p->steps2;
     if (p->panels_of_b == SHARED) p->floats.b = depth_b * p->wide_n;
@@ -118,6 +133,9 @@ void CPU(gemm_plan)(const Gemm *g, Plan *plan, Plan *of_u) {
     choose_block(&p);
     p.way = choose_way(&p);
     p.writes_of_c = choose_writes_of_c(&p, g);
+#if MATRIX_UNIT
+    if (p.step == PAIRS && p.way == BLOCKS) plan_unit(&p);
+#endif
     if (p.way == BLOCKS) {
         choose_slice(&p);
         if (p.R && !p.swapped) *of_u = plan_of_u(&p, g);

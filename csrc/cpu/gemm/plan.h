@@ -11,6 +11,7 @@
 #define LONGLORA_GEMM_PLAN_H
 
 #include "gemm.h"
+#include "../matrix_unit.h"
 
 /* A tile is MR rows by NV vectors. 8 x 48 floats fill 24 of the 32 registers of AVX-512, 8 x 12 as many of
  * aarch64, 6 x 16 fill 12 of the 16 of AVX2. The others hold a row of b and one broadcast element of a. */
@@ -52,6 +53,11 @@ enum {
     TURNED_ROWS = VW == 16 ? 256 : FEW_ROWS, /* rows up to which a transposed a is read in place */
     AHEAD = 8,                               /* steps that strided reads are fetched ahead */
     NARROW_COLUMNS = VW / 2,                 /* columns that narrow.c multiplies at a time */
+
+    /* On the matrix unit. */
+    UNIT_BLOCK = 18,             /* registers along k: 32 columns of b fit the L1 cache */
+    UNIT_ROWS = 256,             /* rows of a task, at most */
+    UNIT_TASK_BYTES = 768 << 10, /* rows of a of a task, at most */
 };
 _Static_assert((int)PAIRS_KC <= KC && (int)FEW_KC <= KC && 2 * (MID_KC + MID_KC / EXTRA) <= KC + KC / EXTRA,
                "the panels of b of a task fit NEAR_B");
@@ -60,6 +66,7 @@ typedef enum {
     BLOCKS, /* tiles on packed panels of b: blocks.c */
     NARROW, /* at most 16 columns: vectors along k: narrow.c */
     SWEEP,  /* at most FEW_ROWS rows: b is read once, where it lies: sweep.c */
+    UNITS,  /* bfloat16 on the matrix unit: unit.c */
 } Way;
 
 typedef enum {
@@ -166,6 +173,7 @@ int64_t CPU(gemm_pack_columns)(const Plan *plan, int64_t columns, int64_t thread
 int CPU(gemm_blocks)(Job *job);
 int CPU(gemm_narrow)(Job *job);
 int CPU(gemm_sweep)(Job *job);
+int CPU(gemm_unit)(Job *job);
 /* Of the product that makes u, for blocks.c: packs b; computes rows m_begin .. m_end. */
 int CPU(gemm_narrow_pack)(Job *job);
 void CPU(gemm_narrow_rows)(const Job *job, int64_t m_begin, int64_t m_end);

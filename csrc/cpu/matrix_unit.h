@@ -1,0 +1,85 @@
+/* matrix_unit.h --- products of bfloat16 on the processor's matrix unit (AMX): eight registers of 16 rows of 64
+ * bytes. A register holds 16 x 32 bfloat16 of a left factor, as many of a right factor in pairs (row k has
+ * elements 2k and 2k + 1 of 16 columns), or 16 x 16 sums in float32.
+ *
+ * One instruction adds 16 x 32 by 32 x 16 to the sums of a register: the products of even k and those of odd k
+ * are added up apart, then together, then to the sum. Subnormal numbers count as 0. */
+#ifndef LONGLORA_MATRIX_UNIT_H
+#define LONGLORA_MATRIX_UNIT_H
+
+#include "cpu.h"
+
+#if defined __AMX_BF16__
+#define MATRIX_UNIT 1
+#else
+#define MATRIX_UNIT 0
+#endif
+
+#if MATRIX_UNIT
+enum {
+    UNIT = 16,             /* rows and columns of the sums of a register */
+    UNIT_K = 32,           /* elements along k of a register */
+    UNIT_BYTES = 16 * 64,  /* of a register */
+};
+
+/* Every thread does this before its first product, and unit_end() after its last one: a thread that holds
+ * registers of the unit is slower to switch. */
+static inline void unit_begin(void) {
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t bytes[16]; /* of a row, by register */
+        uint8_t rows[16];
+    } all = { .palette = 1 };
+    _Static_assert(sizeof all == 64, "as the instruction reads it");
+    for (int i = 0; i < 8; i++) all.bytes[i] = 64, all.rows[i] = 16;
+    _tile_loadconfig(&all);
+}
+static inline void unit_end(void) { _tile_release(); }
+
+/* Where registers of one factor lie: the first row or column of 16, the bytes to the next 16, from row to row of
+ * a register, and to the register of the next 32 k. */
+typedef struct {
+    const char *data;
+    int64_t next, row, step;
+} UnitFactor;
+
+/* c[16 rows, 16 cols] (+)= a b over `count` registers along k, with rows and cols of 1 or 2. c_row: floats. */
+static inline __attribute__((always_inline)) void unit_multiply(float *c, int64_t c_row, UnitFactor a,
+                                                                UnitFactor b, int64_t count, int rows,
+                                                                int cols, int add) {
+    int64_t c_bytes = c_row * 4;
+    float *c1 = c + 16 * c_row;
+    if (add) {
+        _tile_loadd(0, c, c_bytes);
+        if (cols == 2) _tile_loadd(1, c + 16, c_bytes);
+        if (rows == 2) _tile_loadd(2, c1, c_bytes);
+        if (rows == 2 && cols == 2) _tile_loadd(3, c1 + 16, c_bytes);
+    } else {
+        _tile_zero(0);
+        if (cols == 2) _tile_zero(1);
+        if (rows == 2) _tile_zero(2);
+        if (rows == 2 && cols == 2) _tile_zero(3);
+    }
+    for (int64_t i = 0; i < count; i++) {
+        const char *pa = a.data + i * a.step, *pb = b.data + i * b.step;
+        _tile_loadd(6, pb, b.row);
+        _tile_loadd(4, pa, a.row);
+        _tile_dpbf16ps(0, 4, 6);
+        if (rows == 2) {
+            _tile_loadd(5, pa + a.next, a.row);
+            _tile_dpbf16ps(2, 5, 6);
+        }
+        if (cols == 2) {
+            _tile_loadd(7, pb + b.next, b.row);
+            _tile_dpbf16ps(1, 4, 7);
+            if (rows == 2) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, c_bytes);
+    if (cols == 2) _tile_stored(1, c + 16, c_bytes);
+    if (rows == 2) _tile_stored(2, c1, c_bytes);
+    if (rows == 2 && cols == 2) _tile_stored(3, c1 + 16, c_bytes);
+}
+#endif
+
+#endif
