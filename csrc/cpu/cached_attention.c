@@ -5,7 +5,7 @@
  * They are cut into parts, which follow from a sequence's length alone. A task is one part for all heads, and
  * a second pass adds the parts up in their order. With very few, keys and values are multiplied where they
  * lie, with the next ones on their way from memory. Measurements: docs/tuning/generate.md. */
-#include "s2_forward.h"
+#include "s2_unit.h"
 
 #include <stdatomic.h>
 
@@ -352,7 +352,7 @@ static int chunk_thread(int64_t index, void *context) {
         f.out.data = at(&f.out, b * f.out.stride[0] - length * f.out.stride[1]);
         f.k.data = at(&f.k, row * f.k.stride[0]);
         f.v.data = at(&f.v, row * f.v.stride[0]);
-        forward_task(&f, &task, c->memory + index * c->floats);
+        attention_task(&f, &task, c->memory + index * c->floats);
     }
     return 0;
 }
@@ -365,8 +365,9 @@ static Call call_of(const CachedAttention *a) {
     c.rows = c.S * c.each;
     c.pitch = round_up(c.D, VW);
     c.parts = parts_of(min64(a->k_cache.shape[1], PART_KEYS * PARTS)); /* a longer sequence has no more */
+    S2AttentionForward f = { .q = a->q, .k = a->k_cache, .v = a->v_cache };
     c.floats =
-        c.rows <= FEW ? round_up((FEW + 2 * KEYS) * c.pitch + FEW * KEYS, VW) : forward_floats(c.pitch);
+        c.rows <= FEW ? round_up((FEW + 2 * KEYS) * c.pitch + FEW * KEYS, VW) : attention_floats(&f);
     return c;
 }
 

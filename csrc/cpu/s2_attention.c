@@ -10,7 +10,7 @@
  * are narrower. Plain heads come first, then shifted heads, which may share a KV head with plain ones. No sum
  * depends on the number of threads. */
 #include "s2_attention.h"
-#include "s2_forward.h"
+#include "s2_unit.h"
 
 #include <stdatomic.h>
 
@@ -28,7 +28,7 @@ typedef struct {
 static int forward_thread(int64_t index, void *context) {
     Forward *f = context;
     for (int64_t i; (i = atomic_fetch_add(&f->next, 1)) < f->w.count;)
-        forward_task(f->a, &f->w.tasks[i], f->memory + index * f->floats);
+        attention_task(f->a, &f->w.tasks[i], f->memory + index * f->floats);
     return 0;
 }
 
@@ -41,7 +41,7 @@ int CPU(s2_attention_forward)(const void *args, void *stream) {
         make_work(&f.p, forward_tasks, &f.w))
         return free_work(&f.p, &f.w), -1;
     int64_t threads = min64(get_threads(), f.w.count);
-    f.floats = forward_floats(round_up(f.p.D, VW));
+    f.floats = attention_floats(a);
     f.memory = scratch(threads * f.floats * (int64_t)sizeof(float));
     int status =
         f.memory ? parallel_for(threads, work_of(&f.w, f.p.D) / max64(threads, 1), forward_thread, &f) : -1;
@@ -115,8 +115,8 @@ static void load_queries(const Backward *b, const Segment *s, int64_t h, int64_t
         if (m->lse[i] == -INFINITY) m->lse[i] = 0; /* all scores are -inf: the weights are exp(-inf - 0) */
     }
     load_rows(m->q, pitch, &a->q, s, h, row, rows, BQ, (float)a->scale);
-    transpose(m->qt, m->q, pitch);
-    transpose(m->gt, m->g, pitch);
+    transpose(m->qt, m->q, BQ, pitch);
+    transpose(m->gt, m->g, BQ, pitch);
 }
 
 /* From scores in p and products dout v in ds: p = exp(p - lse), ds = p (ds - delta), both 0 where hidden. */
@@ -136,6 +136,13 @@ static void score_gradients(const Block *block, const Buffers *m) {
             vf_store(ds, d);
         }
     }
+}
+
+/* Whether dk and dv of the task's keys have sums already. */
+static int adds_to_keys(const Backward *b, const Task *task) {
+    int64_t plain_from, plain_to;
+    heads_of(&b->p, task->kv_head, 0, &plain_from, &plain_to);
+    return b->phase > 0 || (b->shifted && plain_from < plain_to);
 }
 
 static void backward_task(const Backward *b, const Task *task, float *memory) {
@@ -172,19 +179,166 @@ static void backward_task(const Backward *b, const Task *task, float *memory) {
                 add_row(sum_at(b, &a->dq, task, row + i, h, h - task->kv_head * each), m.dq + i * pitch,
                         (float)a->scale, D, b->phase > 0);
         }
-    int64_t plain_from, plain_to;
-    heads_of(&b->p, task->kv_head, 0, &plain_from, &plain_to);
-    int add = b->phase > 0 || (b->shifted && plain_from < plain_to);
+    int add = adds_to_keys(b, task);
     for (int64_t j = 0; j < keys; j++) {
         add_row(sum_at(b, &a->dk, task, key0 + j, task->kv_head, each), m.dk + j * pitch, 1, D, add);
         add_row(sum_at(b, &a->dv, task, key0 + j, task->kv_head, each + 1), m.dv + j * pitch, 1, D, add);
     }
 }
 
+#if MATRIX_UNIT
+/* ---- backward on the matrix unit: bfloat16 ------------------------------------------------------ */
+
+/* A thread's memory. Keys and values have CHUNK rows of `wide` elements, kt is k transposed; q_rows and g_rows are
+ * BQ rows in pairs of rows, qt and gt those rows transposed, in pairs of elements; dqt is dq transposed. p16 and
+ * ds16 are [BK,BQ] in bfloat16, ds_pairs ds in pairs of keys. */
+typedef struct {
+    uint16_t *k, *v, *kt, *q_rows, *g_rows, *p16, *ds16, *ds_pairs;
+    float *dk, *dv, *qt, *gt, *dqt, *rows, *p, *ds, *lse, *delta;
+} UnitBuffers;
+
+static UnitBuffers unit_buffers_in(float *memory, int64_t wide) {
+    UnitBuffers m;
+    m.dk = memory, m.dv = m.dk + CHUNK * wide, m.dqt = m.dv + CHUNK * wide, m.rows = m.dqt + BQ * wide;
+    m.qt = m.rows + BQ * wide, m.gt = m.qt + BQ * wide / 2, m.p = m.gt + BQ * wide / 2, m.ds = m.p + BK * BQ;
+    m.lse = m.ds + BK * BQ, m.delta = m.lse + BQ;
+    m.k = (uint16_t *)(m.delta + BQ), m.v = m.k + CHUNK * wide, m.kt = m.v + CHUNK * wide;
+    m.q_rows = m.kt + CHUNK * wide, m.g_rows = m.q_rows + BQ * wide, m.p16 = m.g_rows + BQ * wide;
+    m.ds16 = m.p16 + BK * BQ, m.ds_pairs = m.ds16 + BK * BQ;
+    return m;
+}
+
+/* BQ rows of `wide` elements from m->rows, in pairs of rows and transposed. */
+static void both_forms(uint16_t *in_pairs_of_rows, float *transposed, const float *rows, int64_t wide) {
+    for (int64_t i = 0; i < BQ; i += 2)
+        for (int64_t d = 0; d < wide; d += VW) {
+            const uint16_t *from = (const uint16_t *)rows + i * wide + d;
+            vh low, high;
+            memcpy(&low, from, sizeof low);
+            memcpy(&high, from + wide, sizeof high);
+            vu pair = __builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16;
+            memcpy(in_pairs_of_rows + i * wide + 2 * d, &pair, sizeof pair);
+        }
+    transpose(transposed, rows, BQ, wide / 2);
+}
+
+static float dot_halves(const uint16_t *a, const uint16_t *b, int64_t n) {
+    vf sum = { 0 };
+    for (int64_t i = 0; i < n; i += VW) sum += vf_load_any(a + i, BF16) * vf_load_any(b + i, BF16);
+    return vf_sum(sum);
+}
+
+static void unit_load_queries(const Backward *b, const Segment *s, int64_t h, int64_t row, int64_t rows,
+                              const UnitBuffers *m) {
+    const S2AttentionBackward *a = b->a;
+    int64_t wide = unit_width(b->p.D);
+    uint16_t *halves_of_rows = (uint16_t *)m->rows, *out = halves_of_rows + BQ * wide;
+    load_halves(halves_of_rows, wide, &a->dout, s, h, row, rows, BQ);
+    load_halves(out, wide, &a->out, s, h, row, rows, BQ);
+    for (int64_t i = 0; i < BQ; i++) {
+        m->delta[i] = dot_halves(halves_of_rows + i * wide, out + i * wide, wide);
+        m->lse[i] = i < rows ? *lse_at(&a->lse, s, row + i, h) : 0;
+        if (m->lse[i] == -INFINITY) m->lse[i] = 0; /* all scores are -inf: the weights are exp(-inf - 0) */
+    }
+    both_forms(m->g_rows, m->gt, m->rows, wide);
+    load_halves(halves_of_rows, wide, &a->q, s, h, row, rows, BQ);
+    both_forms(m->q_rows, m->qt, m->rows, wide);
+}
+
+/* As score_gradients(), of two keys at a time, to bfloat16. */
+static void unit_score_gradients(const Block *block, float scale, const UnitBuffers *m) {
+    for (int64_t j = 0; j < round_up(block->keys, UNIT_K); j += 2)
+        for (int64_t i = 0; i < BQ / VW; i++) {
+            vf e[2], d[2];
+            UNROLLED
+            for (int n = 0; n < 2; n++) {
+                int64_t at = (j + n) * BQ + i * VW;
+                e[n] = d[n] = (vf){ 0 };
+                if (j + n >= block->keys) continue;
+                e[n] = vf_exp_below(scale * vf_load(m->p + at) - vf_load(m->lse + i * VW));
+                d[n] = e[n] * (vf_load(m->ds + at) - vf_load(m->delta + i * VW));
+                if (!any_hidden(block, j + n, i)) continue;
+                vi mask = hidden(block, j + n, i);
+                e[n] = vf_select(mask, (vf){ 0 }, e[n]);
+                d[n] = vf_select(mask, (vf){ 0 }, d[n]);
+            }
+            halves p = round_two(e[0], e[1]), ds = round_two(d[0], d[1]), pairs = in_pairs(ds);
+            int64_t at = j * BQ + i * VW;
+            memcpy(m->p16 + at, &p, VW * 2);
+            memcpy(m->p16 + at + BQ, (char *)&p + VW * 2, VW * 2);
+            memcpy(m->ds16 + at, &ds, VW * 2);
+            memcpy(m->ds16 + at + BQ, (char *)&ds + VW * 2, VW * 2);
+            memcpy(m->ds_pairs + j * BQ + 2 * i * VW, &pairs, sizeof pairs);
+        }
+}
+
+static void unit_backward_task(const Backward *b, const Task *task, float *memory) {
+    const S2AttentionBackward *a = b->a;
+    const Segment *s = task->segment;
+    int64_t D = b->p.D, wide = unit_width(D), each = b->p.H / b->p.K, pair = s->b * b->p.K + task->kv_head;
+    int64_t key0 = task->first - b->phase * chunk_of(s), keys = min64(chunk_of(s), task->last - key0);
+    float scale = (float)a->scale;
+    if (key0 < 0 || s->shifted != b->shifted || pair < b->begin || pair >= b->end) return;
+    int64_t padded = round_up(keys, UNIT_K);
+    const UnitBuffers m = unit_buffers_in(memory, wide);
+    load_halves(m.k, wide, &a->k, s, task->kv_head, key0, keys, padded);
+    load_halves(m.v, wide, &a->v, s, task->kv_head, key0, keys, padded);
+    transpose_halves(m.kt, CHUNK, m.k, wide, padded, wide);
+    memset(m.dk, 0, (size_t)(padded * wide) * sizeof(float));
+    memset(m.dv, 0, (size_t)(padded * wide) * sizeof(float));
+    unit_begin();
+    for (int64_t h = task->from; h < task->to; h++)
+        for (int64_t row = task->first; row < task->last; row += BQ) {
+            int64_t rows = min64(BQ, task->last - row);
+            unit_load_queries(b, s, h, row, rows, &m);
+            for (int64_t key = 0; key < keys && key0 + key < row + rows; key += BK) {
+                Block block = { s, row, rows, key0 + key,
+                                min64(min64(BK, keys - key), row + rows - key0 - key) };
+                int64_t n = round_up(block.keys, UNIT_K), offset = key * wide;
+                unit_product(m.p, BQ, rows_of_16(m.k + offset, wide), words_of_16(m.qt, BQ), n, BQ, wide / UNIT_K,
+                             0);
+                unit_product(m.ds, BQ, rows_of_16(m.v + offset, wide), words_of_16(m.gt, BQ), n, BQ,
+                             wide / UNIT_K, 0);
+                unit_score_gradients(&block, scale, &m);
+                unit_product(m.dv + offset, wide, rows_of_16(m.p16, BQ), words_of_16(m.g_rows, wide), n, wide,
+                             BQ / UNIT_K, 1);
+                unit_product(m.dk + offset, wide, rows_of_16(m.ds16, BQ), words_of_16(m.q_rows, wide), n, wide,
+                             BQ / UNIT_K, 1);
+                unit_product(m.dqt, BQ, rows_of_16(m.kt + key, CHUNK), words_of_16(m.ds_pairs, BQ), wide, BQ,
+                             n / UNIT_K, key > 0);
+            }
+            transpose(m.rows, m.dqt, wide, BQ);
+            for (int64_t i = 0; i < rows; i++)
+                add_row(sum_at(b, &a->dq, task, row + i, h, h - task->kv_head * each), m.rows + i * wide, scale, D,
+                        b->phase > 0);
+        }
+    unit_end();
+    int add = adds_to_keys(b, task);
+    for (int64_t j = 0; j < keys; j++) {
+        add_row(sum_at(b, &a->dk, task, key0 + j, task->kv_head, each), m.dk + j * wide, scale, D, add);
+        add_row(sum_at(b, &a->dv, task, key0 + j, task->kv_head, each + 1), m.dv + j * wide, 1, D, add);
+    }
+}
+
+static int in_bfloat16(const S2AttentionBackward *a) {
+    return a->q.dtype == BF16 && a->k.dtype == BF16 && a->v.dtype == BF16 && a->out.dtype == BF16 &&
+           a->dout.dtype == BF16;
+}
+#endif
+
+/* Elements of a row in memory, whichever way a task goes. */
+static int64_t widest(int64_t D) { return round_up(D, MATRIX_UNIT ? 2 * VW : VW); }
+
 static int backward_thread(int64_t index, void *context) {
     Backward *b = context;
-    for (int64_t i; (i = atomic_fetch_add(&b->next, 1)) < b->w.count;)
-        backward_task(b, &b->w.tasks[i], b->memory + index * b->floats);
+    for (int64_t i; (i = atomic_fetch_add(&b->next, 1)) < b->w.count;) {
+        float *memory = b->memory + index * b->floats;
+#if MATRIX_UNIT
+        if (in_bfloat16(b->a)) unit_backward_task(b, &b->w.tasks[i], memory);
+        else
+#endif
+            backward_task(b, &b->w.tasks[i], memory);
+    }
     return 0;
 }
 
@@ -239,7 +393,7 @@ int CPU(s2_attention_backward)(const void *args, void *stream) {
     int64_t threads = min64(get_threads(), b.w.count), pairs = p->B * p->K;
     int64_t at_once = narrow ? attention_heads_at_once(p->B, p->T, p->H, p->K, p->D) : pairs;
     b.pitch = round_up(p->D, VW);
-    b.floats = attention_thread_scratch(b.pitch) / (int64_t)sizeof(float);
+    b.floats = attention_thread_scratch(widest(b.p.D)) / (int64_t)sizeof(float);
     b.memory = scratch(threads * b.floats * (int64_t)sizeof(float));
     if (narrow) b.sums = scratch(at_once * attention_head_sums(p->T, p->H, p->K, p->D));
     if (!b.memory || (narrow && !b.sums)) status = -1;
@@ -258,8 +412,7 @@ int CPU(s2_attention_backward)(const void *args, void *stream) {
 /* The blocks of all threads, and the sums; not the lists of segments and tasks, which are small. */
 Scratch CPU(s2_attention_forward_scratch)(const void *args) {
     const S2AttentionForward *a = args;
-    int64_t floats = forward_floats(round_up(a->q.shape[3], VW));
-    return (Scratch){ { get_threads() * floats * (int64_t)sizeof(float) } };
+    return (Scratch){ { get_threads() * attention_floats(a) * (int64_t)sizeof(float) } };
 }
 
 Scratch CPU(s2_attention_backward_scratch)(const void *args) {
@@ -268,5 +421,5 @@ Scratch CPU(s2_attention_backward_scratch)(const void *args) {
     if (H == 0) return (Scratch){ 0 };
     int64_t sums =
         a->q.dtype == F32 ? 0 : attention_heads_at_once(B, T, H, K, D) * attention_head_sums(T, H, K, D);
-    return (Scratch){ { get_threads() * attention_thread_scratch(round_up(D, VW)), sums } };
+    return (Scratch){ { get_threads() * attention_thread_scratch(widest(D)), sums } };
 }

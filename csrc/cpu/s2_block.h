@@ -180,26 +180,32 @@ static void load_rows(float *out, int64_t pitch, const Tensor *x, const Segment 
 #define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
 #endif
 
-/* out[pitch,BQ] = rows[BQ,pitch] transposed, in squares of VW x VW. To zip the first half of a square's rows
- * with the second half, log2(VW) times, transposes it. */
-static void transpose(float *out, const float *rows, int64_t pitch) {
-    for (int64_t d = 0; d < pitch; d += VW)
-        for (int64_t i = 0; i < BQ; i += VW) {
-            vf x[VW], y[VW];
+/* The square x becomes its transpose: the first half of the rows is zipped with the second half, log2(VW)
+ * times. */
+static inline __attribute__((always_inline)) void transpose_square(vf x[VW]) {
+    vf y[VW];
+    UNROLLED
+    for (int step = 0; step < (VW == 16 ? 4 : VW == 8 ? 3 : 2); step++) {
+        UNROLLED
+        for (int r = 0; r < VW / 2; r++) {
+            y[2 * r] = ZIP_LOW(x[r], x[r + VW / 2]);
+            y[2 * r + 1] = ZIP_HIGH(x[r], x[r + VW / 2]);
+        }
+        UNROLLED
+        for (int r = 0; r < VW; r++) x[r] = y[r];
+    }
+}
+
+/* out[N,M] = in[M,N] transposed. M and N are multiples of VW. */
+static void transpose(float *out, const float *in, int64_t M, int64_t N) {
+    for (int64_t n = 0; n < N; n += VW)
+        for (int64_t m = 0; m < M; m += VW) {
+            vf x[VW];
             UNROLLED
-            for (int r = 0; r < VW; r++) x[r] = vf_load(rows + (i + r) * pitch + d);
+            for (int r = 0; r < VW; r++) x[r] = vf_load(in + (m + r) * N + n);
+            transpose_square(x);
             UNROLLED
-            for (int step = 0; step < (VW == 16 ? 4 : VW == 8 ? 3 : 2); step++) {
-                UNROLLED
-                for (int r = 0; r < VW / 2; r++) {
-                    y[2 * r] = ZIP_LOW(x[r], x[r + VW / 2]);
-                    y[2 * r + 1] = ZIP_HIGH(x[r], x[r + VW / 2]);
-                }
-                UNROLLED
-                for (int r = 0; r < VW; r++) x[r] = y[r];
-            }
-            UNROLLED
-            for (int r = 0; r < VW; r++) vf_store(out + (d + r) * BQ + i, x[r]);
+            for (int r = 0; r < VW; r++) vf_store(out + (n + r) * M + m, x[r]);
         }
 }
 

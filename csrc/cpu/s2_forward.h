@@ -5,9 +5,10 @@
 
 #include "s2_block.h"
 
-/* Turns scores [keys,BQ] into exp(score - maximum) in place, 0 where hidden, and updates the running maximum
- * and sum of each row. shrink is the factor for what the row has summed before. */
-static void softmax(float *p, const Block *b, float *maximum, float *sum, float *shrink) {
+/* Turns products [keys,BQ] of queries and keys into exp(scale product - maximum) in place, 0 where hidden, and
+ * updates the running maximum and sum of each row. shrink is the factor for what the row has summed before. */
+static inline __attribute__((always_inline)) void softmax(float *p, const Block *b, float scale, float *maximum,
+                                                          float *sum, float *shrink) {
     for (int64_t v = 0; v * VW < b->rows; v += NV) {
         float *column = p + v * VW;
         int64_t keys = keys_of(b, v, NV),
@@ -24,7 +25,7 @@ static void softmax(float *p, const Block *b, float *maximum, float *sum, float 
             total[i] = (vf){ 0 };
         }
         for (int64_t j = 0; j < keys; j++)
-            for (int i = 0; i < NV; i++) top[i] = vf_max(top[i], vf_load(column + j * BQ + i * VW));
+            for (int i = 0; i < NV; i++) top[i] = vf_max(top[i], scale * vf_load(column + j * BQ + i * VW));
         for (int i = 0; i < NV; i++) {
             vf_store(maximum + (v + i) * VW, top[i]);
             /* A row that has seen no key: exp(-inf - 0) is 0, exp(-inf + inf) is not. */
@@ -33,7 +34,7 @@ static void softmax(float *p, const Block *b, float *maximum, float *sum, float 
         for (int64_t j = 0; j < keys; j++)
             for (int i = 0; i < NV; i++) {
                 float *x = column + j * BQ + i * VW;
-                vf e = vf_exp_below(vf_load(x) - top[i]);
+                vf e = vf_exp_below(scale * vf_load(x) - top[i]);
                 vf_store(x, e);
                 total[i] += e;
             }
@@ -61,7 +62,7 @@ static void forward_task(const S2AttentionForward *a, const Task *task, float *m
         int64_t first = i % size;
         load_rows(out, pitch, &a->q, s, task->from + i / size, task->first + first, min64(BQ, n - first), BQ,
                   (float)a->scale);
-        transpose(qt + i * pitch, out, pitch);
+        transpose(qt + i * pitch, out, BQ, pitch);
     }
     memset(out, 0, (size_t)(all * pitch) * sizeof(float));
     for (int64_t i = 0; i < all; i++) {
@@ -77,7 +78,7 @@ static void forward_task(const S2AttentionForward *a, const Task *task, float *m
             Block b = { s, row, rows, key, min64(keys, row + rows - key) };
             if (b.keys <= 0) continue;
             scores(p, &b, k, pitch, qt + i * pitch, D);
-            softmax(p, &b, maximum + i, sum + i, shrink);
+            softmax(p, &b, 1, maximum + i, sum + i, shrink);
             for (int64_t r = 0; r < rows; r++)
                 if (shrink[r] != 1.0f) {
                     float *x = out + (i + r) * pitch;

@@ -134,7 +134,7 @@ void CPU(gemm_plan)(const Gemm *g, Plan *plan, Plan *of_u) {
     p.way = choose_way(&p);
     p.writes_of_c = choose_writes_of_c(&p, g);
 #if MATRIX_UNIT
-    if (p.step == PAIRS && p.way == BLOCKS) plan_unit(&p);
+    if (p.step == PAIRS && p.way == BLOCKS && p.K) plan_unit(&p);
 #endif
     if (p.way == BLOCKS) {
         choose_slice(&p);
