@@ -11,8 +11,8 @@ Switches (environment):
     CC, CXX, MAX_JOBS   compilers; how many run at a time, by default one per processor
     DEBUG=1             -O0 -g, assertions
     SANITIZE=address,undefined      instrumented build; tests/sanitize.sh runs the op tests on one
-    WIDE=1              only portable kernels, with the block sizes of AVX-512 and its bfloat16 products:
-                        slow; tests/ops/test_wide.py uses it on processors without AVX-512
+    WIDE=1              only portable kernels, with the block sizes of AVX-512 and its bfloat16 products; 2:
+                        and those of AMX. Slow; tests/ops/test_wide.py uses it on processors without them
     POOL=1              our own threads in place of OpenMP, as on macOS; tests/ops/test_pool.py uses it
     NUMPY_INCLUDE       NumPy's headers, for a cross build. It also sets CC, LDSHARED and
                         _PYTHON_HOST_PLATFORM, the platform that it builds for; see .ci/cross
@@ -45,7 +45,7 @@ OPENMP = [] if POOL else ["-fopenmp"]
 V4 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 V3 = ["-mavx2", "-mfma", "-mf16c"]
 # The same names as FOR_EACH_ISA in csrc/ops.h.
-ISAS = {"portable": ["-DWIDE", "-O1" if SANITIZE else "-O2", "-Wno-psabi"] if WIDE else []}
+ISAS = {"portable": [f"-DWIDE={WIDE}", "-O1" if SANITIZE else "-O2", "-Wno-psabi"] if WIDE else []}
 if X86:
     ISAS |= {"avx2": V3, "avx512": V3 + V4, "avx512_bf16": V3 + V4 + ["-mavx512bf16"]}
     ISAS |= {"amx": [*ISAS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]}

@@ -137,13 +137,14 @@ const char *last_error(void) { return message; }
 const char *const isa_names[ISA_COUNT] = { FOR_EACH_ISA(NAME) };
 
 #ifdef LONGLORA_X86
-/* Whether the processor has AMX for bfloat16 and the system lets this process use it. Linux wants to be asked,
- * once for all threads of a process. */
+/* Whether the processor has AMX for bfloat16 and the system lets this process use it. Linux wants to be
+ * asked, once for all threads of a process. */
 static int matrix_unit_granted(void) {
 #ifdef __linux__
     enum { REQUEST = 0x1023, TILE_DATA = 18, BF16_BIT = 1 << 22, TILE_BIT = 1 << 24 };
     unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (BF16_BIT | TILE_BIT)) != (BF16_BIT | TILE_BIT)) return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (BF16_BIT | TILE_BIT)) != (BF16_BIT | TILE_BIT))
+        return 0;
     return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 #else
     return 0;

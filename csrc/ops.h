@@ -68,7 +68,7 @@ typedef struct {
 #define DECLARE_WORKSPACE(name) int64_t name##_cuda_workspace(const void *args);
 
 #ifdef LONGLORA_X86
-#define DECLARE_FOR_EACH_ISA(declare, name) \
+#define DECLARE_FOR_EACH_ISA(declare, name)                                                      \
     declare(name, portable) declare(name, avx2) declare(name, avx512) declare(name, avx512_bf16) \
         declare(name, amx)
 #else

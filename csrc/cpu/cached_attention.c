@@ -366,8 +366,7 @@ static Call call_of(const CachedAttention *a) {
     c.pitch = round_up(c.D, VW);
     c.parts = parts_of(min64(a->k_cache.shape[1], PART_KEYS * PARTS)); /* a longer sequence has no more */
     S2AttentionForward f = { .q = a->q, .k = a->k_cache, .v = a->v_cache };
-    c.floats =
-        c.rows <= FEW ? round_up((FEW + 2 * KEYS) * c.pitch + FEW * KEYS, VW) : attention_floats(&f);
+    c.floats = c.rows <= FEW ? round_up((FEW + 2 * KEYS) * c.pitch + FEW * KEYS, VW) : attention_floats(&f);
     return c;
 }
 

@@ -38,7 +38,7 @@
 /* ---- vectors --------------------------------------------------------------------------------- */
 
 /* WIDE (see setup.py): portable C in the sizes of AVX-512, with products of bfloat16, so that processors
- * without them can test those sizes. */
+ * without them can test those sizes. WIDE=2: with the products of the matrix unit as well. */
 #if defined __AVX512F__ || defined WIDE
 #define VW 16
 #elif defined __AVX2__

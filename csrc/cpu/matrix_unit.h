@@ -1,15 +1,16 @@
-/* matrix_unit.h --- products of bfloat16 on the processor's matrix unit (AMX): eight registers of 16 rows of 64
- * bytes. A register holds 16 x 32 bfloat16 of a left factor, as many of a right factor in pairs (row k has
+/* matrix_unit.h --- products of bfloat16 on the processor's matrix unit (AMX): eight registers of 16 rows of
+ * 64 bytes. A register holds 16 x 32 bfloat16 of a left factor, as many of a right factor in pairs (row k has
  * elements 2k and 2k + 1 of 16 columns), or 16 x 16 sums in float32.
  *
- * One instruction adds 16 x 32 by 32 x 16 to the sums of a register: the products of even k and those of odd k
- * are added up apart, then together, then to the sum. Subnormal numbers count as 0. */
+ * One instruction adds 16 x 32 by 32 x 16 to the sums of a register: the products of even k and those of odd
+ * k are added up apart, then together, then to the sum. Subnormal numbers count as 0. In a WIDE=2 build (see
+ * setup.py) plain C takes the place of the instructions, so that any processor can test what uses them. */
 #ifndef LONGLORA_MATRIX_UNIT_H
 #define LONGLORA_MATRIX_UNIT_H
 
 #include "cpu.h"
 
-#if defined __AMX_BF16__
+#if defined __AMX_BF16__ || WIDE == 2
 #define MATRIX_UNIT 1
 #else
 #define MATRIX_UNIT 0
@@ -17,14 +18,15 @@
 
 #if MATRIX_UNIT
 enum {
-    UNIT = 16,             /* rows and columns of the sums of a register */
-    UNIT_K = 32,           /* elements along k of a register */
-    UNIT_BYTES = 16 * 64,  /* of a register */
+    UNIT = 16,            /* rows and columns of the sums of a register */
+    UNIT_K = 32,          /* elements along k of a register */
+    UNIT_BYTES = 16 * 64, /* of a register */
 };
 
 /* Every thread does this before its first product, and unit_end() after its last one: a thread that holds
  * registers of the unit is slower to switch. */
 static inline void unit_begin(void) {
+#if defined __AMX_BF16__
     struct {
         uint8_t palette, start_row, reserved[14];
         uint16_t bytes[16]; /* of a row, by register */
@@ -33,20 +35,53 @@ static inline void unit_begin(void) {
     _Static_assert(sizeof all == 64, "as the instruction reads it");
     for (int i = 0; i < 8; i++) all.bytes[i] = 64, all.rows[i] = 16;
     _tile_loadconfig(&all);
+#endif
 }
-static inline void unit_end(void) { _tile_release(); }
+static inline void unit_end(void) {
+#if defined __AMX_BF16__
+    _tile_release();
+#endif
+}
 
-/* Where registers of one factor lie: the first row or column of 16, the bytes to the next 16, from row to row of
- * a register, and to the register of the next 32 k. */
+/* Where registers of one factor lie: the first row or column of 16, the bytes to the next 16, from row to row
+ * of a register, and to the register of the next 32 k. */
 typedef struct {
     const char *data;
     int64_t next, row, step;
 } UnitFactor;
 
-/* c[16 rows, 16 cols] (+)= a b over `count` registers along k, with rows and cols of 1 or 2. c_row: floats. */
+#if !defined __AMX_BF16__
+/* What unit_multiply() does, a row of 16 sums at a time. */
+static void unit_multiply_row(float *c, const char *a, int64_t a_step, const char *b, UnitFactor of_b,
+                              int64_t count, int add) {
+    vf sum = add ? vf_load(c) : (vf){ 0 };
+    for (int64_t i = 0; i < count; i++) {
+        vf even = { 0 }, odd = { 0 };
+        for (int64_t k = 0; k < UNIT; k++) {
+            uint16_t x[2];
+            vu y;
+            memcpy(x, a + i * a_step + 4 * k, sizeof x);
+            memcpy(&y, b + i * of_b.step + k * of_b.row, sizeof y);
+            even += bf16_to_float(x[0]) * (vf)(y << 16);
+            odd += bf16_to_float(x[1]) * (vf)(y & 0xffff0000);
+        }
+        sum += even + odd;
+    }
+    vf_store(c, sum);
+}
+#endif
+
+/* c[16 rows, 16 cols] (+)= a b over `count` registers along k, with rows and cols of 1 or 2. c_row: floats.
+ */
 static inline __attribute__((always_inline)) void unit_multiply(float *c, int64_t c_row, UnitFactor a,
                                                                 UnitFactor b, int64_t count, int rows,
                                                                 int cols, int add) {
+#if !defined __AMX_BF16__
+    for (int64_t r = 0; r < rows * UNIT; r++)
+        for (int64_t j = 0; j < cols; j++)
+            unit_multiply_row(c + r * c_row + j * UNIT, a.data + r / UNIT * a.next + r % UNIT * a.row, a.step,
+                              b.data + j * b.next, b, count, add);
+#else
     int64_t c_bytes = c_row * 4;
     float *c1 = c + 16 * c_row;
     if (add) {
@@ -79,6 +114,7 @@ static inline __attribute__((always_inline)) void unit_multiply(float *c, int64_
     if (cols == 2) _tile_stored(1, c + 16, c_bytes);
     if (rows == 2) _tile_stored(2, c1, c_bytes);
     if (rows == 2 && cols == 2) _tile_stored(3, c1 + 16, c_bytes);
+#endif
 }
 #endif
 

@@ -189,9 +189,9 @@ static void backward_task(const Backward *b, const Task *task, float *memory) {
 #if MATRIX_UNIT
 /* ---- backward on the matrix unit: bfloat16 ------------------------------------------------------ */
 
-/* A thread's memory. Keys and values have CHUNK rows of `wide` elements, kt is k transposed; q_rows and g_rows are
- * BQ rows in pairs of rows, qt and gt those rows transposed, in pairs of elements; dqt is dq transposed. p16 and
- * ds16 are [BK,BQ] in bfloat16, ds_pairs ds in pairs of keys. */
+/* A thread's memory. Keys and values have CHUNK rows of `wide` elements, kt is k transposed; q_rows and
+ * g_rows are BQ rows in pairs of rows, qt and gt those rows transposed, in pairs of elements; dqt is dq
+ * transposed. p16 and ds16 are [BK,BQ] in bfloat16, ds_pairs ds in pairs of keys. */
 typedef struct {
     uint16_t *k, *v, *kt, *q_rows, *g_rows, *p16, *ds16, *ds_pairs;
     float *dk, *dv, *qt, *gt, *dqt, *rows, *p, *ds, *lse, *delta;
@@ -295,22 +295,22 @@ static void unit_backward_task(const Backward *b, const Task *task, float *memor
                 Block block = { s, row, rows, key0 + key,
                                 min64(min64(BK, keys - key), row + rows - key0 - key) };
                 int64_t n = round_up(block.keys, UNIT_K), offset = key * wide;
-                unit_product(m.p, BQ, rows_of_16(m.k + offset, wide), words_of_16(m.qt, BQ), n, BQ, wide / UNIT_K,
-                             0);
+                unit_product(m.p, BQ, rows_of_16(m.k + offset, wide), words_of_16(m.qt, BQ), n, BQ,
+                             wide / UNIT_K, 0);
                 unit_product(m.ds, BQ, rows_of_16(m.v + offset, wide), words_of_16(m.gt, BQ), n, BQ,
                              wide / UNIT_K, 0);
                 unit_score_gradients(&block, scale, &m);
                 unit_product(m.dv + offset, wide, rows_of_16(m.p16, BQ), words_of_16(m.g_rows, wide), n, wide,
                              BQ / UNIT_K, 1);
-                unit_product(m.dk + offset, wide, rows_of_16(m.ds16, BQ), words_of_16(m.q_rows, wide), n, wide,
-                             BQ / UNIT_K, 1);
+                unit_product(m.dk + offset, wide, rows_of_16(m.ds16, BQ), words_of_16(m.q_rows, wide), n,
+                             wide, BQ / UNIT_K, 1);
                 unit_product(m.dqt, BQ, rows_of_16(m.kt + key, CHUNK), words_of_16(m.ds_pairs, BQ), wide, BQ,
                              n / UNIT_K, key > 0);
             }
             transpose(m.rows, m.dqt, wide, BQ);
             for (int64_t i = 0; i < rows; i++)
-                add_row(sum_at(b, &a->dq, task, row + i, h, h - task->kv_head * each), m.rows + i * wide, scale, D,
-                        b->phase > 0);
+                add_row(sum_at(b, &a->dq, task, row + i, h, h - task->kv_head * each), m.rows + i * wide,
+                        scale, D, b->phase > 0);
         }
     unit_end();
     int add = adds_to_keys(b, task);

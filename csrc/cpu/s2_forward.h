@@ -5,10 +5,11 @@
 
 #include "s2_block.h"
 
-/* Turns products [keys,BQ] of queries and keys into exp(scale product - maximum) in place, 0 where hidden, and
- * updates the running maximum and sum of each row. shrink is the factor for what the row has summed before. */
-static inline __attribute__((always_inline)) void softmax(float *p, const Block *b, float scale, float *maximum,
-                                                          float *sum, float *shrink) {
+/* Turns products [keys,BQ] of queries and keys into exp(scale product - maximum) in place, 0 where hidden,
+ * and updates the running maximum and sum of each row. shrink is the factor for what the row has summed
+ * before. */
+static inline __attribute__((always_inline)) void softmax(float *p, const Block *b, float scale,
+                                                          float *maximum, float *sum, float *shrink) {
     for (int64_t v = 0; v * VW < b->rows; v += NV) {
         float *column = p + v * VW;
         int64_t keys = keys_of(b, v, NV),

@@ -1,7 +1,7 @@
 /* s2_unit.h --- a forward task of attention on the matrix unit: q, k and v are bfloat16.
  *
- * As in s2_block.h, scores are kept transposed, and so is the output: out^T [D,queries] is v^T p^T. Weights are
- * rounded to bfloat16 before they multiply values; they are added up, and the running maximum is kept, in
+ * As in s2_block.h, scores are kept transposed, and so is the output: out^T [D,queries] is v^T p^T. Weights
+ * are rounded to bfloat16 before they multiply values; they are added up, and the running maximum is kept, in
  * float32. Rows of a head have `wide` elements here: D rounded up to what a register holds. */
 #ifndef LONGLORA_S2_UNIT_H
 #define LONGLORA_S2_UNIT_H
@@ -15,8 +15,8 @@ typedef uint16_t halves __attribute__((vector_size(64), may_alias));
 static inline int64_t unit_width(int64_t D) { return round_up(D, UNIT_K); }
 
 /* out[padded,wide]: rows first .. first+n-1 of a segment; zeros beyond n and D. */
-static void load_halves(uint16_t *out, int64_t wide, const Tensor *x, const Segment *s, int64_t head, int64_t first,
-                        int64_t n, int64_t padded) {
+static void load_halves(uint16_t *out, int64_t wide, const Tensor *x, const Segment *s, int64_t head,
+                        int64_t first, int64_t n, int64_t padded) {
     size_t bytes = (size_t)x->shape[3] * 2, all = (size_t)wide * 2;
     for (int64_t i = 0; i < n; i++) {
         fetch(row_at(x, s, first + i + FETCH, head), (int64_t)bytes);
@@ -42,12 +42,12 @@ static void transpose_halves(uint16_t *out, int64_t out_row, const uint16_t *in,
             UNROLLED
             for (int r = 0; r < VW; r++) {
                 halves low = (halves)x[0][r], high = (halves)x[1][r];
-                halves even = __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26,
-                                                      28, 30, 32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56,
-                                                      58, 60, 62);
-                halves odd = __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27,
-                                                     29, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57,
-                                                     59, 61, 63);
+                halves even = __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22,
+                                                      24, 26, 28, 30, 32, 34, 36, 38, 40, 42, 44, 46, 48, 50,
+                                                      52, 54, 56, 58, 60, 62);
+                halves odd = __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25,
+                                                     27, 29, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53,
+                                                     55, 57, 59, 61, 63);
                 memcpy(out + (n + 2 * r) * out_row + m, &even, sizeof even);
                 memcpy(out + (n + 2 * r + 1) * out_row + m, &odd, sizeof odd);
             }
@@ -56,11 +56,20 @@ static void transpose_halves(uint16_t *out, int64_t out_row, const uint16_t *in,
 
 /* Two vectors, rounded to bfloat16, as they lie in memory and as pairs. */
 static inline halves round_two(vf a, vf b) {
+#if defined __AVX512BF16__
     return (halves)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+#else
+    uint16_t x[2 * VW];
+    vf_store_any(x, BF16, a);
+    vf_store_any(x + VW, BF16, b);
+    halves both;
+    memcpy(&both, x, sizeof both);
+    return both;
+#endif
 }
 static inline halves in_pairs(halves x) {
-    return __builtin_shufflevector(x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10,
-                                   26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return __builtin_shufflevector(x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25,
+                                   10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 
 /* out[keys/2,BQ]: weights p[keys,BQ] in pairs of keys; zeros from `keys` on, up to a multiple of UNIT_K. */
@@ -130,8 +139,8 @@ static void unit_forward_task(const S2AttentionForward *a, const Task *task, flo
             Block b = { s, row, rows, key, min64(keys, row + rows - key) };
             if (b.keys <= 0) continue;
             int64_t padded = round_up(b.keys, UNIT_K);
-            unit_product(p, BQ, rows_of_16(k, wide), words_of_16(qt + i * wide / 2, BQ), padded, BQ, wide / UNIT_K,
-                         0);
+            unit_product(p, BQ, rows_of_16(k, wide), words_of_16(qt + i * wide / 2, BQ), padded, BQ,
+                         wide / UNIT_K, 0);
             softmax(p, &b, (float)a->scale, maximum + i, sum + i, shrink);
             pair_keys(pairs, p, keys_of(&b, 0, BQ / VW));
             float *o = out + i * wide;

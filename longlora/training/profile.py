@@ -217,8 +217,8 @@ def text(found: dict[str, Any]) -> str:
 
     lines = [
         f"a step takes {found['seconds']:.3f} s, the mean of {found['steps']}; {found['threads']} threads, "
-        f"{found['instruction_set']}; measured peaks: multiply-add {found['peak_gflops']:.0f} GF/s, copy "
-        f"{found['copy_gbytes']:.0f} GB/s",
+        f"{found['instruction_set']}; measured peaks: float32 multiply-add {found['peak_gflops']:.0f} GF/s, "
+        f"copy {found['copy_gbytes']:.0f} GB/s",
         f"{'op':<30} {'calls':>6} {'seconds':>9} {'share':>6} {'system':>7} {'GFLOP':>9} {'GF/s':>7} "
         f"{'GB':>8} {'GB/s':>6} {'floor':>6}",
     ]

@@ -1,20 +1,20 @@
 /* unit.c --- a product of two bfloat16 matrices on the matrix unit.
  *
- * Both factors are packed in registers of the unit, one behind the other along k, so each is read as one run of
- * memory. 32 columns of b stay in the first cache while the rows of a task pass by, and the rows of a task in
- * the second while the columns do. The unit sums up 32 products before it adds them to a sum, so sums of any
- * length stay exact enough, and k is cut only for the sake of the caches.
+ * Both factors are packed in registers of the unit, one behind the other along k, so each is read as one run
+ * of memory. 32 columns of b stay in the first cache while the rows of a task pass by, and the rows of a task
+ * in the second while the columns do. The unit sums up 32 products before it adds them to a sum, so sums of
+ * any length stay exact enough, and k is cut only for the sake of the caches.
  *
- * LoRA: u, scaled and rounded, continues the rows of a, and b2 the columns of b. What was tried, with figures, is
- * in docs/tuning/gemm.md. */
+ * LoRA: u, scaled and rounded, continues the rows of a, and b2 the columns of b. What was tried, with
+ * figures, is in docs/tuning/gemm.md. */
 #include "pack.h"
 #include "tile.h"
 
 #if MATRIX_UNIT
 enum {
-    WIDE_SUMS = 2 * UNIT,          /* rows and columns of sums at a time */
-    WORDS = UNIT_BYTES / 4,        /* floats, or pairs, of a register */
-    RUN = 4 * UNIT,                /* steps that are packed of 16 columns before the next take their turn */
+    WIDE_SUMS = 2 * UNIT,   /* rows and columns of sums at a time */
+    WORDS = UNIT_BYTES / 4, /* floats, or pairs, of a register */
+    RUN = 4 * UNIT,         /* steps that are packed of 16 columns before the next take their turn */
 };
 
 /* Registers along k of the first product, and of both. */
@@ -23,14 +23,14 @@ static int64_t of_all(const Plan *p) { return of_k(p) + ceil_div(p->steps2, UNIT
 
 /* ---- packing --------------------------------------------------------------------------------- */
 
-/* Registers of a right factor: steps 0 .. of columns n0 .. n1, out of b[K,N]. `pitch`: floats from 16 columns to
- * the next. */
+/* Registers of a right factor: steps 0 .. of columns n0 .. n1, out of b[K,N]. `pitch`: floats from 16 columns
+ * to the next. */
 static void pack_columns(float *out, int64_t pitch, Matrix b, int64_t K, int64_t N, int64_t n0, int64_t n1) {
     int64_t steps = ceil_div(K, UNIT_K) * UNIT;
     for (int64_t s = 0; s < steps; s += RUN)
         for (int64_t n = n0; n < n1; n += UNIT)
-            CPU(gemm_pack)(out + (n - n0) / UNIT * pitch + s * UNIT, b, 2 * s, min64(RUN, steps - s), K, n, UNIT,
-                           N, 1, PAIRS);
+            CPU(gemm_pack)(out + (n - n0) / UNIT * pitch + s * UNIT, b, 2 * s, min64(RUN, steps - s), K, n,
+                           UNIT, N, 1, PAIRS);
 }
 
 /* 16 rows of a[M,K] from row m, as registers of a left factor. */
@@ -77,7 +77,8 @@ static UnitFactor left(const Job *job, int64_t m) {
     if (p->rows_of_a == IN_PLACE)
         return (UnitFactor){ element(p->a, m, 0), UNIT * p->a.row * 2, p->a.row * 2, 64 };
     int64_t pitch = of_all(p) * UNIT_BYTES;
-    return (UnitFactor){ (const char *)job->packed_a + (m - job->at.m0) / UNIT * pitch, pitch, 64, UNIT_BYTES };
+    return (UnitFactor){ (const char *)job->packed_a + (m - job->at.m0) / UNIT * pitch, pitch, 64,
+                         UNIT_BYTES };
 }
 
 /* Packs rows m .. m_end of a; computes u for them, and packs it behind them. */
@@ -91,8 +92,8 @@ static void ready_rows(const Job *job, int64_t m, int64_t m_end) {
         for (int64_t r = 0; r < p->R && job->of_u; r += UNIT) {
             int64_t columns = min64(UNIT, p->R - r);
             const float *a2 = job->of_u->packed_b + r * of_k(p) * UNIT;
-            unit_multiply(u, UNIT, left(job, m), (UnitFactor){ (const char *)a2, 0, 64, UNIT_BYTES }, of_k(p), 1,
-                          1, 0);
+            unit_multiply(u, UNIT, left(job, m), (UnitFactor){ (const char *)a2, 0, 64, UNIT_BYTES }, of_k(p),
+                          1, 1, 0);
             for (int64_t i = 0; i < min64(UNIT, p->M - m); i++)
                 memcpy(g->u + (m + i) * g->u_row + r, u + i * UNIT, (size_t)columns * 4);
         }
@@ -170,7 +171,8 @@ static int run_slice(Job *job, int64_t threads) {
     int64_t rows = at->m1 - at->m0, cols = at->n1 - at->n0, registers = of_all(p);
     int packs_a = p->rows_of_a != IN_PLACE && at->n0 == 0;
     at->pack_n = max64(1, min64(PANELS, ceil_div(cols, 4 * threads * UNIT))) * UNIT;
-    if (parallel_for(ceil_div(cols, at->pack_n), at->pack_n * registers * UNIT / 4, pack_b_task, job)) return -1;
+    if (parallel_for(ceil_div(cols, at->pack_n), at->pack_n * registers * UNIT / 4, pack_b_task, job))
+        return -1;
     at->tile_m = min64(UNIT_ROWS, max64(1, UNIT_TASK_BYTES / (registers * 2 * UNIT_BYTES)) * WIDE_SUMS);
     while (at->tile_m > WIDE_SUMS && ceil_div(rows, at->tile_m) < 4 * threads)
         at->tile_m = ceil_div(at->tile_m / WIDE_SUMS, 2) * WIDE_SUMS;
@@ -188,8 +190,7 @@ static int run_slice(Job *job, int64_t threads) {
 int CPU(gemm_unit)(Job *job) {
     const Plan *p = job->plan;
     Slice *at = &job->at;
-    if (job->of_u)
-        pack_columns(job->of_u->packed_b, of_k(p) * WORDS, job->g->a2, p->K, p->R, 0, p->R);
+    if (job->of_u) pack_columns(job->of_u->packed_b, of_k(p) * WORDS, job->g->a2, p->K, p->R, 0, p->R);
     for (at->m0 = 0; at->m0 < p->M; at->m0 = at->m1) {
         at->m1 = min64(p->M, at->m0 + p->wide_m);
         for (at->n0 = 0; at->n0 < p->N; at->n0 = at->n1) {
