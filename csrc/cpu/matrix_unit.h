@@ -23,6 +23,21 @@ enum {
     UNIT_BYTES = 16 * 64, /* of a register */
 };
 
+typedef uint16_t halves __attribute__((vector_size(64), may_alias));
+
+/* Two vectors, rounded to bfloat16, one behind the other. Subnormal numbers may become 0. */
+static inline halves round_two(vf a, vf b) {
+#if defined __AVX512BF16__
+    return (halves)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+#else
+    uint16_t x[2 * VW];
+    vf_store_any(x, BF16, a);
+    vf_store_any(x + VW, BF16, b);
+    halves both;
+    memcpy(&both, x, sizeof both);
+    return both;
+#endif
+}
 /* Every thread does this before its first product, and unit_end() after its last one: a thread that holds
  * registers of the unit is slower to switch. */
 static inline void unit_begin(void) {

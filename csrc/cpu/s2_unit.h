@@ -10,8 +10,6 @@
 #include "s2_forward.h"
 
 #if MATRIX_UNIT
-typedef uint16_t halves __attribute__((vector_size(64), may_alias));
-
 static inline int64_t unit_width(int64_t D) { return round_up(D, UNIT_K); }
 
 /* out[padded,wide]: rows first .. first+n-1 of a segment; zeros beyond n and D. */
@@ -54,19 +52,7 @@ static void transpose_halves(uint16_t *out, int64_t out_row, const uint16_t *in,
         }
 }
 
-/* Two vectors, rounded to bfloat16, as they lie in memory and as pairs. */
-static inline halves round_two(vf a, vf b) {
-#if defined __AVX512BF16__
-    return (halves)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-#else
-    uint16_t x[2 * VW];
-    vf_store_any(x, BF16, a);
-    vf_store_any(x + VW, BF16, b);
-    halves both;
-    memcpy(&both, x, sizeof both);
-    return both;
-#endif
-}
+/* Two rounded vectors as pairs of their elements. */
 static inline halves in_pairs(halves x) {
     return __builtin_shufflevector(x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25,
                                    10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);

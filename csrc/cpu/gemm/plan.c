@@ -96,7 +96,7 @@ static Plan plan_of_u(const Plan *parent, const Gemm *g) {
 static void plan_unit(Plan *p) {
     int64_t of_k = ceil_div(p->steps, UNIT), all = of_k + ceil_div(p->steps2, UNIT);
     int64_t bytes = max64(1, all) * UNIT_BYTES; /* of 16 rows or columns */
-    int in_place = p->a.col == 1 && p->K % UNIT_K == 0 && p->M % UNIT == 0 && p->R == 0;
+    int in_place = p->a.col == 1 && p->K % UNIT_K == 0 && p->M % UNIT == 0 && p->R == 0 && p->N <= 128;
     p->way = UNITS, p->rows_of_a = in_place ? IN_PLACE : PACKED;
     p->wide_n = min64(ceil_div(p->N, 2 * UNIT), max64(1, PACK_BYTES / bytes / 2)) * 2 * UNIT;
     p->wide_m = min64(ceil_div(p->M, 2 * UNIT), max64(1, PACK_BYTES / bytes)) * 2 * UNIT;

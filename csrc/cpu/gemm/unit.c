@@ -116,6 +116,38 @@ static void finish_turned(const Gemm *g, const float *x, int64_t m, int64_t n, i
     CPU(gemm_finish)(g, 0, turned, WIDE_SUMS, n, m, cols, rows);
 }
 
+/* c[m.., n..] = x + one addend or none, in float32 or bfloat16: what plan.c calls BY_TILES. Two vectors a row. */
+static inline __attribute__((always_inline)) void add_and_store(const Gemm *g, const float *x, int64_t m,
+                                                                int64_t n, int64_t rows, int32_t dtype) {
+    int64_t size = dtype_size(dtype), c_row = g->c_row * size, more_row = c_row;
+    char *c = (char *)g->c + m * c_row + n * size;
+    const char *more = g->beta == 1 ? c : NULL;
+    if (g->residual)
+        more_row = g->residual_row * size, more = (const char *)g->residual + m * more_row + n * size;
+    for (int64_t i = 0; i < rows; i++, x += WIDE_SUMS, c += c_row) {
+        vf low = vf_load(x), high = vf_load(x + VW);
+        if (more) {
+            low += vf_load_any(more, dtype), high += vf_load_any(more + VW * size, dtype);
+            more += more_row;
+        }
+        if (dtype == F32) vf_store((float *)c, low), vf_store((float *)c + VW, high);
+        else {
+            halves both = round_two(low, high);
+            memcpy(c, &both, sizeof both);
+        }
+    }
+}
+
+/* Writes `rows` by `cols` finished sums of the product as computed. */
+static void write_sums(const Job *job, const float *x, int64_t m, int64_t n, int64_t rows, int64_t cols) {
+    const Gemm *g = job->g;
+    WritesOfC writes = cols == WIDE_SUMS ? job->plan->writes_of_c : AFTER_TILES;
+    if (writes == BY_TILES) add_and_store(g, x, m, n, rows, F32);
+    else if (writes == BY_TILES_BF16) add_and_store(g, x, m, n, rows, BF16);
+    else if (job->plan->swapped) finish_turned(g, x, m, n, rows, cols);
+    else CPU(gemm_finish)(g, 0, x, WIDE_SUMS, m, n, rows, cols);
+}
+
 static void multiply_rows(const Job *job, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
     const Plan *p = job->plan;
     int64_t all = of_all(p), pitch = all * UNIT_BYTES, blocks = ceil_div(all, UNIT_BLOCK + 2);
@@ -137,8 +169,7 @@ static void multiply_rows(const Job *job, int64_t m0, int64_t m1, int64_t n0, in
                 else if (!slim) unit_multiply(c, WIDE_SUMS, a, b, end - s, 1, 2, s > 0);
                 else unit_multiply(c, WIDE_SUMS, a, b, end - s, 1, 1, s > 0);
                 if (end < all) continue;
-                if (p->swapped) finish_turned(job->g, c, m, n, rows, cols);
-                else CPU(gemm_finish)(job->g, 0, c, WIDE_SUMS, m, n, rows, cols);
+                write_sums(job, c, m, n, rows, cols);
             }
         }
     }
