@@ -1,4 +1,4 @@
-"""Tests the block sizes of AVX-512, its tiles of bfloat16 pairs, and what uses AMX, on processors that lack them.
+"""Tests the sizes of AVX-512, its tiles of bfloat16 pairs, and what uses AMX, where processors lack them.
 
 The op tests run on builds of portable C with vectors of that width (WIDE in setup.py). This does not test the
 instructions.

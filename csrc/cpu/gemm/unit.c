@@ -116,7 +116,8 @@ static void finish_turned(const Gemm *g, const float *x, int64_t m, int64_t n, i
     CPU(gemm_finish)(g, 0, turned, WIDE_SUMS, n, m, cols, rows);
 }
 
-/* c[m.., n..] = x + one addend or none, in float32 or bfloat16: what plan.c calls BY_TILES. Two vectors a row. */
+/* c[m.., n..] = x + one addend or none, in float32 or bfloat16: what plan.c calls BY_TILES. Two vectors a
+ * row. */
 static inline __attribute__((always_inline)) void add_and_store(const Gemm *g, const float *x, int64_t m,
                                                                 int64_t n, int64_t rows, int32_t dtype) {
     int64_t size = dtype_size(dtype), c_row = g->c_row * size, more_row = c_row;
