@@ -63,6 +63,7 @@ static inline void unit_end(void) {
 typedef struct {
     const char *data;
     int64_t next, row, step;
+    int fetch; /* the next rows that will be read are far from the cache */
 } UnitFactor;
 
 #if !defined __AMX_BF16__
@@ -112,6 +113,11 @@ static inline __attribute__((always_inline)) void unit_multiply(float *c, int64_
     }
     for (int64_t i = 0; i < count; i++) {
         const char *pa = a.data + i * a.step, *pb = b.data + i * b.step;
+        if (a.fetch) UNROLLED
+        for (int64_t r = 0; r < UNIT; r++) {
+            __builtin_prefetch(pa + rows * a.next + r * a.row);
+            if (rows == 2) __builtin_prefetch(pa + 3 * a.next + r * a.row);
+        }
         _tile_loadd(6, pb, b.row);
         _tile_loadd(4, pa, a.row);
         _tile_dpbf16ps(0, 4, 6);

@@ -1,8 +1,8 @@
 /* gemm.h --- the matrix product of the CPU side. Everything that multiplies matrices calls it.
  *
  * Reading order of this folder: gemm.h, plan.h (vocabulary and strategy), plan.c (chooses the strategy),
- * gemm.c (takes memory and runs it), then the three ways to run: blocks.c (the usual one, on pack.c and
- * tile.c), narrow.c (few columns), sweep.c (few rows). What was tried, with figures, is in
+ * gemm.c (takes memory and runs it), then the four ways to run: blocks.c (the usual one, on pack.c and
+ * tile.c), unit.c (on a matrix unit), narrow.c (few columns), sweep.c (few rows). What was tried, with figures, is in
  * docs/tuning/gemm.md. */
 #ifndef LONGLORA_GEMM_H
 #define LONGLORA_GEMM_H

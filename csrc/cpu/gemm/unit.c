@@ -75,7 +75,7 @@ static int pack_b_task(int64_t i, void *context) {
 static UnitFactor left(const Job *job, int64_t m) {
     const Plan *p = job->plan;
     if (p->rows_of_a == IN_PLACE)
-        return (UnitFactor){ element(p->a, m, 0), UNIT * p->a.row * 2, p->a.row * 2, 64 };
+        return (UnitFactor){ element(p->a, m, 0), UNIT * p->a.row * 2, p->a.row * 2, 64, 1 };
     int64_t pitch = of_all(p) * UNIT_BYTES;
     return (UnitFactor){ (const char *)job->packed_a + (m - job->at.m0) / UNIT * pitch, pitch, 64,
                          UNIT_BYTES };
