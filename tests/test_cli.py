@@ -4,7 +4,6 @@ it touches no file.
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys

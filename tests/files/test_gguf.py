@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 
-import gguf
 import effort
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -276,7 +276,9 @@ def test_loading_is_quick(smollm2):  # noqa: F811
 
     A loop over numbers in Python would call millions of functions. Only the first reading, into fresh memory,
     has many page faults."""
-    script = effort.IMPORT + """if True:
+    script = (
+        effort.IMPORT
+        + """if True:
         import resource
         from longlora.decoder import model
         from longlora.decoder import plan
@@ -294,10 +296,14 @@ def test_loading_is_quick(smollm2):  # noqa: F811
         made.load(base)
         print(counted.count, faults() - loaded)
     """
+    )
     done = subprocess.run([sys.executable, "-c", script, str(smollm2)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     count, faults = map(int, done.stdout.split())
-    assert count < 1_500_000 and faults < 40_000, (count, faults)  # 550,000 and 2,000 here; the file has 24,000 pages
+    assert count < 1_500_000 and faults < 40_000, (
+        count,
+        faults,
+    )  # 550,000 and 2,000; the file has 24,000 pages
 
 
 def test_linear_and_yarn_are_read_from_the_metadata(tmp_path):
