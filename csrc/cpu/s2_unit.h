@@ -83,10 +83,10 @@ static inline void unit_product(float *c, int64_t c_row, UnitFactor a, UnitFacto
 
 /* Rows of `row` elements as a left factor; words in rows of BQ as a right factor. */
 static inline UnitFactor rows_of_16(const uint16_t *x, int64_t row) {
-    return (UnitFactor){ (const char *)x, UNIT * row * 2, row * 2, UNIT_K * 2 };
+    return (UnitFactor){ (const char *)x, UNIT * row * 2, row * 2, UNIT_K * 2, 0 };
 }
 static inline UnitFactor words_of_16(const void *x, int64_t row) {
-    return (UnitFactor){ x, UNIT * 4, row * 4, UNIT * row * 4 };
+    return (UnitFactor){ x, UNIT * 4, row * 4, UNIT * row * 4, 0 };
 }
 
 /* Floats that a task takes. */

@@ -78,7 +78,7 @@ static UnitFactor left(const Job *job, int64_t m) {
         return (UnitFactor){ element(p->a, m, 0), UNIT * p->a.row * 2, p->a.row * 2, 64, 1 };
     int64_t pitch = of_all(p) * UNIT_BYTES;
     return (UnitFactor){ (const char *)job->packed_a + (m - job->at.m0) / UNIT * pitch, pitch, 64,
-                         UNIT_BYTES };
+                         UNIT_BYTES, 0 };
 }
 
 /* Packs rows m .. m_end of a; computes u for them, and packs it behind them. */
@@ -92,7 +92,7 @@ static void ready_rows(const Job *job, int64_t m, int64_t m_end) {
         for (int64_t r = 0; r < p->R && job->of_u; r += UNIT) {
             int64_t columns = min64(UNIT, p->R - r);
             const float *a2 = job->of_u->packed_b + r * of_k(p) * UNIT;
-            unit_multiply(u, UNIT, left(job, m), (UnitFactor){ (const char *)a2, 0, 64, UNIT_BYTES }, of_k(p),
+            unit_multiply(u, UNIT, left(job, m), (UnitFactor){ (const char *)a2, 0, 64, UNIT_BYTES, 0 }, of_k(p),
                           1, 1, 0);
             for (int64_t i = 0; i < min64(UNIT, p->M - m); i++)
                 memcpy(g->u + (m + i) * g->u_row + r, u + i * UNIT, (size_t)columns * 4);
@@ -158,7 +158,7 @@ static void multiply_rows(const Job *job, int64_t m0, int64_t m1, int64_t n0, in
         int64_t cols = min64(WIDE_SUMS, p->N - n);
         for (int64_t block = 0, s = 0, end; block < blocks; block++, s = end) {
             end = s + ceil_div(all - s, blocks - block);
-            UnitFactor b = { packed + s * UNIT_BYTES, pitch, 64, UNIT_BYTES };
+            UnitFactor b = { packed + s * UNIT_BYTES, pitch, 64, UNIT_BYTES, 0 };
             for (int64_t m = m0; m < m1; m += WIDE_SUMS) {
                 int64_t rows = min64(WIDE_SUMS, p->M - m);
                 float *c = blocks == 1 ? near : near + (m - m0) * WIDE_SUMS;
