@@ -11,9 +11,7 @@ from longlora import _C
 
 LEAST = 700  # tests that must have run
 
-pytestmark = [
-    pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="these tests need the source tree"),
-]
+pytestmark = [pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="these tests need the source tree")]
 
 
 @pytest.mark.parametrize("wide, isa", [("1", "avx512_bf16"), ("2", "amx")])

@@ -77,8 +77,8 @@ static UnitFactor left(const Job *job, int64_t m) {
     if (p->rows_of_a == IN_PLACE)
         return (UnitFactor){ element(p->a, m, 0), UNIT * p->a.row * 2, p->a.row * 2, 64, 1 };
     int64_t pitch = of_all(p) * UNIT_BYTES;
-    return (UnitFactor){ (const char *)job->packed_a + (m - job->at.m0) / UNIT * pitch, pitch, 64,
-                         UNIT_BYTES, 0 };
+    return (UnitFactor){ (const char *)job->packed_a + (m - job->at.m0) / UNIT * pitch, pitch, 64, UNIT_BYTES,
+                         0 };
 }
 
 /* Packs rows m .. m_end of a; computes u for them, and packs it behind them. */
@@ -92,8 +92,8 @@ static void ready_rows(const Job *job, int64_t m, int64_t m_end) {
         for (int64_t r = 0; r < p->R && job->of_u; r += UNIT) {
             int64_t columns = min64(UNIT, p->R - r);
             const float *a2 = job->of_u->packed_b + r * of_k(p) * UNIT;
-            unit_multiply(u, UNIT, left(job, m), (UnitFactor){ (const char *)a2, 0, 64, UNIT_BYTES, 0 }, of_k(p),
-                          1, 1, 0);
+            unit_multiply(u, UNIT, left(job, m), (UnitFactor){ (const char *)a2, 0, 64, UNIT_BYTES, 0 },
+                          of_k(p), 1, 1, 0);
             for (int64_t i = 0; i < min64(UNIT, p->M - m); i++)
                 memcpy(g->u + (m + i) * g->u_row + r, u + i * UNIT, (size_t)columns * 4);
         }
