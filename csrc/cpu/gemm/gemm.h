@@ -2,8 +2,8 @@
  *
  * Reading order of this folder: gemm.h, plan.h (vocabulary and strategy), plan.c (chooses the strategy),
  * gemm.c (takes memory and runs it), then the four ways to run: blocks.c (the usual one, on pack.c and
- * tile.c), unit.c (on a matrix unit), narrow.c (few columns), sweep.c (few rows). What was tried, with figures, is in
- * docs/tuning/gemm.md. */
+ * tile.c), unit.c (on a matrix unit), narrow.c (few columns), sweep.c (few rows). What was tried, with
+ * figures, is in docs/tuning/gemm.md. */
 #ifndef LONGLORA_GEMM_H
 #define LONGLORA_GEMM_H
 

@@ -118,8 +118,8 @@ static void count_floats(Plan *p, const Plan *of_u) {
     if (p->keeps_sums) p->floats.sums = p->wide_m * p->wide_n;
 }
 
-/* Processors with a matrix unit multiply pairs in vectors at half the rate of floats, so narrow products, which
- * do not go to the unit, take floats. */
+/* Processors with a matrix unit multiply pairs in vectors at half the rate of floats, so narrow products,
+ * which do not go to the unit, take floats. */
 static Step choose_step(const Gemm *g) {
     int narrow = g->R == 0 && ((g->M <= 16 && g->M < g->N && g->b.row == 1) || (g->N <= 16 && g->a.col == 1));
     if (!DOTS || g->a.dtype != BF16 || g->b.dtype != BF16 || (MATRIX_UNIT && narrow)) return FLOATS;
