@@ -40,17 +40,19 @@ LONGEST = [
     "test_notebooks.py",
     "test_torch_train.py",
     "test_torch_groups.py",
+    "test_torch_swap.py",
+    "test_families.py",
     "test_examples.py",
     "test_docs_code.py",
+    "test_checkpoint.py",
+    "test_faults.py",
 ]
 # `pytest -m quick` leaves out the longest files, those of tests/torch, and these.
 NOT_QUICK = {
     *LONGEST,
     "test_adapter.py",
     "test_build_cuda.py",
-    "test_checkpoint.py",
     "test_eval_tasks.py",
-    "test_faults.py",
     "test_fuzz_files.py",
     "test_fuzz_inputs.py",
     "test_gguf.py",
