@@ -9,7 +9,7 @@ import json
 import re
 import string
 import time
-from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from typing import Any
 
 import jinja2
@@ -69,17 +69,23 @@ class Used:
         """About how many characters `value` is when it is written out. MOST_TEXT is the most."""
         if isinstance(value, str):
             return len(value)
+        if isinstance(value, int):
+            return ITEM + value.bit_length() // 8
         if not isinstance(value, (list, tuple, dict, KeysView, ValuesView, ItemsView)):
             return ITEM
         size = self._sizes[id(value)][1] if id(value) in self._sizes else known
         if size is None:
             values = value.values() if isinstance(value, dict) else ()
-            size = ITEM * (len(value) + 1) + sum(self.size(item) for item in itertools.chain(value, values))
+            size = ITEM * (len(value) + 1) + self.sizes(itertools.chain(value, values))
         if size > 32 * ITEM:  # small ones are soon measured again
             self._sizes[id(value)] = value, size
         if size > MOST_TEXT:
             raise jinja2.TemplateError(f"it makes a list of more than {MOST_TEXT:,} characters")
         return size
+
+    def sizes(self, values: Iterable[Any]) -> int:
+        """The size of all values together."""
+        return sum(self.size(value) for value in values)
 
 
 @jinja2.pass_context
@@ -159,7 +165,7 @@ def _width(value):
 
 def _fields(used, count, widths, values):
     """The size of a text with `count` fields: `widths`, and values that each field may write once more."""
-    return sum(int(width) for width in widths if width) + count * used.size(values)
+    return sum(int(width) for width in widths if width) + count * used.sizes(values)
 
 
 def _percent(used, text, values):
@@ -189,7 +195,7 @@ def _replaced(used, text, old, new, count=None):
 
 
 def _joined(used, items, between):
-    return used.size(items) + len(items) * len(str(between))
+    return used.sizes(items) + len(items) * len(str(between))
 
 
 def _squared(used, text, *args, **kwargs):
@@ -200,6 +206,11 @@ def _squared(used, text, *args, **kwargs):
 def _sought(used, text, part=None, *args, **kwargs):
     """Python searches from the right by comparing `part` at each place."""
     return len(text) * max(0, len(part or "") - 1000)
+
+
+def _digits(used, text, default=0, base=10):
+    """Python refuses many digits of base 10 alone, and divides long numbers as by hand."""
+    return 0 if base == 10 else _squared(used, text)
 
 
 def _padded(used, text, width, *fill):
@@ -214,6 +225,7 @@ FILTERS: dict[str, Callable[..., int]] = {
     "center": lambda used, text, width=80: width,
     "format": lambda used, text, *args, **kwargs: _percent(used, text, kwargs or args),
     "indent": lambda used, text, width=4, *how, **named: len(str(text).splitlines()) * _width(width),
+    "int": _digits,
     "replace": _replaced,
     "round": lambda used, number, precision=0, method="common": 4 * abs(precision),
     "slice": lambda used, items, slices, fill_with=None: slices,
@@ -257,7 +269,7 @@ def _sum(context, items, attribute=None, start=0):
         items = map(jinja2.filters.make_attrgetter(context.environment, attribute), items)
     items = list(items)
     if isinstance(start, (list, tuple)):  # each step copies what there is so far
-        _foresee("sum", MOST_TEXT, len(items) * context[USED].size(items))
+        _foresee("sum", MOST_TEXT, len(items) * context[USED].sizes(items))
     return sum(items, start)
 
 
@@ -338,7 +350,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         used = __context[USED]
         used.count()
-        used.size([*args, *kwargs.values()])
+        used.sizes([*args, *kwargs.values()])
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", None)
         if not isinstance(owner, str):

@@ -57,6 +57,7 @@ LARGE = {
     "**": ["(2 ** 500000) ** 500000"],
     "*": ["(2 ** 999999) * (2 ** 999999) * (2 ** 999999)"],
     "tojson": ["1 | tojson(indent=N)", "1 | tojson(indent='x' * 1000000)"],
+    "int": ["('f' * 1999999) | int(0, 16)", "('z' * 1999999) | int(base=36)"],
     "sum": ["([[0]] * 9999) | sum(start=[])", "([{'a': [0]}] * 9999) | sum('a', [])"],
     # What looks at all of a text again and again.
     "wordwrap": ["('x' * 2000000) | wordwrap(1)"],
@@ -109,6 +110,12 @@ def test_lists_that_hold_one_another_twice_are_refused(value):
     """60 steps make a tree of 2^60 items in the memory of 60. To write or to compare it would not end."""
     with pytest.raises(UserError, match="here: .* it makes a list of more than 134,217,728 characters$"):
         render(STEPS % value)
+
+
+def test_long_numbers_count_with_their_digits():
+    with pytest.raises(UserError, match="here: .* it makes a list of more than 134,217,728 characters$"):
+        render("{{ ([2 ** 900000] * 1999) | sum }}")
+    assert render("{{ ([2 ** 900] * 19) | sum == 19 * 2 ** 900 }}{{ 'ff' | int(0, 16) }}") == "True255"
 
 
 def test_arguments_of_macros_cannot_hold_one_another_twice():
