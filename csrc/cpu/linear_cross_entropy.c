@@ -326,6 +326,24 @@ static Chunk backward_chunk(const LinearCrossEntropyBackward *f) {
                     .ignore = (int64_t)f->ignore_index };
 }
 
+/* Without lse, ignored rows need no logits: the chunk loses whole units of them at both ends, and their
+ * losses and rows of dx become 0. An answer after a long question leaves little of a chunk. */
+static void leave_out_ignored(Chunk *c, const Tensor *losses) {
+    int64_t first = 0, last = c->rows, row0 = c->row0, rows = c->rows;
+    while (first < rows && target(c, first) == c->ignore) first++;
+    while (last > first && target(c, last - 1) == c->ignore) last--;
+    int64_t begin = first / UNIT * UNIT, end = ceil_div(last, UNIT) * UNIT;
+    if (first == last) begin = end = rows;
+    for (int64_t i = 0; i < rows; i++) {
+        if (i >= begin && i < end) continue;
+        ((float *)losses->data)[(row0 + i) * losses->stride[0]] = 0;
+        memset(at(c->dx, (row0 + i) * c->dx->stride[0]), 0,
+               (size_t)(c->dx->shape[1] * dtype_size(c->dx->dtype)));
+    }
+    c->row0 += begin, c->stride = end - begin;
+    c->rows = rows - begin < c->stride ? rows - begin : c->stride;
+}
+
 static int run(const char *op, const Tensor *losses, const Tensor *lse, Chunk c) {
     int64_t M = c.x->shape[0], C = c.x->shape[1];
     c.op = op;
@@ -345,6 +363,8 @@ static int run(const char *op, const Tensor *losses, const Tensor *lse, Chunk c)
         c.stride = (chunk + 1) * units / chunks * UNIT - c.row0;
         c.rows = M - c.row0 < c.stride ? M - c.row0 : c.stride;
         if (c.dlosses) {
+            leave_out_ignored(&c, losses);
+            if (c.rows <= 0) continue;
             c.sums = c.narrow ? c.own + rows : at(c.dx, c.row0 * c.dx->stride[0]);
             c.sums_row = c.narrow ? C : c.dx->stride[0];
         }

@@ -150,6 +150,24 @@ def test_a_maximum_that_grows_along_the_vocabulary(trained, isa, poison):
     check_backward(x, w, targets, d, trained, atol=7e-5)  # the largest weight is 70
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_rows_before_and_after_the_answers_are_left_out(trained, dtype, isa, poison):
+    """Whole units of ignored rows at both ends of a chunk are not read, so a NaN there goes nowhere."""
+    M, C, V, answers = 80, 24, 123, slice(32, 48)
+    x, w, d = checks.random((M, C), dtype), checks.random((V, C), dtype, 1), checks.random((M,), seed=2)
+    targets = np.full(M, -100, np.int32)
+    targets[40:44] = 7
+    x[:32] = x[48:] = np.nan
+    losses, dx, *dw = ops.linear_cross_entropy_backward(x, w, targets, d, train_weight=trained)
+    alone = ops.linear_cross_entropy_backward(
+        x[answers], w, targets[answers], d[answers], train_weight=trained
+    )
+    assert losses[answers].tobytes() == alone[0].tobytes() and dx[answers].tobytes() == alone[1].tobytes()
+    assert [x.tobytes() for x in dw if x is not None] == [x.tobytes() for x in alone[2:] if x is not None]
+    rest = np.delete(np.arange(M), np.r_[answers])
+    assert (losses[rest] == 0).all() and (dx[rest].astype(np.float32) == 0).all()
+
+
 def test_large_logits(isa):
     x, w = checks.random((5, 8), scale=300), checks.random((50, 8), seed=1, scale=30)
     checks.check("linear_cross_entropy_forward", x, w, targets_of(5, 50, 0), floor=16)
