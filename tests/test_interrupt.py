@@ -47,7 +47,7 @@ def run(program, *words, **how):
     """Run the console script after `program` -> what it did."""
     command = [sys.executable, "-c", program + RUN, *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, **how)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200, **how)
 
 
 @pytest.fixture(scope="module")

@@ -273,11 +273,10 @@ def test_pdfs_wait_for_one_another_and_not_too_many(running, monkeypatch):
         return "text"
 
     def come(count):
-        for _ in range(2000):
-            if service._pdfs == count:
-                return
+        end = time.monotonic() + PATIENCE
+        while service._pdfs != count:
+            assert time.monotonic() < end, f"{service._pdfs} PDFs, and not {count}"
             time.sleep(0.01)
-        raise AssertionError(f"{service._pdfs} PDFs, and not {count}")
 
     monkeypatch.setattr(server.pdf, "convert", convert)
     monkeypatch.setattr(server, "MOST_PDFS", 3)
