@@ -52,7 +52,10 @@ def step(model, rate=1e-4, steps=3):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_all_that_trains_is_float32_and_moves(tied):
-    """A step of 1e-4 is below half of bfloat16's step at 1, so in bfloat16 no norm would move."""
+    """A step of 1e-4 is below half of bfloat16's step at 1, so in bfloat16 no norm would move.
+
+    Of the numbers of an embedding, a few may have next to no gradient.
+    """
     model = extended(tie_word_embeddings=tied)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     assert {p.dtype for p in trained(model).values()} == {torch.float32}
@@ -60,7 +63,8 @@ def test_all_that_trains_is_float32_and_moves(tied):
     step(model, steps=1)
     for name, p in whole(model).items():
         moved = (p != before[name]).float().mean().item()
-        assert moved == 1 if "norm" in name or tied else moved > 0.4, name  # rows of tokens that were there
+        # Of an untied embedding, rows of tokens that were there move.
+        assert moved == 1 if "norm" in name else moved > (0.999 if tied else 0.4), name
     if tied:
         head = model.get_base_model().lm_head.modules_to_save["default"].weight
         assert head is model.get_base_model().model.embed_tokens.modules_to_save["default"].weight
