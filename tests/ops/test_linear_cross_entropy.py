@@ -152,7 +152,7 @@ def test_a_maximum_that_grows_along_the_vocabulary(trained, isa, poison):
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_rows_before_and_after_the_answers_are_left_out(trained, dtype, poison):
-    """On the CPU, whole units of ignored rows at both ends of a chunk are not read. A NaN there does no harm."""
+    """On the CPU, whole units of ignored rows at both ends of a chunk are not read, whatever they hold."""
     M, C, V, answers = 80, 24, 123, slice(32, 48)
     x, w, d = checks.random((M, C), dtype), checks.random((V, C), dtype, 1), checks.random((M,), seed=2)
     targets = np.full(M, -100, np.int32)
