@@ -2,7 +2,7 @@
  * arithmetic (s2_attention.h), and products and scores of a block are in s2_block.h. Measurements:
  * docs/tuning/s2_attention.md.
  *
- * Forward: tasks are independent of each other (s2_forward.h).
+ * Forward: tasks are independent of each other (s2_forward.h; s2_unit.h for bfloat16 on a matrix unit).
  *
  * Backward: a segment is cut into chunks of at most CHUNK rows. A task is a pair of chunks: queries of chunk
  * i and keys of chunk i - phase. Within a phase no two tasks share a row of dq, dk or dv, so they run side by
