@@ -1,14 +1,13 @@
 """How much work a piece of code does, told by the functions it calls.
 
-The time that a test takes depends on the machine and on what else it does. The number of calls does not, so a
-test can limit it.
+How long a test takes depends on the machine and its load. The number of calls does not, so tests limit that.
 """
 
 import contextlib
 import os
 import sys
 
-# The beginning of a script for a process of its own that counts too.
+# Put this before a script that runs in another process: it can then count its calls as well.
 IMPORT = f"import sys; sys.path.append({os.path.dirname(__file__)!r}); from effort import calls\n"
 
 
@@ -33,5 +32,5 @@ def calls(most=float("inf")):
         yield counted
     finally:
         sys.setprofile(before)
-    # Code that catches every exception has swallowed the one above.
+    # The code under test may have caught the exception above.
     assert counted.count <= most, f"more than {most:,} calls"

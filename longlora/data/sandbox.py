@@ -39,8 +39,8 @@ class Used:
     def __init__(self):
         self.rounds = self.text = 0
         self._since = time.thread_time()
-        # Lists are measured once: ones that hold each other twice could have 2^n items. Nothing in the
-        # sandbox changes a list. Each is kept, so that no other gets its id.
+        # Each list is measured once: n lists, each holding the one before twice, have 2^n items. Nothing in
+        # the sandbox changes a list. The list is kept here, so that no other gets its id.
         self._sizes: dict[int, tuple[Any, int]] = {}
 
     def count(self) -> None:

@@ -11,7 +11,7 @@ USAGE = "longlora.usage"  # in the scope of a request: a function that returns w
 
 
 class Log:
-    """Middleware that logs each POST and each refused request, one line each, on standard error.
+    """Middleware that writes one line to standard error for each POST and each refused request.
 
     A line gives the time, the client's address, the status and the seconds, and for an answer its tokens. It
     never contains the texts.

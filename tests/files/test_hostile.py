@@ -112,8 +112,8 @@ def entry(shape, size):
     ids=["large sizes", "many sizes", "large numbers", "one number", "metadata", "twice", "deep"],
 )
 def test_a_huge_header_is_refused_at_once(tmp_path, text, message):
-    """Each has one to four megabytes and takes 0.3 s at most. The limit leaves room for machines that are a
-    hundred times slower. Multiplying all sizes of the first would take 180 s."""
+    """Each header has one to four megabytes and takes at most 0.3 s. The limit allows for machines that are
+    a hundred times slower. Multiplying all sizes of the first header would take 180 s."""
     path = header(tmp_path / "x.safetensors", text.encode())
     before = time.process_time()
     with pytest.raises(UserError, match=message) as caught:

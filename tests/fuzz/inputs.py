@@ -346,7 +346,7 @@ EVALUATIONS = {
 
 
 def of_eval(rng):
-    """An evaluation with one flag that must be refused, or with any values."""
+    """Run an evaluation command with one invalid flag, or with arbitrary values."""
     command = rng.choice(list(EVALUATIONS))
     given, wrong = EVALUATIONS[command]
     given, must = list(given), rng.random() < 0.8

@@ -92,7 +92,7 @@ static Plan plan_of_u(const Plan *parent, const Gemm *g) {
 }
 
 #if MATRIX_UNIT
-/* Slices and scratch of a product on the matrix unit. k is never cut. */
+/* Chooses the slices and the scratch of a product on the matrix unit. Every slice has all of k. */
 static void plan_unit(Plan *p) {
     int64_t of_k = ceil_div(p->steps, UNIT), all = of_k + ceil_div(p->steps2, UNIT);
     int64_t bytes = max64(1, all) * UNIT_BYTES; /* of 16 rows or columns */
