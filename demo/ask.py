@@ -1,6 +1,6 @@
 """Asks a model the questions of make_questions.py and counts the right answers.
 
-    python demo/ask.py MODEL QUESTIONS.jsonl [--adapter A] [--output-file ANSWERS.jsonl]
+    python demo/ask.py MODEL QUESTIONS.jsonl [--adapter A] [--dtype bfloat16] [--output-file ANSWERS.jsonl]
 
 An answer is right if its first line equals the expected answer. The comparison ignores quotation marks, extra
 spaces and a full stop at the end. Answers are greedy. The table has one row for each kind of question.
@@ -22,10 +22,15 @@ def plain(text: str) -> str:
 
 
 def main(
-    model: str, questions: str, adapter: str | None, output_file: str | None, context: int | None
+    model: str,
+    questions: str,
+    adapter: str | None = None,
+    output_file: str | None = None,
+    context: int | None = None,
+    dtype: str = "auto",
 ) -> None:
     records = [json.loads(line) for line in Path(questions).read_text(encoding="utf-8").splitlines()]
-    session = longlora.Session(model, adapter, context=context)
+    session = longlora.Session(model, adapter, context=context, dtype=dtype)
     began, asked, right, written = time.perf_counter(), collections.Counter(), collections.Counter(), []
     for record in records:
         *messages, wanted = record["messages"]
@@ -51,4 +56,7 @@ if __name__ == "__main__":
     parser.add_argument("--adapter")
     parser.add_argument("--output-file", metavar="ANSWERS.jsonl")
     parser.add_argument("--context", type=int, help="tokens of passage and answer together")
+    parser.add_argument(
+        "--dtype", default="auto", help="of the weights and the cache (default: that of the files)"
+    )
     main(**vars(parser.parse_args()))

@@ -1,9 +1,10 @@
 """Makes questions with answers from the books of get_text.py: instruction data for `longlora train`.
 
-    python demo/make_questions.py BOOKS OUT.jsonl --count 240 --characters 16000 --seed 1
+    python demo/make_questions.py BOOKS OUT.jsonl --count 240 --questions 6 --characters 16000 --seed 1
 
-BOOKS holds .txt files. Each record has messages, the book and the kind of question. The user's message is a
-passage of consecutive chapters, up to --characters long, and one question of these kinds in turn:
+BOOKS holds .txt files. Each record has messages, the book and the kind of its first question. The user's
+first message is a passage of consecutive chapters, up to --characters long, and a question. The answer and up
+to --questions - 1 further questions with their answers follow. The kinds of questions take turns:
 
     chapter   Which chapter has these words? The answer is the chapter's heading.
     speaker   Who says these words? Only where the book names the speaker right after the quotation.
@@ -23,7 +24,11 @@ SPOKEN = re.compile(
     rf'"([^"\n]{{30,200}}?)[,.!?]?" (?:said|cried|replied|answered|added) ({NAME})\b(?! [A-Z])'
 )
 HEADING = re.compile(r"^(?:CHAPTER [IVXLC]+\.?|Chapter \d+|[1-3]? ?[A-Z][A-Za-z ]+ \d+)$", re.MULTILINE)
-SENTENCE = re.compile(r"(?:^|(?<=[.!?] ))[A-Z][^.!?;\n\"]{30,160}[.!?](?=\s)", re.MULTILINE)
+SENTENCE = re.compile(  # the full stop of a title ends none
+    r"(?:^|(?<=[.!?] )(?<!Mr\. )(?<!Mrs\. )(?<!Dr\. ))"
+    r"[A-Z][^.!?;\n\"]{30,160}(?<!\bMr)(?<!\bMrs)(?<!\bDr)[.!?](?=\s)",
+    re.MULTILINE,
+)
 
 
 class Chapter(NamedTuple):
@@ -97,7 +102,32 @@ def _only(chosen, text, read):
 KINDS = {"chapter": ask_chapter, "speaker": ask_speaker, "next": ask_next}
 
 
-def records(folder: Path, count: int, characters: int, seed: int) -> list[dict]:
+def ask(chosen: random.Random, read: list[Chapter], first: int, questions: int) -> dict[str, str]:
+    """Up to `questions` different questions with their answers. The kinds take turns, from number `first` on.
+
+    Empty if the first kind finds no question in the passage. Later ones are tried ten times each.
+    """
+    kinds, asked = list(KINDS.values()), {}
+    for number in range(first, first + 10 * questions):
+        found = kinds[number % len(kinds)](chosen, read)
+        if found is not None:
+            asked.setdefault(*found)
+        if not asked or len(asked) == questions:
+            break
+    return asked
+
+
+def messages(read: list[Chapter], asked: dict[str, str]) -> list[dict[str, str]]:
+    """The conversation about a passage. The passage stands before the first question."""
+    text = "\n\n".join(f"{chapter.heading}\n\n{chapter.text}" for chapter in read)
+    said = []
+    for question, answer in asked.items():
+        said.append({"role": "user", "content": question if said else f"{text}\n\n{question}"})
+        said.append({"role": "assistant", "content": answer})
+    return said
+
+
+def records(folder: Path, count: int, questions: int, characters: int, seed: int) -> list[dict]:
     """`count` records. Equal arguments give equal records."""
     books = {path.stem: chapters(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.txt"))}
     books = {name: book for name, book in books.items() if book}
@@ -107,31 +137,26 @@ def records(folder: Path, count: int, characters: int, seed: int) -> list[dict]:
     names = sorted(books)
     weights = [sum(len(chapter.text) for chapter in books[name]) for name in names]
     while len(made) < count:
-        kind = list(KINDS)[len(made) % len(KINDS)]
+        first = len(made) % len(KINDS)
         name = chosen.choices(names, weights)[0]
         read = passage(chosen, books[name], characters)
-        asked = KINDS[kind](chosen, read) if read else None
-        if asked is None:
-            failed += 1
-            if failed > 1000 * count:
-                raise SystemExit(
-                    f"{folder}: its books give no questions of the kind {kind} in {characters} characters"
-                )
+        asked = ask(chosen, read, first, questions) if read else {}
+        if asked:
+            made.append({"messages": messages(read, asked), "book": name, "kind": list(KINDS)[first]})
             continue
-        question, answer = asked
-        text = "\n\n".join(f"{chapter.heading}\n\n{chapter.text}" for chapter in read)
-        messages = [
-            {"role": "user", "content": f"{text}\n\n{question}"},
-            {"role": "assistant", "content": answer},
-        ]
-        made.append({"messages": messages, "book": name, "kind": kind})
+        failed += 1
+        if failed > 1000 * count:
+            raise SystemExit(
+                f"{folder}: no passage of {characters} characters gives a question of the kind "
+                f"{list(KINDS)[first]}"
+            )
     return made
 
 
-def main(books: str, out: str, count: int, characters: int, seed: int) -> None:
-    lines = [json.dumps(record) for record in records(Path(books), count, characters, seed)]
-    Path(out).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"{out}: {count} questions")
+def main(books: str, out: str, count: int, questions: int, characters: int, seed: int) -> None:
+    made = records(Path(books), count, questions, characters, seed)
+    Path(out).write_text("".join(json.dumps(record) + "\n" for record in made), encoding="utf-8")
+    print(f"{out}: {sum(len(record['messages']) for record in made) // 2} questions about {count} passages")
 
 
 if __name__ == "__main__":
@@ -140,7 +165,8 @@ if __name__ == "__main__":
     )
     parser.add_argument("books", metavar="BOOKS")
     parser.add_argument("out", metavar="OUT.jsonl")
-    parser.add_argument("--count", type=int, default=240)
+    parser.add_argument("--count", type=int, default=240, help="records, each about one passage")
+    parser.add_argument("--questions", type=int, default=1, help="questions about each passage, at most")
     parser.add_argument("--characters", type=int, default=16000)
     parser.add_argument("--seed", type=int, default=1)
     main(**vars(parser.parse_args()))

@@ -21,33 +21,46 @@ def run(*arguments):
     ).stdout
 
 
-@pytest.fixture(scope="module")
-def asked(tmp_path_factory):
+def answered(record):
+    """The passage of a record, and its questions with their answers."""
+    read, _, first = record["messages"][0]["content"].rpartition("\n\n")
+    texts = [first, *(message["content"] for message in record["messages"][1:])]
+    return read, list(zip(texts[::2], texts[1::2], strict=True))
+
+
+@pytest.fixture(scope="module", params=[1, 4])
+def asked(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("questions") / "q.jsonl"
-    run(DEMO / "make_questions.py", TEXT, path, "--count", 60, "--characters", 6000, "--seed", 5)
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    run(
+        DEMO / "make_questions.py",
+        *(TEXT, path, "--count", 60, "--questions", request.param, "--characters", 6000, "--seed", 5),
+    )
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(records) == 60 and len({record["kind"] for record in records}) == 3
+    each = [len(answered(record)[1]) for record in records]
+    assert max(each) == request.param and sum(each) > 0.8 * 60 * request.param
+    return records
 
 
 def test_the_book_has_the_answer(asked):
-    assert len(asked) == 60
     for record in asked:
-        user, assistant = (message["content"] for message in record["messages"])
-        read, _, question = user.rpartition("\n\n")
-        words = re.search(r'"(.*)"', question).group(1)
-        answer = assistant.rstrip(".")
-        before, found, after = read.partition(words)
-        assert found, question
+        read, pairs = answered(record)
         book = (TEXT / f"{record['book']}.txt").read_text()
-        if record["kind"] == "chapter":
-            headings = re.findall(
-                r"^(?:CHAPTER|Chapter|Genesis|Exodus|Matthew|Luke) [\dIVXLC]+\.?$", before, re.M
-            )
-            assert headings[-1].rstrip(".") == answer, question
-        elif record["kind"] == "speaker":
-            assert re.match(rf'[,.!?]?" \w+ {answer}', after), question
-        else:
-            assert after.lstrip().startswith(assistant), question
-        assert words in book and len(read) < 6500
+        assert len(read) < 6500 and len(dict(pairs)) == len(pairs)
+        for question, answer in pairs:
+            words = re.search(r'"(.*)"', question).group(1)
+            before, found, after = read.partition(words)
+            assert found and words in book, question
+            if question.startswith("Which chapter"):
+                headings = re.findall(
+                    r"^(?:CHAPTER|Chapter|Genesis|Exodus|Matthew|Luke) [\dIVXLC]+\.?$", before, re.M
+                )
+                assert headings[-1].rstrip(".") == answer.rstrip("."), question
+            elif question.startswith("Who"):
+                assert re.match(rf'[,.!?]?" \w+ {answer.rstrip(".")}', after), question
+            else:
+                assert after.lstrip().startswith(answer), question
+                assert not re.search(r"\b(Mr|Mrs|Dr)\.$", words), question
 
 
 def test_equal_arguments_give_equal_questions(tmp_path):
@@ -73,6 +86,6 @@ def test_right_answers_are_counted(tmp_path, capsys):
         for text in wanted
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    ask.main(MODEL, path, None, output, 256)
+    ask.main(MODEL, path, output_file=output, context=256)
     assert capsys.readouterr().out.startswith("chapter     2 of 4 right\nall         2 of 4 right, ")
     assert [json.loads(line)["wanted"] for line in output.read_text().splitlines()] == wanted
