@@ -5,7 +5,7 @@
  * They are cut into parts, which follow from a sequence's length alone. A task is one part for all heads, and
  * a second pass adds the parts up in their order. With very few, keys and values are multiplied where they
  * lie, with the next ones on their way from memory. Measurements: docs/tuning/generate.md. */
-#include "s2_unit.h"
+#include "s2_unit_forward.h"
 
 #include <stdatomic.h>
 

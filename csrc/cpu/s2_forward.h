@@ -47,6 +47,24 @@ static inline __attribute__((always_inline)) void softmax(float *p, const Block 
     }
 }
 
+/* The sums of `rows` rows, before they have seen a key: `out` has `floats` floats for all of them. */
+static inline void begin_rows(float *out, int64_t floats, float *maximum, float *sum, int64_t rows) {
+    memset(out, 0, (size_t)floats * sizeof(float));
+    for (int64_t i = 0; i < rows; i++) {
+        maximum[i] = -INFINITY;
+        sum[i] = 0;
+    }
+}
+
+/* Divides the weighted values x of a row, `pitch` floats, by the sum of the weights, and writes them. */
+static inline void finish_row(const S2AttentionForward *a, const Segment *s, int64_t row, int64_t head,
+                              float *x, int64_t pitch, float maximum, float sum) {
+    float scale = sum == 0 ? 0 : 1.0f / sum;
+    for (int64_t d = 0; d < pitch; d += VW) vf_store(x + d, vf_load(x + d) * scale);
+    store_row(row_at(&a->out, s, row, head), a->out.dtype, x, a->out.shape[3]);
+    if (given(&a->lse)) *lse_at(&a->lse, s, row, head) = maximum + logf(sum);
+}
+
 /* Floats that a task takes, in rows of `pitch`. */
 static inline int64_t forward_floats(int64_t pitch) {
     return round_up(2 * (ROWS + BK) * pitch + 2 * ROWS + BQ + BK * BQ, VW);
@@ -65,11 +83,7 @@ static void forward_task(const S2AttentionForward *a, const Task *task, float *m
                   (float)a->scale);
         transpose(qt + i * pitch, out, BQ, pitch);
     }
-    memset(out, 0, (size_t)(all * pitch) * sizeof(float));
-    for (int64_t i = 0; i < all; i++) {
-        maximum[i] = -INFINITY;
-        sum[i] = 0;
-    }
+    begin_rows(out, all * pitch, maximum, sum, all);
     for (int64_t key = 0; key < task->last; key += BK) {
         int64_t keys = min64(BK, task->last - key);
         load_rows(k, pitch, &a->k, s, task->kv_head, key, keys, keys, 1);
@@ -93,10 +107,7 @@ static void forward_task(const S2AttentionForward *a, const Task *task, float *m
         int64_t row = task->first + i % size, head = task->from + i / size;
         if (row >= task->last) continue;
         fetch(row_at(&a->out, s, row + FETCH, head), D * dtype_size(a->out.dtype));
-        float *x = out + i * pitch, scale = sum[i] == 0 ? 0 : 1.0f / sum[i];
-        for (int64_t d = 0; d < pitch; d += VW) vf_store(x + d, vf_load(x + d) * scale);
-        store_row(row_at(&a->out, s, row, head), a->out.dtype, x, D);
-        if (given(&a->lse)) *lse_at(&a->lse, s, row, head) = maximum[i] + logf(sum[i]);
+        finish_row(a, s, row, head, out + i * pitch, pitch, maximum[i], sum[i]);
     }
 }
 

@@ -1,13 +1,14 @@
-/* s2_unit.h --- a forward task of attention on the matrix unit: q, k and v are bfloat16.
+/* s2_unit.h --- what attention's tasks on the matrix unit share: rows of bfloat16, transposed and in pairs,
+ * and products of them.
  *
- * As in s2_block.h, scores are kept transposed, and so is the output: out^T [D,queries] is v^T p^T. Weights
- * are rounded to bfloat16 before they multiply values; they are added up, and the running maximum is kept, in
- * float32. Rows of a head have `wide` elements here: D rounded up to what a register holds. */
+ * As in s2_block.h, scores are kept transposed. Weights and gradients of scores are rounded to bfloat16
+ * before the unit multiplies them. All sums and the running maximum are float32. Rows of a head have `wide`
+ * elements here: D rounded up to what a register holds. */
 #ifndef LONGLORA_S2_UNIT_H
 #define LONGLORA_S2_UNIT_H
 
 #include "matrix_unit.h"
-#include "s2_forward.h"
+#include "s2_block.h"
 
 #if MATRIX_UNIT
 static inline int64_t unit_width(int64_t D) { return round_up(D, UNIT_K); }
@@ -89,84 +90,6 @@ static inline UnitFactor words_of_16(const void *x, int64_t row) {
     return (UnitFactor){ x, UNIT * 4, row * 4, UNIT * row * 4, 0 };
 }
 
-/* Floats that a task takes. */
-static inline int64_t unit_forward_floats(int64_t D) {
-    int64_t wide = unit_width(D);
-    return ROWS * wide / 2 + ROWS * wide + 2 * ROWS + BQ + BQ * wide + BK * wide + BK * BQ + BK * BQ / 2;
-}
-
-static void unit_forward_task(const S2AttentionForward *a, const Task *task, float *memory) {
-    const Segment *s = task->segment;
-    int64_t D = a->q.shape[3], wide = unit_width(D), n = task->last - task->first, size = round_up(n, BQ);
-    int64_t all = (task->to - task->from) * size;
-    float *qt = memory, *out = qt + all * wide / 2, *maximum = out + all * wide, *sum = maximum + all,
-          *shrink = sum + all, *rows_memory = shrink + BQ;
-    uint16_t *k = (uint16_t *)(rows_memory + BQ * wide), *vt = k + BK * wide, *pairs = vt + BK * wide;
-    float *p = (float *)(pairs + BK * BQ);
-    unit_begin();
-    for (int64_t i = 0; i < all; i += BQ) {
-        int64_t first = i % size;
-        load_halves((uint16_t *)rows_memory, wide, &a->q, s, task->from + i / size, task->first + first,
-                    min64(BQ, n - first), BQ);
-        transpose(qt + i * wide / 2, rows_memory, BQ, wide / 2);
-    }
-    memset(out, 0, (size_t)(all * wide) * sizeof(float));
-    for (int64_t i = 0; i < all; i++) {
-        maximum[i] = -INFINITY;
-        sum[i] = 0;
-    }
-    for (int64_t key = 0; key < task->last; key += BK) {
-        int64_t keys = min64(BK, task->last - key);
-        load_halves(k, wide, &a->v, s, task->kv_head, key, keys, BK);
-        transpose_halves(vt, BK, k, wide, BK, wide);
-        load_halves(k, wide, &a->k, s, task->kv_head, key, keys, BK);
-        for (int64_t i = 0; i < all; i += BQ) {
-            int64_t row = task->first + i % size, rows = min64(BQ, task->last - row);
-            Block b = { s, row, rows, key, min64(keys, row + rows - key) };
-            if (b.keys <= 0) continue;
-            int64_t padded = round_up(b.keys, UNIT_K);
-            unit_product(p, BQ, rows_of_16(k, wide), words_of_16(qt + i * wide / 2, BQ), padded, BQ,
-                         wide / UNIT_K, 0);
-            softmax(p, &b, (float)a->scale, maximum + i, sum + i, shrink);
-            pair_keys(pairs, p, keys_of(&b, 0, BQ / VW));
-            float *o = out + i * wide;
-            int shrinks = 0;
-            for (int64_t r = 0; r < BQ; r++) shrinks |= shrink[r] != 1.0f;
-            for (int64_t d = 0; d < wide && shrinks; d++)
-                for (int64_t r = 0; r < BQ; r += VW)
-                    vf_store(o + d * BQ + r, vf_load(o + d * BQ + r) * vf_load(shrink + r));
-            unit_product(o, BQ, rows_of_16(vt, BK), words_of_16(pairs, BQ), wide, BQ, padded / UNIT_K, 1);
-        }
-    }
-    unit_end();
-    for (int64_t i = 0; i < all; i++) {
-        int64_t row = task->first + i % size, head = task->from + i / size;
-        if (i % BQ == 0) transpose(rows_memory, out + i * wide, wide, BQ);
-        if (row >= task->last) continue;
-        float *x = rows_memory + i % BQ * wide, scale = sum[i] == 0 ? 0 : 1.0f / sum[i];
-        for (int64_t d = 0; d < wide; d += VW) vf_store(x + d, vf_load(x + d) * scale);
-        store_row(row_at(&a->out, s, row, head), a->out.dtype, x, D);
-        if (given(&a->lse)) *lse_at(&a->lse, s, row, head) = maximum[i] + logf(sum[i]);
-    }
-}
 #endif
-
-/* What a forward task takes, in floats, whichever way it goes; and the task. */
-static inline int64_t attention_floats(const S2AttentionForward *a) {
-    int64_t floats = forward_floats(round_up(a->q.shape[3], VW));
-#if MATRIX_UNIT
-    floats = max64(floats, round_up(unit_forward_floats(a->q.shape[3]), VW));
-#endif
-    return floats;
-}
-static inline void attention_task(const S2AttentionForward *a, const Task *task, float *memory) {
-#if MATRIX_UNIT
-    if (a->q.dtype == BF16 && a->k.dtype == BF16 && a->v.dtype == BF16 && a->scale > 0) {
-        unit_forward_task(a, task, memory);
-        return;
-    }
-#endif
-    forward_task(a, task, memory);
-}
 
 #endif

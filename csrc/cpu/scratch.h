@@ -6,8 +6,8 @@
 #include <stdint.h>
 
 /* Each thread holds a chunk of keys, values and their gradients and a block of queries, in rows of `pitch`
- * floats: D rounded up to whole vectors. Outputs narrower than float32 also need float32 sums, for as many KV
- * heads at a time as fit ATTENTION_SUM_BYTES, and for one at least. */
+ * floats: D rounded up to whole vectors, or to registers of the matrix unit. Outputs narrower than float32
+ * also need float32 sums, for as many KV heads at a time as fit ATTENTION_SUM_BYTES, and for one at least. */
 enum { BQ = 64, BK = 96, CHUNK = 1024, ATTENTION_SUM_BYTES = 64 << 20 };
 
 static inline int64_t attention_thread_scratch(int64_t pitch) {
