@@ -171,8 +171,8 @@ def _generation_flags(parser: argparse.ArgumentParser) -> None:
 def _generate_flags(parser: argparse.ArgumentParser) -> None:
     _generation_flags(parser)
     parser.add_argument("--prompt", help="a text to continue; - reads it from standard input")
-    parser.add_argument("--prompt-file", help="a file with the text to continue")
-    parser.add_argument("--material", help="a .txt, .md or .pdf file that --question is about")
+    parser.add_argument("--prompt-file", help="a file or a pipe with the text to continue")
+    parser.add_argument("--material", help="a .txt, .md or .pdf file, or a pipe of text, for --question")
     parser.add_argument("--question", help="a question, answered through the model's chat template")
     parser.add_argument("--stop", action="append", default=[], help="a text that ends the answer; repeatable")
     parser.add_argument("--json", action="store_true", help="print the answer, its tokens and times as JSON")

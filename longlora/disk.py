@@ -1,4 +1,4 @@
-"""Files on disk. What is read is a regular file.
+"""Files on disk. What is read is a regular file; only a text that is read once may be a pipe.
 
 A file is written under another name, flushed and renamed: none is half there.
 """
@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from longlora.errors import UserError
@@ -24,12 +24,34 @@ ASIDE = ".partial"  # ends the names of what is being written
 def open_file(path: Path) -> BinaryIO:
     """Open the file `path` for reading bytes. UserError if that fails, or if it is not a regular file.
 
-    Opening a pipe could wait for ever, and a device may have no end.
+    A pipe can be read only once, and only while somebody writes to it. A device may have no end.
     """
+    return _open(path, stat.S_ISREG, "is a pipe, a socket or a device; wanted a file")
+
+
+def read_once(path: Path) -> bytes:
+    """Read the file `path`, or a pipe such as `<(command)` of a shell. UserError if that fails.
+
+    A pipe is read to its end. One that nobody writes to is refused: reading it could wait for ever.
+    """
+    other = "is a socket or a device; wanted a file or a pipe"
+    with _open(path, lambda kind: stat.S_ISREG(kind) or stat.S_ISFIFO(kind), other) as file:
+        try:
+            start = file.read(1)  # None: there is a writer, but it has written nothing yet
+            if start == b"" and stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+                raise UserError(f"{path}: is an empty pipe, and nobody writes to it")
+            os.set_blocking(file.fileno(), True)
+            return (start or b"") + file.read()
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}") from None
+
+
+def _open(path: Path, wanted: Callable[[int], bool], other: str) -> BinaryIO:
+    """Open `path`, without waiting, if `wanted` takes its mode; `other` is said of other kinds."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         kind = os.fstat(handle).st_mode
-        if stat.S_ISREG(kind):
+        if wanted(kind):
             return os.fdopen(handle, "rb")
         os.close(handle)
     except OSError as error:
@@ -38,7 +60,7 @@ def open_file(path: Path) -> BinaryIO:
         raise UserError(f"{path}: {error}") from None
     if stat.S_ISDIR(kind):
         raise UserError(f"{path}: is a directory; wanted a file")
-    raise UserError(f"{path}: is a pipe, a socket or a device; wanted a file")
+    raise UserError(f"{path}: {other}")
 
 
 def read_bytes(path: Path) -> bytes:

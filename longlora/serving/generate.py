@@ -1,12 +1,13 @@
 """longlora.generate and the command: one answer to a prompt, or to a question about a text, as it comes."""
 
 import functools
+import io
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from longlora.disk import read_once
 from longlora.errors import UserError
 from longlora.serving.answer import Answer
 from longlora.serving.pdf import pdf_text
@@ -17,16 +18,15 @@ QUESTION = "Below is some material. Read it, then answer the question.\n\n{mater
 
 
 def read_material(path: PathLike) -> str:
-    """The text of a .txt, .md or .pdf file. UserError for a file that cannot be read as text."""
+    """The text of a .txt, .md or .pdf file, or of a pipe. UserError if it cannot be read as text."""
     path = os.fspath(path)
+    file = io.BytesIO(read_once(path))
     if path.lower().endswith(".pdf"):
-        return pdf_text(path, path)
+        return pdf_text(file, path)
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return io.TextIOWrapper(file, encoding="utf-8").read()
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def question_about(material: str, question: str) -> list[dict[str, Any]]:

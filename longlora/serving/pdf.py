@@ -13,16 +13,14 @@ LARGEST = 32 << 20  # bytes of an uploaded PDF
 SECONDS, MEMORY = 60, 2 << 30
 
 
-def pdf_text(source: str | BinaryIO, name: str) -> str:
-    """The text of a PDF, a path or an open file. UserError, which calls it `name`, if there is none."""
+def pdf_text(file: BinaryIO, name: str) -> str:
+    """The text of an open PDF. UserError, which calls it `name`, if there is none."""
     try:
         import pypdf
     except ImportError:
         raise UserError(f"{name}: reading a PDF needs pypdf: pip install 'longlora[pdf]'") from None
     try:
-        text = "\n\n".join(page.extract_text() for page in pypdf.PdfReader(source).pages)
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read: {error.strerror or error}") from None
+        text = "\n\n".join(page.extract_text() for page in pypdf.PdfReader(file).pages)
     except Exception as error:  # pypdf raises many kinds for damaged files
         raise UserError(f"{name}: cannot be read as a PDF: {error}") from None
     if not text.strip():

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import threading
 
 import pytest
 import tiny
@@ -13,6 +15,7 @@ from longlora.decoder.model import Model
 from longlora.errors import UserError
 from longlora.files.tokenizer import Tokenizer
 from longlora.serving.chat import Chat
+from longlora.serving.generate import read_material
 from longlora.training import driver
 
 
@@ -55,6 +58,47 @@ def test_a_stop_string_ends_an_answer_and_a_file_goes_into_the_prompt(tmp_path, 
     assert "".join(asked) is not None and asked.prompt_tokens > 60
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_material_may_come_from_a_pipe(monkeypatch, late):
+    """As of <(command): a text that is longer than a pipe holds, and one that is late."""
+
+    def write():
+        with os.fdopen(writer, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+
+    def now_blocking(handle, blocking):
+        real(handle, blocking)
+        thread.start()
+
+    text, real = "é\r\n" * 50_000, os.set_blocking
+    reader, writer = os.pipe()
+    thread = threading.Thread(target=write)
+    if late:  # the writer begins after the first attempt to read
+        monkeypatch.setattr(os, "set_blocking", now_blocking)
+    else:
+        thread.start()
+    assert read_material(f"/dev/fd/{reader}") == text.replace("\r\n", "\n")
+    thread.join()
+    os.close(reader)
+
+
+def test_a_pipe_that_nobody_writes_to_is_refused(base, tmp_path, monkeypatch, capsys):
+    """By each option with the name of a file; and so is a device, which may have no end."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("pipe", "pipe.pdf"):
+        os.mkfifo(name)
+        with pytest.raises(UserError, match=f"^{name}: is an empty pipe, and nobody writes to it$"):
+            read_material(name)
+    with pytest.raises(UserError, match="/dev/zero: is a socket or a device; wanted a file or a pipe"):
+        read_material("/dev/zero")
+    ask = ["generate", "--model", base, "--device", "cpu", "--question", "a"]
+    for option in ("--material", "--chat-template", "--prompt-cache"):
+        assert cli.main([*ask, option, "pipe"]) == 2
+        assert "pipe: is a" in capsys.readouterr().err
+    assert cli.main([*ask[:-2], "--prompt-file", "pipe"]) == 2
+    assert "pipe: is an empty pipe" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "keywords, words",
     [
@@ -65,8 +109,8 @@ def test_a_stop_string_ends_an_answer_and_a_file_goes_into_the_prompt(tmp_path, 
         (dict(prompt="a", max_new_tokens=0), "max_new_tokens should be an integer of at least 1, got 0"),
         (dict(prompt="a", temperature=-1), "temperature should be a number from 0"),
         (dict(prompt="a" * 64), "the prompt has 64 tokens, the context is 64: shorten it by 1 to leave room"),
-        (dict(question="b", material="missing.txt"), "missing.txt: cannot be read: No such file"),
-        (dict(question="b", material="missing.pdf"), "missing.pdf: cannot be read: No such file"),
+        (dict(question="b", material="missing.txt"), "missing.txt: No such file"),
+        (dict(question="b", material="missing.pdf"), "missing.pdf: No such file"),
         (dict(prompt="a", context=0), "context should be an integer from 1 to 16777216, got 0"),
         (dict(prompt=""), "the prompt has no tokens"),
         (dict(question="a\ud83d"), "a text holds half a character"),
@@ -126,7 +170,7 @@ def test_chat_reads_files_resets_and_survives_errors(base, tmp_path):
     (tmp_path / "m.txt").write_text("material")
     lines = [f"/file {tmp_path}/m.txt", "what", "/file missing.txt", "/help", "/reset", "x" * 1000, "\udce9"]
     conversation, _, note = chat(base, [*lines, "again"])
-    assert "read " in note and "missing.txt: cannot be read" in note and "/reset" in note
+    assert "read " in note and "missing.txt: No such file" in note and "/reset" in note
     assert "to leave room for an answer" in note and "half a character, '\\udce9' at" in note
     assert [message["content"] for message in conversation.messages[::2]] == ["again"]
 
