@@ -100,7 +100,7 @@ def in_turn(bench, sides, words, rounds, pause):
     """
     running, environment = {}, os.environ | {"OMP_NUM_THREADS": str(bench.options.threads)}
     for side in sides:
-        command = [sys.executable, "-m", f"benchmarks.bench_{bench.benchmark}", "--side", side, *words]
+        command = [sys.executable, "-m", "benchmarks", bench.benchmark, "--side", side, *words]
         command += ["--smoke"] * bench.options.smoke
         running[side] = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

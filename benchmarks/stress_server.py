@@ -83,7 +83,7 @@ class Clients:
         """Let `count` clients ask -> tokens a second."""
         began = time.monotonic()
         arguments = [(seed, began + seconds) for seed in range(count)]
-        threads = [threading.Thread(target=self._run, args=args) for args in arguments]
+        threads = [threading.Thread(target=self._run, args=args, daemon=True) for args in arguments]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -129,17 +129,19 @@ def main(arguments: list[str] | None = None) -> int:
     command = [sys.executable, "-m", "longlora", "serve", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     with process:
-        process.stdout.readline()
-        address = process.stdout.readline().split()[0].removeprefix("http://")
-        alone, together = Clients(address, args.tokens), Clients(address, args.tokens)
-        one = alone.run(1, args.seconds / 4)
-        warm = Clients(address, args.tokens)
-        warm.run(args.clients, args.seconds / 12)  # every row has been written
-        before = resident(process.pid)
-        all_of_them = together.run(args.clients, args.seconds)
-        after = resident(process.pid)
-        spoken = conversation(address, args.words)
-        process.terminate()
+        try:
+            process.stdout.readline()
+            address = process.stdout.readline().split()[0].removeprefix("http://")
+            alone, together = Clients(address, args.tokens), Clients(address, args.tokens)
+            one = alone.run(1, args.seconds / 4)
+            warm = Clients(address, args.tokens)
+            warm.run(args.clients, args.seconds / 12)  # every row has been written
+            before = resident(process.pid)
+            all_of_them = together.run(args.clients, args.seconds)
+            after = resident(process.pid)
+            spoken = conversation(address, args.words)
+        finally:
+            process.terminate()
     outcomes = alone.outcomes + warm.outcomes + together.outcomes
     found = dict(
         clients=args.clients,

@@ -1,14 +1,20 @@
-"""Ctrl-C ends every command with 130 and no traceback, also while it is imported and when it has ended."""
+"""Ctrl-C ends every command and benchmark with 130 and no traceback.
+
+Also while it is imported, and when it has ended.
+"""
 
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
 
 from longlora import guard, interrupt
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # Ctrl-C comes when Python looks for the module {module}.
 WHILE_IMPORTED = """
@@ -112,6 +118,41 @@ def test_ctrl_c_while_it_runs(base, tmp_path, command, place, function):
     done = run(program, *given, input="hello\n", cwd=tmp_path)
     assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "merged").exists()
+
+
+# As `python -m {name}` does it.
+MODULE = """
+import runpy, sys
+sys.argv[0] = "-m"
+{before}
+runpy.run_module("{name}", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="the benchmarks are in the source tree only")
+@pytest.mark.parametrize(
+    "before, name, words",
+    [
+        (WHILE_IMPORTED.format(module="numpy"), "benchmarks.paper", ["--report"]),
+        (WHILE_IMPORTED.format(module="benchmarks.harness"), "benchmarks.bench_gemm", ["--smoke"]),
+        (WHEN_CALLED.format(place="benchmarks.bench_gemm", function="main"), "benchmarks", ["gemm"]),
+        (
+            WHEN_CALLED.format(place="subprocess", function="Popen"),
+            "benchmarks.stress_server",
+            ["--model", "a"],
+        ),
+    ],
+)
+def test_ctrl_c_ends_the_benchmarks(before, name, words):
+    path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])
+    program = MODULE.format(before=before, name=name)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_a_program_that_ignores_ctrl_c_is_not_changed():
