@@ -166,12 +166,5 @@ def text(found: dict[str, Any]) -> str:
         row = (cells.get((length, depth)) for depth in depths)
         shares = (f"{100 * cell['accuracy']:.0f}%" if cell else "" for cell in row)
         lines.append(f"{length:>8}" + "".join(f"{share:>9}" for share in shares))
-    counts = sorted({r["samples"] for r in found["results"]})
-    prompts = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
-    return "\n".join([*lines, f"keys found, of {prompts} prompts in a cell; {trained(found)}"])
-
-
-def trained(found: dict[str, Any]) -> str:
-    """For which lengths the model was made, in words."""
-    now, before = found["trained_length"], found["pretrained_length"]
-    return f"the model is made for {now:,} tokens" + (f", its base for {before:,}" if before != now else "")
+    prompts = retrieval.span(r["samples"] for r in found["results"])
+    return "\n".join([*lines, f"keys found, of {prompts} prompts in a cell; {retrieval.trained(found)}"])

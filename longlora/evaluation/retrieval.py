@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +87,18 @@ def longest(tokens: Callable[[int], int], length: int, guess: int, most: int) ->
         else:
             n, step = (n + step if fits else n - step), 2 * step
     return low
+
+
+def trained(found: dict[str, Any]) -> str:
+    """For which lengths the model was made, in words."""
+    now, before = found["trained_length"], found["pretrained_length"]
+    return f"the model is made for {now:,} tokens" + (f", its base for {before:,}" if before != now else "")
+
+
+def span(numbers: Iterable[int]) -> str:
+    """The least and the largest of the numbers, in words: 3 to 5, or 3 if all are equal."""
+    ordered = sorted(numbers)
+    return " to ".join(str(n) for n in dict.fromkeys((ordered[0], ordered[-1])))
 
 
 def measure(

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from longlora.evaluation import retrieval
-from longlora.evaluation.passkey import trained
 from longlora.evaluation.topic_words import ASPECTS, EACH, EXCHANGES, SUBJECTS
 from longlora.files.tokenizer import Tokenizer
 
@@ -128,8 +127,7 @@ def text(found: dict[str, Any]) -> str:
     """The result of `run` as a table."""
     lines = [f"{'length':>8} {'topics':>9} {'right':>9}"]
     for row in found["results"]:
-        counts = sorted({answer["topics"] for answer in row["answers"]})
-        topics = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
+        topics = retrieval.span(answer["topics"] for answer in row["answers"])
         hits = f"{row['right']} of {row['samples']}"
         lines.append(f"{row['length']:>8} {topics:>9} {hits:>9}")
-    return "\n".join([*lines, f"first topics named; {trained(found)}"])
+    return "\n".join([*lines, f"first topics named; {retrieval.trained(found)}"])
