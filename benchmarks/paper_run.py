@@ -1,7 +1,7 @@
 """One run of benchmarks/paper.py: train the demo's model in one way, and evaluate it.
 
-The package trains it, as `longlora train` does. What the paper tries and the package has no option for is in
-Observed, a subclass of the package's model: patterns of attention that lost, and evaluation with the pattern
+The package trains it, as `longlora train` does. Observed, a subclass of the package's model, has what the
+package has no option for: the patterns of attention that lost in the paper, and evaluation with the pattern
 of the training.
 """
 
@@ -151,7 +151,7 @@ def perform(run):
         lengths  of the dense evaluation
         pattern  as Observed takes it, if any
         own      the length at which to evaluate with the pattern of the training too, if any
-        curve    evaluate every so many steps, if any
+        curve    evaluate every N steps, if any
     """
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -30,7 +30,7 @@ def resident_memory() -> int:
 
 
 def peak_memory() -> int:
-    """The most bytes of this process that were in memory so far."""
+    """The most bytes that this process has had in memory so far."""
     return system.peak_memory()
 
 

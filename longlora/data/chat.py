@@ -201,7 +201,7 @@ def samples(files: Sequence[str], form: Form) -> Iterator[tuple[str, Sample]]:
         for place, record in records.read(path):
             where, found, some = f"{path}: {place}", _form(record), True
             if found is not form:
-                kind = found.name if isinstance(found, Form) else found or "of no known form"
+                kind = found.name if isinstance(found, Form) else found or "in an unknown form"
                 raise UserError(f"{where}: should have {form.wanted}, as the first record has; it is {kind}")
             assert isinstance(record, dict)
             try:

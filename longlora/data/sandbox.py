@@ -1,7 +1,7 @@
 """Jinja's sandbox with limits: no template runs without end or fills the memory.
 
 All that the template makes is counted: the values of literals, slices, operators, calls and filters, and what
-it writes. An operation whose result can be far larger than what it is given is asked for that size first.
+it writes. Where a result can be far larger than what it is made of, its size is computed first.
 """
 
 import itertools

@@ -234,7 +234,7 @@ class Layer:
         self.o.backward(ops, views.do if reach > Reach.O_PROJ else None, views.d, views.o, views.u_o)
         if reach == Reach.O_PROJ:
             return
-        if batch.recompute == "none":  # n1 again; and q and k, where what is kept is the input of their norms
+        if batch.recompute == "none":  # n1 again, and q and k if the inputs of their norms were kept
             self.input_norm.forward(ops, views.n, views.rstd, views.x)
             if self.head_norms:
                 self._queries_and_keys(batch, views)

@@ -5,7 +5,7 @@ a sliding window, so they stay. Attention sees the tokens that are kept as if th
 a gap: a key is rotated by its place in the cache, not by its place in the text.
 
 Only differences of places matter to rope. So the window's keys keep the rotation of their places in the text,
-and the sinks, which lie before them, are turned on by as many places as have been forgotten.
+and the sinks, which lie before them, are rotated further, by the number of forgotten places.
 """
 
 from dataclasses import dataclass
@@ -120,7 +120,7 @@ class StreamingCache(Cache):
             self._write_sinks()
 
     def _write_sinks(self):
-        """Write the sinks before the window, turned on by as many places as have been forgotten."""
+        """Write the sinks before the window, rotated further by the number of forgotten places."""
         angle = self.forgotten * self._frequency
         for table, values in zip(self._turn, (np.cos(angle), np.sin(angle))):
             self._inputs.put(table, values.astype(np.float32)[None])

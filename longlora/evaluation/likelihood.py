@@ -1,4 +1,4 @@
-"""The log-likelihood of continuations, each of its context. What texts share is computed once."""
+"""The log-likelihood of continuations of contexts. The beginning that texts share is computed once."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence

@@ -29,7 +29,7 @@ NAME = "passkey 1"
 
 
 def prompt_text(key: int, before: int, after: int) -> str:
-    """The prompt with so many characters of filler before and after the line with the key."""
+    """The prompt: the line with the key, and numbers of characters of filler before and after it."""
     stream = FILLER * (max(before, after) // len(FILLER) + 1)
     return "\n".join([TASK, stream[:before], KEY.format(key=key), stream[:after], QUESTION])
 

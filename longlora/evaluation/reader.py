@@ -1,4 +1,4 @@
-"""Greedy answers to prompts side by side. What prompts begin with in common is computed once."""
+"""Greedy answers to prompts side by side. The beginning that prompts share is computed once."""
 
 from collections.abc import Sequence
 

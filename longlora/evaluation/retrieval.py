@@ -1,4 +1,4 @@
-"""What tasks share that ask for something in a long text: prompts, their answers, results on disk."""
+"""What the tasks with long prompts share: prompts, their answers, results on disk."""
 
 import contextlib
 import os
@@ -72,7 +72,7 @@ def too_short(length: int, least: int, what: str) -> UserError:
 
 
 def longest(tokens: Callable[[int], int], length: int, guess: int, most: int) -> int:
-    """The largest n from 0 to `most` with tokens(n) <= length; tokens(0) is. tokens grows with n.
+    """The largest n from 0 to `most` with tokens(n) <= length, which holds for 0. tokens grows with n.
 
     The search begins at `guess`, because a call takes long.
     """

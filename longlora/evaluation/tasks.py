@@ -57,7 +57,7 @@ def run(
     say                  is called with the line that names the device
 
     UserError names what is wrong: unknown tasks, an adapter of another model, lengths that model or memory
-    have no room for, data that cannot be had. All of it is found before the weights are read.
+    have no room for, data that cannot be loaded. All of it is found before the weights are read.
     """
     names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
     sizes = [lengths] if isinstance(lengths, int) else list(lengths or ())
@@ -176,7 +176,7 @@ def _reason(error):
     if isinstance(error, ImportError):
         return f"needs a library that is not installed: {said}"
     if isinstance(error, (OSError, LookupError)):
-        return f"has data that cannot be had: {said}"
+        return f"has data that cannot be loaded: {said}"
     return f"cannot be loaded: {type(error).__name__}: {said}"
 
 
@@ -203,7 +203,7 @@ def _evaluate(model, loaded, limit, num_fewshot, chats):
 
 
 def _plain(x):
-    """The same of Python's own types."""
+    """The same value in Python's own types."""
     if isinstance(x, dict):
         return {str(key): _plain(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):

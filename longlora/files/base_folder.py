@@ -1,7 +1,7 @@
 """The folder of an adapter that holds its base model with the longer positions.
 
-LoRA cannot express positions, and PEFT's adapter_config.json has no field for them. What it has is the path
-of the base model, which every loader follows that opens the base itself (AutoPeftModelForCausalLM, the
+LoRA cannot express positions, and PEFT's adapter_config.json has no field for them. It does have the
+path of the base model, and loaders that open the base themselves follow it (AutoPeftModelForCausalLM, the
 from_pretrained of transformers). So the path leads to this folder: links to the files of the base, and a
 config.json of its own, which has the positions. A loader that is given the plain base does not see the
 folder. For those adapter_config.json has a key that PEFT does not know, and PEFT warns with its name.

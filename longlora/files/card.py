@@ -62,7 +62,7 @@ def merged(base: Any, run: Path | None, config: ModelConfig, name: str, dtype: s
     """The card of a whole model.
 
     base: the opened base model. run: the directory of the adapter that is merged in, or of the run that
-    trained every weight. config: that of the whole model. name: how it is called. dtype: of its weights.
+    trained every weight. config: that of the whole model. name: its name. dtype: of its weights.
     file: the name of a GGUF file, None for a directory.
     """
     hub = hub_name(base)
@@ -190,7 +190,7 @@ def _is_number(value):
 
 
 def _plain(text):
-    """The text without what Markdown or a string in Python would read otherwise."""
+    """The text without the characters that mean something in Markdown or in a string of Python."""
     return re.sub(r'[`|"\\<>]', "_", printable(str(text)))
 
 

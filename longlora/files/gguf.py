@@ -277,7 +277,7 @@ class Gguf(ModelFile):
     def _llama3(self, raw, divisors, original):
         """Recover Llama 3's rule. llama.cpp stores only its result, the divisors of the frequencies.
 
-        original: the length of pretraining, where the metadata has it; it is one of the powers of 2 else.
+        original: the length of pretraining, if the metadata has it. Otherwise powers of 2 are tried.
         """
         theta = raw["rope_theta"]
         if type(theta) not in (int, float) or not 2 <= theta <= 1e12:

@@ -128,7 +128,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: Any) -> None:
         if not self._draining:
             self.stop()
-            text = f"{signal.Signals(sig).name}: finishing the answers that run; once more ends them\n"
+            text = f"{signal.Signals(sig).name}: finishing the answers that run; a second signal ends them\n"
             # The signal may have interrupted print, and standard error may be closed.
             if sys.__stderr__ is not None:
                 with contextlib.suppress(OSError):

@@ -125,9 +125,9 @@ class Service:
     def _admit(self, method: str, path: str, headers: dict[bytes, bytes]) -> None:
         """Raise Refused for a request that may not use the server.
 
-        Without a key, pages of other sites must not use the server by the browser of someone who may: a
-        browser says in Origin whose page asks, and in Host by which name, which such a site may have made its
-        own.
+        Without a key, a page of another site must not use the server through the browser of its visitor. A
+        browser names the site of the page in Origin. It names the server in Host: a site may let a name of
+        its own lead to this machine.
         """
         if self._key is not None:
             given = headers.get(b"authorization", b"")

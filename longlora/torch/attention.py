@@ -89,7 +89,7 @@ _NO_INTERFACE = "{} has no AttentionInterface, so its attention cannot be set"
 
 
 def _can_be_set(model):
-    """ValueError for a model none of whose parts lets transformers set its attention."""
+    """ValueError if transformers can set the attention of no part of the model."""
     parts = [m for m in model.modules() if hasattr(m, "_can_set_attn_implementation")]  # since transformers 5
     if parts and not any(m._can_set_attn_implementation() for m in parts):
         raise ValueError(_NO_INTERFACE.format(f"configure: {type(model).__name__}"))

@@ -41,7 +41,7 @@ class ExtendedModel(PeftModelForCausalLM):
         self._note_base()
 
     def _note_base(self):
-        """Note where the base comes from, while the directory that a relative path begins in is the same."""
+        """Note where the base comes from while its path, if it is relative, still leads there."""
         config = self.get_base_model().config
         self._base = config._name_or_path or None  # None for a model that comes from no file
         self._base_directory = _directory(self._base, getattr(config, "_commit_hash", None))
@@ -149,7 +149,7 @@ def lora_config(model: Any, **changes: Any) -> LoraConfig:
 
 
 def _decoder(model):
-    """How the names of the modules begin that read text: those of towers for other kinds of input do not."""
+    """The prefix of the names of the modules that read text. A tower for other input has another one."""
     found = model.get_decoder() if hasattr(model, "get_decoder") else None
     embedding = model.get_input_embeddings()
     if found is None or not any(part is embedding for part in found.modules()):

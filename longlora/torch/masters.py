@@ -23,7 +23,7 @@ class Masters(ModulesToSaveWrapper):
     """
 
     def _dtypes(self, copied):
-        """The dtype that each weight of the copy has in the base, where it is another: {name: dtype}."""
+        """{name: its dtype in the base} for each weight of the copy whose dtype differs from the base's."""
         base = dict(self.original_module.named_parameters())
         return {
             name: base[name].dtype

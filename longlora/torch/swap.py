@@ -200,7 +200,7 @@ class _Loss:
     def __call__(self, logits, labels, vocab_size, **unused):
         """Stands in for the model's loss function, whose `logits` are the loss already."""
         if vocab_size != self.rows:
-            raise ValueError(f"the head has {self.rows} rows, but the model's vocabulary {vocab_size} tokens")
+            raise ValueError(f"the head has {self.rows} rows, but the vocabulary has {vocab_size} tokens")
         count = self.count.to(logits.device) if isinstance(self.count, Tensor) else self.count
         return logits if count is None else logits / count
 

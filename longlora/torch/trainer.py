@@ -226,7 +226,7 @@ class Callback(TrainerCallback):
 
 
 class TorchEngine:
-    """The Engine of a run (training.run.Engine) made of a model of transformers and Trainer."""
+    """The Engine of a run (training.run.Engine): a model of transformers, and Trainer."""
 
     def __init__(self, run: Run, args: TrainingArguments):
         self.run, self.args, setup = run, args, run.setup

@@ -138,7 +138,7 @@ class Setup:
 
 
 def instructs(o: TrainOptions) -> bool:
-    """Whether the data are questions and answers. UserError for a file of neither these nor text."""
+    """Whether the data are questions and answers. UserError for a file that holds neither these nor text."""
     return form_of(o.data) is not None
 
 

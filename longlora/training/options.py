@@ -177,7 +177,7 @@ class TrainOptions:
         False, "the result is the checkpoint with the lowest held-out loss, which save_total_limit keeps"
     )
     metric_for_best_model: str = option(
-        "eval_loss", "what the best checkpoint has the lowest of", choices=("eval_loss", "loss")
+        "eval_loss", "the metric that is lowest in the best checkpoint", choices=("eval_loss", "loss")
     )
     logging_steps: int = option(1, "log metrics every N steps", low=1)
     report_to: tuple = option(
@@ -401,7 +401,7 @@ def _checked(f: Field, value: Any) -> Any:
 
 
 def _converted(name: str, kind: Any, value: Any) -> Any:
-    """The value as the field's type where another spelling of it was given."""
+    """The value in the type of the field, if it was given in another spelling."""
     if kind is tuple:
         if isinstance(value, str):
             value = value.split(",")

@@ -298,7 +298,7 @@ def test_a_record_of_another_form_is_named_with_its_place(tmp_path):
     assert failure(messages, path) == f"{path}: record 2: {wanted[:-8]}text"
     path = write(tmp_path / "a.jsonl", [{"messages": TALK}, {"question": "a"}])
     assert failure(messages, path).endswith(
-        "should have messages, as the first record has; it is of no known form"
+        "should have messages, as the first record has; it is in an unknown form"
     )
     path = write(tmp_path / "a.jsonl", [{"text": "a"}, ROWS[0]])
     message = failure(tokenise, path, KINDS["llama3"], 500, str(tmp_path / "cache"), str)

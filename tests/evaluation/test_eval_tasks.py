@@ -404,9 +404,9 @@ def test_a_task_that_lm_eval_does_not_have_is_named_with_the_nearest(folder, bas
     [
         (
             "dataset_path: json\ndataset_kwargs: {data_files: {test: none.jsonl}}",
-            "has data that cannot be had",
+            "has data that cannot be loaded",
         ),
-        ("dataset_path: nobody/nothing", "has data that cannot be had: .*nobody/nothing"),
+        ("dataset_path: nobody/nothing", "has data that cannot be loaded: .*nobody/nothing"),
         ("custom_dataset: !function broken.make", "needs a library that is not installed: .*no_such_library"),
         ("custom_dataset: !function needle.make\nunsafe_code: true", "runs code that the model writes"),
         ("custom_dataset: !function needle.make\noutput_type: images", "output_type"),

@@ -30,7 +30,7 @@ SHOWN: dict[str, Callable[[int], Any]] = {
 
 
 def process_group(op: str, group: Any) -> dist.ProcessGroup:
-    """The ProcessGroup of a ProcessGroup or DeviceMesh. Of a mesh with several dimensions it is that of "cp".
+    """The ProcessGroup of a ProcessGroup or DeviceMesh. In a mesh of several dimensions it is that of "cp".
 
     TypeError for something else; ValueError for a mesh without "cp", or a group without this process. op
     names the caller.
