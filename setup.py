@@ -147,7 +147,7 @@ class Cuda:
             raise NoCuda(f"{self.nvcc} --version did not tell its release")
         self.release = int(release[1]), int(release[2])
         if self.release < OLDEST_CUDA:
-            raise NoCuda(f"{self.nvcc} is of CUDA {release[1]}.{release[2]}, which is older than 11.8")
+            raise NoCuda(f"{self.nvcc} comes with CUDA {release[1]}.{release[2]}, which is older than 11.8")
         self.archs, self.why = self.choose_archs()
         self.one_arch = {
             source: arch
@@ -171,7 +171,7 @@ class Cuda:
         why = "for the GPUs of this machine" if here else "as nvidia-smi finds no GPU here that is supported"
         if old:
             version = ".".join(map(str, self.release))
-            why += f" and nvcc, of CUDA {version}, knows no GPU later than sm_90"
+            why += f" and the nvcc of CUDA {version} knows no GPU later than sm_90"
         return here or known, why
 
     def says(self):

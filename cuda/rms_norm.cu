@@ -273,9 +273,8 @@ template <class T, bool ALIGNED> __global__ void __launch_bounds__(MOST, 1)
     store_totals(total, partial + blockIdx.x * pitch, pitch, sums, C, width, lane);
 }
 
-/* For rows in pieces, whose sums do not fit in registers. A block sums rows blockIdx.y, blockIdx.y +
- * gridDim.y,
- * ... */
+/* For rows in pieces, whose sums do not fit in registers. A block sums the rows from blockIdx.y on,
+ * gridDim.y apart. */
 template <class T> __global__ void __launch_bounds__(BLOCK)
     columns_kernel(float *partial, int64_t pitch, const T *dout, int64_t dout_row, const T *x, int64_t x_row,
                    const float *rstd, int64_t M, int64_t C) {

@@ -135,8 +135,8 @@ template <int N> static __device__ __forceinline__ void hide_queries(float (&x)[
 }
 
 /* The KV head that has query heads of both kinds: the first launch leaves the sums of the plain ones in the
- * workspace, the second launch adds them to its own. key and column are those of
- * this lane's first element. */
+ * workspace, the second launch adds them to its own. key and column are those of this lane's first
+ * element. */
 template <int C> static __device__ __forceinline__ void
 exchange(float (&dk)[C][4], float (&dv)[C][4], const Backward &a, const Work &w, int key, int column) {
     const Pattern &p = a.p;

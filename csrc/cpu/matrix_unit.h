@@ -87,8 +87,8 @@ static void unit_multiply_row(float *c, const char *a, int64_t a_step, const cha
 }
 #endif
 
-/* c[16 rows, 16 cols] (+)= a b over `count` registers along k, with rows and cols of 1 or 2. c_row: floats.
- */
+/* c[16 rows, 16 cols] (+)= a b over `count` registers along k. rows and cols are 1 or 2. Rows of c lie c_row
+ * floats apart. */
 static inline __attribute__((always_inline)) void unit_multiply(float *c, int64_t c_row, UnitFactor a,
                                                                 UnitFactor b, int64_t count, int rows,
                                                                 int cols, int add) {

@@ -71,7 +71,7 @@ static void pair_keys(uint16_t *out, const float *p, int64_t keys) {
         }
 }
 
-/* c[M,N] (+)= a b for M and N of 16 at least; multiples of 16. */
+/* c[M,N] (+)= a b. M and N are multiples of 32. */
 static inline void unit_product(float *c, int64_t c_row, UnitFactor a, UnitFactor b, int64_t M, int64_t N,
                                 int64_t registers, int add) {
     for (int64_t n = 0; n < N; n += 2 * UNIT)

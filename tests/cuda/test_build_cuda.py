@@ -166,7 +166,7 @@ def test_an_older_toolkit_builds_for_the_gpus_it_knows(tree, release):
     assert all(of == ["80:sm_80", "90:sm_90", "90:compute_90"] for of in gpus.values())
     (line,) = tree.said.splitlines()
     assert line.startswith("longlora: building CUDA kernels for sm 80 90, ")
-    assert f"nvcc, of CUDA {release}, knows no GPU later than sm_90" in line
+    assert f"the nvcc of CUDA {release} knows no GPU later than sm_90" in line
     assert tree.build(RELEASE=release, LONGLORA_CUDA_ARCH="90a")[0].keys() > ordinary(), "as told"
 
 
@@ -210,7 +210,7 @@ def test_what_is_told_goes_before_what_is_there(tree):
 @pytest.mark.parametrize(
     "switches, why",
     [
-        (dict(RELEASE="11.7"), "is of CUDA 11.7, which is older than 11.8"),
+        (dict(RELEASE="11.7"), "comes with CUDA 11.7, which is older than 11.8"),
         (dict(RELEASE="unknown"), "--version did not tell its release"),
         (dict(BROKEN="1"), "error: #error -- unsupported GNU version!"),
         (

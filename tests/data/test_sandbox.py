@@ -147,7 +147,7 @@ def test_a_namespace_does_not_write_what_it_holds():
     ],
 )
 def test_all_that_a_template_makes_is_counted(monkeypatch, made):
-    """A loop keeps what it makes: of each kind it can keep so many that they fit, and no more."""
+    """A loop keeps what it makes. It can keep as many values of each kind as fit, and no more."""
     loop = "{% set x = 'xx' * 40 %}{% macro m() %}{{ x }}{% endmacro %}{% for i in range(n) %}"
     template = ChatTemplate(loop + "{% set y = " + made + " %}{% endfor %}", {}, "here")
     monkeypatch.setattr(sandbox, "MOST_TEXT", 5000)

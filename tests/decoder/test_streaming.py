@@ -142,7 +142,7 @@ def test_positions_far_out_are_as_exact(tmp_path):
     cache, ids = generator.cache, np.arange(40, dtype=np.int32)
     near = generator.extend(0, ids)
     cache.keep(0, 0)
-    cache.lengths[0] = 1_000_000_000  # as if so many had been read and forgotten
+    cache.lengths[0] = 1_000_000_000  # as if that many had been read and forgotten
     np.testing.assert_allclose(generator.extend(0, ids), near, atol=1e-4)
     assert cache.forgotten == 1_000_000_032
 

@@ -102,7 +102,7 @@ def reader(model, rows, chunk=16):
 
 
 def prompts():
-    """Random tokens of which the first 40 are the same in all."""
+    """Random tokens. The first 40 are the same in all prompts."""
     generator = np.random.default_rng(0)
     stem = generator.integers(0, 256, 40)
     tails = [generator.integers(0, 256, n) for n in (5, 23, 9)]

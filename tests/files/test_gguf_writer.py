@@ -525,7 +525,7 @@ def test_a_fault_leaves_nothing_or_the_whole_file(tmp_path, kind, there):
 
 
 def test_one_tensor_is_in_memory_at_a_time(smollm2, tmp_path):  # noqa: F811
-    """The peak of the process that writes SmolLM2 in float32: 513 MiB, of which the embedding is 108."""
+    """The peak of the process that writes SmolLM2 in float32: 513 MiB, and the embedding is 108 of them."""
     if not os.path.exists("/proc/self/status"):
         pytest.skip("this system has no /proc/self/status to read the peak from")
     script = """if True:

@@ -60,7 +60,7 @@ def test_a_stop_string_ends_an_answer_and_a_file_goes_into_the_prompt(tmp_path, 
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_material_may_come_from_a_pipe(monkeypatch, late):
-    """As of <(command): a text that is longer than a pipe holds, and one that is late."""
+    """As by `<(command)`: a text that is longer than a pipe holds, from a writer that may be late."""
 
     def write():
         with os.fdopen(writer, "w", encoding="utf-8", newline="") as file:
@@ -83,7 +83,7 @@ def test_a_material_may_come_from_a_pipe(monkeypatch, late):
 
 
 def test_a_pipe_that_nobody_writes_to_is_refused(base, tmp_path, monkeypatch, capsys):
-    """By each option with the name of a file; and so is a device, which may have no end."""
+    """Each option for a file refuses it, without waiting. A device, which may have no end, is refused too."""
     monkeypatch.chdir(tmp_path)
     for name in ("pipe", "pipe.pdf"):
         os.mkfifo(name)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
-transformers = pytest.importorskip("transformers", reason="transformers is what is extended here")
+transformers = pytest.importorskip("transformers", reason="these tests extend models of transformers")
 peft = pytest.importorskip("peft", reason="extend makes a PeftModel")
 import families  # noqa: E402
 import test_gguf  # noqa: E402

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
-transformers = pytest.importorskip("transformers", reason="transformers is what is extended here")
+transformers = pytest.importorskip("transformers", reason="these tests extend models of transformers")
 peft = pytest.importorskip("peft", reason="extend makes a PeftModel")
 import families  # noqa: E402
 from devices import device, put  # noqa: E402, F401 (a fixture)

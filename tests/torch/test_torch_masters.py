@@ -6,7 +6,7 @@ import copy
 import pytest
 
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
-transformers = pytest.importorskip("transformers", reason="transformers is what is extended here")
+transformers = pytest.importorskip("transformers", reason="these tests extend models of transformers")
 peft = pytest.importorskip("peft", reason="extend makes a PeftModel")
 from devices import device, put  # noqa: E402, F401 (a fixture)
 from families import VERSION, ids_of, tiny  # noqa: E402
@@ -96,7 +96,7 @@ def test_under_autocast_it_computes_as_float32_weights_do():
     ids = ids_of(2, 24)
     with torch.autocast(ids.device.type, LOW):
         assert torch.equal(ours.eval()(ids).logits, theirs.eval()(ids).logits)
-    exact = copy.deepcopy(ours).float()  # no longer mixed: nothing is rounded
+    exact = copy.deepcopy(ours).float()  # in one dtype: nothing is rounded
     assert exact(ids).logits.dtype == torch.float32
 
 

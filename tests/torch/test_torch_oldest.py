@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("transformers", reason="transformers is what is extended here")
+pytest.importorskip("transformers", reason="these tests extend models of transformers")
 pytest.importorskip("peft", reason="extend makes a PeftModel")
 OLDEST = "4.53.3"
 FILES = [

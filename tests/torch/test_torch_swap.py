@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
-transformers = pytest.importorskip("transformers", reason="transformers is what is swapped here")
+transformers = pytest.importorskip("transformers", reason="these tests swap layers of transformers' models")
 peft = pytest.importorskip("peft", reason="extend makes a PeftModel")
 from devices import device, put  # noqa: E402, F401 (a fixture)
 from families import FAMILIES, SMALL, VERSION, close, tiny, without_interface  # noqa: E402

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
-transformers = pytest.importorskip("transformers", reason="transformers is what is swapped here")
+transformers = pytest.importorskip("transformers", reason="these tests swap layers of transformers' models")
 peft = pytest.importorskip("peft", reason="PEFT makes the adapters")
 from devices import device, put  # noqa: E402, F401 (a fixture)
 from families import tiny  # noqa: E402

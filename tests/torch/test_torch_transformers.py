@@ -12,7 +12,7 @@ import pytest
 import reference
 
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
-transformers = pytest.importorskip("transformers", reason="transformers is what is extended here")
+transformers = pytest.importorskip("transformers", reason="these tests extend models of transformers")
 from devices import device, put  # noqa: E402, F401 (a fixture)
 from families import FAMILIES, VERSION, G, close, ids_of, tiny, without_interface  # noqa: E402
 

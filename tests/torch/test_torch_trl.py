@@ -3,7 +3,7 @@
 import pytest
 
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
-trl = pytest.importorskip("trl", reason="its SFTTrainer is what is run here")
+trl = pytest.importorskip("trl", reason="these tests run its SFTTrainer")
 transformers = pytest.importorskip("transformers", reason="trl stands on it")
 import tiny  # noqa: E402
 
