@@ -113,7 +113,7 @@ class Model:
         if set(names) != set(wanted):
             odd = sorted(set(names) ^ set(wanted))
             raise UserError(f"{source.path}: does not fit the model's config: {odd[0]}")
-        np.empty(16 << 20, np.uint8)  # freed again: now the C library keeps the memory of smaller arrays
+        np.empty(16 << 20, np.uint8)  # freed at once; the C library then keeps the memory of smaller arrays
         # NumPy converts without the interpreter's lock.
         with ThreadPoolExecutor(_C.get_num_threads()) as pool:
             for _ in pool.map(lambda name: source.read(name, self.tensor(name)), names):

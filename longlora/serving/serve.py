@@ -76,7 +76,7 @@ def serve(
         limits = Limits(name, places, rows + queue, max_new_tokens, defaults)
         service = Service(opened, template, limits, key, origins, any_host=not local)
         server = listen.Server(service.app, bound, service.worker.stop, lambda: not service.worker.alive)
-        bound.listen(listen.BACKLOG)  # who comes now waits
+        bound.listen(listen.BACKLOG)  # clients wait from here on
         print(f"{chosen}; {name}: {rows} answers at a time, a context of {places} tokens each")
         if not local and key is None:
             print("warning: whoever reaches this machine can use the server; see --api-key", file=sys.stderr)
