@@ -6,6 +6,7 @@ prefix is added on writing and removed on reading.
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -192,11 +193,22 @@ def describe(
     return lora, raw
 
 
+def newest_checkpoint(directory: Path) -> str:
+    """What an error adds about the directory of a run that was stopped, or "": the run's model is in a
+    checkpoint.
+    """
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    steps = [int(found[1]) for found in (re.fullmatch(r"checkpoint-(\d+)", name) for name in names) if found]
+    if not steps:
+        return ""
+    return f"; a run was stopped here, its newest checkpoint is {directory}/checkpoint-{max(steps)}"
+
+
 def read_lora(directory: Path) -> LoraConfig:
     """Read the LoraConfig in a PEFT adapter's adapter_config.json. UserError names what is not supported."""
     path = os.path.join(directory, CONFIG)
     if not os.path.exists(path):
-        raise UserError(f"{directory}: is not an adapter: it has no {CONFIG}")
+        raise UserError(f"{directory}: is not an adapter: it has no {CONFIG}{newest_checkpoint(directory)}")
     found = read_json(path)
     if found.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type {found.get('peft_type')!r} is not supported; supported is LORA")

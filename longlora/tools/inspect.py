@@ -24,8 +24,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         return _adapter(path)
     refuse_folder_of_gguf(path)
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
-        runs = sorted(name for name in os.listdir(path) if name.startswith("checkpoint-"))
-        hint = f"; it holds {', '.join(runs)}" if runs else ""
+        hint = adapter.newest_checkpoint(path)
         raise UserError(f"{path}: is neither a model (config.json) nor an adapter ({adapter.CONFIG}){hint}")
     model = open_model(path)
     count = sum(math.prod(model.shape(name)) for name in model.names())

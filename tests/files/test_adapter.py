@@ -492,6 +492,16 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path):
         adapter.load(path)
 
 
+def test_the_newest_checkpoint_of_a_stopped_run_is_named(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.old", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+    for read in (adapter.load, inspect.describe):
+        with pytest.raises(UserError) as error:
+            read(tmp_path)
+        newest = f"; a run was stopped here, its newest checkpoint is {tmp_path}/checkpoint-10"
+        assert str(error.value).endswith(newest)
+
+
 def test_saving_checks_the_tensors(tmp_path):
     build(tmp_path / "base")
     base = open_model(tmp_path / "base")
