@@ -20,8 +20,8 @@ longlora.train(
 
 # On the base itself the adapter would give wrong results: its folder longlora_base has the longer positions.
 model = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
-tokenizer = AutoTokenizer.from_pretrained(adapter, model_max_length=1024)
-text = (HELD_OUT / "austen-persuasion.txt").read_text()[:3000]
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+text = (HELD_OUT / "austen-persuasion.txt").read_text()[:2000]
 prompt = tokenizer(text, return_tensors="pt").input_ids[:, :500]  # the base model reads 256 tokens
 written = model.generate(prompt, max_new_tokens=20, do_sample=False)[0, 500:]
 print(f"{model.config.max_position_embeddings} positions; the next words: {tokenizer.decode(written)!r}")
