@@ -12,6 +12,8 @@
 #endif
 #include <numpy/arrayobject.h>
 
+#include <stdatomic.h>
+
 #include "cuda.h"
 #include "dlpack.h"
 #include "ops.h"
@@ -188,5 +190,34 @@ int check_shapes(const char *op, const Spec *spec, const Tensor *t);
 /* Outputs overlap neither each other nor inputs, unless the spec allows it. */
 int check_overlap(const char *op, const Spec *spec, const Tensor *t);
 int overlap(const Tensor *a, const Tensor *b); /* whether the ranges of their bytes overlap */
+
+/* ---- call.c: calls of ops --------------------------------------------------------------------- */
+
+extern Spec *specs;                 /* one for each op */
+extern atomic_int_least32_t *calls; /* how often each op has run, for tests */
+extern int isa;                     /* the instruction set in use */
+
+/* An op's struct: its tensors, then its doubles. */
+typedef struct {
+    Tensor tensors[MAX_ARGS];
+    double scalars[MAX_ARGS];
+} Struct;
+
+/* The op of this name, or -1 with an exception. */
+int op_named(const char *asker, PyObject *name);
+/* Fills the op's struct from its arguments and checks them. 0, or -1 with an exception; either way the caller
+ * gives the loans back. */
+int take(int index, PyObject *const *args, Py_ssize_t count, Struct *all, Loan *loans, Queue *queue);
+/* Runs an op on the CPU, with or without the GIL: 0, or -1 after fail(). */
+int run_on_cpu(int index, const void *all);
+/* Raises what run_on_cpu() failed with. */
+void raise_failure(void);
+/* The function of an op; self is its index. */
+PyObject *call(PyObject *self, PyObject *const *args, Py_ssize_t count);
+
+/* ---- record.c: calls that are made again ------------------------------------------------------- */
+
+extern PyTypeObject *RecordingType;
+extern PyType_Spec recording_spec;
 
 #endif

@@ -1,5 +1,6 @@
 """Passes over a model with a cache: prompts in chunks, and one new token of several sequences at a time."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,12 +12,26 @@ from longlora.decoder.cache import Cache
 from longlora.decoder.model import Model
 from longlora.decoder.network import Batch
 from longlora.decoder.scores import score
-from longlora.device import Inputs, host, send
+from longlora.device import CPU, Inputs, host, send
 
 CHUNK = 512  # tokens of a prompt in one pass: the activations of a pass are bounded, whatever the prompt
 # Sequences of a pass with one token each. Up to 16 rows, a product computes each row as it does alone.
 TOGETHER = 16
 BATCHES = 8  # shapes whose views are remembered
+
+
+class Recorder:
+    """Has a method for every op, which notes the call. `run` makes the noted calls in their order.
+
+    The arrays are Tensors on the CPU. See csrc/python/record.c for why.
+    """
+
+    def __init__(self) -> None:
+        self._recording = _C.Recording()
+        self.run = self._recording.run
+
+    def __getattr__(self, op: str) -> Callable[..., None]:
+        return functools.partial(self._recording.add, op)
 
 
 class Generator:
@@ -34,10 +49,11 @@ class Generator:
         self._arena = _C.Tensor((size,), "uint8", model.device)
         self._logits = _C.Tensor((min(TOGETHER, cache.rows), V), "float32", model.device)
         D = model.config.head_dim
-        if cache.limit is None:  # the positions of a pass are written before it
-            self._tables = [_C.Tensor((self.chunk, D // 2), "float32", model.device) for _ in range(2)]
-        else:
-            self._tables = [send(x, model.device) for x in rope.tables(model.rope, D, cache.limit)]
+        places = cache.limit or self.chunk  # without a limit, the tables are written before each pass
+        self._tables = [_C.Tensor((places, D // 2), "float32", model.device) for _ in range(2)]
+        if cache.limit is not None:
+            for table, values in zip(self._tables, rope.tables(model.rope, D, cache.limit)):
+                table.copy_(values)
         self._head = network.head.data
         self._batches: dict[tuple[int, int], Batch] = {}
         self._inputs = Inputs()
@@ -111,14 +127,27 @@ class Generator:
                 self._batches.clear()
                 self._arena = _C.Tensor((needs.layout.size,), "uint8", self.model.device)
             batch = self._batches[B, S] = Batch(_C, network, needs, self._arena, 0)
-        batch.attend_to_cache(cache.layers, self._tables)
+        known = batch.cache is cache.layers
+        if not known:
+            batch.attend_to_cache(cache.layers, self._tables)
         put(batch.rows, rows)
         put(batch.lengths, lengths)
         put(batch.positions, positions.astype(np.int32))
         put(batch.ids, ids.reshape(-1))
-        self.model.network.forward(batch)
+        self._forward(batch, known)
         cache.add(rows, S)
         return batch
+
+    def _forward(self, batch, known):
+        """Run the layers. On the CPU the calls are recorded for each batch, and again if it is not `known`:
+        after a streaming cache has moved its window."""
+        on_cpu = self.model.device == CPU
+        if on_cpu and not known:
+            batch.ops = Recorder()
+        if not on_cpu or not known:
+            self.model.network.forward(batch)
+        if on_cpu:
+            batch.ops.run()
 
     def _next(self, batch: Any, first: int, count: int) -> np.ndarray:
         """Logits, float32 [count,V], after `count` tokens of a pass from token `first` on."""
