@@ -179,7 +179,7 @@ def test_extension_halves_the_perplexity(base, smollm2, converted, acts, tmp_pat
     """18 steps of one 1024-token sequence, G = 256, AdamW at 2e-3 for LoRA and 1e-4 for embedding and norms;
     dense evaluation."""
     held_out = tmp_path / "held_out.txt"
-    held_out.write_text(HELD_OUT.read_text()[:24_000])
+    held_out.write_text(HELD_OUT.read_text()[:12_000])
     native = ppl.run(smollm2, held_out, [1024])["results"][0]["perplexity"]
     before = ppl.run(smollm2, held_out, [1024], rope_type="linear", target_length=32768)["results"][0][
         "perplexity"
