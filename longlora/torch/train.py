@@ -81,6 +81,7 @@ def run(o: TrainOptions, say: Say = print) -> Result:
         def prepare():
             resume.refuse_taken(o.output_dir, o.resume_from_checkpoint)
             held.enter_context(disk.alone(o.output_dir))
+            say(place(args))
             resume.sweep(o.output_dir)
             read_data(o, source, setup, say)  # the other processes find it in the cache
 
@@ -101,6 +102,16 @@ def refuse(o: TrainOptions) -> None:
         )
     if o.checkpointing == "minimal":
         raise UserError("checkpointing minimal is not available with torch: wanted none (also auto) or full")
+
+
+def place(args: TrainingArguments) -> str:
+    """The sentence that says where a run computes."""
+    device, processes = args.device, args.world_size
+    if device.type == "cuda":
+        what = f"{device}, {torch.cuda.get_device_name(device)}"
+    else:  # whose number in a group is that of the process
+        what = f"{device.type}, {torch.get_num_threads()} threads"
+    return f"device: {what}" + (f", in the first of {processes} processes" if processes > 1 else "")
 
 
 def _silent(sentence: str) -> None:
