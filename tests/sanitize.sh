@@ -17,7 +17,7 @@ cp -r tests "$work/"
 ops=$(python - <<'PY'
 import glob, re
 stems = {re.sub("_(forward|backward)$", "", op) for op in re.findall(r"OP\((\w+),", open("csrc/ops.c").read())}
-files = {f"tests/ops/test_{stem}.py" for stem in stems | {"extremes", "rope_op", "threads"}} | {f"tests/binding/test_{name}.py" for name in ("binding", "changed_indices", "dlpack", "tensor")}
+files = {f"tests/ops/test_{stem}.py" for stem in stems | {"extremes", "rope_op", "threads"}} | {f"tests/binding/test_{name}.py" for name in ("binding", "changed_indices", "dlpack", "recording", "tensor")}
 print(*sorted(files & set(glob.glob("tests/*/*.py"))))
 PY
 )

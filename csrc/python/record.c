@@ -7,6 +7,9 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
+
+static const double CHECK_SIGNALS = 0.05; /* seconds */
 
 PyTypeObject *RecordingType;
 
@@ -81,19 +84,31 @@ static PyObject *recording_add(PyObject *object, PyObject *const *args, Py_ssize
     return append(self, index, &all) ? NULL : Py_NewRef(Py_None);
 }
 
+static double seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
 static PyObject *recording_run(PyObject *object, PyObject *unused) {
     Recording *self = (Recording *)object;
-    int status = 0;
+    int status = 0, interrupted = 0;
+    double checked = seconds();
     (void)unused;
     self->running++;
     Py_BEGIN_ALLOW_THREADS
-    for (int64_t at = 0; at < self->size && !status;) {
+    for (int64_t at = 0; at < self->size && !status && !interrupted;) {
         const Entry *entry = (const Entry *)(self->entries + at);
         status = run_on_cpu((int)entry->index, entry + 1);
         at += entry->bytes;
+        if (seconds() - checked < CHECK_SIGNALS) continue;
+        Py_BLOCK_THREADS /* Ctrl-C ends a long pass between two calls */
+            interrupted = PyErr_CheckSignals();
+        Py_UNBLOCK_THREADS checked = seconds();
     }
     Py_END_ALLOW_THREADS
     self->running--;
+    if (interrupted) return NULL;
     if (!status) Py_RETURN_NONE;
     raise_failure();
     return NULL;

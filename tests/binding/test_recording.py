@@ -1,7 +1,9 @@
 """_C.Recording: calls of ops that are checked once, and made again on what the Tensors hold then."""
 
 import gc
+import os
 import re
+import signal
 import threading
 import weakref
 
@@ -139,6 +141,33 @@ def test_nothing_is_added_while_it_runs():
             refused = 1
     thread.join()
     assert refused
+
+
+def test_a_signal_ends_a_long_run():
+    """A handler of Python runs between two calls, and its exception ends the run."""
+    size = 500
+    a, out = tensor(random(size, size)), _C.Tensor((size, size))
+    recording = _C.Recording()
+    for _ in range(20000):  # a minute of a fast processor
+        recording.add("matmul", out, a, a, 1.0, 0.0)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(number, frame):
+        raise Stopped
+
+    before, handler = _C.calls()["matmul"], signal.signal(signal.SIGUSR2, stop)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR2))
+    timer.start()
+    try:
+        with pytest.raises(Stopped):
+            recording.run()
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR2, handler)
+    done = _C.calls()["matmul"] - before
+    assert 0 < done < 20000
 
 
 @pytest.fixture
