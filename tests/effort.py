@@ -32,5 +32,5 @@ def calls(most=float("inf")):
         yield counted
     finally:
         sys.setprofile(before)
-    # The code under test may have caught the exception above.
+    # The code under test may catch the exception that ends the counting, so the count is checked again.
     assert counted.count <= most, f"more than {most:,} calls"

@@ -119,7 +119,8 @@ static void load_queries(const Backward *b, const Segment *s, int64_t h, int64_t
     transpose(m->gt, m->g, BQ, pitch);
 }
 
-/* From scores in p and products dout v in ds: p = exp(p - lse), ds = p (ds - delta), both 0 where hidden. */
+/* p holds scores and ds the products dout v. Turns them into p = exp(p - lse) and ds = p (ds - delta), which
+ * are 0 where a key is hidden. */
 static void score_gradients(const Block *block, const Buffers *m) {
     for (int64_t j = 0; j < block->keys; j++) {
         int any = any_hidden(block, j, 0);

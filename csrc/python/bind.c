@@ -13,8 +13,7 @@
 static int take_question(const char *asker, PyObject *const *args, Py_ssize_t count, Struct *all) {
     Loan loans[MAX_ARGS] = { 0 };
     Queue queue = { 0 };
-    int index = count ? op_named(asker, args[0]) : -1;
-    if (!count) PyErr_Format(PyExc_TypeError, "%s: takes the name of an op and its arguments", asker);
+    int index = op_named(asker, args, count);
     if (index < 0) return -1;
     int status = take(index, args + 1, count - 1, all, loans, &queue);
     give_back(loans, specs[index].tensors, NULL);

@@ -203,8 +203,8 @@ typedef struct {
     double scalars[MAX_ARGS];
 } Struct;
 
-/* The op of this name, or -1 with an exception. */
-int op_named(const char *asker, PyObject *name);
+/* The op that args[0] names, or -1 with an exception. */
+int op_named(const char *asker, PyObject *const *args, Py_ssize_t count);
 /* Fills the op's struct from its arguments and checks them. 0, or -1 with an exception; either way the caller
  * gives the loans back. */
 int take(int index, PyObject *const *args, Py_ssize_t count, Struct *all, Loan *loans, Queue *queue);

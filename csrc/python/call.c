@@ -95,12 +95,12 @@ int take(int index, PyObject *const *args, Py_ssize_t count, Struct *all, Loan *
     return 0;
 }
 
-int op_named(const char *asker, PyObject *name) {
-    if (!PyUnicode_Check(name))
+int op_named(const char *asker, PyObject *const *args, Py_ssize_t count) {
+    if (!count || !PyUnicode_Check(args[0]))
         return PyErr_Format(PyExc_TypeError, "%s: takes the name of an op and its arguments", asker), -1;
     for (int i = 0; i < op_count; i++)
-        if (!PyUnicode_CompareWithASCIIString(name, ops[i].name)) return i;
-    return PyErr_Format(PyExc_ValueError, "%s: there is no op %R", asker, name), -1;
+        if (!PyUnicode_CompareWithASCIIString(args[0], ops[i].name)) return i;
+    return PyErr_Format(PyExc_ValueError, "%s: there is no op %R", asker, args[0]), -1;
 }
 
 int run_on_cpu(int index, const void *all) {

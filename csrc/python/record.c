@@ -64,9 +64,7 @@ static PyObject *recording_add(PyObject *object, PyObject *const *args, Py_ssize
     Struct all = { 0 };
     Loan loans[MAX_ARGS] = { 0 }; /* stay empty: a Tensor is not lent */
     Queue queue = { 0 };
-    if (!count)
-        return PyErr_SetString(PyExc_TypeError, "Recording: takes the name of an op and its arguments"), NULL;
-    int index = op_named("Recording", args[0]);
+    int index = op_named("Recording", args, count);
     if (index < 0) return NULL;
     if (self->running)
         return PyErr_SetString(PyExc_RuntimeError, "Recording: it runs in another thread"), NULL;
@@ -102,9 +100,10 @@ static PyObject *recording_run(PyObject *object, PyObject *unused) {
         status = run_on_cpu((int)entry->index, entry + 1);
         at += entry->bytes;
         if (seconds() - checked < CHECK_SIGNALS) continue;
-        Py_BLOCK_THREADS /* Ctrl-C ends a long pass between two calls */
-            interrupted = PyErr_CheckSignals();
-        Py_UNBLOCK_THREADS checked = seconds();
+        Py_BLOCK_THREADS; /* Ctrl-C ends a long pass between two calls */
+        interrupted = PyErr_CheckSignals();
+        Py_UNBLOCK_THREADS;
+        checked = seconds();
     }
     Py_END_ALLOW_THREADS
     self->running--;
@@ -122,8 +121,7 @@ static PyMethodDef recording_methods[] = {
     { "run", recording_run, METH_NOARGS,
       "run($self, /)\n--\n\n"
       "Makes the calls in their order, on what the Tensors hold now. The first one that fails raises its "
-      "error and ends "
-      "the run." },
+      "error and ends the run." },
     { NULL, NULL, 0, NULL },
 };
 static PyType_Slot recording_slots[] = {

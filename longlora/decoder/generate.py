@@ -20,7 +20,7 @@ TOGETHER = 16
 BATCHES = 8  # shapes whose views are remembered
 
 
-class Recorder:
+class RecordedOps:
     """Has a method for every op, which notes the call. `run` makes the noted calls in their order.
 
     The arrays are Tensors on the CPU. See csrc/python/record.c for why.
@@ -127,27 +127,25 @@ class Generator:
                 self._batches.clear()
                 self._arena = _C.Tensor((needs.layout.size,), "uint8", self.model.device)
             batch = self._batches[B, S] = Batch(_C, network, needs, self._arena, 0)
-        known = batch.cache is cache.layers
-        if not known:
-            batch.attend_to_cache(cache.layers, self._tables)
+        batch.attend_to_cache(cache.layers, self._tables)
         put(batch.rows, rows)
         put(batch.lengths, lengths)
         put(batch.positions, positions.astype(np.int32))
         put(batch.ids, ids.reshape(-1))
-        self._forward(batch, known)
+        self._forward(batch)
         cache.add(rows, S)
         return batch
 
-    def _forward(self, batch, known):
-        """Run the layers. On the CPU the calls are recorded for each batch, and again if it is not `known`:
-        after a streaming cache has moved its window."""
-        on_cpu = self.model.device == CPU
-        if on_cpu and not known:
-            batch.ops = Recorder()
-        if not on_cpu or not known:
+    def _forward(self, batch):
+        """Run the layers. On the CPU the calls are recorded for each batch, and again after a streaming cache
+        has moved its window."""
+        if self.model.device != CPU:
+            return self.model.network.forward(batch)
+        if batch.recorded is not batch.cache:
+            batch.ops, batch.recorded = RecordedOps(), None
             self.model.network.forward(batch)
-        if on_cpu:
-            batch.ops.run()
+            batch.recorded = batch.cache  # last: Ctrl-C may end the recording half way
+        batch.ops.run()
 
     def _next(self, batch: Any, first: int, count: int) -> np.ndarray:
         """Logits, float32 [count,V], after `count` tokens of a pass from token `first` on."""

@@ -204,6 +204,7 @@ class Batch:
         self.cu_seqlens: Tensor | None = None
         # Of a pass over a cache: the sequences' rows in it, and the keys that these held before.
         self.cache: Caches | None = None
+        self.recorded: Caches | None = None  # the cache of the calls that `ops` has recorded
         self.rows, self.lengths = shared.get("rows"), shared.get("lengths")
 
     def attend_to_cache(self, cache: "Caches", tables: Iterable[Any]) -> None:

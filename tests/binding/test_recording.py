@@ -15,6 +15,7 @@ from longlora import _C, ops
 from longlora.decoder import generate
 from longlora.decoder.cache import Cache
 from longlora.decoder.config import read_config
+from longlora.decoder.layer import Layer
 from longlora.decoder.model import Model
 from longlora.decoder.streaming import StreamingCache, Window
 
@@ -172,15 +173,15 @@ def test_a_signal_ends_a_long_run():
 
 @pytest.fixture
 def recorders(monkeypatch):
-    """The Recorders that are made."""
+    """The RecordedOps that are made."""
     made = []
 
-    class Counted(generate.Recorder):
+    class Counted(generate.RecordedOps):
         def __init__(self):
             super().__init__()
             made.append(self)
 
-    monkeypatch.setattr(generate, "Recorder", Counted)
+    monkeypatch.setattr(generate, "RecordedOps", Counted)
     return made
 
 
@@ -206,3 +207,24 @@ def test_a_window_that_moves_is_recorded_again(recorders):
     for token in range(3):
         generator.step([0], [token])
     assert len(recorders) == 4
+
+
+def test_an_interrupted_recording_is_made_again(monkeypatch):
+    """Ctrl-C in the middle of the first pass: the next one has all calls."""
+    config = read_config(CONFIG)
+    model = Model(config).init_random(1)
+    generators = [generate.Generator(model, Cache(config, 1, 32)) for _ in range(2)]
+    ids = np.arange(5, dtype=np.int32)
+    forward = Layer.forward
+
+    def interrupted(layer, *args):
+        if layer.index:
+            raise KeyboardInterrupt
+        forward(layer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Layer, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generators[0].extend(0, ids)
+    first, second = (generator.extend(0, ids) for generator in generators)
+    np.testing.assert_array_equal(first, second)

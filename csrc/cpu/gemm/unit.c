@@ -103,7 +103,7 @@ static void ready_rows(const Job *job, int64_t m, int64_t m_end) {
 
 /* ---- tasks ----------------------------------------------------------------------------------- */
 
-/* Writes a block of the transposed product, which begins at row m and column n of it. */
+/* Writes the block of the transposed product that begins at row m and column n. */
 static void finish_turned(const Gemm *g, const float *x, int64_t m, int64_t n, int64_t rows, int64_t cols) {
     float turned[WIDE_SUMS * WIDE_SUMS] __attribute__((aligned(64)));
     for (int64_t i = 0; i < WIDE_SUMS; i += UNIT)
