@@ -2,9 +2,10 @@
  *
  * With many query rows for a KV head, as in a chunk of a prompt, tasks are those of s2_attention's forward
  * pass: one segment, whose last S rows are the queries. With few, as in decoding, the keys take the time.
- * They are cut into parts, which follow from a sequence's length alone. A task is one part for all heads, and
- * a second pass adds the parts up in their order. With very few, keys and values are multiplied where they
- * lie, with the next ones on their way from memory. Measurements: docs/tuning/generate.md. */
+ * They are cut into parts, which follow from a sequence's length alone. A task is a run of parts for all
+ * heads, and a second pass adds the parts up in their order. With very few, keys and values are multiplied
+ * where they lie, and what is read later is fetched line by line on the way. Measurements:
+ * docs/tuning/generate.md. */
 #include "s2_unit_forward.h"
 
 #include <stdatomic.h>
@@ -12,9 +13,14 @@
 enum {
     FEW = 32,        /* query rows of a KV head up to which the keys are cut into parts */
     PARTS = 64,      /* parts at most */
-    PART_KEYS = 256, /* keys of a part, where that makes no more than PARTS */
-    KEYS = 64,       /* keys whose scores are computed at a time */
-    IN_PLACE = 4,    /* query rows of a KV head up to which keys and values are read where they lie */
+    FEW_KEYS = 4096, /* keys of a sequence whose parts are shorter than a block */
+    BLOCK = 512,     /* keys whose scores are computed before their values are read */
+    KEYS = 64,       /* keys that are converted at a time */
+    IN_PLACE = 8,    /* query rows of a KV head up to which keys and values are read where they lie */
+    GROUP = 4,       /* query rows that are multiplied at a time there */
+    LINE = 64,       /* bytes */
+    RUNS = 4,        /* tasks of a thread, where there are enough parts */
+    AHEAD = 4096,    /* bytes from the end of the next VW rows to what is fetched */
 };
 
 typedef struct {
@@ -25,6 +31,7 @@ typedef struct {
     float *partial;              /* [B, parts, K, rows (pitch + 2)]: weighted values, maxima, sums */
     float *memory;               /* `floats` for each thread */
     int64_t floats, count;       /* tasks */
+    int64_t used, run;           /* few query rows: parts of the longest sequence, parts of a task */
     atomic_llong next;           /* the first task that no thread has taken */
 } Call;
 
@@ -51,26 +58,64 @@ static int append_token(int64_t i, void *context) {
 
 /* ---- few query rows: parts of the keys ---------------------------------------------------------- */
 
+/* Keys of a part: half a block, so that threads share even a short sequence; from FEW_KEYS on whole blocks,
+ * so that no stream of keys or values is short. */
 static inline int64_t part_keys(int64_t keys) {
-    return PART_KEYS * max64(1, (keys + PART_KEYS * PARTS - 1) / (PART_KEYS * PARTS));
+    if (keys <= FEW_KEYS) return BLOCK / 2;
+    return BLOCK * ((keys + BLOCK * PARTS - 1) / (BLOCK * PARTS));
 }
 static inline int64_t parts_of(int64_t keys) { return (keys + part_keys(keys) - 1) / part_keys(keys); }
+
+/* The most parts of a sequence of at most `keys` keys. */
+static inline int64_t most_parts(int64_t keys) {
+    return max64(parts_of(min64(keys, FEW_KEYS)), parts_of(min64(keys, BLOCK * PARTS)));
+}
 
 static inline float *partial_at(const Call *c, int64_t b, int64_t part, int64_t kv_head) {
     return c->partial + ((b * c->parts + part) * c->K + kv_head) * c->rows * (c->pitch + 2);
 }
 
-/* VW scores: a query [pitch] times VW rows of k, `step` bytes apart. To zip and add the first half of the
- * sums with the second half, log2(VW) times, leaves the sum of row j in lane j. */
+/* What is read next. A line is fetched for each line that is read, since many at once would stop the reading
+ * until they have come; and in the order of memory, which the processor recognises. */
+typedef struct {
+    const char *line, *end, *next; /* `next` follows the lines up to `end` */
+    int64_t step;                  /* LINE, or 0 to fetch nothing new */
+} Ahead;
+
+static inline void fetch_line(Ahead *ahead) {
+    /* 2: to the second cache, because the first one is full of what is read now */
+    __builtin_prefetch(ahead->line, 0, 2);
+    ahead->line += ahead->step;
+}
+static inline void after_rows(Ahead *ahead) {
+    if (ahead->line >= ahead->end) ahead->line = ahead->next;
+}
+
+/* VW scores: a query [pitch] times VW rows of k, `step` bytes apart. Fetches what part `share` of `shares`
+ * calls for the same rows should. To zip and add the first half of the sums with the second half, log2(VW)
+ * times, leaves the sum of row j in lane j. */
 static inline __attribute__((always_inline)) vf dot_rows(const float *q, const char *k, int64_t step,
-                                                         int64_t pitch, int32_t dtype) {
+                                                         int64_t pitch, int32_t dtype, Ahead *ahead,
+                                                         int share, int shares) {
+    const int bytes = VW * (int)dtype_size(dtype);
+    /* Four rows for a pointer: with one for each there would be too few registers. */
+    const char *four[VW / 4];
+    int64_t third = 3 * step;
     vf sum[VW];
+    UNROLLED
+    for (int i = 0; i < VW / 4; i++) four[i] = k + 4 * i * step;
     UNROLLED
     for (int j = 0; j < VW; j++) sum[j] = (vf){ 0 };
     for (int64_t d = 0; d < pitch; d += VW) {
         vf x = vf_load(q + d);
         UNROLLED
-        for (int j = 0; j < VW; j++) sum[j] += x * vf_load_any(k + j * step + d * dtype_size(dtype), dtype);
+        for (int j = 0; j < VW; j++) {
+            if (ahead && j * bytes % LINE == 0 && j * bytes / LINE % shares == share) fetch_line(ahead);
+            const char *row = four[j / 4] + (j % 4 == 3 ? third : j % 4 * step);
+            sum[j] += x * vf_load_any(row, dtype);
+        }
+        UNROLLED
+        for (int i = 0; i < VW / 4; i++) four[i] += bytes;
     }
 #define ADD_HALVES(half)             \
     UNROLLED                         \
@@ -88,13 +133,13 @@ static inline __attribute__((always_inline)) vf dot_rows(const float *q, const c
     return sum[0];
 }
 
-/* Turns p [rows,KEYS], scores of n keys from key `first` on, into exp(score - maximum), 0 where a row does
+/* Turns p [rows,p_row], scores of n keys from key `first` on, into exp(score - maximum), 0 where a row does
  * not see the key. Scales what the rows have summed before, out and sum, where a maximum has grown. */
-static void weigh(const Call *c, float *p, int64_t length, int64_t first, int64_t n, float *out,
-                  float *maximum, float *sum) {
+static void weigh(const Call *c, float *p, int64_t p_row, int64_t length, int64_t first, int64_t n,
+                  float *out, float *maximum, float *sum) {
     int64_t pitch = c->pitch, padded = round_up(n, VW);
     for (int64_t r = 0; r < c->rows; r++) {
-        float *row = p + r * KEYS;
+        float *row = p + r * p_row;
         int64_t seen = max64(0, min64(n, length + r / c->each + 1 - first));
         vf top = vf_set1(maximum[r]), total = { 0 };
         for (int64_t j = 0; j < padded; j += VW) {
@@ -157,64 +202,57 @@ static void part_of_head(const Call *c, int64_t b, int64_t part, int64_t head, f
         for (int64_t r = 0; r < c->rows; r++)
             for (int64_t j = 0; j < n; j += VW)
                 vf_store(p + r * KEYS + j, dot_rows(queries + r * pitch, (const char *)(k + j * pitch),
-                                                    pitch * (int64_t)sizeof(float), pitch, F32));
-        weigh(c, p, c->length[b], key, n, out, maximum, sum);
+                                                    pitch * (int64_t)sizeof(float), pitch, F32, NULL, 0, 1));
+        weigh(c, p, KEYS, c->length[b], key, n, out, maximum, sum);
         multiply(NORMAL, out, pitch, p, KEYS, v, pitch, c->rows, pitch / VW, n, DEPTH, 1, -FAR, FAR);
     }
 }
 
 /* ---- at most IN_PLACE query rows: nothing is converted before it is multiplied -------------------- */
 
-/* Rows of a cache that lie `step` bytes apart. */
+/* Rows of a cache, in bytes. */
 typedef struct {
     const char *first;
-    int64_t step, bytes;
+    int64_t step, head_step;
 } Rows;
 
-static inline Rows rows_at(const Call *c, const Tensor *x, int64_t row, int64_t head, int64_t key) {
-    return (Rows){ at(x, row * x->stride[0] + key * x->stride[1] + head * x->stride[2]),
-                   x->stride[1] * dtype_size(x->dtype), c->D * dtype_size(x->dtype) };
+static inline Rows rows_at(const Tensor *x, int64_t row, int64_t key) {
+    int64_t size = dtype_size(x->dtype);
+    return (Rows){ at(x, row * x->stride[0] + key * x->stride[1]), x->stride[1] * size, x->stride[2] * size };
 }
 
-/* p [rows,KEYS]: scores of n keys. Values of the same keys are fetched on the way. */
-static inline __attribute__((always_inline)) void score(const Call *c, float *p, const float *queries, Rows k,
-                                                        Rows v, int64_t n, float *memory, int32_t dtype) {
-    int64_t pitch = c->pitch, fetched = 0;
-    for (int64_t j = 0; j < n; j += VW) {
-        const char *rows = k.first + j * k.step;
-        int64_t step = k.step;
-        if (n - j < VW) { /* the last rows are fewer: the sums of the others are not used */
-            memset(memory, 0, (size_t)(VW * pitch) * sizeof(float));
-            for (int64_t i = 0; j + i < n; i++)
-                memcpy((char *)memory + i * k.bytes, rows + i * step, (size_t)k.bytes);
-            rows = (const char *)memory, step = k.bytes;
-        }
-        for (int64_t r = 0; r < c->rows; r++) {
-            int64_t until = min64(n, j + VW * (r + 1) / c->rows);
-            for (; fetched < until; fetched++) fetch(v.first + fetched * v.step, v.bytes);
-            vf_store(p + r * KEYS + j, dot_rows(queries + r * pitch, rows, step, pitch, dtype));
-        }
-    }
+/* p [rows,BLOCK] = queries [rows,pitch] times VW rows of k. */
+typedef void Score(float *p, const float *queries, const char *k, int64_t step, int64_t pitch, Ahead *ahead);
+/* out [rows,pitch] += p [rows,BLOCK] times n rows of v. */
+typedef void AddValues(float *out, const float *p, const char *v, int64_t step, int64_t n, int64_t pitch,
+                       Ahead *ahead);
+
+static inline __attribute__((always_inline)) void score(float *p, const float *queries, const char *k,
+                                                        int64_t step, int64_t pitch, Ahead *ahead,
+                                                        int32_t dtype, int rows) {
+    UNROLLED
+    for (int r = 0; r < rows; r++)
+        vf_store(p + r * BLOCK, dot_rows(queries + r * pitch, k, step, pitch, dtype, ahead, r, rows));
 }
 
-/* out[rows,pitch] += p[rows,n] v. The `next` keys are fetched on the way. */
-static inline __attribute__((always_inline)) void
-add_values(const Call *c, float *out, const float *p, Rows v, Rows next, int64_t n, int32_t dtype, int rows) {
+static inline __attribute__((always_inline)) void add_values(float *out, const float *p, const char *v,
+                                                             int64_t step, int64_t n, int64_t pitch,
+                                                             Ahead *ahead, int32_t dtype, int rows) {
     enum { WIDTH = VW == 16 ? 4 : 2 }; /* vectors of a row that are summed at a time */
-    for (int64_t d = 0; d < c->pitch; d += WIDTH * VW) {
-        int vecs = (int)min64(WIDTH, (c->pitch - d) / VW);
-        vf sum[IN_PLACE][WIDTH];
+    for (int64_t d = 0; d < pitch; d += WIDTH * VW) {
+        int vecs = (int)min64(WIDTH, (pitch - d) / VW);
+        vf sum[GROUP][WIDTH];
         UNROLLED
-        for (int i = 0; i < IN_PLACE * WIDTH; i++) sum[i / WIDTH][i % WIDTH] = (vf){ 0 };
+        for (int i = 0; i < GROUP * WIDTH; i++) sum[i / WIDTH][i % WIDTH] = (vf){ 0 };
         for (int64_t j = 0; j < n; j++) {
-            const char *x = v.first + j * v.step + d * dtype_size(dtype);
-            if (d == 0) fetch(next.first + j * next.step, next.bytes);
             UNROLLED
             for (int i = 0; i < WIDTH; i++) {
+                int64_t byte = (d + i * VW) * dtype_size(dtype);
                 if (i >= vecs) break;
-                vf y = vf_load_any(x + i * VW * dtype_size(dtype), dtype);
+                if (byte % LINE == 0) fetch_line(ahead);
+                vf y = vf_load_any(v + j * step + byte, dtype);
                 UNROLLED
-                for (int r = 0; r < rows; r++) sum[r][i] += vf_set1(p[r * KEYS + j]) * y;
+                for (int r = 0; r < rows; r++) sum[r][i] += vf_set1(p[r * BLOCK + j]) * y;
             }
         }
         UNROLLED
@@ -222,50 +260,99 @@ add_values(const Call *c, float *out, const float *p, Rows v, Rows next, int64_t
             UNROLLED
             for (int i = 0; i < WIDTH; i++) {
                 if (i >= vecs) continue;
-                float *to = out + r * c->pitch + d + i * VW;
+                float *to = out + r * pitch + d + i * VW;
                 vf_store(to, vf_load(to) + sum[r][i]);
             }
         }
     }
 }
 
-static inline __attribute__((always_inline)) void part_in_place(const Call *c, int64_t b, int64_t part,
-                                                                float *memory, int32_t dtype, int rows) {
-    int64_t pitch = c->pitch, keys = c->length[b] + c->S;
-    int64_t first = part * part_keys(keys), last = min64(keys, first + part_keys(keys));
-    float *queries = memory, *p = queries + IN_PLACE * pitch, *rest = p + IN_PLACE * KEYS;
-    for (int64_t key = first; key < last; key += KEYS)
+/* A copy of the loops for each dtype and number of rows. */
+#define LOOPS(dtype, rows)                                                                                  \
+    static void score_##dtype##_##rows(float *p, const float *queries, const char *k, int64_t step,         \
+                                       int64_t pitch, Ahead *ahead) {                                       \
+        score(p, queries, k, step, pitch, ahead, dtype, rows);                                              \
+    }                                                                                                       \
+    static void values_##dtype##_##rows(float *out, const float *p, const char *v, int64_t step, int64_t n, \
+                                        int64_t pitch, Ahead *ahead) {                                      \
+        add_values(out, p, v, step, n, pitch, ahead, dtype, rows);                                          \
+    }
+#define LOOPS_OF(dtype) LOOPS(dtype, 1) LOOPS(dtype, 2) LOOPS(dtype, 3) LOOPS(dtype, 4)
+LOOPS_OF(F32)
+LOOPS_OF(BF16)
+LOOPS_OF(F16)
+#define NAMES_OF(name, dtype) \
+    [dtype] = { name##_##dtype##_1, name##_##dtype##_2, name##_##dtype##_3, name##_##dtype##_4 }
+static Score *const SCORES[][GROUP] = { NAMES_OF(score, F32), NAMES_OF(score, BF16), NAMES_OF(score, F16) };
+static AddValues *const VALUES[][GROUP] = { NAMES_OF(values, F32), NAMES_OF(values, BF16),
+                                            NAMES_OF(values, F16) };
+#undef LOOPS
+#undef LOOPS_OF
+#undef NAMES_OF
+
+/* p [K,rows,BLOCK]: scores of n keys; queries [K,rows,pitch]. VW keys in all heads come before the next
+ * VW keys, so that memory is read in one stream. */
+static void scores_of(const Call *c, float *p, const float *queries, Rows k, int64_t n, Ahead *ahead,
+                      float *memory) {
+    int32_t dtype = c->a->k_cache.dtype;
+    int64_t bytes = c->D * dtype_size(dtype);
+    for (int64_t j = 0; j < n; j += VW) {
         for (int64_t head = 0; head < c->K; head++) {
-            int64_t n = min64(KEYS, last - key);
-            int64_t then = head + 1 < c->K ? key : min64(key + KEYS, last - 1);
-            Rows k = rows_at(c, &c->a->k_cache, c->row[b], head, key),
-                 v = rows_at(c, &c->a->v_cache, c->row[b], head, key),
-                 next = rows_at(c, &c->a->k_cache, c->row[b], (head + 1) % c->K, then);
-            float *out = partial_at(c, b, part, head), *maximum = out + c->rows * pitch,
-                  *sum = maximum + c->rows;
-            load_queries(c, queries, b, head);
-            score(c, p, queries, k, v, n, rest, dtype);
-            weigh(c, p, c->length[b], key, n, out, maximum, sum);
-            add_values(c, out, p, v, next, n, dtype, rows);
+            const char *x = k.first + j * k.step + head * k.head_step;
+            int64_t step = k.step;
+            if (n - j < VW) { /* the last rows are fewer: the sums of the others are not used */
+                memset(memory, 0, (size_t)(VW * bytes));
+                for (int64_t i = 0; j + i < n; i++)
+                    memcpy((char *)memory + i * bytes, x + i * step, (size_t)bytes);
+                x = (const char *)memory, step = bytes;
+            }
+            ahead->step = LINE;
+            for (int64_t r = 0; r < c->rows; r += GROUP, ahead->step = 0)
+                SCORES[dtype][min64(GROUP, c->rows - r) - 1](p + (head * c->rows + r) * BLOCK + j,
+                                                             queries + (head * c->rows + r) * c->pitch, x,
+                                                             step, c->pitch, ahead);
         }
+        after_rows(ahead);
+    }
 }
 
-/* A copy of the loops for each dtype and number of rows. */
-static void part_of_dtype(const Call *c, int64_t b, int64_t part, float *memory) {
+/* Adds p [K,rows,BLOCK] times n values to the sums of a part. */
+static void add_values_of(const Call *c, int64_t b, int64_t part, const float *p, Rows v, int64_t n,
+                          Ahead *ahead) {
     int32_t dtype = c->a->k_cache.dtype;
-#define ROWS_CASE(n)                                                        \
-    case n:                                                                 \
-        if (dtype == F32) part_in_place(c, b, part, memory, F32, n);        \
-        else if (dtype == BF16) part_in_place(c, b, part, memory, BF16, n); \
-        else part_in_place(c, b, part, memory, F16, n);                     \
-        return;
-    switch (c->rows) {
-        ROWS_CASE(1)
-        ROWS_CASE(2)
-        ROWS_CASE(3)
-        ROWS_CASE(4)
+    for (int64_t j = 0; j < n; j += VW) {
+        for (int64_t head = 0; head < c->K; head++) {
+            ahead->step = LINE;
+            for (int64_t r = 0; r < c->rows; r += GROUP, ahead->step = 0)
+                VALUES[dtype][min64(GROUP, c->rows - r) - 1](
+                    partial_at(c, b, part, head) + r * c->pitch, p + (head * c->rows + r) * BLOCK + j,
+                    v.first + j * v.step + head * v.head_step, v.step, min64(VW, n - j), c->pitch, ahead);
+        }
+        after_rows(ahead);
     }
-#undef ROWS_CASE
+}
+
+static void part_in_place(const Call *c, int64_t b, int64_t part, float *memory) {
+    int64_t keys = c->length[b] + c->S, row = c->row[b];
+    int64_t first = part * part_keys(keys), last = min64(keys, first + part_keys(keys));
+    float *queries = memory, *p = queries + c->K * c->rows * c->pitch, *rest = p + c->K * c->rows * BLOCK;
+    Rows k = rows_at(&c->a->k_cache, row, first), v = rows_at(&c->a->v_cache, row, first);
+    Ahead ahead = { .line = k.first + VW * k.step + AHEAD };
+    for (int64_t head = 0; head < c->K; head++) load_queries(c, queries + head * c->rows * c->pitch, b, head);
+    for (int64_t key = first; key < last; key += BLOCK) {
+        int64_t n = min64(BLOCK, last - key);
+        ahead.end = k.first + n * k.step, ahead.next = v.first;
+        scores_of(c, p, queries, k, n, &ahead, rest);
+        for (int64_t head = 0; head < c->K; head++) {
+            float *out = partial_at(c, b, part, head), *maximum = out + c->rows * c->pitch;
+            weigh(c, p + head * c->rows * BLOCK, BLOCK, c->length[b], key, n, out, maximum,
+                  maximum + c->rows);
+        }
+        k.first += n * k.step;
+        ahead.end = v.first + n * v.step, ahead.next = k.first;
+        add_values_of(c, b, part, p, v, n, &ahead);
+        v.first += n * v.step;
+    }
 }
 
 static void begin_part(const Call *c, int64_t b, int64_t part) {
@@ -276,17 +363,21 @@ static void begin_part(const Call *c, int64_t b, int64_t part) {
     }
 }
 
+/* The parts of a task are neighbours: the first keys of a part are fetched while the part before is read. */
 static int part_thread(int64_t index, void *context) {
     Call *c = context;
+    float *memory = c->memory + index * c->floats;
+    int64_t runs = (c->used + c->run - 1) / c->run;
     for (int64_t i; (i = atomic_fetch_add(&c->next, 1)) < c->count;) {
-        int64_t b = i / c->parts, part = i % c->parts;
-        float *memory = c->memory + index * c->floats;
-        if (part >= parts_of(c->length[b] + c->S)) continue;
-        begin_part(c, b, part);
-        if (c->rows <= IN_PLACE && c->D == c->pitch && c->a->k_cache.dtype == c->a->v_cache.dtype)
-            part_of_dtype(c, b, part, memory);
-        else
-            for (int64_t head = 0; head < c->K; head++) part_of_head(c, b, part, head, memory);
+        int64_t b = i / runs, first = i % runs * c->run;
+        int64_t last = min64(first + c->run, parts_of(c->length[b] + c->S));
+        for (int64_t part = first; part < last; part++) {
+            begin_part(c, b, part);
+            if (c->rows <= IN_PLACE && c->D == c->pitch && c->a->k_cache.dtype == c->a->v_cache.dtype)
+                part_in_place(c, b, part, memory);
+            else
+                for (int64_t head = 0; head < c->K; head++) part_of_head(c, b, part, head, memory);
+        }
     }
     return 0;
 }
@@ -364,9 +455,12 @@ static Call call_of(const CachedAttention *a) {
     c.each = c.K ? c.H / c.K : 0;
     c.rows = c.S * c.each;
     c.pitch = round_up(c.D, VW);
-    c.parts = parts_of(min64(a->k_cache.shape[1], PART_KEYS * PARTS)); /* a longer sequence has no more */
+    c.parts = most_parts(a->k_cache.shape[1]);
     S2AttentionForward f = { .q = a->q, .k = a->k_cache, .v = a->v_cache };
-    c.floats = c.rows <= FEW ? round_up((FEW + 2 * KEYS) * c.pitch + FEW * KEYS, VW) : attention_floats(&f);
+    int64_t converted = (FEW + 2 * KEYS) * c.pitch + FEW * KEYS;
+    int64_t in_place = c.K * c.rows * (c.pitch + BLOCK) + VW * c.pitch;
+    if (c.rows > FEW) c.floats = attention_floats(&f);
+    else c.floats = round_up(c.rows > IN_PLACE ? converted : max64(converted, in_place), VW);
     return c;
 }
 
@@ -400,12 +494,18 @@ static int64_t work_of(const Call *c, int64_t B) {
     return c->rows <= FEW ? max64(reading, counting) : counting;
 }
 
+/* Tasks of a call. With few query rows there may be fewer. */
+static inline int64_t most_tasks(const Call *c, int64_t B) {
+    return c->rows <= FEW ? B * c->parts : B * c->K * groups_of(c) * chunks_of(c);
+}
+
 static int attend(Call *c, int64_t B) {
     int few = c->rows <= FEW;
-    if (few) c->count = B * c->parts;
-    else c->count = B * c->K * groups_of(c) * chunks_of(c);
+    int64_t threads = min64(get_threads(), most_tasks(c, B));
+    for (int64_t b = 0; b < B; b++) c->used = max64(c->used, parts_of(c->length[b] + c->S));
+    c->run = max64(1, B * c->used / (RUNS * max64(threads, 1)));
+    c->count = few ? B * ((c->used + c->run - 1) / c->run) : most_tasks(c, B);
     if (few) c->partial = scratch(B * c->parts * c->K * c->rows * (c->pitch + 2) * (int64_t)sizeof(float));
-    int64_t threads = min64(get_threads(), c->count);
     c->memory = scratch(threads * c->floats * (int64_t)sizeof(float));
     int status = c->memory && (!few || c->partial) ? 0 : -1;
     if (!status)
@@ -437,9 +537,8 @@ Scratch CPU(cached_attention_scratch)(const void *args) {
     int64_t B = a->q.shape[0], F = sizeof(float);
     Scratch found = { { 2 * B * (int64_t)sizeof(int64_t) } };
     if (B == 0 || c.rows == 0) return found;
-    int64_t tasks = c.rows <= FEW ? B * c.parts : B * c.K * groups_of(&c) * chunks_of(&c);
     int64_t partial = c.rows <= FEW ? B * c.parts * c.K * c.rows * (c.pitch + 2) * F : 0;
-    found.bytes[partial ? 2 : 1] = min64(get_threads(), tasks) * c.floats * F;
+    found.bytes[partial ? 2 : 1] = min64(get_threads(), most_tasks(&c, B)) * c.floats * F;
     if (partial) found.bytes[1] = partial;
     return found;
 }

@@ -67,15 +67,15 @@ def test_every_head_size(D, isa):
 
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 63, 64, 65, 254, 255, 256, 257, 511, 513])
 def test_every_length(length, place):
-    """Around a vector of keys, a block of 64 and a part of 256."""
+    """Around a vector of keys, 64 keys that are converted at a time, a part of 256 and a block of 512."""
     for S in (1, 2):
         both(*inputs(S, [length], 2, 1, 8))
 
 
-def test_more_keys_than_parts_of_256(place):
-    """64 parts at most: beyond 16,384 keys the parts grow."""
-    for length in (16383, 16384, 20000):
-        both(*inputs(1, [length], 2, 1, 8))
+def test_long_sequences(place):
+    """Parts have 256 keys up to 4096, then 512, and more beyond 64 parts."""
+    for length in (4095, 4096, 5001, 32767, 32768, 40000):
+        both(*inputs(1, [length], 2, 1, 16))
 
 
 @pytest.mark.parametrize("S", [31, 32, 33, 64, 130, 600])
@@ -165,7 +165,7 @@ def test_equal_bits(place, each_thread_count):
     def once():
         results = []
         for S in (1, 40):
-            args = inputs(S, [900, 20], 6, 2, 32)
+            args = inputs(S, [5000, 20], 6, 2, 32)
             results += [ops.cached_attention(*args[:4], k=args[4], v=args[5]), *args[1:3]]
         return results
 
