@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from longlora import _C
-from longlora.errors import UserError
+from longlora.errors import UserError, counted
 
 CPU = "cpu"
 
@@ -75,7 +75,7 @@ def _refusal(number: int) -> str | None:
 
 
 def _cpu() -> str:
-    return f"cpu, {_C.get_num_threads()} threads, {_C.isa_names[_C.get_isa()]}"
+    return f"cpu, {counted(_C.get_num_threads(), 'thread')}, {_C.isa_names[_C.get_isa()]}"
 
 
 def free_memory(device: str) -> int:

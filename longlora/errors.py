@@ -1,4 +1,5 @@
-"""Errors that the user can correct. The command line prints them in one line and exits with code 2."""
+"""Errors that the user can correct, and how messages write what they name. The command line prints such an
+error in one line and exits with code 2."""
 
 import reprlib
 
@@ -28,6 +29,11 @@ def printable(text: str) -> str:
 
 def _escaped(letter):
     return letter.encode("unicode_escape").decode("ascii")
+
+
+def counted(count: int, noun: str) -> str:
+    """1 thread, 2 threads, 1,000 threads."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 class _Short(reprlib.Repr):

@@ -399,7 +399,7 @@ def test_what_auto_chose_is_said(tmp_path):
     assert f"device: {device}" in done.stdout.splitlines()[0]
     said = []
     driver.train(said.append, **fields)
-    assert said[0].startswith("device: cpu, 1 threads") and "no GPU" not in said[0]  # as asked for
+    assert said[0].startswith("device: cpu, 1 thread,") and "no GPU" not in said[0]  # as asked for
 
 
 def test_the_process_says_it_in_one_line_too(tmp_path):

@@ -78,7 +78,7 @@ static inline float *partial_at(const Call *c, int64_t b, int64_t part, int64_t 
 /* What is read next. A line is fetched for each line that is read, since many at once would stop the reading
  * until they have come; and in the order of memory, which the processor recognises. */
 typedef struct {
-    const char *line, *end, *next; /* `next` follows the lines up to `end` */
+    const char *line, *end, *next; /* `next` follows the lines up to `end`, which is NULL from there on */
     int64_t step;                  /* LINE, or 0 to fetch nothing new */
 } Ahead;
 
@@ -88,7 +88,7 @@ static inline void fetch_line(Ahead *ahead) {
     ahead->line += ahead->step;
 }
 static inline void after_rows(Ahead *ahead) {
-    if (ahead->line >= ahead->end) ahead->line = ahead->next;
+    if (ahead->end && ahead->line >= ahead->end) ahead->line = ahead->next, ahead->end = NULL;
 }
 
 /* VW scores: a query [pitch] times VW rows of k, `step` bytes apart. Fetches what part `share` of `shares`

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from longlora.data.tokens import Tokens
-from longlora.errors import UserError
+from longlora.errors import UserError, counted
 from longlora.ops import IGNORE
 
 
@@ -39,7 +39,7 @@ class Sequences:
         packing_boundaries: str = "none",
     ):
         self.tokens, self.length, self.apart = tokens, length, packing_boundaries == "document"
-        self.what = "documents" if tokens.learned is None else "samples"
+        self.what = "document" if tokens.learned is None else "sample"
         sizes = np.diff(tokens.borders)
         long = int((sizes > length).sum())
         if long and long_documents == "refuse":
@@ -62,22 +62,22 @@ class Sequences:
     def _describe(self, sizes, long, long_documents, lost, single, silent):
         done = {
             "split": "split",
-            "truncate": f"truncated, {lost:,} tokens lost",
-            "drop": f"dropped, {lost:,} tokens lost",
+            "truncate": f"truncated, {counted(lost, 'token')} lost",
+            "drop": f"dropped, {counted(lost, 'token')} lost",
         }
         learned = ""
         if self.tokens.learned is not None:
             learned = f"{sum(map(self._count, self.pieces)):,} of them targets, "
         sentence = (
-            f"{len(self.tokens):,} {self.what}, {int(sizes.sum()):,} tokens ({learned}shortest "
+            f"{counted(len(self.tokens), self.what)}, {int(sizes.sum()):,} tokens ({learned}shortest "
             f"{int(sizes.min()):,}, median {int(np.median(sizes)):,}, longest {int(sizes.max()):,}) -> "
-            f"{len(self.pieces):,} sequences of {self.length:,}"
+            f"{counted(len(self.pieces), 'sequence')} of {self.length:,}"
         )
-        sentence += f"; {long:,} longer {self.what} {done.get(long_documents)}" if long else ""
+        sentence += f"; {counted(long, f'longer {self.what}')} {done.get(long_documents)}" if long else ""
         if self.apart:
-            sentence += f"; {self.what} do not see each other"
-            sentence += f", {single:,} single tokens left out" if single else ""
-        return sentence + (f"; {silent:,} sequences without a target left out" if silent else "")
+            sentence += f"; {self.what}s do not see each other"
+            sentence += f", {counted(single, 'single token')} left out" if single else ""
+        return sentence + (f"; {counted(silent, 'sequence')} without a target left out" if silent else "")
 
     def _pack(self, sizes: np.ndarray, long_documents: str) -> tuple[int, int]:
         """Fill `pieces` -> the lost tokens of long documents, the single tokens left out."""

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from longlora.data import records
 from longlora.data.records import decoded, kind
 from longlora.disk import open_file
-from longlora.errors import UserError, printable
+from longlora.errors import UserError, counted, printable
 
 BLOCK = 1 << 17  # bytes of a .txt file that are read, and tokenised on one core, at a time
 KINDS = (".txt", ".jsonl")
@@ -127,7 +127,7 @@ class Corpus:
         if parts:
             yield "left out " + ", ".join(parts)
         if self.crlf:
-            yield f"CRLF became LF in {len(self.crlf):,} of {len(self.files):,} files"
+            yield f"CRLF became LF in {len(self.crlf):,} of {counted(len(self.files), 'file')}"
 
 
 def _names(folder):

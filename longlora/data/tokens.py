@@ -15,7 +15,7 @@ from longlora.data.chat import Instructions
 from longlora.data.parts import Parts
 from longlora.data.records import HUB, dataset, kind
 from longlora.disk import open_file, read_json, replacing, write_json
-from longlora.errors import UserError
+from longlora.errors import UserError, counted
 from longlora.files.tokenizer import Tokenizer
 
 AT_ONCE = 16  # blocks of text that are tokenised in parallel
@@ -257,7 +257,7 @@ def _bar(corpus):
 
 def _tokenised(corpus, what, borders):
     count, size = len(borders) - 1, _size(corpus)
-    sentence = f"tokenised {count:,} {what}{'' if count == 1 else 's'}, {borders[-1]:,} tokens"
+    sentence = f"tokenised {counted(count, what)}, {counted(borders[-1], 'token')}"
     return sentence + (f", {size / max(borders[-1], 1):.2f} bytes each" if size else "")
 
 

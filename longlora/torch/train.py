@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 from longlora import cli, disk
-from longlora.errors import UserError
+from longlora.errors import UserError, counted
 from longlora.guard import guarded
 from longlora.job import processors
 from longlora.progress import quietly
@@ -110,7 +110,7 @@ def place(args: TrainingArguments) -> str:
     if device.type == "cuda":
         what = f"{device}, {torch.cuda.get_device_name(device)}"
     else:  # whose number in a group is that of the process
-        what = f"{device.type}, {torch.get_num_threads()} threads"
+        what = f"{device.type}, {counted(torch.get_num_threads(), 'thread')}"
     return f"device: {what}" + (f", in the first of {processes} processes" if processes > 1 else "")
 
 

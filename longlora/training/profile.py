@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from longlora import _C
+from longlora.errors import counted
 from longlora.ops import BOUNDARIES, SHIFTS, shifted_heads
 
 
@@ -216,9 +217,9 @@ def text(found: dict[str, Any]) -> str:
         return row["floor_seconds"] / spent
 
     lines = [
-        f"a step takes {found['seconds']:.3f} s, the mean of {found['steps']}; {found['threads']} threads, "
-        f"{found['instruction_set']}; measured peaks: float32 multiply-add {found['peak_gflops']:.0f} GF/s, "
-        f"copy {found['copy_gbytes']:.0f} GB/s",
+        f"a step takes {found['seconds']:.3f} s, the mean of {found['steps']}; "
+        f"{counted(found['threads'], 'thread')}, {found['instruction_set']}; measured peaks: float32 "
+        f"multiply-add {found['peak_gflops']:.0f} GF/s, copy {found['copy_gbytes']:.0f} GB/s",
         f"{'op':<30} {'calls':>6} {'seconds':>9} {'share':>6} {'system':>7} {'GFLOP':>9} {'GF/s':>7} "
         f"{'GB':>8} {'GB/s':>6} {'floor':>6}",
     ]

@@ -20,7 +20,7 @@ import numpy as np
 
 from longlora import __version__, disk, progress
 from longlora.device import host
-from longlora.errors import UserError
+from longlora.errors import UserError, counted
 from longlora.evaluation.ppl import perplexity
 from longlora.files import adapter, base_folder, card, merge
 from longlora.ops import shifted_heads
@@ -312,12 +312,12 @@ class Run:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
         yield f"trainable: {kinds}; total {sum(counts.values()):,}"
         yield setup.rope
-        evaluated = f"; {self.evaluated:,} sequences are evaluated" if self.evaluated else ""
+        evaluated = f"; evaluated on {counted(self.evaluated, 'sequence')}" if self.evaluated else ""
         yield f"data: {self.corpus.sentence}{evaluated}"
         each, shared = f"{o.per_device_train_batch_size} x {n} x {o.sequence_length:,}", ""
         if processes > 1:
             each, shared = f"{processes} x {each}", f" by {processes} processes"
-        warmup = f" after {self.warmup} steps of warm-up" if self.warmup else ""
+        warmup = f" after {counted(self.warmup, 'step')} of warm-up" if self.warmup else ""
         yield (
             f"steps: {self.steps:,} of {each} = {self.each * o.sequence_length:,} tokens{shared}; "
             f"learning rate {o.learning_rate:g}, embedding, head and norms {o.embedding_learning_rate:g}, "

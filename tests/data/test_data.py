@@ -335,7 +335,7 @@ def test_documents_that_do_not_see_each_other_are_packed_whole():
     """
     found = Sequences(tokens_of([3, 4, 1, 6]), 8, packing_boundaries="document")
     assert found.pieces == [[(0, 3), (3, 7)], [(8, 14)]]
-    assert "documents do not see each other, 1 single tokens left out" in found.sentence
+    assert "documents do not see each other, 1 single token left out" in found.sentence
     ids, targets, cu_seqlens = batch(found, [1, 0])
     none = -100
     assert ids.tolist() == [[8, 9, 10, 11, 12, 13, 0], [0, 1, 2, 3, 4, 5, 6]]

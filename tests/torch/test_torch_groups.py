@@ -97,7 +97,7 @@ def two_equal_one(tmp_path, config):
     one = run(ours.train, tmp_path, "one", gradient_accumulation_steps=4, save_steps=2, **fields)
     said = launched(tmp_path, "two", config, gradient_accumulation_steps=2, save_steps=2, **fields)
     assert said.count("step 5/5") == 1 and "2 x 2 x 2 x 128 = 1,024 tokens by 2 processes" in said
-    assert "device: cpu, 1 threads, in the first of 2 processes" in said
+    assert "device: cpu, 1 thread, in the first of 2 processes" in said
     same_rows(metrics.read(tmp_path / "two"), one.history, rel=2e-5)
     close(trained(tmp_path / "two"), trained(tmp_path / "one"))
     rest = run(

@@ -128,7 +128,7 @@ def test_what_is_evaluated_can_be_limited(tmp_path):
         max_eval_samples=2,
         max_steps=1,
     )
-    assert any("2 sequences are evaluated" in line for line in said)
+    assert any("evaluated on 2 sequences" in line for line in said)
 
 
 def in_process(script, fields):

@@ -185,7 +185,7 @@ def test_a_record_with_a_text_is_text_and_that_is_said(tmp_path):
     data.write_text(json.dumps({"instruction": "a", "output": "b", "text": "shift group " * 20}) + "\n")
     run(tmp_path, said, data=str(data), max_steps=1)
     assert f"{data}: records of text; loss and perplexity are over everything" in said
-    assert any(line.startswith("data: 1 documents, 241 tokens") for line in said)
+    assert any(line.startswith("data: 1 document, 241 tokens") for line in said)
 
 
 LONG = [("What is it?", "An answer. " * 20), *PAIRS]
