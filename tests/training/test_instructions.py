@@ -227,7 +227,7 @@ def test_explicit_options_win_over_the_defaults_of_instructions(tmp_path):
     fields = dict(data=write(tmp_path / "a.jsonl", LONG), chat_template=template(tmp_path / "t.jinja"))
     run(tmp_path, said, max_steps=1, long_documents="split", packing_boundaries="none", **fields)
     line = next(line for line in said if line.startswith("data: "))
-    assert "1 longer samples split" in line and "do not see each other" not in line
+    assert "1 longer sample split" in line and "do not see each other" not in line
 
 
 def test_the_command_line_trains_on_a_list_of_records(tmp_path):

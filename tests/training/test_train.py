@@ -38,7 +38,7 @@ def test_a_run_says_what_it_does_and_leaves_what_is_needed(tmp_path):
         "steps: 6 of 1 x 2 x 128 = 256 tokens",
         "GiB planned",
         "checkpointing none",
-        "longer documents split",
+        "1 longer document split",
         "before: held-out perplexity",
         "step 6/6",
         "held-out perplexity",
