@@ -108,7 +108,7 @@ def passkey(path: Path, results: Sequence[Mapping[str, Any]], trained: int, pret
             )
             shown = f"{100 * share:.0f}" + ("\nat random" if depth == "random" else "")
             axes.text(x, (top + bottom) / 2, shown, ha="center", va="center", fontsize=8)
-    marks = {pretrained: "base", trained: "trained"} if trained != pretrained else {trained: "trained"}
+    marks = {pretrained: "base", trained: "made for"}  # one mark, if the two are equal
     for length, name in marks.items():
         if lengths[0] <= length <= lengths[-1]:  # after the last column that is not longer
             place = sum(x <= length for x in lengths) - 0.5

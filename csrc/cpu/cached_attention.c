@@ -13,14 +13,14 @@
 enum {
     FEW = 32,        /* query rows of a KV head up to which the keys are cut into parts */
     PARTS = 64,      /* parts at most */
-    FEW_KEYS = 4096, /* keys of a sequence whose parts are shorter than a block */
-    BLOCK = 512,     /* keys whose scores are computed before their values are read */
-    KEYS = 64,       /* keys that are converted at a time */
+    FEW_KEYS = 4096, /* a sequence with at most this many keys has parts of half a block */
     IN_PLACE = 8,    /* query rows of a KV head up to which keys and values are read where they lie */
-    GROUP = 4,       /* query rows that are multiplied at a time there */
-    LINE = 64,       /* bytes */
-    RUNS = 4,        /* tasks of a thread, where there are enough parts */
-    AHEAD = 4096,    /* bytes from the end of the next VW rows to what is fetched */
+    BLOCK = 512,     /* in place: all scores of this many keys are computed, then their values are added */
+    GROUP = 4,       /* in place: query rows that are multiplied at a time */
+    KEYS = 64,       /* otherwise: keys that are converted to float32 at a time */
+    RUNS = 4,        /* tasks for each thread, where there are enough parts */
+    LINE = 64,       /* bytes of a cache line */
+    AHEAD = 4096,    /* bytes between the end of the next VW rows and the line that is fetched */
 };
 
 typedef struct {
@@ -31,7 +31,7 @@ typedef struct {
     float *partial;              /* [B, parts, K, rows (pitch + 2)]: weighted values, maxima, sums */
     float *memory;               /* `floats` for each thread */
     int64_t floats, count;       /* tasks */
-    int64_t used, run;           /* few query rows: parts of the longest sequence, parts of a task */
+    int64_t run, runs;           /* few query rows: parts of a task, tasks of a sequence */
     atomic_llong next;           /* the first task that no thread has taken */
 } Call;
 
@@ -58,8 +58,8 @@ static int append_token(int64_t i, void *context) {
 
 /* ---- few query rows: parts of the keys ---------------------------------------------------------- */
 
-/* Keys of a part: half a block, so that threads share even a short sequence; from FEW_KEYS on whole blocks,
- * so that no stream of keys or values is short. */
+/* The number of keys in a part. A short sequence has parts of half a block, so that there is work for several
+ * threads. A longer one has parts of whole blocks, because long streams of memory are read faster. */
 static inline int64_t part_keys(int64_t keys) {
     if (keys <= FEW_KEYS) return BLOCK / 2;
     return BLOCK * ((keys + BLOCK * PARTS - 1) / (BLOCK * PARTS));
@@ -75,8 +75,8 @@ static inline float *partial_at(const Call *c, int64_t b, int64_t part, int64_t 
     return c->partial + ((b * c->parts + part) * c->K + kv_head) * c->rows * (c->pitch + 2);
 }
 
-/* What is read next. A line is fetched for each line that is read, since many at once would stop the reading
- * until they have come; and in the order of memory, which the processor recognises. */
+/* What to fetch next. One line is fetched for each line that is read, because the processor waits while many
+ * are on their way. Lines are fetched in the order of memory, which the processor recognises. */
 typedef struct {
     const char *line, *end, *next; /* `next` follows the lines up to `end`, which is NULL from there on */
     int64_t step;                  /* LINE, or 0 to fetch nothing new */
@@ -91,8 +91,8 @@ static inline void after_rows(Ahead *ahead) {
     if (ahead->end && ahead->line >= ahead->end) ahead->line = ahead->next, ahead->end = NULL;
 }
 
-/* VW scores: a query [pitch] times VW rows of k, `step` bytes apart. Fetches what part `share` of `shares`
- * calls for the same rows should. To zip and add the first half of the sums with the second half, log2(VW)
+/* VW scores: a query [pitch] times VW rows of k, `step` bytes apart. Of `shares` calls for the same rows each
+ * fetches its share of the lines. To zip and add the first half of the sums with the second half, log2(VW)
  * times, leaves the sum of row j in lane j. */
 static inline __attribute__((always_inline)) vf dot_rows(const float *q, const char *k, int64_t step,
                                                          int64_t pitch, int32_t dtype, Ahead *ahead,
@@ -290,8 +290,8 @@ static AddValues *const VALUES[][GROUP] = { NAMES_OF(values, F32), NAMES_OF(valu
 #undef LOOPS_OF
 #undef NAMES_OF
 
-/* p [K,rows,BLOCK]: scores of n keys; queries [K,rows,pitch]. VW keys in all heads come before the next
- * VW keys, so that memory is read in one stream. */
+/* Writes the scores of n keys to p [K,rows,BLOCK]; queries [K,rows,pitch]. It takes VW keys of every head,
+ * then the next VW keys, so that memory is read in one stream. */
 static void scores_of(const Call *c, float *p, const float *queries, Rows k, int64_t n, Ahead *ahead,
                       float *memory) {
     int32_t dtype = c->a->k_cache.dtype;
@@ -316,7 +316,7 @@ static void scores_of(const Call *c, float *p, const float *queries, Rows k, int
     }
 }
 
-/* Adds p [K,rows,BLOCK] times n values to the sums of a part. */
+/* out += p v, for n keys and every head of a part; p [K,rows,BLOCK]. */
 static void add_values_of(const Call *c, int64_t b, int64_t part, const float *p, Rows v, int64_t n,
                           Ahead *ahead) {
     int32_t dtype = c->a->k_cache.dtype;
@@ -367,9 +367,8 @@ static void begin_part(const Call *c, int64_t b, int64_t part) {
 static int part_thread(int64_t index, void *context) {
     Call *c = context;
     float *memory = c->memory + index * c->floats;
-    int64_t runs = (c->used + c->run - 1) / c->run;
     for (int64_t i; (i = atomic_fetch_add(&c->next, 1)) < c->count;) {
-        int64_t b = i / runs, first = i % runs * c->run;
+        int64_t b = i / c->runs, first = i % c->runs * c->run;
         int64_t last = min64(first + c->run, parts_of(c->length[b] + c->S));
         for (int64_t part = first; part < last; part++) {
             begin_part(c, b, part);
@@ -502,10 +501,15 @@ static inline int64_t most_tasks(const Call *c, int64_t B) {
 static int attend(Call *c, int64_t B) {
     int few = c->rows <= FEW;
     int64_t threads = min64(get_threads(), most_tasks(c, B));
-    for (int64_t b = 0; b < B; b++) c->used = max64(c->used, parts_of(c->length[b] + c->S));
-    c->run = max64(1, B * c->used / (RUNS * max64(threads, 1)));
-    c->count = few ? B * ((c->used + c->run - 1) / c->run) : most_tasks(c, B);
-    if (few) c->partial = scratch(B * c->parts * c->K * c->rows * (c->pitch + 2) * (int64_t)sizeof(float));
+    c->count = most_tasks(c, B);
+    if (few) {
+        int64_t used = 0; /* parts of the longest sequence */
+        for (int64_t b = 0; b < B; b++) used = max64(used, parts_of(c->length[b] + c->S));
+        c->run = max64(1, B * used / (RUNS * max64(threads, 1)));
+        c->runs = (used + c->run - 1) / c->run;
+        c->count = B * c->runs;
+        c->partial = scratch(B * c->parts * c->K * c->rows * (c->pitch + 2) * (int64_t)sizeof(float));
+    }
     c->memory = scratch(threads * c->floats * (int64_t)sizeof(float));
     int status = c->memory && (!few || c->partial) ? 0 : -1;
     if (!status)

@@ -137,8 +137,8 @@ class Generator:
         return batch
 
     def _forward(self, batch):
-        """Run the layers. On the CPU the calls are recorded for each batch, and again after a streaming cache
-        has moved its window."""
+        """Run the layers. On the CPU the first pass of a batch records its calls, and later passes make them
+        again. When a streaming cache has moved its window, they are recorded anew."""
         if self.model.device != CPU:
             return self.model.network.forward(batch)
         if batch.recorded is not batch.cache:

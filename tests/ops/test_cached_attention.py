@@ -51,6 +51,7 @@ def test_every_dtype(cache, dtype, isa, poison):
     """With few query rows keys and values are read in place, if vectors fit in a head; else converted."""
     for S, D in ((1, 40), (1, 64), (2, 48), (5, 40), (20, 40)):
         both(*inputs(S, [0, 7, 300], 6, 3, D, dtype, cache))
+    both(*inputs(1, [0, 7, 300], 14, 2, 64, dtype, cache))
 
 
 @pytest.mark.parametrize("H,K", [(8, 8), (8, 2), (8, 1), (9, 3), (1, 1), (14, 2)])
@@ -76,6 +77,7 @@ def test_long_sequences(place):
     """Parts have 256 keys up to 4096, then 512, and more beyond 64 parts."""
     for length in (4095, 4096, 5001, 32767, 32768, 40000):
         both(*inputs(1, [length], 2, 1, 16))
+    both(*inputs(1, [5001], 2, 1, 8))
 
 
 @pytest.mark.parametrize("S", [31, 32, 33, 64, 130, 600])
