@@ -1,8 +1,9 @@
 """Log-likelihoods for tasks of lm-eval, with SmolLM2-135M's shapes and random weights: requests per second.
 
 Ours against lm-eval's own `hf` model with a batch of 8, on the same token ids: questions of 60 to 140 tokens
-with four choices, of 4 to 16 tokens or of one, without examples and behind 1000 tokens of examples that all
-questions share. Each side runs in its own process, and their rounds in turn. The first round is not counted.
+with four choices, of 4 to 16 tokens or of one. There are 5 questions without examples, and 5 or 60 behind
+1000 tokens of examples that all of them share. Each side runs in its own process, and their rounds in turn.
+The first round is not counted.
 
 --smoke runs our side alone on a tiny model; its figures mean nothing.
 """
@@ -20,21 +21,22 @@ from longlora.decoder.config import read_config
 from . import harness
 from .bench_train_step import CONFIG, PAUSE, SMALL
 
-CASES = {  # tokens of the examples, and of a choice from and to
-    "four choices": (0, 4, 16),
-    "four letters": (0, 1, 1),
-    "four choices, examples": (1000, 4, 16),
-    "four letters, examples": (1000, 1, 1),
+CASES = {  # questions, tokens of the examples, and of a choice from and to
+    "four choices": (5, 0, 4, 16),
+    "four letters": (5, 0, 1, 1),
+    "four choices, examples": (5, 1000, 4, 16),
+    "four letters, examples": (5, 1000, 1, 1),
+    "four letters, examples, 60 questions": (60, 1000, 1, 1),
 }
-QUESTIONS, BATCH = 5, 8
+BATCH = 8
 
 
 def requests(case, vocab):
     """Context and continuation of each request, as lists of token ids."""
-    examples, least, most = CASES[case]
+    questions, examples, least, most = CASES[case]
     random, pairs = np.random.default_rng(0), []
     start = random.integers(0, vocab, examples)
-    for _ in range(QUESTIONS):
+    for _ in range(questions):
         context = np.concatenate([start, random.integers(0, vocab, random.integers(60, 141))])
         for _ in range(4):
             pairs.append((context, random.integers(0, vocab, random.integers(least, most + 1))))
@@ -87,7 +89,7 @@ def measured(bench, sides, case):
     """The rounds of all sides in turn -> side -> requests per second."""
     rounds = max(1, round(bench.options.seconds))
     times = harness.in_turn(bench, sides, ["--case", case], rounds, PAUSE)
-    return {side: 4 * QUESTIONS / statistics.median(sum(found, [])) for side, found in times.items()}
+    return {side: 4 * CASES[case][0] / statistics.median(sum(found, [])) for side, found in times.items()}
 
 
 def main(argv=None):

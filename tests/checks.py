@@ -24,9 +24,9 @@ CUDA = longlora.cuda.is_available()
 EMULATED = CUDA and longlora.cuda.built_for() == "emulation"  # a GPU that is a program: small work is enough
 
 
-def examples(n):
-    """Of hypothesis: a third of them where the GPU is emulated."""
-    return n // 3 if EMULATED else n
+def fewer(n):
+    """n, or a third of it where the GPU is emulated: examples, or a size that only blocks of the CPU need."""
+    return -(-n // 3) if EMULATED else n
 
 
 def random(shape, dtype="float32", seed=0, scale=1.0):

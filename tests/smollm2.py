@@ -58,10 +58,12 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def converted(smollm2, tmp_path_factory):
-    """The directory of the model as transformers reads it from the GGUF file, in float32.
+    """The directory of the model as transformers reads it from the GGUF file, in float32, with our tokenizer.
 
     transformers takes 20 s for it, so it is made once per run.
     """
+    from longlora.files.open_model import open_model
+
     transformers = pytest.importorskip("transformers", reason="the peer that reads the file")
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
@@ -74,6 +76,7 @@ def converted(smollm2, tmp_path_factory):
             model.hf_quantizer = None  # the weights are float32 now; else save_pretrained refuses them
             del model.config.quantization_config
             model.save_pretrained(shared / "partial")
+            open_model(smollm2).tokenizer().save(shared / "partial", model.config.max_position_embeddings)
             os.replace(shared / "partial", path)
     return path
 

@@ -1,7 +1,7 @@
 """The log-likelihood of continuations of contexts. The beginning that texts share is computed once."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +27,8 @@ class Scorer:
     """Scores continuations by `generator`, in the rows of its cache.
 
     Requests are sorted by their tokens, and the cache holds the last context. So each token of a prefix that
-    requests share is read once. The continuations of one context are read side by side in the rows.
+    requests share is read once. The continuations of one context are read side by side in the rows, and so
+    are short contexts that begin alike.
     """
 
     def __init__(self, generator: Generator):
@@ -45,7 +46,7 @@ class Scorer:
         the likeliest one. UserError for logits that are NaN.
         """
         self._logs, self._best = np.zeros(len(pairs)), np.ones(len(pairs), bool)
-        for trunk, tails, count in _grouped(pairs):
+        for trunk, tails, count in _joined(_grouped(pairs), self._generator.chunk // 2):
             self._read(trunk)
             for part in self._side_by_side(tails):
                 self._branch(trunk.ids, part)
@@ -55,7 +56,7 @@ class Scorer:
     def _read(self, text):
         """Read a text into row 0, from where it differs from what the row holds or from what is asked."""
         ids, chunk = text.ids, self._generator.chunk
-        first = min(common(self._held[0], ids), *(place for place, _, _ in text.asked))
+        first = min([common(self._held[0], ids), *(place for place, _, _ in text.asked)])
         self._cache.keep(0, first)
         self._held[0] = ids[:first]
         for start in range(first, len(ids), chunk):
@@ -129,3 +130,46 @@ def _grouped(pairs: Sequence[Pair]) -> Iterator[tuple[_Text, list[_Text], int]]:
             trunk.asked += _moved(tail.asked, count)
             tails = {}
         yield trunk, sorted(tails.values(), key=lambda text: -len(text.ids)), len(members)
+
+
+def _joined(
+    groups: Iterable[tuple[_Text, list[_Text], int]], longest: int
+) -> Iterator[tuple[_Text, list[_Text], int]]:
+    """Join contexts of choices of one token: what they share is a trunk, and what each has more is a tail.
+
+    A few rows take nearly as long as many. Tails have at most `longest` tokens, and what they read again of a
+    longer beginning that some of them share is at most an eighth of them.
+    """
+    joined, shared = list[tuple[_Text, int]](), 0
+    for trunk, tails, count in groups:
+        if joined:
+            texts = [trunk, *(text for text, _ in joined)]
+            start = min([common(joined[0][0].ids, trunk.ids), *map(_first, texts)])
+            sizes = [len(text.ids) - start for text in texts]
+            again = (shared - start) * len(joined) if len(joined) > 1 else 0
+            if not tails and max(sizes) <= longest and 8 * again <= sum(sizes):
+                joined.append((trunk, count))
+                shared = start
+                continue
+            yield _branched(joined, shared)
+            joined = []
+        if tails:
+            yield trunk, tails, count
+        else:
+            joined, shared = [(trunk, count)], _first(trunk)
+    if joined:
+        yield _branched(joined, shared)
+
+
+def _first(text: _Text) -> int:
+    """The first place after which something is asked."""
+    return min(place for place, _, _ in text.asked)
+
+
+def _branched(joined: list[tuple[_Text, int]], shared: int) -> tuple[_Text, list[_Text], int]:
+    """The trunk, the tails and the number of requests of contexts that share their first tokens."""
+    if len(joined) == 1:
+        return joined[0][0], [], joined[0][1]
+    tails = [_Text(text.ids[shared:], _moved(text.asked, -shared)) for text, _ in joined]
+    trunk = _Text(joined[0][0].ids[:shared])
+    return trunk, sorted(tails, key=lambda text: -len(text.ids)), sum(count for _, count in joined)

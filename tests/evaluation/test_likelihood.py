@@ -108,6 +108,59 @@ def test_what_requests_share_is_read_once(model):
     assert passes == [(1, 25), (4, 2), (1, 5), (4, 2), (1, 5), (4, 2)]
 
 
+def letters(*contexts):
+    """Questions with two choices of one token."""
+    return [
+        (np.asarray(context, np.int32), np.array([letter], np.int32))
+        for context in contexts
+        for letter in (65, 66)
+    ]
+
+
+@pytest.mark.parametrize(
+    "rows, wanted_passes", [(4, [(1, 20), (3, 9)]), (2, [(1, 20), (2, 9), (1, 4)]), (1, None)]
+)
+def test_short_contexts_that_begin_alike_are_read_side_by_side(model, wanted, rows, wanted_passes):
+    """20 tokens of examples, then questions of 4, 9 and 6 tokens, the longest first."""
+    random, start = np.random.default_rng(2), np.arange(20)
+    pairs = letters(*(np.concatenate([start, [i], random.integers(0, 256, i)]) for i in (3, 8, 5)))
+    ours, counts = scorer(model, rows), []
+    passes = counted(ours)
+    for _ in range(2):
+        for pair, (logs, greedy) in zip(pairs, ours.score(pairs, counts.append), strict=True):
+            assert (logs, greedy) == (pytest.approx(wanted(*pair)[0], abs=2e-5), wanted(*pair)[1])
+    assert wanted_passes is None or passes == wanted_passes + wanted_passes[1:]
+    assert counts == [6, 6]
+
+
+def test_contexts_that_share_nothing_are_read_side_by_side_if_they_are_short(model):
+    """Half a chunk of 16 tokens is short."""
+    ours = scorer(model, chunk=16)
+    passes = counted(ours)
+    ours.score(letters(10 + np.arange(8), 20 + np.arange(8), 30 + np.arange(9), 40 + np.arange(8)))
+    assert passes == [(2, 8), (1, 9), (1, 8)]
+
+
+def test_little_is_read_again_for_a_context_that_shares_less(model):
+    """Two contexts share 20 tokens, a third shares 19. 2 of 12 tokens would be read again; 2 of 30 are."""
+    ours = scorer(model)
+    passes = counted(ours)
+    for size, wanted in ((3, [(1, 20), (2, 3), (1, 4)]), (9, [(1, 19), (3, 10)])):
+        start = 100 + size + np.arange(20)
+        near = [np.concatenate([start, np.arange(i, i + size)]) for i in (0, 50)]
+        passes.clear()
+        ours.score(letters(*near, np.concatenate([start[:19], 200 + np.arange(size + 1)])))
+        assert passes == wanted
+
+
+def test_a_context_with_longer_choices_is_read_alone(model):
+    ours = scorer(model)
+    passes = counted(ours)
+    one, two, three = (np.array([i, i + 1, i + 2], np.int32) for i in (10, 20, 30))
+    ours.score(letters(one, three) + [(two, np.array([5, choice, 6], np.int32)) for choice in range(2)])
+    assert passes == [(1, 3), (1, 3), (2, 2), (1, 3)]
+
+
 def test_choices_of_one_token_are_one_pass_and_a_single_continuation_too(model):
     context = np.arange(10, dtype=np.int32)
     ours = scorer(model)

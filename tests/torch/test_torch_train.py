@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from smollm2 import smollm2  # noqa: F401 (a fixture)
+from smollm2 import converted, smollm2  # noqa: F401 (fixtures)
 from torch_runs import close, run, same_rows, trained
 
 import longlora
@@ -186,7 +186,7 @@ def test_bfloat16_learns_as_the_driver_does(tmp_path):
     assert all(array.dtype == np.float32 for array in trained(tmp_path / "mine").values())
 
 
-def test_ten_steps_of_smollm2_are_the_drivers(tmp_path, smollm2):  # noqa: F811
+def test_ten_steps_of_smollm2_are_the_drivers(tmp_path, converted):  # noqa: F811
     """The medians of ten steps count: a step of this model may be ill-conditioned, and then a rounding moves
     its loss and its gradient ten times as far. Losses are 2e-6 apart in the median and 1e-5 in one step,
     gradient norms up to 3e-4.
@@ -197,7 +197,7 @@ def test_ten_steps_of_smollm2_are_the_drivers(tmp_path, smollm2):  # noqa: F811
     torch.set_num_threads(get_num_threads())
     text = Path(longlora.__file__).parent / "assets" / "held_out" / "kjv-44-acts.txt"
     fields = dict(
-        model=str(smollm2),
+        model=str(converted),
         data=str(text),
         target_length=32768,
         sequence_length=128,
@@ -220,7 +220,7 @@ def test_ten_steps_of_smollm2_are_the_drivers(tmp_path, smollm2):  # noqa: F811
 
     assert np.median(apart("loss")) <= 2e-5 and max(apart("loss")) <= 1e-3
     assert np.median(apart("grad_norm")) <= 1e-3
-    base, mine, theirs = open_model(smollm2), trained(tmp_path / "mine"), trained(tmp_path / "theirs")
+    base, mine, theirs = open_model(converted), trained(tmp_path / "mine"), trained(tmp_path / "theirs")
     for kind in ("lora_A", "lora_B", "norm", "embed"):
         moved = differs = 0
         for name in theirs:
