@@ -13,22 +13,24 @@ from longlora.errors import UserError
 
 Pair = tuple[np.ndarray, np.ndarray]  # context and continuation, int32 [N] and [M] with N, M >= 1
 Asked = tuple[int, int, int]  # a place, a token that may come after it, and the number of the request
+Tail = tuple[int, "_Text"]  # the number of a text before it, and the text
 
 
 @dataclass
 class _Text:
-    """Tokens to read, and what is asked."""
+    """Tokens to read, what is asked about them, and texts that continue them."""
 
     ids: np.ndarray
     asked: list[Asked] = field(default_factory=list)
+    tails: list["_Text"] = field(default_factory=list)
 
 
 class Scorer:
     """Scores continuations by `generator`, in the rows of its cache.
 
     Requests are sorted by their tokens, and the cache holds the last context. So each token of a prefix that
-    requests share is read once. The continuations of one context are read side by side in the rows, and so
-    are short contexts that begin alike.
+    requests share is read once. Short contexts that begin alike are read side by side in the rows, and then
+    the continuations of them all.
     """
 
     def __init__(self, generator: Generator):
@@ -46,52 +48,81 @@ class Scorer:
         the likeliest one. UserError for logits that are NaN.
         """
         self._logs, self._best = np.zeros(len(pairs)), np.ones(len(pairs), bool)
-        for trunk, tails, count in _joined(_grouped(pairs), self._generator.chunk // 2):
-            self._read(trunk)
-            for part in self._side_by_side(tails):
-                self._branch(trunk.ids, part)
+        for trunk, count in _joined(_grouped(pairs), self._generator.chunk // 2):
+            self._read(0, trunk)
+            self._branch([trunk.ids], [(0, tail) for tail in trunk.tails])
             done(count)
         return [(float(logs), bool(best)) for logs, best in zip(self._logs, self._best, strict=True)]
 
-    def _read(self, text):
-        """Read a text into row 0, from where it differs from what the row holds or from what is asked."""
+    def _read(self, row, text):
+        """Read a text into a row, from where it differs from what the row holds or from what is asked."""
         ids, chunk = text.ids, self._generator.chunk
-        first = min([common(self._held[0], ids), *(place for place, _, _ in text.asked)])
-        self._cache.keep(0, first)
-        self._held[0] = ids[:first]
+        first = min([common(self._held[row], ids), *(place for place, _, _ in text.asked)])
+        self._keep(row, ids[:first])
         for start in range(first, len(ids), chunk):
             stop = min(start + chunk, len(ids))
             asked = [one for one in text.asked if start <= one[0] < stop]
-            self._score([0], ids[None, start:stop], _moved(asked, -start))
-        self._held[0] = ids
+            self._score([row], ids[None, start:stop], _moved(asked, -start))
+        self._held[row] = ids
 
-    def _side_by_side(self, tails: list[_Text]) -> Iterator[list[_Text]]:
-        """Cut tails, the longest first, into parts that are read in one pass."""
-        while tails:
-            size = max(1, min(self._cache.rows, self._generator.chunk // len(tails[0].ids)))
-            yield tails[:size]
-            tails = tails[size:]
+    def _branch(self, parents, tails):
+        """Read tails after their parents: (i, tail) after parents[i], which row i holds."""
+        for part in self._side_by_side(len(parents), tails):
+            heads = [np.concatenate([parents[i], tail.ids]) for i, tail in part]
+            if len(part) == 1:
+                ((row, tail),) = part
+                self._read(row, _Text(heads[0], _moved(tail.asked, len(parents[row]))))
+            else:
+                self._read_part(parents, part, heads)
+            leaves = [
+                (len(leaf.ids), n, (row, leaf))
+                for row, (_, tail) in enumerate(part)
+                for n, leaf in enumerate(tail.tails)
+            ]
+            self._branch(heads, [leaf for *_, leaf in sorted(leaves, key=lambda x: (-x[0], x[1]))])
 
-    def _branch(self, trunk, tails):
-        """Read tails after the trunk, which row 0 holds."""
-        if len(tails) == 1:
-            (tail,), count = tails, len(trunk)
-            asked = _moved(tail.asked, count)
-            self._read(_Text(np.concatenate([trunk, tail.ids]), asked))
-            return
-        rows, width = range(len(tails)), len(tails[0].ids)
-        self._held[0] = trunk
-        for row in rows:
-            have = common(self._held[row], trunk)
-            self._cache.keep(row, have)
-            if have < len(trunk):
-                self._cache.copy(0, row, have, len(trunk))
-            self._held[row] = trunk
-        ids, asked = np.zeros((len(tails), width), np.int32), []
-        for row, tail in zip(rows, tails, strict=True):
-            ids[row, : len(tail.ids)] = tail.ids
-            asked += _moved(tail.asked, row * width)
-        self._score(list(rows), ids, asked)
+    def _side_by_side(self, parents: int, tails: list[Tail]) -> Iterator[list[Tail]]:
+        """Cut tails, the longest first, into parts that are read in one pass.
+
+        The first tail of a parent in a part takes its row; each further one needs a row beyond the parents'.
+        """
+        part, spare, rows = list[Tail](), 0, set[int]()
+        for row, tail in tails:
+            full = part and (len(part) + 1) * len(part[0][1].ids) > self._generator.chunk
+            if full or (row in rows and not spare):
+                yield part
+                part, rows = [], set()
+            if not part:
+                spare = self._cache.rows - parents
+            spare -= row in rows
+            rows.add(row)
+            part.append((row, tail))
+        if part:
+            yield part
+
+    def _read_part(self, parents, part, heads):
+        """Read tails after their parents in one pass. Tails of one parent in row 0 get the rows from 0 on."""
+        spare, rows, width = len(parents), list[int](), len(part[0][1].ids)
+        ids, asked = np.zeros((len(part), width), np.int32), []
+        for n, (source, tail) in enumerate(part):
+            row, parent = source, parents[source]
+            if source in rows:
+                row, spare = spare, spare + 1
+            have = common(self._held[row], parent)
+            self._keep(row, parent[:have])
+            if have < len(parent):
+                self._cache.copy(source, row, have, len(parent))
+            rows.append(row)
+            ids[n, : len(tail.ids)] = tail.ids
+            asked += _moved(tail.asked, n * width)
+        self._score(rows, ids, asked)
+        for row, head in zip(rows, heads, strict=True):
+            self._held[row] = head
+
+    def _keep(self, row, ids):
+        """Forget all tokens of a row but these first ones."""
+        self._cache.keep(row, len(ids))
+        self._held[row] = ids
 
     def _score(self, rows, ids, asked):
         places, targets, requests = np.array(asked, np.int64).reshape(-1, 3).T
@@ -106,59 +137,50 @@ def _moved(asked: list[Asked], by: int) -> list[Asked]:
     return [(place + by, target, request) for place, target, request in asked]
 
 
-def _grouped(pairs: Sequence[Pair]) -> Iterator[tuple[_Text, list[_Text], int]]:
-    """Sort requests by their tokens, and join those of one context -> trunk, tails, number of requests.
+def _grouped(pairs: Sequence[Pair]) -> Iterator[tuple[_Text, int]]:
+    """Sort requests by their tokens, and join those of one context -> the context, number of requests.
 
-    The trunk is the context; the tails are the different continuations, the longest first, without their last
-    tokens. A single tail is part of the trunk.
+    Its tails are the different continuations, without their last tokens. A single one is part of the context.
     """
     inputs = [np.concatenate([context, rest[:-1]]).astype(np.int32) for context, rest in pairs]
     order = sorted(range(len(pairs)), key=lambda i: inputs[i].astype(">i4").tobytes())
     for _, group in itertools.groupby(order, lambda i: pairs[i][0].tobytes()):
         members = list(group)
-        trunk, tails = _Text(pairs[members[0]][0]), dict[bytes, _Text]()
-        count = len(trunk.ids)
+        text, tails = _Text(pairs[members[0]][0]), dict[bytes, _Text]()
+        count = len(text.ids)
         for i in members:
             rest = pairs[i][1]
-            trunk.asked.append((count - 1, int(rest[0]), i))
+            text.asked.append((count - 1, int(rest[0]), i))
             if len(rest) > 1:
                 tail = tails.setdefault(rest[:-1].tobytes(), _Text(rest[:-1]))
                 tail.asked += [(place, int(target), i) for place, target in enumerate(rest[1:])]
         if len(tails) == 1:
             (tail,) = tails.values()
-            trunk.ids = np.concatenate([trunk.ids, tail.ids])
-            trunk.asked += _moved(tail.asked, count)
-            tails = {}
-        yield trunk, sorted(tails.values(), key=lambda text: -len(text.ids)), len(members)
-
-
-def _joined(
-    groups: Iterable[tuple[_Text, list[_Text], int]], longest: int
-) -> Iterator[tuple[_Text, list[_Text], int]]:
-    """Join contexts of choices of one token: what they share is a trunk, and what each has more is a tail.
-
-    A few rows take nearly as long as many. Tails have at most `longest` tokens, and what they read again of a
-    longer beginning that some of them share is at most an eighth of them.
-    """
-    joined, shared = list[tuple[_Text, int]](), 0
-    for trunk, tails, count in groups:
-        if joined:
-            texts = [trunk, *(text for text, _ in joined)]
-            start = min([common(joined[0][0].ids, trunk.ids), *map(_first, texts)])
-            sizes = [len(text.ids) - start for text in texts]
-            again = (shared - start) * len(joined) if len(joined) > 1 else 0
-            if not tails and max(sizes) <= longest and 8 * again <= sum(sizes):
-                joined.append((trunk, count))
-                shared = start
-                continue
-            yield _branched(joined, shared)
-            joined = []
-        if tails:
-            yield trunk, tails, count
+            text.ids = np.concatenate([text.ids, tail.ids])
+            text.asked += _moved(tail.asked, count)
         else:
-            joined, shared = [(trunk, count)], _first(trunk)
-    if joined:
-        yield _branched(joined, shared)
+            text.tails = _longest_first(tails.values())
+        yield text, len(members)
+
+
+def _joined(groups: Iterable[tuple[_Text, int]], longest: int) -> Iterator[tuple[_Text, int]]:
+    """Join short contexts: what they share is a trunk, and what each has more is a tail of it.
+
+    A pass of many rows takes hardly longer than one of a few. Tails have at most `longest` tokens. What they
+    read again of a longer beginning, which only some of them share, is at most an eighth of them.
+    """
+    texts, shared, count = list[_Text](), 0, 0
+    for text, members in groups:
+        start = min([common(texts[0].ids, text.ids), *map(_first, [*texts, text])]) if texts else _first(text)
+        sizes = [len(x.ids) - start for x in (*texts, text)]
+        again = (shared - start) * len(texts) if len(texts) > 1 else 0
+        if texts and (max(sizes) > longest or 8 * again > sum(sizes)):
+            yield _branched(texts, shared), count
+            texts, count, start = [], 0, _first(text)
+        texts.append(text)
+        shared, count = start, count + members
+    if texts:
+        yield _branched(texts, shared), count
 
 
 def _first(text: _Text) -> int:
@@ -166,10 +188,13 @@ def _first(text: _Text) -> int:
     return min(place for place, _, _ in text.asked)
 
 
-def _branched(joined: list[tuple[_Text, int]], shared: int) -> tuple[_Text, list[_Text], int]:
-    """The trunk, the tails and the number of requests of contexts that share their first tokens."""
-    if len(joined) == 1:
-        return joined[0][0], [], joined[0][1]
-    tails = [_Text(text.ids[shared:], _moved(text.asked, -shared)) for text, _ in joined]
-    trunk = _Text(joined[0][0].ids[:shared])
-    return trunk, sorted(tails, key=lambda text: -len(text.ids)), sum(count for _, count in joined)
+def _branched(texts: list[_Text], shared: int) -> _Text:
+    """A text whose tails are what these have beyond the first tokens, which they share."""
+    if len(texts) == 1:
+        return texts[0]
+    tails = [_Text(text.ids[shared:], _moved(text.asked, -shared), text.tails) for text in texts]
+    return _Text(texts[0].ids[:shared], tails=_longest_first(tails))
+
+
+def _longest_first(texts: Iterable[_Text]) -> list[_Text]:
+    return sorted(texts, key=lambda text: -len(text.ids))

@@ -88,7 +88,7 @@ def run(
     """Ask the model at path `model`, with an adapter if given, for a number that a long text hides.
 
     Returns {"results": [{"length", "depth", "samples", "right", "accuracy", "answers": [{"depth", "tokens",
-    "expected", "answer", "right"}]}, ...], "trained_length", "pretrained_length", "settings", ...}, one
+    "expected", "answer", "right"}]}, ...], "context_length", "pretrained_length", "settings", ...}, one
     result for each length and depth.
 
     lengths      tokens of a prompt. It has exactly that many, or the most below that the filler allows
@@ -150,7 +150,7 @@ def draw(path: str, found: dict[str, Any], say: Callable[[str], object]) -> None
     try:
         from longlora import plots
 
-        plots.passkey(path, found["results"], found["trained_length"], found["pretrained_length"])
+        plots.passkey(path, found["results"], found["context_length"], found["pretrained_length"])
         say(f"saved {path}")
     except Exception as error:
         say(f"{path} could not be drawn: {error}")

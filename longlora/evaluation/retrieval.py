@@ -91,7 +91,7 @@ def longest(tokens: Callable[[int], int], length: int, guess: int, most: int) ->
 
 def trained(found: dict[str, Any]) -> str:
     """For which lengths the model was made, in words."""
-    now, before = found["trained_length"], found["pretrained_length"]
+    now, before = found["context_length"], found["pretrained_length"]
     return f"the model is made for {now:,} tokens" + (f", its base for {before:,}" if before != now else "")
 
 
@@ -138,7 +138,7 @@ def measure(
             model=os.fspath(model),
             adapter=None if adapter is None else os.fspath(adapter),
             device=device,
-            trained_length=prepared.config.max_position_embeddings,
+            context_length=prepared.config.max_position_embeddings,
             pretrained_length=prepared.base.config.max_position_embeddings,
             settings=settings,
         )

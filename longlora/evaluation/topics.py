@@ -91,7 +91,7 @@ def run(
     """Ask the model at path `model`, with an adapter if given, for the first topic of a long conversation.
 
     Returns {"results": [{"length", "samples", "right", "accuracy", "answers": [{"topics", "tokens",
-    "expected", "answer", "right"}]}, ...], "trained_length", "pretrained_length", "settings", ...}, one
+    "expected", "answer", "right"}]}, ...], "context_length", "pretrained_length", "settings", ...}, one
     result for each length.
 
     lengths      tokens of a prompt. It has the most whole lines of a conversation that fit into them

@@ -96,7 +96,7 @@ def test_the_likeliest_continuation_is_greedy(model, wanted):
 
 
 def test_what_requests_share_is_read_once(model):
-    """20 tokens of examples, then 3 questions of 5 tokens with 4 choices of 3 tokens: 20 + 3 (5 + 4 x 2)."""
+    """20 tokens of examples, then 3 questions of 5 tokens, then 4 choices of 3 tokens for each of them."""
     start, pairs = np.arange(20), []
     for question in range(3):
         context = np.concatenate([start, 100 + 10 * question + np.arange(5)]).astype(np.int32)
@@ -105,7 +105,7 @@ def test_what_requests_share_is_read_once(model):
     passes = counted(ours)
     order = np.random.default_rng(0).permutation(len(pairs))
     ours.score([pairs[i] for i in order])
-    assert passes == [(1, 25), (4, 2), (1, 5), (4, 2), (1, 5), (4, 2)]
+    assert passes == [(1, 20), (3, 5), (4, 2), (4, 2), (4, 2)]
 
 
 def letters(*contexts):
@@ -153,12 +153,18 @@ def test_little_is_read_again_for_a_context_that_shares_less(model):
         assert passes == wanted
 
 
-def test_a_context_with_longer_choices_is_read_alone(model):
-    ours = scorer(model)
+def test_choices_of_several_contexts_are_read_side_by_side(model, wanted):
+    """Five rows hold three questions, so each pass reads up to five of their choices, the longest first."""
+    random, start, pairs = np.random.default_rng(3), np.arange(20), []
+    for question, sizes in enumerate(((1, 3, 5, 5), (4, 4, 2), (1, 1))):
+        context = np.concatenate([start, [question], random.integers(0, 256, 4)]).astype(np.int32)
+        pairs += [(context, random.integers(0, 256, size).astype(np.int32)) for size in sizes]
+    ours = scorer(model, 5)
     passes = counted(ours)
-    one, two, three = (np.array([i, i + 1, i + 2], np.int32) for i in (10, 20, 30))
-    ours.score(letters(one, three) + [(two, np.array([5, choice, 6], np.int32)) for choice in range(2)])
-    assert passes == [(1, 3), (1, 3), (2, 2), (1, 3)]
+    for _ in range(2):
+        for pair, (logs, greedy) in zip(pairs, ours.score(pairs), strict=True):
+            assert (logs, greedy) == (pytest.approx(wanted(*pair)[0], abs=2e-5), wanted(*pair)[1])
+    assert passes == [(1, 20), (3, 5), (4, 4), (2, 2), (3, 5), (4, 4), (2, 2)]
 
 
 def test_choices_of_one_token_are_one_pass_and_a_single_continuation_too(model):

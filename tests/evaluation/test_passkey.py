@@ -158,7 +158,7 @@ def test_the_command_and_the_function_agree(base, capsys):
     assert [answer["tokens"] for row in found["results"] for answer in row["answers"]] == 6 * [300] + 6 * [
         520
     ]
-    assert found["trained_length"] == found["pretrained_length"] == 512
+    assert found["context_length"] == found["pretrained_length"] == 512
     assert cli.main(["eval", "passkey", "--model", base, *words.replace("--json", "").split()]) == 0
     table = capsys.readouterr().out.splitlines()[-4:]
     assert table[0].split() == ["length", "0.0", "1.0", "random"] and table[1].split() == ["300"] + 3 * ["0%"]
