@@ -1,10 +1,12 @@
 """A real model, SmolLM2-135M, from file to adapter.
 
 Perplexity and logits equal transformers', every gradient equals autograd's. Then the model is extended by 4:
-18 steps of S2-Attn more than halve the perplexity of the interpolated model, and PEFT finds the same logits.
+S2-Attn lowers the perplexity of the interpolated model, and PEFT finds the same logits. A few steps lower it
+by a tenth. LONGLORA_WHOLE=1 makes 18 longer ones, which halve it, in two minutes.
 """
 
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -27,6 +29,7 @@ torch = pytest.importorskip("torch", reason="transformers on torch is the peer c
 transformers = pytest.importorskip("transformers", reason="the peer compared with")
 TEXT = Path(longlora.__file__).parent / "assets"
 HELD_OUT = TEXT / "held_out" / "kjv-44-acts.txt"
+LENGTH, STEPS, FACTOR = (1024, 18, 0.5) if os.environ.get("LONGLORA_WHOLE") else (512, 6, 0.9)
 
 
 @pytest.fixture(scope="module")
@@ -175,13 +178,13 @@ def test_every_gradient_of_the_whole_model_is_near_autograds(base, converted, ac
     assert max(errors.values())[0] <= 1e-2, max(errors, key=errors.get)
 
 
-def test_extension_halves_the_perplexity(base, smollm2, converted, acts, tmp_path):  # noqa: F811
-    """18 steps of one 1024-token sequence, G = 256, AdamW at 2e-3 for LoRA and 1e-4 for embedding and norms;
-    dense evaluation."""
+def test_extension_lowers_the_perplexity(base, smollm2, converted, acts, tmp_path):  # noqa: F811
+    """Steps of one sequence, in four groups, AdamW at 2e-3 for LoRA and 1e-4 for embedding and norms; dense
+    evaluation."""
     held_out = tmp_path / "held_out.txt"
-    held_out.write_text(HELD_OUT.read_text()[:12_000])
-    native = ppl.run(smollm2, held_out, [1024])["results"][0]["perplexity"]
-    before = ppl.run(smollm2, held_out, [1024], rope_type="linear", target_length=32768)["results"][0][
+    held_out.write_text(HELD_OUT.read_text()[: 12 * LENGTH])
+    native = ppl.run(smollm2, held_out, [LENGTH])["results"][0]["perplexity"]
+    before = ppl.run(smollm2, held_out, [LENGTH], rope_type="linear", target_length=32768)["results"][0][
         "perplexity"
     ]
     assert before > 3 * native
@@ -194,18 +197,18 @@ def test_extension_halves_the_perplexity(base, smollm2, converted, acts, tmp_pat
         model=smollm2,
         data=books,
         target_length=32768,
-        sequence_length=1024,
-        group_size=256,
+        sequence_length=LENGTH,
+        group_size=LENGTH // 4,
         learning_rate=2e-3,
         embedding_learning_rate=1e-4,
-        max_steps=18,
+        max_steps=STEPS,
         output_dir=output,
         seed=1,
     )
-    after = ppl.run(smollm2, held_out, [1024], adapter=output)["results"][0]["perplexity"]
-    print(f"native {native:.2f}, interpolated {before:.2f}, after 18 steps {after:.2f}")
-    assert after < before / 2
-    assert done.step == 18 and done.stopped is None
+    after = ppl.run(smollm2, held_out, [LENGTH], adapter=output)["results"][0]["perplexity"]
+    print(f"native {native:.2f}, interpolated {before:.2f}, after {STEPS} steps {after:.2f}")
+    assert after < FACTOR * before
+    assert done.step == STEPS and done.stopped is None
 
     # PEFT and stock transformers read what we trained.
     peft = pytest.importorskip("peft", reason="PEFT is the peer that loads the adapter")
