@@ -67,7 +67,7 @@ class Scorer:
 
     def _branch(self, parents, tails):
         """Read tails after their parents: (i, tail) after parents[i], which row i holds."""
-        for part in self._side_by_side(len(parents), tails):
+        for part in self._side_by_side(parents, tails):
             heads = [np.concatenate([parents[i], tail.ids]) for i, tail in part]
             if len(part) == 1:
                 ((row, tail),) = part
@@ -81,21 +81,24 @@ class Scorer:
             ]
             self._branch(heads, [leaf for *_, leaf in sorted(leaves, key=lambda x: (-x[0], x[1]))])
 
-    def _side_by_side(self, parents: int, tails: list[Tail]) -> Iterator[list[Tail]]:
+    def _side_by_side(self, parents: list[np.ndarray], tails: list[Tail]) -> Iterator[list[Tail]]:
         """Cut tails, the longest first, into parts that are read in one pass.
 
         The first tail of a parent in a part takes its row; each further one needs a row beyond the parents'.
+        All rows of a part grow by as many tokens as its longest tail has.
         """
-        part, spare, rows = list[Tail](), 0, set[int]()
+        part = list[Tail]()
         for row, tail in tails:
-            full = part and (len(part) + 1) * len(part[0][1].ids) > self._generator.chunk
-            if full or (row in rows and not spare):
-                yield part
-                part, rows = [], set()
-            if not part:
-                spare = self._cache.rows - parents
-            spare -= row in rows
-            rows.add(row)
+            if part:
+                width, used = len(part[0][1].ids), [row, *(other for other, _ in part)]
+                further = len(used) - len(set(used))
+                if (
+                    width * len(used) > self._generator.chunk
+                    or further > self._cache.rows - len(parents)
+                    or width + max(len(parents[i]) for i in used) > self._cache.places
+                ):
+                    yield part
+                    part = []
             part.append((row, tail))
         if part:
             yield part

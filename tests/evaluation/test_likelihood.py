@@ -167,6 +167,21 @@ def test_choices_of_several_contexts_are_read_side_by_side(model, wanted):
     assert passes == [(1, 20), (3, 5), (4, 4), (2, 2), (3, 5), (4, 4), (2, 2)]
 
 
+def test_a_row_that_another_choice_would_fill_is_read_in_a_pass_of_its_own(model, wanted):
+    """A row has 60 tokens. Choices of 12 tokens fit after 30, but 50 have no room for as many."""
+    random = np.random.default_rng(4)
+    pairs = [
+        (np.append(np.arange(25), other + np.arange(size)).astype(np.int32), random.integers(0, 256, more))
+        for other, size, more in ((50, 25, 3), (100, 5, 12))
+        for _ in range(2)
+    ]
+    ours = scorer(model, 5)
+    passes = counted(ours)
+    for pair, (logs, greedy) in zip(pairs, ours.score(pairs), strict=True):
+        assert (logs, greedy) == (pytest.approx(wanted(*pair)[0], abs=2e-5), wanted(*pair)[1])
+    assert passes == [(1, 25), (2, 25), (2, 11), (2, 2)]
+
+
 def test_choices_of_one_token_are_one_pass_and_a_single_continuation_too(model):
     context = np.arange(10, dtype=np.int32)
     ours = scorer(model)
