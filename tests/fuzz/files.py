@@ -36,7 +36,7 @@ from longlora.files.open_model import open_model  # noqa: E402
 from longlora.files.safetensors import SafetensorsFile  # noqa: E402
 from longlora.files.tokenizer import Tokenizer  # noqa: E402
 
-LIMIT = 10  # seconds of processor time for one input
+LIMIT = 60  # seconds of processor time for one input
 
 
 # ---- reading -------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from longlora.data import text  # noqa: E402
 from longlora.errors import UserError  # noqa: E402
 from longlora.training import config_file, options  # noqa: E402
 
-LIMIT, HANG, MEMORY = 10, 300, 4 << 30
+LIMIT, HANG, MEMORY = 60, 300, 4 << 30
 NAMES = list(options.TrainOptions.__dataclass_fields__) + list(options.aliases())
 SCALARS = """0 1 -1 2 8 16 64 1.5 -0.5 1e-4 1e400 .inf -.inf .nan 0x10 0x_ 0o17 1_000 1:30 2026-13-45
 2026-11-29 ~ null true no 'x' "" "a\\0b" "\\ud83d" ~/base base text.txt q_proj none auto cpu cuda:0
