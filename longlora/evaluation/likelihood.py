@@ -13,7 +13,7 @@ from longlora.errors import UserError
 
 Pair = tuple[np.ndarray, np.ndarray]  # context and continuation, int32 [N] and [M] with N, M >= 1
 Asked = tuple[int, int, int]  # a place, a token that may come after it, and the number of the request
-Tail = tuple[int, "_Text"]  # the number of a text before it, and the text
+Tail = tuple[int, "_Text"]  # the index of a parent, and a text that continues it
 
 
 @dataclass
@@ -43,19 +43,20 @@ class Scorer:
         """Score each continuation after its context.
 
         pairs: together, without the last token, a pair fits in a row of the cache.
-        done: is called with the number of pairs that were scored since the last call.
+        done: is called after a pass that finished pairs, with their number.
         Returns for each the sum of the log-probabilities of its tokens, in nats, and whether each of them is
         the likeliest one. UserError for logits that are NaN.
         """
         self._logs, self._best = np.zeros(len(pairs)), np.ones(len(pairs), bool)
-        for trunk, count in _joined(_grouped(pairs), self._generator.chunk // 2):
+        self._left, self._done = np.array([len(rest) for _, rest in pairs]), done  # tokens to score
+        for trunk in _joined(_grouped(pairs), self._generator.chunk // 2):
             self._read(0, trunk)
             self._branch([trunk.ids], [(0, tail) for tail in trunk.tails])
-            done(count)
         return [(float(logs), bool(best)) for logs, best in zip(self._logs, self._best, strict=True)]
 
     def _read(self, row, text):
-        """Read a text into a row, from where it differs from what the row holds or from what is asked."""
+        """Read a text into a row. Tokens that the row holds are read again only from the first that is asked
+        about."""
         ids, chunk = text.ids, self._generator.chunk
         first = min([common(self._held[row], ids), *(place for place, _, _ in text.asked)])
         self._keep(row, ids[:first])
@@ -104,7 +105,7 @@ class Scorer:
             yield part
 
     def _read_part(self, parents, part, heads):
-        """Read tails after their parents in one pass. Tails of one parent in row 0 get the rows from 0 on."""
+        """Read tails after their parents in one pass. With a single parent, tail n goes to row n."""
         spare, rows, width = len(parents), list[int](), len(part[0][1].ids)
         ids, asked = np.zeros((len(part), width), np.int32), []
         for n, (source, tail) in enumerate(part):
@@ -134,16 +135,20 @@ class Scorer:
             raise UserError(NAN)
         np.add.at(self._logs, requests, logs)
         np.logical_and.at(self._best, requests, best)
+        np.subtract.at(self._left, requests, 1)
+        finished = int((self._left[np.unique(requests)] == 0).sum())
+        if finished:
+            self._done(finished)
 
 
 def _moved(asked: list[Asked], by: int) -> list[Asked]:
     return [(place + by, target, request) for place, target, request in asked]
 
 
-def _grouped(pairs: Sequence[Pair]) -> Iterator[tuple[_Text, int]]:
-    """Sort requests by their tokens, and join those of one context -> the context, number of requests.
+def _grouped(pairs: Sequence[Pair]) -> Iterator[_Text]:
+    """Sort requests by their tokens, and join those of one context -> the contexts.
 
-    Its tails are the different continuations, without their last tokens. A single one is part of the context.
+    Tails are the different continuations, without their last tokens. A single one is part of the context.
     """
     inputs = [np.concatenate([context, rest[:-1]]).astype(np.int32) for context, rest in pairs]
     order = sorted(range(len(pairs)), key=lambda i: inputs[i].astype(">i4").tobytes())
@@ -163,36 +168,40 @@ def _grouped(pairs: Sequence[Pair]) -> Iterator[tuple[_Text, int]]:
             text.asked += _moved(tail.asked, count)
         else:
             text.tails = _longest_first(tails.values())
-        yield text, len(members)
+        yield text
 
 
-def _joined(groups: Iterable[tuple[_Text, int]], longest: int) -> Iterator[tuple[_Text, int]]:
+def _joined(texts: Iterable[_Text], longest: int) -> Iterator[_Text]:
     """Join short contexts: what they share is a trunk, and what each has more is a tail of it.
 
-    A pass of many rows takes hardly longer than one of a few. Tails have at most `longest` tokens. What they
-    read again of a longer beginning, which only some of them share, is at most an eighth of them.
+    Many tokens in a pass take less time each than few. A tail has at most `longest` tokens. Where only some
+    contexts share a longer beginning, each reads it again: that is at most an eighth of what is read.
     """
-    texts, shared, count = list[_Text](), 0, 0
-    for text, members in groups:
-        start = min([common(texts[0].ids, text.ids), *map(_first, [*texts, text])]) if texts else _first(text)
-        sizes = [len(x.ids) - start for x in (*texts, text)]
-        again = (shared - start) * len(texts) if len(texts) > 1 else 0
-        if texts and (max(sizes) > longest or 8 * again > sum(sizes)):
-            yield _branched(texts, shared), count
-            texts, count, start = [], 0, _first(text)
-        texts.append(text)
-        shared, count = start, count + members
-    if texts:
-        yield _branched(texts, shared), count
-
-
-def _first(text: _Text) -> int:
-    """The first place after which something is asked."""
-    return min(place for place, _, _ in text.asked)
+    joined, shared, asked, most, total = (
+        list[_Text](),
+        0,
+        0,
+        0,
+        0,
+    )  # asked: the first place that is asked about
+    for text in texts:
+        size, first = len(text.ids), min(place for place, _, _ in text.asked)
+        if joined:
+            start = min(common(joined[0].ids, text.ids), asked, first)
+            again = (shared - start) * len(joined) if len(joined) > 1 else 0
+            read = total + size - start * (len(joined) + 1)
+            if max(most, size) - start <= longest and 8 * again <= read:
+                joined.append(text)
+                shared, asked, most, total = start, min(asked, first), max(most, size), total + size
+                continue
+            yield _branched(joined, shared)
+        joined, shared, asked, most, total = [text], first, first, size, size
+    if joined:
+        yield _branched(joined, shared)
 
 
 def _branched(texts: list[_Text], shared: int) -> _Text:
-    """A text whose tails are what these have beyond the first tokens, which they share."""
+    """Join texts that share their first `shared` tokens -> these tokens, with the rest of each as a tail."""
     if len(texts) == 1:
         return texts[0]
     tails = [_Text(text.ids[shared:], _moved(text.asked, -shared), text.tails) for text in texts]
