@@ -24,6 +24,7 @@ from longlora.errors import UserError
 from longlora.evaluation import ppl
 from longlora.files import adapter, merge
 from longlora.files.open_model import open_model
+from longlora.tools import demo
 from longlora.training import driver, metrics, resume
 
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
@@ -126,6 +127,18 @@ def test_every_kind_of_run_is_the_drivers(tmp_path, fields):
     if "tie_word_embeddings" in fields:
         tiny.model(tmp_path / "base", tie_word_embeddings=fields["tie_word_embeddings"])
         fields = {name: value for name, value in fields.items() if name != "tie_word_embeddings"}
+    mine, theirs = (
+        run(train, tmp_path, name, **fields)
+        for train, name in ((ours.train, "mine"), (driver.train, "theirs"))
+    )
+    same_rows(mine.history, theirs.history)
+    close(trained(tmp_path / "mine"), trained(tmp_path / "theirs"))
+
+
+def test_a_gguf_base_is_trained_as_the_driver_does(tmp_path):
+    """The demo's model, which has a tokenizer that GGUF can hold."""
+    model = merge.merge(demo.MODEL, None, tmp_path / "gguf", format="gguf", dtype="q8_0")
+    fields = dict(model=model, target_length=512, sequence_length=128, group_size=32, learning_rate=1e-3)
     mine, theirs = (
         run(train, tmp_path, name, **fields)
         for train, name in ((ours.train, "mine"), (driver.train, "theirs"))
