@@ -86,11 +86,12 @@ def attention(path: Path, length: int, group_size: int, boundary: str = "split",
     _save(figure, path)
 
 
-def passkey(path: Path, results: Sequence[Mapping[str, Any]], trained: int, pretrained: int) -> None:
+def passkey(path: Path, results: Sequence[Mapping[str, Any]], context: int, pretrained: int) -> None:
     """Draw the share of found keys as a heat map: lengths from left to right, depths from top to bottom.
 
     results: rows with length, depth and accuracy, as evaluation.passkey.run returns them. A length may have
-    depths of its own; one with random depths is a single block. trained, pretrained: lengths that are marked.
+    depths of its own; one with random depths is a single block. context, pretrained: the context lengths of
+    the model and of its base, in tokens. Both are marked.
     """
     from matplotlib import colormaps
 
@@ -108,11 +109,11 @@ def passkey(path: Path, results: Sequence[Mapping[str, Any]], trained: int, pret
             )
             shown = f"{100 * share:.0f}" + ("\nat random" if depth == "random" else "")
             axes.text(x, (top + bottom) / 2, shown, ha="center", va="center", fontsize=8)
-    marks = {pretrained: "base", trained: "made for"}  # one mark, if the two are equal
+    marks = {pretrained: "base", context: "made for"}  # one mark if the two are equal
     for length, name in marks.items():
         if lengths[0] <= length <= lengths[-1]:  # after the last column that is not longer
             place = sum(x <= length for x in lengths) - 0.5
-            axes.axvline(place, color="black", linewidth=2, linestyle="-" if length == trained else ":")
+            axes.axvline(place, color="black", linewidth=2, linestyle="-" if length == context else ":")
             axes.text(place, -0.02, f"{name} {length:,}", ha="right", va="bottom", fontsize=8)
     axes.set(
         xlabel="tokens of the prompt",

@@ -58,11 +58,12 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def converted(smollm2, tmp_path_factory):
-    """The directory of the model as transformers reads it from the GGUF file, in float32, with our tokenizer.
+    """A directory of the model: the weights that transformers reads from the GGUF file, in float32, and the
+    tokenizer that we read.
 
     transformers takes 20 s for it, so it is made once per run.
     """
-    from longlora.files.open_model import open_model
+    from longlora.files.open_model import open_model  # here: `python tests/smollm2.py` needs no longlora
 
     transformers = pytest.importorskip("transformers", reason="the peer that reads the file")
     shared = tmp_path_factory.getbasetemp()

@@ -64,12 +64,12 @@ def test_the_heat_map_has_a_block_for_each_cell(figures):
     """Depths 0.2 and 0.6 meet at 0.4. A length may have its own depths. Marks lie after columns."""
     cells = [(64, 0.2, 1.0), (64, 0.6, 0.5), (128, 0.5, 0.0), (256, "random", 0.25)]
     rows = [dict(zip(("length", "depth", "accuracy"), cell)) for cell in cells]
-    plots.passkey("x", rows, trained=200, pretrained=64)
+    plots.passkey("x", rows, context=200, pretrained=64)
     axes = figures[0].axes[0]
     blocks = [(patch.get_x() + 0.5, patch.get_y(), patch.get_height()) for patch in axes.patches]
     np.testing.assert_allclose(blocks, [(0, 0, 0.4), (0, 0.4, 0.6), (1, 0, 1), (2, 0, 1)])
     shown = [text.get_text().split("\n")[0] for text in axes.texts]
     assert shown == ["100", "50", "0", "25", "base 64", "made for 200"]
     assert [list(line.get_xdata()) for line in axes.get_lines()] == [[0.5, 0.5], [1.5, 1.5]]
-    plots.passkey("x", rows, trained=512, pretrained=32)
+    plots.passkey("x", rows, context=512, pretrained=32)
     assert not figures[1].axes[0].get_lines()  # both lie outside

@@ -16,7 +16,7 @@ enum {
     FEW_KEYS = 4096, /* a sequence with at most this many keys has parts of half a block */
     IN_PLACE = 8,    /* query rows of a KV head up to which keys and values are read where they lie */
     BLOCK = 512,     /* in place: all scores of this many keys are computed, then their values are added */
-    GROUP = 4,       /* in place: query rows that are multiplied at a time */
+    GROUP = 4,       /* in place: query rows that share one reading of a key or value */
     KEYS = 64,       /* otherwise: keys that are converted to float32 at a time */
     RUNS = 4,        /* tasks for each thread, where there are enough parts */
     LINE = 64,       /* bytes of a cache line */
@@ -91,9 +91,11 @@ static inline void after_rows(Ahead *ahead) {
     if (ahead->end && ahead->line >= ahead->end) ahead->line = ahead->next, ahead->end = NULL;
 }
 
-/* VW scores: a query [pitch] times VW rows of k, `step` bytes apart. Of `shares` calls for the same rows each
- * fetches its share of the lines. To zip and add the first half of the sums with the second half, log2(VW)
- * times, leaves the sum of row j in lane j. */
+/* VW scores: a query [pitch] times VW rows of k, `step` bytes apart. Several queries may use the same rows:
+ * there are `shares` calls then, and each fetches its share of the lines.
+ *
+ * Each row leaves a vector of partial sums. A round interleaves the first half of these vectors with the second
+ * half and adds them, so half as many are left. After log2(VW) rounds lane j holds the score of row j. */
 static inline __attribute__((always_inline)) vf dot_rows(const float *q, const char *k, int64_t step,
                                                          int64_t pitch, int32_t dtype, Ahead *ahead,
                                                          int share, int shares) {

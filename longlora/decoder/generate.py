@@ -137,8 +137,8 @@ class Generator:
         return batch
 
     def _forward(self, batch):
-        """Run the layers. On the CPU the first pass of a batch records its calls, and later passes make them
-        again. When a streaming cache has moved its window, they are recorded anew."""
+        """Run the layers. On the CPU the first pass of a batch records the calls of its ops, and later passes
+        replay the recording. A streaming cache that has moved its window needs a new recording."""
         if self.model.device != CPU:
             return self.model.network.forward(batch)
         if batch.recorded is not batch.cache:

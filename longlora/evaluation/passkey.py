@@ -167,4 +167,4 @@ def text(found: dict[str, Any]) -> str:
         shares = (f"{100 * cell['accuracy']:.0f}%" if cell else "" for cell in row)
         lines.append(f"{length:>8}" + "".join(f"{share:>9}" for share in shares))
     prompts = retrieval.span(r["samples"] for r in found["results"])
-    return "\n".join([*lines, f"keys found, of {prompts} prompts in a cell; {retrieval.trained(found)}"])
+    return "\n".join([*lines, f"keys found, of {prompts} prompts in a cell; {retrieval.made_for(found)}"])

@@ -89,8 +89,8 @@ def longest(tokens: Callable[[int], int], length: int, guess: int, most: int) ->
     return low
 
 
-def trained(found: dict[str, Any]) -> str:
-    """For which lengths the model was made, in words."""
+def made_for(found: dict[str, Any]) -> str:
+    """Say for how many tokens the model and its base are made."""
     now, before = found["context_length"], found["pretrained_length"]
     return f"the model is made for {now:,} tokens" + (f", its base for {before:,}" if before != now else "")
 

@@ -130,4 +130,4 @@ def text(found: dict[str, Any]) -> str:
         topics = retrieval.span(answer["topics"] for answer in row["answers"])
         hits = f"{row['right']} of {row['samples']}"
         lines.append(f"{row['length']:>8} {topics:>9} {hits:>9}")
-    return "\n".join([*lines, f"first topics named; {retrieval.trained(found)}"])
+    return "\n".join([*lines, f"first topics named; {retrieval.made_for(found)}"])

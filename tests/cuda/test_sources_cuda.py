@@ -17,8 +17,8 @@ FILES = sorted(p for p in ROOT.glob("cuda/**/*") if p.suffix in (".cu", ".cuh", 
 CODE = {path: re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.S) for path in FILES}
 NVCC = shutil.which(os.environ.get("NVCC") or "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 ARCHS = "sm_80", "sm_90a", "sm_100", "sm_120"  # the GPUs of setup.py
-# Kernels that come close to spilling are compiled for two of them, one for all, the others for sm_90a.
-# LONGLORA_WHOLE=1 compiles every kernel for every GPU, in minutes.
+# Files whose kernels come close to spilling, and the GPUs that the suite compiles them for. It compiles the
+# others for sm_90a alone. LONGLORA_WHOLE=1 compiles every file for every GPU, in minutes.
 NEAR_SPILLING = {
     "s2_attention_forward.cu": ARCHS[:2],
     "s2_attention_backward.cu": ARCHS[:2],
