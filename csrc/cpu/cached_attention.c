@@ -94,8 +94,9 @@ static inline void after_rows(Ahead *ahead) {
 /* VW scores: a query [pitch] times VW rows of k, `step` bytes apart. Several queries may use the same rows:
  * there are `shares` calls then, and each fetches its share of the lines.
  *
- * Each row leaves a vector of partial sums. A round interleaves the first half of these vectors with the second
- * half and adds them, so half as many are left. After log2(VW) rounds lane j holds the score of row j. */
+ * Each row leaves a vector of partial sums. A round interleaves the first half of these vectors with the
+ * second half and adds them, so half as many are left. After log2(VW) rounds lane j holds the score of row j.
+ */
 static inline __attribute__((always_inline)) vf dot_rows(const float *q, const char *k, int64_t step,
                                                          int64_t pitch, int32_t dtype, Ahead *ahead,
                                                          int share, int shares) {
