@@ -2,7 +2,7 @@
 
 Perplexity and logits equal transformers', every gradient equals autograd's. Then the model is extended by 4:
 S2-Attn lowers the perplexity of the interpolated model, and PEFT finds the same logits. A few steps lower it
-by a tenth. LONGLORA_WHOLE=1 makes 18 longer ones, which halve it, in two minutes.
+by a fifth. LONGLORA_WHOLE=1 makes 18 longer ones, which halve it, in two minutes.
 """
 
 import math
@@ -29,7 +29,7 @@ torch = pytest.importorskip("torch", reason="transformers on torch is the peer c
 transformers = pytest.importorskip("transformers", reason="the peer compared with")
 TEXT = Path(longlora.__file__).parent / "assets"
 HELD_OUT = TEXT / "held_out" / "kjv-44-acts.txt"
-LENGTH, STEPS, FACTOR = (1024, 18, 0.5) if os.environ.get("LONGLORA_WHOLE") else (512, 6, 0.9)
+LENGTH, STEPS, FACTOR = (1024, 18, 0.5) if os.environ.get("LONGLORA_WHOLE") else (512, 6, 0.85)
 
 
 @pytest.fixture(scope="module")
