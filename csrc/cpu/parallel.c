@@ -28,9 +28,9 @@ typedef struct Loop {
     void *context;
     atomic_int failed;
     char first[512];    /* the message of the body that failed first */
-    atomic_llong next;  /* this and what follows is used by the pool only: the index that is taken next */
-    int wanted, inside; /* helpers that may still join, and helpers that are in it */
-    struct Loop *older; /* in the list of open loops */
+    atomic_llong next;  /* the index that is taken next */
+    int wanted, inside; /* of the pool: helpers that may still join, and helpers that are in it */
+    struct Loop *older; /* of the pool: in the list of open loops */
 } Loop;
 
 static pthread_mutex_t errors = PTHREAD_MUTEX_INITIALIZER; /* of `first` of all loops */
@@ -43,12 +43,18 @@ static void turn(Loop *loop, int64_t i) {
     pthread_mutex_unlock(&errors);
 }
 
+static void take_turns(Loop *loop) {
+    for (int64_t i; (i = atomic_fetch_add(&loop->next, 1)) < loop->n;) turn(loop, i);
+}
+
 #ifndef LONGLORA_POOL
 static int default_threads(void) { return omp_get_max_threads(); }
 
+/* All loops have teams of the same size, whatever they need. GCC's OpenMP would end the threads that a smaller
+ * team leaves out, and start new ones for the next larger team. */
 static void run(Loop *loop, int count) {
-#pragma omp parallel for num_threads(count) schedule(dynamic, 1)
-    for (int64_t i = 0; i < loop->n; i++) turn(loop, i);
+#pragma omp parallel num_threads(get_threads())
+    if (omp_get_thread_num() < count) take_turns(loop);
 }
 #else
 /* Where there is no OpenMP, a pool of our own: helpers sleep until a loop wants them. Loops of several
@@ -69,10 +75,6 @@ __attribute__((constructor)) static void read_settings(void) {
     processors = n < 1 ? 1 : n > 1 << 16 ? 1 << 16 : (int)n;
 }
 static int default_threads(void) { return processors; }
-
-static void take_turns(Loop *loop) {
-    for (int64_t i; (i = atomic_fetch_add(&loop->next, 1)) < loop->n;) turn(loop, i);
-}
 
 static void *help(void *unused) {
     pthread_mutex_lock(&pool);

@@ -202,6 +202,27 @@ print(small())
     assert out[0] == "1" and int(out[1]) > 1
 
 
+@on_linux
+def test_threads_live_on_between_loops_of_different_sizes():
+    """GCC's OpenMP ends the threads that a smaller team leaves out."""
+    out = python(
+        """
+import os, numpy as np
+from longlora import _C, ops
+_C.set_grain(0)
+large, small = (np.ones((n, 1100), np.float32) for n in (700, 2))
+def threads(x):
+    ops.rms_norm_forward(x, np.ones(1100, np.float32))
+    return sorted(os.listdir("/proc/self/task"))
+found = [threads(x) for _ in range(5) for x in (large, small)]
+print(len(found[0]), all(x == found[0] for x in found))
+""",
+        OMP_NUM_THREADS="4",
+        OPENBLAS_NUM_THREADS="1",
+    )
+    assert out == ["4", "True"]
+
+
 @pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="the sanitizer has its own allocator")
 def test_large_scratch_is_not_faulted_in_anew():
     """Repeated calls that take megabytes of scratch cause almost no page faults, also after a fork.
