@@ -50,8 +50,8 @@ static void take_turns(Loop *loop) {
 #ifndef LONGLORA_POOL
 static int default_threads(void) { return omp_get_max_threads(); }
 
-/* All loops have teams of the same size, whatever they need. GCC's OpenMP would end the threads that a smaller
- * team leaves out, and start new ones for the next larger team. */
+/* All loops have teams of the same size, whatever they need. GCC's OpenMP would end the threads that a
+ * smaller team leaves out, and start new ones for the next larger team. */
 static void run(Loop *loop, int count) {
 #pragma omp parallel num_threads(get_threads())
     if (omp_get_thread_num() < count) take_turns(loop);

@@ -210,11 +210,13 @@ def test_threads_live_on_between_loops_of_different_sizes():
 import os, numpy as np
 from longlora import _C, ops
 _C.set_grain(0)
-large, small = (np.ones((n, 1100), np.float32) for n in (700, 2))
-def threads(x):
-    ops.rms_norm_forward(x, np.ones(1100, np.float32))
-    return sorted(os.listdir("/proc/self/task"))
-found = [threads(x) for _ in range(5) for x in (large, small)]
+x, w = np.ones((700, 1100), np.float32), np.ones((1000, 1100), np.float32)
+q = np.ones((1, 9, 2, 8), np.float32)
+found = []
+for _ in range(5):
+    for call in (lambda: ops.matmul(x, w.T), lambda: ops.s2_attention_forward(q, q, q, group_size=9)):
+        call()  # many tasks, then one for each of the two heads
+        found.append(sorted(os.listdir("/proc/self/task")))
 print(len(found[0]), all(x == found[0] for x in found))
 """,
         OMP_NUM_THREADS="4",
