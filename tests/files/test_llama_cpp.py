@@ -5,6 +5,7 @@ It takes minutes to build: `pip install 'longlora[peers]'`.
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,9 +53,11 @@ class Peer:
 
     def read(self):
         line = self.process.stdout.readline()
-        assert line, (
-            f"llama.cpp ended with {self.process.wait()}: {(self.folder / 'stderr').read_text()[-2000:]}"
-        )
+        if not line:
+            code, said = self.process.wait(), (self.folder / "stderr").read_text()[-2000:]
+            if code == -signal.SIGILL:  # as its int8 products do on some machines with AMX
+                pytest.skip("this build of llama.cpp uses an instruction that the machine does not allow")
+            raise AssertionError(f"llama.cpp ended with {code}: {said}")
         found = json.loads(line)
         assert not (isinstance(found, dict) and "error" in found), found
         return found

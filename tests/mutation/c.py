@@ -128,8 +128,11 @@ def main() -> None:
                 raise SystemExit(f"tests fail without a fault:\n{Path('mutant.log').read_text()[-4000:]}")
         log = python.ROOT / f"build/mutation/{'cuda' if args.cuda else 'c'}.jsonl"
         results.try_all(
-            log, args.again, wanted, lambda key: extension.try_mutant(keys[key], tests[keys[key][0]])
+            log,
+            results.untried(log, wanted, args.again),
+            lambda key: extension.try_mutant(keys[key], tests[keys[key][0]]),
         )
+        results.show(log, wanted)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 It works on a copy of the working directory. First it runs each test file once, and notes the lines that each
 test runs and how long it takes: the map. Each mutant then costs a fork of a process that has loaded all
-libraries: the tests that run the line, the quickest first, then the others of their files, until one fails.
+libraries: the tests that run the line, the quickest first, until one fails. --again tries once more what
+survived, with all tests of the line.
 Results are appended to build/mutation/FOLDER.jsonl, and a run that was stopped goes on from there.
 equivalent.txt lists mutants that compute the same, with the reason; they are not tried.
 """
@@ -16,6 +17,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import py_compile
 import resource
@@ -31,12 +33,13 @@ from pathlib import Path
 from typing import Any
 
 import operators
+import patched
 import pytest
 import results
 
 WHOLE = {"training", "data", "files"}
-# Seconds of processor time, traced. Longer tests are left out: a quick one should notice.
-LONGEST = 10.0
+# Seconds of processor time, traced, of one test and of all tests for a mutant. A quick one should notice.
+LONGEST, TOGETHER = 10.0, 5.0
 MAP_LIMIT = 900  # seconds for a test file
 MEMORY = 6 << 30  # bytes of a mutant at most
 ROOT = Path.cwd()
@@ -107,16 +110,18 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def forked(function: Callable[[], int], limit: float, log: Path) -> int | None:
-    """Call the function in a fork -> its result, None if it took more than `limit` seconds or MEMORY."""
+def forked(function: Callable[[], int], limit: float, log: Path | None) -> int | None:
+    """Call the function in a fork, its output in `log` -> its result, None if it took more than `limit`
+    seconds or MEMORY."""
     code: int | None = 3
     pid = os.fork()
     if not pid:
         try:
             os.setsid()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-            os.dup2(out, 1), os.dup2(out, 2)
+            if log:
+                out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+                os.dup2(out, 1), os.dup2(out, 2)
             code = int(function())
             sys.stdout.flush()
         finally:
@@ -124,7 +129,7 @@ def forked(function: Callable[[], int], limit: float, log: Path) -> int | None:
     end, code = time.monotonic() + limit, None
     try:
         while code is None and time.monotonic() < end and resident(pid) < MEMORY:
-            time.sleep(0.01)
+            time.sleep(0.003)
             done, status = os.waitpid(pid, os.WNOHANG)
             code = os.waitstatus_to_exitcode(status) if done else None
     finally:
@@ -178,32 +183,82 @@ def load(modules: list[str]) -> None:
     gc.freeze()  # forks share its memory
 
 
-def choose(tests: Tests, file: str, line: int) -> list[str]:
-    """The tests that may notice a fault in a line, the best first."""
+def choose(tests: Tests, file: str, line: int, most: float) -> list[str]:
+    """The tests that may notice a fault in a line, the quickest first, of about `most` seconds together."""
     quick = {name: test for name, test in tests.items() if test["seconds"] < LONGEST}
     runs = {name for name, test in quick.items() if [file, line] in test["lines"]}
     if not runs:  # a constant of the module, a default, a line that only other processes run
         runs = {name for name, test in quick.items() if any(there == file for there, _ in test["lines"])}
         runs |= {name for name, test in quick.items() if test["starts"]}
-    files = {name.partition("::")[0] for name in runs}
-    near = [name for name in quick if name.partition("::")[0] in files]
-    return sorted(near, key=lambda name: (name not in runs, quick[name]["seconds"]))
+    order = sorted(runs, key=lambda name: quick[name]["seconds"])
+    total = itertools.accumulate((quick[name]["seconds"] for name in order), initial=0.0)
+    return [name for name, before in zip(order, total) if before < most]
 
 
-def try_mutant(path: Path, mutant: operators.Mutant, tests: Tests) -> str:
-    """-> one of results.KINDS."""
-    order = choose(tests, str(path), mutant.line)
+def try_mutant(path: Path, mutant: operators.Mutant, tests: Tests, most: float) -> str:
+    """-> one of results.KINDS. most: seconds of tests."""
+    order = choose(tests, str(path), mutant.line, most)
     if not order:
         return "no test"
-    data = path.read_bytes()
-    limit = 30 + 5 * sum(tests[name]["seconds"] for name in order)
-    try:
-        path.write_bytes(data[: mutant.begin] + mutant.now.encode() + data[mutant.end :])
+    with written(path, mutant):
         files = sorted({name.partition("::")[0] for name in order})
-        code = forked(lambda: run_tests(files, Chosen(order), "-x"), limit, Path("mutant.log"))
+        return verdict(lambda: run_tests(files, Chosen(order), "-x", "--assert=plain"), tests, order)
+
+
+def verdict(function: Callable[[], int], tests: Tests, order: list[str]) -> str:
+    limit = 10 + 3 * sum(tests[name]["seconds"] for name in order)
+    code = forked(function, limit, Path("mutant.log"))
+    return "timeout" if code is None else "survived" if code == 0 else "noticed"
+
+
+def replaced(path: Path, mutant: operators.Mutant) -> str:
+    """The text of the file with the mutant."""
+    data = path.read_bytes()
+    return (data[: mutant.begin] + mutant.now.encode() + data[mutant.end :]).decode()
+
+
+@contextlib.contextmanager
+def written(path: Path, mutant: operators.Mutant) -> Iterator[None]:
+    """The file has the mutant, also for processes that tests start."""
+    data = path.read_bytes()
+    try:
+        path.write_text(replaced(path, mutant))
+        yield
     finally:
         path.write_bytes(data)
-    return "timeout" if code is None else "survived" if code == 0 else "noticed"
+
+
+def try_functions(
+    keys: dict[str, tuple[Path, operators.Mutant]], tests: Tests, most: float, log: Path
+) -> list[str]:
+    """Try the mutants of functions on one session -> those that it cannot try."""
+    left = Path("left.json")
+
+    def attempt(session: patched.Session, path: Path, mutant: operators.Mutant) -> str:
+        if not any([str(path), mutant.line] in test["lines"] for test in tests.values()):
+            return ""
+        order = choose(tests, str(path), mutant.line, most)
+        changed = session.changes(path, mutant.line, replaced(path, mutant))
+        if changed is None or not order:
+            return ""
+        with written(path, mutant):
+            return verdict(lambda: session.run(order, changed), tests, order)
+
+    def work(session: patched.Session) -> None:
+        quick = [name for name, test in tests.items() if test["seconds"] < LONGEST]
+        if verdict(lambda: session.run(quick, []), tests, quick) != "survived":
+            raise SystemExit(f"tests fail without a fault:\n{Path('mutant.log').read_text()[-4000:]}")
+        untried = results.try_all(log, list(keys), lambda key: attempt(session, *keys[key]))
+        left.write_text(json.dumps(untried))
+
+    paths = sorted({path for path, _ in keys.values()})
+    files = sorted({name.partition("::")[0] for name in tests})
+    code = forked(
+        lambda: run_tests(files, patched.Session(paths, work), "-s", "--assert=plain"), math.inf, None
+    )
+    if code != 0:
+        raise SystemExit(code or f"pytest took more than {MEMORY >> 30} GiB")
+    return json.loads(left.read_text())
 
 
 @contextlib.contextmanager
@@ -239,11 +294,13 @@ def main() -> None:
         load(modules)
         path = paths[0]
         nothing = operators.Mutant(0, 0, 0, "", "", "", "")
-        if try_mutant(path, nothing, tests) == "noticed":
+        if try_mutant(path, nothing, tests, TOGETHER) == "noticed":
             raise SystemExit(f"tests fail without a fault:\n{Path('mutant.log').read_text()[-4000:]}")
-        results.try_all(
-            store / f"{folder}.jsonl", args.again, wanted, lambda key: try_mutant(*keys[key], tests)
-        )
+        log, most = store / f"{folder}.jsonl", math.inf if args.again else TOGETHER
+        todo = results.untried(log, wanted, args.again)
+        todo = try_functions({key: keys[key] for key in todo}, tests, most, log)
+        results.try_all(log, todo, lambda key: try_mutant(*keys[key], tests, most))
+        results.show(log, wanted)
 
 
 if __name__ == "__main__":

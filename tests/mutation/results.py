@@ -30,20 +30,40 @@ def sample(keys: set[str], count: int | None, seed: int) -> list[str]:
     return random.Random(seed).sample(left, min(count or len(left), len(left)))
 
 
-def try_all(log: Path, again: bool, wanted: list[str], attempt: Callable[[str], str]) -> None:
-    """Try each mutant that `log` does not have, and print the table. A key: file:function: was -> then."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+def read(log: Path) -> dict[str, str]:
+    """What became of the mutants in `log`: key -> one of KINDS, by the last try."""
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    known = {r["key"]: r["result"] for r in rows if not again or r["result"] not in MISSED}
+    return {row["key"]: row["result"] for row in rows}
+
+
+def untried(log: Path, wanted: list[str], again: bool) -> list[str]:
+    """The mutants that `log` does not have, with `again` also those that no test noticed."""
+    known = read(log)
+    return [key for key in wanted if key not in known or (again and known[key] in MISSED)]
+
+
+def try_all(log: Path, wanted: list[str], attempt: Callable[[str], str]) -> list[str]:
+    """Append what becomes of each mutant to `log` -> those that stay untried, for which an attempt returns ""
+    instead of one of KINDS. A key: file:function: was -> then."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    untried = []
     with log.open("a") as out:
         for i, key in enumerate(wanted):
-            if key not in known:
-                start = time.monotonic()
-                known[key] = attempt(key)
+            start = time.monotonic()
+            result = attempt(key)
+            if not result:
+                untried.append(key)
+            else:
                 seconds = round(time.monotonic() - start, 2)
-                out.write(json.dumps(dict(key=key, result=known[key], seconds=seconds)) + "\n")
+                out.write(json.dumps(dict(key=key, result=result, seconds=seconds)) + "\n")
                 out.flush()
-                print(f"{i + 1}/{len(wanted)} {known[key]} in {seconds} s: {key}", flush=True)
+                print(f"{i + 1}/{len(wanted)} {result} in {seconds} s: {key}", flush=True)
+    return untried
+
+
+def show(log: Path, wanted: list[str]) -> None:
+    """Print what no test noticed, and the counts."""
+    known = read(log)
     print("\nNot noticed:")
     for key in sorted(wanted):
         if known[key] in MISSED:
