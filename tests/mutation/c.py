@@ -129,7 +129,7 @@ def main() -> None:
         log = python.ROOT / f"build/mutation/{'cuda' if args.cuda else 'c'}.jsonl"
         results.try_all(
             log,
-            results.untried(log, wanted, args.again),
+            results.to_try(log, wanted, args.again),
             lambda key: extension.try_mutant(keys[key], tests[keys[key][0]]),
         )
         results.show(log, wanted)

@@ -27,6 +27,7 @@ OTHER: dict[type, Any] = {
 }
 # Annotations change nothing at run time. The words of messages, also other strings of three words, are free.
 LEFT_OUT = {"annotation", "returns", "decorator_list", "type_params"}
+GUARDS = {"strict"}  # keywords that find faults of ours only
 MESSAGES = {"warn", "print", "write", "UserError"}
 
 
@@ -78,7 +79,8 @@ def faults(node: Any) -> Iterator[ast.AST]:
             yield with_(value=ast.Constant(None))
         case ast.Call(keywords=[_, *_] as keywords):
             for i in range(len(keywords)):
-                yield with_(keywords=[*keywords[:i], *keywords[i + 1 :]])
+                if keywords[i].arg not in GUARDS:
+                    yield with_(keywords=[*keywords[:i], *keywords[i + 1 :]])
         case ast.Break():
             yield ast.Continue()
         case ast.Continue():
@@ -91,6 +93,8 @@ def faults(node: Any) -> Iterator[ast.AST]:
 def places(node: Any, function: str = "") -> Iterator[tuple[Any, str]]:
     """All nodes that may change, with the function they are in."""
     called = getattr(node, "func", None)
+    if isinstance(node, ast.keyword) and node.arg in GUARDS:
+        return
     if isinstance(node, ast.Raise | ast.JoinedStr) or (
         isinstance(node, ast.Call) and (getattr(called, "id", "") or getattr(called, "attr", "")) in MESSAGES
     ):

@@ -4,7 +4,7 @@
 
 It works on a copy of the working directory. First it runs each test file once, and notes the lines that each
 test runs and how long it takes: the map. Each mutant then costs a fork of a process that has loaded all
-libraries: the tests that run the line, the quickest first, until one fails. --again tries once more what
+libraries: the tests that run the line, the quickest first, until one fails. --again tries only what
 survived, with all tests of the line.
 Results are appended to build/mutation/FOLDER.jsonl, and a run that was stopped goes on from there.
 equivalent.txt lists mutants that compute the same, with the reason; they are not tried.
@@ -297,7 +297,7 @@ def main() -> None:
         if try_mutant(path, nothing, tests, TOGETHER) == "noticed":
             raise SystemExit(f"tests fail without a fault:\n{Path('mutant.log').read_text()[-4000:]}")
         log, most = store / f"{folder}.jsonl", math.inf if args.again else TOGETHER
-        todo = results.untried(log, wanted, args.again)
+        todo = results.to_try(log, wanted, args.again)
         todo = try_functions({key: keys[key] for key in todo}, tests, most, log)
         results.try_all(log, todo, lambda key: try_mutant(*keys[key], tests, most))
         results.show(log, wanted)

@@ -17,7 +17,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description.splitlines()[0])
     made.add_argument("--count", type=int, help="a random sample of this size")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--again", action="store_true", help="try once more what survived")
+    made.add_argument("--again", action="store_true", help="try only what survived, with all its tests")
     made.add_argument("--only", default="", metavar="WORDS", help="files whose name has these words")
     return made
 
@@ -36,10 +36,10 @@ def read(log: Path) -> dict[str, str]:
     return {row["key"]: row["result"] for row in rows}
 
 
-def untried(log: Path, wanted: list[str], again: bool) -> list[str]:
-    """The mutants that `log` does not have, with `again` also those that no test noticed."""
+def to_try(log: Path, wanted: list[str], again: bool) -> list[str]:
+    """The mutants that `log` does not have; with `again` those that no test noticed."""
     known = read(log)
-    return [key for key in wanted if key not in known or (again and known[key] in MISSED)]
+    return [key for key in wanted if (known.get(key) in MISSED if again else key not in known)]
 
 
 def try_all(log: Path, wanted: list[str], attempt: Callable[[str], str]) -> list[str]:
@@ -63,12 +63,13 @@ def try_all(log: Path, wanted: list[str], attempt: Callable[[str], str]) -> list
 
 def show(log: Path, wanted: list[str]) -> None:
     """Print what no test noticed, and the counts."""
-    known = read(log)
+    all_known = read(log)
+    known = {key: all_known[key] for key in sorted(wanted) if key in all_known}
     print("\nNot noticed:")
-    for key in sorted(wanted):
-        if known[key] in MISSED:
-            print(f"{known[key]}: {key}")
-    counts = {kind: sum(known[key] == kind for key in wanted) for kind in KINDS}
+    for key, result in known.items():
+        if result in MISSED:
+            print(f"{result}: {key}")
+    counts = {kind: sum(result == kind for result in known.values()) for kind in KINDS}
     total = sum(counts.values())  # without the equivalent ones
     share = 100 * (counts["noticed"] + counts["timeout"]) / max(total, 1)
     print(", ".join(f"{count} {kind}" for kind, count in counts.items()), f"of {total}: {share:.1f} %")
