@@ -126,10 +126,11 @@ def forked(function: Callable[[], int], limit: float, log: Path | None) -> int |
             sys.stdout.flush()
         finally:
             os._exit(code or 0)
-    end, code = time.monotonic() + limit, None
+    end, code, pause = time.monotonic() + limit, None, 0.001
     try:
         while code is None and time.monotonic() < end and resident(pid) < MEMORY:
-            time.sleep(0.003)
+            time.sleep(pause)
+            pause = min(0.1, 1.2 * pause)
             done, status = os.waitpid(pid, os.WNOHANG)
             code = os.waitstatus_to_exitcode(status) if done else None
     finally:
