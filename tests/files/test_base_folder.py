@@ -46,7 +46,7 @@ def test_the_config_is_found_in_the_folder_before_the_adapter(tmp_path):
 
 
 def test_the_folder_links_to_the_files_of_the_base(tmp_path, monkeypatch):
-    """Not to its config.json, hidden files, folders and .gguf files, which loaders read with its positions."""
+    """Not to its config.json, hidden files, folders, and .gguf files: transformers reads their positions."""
     names = ["config.json", "model.safetensors", "tokenizer.json", ".lock", "m.gguf"]
     (base(tmp_path / "base", *names) / "onnx").mkdir()
     monkeypatch.chdir(tmp_path)
