@@ -36,16 +36,21 @@ def numbers(shapes=SHAPES, dtype=np.float32):
     }
 
 
-def written(path, tensors=None, metadata=None, **fields):
-    """Write an adapter of SMALL by hand -> its path. A field of ... is left out."""
+def described(path, **fields):
+    """Write the adapter_config.json of SMALL by hand -> its directory. A field of ... is left out."""
     path.mkdir(exist_ok=True)
     given = dict(
         peft_type="LORA", r=2, lora_alpha=8, target_modules=["q_proj"], modules_to_save=["model.norm"]
     )
     given = {name: value for name, value in (given | fields).items() if value is not ...}
     (path / CONFIG).write_text(json.dumps(given))
+    return path
+
+
+def written(path, tensors=None, metadata=None, **fields):
+    """Write an adapter as `described` does, with its tensors -> its directory."""
     named = {f"base_model.model.{name}": array for name, array in (tensors or numbers()).items()}
-    save_file(named, path / WEIGHTS, metadata)
+    save_file(named, described(path, **fields) / WEIGHTS, metadata)
     return path
 
 
@@ -165,25 +170,38 @@ def test_saving_refuses_other_tensors_and_a_place_that_is_a_file(tmp_path):
 # ---- the fields that are read --------------------------------------------------------------------
 
 
-def test_fields_that_change_nothing_are_ignored(tmp_path):
+FREE = {*READ, *SAID, *INITIAL, "needs_the_positions_in_its_folder_longlora_base"}
+FREE -= {
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "target_modules",
+    "modules_to_save",
+    "peft_type",
+    "init_lora_weights",
+}
+STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [{name: {"a": 1}} for name in sorted(FREE)],
+        [{"next_year": value} for value in (None, False, "", "none", [], {})],
+        [{"init_lora_weights": value} for value in STARTS],
+    ],
+    ids=["origin", "off", "start"],
+)
+def test_fields_that_change_nothing_are_ignored(tmp_path, cases):
     """Those that say where the adapter comes from, and those that we do not know, switched off."""
-    wanted = adapter.read_lora(written(tmp_path))
-    assert wanted == SMALL
-    free = {*READ, *SAID, *INITIAL} - {"r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save"}
-    for name in free - {"peft_type", "init_lora_weights"}:
-        assert adapter.read_lora(written(tmp_path, **{name: {"a": 1}})) == wanted, name
-    for value in (None, False, "", "none", [], {}):
-        assert adapter.read_lora(written(tmp_path, next_year=value)) == wanted, value
-    for value in (None, True, False, "gaussian", "eva", "orthogonal", "mica"):
-        assert adapter.read_lora(written(tmp_path, init_lora_weights=value)) == wanted, value
-    key = {"needs_the_positions_in_its_folder_longlora_base": "org/base"}
-    assert adapter.read_lora(written(tmp_path, **key)) == wanted
+    for fields in cases:
+        assert adapter.read_lora(described(tmp_path, **fields)) == SMALL, fields
 
 
 @pytest.mark.parametrize("value", [True, 0, 0.0, 1, "x", "None", [0], {"a": 0}])
 def test_a_field_that_is_not_known_is_refused_unless_it_is_off(tmp_path, value):
     with pytest.raises(UserError) as error:
-        adapter.read_lora(written(tmp_path, next_year=value))
+        adapter.read_lora(described(tmp_path, next_year=value))
     said = f"next_year {value!r} is not supported; supported is an adapter without it"
     assert str(error.value) == f"{tmp_path / CONFIG}: {said}"
 
@@ -192,16 +210,16 @@ def test_fields_that_are_missing_or_null_have_the_defaults_of_peft(tmp_path):
     theirs = peft.LoraConfig()
     for value in (..., None):
         names = ("r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save")
-        ours = adapter.read_lora(written(tmp_path, **dict.fromkeys(names, value)))
+        ours = adapter.read_lora(described(tmp_path, **dict.fromkeys(names, value)))
         assert (ours.r, ours.lora_alpha, ours.use_rslora) == (theirs.r, theirs.lora_alpha, theirs.use_rslora)
         assert (ours.target_modules, ours.modules_to_save) == ((), ())
-    assert adapter.read_lora(written(tmp_path, use_rslora=True)).scale == 8 / 2**0.5
+    assert adapter.read_lora(described(tmp_path, use_rslora=True)).scale == 8 / 2**0.5
 
 
 def test_full_names_of_modules_are_shortened(tmp_path):
     targets = [f"model.layers.{layer}.self_attn.{name}" for layer in (0, 1) for name in ("q_proj", "v_proj")]
     whole = ["model.embed_tokens", "embed_tokens", "model.norm", "norm"]
-    lora = adapter.read_lora(written(tmp_path, target_modules=targets, modules_to_save=whole))
+    lora = adapter.read_lora(described(tmp_path, target_modules=targets, modules_to_save=whole))
     assert lora.target_modules == ("q_proj", "v_proj")
     assert lora.modules_to_save == ("embed_tokens", "model.norm", "norm")
 
@@ -222,7 +240,7 @@ def test_full_names_of_modules_are_shortened(tmp_path):
 )
 def test_a_field_that_is_refused_is_named_with_its_file(tmp_path, fields, message):
     with pytest.raises(UserError, match=f"^{tmp_path / CONFIG}: {message}"):
-        adapter.read_lora(written(tmp_path, **fields))
+        adapter.read_lora(described(tmp_path, **fields))
 
 
 def test_a_directory_without_an_adapter_is_named(tmp_path):
@@ -248,7 +266,7 @@ def placed(path, base, **fields):
 def test_what_an_adapter_says_of_itself_without_its_base(tmp_path):
     base = open_model(tiny.model(tmp_path / "base"))
     whole = ["embed_tokens", "lm_head", "model.norm"]
-    path = written(tmp_path / "a", modules_to_save=whole)
+    path = described(tmp_path / "a", modules_to_save=whole)
     lora, raw = adapter.describe(path)
     assert (list(lora.modules_to_save), raw) == (whole, None)
     lora, raw = adapter.describe(placed(path, base, quantization_config={"quant_method": "gguf"}))
@@ -266,7 +284,7 @@ def test_what_an_adapter_says_of_itself_without_its_base(tmp_path):
 )
 def test_a_head_that_is_the_embedding_counts_once(tmp_path, tied, modules, kept):
     config = read_config(tiny.CONFIG | dict(tie_word_embeddings=tied))
-    lora, _ = adapter.describe(written(tmp_path, modules_to_save=modules), config, "base")
+    lora, _ = adapter.describe(described(tmp_path, modules_to_save=modules), config, "base")
     assert lora.modules_to_save == kept
 
 
@@ -281,7 +299,7 @@ def test_an_adapter_for_a_base_of_other_shapes_is_refused(tmp_path):
 
 
 def test_a_linear_that_the_base_does_not_have_is_named_with_the_file(tmp_path):
-    path, config = written(tmp_path, target_modules=["qkv_proj"]), read_config(tiny.CONFIG)
+    path, config = described(tmp_path, target_modules=["qkv_proj"]), read_config(tiny.CONFIG)
     with pytest.raises(
         UserError, match=f"^{tmp_path / CONFIG}: target_modules: a llama model has no qkv_proj"
     ):
