@@ -114,6 +114,17 @@ def test_merging_an_adapter_of_peft(tmp_path):
     assert config(tmp_path / "out") == kept | {"torch_dtype": "float32"}
 
 
+def test_a_merged_model_has_the_positions_of_its_adapter(tmp_path):
+    path, trained = tiny.model(tmp_path / "base"), adapter(tmp_path / "a")
+    raw = tiny.CONFIG | dict(max_position_embeddings=256, rope_scaling=dict(rope_type="linear", factor=4.0))
+    (trained / "config.json").write_text(json.dumps(raw))
+    for given in (trained, None):
+        out = tmp_path / f"out-{given is None}"
+        merge.merge(path, given, out)
+        assert config(out)["max_position_embeddings"] == (64 if given is None else 256)
+        assert config(out).get("rope_scaling") == (None if given is None else raw["rope_scaling"])
+
+
 @pytest.mark.parametrize("dtype", ["auto", "f32", "f16", "bf16"])
 def test_the_dtype_of_a_directory(tmp_path, dtype):
     """auto is that of the base, tensor by tensor."""
@@ -187,16 +198,17 @@ def gguf_of(path, *given, dtype="auto"):
     return found, {name: field.contents() for name, field in gguf.GGUFReader(found).fields.items()}
 
 
-@pytest.mark.parametrize("template", [None, "caf\xe9 {{ x }}"])
+@pytest.mark.parametrize("template", [None, "caf\xe9\r\n{{ x }}"])
 @pytest.mark.parametrize("kind", ["directory", "file"])
 def test_a_gguf_has_the_template_that_the_adapter_was_trained_with(tmp_path, kind, template):
-    """kind: of the base. The keys are those of llama.cpp's converter."""
+    """kind: of the base. The keys are those of llama.cpp's converter, line ends are those of transformers."""
     base, trained = gguf_base(tmp_path / "base"), adapter(tmp_path / "a", template and template.encode())
     if kind == "file":
         base, keys = gguf_of(tmp_path / "one", base, None)
         assert keys["tokenizer.chat_template"] == TEMPLATE and keys["general.name"] == "one"
     _, keys = gguf_of(tmp_path / "two", base, trained, dtype="f16")
-    assert keys["tokenizer.chat_template"] == (template or TEMPLATE) and keys["general.name"] == "two"
+    assert keys["tokenizer.chat_template"] == ("caf\xe9\n{{ x }}" if template else TEMPLATE)
+    assert keys["general.name"] == "two"
     card = (tmp_path / "two" / "README.md").read_text()
     assert "# two\n" in card and "llama-server -m model-f16.gguf" in card and "| weights | f16 |" in card
 
