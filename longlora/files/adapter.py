@@ -225,8 +225,8 @@ def read_lora(directory: Path) -> LoraConfig:
     given = {**DEFAULTS, **{name: found[name] for name in read if found.get(name) is not None}}
     # PEFT writes full names for tied modules and for "all-linear". The tensors show later whether every layer
     # has the module.
-    given["modules_to_save"] = _last(found.get("modules_to_save") or (), "model.embed_tokens")
-    given["target_modules"] = _last(found.get("target_modules") or (), "model.layers.")
+    given["modules_to_save"] = _last(found.get("modules_to_save"), "model.embed_tokens")
+    given["target_modules"] = _last(found.get("target_modules"), "model.layers.")
     try:
         return LoraConfig(**given)
     except (UserError, TypeError) as error:
@@ -247,7 +247,7 @@ def _tie(tensors, config, path):
     head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if not config.tie_word_embeddings or head is None and embedding is None:
         return
-    if head is None or embedding is None or not np.array_equal(head, embedding):
+    if not np.array_equal(head, embedding):  # of which one may be None
         raise UserError(
             f"{path}: the base model ties its head to the embedding, but this adapter was trained without "
             "ensure_weight_tying; this is not supported"

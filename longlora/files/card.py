@@ -1,15 +1,15 @@
 """Model cards: the README.md of an adapter and of a merged model, with front matter that the Hub accepts."""
 
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from longlora.decoder.config import ModelConfig
-from longlora.disk import write_text
-from longlora.errors import printable
+from longlora.disk import read_bytes, write_text
+from longlora.errors import UserError, printable
 
 Path = str | os.PathLike[str]
 FILE = "README.md"
@@ -126,8 +126,8 @@ def run_facts(adapter: Path) -> Iterator[tuple[str, str]]:
         if isinstance(options.get("data"), str):
             data.append(_code(os.path.basename(os.path.normpath(options["data"]))))
         length = options.get("sequence_length") or options.get("target_length")
-        steps = [row["step"] for row in rows if type(row.get("step")) is int]
-        if type(length) is int:
+        steps = [row["step"] for row in rows if _is_count(row.get("step"))]
+        if _is_count(length):
             lengths.append(f"{length:,} tokens" + (f", {max(steps):,} steps" if steps else ""))
     if data:
         yield "data", ", then ".join(data)
@@ -159,7 +159,7 @@ def _run(adapter):
 
     try:
         options = yaml.safe_load(_read(adapter, "options.yaml"))
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except Exception:  # of a damaged file, yaml raises many kinds
         options = None
     rows: Any = [_json(line) for line in _read(adapter, "metrics.jsonl").splitlines()]
     if not isinstance(options, dict):  # a checkpoint has both in one file
@@ -172,9 +172,8 @@ def _run(adapter):
 
 def _read(directory, name):
     try:
-        with open(os.path.join(directory, name), encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
+        return read_bytes(os.path.join(directory, name)).decode("utf-8", "replace")
+    except UserError:
         return ""
 
 
@@ -186,7 +185,11 @@ def _json(text):
 
 
 def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_count(value):
+    return type(value) is int and 0 <= value <= sys.maxsize  # Python refuses to write out thousands of digits
 
 
 def _plain(text):

@@ -125,8 +125,8 @@ def _gguf(base, adapter, source, raw, output_dir, dtype):
         if base.kind == "gguf"
         else tokenizer_to_gguf.keys(tokenizer, config, generation)
     )
-    if template is not None and base.kind == "gguf":
-        keys["tokenizer.chat_template"] = template.decode("utf-8")
+    if template is not None:
+        keys["tokenizer.chat_template"], _ = tokenizer.chat_templates()["default"]
     if dtype == "auto":
         dtype = OF_BASE[base.dtype("model.embed_tokens.weight")]
     name, file = _name(output_dir), f"model-{dtype}.gguf"

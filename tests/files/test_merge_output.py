@@ -2,18 +2,23 @@
 
 import os
 
+import numpy as np
 import pytest
 import tiny
 
+from longlora import disk
+from longlora.decoder.lora import LoraConfig
 from longlora.errors import UserError
+from longlora.files import adapter as adapters
 from longlora.files.merge import merge
 from longlora.files.open_model import open_model
-from longlora.training import driver
 
 
 @pytest.fixture
 def adapter(tmp_path):
-    driver.train(lambda line: None, **tiny.options(tmp_path, max_steps=1))
+    base, lora = open_model(tiny.model(tmp_path / "base")), LoraConfig(r=1, modules_to_save=())
+    tensors = {name: np.ones(shape, np.float32) for name, shape in lora.tensor_shapes(base.config).items()}
+    adapters.save(tmp_path / "out", tensors, lora, base, base.config.raw)
     return tmp_path / "out"
 
 
@@ -88,3 +93,81 @@ def test_a_move_that_fails_leaves_the_directory_empty(tmp_path, adapter, monkeyp
     with pytest.raises(UserError, match="there: cannot be written: Input/output error"):
         merge(tmp_path / "base", adapter, tmp_path / "there")
     assert os.listdir(tmp_path / "there") == []
+
+
+# The float32 weights of tests/tiny.py: the embedding, 2 layers of attention, MLP and norms, the last norm.
+BYTES = 4 * (260 * 32 + 2 * ((32 + 16 + 16 + 32) * 32 + 3 * 48 * 32 + 2 * 32) + 32)
+
+
+@pytest.mark.parametrize("dtype, size", [("f32", BYTES), ("bf16", BYTES // 2), ("f16", BYTES // 2)])
+def test_a_disk_without_room_is_found_before_anything_is_written(tmp_path, monkeypatch, dtype, size):
+    base, asked = tiny.model(tmp_path / "base"), []
+
+    def free(folder):
+        asked.append(folder)
+        return size - 1
+
+    monkeypatch.setattr(disk, "free", free)
+    said = f"out: needs {size:,} bytes, the disk has {size - 1:,} free$"
+    with pytest.raises(UserError, match=said):
+        merge(base, None, tmp_path / "out", dtype=dtype)
+    assert asked == [str(tmp_path)] and os.listdir(tmp_path) == ["base"]
+    for enough in (size, None):
+        monkeypatch.setattr(disk, "free", lambda folder, enough=enough: enough)
+        assert open_model(merge(base, None, tmp_path / str(enough), dtype=dtype)).names()
+
+
+def test_parents_are_made_and_the_name_is_flushed_in_the_end(tmp_path, monkeypatch):
+    base, out, seen = tiny.model(tmp_path / "base"), tmp_path / "a" / "b" / "out", []
+    real = disk.flush_names
+    monkeypatch.setattr(disk, "flush_names", lambda path: seen.append((path, out.exists())) or real(path))
+    assert merge(base, None, out) == str(out)
+    assert seen[-1] == (str(out.parent), True) and os.listdir(out.parent) == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["file", "full", "lost+found and more"])
+def test_what_is_there_is_not_written_over(tmp_path, kind):
+    base, out = tiny.model(tmp_path / "base"), tmp_path / "out"
+    if kind == "file":
+        out.write_text("mine")
+    else:
+        (out / ("lost+found" if kind != "full" else "x")).mkdir(parents=True)
+        (out / "mine").write_text("mine")
+    before = tiny.listing(tmp_path)
+    with pytest.raises(UserError, match=f"^{out}: exists and is not an empty directory$"):
+        merge(base, None, out)
+    assert tiny.listing(tmp_path) == before and len(os.listdir(tmp_path)) == 2
+
+
+def test_config_json_moves_last_into_a_directory_that_is_there(tmp_path, monkeypatch):
+    """Readers look for it first."""
+    base, out, moved = tiny.model(tmp_path / "base"), tmp_path / "out", []
+    out.mkdir()
+    real = os.rename
+    monkeypatch.setattr(os, "rename", lambda a, b: moved.append(os.path.relpath(b, out)) or real(a, b))
+    merge(base, None, out)
+    names = ["README.md", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"]
+    assert moved == names and sorted(os.listdir(out)) == sorted(names)
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError("odd"), KeyError("fault")])
+def test_a_merge_that_fails_leaves_no_part(tmp_path, monkeypatch, there, error):
+    """An OSError may have no number, and then no text of the system."""
+    base, out = tiny.model(tmp_path / "base"), tmp_path / "out"
+    if there:
+        out.mkdir()
+    before = tiny.listing(tmp_path)
+
+    def rename(a, b):
+        if os.path.basename(b) in ("out", "config.json") and os.path.dirname(b) in (str(out), str(tmp_path)):
+            raise error
+        real(a, b)
+
+    real = os.rename
+    monkeypatch.setattr(os, "rename", rename)
+    said = f"^{out}: cannot be written: {error.strerror or error}$" if isinstance(error, OSError) else "fault"
+    with pytest.raises(UserError if isinstance(error, OSError) else KeyError, match=said):
+        merge(base, None, out)
+    assert tiny.listing(tmp_path) == before and out.exists() is there
+    assert set(os.listdir(tmp_path)) == {"base"} | ({"out"} if there else set())
