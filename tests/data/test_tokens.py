@@ -215,6 +215,30 @@ def test_the_cache_holds_the_documents_and_their_borders(tmp_path):
     assert json.loads(described.read_text())["files"] == [path]
 
 
+def test_the_cache_holds_a_long_document_in_one_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "BLOCK", 1000)
+    words = ["the quick brown fox\n" * 200, "it\n"]
+    for name, content in zip(("a.txt", "b.txt"), words):
+        write(tmp_path / name, content)
+    found = tokenise(str(tmp_path), made(), 257, str(tmp_path / "cache"), str)
+    assert len(list(encode_documents(made(), text.Corpus(str(tmp_path)).documents()))) > 4
+    assert found.ids[:].tolist() == [*words[0].encode(), END, *words[1].encode(), END]
+    assert found.borders.tolist() == [0, 4001, 4005]
+
+
+def test_what_a_folder_holds_besides_is_said_with_the_tokens(tmp_path):
+    data, said = tmp_path / "data", []
+    data.mkdir()
+    path = write(data / "a.jsonl", json.dumps({"prompt": "ab", "completion": "c"}) + "\n")
+    write(data / "b.md", "")
+    how = Instructions(form_of(path), None)
+    for _ in range(2):
+        tokenise(str(data), made(), 257, str(tmp_path / "cache"), said.append, how)
+    share = f"{os.path.getsize(path) / 4:.2f}"
+    besides = "left out 1 of another kind (b.md)"
+    assert said == [f"tokenised 1 sample, 4 tokens, {share} bytes each; {besides}", f"{data}: {besides}"]
+
+
 def test_the_cache_holds_what_is_learned(tmp_path):
     rows = [{"prompt": "ab", "completion": "c"}, {"prompt": "d", "completion": "e"}]
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -289,6 +313,11 @@ class Bar:
 
     def update(self, count):
         self.count += count
+
+
+def test_the_progress_bar_is_for_terminals(tmp_path, capsys):
+    tokenise(write(tmp_path / "a.txt", "text"), made(), 257, str(tmp_path / "cache"), str)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_progress_bar_counts_the_text(tmp_path, monkeypatch):
