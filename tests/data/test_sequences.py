@@ -22,10 +22,12 @@ def packed(tokens, length, rule, boundaries):
     ids = [[index for first, last in piece for index in range(first, last)] for piece in found.pieces]
     assert [found.get(i).tolist() for i in range(len(found))] == ids
     assert [found.size(i) for i in range(len(found))] == list(map(len, ids))
+    targets = [found.targets(i) for i in range(len(found))]
+    assert targets == [int((np.concatenate(found.labels(i)) != IGNORE).sum()) for i in range(len(found))]
     sentence, _, end = found.sentence.partition(f" of {length}")
     assert re.search(r" tokens \((\d+ of them targets, )?shortest \d", sentence)
     assert sentence.endswith(f" -> {len(found)} sequence{'s'[: len(found) != 1]}")
-    return found.pieces, [found.targets(i) for i in range(len(found))], end
+    return found.pieces, targets, end
 
 
 @pytest.mark.parametrize(
