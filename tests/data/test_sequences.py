@@ -149,6 +149,7 @@ def test_a_batch_counts_the_borders_of_all_its_texts():
     none = IGNORE
     assert targets.tolist() == [[1, 2, none, 4, 5, 6, none, none], [8, 9, 10, 11, none, none, none, none]]
     assert cu_seqlens.tolist() == [0, 3, 7, 8, 13, 16]
+    assert batch(found, [0, 1])[0].shape == (2, 7)
 
 
 @pytest.mark.parametrize("sizes", [[4, 5, 9], [9, 5], [3, 4, 4, 9, 1]])
@@ -165,6 +166,7 @@ def test_the_first_document_that_is_too_long_is_refused(sizes):
 def test_an_order_is_resumed_in_a_later_epoch():
     epochs = [np.random.default_rng([3, epoch]).permutation(5).tolist() for epoch in range(4)]
     whole = [i for epoch in epochs for i in epoch]
+    assert Order(5, 3).take(20) == whole
     for position in (0, 1, 4, 5, 6, 10, 11):
         order = Order(5, 3, position)
         assert order.take(4) == whole[position : position + 4] and order.position == position + 4
