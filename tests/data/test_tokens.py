@@ -226,17 +226,23 @@ def test_the_cache_holds_a_long_document_in_one_piece(tmp_path, monkeypatch):
     assert found.borders.tolist() == [0, 4001, 4005]
 
 
-def test_what_a_folder_holds_besides_is_said_with_the_tokens(tmp_path):
+@pytest.mark.parametrize(
+    "what, row", [("document", {"text": "abc"}), ("sample", {"prompt": "ab", "completion": "c"})]
+)
+def test_what_a_folder_holds_besides_is_said_with_the_tokens(tmp_path, what, row):
     data, said = tmp_path / "data", []
     data.mkdir()
-    path = write(data / "a.jsonl", json.dumps({"prompt": "ab", "completion": "c"}) + "\n")
+    path = write(data / "a.jsonl", json.dumps(row) + "\n")
     write(data / "b.md", "")
-    how = Instructions(form_of(path), None)
+    form, besides, size = form_of(path), "left out 1 of another kind (b.md)", os.path.getsize(path)
+    if form is None:
+        size += os.path.getsize(write(data / "c.txt", "\n"))
+        besides += ", 1 without text (c.txt)"
+    how = form and Instructions(form, None)
     for _ in range(2):
         tokenise(str(data), made(), 257, str(tmp_path / "cache"), said.append, how)
-    share = f"{os.path.getsize(path) / 4:.2f}"
-    besides = "left out 1 of another kind (b.md)"
-    assert said == [f"tokenised 1 sample, 4 tokens, {share} bytes each; {besides}", f"{data}: {besides}"]
+    assert said[0] == f"tokenised 1 {what}, 4 tokens, {size / 4:.2f} bytes each; {besides}"
+    assert said[1:] == [f"{data}: {besides}"]
 
 
 def test_the_cache_holds_what_is_learned(tmp_path):
