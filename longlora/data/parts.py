@@ -71,9 +71,9 @@ class Parts:
 
         Up to `seen` it has been looked at.
         """
-        low, text = max(0, seen - NEIGHBOURS), held[max(0, seen - NEIGHBOURS) :]
-        at, text = len(text), text + piece[:NEIGHBOURS]
-        if at and text[at - 1] != "\n" and text[at:] and text[at] != " ":
+        low = max(0, seen - NEIGHBOURS)
+        at, text = len(held) - low, held[low:] + piece[:NEIGHBOURS]
+        if text[at : at + 1] != " ":
             at = text.rfind("\n", 0, at) + 1
         for _ in range(8):
             if at <= 0:
@@ -125,6 +125,4 @@ def _classes_allow(left: str, right: str) -> bool:
     """Whether a regular expression may split, or join without counting, between these characters."""
     if left.isspace() or right.isspace():
         return right == " " and not left.isspace()
-    if left.isalpha() and right.isalpha():
-        return True
-    return (left.isalpha(), left.isnumeric()) != (right.isalpha(), right.isnumeric())
+    return left.isalpha() or right.isalpha() or left.isnumeric() != right.isnumeric()

@@ -25,7 +25,7 @@ def kind(path: str) -> str:
     """The suffix of a file's name in lower case, or HUB for a dataset's name that is not a path."""
     name = path.lower()
     suffix = ".jsonl.gz" if name.endswith(".jsonl.gz") else os.path.splitext(name)[1]
-    there = os.path.lexists(path) or os.path.isdir(path.partition("/")[0])
+    there = os.path.isdir(path.partition("/")[0])
     named = suffix not in (*KINDS, ".txt", ".bin") and _NAME.fullmatch(path)
     return HUB if named and not there else suffix
 
@@ -101,7 +101,7 @@ def _values(path):
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: record {number} is not JSON: {getattr(error, 'msg', error)}") from None
         yield f"record {number}", value
-    if listed and skip_spaces(text, at + 1) < len(text):
+    if skip_spaces(text, at + 1) < len(text):
         raise UserError(f"{path}: is not JSON: there is more after the list")
 
 

@@ -98,7 +98,7 @@ class Sequences:
                     self.pieces.append(open_)
                     open_, room = [], self.length
             single += size
-        if open_ and self.length - room >= 2:
+        if self.length - room >= 2:
             self.pieces.append(open_)
         return lost, single
 
@@ -152,7 +152,7 @@ class Sequences:
     def labels(self, i: int) -> list[np.ndarray]:
         """The target of each token of texts(i), int32: the next token of the same text, or IGNORE."""
         found = []
-        for text, learned in zip(self.texts(i), self._learned(self.pieces[i])):
+        for text, learned in zip(self.texts(i), self._learned(self.pieces[i]), strict=True):
             after = np.append(text[1:], np.int32(IGNORE))
             found.append(after if learned is None else np.where(np.append(learned[1:], False), after, IGNORE))
         return found

@@ -122,6 +122,37 @@ def test_files_without_text_are_left_out_of_a_directory(tmp_path):
     assert f"{data}: holds no text" in failure(tokenise, str(data), KINDS["gpt2"], 400, cache)
 
 
+@pytest.mark.parametrize(
+    "name, beside",
+    [
+        ("metrics.jsonl", "options.yaml"),
+        *[("merges.txt", beside) for beside in ("config.json", "tokenizer_config.json", "vocab.json")],
+        *[("vocab.txt", beside) for beside in ("config.json", "tokenizer_config.json")],
+    ],
+)
+def test_a_file_of_a_run_or_a_model_is_told_by_what_lies_beside_it(tmp_path, name, beside):
+    write(tmp_path / "a.txt", "a")
+    write(tmp_path / name, '{"text": "a"}')
+    assert names(Corpus(str(tmp_path)), tmp_path) == ["a.txt", name]
+    write(tmp_path / beside, "{}")
+    found = Corpus(str(tmp_path))
+    assert names(found, tmp_path) == ["a.txt"]
+    assert found.sentence() == (f"left out 1 of another kind ({beside}), 1 part of a run or a model ({name})")
+
+
+def test_paths_of_other_kinds_are_refused(tmp_path):
+    wanted = "should be .txt, .jsonl or .bin, .jsonl.gz, .json or .parquet, "
+    wanted += "or a directory of .txt and .jsonl files"
+    for name in ("a.csv", "a", "txt", "a.txt.gz"):
+        path = write(tmp_path / name, "a")
+        assert failure(Corpus, path) == f"{path}: {wanted}"
+    for name in ("b.txt", "b.JSONL", "b.bin", "b.jsonl.gz", "b.json", "b.parquet"):
+        path = str(tmp_path / name)
+        assert failure(Corpus, path) == f"{path}: no such file or directory"
+        assert Corpus(write(tmp_path / name, "a")).files == [path]
+    assert Corpus("someone/texts").files == ["someone/texts"]  # a dataset's name
+
+
 def test_line_ends_of_windows_become_line_breaks(tmp_path):
     """Python reads text files like this. A lone CR and the strings of JSON stay."""
     write(tmp_path / "a.txt", "one\r\ntwo\rthree\r\n\r\n")
@@ -130,6 +161,10 @@ def test_line_ends_of_windows_become_line_breaks(tmp_path):
     found = Corpus(str(tmp_path))
     assert texts(found) == ["one\ntwo\rthree\n\n", "four\n", "five\r\n"]
     assert found.sentence() == "CRLF became LF in 1 of 3 files"
+    write(tmp_path / ".d.txt", "five\n")
+    found = Corpus(str(tmp_path))
+    assert len(texts(found)) == 3
+    assert found.sentence() == "left out 1 hidden (.d.txt); CRLF became LF in 1 of 3 files"
 
 
 def test_a_run_reads_the_folder_that_it_writes_to(tmp_path, monkeypatch):

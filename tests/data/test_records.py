@@ -94,6 +94,144 @@ def test_a_dataset_is_read_by_its_name(tmp_path, monkeypatch):
     assert failure(form_of, "someone/talks") == "someone/talks: no such file or directory"
 
 
+class Library:
+    """The datasets library, as far as it is used here: it loads `rows`, and notes what it is asked for."""
+
+    def __init__(self, rows):
+        self.rows, self.asked = rows, []
+
+    def load_dataset(self, name, split):
+        self.asked.append((name, split))
+        return self.rows
+
+
+def test_the_rows_of_a_dataset_lack_what_is_none(monkeypatch):
+    """A table has every field in every row. A None in a list stays: it has a place."""
+    library = Library([{"a": None, "b": [{"c": None, "d": [None, 1]}], "e": {"f": None}}, {"a": 0, "b": ""}])
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    wanted = [("row 1", {"b": [{"d": [None, 1]}], "e": {}}), ("row 2", {"a": 0, "b": ""})]
+    assert list(records.read("someone/talks")) == wanted
+    assert list(records.read("someone/talks:test.v1")) == wanted
+    assert library.asked == [("someone/talks", "train"), ("someone/talks", "test.v1")]
+
+
+@pytest.mark.parametrize(
+    "path, kind",
+    [
+        ("a.txt", ".txt"),
+        ("A.TXT", ".txt"),
+        ("a.b/c.JsonL", ".jsonl"),
+        ("a.jsonl.gz", ".jsonl.gz"),
+        ("A.JSONL.GZ", ".jsonl.gz"),
+        ("a.txt.gz", ".gz"),
+        ("name", ""),
+        ("owner/name", "dataset"),
+        ("owner/name:some.split-1", "dataset"),
+        ("1own.er-/na-me_1.5", "dataset"),
+        # a path by its suffix
+        ("owner/name.txt", ".txt"),
+        ("owner/name.bin", ".bin"),
+        ("owner/name.json", ".json"),
+        ("owner/name.jsonl", ".jsonl"),
+        ("owner/name.jsonl.gz", ".jsonl.gz"),
+        ("owner/name.Parquet", ".parquet"),
+        # no name of a dataset
+        ("owner/name/more", ""),
+        ("./owner/name", ""),
+        ("/owner/name", ""),
+        ("-owner/name", ""),
+        ("owner/name-", ""),
+        ("owner/name:", ""),
+        ("own er/name", ""),
+        # a path in a folder that is there
+        ("folder/name", ""),
+        ("folder/name.v1", ".v1"),
+        ("folder/there", ""),
+    ],
+)
+def test_a_path_or_name_says_what_it_holds(tmp_path, monkeypatch, path, kind):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "there").write_text("")
+    assert records.kind(path) == kind
+
+
+@pytest.mark.parametrize(
+    "name, place",
+    [("a.jsonl", "line"), ("a.jsonl.gz", "line"), ("list.json", "record"), ("a.parquet", "row")],
+)
+def test_a_record_has_its_place(tmp_path, name, place):
+    """Rows of a .parquet are read 64 at a time."""
+    rows = [{"a": i} for i in range(130)]
+    path = contain(tmp_path / name, rows)
+    assert list(records.read(path)) == [(f"{place} {i + 1}", row) for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("", []),
+        (" \n", []),
+        ("[]", []),
+        (" [ ] \n", []),
+        ("[1]", [1]),
+        ("[[1], {}]", [[1], {}]),
+        ('["]", ","]', ["]", ","]),
+        ("[1,2 , 3\n,\t4]\n\n", [1, 2, 3, 4]),
+        ("\ufeff[1]", [1]),
+        ("\ufeff1", [1]),
+        ("1", [1]),
+        ("1 2\n3", [1, 2, 3]),
+        ('{"a": 1}{"a": 2}\n', [{"a": 1}, {"a": 2}]),
+        ("null", [None]),
+        ('"[" [1]', ["[", [1]]),
+    ],
+)
+def test_the_values_of_json_are_read_one_by_one(tmp_path, text, found):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    wanted = [(f"record {i + 1}", value) for i, value in enumerate(found)]
+    assert list(records.read(str(path))) == wanted
+
+
+@pytest.mark.parametrize(
+    "name, content, good, words",
+    [
+        ("a.jsonl", b"1\n\n[2\n", 1, "line 3 is not JSON: Expecting ',' delimiter"),
+        (
+            "a.jsonl",
+            b"1\n{2: 3}\n",
+            1,
+            "line 2 is not JSON: Expecting property name enclosed in double quotes",
+        ),
+        ("a.jsonl", b"\xef\xbb\xbf1\n\xef\xbb\xbf2\n", 1, "line 2 is not JSON: "),
+        ("a.jsonl", "1\n\u00e9\u00e9".encode() + b"\xff\n", 1, "is not UTF-8 at byte 6"),
+        ("a.jsonl", b"1\n22\n\xff\n", 2, "is not UTF-8 at byte 5"),
+        ("a.json", b"[1, x]", 1, "record 2 is not JSON: Expecting value"),
+        ("a.json", b"[1, , 2]", 1, "record 2 is not JSON: Expecting value"),
+        ("a.json", b"[1,]", 1, "record 2 is not JSON: Expecting value"),
+        ("a.json", b"[,1]", 0, "record 1 is not JSON: Expecting value"),
+        ("a.json", b"1, 2", 1, "record 2 is not JSON: Expecting value"),
+        ("a.json", b"1 ]", 1, "record 2 is not JSON: Expecting value"),
+        ("a.json", b"[1 2]", 1, "is not JSON after record 1: wanted a comma or the list's end"),
+        ("a.json", b"[1, 2", 2, "is not JSON after record 2: wanted a comma or the list's end"),
+        ("a.json", b"[", 0, "record 1 is not JSON: Expecting value"),
+        ("a.json", b"[1]]", 1, "is not JSON: there is more after the list"),
+        ("a.json", b"[1] ,", 1, "is not JSON: there is more after the list"),
+        ("a.json", b"[] []", 0, "is not JSON: there is more after the list"),
+        ("a.json", b"1\xff", 0, "is not UTF-8 at byte 1"),
+    ],
+)
+def test_what_is_before_a_fault_is_read_and_the_fault_is_named(tmp_path, name, content, good, words):
+    """The words are those of Python's json, without its line and column: they count in one record."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    found = records.read(str(path))
+    assert len([next(found) for _ in range(good)]) == good
+    message = failure(next, found)
+    assert message.startswith(f"{path}: {words}") and "column" not in message
+
+
 def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1")
