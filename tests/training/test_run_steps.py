@@ -173,6 +173,7 @@ def test_a_resumed_run_goes_on(tmp_path, monkeypatch):
     result = whole(run, Engine(run, LOSSES))
     assert f"resuming: {there}, after step 2" in run.said
     assert [row["step"] for row in result.history] == [0, 1, 2, 3, 4, 5, 6]
+    assert names(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"] and run.saved == path(run, 6)
     assert result.history[:3] == first.log.rows[:3]
 
 
