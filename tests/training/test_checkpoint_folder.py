@@ -161,9 +161,10 @@ def test_a_checkpoint_takes_nothing_from_one_that_was_not_finished(tmp_path):
     for name in ("checkpoint-2.partial", "checkpoint-1.old.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "left").write_text("x")
+    there = []
     save(tmp_path, 1)
-    save(tmp_path, 2, 1)
-    assert os.listdir(tmp_path) == ["checkpoint-2"]
+    save(tmp_path, 2, 1, write_model=lambda directory: there.extend(os.scandir(directory)))
+    assert not there and os.listdir(tmp_path) == ["checkpoint-2"]
     assert sorted(os.listdir(tmp_path / "checkpoint-2")) == ["optimizer.safetensors", "trainer_state.json"]
 
 

@@ -231,7 +231,7 @@ def test_an_evaluation_is_the_mean_over_all_targets(by_hand):
 
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
-    """A function of options: `run` with a driver that trains nothing -> what it says, its result."""
+    """A function of options: `train` with a driver that trains nothing -> what it says, its result."""
     seen = types.SimpleNamespace(said=[], result=types.SimpleNamespace(stopped=None), device=None, threads=[])
 
     class Driver:
@@ -245,9 +245,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setattr(driver, "use_threads", lambda o: seen.threads.append(o.num_threads))
 
     def start(**fields):
-        assert (
-            driver.run(options.from_dict(tiny.options(tmp_path, **fields)), seen.said.append) is seen.result
-        )
+        assert driver.train(seen.said.append, **tiny.options(tmp_path, **fields)) is seen.result
         return seen
 
     start.seen = seen

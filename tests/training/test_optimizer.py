@@ -105,8 +105,11 @@ def test_norms_and_biases_do_not_decay(kind):
     assert decay_of(kind, 0.25) == 0.0
 
 
-def test_no_parameters_have_no_norm():
+def test_no_parameters_and_one_have_a_norm():
     assert AdamW([]).step({}) == 0.0
+    (one,) = made = parameters()[:1]
+    set_gradients(made, [np.full(one.shape, 2.0, np.float32)])
+    assert AdamW(made).step(RATES) == pytest.approx(2 * math.sqrt(12))
 
 
 @pytest.mark.parametrize("wrong", [np.inf, np.nan])
