@@ -235,7 +235,7 @@ def text(found: dict[str, Any]) -> str:
             f"{row['op']:<30} {row['calls']:6.0f} {seconds(row)} {flops} {moved} {floor(row, spent):6.0%}"
         )
     lines.append(f"{'Python and NumPy':<30} {'':>6} {seconds(found['other'])}")
-    lines.append(f"{'all':<30} {'':>6} {seconds(found)}{floor(found, found['seconds']):>40.0%}")
+    lines.append(f"{'all':<30} {'':>6} {seconds(found)}{floor(found, found['seconds']):>41.0%}")
     return "\n".join(lines)
 
 

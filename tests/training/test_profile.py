@@ -79,6 +79,95 @@ def test_flops_and_bytes_by_hand():
     assert profile.work("matmul", product)[1:] == (2 * M * N * C, 4 * (M * N + M * C + C * N))
 
 
+def test_attention_counts_the_pairs_of_every_sequence():
+    """Forward 4 and backward 10 FLOPs for each visible pair and each of the D numbers of a head."""
+    q, k, lse = f32(3, 12, 4, 8), f32(3, 12, 2, 8), f32(3, 4, 12)
+    for boundary, number in (("split", 0), ("wrap", 1), ("swap", 2)):
+        for shift, kind in (("half", 0), ("none", 1), ("all", 2)):
+            mask = reference.attention_mask(12, 4, 6, boundary=boundary, shift=shift)
+            pairs = 3 * np.broadcast_to(mask, (4, 12, 12)).sum()
+            how = (None, 6, number, kind, 1.0)
+            assert profile.work("s2_attention_forward", (q, lse, q, k, k, *how))[1] == 4 * 8 * pairs
+            backward = (q, k, k, q, q, k, k, q, lse, *how)
+            size, flops, moved = profile.work("s2_attention_backward", backward)
+            assert (size["B"], size["T"], size["H"], size["K"], size["D"]) == (3, 12, 4, 2, 8)
+            assert flops == 10 * 8 * pairs and moved == 4 * (4 * q.size + 4 * k.size + lse.size)
+
+
+@pytest.mark.parametrize("rows, P, lengths, S", [(6, 7, [4, 1], 3), (1, 1, [0], 1), (3, 9, [8, 0, 2], 1)])
+def test_a_cache_is_read_as_far_as_it_is_filled(rows, P, lengths, S):
+    """Each of the S new queries of a row sees what is in the cache, the new ones before it and itself."""
+    B, H, K, D = len(lengths), 4, 2, 5
+    out, new, cache = f32(B, S, H, D), f32(B, S, K, D), f32(rows, P, K, D)
+    ids = np.arange(B, dtype=np.int32)
+    args = (out, cache, cache, out, new, new, ids, np.array(lengths, np.int32), 1.0)
+    _, flops, moved = profile.work("cached_attention", args)
+    pairs = sum(length + 1 + i for length in lengths for i in range(S))
+    assert flops == 4 * H * D * pairs
+    read = sum(length + S for length in lengths) * K * D
+    assert moved == 4 * (2 * out.size + 2 * new.size + 2 * read + 2 * B)
+
+
+def test_a_cache_of_no_rows_has_no_bytes():
+    none, lengths = f32(0, 1, 2, 5), np.zeros(0, np.int32)
+    args = (
+        f32(0, 1, 4, 5),
+        f32(0, 7, 2, 5),
+        f32(0, 7, 2, 5),
+        f32(0, 1, 4, 5),
+        none,
+        none,
+        None,
+        lengths,
+        1.0,
+    )
+    assert profile.work("cached_attention", args)[1:] == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "wanted, u, flops",
+    [
+        # dout @ b; with it the gradient of the input, through the weight and through a, or that of a
+        ("dx", True, lambda N, C, R: N * R + N * C + R * C),
+        ("da", True, lambda N, C, R: N * R + R * C),
+        ("dx da", True, lambda N, C, R: N * R + N * C + 2 * R * C),
+        ("da", False, lambda N, C, R: N * R + R * C),
+        ("db", True, lambda N, C, R: N * R),
+        ("db", False, lambda N, C, R: N * R + R * C),  # x @ a is computed again
+        ("da db", False, lambda N, C, R: 2 * N * R + 2 * R * C),
+        ("dweight", True, lambda N, C, R: N * C),
+        ("dx dweight", True, lambda N, C, R: N * R + 2 * N * C + R * C),
+        ("dbias", True, lambda N, C, R: 0),
+    ],
+)
+def test_a_backward_counts_the_products_that_are_wanted(wanted, u, flops):
+    M, C, N, R = 10, 6, 8, 3
+    grads = dict(dx=f32(M, C), da=f32(R, C), db=f32(N, R), dweight=f32(N, C), dbias=f32(N))
+    given = [grads[name] if name in wanted.split() else None for name in grads]
+    rest = (f32(M, N), f32(M, C), f32(N, C), f32(R, C), f32(N, R), f32(M, R) if u else None)
+    _, found, moved = profile.work("lora_linear_backward", (*given, *rest, 1.0))
+    assert found == 2 * M * flops(N, C, R)
+    # What is added to is also read: all but dx.
+    written = sum((1 if x.shape == (M, C) else 2) * x.size for x in given if x is not None)
+    assert moved == 4 * (written + sum(x.size for x in rest if x is not None))
+
+
+def test_other_ops_by_hand():
+    M, C, N, V = 10, 6, 8, 12
+    x, ids = f32(M, C), np.array([3, 3, 5, 0, 0, 0, 3, 5, 3, 11], np.int32)  # four rows of the table
+    rows = profile.work("embedding_backward", (f32(V, C), x, ids, ids))[1:]
+    assert rows == (0, 4 * (2 * 4 * C + M * C + 2 * M))
+    plain = profile.work("lora_linear_forward", (f32(M, N), None, x, f32(N, C), *[None] * 4, 1.0))[1:]
+    assert plain == (2 * M * N * C, 4 * (M * N + M * C + N * C))
+    added = (f32(M, N), x, f32(C, N), 1.0, 1.0)
+    assert profile.work("matmul", added)[1:] == (2 * M * N * C, 4 * (2 * M * N + M * C + C * N))
+    head = (f32(M), f32(M), x, f32(V, C), ids, -100)
+    assert profile.work("linear_cross_entropy_forward", head)[1:] == (
+        2 * M * V * C,
+        4 * (3 * M + M * C + V * C),
+    )
+
+
 def test_a_run_says_where_its_time_goes(tmp_path):
     before, said = dict(vars(_C)), []
     result = driver.train(said.append, **tiny.options(tmp_path, max_steps=3, profile=True))
