@@ -92,7 +92,8 @@ class Extension:
 
     def run(self, tests: list[str]) -> str:
         chosen = ["-x", "-k", "cuda"] if self._cuda else ["-x"]
-        code = python.forked(lambda: python.run_tests(tests, None, *chosen), LIMIT, Path("mutant.log"))
+        log = Path("mutant.log")
+        code = python.forked(lambda: python.run_tests(tests, None, *chosen), LIMIT, log, waits=1)
         return "timeout" if code is None else "survived" if code == 0 else "noticed"
 
 
