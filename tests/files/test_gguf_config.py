@@ -87,7 +87,7 @@ def test_biases_are_those_that_the_file_holds(tmp_path, family):
 
 
 def test_what_a_file_leaves_out(tmp_path):
-    """Without a head the embedding is one. Without the keys llama.cpp has as many kv heads, and theta 10000."""
+    """The embedding is the head. llama.cpp has as many heads for keys as for queries, and theta 10000."""
     tensors = stored(arrays(tie_word_embeddings=True, num_key_value_heads=4), kv_heads=4)
     found = raw(tmp_path, keys={"attention.head_count_kv": None, "rope.freq_base": None}, tensors=tensors)
     assert found["tie_word_embeddings"] is True and found["num_key_value_heads"] == 4

@@ -100,6 +100,12 @@ def test_as_many_rows_are_read_at_a_time_as_a_piece_holds(shape, rows, monkeypat
     assert [start for start, _ in file.parts] == [sum(rows[:i]) for i in range(len(rows))]
 
 
+def test_a_small_tensor_is_read_at_once():
+    file = Arrays(a=numbers((50, 20)))
+    np.testing.assert_array_equal(file.read("a"), numbers((50, 20)))
+    assert file.parts == [(0, 50)]
+
+
 @pytest.mark.parametrize("shape", [(7, 5), (23,), (3, 30)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stored", [*DTYPES, "float64"])
