@@ -1,5 +1,7 @@
 """GGUF files of one small layer, written by the gguf library: any metadata, any tensors, without torch."""
 
+import math
+
 import gguf
 import numpy as np
 
@@ -58,6 +60,21 @@ def stored(tensors, family="llama", heads=4, kv_heads=2):
             array = permute(array, heads if "q_proj" in name else kv_heads)
         found[names.get_name(name, (".weight", ".bias"))] = array
     return found
+
+
+def divisors(theta, size, length, factor):
+    """The tensor rope_freqs.weight, as llama.cpp's convert_hf_to_gguf.py computes it for Llama 3."""
+    found = []
+    for i in range(0, size, 2):
+        wave = 2 * math.pi * theta ** (i / size)
+        if wave < length / 4:
+            found.append(1)
+        elif wave > length / 1:
+            found.append(factor)
+        else:
+            smooth = (length / wave - 1) / (4 - 1)
+            found.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(found, np.float32)
 
 
 def kind_of(value):

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from gguf_small import arrays, stored, write
+from gguf_small import arrays, divisors, stored, write
 
 from longlora.decoder.rope import Rope
 from longlora.errors import UserError
@@ -361,21 +361,6 @@ def test_how_positions_are_extended(tmp_path, keys, scaling):
 def test_extensions_that_are_not_computed_are_refused(tmp_path, keys, message):
     found = refusal(tmp_path, keys={f"rope.scaling.{key}": value for key, value in keys.items()})
     assert found.startswith(message)
-
-
-def divisors(theta, size, length, factor):
-    """The tensor rope_freqs.weight, as llama.cpp's convert_hf_to_gguf.py computes it for Llama 3."""
-    found = []
-    for i in range(0, size, 2):
-        wave = 2 * math.pi * theta ** (i / size)
-        if wave < length / 4:
-            found.append(1)
-        elif wave > length / 1:
-            found.append(factor)
-        else:
-            smooth = (length / wave - 1) / (4 - 1)
-            found.append(1 / ((1 - smooth) / factor + smooth))
-    return np.array(found, np.float32)
 
 
 def with_freqs(path, freqs, keys=None, size=64):
