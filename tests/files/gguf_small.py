@@ -1,5 +1,6 @@
 """GGUF files of one small layer, written by the gguf library: any metadata, any tensors, without torch."""
 
+import functools
 import math
 
 import gguf
@@ -52,9 +53,15 @@ def arrays(family="llama", **fields):
     return {name: rng.standard_normal(s, np.float32) for name, s in config.tensor_shapes().items()}
 
 
+@functools.cache
+def names_of(family):
+    """The gguf library's names of a family's tensors."""
+    return gguf.get_tensor_name_map(ARCH[family], 8)
+
+
 def stored(tensors, family="llama", heads=4, kv_heads=2):
     """The tensors as llama.cpp's converter names and orders them."""
-    names, found = gguf.get_tensor_name_map(ARCH[family], 8), {}
+    names, found = names_of(family), {}
     for name, array in tensors.items():
         if family in PERMUTED and ("q_proj" in name or "k_proj" in name):
             array = permute(array, heads if "q_proj" in name else kv_heads)
