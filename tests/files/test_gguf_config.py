@@ -166,8 +166,8 @@ def test_longrope_is_refused(tmp_path, name):
     assert refusal(tmp_path, "phi3", tensors=tensors) == f"{name} asks for longrope, which is not supported"
 
 
-@pytest.mark.parametrize("value", [3, 3.0, True, ["llama"], None])
-def test_an_architecture_that_is_no_text_is_refused(tmp_path, value, monkeypatch):
+@pytest.mark.parametrize("value", [3, 3.0, True, ["llama"], None, "gemma2", "mistral", ""])
+def test_an_architecture_that_is_not_supported_is_named(tmp_path, value, monkeypatch):
     from longlora.files import gguf as module
 
     original = module.open_files
@@ -216,6 +216,12 @@ def test_the_head_size_may_be_another_than_hidden_size_by_heads(tmp_path):
         assert raw(tmp_path, "qwen3", heads(*sizes), tensors)["head_dim"] == 16
 
 
+def test_one_head_has_the_hidden_size(tmp_path):
+    tensors = stored(arrays("phi3", num_attention_heads=1, num_key_value_heads=1, head_dim=32), "phi3")
+    keys = {"attention.head_count": 1, "attention.head_count_kv": 1, **heads(None, None, 32)}
+    assert raw(tmp_path, "phi3", keys, tensors)["head_dim"] == 32
+
+
 @pytest.mark.parametrize(
     "family, sizes",
     [
@@ -244,7 +250,9 @@ def test_sizes_of_heads_are_integers_above_0(tmp_path, name, value):
 
 
 def test_a_head_size_of_1_is_refused_as_in_a_config(tmp_path):
-    assert refusal(tmp_path, keys=heads(1, 1, 1)) == "head_dim should be even and at least 4, got 1"
+    message = "head_dim should be even and at least 4, got 1"
+    assert refusal(tmp_path, keys=heads(1, 1, 1)) == message
+    assert refusal(tmp_path, "phi3", {"attention.head_count": 32, **heads(None, None, 1)}) == message
 
 
 @pytest.mark.parametrize(
