@@ -195,7 +195,7 @@ def _bits(array):
 
 def _writer(out):
     """-> a function (first row, rows as stored) that writes the rows to `out`."""
-    if isinstance(out, np.ndarray) or out.device == CPU:
+    if out.device == CPU:
         target = _bits(out)
 
         def write(start, rows):
