@@ -64,6 +64,7 @@ def test_types_have_names_and_values(tmp_path, kind):
     for name, theirs in ((UP, "blk.0.ffn_up.weight"), (NORM, "output_norm.weight")):
         assert ours.dtype(name) == PLAIN.get(kind, "float32")
         assert ours.storage(name) == PLAIN.get(kind, kind.lower())
+        assert ours._part(name, 0, 2)[1] == ours.dtype(name)  # no further conversion
         np.testing.assert_array_equal(ours.read(name), wanted[theirs])
     assert {ours.storage(name) for name in ours.names()} == {PLAIN.get(kind, kind.lower())}
 
