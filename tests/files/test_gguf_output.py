@@ -6,12 +6,14 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
-from gguf_small import SIZES, arrays, divisors, stored
+from gguf_small import SIZES, arrays, divisors, stored, write
 
 from longlora.decoder.config import read_config
 from longlora.errors import UserError
 from longlora.files import gguf_writer
 from longlora.files.gguf_writer import GgufWriter, sampling
+from longlora.files.merge import merge
+from longlora.files.open_model import open_model
 
 TOKENS = {"tokenizer.ggml.tokens": list("abcdef")}
 U32, I32, F32, BOOL, STRING = "UINT32", "INT32", "FLOAT32", "BOOL", "STRING"
@@ -318,6 +320,50 @@ def test_what_llama_cpp_does_not_compute_is_refused(family, fields, what):
 )
 def test_what_llama_cpp_computes_is_not_refused(family, fields):
     assert GgufWriter(config(family, **fields), TOKENS, "f32", "mine").size > 0
+
+
+LONGER = dict(rope_scaling=dict(**LLAMA3, factor=8.0, original_max_position_embeddings=32))
+BIAS, HEADS = dict(attention_bias=True), dict(head_dim=16)
+
+
+@pytest.mark.parametrize(
+    "family, computed, not_computed",
+    [
+        ("llama", (LONGER, BIAS, HEADS), ()),
+        ("mistral", (LONGER, HEADS), ()),
+        ("qwen2", (), (LONGER, HEADS)),
+        ("qwen3", (HEADS,), (LONGER, BIAS)),
+        ("phi3", (), (HEADS,)),
+        ("granite", (LONGER, BIAS, HEADS), ()),
+        ("smollm3", (HEADS,), (LONGER, BIAS)),
+    ],
+)
+def test_our_reader_gives_back_what_llama_cpp_computes(tmp_path, family, computed, not_computed):
+    """The rest is refused: llama.cpp's graphs of the families differ in rope_freqs, biases and head sizes."""
+    for fields in ({}, *computed):
+        written(tmp_path, family, **fields)
+        found, wanted = open_model(tmp_path / "m.gguf").config, config(family, **fields)
+        assert found.family == {"mistral": "llama"}.get(family, family)
+        for name in ("rope", "head_dim", "o_bias", "qkv_bias", "hidden_size", "vocab_size"):
+            assert getattr(found, name) == getattr(wanted, name), name
+    for fields in not_computed:
+        assert "llama.cpp does not compute that" in refusal(family, **fields)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_a_merged_file_has_the_type_of_its_base(tmp_path, kind):
+    tensors = stored(arrays())
+    names = ("model", "pre", "tokens", "token_type", "merges", "eos_token_id")
+    values = ("gpt2", "gpt-2", ["a", "b", "ab", "c", "d", "e"], [1] * 6, ["a b"], 5)
+    keys = {f"tokenizer.ggml.{name}": value for name, value in zip(names, values, strict=True)}
+    base = write(tmp_path / "base.gguf", keys=keys, kinds=dict.fromkeys(tensors, kind))
+    file = merge(base, None, tmp_path / "out", format="gguf")
+    assert file == str(tmp_path / "out" / f"model-{kind.lower()}.gguf")
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    for name, array in tensors.items():
+        data = array.astype(DTYPES[kind.lower()])
+        data = data if array.ndim > 1 else data.astype(np.float32)
+        assert found[name].data.tobytes() == data.tobytes(), name
 
 
 def test_what_is_no_model_for_a_file_is_refused(monkeypatch):
