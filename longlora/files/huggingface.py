@@ -111,18 +111,14 @@ class HuggingFace(ModelFile):
             self.config = read_config(raw, os.path.join(self.path, "config.json"))
 
     def _equal(self, one, other):
-        """Whether two tensors hold the same numbers."""
-        arrays = [file.array(stored) for file, stored in (self._places[one], self._places[other])]
-        dtypes = self.dtype(one), self.dtype(other)
-        if arrays[0].ndim != 2 or arrays[0].shape != arrays[1].shape:
-            return False
-        step = max(1, CHUNK // max(1, arrays[0].shape[1]))
-        equal = True
-        for row in range(0, len(arrays[0]), step):
-            first, second = (to_float32(arrays[i][row : row + step], dtypes[i]) for i in (0, 1))
-            equal = np.array_equal(first, second)
-            if not equal:
-                break
+        """Whether two tensors hold the same numbers. Those of wrong shapes are refused later."""
+        places, dtypes = (self._places[one], self._places[other]), (self.dtype(one), self.dtype(other))
+        arrays = [file.array(stored).reshape(-1) for file, stored in places]
+
+        def piece(i, start):
+            return to_float32(arrays[i][start : start + CHUNK], dtypes[i])
+
+        equal = all(np.array_equal(piece(0, n), piece(1, n)) for n in range(0, arrays[0].size, CHUNK))
         for name in (one, other):
             release(*self._span(name))
         return equal

@@ -64,10 +64,8 @@ class ModelFile:
         """Stop unless the tensors are exactly those of the config, each in its shape."""
         wanted, found = self.config.tensor_shapes(), self._shapes
         head = "lm_head.weight"
-        if self.config.tie_word_embeddings and head in found:
-            wanted[head] = wanted[
-                "model.embed_tokens.weight"
-            ]  # some writers repeat the embedding under this name
+        if head in found:  # some writers repeat a tied embedding under this name
+            wanted[head] = wanted["model.embed_tokens.weight"]
         for name, shape in wanted.items():
             if name not in found:
                 missing = [name for name in wanted if name not in found]
@@ -108,7 +106,7 @@ class ModelFile:
             out = np.empty(shape, np.float32)
         if tuple(out.shape) != shape:
             raise ValueError(f"{name}: out should have shape {shape}, got {tuple(out.shape)}")
-        write, dtype, place = _writer(out), _name(out), self._span(name)
+        write, dtype, place = _writer(out), str(out.dtype), self._span(name)
         step = max(1, CHUNK // max(1, int(np.prod(shape[1:]))))
         for start in range(0, shape[0], step):
             part, stored = self._part(name, start, start + step)
@@ -175,7 +173,7 @@ def narrowed(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     """`from_float32` for the tensor `name`. UserError if a number of it is beyond the range of `dtype`."""
     with np.errstate(over="ignore"):
         stored = from_float32(array, dtype)
-    beyond = (stored & 0x7F80) == 0x7F80 if dtype == "bfloat16" else ~np.isfinite(stored)
+    beyond = ~finite(stored, dtype)
     if beyond.any():
         largest = float(np.abs(array).max())
         if not np.isfinite(largest):
@@ -186,13 +184,9 @@ def narrowed(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     return stored
 
 
-def _name(array):
-    return str(array.dtype).rpartition(".")[2]
-
-
 def _bits(array):
     """A writable ndarray over `array` (bfloat16: uint16 bits)."""
-    if _name(array) != "bfloat16":
+    if str(array.dtype) != "bfloat16":
         return array if isinstance(array, np.ndarray) else array.numpy()
     if isinstance(array, np.ndarray):
         return array.view(np.uint16)
@@ -201,7 +195,7 @@ def _bits(array):
 
 def _writer(out):
     """-> a function (first row, rows as stored) that writes the rows to `out`."""
-    if isinstance(out, np.ndarray) or out.device == CPU:
+    if out.device == CPU:
         target = _bits(out)
 
         def write(start, rows):

@@ -145,10 +145,10 @@ class SafetensorsFile:
 
 
 def _bytes(shape, width):
-    """The bytes of a tensor, or None if they reach 2^63 on the way, which the safetensors library refuses."""
+    """The bytes of a tensor, or None if they pass 2^63 on the way: a huge product would take long."""
     for size in shape:
         width *= size
-        if width >= 1 << 63:
+        if width > 1 << 63:
             return None
     return width
 

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_small import PERMUTED, permute
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from smollm2 import converted, smollm2  # noqa: F401 (fixtures)
@@ -25,16 +26,6 @@ from longlora.files.open_model import open_model
 from longlora.tools import inspect
 
 ARCH = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-PERMUTED = ("llama", "granite", "smollm3")  # their converters derive from LlamaModel, which permutes q and k
-
-
-def permute(weights, heads):
-    """llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute."""
-    return (
-        weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(weights.shape)
-    )
 
 
 def write(path, model, kind="F32", vocab=True, extra=None, alignment=None, **keys):

@@ -146,11 +146,11 @@ def test_matrices_are_rounded_once_and_vectors_stay_float32(tmp_path, dtype):
     assert found["token_embd.weight"] == ("F16" if dtype == "q8_0" else dtype.upper())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_auto_is_the_dtype_of_the_base(tmp_path, dtype):
     base(tmp_path / "base", dtype=getattr(torch, dtype))
     file = written(tmp_path / "base", tmp_path / "out")
-    assert file.endswith({"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[dtype] + ".gguf")
+    assert file.endswith({"bfloat16": "bf16", "float16": "f16"}.get(dtype, "f32") + ".gguf")
     before, after = open_model(tmp_path / "base"), open_model(file)
     for tensor in before.names():
         np.testing.assert_array_equal(after.read(tensor), before.read(tensor), err_msg=tensor)
