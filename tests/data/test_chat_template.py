@@ -109,6 +109,7 @@ def test_a_template_may_ask_for_the_date():
     before = datetime.datetime.now().strftime("%d %b %Y")
     text = ChatTemplate("{{ strftime_now('%d %b %Y') }}", SPECIAL, "here").render([USER])
     assert text in (before, datetime.datetime.now().strftime("%d %b %Y"))
+    assert ChatTemplate("{{ strftime_now('x' * 1000) }}", SPECIAL, "here").render([]) == "x" * 1000
 
 
 def test_a_key_stands_for_all_that_a_text_depends_on():
