@@ -1,6 +1,8 @@
 """Chat templates give the texts of transformers' apply_chat_template, in the shapes of public models."""
 
 import datetime
+import functools
+import io
 import json
 import math
 import os
@@ -250,6 +252,12 @@ def test_a_template_comes_from_adapter_model_or_gguf(tmp_path):
     for none in (files_of(path), None):
         assert find_template(none).source == LLAMA_2
     assert find_template(files_of(path)).render([USER]) == "<s>[INST] " + USER["content"] + " [/INST]"
+
+
+def test_the_file_of_a_template_is_utf_8_on_every_machine(tmp_path, monkeypatch):
+    (tmp_path / "mine").write_text("\u00e9", encoding="utf-8")
+    monkeypatch.setattr(io, "TextIOWrapper", functools.partial(io.TextIOWrapper, encoding="ascii"))
+    assert find_template(None, tmp_path / "mine").source == "\u00e9"
 
 
 def gguf_tokenizer():
