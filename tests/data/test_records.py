@@ -16,6 +16,7 @@ from longlora.data.chat import FORMS, Instructions, form_of, samples
 from longlora.data.chat_template import LLAMA_2, ChatTemplate
 from longlora.data.tokens import tokenise
 from longlora.errors import UserError
+from longlora.files.tokenizer import Tokenizer
 
 USER, ASSISTANT = TALK[:2]
 ROWS = [
@@ -212,23 +213,39 @@ def test_only_the_completion_is_learned_of_message_lists(tmp_path):
         assert text.strip() in ("\u65e5\u672c fox </s>", "\u65e5\u672c fox</s>")
 
 
-@pytest.mark.parametrize("kind, front", [("llama3", []), ("llama", ["<s>"])])
-def test_strings_are_tokenised_as_one_text_with_an_end(tmp_path, kind, front):
+@pytest.mark.parametrize(
+    "kind, front, back", [("llama3", [], []), ("llama", ["<s>"], []), ("llama3", ["<s>"], ["<end>", "</s>"])]
+)
+def test_strings_are_tokenised_as_one_text_with_an_end(tmp_path, kind, front, back):
     """No template. As TRL does, the end token is added to the completion, and only that is learned."""
     made = tokenizer(kind)
     if front:
         from tokenizers import processors
 
         made.backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", made.backend.token_to_id("<s>"))]
+            single=" ".join([*front, "$A", *back]),
+            special_tokens=[(name, made.backend.token_to_id(name)) for name in front + back],
         )
     path = write(tmp_path / "a.jsonl", [{"prompt": "the quick", "completion": " fox"}])
     ((ids, learned, _),) = Instructions(form_of(path), None).encode([path], made)
-    assert ids.tolist() == [*made.encode("the quick fox").tolist(), made.eos_token_id]
-    count = len(made.encode("the quick"))
+    assert ids.tolist() == [*made.encode("the quick fox").tolist(), *([] if back else [made.eos_token_id])]
+    count = len(made.encode("the quick")) - len(back)
     assert learned.tolist() == [i >= count for i in range(len(ids))]
     ((same, everything, _),) = Instructions(form_of(path), None, True).encode([path], made)
     assert same.tolist() == ids.tolist() and everything.all()
+
+
+def test_one_token_and_the_end_are_enough_to_learn(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "", "completion": "x"}])
+    ((ids, learned, size),) = Instructions(form_of(path), None).encode([path], KINDS["llama3"])
+    assert ids.tolist() == [*KINDS["llama3"].encode("x").tolist(), KINDS["llama3"].eos_token_id]
+    assert learned.tolist() == [True, True] and size == 1
+    without = Tokenizer(KINDS["llama3"].backend, {}, {}, "no end")
+    with pytest.raises(UserError, match="line 1: has no token to learn"):
+        list(Instructions(form_of(path), None).encode([path], without))
+    path = write(tmp_path / "a.jsonl", [{"prompt": "y", "completion": "x"}])
+    ((ids, learned, _),) = Instructions(form_of(path), None).encode([path], without)
+    assert ids.tolist() == without.encode("yx").tolist() and learned.tolist() == [False, True]
 
 
 def test_tools_reach_the_template(tmp_path):
