@@ -108,7 +108,8 @@ def refusal(monkeypatch, source, most, calls=9):
 def test_the_size_of_a_result_is_foreseen(monkeypatch, name, source, size):
     """A result of the largest size is made, and one character more is not."""
     source, calls = "{% set x = " + source + " %}", 0 if "*" in name else 1
-    assert "a result of" not in refusal(monkeypatch, source, size, calls)
+    message = refusal(monkeypatch, source, size, calls)
+    assert "a result of" not in message and "fails" not in message
     if size:
         message = refusal(monkeypatch, source, size - 1, calls)
         assert message == (f"here: the chat template refuses these messages: a result of {name} is too large")
