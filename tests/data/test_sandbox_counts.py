@@ -1,5 +1,7 @@
 """What a rendering counts, to the character: the sizes are worked out by hand."""
 
+import json
+
 import jinja2
 import pytest
 
@@ -224,3 +226,29 @@ def test_the_time_of_a_rendering_is_that_since_its_start(monkeypatch):
     used.count()
     with pytest.raises(jinja2.TemplateError, match="^it takes more than 7 seconds$"):
         used.count()
+
+
+def test_two_million_rounds_and_calls_are_the_most():
+    used = sandbox.Used()
+    used.rounds = 1_999_999
+    used.count()
+    with pytest.raises(
+        jinja2.TemplateError, match="^it makes more than 2,000,000 calls and rounds of loops$"
+    ):
+        used.count()
+
+
+@pytest.mark.parametrize(
+    "arguments, how",
+    [
+        ("", {"ensure_ascii": False}),
+        ("(true)", {"ensure_ascii": True}),
+        ("(indent=2)", {"ensure_ascii": False, "indent": 2}),
+        ("(separators=(',', ':'))", {"ensure_ascii": False, "separators": (",", ":")}),
+        ("(sort_keys=true)", {"ensure_ascii": False, "sort_keys": True}),
+    ],
+)
+def test_json_is_written_as_python_does(arguments, how):
+    value = {"b": ["\u00e9", 1.5], "a": None}
+    text = ChatTemplate("{{ value | tojson" + arguments + " }}", {}, "here").render([], value=value)
+    assert text == json.dumps(value, **how)
