@@ -214,7 +214,13 @@ def test_only_the_completion_is_learned_of_message_lists(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind, front, back", [("llama3", [], []), ("llama", ["<s>"], []), ("llama3", ["<s>"], ["<end>", "</s>"])]
+    "kind, front, back",
+    [
+        ("llama3", [], []),
+        ("llama", ["<s>"], []),
+        ("llama3", [], ["</s>"]),
+        ("llama3", ["<s>"], ["<end>", "</s>"]),
+    ],
 )
 def test_strings_are_tokenised_as_one_text_with_an_end(tmp_path, kind, front, back):
     """No template. As TRL does, the end token is added to the completion, and only that is learned."""
