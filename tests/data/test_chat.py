@@ -250,7 +250,15 @@ TOOLS = [{"name": "f"}]
 WITH_TOOLS = "{{ tools | tojson if tools }}"
 
 
-@pytest.mark.parametrize("template", [SHAPES["chatml"], SHAPES["generation"]], ids=["prefixes", "marks"])
+LINES = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
+    "{{ 'assistant:' if add_generation_prompt }}"
+)
+
+
+@pytest.mark.parametrize(
+    "template", [SHAPES["chatml"], LINES, SHAPES["generation"]], ids=["prefixes", "lines", "marks"]
+)
 @pytest.mark.parametrize("row", [{"messages": TALK}, {"prompt": TALK[:3], "completion": TALK[3:]}])
 def test_answers_are_found_in_conversations_with_tools(tmp_path, template, row):
     made = KINDS["llama3"]
@@ -293,9 +301,14 @@ CALL = [{"name": "f"}]
         ("</s>" + QUESTION, "y", {"content": "x"}),
         (QUESTION, "x", {"content": None, "tool_calls": CALL}),
         (CALLS, "x", {"content": "y", "tool_calls": CALL}),  # the call comes after the end
+        (
+            "{% for m in messages %}{{ m.content + ('</s>' if m.role == 'user' else '!') }}{% endfor %}",
+            "x",
+            {"content": "y"},  # which has no end token
+        ),
     ],
 )
-def test_an_answer_that_the_template_leaves_out_is_not_looked_for_elsewhere(
+def test_an_answer_that_the_template_does_not_show_is_not_looked_for_elsewhere(
     tmp_path, template, question, answer
 ):
     talk = [{"role": "user", "content": question}, {"role": "assistant", **answer}]

@@ -199,7 +199,7 @@ def said(*texts):
 )
 def test_a_form_gives_messages(tmp_path, record, name, wanted):
     path = write(tmp_path / "a.jsonl", [record])
-    assert form_of(path).name == name
+    assert form_of(path).name == name and not form_of(path).plain
     assert messages(path) == [wanted]
 
 
@@ -233,6 +233,7 @@ def test_strings_are_tokenised_as_one_text_with_an_end(tmp_path, kind, front, ba
             special_tokens=[(name, made.backend.token_to_id(name)) for name in front + back],
         )
     path = write(tmp_path / "a.jsonl", [{"prompt": "the quick", "completion": " fox"}])
+    assert form_of(path).plain
     ((ids, learned, _),) = Instructions(form_of(path), None).encode([path], made)
     assert ids.tolist() == [*made.encode("the quick fox").tolist(), *([] if back else [made.eos_token_id])]
     count = len(made.encode("the quick")) - len(back)
