@@ -11,7 +11,7 @@ import pytest
 import tiny
 import transformers
 
-from longlora.data import sandbox
+from longlora.data import chat_template, sandbox
 from longlora.data.chat_template import LLAMA_2, ChatTemplate, find_template
 from longlora.errors import UserError
 from longlora.files.open_model import open_model
@@ -258,6 +258,18 @@ def test_the_file_of_a_template_is_utf_8_on_every_machine(tmp_path, monkeypatch)
     (tmp_path / "mine").write_text("\u00e9", encoding="utf-8")
     monkeypatch.setattr(io, "TextIOWrapper", functools.partial(io.TextIOWrapper, encoding="ascii"))
     assert find_template(None, tmp_path / "mine").source == "\u00e9"
+
+
+def test_a_template_that_the_disk_does_not_give_is_named(monkeypatch):
+    class Broken(io.BytesIO):
+        def read(self, *_):
+            raise OSError(5, "Input/output error")
+
+        read1 = read
+
+    monkeypatch.setattr(chat_template, "open_file", lambda path: Broken())
+    with pytest.raises(UserError, match="^mine: cannot be read: Input/output error$"):
+        find_template(None, "mine")
 
 
 def gguf_tokenizer():
