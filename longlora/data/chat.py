@@ -97,7 +97,7 @@ def _learned(message):
 def _answered(messages, name, first=0):
     """`messages`, if the assistant says something in one of them from `first` on."""
     said = [m for m in messages[first:] if _learned(m)]
-    if not any(m.get("tool_calls") or (m.get("content") or "").strip() for m in said):
+    if not any(m.get("tool_calls") or m["content"].strip() for m in said):
         raise _Wrong(f"{name} has no answer: the assistant says nothing, or all that it says has weight 0")
     return messages
 
@@ -284,8 +284,7 @@ def _by_prefix(template, messages, i, text, extra, ends):
         return len(start), len(start) + len(own) if own.endswith(ends) else len(turn)
     # Some templates write the last message differently, or begin an answer differently from the prompt for
     # one. Then the assistant's text must follow the prompt, and an end token must follow the text.
-    content = messages[i].get("content")
-    said = content.strip() if isinstance(content, str) and not messages[i].get("tool_calls") else ""
+    said = "" if messages[i].get("tool_calls") else messages[i]["content"].strip()
     common = len(os.path.commonprefix([start, text]))
     most = records.skip_spaces(text, common) + len(said)
     first = text.rfind(said, max(0, common - len(said) + 1), most) if said else -1
@@ -352,8 +351,7 @@ class Instructions:
             return prompt + completion, [(len(prompt), len(prompt) + len(completion))]
         assert self.template is not None
         if self.everything:
-            text = self.template.render(sample.messages, **sample.extra)
-            return text, [(0, len(text))]
+            return self.template.render(sample.messages, **sample.extra), []
         return answers(self.template, sample, ends)
 
     def _encoded(self, waiting, tokenizer):
@@ -364,7 +362,7 @@ class Instructions:
             if (np.diff(first) < 0).any() or (np.diff(last) < 0).any():
                 at = int(np.argmax((np.diff(first) < 0) | (np.diff(last) < 0)))
                 raise UserError(
-                    f"{where}: the tokenizer does not say which characters token {at + 1} is made of, after "
+                    f"{where}: the tokenizer does not say which characters token {at + 2} is made of, after "
                     f"{text[max(0, int(first[at]) - 20) : int(last[at])]!r}"
                 )
             learned = targets(first, last, spans)

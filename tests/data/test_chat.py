@@ -233,6 +233,98 @@ def test_a_template_that_shows_no_answer_is_named_with_the_place(tmp_path, templ
     assert all(word in message.replace("line 1", "record") for word in words), message
 
 
+def test_an_assistant_may_speak_first(tmp_path):
+    """Here the prompt for an answer differs from the answer's own beginning, and nothing is before it."""
+    made, rows = KINDS["llama3"], [{"messages": TALK[1:]}, {"messages": TALK[1:2]}]
+    template = (
+        "{% for m in messages %}{{ m.content | trim }}</s>{% endfor %}{{ '?' if add_generation_prompt }}"
+    )
+    for source in (template, SHAPES["chatml"], SHAPES["generation"]):
+        both, alone = encoded(tmp_path, made, rows, source)
+        said = [parts(made, *found) for found in (both, alone)]
+        assert [len(texts) for texts in said] == [2, 1] and said[1] == said[0][:1]
+        assert TALK[1]["content"].strip() in said[1][0]
+
+
+TOOLS = [{"name": "f"}]
+WITH_TOOLS = "{{ tools | tojson if tools }}"
+
+
+LINES = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
+    "{{ 'assistant:' if add_generation_prompt }}"
+)
+
+
+@pytest.mark.parametrize(
+    "template", [SHAPES["chatml"], LINES, SHAPES["generation"]], ids=["prefixes", "lines", "marks"]
+)
+@pytest.mark.parametrize("row", [{"messages": TALK}, {"prompt": TALK[:3], "completion": TALK[3:]}])
+def test_answers_are_found_in_conversations_with_tools(tmp_path, template, row):
+    made = KINDS["llama3"]
+    ((bare, answers),) = encoded(tmp_path, made, [row], template)
+    ((ids, learned),) = encoded(tmp_path, made, [row | {"tools": TOOLS}], WITH_TOOLS + template)
+    ((same, everything),) = encoded(tmp_path, made, [row | {"tools": TOOLS}], WITH_TOOLS + template, True)
+    assert made.decode(ids) == made.decode(same) == '[{"name": "f"}]' + made.decode(bare)
+    assert parts(made, ids, learned) == parts(made, bare, answers) and everything.all()
+
+
+def test_a_marked_answer_begins_after_the_prompt_for_it(tmp_path):
+    """The end of all messages is no part of the prompt. A text that the prompt does not begin is refused."""
+    row = {"prompt": TALK[:1], "completion": TALK[1:2]}
+    source = SHAPES["generation"] + "{{ '!' if not add_generation_prompt }}"
+    ((ids, learned),) = encoded(tmp_path, KINDS["llama3"], [row], source)
+    assert parts(KINDS["llama3"], ids, learned) == [TALK[1]["content"] + "</s>"]
+    source = "{{ messages | length }}" + SHAPES["generation"]
+    words = failure(encoded, tmp_path, KINDS["llama3"], [row], source)
+    assert "in message 2: it writes \"1user: What's" in words and "and \"2user: What's" in words
+
+
+def test_both_texts_are_shown_from_20_characters_before_they_part(tmp_path):
+    source = "{{ 'a' * 30 }}{{ ('1' if messages | length == 1 else '2') * 30 }}"
+    one, two = ("a" * 20 + digit * 20 for digit in "12")
+    words = f"in message 2: it writes '{one}' up to there, and '{two}' with what follows; mark answers with"
+    assert words in failure(encoded, tmp_path, KINDS["llama3"], [{"messages": TALK[:2]}], source)
+
+
+QUESTION = (
+    "{% for m in messages %}{{ m.content + ('' if loop.last else '</s>') if m.role == 'user' }}{% endfor %}"
+)
+CALLS = "{% for m in messages %}{{ m.content }}</s>{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
+CALL = [{"name": "f"}]
+
+
+@pytest.mark.parametrize(
+    "template, question, answer",
+    [
+        (QUESTION, "x", {"content": "x"}),  # what is found is the question
+        ("</s>" + QUESTION, "y", {"content": "x"}),
+        (QUESTION, "x", {"content": None, "tool_calls": CALL}),
+        (CALLS, "x", {"content": "y", "tool_calls": CALL}),  # the call comes after the end
+        (
+            "{% for m in messages %}{{ m.content + ('</s>' if m.role == 'user' else '!') }}{% endfor %}",
+            "x",
+            {"content": "y"},  # which has no end token
+        ),
+    ],
+)
+def test_an_answer_that_the_template_does_not_show_is_not_looked_for_elsewhere(
+    tmp_path, template, question, answer
+):
+    talk = [{"role": "user", "content": question}, {"role": "assistant", **answer}]
+    source = template + "{{ '?' if add_generation_prompt }}"
+    message = failure(encoded, tmp_path, KINDS["llama3"], [{"messages": talk}], source)
+    assert "the template does not show which tokens are the answer in message 2" in message
+
+
+def test_an_answer_may_begin_like_the_prompt_for_one(tmp_path):
+    """Only its last letter differs from the words that ask for it."""
+    source = CALLS + "{{ '<think>' if add_generation_prompt }}"
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<x"}]
+    ((ids, learned),) = encoded(tmp_path, KINDS["llama3"], [{"messages": talk}], source)
+    assert parts(KINDS["llama3"], ids, learned) == ["<x</s>"]
+
+
 @pytest.mark.parametrize("kind", ["llama3", "qwen2"])
 @given(
     sides=st.lists(
@@ -290,6 +382,90 @@ def test_a_post_processor_that_takes_spaces_off_changes_no_target(tmp_path, prom
     made.backend.post_processor = processors.ByteLevel(trim_offsets=True)
     ((ids, learned),) = encoded(tmp_path, made, [{"prompt": prompt, "completion": completion}])
     assert parts(made, ids, learned) == [completion + "</s>"]
+
+
+@pytest.mark.parametrize(
+    "span, wanted",
+    [
+        ((0, 1), [1, 0, 0, 0, 0, 0]),
+        ((1, 2), [0, 1, 0, 0, 0, 0]),
+        ((1, 3), [0, 1, 0, 0, 0, 0]),  # a part of a token
+        ((3, 4), [0, 0, 1, 0, 0, 0]),
+        ((4, 5), [0, 0, 0, 1, 1, 0]),
+        ((5, 6), [0, 0, 0, 0, 0, 1]),
+        ((0, 6), [1, 1, 1, 1, 1, 1]),
+        ((2, 2), [0, 0, 0, 0, 0, 0]),  # an answer of no character, inside a token
+    ],
+)
+def test_targets_by_hand(span, wanted):
+    """Tokens of 1, 2 and 1 characters, one of none, which lies before the next, and two of 1."""
+    first, last = np.array([0, 1, 3, 4, 4, 5]), np.array([1, 3, 4, 4, 5, 6])
+    assert chat.targets(first, last, [span]).tolist() == [bool(x) for x in wanted]
+    assert not chat.targets(first, last, []).any()
+
+
+@pytest.mark.parametrize(
+    "first, last, words",
+    [
+        ([0, 0, 2, 1, 3], [1, 1, 3, 4, 4], "token 4 is made of, after 'abc'"),
+        ([0, 0, 2, 3, 3], [1, 1, 5, 4, 5], "token 4 is made of, after 'abcde'"),
+        ([0, 2, 1, 2, 1], [1, 3, 2, 3, 2], "token 3 is made of, after 'abc'"),
+        ([0, 30, 29, 40, 41], [1, 31, 40, 41, 42], "token 3 is made of, after 'klmnopqrstuvwxyzABCDE'"),
+    ],
+)
+def test_a_tokenizer_that_goes_back_in_the_text_is_named_with_the_place(
+    tmp_path, monkeypatch, first, last, words
+):
+    made, text = tokenizer("llama3"), "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    monkeypatch.setattr(made, "encode_places", lambda _: [(np.arange(5), np.array(first), np.array(last))])
+    message = failure(encoded, tmp_path, made, [{"prompt": "", "completion": text}])
+    where = f"{tmp_path / 'data.jsonl'}: line 1: the tokenizer does not say which characters "
+    assert message == where + words
+
+
+@pytest.mark.parametrize(
+    "at_once, sizes, groups",
+    [
+        (65, [3] * 5, [2, 2, 1]),  # a short text counts as 64
+        (128, [3] * 5, [2, 2, 1]),
+        (140, [70, 70, 3, 70, 100], [2, 3]),
+        (9, [3] * 2, [1, 1]),
+        (1000, [3] * 9, [9]),
+    ],
+)
+def test_records_are_tokenised_in_groups(tmp_path, monkeypatch, at_once, sizes, groups):
+    made = tokenizer("llama3")
+    rows = [{"prompt": "a", "completion": "b" * (n - 1)} for n in sizes]
+    whole = [ids.tolist() for ids, _ in encoded(tmp_path, made, rows)]
+    seen, encode = [], made.encode_places
+
+    def noted(texts):
+        seen.append(len(texts))
+        return encode(texts)
+
+    monkeypatch.setattr(chat, "AT_ONCE", at_once)
+    monkeypatch.setattr(made, "encode_places", noted)
+    assert [ids.tolist() for ids, _ in encoded(tmp_path, made, rows)] == whole and len(whole) == len(sizes)
+    assert [n for n in seen if n] == groups
+
+
+def test_equal_instructions_have_equal_keys():
+    """The key finds tokenised data again."""
+    forms = {form.name: form for form in chat.FORMS}
+
+    def key(name, template=None, everything=False):
+        return json.dumps(Instructions(forms[name], template and ChatTemplate(*template), everything).key())
+
+    one, plain = (LLAMA_2, SPECIAL, "here"), "prompt and completion"
+    assert key("messages", one) == key("messages", (LLAMA_2, SPECIAL, "there"))
+    others = [
+        key("messages", (LLAMA_2 + "!", SPECIAL, "here")),
+        key("Alpaca", one),
+        key("messages", one, True),
+        key(plain),
+        key(plain, None, True),
+    ]
+    assert len({key("messages", one), *others}) == 6
 
 
 # ---- sequences -----------------------------------------------------------------------------------

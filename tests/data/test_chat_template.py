@@ -1,6 +1,8 @@
 """Chat templates give the texts of transformers' apply_chat_template, in the shapes of public models."""
 
 import datetime
+import functools
+import io
 import json
 import math
 import os
@@ -9,7 +11,7 @@ import pytest
 import tiny
 import transformers
 
-from longlora.data import sandbox
+from longlora.data import chat_template, sandbox
 from longlora.data.chat_template import LLAMA_2, ChatTemplate, find_template
 from longlora.errors import UserError
 from longlora.files.open_model import open_model
@@ -109,6 +111,7 @@ def test_a_template_may_ask_for_the_date():
     before = datetime.datetime.now().strftime("%d %b %Y")
     text = ChatTemplate("{{ strftime_now('%d %b %Y') }}", SPECIAL, "here").render([USER])
     assert text in (before, datetime.datetime.now().strftime("%d %b %Y"))
+    assert ChatTemplate("{{ strftime_now('x' * 1000) }}", SPECIAL, "here").render([]) == "x" * 1000
 
 
 def test_a_key_stands_for_all_that_a_text_depends_on():
@@ -249,6 +252,24 @@ def test_a_template_comes_from_adapter_model_or_gguf(tmp_path):
     for none in (files_of(path), None):
         assert find_template(none).source == LLAMA_2
     assert find_template(files_of(path)).render([USER]) == "<s>[INST] " + USER["content"] + " [/INST]"
+
+
+def test_the_file_of_a_template_is_utf_8_on_every_machine(tmp_path, monkeypatch):
+    (tmp_path / "mine").write_text("\u00e9", encoding="utf-8")
+    monkeypatch.setattr(io, "TextIOWrapper", functools.partial(io.TextIOWrapper, encoding="ascii"))
+    assert find_template(None, tmp_path / "mine").source == "\u00e9"
+
+
+def test_a_template_that_the_disk_does_not_give_is_named(monkeypatch):
+    class Broken(io.BytesIO):
+        def read(self, *_):
+            raise OSError(5, "Input/output error")
+
+        read1 = read
+
+    monkeypatch.setattr(chat_template, "open_file", lambda path: Broken())
+    with pytest.raises(UserError, match="^mine: cannot be read: Input/output error$"):
+        find_template(None, "mine")
 
 
 def gguf_tokenizer():

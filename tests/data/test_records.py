@@ -12,10 +12,11 @@ from test_chat import KINDS, TALK, failure, tokenizer, write
 from test_chat_template import SPECIAL
 
 from longlora.data import records
-from longlora.data.chat import Instructions, form_of, samples
+from longlora.data.chat import FORMS, Instructions, form_of, samples
 from longlora.data.chat_template import LLAMA_2, ChatTemplate
 from longlora.data.tokens import tokenise
 from longlora.errors import UserError
+from longlora.files.tokenizer import Tokenizer
 
 USER, ASSISTANT = TALK[:2]
 ROWS = [
@@ -313,13 +314,30 @@ def said(*texts):
                 for role, text in zip(("system", "user", "assistant", "tool", "assistant"), "sabtc")
             ],
         ),
+        (
+            {
+                "system": "s",
+                "conversations": [
+                    {"from": "user", "value": "a"},
+                    {"from": "chatgpt", "value": "b"},
+                    {"from": "observation", "value": "c"},
+                    {"from": "function_response", "value": "d"},
+                ],
+            },
+            "ShareGPT",
+            [
+                {"role": role, "content": text}
+                for role, text in zip(("system", "user", "assistant", "tool", "tool"), "sabcd")
+            ],
+        ),
         ({"conversations": TALK}, "ShareGPT", TALK),
+        ({"messages": [ASSISTANT]}, "messages", [ASSISTANT]),
         ({"prompt": said("a"), "completion": said("a", "b")[1:]}, PROMPT + " messages", said("a", "b")),
     ],
 )
 def test_a_form_gives_messages(tmp_path, record, name, wanted):
     path = write(tmp_path / "a.jsonl", [record])
-    assert form_of(path).name == name
+    assert form_of(path).name == name and not form_of(path).plain
     assert messages(path) == [wanted]
 
 
@@ -333,23 +351,46 @@ def test_only_the_completion_is_learned_of_message_lists(tmp_path):
         assert text.strip() in ("\u65e5\u672c fox </s>", "\u65e5\u672c fox</s>")
 
 
-@pytest.mark.parametrize("kind, front", [("llama3", []), ("llama", ["<s>"])])
-def test_strings_are_tokenised_as_one_text_with_an_end(tmp_path, kind, front):
+@pytest.mark.parametrize(
+    "kind, front, back",
+    [
+        ("llama3", [], []),
+        ("llama", ["<s>"], []),
+        ("llama3", [], ["</s>"]),
+        ("llama3", ["<s>"], ["<end>", "</s>"]),
+    ],
+)
+def test_strings_are_tokenised_as_one_text_with_an_end(tmp_path, kind, front, back):
     """No template. As TRL does, the end token is added to the completion, and only that is learned."""
     made = tokenizer(kind)
-    if front:
+    if front or back:
         from tokenizers import processors
 
         made.backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", made.backend.token_to_id("<s>"))]
+            single=" ".join([*front, "$A", *back]),
+            special_tokens=[(name, made.backend.token_to_id(name)) for name in front + back],
         )
     path = write(tmp_path / "a.jsonl", [{"prompt": "the quick", "completion": " fox"}])
+    assert form_of(path).plain
     ((ids, learned, _),) = Instructions(form_of(path), None).encode([path], made)
-    assert ids.tolist() == [*made.encode("the quick fox").tolist(), made.eos_token_id]
-    count = len(made.encode("the quick"))
+    assert ids.tolist() == [*made.encode("the quick fox").tolist(), *([] if back else [made.eos_token_id])]
+    count = len(made.encode("the quick")) - len(back)
     assert learned.tolist() == [i >= count for i in range(len(ids))]
     ((same, everything, _),) = Instructions(form_of(path), None, True).encode([path], made)
     assert same.tolist() == ids.tolist() and everything.all()
+
+
+def test_one_token_and_the_end_are_enough_to_learn(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "", "completion": "x"}])
+    ((ids, learned, size),) = Instructions(form_of(path), None).encode([path], KINDS["llama3"])
+    assert ids.tolist() == [*KINDS["llama3"].encode("x").tolist(), KINDS["llama3"].eos_token_id]
+    assert learned.tolist() == [True, True] and size == 1
+    without = Tokenizer(KINDS["llama3"].backend, {}, {}, "no end")
+    with pytest.raises(UserError, match="line 1: has no token to learn"):
+        list(Instructions(form_of(path), None).encode([path], without))
+    path = write(tmp_path / "a.jsonl", [{"prompt": "y", "completion": "x"}])
+    ((ids, learned, _),) = Instructions(form_of(path), None).encode([path], without)
+    assert ids.tolist() == without.encode("yx").tolist() and learned.tolist() == [False, True]
 
 
 def test_tools_reach_the_template(tmp_path):
@@ -358,6 +399,10 @@ def test_tools_reach_the_template(tmp_path):
         path = write(tmp_path / "a.jsonl", [{"messages": [USER, call], "tools": tools}])
         ((_, sample),) = samples([path], form_of(path))
         assert sample.extra == {"tools": [{"name": "f"}]} and list(sample.messages) == [USER, call]
+    for nothing in (None, "", [], "null", "[]"):
+        path = write(tmp_path / "a.jsonl", [{"messages": TALK, "tools": nothing}])
+        ((_, sample),) = samples([path], form_of(path))
+        assert sample.extra == {}
 
 
 WRONG = [
@@ -368,25 +413,45 @@ WRONG = [
     ({"instruction": "", "output": "a"}, "instruction should be a text that is not empty"),
     ({"instruction": "a", "input": 3, "output": "b"}, "input should be a text, got 3"),
     ({"instruction": "a", "output": "b", "history": [["c"]]}, "history should be a list of questions"),
+    ({"instruction": "a", "output": "b", "history": [["c", 3]]}, "with their answers, got [['c', 3]]"),
+    ({"instruction": "a", "output": "b", "history": [{"c": 1, "d": 2}]}, "history should be a list of"),
+    ({"instruction": "a", "output": "b", "history": 3}, "with their answers, got 3"),
     ({"instruction": "a", "output": "\ud83d"}, "holds half a character"),
     ({"messages": []}, "messages should be a list of messages, got []"),
+    ({"messages": ["a"]}, "messages[0] should be an object with role and content, got 'a'"),
     ({"messages": [{"content": "a"}]}, "messages[0] should be an object with role and content"),
+    ({"messages": [ASSISTANT, {"role": "user"}]}, "messages[1]: content should be a text, got None"),
+    ({"messages": [{**ASSISTANT, "content": 3, "tool_calls": [3]}]}, "content should be a text, got 3"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0]: content should be a text, got 3"),
     ({"messages": [{"role": "user", "content": ["text"]}]}, "with a text, got 'text'"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "with a text, got {'type': 'text'}"),
     ({"messages": [{"role": "user", "content": ["a"]}]}, 'content[0] should be a part of type "text"'),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "got {'type': 'image'}"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "text": "a"}]}]}, 'of type "text" with'),
+    ({"messages": [USER, {**ASSISTANT, "weight": True}]}, "weight should be 0 or 1, got True"),
     ({"messages": [USER, {**ASSISTANT, "weight": 2}]}, "messages[1]: weight should be 0 or 1, got 2"),
     ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "messages has no answer: the assistant says nothing"),
     ({"messages": [USER]}, "messages has no answer: the assistant says nothing"),
     ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages has no answer"),
+    ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, "messages has no answer"),
     ({"messages": [USER, {"role": "assistant", "content": "\udcfe"}]}, "holds half a character"),
+    ({"messages": TALK, "tools": [{"name": "\ud83d"}]}, "holds half a character"),
     ({"messages": TALK, "tools": "f"}, "tools should be a list, got 'f'"),
+    ({"messages": TALK, "tools": {"name": "f"}}, "tools should be a list, got {'name': 'f'}"),
+    ({"conversations": []}, "conversations should be a list of messages, got []"),
+    ({"conversations": [3]}, "conversations[0] should be an object with from and value, got 3"),
+    (
+        {"conversations": [{"role": "user", "content": 3}]},
+        "conversations[0]: content should be a text, got 3",
+    ),
     ({"conversations": [{"from": "narrator", "value": "a"}]}, "from should be one of human, user, gpt"),
     ({"conversations": [{"from": "human"}]}, "conversations[0]: value should be a text, got None"),
     ({"conversations": [{"from": "human", "value": "a"}]}, "conversations has no answer"),
     ({"prompt": "a"}, "completion should be a text that is not empty, got None"),
     ({"prompt": [USER]}, "completion should be a list of messages, got None"),
+    ({"prompt": [USER], "completion": "a"}, "completion should be a list of messages, got 'a'"),
+    ({"prompt": [3], "completion": TALK}, "prompt[0] should be an object with role and content, got 3"),
+    ({"prompt": [USER], "completion": [3]}, "completion[0] should be an object with role and content"),
     ({"prompt": [USER, ASSISTANT], "completion": [USER]}, "completion has no answer"),
 ]
 
@@ -408,6 +473,27 @@ def test_a_record_may_be_nested_as_deep_as_json_is_read(tmp_path):
             assert str(error).startswith(f"{path}: line 1")
             refused += 1
     assert 0 < refused < 40
+
+
+def test_a_record_that_is_nested_too_deeply_is_named(monkeypatch):
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    read = [("line 1", ROWS[1]), ("line 2", {**ROWS[1], "more": deep})]
+    monkeypatch.setattr(records, "read", lambda path: iter(read))
+    form = next(form for form in FORMS if form.name == "Alpaca")
+    assert failure(list, samples(["some.jsonl"], form)) == "some.jsonl: line 2: is nested too deeply"
+
+
+def test_files_without_a_record_are_named(tmp_path):
+    paths = [write(tmp_path / name, []) for name in ("a.jsonl", "b.jsonl")]
+    assert form_of(paths[0]) is None
+    assert failure(list, samples(paths, FORMS[0])) == f"{paths[0]}: holds no record"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.bin"])
+def test_files_of_text_and_of_tokens_hold_no_records(tmp_path, name):
+    assert form_of(write(tmp_path / name, [{"messages": TALK}])) is None
 
 
 WORDS = st.sampled_from(["user", "assistant", "human", "gpt", "tool", "a b", "", " ", "<s>", "\u65e5"])
