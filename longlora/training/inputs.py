@@ -119,7 +119,7 @@ class Setup:
         dense = o.attention == "dense"
         s2 = {"group_size": o.group_size, "boundary": o.boundary, "shift": o.shift}
         self.attention = None if dense else s2
-        self.multiple = 1 if dense or o.boundary == "split" else o.group_size or 1
+        self.multiple = 1 if o.boundary == "split" else o.group_size or 1  # dense attention has no group
         if self.lora is None and not o.full:
             targets: Any = "all-linear" if o.target_modules == ("all-linear",) else o.target_modules
             self.lora = LoraConfig(o.r, o.lora_alpha, targets, o.modules_to_save)

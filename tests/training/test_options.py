@@ -454,6 +454,7 @@ def test_paths_may_begin_at_home(tmp_path, monkeypatch):
     assert (found.cache_dir, found.init, found.seed) == (None, None, 42)  # ~ alone is YAML's null
     assert parsed("--model=~/base").model == "/home/me/base"
     assert options.from_dict({**GIVEN, "model": Path("~/base")}).model == "/home/me/base"
+    assert options.from_dict({**GIVEN, "model": "~"}).model == "/home/me"
 
 
 # ---- help ----------------------------------------------------------------------------------------
