@@ -377,6 +377,15 @@ def test_a_plan_needs_no_data_and_no_output(tmp_path):
             options.from_dict(fields, planning=True)
 
 
+def test_an_option_is_a_field_with_a_default():
+    known = dict(help="words", choices=None, low=1, above=None, high=None, alias=("n",))
+    for default in (3, [3], (3,)):
+        f = options.option(default, "words", low=1, alias=("n",), metavar="N")
+        wanted = default if default == 3 else (3,)
+        assert (f.default if default == 3 else f.default_factory()) == wanted
+        assert f.metadata == dict(known, metavar="N", resolved=False)
+
+
 # ---- what is left open ---------------------------------------------------------------------------
 
 
