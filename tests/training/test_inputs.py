@@ -10,6 +10,7 @@ from runs import adapter_of
 import longlora
 from longlora.decoder.config import read_config
 from longlora.decoder.lora import LoraConfig
+from longlora.errors import UserError
 from longlora.files.open_model import open_model
 from longlora.training import inputs, options
 
@@ -65,12 +66,24 @@ def test_a_new_model_is_stored_as_its_config_says(tmp_path, fields, dtype):
     assert (source.base, source.fingerprint, source.dtype) == (None, "random 7", dtype)
 
 
+def refused(words, init):
+    with pytest.raises(UserError) as caught:
+        inputs.Source(options.from_dict(dict(init=init, full=True), planning=True))
+    assert str(caught.value) == words
+
+
 def test_the_tokenizer_of_a_new_model_lies_beside_its_config(tmp_path, monkeypatch):
     path = tiny.config(tmp_path / "new")
     monkeypatch.chdir(path)
     for init in (".", "config.json", str(path), str(path / "config.json")):
         source = inputs.Source(options.from_dict(dict(init=init, full=True), planning=True))
         assert source.tokenizer.vocab_size == 257 and source.config.vocab_size == 260
+    tiny.config(path, vocab_size=200)
+    monkeypatch.chdir(tmp_path)
+    for init in (path, path / "config.json"):
+        refused(f"{path}: the tokenizer has 257 tokens, the embedding 200 rows", init)
+    monkeypatch.chdir(path)
+    refused(".: the tokenizer has 257 tokens, the embedding 200 rows", "config.json")
     (path / "tokenizer.json").unlink()
     (path / "tokenizer_config.json").unlink()
     assert inputs.Source(options.from_dict(dict(init=str(path), full=True), planning=True)).tokenizer is None
@@ -275,6 +288,32 @@ def test_what_decides_which_tokens_are_answers(tmp_path):
         rules(data="plain", train_on_inputs=True),
     ]
     assert len({plain, talk, *others}) == 6
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (
+            dict(data="text", chat_template="t.jinja"),
+            "chat_template is for conversations; DIR/text.txt holds",
+        ),
+        (dict(data="plain", chat_template="t.jinja"), "is for conversations; DIR/plain.jsonl holds none"),
+        (dict(data="text", train_on_inputs=True), "is for questions and answers; DIR/text.txt is text"),
+        (dict(data="words", train_on_inputs=True), "is for questions and answers; DIR/words.jsonl is text"),
+    ],
+)
+def test_options_that_the_data_have_no_use_for_are_refused(tmp_path, fields, words):
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, **fields)
+    assert words.replace("DIR", str(tmp_path)) in str(caught.value)
+
+
+def test_prompts_that_are_plain_read_no_template(tmp_path):
+    tiny.model(tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").write_text("{% if %}")
+    assert len(read(tmp_path, data="plain")[0]) == 1
+    with pytest.raises(UserError, match="chat_template.jinja: the chat template is not valid"):
+        read(tmp_path, data="talk")
 
 
 ANSWERS, WHOLE = ("refuse", "document"), ("split", "none")
