@@ -6,10 +6,11 @@ It opens the files that the run has read and written, as any other command would
 import os
 from typing import Any
 
+from longlora.data.chat import form_of
 from longlora.disk import write_json
 from longlora.errors import UserError
 from longlora.evaluation import passkey, ppl
-from longlora.training.inputs import Say, Source, instructs
+from longlora.training.inputs import Say, Source
 from longlora.training.options import TrainOptions
 
 CARD, FIGURE = "card.json", "passkey.png"
@@ -47,7 +48,7 @@ def make(o: TrainOptions, old: int, new: int, say: Say) -> None:
 
 def _perplexities(o: TrainOptions, models: dict[str, Any], lengths: list[int], say: Say) -> dict[str, Any]:
     """The perplexity of each model at each length on the text of eval_data, if there is one."""
-    if o.eval_data is None or instructs(o):
+    if o.eval_data is None or form_of(o.eval_data) is not None:
         return {}
     found: dict[str, list[float]] = {}
     say(f"perplexity on {o.eval_data}, dense attention")

@@ -53,6 +53,6 @@ def _attempt(call: Callable[[], Any], where: str) -> Any:
     try:
         return call()
     except Exception as error:
-        is_key = isinstance(error, KeyError) and error.args
+        is_key = isinstance(error, KeyError)
         said = f"{error.args[0]!r} does not fit its YAML tag" if is_key else error
         raise UserError(f"{where}: {' '.join(str(said).split())}") from None

@@ -119,7 +119,7 @@ class Setup:
         dense = o.attention == "dense"
         s2 = {"group_size": o.group_size, "boundary": o.boundary, "shift": o.shift}
         self.attention = None if dense else s2
-        self.multiple = 1 if dense or o.boundary == "split" else o.group_size or 1
+        self.multiple = 1 if o.boundary == "split" else o.group_size or 1  # dense attention has no group
         if self.lora is None and not o.full:
             targets: Any = "all-linear" if o.target_modules == ("all-linear",) else o.target_modules
             self.lora = LoraConfig(o.r, o.lora_alpha, targets, o.modules_to_save)
@@ -175,8 +175,8 @@ def read_data(
         return Sequences(tokens, o.sequence_length, long, path, boundaries)
 
     def of_form(name, form):
-        """The run's option; or if nobody has set it and the data's form is another, the default of `form`."""
-        if bool(form) == bool(forms[o.data]) or name in o.given:
+        """The run's option if somebody has set it, or else the default of data of `form`."""
+        if name in o.given:
             return getattr(o, name)
         return (OF_ANSWERS if form else OF_TEXT)[name]
 

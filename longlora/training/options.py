@@ -404,7 +404,7 @@ def _converted(name: str, kind: Any, value: Any) -> Any:
     """The value in the type of the field, if it was given in another spelling."""
     if kind is tuple:
         if isinstance(value, str):
-            value = value.split(",")
+            value = [value]
         if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
             raise UserError(f"{name} should be a list of names, got {shown(value)}")
         return tuple(v for part in value for v in part.replace(",", " ").split() if v != "none")

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import tiny
 
+from longlora.decoder import rope
+from longlora.decoder.lora import LoraConfig
 from longlora.errors import UserError
 from longlora.files import adapter
 from longlora.files.open_model import open_model
@@ -45,3 +47,14 @@ def equal(a, b):
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], name)
+
+
+def adapter_of(path, base, target_length=None, kind="yarn", **fields):
+    """Write an adapter of ones for the model at `base`, with the fields of a LoraConfig -> its path."""
+    base, lora = open_model(base), LoraConfig(**fields)
+    tensors = {name: np.ones(shape, np.float32) for name, shape in lora.tensor_shapes(base.config).items()}
+    raw = base.config.raw
+    if target_length is not None:
+        raw = rope.to_config(raw, rope.extend(base.config, kind, target_length)[0], target_length)
+    adapter.save(path, tensors, lora, base, raw)
+    return path

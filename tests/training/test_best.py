@@ -168,13 +168,47 @@ def test_a_loss_that_is_no_number_is_never_the_best(wrong):
     assert best.better(first, 2, 1.0, "b") == best.Best(2, 1.0, "b")
 
 
-@pytest.mark.parametrize("damage", [dict(best_metric="x"), dict(best_global_step=None), dict(held_out=1)])
-def test_a_state_that_says_nothing_of_use_is_no_best(tmp_path, damage):
+def test_the_older_one_of_two_equal_losses_is_the_best():
+    first = best.Best(1, 2.0, "a")
+    assert best.better(first, 2, 2.0, "b") == best.better(first, 2, None, "b") == first
+
+
+def test_the_state_has_the_names_of_transformers():
+    names = ("best_metric", "best_global_step", "best_model_checkpoint", "held_out")
+    assert best.to_state(best.Best(3, 2.5, "a"), "held") == dict(zip(names, (2.5, 3, "a", "held")))
+    assert best.to_state(None, "held") == dict(zip(names, (None, None, None, "held")))
+
+
+@pytest.mark.parametrize(
+    "damage, why",
+    [
+        (dict(best_metric="x"), None),
+        (dict(best_metric=2), None),
+        (dict(best_global_step=None), None),
+        (dict(best_global_step=True), None),
+        (dict(best_model_checkpoint=None), None),
+        (dict(held_out=1), "other sequences are held out now"),
+        (dict(best_model_checkpoint="x/checkpoint-2"), "x/checkpoint-2 is gone"),
+    ],
+)
+def test_a_state_that_says_nothing_of_use_is_no_best(tmp_path, damage, why):
     (tmp_path / "checkpoint-1").mkdir()
     path = str(tmp_path / "checkpoint-1")
     written = best.to_state(best.Best(1, 2.0, path), "held")
     assert best.from_state(written, path, "held") == (best.Best(1, 2.0, path), None)
-    assert best.from_state(written | damage, path, "held")[0] is None
+    assert best.from_state(written | damage, path, "held") == (None, why)
+
+
+def test_the_best_is_looked_for_beside_the_checkpoint_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("old/checkpoint-1", "new/checkpoint-1", "new/checkpoint-2", "other/checkpoint-2"):
+        (tmp_path / path).mkdir(parents=True)
+    written = best.to_state(best.Best(1, 2.0, "old/checkpoint-1"), "held")
+    for newest, wanted in (
+        ("new/checkpoint-2", str(tmp_path / "new/checkpoint-1")),
+        ("other/checkpoint-2", "old/checkpoint-1"),
+    ):
+        assert best.from_state(written, newest, "held") == (best.Best(1, 2.0, wanted), None)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,8 @@ def test_the_values_are_those_of_yaml(tmp_path):
     assert config_file.read(file) == yaml.safe_load(content)
     file.write_text("# nothing\n")
     assert config_file.read(file) == {}
+    file.write_text("seed: 1\n".ljust(1 << 16, "#"))  # as large as it may be
+    assert config_file.read(file) == dict(seed=1)
 
 
 def test_a_list_in_an_error_is_cut_short():

@@ -6,11 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import tiny
-from runs import equal, failure, numbers, run, weights
+from runs import adapter_of, equal, failure, numbers, run, weights
 
 from longlora.data.sequences import Order, Sequences, batch
 from longlora.data.tokens import tokenise
 from longlora.decoder.config import read_config
+from longlora.decoder.lora import LoraConfig
 from longlora.decoder.model import Model
 from longlora.disk import read_json
 from longlora.errors import UserError
@@ -20,7 +21,7 @@ from longlora.files.open_model import open_model
 from longlora.files.safetensors import SafetensorsFile
 from longlora.files.safetensors import save as save_tensors
 from longlora.ops import IGNORE
-from longlora.training import config_file, driver, options
+from longlora.training import config_file, driver, from_adapter, options
 from longlora.training.inputs import Setup
 from longlora.training.optimizer import AdamW
 
@@ -255,6 +256,52 @@ def test_an_adapter_that_extends_nothing_keeps_the_positions_of_its_base(tmp_pat
     assert "target_length should be 64, as in the adapter" in failure(tmp_path, **given, target_length=128)
     given |= dict(target_length=None, sequence_length=128)
     assert "at most the 64 tokens of the adapter, got 128" in failure(tmp_path, **given)
+
+
+DECIDED = ("r", "lora_alpha", "target_modules", "modules_to_save", "target_length", "rope_type")
+
+
+def taken(tmp_path, adapter_fields, target=None, **fields):
+    """The options that an adapter decides, with what take_over returns."""
+    base = tiny.model(tmp_path / "base")
+    path = adapter_of(tmp_path / "adapter", base, target, **adapter_fields)
+    o = options.from_dict(dict(model=str(base), adapter=str(path), **fields), planning=True)
+    lora, raw = from_adapter.take_over(o, open_model(base).config)
+    found = {name: getattr(o, name) for name in DECIDED}
+    assert type(found["lora_alpha"]) is float
+    return found, lora, raw
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        dict(r=4, lora_alpha=12, target_length=256, rope_type="yarn"),
+        dict(target_modules=["down_proj", "v_proj", "q_proj"]),
+        dict(modules_to_save=["embed_tokens", "input_layernorm", "norm"]),  # norm means every norm
+    ],
+    ids=lambda given: "-".join(given),
+)
+def test_an_adapter_sets_the_options_that_it_decides(tmp_path, given):
+    modules = dict(target_modules=("q_proj", "v_proj", "down_proj"), modules_to_save=("embed_tokens", "norm"))
+    wanted = dict(r=4, lora_alpha=12, **modules)
+    found, lora, raw = taken(tmp_path, wanted, 256, **given)
+    assert found == dict(wanted, target_length=256, rope_type="yarn") and lora == LoraConfig(**wanted)
+    assert raw["max_position_embeddings"] == 256 and read_config(raw).rope.type == "yarn"
+
+
+def test_an_adapter_that_extends_nothing_leaves_the_positions_out(tmp_path):
+    """The rope type has no meaning then: any may be given."""
+    given = dict(target_modules=["all-linear"], target_length=64, rope_type="yarn")
+    every = LoraConfig(target_modules="all-linear").target_modules
+    found, lora, raw = taken(tmp_path, dict(target_modules=every, modules_to_save=()), **given)
+    assert raw is None and lora.target_modules == found["target_modules"] == every
+    assert (found["target_length"], found["rope_type"], found["modules_to_save"]) == (None, "yarn", ())
+
+
+def test_an_adapter_of_lora_alone_saves_no_modules(tmp_path):
+    with pytest.raises(UserError, match="modules_to_save should be none, as in the adapter .*, got norm; "):
+        taken(tmp_path, dict(modules_to_save=()), modules_to_save=["norm"])
 
 
 # ---- PEFT ----------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """report_to: what tensorboard and wandb get, and that a reporter that fails loses nothing of a run."""
 
+import contextlib
+import re
+import socket
 import subprocess
 import sys
 import types
@@ -107,6 +110,36 @@ def test_a_disk_that_fills_up_is_said_once(tmp_path):
     assert events(tmp_path / "out") == [{"train/loss": [(1, 2.0)]}]
 
 
+def opened(tmp_path, name, said, **fields):
+    """The reports of a run to a program."""
+    o = options.from_dict(dict(model="m", data="d", output_dir=str(tmp_path / "out"), **fields))
+    return reporters.Reports(o, [name], said.append)
+
+
+def test_events_are_on_disk_after_each_step(tmp_path, monkeypatch):
+    """In a directory of the time and the host, in TensorFlow's format; TENSORBOARD_LOGGING_DIR wins."""
+    pytest.importorskip("tensorboard")
+    said = []
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    reports = opened(tmp_path, "tensorboard", said)
+    (path,) = (tmp_path / "out" / "runs").iterdir()
+    time, _, host = path.name.rpartition("_")
+    assert re.fullmatch(r"[A-Z][a-z]{2}\d\d_\d\d-\d\d-\d\d", time) and host == socket.gethostname()
+    (file,) = path.iterdir()
+    assert file.name.startswith("events.out.tfevents.") and b"brain.Event:2" in file.read_bytes()
+    assert b"brain.Event:2~" not in file.read_bytes()
+    reports.log(dict(step=3, loss=2.5, eval_loss=1))
+    assert events(tmp_path / "out") == [{"train/loss": [(3, 2.5)], "eval/loss": [(3, 1.0)]}]
+    stream = reports._open["tensorboard"]._file
+    reports.close()
+    assert stream.closed and said == []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "~/mine")
+    for _ in range(2):  # the directory may exist
+        opened(tmp_path, "tensorboard", said).close()
+    assert len(list((tmp_path / "mine").iterdir())) == 2 and said == []
+
+
 # ---- wandb ---------------------------------------------------------------------------------------
 
 
@@ -155,6 +188,58 @@ class Config(dict):
     def update(self, values, allow_val_change):
         assert allow_val_change
         super().update(values)
+
+
+@pytest.mark.parametrize("project", [None, "books"])
+def test_a_run_of_wandb_begins_and_ends(tmp_path, wandb, monkeypatch, project):
+    if project:
+        monkeypatch.setenv("WANDB_PROJECT", project)
+    said = []
+    reports = opened(tmp_path, "wandb", said, run_name="short", r=4)
+    assert wandb.begun == [dict(project=project or "longlora", name="short")]
+    assert wandb.made.config["r"] == 4 and wandb.made.config["data"] == "d"
+    step = "train/global_step"
+    assert wandb.made.metrics == [(step, {}), ("*", dict(step_metric=step, step_sync=True))]
+    reports.log(dict(step=3, loss=2, eval_loss=1.0, note="words"))
+    assert wandb.made.rows == [{step: 3, "train/loss": 2.0, "eval/loss": 1.0}]
+    for _ in range(2):
+        reports.close()
+    assert wandb.made.codes == [0] and said == []
+
+
+def test_an_error_ends_the_report_and_an_interrupt_does_not_wait(tmp_path, wandb):
+    for error, codes in ((None, []), (ValueError, [1]), (KeyboardInterrupt, [])):
+        with contextlib.suppress(ValueError, KeyboardInterrupt), opened(tmp_path, "wandb", []) as reports:
+            assert isinstance(reports, reporters.Reports)
+            if error:
+                raise error
+        assert wandb.made.codes == codes
+
+
+def test_an_open_run_of_wandb_is_not_ended(tmp_path, wandb):
+    wandb.run = Run()
+    wandb.run.config = Config()
+    reports = opened(tmp_path, "wandb", [], r=4)
+    reports.log(dict(step=1, loss=2.0))
+    reports.close()
+    assert not wandb.begun and not wandb.run.codes and wandb.run.config["r"] == 4
+    assert wandb.run.rows == [{"train/global_step": 1, "train/loss": 2.0}]
+
+
+@pytest.mark.parametrize(
+    "error, words", [(RuntimeError("no\nroom"), "no room"), (ValueError(), "ValueError")]
+)
+def test_a_reporter_that_fails_is_named_once(tmp_path, wandb, monkeypatch, error, words):
+    def fail(row):
+        raise error
+
+    said = []
+    reports = opened(tmp_path, "wandb", said)
+    wandb.made.log = fail
+    for step in (1, 2):
+        reports.log(dict(step=step, loss=1.0))
+    reports.close()
+    assert said == [f"wandb fails, the run goes on without it: {words}"] and wandb.made.codes == []
 
 
 def test_wandb_gets_the_metrics_and_the_options_of_a_run(tmp_path, wandb):
@@ -244,6 +329,24 @@ def test_a_folder_of_the_packages_name_is_not_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
     with pytest.raises(UserError, match="needs the package wandb"):
         reporters.chosen(["wandb"])
+
+
+def test_a_package_that_cannot_be_imported_is_said_with_the_reason(monkeypatch):
+    def fail(name):
+        raise TypeError("Descriptors cannot be created")
+
+    monkeypatch.setattr(reporters.importlib, "import_module", fail)
+    with pytest.raises(UserError) as caught:
+        reporters.chosen(["wandb"])
+    assert str(caught.value) == (
+        "report_to wandb needs the package wandb: pip install 'longlora[wandb]' "
+        "(Descriptors cannot be created)"
+    )
+    assert reporters.chosen(["all"]) == []
+
+
+def test_a_program_that_is_named_twice_gets_one_report(wandb):
+    assert reporters.chosen(["wandb", "wandb"]) == ["wandb"]
 
 
 def test_all_means_those_that_are_installed(monkeypatch, wandb):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -81,6 +82,76 @@ def test_a_later_signal_means_now(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+@pytest.fixture
+def default():
+    """Every signal has its default handler, whatever started the tests."""
+    numbers = (*stop.ASK, *stop.WARN)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    yield numbers
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_signals_of_one_second_are_one_request(default, monkeypatch, capfd):
+    times = iter([100.0, 100.9, 101.0, 200.0, 101.1])
+    monkeypatch.setattr(stop.time, "monotonic", lambda: next(times))
+    with stop.Stop() as s:
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.raise_signal(number)
+        assert s.signal == signal.SIGHUP
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    error = capfd.readouterr().err
+    assert error.startswith("\nSIGHUP: finishing and saving this step; ") and " after 1 s ends" in error
+    assert error.count("\n") == 2
+
+
+def test_signals_that_are_ignored_stay_so_but_for_those_that_mean_now(default):
+    ignored = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    before = {number: signal.getsignal(number) for number in default}
+    with stop.Stop() as s:
+        caught = {number for number in default if signal.getsignal(number) == s._note}
+        assert caught == {signal.SIGINT, signal.SIGTERM, signal.SIGXCPU}
+        signal.raise_signal(signal.SIGHUP)
+        assert s.signal is None
+        signal.raise_signal(signal.SIGINT)
+        assert s.signal == signal.SIGINT
+    assert {number: signal.getsignal(number) for number in default} == before
+
+
+def test_only_the_main_thread_has_signals(default):
+    found = []
+
+    def work():
+        with stop.Stop() as s:
+            found.extend(signal.getsignal(number) for number in default)
+            assert s.signal is None
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [signal.SIG_DFL] * len(default)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_signal_without_a_standard_error(default, monkeypatch, closed):
+    """Descriptor 2 is then a file of the run; or it is closed."""
+    written = []
+
+    def write(handle, data):
+        written.append((handle, data))
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr(stop.os, "write", write)
+    if not closed:
+        monkeypatch.setattr(sys, "__stderr__", None)
+    with stop.Stop() as s:
+        signal.raise_signal(signal.SIGTERM)
+    assert s.signal == signal.SIGTERM and len(written) == closed
 
 
 def test_the_checkpoint_just_written_is_kept(tmp_path):
