@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "mutation"))
 import c  # noqa: E402
 import operators  # noqa: E402
+import results  # noqa: E402
 
 TOOL = Path(__file__).with_name("mutation") / "python.py"
 TOY = '''"""A toy."""
@@ -70,6 +71,16 @@ def test_the_faults_of_a_line():
     assert changes("x: int = 'é' + y") == {"x: int = 'é~' + y", "x: int = ('é' - y)"}
     assert changes("while f(): break") == {"while (not f()): break", "while f(): continue"}
     assert changes('"""Words."""') == set() and changes('raise E("words")') == {"pass"}
+
+
+def test_every_equivalent_mutant_is_one_of_todays(monkeypatch):
+    monkeypatch.chdir(TOOL.parents[2])
+    lines = results.EQUIVALENT.read_text().splitlines()
+    assert lines == sorted(lines) and all(line.partition("  # ")[2] for line in lines)
+    keys = {key for path in Path("csrc").rglob("*.c") for key, _ in c.mutants(path)}
+    for path in Path("longlora").rglob("*.py"):
+        keys |= {f"{path}:{m.function}: {m.was} -> {m.then}" for m in operators.mutants(path.read_text())}
+    assert {line.partition("  # ")[0] for line in lines} <= keys
 
 
 def test_the_faults_of_c(tmp_path):
