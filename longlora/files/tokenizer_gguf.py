@@ -76,7 +76,7 @@ def read(
         special, _ = add_tokens(backend, outer, named)
         add_bos = get("add_bos_token", bool, kind == "llama") and special.get("bos_token")
         add_eos = get("add_eos_token", bool) and special.get("eos_token")
-        set_template(backend, add_bos or None, add_eos or None)
+        set_template(backend, add_bos, add_eos)
         probe(backend)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
     if isinstance(metadata.get("tokenizer.chat_template"), str):

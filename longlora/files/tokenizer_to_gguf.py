@@ -53,7 +53,7 @@ def keys(tokenizer: Tokenizer, config: ModelConfig, generation: Mapping[str, Any
     steps = _steps(described["pre_tokenizer"], "pretokenizers")
     if core["type"] != "BPE":
         raise UserError(f"{where}: a tokenizer of type {core['type']} cannot go into a GGUF file; BPE can")
-    pairs = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in core["merges"]]
+    pairs = [tuple(pair) for pair in core["merges"]]
     if not pairs:
         raise UserError(f"{where}: a tokenizer without merges cannot go into a GGUF file")
     for part in ("continuing_subword_prefix", "end_of_word_suffix"):
@@ -197,7 +197,7 @@ def _special(tokenizer, config, generation):
         raise UserError(
             f"{tokenizer.where}: puts the tokens {around} around each text; llama.cpp has only bos and eos"
         )
-    found["add_bos_token"] = around[:1] == [bos] and bos is not None
+    found["add_bos_token"] = around[:1] == [bos]
     found["add_eos_token"] = len(around) == 2 or around == [eos] != [bos]
     ends = generation.get("eos_token_id")
     more = (

@@ -49,16 +49,21 @@ def test_failures_of_the_library_are_named(raised, caught, message):
         raise raised
 
 
+def free():
+    """The next numbers of open files."""
+    numbers = [os.dup(2) for _ in range(3)]
+    for number in numbers:
+        os.close(number)
+    return numbers
+
+
 def test_nothing_is_written_to_stderr_while_it_is_silent(capfd):
-    before = os.dup(2)
-    os.close(before)
+    before = free()
     with silent():
         os.write(2, b"a panic")
     os.write(2, b"after")
     assert capfd.readouterr().err == "after"
-    again = os.dup(2)
-    os.close(again)
-    assert again == before, "a file stays open"
+    assert free() == before, "a file stays open"
 
 
 def test_stderr_comes_back_after_an_error(capfd):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import tiny
-from test_tokenizer import Rows
+from test_tokenizer import Rows, auto
 from test_tokenizer_matrix import added, written
 
 from longlora.errors import UserError
@@ -94,6 +94,49 @@ def test_special_tokens_are_split_only_where_the_file_says_so(tmp_path):
     for config, ids in (({}, [256]), (dict(split_special_tokens=False), [256])):
         assert opened(tmp_path, config).encode(END).tolist() == ids
     assert opened(tmp_path, dict(split_special_tokens=True)).encode(END).tolist() == letters
+
+
+def test_flags_of_a_config_do_not_count_beside_tokenizer_json(tmp_path):
+    config = dict(bos_token="!", eos_token="?", add_bos_token=True, add_eos_token=True)
+    assert opened(tmp_path, config).encode("a").tolist() == [97]
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2Tokenizer"])
+def test_vocab_and_merges_are_read_as_in_transformers(tmp_path, name):
+    """There the flags count."""
+    config = dict(bos_token="!", eos_token="?", add_bos_token=True, add_eos_token=True)
+    path = written(tmp_path / "t", None, name, "llama", {"config": config})
+    (path / "vocab.json").write_text(json.dumps({**BYTES["model"]["vocab"], "ab": 300}))
+    (path / "merges.txt").write_text("#version: 0.2\na b\n")
+    ours, theirs = Tokenizer.from_directory(path), auto(path)
+    assert json.loads(ours.backend.to_str()) == json.loads(theirs.backend_tokenizer.to_str())
+    assert ours.encode("abc").tolist() == theirs("abc").input_ids == [33, 300, 99, 63]
+
+
+def test_a_class_keeps_the_post_processor_of_tokenizer_json(tmp_path):
+    path = written(tmp_path / "t", {**BYTES, "post_processor": around(("!", 33))}, "GPT2Tokenizer", None, {})
+    assert Tokenizer.from_directory(path).encode("a").tolist() == auto(path)("a").input_ids == [33, 97]
+
+
+@pytest.mark.parametrize("part", [dict(model=3), dict(model=None)])
+def test_a_class_needs_a_model(tmp_path, part):
+    path = written(tmp_path / "t", {**BYTES, **part}, "GPT2Tokenizer", None, {})
+    with pytest.raises(UserError, match="t/tokenizer.json: not a tokenizer: model should be an object, got"):
+        Tokenizer.from_directory(path)
+
+
+@pytest.mark.parametrize("splits", ["yes", 1, None])
+def test_a_wrong_split_special_tokens_is_named(tmp_path, splits):
+    message = f"tokenizer_config.json: split_special_tokens should be true or false, got {splits!r}$"
+    with pytest.raises(UserError, match=message):
+        opened(tmp_path, dict(split_special_tokens=splits))
+
+
+def test_what_cannot_be_read_is_an_error_when_ids_are_asked_for():
+    ours = Tokenizer(UserError("install it"), {}, {"a": b"x"}, "here")
+    assert ours.check(Rows(0), "x") is ours and ours.file("a") == b"x"
+    with pytest.raises(UserError, match="^install it$"):
+        ours.encode("a")
 
 
 # ---- ids -----------------------------------------------------------------------------------------

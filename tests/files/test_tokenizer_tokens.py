@@ -108,12 +108,17 @@ def test_an_added_tokens_decoder_of_null_is_none(tmp_path):
         ({"config": dict(pad_token="<x>")}, 257, True),
         ({"config": dict(pad_token="<x>", eos_token="<x>")}, 257, True),
         ({"config": dict(bos_token="<x>")}, 257, False),
+        ({"config": dict(pad_token="<x>"), "json": "<x>"}, 257, True),
+        ({"json": "<x>"}, 257, False),
         ({"config": dict(extra_special_tokens=["<x>"])}, 257, False),
     ],
 )
 def test_tokens_that_may_lack_a_row(tmp_path, files, rows, kept):
     """Those that only added_tokens.json has, and the one for padding."""
-    path = written(tmp_path / "t", BYTES, None, "llama", files)
+    more = [{**added(text), "id": 257} for name, text in files.items() if name == "json"]
+    described = {**BYTES, "added_tokens": [*BYTES["added_tokens"], *more]}
+    files = {name: content for name, content in files.items() if name != "json"}
+    path = written(tmp_path / "t", described, None, "llama", files)
     ours = Tokenizer.from_directory(path)
     if kept:
         assert ours.check(Rows(rows), path).encode("<x>").tolist() == [*b"<x>"]
