@@ -40,7 +40,8 @@ import results
 WHOLE = {"training", "data", "files"}
 # Seconds of processor time, traced, of one test and of all tests for a mutant. A quick one should notice.
 LONGEST, TOGETHER = 10.0, 5.0
-MAP_LIMIT = 900  # seconds for a test file
+MAP_LIMIT = 900  # seconds of processor time for a test file
+WAITS = 20  # a loop without end takes processor time; a test that waits takes none
 MEMORY = 6 << 30  # bytes of a mutant at most
 ROOT = Path.cwd()
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", ".*_cache", ".hypothesis")
@@ -111,14 +112,16 @@ def resident(pid: int) -> int:
 
 
 def forked(function: Callable[[], int], limit: float, log: Path | None) -> int | None:
-    """Call the function in a fork, its output in `log` -> its result, None if it took more than `limit`
-    seconds or MEMORY."""
+    """Call the function in a fork, its output in `log` -> its result, None if it took more than `limit` seconds
+    of processor time, WAITS times as long, or MEMORY."""
     code: int | None = 3
     pid = os.fork()
     if not pid:
         try:
             os.setsid()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if limit < math.inf:
+                resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit), math.ceil(limit)))
             if log:
                 out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
                 os.dup2(out, 1), os.dup2(out, 2)
@@ -126,10 +129,11 @@ def forked(function: Callable[[], int], limit: float, log: Path | None) -> int |
             sys.stdout.flush()
         finally:
             os._exit(code or 0)
-    end, code = time.monotonic() + limit, None
+    end, code, pause = time.monotonic() + WAITS * limit, None, 0.001
     try:
         while code is None and time.monotonic() < end and resident(pid) < MEMORY:
-            time.sleep(0.003)
+            time.sleep(pause)
+            pause = min(0.1, 1.2 * pause)
             done, status = os.waitpid(pid, os.WNOHANG)
             code = os.waitstatus_to_exitcode(status) if done else None
     finally:
@@ -137,7 +141,7 @@ def forked(function: Callable[[], int], limit: float, log: Path | None) -> int |
             os.killpg(pid, signal.SIGKILL)  # with what the tests started
         if code is None:
             os.waitpid(pid, 0)
-    return code
+    return None if code == -signal.SIGKILL else code
 
 
 def run_tests(files: list[str], plugin: object | None, *options: str) -> int:
