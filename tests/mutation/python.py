@@ -112,8 +112,8 @@ def resident(pid: int) -> int:
 
 
 def forked(function: Callable[[], int], limit: float, log: Path | None) -> int | None:
-    """Call the function in a fork, its output in `log` -> its result, None if it took more than `limit` seconds
-    of processor time, WAITS times as long, or MEMORY."""
+    """Call the function in a fork, its output in `log` -> its result, None if it took more than MEMORY, than
+    `limit` seconds of processor time, or WAITS times as long."""
     code: int | None = 3
     pid = os.fork()
     if not pid:
