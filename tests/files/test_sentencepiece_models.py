@@ -57,6 +57,12 @@ MODELS = {
         dict(unk_id=1, bos_id=0, eos_id=2, unk_piece="<b>", bos_piece="<a>", eos_piece="<c>"),
         {},
     ),
+    "empty names": (
+        [*START, *WORDS],
+        dict(bos_piece="", eos_piece="", unk_piece="", byte_fallback=False),
+        {},
+    ),
+    "twice": ([*START, *WORDS, WORDS[0], *OWN, OWN[0]], dict(byte_fallback=False), {}),
     "no ends": ([*START, *WORDS], dict(bos_id=-1, eos_id=-1), {}),
 }
 FILES = {
@@ -72,6 +78,7 @@ FILES = {
             "60": added("<new>", special=False),
         },
     ),
+    "normalized": dict(added_tokens_decoder={"1": added("<s>", normalized=True)}),
     "swap": dict(added_tokens_decoder={"1": added("</s>"), "2": added("<s>"), "0": added("ab")}),
 }
 
