@@ -87,7 +87,6 @@ def _tokens(tokenizer, rows):
     vocab = tokenizer.backend.get_vocab(with_added_tokens=True)
     added = tokenizer.backend.get_added_tokens_decoder()
     by_id = {index: text for text, index in vocab.items()}
-    by_id |= {index: token.content for index, token in added.items()}
     seen, tokens, types = set(by_id.values()), [], []
     for index in range(rows):
         text, kind = by_id.get(index), NORMAL
@@ -106,7 +105,7 @@ def _name(core, steps, normalizer, where):
     """llama.cpp's name for the way a text is split before byte-level BPE."""
     expressions: list[str] = []
     for step in steps:
-        kind, pattern = step["type"], step.get("pattern") or {}
+        kind, pattern = step["type"], step.get("pattern")
         if kind == "Digits" and step["individual_digits"]:
             expressions.append(DIGITS)
         elif kind == "Split" and "Regex" in pattern and step["behavior"] == "Isolated" and not step["invert"]:

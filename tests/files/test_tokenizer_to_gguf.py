@@ -187,7 +187,7 @@ def test_another_kind_of_model_is_named():
 
 # ---- SentencePiece -------------------------------------------------------------------------------
 
-PIECES = ("<unk>", "<s>", "</s>", "<0x0A>", "<0x123>", "[0x0B]", "<0x0C)", "▁", "a", "b", "ab", "▁a", "▁ab")
+PIECES = ("<unk>", "<s>", "</s>", "<0x0A>", "<0x123>", "[0x0B>", "<0x0C)", "▁", "a", "b", "ab", "▁a", "▁ab")
 MERGES = [["a", "b"], ["▁", "a"], ["▁", "ab"], ["▁a", "b"]]
 SPACES = dict(type="Metaspace", replacement="▁", prepend_scheme="first", split=False)
 
@@ -246,6 +246,13 @@ def test_only_plain_tokens_are_merged():
     """The parts of an added token are not its merges."""
     got = found(pieces(more=[added(13, "aa", False), added(14, "bb", True)]), rows=15, eos=2)
     assert got[KEY.TOKEN_TYPE][13:] == [4, 3] and got[KEY.SCORES][13:] == [0.0, 0.0]
+
+
+def test_a_part_that_is_no_token_is_no_merge():
+    described = pieces()
+    described["model"]["vocab"].update({"zab": 13, "abz": 14})
+    got = found(described, rows=15, eos=2)
+    assert got[KEY.MERGES] == ["a b", "▁ a", "▁ ab", "▁a b"] and got[KEY.SCORES][13:] == [-4.0, -4.0]
 
 
 def put(**changes):
