@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceNormalizer, SentencePieceProcessor
 from sentencepiece import sentencepiece_model_pb2 as protobuf
 from test_tokenizer import auto
 from test_tokenizer_matrix import added, written
@@ -102,6 +102,15 @@ def alike(path, content, name, config):
 def test_a_model_is_converted_as_in_transformers(tmp_path, kind, name):
     for config in FILES.values():
         alike(tmp_path, model(*MODELS[kind]), name, config)
+
+
+def test_characters_are_replaced_as_in_transformers(tmp_path):
+    """By the table that the model holds."""
+    rules = SentencePieceNormalizer(rule_name="nfkc").serialized_model_proto()
+    table = protobuf.ModelProto.FromString(rules).normalizer_spec.precompiled_charsmap
+    content = model(*MODELS["bytes"][:2], dict(precompiled_charsmap=table))
+    ours = alike(tmp_path, content, None, {})
+    assert ours.encode("ａｂ").tolist() == ours.encode("ab").tolist()
 
 
 def test_ids_are_those_of_sentencepiece(tmp_path):
