@@ -152,6 +152,15 @@ def test_without_its_library_it_says_what_to_install(monkeypatch):
         reader.read(model(START), "m")
 
 
+def test_a_directory_without_the_library_has_its_files(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    ours = opened(tmp_path, b"anything")
+    assert ours.file("tokenizer.model") == b"anything" and ours.special == {}
+    assert ours.where == str(tmp_path / "t")
+    with pytest.raises(reader.Missing, match="t/tokenizer.model: is read by the library sentencepiece"):
+        ours.encode("a")
+
+
 @pytest.mark.parametrize("scores", [None, dict(ab=-3.0, aba=-1.0, ba=-3.0, b=-9.0, abab=-1.0)])
 def test_merges_are_those_of_transformers(scores):
     """Of merges that are as good the shorter come first, by scores the longer."""

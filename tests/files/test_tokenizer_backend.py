@@ -10,6 +10,7 @@ import tiny
 from test_tokenizer import auto
 from test_tokenizer_matrix import added, written
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from longlora.errors import UserError
 from longlora.files import tokenizer
@@ -240,6 +241,14 @@ def test_small_vocabularies_and_lone_files_are_not_repaired():
     backend = SimpleNamespace(pre_tokenizer=None, get_vocab_size=lambda: 100_001)
     repair(backend, SimpleNamespace(model=model, config=asked))
     assert backend.pre_tokenizer is None
+
+
+def test_a_directory_is_repaired(tmp_path, monkeypatch):
+    """A vocabulary that is large enough would take a second."""
+    monkeypatch.setattr(Tokenizer, "get_vocab_size", lambda self: 100_001)
+    path = written(tmp_path / "t", BYTES, None, "mistral", {"config": {"fix_mistral_regex": True}})
+    by = json.loads(state(tokenizer.Tokenizer.from_directory(path).backend))["pretokenizers"][0]
+    assert by["pattern"] == {"Regex": GGUF_PRE_TOKENIZER_SPLITS["tekken"]} and by["behavior"] == "Isolated"
 
 
 def test_an_added_token_is_special_where_a_name_is_its_own(tmp_path):

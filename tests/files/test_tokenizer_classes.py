@@ -109,6 +109,14 @@ def test_a_wrong_flag_is_named(name, key):
         as_class(files(**{key: "yes"}), CLASSES[name], {"vocab": VOCAB})
 
 
+@pytest.mark.parametrize("place", ["config", "model"])
+def test_a_class_is_a_name(place):
+    found = SimpleNamespace(config={}, model={}, bytes={}, name=lambda name: name)
+    setattr(found, place, {"tokenizer_class": 5})
+    with pytest.raises(UserError, match="^tokenizer_config.json: tokenizer_class should be a name, got 5$"):
+        choose(found)
+
+
 CODE = ["their.Slow", "their.Fast"]
 
 
