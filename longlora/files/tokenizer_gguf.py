@@ -138,9 +138,7 @@ def _add_typed(backend, get, tokens, kind):
     # In a byte-level vocabulary the converter may label other tokens as control tokens by mistake.
     letters = set(byte_alphabet().values()) if kind == "gpt2" else None
     control = [
-        AddedToken(token, normalized=False)
-        for token, type_ in typed
-        if type_ == CONTROL and (letters is None or letters.issuperset(token))
+        token for token, type_ in typed if type_ == CONTROL and (letters is None or letters.issuperset(token))
     ]
     backend.add_special_tokens(control)
     vocab = backend.get_vocab(with_added_tokens=True)

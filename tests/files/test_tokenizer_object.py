@@ -57,6 +57,7 @@ def test_a_vocabulary_is_found(tmp_path, name, found):
 
 
 MODEL, JSON, MERGES = "tokenizer.model", "vocab.json", "merges.txt"
+OTHER = ["tekken.json", "tiktoken.model", "spiece.model", "vocab.txt", "spm.model"]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ MODEL, JSON, MERGES = "tokenizer.model", "vocab.json", "merges.txt"
             "reads tokenizer.model or vocab.json .the directory holds .*merges.txt.$",
         ),
         ("LlamaTokenizer", [JSON, MERGES], "LlamaTokenizer reads tokenizer.model .the directory holds"),
-        (None, ["spiece.model", "tekken.json"], "holds tekken.json, spiece.model.$"),
+        (None, OTHER, f"holds {', '.join(OTHER)}.$"),
     ],
 )
 def test_a_directory_without_a_vocabulary_of_the_class_is_refused(tmp_path, name, held, message):
