@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 from longlora.errors import UserError
+from longlora.files.tokenizer import Tokenizer
 from longlora.files.tokenizer_backend import add_tokens, build, post_process
 from longlora.files.tokenizer_class import BACKEND, CLASSES, as_class, choose
 from longlora.files.tokenizer_files import NamedTokens, TokenizerFiles
@@ -107,6 +108,18 @@ def test_a_wrong_flag_is_named(name, key):
         UserError, match=f"^here/tokenizer_config.json: {key} should be true or false, got 'yes'$"
     ):
         as_class(files(**{key: "yes"}), CLASSES[name], {"vocab": VOCAB})
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_what_stands_around_a_text_in_tokenizer_json_stays_where_it_does_in_transformers(tmp_path, name):
+    around = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    described = {**json.loads(tiny.tokenizer_json()), "post_processor": around}
+    path = written(tmp_path / "t", described, name, None, {})
+    ours, wanted = Tokenizer.from_directory(path), auto(path)
+    assert ours.special == wanted.special_tokens_map
+    found = json.loads(ours.backend.to_str())["post_processor"]
+    assert found == json.loads(wanted.backend_tokenizer.to_str())["post_processor"]
+    assert (found == around) == (name not in ("CodeLlamaTokenizer", "GPTNeoXTokenizer"))
 
 
 @pytest.mark.parametrize("place", ["config", "model"])
