@@ -77,8 +77,7 @@ def merges_of(vocab: dict[str, int], scores: dict[str, float] | None = None) -> 
     found = []
     for token, score in (vocab if scores is None else scores).items():
         splits = ((token[:i], token[i:]) for i in range(1, len(token)))
-        pairs = [(left, right, score) for left, right in splits if left in vocab and right in vocab]
-        found += sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        found += [(left, right, score) for left, right in splits if left in vocab and right in vocab]
     found.sort(key=lambda pair: (pair[2], len(pair[0]), len(pair[1])), reverse=scores is not None)
     return [[left, right] for left, right, _ in found]
 

@@ -184,7 +184,7 @@ class Tokenizer:
         with self._encoding(texts):
             if self._plain is None:  # a post-processor may take the spaces of a token off its characters
                 self._plain = self._copy({"post_processor": None})
-            done = self._plain.encode_batch(texts, add_special_tokens=False)
+            done = self._plain.encode_batch(texts)
             added = np.array(sorted(self.backend.get_added_tokens_decoder()), np.int64)
         found = []
         for text, encoding in zip(texts, done, strict=True):

@@ -78,7 +78,7 @@ def add_tokens(backend: Any, chosen: Class, named: NamedTokens) -> tuple[dict[st
     adding = [added for _, added in sorted(named.decoder.items())]
     held = {added.content for added in backend.get_added_tokens_decoder().values()} | set(map(str, adding))
     for value in [*special.values(), *named.extra]:
-        if str(value) not in held and value not in adding:
+        if str(value) not in held:
             adding.append(value)
     names = {str(value) for value in special.values()}
     spare = {*defaults.values(), *chosen.specific.values()} - set(named.by_content)
@@ -87,7 +87,7 @@ def add_tokens(backend: Any, chosen: Class, named: NamedTokens) -> tuple[dict[st
     for i, value in enumerate(adding):
         if isinstance(value, str):
             adding[i] = AddedToken(value, special=True)
-        elif not value.special and str(value) in names:
+        elif str(value) in names:
             value.special = True
     backend.add_tokens(adding)
     if chosen.repeats:
@@ -103,7 +103,7 @@ def post_process(backend: Any, chosen: Class, init: dict[str, Any], special: dic
         return
     bos = init.get("add_bos_token", chosen.add_bos) and special.get("bos_token")
     eos = init.get("add_eos_token") and special.get("eos_token")
-    set_template(backend, bos or None, eos or None)
+    set_template(backend, bos, eos)
 
 
 def set_template(backend: Any, bos: str | None, eos: str | None) -> None:

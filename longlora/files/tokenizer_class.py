@@ -205,13 +205,10 @@ def choose(files: TokenizerFiles) -> Class:
     code = files.config.get("auto_map")
     code = code.get("AutoTokenizer") if isinstance(code, dict) else code
     if code is None:
-        spells_bytes = b'"ByteLevel"' in files.bytes.get(JSON, b"")
-        if declared == "LlamaTokenizer" and family not in OVERRULED and spells_bytes:
+        if own == BACKEND.name or family in OVERRULED:
+            return _class(own, where)
+        if declared == "LlamaTokenizer" and b'"ByteLevel"' in files.bytes.get(JSON, b""):
             return BACKEND
-        if declared is not None and own is not None and own != declared:
-            if own == BACKEND.name:
-                return BACKEND
-            return _class(own if family in OVERRULED else declared, where)
     elif own is None and (in_config is None or not _is_known(in_config)):
         raise UserError(
             f"{where}: auto_map asks for the model authors' Python code, which longlora does not run"
@@ -250,8 +247,6 @@ def as_class(files: TokenizerFiles, chosen: Class, model: Described, post_proces
         built = chosen.build(files.config)
     except UserError as error:
         raise UserError(f"{files.name(CONFIG)}: {error}") from None
-    plain = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
-    flags = dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
     merges = model.get("merges") or []
     return {
         "version": "1.0",
@@ -260,5 +255,5 @@ def as_class(files: TokenizerFiles, chosen: Class, model: Described, post_proces
         "added_tokens": [],
         "post_processor": post_processor,
         **built,
-        "model": {"type": "BPE", **plain, **flags, "vocab": vocab, "merges": merges, **built["model"]},
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, **built["model"]},
     }

@@ -76,7 +76,7 @@ def read(
         special, _ = add_tokens(backend, outer, named)
         add_bos = get("add_bos_token", bool, kind == "llama") and special.get("bos_token")
         add_eos = get("add_eos_token", bool) and special.get("eos_token")
-        set_template(backend, add_bos or None, add_eos or None)
+        set_template(backend, add_bos, add_eos)
         probe(backend)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
     if isinstance(metadata.get("tokenizer.chat_template"), str):
@@ -100,12 +100,11 @@ class _Keys:
             raise UserError(f"{self.path}: {PREFIX}{key} should be of type {kind.__name__}, got {value!r}")
         return default if value is None else value
 
-    def listed(self, key, *kinds):
+    def listed(self, key, kind):
         value = self.metadata.get(PREFIX + key)
-        if value is None or isinstance(value, list) and {type(entry) for entry in value} <= {*kinds}:
+        if value is None or isinstance(value, list) and {type(entry) for entry in value} <= {kind}:
             return value
-        wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise UserError(f"{self.path}: {PREFIX}{key} should be a list of {wanted}, got {value!r}")
+        raise UserError(f"{self.path}: {PREFIX}{key} should be a list of {kind.__name__}, got {value!r}")
 
 
 def _special(get, tokens):
@@ -139,15 +138,13 @@ def _add_typed(backend, get, tokens, kind):
     # In a byte-level vocabulary the converter may label other tokens as control tokens by mistake.
     letters = set(byte_alphabet().values()) if kind == "gpt2" else None
     control = [
-        AddedToken(token, normalized=False, special=True)
-        for token, type_ in typed
-        if type_ == CONTROL and (letters is None or letters.issuperset(token))
+        token for token, type_ in typed if type_ == CONTROL and (letters is None or letters.issuperset(token))
     ]
     backend.add_special_tokens(control)
     vocab = backend.get_vocab(with_added_tokens=True)
     backend.add_tokens(
         [
-            AddedToken(token, normalized=False, special=False)
+            AddedToken(token, normalized=False)
             for token, type_ in typed
             if type_ == USER_DEFINED and token in vocab
         ]

@@ -53,7 +53,7 @@ def keys(tokenizer: Tokenizer, config: ModelConfig, generation: Mapping[str, Any
     steps = _steps(described["pre_tokenizer"], "pretokenizers")
     if core["type"] != "BPE":
         raise UserError(f"{where}: a tokenizer of type {core['type']} cannot go into a GGUF file; BPE can")
-    pairs = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in core["merges"]]
+    pairs = [tuple(pair) for pair in core["merges"]]
     if not pairs:
         raise UserError(f"{where}: a tokenizer without merges cannot go into a GGUF file")
     for part in ("continuing_subword_prefix", "end_of_word_suffix"):
@@ -87,7 +87,6 @@ def _tokens(tokenizer, rows):
     vocab = tokenizer.backend.get_vocab(with_added_tokens=True)
     added = tokenizer.backend.get_added_tokens_decoder()
     by_id = {index: text for text, index in vocab.items()}
-    by_id |= {index: token.content for index, token in added.items()}
     seen, tokens, types = set(by_id.values()), [], []
     for index in range(rows):
         text, kind = by_id.get(index), NORMAL
@@ -106,7 +105,7 @@ def _name(core, steps, normalizer, where):
     """llama.cpp's name for the way a text is split before byte-level BPE."""
     expressions: list[str] = []
     for step in steps:
-        kind, pattern = step["type"], step.get("pattern") or {}
+        kind, pattern = step["type"], step.get("pattern")
         if kind == "Digits" and step["individual_digits"]:
             expressions.append(DIGITS)
         elif kind == "Split" and "Regex" in pattern and step["behavior"] == "Isolated" and not step["invert"]:
@@ -197,7 +196,7 @@ def _special(tokenizer, config, generation):
         raise UserError(
             f"{tokenizer.where}: puts the tokens {around} around each text; llama.cpp has only bos and eos"
         )
-    found["add_bos_token"] = around[:1] == [bos] and bos is not None
+    found["add_bos_token"] = around[:1] == [bos]
     found["add_eos_token"] = len(around) == 2 or around == [eos] != [bos]
     ends = generation.get("eos_token_id")
     more = (
