@@ -113,7 +113,7 @@ def test_segments_of_several_tiles(D, boundary, dtype, place):
     D is each size that the 16-bit kernels are compiled for.
     """
     both(
-        *inputs(1, 300, 3, 1, D, dtype),
+        *inputs(1, 300, 2, 1, D, dtype),
         group_size=150,
         boundary=boundary,
         scale=-0.1 if boundary == "swap" else None,
@@ -177,7 +177,7 @@ def test_packed_documents_are_separate_runs(boundaries, isa):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_packed_documents_of_several_tiles(D, dtype, place):
     both(
-        *inputs(1, 420, 3, 1, D, dtype),
+        *inputs(1, 420, 2, 1, D, dtype),
         group_size=140,
         cu_seqlens=np.array([0, 150, 151, 151, 270, 420], np.int32),
     )
