@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
 transformers = pytest.importorskip("transformers", reason="its layers are swapped")
 peft = pytest.importorskip("peft", reason="its layers are swapped")
+from families import tiny  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers.loss.loss_utils import ForCausalLMLoss  # noqa: E402
 
@@ -409,6 +410,16 @@ def test_a_head_gives_the_loss_where_it_can(calls):
     made.longlora_swapped = False
     close(made(x), logits)
     assert calls["linear_cross_entropy"] == 0 and loss.rows is None
+
+
+def test_a_head_that_cannot_give_the_loss_makes_logits():
+    """The kernels know no float64."""
+    model = tiny("llama", "sdpa", num_hidden_layers=1).double().train()
+    made, ids = swapped(model), torch.arange(3, 12)[None]
+    theirs, found = (each(ids, labels=ids) for each in (model, made))
+    close(found.loss, theirs.loss)
+    close(found.logits, theirs.logits)
+    assert not hasattr(made, "longlora_loss") and not hasattr(made.lm_head, "longlora_loss")
 
 
 def test_linears_that_may_be_heads():
