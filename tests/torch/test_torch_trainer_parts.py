@@ -540,9 +540,7 @@ def test_what_would_train_in_low_precision(monkeypatch, deepspeed):
         if deepspeed:
             check.on_train_begin(None, None, None, model=model, optimizer="optimizer")
         else:
-            with pytest.raises(
-                UserError, match=f"lora_A would train in {word}, .*lora_embedding_A"
-            ):
+            with pytest.raises(UserError, match=f"lora_A would train in {word}, .*lora_embedding_A"):
                 check.on_train_begin(None, None, None, model=model, optimizer="optimizer")
 
 
