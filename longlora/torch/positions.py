@@ -191,7 +191,7 @@ def _linear_words(config, pairs):
         yield {"rope_scaling": {"type": "linear", "factor": usual["factor"]}}
         yield {"rope_scaling": {"type": "longrope", "short_factor": factors, "long_factor": factors}}
     else:
-        kept = {key: value for key, value in usual.items() if key not in ("factor", "rope_type")}
+        kept = {key: value for key, value in usual.items() if key != "factor"}
         long = dict(rope_type="longrope", short_factor=factors, long_factor=factors)
         yield {"rope_parameters": kept | long | {ORIGINAL: getattr(config, ORIGINAL)}}
 

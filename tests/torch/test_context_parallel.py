@@ -15,12 +15,13 @@ import context_parallel_worker as worker
 import numpy as np
 import pytest
 import torch
-from context_parallel_checks import judge, to_numpy, to_torch
+from context_parallel_checks import FIXED, judge, to_numpy, to_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longlora.torch import context_parallel as cp
 from longlora.torch.context_parallel import attention as inside
+from longlora.torch.context_parallel import costs
 from longlora.torch.context_parallel.plan import plan_of
 
 HERE = Path(__file__).resolve().parent
@@ -80,6 +81,12 @@ def test_pieces(length, ranks, multiple):
     assert max(sizes) - min(sizes) <= 2 * multiple - 1
 
 
+def test_pieces_by_hand():
+    assert cp.pieces(23, 4) == [6, 6, 6, 5] and cp.pieces(5, 1) == [5] and cp.pieces(0, 2) == [0, 0]
+    assert cp.pieces(65, 4, 16) == [32, 16, 16, 1] and cp.pieces(7, 3, 16) == [7, 0, 0]
+    assert cp.pieces(1, 1, 1) == [1]
+
+
 def test_pieces_refuses():
     for arguments in ((-1, 2), (4, 0), (4, 2, 0)):
         with pytest.raises(ValueError, match="pieces: wanted"):
@@ -133,6 +140,25 @@ def one_after_the_other(lengths, G, shift, scale, q, k, v, dout):
     return [np.concatenate([to_numpy(x) for x in pieces], 1) for pieces in results], totals
 
 
+@pytest.mark.parametrize(
+    "world, name", [(world, name) for world in FIXED for name in FIXED[world] if name != "long"]
+)
+def test_named_pieces(world, name):
+    """What travels is what the mask needs, there and back, and the results are those of one process."""
+    lengths, G, H, K, how = FIXED[world][name]
+    how = {"B": 1, "D": 9, "dtype": "float32", "shift": "half", "scale": None, **how}
+    shift, scale = how["shift"], how["scale"] or how["D"] ** -0.5
+    sizes = [(how["B"], sum(lengths), heads, how["D"]) for heads in (H, K, K, H)]
+    whole = [checks.random(size, how["dtype"], seed) for seed, size in enumerate(sizes)]
+    got, (there, back) = one_after_the_other(lengths, G, shift, scale, *whole)
+    judge(got, whole, {"group_size": G, "shift": shift, "scale": scale})
+    each = 2 * how["B"] * how["D"] * whole[0].dtype.itemsize
+    by_mask = {pair: n * each for pair, n in worker.needed(lengths, G, H, K, shift).items()}
+    sent = cp.exchange(lengths, G, H, K, how["D"], whole[0].dtype.itemsize, batch=how["B"], shift=shift)
+    assert sent == by_mask and all(there.get(pair, 0) == n for pair, n in sent.items() if n)
+    assert {pair: n for pair, n in there.items() if n} == {(a, b): n for (b, a), n in back.items() if n}
+
+
 @settings(max_examples=80)
 @given(st.data())
 def test_any_pieces(data):
@@ -166,3 +192,51 @@ def test_the_peers_formulas():
     assert cp.ring_bytes(L, N, K, D, 2) == ring
     assert cp.all_to_all_bytes(L, N, H, K, D, 2) == 2 * (H + K + K + H) * piece * (N - 1) // N
     assert cp.all_to_all_bytes(L, 16, H, K, D, 2) is None
+    assert (
+        cp.all_to_all_bytes(L, H, H, K, D, 2, batch=3) == 3 * 2 * 2 * (H + H) * L // H * D * 2 * (H - 1) // H
+    )
+    assert cp.ring_bytes(L, 1, K, D, 2) == 0 and cp.ring_bytes(L, N, K, D, 2, batch=3) == 3 * ring
+
+
+def test_bytes_and_times_in_words():
+    assert [costs._bytes(n) for n in (0, 1023, 1024, 1536, 2**20, 5 * 2**29, 2**40)] == [
+        "0 B",
+        "1.02e+03 B",
+        "1 KiB",
+        "1.5 KiB",
+        "1 MiB",
+        "2.5 GiB",
+        "1024 GiB",
+    ]
+    rate = 1e9
+    assert [costs._time(n, rate) for n in (2500, 999.4e3, 999.6e3, 2.5e6, 999.4e6, 999.6e6, 12e9)] == [
+        "2.5 µs",
+        "999 µs",
+        "1 ms",
+        "2.5 ms",
+        "999 ms",
+        "1 s",
+        "12 s",
+    ]
+
+
+def test_the_busiest_rank_sends_or_receives_the_most():
+    assert costs._busiest({(0, 1): 5, (0, 2): 4, (2, 1): 3}, 3) == 9
+    assert costs._busiest({(0, 1): 5, (0, 2): 4, (2, 1): 6}, 3) == 11
+    assert costs._busiest({}, 2) == 0
+
+
+def test_a_small_table(monkeypatch):
+    """Groups of 4 KiB tokens, 4 heads of 2 numbers: a message is 2^11 rows of K and V of two KV heads."""
+    monkeypatch.setattr(costs, "SIZES", ((2**13, 2), (2**21, 8)))
+    head, line, short, long = costs.table(group_size=2**12, H=4, K=4, D=2, itemsize=4).splitlines()
+    assert head.startswith(
+        "| tokens | ranks | tokens per rank | S²-Attn: bytes | S²-Attn: NVLink | S²-Attn: 4"
+    )
+    assert head.count("|") == line.count("|") == 13
+    # A message in each pass: 2 x 2^11 x 2 x 2 x 4 bytes, at 450 and at 50 GB/s.
+    s2 = "128 KiB | 0.291 µs | 2.62 µs"
+    # Ring: 2 + 2 + 4 pieces of 2^12 x 4 x 2 x 4 bytes. All-to-all: 1/2 of 8 tensors, 2^12 x 4 x 2 x 4 bytes.
+    assert short == f"| 8k | 2 | 4,096 | {s2} | 1 MiB | 2.33 µs | 21 µs | 512 KiB | 1.17 µs | 10.5 µs |"
+    assert long.startswith(f"| 2M | 8 | 262,144 | {s2} | 352 MiB | 820 µs | 7.38 ms | ")
+    assert long.endswith(" | not possible |  |  |")

@@ -228,3 +228,68 @@ def test_files_that_are_not_there_and_other_bases(tmp_path, capsys):
         authors.import_adapter(directory, tmp_path / "ours", base, 128)
     with pytest.raises(UserError, match="has no adapter_config.json"):
         authors.import_adapter(base, tmp_path / "ours", base, 128)
+
+
+def test_the_command_line_passes_on_what_it_is_told(monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(authors, "import_adapter", lambda *what: told.append(what) or ["one line", "another"])
+    plain = ["theirs", "ours", "--model", "base", "--target-length", "256"]
+    assert authors.main(plain) == 0 and capsys.readouterr().out == "one line\nanother\n"
+    monkeypatch.setattr("sys.argv", ["authors", *plain, "--cut-embedding"])
+    assert authors.main() == 0
+    assert told == [("theirs", "ours", "base", 256, False), ("theirs", "ours", "base", 256, True)]
+    capsys.readouterr()
+    for wrong in (plain[:4], [*plain[:2], *plain[4:]], plain[1:], [*plain, "--cut"]):
+        with pytest.raises(SystemExit) as ended:
+            authors.main(wrong)
+        assert ended.value.code == 2
+    with pytest.raises(SystemExit):
+        authors.main(["--help"])
+    help = " ".join(capsys.readouterr().out.split())
+    assert help.startswith("usage: python -m longlora.torch.authors [-h]") and " DIR OUT " in help
+    assert "Import the adapter that the LongLoRA authors' scripts wrote." in help
+    assert len(told) == 2
+
+
+def test_the_modules_of_their_tensors():
+    norms = ["model.norm.weight", "model.layers.0.input_layernorm.weight"]
+    all_norms = ("input_layernorm", "post_attention_layernorm", "norm")
+    assert authors._modules(["model.embed_tokens.weight", *norms]) == ("embed_tokens", *all_norms)
+    assert authors._modules(norms) == all_norms
+    assert authors._modules(["model.embed_tokens.weight", "lm_head.weight"]) == ("embed_tokens", "lm_head")
+
+
+def test_rows_that_the_base_does_not_have():
+    from types import SimpleNamespace
+
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=3, hidden_size=2))
+    name = "model.embed_tokens.weight"
+    for shape in ((3, 2), (2, 2), (5, 3), (5, 2, 1)):
+        whole = {name: np.ones(shape)}
+        assert authors._cut(whole, model, "file", False) == [] and whole[name].shape == shape
+    assert authors._cut({}, model, "file", False) == []
+    whole = {name: np.arange(10).reshape(5, 2)}
+    with pytest.raises(UserError, match=f"^file: {name} has 5 rows, the base 3: .*--cut-embedding"):
+        authors._cut(whole, model, "file", False)
+    assert authors._cut(whole, model, "file", True) == [
+        f"left out: the last 2 rows of {name}, which the base does not have"
+    ]
+    assert whole[name].tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_what_is_no_dict_of_tensors_is_named(tmp_path):
+    for content, got in (
+        ([torch.ones(1)], "'list'"),
+        ({3: torch.ones(1)}, "3"),
+        ({"a": 1.0}, "'a'"),
+        ({"a": torch.ones(1), "b": torch.ones(1).int()}, "'b'"),
+    ):
+        torch.save(content, tmp_path / "file.bin")
+        with pytest.raises(UserError, match=f"should be a dict of floating-point tensors, got {got}$"):
+            authors._read(str(tmp_path / "file.bin"))
+    torch.save({"a": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "file.bin")
+    (array,) = authors._read(str(tmp_path / "file.bin")).values()
+    assert array.dtype == np.float32 and array.tolist() == [1, 1]
+    torch.save({"a": torch.tensor([1, torch.inf])}, tmp_path / "file.bin")
+    with pytest.raises(UserError, match="file.bin: a is not finite"):
+        authors._read(str(tmp_path / "file.bin"))

@@ -132,6 +132,15 @@ def test_norms_of_families(family):
     assert {forms.norm(kind) is not None for kind in found} == {NORMS[family]}
 
 
+def test_the_dtype_of_a_norm():
+    """Llama's gives weight's and x's together, OLMo-2's and Helium's that of x."""
+    for family, keeps in (("llama", False), ("olmo2", True), ("helium", True)):
+        (kind,) = {type(m) for m in tiny(family, "sdpa").modules() if "Norm" in type(m).__name__}
+        assert forms.norm(kind).keeps is keeps
+        x, weight = torch.ones(2, 4, dtype=torch.bfloat16), kind(4)
+        assert weight(x).dtype == (torch.bfloat16 if keeps else torch.float32)
+
+
 class Clamped(LLAMA.LlamaMLP):
     def forward(self, x):
         return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=7) * self.up_proj(x))
@@ -313,6 +322,106 @@ class Model:
         loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
         return Output(loss=loss, logits=logits)  # noqa: F821
 
+    def made_dense(self, input_ids=None, *, labels=None):
+        logits = self.lm_head(self.model(input_ids)[0]).contiguous().float()
+        loss = self.loss_function(logits, vocab_size=self.vocab_size, labels=labels)
+        return Output(logits=logits, loss=loss)  # noqa: F821
+
+    def capped_twice(self, input_ids=None, labels=None):
+        logits = self.lm_head(self.model(input_ids)[0])
+        if self.config.second is not None:
+            logits = logits / self.config.second
+        if self.config.first is not None:
+            logits = logits / self.config.first
+        loss = self.loss_function(logits, labels, self.vocab_size)
+        return Output(loss=loss, logits=logits)  # noqa: F821
+
+    def capped_by_a_part_of_the_config(self, input_ids=None, labels=None):
+        logits = self.lm_head(self.model(input_ids)[0])
+        if self.config.text.softcap is not None:
+            logits = logits / self.config.text.softcap
+        loss = self.loss_function(logits, labels, self.vocab_size)
+        return Output(loss=loss, logits=logits)  # noqa: F821
+
+    def capped_by_an_argument(self, input_ids=None, labels=None, softcap=None):
+        logits = self.lm_head(self.model(input_ids)[0])
+        if softcap is not None:
+            logits = logits / softcap
+        loss = self.loss_function(logits, labels, self.vocab_size)
+        return Output(loss=loss, logits=logits)  # noqa: F821
+
+    def with_rounded_logits(self, input_ids=None, labels=None):
+        logits = self.lm_head(self.model(input_ids)[0]).round()
+        loss = self.loss_function(logits, labels, self.vocab_size)
+        return Output(loss=loss, logits=logits)  # noqa: F821
+
+    def with_cast_logits(self, input_ids=None, labels=None):
+        logits = self.lm_head(self.model(input_ids)[0]).float(7)
+        loss = self.loss_function(logits, labels, self.vocab_size)
+        return Output(loss=loss, logits=logits)  # noqa: F821
+
+    def with_two_names(self, input_ids=None, labels=None):
+        logits = self.last = self.lm_head(self.model(input_ids)[0])
+        loss = self.loss_function(logits, labels, self.vocab_size)
+        return Output(loss=loss, logits=logits)  # noqa: F821
+
+    def with_a_head_of_two_arguments(self, input_ids=None, labels=None):
+        logits = self.lm_head(self.model(input_ids)[0], input_ids)
+        loss = self.loss_function(logits, labels, self.vocab_size)
+        return Output(loss=loss, logits=logits)  # noqa: F821
+
+    def with_a_head_that_is_told(self, input_ids=None, labels=None):
+        logits = self.lm_head(self.model(input_ids)[0], scale=2)
+        loss = self.loss_function(logits, labels, self.vocab_size)
+        return Output(loss=loss, logits=logits)  # noqa: F821
+
+    def with_a_head_deeper(self, input_ids=None, labels=None):
+        logits = self.model.lm_head(self.model(input_ids)[0])
+        loss = self.loss_function(logits, labels, self.vocab_size)
+        return Output(loss=loss, logits=logits)  # noqa: F821
+
+    def with_a_function_for_a_head(self, input_ids=None, labels=None):
+        logits = project(self.model(input_ids)[0])  # noqa: F821
+        loss = self.loss_function(logits, labels, self.vocab_size)
+        return Output(loss=loss, logits=logits)  # noqa: F821
+
+    def with_logits_made_twice(self, input_ids=None, labels=None):
+        logits = self.lm_head(self.model(input_ids)[0])
+        logits = self.lm_head(logits)
+        loss = self.loss_function(logits, labels, self.vocab_size)
+        return Output(loss=loss, logits=logits)  # noqa: F821
+
+    def with_logits_of_another_name(self, input_ids=None, labels=None):
+        logits = self.lm_head(self.model(input_ids)[0])
+        loss = self.loss_function(logits, labels, self.vocab_size)
+        return Output(loss=loss, scores=logits)  # noqa: F821
+
+    def with_an_output_that_is_looked_at(self, input_ids=None, labels=None):
+        logits = self.lm_head(self.model(input_ids)[0])
+        output = Output(loss=self.loss_function(logits, labels, self.vocab_size), logits=logits)  # noqa: F821
+        return output
+
+    def without_a_vocabulary(self, input_ids=None, labels=None):
+        logits = self.lm_head(self.model(input_ids)[0])
+        loss = self.loss_function(logits, labels)
+        return Output(loss=loss, logits=logits)  # noqa: F821
+
+    def with_logits_in_passing(self, input_ids=None, labels=None):
+        loss = self.loss_function(self.lm_head(self.model(input_ids)[0]), labels, self.vocab_size)
+        return Output(loss=loss)  # noqa: F821
+
+    def with_labels_of_its_own(self, input_ids=None, labels=None):
+        logits = self.lm_head(self.model(input_ids)[0])
+        targets = input_ids
+        loss = self.loss_function(logits, targets, self.vocab_size)
+        return Output(loss=loss, logits=logits, labels=labels)  # noqa: F821
+
+    def with_other_keywords(self, input_ids=None, labels=None, **kwargs):
+        more = {}
+        logits = self.lm_head(self.model(input_ids, **kwargs)[0])
+        loss = self.loss_function(logits, labels, self.vocab_size, **more)
+        return Output(loss=loss, logits=logits)  # noqa: F821
+
     def without_labels(self, input_ids=None, **kwargs):
         logits = self.lm_head(self.model(input_ids)[0])
         return Output(logits=logits)  # noqa: F821
@@ -322,6 +431,8 @@ KNOWN = {
     "plain": ("lm_head", True, ()),
     "capped": ("embed_out", False, ("softcap",)),
     "with_router": ("lm_head", True, ()),
+    "made_dense": ("lm_head", False, ()),
+    "capped_twice": ("lm_head", False, ("first", "second")),
 }
 
 
@@ -329,6 +440,12 @@ KNOWN = {
 def test_the_way_of_the_logits(name):
     flow = forms.loss_flow(getattr(Model, name))
     assert (flow and (flow.head, flow.keywords, flow.unset)) == KNOWN.get(name)
+
+
+def test_the_names_of_a_forward():
+    names = ("self", "input_ids", "labels", "logits_to_keep")
+    assert forms.loss_flow(Model.plain).names == names
+    assert forms.loss_flow(Model.made_dense).names == ("self", "input_ids", "labels")
 
 
 def test_a_decorator_of_ones_own_hides_the_loss():
