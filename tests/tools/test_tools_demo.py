@@ -251,6 +251,16 @@ def test_questions_about_both_kinds_of_books_in_turn(tmp_path, monkeypatch):
     assert demo_answers.records(tmp_path) == found
 
 
+def test_books_to_ask_about_are_utf_8(calls, tmp_path, monkeypatch):
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "ascii")  # of files without one
+    (tmp_path / "book.txt").write_text("Title été dans And", encoding="utf-8")
+    (tmp_path / "page.html").write_text("no book")
+    found = demo_answers.ask(demo.MODEL, {"now": tmp_path / "taught"}, tmp_path, print, "cpu")
+    assert found == [{"book": "book", "asked": "now", "tokens": 1803, "answer": "Jane Austen."}]
+    (message,) = calls[-1][1]
+    assert message["content"] == "été dans\n\nWho wrote this?"
+
+
 @pytest.mark.parametrize("stopped", [None, 15])
 def test_the_questions_are_written_for_the_training(tmp_path, monkeypatch, stopped):
     monkeypatch.setattr(demo_answers, "train", lambda **options: SimpleNamespace(stopped=stopped))
