@@ -160,10 +160,11 @@ def what_would_fit(
             enough.setdefault(name, f"{text}: {size / 2**30:.3f} GiB")
     if enough:
         return tuple(enough.values())
-    changed, texts, size = {}, {}, 0
+    changed, texts, size = {}, {}, total()
     for text, name, value in steps:
         changed[name], texts[name] = value, text
         size = total(**changed)
         if size <= memory:
             return (f"{' and '.join(texts.values())}: {size / 2**30:.3f} GiB",)
-    return (f"nothing: {' and '.join(texts.values())} still need {size / 2**30:.3f} GiB",)
+    least = " and ".join(texts.values()) or "the least choices"
+    return (f"nothing: {least} still need {size / 2**30:.3f} GiB",)

@@ -11,6 +11,7 @@ LIBRARIES = (
     "tokenizers",
     "safetensors",
     "gguf",
+    "jinja2",
     "pyyaml",
     "tqdm",
     "matplotlib",

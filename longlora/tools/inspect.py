@@ -20,7 +20,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     headers are read. UserError if `path` is none of the three, or damaged.
     """
     path = os.fspath(path)
-    if os.path.isdir(path) and os.path.exists(os.path.join(path, adapter.CONFIG)):
+    if os.path.exists(os.path.join(path, adapter.CONFIG)):
         return _adapter(path)
     refuse_folder_of_gguf(path)
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):

@@ -9,6 +9,7 @@ import longlora
 from longlora import _C, cuda
 from longlora.errors import UserError
 from longlora.memory.dry_run import untouched
+from longlora.memory.plan import Plan
 
 pytestmark = pytest.mark.skipif(cuda.is_available(), reason="there is a GPU")
 
@@ -36,7 +37,7 @@ def test_a_plan_for_a_gpu_that_is_not_here(tmp_path):
     tiny.config(tmp_path)
     kwargs = dict(model=str(tmp_path), target_length=512, dtype="bfloat16", device="cuda")
     plan = longlora.plan(**kwargs, max_memory=80)
-    assert plan.device == "cuda:0" and plan.memory == 80 << 30 and plan.fits
+    assert isinstance(plan, Plan) and plan.device == "cuda:0" and plan.memory == 80 << 30 and plan.fits
     assert plan.parts["workspace of the ops"] > 32 << 20 and "scratch of the ops" not in plan.parts
     assert not longlora.plan(**kwargs, max_memory=0.01).fits
     with pytest.raises(UserError, match="device cuda cannot be used: .*; with --max-memory GIB"):
