@@ -315,7 +315,7 @@ def test_an_answer_ends_before_a_stop_string(base):
 def test_what_comes_after_the_end_is_no_part_of_an_answer(base):
     model = harness.HarnessModel(prepare(base, rows=1))
     text = harness._Text(model, 0, "a", dict(until=["y"], max_gen_toks=4))
-    for event in (Event(token=120), Event(), Event(token=121), Event(token=122)):
+    for event in (Event(token=120), Event(), Event(token=256), Event(token=122)):
         text.request.notify(event)
         assert not text.over
     assert text.result() == "x" and text.request.cancelled

@@ -122,6 +122,21 @@ def test_what_prompts_share_is_read_once_and_changes_no_bit(model):
     assert again.read == 33 + 1  # all but the last token, which two chunks hold
 
 
+def test_a_row_takes_over_only_what_it_lacks(model):
+    """Chunks of 16 tokens: a row that has as much as another one copies nothing."""
+    ours, copied, (first, second, _) = reader(model, 3), [], prompts()
+    copy = ours._cache.copy
+    ours._cache.copy = lambda *what: (copied.append(what), copy(*what))
+    ours.extend(1, first[:33])
+    ours.extend(2, first)
+    assert copied == [(1, 2, 0, 32)] and (ours.read, ours.reused) == (33 + 13, 32)
+    for row in (1, 2):
+        ours.extend(row, second)
+    assert copied == [(1, 2, 0, 32), (1, 2, 32, 48)] and ours.reused == 32 + 32 + 48
+    ours.extend(2, second)
+    assert len(copied) == 2 and ours.reused == 32 + 32 + 48 + 48
+
+
 def test_prompts_side_by_side_are_answered_as_one_by_one(model):
     alone = [reader(model, 1).answers([prompt], 9)[0] for prompt in prompts()]
     assert alone == reader(model, 3).answers(prompts(), 9) == reader(model, 2).answers(prompts(), 9)
