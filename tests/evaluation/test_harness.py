@@ -261,13 +261,16 @@ class Engine:
     """Has room for two requests, and gives each in a tick the next of `tokens`, and at last the end."""
 
     def __init__(self, tokens, error=None):
-        self.tokens, self.error, self.taken, self.ran, self.most = tokens, error, [], [], 0
+        self.tokens, self.error, self.taken, self.ran = tokens, error, [], []
+        self.most = self.ticks = self.calls = 0
 
     @property
     def busy(self):
         return bool(self.ran)
 
     def submit(self, request):
+        self.calls += 1
+        assert self.calls < 99
         if len(self.ran) == 2:
             return False
         self.taken.append(request)
@@ -275,7 +278,8 @@ class Engine:
         return True
 
     def tick(self):
-        self.most = max(self.most, len(self.ran))
+        self.most, self.ticks = max(self.most, len(self.ran)), self.ticks + 1
+        assert self.ticks < 99
         for request, tokens in list(self.ran):
             token = None if request.cancelled else next(tokens, None)
             if token is None:

@@ -55,6 +55,7 @@ def test_the_search_finds_the_largest_in_few_calls(answer, guess, most):
 
     def tokens(n):
         calls.append(n)
+        assert len(calls) < 60
         return 10 * n
 
     assert retrieval.longest(tokens, 10 * answer, guess, most) == answer
@@ -124,6 +125,7 @@ def test_cells_are_filled_by_as_many_prompts_at_a_time_as_there_are_rows(monkeyp
         return SimpleNamespace(engine=engine, tokenizer="tokenizer")
 
     def answer(opened, reader, prompts):
+        assert prompts
         asked.append(prompts)
         return [dict(right=number == 1) for _, _, number in prompts]
 
