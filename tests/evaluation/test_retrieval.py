@@ -81,11 +81,6 @@ def test_numbers_are_said_in_words():
     assert str(retrieval.too_short(5, 7, "with nothing")) == wanted
 
 
-def test_a_prompt_has_no_details_of_its_own():
-    ids = np.zeros(1, np.int32)
-    assert retrieval.Prompt(ids, "1", 1, bool).details == {}
-
-
 # ---- answers -------------------------------------------------------------------------------------
 
 
@@ -110,7 +105,9 @@ def test_an_answer_has_as_many_tokens_as_its_prompt_asks_for_and_at_most_64():
         dict(depth=0.2, tokens=2, expected="abc", answer="abc", right=True),
         dict(depth=0.1, tokens=1, expected="abc", answer="abcde", right=False),
     ]
-    retrieval._answers(opened, reader, [prompt(2, 99, "abc")])
+    plain = retrieval.Prompt(np.arange(3, dtype=np.int32), "x", 99, lambda text: False)
+    (answer,) = retrieval._answers(opened, reader, [plain])
+    assert answer == dict(tokens=3, expected="x", answer="abcdefgh", right=False)
     assert asked[1][1] == 64
 
 
