@@ -89,6 +89,10 @@ def test_the_token_before_a_text_is_bos_or_else_eos():
     assert made().tokenizer_name == "abc" and made(context=9).max_length == 9
 
 
+def test_lm_eval_runs_the_model_in_one_process():
+    assert (made().rank, made().world_size) == (0, 1)
+
+
 @pytest.mark.parametrize(
     "special, text, how, wanted",
     [
