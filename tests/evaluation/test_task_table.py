@@ -73,7 +73,9 @@ def test_a_length_above_the_context_is_named():
 
 
 def test_an_own_directory_is_the_index_if_it_has_all_names(folder, monkeypatch):
-    """lm-eval's own directory, here an empty one, is read only for other names."""
+    """lm-eval's own directory, here one with another task, is read only for other names."""
+    (folder.parent / "other").mkdir()
+    (folder.parent / "other/three.yaml").write_text(YAML.format(name="three"))
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(folder.parent / "other/manager.py"))
     manager = tasks._manager(["local_*"], folder, [64], "there")
     assert list(manager.all_tasks) == ["local_one", "local_two"]
@@ -376,3 +378,4 @@ def test_the_table_has_groups_above_their_tasks():
 def test_a_number_has_four_places_or_four_digits():
     assert [tasks._number(x) for x in (0.5, -2, 99999.0)] == ["0.5000", "-2.0000", "99999.0000"]
     assert [tasks._number(x) for x in (100000.0, -123456.0)] == ["1e+05", "-1.235e+05"]
+    assert tasks._number("N/A") == "N/A"  # of a task's own aggregation
