@@ -152,6 +152,7 @@ def test_each_task_is_loaded_once_and_with_its_group():
         (OSError("no network"), "task a has data that cannot be loaded: no network$"),
         (KeyError("x"), "task a has data that cannot be loaded: 'x'$"),
         (RuntimeError("\n **** \n  first \nsecond"), "task a cannot be loaded: RuntimeError: first$"),
+        (RuntimeError("* *\n~\nsecond"), "task a cannot be loaded: RuntimeError: ~$"),
         (ValueError(), "task a cannot be loaded: ValueError: $"),
     ],
 )
@@ -340,6 +341,19 @@ def test_a_run_hands_on_what_it_is_given(steps, base, tmp_path):
         tasks.run(base, "a", limit=0, say=len)
     with pytest.raises(UserError, match="num_fewshot should be"):
         tasks.run(base, "a", num_fewshot=-1, say=len)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_tokenizer_of_a_file_is_saved_for_tasks_that_make_their_texts(
+    steps, monkeypatch, tmp_path, whole
+):
+    """They read a directory: that of the model, or one for the time of the run."""
+    saved, model = [], tmp_path if whole else tmp_path / "m.gguf"
+    tokenizer = SimpleNamespace(save=saved.append)
+    base, planned = SimpleNamespace(tokenizer=lambda: tokenizer), SimpleNamespace(context=64)
+    monkeypatch.setattr(tasks, "prepare", lambda *_, **__: SimpleNamespace(base=base, planned=planned))
+    tasks.run(model, "a", device="cpu", say=len)
+    assert (saved, steps["manager"][3]) == (([], str(model)) if whole else (saved[:1], saved[0]))
 
 
 # ---- the table -----------------------------------------------------------------------------------
