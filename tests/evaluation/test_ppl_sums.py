@@ -210,16 +210,21 @@ def test_the_least_and_the_most_of_each_argument_are_fine(base, data):
             dict(rope_type="linear", target_length=0),
             "target_length should be an integer of at least 1, got 0",
         ),
-        (dict(rope_type="linear", target_length=1), "target length should be above the 64 tokens"),
         (dict(max_tokens=1), "max_tokens should be an integer of at least 2, got 1"),
         (dict(bins=0), "bins should be an integer of at least 1, got 0"),
         (dict(protocol=""), "protocol should be authors, got ''"),
         (dict(target_length=128), "target_length needs rope_type"),
     ],
 )
-def test_an_argument_out_of_range_is_named(base, data, fields, words):
+def test_an_argument_out_of_range_is_named_before_anything_is_opened(monkeypatch, fields, words):
+    monkeypatch.setattr(ppl, "choose", None)
     with pytest.raises(UserError, match=words):
-        ppl.run(base, data, **dict(dict(lengths=8), **fields))
+        ppl.run("m", "t.txt", **dict(dict(lengths=8), **fields))
+
+
+def test_a_target_length_of_one_is_a_length(base, data):
+    with pytest.raises(UserError, match="target length should be above the 64 tokens"):
+        ppl.run(base, data, 8, rope_type="linear", target_length=1)
 
 
 def test_a_short_text_for_the_authors_windows_is_named_before_it_is_scored(base, data, monkeypatch):
