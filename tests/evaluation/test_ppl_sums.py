@@ -236,6 +236,7 @@ def test_a_short_text_for_the_authors_windows_is_named_before_it_is_scored(base,
 def test_a_model_is_in_float32_on_the_cpu_without_other_words(base):
     made, opened = ppl.open_for_evaluation(base)
     assert (made.dtype, made.device) == ("float32", "cpu") and opened.config == made.config
+    assert ppl.open_for_evaluation(base, dtype="bfloat16")[0].dtype == "bfloat16"
     with pytest.raises(UserError, match="rope_type needs target_length"):
         ppl.open_for_evaluation(base, rope_type="linear")
 
