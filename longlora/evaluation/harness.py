@@ -97,8 +97,6 @@ class HarnessModel(TemplateLM):
             text = self._template.render(messages, add_generation_prompt)
         except UserError:
             others = [message for message in messages if message["role"] != "system"]
-            if len(others) == len(messages):
-                raise
             text = self._template.render(others, add_generation_prompt)
         if add_generation_prompt:
             return text

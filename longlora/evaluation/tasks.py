@@ -227,7 +227,9 @@ def _aggregate_lengths(found, lengths):
 
 
 def _number(value):
-    return f"{value:.4f}" if isinstance(value, (int, float)) and abs(value) < 1e5 else f"{value:.4g}"
+    if not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}"
 
 
 def text(found: dict[str, Any]) -> str:

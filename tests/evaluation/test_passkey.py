@@ -65,10 +65,11 @@ def test_the_longest_that_fits(unit, guess):
 
     def tokens(n):
         calls.append(n)
+        assert len(calls) < 25
         return int(n * unit)
 
     found = retrieval.longest(tokens, 700, guess, 5000)
-    assert found == max(n for n in range(5001) if int(n * unit) <= 700) and len(calls) < 25
+    assert found == max(n for n in range(5001) if int(n * unit) <= 700)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +121,21 @@ def test_what_prompts_share_is_read_once_and_changes_no_bit(model):
     first = again.extend(0, prompts()[0][:33])
     np.testing.assert_array_equal(again.extend(0, prompts()[0][:33]), first)
     assert again.read == 33 + 1  # all but the last token, which two chunks hold
+
+
+def test_a_row_takes_over_only_what_it_lacks(model):
+    """Chunks of 16 tokens: a row that has as much as another one copies nothing."""
+    ours, copied, (first, second, _) = reader(model, 3), [], prompts()
+    copy = ours._cache.copy
+    ours._cache.copy = lambda *what: (copied.append(what), copy(*what))
+    ours.extend(1, first[:33])
+    ours.extend(2, first)
+    assert copied == [(1, 2, 0, 32)] and (ours.read, ours.reused) == (33 + 13, 32)
+    for row in (1, 2):
+        ours.extend(row, second)
+    assert copied == [(1, 2, 0, 32), (1, 2, 32, 48)] and ours.reused == 32 + 32 + 48
+    ours.extend(2, second)
+    assert len(copied) == 2 and ours.reused == 32 + 32 + 48 + 48
 
 
 def test_prompts_side_by_side_are_answered_as_one_by_one(model):

@@ -3,12 +3,14 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import tiny
 
 import longlora
 from longlora import cli
-from longlora.evaluation import topics
+from longlora.errors import UserError
+from longlora.evaluation import retrieval, topics
 from longlora.evaluation.reader import Reader
 from longlora.evaluation.topic_words import ASPECTS, EXCHANGES, SUBJECTS
 from longlora.files.open_model import open_model
@@ -51,12 +53,114 @@ def test_a_conversation_has_the_lines_that_fit(base, length):
     assert prompt.count == max(len(name) for name in opened) + 2
 
 
+def test_words_are_plain():
+    """They stand in a sentence and in the name of a topic, which an answer repeats."""
+    assert all(re.fullmatch("[a-z]+( [a-z]+)*", words) for words in (*SUBJECTS, *ASPECTS))
+    assert all(aspect.split()[-1] in ("of", "about", "for") for aspect in ASPECTS)
+
+
 def test_each_topic_has_four_exchanges():
     lines, names = topics.record("1")
     text = "\n".join(lines[:10])
     found = [q for q, a in EXCHANGES if f"User: {q}\nAssistant: {a}".format(topic=names[0]) in text]
     assert len(lines) == 10 * len(names) and len(found) == 4 and OPENED.findall(text) == names[:1]
     assert topics.record("1") == (lines, names) and topics.record("2")[1][:5] != names[:5]
+
+
+class Words:
+    """A tokenizer with a token for each word. calls: how many texts it has encoded."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def encode(self, text):
+        self.calls += 1
+        return np.arange(len(text.split()), dtype=np.int32)
+
+    def encode_parts(self, texts):
+        return [self.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize("topics_there", [1, 2, 30, 768])
+def test_a_length_that_whole_topics_fill_holds_them_all(topics_there):
+    """The search begins near its end: few conversations are tokenised."""
+    words, (lines, names) = Words(), topics.record("seed")
+    length = len(topics.prompt_text(lines[: 10 * topics_there]).split())
+    prompt = topics.make_prompt(words, length, "seed")
+    assert len(prompt.ids) == length and prompt.details == {"topics": topics_there}
+    assert prompt.expected == names[0]
+    assert prompt.count == max(len(name.split()) for name in names[:topics_there])
+    assert words.calls - topics_there < 14
+    if topics_there == 768:
+        assert len(topics.make_prompt(words, 10 * length, "seed").ids) == length
+    else:
+        more = len(lines[10 * topics_there].split())
+        assert topics.make_prompt(words, length + more - 1, "seed").details == {"topics": topics_there}
+        assert topics.make_prompt(words, length + more, "seed").details == {"topics": topics_there + 1}
+
+
+def test_the_shortest_conversation_names_one_topic():
+    lines, names = topics.record("seed")
+    length = len(topics.prompt_text(lines[:1]).split())
+    prompt = topics.make_prompt(Words(), length, "seed")
+    assert len(prompt.ids) == length and prompt.details == {"topics": 1} and prompt.expected == names[0]
+    words = f"length {length - 1} is too short: with the name of one topic the prompt has {length} tokens"
+    with pytest.raises(UserError, match=words):
+        topics.make_prompt(Words(), length - 1, "seed")
+
+
+@pytest.mark.parametrize(
+    "given, how, lengths",
+    [
+        (dict(lengths=300), dict(samples=10, seed=0, output_dir=None), [300]),
+        (
+            dict(lengths=[500, 300, 500], samples=3, seed=7, output_dir="o", dtype="d", cache_dtype="c"),
+            dict(samples=3, seed=7, output_dir="o", dtype="d", cache_dtype="c"),
+            [300, 500],
+        ),
+    ],
+)
+def test_each_length_is_a_cell(monkeypatch, given, how, lengths):
+    asked = []
+
+    def measure(task, *model, **how):
+        asked.append((task, model, how))
+        return dict(results=[dict(length=length) for length in (5, 9, 7)])
+
+    monkeypatch.setattr(retrieval, "measure", measure)
+    found = topics.run("m", "a", **given, device="cpu", say=len)
+    assert found == dict(results=[dict(length=length) for length in (5, 7, 9)])
+    ((task, model, had),) = asked
+    assert (task.name, task.details, model) == ("topics 1", ("topics",), ("m", "a"))
+    assert task.cells == [dict(length=length) for length in lengths]
+    assert had == dict(dict(dtype="auto", cache_dtype="auto"), **how, device="cpu", say=len)
+    one, two = (task.prompt(Words(), task.cells[0], number) for number in (1, 2))
+    assert one.expected == topics.record(f"{how['seed']} 300 1")[1][0] and 250 < len(one.ids) <= 300
+    assert two.expected == topics.record(f"{how['seed']} 300 2")[1][0]
+    asked.clear()
+    topics.run("m", lengths=9)
+    assert asked[0][2]["device"] == "auto" and asked[0][2]["say"] is print and asked[0][1] == ("m", None)
+
+
+@pytest.mark.parametrize("given", [dict(lengths=0), dict(lengths=9, samples=0), dict(lengths=9, seed=-1)])
+def test_a_number_out_of_range_is_named(monkeypatch, given):
+    monkeypatch.setattr(retrieval, "measure", None)
+    with pytest.raises(UserError, match=f"{list(given)[-1]} should be an integer from"):
+        topics.run("m", **given)
+
+
+def test_the_table_has_a_line_for_each_length():
+    def row(length, right, *counts):
+        return dict(length=length, right=right, samples=len(counts), answers=[dict(topics=n) for n in counts])
+
+    found = dict(results=[row(300, 1, 2, 2), row(70000, 0, 5, 4, 6)])
+    found |= dict(context_length=8192, pretrained_length=4096)
+    assert topics.text(found).splitlines() == [
+        "  length    topics     right",
+        "     300         2    1 of 2",
+        "   70000    4 to 6    0 of 3",
+        "first topics named; the model is made for 8,192 tokens, its base for 4,096",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +173,9 @@ def test_each_topic_has_four_exchanges():
         (" cost of bread", False),
         (" history of", False),
         ("", False),
+        ("history of tea", True),
+        ("cost of bread, history of tea", False),
+        ("history of tea, cost of bread", True),
     ],
 )
 def test_the_first_topic_that_the_answer_names_counts(answer, hit):
