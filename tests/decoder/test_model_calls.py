@@ -256,10 +256,14 @@ def test_the_sum_of_the_losses_is_that_of_the_evaluation():
     made, ids = trained(), tokens(2, 16)
     targets = np.roll(ids, -1, 1)
     targets[0, 3:9] = -100
-    made.zero_grad()
     total = made.train_microbatch(ids, targets, 0.01)
     assert type(total) is float and total == pytest.approx(made.losses(ids, targets).sum(), rel=1e-5)
+    made.train_microbatch(ids, targets, 0.01)
+    each = np.float64(made._batch(2, 16).losses.numpy())  # added in float64, which is exact enough
+    assert total == each.sum() != np.float32(each.sum())
     assert made.losses(ids, targets)[0, 3] == 0 and made.losses(ids[0], targets[0]).shape == (16,)
+    made.zero_grad()
+    made.train_microbatch(ids, targets, 0.01)
     gradients = [values(p.grad) for p in made.parameters]
     made.zero_grad()
     assert all(not values(p.grad).any() for p in made.parameters)
