@@ -247,6 +247,9 @@ def test_the_tables_of_positions_grow_with_what_is_asked():
     wanted = np.arange(5)[:, None] * 1000.0 ** (-np.arange(4) / 4)
     np.testing.assert_allclose(plain._rope_tables(5)[0], np.cos(wanted), atol=1e-7)
     np.testing.assert_allclose(plain._rope_tables(5)[1], np.sin(wanted), atol=1e-7)
+    other = Model(CONFIG).init_random()
+    other.logits(tokens(3), positions=np.array([6, 0, 1]))
+    assert other._tables[0].shape == (7, 4)  # no more than the positions need
 
 
 # ---- passes ------------------------------------------------------------------------------------
