@@ -132,7 +132,7 @@ def test_log_probabilities_of_a_chat():
 
 def test_log_probabilities_of_a_completion():
     """The first token of a prompt has none. The end token is one of them."""
-    scores = [Score(A, None, prompt=True), Score(B, -1.5, [(A, -0.5)], prompt=True)]
+    scores = [Score(A, None), Score(B, -1.5, [(A, -0.5)])]
     scores += [Score(0xC3, -2.0, [(B, -1.0), (A, -2.0)]), Score(0xA9, -3.0)]
     end = Score(END, -4.0, [(END, -4.0)], ends=True)
     reply = made(echoes=["ab"], echo=True, top_logprobs=2)
