@@ -38,8 +38,10 @@ def peak_memory() -> int:
 
 
 def limit_memory(size: int) -> None:
-    """A limit of address space."""
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    """A limit of address space. A lower one stays."""
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    least = size if most == resource.RLIM_INFINITY else min(size, most)
+    resource.setrlimit(resource.RLIMIT_AS, (least, least))
 
 
 def processors() -> int:

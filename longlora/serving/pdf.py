@@ -57,7 +57,9 @@ def _main():
     import resource
 
     job.limit_memory(MEMORY)
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    seconds = SECONDS if most == resource.RLIM_INFINITY else min(SECONDS, most)  # a lower limit stays
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     try:
         text = pdf_text(io.BytesIO(sys.stdin.buffer.read()), "the PDF")
     except UserError as error:

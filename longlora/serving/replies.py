@@ -142,7 +142,7 @@ class Reply:
         kept = []
         for score in scores:
             # A completion shows the end token, which has no text: programs that count tokens expect it.
-            shown = not (self._chat and score.ends) and (self._wanted.echo or not score.prompt)
+            shown = not (self._chat and score.ends)
             if shown and (said.start < length or not said.cut):
                 kept.append((score, said.start))
             said.start += self._spelling.width(score.token)

@@ -23,7 +23,6 @@ class Score:
     token: int
     logprob: float | None
     top: Sequence[tuple[int, float]] = ()
-    prompt: bool = False
     ends: bool = False
 
 
@@ -82,7 +81,7 @@ class Choice:
         if event.logprob is not None or event.prompt:
             token = event.end if event.token is None else event.token
             ends = event.end is not None
-            self._scores.append(Score(int(token or 0), event.logprob, event.top, event.prompt, ends))
+            self._scores.append(Score(int(token or 0), event.logprob, event.top, ends))
         if event.reason is not None:
             self._send(self._stream.finish(), self._stream.reason(event.reason), event.error)
         elif event.token is not None and not event.prompt and not self._stream.stopped:

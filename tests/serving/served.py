@@ -74,6 +74,16 @@ def until(other, **loads):
     raise AssertionError(f"{health}, and not {loads}")
 
 
+def settle(running, capsys):
+    """Wait for the lines that a server logs of requests that were answered before, and drop them."""
+    said, end = "", time.monotonic() + PATIENCE
+    ask(running, "GET", "/settle")
+    while "/settle" not in said:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+        said += capsys.readouterr().err
+
+
 def engine(running):
     return running._drain.__self__.engine
 

@@ -222,3 +222,113 @@ def test_an_engine_that_does_not_fit_is_refused(tmp_path, opened):
         opened(rows=4, memory=1 << 20)
     with pytest.raises(UserError, match="dtype should be one of auto, float32"):
         opened(dtype="int8")
+
+
+def test_events_say_how_an_answer_ends(opened):
+    """Log-probabilities come also with the end token, and only if they are asked for."""
+    engine = opened().engine
+    asked, events = request(PROMPTS[0], 3)
+    engine.submit(asked)
+    finish(engine)
+    assert {(event.logprob, tuple(event.top)) for event in events} == {(None, ())}
+    first = events[0].token
+    ended, found = request(PROMPTS[0], 3, end=frozenset([first]), top_logprobs=2)
+    engine.submit(ended)
+    finish(engine)
+    (event,) = found
+    assert (event.reason, event.end, event.token) == ("stop", first, None)
+    assert event.logprob == event.top[0][1] and event.top[0][0] == first and len(event.top) == 2
+    counted, found = request(PROMPTS[0], 2, top_logprobs=0)
+    engine.submit(counted)
+    finish(engine)
+    assert [event.top for event in found] == [[], [], ()] and found[0].logprob == event.logprob
+    assert [event.reason for event in found] == [None, None, "length"] and engine.load == (0, 0)
+
+
+def test_the_last_requests_that_can_be_served(opened):
+    engine = opened(rows=1).engine
+    for prompt, count in (([0, 259], 62), ([1] * 64, 0), ([1] * 63, 1)):
+        assert engine.submit(request(prompt, count)[0])
+    for prompt, words in (([-1, 5], "tokens outside 0 to 259"), ([5, 260], "tokens outside 0 to 259")):
+        with pytest.raises(UserError, match=words):
+            engine.submit(request(prompt)[0])
+    with pytest.raises(UserError, match="together more than the context of 64"):
+        engine.submit(request([1] * 63, 2)[0])
+    assert engine.load == (0, 3) and engine.queue == 64
+
+
+def test_requests_that_are_cancelled_before_they_begin(opened):
+    engine = opened(rows=1).engine
+    (first, events), (second, seen), (third, found) = (request(PROMPTS[0], 2) for _ in range(3))
+    assert engine.submit(first, second, third) and engine.busy and engine.load == (0, 3)
+    second.cancel()
+    engine.tick()
+    assert [event.reason for event in seen] == ["cancelled"] and engine.load == (1, 1)
+    finish(engine)
+    assert [event.reason for event in events] == [event.reason for event in found] == [None, None, "length"]
+
+
+def test_a_row_is_taken_by_what_it_holds_and_by_age(opened):
+    """A prompt takes the row that holds most of it, else the one that was not used for the longest time."""
+    engine = opened(rows=3).engine
+
+    def row_of(prompt, **how):
+        asked, _ = request(prompt, 1, **how)
+        engine.submit(asked)
+        engine.tick()
+        (row,) = (slot.row for slot in engine._slots if slot.tokens.tolist() == list(prompt))
+        finish(engine)
+        return row, asked.reused
+
+    assert [row_of([n, n, n]) for n in (10, 20, 30)] == [(0, 0), (1, 0), (2, 0)]
+    assert row_of([20, 20, 20, 21]) == (1, 3)
+    assert row_of([40, 40]) == (0, 0) and row_of([50, 50]) == (2, 0) and row_of([60]) == (1, 0)
+    assert row_of([40, 40]) == (0, 1)  # the last token is read in any case
+    assert row_of([60, 51], score_prompt=True) == (2, 0)  # all is read, in the row that is the oldest
+    assert engine.tokens(1).tolist() == [60]
+    engine.hold(1, np.array([7, 8], np.int32))
+    assert engine.tokens(1).tolist() == [7, 8] and engine.cache.lengths[1] == 2
+
+
+def test_a_scored_prompt_takes_nothing_from_other_rows(opened):
+    engine = opened(rows=2).engine
+    (first, _), (second, events) = request(PROMPTS[1], 9), request(PROMPTS[1], 1, score_prompt=True)
+    engine.submit(first)
+    engine.tick()
+    engine.submit(second)
+    finish(engine)
+    assert second.reused == 0 and sum(event.prompt for event in events) == len(PROMPTS[1])
+    assert [event.top for event in events if event.prompt] == [(), *([[]] * (len(PROMPTS[1]) - 1))]
+
+
+def test_chunks_of_prompts_take_turns_and_the_first_comes_first(opened):
+    """One chunk of one prompt is read in a step. Those that are answered go on meanwhile."""
+    engine = opened(rows=3).engine
+    engine.generator.chunk = 4
+    (first, events), (second, seen), (third, found) = (
+        request(prompt, 9) for prompt in ([1, 2], [3] * 8, [4] * 8)
+    )
+    engine.submit(first, second, third)
+    counts = []
+    for _ in range(6):
+        engine.tick()
+        counts.append(tuple(len(tokens(one)) for one in (events, seen, found)))
+    assert counts == [(1, 0, 0), (2, 0, 0), (3, 1, 0), (4, 2, 0), (5, 3, 1), (6, 4, 2)]
+    assert [len(slot.tokens) for slot in engine._slots] == [2 + 5, 8 + 3, 8 + 1]
+
+
+def test_a_fault_ends_an_answer_and_its_row_is_empty(opened, monkeypatch):
+    engine = opened(rows=2).engine
+
+    def refuse(*_):
+        raise UserError("no power")
+
+    (first, events), (second, seen) = request(PROMPTS[0], 4), request(PROMPTS[2], 4)
+    engine.submit(first, second)
+    engine.tick()
+    monkeypatch.setattr(first.sampler, "choose", refuse)
+    monkeypatch.setattr(engine.generator, "extend", refuse)
+    engine.tick()
+    assert (events[-1].reason, events[-1].error) == (seen[-1].reason, seen[-1].error) == ("error", "no power")
+    assert [len(engine.tokens(row)) for row in (0, 1)] == [0, 0] and not engine.busy
+    assert list(engine.cache.lengths) == [0, 0] and seen[-1].token is None

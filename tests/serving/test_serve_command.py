@@ -1,6 +1,7 @@
 """The command `longlora serve` in a process of its own: ports, signals, the key, a PDF."""
 
 import asyncio
+import contextlib
 import http.client
 import json
 import os
@@ -23,13 +24,17 @@ def path(tmp_path_factory):
     return tiny.model(tmp_path_factory.mktemp("command") / "tiny", max_position_embeddings=65536)
 
 
-def start(path, *flags, **environment):
-    """Start the command -> the process, once it listens, and its URL."""
+@contextlib.contextmanager
+def started(path, *flags, **environment):
+    """Start the command -> the process, once it listens, and its URL. It ends with the test."""
     command = [sys.executable, "-m", "longlora", "serve", "--model", str(path), "--device", "cpu", *flags]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(command, **pipes, env={**os.environ, **environment})
-    lines = [process.stdout.readline(), process.stdout.readline()]
-    return process, lines[1].split(" ")[0]
+    with subprocess.Popen(command, **pipes, env={**os.environ, **environment}) as process:
+        try:
+            lines = [process.stdout.readline(), process.stdout.readline()]
+            yield process, lines[1].split(" ")[0]
+        finally:
+            process.kill()
 
 
 def post(url, fields, **headers):
@@ -39,8 +44,8 @@ def post(url, fields, **headers):
 
 
 def test_a_signal_lets_running_answers_finish(path):
-    process, url = start(path, "--port", "0", "--temperature", "0", "--rows", "1", LONGLORA_API_KEY="secret")
-    with process:
+    flags = "--port 0 --temperature 0 --rows 1".split()
+    with started(path, *flags, LONGLORA_API_KEY="secret") as (process, url):
         body = json.dumps(dict(prompt="a", max_tokens=1500, stream=True, logit_bias={"256": -100})).encode()
         headers = {"Authorization": "Bearer secret"}
         request = urllib.request.Request(f"{url}/v1/completions", body, headers)
@@ -54,8 +59,7 @@ def test_a_signal_lets_running_answers_finish(path):
 
 
 def test_a_second_signal_ends_the_server_at_once(path):
-    process, url = start(path, "--port", "0")
-    with process:
+    with started(path, "--port", "0") as (process, url):
         body = json.dumps(dict(prompt="a", max_tokens=60000, stream=True, logit_bias={"256": -100})).encode()
         with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", body)) as stream:
             stream.readline()
@@ -90,11 +94,9 @@ def written(text):
 
 
 def test_a_taken_port_is_one_line_and_a_pdf_is_read(path):
-    process, url = start(path, "--port", "0")
-    with process:
+    with started(path, "--port", "0") as (process, url):
         port = url.rpartition(":")[2]
-        again, _ = start(path, "--port", port)
-        with again:
+        with started(path, "--port", port) as (again, _):
             line = again.stderr.read()
             assert again.wait(PATIENCE) == 2 and line.count("\n") == 1
             assert f"port {port}: Address already in use" in line

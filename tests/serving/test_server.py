@@ -182,13 +182,14 @@ def test_a_conversation_is_not_read_again(client):
     assert second.usage.prompt_tokens_details.cached_tokens >= 202
 
 
-def test_each_request_for_an_answer_is_a_line(path, capsys):
+def test_each_request_for_an_answer_is_a_line(path, running, capsys):
+    served.settle(running, capsys)
     body = dict(messages=[dict(role="user", content="log me")], max_tokens=5, logit_bias=ASCII)
-    with served.serving(path) as running:
-        assert ask(running, body=body)[0] == 200
-        status, _, _ = ask(running, body=body | dict(stream=True))
-        assert status == 200 and ask(running, "GET", "/health")[0] == 200
-        assert ask(running, "GET", "/v1/no%0Ane")[0] == 404 and ask(running, body=b"{")[0] == 400
+    with served.serving(path) as other:
+        assert ask(other, body=body)[0] == 200
+        status, _, _ = ask(other, body=body | dict(stream=True))
+        assert status == 200 and ask(other, "GET", "/health")[0] == 200
+        assert ask(other, "GET", "/v1/no%0Ane")[0] == 404 and ask(other, body=b"{")[0] == 400
     lines = capsys.readouterr().err.splitlines()
     found = [re.sub(r"^\d\d:\d\d:\d\d 127.0.0.1 | \d+\.\d\d s$", "", line) for line in lines]
     answered = r"POST /v1/chat/completions 200, prompt \d+ tokens \(\d+ reused\), answer 5,"

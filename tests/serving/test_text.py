@@ -87,3 +87,55 @@ def test_a_tokenizer_without_a_decoder():
         backend = Backend(models.BPE({"a": 0, "\u2581b": 1}, []))
 
     assert [Spelling(Bare).bytes(i) for i in range(2)] == [b"a", b" b"]
+
+
+@pytest.mark.parametrize(
+    "text, stop, found",
+    [
+        ("ENDx", ["END"], ""),
+        ("aENDbEND", ["END"], "a"),
+        ("xabcy", ["bc", "abc"], "x"),
+        ("xabcy", ["abc", "bc"], "x"),
+        ("aab", ["aab", "ab"], ""),
+        ("ab", [""], "ab"),
+        ("ab", ["", "b"], "a"),
+        ("ababac", ["abac"], "ab"),
+    ],
+)
+def test_where_a_text_stops(text, stop, found):
+    """The first stop string that is whole ends the text, and of two that end together the longer one."""
+    said, stopped = pieces(text, stop)
+    assert "".join(said) == found and stopped is (found != text)
+
+
+def test_nothing_is_said_after_a_stop_string():
+    stream = TextStream(Bytes, ["b"])
+    assert [stream.add(ord(letter)) for letter in "abcd"] == ["a", "", "", ""] and stream.finish() == ""
+    fresh = TextStream(Bytes)
+    assert not fresh.stopped and fresh.finish() == ""
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_why_an_answer_has_ended(stopped):
+    """An answer that a stop string has ended is cancelled, or is at its limit by then."""
+    stream = TextStream(Bytes, ["b"])
+    stream.add(ord("b" if stopped else "a"))
+    found = [stream.reason(reason) for reason in ("cancelled", "length", "error", "refused", "stop")]
+    assert found[:2] == (["stop"] * 2 if stopped else ["cancelled", "length"])
+    assert found[2:] == ["error", "refused", "stop"]
+
+
+def test_special_tokens_have_a_text_where_it_is_asked_for():
+    stream = TextStream(Bytes, skip_special_tokens=False)
+    assert stream.add(256) == "<|end|>"
+    assert TextStream(Bytes, ["<|end|>"]).add(256) == ""
+
+
+def test_letters_that_stand_for_no_byte_have_none():
+    """An added token of a byte-level vocabulary stands for itself; a letter that is no byte is left out."""
+
+    class Letters:
+        backend = Backend(models.BPE({"a\u65e5": 0, "\u0120b": 1}, []))
+        backend.decoder = decoders.ByteLevel()
+
+    assert [Spelling(Letters).bytes(i) for i in range(3)] == [b"a", b" b", b""]
