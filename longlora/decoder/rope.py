@@ -200,6 +200,10 @@ def extend(config: Any, type: str, target_length: int) -> tuple[Rope, str]:
             f"the base model's rope is {base.type} (factor {base.factor:g}); it can only be extended by "
             f"{base.type}, got {type}"
         )
+    if type == "ntk" and config.head_dim <= 2:
+        raise UserError(
+            "rope type should not be ntk for a model that rotates 2 dimensions: ntk spreads over more"
+        )
     factor = float(math.ceil(target_length / original))
     before = (
         ""
