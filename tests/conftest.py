@@ -160,17 +160,13 @@ def poison(monkeypatch):
 
 @pytest.fixture
 def each_thread_count():
-    """A function that calls a function with 1, 2 and 3 threads -> its results. All threads take part.
-
-    The emulated GPU has threads of its own, so 1 and 3 are enough there.
-    """
+    """A function that calls a function with 1, 2 and 3 threads -> its results. All threads take part."""
     before, grain = _C.get_num_threads(), _C.get_grain()
     _C.set_grain(0)
-    numbers = (1, 3) if checks.EMULATED else (1, 2, 3)
 
     def call(function):
         results = []
-        for n in numbers:
+        for n in (1, 2, 3):
             _C.set_num_threads(n)
             results.append(function())
         return results
