@@ -1,12 +1,14 @@
-"""A server of a tiny model runs in a thread of the test, which sends requests by hand."""
+"""A server of a tiny model in a thread of the test, requests to it, and what other tests of serving share."""
 
 import contextlib
 import http.client
 import json
+import re
 import threading
 import time
 
 import tiny
+from tokenizers import Tokenizer
 
 import longlora
 
@@ -16,6 +18,34 @@ TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}"
     "{% if m['name'] %}({{ m['name'] }}){% endif %}{{ tail }}\n{% endfor %}"
 )
+
+
+class Bytes:
+    """A tokenizer with one token for each byte, and <|end|>, which is token 256."""
+
+    backend = Tokenizer.from_str(tiny.tokenizer_json())
+
+
+def pdf_page(text):
+    """A PDF of one page that says `text`."""
+    content = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET".encode()
+    objects = [
+        b"<</Type/Catalog/Pages 2 0 R>>",
+        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>",
+        b"<</Length %d>>stream\n%s\nendstream" % (len(content), content),
+        b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    ]
+    made, places = b"%PDF-1.4\n", []
+    for number, part in enumerate(objects, 1):
+        places.append(len(made))
+        made += b"%d 0 obj%s endobj\n" % (number, part)
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    return (
+        made
+        + b"xref\n0 6\n0000000000 65535 f \n%strailer<</Size 6/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF"
+        % (table, len(made))
+    )
 
 
 @contextlib.contextmanager
@@ -52,7 +82,7 @@ def serving(path, change=None, **how):
 
 
 def ask(running, method="POST", path="/v1/chat/completions", body=None, **headers):
-    """Send a request by hand -> status, headers, and the JSON or the bytes of the body."""
+    """Send a request -> status, headers, and the JSON or the bytes of the body."""
     connection = http.client.HTTPConnection(running.url.removeprefix("http://"), timeout=PATIENCE)
     body = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     connection.request(method, path, body, {name.replace("_", "-"): text for name, text in headers.items()})
@@ -75,10 +105,10 @@ def until(other, **loads):
 
 
 def settle(running, capsys):
-    """Wait for the lines that a server logs of requests that were answered before, and drop them."""
+    """Wait until the server has logged all requests that it has answered. Drops what was logged."""
     said, end = "", time.monotonic() + PATIENCE
     ask(running, "GET", "/settle")
-    while "/settle" not in said:
+    while not re.search("/settle.*\n", said):
         assert time.monotonic() < end
         time.sleep(0.001)
         said += capsys.readouterr().err

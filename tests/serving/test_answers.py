@@ -102,11 +102,6 @@ def test_a_pipe_that_nobody_writes_to_is_refused(base, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     "keywords, words",
     [
-        ({}, "generate needs a prompt, or a question"),
-        (dict(prompt="a", question="b"), "generate needs a prompt, or a question"),
-        (dict(prompt="a", material="x.txt"), "material goes with a question"),
-        (dict(prompt="a", chat_template="none"), "chat_template goes with a question"),
-        (dict(prompt="a", max_new_tokens=0), "max_new_tokens should be an integer of at least 1, got 0"),
         (dict(prompt="a", temperature=-1), "temperature should be a number from 0"),
         (dict(prompt="a" * 64), "the prompt has 64 tokens, the context is 64: shorten it by 1 to leave room"),
         (dict(question="b", material="missing.txt"), "missing.txt: No such file"),

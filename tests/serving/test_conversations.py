@@ -1,4 +1,4 @@
-"""Answers and conversations, of an engine and a session that say what the test says."""
+"""Answers of a scripted engine, and conversations in a scripted session."""
 
 import io
 import json
@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_text import Bytes
+from served import Bytes
 
 import longlora
+from longlora.data.chat_template import ChatTemplate
 from longlora.decoder.sampling import Sampling
 from longlora.errors import UserError
 from longlora.serving import chat as chat_
@@ -21,7 +22,7 @@ from longlora.serving.generate import question_about, read_material, show
 
 
 class Engine:
-    """Each tick notifies of one list of events, or raises what stands in its place."""
+    """Each tick sends the next list of events to the request."""
 
     def __init__(self, *ticks, limit=100):
         self.ticks, self.cache = list(ticks), SimpleNamespace(limit=limit)
@@ -30,10 +31,7 @@ class Engine:
         self.request = request
 
     def tick(self):
-        step = self.ticks.pop(0)
-        if not isinstance(step, list):
-            raise step
-        for event in step:
+        for event in self.ticks.pop(0):
             self.request.notify(event)
 
 
@@ -68,14 +66,14 @@ def test_an_answer_comes_in_pieces(monkeypatch):
     assert answer.reused == 2
 
 
-def test_a_prompt_is_read_though_its_answer_is_empty():
+def test_an_empty_answer_also_calls_on_read():
     read = []
     assert list(made([], STOP, on_read=lambda: read.append(1))) == [] and read == [1]
     assert list(made(STOP)) == []
 
 
 @pytest.mark.parametrize("count, limit, most", [(None, 100, 97), (5, 100, 5), (99, 100, 97), (5, None, 5)])
-def test_what_an_answer_asks_of_the_engine(count, limit, most):
+def test_the_request_of_an_answer(count, limit, most):
     answer = made(limit=limit, count=count, top_logprobs=4)
     request = answer._request
     assert request.prompt.tolist() == [1, 2, 3] and request.sampling == Sampling(seed=7)
@@ -109,7 +107,7 @@ def test_a_stop_string_ends_an_answer():
     assert "".join(held) == "ab" and held.reason == "length"
 
 
-def test_what_fails_ends_an_answer():
+def test_an_error_or_a_loop_that_is_left_ends_an_answer():
     answer = made(events("a"), [Event(reason="error", error="no power")])
     with pytest.raises(UserError, match="^no power$"):
         list(answer)
@@ -120,17 +118,16 @@ def test_what_fails_ends_an_answer():
     assert left._request.cancelled and left.tokens == [97]
 
 
-def test_a_conversation_ends_where_the_assistant_begins():
-    def render(messages, **how):
-        return f"{messages}{how}"
-
+def test_the_prompt_of_a_chat_ends_where_the_assistant_begins():
+    source = "{{ messages[0]['content'] }}{{ tail }}{% if add_generation_prompt %} Answer:{% endif %}"
+    template = ChatTemplate(source, {}, "a template")
     tokenizer = SimpleNamespace(encode_parts=lambda texts: [text.encode() for text in texts])
-    found = chat_ids(SimpleNamespace(tokenizer=tokenizer), SimpleNamespace(render=render), "m", tail="t")
-    assert found == b"m{'add_generation_prompt': True, 'tail': 't'}"
+    found = chat_ids(SimpleNamespace(tokenizer=tokenizer), template, [user("hello")], tail="!")
+    assert found == b"hello! Answer:"
 
 
 class Session:
-    """Its answers are lists of pieces. A KeyboardInterrupt among them is raised."""
+    """Gives scripted answers: lists of pieces. A KeyboardInterrupt in a list is raised."""
 
     chosen, held = "device: a test", 5
 
@@ -147,13 +144,11 @@ class Session:
 
 
 class Said:
+    """A scripted answer."""
+
     def __init__(self, session, *pieces, prompt=10, tokens=1):
-        self.session, self.pieces, self.prompt_tokens, self.tokens = (
-            session,
-            list(pieces),
-            prompt,
-            [0] * tokens,
-        )
+        self.session, self.pieces = session, list(pieces)
+        self.prompt_tokens, self.tokens = prompt, [0] * tokens
 
     def __iter__(self):
         return self
@@ -179,7 +174,7 @@ def assistant(text):
 
 
 class Out(io.StringIO):
-    """It notes what was there at each flush."""
+    """Records the whole text at each flush."""
 
     def __init__(self):
         super().__init__()
@@ -196,7 +191,7 @@ def talk(session, *lines, **how):
     return conversation, out, note.getvalue()
 
 
-def test_what_was_said_is_asked_again():
+def test_each_question_comes_with_the_conversation_so_far():
     session = Session([" a", "b \n"], ["c"])
     conversation, out, note = talk(session, " one ", "", "two\n", system="s", max_new_tokens=3)
     system = dict(role="system", content="s")
@@ -210,13 +205,13 @@ def test_what_was_said_is_asked_again():
 
 
 @pytest.mark.parametrize("line", ["/quit", " /exit "])
-def test_a_conversation_is_left(line):
+def test_quit_and_exit_end_a_conversation(line):
     session = Session(["a"])
     conversation, _, note = talk(session, "one", line, "two")
     assert conversation.messages == [user("one"), assistant("a")] and note == ""
 
 
-def test_an_interrupted_answer_is_kept_as_far_as_it_came():
+def test_an_interrupted_answer_keeps_the_pieces_that_came():
     session = Session(["a", KeyboardInterrupt, "b", "c"], ["d"])
     conversation, out, note = talk(session, "one", "two")
     assert conversation.messages == [user("one"), assistant("a"), user("two"), assistant("d")]
@@ -224,11 +219,11 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_came():
     assert session.stopped == 1
 
 
-@pytest.mark.parametrize("context, said", [(12, True), (13, False), (None, False), (11, True)])
-def test_a_context_that_is_nearly_full_is_said(context, said):
-    """More than nine tenths: 11 of 12 tokens, and not of 13."""
+@pytest.mark.parametrize("context, noted", [(12, True), (13, False), (None, False), (11, True)])
+def test_a_note_says_that_the_context_is_nearly_full(context, noted):
+    """It comes if more than 90% are used. Here 11 tokens are used."""
     _, _, note = talk(Session(["a"], context=context), "one")
-    assert note == (f"(11 of {context} tokens of the context are used)\n" if said else "")
+    assert note == (f"(11 of {context} tokens of the context are used)\n" if noted else "")
 
 
 @pytest.mark.parametrize("context, of", [(100, " of 100"), (None, "")])
@@ -243,7 +238,7 @@ def test_a_file_goes_with_the_next_question(tmp_path, monkeypatch, context, of):
     assert asked == [user("abc\n\nde\n\none"), user("two")]
 
 
-def test_a_conversation_is_forgotten(tmp_path):
+def test_reset_forgets_the_conversation_and_the_file(tmp_path):
     (tmp_path / "a.txt").write_text("abc")
     session = Session(["x"], ["y"])
     lines = ["one", f"/file {tmp_path}/a.txt", "/reset", "two"]
@@ -266,7 +261,7 @@ def test_a_conversation_is_saved_and_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["/help", "/file", "/save", "/load  ", "/other", "/reset2"])
-def test_what_is_no_command_gets_help(line):
+def test_help_comes_for_help_and_for_wrong_commands(line):
     conversation, out, note = talk(Session(), line)
     assert note == HELP + "\n" and conversation.messages == [] and out.getvalue() == ""
 
@@ -287,36 +282,39 @@ def test_errors_do_not_end_a_conversation(monkeypatch):
     assert conversation.messages == [user("three"), assistant("a")]
 
 
-def test_a_conversation_is_written_to_the_terminal(capsys):
+def test_by_default_a_conversation_is_written_to_the_terminal(capsys):
     conversation = Chat(Session(["a"]))
     conversation.run(["one", "/reset"])
     said = capsys.readouterr()
     assert said.out == "a\n" and said.err == "(the conversation is forgotten)\n"
 
 
+NO_CONVERSATION = "should be a list of messages"
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("{", "c.json: not JSON: "),
-        ("[" * 100_000, "c.json: not JSON: "),
-        ("{}", "c.json: should be a list of messages"),
-        ("[1]", "c.json: should be a list of messages"),
-        ('[{"role": "user"}]', "c.json: should be a list of messages"),
-        ('[{"role": "user", "content": "a", "name": "b"}]', "c.json: should be a list of messages"),
-        ('[{"role": "user", "content": 1}]', "c.json: should be a list of messages"),
-        ('[{"role": 1, "content": "a"}]', "c.json: should be a list of messages"),
-        ('[{"role": "user", "content": "a"}, 1]', "c.json: should be a list of messages"),
+        ("{", "not JSON: "),
+        ("[" * 100_000, "not JSON: "),
+        ("{}", NO_CONVERSATION),
+        ("[1]", NO_CONVERSATION),
+        ('[{"role": "user"}]', NO_CONVERSATION),
+        ('[{"role": "user", "content": "a", "name": "b"}]', NO_CONVERSATION),
+        ('[{"role": "user", "content": 1}]', NO_CONVERSATION),
+        ('[{"role": 1, "content": "a"}]', NO_CONVERSATION),
+        ('[{"role": "user", "content": "a"}, 1]', NO_CONVERSATION),
     ],
 )
-def test_a_file_that_is_no_conversation_is_named(tmp_path, text, words):
+def test_a_file_without_a_conversation_is_refused(tmp_path, text, words):
     (tmp_path / "c.json").write_text(text)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=f"c.json: {words}"):
         read_conversation(str(tmp_path / "c.json"))
 
 
 @pytest.fixture
 def sessions(monkeypatch):
-    """What longlora.chat and longlora.generate open."""
+    """A function that makes longlora.chat and longlora.generate open the session it is given."""
 
     def opener(session):
         def open_session(*how):
@@ -338,10 +336,9 @@ def test_longlora_chat(sessions, capsys, context, length):
     how = dict(system="s", max_new_tokens=3, prompt_cache="cache", top_k=2)
     found = longlora.chat("model", "adapter", lines=["one"], **how)
     assert session.how == ("model", "adapter", "cache", dict(top_k=2))
-    assert session.asked == [
-        ([dict(role="system", content="s"), user("one")], dict(seed=7, max_new_tokens=3))
-    ]
-    assert found == [dict(role="system", content="s"), user("one"), assistant("a")]
+    asked = [dict(role="system", content="s"), user("one")]
+    assert session.asked == [(asked, dict(seed=7, max_new_tokens=3))]
+    assert found == [*asked, assistant("a")]
     assert session.saved == ["cache"]
     said = capsys.readouterr()
     assert said.out == "a\n" and said.err == f"device: a test; {length}; /help shows what else there is\n"
@@ -359,7 +356,7 @@ def test_longlora_chat_by_default(sessions, monkeypatch):
 
 
 @pytest.mark.parametrize("terminal, prompt", [(True, "> "), (False, "")])
-def test_lines_are_typed_until_the_end(monkeypatch, capsys, terminal, prompt):
+def test_typed_lines_end_with_ctrl_d(monkeypatch, capsys, terminal, prompt):
     typed, prompts = ["one", KeyboardInterrupt(), "two", EOFError(), "three"], []
 
     def type_one(prompt):
@@ -373,13 +370,13 @@ def test_lines_are_typed_until_the_end(monkeypatch, capsys, terminal, prompt):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: terminal))
     assert list(prompt_lines()) == ["one", "two"] and prompts == [prompt] * 4
     assert capsys.readouterr().out == "\n(Ctrl-D or /quit leaves)\n"
-    monkeypatch.setitem(sys.modules, "readline", None)  # a Python without it
+    monkeypatch.setitem(sys.modules, "readline", None)  # a Python without readline
     typed[:] = [EOFError()]
     assert list(prompt_lines()) == []
 
 
 class Asked:
-    """A session that gives back what it is asked."""
+    """A session that returns the arguments of its calls."""
 
     def save(self, path):
         return f"saved {path}"
@@ -403,7 +400,7 @@ def test_longlora_generate(sessions, tmp_path):
     assert session.how == ("m", None, None, dict(chat_template="t"))
     assert (kind, what) == ("chat", ([user("q")],))
     assert how == dict(max_new_tokens=None, stop=(), on_read=None, seed=7)
-    (tmp_path / "a.md").write_text("\u00e9{question}")
+    (tmp_path / "a.md").write_text("\u00e9{question}", encoding="utf-8")
     what = longlora.generate("m", question="{q}", material=tmp_path / "a.md")[1]
     assert what == (question_about("\u00e9{question}", "{q}"),)
     (message,) = what[0]
@@ -414,21 +411,21 @@ def test_longlora_generate(sessions, tmp_path):
 @pytest.mark.parametrize(
     "how, words",
     [
-        (dict(), "needs a prompt, or a question"),
-        (dict(prompt="a", question="b"), "needs a prompt, or a question"),
+        (dict(), "generate needs a prompt, or a question"),
+        (dict(prompt="a", question="b"), "generate needs a prompt, or a question"),
         (dict(prompt="a", material="x"), "material goes with a question"),
         (dict(prompt="a", chat_template="x"), "chat_template goes with a question"),
-        (dict(question="a", max_new_tokens=0), "max_new_tokens should be"),
+        (dict(question="a", max_new_tokens=0), "max_new_tokens should be an integer of at least 1, got 0"),
     ],
 )
-def test_questions_that_cannot_be(sessions, how, words):
+def test_wrong_arguments_are_refused_before_a_session_opens(sessions, how, words):
     session = sessions(Asked())
     with pytest.raises(UserError, match=words):
         longlora.generate("m", **how)
     assert not hasattr(session, "how")
 
 
-def test_materials_that_are_read(tmp_path, monkeypatch):
+def test_files_of_material_are_read(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes("\u00e9\r\nb".encode())
     assert read_material(tmp_path / "a.txt") == "\u00e9\nb"
     (tmp_path / "b.txt").write_bytes(b"\xff")
@@ -439,7 +436,7 @@ def test_materials_that_are_read(tmp_path, monkeypatch):
     assert read_material(tmp_path / "a.PDF") == (b"%PDF", str(tmp_path / "a.PDF"))
 
 
-def test_an_answer_is_shown_as_it_comes(capsys):
+def test_each_piece_of_an_answer_is_shown_at_once(capsys):
     out = Out()
     show(["a", "b"], out)
     assert out.flushed == ["a", "ab", "ab\n"]

@@ -225,7 +225,7 @@ def test_an_engine_that_does_not_fit_is_refused(tmp_path, opened):
 
 
 def test_events_say_how_an_answer_ends(opened):
-    """Log-probabilities come also with the end token, and only if they are asked for."""
+    """Log-probabilities come on request only. The end token has one too."""
     engine = opened().engine
     asked, events = request(PROMPTS[0], 3)
     engine.submit(asked)
@@ -245,7 +245,7 @@ def test_events_say_how_an_answer_ends(opened):
     assert [event.reason for event in found] == [None, None, "length"] and engine.load == (0, 0)
 
 
-def test_the_last_requests_that_can_be_served(opened):
+def test_the_longest_requests_that_fit(opened):
     engine = opened(rows=1).engine
     for prompt, count in (([0, 259], 62), ([1] * 64, 0), ([1] * 63, 1)):
         assert engine.submit(request(prompt, count)[0])
@@ -257,7 +257,7 @@ def test_the_last_requests_that_can_be_served(opened):
     assert engine.load == (0, 3) and engine.queue == 64
 
 
-def test_requests_that_are_cancelled_before_they_begin(opened):
+def test_a_request_that_is_cancelled_while_it_waits(opened):
     engine = opened(rows=1).engine
     (first, events), (second, seen), (third, found) = (request(PROMPTS[0], 2) for _ in range(3))
     assert engine.submit(first, second, third) and engine.busy and engine.load == (0, 3)
@@ -268,8 +268,8 @@ def test_requests_that_are_cancelled_before_they_begin(opened):
     assert [event.reason for event in events] == [event.reason for event in found] == [None, None, "length"]
 
 
-def test_a_row_is_taken_by_what_it_holds_and_by_age(opened):
-    """A prompt takes the row that holds most of it, else the one that was not used for the longest time."""
+def test_a_prompt_takes_the_row_that_holds_most_of_it(opened):
+    """If no row holds its beginning, it takes the row that was used least recently."""
     engine = opened(rows=3).engine
 
     def row_of(prompt, **how):
@@ -283,14 +283,17 @@ def test_a_row_is_taken_by_what_it_holds_and_by_age(opened):
     assert [row_of([n, n, n]) for n in (10, 20, 30)] == [(0, 0), (1, 0), (2, 0)]
     assert row_of([20, 20, 20, 21]) == (1, 3)
     assert row_of([40, 40]) == (0, 0) and row_of([50, 50]) == (2, 0) and row_of([60]) == (1, 0)
-    assert row_of([40, 40]) == (0, 1)  # the last token is read in any case
-    assert row_of([60, 51], score_prompt=True) == (2, 0)  # all is read, in the row that is the oldest
+    assert row_of([40, 40]) == (0, 1)  # the last token is always read
+    assert row_of([60, 51], score_prompt=True) == (
+        2,
+        0,
+    )  # all is read, in the row that was used least recently
     assert engine.tokens(1).tolist() == [60]
     engine.hold(1, np.array([7, 8], np.int32))
     assert engine.tokens(1).tolist() == [7, 8] and engine.cache.lengths[1] == 2
 
 
-def test_a_scored_prompt_takes_nothing_from_other_rows(opened):
+def test_a_scored_prompt_reuses_nothing(opened):
     engine = opened(rows=2).engine
     (first, _), (second, events) = request(PROMPTS[1], 9), request(PROMPTS[1], 1, score_prompt=True)
     engine.submit(first)
@@ -301,8 +304,8 @@ def test_a_scored_prompt_takes_nothing_from_other_rows(opened):
     assert [event.top for event in events if event.prompt] == [(), *([[]] * (len(PROMPTS[1]) - 1))]
 
 
-def test_chunks_of_prompts_take_turns_and_the_first_comes_first(opened):
-    """One chunk of one prompt is read in a step. Those that are answered go on meanwhile."""
+def test_prompts_are_read_in_order_and_in_chunks(opened):
+    """Each step reads one chunk of one prompt, while running answers go on."""
     engine = opened(rows=3).engine
     engine.generator.chunk = 4
     (first, events), (second, seen), (third, found) = (
@@ -317,7 +320,7 @@ def test_chunks_of_prompts_take_turns_and_the_first_comes_first(opened):
     assert [len(slot.tokens) for slot in engine._slots] == [2 + 5, 8 + 3, 8 + 1]
 
 
-def test_a_fault_ends_an_answer_and_its_row_is_empty(opened, monkeypatch):
+def test_an_error_ends_an_answer_and_empties_its_row(opened, monkeypatch):
     engine = opened(rows=2).engine
 
     def refuse(*_):

@@ -1,4 +1,4 @@
-"""Opening a model, and the options of a server: what is planned, what is refused, what is passed on."""
+"""The options with which a model is opened and served: their defaults, effects and limits."""
 
 import json
 import socket
@@ -8,7 +8,6 @@ import pytest
 import tiny
 
 import longlora
-from longlora.decoder.sampling import Sampling
 from longlora.decoder.streaming import Window
 from longlora.errors import UserError
 from longlora.serving import listen, serve, server
@@ -21,7 +20,7 @@ def base(tmp_path_factory):
     return tiny.model(tmp_path_factory.mktemp("opening") / "base")
 
 
-def test_what_is_planned_by_default(base):
+def test_the_defaults_of_a_plan(base):
     made = prepare(base)
     planned = made.planned
     assert (planned.rows, planned.context, planned.device) == (1, 64, "cpu")
@@ -35,7 +34,7 @@ def test_what_is_planned_by_default(base):
     assert made.weights is made.base and made.config is made.base.config
 
 
-def test_what_is_planned_as_asked(base, monkeypatch):
+def test_the_options_of_a_plan(base, monkeypatch):
     given, real = {}, opening.plan
 
     def plan(config, **how):
@@ -43,12 +42,9 @@ def test_what_is_planned_as_asked(base, monkeypatch):
         return real(config, **{**how, "device": "cpu", "memory": None})
 
     monkeypatch.setattr(opening, "plan", plan)
-    made = prepare(
-        base, context=9, rows=3, dtype="bfloat16", cache_dtype="float16", device="cuda:1", memory=1 << 40
-    )
-    assert given == dict(
-        context=9, rows=3, dtype="bfloat16", cache_dtype="float16", device="cuda:1", memory=1 << 40
-    )
+    options = dict(dtype="bfloat16", cache_dtype="float16", device="cuda:1", memory=1 << 40)
+    made = prepare(base, context=9, rows=3, **options)
+    assert given == dict(context=9, rows=3, **options)
     assert made.identity["dtype"] == "bfloat16" and made.identity["cache_dtype"] == "float16"
     assert prepare(base, dtype="float16").planned.cache_dtype == "float16"
 
@@ -63,7 +59,7 @@ def test_what_is_planned_as_asked(base, monkeypatch):
         (8195, (4, None), Window(4, 8191)),
     ],
 )
-def test_a_window_is_what_the_model_was_made_for_at_most(tmp_path, base, positions, window, size):
+def test_the_window_of_a_streaming_session(tmp_path, base, positions, window, size):
     for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(base / name)
     config = {**json.loads((base / "config.json").read_text()), "max_position_embeddings": positions}
@@ -85,7 +81,7 @@ def test_a_window_is_what_the_model_was_made_for_at_most(tmp_path, base, positio
     ],
 )
 def test_rows_are_halved_where_memory_is_short(base, monkeypatch, rows, fewest, most, tried):
-    """`most` rows fit. None stands for the error."""
+    """`most` rows fit. A None at the end of `tried` stands for the error."""
 
     def plan(config, rows, **_):
         found.append(rows)
@@ -106,7 +102,7 @@ def test_rows_are_halved_where_memory_is_short(base, monkeypatch, rows, fewest, 
 
 
 @pytest.mark.parametrize("name", ["dtype", "cache_dtype"])
-def test_a_dtype_that_is_none_is_named(base, name):
+def test_an_unknown_dtype_is_named(base, name):
     words = f"^{name} should be one of auto, float32, bfloat16, float16, got 'int8'$"
     with pytest.raises(UserError, match=words):
         prepare(base, **{name: "int8"})
@@ -125,8 +121,8 @@ def test_a_context_that_is_too_long_gets_a_warning(base, capsys):
 
 
 @pytest.mark.parametrize("size", [9, Window(4, 5)])
-def test_weights_are_read_to_the_device_that_was_planned(monkeypatch, size):
-    """Nothing here has a GPU: what is asked for it is noted."""
+def test_model_and_cache_go_to_the_planned_device(monkeypatch, size):
+    """No GPU is needed: the fakes record the device and the dtypes that they are given."""
     made = {}
 
     class Model:
@@ -153,7 +149,7 @@ def test_weights_are_read_to_the_device_that_was_planned(monkeypatch, size):
     assert opened.identity == {"a": "b"}
 
 
-def test_an_engine_is_opened_as_asked(base):
+def test_an_engine_has_the_rows_and_the_context_of_its_options(base):
     opened = open_engine(base, rows=2, context=9)
     assert opened.engine.cache.rows == 2 and opened.engine.cache.places == 9 and opened.end == {256}
 
@@ -173,7 +169,7 @@ def test_an_engine_is_opened_as_asked(base):
     ],
 )
 def test_which_tokens_end_an_answer(tmp_path, generation, config, tokenizer, end):
-    """generation_config.json comes first, as in transformers. Without it any end that is named ends."""
+    """Those of generation_config.json, as in transformers; without it, those of config and tokenizer."""
     if generation != "absent":
         (tmp_path / "generation_config.json").write_text(json.dumps(dict(eos_token_id=generation)))
     base = SimpleNamespace(path=str(tmp_path), config=SimpleNamespace(raw=dict(eos_token_id=config)))
@@ -182,7 +178,7 @@ def test_which_tokens_end_an_answer(tmp_path, generation, config, tokenizer, end
 
 @pytest.fixture
 def run(base, monkeypatch):
-    """A function that calls longlora.serve until it would serve -> what was asked of its parts."""
+    """A function that calls longlora.serve without serving -> the arguments that its parts got."""
 
     def called(**how):
         found = SimpleNamespace()
@@ -210,22 +206,24 @@ def run(base, monkeypatch):
             made._drain.__self__._thread.join(60)
             found.idle = made._idle()
 
-        monkeypatch.setattr(listen, "bind", bound)
-        monkeypatch.setattr(serve, "open_engine", opened)
-        monkeypatch.setattr(server, "Service", made)
-        monkeypatch.setattr(listen.Server, "run", run)
-        monkeypatch.setattr(
-            serve, "choose", lambda device: (vars(found).update(device=device) or "cpu", "the CPU")
-        )
-        longlora.serve(base, ready=ready, **how)
-        monkeypatch.undo()
+        def choose(device):
+            found.device = device
+            return "cpu", "the CPU"
+
+        with monkeypatch.context() as patch:
+            patch.setattr(listen, "bind", bound)
+            patch.setattr(serve, "open_engine", opened)
+            patch.setattr(serve, "choose", choose)
+            patch.setattr(server, "Service", made)
+            patch.setattr(listen.Server, "run", run)
+            longlora.serve(base, ready=ready, **how)
         return found
 
     monkeypatch.delenv("LONGLORA_API_KEY", raising=False)
     return called
 
 
-def test_what_a_server_does_by_default(run, base, capsys):
+def test_the_defaults_of_a_server(run, base, capsys):
     found = run()
     assert found.where == ("127.0.0.1", 8000) and found.paths == (base, None) and found.device == "auto"
     assert found.how == dict(context=None, rows=4, dtype="auto", cache_dtype="auto", device="cpu")
@@ -233,7 +231,7 @@ def test_what_a_server_does_by_default(run, base, capsys):
     assert (limits.model, limits.context, limits.choices, limits.tokens) == ("base", 64, 68, None)
     assert limits.defaults == {"temperature": 1.0} and opened.engine.queue == 64
     assert key is None and origins == [] and found.more == dict(any_host=False)
-    assert found.listens and found.idle and template.source
+    assert found.listens and found.idle and "[INST]" in template.source  # the format of LLaMA-2-chat
     url = found.url
     said = capsys.readouterr()
     assert said.err == "" and said.out.splitlines() == [
@@ -242,7 +240,7 @@ def test_what_a_server_does_by_default(run, base, capsys):
     ]
 
 
-def test_a_server_does_as_asked(run, tmp_path, capsys):
+def test_the_options_of_a_server(run, tmp_path, capsys):
     (tmp_path / "t.jinja").write_text("a template")
     found = run(
         adapter=tmp_path,
@@ -264,7 +262,7 @@ def test_a_server_does_as_asked(run, tmp_path, capsys):
     assert found.how == dict(context=9, rows=2, dtype="bfloat16", cache_dtype="float16", device="cpu")
     opened, template, limits, _, origins = found.parts
     assert (limits.model, limits.context, limits.choices, limits.tokens) == (tmp_path.name, 9, 5, 5)
-    assert limits.defaults == dict(temperature=0.5, top_k=8) and Sampling(**limits.defaults)
+    assert limits.defaults == dict(temperature=0.5, top_k=8)
     assert opened.engine.queue == 3 and template.source == "a template"
     assert origins == ["*", "https://site.example"] and found.more == dict(any_host=True)
     assert "warning: whoever reaches this machine can use the server" in capsys.readouterr().err
@@ -274,7 +272,7 @@ def test_a_server_does_as_asked(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("host, local", [("::1", True), ("localhost", True), ("10.1.2.3", False)])
-def test_hosts_that_only_this_machine_reaches(run, host, local, capsys):
+def test_a_host_that_others_can_reach_gets_a_warning(run, host, local, capsys):
     assert run(host=host).more == dict(any_host=not local)
     assert ("warning" in capsys.readouterr().err) is not local
 
@@ -293,14 +291,14 @@ def test_hosts_that_only_this_machine_reaches(run, host, local, capsys):
         *((dict(cors_origin=[site]), "^cors_origin should be") for site in ("**", "http://a b", "1a://b")),
     ],
 )
-def test_options_of_a_server_that_cannot_be(how, words, monkeypatch):
+def test_wrong_options_are_refused_before_anything_is_opened(how, words, monkeypatch):
     monkeypatch.setattr(listen, "bind", None)
     with pytest.raises(UserError, match=words):
         longlora.serve("no model", **how)
 
 
-def test_the_last_options_that_can_be(monkeypatch):
-    serve._check(1, 0, 1)
+def test_options_that_are_accepted(monkeypatch):
+    serve._check(1, 0, 1)  # which raises nothing
     serve._check(1, 0, None)
     monkeypatch.setenv("LONGLORA_API_KEY", "of the environment")
     assert serve._key(None) == "of the environment" and serve._key("a b~!") == "a b~!"

@@ -1,4 +1,4 @@
-"""The text of a PDF, and the process that reads one from anyone."""
+"""The text of a PDF, and the process that reads an uploaded one."""
 
 import asyncio
 import io
@@ -8,14 +8,14 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from test_serve_command import written
+from served import pdf_page
 
 from longlora.errors import UserError
 from longlora.serving import pdf
 
 
-class Bytes(io.BytesIO):
-    """A standard stream: its bytes are the stream itself."""
+class Standard(io.BytesIO):
+    """A standard stream whose `buffer` is the stream itself."""
 
     buffer = property(lambda self: self)
 
@@ -30,7 +30,7 @@ def test_pages_become_paragraphs(monkeypatch):
     "data, words",
     [
         (b"%PDF-1.4", "^a.pdf: cannot be read as a PDF: "),
-        (written(""), "^a.pdf: has no text; a scanned PDF needs text recognition first$"),
+        (pdf_page(""), "^a.pdf: has no text; a scanned PDF needs text recognition first$"),
     ],
 )
 def test_a_pdf_without_text_is_named(data, words):
@@ -38,25 +38,27 @@ def test_a_pdf_without_text_is_named(data, words):
         pdf.pdf_text(io.BytesIO(data), "a.pdf")
 
 
-def run(monkeypatch, data, limits=(-1, -1)):
-    """Run the program of the process in this one -> exit status, both streams, and its own limits."""
-    streams, set_limits = [Bytes(data), Bytes(), Bytes()], {}
-    for name, stream in zip(("stdin", "stdout", "stderr"), streams):
-        monkeypatch.setattr(sys, name, stream)
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits)
-    monkeypatch.setattr(resource, "setrlimit", set_limits.__setitem__)
-    monkeypatch.setattr(pdf.job, "limit_memory", lambda size: set_limits.update(memory=size))
-    code = 0
-    try:
-        pdf._main()
-    except SystemExit as error:
-        code = error.code
-    monkeypatch.undo()
+def run(monkeypatch, data, limits=(resource.RLIM_INFINITY,) * 2):
+    """Run the program that reads a PDF, in this process. limits: of processor time, as getrlimit gives them.
+
+    Returns its exit status, what it wrote to both streams, and the limits that it set.
+    """
+    streams, set_limits, code = [Standard(data), Standard(), Standard()], {}, 0
+    with monkeypatch.context() as patch:
+        for name, stream in zip(("stdin", "stdout", "stderr"), streams):
+            patch.setattr(sys, name, stream)
+        patch.setattr(resource, "getrlimit", lambda kind: limits)
+        patch.setattr(resource, "setrlimit", set_limits.__setitem__)
+        patch.setattr(pdf.job, "limit_memory", lambda size: set_limits.update(memory=size))
+        try:
+            pdf._main()
+        except SystemExit as error:
+            code = error.code
     return code, streams[1].getvalue(), streams[2].getvalue(), set_limits
 
 
 def test_the_process_writes_the_text(monkeypatch):
-    code, out, err, limits = run(monkeypatch, written("Ann is five."))
+    code, out, err, limits = run(monkeypatch, pdf_page("Ann is five."))
     assert (code, out.decode().strip(), err) == (0, "Ann is five.", b"")
     assert limits == {"memory": 2 << 30, resource.RLIMIT_CPU: (60, 60)}
     monkeypatch.setattr(pdf, "pdf_text", lambda *_: "\ud800\u00e9")
@@ -65,17 +67,17 @@ def test_the_process_writes_the_text(monkeypatch):
 
 @pytest.mark.parametrize("most, seconds", [(30, 30), (90, 60)])
 def test_a_lower_limit_of_processor_time_stays(monkeypatch, most, seconds):
-    limits = run(monkeypatch, written("a"), (-1, most))[3]
+    limits = run(monkeypatch, pdf_page("a"), (resource.RLIM_INFINITY, most))[3]
     assert limits[resource.RLIMIT_CPU] == (seconds, seconds)
 
 
 def test_the_process_says_why_there_is_no_text(monkeypatch):
-    code, out, err, _ = run(monkeypatch, written(""))
+    code, out, err, _ = run(monkeypatch, pdf_page(""))
     assert (code, out) == (2, b"") and err.startswith(b"\nthe PDF: has no text")
 
 
 def convert(monkeypatch, code, out=b"", err=b""):
-    """Convert by a process that ends so -> the text, and what the process was given."""
+    """Convert a PDF with a process that ends with `code` -> the text, and what the process was given."""
     given = {}
 
     class Process:
@@ -122,7 +124,7 @@ def test_a_process_is_given_the_bytes(monkeypatch, before):
         (1, b"Traceback\nMemoryError", "^the PDF takes too much memory or time to read$"),
     ],
 )
-def test_what_the_process_says_is_passed_on(monkeypatch, code, err, words):
+def test_the_error_of_the_process_is_passed_on(monkeypatch, code, err, words):
     with pytest.raises(UserError, match=words):
         convert(monkeypatch, code, b"", err)
 

@@ -1,4 +1,4 @@
-"""Saved prompt caches, of keys and values that the test has written; and what a session is opened with."""
+"""Saved prompt caches, with keys and values that are random numbers; the options of a session."""
 
 import zlib
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ def base(tmp_path_factory):
 
 
 def arrays(engine):
-    """Name -> the numbers of a layer, [places,K,D] of row 0, in the memory of the engine."""
+    """Name -> keys or values of a layer, [places,K,D] of row 0. They share the engine's memory."""
     found = [np.asarray(x) for pair in engine.cache.layers for x in pair]
     return {name: array[0] for name, array in zip(NAMES, found, strict=True)}
 
@@ -51,12 +51,13 @@ def saved(tmp_path, engine):
 
 
 def fresh(base, context=64):
+    """An engine whose row 0 holds three tokens."""
     made = open_engine(base, context=context).engine
     made.hold(0, TOKENS[:3])
     return made
 
 
-def test_a_file_has_what_its_format_says(saved, engine):
+def test_the_contents_of_a_file(saved, engine):
     found = load_file(saved)
     with safe_open(saved, "numpy") as file:
         assert file.metadata() == {"format": "longlora prompt cache 2", **WHO}
@@ -94,7 +95,7 @@ def test_a_cache_of_one_token(base, tmp_path):
 
 
 def changed(path, change):
-    """Write a file again, by safetensors' library, after change(tensors, metadata). Checksums are right."""
+    """Apply change(tensors, metadata) to a file, by the safetensors library, and correct its checksums."""
     tensors = load_file(path)
     with safe_open(path, "numpy") as file:
         metadata = file.metadata()
@@ -136,7 +137,7 @@ def changed(path, change):
         (lambda t, m: t["tokens"].put(0, -1), "has tokens outside 0 to 259$"),
     ],
 )
-def test_files_that_do_not_fit_leave_the_row_as_it_was(saved, base, change, words):
+def test_a_file_that_does_not_fit_leaves_the_row_as_it_was(saved, base, change, words):
     changed(saved, change)
     engine = fresh(base)
     with pytest.raises(UserError, match=words):
@@ -144,7 +145,7 @@ def test_files_that_do_not_fit_leave_the_row_as_it_was(saved, base, change, word
     assert engine.tokens(0).tolist() == TOKENS[:3].tolist() and engine.cache.lengths[0] == 3
 
 
-def test_the_first_and_the_last_token_of_a_model_are_read(saved, base):
+def test_a_file_may_hold_the_first_and_the_last_token_of_the_vocabulary(saved, base):
     changed(saved, lambda t, m: (t["tokens"].put(0, 0), t["tokens"].put(24, 259)))
     engine = fresh(base)
     assert prompt_cache.load(saved, engine, WHO) == 25
@@ -153,7 +154,7 @@ def test_the_first_and_the_last_token_of_a_model_are_read(saved, base):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("block", [4096, 8])
-def test_each_number_counts_in_a_checksum(saved, base, monkeypatch, name, block):
+def test_a_checksum_covers_the_first_and_the_last_number(saved, base, monkeypatch, name, block):
     monkeypatch.setattr(prompt_cache, "BLOCK", block)
     data = bytearray(saved.read_bytes())
     stored = load_file(saved)[name].tobytes()
@@ -163,15 +164,14 @@ def test_each_number_counts_in_a_checksum(saved, base, monkeypatch, name, block)
         damaged[at + place] ^= 1
         saved.write_bytes(damaged)
         engine = fresh(base)
-        with pytest.raises(
-            UserError, match=f"{name} is damaged: its checksum is [0-9a-f]{{8}}, not [0-9a-f]{{8}}$"
-        ):
+        words = f"{name} is damaged: its checksum is [0-9a-f]{{8}}, not [0-9a-f]{{8}}$"
+        with pytest.raises(UserError, match=words):
             prompt_cache.load(saved, engine, WHO)
         assert len(engine.tokens(0)) == 0 and engine.cache.lengths[0] == 0
 
 
 @pytest.mark.parametrize("place", [0, 24])
-def test_numbers_that_are_not_finite(saved, base, place):
+def test_keys_that_are_not_finite_are_refused(saved, base, place):
     changed(saved, lambda t, m: t["layers.1.keys"][place].fill(np.inf))
     engine = fresh(base)
     with pytest.raises(UserError, match="layers.1.keys is not finite$"):
@@ -205,7 +205,7 @@ def test_a_rehearsal_leaves_no_file(tmp_path, monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What the engine and the device of a session are asked for."""
+    """The arguments with which a Session opens its engine, whose context is 7 tokens."""
     found = SimpleNamespace()
 
     def opened(*paths, **how):
@@ -218,7 +218,7 @@ def asked(monkeypatch):
     return found
 
 
-def test_a_session_is_opened_as_asked(asked):
+def test_the_options_of_a_session(asked):
     session = Session("m")
     wanted = dict(context=None, window=None, dtype="auto", cache_dtype="auto", device="chosen auto")
     assert asked.paths == ("m", None) and asked.how == wanted
@@ -243,23 +243,22 @@ def test_a_session_is_opened_as_asked(asked):
         (dict(recent_size=5), "start_size and recent_size go with streaming"),
     ],
 )
-def test_a_window_goes_with_streaming_alone(asked, how, words):
+def test_options_that_exclude_each_other_open_nothing(asked, how, words):
     with pytest.raises(UserError, match=words):
         Session("m", **how)
     assert not hasattr(asked, "how")
 
 
-def test_arguments_of_an_answer():
+def test_the_arguments_of_an_answer():
     assert check(None, (), top_k=3) == (Sampling(top_k=3), ())
     assert check(1, "ab") == (Sampling(), ["ab"]) and check(None, ["a", "b"])[1] == ["a", "b"]
     for number in (0, True, 1.0):
-        with pytest.raises(
-            UserError, match=f"^max_new_tokens should be an integer of at least 1, got {number}$"
-        ):
+        words = f"^max_new_tokens should be an integer of at least 1, got {number}$"
+        with pytest.raises(UserError, match=words):
             check(number, ())
 
 
-def test_options_are_those_of_sampling_and_those_of_a_session(monkeypatch, tmp_path):
+def test_options_are_split_between_the_session_and_sampling(monkeypatch, tmp_path):
     done = []
 
     class Made:
@@ -281,8 +280,7 @@ def test_options_are_those_of_sampling_and_those_of_a_session(monkeypatch, tmp_p
     assert len(done) == 1
 
 
-def test_an_answer_of_a_session_is_asked_as_it_says(base, monkeypatch):
-    """Each way of asking passes everything on."""
+def test_each_way_to_ask_a_session_passes_all_arguments_on(base, monkeypatch):
     session = Session(base, device="cpu")
     monkeypatch.setattr(session_, "chat_ids", lambda opened, template, messages: np.array(messages))
     session.template, read = None, []
@@ -300,7 +298,7 @@ def test_an_answer_of_a_session_is_asked_as_it_says(base, monkeypatch):
     assert session.held == 0 and session.context == 64
 
 
-def test_a_session_loads_what_is_there(base, tmp_path):
+def test_a_missing_file_may_be_allowed(base, tmp_path):
     session = longlora.Session(base, device="cpu")
     "".join(session.generate("abc", max_new_tokens=4))
     assert session.save(tmp_path / "saved") == session.held == 6
@@ -315,7 +313,7 @@ def test_a_session_loads_what_is_there(base, tmp_path):
             call(tmp_path / "saved")
 
 
-def test_what_runs_ends_before_a_session_loads(base, tmp_path):
+def test_load_ends_the_running_answer(base, tmp_path):
     session = longlora.Session(base, device="cpu")
     left = session.generate("abc", max_new_tokens=50)
     next(iter(left))

@@ -1,4 +1,4 @@
-"""The limits of each field of a request: the last value that is read, and the first that is refused."""
+"""The limits of each field of a request: the last accepted value, and the first that is refused."""
 
 import json
 
@@ -20,6 +20,7 @@ def completion(limits=LIMITS, **fields):
 
 
 def refused(read, **fields):
+    """The error of a request that is refused."""
     with pytest.raises(Refused) as caught:
         read(**fields)
     return caught.value
@@ -54,7 +55,7 @@ def test_each_choice_has_a_seed_of_its_own():
     assert chat(n=2).sampling_of(1) == chat().sampling
 
 
-def test_what_is_left_out_is_not_wanted():
+def test_the_defaults_of_fields_that_are_left_out():
     for wanted in (chat(), completion()):
         assert (wanted.n, wanted.stop, wanted.top_logprobs, wanted.keep_tokens) == (1, (), None, None)
         assert (wanted.stream, wanted.include_usage, wanted.echo, wanted.drop_turns) == (False,) * 4
@@ -97,7 +98,7 @@ def test_what_is_left_out_is_not_wanted():
         (completion, dict(prompt=["a", "b"]), "prompts", ["a", "b"]),
     ],
 )
-def test_the_last_values_that_are_read(read, fields, name, value):
+def test_accepted_values_at_the_limits(read, fields, name, value):
     found = getattr(read(**fields), name)
     assert found == value and type(found) is type(value)
 
@@ -116,25 +117,25 @@ def test_the_last_values_that_are_read(read, fields, name, value):
         (dict(logit_bias={str(i): 1 for i in range(1024)}), "logit_bias", dict.fromkeys(range(1024), 1)),
     ],
 )
-def test_the_last_numbers_of_sampling(fields, name, value):
+def test_accepted_sampling_values_at_the_limits(fields, name, value):
     for read in (chat, completion):
         assert getattr(read(**fields).sampling, name) == value
 
 
-def test_ids_may_be_any_number_of_31_bits():
+def test_a_token_id_has_up_to_31_bits():
     (found,) = completion(prompt=[0, (1 << 31) - 1]).prompts
     assert found.tolist() == [0, (1 << 31) - 1]
-    assert [x if isinstance(x, str) else x.tolist() for x in completion(prompt=["a", [1]]).prompts] == [
-        "a",
-        [1],
-    ]
+    text, ids = completion(prompt=["a", [1]]).prompts
+    assert text == "a" and ids.tolist() == [1]
 
 
 def part(**fields):
+    """Fields of a chat with one message, whose content is one part with these fields."""
     return dict(messages=[{"role": "user", "content": [fields]}])
 
 
 def said(**fields):
+    """Fields of a chat with two messages. The second one has these fields."""
     return dict(messages=[*HELLO, {"role": "user", "content": "a", **fields}])
 
 
@@ -216,19 +217,19 @@ COMPLETIONS = [
         *((completion, *row) for row in COMPLETIONS),
     ],
 )
-def test_the_first_values_that_are_refused(read, fields, name, words):
+def test_refused_values_beyond_the_limits(read, fields, name, words):
     error = refused(read, **fields)
     assert words in error.message and error.status == 400 and error.code is None
     assert name in error.message and error.param == name
 
 
-def test_answers_of_all_prompts_count():
+def test_the_limit_of_answers_counts_those_of_all_prompts():
     error = refused(completion, prompt=["a"] * 3, n=3)
     assert "asks for 9 answers, this server takes up to 8" in error.message and error.param == "n"
     assert chat(Limits("m", 10, 8), max_tokens=10**9).max_tokens == 10**9  # no limit of the server
 
 
-# Values that OpenAI's client sends where nothing is asked for.
+# Field -> values by which OpenAI's clients ask for nothing.
 EMPTY = dict(
     tools=[[]],
     tool_choice=["none", "auto"],
@@ -247,7 +248,7 @@ EMPTY = dict(
 
 
 @pytest.mark.parametrize("name", EMPTY)
-def test_fields_that_are_not_supported_may_ask_for_nothing(name):
+def test_unsupported_fields_may_ask_for_nothing(name):
     for value in [None, *EMPTY[name]]:
         assert chat(**{name: value}).messages == HELLO
         assert completion(**{name: value}).prompts == ["a"]
@@ -256,9 +257,10 @@ def test_fields_that_are_not_supported_may_ask_for_nothing(name):
         assert error.message == f"{name} is not supported, got {value!r}" and error.param == name
 
 
-def test_no_field_is_left_out_of_the_tables():
+def test_harmless_and_unsupported_fields():
     assert set(EMPTY) == set(protocol.NOTHING)
-    for name in ("user", "metadata", "store", "service_tier", "parallel_tool_calls"):
+    harmless = "user metadata store service_tier parallel_tool_calls safety_identifier prompt_cache_key"
+    for name in [*harmless.split(), "prompt_cache_retention"]:
         assert chat(**{name: 7}).messages == HELLO
 
 
@@ -272,6 +274,7 @@ def test_unknown_fields_get_a_hint():
 def test_another_model_is_not_found():
     error = refused(chat, model="other")
     assert (error.status, error.param, error.code) == (404, "model", "model_not_found")
+    assert error.message == "there is no model 'other' here, only 'm'"
     assert chat(model="m").messages == HELLO and chat(model=None).messages == HELLO
 
 
@@ -301,22 +304,26 @@ def test_an_error_has_openais_form(status, kind):
         (b'{"prompt": "a", "top_p": -1e999}', "top_p is too large for a number of 64 bits"),
     ],
 )
-def test_what_is_wrong_with_a_body(body, words):
+def test_the_error_of_a_malformed_body(body, words):
     with pytest.raises(Refused) as caught:
         read_completion(body, LIMITS)
     assert caught.value.message == words
 
 
-def test_messages_keep_their_names_and_roles():
+def test_messages_that_clients_send_back_are_read():
+    """Text parts, names, developers, and the empty fields of an answer that comes back."""
+    empty = {"refusal": None, "tool_calls": [], "annotations": []}
     given = [
         {"role": "system", "content": "s"},
-        {"role": "developer", "content": [{"type": "text", "text": "d"}, {"type": "text", "text": ""}]},
-        {"role": "assistant", "content": "a", "refusal": None, "tool_calls": [], "name": "Bob"},
+        {"role": "developer", "content": [{"type": "text", "text": "d"}, {"type": "text", "text": "e"}]},
+        {"role": "user", "content": [{"type": "text", "text": "f"}, {"type": "text", "text": ""}]},
+        {"role": "assistant", "content": "a", "name": "Bob", **empty},
         {"refusal": None, "role": "user", "content": "", "name": "Ann"},
     ]
     assert chat(messages=given).messages == [
         {"role": "system", "content": "s"},
-        {"role": "system", "content": "d\n"},
+        {"role": "system", "content": "d\ne"},
+        {"role": "user", "content": "f\n"},
         {"role": "assistant", "content": "a", "name": "Bob"},
         {"role": "user", "content": "", "name": "Ann"},
     ]

@@ -1,11 +1,11 @@
-"""The bodies and the streams of OpenAI's API, from pieces of answers that are made by hand."""
+"""The bodies and the streams of OpenAI's API, made from given pieces of answers."""
 
 import json
 import math
 import time
 
 import pytest
-from test_text import Bytes
+from served import Bytes
 
 from longlora import __version__
 from longlora.decoder.sampling import Sampling
@@ -25,7 +25,7 @@ def made(chat=False, echoes=("",), **how):
 
 
 def events(parts):
-    """The JSON of events, whose frame the format of server-sent events gives."""
+    """The JSON of server-sent events, whose form is checked."""
     found = list(parts)
     assert all(part.startswith(b"data: ") and part.endswith(b"\n\n") for part in found)
     return [json.loads(part[6:]) for part in found]
@@ -101,10 +101,10 @@ def test_a_completion_comes_in_events():
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_usage_comes_last_where_it_is_asked_for(chat):
+def test_usage_comes_last_if_it_is_asked_for(chat):
     reply = made(chat, stream=True, include_usage=True)
-    assert all(one["usage"] is None for one in events(reply.beginning()))
-    assert all(one["usage"] is None for one in events(reply.events(Piece(0, "x", 2, reason="stop"))))
+    before = events([*reply.beginning(), *reply.events(Piece(0, "x", 2, reason="stop"))])
+    assert [one["usage"] for one in before] == [None] * (3 if chat else 1)
     *rest, done = reply.end()
     (last,) = events(rest)
     assert done == replies.DONE and last["choices"] == []
@@ -113,7 +113,7 @@ def test_usage_comes_last_where_it_is_asked_for(chat):
 
 
 def test_log_probabilities_of_a_chat():
-    """The end token has no place in them. Minus infinity is a number."""
+    """The end token is left out. Minus infinity, for which JSON has no word, is written as -9999."""
     reply = made(True, top_logprobs=2)
     reply.add(Piece(0, "a", 1, [Score(A, -0.5, [(A, -0.5), (0xC3, -math.inf)])]))
     reply.add(Piece(0, "", reason="stop", scores=[Score(END, -0.25, [], ends=True)]))
@@ -122,7 +122,9 @@ def test_log_probabilities_of_a_chat():
     logprobs = dict(content=[{**entry, "top_logprobs": [entry, half]}], refusal=None)
     assert reply.body()["choices"][0]["logprobs"] == logprobs
     streamed = made(True, top_logprobs=0)
-    (said,) = events(streamed.events(Piece(0, "", 1, [Score(0xC3, -0.5)])))  # a score without a text
+    (said,) = events(
+        streamed.events(Piece(0, "", 1, [Score(0xC3, -0.5)]))
+    )  # the score of a token that gives no text yet
     half["logprob"] = -0.5
     assert said["choices"][0]["logprobs"]["content"] == [{**half, "top_logprobs": []}]
     (ended,) = events(streamed.events(Piece(0, "", 0, [Score(END, -0.25, ends=True)], reason="stop")))
@@ -131,7 +133,7 @@ def test_log_probabilities_of_a_chat():
 
 
 def test_log_probabilities_of_a_completion():
-    """The first token of a prompt has none. The end token is one of them."""
+    """The first token of a prompt has none. The end token is included."""
     scores = [Score(A, None), Score(B, -1.5, [(A, -0.5)])]
     scores += [Score(0xC3, -2.0, [(B, -1.0), (A, -2.0)]), Score(0xA9, -3.0)]
     end = Score(END, -4.0, [(END, -4.0)], ends=True)
@@ -154,7 +156,7 @@ def test_log_probabilities_of_a_completion():
     assert choice["logprobs"] == wanted and choice["text"] == "ab\u00e9"
 
     streamed = made(echoes=["ab"], echo=True, top_logprobs=2)
-    parts = events(streamed.events(Piece(0, "", 0, scores[:2])))  # not even a text yet
+    parts = events(streamed.events(Piece(0, "", 0, scores[:2])))  # without any text
     parts += events(streamed.events(Piece(0, "\u00e9", 2, scores[2:])))
     parts += events(streamed.events(Piece(0, "", 0, [end], reason="stop")))
     assert "".join(part["choices"][0]["text"] for part in parts) == "ab\u00e9"
@@ -163,7 +165,7 @@ def test_log_probabilities_of_a_completion():
 
 
 @pytest.mark.parametrize("cut, tokens", [(True, ["a"]), (False, ["a", "b", "a"])])
-def test_tokens_that_a_stop_string_has_cut_have_no_scores(cut, tokens):
+def test_tokens_after_a_stop_string_have_no_scores(cut, tokens):
     scores = [Score(A, -1.0), Score(B, -1.0), Score(A, -1.0)]
     reply = made(top_logprobs=0)
     reply.add(Piece(0, "a", 3, scores, cut=cut, reason="stop"))
@@ -173,8 +175,8 @@ def test_tokens_that_a_stop_string_has_cut_have_no_scores(cut, tokens):
     assert said["choices"][0]["logprobs"]["tokens"] == tokens
 
 
-def test_two_tokens_of_one_spelling_are_one_of_the_likeliest():
-    """The likelier one, which comes first, stays. Here rows of the model without a token have no spelling."""
+def test_of_two_likely_tokens_with_one_spelling_the_likelier_counts():
+    """It comes first. The spelling of 300 and 301 is empty: the tokenizer has no such tokens."""
     reply = made(top_logprobs=2)
     reply.add(Piece(0, "", 1, [Score(301, -2.0, [(300, -1.0), (301, -2.0)])], reason="length"))
     assert reply.body()["choices"][0]["logprobs"]["top_logprobs"] == [{"": -1.0}]

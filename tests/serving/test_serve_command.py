@@ -13,7 +13,7 @@ import urllib.request
 
 import pytest
 import tiny
-from served import PATIENCE
+from served import PATIENCE, pdf_page
 
 from longlora.errors import UserError
 from longlora.serving import pdf
@@ -26,7 +26,7 @@ def path(tmp_path_factory):
 
 @contextlib.contextmanager
 def started(path, *flags, **environment):
-    """Start the command -> the process, once it listens, and its URL. It ends with the test."""
+    """Run the command. Yields the process, once it listens, and its URL, and kills it at the end."""
     command = [sys.executable, "-m", "longlora", "serve", "--model", str(path), "--device", "cpu", *flags]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen(command, **pipes, env={**os.environ, **environment}) as process:
@@ -71,28 +71,6 @@ def test_a_second_signal_ends_the_server_at_once(path):
                 stream.read()
 
 
-def written(text):
-    """A PDF of one page that says `text`."""
-    content = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET".encode()
-    objects = [
-        b"<</Type/Catalog/Pages 2 0 R>>",
-        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
-        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>",
-        b"<</Length %d>>stream\n%s\nendstream" % (len(content), content),
-        b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
-    ]
-    made, places = b"%PDF-1.4\n", []
-    for number, part in enumerate(objects, 1):
-        places.append(len(made))
-        made += b"%d 0 obj%s endobj\n" % (number, part)
-    table = b"".join(b"%010d 00000 n \n" % place for place in places)
-    return (
-        made
-        + b"xref\n0 6\n0000000000 65535 f \n%strailer<</Size 6/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF"
-        % (table, len(made))
-    )
-
-
 def test_a_taken_port_is_one_line_and_a_pdf_is_read(path):
     with started(path, "--port", "0") as (process, url):
         port = url.rpartition(":")[2]
@@ -100,11 +78,11 @@ def test_a_taken_port_is_one_line_and_a_pdf_is_read(path):
             line = again.stderr.read()
             assert again.wait(PATIENCE) == 2 and line.count("\n") == 1
             assert f"port {port}: Address already in use" in line
-        assert post(f"{url}/pdf", written("Ann is five."))["text"].strip() == "Ann is five."
+        assert post(f"{url}/pdf", pdf_page("Ann is five."))["text"].strip() == "Ann is five."
         for data, words in (
             (b"%PDF-1.4 no", "the PDF: cannot be read as a PDF"),
             (b"%PDF-1.4" + b"x" * 99, "the PDF: cannot be read as a PDF"),
-            (written(""), "has no text"),
+            (pdf_page(""), "has no text"),
         ):
             with pytest.raises(urllib.error.HTTPError) as caught:
                 post(f"{url}/pdf", data)

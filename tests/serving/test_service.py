@@ -1,4 +1,4 @@
-"""The routes of a server without a socket: who is let in, what is refused, what the engine is asked."""
+"""The routes of a server without a socket: access, refusals, limits, and the requests to the engine."""
 
 import asyncio
 import base64
@@ -34,7 +34,7 @@ def opened(tmp_path_factory):
 
 @pytest.fixture
 def make(opened):
-    """A function that makes a Service. Its worker does not run."""
+    """A function that makes a Service whose worker does not run."""
     with contextlib.ExitStack() as stack:
 
         def made(*how, context=512, choices=6, tokens=None, **more):
@@ -49,6 +49,7 @@ def make(opened):
 
 @contextlib.contextmanager
 def working(service):
+    """Run the worker of a service."""
     service.worker.start()
     try:
         yield service
@@ -58,7 +59,10 @@ def working(service):
 
 
 def request(service, method, path, parts, headers, read):
-    """A scope, and a receiver of the parts of a body, which notes in `read` how many were taken."""
+    """An ASGI scope, and `receive` for the parts of a body. It appends those that are received to `read`.
+
+    A part that is None is the end of the connection.
+    """
     scope = dict(type="http", method=method, path=path, query_string=b"", root_path="", scheme="http")
     scope |= dict(headers=[(a.encode(), b.encode()) for a, b in headers.items()], http_version="1.1")
     scope |= dict(server=("127.0.0.1", 1), client=("127.0.0.1", 2))
@@ -76,7 +80,10 @@ def request(service, method, path, parts, headers, read):
 
 
 def call(service, method, path, body=b"", read=None, **headers):
-    """-> status, headers, and the JSON or the bytes of the body. body: bytes, parts of them, or JSON."""
+    """Call a route -> status, headers, and the JSON or the bytes of the response.
+
+    body: bytes, a list of parts, or what becomes JSON.
+    """
     if isinstance(body, dict):
         body = json.dumps(body).encode()
     parts, sent = body if isinstance(body, list) else [body], []
@@ -86,7 +93,7 @@ def call(service, method, path, body=b"", read=None, **headers):
     async def send(message):
         sent.append(message)
 
-    with contextlib.suppress(ZeroDivisionError):  # Starlette raises what it has answered by a 500
+    with contextlib.suppress(ZeroDivisionError):  # after the answer 500 Starlette raises it again
         asyncio.run(service.app(scope, receive, send))
     found = {name.decode(): text.decode() for name, text in sent[0]["headers"]}
     data = b"".join(message.get("body", b"") for message in sent[1:])
@@ -95,29 +102,25 @@ def call(service, method, path, body=b"", read=None, **headers):
 
 
 def said(found):
+    """The status and the message of an error that `call` returned."""
     return found[0], found[2]["error"]["message"]
 
 
 @pytest.mark.parametrize(
     "host, here",
     [
-        *(
-            (name, True)
-            for name in ("localhost", "localhost:80", "LocalHost:", "a.localhost", "127.0.0.1:8000")
-        ),
-        *((name, True) for name in ("10.1.2.3", "[::1]:80", "[fe80::1]")),
-        *(
-            (name, False)
-            for name in ("", "evil.example", "evil.example:80", "notlocalhost", "localhost.evil")
-        ),
-        *((name, False) for name in ("127.0.0.1.evil", "127.0.0.1:80:x", "x:80")),
+        *((host, True) for host in ("localhost", "localhost:80", "LocalHost:", "a.localhost")),
+        *((host, True) for host in ("127.0.0.1:8000", "10.1.2.3", "[::1]:80", "[fe80::1]")),
+        *((host, False) for host in ("", "evil.example", "evil.example:80", "notlocalhost")),
+        *((host, False) for host in ("localhost.evil", "127.0.0.1.evil", "127.0.0.1:80:x", "x:80")),
     ],
 )
-def test_addresses_and_localhost_are_here(host, here):
+def test_hosts_that_are_an_address_or_localhost(host, here):
     assert _is_here(host) is here
 
 
 def admitted(service, method="GET", path="/v1/models", **headers):
+    """The status with which a request is refused, or None."""
     headers = {name.encode(): text.encode() for name, text in headers.items()}
     try:
         service._admit(method, path, headers)
@@ -142,7 +145,7 @@ def admitted(service, method="GET", path="/v1/models", **headers):
     ],
 )
 def test_who_is_let_in_without_a_key(make, headers, status, of_any_host):
-    """A server that listens to a network may have any name."""
+    """of_any_host: the status of a server that others reach, and may call by any name."""
     assert admitted(make(any_host=False), **headers) == status
     assert admitted(make(), **headers) == of_any_host
 
@@ -181,7 +184,7 @@ def test_who_is_let_in_with_a_key(make, given, status):
     assert admitted(service) == 401
 
 
-def test_the_guard_answers_by_itself(make):
+def test_a_request_that_is_not_let_in_gets_an_error(make):
     assert said(call(make(any_host=False), "GET", "/v1/models", host="evil.example")) == (
         403,
         "the host 'evil.example' is not served without --api-key",
@@ -192,8 +195,8 @@ def test_the_guard_answers_by_itself(make):
     assert call(make("secret"), "GET", "/v1/models", authorization="Bearer secret")[0] == 200
 
 
-def test_sites_may_ask_before_they_send(make):
-    """A browser asks by OPTIONS. Other methods than the server's are not allowed."""
+def test_preflight_requests_of_other_sites(make):
+    """A browser sends OPTIONS first. GET and POST are allowed, other methods are not."""
     site = "https://site.example"
     asks = dict(origin=site, access_control_request_headers="authorization,x-other")
     service = make("secret", [site])
@@ -231,7 +234,7 @@ def test_the_page_may_use_its_own_script_only(make):
     assert parts["default-src"] == "'none'" and parts["connect-src"] == "'self'"
 
 
-def test_what_the_server_is_and_has(make):
+def test_the_health_and_the_models_of_a_server(make):
     before, service = int(time.time()), make()
     assert said(call(service, "GET", "/health")) == (500, "the engine has ended")  # it has not begun
     with working(service):
@@ -257,7 +260,7 @@ def test_routes_that_are_not_there(make):
         assert found["error"]["message"] == f"GET {path}: Method Not Allowed"
 
 
-def test_errors_name_no_folder_and_no_fault(make, opened, monkeypatch, capsys):
+def test_errors_hide_folders_and_exceptions(make, opened, monkeypatch, capsys):
     service = make()
 
     def fails(error):
@@ -272,11 +275,12 @@ def test_errors_name_no_folder_and_no_fault(make, opened, monkeypatch, capsys):
     assert said(fails(ZeroDivisionError("secret"))) == (500, "the server has failed")
     assert fails(server.Gone())[::2] == (499, b"")
     assert service._coming == 0
-    assert call(service, "POST", CHAT, [b"{", None])[::2] == (499, b"")  # it goes before the body has come
+    gone = [b"{", None]  # the client goes while it sends the body
+    assert call(service, "POST", CHAT, gone)[::2] == (499, b"")
     assert "400" in capsys.readouterr().err
 
 
-def test_places_for_requests_that_come(make):
+def test_the_limit_of_requests_that_are_read(make):
     service = make(choices=2)
     service._coming = 2 + server.MOST_COMING
     assert said(call(service, "POST", CHAT, b"{")) == (429, "too many requests come at the same time")
@@ -285,7 +289,7 @@ def test_places_for_requests_that_come(make):
     assert call(service, "POST", CHAT, b"{")[0] == 400 and service._coming == 1 + server.MOST_COMING
 
 
-def test_places_for_pdfs(make, monkeypatch):
+def test_the_limit_of_pdfs(make, monkeypatch):
     service, given = make(), []
 
     async def convert(data):
@@ -321,12 +325,14 @@ def test_how_large_a_body_may_be(make, monkeypatch):
         assert len(read) == taken, sizes
 
 
-def test_a_body_may_take_longer_the_longer_it_is(make, monkeypatch):
-    service, whens = make(), []
+def test_a_longer_body_may_take_longer(make, monkeypatch):
+    service, ends = make(), []
 
     class Timer:
+        """Records when it would end."""
+
         def __init__(self, seconds):
-            whens.append(asyncio.get_running_loop().time() + seconds)
+            ends.append(asyncio.get_running_loop().time() + seconds)
 
         async def __aenter__(self):
             return self
@@ -335,37 +341,42 @@ def test_a_body_may_take_longer_the_longer_it_is(make, monkeypatch):
             pass
 
         def reschedule(self, when):
-            whens.append(when)
+            ends.append(when)
 
     async def go():
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: 1000.0)
         monkeypatch.setattr(server.asyncio, "timeout", Timer)
         part = b"x" * server.BYTES_PER_SECOND
         scope, receive = request(service, "POST", "/", [part * 100, part * 50], {}, [])
         assert await service._read_body(server.Request(scope, receive), 1 << 30) == part * 150
 
+    monkeypatch.setattr(server, "BODY_SECONDS", 30.0)
     asyncio.run(go())
-    first, *later = (when - whens[0] for when in whens[:3])
-    assert first == 0 and later == pytest.approx([100, 150], abs=20)
+    assert ends[:3] == [1030.0, 1130.0, 1180.0]
 
 
-def test_a_body_that_does_not_come(make, monkeypatch):
+def test_a_body_that_comes_too_slowly(make, monkeypatch):
     monkeypatch.setattr(server, "BODY_SECONDS", 0.001)
-    service, read = make(), []
+    service = make()
 
     async def go():
-        scope, receive = request(service, "POST", "/", [], {}, read)
+        scope, receive = request(service, "POST", "/", [], {}, [])
         with pytest.raises(Refused, match="comes too slowly") as caught:
             await service._read_body(server.Request(scope, receive), 9)
         assert caught.value.status == 408
 
     asyncio.run(go())
+
+
+def test_a_server_that_stops_reads_no_body(make):
+    service, read = make(), []
     service.worker.stop()
     found = call(service, "POST", CHAT, [b"{", b"}"], read)
-    assert said(found) == (503, "the server is stopping") and read == []  # it is not even read
+    assert said(found) == (503, "the server is stopping") and read == []
 
 
 def asked(service, monkeypatch, path, body):
-    """The requests that the engine is asked to queue, and what is said if it has no room."""
+    """The requests that a POST of `body` gives to the worker, which here has no room for them."""
     found = []
     monkeypatch.setattr(service.worker, "submit", lambda requests: found.extend(requests))
     status, words = said(call(service, "POST", path, body))
@@ -386,13 +397,13 @@ def test_each_answer_is_a_request(make, monkeypatch):
     "body, top, scored",
     [(dict(logprobs=2), 2, False), (dict(logprobs=0, echo=True), 0, True), (dict(echo=True), None, False)],
 )
-def test_a_prompt_is_scored_where_its_scores_are_shown(make, monkeypatch, body, top, scored):
+def test_a_prompt_is_scored_only_if_its_scores_are_shown(make, monkeypatch, body, top, scored):
     (found,) = asked(make(), monkeypatch, COMPLETE, dict(prompt="a", **body))
     assert (found.top_logprobs, found.score_prompt) == (top, scored)
 
 
 def test_an_answer_has_the_room_that_is_left(make, monkeypatch):
-    body = dict(messages=HELLO)  # of 8 tokens
+    body = dict(messages=HELLO)  # 8 tokens
     for tokens, longest in ((None, 504), (100, 100), (510, 504)):
         service = make(tokens=tokens)
         assert asked(service, monkeypatch, CHAT, body)[0].max_new_tokens == longest
@@ -407,14 +418,14 @@ def test_answers_come_whole_and_as_streams(make, opened, n):
     answer = Answer(opened, np.array([97, 98]), Sampling(), 5)
     text = "".join(answer)
     body = dict(prompt=["ab", "ab"], temperature=0, max_tokens=5, n=n, echo=True)
-    opened.engine.abort("")
+    opened.engine.abort("")  # it forgets what the rows hold
     with working(make()) as service:
         status, _, found = call(service, "POST", COMPLETE, body)
         streamed = call(service, "POST", COMPLETE, body | dict(stream=True))[2]
         again = call(service, "POST", COMPLETE, body)[2]
     assert status == 200 and [x["text"] for x in found["choices"]] == ["ab" + text] * 2 * n
     assert found["usage"]["completion_tokens"] == 5 * 2 * n and found["usage"]["prompt_tokens"] == 4
-    # Of each prompt the first answer counts. All but the last token is held by now.
+    # Only the first answer to each prompt counts. The cache holds each prompt; its last token is read again.
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 2
     parts = [json.loads(line[6:]) for line in streamed.decode().split("\n\n")[:-2]]
     assert all(part["object"] == "text_completion" for part in parts)
@@ -423,7 +434,7 @@ def test_answers_come_whole_and_as_streams(make, opened, n):
         assert "".join(of) == "ab" + text
 
 
-def test_the_log_knows_what_was_used(make):
+def test_the_log_finds_the_usage_of_a_request(make):
     service, body = make(), json.dumps(dict(messages=HELLO, max_tokens=3, temperature=0)).encode()
     scope, receive = request(service, "POST", CHAT, [body], {}, [])
 
@@ -436,7 +447,7 @@ def test_the_log_knows_what_was_used(make):
 
 
 def wanted(*contents, system=("s",), **how):
-    """A chat of system messages, and of contents of the user and the assistant in turn."""
+    """A chat: system messages, then contents by the user and the assistant in turn."""
     messages = [dict(role="system", content=content) for content in system]
     roles = ["user", "assistant"] * len(contents)
     messages += [dict(role=role, content=text) for role, text in zip(roles, contents)]
@@ -444,6 +455,7 @@ def wanted(*contents, system=("s",), **how):
 
 
 def text(service, how):
+    """The prompt that a chat becomes."""
     return bytes(service._chat_ids(how).tolist()).decode()
 
 
@@ -458,7 +470,7 @@ def text(service, how):
         (7, "s:s\nu:1\na:2\nu:3\na:4\nu:5\n"),  # not even the last turn fits
     ],
 )
-def test_the_fewest_turns_are_left_out(make, room, left):
+def test_as_few_turns_as_possible_are_left_out(make, room, left):
     service = make(context=100)
     assert text(service, wanted(*"12345", max_tokens=100 - room, drop_turns=True)) == left
     whole = "s:s\nu:1\na:2\nu:3\na:4\nu:5\n"
@@ -481,8 +493,8 @@ def test_a_conversation_may_be_of_system_messages_alone(make):
     assert found == "u:1!\n"
 
 
-def test_what_a_completion_begins_with(make):
-    """The text itself, or what the tokens say that were kept."""
+def test_the_echo_of_a_prompt(make):
+    """It is the text of the prompt, or that of the tokens to which the prompt was cut."""
     service = make()
 
     def prompts(*given, **how):
@@ -494,14 +506,14 @@ def test_what_a_completion_begins_with(make):
     assert prompts("abc", ids, max_tokens=1, echo=True) == [([97, 98, 99], "abc")] * 2
     assert prompts("abc", ids, max_tokens=1, echo=True, keep_tokens=2) == [([98, 99], "bc")] * 2
     assert prompts("abc", max_tokens=1, keep_tokens=1) == [([99], "")]
-    special = "a<|end|>"  # which decoding would leave out
+    special = "a<|end|>"  # its tokens decode to "a"
     assert prompts(special, max_tokens=1, echo=True)[0][1] == special
 
 
 @pytest.mark.parametrize(
     "count, tokens, right", [(9, 1, True), (9, 2, False), (9, None, True), (10, None, False)]
 )
-def test_the_last_prompt_that_fits(make, count, tokens, right):
+def test_the_longest_prompt_that_fits(make, count, tokens, right):
     service, how = make(context=10), Wanted(Sampling(), prompts=["x"], max_tokens=tokens)
     if right:
         assert service._checked(range(count), how) == range(count)

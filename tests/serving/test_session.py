@@ -113,9 +113,6 @@ def damaged(path, change):
         (lambda t, m: t["tokens"].put(3, 7), "tokens is damaged: its checksum is"),
         (lambda t, m: t["layers.0.keys"].put(9, 0.5), "layers.0.keys is damaged: its checksum is"),
         (lambda t, m: t["layers.1.values"].put(-1, 0.5), "layers.1.values is damaged: its checksum is"),
-        (lambda t, m: t.pop("checksums"), "checksums should be uint8 [5, 4], got absent"),
-        (lambda t, m: t["tokens"].fill(260), "tokens outside 0 to 259"),
-        (lambda t, m: t["tokens"].fill(-1), "tokens outside 0 to 259"),
         (lambda t, m: t.pop("layers.1.keys"), "layers.1.keys should be float32 [54, 2, 8], got absent"),
         (lambda t, m: t.update({"layers.2.keys": t["layers.1.keys"]}), "layers.2.keys should be absent"),
         (lambda t, m: t["layers.1.values"].fill(np.nan), "layers.1.values is not finite"),
@@ -210,9 +207,6 @@ def test_a_streaming_answer_has_no_end(base, capsys):
 @pytest.mark.parametrize(
     "keywords, words",
     [
-        (dict(streaming=True, context=100), "context and streaming exclude each other"),
-        (dict(start_size=5), "start_size and recent_size go with streaming"),
-        (dict(recent_size=100), "start_size and recent_size go with streaming"),
         (dict(streaming=True, recent_size=0), "recent_size should be an integer of at least 1, got 0"),
         (dict(streaming=True, start_size=64), "recent_size should be an integer of at least 1, got 0"),
         (dict(streaming=True, prompt_cache="x"), "x: a streaming session forgets what it reads"),

@@ -5,7 +5,7 @@ import contextlib
 from types import SimpleNamespace
 
 import pytest
-from test_text import Bytes
+from served import PATIENCE, Bytes
 
 from longlora.decoder.sampling import Sampling
 from longlora.serving import streams
@@ -17,7 +17,7 @@ from longlora.serving.worker import Piece
 
 
 def client(*messages):
-    """A request whose client sends messages of these types, and stays."""
+    """A request whose client sends messages of these types, and then stays."""
     left = list(messages)
 
     async def receive():
@@ -29,7 +29,7 @@ def client(*messages):
 
 
 def choices(count):
-    """Choices that note whether they were cancelled."""
+    """Choices that record whether they were cancelled."""
     made = [SimpleNamespace(cancelled=False) for _ in range(count)]
     for one in made:
         one.request = SimpleNamespace(cancel=lambda one=one: vars(one).update(cancelled=True))
@@ -70,7 +70,7 @@ def test_an_answer_that_failed_is_refused(piece, words, status):
     asyncio.run(go())
 
 
-def test_a_wait_may_have_an_end():
+def test_a_wait_may_have_a_time_limit():
     async def go():
         with pytest.raises(TimeoutError):
             await Answers(client(), 1).next(0.001)
@@ -85,7 +85,7 @@ def test_a_client_that_goes_is_noticed_and_its_answers_end():
         with pytest.raises(Gone):
             async with answers.watched():
                 assert not any(choice.cancelled for choice in answers.choices)
-                await answers.next(60)
+                await answers.next(PATIENCE)
         assert all(choice.cancelled for choice in answers.choices)
         await asyncio.sleep(0)
         assert len(asyncio.all_tasks()) == 1  # nothing watches any more
@@ -111,7 +111,10 @@ def test_a_loop_that_has_ended_takes_no_pieces():
 
 
 def streamed(act, begun=(), **how):
-    """The messages that a stream sends, after act(answers). At the end the answers are cancelled."""
+    """The messages that a stream sends. `act` is called after each, with the answers and their number so far.
+
+    At the end the answers are cancelled.
+    """
 
     async def go():
         answers = Answers(client(), 1)
@@ -135,14 +138,15 @@ def streamed(act, begun=(), **how):
 
 
 def said(text, reason):
+    """The end of an event of a completion."""
     reason = "null" if reason is None else f'"{reason}"'
     return (
         f'"choices":[{{"index":0,"text":"{text}","logprobs":null,"finish_reason":{reason}}}]}}\n\n'.encode()
     )
 
 
-def test_a_stream_begins_with_what_is_there():
-    """Parts that are ready together are one message, and an empty part is none."""
+def test_a_stream_begins_with_the_pieces_that_are_there():
+    """Pieces that are ready together are one message. An empty part is not sent."""
 
     def act(answers, sent):
         if sent == 2:
@@ -175,6 +179,7 @@ def test_a_stream_that_waits_pings(monkeypatch):
 
     def act(answers, sent):
         if sent == 4:
+            monkeypatch.setattr(streams, "PING_SECONDS", PATIENCE)
             answers.put(Piece(0, "a", reason="stop"))
 
     bodies = [message["body"] for message in streamed(act)[1:]]
@@ -193,5 +198,9 @@ def test_a_failure_is_the_last_event_of_a_stream():
 
 
 def test_a_stream_whose_client_goes_ends():
-    messages = streamed(lambda answers, sent: sent == 2 and answers._queue.put_nowait(None), [Piece(0, "a")])
+    def act(answers, sent):
+        if sent == 2:
+            answers._queue.put_nowait(None)
+
+    messages = streamed(act, [Piece(0, "a")])
     assert [message["body"] for message in messages[2:]] == [b""]

@@ -1,17 +1,11 @@
 """The text of an answer comes in whole characters, and stop strings may span tokens."""
 
 import pytest
-import tiny
+from served import Bytes
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
 from longlora.serving.text import Spelling, TextStream
-
-
-class Bytes:
-    """One token for each byte."""
-
-    backend = Backend.from_str(tiny.tokenizer_json())
 
 
 def pieces(text, stop=()):
@@ -52,7 +46,7 @@ PIECES = "\u2581the \u2581caf\u00e9 s \u2581a\u2581b <0xE6> <0x97> <0xA5> <0x0a>
 
 
 class Pieces:
-    """SentencePiece's tokens, with a mark for a space and for single bytes, and two added tokens."""
+    """Tokens as SentencePiece writes them: with marks for spaces and single bytes. Two are added tokens."""
 
     backend = Backend(models.BPE({piece: i for i, piece in enumerate(PIECES)}, []))
     backend.decoder = decoders.ByteFallback()
@@ -61,7 +55,7 @@ class Pieces:
 
 
 def test_tokens_have_bytes_and_widths():
-    """Each byte of a byte-level vocabulary stands for itself. SentencePiece's mark is a space."""
+    """In a byte-level vocabulary and in SentencePiece's, whose mark U+2581 is a space."""
     spelling = Spelling(Bytes)
     assert [spelling.bytes(i) for i in range(256)] == [bytes([i]) for i in range(256)]
     assert [spelling.width(i) for i in (0x41, 0x7F, 0x80, 0xBF, 0xC3, 0xE6, 0xF0)] == [1, 1, 0, 0, 1, 1, 1]
@@ -103,7 +97,7 @@ def test_a_tokenizer_without_a_decoder():
     ],
 )
 def test_where_a_text_stops(text, stop, found):
-    """The first stop string that is whole ends the text, and of two that end together the longer one."""
+    """The stop string that is complete first ends the text. Of two that end together, the longer one does."""
     said, stopped = pieces(text, stop)
     assert "".join(said) == found and stopped is (found != text)
 
@@ -116,8 +110,8 @@ def test_nothing_is_said_after_a_stop_string():
 
 
 @pytest.mark.parametrize("stopped", [True, False])
-def test_why_an_answer_has_ended(stopped):
-    """An answer that a stop string has ended is cancelled, or is at its limit by then."""
+def test_a_stop_string_changes_the_reason_of_the_engine(stopped):
+    """The engine then says that the request was cancelled, or that it reached its limit."""
     stream = TextStream(Bytes, ["b"])
     stream.add(ord("b" if stopped else "a"))
     found = [stream.reason(reason) for reason in ("cancelled", "length", "error", "refused", "stop")]
@@ -125,14 +119,14 @@ def test_why_an_answer_has_ended(stopped):
     assert found[2:] == ["error", "refused", "stop"]
 
 
-def test_special_tokens_have_a_text_where_it_is_asked_for():
+def test_special_tokens_have_a_text_if_they_are_not_skipped():
     stream = TextStream(Bytes, skip_special_tokens=False)
     assert stream.add(256) == "<|end|>"
     assert TextStream(Bytes, ["<|end|>"]).add(256) == ""
 
 
-def test_letters_that_stand_for_no_byte_have_none():
-    """An added token of a byte-level vocabulary stands for itself; a letter that is no byte is left out."""
+def test_letters_that_stand_for_no_byte_are_left_out():
+    """A byte-level vocabulary writes each byte as a letter. Token 0 has a letter too many, 2 is no token."""
 
     class Letters:
         backend = Backend(models.BPE({"a\u65e5": 0, "\u0120b": 1}, []))

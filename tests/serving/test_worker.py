@@ -1,4 +1,4 @@
-"""The thread of the engine: events become pieces of answers, and failures end answers alone."""
+"""The thread of the engine: events become pieces of answers; a failure ends answers, and not the thread."""
 
 import io
 import threading
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_text import Bytes
+from served import Bytes
 
 from longlora.decoder.sampling import Sampling
 from longlora.serving.engine import Event
@@ -28,7 +28,7 @@ def notify(made, *events):
         made.request.notify(event)
 
 
-def test_a_choice_asks_the_engine():
+def test_the_request_of_a_choice():
     request = choice(top_logprobs=3, score_prompt=True)[0].request
     assert request.prompt.tolist() == [1, 2] and request.sampling == Sampling()
     assert (request.max_new_tokens, request.end) == (9, {END})
@@ -61,7 +61,7 @@ def test_scores_come_with_the_text():
 
 
 def test_a_stop_string_cancels_the_request():
-    """What the engine makes until it notices is not part of the answer."""
+    """The answer leaves out what the engine makes after that."""
     made, pieces = choice(["b"])
     notify(made, Event(ord("a")))
     assert not made.request.cancelled
@@ -77,7 +77,7 @@ def test_an_error_of_the_engine_is_passed_on():
     assert pieces == [Piece(5, "b", 1, reason="error", error="no power")]
 
 
-def test_what_fails_ends_the_answer_once(capsys):
+def test_an_exception_ends_the_answer_once(capsys):
     made, pieces = choice()
     made._stream.add = None
     notify(made, Event(ord("a")), Event(ord("b")), Event(reason="cancelled"))
@@ -86,7 +86,7 @@ def test_what_fails_ends_the_answer_once(capsys):
 
 
 class Engine:
-    """It is busy for some ticks. A tick of `fails` raises."""
+    """It is busy for `ticks` ticks. `fails`: how many ticks are left after one that raises."""
 
     def __init__(self, ticks=0, fails=(), room=True):
         self.left, self.fails, self.room, self.done = ticks, fails, room, []
@@ -141,7 +141,7 @@ def test_a_worker_takes_requests_until_it_stops(room):
 
 
 def test_a_worker_sleeps_until_it_is_woken():
-    """The thread ticks once for each request, and ends when it is told."""
+    """The thread ticks once for each request, and ends after stop()."""
     ticked, engine = threading.Semaphore(0), Engine()
     tick = engine.tick
     engine.tick = lambda: (tick(), ticked.release())
