@@ -8,6 +8,8 @@ import threading
 import time
 
 import tiny
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 import longlora
@@ -46,6 +48,15 @@ def pdf_page(text):
         + b"xref\n0 6\n0000000000 65535 f \n%strailer<</Size 6/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF"
         % (table, len(made))
     )
+
+
+def rewrite(path, change):
+    """Write a safetensors file again after change(tensors, metadata)."""
+    tensors = load_file(path)
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
 
 
 @contextlib.contextmanager

@@ -154,9 +154,8 @@ def test_a_conversation_keeps_its_history(base, tmp_path):
     assert again.messages == conversation.messages and "5 messages" in note
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[1]", '[{"role": "user"}]', '[{"role": 1, "content": "a"}]'])
-def test_a_file_without_a_conversation_is_not_loaded(base, tmp_path, content):
-    (tmp_path / "c.json").write_text(content)
+def test_a_file_without_a_conversation_is_not_loaded(base, tmp_path):
+    (tmp_path / "c.json").write_text("{}")
     conversation, _, note = chat(base, [f"/load {tmp_path}/c.json"])
     assert f"({tmp_path}/c.json: " in note and conversation.messages == []
 

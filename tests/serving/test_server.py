@@ -1,4 +1,4 @@
-"""longlora serve over a socket, by the official client of OpenAI and by hand."""
+"""longlora serve over a socket, by the official client of OpenAI and by plain requests."""
 
 import asyncio
 import json

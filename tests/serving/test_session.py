@@ -5,13 +5,13 @@ import os
 
 import numpy as np
 import pytest
+import served
 import tiny
 
 import longlora
 from longlora import cli
 from longlora.decoder.model import Model
 from longlora.errors import UserError
-from longlora.files.safetensors import SafetensorsFile, save
 from longlora.training import driver
 
 TEXT = "A long document, which takes its time to read. "
@@ -90,15 +90,6 @@ def test_files_of_another_model_adapter_or_dtype_are_refused(base, tmp_path):
         longlora.Session(base, **HOW).save(file)
 
 
-def damaged(path, change):
-    """Write the file again after change(tensors, metadata)."""
-    file = SafetensorsFile(path)
-    tensors = {name: np.array(file.array(name)) for name in file.entries}
-    metadata = dict(file.metadata)
-    change(tensors, metadata)
-    save(path, tensors, metadata)
-
-
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -123,7 +114,7 @@ def test_damaged_files_are_named_and_the_session_goes_on(base, tmp_path, change,
     session, file = longlora.Session(base, **HOW), tmp_path / "saved"
     answer(session, TEXT)
     session.save(file)
-    damaged(file, change)
+    served.rewrite(file, change)
     with pytest.raises(UserError) as caught:
         session.load(file)
     assert words in str(caught.value) and str(file) in str(caught.value)
