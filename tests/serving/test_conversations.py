@@ -107,7 +107,7 @@ def test_a_stop_string_ends_an_answer():
     assert "".join(held) == "ab" and held.reason == "length"
 
 
-def test_an_error_or_a_loop_that_is_left_ends_an_answer():
+def test_an_error_or_a_break_ends_an_answer():
     answer = made(events("a"), [Event(reason="error", error="no power")])
     with pytest.raises(UserError, match="^no power$"):
         list(answer)

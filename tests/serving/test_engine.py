@@ -284,10 +284,8 @@ def test_a_prompt_takes_the_row_that_holds_most_of_it(opened):
     assert row_of([20, 20, 20, 21]) == (1, 3)
     assert row_of([40, 40]) == (0, 0) and row_of([50, 50]) == (2, 0) and row_of([60]) == (1, 0)
     assert row_of([40, 40]) == (0, 1)  # the last token is always read
-    assert row_of([60, 51], score_prompt=True) == (
-        2,
-        0,
-    )  # all is read, in the row that was used least recently
+    # A scored prompt is read whole, in the row that was used least recently.
+    assert row_of([60, 51], score_prompt=True) == (2, 0)
     assert engine.tokens(1).tolist() == [60]
     engine.hold(1, np.array([7, 8], np.int32))
     assert engine.tokens(1).tolist() == [7, 8] and engine.cache.lengths[1] == 2

@@ -122,9 +122,8 @@ def test_log_probabilities_of_a_chat():
     logprobs = dict(content=[{**entry, "top_logprobs": [entry, half]}], refusal=None)
     assert reply.body()["choices"][0]["logprobs"] == logprobs
     streamed = made(True, top_logprobs=0)
-    (said,) = events(
-        streamed.events(Piece(0, "", 1, [Score(0xC3, -0.5)]))
-    )  # the score of a token that gives no text yet
+    # The score of a token that gives no text yet.
+    (said,) = events(streamed.events(Piece(0, "", 1, [Score(0xC3, -0.5)])))
     half["logprob"] = -0.5
     assert said["choices"][0]["logprobs"]["content"] == [{**half, "top_logprobs": []}]
     (ended,) = events(streamed.events(Piece(0, "", 0, [Score(END, -0.25, ends=True)], reason="stop")))
