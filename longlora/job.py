@@ -1,5 +1,6 @@
 """What this job may use, and what it uses: memory and processors. Each system has a module of its own."""
 
+import resource
 import sys
 
 if sys.platform == "darwin":
@@ -35,8 +36,20 @@ def peak_memory() -> int:
 
 
 def limit_memory(size: int) -> None:
-    """Let this process have `size` bytes at most, where the system can."""
-    system.limit_memory(size)
+    """Let this process map `size` bytes at most, or fewer if that is its limit, where the system can."""
+    if system.LIMITS_MEMORY:
+        _limit(resource.RLIMIT_AS, size)
+
+
+def limit_processor_time(seconds: int) -> None:
+    """End this process after `seconds` of processor time, or earlier if that is its limit."""
+    _limit(resource.RLIMIT_CPU, seconds)
+
+
+def _limit(kind, most):
+    there = [limit for limit in resource.getrlimit(kind) if limit != resource.RLIM_INFINITY]
+    least = min([most, *there])
+    resource.setrlimit(kind, (least, least))
 
 
 def processors() -> int:

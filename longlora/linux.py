@@ -12,6 +12,7 @@ from collections.abc import Iterator
 PROC = "/proc"  # tests put files of their own in its place
 UNLIMITED = 1 << 60  # version 1 writes a number like 2^63 for "no limit"
 NORESERVE = 0x4000  # MAP_NORESERVE, which Python's mmap does not name
+LIMITS_MEMORY = True
 
 
 def available_memory() -> int:
@@ -35,13 +36,6 @@ def peak_memory() -> int:
     """VmHWM. Without /proc it is getrusage's, which may be that of the program that started this one."""
     peak = _table(f"{PROC}/self/status").get("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if peak is None else peak
-
-
-def limit_memory(size: int) -> None:
-    """A limit of address space. A lower one stays."""
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    least = size if most == resource.RLIM_INFINITY else min(size, most)
-    resource.setrlimit(resource.RLIMIT_AS, (least, least))
 
 
 def processors() -> int:

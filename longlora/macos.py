@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 NORESERVE = 0x40  # MAP_NORESERVE, which Python's mmap does not name
+LIMITS_MEMORY = False  # a process maps hundreds of GiB, so a limit of address space would say nothing
 HOST_VM_INFO64 = 4
 MACH_TASK_BASIC_INFO = 20
 
@@ -55,10 +56,6 @@ def resident_memory() -> int:
 def peak_memory() -> int:
     """The largest resident size by the kernel."""
     return _task().resident_size_max
-
-
-def limit_memory(size: int) -> None:
-    """Nothing: a process of macOS maps hundreds of GiB, so a limit of address space would say nothing."""
 
 
 def processors() -> int:

@@ -54,12 +54,9 @@ async def convert(data: bytes) -> str:
 
 def _main():
     import io
-    import resource
 
     job.limit_memory(MEMORY)
-    _, most = resource.getrlimit(resource.RLIMIT_CPU)
-    seconds = SECONDS if most == resource.RLIM_INFINITY else min(SECONDS, most)  # a lower limit stays
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    job.limit_processor_time(SECONDS)
     try:
         text = pdf_text(io.BytesIO(sys.stdin.buffer.read()), "the PDF")
     except UserError as error:

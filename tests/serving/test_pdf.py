@@ -39,7 +39,7 @@ def test_a_pdf_without_text_is_named(data, words):
 
 
 def run(monkeypatch, data, limits=(resource.RLIM_INFINITY,) * 2):
-    """Run the program that reads a PDF, in this process. limits: of processor time, as getrlimit gives them.
+    """Run the program that reads a PDF, in this process. limits: soft and hard, as getrlimit gives them.
 
     Returns its exit status, what it wrote to both streams, and the limits that it set.
     """
@@ -49,7 +49,6 @@ def run(monkeypatch, data, limits=(resource.RLIM_INFINITY,) * 2):
             patch.setattr(sys, name, stream)
         patch.setattr(resource, "getrlimit", lambda kind: limits)
         patch.setattr(resource, "setrlimit", set_limits.__setitem__)
-        patch.setattr(pdf.job, "limit_memory", lambda size: set_limits.update(memory=size))
         try:
             pdf._main()
         except SystemExit as error:
@@ -60,15 +59,19 @@ def run(monkeypatch, data, limits=(resource.RLIM_INFINITY,) * 2):
 def test_the_process_writes_the_text(monkeypatch):
     code, out, err, limits = run(monkeypatch, pdf_page("Ann is five."))
     assert (code, out.decode().strip(), err) == (0, "Ann is five.", b"")
-    assert limits == {"memory": 2 << 30, resource.RLIMIT_CPU: (60, 60)}
+    assert limits == {resource.RLIMIT_AS: (2 << 30,) * 2, resource.RLIMIT_CPU: (60, 60)}
     monkeypatch.setattr(pdf, "pdf_text", lambda *_: "\ud800\u00e9")
     assert run(monkeypatch, b"")[1] == "?\u00e9".encode()
 
 
-@pytest.mark.parametrize("most, seconds", [(30, 30), (90, 60)])
-def test_a_lower_limit_of_processor_time_stays(monkeypatch, most, seconds):
-    limits = run(monkeypatch, pdf_page("a"), (resource.RLIM_INFINITY, most))[3]
-    assert limits[resource.RLIMIT_CPU] == (seconds, seconds)
+@pytest.mark.parametrize(
+    "soft, hard, least", [(None, 30, 30), (None, 90, 60), (20, None, 20), (20, 30, 20), (70, 90, 60)]
+)
+def test_a_lower_limit_stays(monkeypatch, soft, hard, least):
+    both = tuple(resource.RLIM_INFINITY if x is None else x for x in (soft, hard))
+    limits = run(monkeypatch, pdf_page("a"), both)[3]
+    assert limits[resource.RLIMIT_CPU] == (least, least)
+    assert limits[resource.RLIMIT_AS][0] == min(x for x in (soft, hard) if x is not None)
 
 
 def test_the_process_says_why_there_is_no_text(monkeypatch):
