@@ -407,21 +407,6 @@ def test_the_backward_ends_where_nothing_below_learns(name, targets, last, check
         np.testing.assert_array_equal(found[0][1][n], gradient, n)
 
 
-@pytest.mark.parametrize(
-    "lora, end",
-    [
-        (None, (0, Reach.INPUT)),
-        (LoraConfig(), (0, Reach.INPUT)),
-        (LoraConfig(modules_to_save=("norm",)), (0, Reach.INPUT_NORM)),
-        (LoraConfig(modules_to_save=()), (0, Reach.QKV)),
-        (LoraConfig(target_modules=(), modules_to_save=("model.norm",)), (2, Reach.INPUT)),
-    ],
-)
-def test_where_the_backward_ends(lora, end):
-    network = build("qwen2", lora).network
-    assert (network.lowest, network.reach) == end
-
-
 def test_a_step_computes_nothing_twice_that_it_keeps():
     """The test counts how often each op runs in a step."""
     before = dict(_C.calls())

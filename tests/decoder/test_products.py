@@ -219,6 +219,8 @@ def network(lora, training=True, **fields):
         ((), ("q_norm",), Reach.QKV),
         ((), ("k_norm",), Reach.QKV),
         (("down_proj",), ("input_layernorm",), Reach.INPUT_NORM),
+        (("q_proj", "k_proj", "v_proj", "o_proj"), (), Reach.QKV),
+        (("q_proj", "k_proj", "v_proj", "o_proj"), ("norm",), Reach.INPUT_NORM),
         ((), ("model.norm",), None),
         ((), ("lm_head",), None),
     ],
@@ -228,8 +230,12 @@ def test_the_backward_ends_at_the_lowest_trained_part_of_a_layer(targets, saved,
     made = network(LoraConfig(target_modules=targets, modules_to_save=saved), **fields)
     assert made.layers[1].lowest() == end
     assert (made.lowest, made.reach) == ((2, Reach.INPUT) if end is None else (0, end))
-    assert network(LoraConfig(), **fields).reach == Reach.INPUT
-    assert network(LoraConfig(), training=False, **fields).lowest == 2
+
+
+def test_the_backward_ends_at_the_embedding_if_that_is_trained():
+    for lora in (None, LoraConfig()):
+        assert (network(lora).lowest, network(lora).reach) == (0, Reach.INPUT)
+    assert network(LoraConfig(), training=False).lowest == 2
 
 
 def test_the_kind_of_each_weight():

@@ -54,6 +54,13 @@ def test_scores_equal_those_of_torch(monkeypatch, size):
     assert _C.calls()["matmul"] - calls == -(-M // rows)
 
 
+def test_few_logits_are_one_product():
+    n, head, targets = inputs()
+    calls = _C.calls()["matmul"]
+    scores.score(tensor(head), tensor(n), targets)
+    assert _C.calls()["matmul"] == calls + 1
+
+
 def test_large_logits_do_not_overflow_and_nan_gives_nan():
     n, head, targets = inputs()
     logs, _ = scores.score(tensor(head * 1000), tensor(n), targets)
