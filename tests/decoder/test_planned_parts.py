@@ -297,7 +297,7 @@ def test_a_pass_has_a_chunk_of_512_tokens_or_16_rows():
 
 
 def test_the_bytes_of_a_window():
-    """A chunk of 64 recent tokens has 16, so the cache has 16 more places. It holds the 8 sinks twice."""
+    """With 64 recent tokens a chunk has 16, so the cache has 16 more places. It holds the 8 sinks twice."""
     found = generation(context=Window(8, 64))
     assert found.context == 72
     assert found.parts["cache of keys and values"] == 2 * LAYERS * 4 * K * D * (8 + 64 + 16 + 8)

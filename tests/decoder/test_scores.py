@@ -14,14 +14,8 @@ from longlora.decoder.generate import Generator
 from longlora.decoder.model import Model
 
 V, C, M = 40, 16, 11
-SIZES = [
-    1,
-    4 * V,
-    3 * 4 * V,
-    3 * 4 * V + 1,
-    4 * 4 * V - 1,
-    1 << 20,
-]  # bytes of logits: from 1 row to all rows
+# Bytes of logits: from one row to all rows.
+SIZES = [1, 4 * V, 3 * 4 * V, 3 * 4 * V + 1, 4 * 4 * V - 1, 1 << 20]
 
 
 def inputs():
