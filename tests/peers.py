@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference
 
+from longlora import _C
 from longlora.decoder import model as model_
 from longlora.decoder import plan as plan_
 from longlora.decoder.config import read_config
@@ -182,6 +183,13 @@ def gradients(made, ids, targets, scale=0.01):
     made.zero_grad()
     loss = made.train_microbatch(ids, targets, scale)
     return loss, {p.name: p.grad.numpy().copy() for p in made.parameters}
+
+
+def tensor(x):
+    """A float32 Tensor on the CPU with the numbers of an array."""
+    made = _C.Tensor(x.shape, "float32", "cpu")
+    made.copy_(np.float32(x))
+    return made
 
 
 def close(got, want, tolerance, name=""):

@@ -33,6 +33,11 @@ CONFIG = dict(
 ALPHABET = [*range(33, 127), *range(161, 173), *range(174, 256)]
 
 
+def tokens(*shape, seed=0):
+    """Random tokens of CONFIG's vocabulary, int32."""
+    return np.random.default_rng(seed).integers(0, CONFIG["vocab_size"], shape).astype(np.int32)
+
+
 def tokenizer_json():
     """A byte-level tokenizer without merges: one token per byte, and <|end|>."""
     other = [byte for byte in range(256) if byte not in ALPHABET]

@@ -1,15 +1,22 @@
-"""Every value of a config is taken up to its limits and refused beyond them, by name."""
+"""Values of a config are read up to their limits. Values beyond them are refused by name."""
 
 import dataclasses
 
 import pytest
+import transformers
 from test_config import RAW
-from transformers import GraniteConfig, LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longlora.decoder.config import ModelConfig, read_config
 from longlora.decoder.families import FAMILIES
 from longlora.errors import UserError
+
+
+def defaults_of_transformers(family):
+    """A config of transformers without any field. A Qwen config has sliding_window only if it is used."""
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family].replace("ForCausalLM", "Config")
+    return getattr(transformers, name)(**{"use_sliding_window": True} if "qwen" in family else {})
+
 
 LIMITS = dict(
     vocab_size=16_777_216,
@@ -33,7 +40,7 @@ def refused(message, family="llama", **fields):
 
 
 @pytest.mark.parametrize("name, most", LIMITS.items())
-def test_sizes_reach_their_limits(name, most):
+def test_a_size_has_limits(name, most):
     others = dict(head_dim=8, num_attention_heads=most if "heads" in name else 4)
     assert getattr(read(**{**others, name: most}), name) == most
     for wrong in (most + 1, 0, True, 2.0, "2"):
@@ -50,7 +57,6 @@ def test_the_smallest_model_is_read():
     assert read(head_dim=6).head_dim == 6
 
 
-THEIRS = {"llama": LlamaConfig(), "granite": GraniteConfig()}
 NUMBERS = [
     ("llama", "rms_norm_eps", 1, 1e-6),
     ("llama", "initializer_range", 10, 0.02),
@@ -62,11 +68,10 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize("family, name, most, default", NUMBERS)
-def test_numbers_reach_their_limits(family, name, most, default):
-    """Defaults are those of transformers' config classes."""
+def test_a_number_has_limits_and_the_default_of_transformers(family, name, most, default):
     raw = {key: value for key, value in RAW.items() if key != name}
     found = getattr(read_config({**raw, "model_type": family}), name)
-    assert found == default == getattr(THEIRS[family], name)
+    assert found == default == getattr(defaults_of_transformers(family), name)
     for value in (most, 1e-9, 0.5):
         found = getattr(read(family, **{name: value}), name)
         assert found == value and type(found) is float
@@ -77,9 +82,18 @@ def test_numbers_reach_their_limits(family, name, most, default):
 
 
 @pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id"])
-def test_tokens_are_read(name):
+def test_a_token_id_is_a_number_or_the_first_of_a_list(name):
     """A model without such a token has null, -1 or an empty list."""
-    for value, token in ((0, 0), (1, 1), ([3, 4], 3), ([0], 0), (-1, None), ([-1], None), ([], None)):
+    for value, token in (
+        (None, None),
+        (0, 0),
+        (1, 1),
+        ([3, 4], 3),
+        ([0], 0),
+        (-1, None),
+        ([-1], None),
+        ([], None),
+    ):
         assert getattr(read(**{name: value}), name) == token
     assert getattr(read(), name) is None
     for wrong in (-2, -3, True, False, 1.0, -1.0, "1", [True], {"a": 1}, ["1"]):
@@ -96,13 +110,13 @@ def test_tokens_are_read(name):
         "num_experts",
     ],
 )
-def test_what_is_not_a_plain_dense_decoder_is_refused(name):
+def test_models_other_than_plain_dense_decoders_are_refused(name):
     for nothing in (None, 0, {}, False):
         assert read(**{name: nothing}) == read()
     refused(f"^config: {name} 4 is not supported; supported is a plain dense decoder without it", **{name: 4})
 
 
-def test_names_of_what_is_supported_are_taken():
+def test_fields_that_name_what_llama_does_anyway_change_nothing():
     plain = read()
     for fields in (
         dict(architectures=None),
@@ -127,6 +141,18 @@ def test_the_architecture_is_that_of_transformers(family):
     refused(f"supported is {name}$", family, architectures=["MambaForCausalLM"])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_defaults_of_a_family_are_those_of_transformers(family):
+    """transformers puts the number of heads where num_key_value_heads is None."""
+    row, theirs = FAMILIES[family], defaults_of_transformers(family)
+    for key, value in row.defaults.items():
+        if key == "num_key_value_heads" and value is None:
+            value = theirs.num_attention_heads
+        assert getattr(theirs, key) == value, key
+        assert type(getattr(theirs, key)) is type(value), key
+    assert theirs.rope_parameters["rope_theta"] == row.theta
+
+
 def test_flags_are_true_or_false():
     for name in ("tie_word_embeddings", "attention_bias"):
         for wrong in (0, 1, None, "true"):
@@ -142,7 +168,7 @@ def test_heads_share_keys_and_values_evenly():
     refused("num_attention_heads 2 should be a multiple", num_attention_heads=2, num_key_value_heads=4)
 
 
-def test_the_size_of_a_head_follows_from_the_width_where_nobody_gives_it():
+def test_a_missing_head_dim_is_hidden_size_over_heads():
     assert read(hidden_size=64).head_dim == 16
     assert read(hidden_size=33, head_dim=8).head_dim == 8
     assert read("qwen3", hidden_size=33).head_dim == 128 and read("qwen3", head_dim=16).head_dim == 16
@@ -150,59 +176,39 @@ def test_the_size_of_a_head_follows_from_the_width_where_nobody_gives_it():
 
 
 @pytest.mark.parametrize("wrong", [True, 0, -1, 2.0, "2", None])
-def test_the_interval_without_rope_is_a_number_of_layers(wrong):
+def test_a_wrong_no_rope_layer_interval_is_refused(wrong):
     message = f"no_rope_layer_interval should be an integer above 0, got {wrong!r}"
     refused(message, "smollm3", no_rope_layer_interval=wrong)
 
 
-def test_the_list_of_layers_with_rope_has_a_flag_for_each():
-    for listed in ([1, 0], [1, 0, 2], [1, 0, -1], [1, 0, None], "101", (1, 0, 1), {}):
+def test_no_rope_layers_has_a_flag_for_each_layer():
+    for listed in ([1, 0], [1, 0, 2], [1, 0, -1], [1, 0, None], "101", (1, 0, 1), {}, 1):
         refused(
             "no_rope_layers should be a list of 0 or 1 for each of 3 layers", "smollm3", no_rope_layers=listed
         )
     assert read("smollm3", no_rope_layers=[True, False, 1]).rope_layers == (True, False, True)
 
 
-@pytest.mark.parametrize(
-    "family, fields, window",
-    [
-        ("qwen2", dict(num_hidden_layers=28), None),
-        ("qwen2", dict(num_hidden_layers=29), 4096),
-        ("qwen3", dict(num_hidden_layers=28), None),
-        ("qwen3", dict(num_hidden_layers=29), 4096),
-        ("qwen2", dict(max_window_layers=3, sliding_window=9), None),
-        ("qwen2", dict(max_window_layers=4, sliding_window=9), None),
-        ("qwen2", dict(max_window_layers=0, sliding_window=0), 0),
-        ("qwen2", dict(max_window_layers=None, sliding_window=9), 9),
-    ],
-)
-def test_windows_begin_after_the_layers_that_transformers_spares(family, fields, window):
-    raw = {**RAW, "model_type": family, "use_sliding_window": True, **fields}
-    if window is None:
-        assert read_config(raw).num_hidden_layers == raw["num_hidden_layers"]
-    else:
-        with pytest.raises(UserError, match=f"active sliding_window of {window} is not supported"):
-            read_config(raw)
-
-
-def test_layer_types_are_named_once_in_order():
+def test_wrong_layer_types_are_named_once_and_sorted():
     types = ["sliding_attention", "full_attention", "chunked_attention", "sliding_attention"]
     refused("layer_types has chunked_attention, sliding_attention; supported is full_", layer_types=types)
     refused("layer_types has 'full_attention'; supported is", layer_types="full_attention")
 
 
-def test_a_config_shows_what_it_says_but_not_its_file():
+def test_equality_hash_and_repr_leave_out_the_raw_file():
     one, other = read(), read(torch_dtype="bfloat16")
     assert one == other and "raw" not in repr(one) and "torch_dtype" not in repr(other)
     assert other.raw["torch_dtype"] == "bfloat16" and hash(one) == hash(other)
     assert one != read(vocab_size=101)
-    given = {
-        f.name: getattr(one, f.name) for f in dataclasses.fields(one) if f.default is dataclasses.MISSING
-    }
-    assert ModelConfig(**given) == one  # a decoder like Llama needs nothing else
 
 
-def test_messages_name_where_the_config_is_from():
+def test_the_defaults_of_a_model_config_make_a_llama():
+    llama = read()
+    required = [f.name for f in dataclasses.fields(llama) if f.default is dataclasses.MISSING]
+    assert ModelConfig(**{name: getattr(llama, name) for name in required}) == llama
+
+
+def test_a_message_begins_with_the_source_of_the_config():
     with pytest.raises(UserError, match="^base.gguf: vocab_size is missing$"):
         read_config({**RAW, "vocab_size": None}, "base.gguf")
     with pytest.raises(UserError, match="^config: vocab_size is missing$"):

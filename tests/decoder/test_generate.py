@@ -7,9 +7,7 @@ from test_weights import build
 
 from longlora.decoder.cache import Cache
 from longlora.decoder.generate import Generator
-from longlora.decoder.generation_plan import plan
 from longlora.decoder.model import Model
-from longlora.errors import UserError
 from longlora.files.open_model import open_model
 
 
@@ -100,18 +98,3 @@ def test_a_full_row_refuses_a_token(tmp_path):
     generator.step([1], [3])
     with pytest.raises(ValueError, match="a sequence of 11 tokens does not fit its row of 10 places"):
         generator.step([1], [3])
-
-
-def test_the_plan_counts_the_bytes_of_the_cache(tmp_path):
-    """The bytes are computed by hand. The plan names what would make it fit and refuses wrong values."""
-    build(tmp_path / "base")
-    config = open_model(tmp_path / "base").config
-    found = plan(config, context=1000, rows=3, cache_dtype="bfloat16")
-    each = config.num_key_value_heads * config.head_dim * 2 * 2 * config.num_hidden_layers
-    assert 0 <= found.parts["cache of keys and values"] - 3 * 1000 * each < 64 * 2 * config.num_hidden_layers
-    assert found.fits and "3 x 1000 tokens" in found.text()
-    tight = plan(config, context=1 << 20, rows=1, memory=found.total + (8 << 20))
-    assert not tight.fits and tight.changes and "--" in tight.changes[0]
-    for change in (dict(context=0), dict(rows=True), dict(dtype="int8"), dict(cache_dtype="f32")):
-        with pytest.raises(UserError, match=f"{next(iter(change))} should be"):
-            plan(config, **{"context": 10, **change})

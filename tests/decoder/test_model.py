@@ -271,7 +271,7 @@ def test_a_model_without_a_plan_only_evaluates(lora, dtype):
         made.losses(ids[0], targets[0]), trained.losses(ids[0], targets[0]), 1e-2 if dtype == "float16" else 0
     )
     assert not made.parameters and made.arena.nbytes < trained.arena.nbytes
-    with pytest.raises(UserError, match="without a plan"):
+    with pytest.raises(UserError, match="made without a plan, so it can only evaluate"):
         made.train_microbatch(ids, targets, 1.0)
 
 
@@ -347,12 +347,6 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(UserError, match="float16 cannot be trained without loss scaling"):
         model_.Model(config, dtype="float16", plan=plan)
     made = build("llama", LORAS["paper"])
-    with pytest.raises(UserError, match="the model has no model.layers.9"):
-        made.load_adapter({"model.layers.9.mlp.up_proj.weight": np.zeros((2, 2), np.float32)})
-    with pytest.raises(UserError, match=r"model.norm.weight should have shape \[48\], got \[47\]"):
-        made.load_adapter({"model.norm.weight": np.zeros(47, np.float32)})
-    with pytest.raises(UserError, match="r and scale should be 4 and 4, got 8 and 2"):
-        made.load_adapter({}, LoraConfig(r=8))
     ids, targets = tokens(2, 37)
     for borders in ([0, 5, 73], [1, 74], [0, 50, 40, 74], [], [[0, 74]]):
         with pytest.raises(ValueError, match="cu_seqlens should rise from 0 to 74"):
@@ -405,21 +399,6 @@ def test_the_backward_ends_where_nothing_below_learns(name, targets, last, check
     assert found[0][0] == found[1][0] and counts[0] < counts[1]
     for n, gradient in found[1][1].items():
         np.testing.assert_array_equal(found[0][1][n], gradient, n)
-
-
-@pytest.mark.parametrize(
-    "lora, end",
-    [
-        (None, (0, Reach.INPUT)),
-        (LoraConfig(), (0, Reach.INPUT)),
-        (LoraConfig(modules_to_save=("norm",)), (0, Reach.INPUT_NORM)),
-        (LoraConfig(modules_to_save=()), (0, Reach.QKV)),
-        (LoraConfig(target_modules=(), modules_to_save=("model.norm",)), (2, Reach.INPUT)),
-    ],
-)
-def test_where_the_backward_ends(lora, end):
-    network = build("qwen2", lora).network
-    assert (network.lowest, network.reach) == end
 
 
 def test_a_step_computes_nothing_twice_that_it_keeps():

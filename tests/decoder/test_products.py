@@ -1,9 +1,9 @@
-"""Products of several modules with LoRA, and the places of weights, against NumPy and by pencil."""
+"""Products of several modules with LoRA equal NumPy's. Weights have their places, kinds and scales."""
 
 import numpy as np
 import pytest
 import tiny
-from peers import close
+from peers import close, tensor
 
 from longlora import _C
 from longlora.decoder.config import read_config
@@ -17,14 +17,8 @@ MODULES, C, M = {"q_proj": 6, "k_proj": 4, "v_proj": 2}, 8, 5
 ROWS = {"q_proj": slice(0, 6), "k_proj": slice(6, 10), "v_proj": slice(10, 12)}
 
 
-def tensor(x):
-    made = _C.Tensor(x.shape, "float32", "cpu")
-    made.copy_(np.float32(x))
-    return made
-
-
 def made(modules, targets, learns=True, bias=True, dtype="float32"):
-    """A product with random numbers, and its arrays by name."""
+    """A Fused with random weights, and their arrays by name."""
     lora = LoraConfig(r=3, lora_alpha=6, target_modules=targets)
     product = Fused("p.", modules, C, bias=bias, lora=lora)
     weights = product.weights()
@@ -47,7 +41,7 @@ def made(modules, targets, learns=True, bias=True, dtype="float32"):
 
 
 def by_module(arrays, modules, x):
-    """y = x W' + bias + 2 (x A') B' of each module, side by side, and u = x A'."""
+    """y = x W' + bias + 2 (x A') B' of each module, side by side, and all u = x A' (None without LoRA)."""
     parts, us = [], []
     for name in modules:
         y = x @ arrays[f"p.{name}.weight"].T + arrays.get(f"p.{name}.bias", 0)
@@ -71,23 +65,23 @@ CASES = [
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("learns", [True, False])
 @pytest.mark.parametrize("modules, targets", CASES)
-def test_a_product_is_that_of_each_module(modules, targets, learns, bias):
+def test_a_fused_product_equals_the_products_of_its_modules(modules, targets, learns, bias):
     product, arrays = made(modules, targets, learns, bias)
     x, N = np.random.default_rng(1).standard_normal((M, C)), sum(modules.values())
     wanted, u = by_module(arrays, modules, x)
-    out, ours = tensor(np.zeros((M, N))), u is not None and tensor(np.zeros(u.shape))
-    product.forward(_C, out, ours if targets else None, tensor(x))
+    out, out_u = tensor(np.zeros((M, N))), tensor(np.zeros(u.shape)) if targets else None
+    product.forward(_C, out, out_u, tensor(x))
     close(out.numpy(), wanted, 1e-6)
     assert product.rank == 3 * len(targets) and product.scale == (2 if targets else 1)
     if targets:
-        close(ours.numpy(), u, 1e-6)
+        close(out_u.numpy(), u, 1e-6)
     residual = np.random.default_rng(2).standard_normal((M, N))
     product.forward(_C, out, None, tensor(x), tensor(residual))
     close(out.numpy(), wanted + residual, 1e-6)
 
 
 @pytest.mark.parametrize("modules, targets", CASES)
-def test_the_gradients_of_a_product_are_those_of_each_module(modules, targets):
+def test_the_gradients_of_a_fused_product_equal_those_of_its_modules(modules, targets):
     product, arrays = made(modules, targets)
     random, N = np.random.default_rng(1), sum(modules.values())
     x, d = random.standard_normal((M, C)), random.standard_normal((M, N))
@@ -113,31 +107,31 @@ def test_the_gradients_of_a_product_are_those_of_each_module(modules, targets):
     assert set(found) == set(wanted)
     for name, gradient in wanted.items():
         close(found[name], gradient, 1e-6, name)
-    alone = tensor(np.zeros((M, C)))
-    product.input_gradient(_C, alone, tensor(d))
-    close(alone.numpy(), wanted_dx, 1e-6)
+    dx = tensor(np.zeros((M, C)))
+    product.input_gradient(_C, dx, tensor(d))
+    close(dx.numpy(), wanted_dx, 1e-6)
 
 
-def test_b_is_block_diagonal_in_what_the_ops_read():
+def test_the_ops_read_a_block_diagonal_b():
     product, arrays = made(MODULES, ("q_proj", "v_proj"))
     b = np.zeros((12, 6), np.float32)
     b[:6, :3], b[10:, 3:] = arrays["p.q_proj.lora_B.weight"], arrays["p.v_proj.lora_B.weight"]
     np.testing.assert_array_equal(product.b.numpy(), b)
 
 
-def test_the_only_block_is_b_itself_where_that_is_exact():
-    for dtype, learns, itself in (
+def test_a_single_block_that_learns_in_float32_is_not_copied():
+    for dtype, learns, shared in (
         ("float32", True, True),
         ("bfloat16", True, False),
         ("float32", False, False),
     ):
         product, _ = made({"o_proj": 7}, ("o_proj",), learns, dtype=dtype)
-        assert (product.b is product.blocks[0].value) is itself
+        assert (product.b is product.blocks[0].value) is shared
         assert product.b.dtype == dtype and product.b.shape == (7, 3)
     assert made({"o_proj": 7}, ())[0].b is None
 
 
-def test_names_of_a_product_are_in_the_order_of_the_files():
+def test_the_tensors_of_a_product_come_module_by_module():
     product = Fused("x.", {"a": 2, "b": 3}, 4, bias=True)
     assert list(product.tensor_shapes().items()) == [
         ("x.a.weight", (2, 4)),
@@ -148,13 +142,11 @@ def test_names_of_a_product_are_in_the_order_of_the_files():
     assert list(Fused("x.", {"a": 2}, 4).tensor_shapes().items()) == [("x.a.weight", (2, 4))]
     assert [w.kind for w in product.weights()] == ["linear", "bias"] and not product.learns
     lora = Fused("x.", {"q_proj": 2}, 4, lora=LoraConfig(target_modules=("q_proj",)))
-    assert [w.kind for w in lora.weights()] == ["linear", "lora_A", "lora_B"] and (lora.rank, lora.scale) == (
-        8,
-        2,
-    )
+    assert [w.kind for w in lora.weights()] == ["linear", "lora_A", "lora_B"]
+    assert (lora.rank, lora.scale) == (8, 2)
 
 
-def test_a_norm_that_is_not_there_does_nothing_but_divide():
+def test_a_norm_that_the_model_lacks_has_no_weight():
     norm = Norm("n", 4, 0.5, there=False)
     assert norm.weight.members == {} and not norm.learns and norm.weight.kind == "norm"
     assert Norm("n", 4, 0.5).weight.members == {"n.weight": slice(0, 4)}
@@ -163,7 +155,7 @@ def test_a_norm_that_is_not_there_does_nothing_but_divide():
 # ---- places ------------------------------------------------------------------------------------
 
 
-def test_tensors_of_a_weight_lie_under_each_other():
+def test_a_weight_holds_its_tensors_one_after_the_other():
     w = Weight("linear", {"a": 2, "b": 3, "c": 1}, 4)
     assert w.members == {"a": slice(0, 2), "b": slice(2, 5), "c": slice(5, 6)} and w.shape == (6, 4)
     assert w.tensor_shapes() == {"a": (2, 4), "b": (3, 4), "c": (1, 4)} and w.kind == "linear"
@@ -172,8 +164,8 @@ def test_tensors_of_a_weight_lie_under_each_other():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_learns_has_a_master_a_gradient_and_moments(dtype):
-    """Frozen weights come first, then masters, copies, gradients and moments, each kind together."""
+def test_a_trained_weight_has_a_master_a_gradient_and_moments(dtype):
+    """The order in memory is frozen weights, masters, working copies, gradients, moments."""
     frozen, one, two = (
         Weight("linear", {"f": 16}, 16),
         Weight("norm", {"n": 32}),
@@ -201,7 +193,7 @@ def test_what_learns_has_a_master_a_gradient_and_moments(dtype):
         x.fill(i + 1)
         assert x.dtype == "float32"
     for i, x in enumerate((one.value, two.value, one.grad, two.grad, one.m, two.m, one.v, two.v)):
-        assert (x.numpy() == i + 1).all()  # none lies over another
+        assert (x.numpy() == i + 1).all()  # they do not overlap
     assert set(gradients.view(arena).numpy().tolist()) == {3, 4}
     p = Parameter("h", two)
     assert (p.name, p.kind, p.shape) == ("h", "head", (16, 8)) and (p.copy is None) is (dtype == "float32")
@@ -227,34 +219,39 @@ def network(lora, training=True, **fields):
         ((), ("q_norm",), Reach.QKV),
         ((), ("k_norm",), Reach.QKV),
         (("down_proj",), ("input_layernorm",), Reach.INPUT_NORM),
+        (("q_proj", "k_proj", "v_proj", "o_proj"), (), Reach.QKV),
+        (("q_proj", "k_proj", "v_proj", "o_proj"), ("norm",), Reach.INPUT_NORM),
         ((), ("model.norm",), None),
         ((), ("lm_head",), None),
     ],
 )
-def test_the_backward_of_a_layer_ends_at_its_last_part_that_learns(targets, saved, end):
+def test_the_backward_ends_at_the_lowest_trained_part_of_a_layer(targets, saved, end):
     fields = dict(model_type="qwen3", tie_word_embeddings=False)
     made = network(LoraConfig(target_modules=targets, modules_to_save=saved), **fields)
     assert made.layers[1].lowest() == end
     assert (made.lowest, made.reach) == ((2, Reach.INPUT) if end is None else (0, end))
-    assert network(LoraConfig(), **fields).reach == Reach.INPUT
-    assert network(LoraConfig(), training=False, **fields).lowest == 2
 
 
-def test_weights_have_kinds_by_what_they_are():
+def test_the_backward_ends_at_the_embedding_if_that_is_trained():
+    for lora in (None, LoraConfig()):
+        assert (network(lora).lowest, network(lora).reach) == (0, Reach.INPUT)
+    assert network(LoraConfig(), training=False).lowest == 2
+
+
+def test_the_kind_of_each_weight():
     made = network(LoraConfig(target_modules="all-linear"), tie_word_embeddings=False, attention_bias=True)
     kinds = {name: w.kind for w in made.weights() for name in w.members}
     layer = "model.layers.1."
     assert kinds["model.embed_tokens.weight"] == "embedding" and kinds["lm_head.weight"] == "head"
     assert kinds["model.norm.weight"] == kinds[f"{layer}input_layernorm.weight"] == "norm"
-    assert (
-        kinds[f"{layer}mlp.up_proj.weight"] == "linear" and kinds[f"{layer}self_attn.k_proj.bias"] == "bias"
-    )
+    assert kinds[f"{layer}mlp.up_proj.weight"] == "linear"
+    assert kinds[f"{layer}self_attn.k_proj.bias"] == "bias"
     assert kinds[f"{layer}mlp.down_proj.lora_A.weight"] == "lora_A"
     assert kinds[f"{layer}self_attn.v_proj.lora_B.weight"] == "lora_B"
 
 
-def test_factors_of_a_granite_are_where_the_stream_wants_them():
-    """The stream holds x / m for a residual multiplier m: its embedding is divided by m, eps by m^2."""
+def test_the_multipliers_of_granite():
+    """The residual stream holds x / m for a residual multiplier m: embedding / m, eps / m^2."""
     fields = dict(
         model_type="granite",
         embedding_multiplier=6.0,

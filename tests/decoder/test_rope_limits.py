@@ -1,4 +1,4 @@
-"""What a config may say about rope, up to its limits, and the texts that say how it was extended."""
+"""Rope fields of a config and their limits, edge cases of yarn and llama3, and the texts of an extension."""
 
 import math
 
@@ -21,11 +21,8 @@ def refused(message, scaling=None, **fields):
         read(scaling, **fields)
 
 
-@pytest.mark.parametrize(
-    "name, least, most", [("rope_theta", 2, "1e+12"), ("original_rope_theta", 2, "1e+12")]
-)
-def test_theta_has_limits(name, least, most):
-    field = {"rope_theta": "theta", "original_rope_theta": "original_theta"}[name]
+@pytest.mark.parametrize("name, field", [("rope_theta", "theta"), ("original_rope_theta", "original_theta")])
+def test_theta_has_limits(name, field):
     for value in (2, 2.0, 2.5, 10**12):
         found = getattr(read(**{name: value}), field)
         assert found == value and type(found) is float
@@ -36,24 +33,23 @@ def test_theta_has_limits(name, least, most):
 
 
 FACTORS = [
-    ("linear", "factor", 1),
-    ("yarn", "factor", 1),
-    ("llama3", "factor", 1),
-    ("yarn", "attention_factor", 1e-3),
-    ("yarn", "beta_fast", 1e-3),
-    ("yarn", "beta_slow", 1e-3),
-    ("yarn", "mscale", 1e-3),
-    ("yarn", "mscale_all_dim", 1e-3),
-    ("llama3", "low_freq_factor", 1e-3),
-    ("llama3", "high_freq_factor", None),
+    ("linear", "factor", 1, 10**9),
+    ("yarn", "factor", 1, 10**9),
+    ("llama3", "factor", 1, 10**9),
+    ("yarn", "attention_factor", 1e-3, 10**9),
+    ("yarn", "beta_fast", 1e-3, 10**9),
+    ("yarn", "beta_slow", 1e-3, 10**9),
+    ("yarn", "mscale", 1e-3, 10**9),
+    ("yarn", "mscale_all_dim", 1e-3, 10**9),
+    ("llama3", "low_freq_factor", 1e-3, 3.999),  # high_freq_factor is 4
+    ("llama3", "high_freq_factor", 1.001, 10**9),  # low_freq_factor is 1
 ]
 
 
-@pytest.mark.parametrize("kind, name, least", FACTORS)
-def test_factors_have_limits(kind, name, least):
+@pytest.mark.parametrize("kind, name, least, most", FACTORS)
+def test_factors_have_limits(kind, name, least, most):
     scaling = SCALINGS[kind]
-    most = 10**9 if name != "low_freq_factor" else 3.999  # below high_freq_factor
-    for value in (most,) if least is None else (least, 1.5, most):
+    for value in (least, 1.5, most):
         found = getattr(read({**scaling, name: value}), name)
         assert found == value and type(found) is float
     lowest = "1" if name == "factor" else "0.001"
@@ -62,7 +58,7 @@ def test_factors_have_limits(kind, name, least):
         refused(message, {**scaling, name: wrong})
 
 
-def test_the_length_of_pretraining_has_limits():
+def test_original_max_position_embeddings_has_limits():
     for value in (1, 2, 1 << 31):
         assert read(original_max_position_embeddings=value).original_length == value
         assert read({**SCALINGS["yarn"], "original_max_position_embeddings": value}).original_length == value
@@ -70,6 +66,9 @@ def test_the_length_of_pretraining_has_limits():
         message = f"original_max_position_embeddings should be an integer above 0, got {wrong!r}$"
         refused(message, original_max_position_embeddings=wrong)
     assert read(original_max_position_embeddings=512).original_length == 512
+
+
+def test_the_original_length_is_the_top_level_one_or_that_of_the_rope_or_the_whole_length():
     both = {**SCALINGS["yarn"], "original_max_position_embeddings": 256}
     assert read(both, original_max_position_embeddings=512).original_length == 512
     assert read(both).original_length == 256 and read().original_length == 2048
@@ -82,8 +81,8 @@ def test_a_rope_with_another_theta_of_pretraining_is_ntk():
     assert read({"rope_type": "linear", "factor": 2}, **raw) == Rope("linear", 10000.0, 600, 2.0)
 
 
-def test_theta_stands_in_one_of_three_places():
-    """transformers 5 has it in rope_parameters, transformers 4 at the top level. Llama's default is 10000."""
+def test_theta_is_that_of_rope_parameters_or_the_top_level_or_the_default():
+    """transformers 5 writes it to rope_parameters, transformers 4 to the top level."""
     plain = {key: value for key, value in RAW.items() if key != "rope_theta"}
     assert read_config(plain).rope.theta == 10000
     assert read_config({**plain, "rope_theta": 777}).rope.theta == 777
@@ -93,12 +92,12 @@ def test_theta_stands_in_one_of_three_places():
 
 
 @pytest.mark.parametrize("nothing", [None, {}, {"rope_type": "default"}, {"type": "default"}, {"type": None}])
-def test_a_rope_without_a_type_is_the_plain_one(nothing):
+def test_a_rope_without_a_type_is_default(nothing):
     assert read(nothing) == read_config({**RAW, "rope_parameters": nothing}).rope
     assert read(nothing) == Rope("default", 10000.0, 2048)
 
 
-def test_where_a_rope_is_wrong_is_named():
+def test_wrong_rope_fields_are_named():
     refused("^config: rope_scaling should be an object, got 'x'$", "x")
     refused(r"^config: rope_parameters should be an object, got \[1\]$", None, rope_parameters=[1])
     nested = {"b": {"rope_type": "default"}, "a": {}, "factor": 2}
@@ -133,27 +132,27 @@ YARNS = {
 
 
 @pytest.mark.parametrize("name", YARNS)
-def test_yarn_at_its_edges_equals_that_of_transformers(name):
+def test_edge_cases_of_yarn_equal_transformers(name):
     fields = dict(YARNS[name])
     theta = fields.pop("rope_theta", 10000.0)
     same({**RAW, "rope_theta": theta, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, **fields}})
 
 
 @pytest.mark.parametrize("low, high, original", [(1.0, 4.0, 64), (2.0, 2.5, 4096), (0.01, 100.0, 1 << 20)])
-def test_llama3_at_its_edges_equals_that_of_transformers(low, high, original):
+def test_edge_cases_of_llama3_equal_transformers(low, high, original):
     scaling = dict(rope_type="llama3", factor=3.0, low_freq_factor=low, high_freq_factor=high)
     same({**RAW, "rope_scaling": {**scaling, "original_max_position_embeddings": original}})
 
 
-def test_what_yarn_multiplies_by():
-    """0.1 m ln s + 1 for a factor s above 1."""
+def test_the_attention_factor_of_yarn():
+    """arXiv 2309.00071: 0.1 ln s + 1 for a factor s above 1. mscale m makes it 0.1 m ln s + 1."""
     assert [rope_.yarn_attention(s) for s in (0.5, 1)] == [1, 1]
     assert rope_.yarn_attention(math.e) == pytest.approx(1.1)
     assert rope_.yarn_attention(math.e**2, 0.5) == pytest.approx(1.1)
-    assert rope_.yarn_attention(1.5) == pytest.approx(1 + 0.1 * math.log(1.5))
+    assert rope_.yarn_attention(1.5) == pytest.approx(1.0405465)
 
 
-def test_inverse_frequencies_by_pencil():
+def test_the_inverse_frequencies_of_four_pairs():
     frequency, factor = rope_.inverse_frequencies(Rope("default", 10000.0, 64), 8)
     np.testing.assert_allclose(frequency, [1, 0.1, 0.01, 0.001], rtol=1e-12)
     assert factor == 1
@@ -163,7 +162,7 @@ def test_inverse_frequencies_by_pencil():
 
 
 @pytest.mark.parametrize("first, length", [(0, 0), (0, 1), (5, 3), (0, 8192), (0, 8193), (1 << 30, 4)])
-def test_tables_by_pencil(first, length):
+def test_tables_have_cosines_and_sines_of_positions_from_first_on(first, length):
     cos, sin = rope_.tables(Rope("default", 10000.0, 64), 4, length, first)
     angle = (first + np.arange(length))[:, None] * np.array([1, 0.01])
     assert cos.shape == sin.shape == (length, 2) and cos.dtype == sin.dtype == np.float32
@@ -201,14 +200,14 @@ BASES = {
         ("llama3", "llama3", 3072, "rope: llama3, factor 8 x 3072 / 2048 = 12"),
     ],
 )
-def test_the_text_says_how_a_rope_was_extended(base, kind, target, text):
-    """4^(32 / 30) 10000 is 43873."""
+def test_the_text_of_an_extension(base, kind, target, text):
+    """The theta of ntk is 10000 x 4^(32 / 30) = 43873."""
     assert rope_.extend(read_config({**RAW, **BASES[base]}), kind, target)[1] == text
 
 
 @pytest.mark.parametrize("base", ["yarn", "llama3"])
 @pytest.mark.parametrize("kind", rope_.EXTENSIONS)
-def test_a_base_with_yarn_or_llama3_keeps_its_rule(base, kind):
+def test_a_yarn_or_llama3_base_is_extended_by_its_own_rule_only(base, kind):
     config = read_config({**RAW, **BASES[base]})
     if kind == base:
         assert rope_.extend(config, kind, 4096)[0].type == kind
@@ -220,8 +219,8 @@ def test_a_base_with_yarn_or_llama3_keeps_its_rule(base, kind):
             rope_.extend(config, kind, 4096)
 
 
-def test_the_base_of_a_target_is_its_pretraining():
-    """Of llama3 it is the whole length, which is a multiple of factor and pretraining in no model."""
+def test_a_target_is_longer_than_the_original_length_or_llama3s_whole_length():
+    """In Llama 3.1 the whole length is not factor times the original length."""
     config = read_config({**RAW, **BASES["llama3"]})
     for target in (2048, 100):
         with pytest.raises(
@@ -234,7 +233,7 @@ def test_the_base_of_a_target_is_its_pretraining():
         rope_.extend(again, "linear", 512)
 
 
-def test_a_saved_config_has_the_keys_of_both_versions_and_no_other():
+def test_a_saved_config_has_the_rope_keys_of_transformers_4_and_5_only():
     raw = {**RAW, "original_rope_theta": 3.0, "original_max_position_embeddings": 7}
     keys = {"rope_type": "linear", "factor": 4.0}
     assert rope_.to_config(raw, Rope("linear", 500.0, 2048, 4.0), 8192) == {
@@ -270,4 +269,4 @@ def test_a_saved_config_has_the_keys_of_both_versions_and_no_other():
         "original_max_position_embeddings": 64,
         "rope_theta": 500.0,
     }
-    assert raw["original_rope_theta"] == 3  # what is given stays
+    assert raw["original_rope_theta"] == 3  # the argument is not changed

@@ -1,4 +1,4 @@
-"""Tokens are drawn as transformers' logits processors draw them, or as computed by hand."""
+"""Tokens have the probabilities of transformers' logits processors, or those of worked examples."""
 
 import numpy as np
 import pytest

@@ -10,7 +10,6 @@ from longlora.decoder.generation_plan import plan
 from longlora.decoder.model import Model
 from longlora.decoder.rope import inverse_frequencies
 from longlora.decoder.streaming import StreamingCache, Window
-from longlora.errors import UserError
 from longlora.files.open_model import open_model
 
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
@@ -171,16 +170,3 @@ def test_the_plan_is_what_the_cache_takes(tmp_path):
     assert found.parts["cache of keys and values"] == generator.cache.nbytes and found.context == 23
     tight = plan(base.config, context=Window(4, 1 << 20), memory=found.total + (64 << 20))
     assert not tight.fits and tight.changes[-1].startswith("--recent-size 131068: ")
-
-
-@pytest.mark.parametrize(
-    "sizes, words",
-    [
-        (dict(start=-1), "start_size should be an integer of at least 0, got -1"),
-        (dict(recent=0), "recent_size should be an integer of at least 1, got 0"),
-        (dict(recent=True), "recent_size should be an integer"),
-    ],
-)
-def test_windows_that_cannot_be(sizes, words):
-    with pytest.raises(UserError, match=words):
-        Window(**{"start": 4, "recent": 9, **sizes})

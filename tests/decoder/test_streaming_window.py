@@ -1,16 +1,15 @@
-"""The sizes of a window by pencil, and which tokens it holds."""
+"""The sizes of a streaming window and the tokens that it holds; the rows of a plain cache."""
 
 import numpy as np
 import pytest
 import tiny
 
-from longlora import _C
 from longlora.decoder.cache import Cache, common
 from longlora.decoder.config import read_config
 from longlora.decoder.streaming import StreamingCache, Window
 from longlora.errors import UserError
 
-CONFIG = read_config(tiny.CONFIG)  # 2 layers, 2 heads of keys and values, 8 numbers each
+CONFIG = read_config(tiny.CONFIG)  # 2 layers, 2 key-value heads of size 8
 ROW = np.zeros(1, np.int32)
 
 
@@ -34,7 +33,7 @@ def test_the_sizes_of_a_window(start, recent, size, chunk, places):
 
 
 @pytest.mark.parametrize("name, least", [("start", 0), ("recent", 1)])
-def test_a_size_is_a_whole_number(name, least):
+def test_start_and_recent_are_integers_from_a_least_value_on(name, least):
     assert getattr(Window(**{"start": 2, "recent": 2, name: least}), name) == least
     for wrong in (least - 1, -5, True, False, 2.0, "2", None):
         words = f"^{name}_size should be an integer of at least {least}, got {wrong!r}$"
@@ -46,8 +45,11 @@ def streaming(start=2, recent=8, config=CONFIG, **fields):
     return StreamingCache(config, Window(start, recent), config.rope, **fields)
 
 
-def take(cache, *tokens, turned=0.0):
-    """Add tokens whose keys and values hold their number."""
+def take(cache, *tokens):
+    """Add tokens and return the place of the first.
+
+    The keys of token t in layer i are t + 100 i, its values 0.5 more.
+    """
     before = int(cache.make_room(ROW, len(tokens))[0])
     for layer, pair in enumerate(cache.layers):
         for x, add in zip(pair, (0, 0.5)):
@@ -59,12 +61,12 @@ def take(cache, *tokens, turned=0.0):
 
 
 def held(cache, layer=0):
-    """The numbers of the tokens in the window, by their values."""
+    """The tokens in the window, read from their values."""
     values = np.array(cache.layers[layer][1].numpy())[0, : cache._held, 0, 0]
     return (values - 0.5 - 100 * layer).tolist()
 
 
-def test_the_oldest_tokens_after_the_start_leave_the_window():
+def test_a_window_holds_the_start_and_the_recent_tokens():
     cache = streaming()
     assert (cache.places, cache.rows, cache.limit, cache.longest) == (12, 1, None, 2)
     assert cache.dtype == "float32" and cache.forgotten == 0
@@ -84,8 +86,8 @@ def test_a_window_without_a_start_holds_the_recent_tokens_alone():
         assert held(cache) == [*range(max(0, token - 3), token + 1)]
 
 
-def test_the_keys_of_the_start_are_turned_by_what_is_forgotten():
-    """A key (a, b) of frequency f turned by n places is (a cos nf - b sin nf, b cos nf + a sin nf)."""
+def test_the_keys_of_the_start_are_rotated_by_the_number_of_forgotten_tokens():
+    """A key (a, b) of frequency f rotated by n places is (a cos nf - b sin nf, b cos nf + a sin nf)."""
     cache = streaming()
     take(cache, *range(10))
     f = 1000.0 ** (-np.arange(0, 8, 2) / 8)
@@ -100,17 +102,17 @@ def test_the_keys_of_the_start_are_turned_by_what_is_forgotten():
                 np.testing.assert_allclose(key, want, rtol=1e-5, atol=1e-4)
 
 
-def test_layers_without_rope_keep_the_keys_of_the_start():
+def test_layers_without_rope_do_not_rotate_the_keys_of_the_start():
     config = read_config({**tiny.CONFIG, "model_type": "smollm3", "no_rope_layers": [0, 1]})
     cache = streaming(config=config)
     take(cache, *range(10))
     take(cache, 10)
-    plain, turned = (np.array(k.numpy())[0, :2, 0, 0] for k, _ in cache.layers)
-    assert plain.tolist() == [0, 1] and (np.abs(turned - [100, 101]) > 1).all()
+    plain, rotated = (np.array(k.numpy())[0, :2, 0, 0] for k, _ in cache.layers)
+    assert plain.tolist() == [0, 1] and (np.abs(rotated - [100, 101]) > 1).all()
 
 
-def test_what_can_be_kept():
-    """The last tokens can be forgotten while the window has all tokens; then all or nothing is kept."""
+def test_keep_drops_the_last_tokens_or_all():
+    """It can drop the last ones alone until a token leaves the window. Then it keeps all tokens or none."""
     cache = streaming()
     take(cache, *range(9))
     assert cache.keep(0, 9) == 9 and cache.keep(0, 6) == 6 and cache.lengths.tolist() == [6]
@@ -123,13 +125,13 @@ def test_what_can_be_kept():
 
 
 @pytest.mark.parametrize("dtype, size", [("float32", 4), ("bfloat16", 2)])
-def test_a_window_takes_the_memory_of_its_places_and_sinks(dtype, size):
+def test_the_memory_of_a_window_is_that_of_its_places_and_sinks(dtype, size):
     cache = streaming(4, 32, dtype=dtype)  # 44 places and 4 sinks, all multiples of 64 bytes
     assert cache.nbytes == 2 * 2 * (44 + 4) * 2 * 8 * size
     assert cache.layers[0][0].shape == (1, 44, 2, 8) and cache.layers[0][0].dtype == dtype
 
 
-def test_a_cache_of_rows():
+def test_rows_of_a_cache_have_their_own_lengths():
     cache = Cache(CONFIG, 3, 6)
     assert cache.nbytes == 2 * 2 * 3 * 6 * 2 * 8 * 4 and cache.dtype == "float32"
     assert (cache.limit, cache.longest, len(cache.layers)) == (6, 6, 2)
@@ -144,7 +146,7 @@ def test_a_cache_of_rows():
     assert cache.keep(2, 3) == 3 and cache.lengths.tolist() == [4, 0, 3]
 
 
-def test_tokens_are_copied_from_row_to_row():
+def test_copy_gives_a_row_the_tokens_of_another():
     cache = Cache(CONFIG, 2, 4)
     numbers = np.arange(2 * 4 * 2 * 8, dtype=np.float32).reshape(2, 4, 2, 8)
     for i, x in enumerate(x for pair in cache.layers for x in pair):
@@ -161,13 +163,13 @@ def test_tokens_are_copied_from_row_to_row():
     "a, b, count",
     [([], [], 0), ([1], [], 0), ([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 2), ([5], [6], 0)],
 )
-def test_what_two_sequences_begin_with(a, b, count):
+def test_common_counts_the_equal_first_elements(a, b, count):
     found = common(np.array(a, int), np.array(b, int))
     assert found == count == common(np.array(b, int), np.array(a, int)) and type(found) is int
 
 
 def test_a_window_moves_back_only_at_the_end_of_its_places(monkeypatch):
-    """12 places, 10 in use: each third token moves the 8 recent ones, in pieces that do not overlap."""
+    """The window has 10 of 12 places, so every third token moves it back to the first place."""
     cache = streaming()
     take(cache, *range(10))
     moved = []
@@ -176,4 +178,3 @@ def test_a_window_moves_back_only_at_the_end_of_its_places(monkeypatch):
     for token in range(10, 18):
         take(cache, token)
     assert moved == [1, 2, 0, 1, 2, 0, 1, 2]
-    assert isinstance(cache.layers[0][0], _C.Tensor)

@@ -16,7 +16,6 @@ from longlora.decoder.config import read_config
 from longlora.decoder.layer import RECOMPUTE
 from longlora.decoder.lora import LoraConfig
 from longlora.decoder.network import Network
-from longlora.errors import UserError
 
 MIDDLE = dict(
     model_type="llama",
@@ -242,15 +241,3 @@ def test_what_it_prints():
     assert any(line.startswith("total") for line in lines)
     assert "checkpointing none: does not fit; 0.500 GiB are available" in lines
     assert lines[-1].strip() == plan.changes[-1]
-
-
-def test_what_is_wrong_is_named():
-    config = read_config(MIDDLE)
-    with pytest.raises(
-        UserError, match="checkpointing should be one of auto, none, minimal, full, got 'some'"
-    ):
-        plan_.plan(config, sequence_length=8, checkpointing="some")
-    with pytest.raises(UserError, match="dtype should be one of"):
-        plan_.plan(config, sequence_length=8, dtype="int8")
-    with pytest.raises(UserError, match="sequence_length should be at least 1, got 0"):
-        plan_.plan(config, sequence_length=0)
