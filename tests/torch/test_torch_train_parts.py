@@ -144,15 +144,16 @@ def test_one_process_calls_and_all_raise_its_error(monkeypatch):
 def stubbed(monkeypatch):
     """Fakes for everything in `run` that reads files or trains. did: the calls, in order. args: Trainer's."""
     did = []
-    monkeypatch.delenv(ours.PRECISION, raising=False)
+    monkeypatch.setenv(ours.PRECISION, "no")  # so that monkeypatch takes away what a test leaves
+    monkeypatch.delenv(ours.PRECISION)
     args = SimpleNamespace(n_gpu=0, process_index=0, world_size=1, device=torch.device("cpu"))
 
     def noted(name, result=None):
-        return lambda *given, **more: did.append((name, given, more)) or result
+        return lambda *given, **more: did.append((name, given)) or result
 
     class Held(contextlib.nullcontext):
         def __exit__(self, *error):
-            did.append(("released", (), {}))
+            did.append(("released", ()))
 
     def arguments(o):
         os.environ[ours.PRECISION] = "no"  # as accelerate does
@@ -172,12 +173,12 @@ def stubbed(monkeypatch):
     monkeypatch.setattr(ours, "Run", noted("run", "the run"))
     engine = SimpleNamespace(train=noted("train", "the result"))
     monkeypatch.setattr(ours, "TorchEngine", noted("engine", engine))
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: did.append(("threads", (n,), {})))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: did.append(("threads", (n,))))
     return SimpleNamespace(did=did, args=args)
 
 
 def names(did):
-    return [name for name, *_ in did]
+    return [name for name, _ in did]
 
 
 def test_the_order_of_a_run(stubbed, monkeypatch):
@@ -188,7 +189,7 @@ def test_the_order_of_a_run(stubbed, monkeypatch):
     before = ["reporters", "use_threads", "source", "setup"]
     first = ["refuse_taken", "alone", "sweep", "read_data"]
     assert names(stubbed.did) == [*before, *first, "run", "engine", "train", "released"]
-    calls = {name: given for name, given, _ in stubbed.did}
+    calls = dict(stubbed.did)
     assert len(said) == 1 and said[0].startswith("device: cpu, ")
     assert calls["refuse_taken"] == ("out", "checkpoint-2") and calls["alone"] == calls["sweep"] == ("out",)
     assert ours.PRECISION not in os.environ
@@ -201,7 +202,7 @@ def test_other_processes_neither_print_nor_write(stubbed, monkeypatch):
     said = []
     ours.run(asked(), said.append)
     assert not said and "read_data" not in names(stubbed.did)
-    run = next(given for name, given, _ in stubbed.did if name == "run")
+    run = dict(stubbed.did)["run"]
     assert run[4:6] == (2, False)
     run[3]("a sentence")
     assert not said and os.environ[ours.PRECISION] == "no"  # the user's
@@ -209,7 +210,7 @@ def test_other_processes_neither_print_nor_write(stubbed, monkeypatch):
 
 def test_the_threads_of_torch(stubbed, monkeypatch):
     def threads():
-        found = [given for name, given, _ in stubbed.did if name == "threads"]
+        found = [given for name, given in stubbed.did if name == "threads"]
         stubbed.did.clear()
         return found
 

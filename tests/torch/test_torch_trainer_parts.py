@@ -278,7 +278,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(bad):
 
 @pytest.mark.parametrize("index, wanted", [(0, [0, 2]), (1, [1, 2])])
 def test_processes_share_the_evaluation(monkeypatch, index, wanted):
-    """Of three sequences, process 1 has one. It evaluates a second one, like process 0, but does not count it."""
+    """Of three sequences, process 1 has one. It also evaluates the last one, which process 0 counts."""
     made, modes = [], []
     labels = {0: [-100, 1, 2], 1: [-100, 1, -100], 2: [-100, 1, 2]}
 
