@@ -28,6 +28,11 @@ class Layer(torch.nn.Module):
         self.config = SimpleNamespace(model_type="tiny", **config)
 
 
+def plain_layer():
+    """A layer whose one group has all 8 tokens, so that it attends causally."""
+    return Layer(longlora_group_size=8, longlora_shift="none")
+
+
 def qkv(T=8, H=2, K=1, D=4, B=1, S=None, E=None):
     draw = torch.Generator().manual_seed(0)
     shapes = (B, H, T, D), (B, K, S or T, D), (B, K, S or T, E or D)
@@ -43,6 +48,7 @@ def reference(q, k, v, seen, scale):
 CAUSAL = torch.ones(8, 8, dtype=torch.bool).tril()
 NUMBER = torch.arange(8) // 5  # the document of each token
 APART = CAUSAL & (NUMBER[:, None] == NUMBER)
+RESTARTED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])  # position_ids of these documents
 near = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 
 
@@ -68,15 +74,15 @@ def test_the_default_settings_are_the_papers(monkeypatch):
     layer = Layer()
     attention.attention(layer, *qkv(16), None)
     attention.attention(layer.eval(), *qkv(16), Documents(16))
-    none = dict(cu_seqlens=None, scale=0.5, boundary="split")
-    assert seen == [dict(group_size=4, shift="half", **none), dict(group_size=16, shift="none", **none)]
+    both = dict(cu_seqlens=None, scale=0.5, boundary="split")
+    assert seen == [dict(group_size=4, shift="half", **both), dict(group_size=16, shift="none", **both)]
     assert attention.attention(layer, *qkv(1), Documents(1))[0].shape == (1, 1, 2, 4)
 
 
 @pytest.mark.parametrize("widths", [(4, 6), (6, 4)])
-def test_keys_and_values_of_different_sizes(widths):
+def test_heads_of_k_and_v_of_different_sizes(widths):
     D, E = widths
-    layer, (q, k, v) = Layer(longlora_group_size=8, longlora_shift="none"), qkv(D=D, E=E)
+    layer, (q, k, v) = plain_layer(), qkv(D=D, E=E)
     out = attention.attention(layer, q, k, v, None)[0]
     assert out.shape == (1, 8, 2, E)
     near(out, reference(q, k, v, CAUSAL, 1 / math.sqrt(D)))
@@ -88,18 +94,18 @@ def test_keys_and_values_of_different_sizes(widths):
         dict(attention_mask=Documents(8, torch.tensor([0, 5, 8], dtype=torch.int32))),
         dict(attention_mask=APART[None, None]),
         dict(attention_mask=torch.zeros(1, 1, 8, 8).masked_fill(~APART, -1e4)),
-        dict(attention_mask=None, position_ids=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])),
-        dict(attention_mask=Documents(8), position_ids=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])),
+        dict(attention_mask=None, position_ids=RESTARTED),
+        dict(attention_mask=Documents(8), position_ids=RESTARTED),
         dict(attention_mask=None, cu_seq_lens_q=torch.tensor([0, 5, 8])),
     ],
 )
 def test_every_way_to_give_documents(how):
-    layer, (q, k, v) = Layer(longlora_group_size=8, longlora_shift="none"), qkv()
+    layer, (q, k, v) = plain_layer(), qkv()
     near(attention.attention(layer, q, k, v, **how)[0], reference(q, k, v, APART, 0.5))
 
 
 def test_position_ids_of_other_shapes_are_ignored():
-    layer, (q, k, v) = Layer(longlora_group_size=8, longlora_shift="none"), qkv()
+    layer, (q, k, v) = plain_layer(), qkv()
     for positions in (torch.zeros(1, 7), torch.zeros(3, 1, 8), torch.zeros(8), 0):
         out = attention.attention(layer, q, k, v, None, position_ids=positions)[0]
         near(out, reference(q, k, v, CAUSAL, 0.5))
@@ -156,14 +162,14 @@ def test_unsupported_arguments_are_named(how, words, monkeypatch):
 
 def test_arguments_without_effect_are_accepted(monkeypatch):
     monkeypatch.setattr(watch, "is_argument", lambda name: name == "mine")
-    layer = Layer(longlora_group_size=8, longlora_shift="none")
+    layer = plain_layer()
     want = attention.attention(layer, *qkv(), None)[0]
     harmless = dict(softcap=None, output_attentions=False, mine=torch.ones(1), cache_position=torch.arange(8))
     out = attention.attention(layer, *qkv(), None, unknown=7, sliding_window=8, **harmless)[0]
     assert torch.equal(out, want)
 
 
-def test_queries_without_keys_are_refused_in_training():
+def test_fewer_queries_than_keys_are_refused():
     with pytest.raises(ValueError, match="a key for each query, got 3 queries and 8 keys"):
         attention.attention(Layer(), *qkv(3, S=8), None)
     with pytest.raises(ValueError, match="the mask of Layer is for 8 tokens, got 3 queries and 8 keys"):
@@ -259,9 +265,6 @@ class Model(torch.nn.Module):
     def forward(self, position_ids=None, **unused):
         self.found = masked(**self.how)
         self.packed = watch.packed()
-
-
-RESTARTED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
 
 
 @new
@@ -378,6 +381,8 @@ def test_models_that_carry_a_state(config, carries):
 
 
 class TinyAttention(torch.nn.Module):
+    """served: whether S2-Attn serves its call, or None if it attends by itself."""
+
     def __init__(self, served=True, index=0):
         super().__init__()
         self.served, self.layer_idx = served, index

@@ -137,8 +137,8 @@ def test_the_dtype_of_a_norm():
     for family, keeps in (("llama", False), ("olmo2", True), ("helium", True)):
         (kind,) = {type(m) for m in tiny(family, "sdpa").modules() if "Norm" in type(m).__name__}
         assert forms.norm(kind).keeps is keeps
-        x, weight = torch.ones(2, 4, dtype=torch.bfloat16), kind(4)
-        assert weight(x).dtype == (torch.bfloat16 if keeps else torch.float32)
+        x = torch.ones(2, 4, dtype=torch.bfloat16)
+        assert kind(4)(x).dtype == (torch.bfloat16 if keeps else torch.float32)
 
 
 class Clamped(LLAMA.LlamaMLP):

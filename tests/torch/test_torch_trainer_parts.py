@@ -128,26 +128,21 @@ def test_events_of_trainer():
     assert told[2:] == [0.5] * 3
 
 
-def options(**fields):
-    return SimpleNamespace(
-        **dict(
-            learning_rate=0.1,
-            embedding_learning_rate=0.01,
-            weight_decay=0.5,
-            adam_beta1=0.8,
-            adam_beta2=0.7,
-            adam_epsilon=1e-5,
-            per_device_train_batch_size=3,
-        )
-        | fields
-    )
+OPTIONS = SimpleNamespace(
+    learning_rate=0.1,
+    embedding_learning_rate=0.01,
+    weight_decay=0.5,
+    adam_beta1=0.8,
+    adam_beta2=0.7,
+    adam_epsilon=1e-5,
+    per_device_train_batch_size=3,
+)
 
 
 def steps(**fields):
+    """The Trainer of a run that has made 4 steps. Only what the tests need is set."""
     made = object.__new__(ours.Steps)
-    run = SimpleNamespace(
-        o=options(), setup="the setup", first=4, share=lambda step: 1 / step, consistent=True
-    )
+    run = SimpleNamespace(o=OPTIONS, setup="the setup", first=4, share=lambda step: 1 / step, consistent=True)
     vars(made).update({"run": run, "optimizer": None, "loss": 0.0, **fields})
     return made
 
@@ -218,6 +213,7 @@ def test_batches_keep_the_order_of_the_sequences():
 
 
 def engine(size=1, index=0, **fields):
+    """The engine of process `index` of `size`. Only what the tests need is set."""
     made = object.__new__(ours.TorchEngine)
     made.args = SimpleNamespace(device=torch.device("cpu"), world_size=size, process_index=index)
     made._signal, made.parameters, made.trainer = None, [], None
@@ -312,6 +308,7 @@ def test_processes_share_the_evaluation(monkeypatch, index, wanted):
 
 
 def kept(name, **arrays):
+    """A fake Trained with these arrays."""
     return SimpleNamespace(name=name, read=lambda what: torch.tensor([arrays[what]]))
 
 
