@@ -86,7 +86,8 @@ def test_indexers_and_experts_are_left_out():
     model = Whole()
     model.model.layers[0].indexer = nn.ModuleDict({"attn": TinyAttention()})
     model.model.layers[0].experts = nn.ParameterDict({"gate_up_proj": nn.Parameter(torch.ones(2))})
-    # PEFT would find "q_proj" in the indexer too, so target_modules has whole paths.
+    # PEFT would find "q_proj" in the indexer too, so target_modules has whole paths. It takes any gate_proj
+    # for a part of the experts.
     names = [f"model.layers.{i}.attn.q_proj" for i in range(2)]
     assert lora_config(model).target_modules == set(names)
 
