@@ -1,6 +1,16 @@
-"""What kernels the tests of longlora.torch ran."""
+"""Fixtures of the tests of longlora.torch."""
 
 import pytest
+
+
+@pytest.fixture(scope="module")
+def group():
+    """A process group of this process alone."""
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_pieces(length, ranks, multiple):
     assert max(sizes) - min(sizes) <= 2 * multiple - 1
 
 
-def test_pieces_by_hand():
+def test_worked_examples_of_pieces():
     assert cp.pieces(23, 4) == [6, 6, 6, 5] and cp.pieces(5, 1) == [5] and cp.pieces(0, 2) == [0, 0]
     assert cp.pieces(65, 4, 16) == [32, 16, 16, 1] and cp.pieces(7, 3, 16) == [7, 0, 0]
     assert cp.pieces(1, 1, 1) == [1]
@@ -140,23 +140,32 @@ def one_after_the_other(lengths, G, shift, scale, q, k, v, dout):
     return [np.concatenate([to_numpy(x) for x in pieces], 1) for pieces in results], totals
 
 
+def checked_exchange(lengths, G, H, K, B, D, dtype, shift, scale=None):
+    """Run both passes. The results equal those of one process, and both passes send what cp.exchange says.
+
+    Returns what it says.
+    """
+    shapes = [(B, sum(lengths), heads, D) for heads in (H, K, K, H)]
+    whole = [checks.random(shape, dtype, seed) for seed, shape in enumerate(shapes)]
+    scale = D**-0.5 if scale is None else scale
+    got, (there, back) = one_after_the_other(lengths, G, shift, scale, *whole)
+    judge(got, whole, {"group_size": G, "shift": shift, "scale": scale})
+    sent = cp.exchange(lengths, G, H, K, D, whole[0].dtype.itemsize, batch=B, shift=shift)
+    assert there == sent == {(a, b): n for (b, a), n in back.items()}
+    return sent
+
+
 @pytest.mark.parametrize(
     "world, name", [(world, name) for world in FIXED for name in FIXED[world] if name != "long"]
 )
 def test_named_pieces(world, name):
-    """What travels is what the mask needs, there and back, and the results are those of one process."""
+    """The ranks send exactly the rows that the mask needs."""
     lengths, G, H, K, how = FIXED[world][name]
-    how = {"B": 1, "D": 9, "dtype": "float32", "shift": "half", "scale": None, **how}
-    shift, scale = how["shift"], how["scale"] or how["D"] ** -0.5
-    sizes = [(how["B"], sum(lengths), heads, how["D"]) for heads in (H, K, K, H)]
-    whole = [checks.random(size, how["dtype"], seed) for seed, size in enumerate(sizes)]
-    got, (there, back) = one_after_the_other(lengths, G, shift, scale, *whole)
-    judge(got, whole, {"group_size": G, "shift": shift, "scale": scale})
-    each = 2 * how["B"] * how["D"] * whole[0].dtype.itemsize
-    by_mask = {pair: n * each for pair, n in worker.needed(lengths, G, H, K, shift).items()}
-    sent = cp.exchange(lengths, G, H, K, how["D"], whole[0].dtype.itemsize, batch=how["B"], shift=shift)
-    assert sent == by_mask and all(there.get(pair, 0) == n for pair, n in sent.items() if n)
-    assert {pair: n for pair, n in there.items() if n} == {(a, b): n for (b, a), n in back.items() if n}
+    how = {"B": 1, "D": 9, "dtype": "float32", "shift": "half", **how}
+    sent = checked_exchange(lengths, G, H, K, **how)
+    each = 2 * how["B"] * how["D"] * np.dtype(checks.DTYPES[how["dtype"]]).itemsize
+    needed = worker.needed(lengths, G, H, K, how["shift"])
+    assert sent == {pair: n * each for pair, n in needed.items()}
 
 
 @settings(max_examples=80)
@@ -165,13 +174,9 @@ def test_any_pieces(data):
     draw = data.draw
     lengths = draw(st.lists(st.integers(0, 40), min_size=1, max_size=7))
     K, B, D = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 20))
-    H, G, T = K * draw(st.integers(1, 5)), draw(st.integers(1, 60)), sum(lengths)
+    H, G = K * draw(st.integers(1, 5)), draw(st.integers(1, 60))
     dtype, shift = draw(st.sampled_from(list(checks.DTYPES))), draw(st.sampled_from(["half", "all", "none"]))
-    whole = [checks.random((B, T, heads, D), dtype, seed) for seed, heads in enumerate((H, K, K, H))]
-    got, (there, back) = one_after_the_other(lengths, G, shift, D**-0.5, *whole)
-    judge(got, whole, {"group_size": G, "shift": shift})
-    sent = cp.exchange(lengths, G, H, K, D, whole[0].dtype.itemsize, batch=B, shift=shift)
-    assert there == sent == {(a, b): n for (b, a), n in back.items()}
+    checked_exchange(lengths, G, H, K, B, D, dtype, shift)
 
 
 def test_what_is_sent_does_not_grow_with_the_length_or_the_ranks():
@@ -192,13 +197,12 @@ def test_the_peers_formulas():
     assert cp.ring_bytes(L, N, K, D, 2) == ring
     assert cp.all_to_all_bytes(L, N, H, K, D, 2) == 2 * (H + K + K + H) * piece * (N - 1) // N
     assert cp.all_to_all_bytes(L, 16, H, K, D, 2) is None
-    assert (
-        cp.all_to_all_bytes(L, H, H, K, D, 2, batch=3) == 3 * 2 * 2 * (H + H) * L // H * D * 2 * (H - 1) // H
-    )
+    # On 8 ranks each needs a KV head of its own: all 8 tensors have 8 heads, and 7/8 of a piece is sent.
+    assert cp.all_to_all_bytes(L, 8, H, K, D, 2, batch=3) == 3 * 8 * 8 * (L // 8 * D * 2) * 7 // 8
     assert cp.ring_bytes(L, 1, K, D, 2) == 0 and cp.ring_bytes(L, N, K, D, 2, batch=3) == 3 * ring
 
 
-def test_bytes_and_times_in_words():
+def test_units_of_bytes_and_times():
     assert [costs._bytes(n) for n in (0, 1023, 1024, 1536, 2**20, 5 * 2**29, 2**40)] == [
         "0 B",
         "1.02e+03 B",
@@ -220,23 +224,23 @@ def test_bytes_and_times_in_words():
     ]
 
 
-def test_the_busiest_rank_sends_or_receives_the_most():
+def test_the_busiest_rank():
     assert costs._busiest({(0, 1): 5, (0, 2): 4, (2, 1): 3}, 3) == 9
     assert costs._busiest({(0, 1): 5, (0, 2): 4, (2, 1): 6}, 3) == 11
     assert costs._busiest({}, 2) == 0
 
 
 def test_a_small_table(monkeypatch):
-    """Groups of 4 KiB tokens, 4 heads of 2 numbers: a message is 2^11 rows of K and V of two KV heads."""
+    """With groups of 2^12 tokens, each message has K and V of 2^11 tokens and of two KV heads of size 2."""
     monkeypatch.setattr(costs, "SIZES", ((2**13, 2), (2**21, 8)))
     head, line, short, long = costs.table(group_size=2**12, H=4, K=4, D=2, itemsize=4).splitlines()
     assert head.startswith(
         "| tokens | ranks | tokens per rank | S²-Attn: bytes | S²-Attn: NVLink | S²-Attn: 4"
     )
     assert head.count("|") == line.count("|") == 13
-    # A message in each pass: 2 x 2^11 x 2 x 2 x 4 bytes, at 450 and at 50 GB/s.
+    # One message in each pass: 2 x 2^11 x 2 x 2 x 4 bytes, at 450 and at 50 GB/s.
     s2 = "128 KiB | 0.291 µs | 2.62 µs"
-    # Ring: 2 + 2 + 4 pieces of 2^12 x 4 x 2 x 4 bytes. All-to-all: 1/2 of 8 tensors, 2^12 x 4 x 2 x 4 bytes.
+    # A tensor of a piece has 2^12 x 4 x 2 x 4 bytes. Ring: 2 + 2 + 4 of them. All-to-all: half of 8 of them.
     assert short == f"| 8k | 2 | 4,096 | {s2} | 1 MiB | 2.33 µs | 21 µs | 512 KiB | 1.17 µs | 10.5 µs |"
     assert long.startswith(f"| 2M | 8 | 262,144 | {s2} | 352 MiB | 820 µs | 7.38 ms | ")
     assert long.endswith(" | not possible |  |  |")

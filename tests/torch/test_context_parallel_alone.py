@@ -1,4 +1,4 @@
-"""S²-Attn over a group of one process: what is refused, agreed on and told to torch.distributed."""
+"""Context parallelism in one process: errors, what ranks compare, and messages to other ranks."""
 
 import math
 import struct
@@ -16,13 +16,6 @@ from longlora.torch.context_parallel.plan import Kv, Message, plan_of
 from longlora.torch.ops import s2_attention
 
 
-@pytest.fixture(scope="module")
-def group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
 def qkv(T=8, H=4, K=2, D=8, B=1, dtype=torch.float32):
     draw = torch.Generator().manual_seed(0)
     return [torch.randn(B, T, heads, D, generator=draw).to(dtype) for heads in (H, K, K)]
@@ -32,7 +25,7 @@ def qkv(T=8, H=4, K=2, D=8, B=1, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("how", [{}, {"lengths": [23]}, {"scale": 0.5}, {"shift": "all"}, {"shift": "none"}])
-def test_one_rank_computes_what_the_operator_computes(group, how):
+def test_one_rank_equals_the_operator(group, how):
     results = []
     alone = {name: value for name, value in how.items() if name != "lengths"}
     for function, more in ((cp.s2_attention, {"group": group, **how}), (s2_attention, alone)):
@@ -43,21 +36,23 @@ def test_one_rank_computes_what_the_operator_computes(group, how):
     assert all(map(torch.equal, *results))
 
 
-def test_rows_with_strides_are_read(group):
+def test_tensors_with_strides(group):
     q, k, v = qkv(9)
     want = cp.s2_attention(q, k, v, group_size=4, group=group)
     apart = [torch.stack([x, x], -1)[..., 0] for x in (q, k, v)]
     assert all(x.stride(-1) == 2 for x in apart)
     assert torch.equal(cp.s2_attention(*apart, group_size=4, group=group), want)
     leaf = q.clone().requires_grad_()
-    cp.s2_attention(leaf, k, v, group_size=4, group=group).sum().backward()  # a gradient of strides 0
+    cp.s2_attention(
+        leaf, k, v, group_size=4, group=group
+    ).sum().backward()  # the gradient of a sum has strides 0
     dense = q.clone().requires_grad_()
     out = cp.s2_attention(dense, k, v, group_size=4, group=group)
     out.backward(torch.ones_like(out))
     assert torch.equal(leaf.grad, dense.grad)
 
 
-def test_heads_without_numbers_have_a_scale(group):
+def test_heads_of_size_0(group):
     assert cp.s2_attention(*qkv(D=0), group_size=4, group=group).shape == (1, 8, 4, 0)
 
 
@@ -105,7 +100,7 @@ def test_a_wrong_argument_is_named_with_and_without_lengths(group, changes, erro
             cp.s2_attention(*tensors, **{**given, "lengths": lengths})
 
 
-def test_what_ranks_compare_is_in_integers():
+def test_ranks_compare_integers():
     q, k, v = qkv(T=7, H=6, K=3, D=5, B=2, dtype=torch.bfloat16)
     bits = int.from_bytes(struct.pack("<d", 0.25), "little")
     assert inside._facts(q, k, v, 9, "all", 0.25) == (7, 2, 6, 3, 5, 9, 2, 1, bits, 0)
@@ -119,10 +114,10 @@ def test_what_ranks_compare_is_in_integers():
         assert inside._facts(q, k, v, 9, "none", 1.0)[-1] == 0
 
 
-# ---- what travels --------------------------------------------------------------------------------
+# ---- messages ------------------------------------------------------------------------------------
 
 
-def test_what_is_sent_is_posted_at_once_and_counted(group, monkeypatch):
+def test_messages_are_posted_together_and_counted(group, monkeypatch):
     waited = []
     work = SimpleNamespace(wait=lambda: waited.append(1))
     posted = []
@@ -142,7 +137,7 @@ def test_what_is_sent_is_posted_at_once_and_counted(group, monkeypatch):
 
 
 def test_the_rows_of_a_message():
-    """Rank 1 of two holds tokens 4 to 11 and sends token 6 and 7 of KV head 1 in a message of its own."""
+    """Rank 1 has tokens 4 to 11. The message has tokens 6 and 7 of its KV heads 1 and 2."""
     plan = plan_of((4, 8), 1, 4, 4, 2, "none")
     k, v = (torch.arange(2 * 8 * 3 * 2.0).reshape(2, 8, 3, 2) + start for start in (0, 1000))
     rows = inside._packed(Message(1, 2, Kv(1, 3, (False,)), 6, 8), plan, k, v)
@@ -152,8 +147,8 @@ def test_the_rows_of_a_message():
             assert torch.equal(rows[at, which], x[:, token, 1:3])
 
 
-def test_gradients_that_come_back_are_rounded_once():
-    """2^-8 is lost next to 1 in bfloat16, three of them are not."""
+def test_gradients_from_other_ranks_are_rounded_once():
+    """In bfloat16, 1 + 2^-8 is 1, but 1 + 3 x 2^-8 is above 1."""
     kv = Kv(0, 1, (False,))
     plan = plan_of((3, 3), 0, 8, 1, 1, "none")
     dkv = torch.ones(2, 1, 3, 1, 1, dtype=torch.bfloat16)
@@ -166,8 +161,8 @@ def test_gradients_that_come_back_are_rounded_once():
 # ---- ranks ---------------------------------------------------------------------------------------
 
 
-def told(monkeypatch, others):
-    """Ranks after this one, whose facts are `others`."""
+def fake_ranks(monkeypatch, others):
+    """This process is rank 0. The ranks from 1 on have the facts `others`."""
 
     def all_gather(every, mine, group):
         for x, row in zip(every, [mine.tolist(), *others], strict=True):
@@ -177,27 +172,27 @@ def told(monkeypatch, others):
     monkeypatch.setattr(dist, "all_gather", all_gather)
 
 
-def test_ranks_agree_or_stop(monkeypatch):
+def test_ranks_with_different_facts_are_refused(monkeypatch):
     def agree(facts, error=None):
         return ranks.agree("op", facts, error, None, "cpu")
 
-    told(monkeypatch, [[0, 9, 2], [0, 0, 2]])
+    fake_ranks(monkeypatch, [[0, 9, 2], [0, 0, 2]])
     assert agree({"T": 4, "B": 2}) == (4, 9, 0)
     with pytest.raises(ValueError, match="op: all ranks should have the same B, got 3, 2, 2"):
         agree({"T": 4, "B": 3})
-    told(monkeypatch, [[0, 9, 1], [0, 0, 0]])
+    fake_ranks(monkeypatch, [[0, 9, 1], [0, 0, 0]])
     with pytest.raises(ValueError, match="the same dtype, got torch.float16, torch.bfloat16, torch.float32"):
         agree({"T": 4, "dtype": 2})
     with pytest.raises(ValueError, match="the same requires_grad, got True, True, False"):
         agree({"T": 4, "requires_grad": 1})
-    told(monkeypatch, [[0, 9, 1], [1, 0, 5]])
+    fake_ranks(monkeypatch, [[0, 9, 1], [1, 0, 5]])
     with pytest.raises(ValueError, match="op: rank 2 of the group refused its arguments"):
         agree({"T": 4, "B": 1})
     with pytest.raises(TypeError, match="mine"):
         agree({"T": 4, "B": 1}, TypeError("mine"))
 
 
-def test_a_group_and_the_meshes_that_have_one(group):
+def test_the_process_group_of_a_mesh(group):
     mesh = dist.init_device_mesh("cpu", (1,))
     assert ranks.process_group("op", group) is group
     assert ranks.process_group("op", mesh) is mesh.get_group()
@@ -210,7 +205,7 @@ def test_a_group_and_the_meshes_that_have_one(group):
         ranks.process_group("op", "cp")
 
 
-def test_a_process_outside_of_the_group_is_refused(group, monkeypatch):
+def test_a_process_outside_the_group_is_refused(group, monkeypatch):
     monkeypatch.setattr(dist, "get_rank", lambda group: -1)
     with pytest.raises(ValueError, match="op: this process is not in the group"):
         ranks.process_group("op", group)
@@ -234,8 +229,8 @@ def test_lengths_pieces_and_positions(group, monkeypatch):
 
 
 @pytest.mark.parametrize("gradients, weight", [("mean", 3.0), ("sum", 1.0)])
-def test_the_loss_is_that_of_all_targets(group, monkeypatch, gradients, weight):
-    """Two other ranks have losses of 10 together, over 5 targets."""
+def test_the_loss_is_the_mean_over_the_targets_of_all_ranks(group, monkeypatch, gradients, weight):
+    """The two other ranks add 10 to the sum of the losses, and 5 targets."""
     total = torch.tensor(4.0, requires_grad=True)
     asked = []
 
@@ -254,7 +249,7 @@ def test_the_loss_is_that_of_all_targets(group, monkeypatch, gradients, weight):
     assert cp.loss(total, torch.tensor([7, 7, 1]), group, ignore_index=7).item() == pytest.approx(14 / 6)
 
 
-def test_the_loss_over_a_mesh_is_reduced_over_all_its_dimensions(group, monkeypatch):
+def test_the_loss_is_reduced_over_every_dimension_of_a_mesh(group, monkeypatch):
     mesh, asked = dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "cp")), []
     monkeypatch.setattr(dist, "all_reduce", lambda both, group: asked.append(group))
     monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
@@ -265,9 +260,12 @@ def test_the_loss_over_a_mesh_is_reduced_over_all_its_dimensions(group, monkeypa
     assert asked == [mesh.get_group("dp"), mesh.get_group("cp")]
 
 
-def test_a_loss_that_cannot_be_is_named_or_nan(group):
+def test_the_loss_without_targets_is_nan(group):
+    assert math.isnan(cp.loss(torch.tensor(0.0), torch.tensor([-100]), group))
+
+
+def test_bad_arguments_of_the_loss_are_named(group):
     none = torch.tensor([-100])
-    assert math.isnan(cp.loss(torch.tensor(0.0), none, group))
     with pytest.raises(ValueError, match="loss: gradients should be 'mean' or 'sum', got 'average'"):
         cp.loss(torch.tensor(0.0), none, group, gradients="average")
     with pytest.raises(ValueError, match=r"loss: total should be a sum, 0-d, got \[2\]"):

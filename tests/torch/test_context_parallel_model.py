@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-pytest.importorskip("transformers", reason="its models attend in pieces")
+pytest.importorskip("transformers", reason="context parallelism of its models")
 from attention_matrix import build
 from families import ids_of
 
@@ -17,16 +17,9 @@ from longlora.torch.context_parallel import model as inside
 from longlora.torch.documents import Documents
 
 
-@pytest.fixture(scope="module")
-def group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
 @pytest.fixture
 def asked(monkeypatch):
-    """The keywords of all calls of s2_attention."""
+    """The keyword arguments of every call of s2_attention."""
     calls = []
     attend = inside.s2_attention
 
@@ -42,7 +35,7 @@ def trained(family="llama", **how):
     return configure(build(family, "longlora_s2"), **how).train()
 
 
-def test_an_enabled_model_computes_what_it_did(group, asked):
+def test_an_enabled_model_computes_the_same(group, asked):
     ids = ids_of(2, 21)
     want = trained(group_size=6, shift="all")(ids).logits
     model = trained(group_size=6, shift="all")
@@ -55,7 +48,8 @@ def test_an_enabled_model_computes_what_it_did(group, asked):
     how = asked[0]
     assert (how["group_size"], how["shift"], how["boundary"]) == (6, "all", "split") and how["group"] is group
     assert how["scale"] == (model.config.hidden_size // model.config.num_attention_heads) ** -0.5
-    assert [how["lengths"] for how in asked] == [None] + [(21,)] * (3 * layers - 1)  # compared once
+    # Without lengths, s2_attention compares the arguments of all ranks: once is enough.
+    assert [how["lengths"] for how in asked] == [None] + [(21,)] * (3 * layers - 1)
 
 
 def test_the_default_group_is_a_quarter_of_the_whole_sequence(group, asked):
@@ -63,11 +57,9 @@ def test_the_default_group_is_a_quarter_of_the_whole_sequence(group, asked):
     assert {how["group_size"] for how in asked} == {8}
 
 
-def test_the_model_gets_the_positions_of_its_piece_and_no_cache(group, monkeypatch):
-    """This rank has tokens 5 to 11."""
+def test_the_model_gets_the_positions_of_its_piece(group, monkeypatch):
+    """This rank has tokens 5 to 11. It makes no cache, unless it is told to."""
     model = cp.enable(trained(group_size=4), group)
-    seen = []
-    hook = model.register_forward_pre_hook(lambda m, args, how: seen.append(how), with_kwargs=True)
     monkeypatch.setattr(dist, "get_rank", lambda group: 1)
     agreed = []
 
@@ -81,10 +73,10 @@ def test_the_model_gets_the_positions_of_its_piece_and_no_cache(group, monkeypat
     (state,) = {module._longlora_cp for module in model.modules()}
     ids, whole = ids_of(2, 7), torch.arange(5, 12)[None]
     mask = torch.ones(2, 7, dtype=torch.long)
-    for given, wants in (({}, False), ({"use_cache": True}, True), ({"attention_mask": mask}, False)):
+    for given, use_cache in (({}, False), ({"use_cache": True}, True), ({"attention_mask": mask}, False)):
         _, how = state.before(model, (ids,), given)
         assert how["position_ids"].tolist() == whole.tolist() and how["attention_mask"] is None
-        assert how["use_cache"] is wants and state.lengths == (5, 7) and state.seen == {(5, 7)}
+        assert how["use_cache"] is use_cache and state.lengths == (5, 7) and state.seen == {(5, 7)}
     assert agreed == [("context parallel", {"T": 7, "B": 2, "position_ids": False})] * 3
     state.before(model, (ids,), {"position_ids": whole})
     assert agreed[3:] == [
@@ -96,7 +88,6 @@ def test_the_model_gets_the_positions_of_its_piece_and_no_cache(group, monkeypat
             state.before(model, (ids,), {"position_ids": wrong})
     state.after(model, (), None)
     assert state.lengths is None
-    hook.remove()
 
 
 @pytest.mark.parametrize(
@@ -113,29 +104,29 @@ def test_the_model_gets_the_positions_of_its_piece_and_no_cache(group, monkeypat
         (dict(input_ids=None), TypeError, "input_ids or inputs_embeds should be given"),
     ],
 )
-def test_what_pieces_cannot_do_is_named(group, given, error, words):
+def test_unsupported_arguments_are_named(group, given, error, words):
     model = cp.enable(trained(group_size=4), group)
     with pytest.raises(error, match=f"context parallel: {words}"):
         model(**{"input_ids": ids_of(1, 4), **given})
 
 
-def test_two_arguments_without_names_are_refused(group):
+def test_two_positional_arguments_are_refused(group):
     with pytest.raises(TypeError, match="context parallel: .*all arguments but the first by name"):
         cp.enable(trained(group_size=4), group)(ids_of(1, 4), torch.ones(1, 4))
 
 
-def test_labels_that_are_shifted_already_are_taken(group):
+def test_shifted_labels_are_accepted(group):
     model, ids = cp.enable(trained(group_size=4), group), ids_of(1, 8)
     labels = cp.next_tokens(ids)
     want = torch.nn.functional.cross_entropy(model(ids).logits[0], labels[0])
     assert model(ids, labels=labels, shift_labels=labels).loss.item() == pytest.approx(want.item(), rel=1e-5)
 
 
-def test_evaluation_is_refused_and_disable_undoes_everything(group):
+def test_disable_allows_evaluation_again(group):
     model, ids = trained(group_size=4), ids_of(1, 12)
     want = copy.deepcopy(model).eval()(ids).logits
     hooks = len(model._forward_pre_hooks), len(model._forward_hooks)
-    cp.enable(cp.enable(model, group), group)  # twice counts once
+    cp.enable(cp.enable(model, group), group)  # the second call replaces the first
     assert (len(model._forward_pre_hooks), len(model._forward_hooks)) == (hooks[0] + 1, hooks[1] + 1)
     with pytest.raises(
         NotImplementedError, match=r"context parallel: only training .* call disable\(model\)"
@@ -147,25 +138,25 @@ def test_evaluation_is_refused_and_disable_undoes_everything(group):
     assert torch.equal(model(ids).logits, want)
 
 
-def test_a_layer_in_evaluation_is_refused(group):
+def test_a_layer_in_eval_mode_is_refused(group):
     model = cp.enable(trained(group_size=4), group)
     model.model.layers[1].self_attn.eval()
     with pytest.raises(NotImplementedError, match="got a module in eval mode"):
         model(ids_of(1, 8))
 
 
-def test_a_model_inside_the_enabled_one_is_refused(group):
+def test_calling_a_part_of_the_enabled_model_is_refused(group):
     model = cp.enable(trained(group_size=4), group)
     with pytest.raises(RuntimeError, match=r"call the model that enable\(\) was given"):
         model.model(ids_of(1, 8))
     with pytest.raises(ValueError, match="labels would"):
         model(ids_of(1, 8), labels=ids_of(1, 8))
     with pytest.raises(RuntimeError, match=r"call the model that enable\(\) was given"):
-        model.model(ids_of(1, 8))  # a refused pass leaves no lengths
+        model.model(ids_of(1, 8))  # the refused call has left no lengths behind
 
 
-def test_checkpointed_layers_are_recomputed_in_pieces(group, monkeypatch):
-    """After one length the pieces are known; after two the ranks tell each other again."""
+def test_checkpointed_layers_give_the_same_gradients(group, monkeypatch):
+    """The backward pass asks the ranks for lengths only after passes of different lengths."""
     counted, lengths = [], inside.lengths
     monkeypatch.setattr(inside, "lengths", lambda *args: counted.append(args) or lengths(*args))
     for sizes, times in (((8,), 0), ((8, 13), 4)):
@@ -201,7 +192,7 @@ def test_documents_and_windows_are_refused(group):
     assert copy.deepcopy(state) is state
 
 
-def test_a_model_that_is_copied_stays_enabled(group, asked):
+def test_a_copied_model_stays_enabled(group):
     model = copy.deepcopy(cp.enable(trained(group_size=4), group))
     assert len({module._longlora_cp for module in model.modules()}) == 1
 
@@ -214,12 +205,12 @@ def test_a_model_that_is_copied_stays_enabled(group, asked):
         ("roberta", "RobertaForCausalLM counts positions from its padding"),
     ],
 )
-def test_a_family_that_would_compute_something_else_is_refused(group, family, words):
+def test_unsupported_families_are_refused(group, family, words):
     with pytest.raises(ValueError, match=f"enable: {words}"):
         cp.enable(build(family, "longlora_s2"), group)
 
 
-def test_another_attention_is_refused(group):
+def test_other_attention_and_other_groups_are_refused(group):
     with pytest.raises(ValueError, match="enable: .*attn_implementation=\"longlora_s2\", got 'sdpa'"):
         cp.enable(build("llama", "sdpa"), group)
     with pytest.raises(TypeError, match="enable: group should be"):

@@ -1,4 +1,4 @@
-"""The parts of longlora.torch.attention, documents and watch, without a model of transformers."""
+"""Units of longlora.torch.attention, documents and watch, without a model of transformers."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ from transformers.masking_utils import (  # noqa: E402
 from longlora.torch import attention, documents, ops, watch  # noqa: E402
 from longlora.torch.documents import Documents  # noqa: E402
 
-new = pytest.mark.skipif(VERSION < (5, 0), reason="these masks are those of transformers 5")
+new = pytest.mark.skipif(VERSION < (5, 0), reason="transformers 5 makes these masks")
 
 
 class Layer(torch.nn.Module):
@@ -28,58 +28,64 @@ class Layer(torch.nn.Module):
         self.config = SimpleNamespace(model_type="tiny", **config)
 
 
+def plain_layer():
+    """A layer whose one group has all 8 tokens, so that it attends causally."""
+    return Layer(longlora_group_size=8, longlora_shift="none")
+
+
 def qkv(T=8, H=2, K=1, D=4, B=1, S=None, E=None):
     draw = torch.Generator().manual_seed(0)
     shapes = (B, H, T, D), (B, K, S or T, D), (B, K, S or T, E or D)
     return [torch.randn(shape, generator=draw) for shape in shapes]
 
 
-def by_hand(q, k, v, seen, scale):
-    """softmax(scale q k^T where seen) v, with one KV head for all heads -> [B,T,H,E]."""
+def reference(q, k, v, seen, scale):
+    """softmax(scale q k^T) v over the keys that `seen` allows, with one KV head. Returns [B,T,H,E]."""
     scores = (scale * q @ k.transpose(2, 3)).masked_fill(~seen, -torch.inf)
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
 CAUSAL = torch.ones(8, 8, dtype=torch.bool).tril()
-NUMBER = torch.arange(8) // 5
+NUMBER = torch.arange(8) // 5  # the document of each token
 APART = CAUSAL & (NUMBER[:, None] == NUMBER)
+RESTARTED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])  # position_ids of these documents
 near = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 
 
 # ---- a call of a layer ---------------------------------------------------------------------------
 
 
-def test_the_settings_of_the_config_count_in_training_only():
+def test_the_settings_of_the_config_apply_in_training_only():
     layer, (q, k, v) = Layer(longlora_group_size=4, longlora_shift="none", longlora_boundary="wrap"), qkv()
     groups = torch.arange(8) // 4
     seen = CAUSAL & (groups[:, None] == groups)
     out, weights = attention.attention(layer, q, k, v, None)
-    near(out, by_hand(q, k, v, seen, 0.5))
+    near(out, reference(q, k, v, seen, 0.5))
     assert weights is None and out.shape == (1, 8, 2, 4)
     layer.eval()
-    near(attention.attention(layer, q, k, v, Documents(8))[0], by_hand(q, k, v, CAUSAL, 0.5))
-    near(attention.attention(layer, q, k, v, Documents(8), scaling=0.1)[0], by_hand(q, k, v, CAUSAL, 0.1))
+    near(attention.attention(layer, q, k, v, Documents(8))[0], reference(q, k, v, CAUSAL, 0.5))
+    near(attention.attention(layer, q, k, v, Documents(8), scaling=0.1)[0], reference(q, k, v, CAUSAL, 0.1))
 
 
-def test_a_plain_config_has_the_papers_settings(monkeypatch):
+def test_the_default_settings_are_the_papers(monkeypatch):
     seen = []
     attend = ops.s2_attention
     monkeypatch.setattr(ops, "s2_attention", lambda *x, **how: seen.append(how) or attend(*x, **how))
     layer = Layer()
     attention.attention(layer, *qkv(16), None)
     attention.attention(layer.eval(), *qkv(16), Documents(16))
-    none = dict(cu_seqlens=None, scale=0.5, boundary="split")
-    assert seen == [dict(group_size=4, shift="half", **none), dict(group_size=16, shift="none", **none)]
+    both = dict(cu_seqlens=None, scale=0.5, boundary="split")
+    assert seen == [dict(group_size=4, shift="half", **both), dict(group_size=16, shift="none", **both)]
     assert attention.attention(layer, *qkv(1), Documents(1))[0].shape == (1, 1, 2, 4)
 
 
 @pytest.mark.parametrize("widths", [(4, 6), (6, 4)])
-def test_heads_of_two_widths(widths):
+def test_heads_of_k_and_v_of_different_sizes(widths):
     D, E = widths
-    layer, (q, k, v) = Layer(longlora_group_size=8, longlora_shift="none"), qkv(D=D, E=E)
+    layer, (q, k, v) = plain_layer(), qkv(D=D, E=E)
     out = attention.attention(layer, q, k, v, None)[0]
     assert out.shape == (1, 8, 2, E)
-    near(out, by_hand(q, k, v, CAUSAL, 1 / math.sqrt(D)))
+    near(out, reference(q, k, v, CAUSAL, 1 / math.sqrt(D)))
 
 
 @pytest.mark.parametrize(
@@ -88,24 +94,24 @@ def test_heads_of_two_widths(widths):
         dict(attention_mask=Documents(8, torch.tensor([0, 5, 8], dtype=torch.int32))),
         dict(attention_mask=APART[None, None]),
         dict(attention_mask=torch.zeros(1, 1, 8, 8).masked_fill(~APART, -1e4)),
-        dict(attention_mask=None, position_ids=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])),
-        dict(attention_mask=Documents(8), position_ids=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])),
+        dict(attention_mask=None, position_ids=RESTARTED),
+        dict(attention_mask=Documents(8), position_ids=RESTARTED),
         dict(attention_mask=None, cu_seq_lens_q=torch.tensor([0, 5, 8])),
     ],
 )
-def test_documents_however_they_come(how):
-    layer, (q, k, v) = Layer(longlora_group_size=8, longlora_shift="none"), qkv()
-    near(attention.attention(layer, q, k, v, **how)[0], by_hand(q, k, v, APART, 0.5))
+def test_every_way_to_give_documents(how):
+    layer, (q, k, v) = plain_layer(), qkv()
+    near(attention.attention(layer, q, k, v, **how)[0], reference(q, k, v, APART, 0.5))
 
 
-def test_positions_of_other_tokens_say_nothing():
-    layer, (q, k, v) = Layer(longlora_group_size=8, longlora_shift="none"), qkv()
+def test_position_ids_of_other_shapes_are_ignored():
+    layer, (q, k, v) = plain_layer(), qkv()
     for positions in (torch.zeros(1, 7), torch.zeros(3, 1, 8), torch.zeros(8), 0):
         out = attention.attention(layer, q, k, v, None, position_ids=positions)[0]
-        near(out, by_hand(q, k, v, CAUSAL, 0.5))
+        near(out, reference(q, k, v, CAUSAL, 0.5))
 
 
-def test_transformers_sdpa_attends_where_a_sequence_does_not_to_itself():
+def test_sdpa_of_transformers_serves_other_attention():
     q, k, v = qkv(3, S=8)
     layer = Layer().eval()
     layer.num_key_value_groups = 2
@@ -113,13 +119,13 @@ def test_transformers_sdpa_attends_where_a_sequence_does_not_to_itself():
     seen = every.tril(5)
     for mask in (None, seen[None, None]):
         out = attention.attention(layer, q, k, v, mask, is_causal=False, scaling=0.3)[0]
-        near(out, by_hand(q, k, v, every if mask is None else seen, 0.3))
-    out = attention.attention(layer, q, k, v, seen[None, None])[0]  # a cache
-    near(out, by_hand(q, k, v, seen, 0.5))
+        near(out, reference(q, k, v, every if mask is None else seen, 0.3))
+    out = attention.attention(layer, q, k, v, seen[None, None])[0]  # 3 queries after 5 cached keys
+    near(out, reference(q, k, v, seen, 0.5))
     q, k, v = qkv()
-    near(attention.attention(layer, q, k, v, CAUSAL[None, None])[0], by_hand(q, k, v, CAUSAL, 0.5))
-    layer.train().is_causal = False  # a tower that trains
-    near(attention.attention(layer, q, k, v, None)[0], by_hand(q, k, v, CAUSAL | True, 0.5))
+    near(attention.attention(layer, q, k, v, CAUSAL[None, None])[0], reference(q, k, v, CAUSAL, 0.5))
+    layer.train().is_causal = False  # such as a vision tower
+    near(attention.attention(layer, q, k, v, None)[0], reference(q, k, v, torch.ones_like(CAUSAL), 0.5))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +152,7 @@ def test_transformers_sdpa_attends_where_a_sequence_does_not_to_itself():
         (dict(sieve=torch.ones(2)), r"a tensor that is unknown here \(sieve\) of Layer"),
     ],
 )
-def test_what_cannot_be_trained_is_named(how, words, monkeypatch):
+def test_unsupported_arguments_are_named(how, words, monkeypatch):
     monkeypatch.setattr(watch, "is_argument", lambda name: False)
     how = dict(how)
     mask = how.pop("mask", None)
@@ -154,16 +160,16 @@ def test_what_cannot_be_trained_is_named(how, words, monkeypatch):
         attention.attention(Layer(), *qkv(), mask, **how)
 
 
-def test_what_asks_for_nothing_is_taken(monkeypatch):
+def test_arguments_without_effect_are_accepted(monkeypatch):
     monkeypatch.setattr(watch, "is_argument", lambda name: name == "mine")
-    layer = Layer(longlora_group_size=8, longlora_shift="none")
+    layer = plain_layer()
     want = attention.attention(layer, *qkv(), None)[0]
     harmless = dict(softcap=None, output_attentions=False, mine=torch.ones(1), cache_position=torch.arange(8))
     out = attention.attention(layer, *qkv(), None, unknown=7, sliding_window=8, **harmless)[0]
     assert torch.equal(out, want)
 
 
-def test_queries_without_keys_are_refused_in_training():
+def test_fewer_queries_than_keys_are_refused():
     with pytest.raises(ValueError, match="a key for each query, got 3 queries and 8 keys"):
         attention.attention(Layer(), *qkv(3, S=8), None)
     with pytest.raises(ValueError, match="the mask of Layer is for 8 tokens, got 3 queries and 8 keys"):
@@ -187,7 +193,7 @@ def test_context_parallel_gets_the_settings_and_the_documents():
     assert given[1][1] == dict(boundary="split", shift="none", scale=0.5, window=None, documents=None)
 
 
-def test_packed_documents_beside_attention_to_all(monkeypatch):
+def test_packed_documents_beside_bidirectional_attention(monkeypatch):
     layer = Layer().eval()
     monkeypatch.setattr(watch, "packed", lambda: True)
     with pytest.raises(ValueError, match="packed documents are not supported beside Layer"):
@@ -235,14 +241,17 @@ def test_masks_that_are_documents():
         dict(attention_mask=torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1]])),
     ],
 )
-def test_masks_that_stay_transformers_own(how):
+def test_masks_that_transformers_makes(how):
     found = masked(**how)
     assert not isinstance(found, Documents)
-    how = dict(batch_size=1, q_length=8, kv_length=8, device="cpu", **how)
-    how["q_length"] = how.pop("T", 8)
-    how["kv_length"] = how.pop("kv", how["q_length"])
-    want = sdpa_mask(**{**how, "attention_mask": how.get("attention_mask")})
-    assert (found is None) == (want is None) and (want is None or torch.equal(found, want))
+    how = dict(how)
+    T = how.pop("T", 8)
+    sizes = dict(batch_size=1, q_length=T, kv_length=how.pop("kv", T), device="cpu")
+    want = sdpa_mask(**{**sizes, "attention_mask": None, **how})
+    if want is None:
+        assert found is None
+    else:
+        assert torch.equal(found, want)
 
 
 class Model(torch.nn.Module):
@@ -258,33 +267,30 @@ class Model(torch.nn.Module):
         self.packed = watch.packed()
 
 
-AGAIN = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
-
-
 @new
-def test_positions_of_the_model_divide_its_mask():
+def test_position_ids_of_the_model_divide_its_mask():
     model = Model().eval()
-    model(position_ids=AGAIN)
+    model(position_ids=RESTARTED)
     assert model.found.cu_seqlens.tolist() == [[0, 5, 8]] and model.packed
-    model(position_ids=AGAIN[:, :5])  # of other tokens
+    model(position_ids=RESTARTED[:, :5])  # not those of the 8 tokens
     assert model.found.cu_seqlens is None and not model.packed
     model()
     assert model.found.cu_seqlens is None and not watch.packed()
     model = Model(allow_is_causal_skip=False).eval()
-    model(position_ids=AGAIN)
+    model(position_ids=RESTARTED)
     assert torch.equal(model.found[0, 0], APART) and model.packed
     model(position_ids=torch.arange(8)[None])
     assert torch.equal(model.found[0, 0], CAUSAL) and not model.packed
     mamba = SimpleNamespace(model_type="mixed", layer_types=["linear_attention"])
     for how in (dict(config=mamba), dict(config=mamba, allow_is_causal_skip=False)):
         with pytest.raises(ValueError, match="packed documents are not supported for mixed"):
-            Model(**how).eval()(position_ids=AGAIN)
+            Model(**how).eval()(position_ids=RESTARTED)
 
 
 # ---- documents -----------------------------------------------------------------------------------
 
 
-def test_documents_move_and_count():
+def test_devices_and_starts_of_documents():
     found = Documents(4, torch.tensor([[0, 2, 4]]), torch.ones(1, 4), torch.tensor(True), "llama").to("meta")
     assert found.length == 4 and found.cu_seqlens.is_meta and found.seen.is_meta and found.packed.is_meta
     plain = Documents(4).to("meta")
@@ -295,14 +301,14 @@ def test_documents_move_and_count():
     assert starts.int().tolist() == [[1, 0, 0, 1]] * 2
 
 
-def test_documents_that_begin_again_are_kept():
-    whole, positions = Documents(8, model="llama"), AGAIN.clone()
+def test_documents_of_position_ids_are_cached():
+    whole, positions = Documents(8, model="llama"), RESTARTED.clone()
     found = whole.restarted(positions, 1)
     assert found.cu_seqlens.tolist() == [[0, 5, 8]] and bool(found.packed) and found.model == "llama"
     assert whole.restarted(positions, 1) is found and found.restarted(positions, 1) is found
-    positions[0, 5:] += 5  # written to: they go on
+    positions[0, 5:] += 5  # now they do not restart
     assert whole.restarted(positions, 1) is whole
-    other = AGAIN.clone()
+    other = RESTARTED.clone()
     assert whole.restarted(other, 1).cu_seqlens.tolist() == [[0, 5, 8]]
     both = Documents(8, torch.tensor([[0, 2, 8]]), packed=True).restarted(other, 1)
     assert both.cu_seqlens.tolist() == [[0, 2, 5, 8]]
@@ -312,10 +318,10 @@ def test_documents_that_begin_again_are_kept():
     padded = Documents(8, torch.tensor([[0, 5, 8]]), seen)
     assert padded.restarted(torch.tensor([[0, 1, 0, 1, 2, 1, 1, 1]]), 1).cu_seqlens.tolist() == [[0, 2, 5, 8]]
     with torch.inference_mode():
-        assert whole.restarted(AGAIN.clone(), 1).cu_seqlens.tolist() == [[0, 5, 8]]
+        assert whole.restarted(RESTARTED.clone(), 1).cu_seqlens.tolist() == [[0, 5, 8]]
 
 
-def test_boundaries_and_restarts_by_hand():
+def test_boundaries_and_restarts():
     starts = torch.tensor([[True, False, True, False], [True, False, False, False]])
     assert documents.boundaries(starts).tolist() == [[0, 2, 4], [0, 4, 4]]
     assert documents.boundaries(starts[1:]) is None and documents.boundaries(starts).dtype == torch.int32
@@ -326,7 +332,7 @@ def test_boundaries_and_restarts_by_hand():
         assert documents.restarts(positions, seen, 1, 5).int().tolist() == [wanted]
 
 
-def test_a_mask_of_a_batch_is_read_once():
+def test_a_4d_mask_is_read_again_only_after_a_change():
     mask = torch.stack([CAUSAL, APART])[:, None]
     found = documents.of_4d(mask, 2, 8, "Layer", "tiny")
     assert (
@@ -341,13 +347,17 @@ def test_a_mask_of_a_batch_is_read_once():
     assert documents.of_4d(hidden, 1, 8, "", "").cu_seqlens is None
 
 
+# Layer types of Qwen3-Next, LFM2, Jamba and RecurrentGemma.
+STATEFUL = ("linear_attention", "conv", "mamba", "recurrent")
+
+
 @pytest.mark.parametrize(
     "config, carries",
     [
         (None, False),
         (SimpleNamespace(), False),
         (SimpleNamespace(layer_types=["full_attention"]), False),
-        *((SimpleNamespace(layer_types=["full_attention", kind]), True) for kind in documents.RECURRENT),
+        *((SimpleNamespace(layer_types=["full_attention", kind]), True) for kind in STATEFUL),
         (SimpleNamespace(layers_block_type=["hybrid"]), True),
         (SimpleNamespace(layer_types=["hybrid_sliding"]), True),
         (SimpleNamespace(mamba_d_state=4), True),
@@ -367,10 +377,12 @@ def test_models_that_carry_a_state(config, carries):
         assert documents.keep_apart(packed, config) is packed
 
 
-# ---- passes --------------------------------------------------------------------------------------
+# ---- forward passes ------------------------------------------------------------------------------
 
 
 class TinyAttention(torch.nn.Module):
+    """served: whether S2-Attn serves its call, or None if it attends by itself."""
+
     def __init__(self, served=True, index=0):
         super().__init__()
         self.served, self.layer_idx = served, index
@@ -394,7 +406,7 @@ class Watched(torch.nn.Module):
         return x
 
 
-def test_a_first_pass_is_checked():
+def test_the_first_training_pass_is_checked():
     for layers in ((), (TinyAttention(False),)):
         with pytest.raises(ValueError, match="Watched has not called S2-Attn in its first training pass"):
             Watched(*layers)(1)
@@ -404,7 +416,7 @@ def test_a_first_pass_is_checked():
     model = Watched(TinyAttention(), torch.nn.Identity())
     model(1)
     model.layers.append(TinyAttention(None))
-    model(1)  # it was checked
+    model(1)  # only the first pass is checked
     assert not model.layers[0]._forward_pre_hooks
     types = ["full_attention", "linear_attention"]
     Watched(TinyAttention(), TinyAttention(None, 1), layer_types=types)(1)
@@ -414,16 +426,16 @@ def test_a_first_pass_is_checked():
         Watched(TinyAttention(), TinyAttention(None, None), layer_types=types)(1)
 
 
-def test_passes_inside_a_pass():
+def test_nested_passes():
     inner = Watched(TinyAttention())
-    Watched(inner)(1)  # the inner one serves
+    Watched(inner)(1)  # the attention of the inner model is enough
     with pytest.raises(ValueError, match="TinyAttention of Watched attends by itself"):
         Watched(Watched(TinyAttention(), TinyAttention(None)), TinyAttention())(1)
     watch.watch(inner)
     assert len(inner._forward_pre_hooks) == len(inner._forward_hooks) == 1
 
 
-def test_what_a_pass_was_given():
+def test_the_arguments_of_the_current_pass():
     seen = []
 
     class Asking(TinyAttention):
@@ -455,7 +467,7 @@ def test_what_a_pass_was_given():
     assert not watch.packed()
 
 
-def test_an_interrupted_pass_is_forgotten():
+def test_an_interrupted_pass_leaves_no_state():
     class Stops(TinyAttention):
         def forward(self, x):
             raise KeyboardInterrupt

@@ -2,6 +2,7 @@
 named."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -230,14 +231,16 @@ def test_files_that_are_not_there_and_other_bases(tmp_path, capsys):
         authors.import_adapter(base, tmp_path / "ours", base, 128)
 
 
-def test_the_command_line_passes_on_what_it_is_told(monkeypatch, capsys):
-    told = []
-    monkeypatch.setattr(authors, "import_adapter", lambda *what: told.append(what) or ["one line", "another"])
+def test_the_command_line(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(
+        authors, "import_adapter", lambda *args: calls.append(args) or ["one line", "another"]
+    )
     plain = ["theirs", "ours", "--model", "base", "--target-length", "256"]
     assert authors.main(plain) == 0 and capsys.readouterr().out == "one line\nanother\n"
     monkeypatch.setattr("sys.argv", ["authors", *plain, "--cut-embedding"])
     assert authors.main() == 0
-    assert told == [("theirs", "ours", "base", 256, False), ("theirs", "ours", "base", 256, True)]
+    assert calls == [("theirs", "ours", "base", 256, False), ("theirs", "ours", "base", 256, True)]
     capsys.readouterr()
     for wrong in (plain[:4], [*plain[:2], *plain[4:]], plain[1:], [*plain, "--cut"]):
         with pytest.raises(SystemExit) as ended:
@@ -248,10 +251,10 @@ def test_the_command_line_passes_on_what_it_is_told(monkeypatch, capsys):
     help = " ".join(capsys.readouterr().out.split())
     assert help.startswith("usage: python -m longlora.torch.authors [-h]") and " DIR OUT " in help
     assert "Import the adapter that the LongLoRA authors' scripts wrote." in help
-    assert len(told) == 2
+    assert len(calls) == 2
 
 
-def test_the_modules_of_their_tensors():
+def test_modules_to_save_by_the_names_of_tensors():
     norms = ["model.norm.weight", "model.layers.0.input_layernorm.weight"]
     all_norms = ("input_layernorm", "post_attention_layernorm", "norm")
     assert authors._modules(["model.embed_tokens.weight", *norms]) == ("embed_tokens", *all_norms)
@@ -260,8 +263,6 @@ def test_the_modules_of_their_tensors():
 
 
 def test_rows_that_the_base_does_not_have():
-    from types import SimpleNamespace
-
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=3, hidden_size=2))
     name = "model.embed_tokens.weight"
     for shape in ((3, 2), (2, 2), (5, 3), (5, 2, 1)):
@@ -277,7 +278,7 @@ def test_rows_that_the_base_does_not_have():
     assert whole[name].tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
-def test_what_is_no_dict_of_tensors_is_named(tmp_path):
+def test_bad_files_of_tensors_are_named(tmp_path):
     for content, got in (
         ([torch.ones(1)], "'list'"),
         ({3: torch.ones(1)}, "3"),

@@ -1,4 +1,4 @@
-"""The parts of longlora.torch.extend and longlora.torch.positions, alone."""
+"""Units of longlora.torch.extend and longlora.torch.positions."""
 
 import json
 import sys
@@ -72,7 +72,7 @@ class Whole(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [TinyAttention, TinyMLA])
-def test_the_papers_lora(kind):
+def test_the_default_lora_is_the_papers(kind):
     found = lora_config(Whole(kind))
     assert (found.r, found.lora_alpha, found.lora_dropout, found.task_type) == (8, 16, 0.0, "CAUSAL_LM")
     assert found.target_modules == {"gate_proj", "q_proj"} and found.modules_to_save == ["embed", "norm"]
@@ -82,16 +82,17 @@ def test_the_papers_lora(kind):
     assert not lora_config(Whole(kind, tie_word_embeddings=False)).ensure_weight_tying
 
 
-def test_what_has_no_gradient_or_belongs_to_experts_is_left_out():
+def test_indexers_and_experts_are_left_out():
     model = Whole()
     model.model.layers[0].indexer = nn.ModuleDict({"attn": TinyAttention()})
     model.model.layers[0].experts = nn.ParameterDict({"gate_up_proj": nn.Parameter(torch.ones(2))})
-    # The q_proj of the indexer has the same last name, so the whole paths are given.
+    # PEFT would find "q_proj" in the indexer too, so target_modules has whole paths. It takes any gate_proj
+    # for a part of the experts.
     names = [f"model.layers.{i}.attn.q_proj" for i in range(2)]
     assert lora_config(model).target_modules == set(names)
 
 
-def test_a_tower_is_left_out():
+def test_a_vision_tower_is_left_out():
     model = Whole()
     model.tower = Layer()
     model.get_decoder = lambda: model.model
@@ -118,7 +119,7 @@ def test_a_model_without_attention_or_norms_is_refused():
         lora_config(model)
 
 
-def test_names_as_peft_looks_for_them():
+def test_short_names_only_where_peft_finds_no_other_module():
     model = nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Identity()}), "xq": nn.Identity(), "q": nn.Identity()})
     assert _names(model, {"a.q", "q"}, ".") == ["q"]
     assert _names(model, {"a.q", "q"}, "") == ["a.q", "q"]  # "q" would find xq too
@@ -127,7 +128,7 @@ def test_names_as_peft_looks_for_them():
 
 
 def tied(wrapped=True, ties=True):
-    """What tie_weights sees: embedding and head, wrapped by PEFT or not."""
+    """A fake PEFT model, its embedding, its head, and a list of the calls of the base's tie_weights."""
 
     def wrapper():
         copies = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in ("default", "other")})
@@ -177,7 +178,7 @@ def test_the_directory_of_a_base(tmp_path, monkeypatch):
     assert asked == [(("someone/model", "config.json"), dict(revision="abc", local_files_only=True))]
 
 
-def test_a_config_says_how_the_files_store_the_weights(tmp_path, monkeypatch):
+def test_the_quantization_config_of_the_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert _stored(None) is None and _stored(tmp_path / "nowhere") is None
     (tmp_path / "config.json").write_text("{}")
@@ -192,7 +193,7 @@ def test_a_config_says_how_the_files_store_the_weights(tmp_path, monkeypatch):
     assert not hasattr(config, "quantization_config")
 
 
-def test_what_from_pretrained_takes(tmp_path, monkeypatch):
+def test_arguments_of_from_pretrained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert opened(tmp_path) == (str(tmp_path), {}) and opened("someone/model") == ("someone/model", {})
     (tmp_path / "model.gguf").touch()
@@ -284,7 +285,7 @@ class Rotary(nn.Module):
             self.register_buffer(extra, torch.ones(2))
 
 
-def test_rotary_embeddings_that_follow_the_config():
+def test_rotary_embeddings_of_the_config():
     config = SimpleNamespace(max_position_embeddings=64)
     model = nn.ModuleDict({"mine": Rotary(config, "original_inv_freq"), "other": Rotary(SimpleNamespace())})
     assert positions._rotary(model, config) == [("mine", model["mine"])]
@@ -300,7 +301,7 @@ def test_rotary_embeddings_that_follow_the_config():
         positions._rotary(model, config)
 
 
-def test_a_partial_factor_is_taken_out_of_a_copy():
+def test_the_partial_rotary_factor_is_removed_from_a_copy():
     partial = "partial_rotary_factor"
     before = {
         "a": 1,
@@ -316,7 +317,7 @@ def test_a_partial_factor_is_taken_out_of_a_copy():
     assert positions._without_partial({"rope_parameters": None}) == ({"rope_parameters": None}, None)
 
 
-def test_words_for_linear_interpolation():
+def test_config_fields_of_linear_interpolation():
     old = SimpleNamespace(rope_scaling={"type": "linear", "factor": 4.0, "rope_type": "linear"})
     assert list(positions._linear_words(old, 2)) == [
         {"rope_scaling": {"type": "linear", "factor": 4.0}},
@@ -341,7 +342,7 @@ def test_equal_rotary_embeddings():
     assert not positions._equal(made([1.0]), made([1.0], attention_scaling=2.0))
 
 
-def test_a_rotary_embedding_that_is_not_possible_is_named():
+def test_an_unsupported_rope_type_is_named():
     class Refusing(Rotary):
         def __init__(self, config):
             if config:

@@ -133,12 +133,12 @@ def test_norms_of_families(family):
 
 
 def test_the_dtype_of_a_norm():
-    """Llama's gives weight's and x's together, OLMo-2's and Helium's that of x."""
+    """Llama's norm promotes the dtypes of weight and x. OLMo-2's and Helium's keep the dtype of x."""
     for family, keeps in (("llama", False), ("olmo2", True), ("helium", True)):
         (kind,) = {type(m) for m in tiny(family, "sdpa").modules() if "Norm" in type(m).__name__}
         assert forms.norm(kind).keeps is keeps
-        x, weight = torch.ones(2, 4, dtype=torch.bfloat16), kind(4)
-        assert weight(x).dtype == (torch.bfloat16 if keeps else torch.float32)
+        x = torch.ones(2, 4, dtype=torch.bfloat16)
+        assert kind(4)(x).dtype == (torch.bfloat16 if keeps else torch.float32)
 
 
 class Clamped(LLAMA.LlamaMLP):
@@ -322,7 +322,7 @@ class Model:
         loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
         return Output(loss=loss, logits=logits)  # noqa: F821
 
-    def made_dense(self, input_ids=None, *, labels=None):
+    def contiguous(self, input_ids=None, *, labels=None):
         logits = self.lm_head(self.model(input_ids)[0]).contiguous().float()
         loss = self.loss_function(logits, vocab_size=self.vocab_size, labels=labels)
         return Output(logits=logits, loss=loss)  # noqa: F821
@@ -370,12 +370,12 @@ class Model:
         loss = self.loss_function(logits, labels, self.vocab_size)
         return Output(loss=loss, logits=logits)  # noqa: F821
 
-    def with_a_head_that_is_told(self, input_ids=None, labels=None):
+    def with_a_head_of_keyword_arguments(self, input_ids=None, labels=None):
         logits = self.lm_head(self.model(input_ids)[0], scale=2)
         loss = self.loss_function(logits, labels, self.vocab_size)
         return Output(loss=loss, logits=logits)  # noqa: F821
 
-    def with_a_head_deeper(self, input_ids=None, labels=None):
+    def with_a_head_of_the_decoder(self, input_ids=None, labels=None):
         logits = self.model.lm_head(self.model(input_ids)[0])
         loss = self.loss_function(logits, labels, self.vocab_size)
         return Output(loss=loss, logits=logits)  # noqa: F821
@@ -396,7 +396,7 @@ class Model:
         loss = self.loss_function(logits, labels, self.vocab_size)
         return Output(loss=loss, scores=logits)  # noqa: F821
 
-    def with_an_output_that_is_looked_at(self, input_ids=None, labels=None):
+    def with_an_output_in_a_variable(self, input_ids=None, labels=None):
         logits = self.lm_head(self.model(input_ids)[0])
         output = Output(loss=self.loss_function(logits, labels, self.vocab_size), logits=logits)  # noqa: F821
         return output
@@ -406,11 +406,11 @@ class Model:
         loss = self.loss_function(logits, labels)
         return Output(loss=loss, logits=logits)  # noqa: F821
 
-    def with_logits_in_passing(self, input_ids=None, labels=None):
+    def with_logits_in_no_variable(self, input_ids=None, labels=None):
         loss = self.loss_function(self.lm_head(self.model(input_ids)[0]), labels, self.vocab_size)
         return Output(loss=loss)  # noqa: F821
 
-    def with_labels_of_its_own(self, input_ids=None, labels=None):
+    def with_other_targets(self, input_ids=None, labels=None):
         logits = self.lm_head(self.model(input_ids)[0])
         targets = input_ids
         loss = self.loss_function(logits, targets, self.vocab_size)
@@ -431,7 +431,7 @@ KNOWN = {
     "plain": ("lm_head", True, ()),
     "capped": ("embed_out", False, ("softcap",)),
     "with_router": ("lm_head", True, ()),
-    "made_dense": ("lm_head", False, ()),
+    "contiguous": ("lm_head", False, ()),
     "capped_twice": ("lm_head", False, ("first", "second")),
 }
 
@@ -442,10 +442,10 @@ def test_the_way_of_the_logits(name):
     assert (flow and (flow.head, flow.keywords, flow.unset)) == KNOWN.get(name)
 
 
-def test_the_names_of_a_forward():
+def test_the_argument_names_of_a_forward():
     names = ("self", "input_ids", "labels", "logits_to_keep")
     assert forms.loss_flow(Model.plain).names == names
-    assert forms.loss_flow(Model.made_dense).names == ("self", "input_ids", "labels")
+    assert forms.loss_flow(Model.contiguous).names == ("self", "input_ids", "labels")
 
 
 def test_a_decorator_of_ones_own_hides_the_loss():

@@ -1,4 +1,4 @@
-"""The parts of longlora.torch.trainer and longlora.torch.moved, without a training."""
+"""Units of longlora.torch.trainer and longlora.torch.moved, without training."""
 
 import contextlib
 import sys
@@ -20,7 +20,8 @@ from longlora.data.sequences import Order  # noqa: E402
 from longlora.torch import moved  # noqa: E402
 
 
-def module(monkeypatch, name, **content):
+def fake_module(monkeypatch, name, **content):
+    """Make `import name` find a module with this content."""
     made = ModuleType(name)
     vars(made).update(content)
     monkeypatch.setitem(sys.modules, name, made)
@@ -29,7 +30,7 @@ def module(monkeypatch, name, **content):
 # ---- the model and the batches -------------------------------------------------------------------
 
 
-def test_a_parameter_is_filled_also_where_zero_has_its_parts(monkeypatch):
+def test_put_fills_a_parameter_also_under_zero(monkeypatch):
     p = torch.nn.Parameter(torch.zeros(2))
     ours.put(p, np.array([1, 2], np.float32))
     assert p.tolist() == [1, 2] and p.requires_grad
@@ -41,15 +42,15 @@ def test_a_parameter_is_filled_also_where_zero_has_its_parts(monkeypatch):
         yield
         inside.extend(p.tolist())
 
-    module(monkeypatch, "deepspeed")
-    module(monkeypatch, "deepspeed.zero", GatheredParameters=gathered)
+    fake_module(monkeypatch, "deepspeed")
+    fake_module(monkeypatch, "deepspeed.zero", GatheredParameters=gathered)
     p.ds_id = 3
     ours.put(p, np.array([3, 4], np.float32))
     assert inside == [3, 4]
 
 
 class Named:
-    """A model with parameters of these names; the last one is frozen."""
+    """A model with parameters of these names. The last one is frozen."""
 
     def __init__(self, *names):
         self.parameters = {name: torch.nn.Parameter(torch.zeros(1)) for name in names}
@@ -59,7 +60,7 @@ class Named:
         return self.parameters.items()
 
 
-def test_parameters_by_the_drivers_names():
+def test_parameters_by_the_names_of_the_driver():
     model = Named(
         "base_model.model.model.layers.0._checkpoint_wrapped_module.q_proj.lora_A.default.weight",
         "base_model.model.model.norm.modules_to_save.default.weight",
@@ -81,7 +82,7 @@ def test_parameters_by_the_drivers_names():
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_the_state_that_deepspeeds_first_step_makes(stage):
+def test_the_state_that_the_first_step_of_deepspeed_makes(stage):
     flat, filled = [torch.ones(3), torch.ones(2)], []
     zero = SimpleNamespace(optimizer=SimpleNamespace(state={}))
     if stage == 2:
@@ -99,7 +100,7 @@ def test_the_state_that_deepspeeds_first_step_makes(stage):
         assert torch.equal(state["exp_avg_sq"], torch.zeros_like(x))
 
 
-def test_places_are_those_of_the_driver():
+def test_sequences_come_in_the_order_of_the_driver():
     places = ours.Places(range(5), seed=3, first=4, count=9)
     want = Order(5, 3).take(13)[4:]
     assert len(places) == 9 and [places[i] for i in range(9)] == want == places.places
@@ -108,7 +109,7 @@ def test_places_are_those_of_the_driver():
 # ---- the steps -----------------------------------------------------------------------------------
 
 
-def test_a_callback_passes_on_what_trainer_tells():
+def test_events_of_trainer():
     told = []
     stops = iter((False, True, False))
     callback = ours.Callback(
@@ -127,26 +128,21 @@ def test_a_callback_passes_on_what_trainer_tells():
     assert told[2:] == [0.5] * 3
 
 
-def options(**fields):
-    return SimpleNamespace(
-        **dict(
-            learning_rate=0.1,
-            embedding_learning_rate=0.01,
-            weight_decay=0.5,
-            adam_beta1=0.8,
-            adam_beta2=0.7,
-            adam_epsilon=1e-5,
-            per_device_train_batch_size=3,
-        )
-        | fields
-    )
+OPTIONS = SimpleNamespace(
+    learning_rate=0.1,
+    embedding_learning_rate=0.01,
+    weight_decay=0.5,
+    adam_beta1=0.8,
+    adam_beta2=0.7,
+    adam_epsilon=1e-5,
+    per_device_train_batch_size=3,
+)
 
 
 def steps(**fields):
+    """The Trainer of a run that has made 4 steps. Only what the tests need is set."""
     made = object.__new__(ours.Steps)
-    run = SimpleNamespace(
-        o=options(), setup="the setup", first=4, share=lambda step: 1 / step, consistent=True
-    )
+    run = SimpleNamespace(o=OPTIONS, setup="the setup", first=4, share=lambda step: 1 / step, consistent=True)
     vars(made).update({"run": run, "optimizer": None, "loss": 0.0, **fields})
     return made
 
@@ -183,11 +179,11 @@ def test_rates_follow_the_schedule_of_the_run():
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             schedule.step()
-        assert rates == [2 / 5, 2 / 6, 2 / 7]  # the first step is the one after the four that were made
+        assert rates == [2 / 5, 2 / 6, 2 / 7]  # four steps were made before
 
 
 @pytest.mark.parametrize("deepspeed", [False, True])
-def test_losses_of_a_step_are_summed(monkeypatch, deepspeed):
+def test_the_losses_of_a_step_are_added(monkeypatch, deepspeed):
     given = []
     monkeypatch.setattr(
         ours.Trainer, "training_step", lambda self, *args, **more: given.append((args, more)) or 1.5
@@ -196,10 +192,10 @@ def test_losses_of_a_step_are_summed(monkeypatch, deepspeed):
     assert trainer.training_step("model", inputs="inputs") == 1.5
     trainer.training_step("model", "inputs")
     assert trainer.loss == 3.0 and given[0] == (("model",), {"inputs": "inputs"})
-    assert trainer.run.consistent is not deepspeed  # its backward pass also updates
+    assert trainer.run.consistent is not deepspeed  # DeepSpeed's backward pass may update
 
 
-def test_batches_are_made_in_their_order():
+def test_batches_keep_the_order_of_the_sequences():
     made = []
     trainer = steps(
         train_dataset=[7, 5, 3, 1],
@@ -217,6 +213,7 @@ def test_batches_are_made_in_their_order():
 
 
 def engine(size=1, index=0, **fields):
+    """The engine of process `index` of `size`. Only what the tests need is set."""
     made = object.__new__(ours.TorchEngine)
     made.args = SimpleNamespace(device=torch.device("cpu"), world_size=size, process_index=index)
     made._signal, made.parameters, made.trainer = None, [], None
@@ -224,8 +221,11 @@ def engine(size=1, index=0, **fields):
     return made
 
 
-def stepping(everyone, signal=None, step=5):
-    """An engine after a step of two batches of two; `everyone` adds the other processes' rows."""
+def stepping(gather, signal=None, step=5):
+    """An engine after a step of two sequences, and what the run is told. `gather` is accelerate's.
+
+    Sequence n has 10 n tokens.
+    """
     after = []
     run = SimpleNamespace(
         stop=SimpleNamespace(signal=signal),
@@ -239,13 +239,13 @@ def stepping(everyone, signal=None, step=5):
     )
     trainer = SimpleNamespace(
         loss=torch.tensor(3.0),
-        accelerator=SimpleNamespace(gather=everyone),
+        accelerator=SimpleNamespace(gather=gather),
         train_dataset=SimpleNamespace(places=[1, 2, 3, 4, 5, 6]),
     )
     return engine(run=run, trainer=trainer), after
 
 
-def test_after_a_step_the_run_hears_of_all_processes():
+def test_a_step_combines_losses_and_signals_of_all_processes():
     def gather(mine):
         assert mine.tolist() == [[3.0, 0.0]]
         return torch.cat([mine, torch.tensor([[5.0, 15.0]])])
@@ -262,7 +262,7 @@ def test_after_a_step_the_run_hears_of_all_processes():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_numbers_that_are_not_finite_stop_the_run(bad):
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(bad):
     made, after = stepping(lambda mine: mine * torch.tensor([[bad, 1.0]]))
     with pytest.raises(UserError, match="the loss is not finite"):
         made._after_step(0.5)
@@ -273,8 +273,8 @@ def test_numbers_that_are_not_finite_stop_the_run(bad):
 
 
 @pytest.mark.parametrize("index, wanted", [(0, [0, 2]), (1, [1, 2])])
-def test_every_process_evaluates_its_sequences(monkeypatch, index, wanted):
-    """Three sequences for two processes: the second one makes a pass that does not count."""
+def test_processes_share_the_evaluation(monkeypatch, index, wanted):
+    """Of three sequences, process 1 has one. It also evaluates the last one, which process 0 counts."""
     made, modes = [], []
     labels = {0: [-100, 1, 2], 1: [-100, 1, -100], 2: [-100, 1, 2]}
 
@@ -308,10 +308,11 @@ def test_every_process_evaluates_its_sequences(monkeypatch, index, wanted):
 
 
 def kept(name, **arrays):
+    """A fake Trained with these arrays."""
     return SimpleNamespace(name=name, read=lambda what: torch.tensor([arrays[what]]))
 
 
-def test_the_first_process_has_values_and_state():
+def test_only_the_first_process_returns_values_and_state():
     parameters = [kept("a", value=1.0, m=2.0, v=3.0), kept("b", value=4.0, m=5.0, v=6.0)]
     first = engine(trainer="trainer", parameters=parameters)
     assert first.values() == {"a": [1.0], "b": [4.0]}
@@ -323,7 +324,7 @@ def test_the_first_process_has_values_and_state():
     assert done.values() == {"a": 8, "b": 9}
 
 
-def test_the_peak_of_memory_is_that_of_the_device(monkeypatch):
+def test_peak_memory_is_that_of_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5)
     monkeypatch.setattr(ours.job, "peak_memory", lambda: 6)
     made = engine()
@@ -334,7 +335,7 @@ def test_the_peak_of_memory_is_that_of_the_device(monkeypatch):
 
 @pytest.mark.parametrize("deepspeed", [False, True])
 @pytest.mark.parametrize("saved", [False, True])
-def test_a_run_begins_where_it_was_saved(monkeypatch, deepspeed, saved):
+def test_a_run_starts_from_its_saved_tensors(monkeypatch, deepspeed, saved):
     did = []
     p = SimpleNamespace(
         name="a",
@@ -373,7 +374,7 @@ def plain(monkeypatch):
         monkeypatch.delenv(f"ACCELERATE_USE_{name}", raising=False)
 
 
-def test_configurations_of_accelerate_that_are_taken(plain, monkeypatch):
+def test_supported_configurations_of_accelerate(plain, monkeypatch):
     for made in (accelerator(), accelerator(parallelism_config=None), accelerator("MULTI_CPU")):
         ours.check_accelerator(made, "float32", "cpu")
     ours.check_accelerator(accelerator(precision="bf16"), "bfloat16", "cpu")
@@ -405,12 +406,12 @@ def test_configurations_of_accelerate_that_are_taken(plain, monkeypatch):
         ),
     ],
 )
-def test_configurations_of_accelerate_that_are_refused(plain, made, dtype, words):
+def test_unsupported_configurations_of_accelerate(plain, made, dtype, words):
     with pytest.raises(UserError, match=words):
         ours.check_accelerator(made, dtype, "cpu")
 
 
-def test_what_accelerate_was_asked_for_and_does_not_do(plain, monkeypatch):
+def test_a_request_that_accelerate_does_not_follow(plain, monkeypatch):
     old = accelerator("FSDP")
     old.is_fsdp2 = False
     with pytest.raises(UserError, match="fsdp_version is 1; wanted 2"):
@@ -444,15 +445,15 @@ def test_a_tensor_is_read_and_restored():
     assert state["exp_avg"].tolist() == [3] * 6  # a copy
 
 
-def test_a_tensor_that_deepspeed_has(monkeypatch):
+def test_a_tensor_under_deepspeed(monkeypatch):
     p = torch.nn.Parameter(torch.zeros(2))
     held = {"value": torch.ones(2), "exp_avg": torch.full((2,), 2.0), "exp_avg_sq": torch.full((2,), 3.0)}
 
     def write(p, value, name="value"):
         held[name] = value
 
-    module(monkeypatch, "deepspeed")
-    module(
+    fake_module(monkeypatch, "deepspeed")
+    fake_module(
         monkeypatch,
         "deepspeed.utils",
         safe_get_full_fp32_param=lambda p: held["value"],
@@ -496,7 +497,7 @@ class Whole(torch.nn.Module):
         return None if self.headless else self.head
 
 
-def test_kinds_of_what_trains():
+def test_kinds_of_trained_tensors():
     want = {
         "norm.weight": "norm",
         "layer.lora_A.weight": "lora_A",
@@ -522,7 +523,7 @@ def test_kinds_of_what_trains():
 
 
 @pytest.mark.parametrize("deepspeed", [False, True])
-def test_what_would_train_in_low_precision(monkeypatch, deepspeed):
+def test_training_in_low_precision_needs_deepspeed(monkeypatch, deepspeed):
     import accelerate.state
 
     kind = DistributedType.DEEPSPEED if deepspeed else DistributedType.NO
@@ -544,7 +545,7 @@ def test_what_would_train_in_low_precision(monkeypatch, deepspeed):
                 check.on_train_begin(None, None, None, model=model, optimizer="optimizer")
 
 
-def test_a_step_is_checked_once_there_was_one():
+def test_which_steps_are_checked():
     check, told = moved.CheckMoved(), []
     check.moved = SimpleNamespace(waiting={"norm": 1}, check=lambda *what: told.append(what))
     args, state = SimpleNamespace(learning_rate=1.0), SimpleNamespace(global_step=4)
