@@ -65,18 +65,17 @@ def run(o: TrainOptions, say: Say = print) -> Result:
         torch.set_num_threads(min(torch.get_num_threads(), processors()))
     source = Source(o)
     setup = Setup(o, source.config, instructs=instructs(o))
-    given = PRECISION in os.environ
-    args = arguments(o)
-    if args.n_gpu > 1:
-        raise UserError(
-            f"one process sees {args.n_gpu} GPUs; start one process for each (torchrun --nproc-per-node "
-            f"{args.n_gpu} -m longlora.torch.train ...) or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
-        )
-    if args.process_index:
-        say = _silent
     with contextlib.ExitStack() as held:
-        if not given:  # transformers 4 leaves the variable of this run to the next one
+        if PRECISION not in os.environ:  # transformers 4 leaves the variable of this run to the next one
             held.callback(os.environ.pop, PRECISION, None)
+        args = arguments(o)
+        if args.n_gpu > 1:
+            raise UserError(
+                f"one process sees {args.n_gpu} GPUs; start one process for each (torchrun --nproc-per-node "
+                f"{args.n_gpu} -m longlora.torch.train ...) or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
+        if args.process_index:
+            say = _silent
 
         def prepare():
             resume.refuse_taken(o.output_dir, o.resume_from_checkpoint)
