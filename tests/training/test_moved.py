@@ -1,4 +1,4 @@
-"""A kind of tensors that does not train stops the run with the reason; some kinds have a step more."""
+"""A kind of tensors that does not train stops the run with the reason; lora_A has one step more."""
 
 import pytest
 from engines import Parameter

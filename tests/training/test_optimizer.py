@@ -112,6 +112,16 @@ def test_the_norm_of_no_parameter_and_of_one():
     assert AdamW(made).step(RATES) == pytest.approx(2 * math.sqrt(12))
 
 
+def test_a_gradient_of_exactly_the_limit_is_not_clipped():
+    """At a norm of 2^-20, scaling by limit / (norm + 1e-6) would halve it."""
+    made = parameters()[:1]
+    grad = np.zeros(made[0].shape, np.float32)
+    grad[0, 0] = 2**-20
+    set_gradients(made, [grad])
+    AdamW(made, beta1=0.5, max_grad_norm=2**-20).step(RATES)
+    assert made[0].m.numpy()[0, 0] == 2**-21
+
+
 @pytest.mark.parametrize("wrong", [np.inf, np.nan])
 def test_a_refused_step_changes_nothing(wrong):
     made = parameters()

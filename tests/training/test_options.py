@@ -53,10 +53,10 @@ def test_flags_yaml_and_keywords_are_the_same_words(tmp_path):
     )
     assert parsed(*tiny.flags(fields), "--eval_data=a_file--b_c.txt").eval_data == "a_file--b_c.txt"
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump({**fields, "learning_rate": "1e-4"}))  # as YAML 1.1 reads 1e-4
+    file.write_text(yaml.safe_dump({**fields, "learning_rate": "1e-4"}))  # YAML 1.1 reads 1e-4 as a string
     assert parsed("--config", str(file)) == keywords
     assert parsed("--config", str(file), "--learning-rate", "2e-4", "--no-full").learning_rate == 2e-4
-    file.write_text(yaml.safe_dump(keywords.to_dict()))  # the options that a run writes can be read
+    file.write_text(yaml.safe_dump(keywords.to_dict()))  # a run writes its options in this form
     assert options.from_flags(argparse.Namespace(config=str(file))) == keywords
 
 
@@ -427,7 +427,7 @@ def test_a_batch_has_a_limit(tmp_path):
 
 
 def test_paths_may_begin_at_home(tmp_path, monkeypatch):
-    """No shell has expanded ~ in YAML, in keywords and in --model=~/base."""
+    """No shell expands ~ in YAML, in keywords and in --model=~/base."""
     monkeypatch.setenv("HOME", "/home/me")
     file = tmp_path / "run.yaml"
     file.write_text("model: ~/base\ndata: d~/x\noutput_dir: ~user/x\ncache_dir: ~\ninit: ~\nseed: ~\n")

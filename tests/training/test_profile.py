@@ -117,7 +117,7 @@ def test_a_cache_of_no_rows_has_no_bytes():
 @pytest.mark.parametrize(
     "wanted, u, flops",
     [
-        # N * R: du = dout @ b. dx: dout @ weight and du @ a, N * C and R * C. da: du and x, R * C.
+        # du = dout @ b: N * R. dx = dout @ weight + du @ a: N * C + R * C. da = du.T @ x: R * C.
         ("dx", True, lambda N, C, R: N * R + N * C + R * C),
         ("da", True, lambda N, C, R: N * R + R * C),
         ("dx da", True, lambda N, C, R: N * R + N * C + 2 * R * C),
