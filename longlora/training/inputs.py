@@ -175,8 +175,8 @@ def read_data(
         return Sequences(tokens, o.sequence_length, long, path, boundaries)
 
     def of_form(name, form):
-        """The run's option if somebody has set it, or else the default of data of `form`."""
-        if name in o.given:
+        """The run's option; or if nobody has set it and the data's form is another, the default of `form`."""
+        if bool(form) == bool(forms[o.data]) or name in o.given:
             return getattr(o, name)
         return (OF_ANSWERS if form else OF_TEXT)[name]
 

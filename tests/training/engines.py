@@ -1,4 +1,4 @@
-"""A run around an engine by hand: no model, no data; its clock goes as a test says."""
+"""A run around a fake engine: no model, no data, and a clock that the tests set."""
 
 import json
 import os
@@ -14,7 +14,7 @@ class Sequences:
     """A corpus of `count` sequences."""
 
     def __init__(self, count):
-        self.count, self.sentence = count, f"{count} sequences by hand"
+        self.count, self.sentence = count, f"{count} fake sequences"
         self.tokens = types.SimpleNamespace(fingerprint=f"held {count}")
 
     def __len__(self):
@@ -22,13 +22,15 @@ class Sequences:
 
 
 class Parameter:
+    """A trained tensor of zeros, with a gradient of ones."""
+
     def __init__(self, name, kind, *shape):
         self.name, self.kind, self.shape = name, kind, shape
         self.value, self.grad = np.zeros(shape, np.float32), np.ones(shape, np.float32)
 
 
 class Clock:
-    """Stands in for the module time: `now` for durations; written checkpoints are a second apart."""
+    """Stands in for the module time. perf_counter() is `now`; each call of time() is a second later."""
 
     def __init__(self):
         self.now, self.written = 1000.0, 5000.0
@@ -42,10 +44,11 @@ class Clock:
 
 
 class Engine:
-    """An engine of three tensors, which a step moves by 1, in 2 s. Its held-out loss of step n is losses[n].
+    """An engine of three tensors. A step takes 2 s and adds 1 to every value; an evaluation takes 100 s.
 
-    It takes 100 s to evaluate. fails: step -> what that step raises. sent: step -> the signal that comes in
-    it.
+    losses: step -> its held-out loss, or the exception that the evaluation raises
+    fails: step -> the exception that the step raises
+    sent: step -> the signal that arrives in the step
     """
 
     def __init__(self, run, losses=(), fails=None, sent=None):
@@ -55,7 +58,7 @@ class Engine:
             Parameter("b", "norm", 5),
             Parameter("c", "norm", 7),
         ]
-        self.saved = []  # the steps of the states that were asked for
+        self.saved = []  # the steps at which state() was called
 
     def evaluate(self):
         self.run.clock.now += 100
@@ -82,13 +85,19 @@ class Engine:
             p.value += 1
 
 
+def fake_setup(**more):
+    """What a Run needs of a Setup."""
+    config = types.SimpleNamespace(num_attention_heads=4)
+    return types.SimpleNamespace(**dict(config=config, rope="rope: fake", lora=None) | more)
+
+
 def made(
     tmp_path, monkeypatch, sequences=8, held=0, template=None, source=None, setup=None, group=None, **fields
 ):
-    """A Run of these options -> Run, with what it `said`, its `clock`, and `models`: what it wrote of them.
+    """A Run with these options, which reads no files. sequences, held: how many to train on and to hold out.
 
-    models: (directory, values, home). sequences, held: how many there are. group: keywords of a Run in a
-    group of processes.
+    group: the keywords of Run for a group of processes. The Run also has `said`, its lines; `clock`; and
+    `models`, the (directory, values, home) of each model that it writes.
     """
     given = dict(
         model="base", data="text", output_dir=str(tmp_path / "out"), sequence_length=128, max_steps=4
@@ -103,10 +112,7 @@ def made(
     clock, said, models = Clock(), [], []
     monkeypatch.setattr(run_, "time", clock)
     source = source or types.SimpleNamespace(fingerprint="the base", adapter_fingerprint=None)
-    setup = setup or types.SimpleNamespace(
-        config=types.SimpleNamespace(num_attention_heads=4), rope="rope: by hand", lora=None
-    )
-    run = run_.Run(o, source, setup, said.append, **group or {})
+    run = run_.Run(o, source, setup or fake_setup(), said.append, **group or {})
     run.said, run.clock, run.models = said, clock, models
 
     def write_model(directory, values, home=None):
@@ -118,7 +124,7 @@ def made(
 
 
 def steps(run, engine):
-    """Make the steps of a run that has begun."""
+    """Run all training steps of a run that has started."""
     with run.training():
         while run.goes_on():
             with run.named(), run.updating():
@@ -130,7 +136,7 @@ def steps(run, engine):
 
 
 def whole(run, engine):
-    """Make a whole run -> its Result."""
+    """Start the run, make its steps and finish it. Returns the Result."""
     run.start(engine)
     run.begin()
     steps(run, engine)
@@ -138,7 +144,7 @@ def whole(run, engine):
 
 
 def state(run, step):
-    """The trainer_state.json of a checkpoint."""
+    """Read the trainer_state.json of a checkpoint."""
     with open(os.path.join(resume.path_of(run.o.output_dir, step), resume.STATE)) as file:
         return json.load(file)
 

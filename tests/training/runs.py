@@ -11,7 +11,7 @@ from longlora.decoder.lora import LoraConfig
 from longlora.errors import UserError
 from longlora.files import adapter
 from longlora.files.open_model import open_model
-from longlora.training import driver
+from longlora.training import driver, resume
 
 
 def run(tmp_path, said=None, **fields):
@@ -49,12 +49,27 @@ def equal(a, b):
         np.testing.assert_array_equal(a[name], b[name], name)
 
 
-def adapter_of(path, base, target_length=None, kind="yarn", **fields):
-    """Write an adapter of ones for the model at `base`, with the fields of a LoraConfig -> its path."""
+def adapter_of(path, base, target_length=None, **fields):
+    """Write an adapter filled with ones for the model at `base`. Returns the adapter's path.
+
+    fields: those of LoraConfig. target_length: the adapter extends the model to it, with YaRN.
+    """
     base, lora = open_model(base), LoraConfig(**fields)
     tensors = {name: np.ones(shape, np.float32) for name, shape in lora.tensor_shapes(base.config).items()}
     raw = base.config.raw
     if target_length is not None:
-        raw = rope.to_config(raw, rope.extend(base.config, kind, target_length)[0], target_length)
+        raw = rope.to_config(raw, rope.extend(base.config, "yarn", target_length)[0], target_length)
     adapter.save(path, tensors, lora, base, raw)
     return path
+
+
+def checkpoint_state(step, **more):
+    """The state of a checkpoint that save_checkpoint writes."""
+    found = dict(global_step=step, position=step, options={}, log_history=[], data="d", base="b")
+    return found | dict(written=float(step)) | more
+
+
+def save_checkpoint(path, step, limit=None, kept=None, write_model=lambda directory: None, **more):
+    """Save a checkpoint of one tensor. Returns its path. more: further fields of its state."""
+    tensors = {"m.x": np.full(3, step, np.float32)}
+    return resume.save(str(path), checkpoint_state(step, **more), tensors, write_model, limit, kept)

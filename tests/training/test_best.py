@@ -168,12 +168,12 @@ def test_a_loss_that_is_no_number_is_never_the_best(wrong):
     assert best.better(first, 2, 1.0, "b") == best.Best(2, 1.0, "b")
 
 
-def test_the_older_one_of_two_equal_losses_is_the_best():
+def test_the_older_of_two_equal_losses_wins():
     first = best.Best(1, 2.0, "a")
     assert best.better(first, 2, 2.0, "b") == best.better(first, 2, None, "b") == first
 
 
-def test_the_state_has_the_names_of_transformers():
+def test_the_state_uses_the_names_of_transformers():
     names = ("best_metric", "best_global_step", "best_model_checkpoint", "held_out")
     assert best.to_state(best.Best(3, 2.5, "a"), "held") == dict(zip(names, (2.5, 3, "a", "held")))
     assert best.to_state(None, "held") == dict(zip(names, (None, None, None, "held")))
@@ -191,7 +191,7 @@ def test_the_state_has_the_names_of_transformers():
         (dict(best_model_checkpoint="x/checkpoint-2"), "x/checkpoint-2 is gone"),
     ],
 )
-def test_a_state_that_says_nothing_of_use_is_no_best(tmp_path, damage, why):
+def test_an_unusable_state_has_no_best_checkpoint(tmp_path, damage, why):
     (tmp_path / "checkpoint-1").mkdir()
     path = str(tmp_path / "checkpoint-1")
     written = best.to_state(best.Best(1, 2.0, path), "held")
@@ -199,7 +199,7 @@ def test_a_state_that_says_nothing_of_use_is_no_best(tmp_path, damage, why):
     assert best.from_state(written | damage, path, "held") == (None, why)
 
 
-def test_the_best_is_looked_for_beside_the_checkpoint_first(tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_first_looked_for_beside_the_resumed_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in ("old/checkpoint-1", "new/checkpoint-1", "new/checkpoint-2", "other/checkpoint-2"):
         (tmp_path / path).mkdir(parents=True)

@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 import tiny
+from runs import checkpoint_state as state
+from runs import save_checkpoint as save
 from test_weights import disk_calls
 
 from longlora.disk import write_text
@@ -16,14 +18,6 @@ from longlora.files import adapter
 from longlora.files.open_model import open_model
 from longlora.tools import inspect
 from longlora.training import driver, resume
-
-
-def state(step):
-    return {"global_step": step, "position": 0, "options": {}, "log_history": [], "data": "", "base": ""}
-
-
-def save(path, step, limit=None, write_model=lambda directory: None):
-    return resume.save(str(path), state(step), {"m.x": np.full(3, step, np.float32)}, write_model, limit)
 
 
 def test_saved_is_what_is_loaded_and_the_oldest_go_last(tmp_path):
@@ -43,8 +37,6 @@ def test_saved_is_what_is_loaded_and_the_oldest_go_last(tmp_path):
     ]
     assert resume.resolve("latest", str(tmp_path)).endswith("checkpoint-100")
     assert resume.resolve("some/where", str(tmp_path)) == "some/where"
-    save(tmp_path, 100)  # an equal one takes the place of the old
-    assert len(os.listdir(tmp_path)) == 2
 
 
 def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -82,22 +74,17 @@ def test_what_fails_in_the_middle_leaves_the_older_ones(tmp_path, error):
     assert tiny.listing(tmp_path) == before and os.listdir(tmp_path) == ["checkpoint-1"]
 
 
-def test_leftovers_are_swept_and_nothing_else(tmp_path):
-    for name in ("checkpoint-3.partial", "checkpoint-2.old.partial", "checkpoint-1", "notes"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text("x")
-    for name in (".metrics.jsonl.abc_d3fg.partial", "my.partial", "metrics.jsonl"):
-        (tmp_path / name).write_text("x")
-    resume.sweep(str(tmp_path))
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "metrics.jsonl", "my.partial", "notes"]
-    assert [os.path.basename(path) for path in resume.found(str(tmp_path))] == ["checkpoint-1"]
-
-
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (lambda path: os.unlink(path / "optimizer.safetensors"), "it has no optimizer.safetensors"),
-        (lambda path: os.unlink(path / "trainer_state.json"), "it has no trainer_state.json"),
+        (
+            lambda path: os.unlink(path / "optimizer.safetensors"),
+            ": is not a checkpoint: it has no optimizer.safetensors$",
+        ),
+        (
+            lambda path: os.unlink(path / "trainer_state.json"),
+            ": is not a checkpoint: it has no trainer_state.json$",
+        ),
         (
             lambda path: (path / "trainer_state.json").write_text('{"global_step": 1}'),
             "lacks base, data, log_history",
@@ -111,7 +98,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage, words):
     damage(tmp_path / "checkpoint-1")
     with pytest.raises(UserError, match=words) as caught:
         resume.load(path)
-    assert path in str(caught.value)
+    assert str(caught.value).startswith(path)
 
 
 def test_a_checkpoint_is_an_adapter_of_its_own(tmp_path):

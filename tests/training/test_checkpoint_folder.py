@@ -1,32 +1,23 @@
-"""The directory of a run: which checkpoints it has, in which order, what stays, what is refused or swept."""
+"""The checkpoints in the directory of a run: which are found, kept, removed or refused."""
 
 import json
 import os
 
-import numpy as np
 import pytest
 import tiny
+from runs import checkpoint_state as state
+from runs import save_checkpoint as save
 
 from longlora import disk
 from longlora.errors import UserError
 from longlora.training import resume
 
 
-def state(step, **more):
-    found = dict(global_step=step, position=step, options={}, log_history=[], data="d", base="b")
-    return found | dict(written=float(step)) | more
-
-
-def save(path, step, limit=None, kept=None, write_model=lambda directory: None, **more):
-    tensors = {"m.x": np.full(3, step, np.float32)}
-    return resume.save(str(path), state(step, **more), tensors, write_model, limit, kept)
-
-
 def names(path):
     return [os.path.basename(found) for found in resume.found(str(path))]
 
 
-# ---- which there are -----------------------------------------------------------------------------
+# ---- what is found -------------------------------------------------------------------------------
 
 
 def test_checkpoints_are_found_by_number(tmp_path):
@@ -41,7 +32,7 @@ def test_checkpoints_are_found_by_number(tmp_path):
 
 
 def test_the_latest_is_the_one_that_was_written_last(tmp_path):
-    """What a state says counts; without it the time of its file; one that cannot be read is the oldest."""
+    """The time in the state counts, or else the time of the file. An unreadable checkpoint is the oldest."""
     assert resume.resolve("latest", str(tmp_path)) is None
     for step, written in ((1, 70.5), (2, 90), (3, 80.0)):
         save(tmp_path, step, written=written)
@@ -52,7 +43,6 @@ def test_the_latest_is_the_one_that_was_written_last(tmp_path):
     (tmp_path / "checkpoint-6").mkdir()
     found = [os.path.basename(path) for path in resume.by_age(str(tmp_path))]
     assert found == [f"checkpoint-{step}" for step in (6, 1, 5, 3, 4, 2)]
-    assert resume.resolve("else/where", str(tmp_path)) == "else/where"
 
 
 # ---- where a run may write -----------------------------------------------------------------------
@@ -62,7 +52,7 @@ MODEL += ["model.safetensors.index.json", "longlora_base", "tokenizer.json", "RE
 
 
 def refusal(output_dir, resumes=None):
-    """What is said of a directory, or None."""
+    """The error for a directory, or None."""
     try:
         resume.refuse_taken(str(output_dir), resumes)
     except UserError as error:
@@ -71,7 +61,7 @@ def refusal(output_dir, resumes=None):
 
 
 @pytest.mark.parametrize("name", [*MODEL, "metrics.jsonl", "options.yaml"])
-def test_a_run_or_a_model_is_not_written_over(tmp_path, name):
+def test_a_run_or_a_model_is_not_overwritten(tmp_path, name):
     (tmp_path / name).symlink_to("nowhere")
     words = (
         f"{tmp_path}: holds another run or a model ({name}); resume it (resume_from_checkpoint latest) or "
@@ -80,7 +70,7 @@ def test_a_run_or_a_model_is_not_written_over(tmp_path, name):
     assert refusal(tmp_path) == words
     latest = f"{tmp_path}: holds {name} and no checkpoint; choose another output_dir"
     assert refusal(tmp_path, "latest") == (latest if name in MODEL else None)
-    assert refusal(tmp_path, str(tmp_path / "checkpoint-1")) is None  # `load` says that it is none
+    assert refusal(tmp_path, str(tmp_path / "checkpoint-1")) is None  # load reports that it is no checkpoint
     other = tmp_path / "other" / "checkpoint-1"
     other.mkdir(parents=True)
     assert refusal(tmp_path, str(other)) is None
@@ -88,7 +78,7 @@ def test_a_run_or_a_model_is_not_written_over(tmp_path, name):
     assert refusal(tmp_path, str(other)) == f"{words}; {other} belongs to another output_dir"
 
 
-def test_a_directory_with_checkpoints_is_for_the_run_that_goes_on(tmp_path):
+def test_only_a_resumed_run_may_use_a_directory_with_checkpoints(tmp_path):
     out = tmp_path / "out"
     save(out, 3)
     (out / "config.json").write_text("{}")
@@ -100,7 +90,7 @@ def test_a_directory_with_checkpoints_is_for_the_run_that_goes_on(tmp_path):
     assert "holds another run or a model (checkpoint-3)" in refusal(out)
 
 
-def test_an_empty_directory_or_none_is_free(tmp_path):
+def test_a_directory_without_results_is_accepted(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("x")
     (tmp_path / "file").write_text("x")
@@ -128,7 +118,7 @@ def test_an_empty_directory_or_none_is_free(tmp_path):
         (2, "../else/checkpoint-2", [3, 4]),
     ],
 )
-def test_the_newest_stay_and_the_one_to_keep(tmp_path, limit, kept, stay):
+def test_the_newest_checkpoints_and_the_protected_one_stay(tmp_path, limit, kept, stay):
     out = tmp_path / "out"
     for step in (1, 2, 3):
         save(out, step)
@@ -137,14 +127,14 @@ def test_the_newest_stay_and_the_one_to_keep(tmp_path, limit, kept, stay):
     assert len(os.listdir(out)) == len(stay)
 
 
-def test_the_oldest_goes_whatever_its_number(tmp_path):
+def test_the_oldest_by_time_is_removed_whatever_its_number(tmp_path):
     for step, written in ((5, 1.0), (9, 2.0), (6, 3.0)):
         save(tmp_path, step, written=written)
     save(tmp_path, 7, 3, written=4.0)
     assert names(tmp_path) == ["checkpoint-6", "checkpoint-7", "checkpoint-9"]
 
 
-def test_one_alone_is_kept_if_it_is_there(tmp_path):
+def test_keep_only_removes_the_others_if_its_checkpoint_exists(tmp_path):
     out = tmp_path / "out"
     for step in (1, 2, 3):
         save(out, step)
@@ -154,10 +144,10 @@ def test_one_alone_is_kept_if_it_is_there(tmp_path):
     assert os.listdir(out) == ["checkpoint-2"]
 
 
-# ---- what is left half written -------------------------------------------------------------------
+# ---- unfinished writes ---------------------------------------------------------------------------
 
 
-def test_a_checkpoint_takes_nothing_from_one_that_was_not_finished(tmp_path):
+def test_a_checkpoint_is_written_into_an_empty_directory(tmp_path):
     for name in ("checkpoint-2.partial", "checkpoint-1.old.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "left").write_text("x")
@@ -168,7 +158,7 @@ def test_a_checkpoint_takes_nothing_from_one_that_was_not_finished(tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoint-2")) == ["optimizer.safetensors", "trainer_state.json"]
 
 
-def test_a_checkpoint_that_is_written_again_replaces_the_old_one(tmp_path):
+def test_a_checkpoint_of_the_same_step_replaces_the_old_one(tmp_path):
     save(tmp_path, 1, data="old")
     save(tmp_path, 1, data="new")
     assert os.listdir(tmp_path) == ["checkpoint-1"]
@@ -178,7 +168,7 @@ def test_a_checkpoint_that_is_written_again_replaces_the_old_one(tmp_path):
 @pytest.mark.parametrize(
     "error, words", [(OSError(5, "Input/output error"), "Input/output error"), (OSError("odd"), "odd")]
 )
-def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path, error, words):
+def test_a_failed_write_names_the_checkpoint_and_changes_nothing(tmp_path, error, words):
     save(tmp_path, 1)
     before = tiny.listing(tmp_path)
 
@@ -191,8 +181,8 @@ def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path, error, words):
     assert tiny.listing(tmp_path) == before and os.listdir(tmp_path) == ["checkpoint-1"]
 
 
-def test_a_sweep_ends_what_a_killed_run_began(tmp_path):
-    """An old checkpoint goes if its new one is there, and comes back if not."""
+def test_a_sweep_removes_or_restores_what_a_killed_run_left_and_nothing_else(tmp_path):
+    """A replaced checkpoint is removed if the new one exists, and restored if not."""
     left = {
         "checkpoint-1": "stays",
         "checkpoint-2": "stays",
@@ -202,29 +192,34 @@ def test_a_sweep_ends_what_a_killed_run_began(tmp_path):
         "checkpoint-5.old.partial": "old",
         "checkpoint-6.replaced.partial.old.partial": "old",
         "my-checkpoint-7.partial": "mine",
-        ".metrics.jsonl.0123abcd.partial": "half",
     }
+    files = (".metrics.jsonl.abc_d3fg.partial", "my.partial", "metrics.jsonl")
+    for name in files:
+        (tmp_path / name).write_text("x")
     for name, text in left.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(text)
     resume.sweep(str(tmp_path))
-    found = {path.name: (path / "file").read_text() for path in tmp_path.iterdir()}
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        "metrics.jsonl",
+        "my.partial",
+    ]
+    found = {path.parent.name: path.read_text() for path in tmp_path.glob("*/file")}
     wanted = {"checkpoint-1": "stays", "checkpoint-2": "stays", "checkpoint-3": "comes back"}
     assert found == wanted | {"my-checkpoint-7.partial": "mine"}
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["removed", "replaced"])
-def test_a_removal_that_is_killed_leaves_what_is_swept(tmp_path, monkeypatch, again):
+def test_a_sweep_finishes_an_interrupted_removal(tmp_path, monkeypatch, again):
     save(tmp_path, 1)
     save(tmp_path, 2)
-    real = disk.remove
     with monkeypatch.context() as killed:
         killed.setattr(disk, "remove", lambda path: None)
         if again:
             save(tmp_path, 1)
         else:
             resume.keep_only(str(tmp_path), str(tmp_path / "checkpoint-2"))
-    assert disk.remove is real and len(os.listdir(tmp_path)) == 2 + again
+    assert len(os.listdir(tmp_path)) == 2 + again
     resume.sweep(str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "checkpoint-2"][1 - again :]
 
@@ -234,8 +229,8 @@ def test_a_removal_that_is_killed_leaves_what_is_swept(tmp_path, monkeypatch, ag
 KINDS = dict(global_step="int", position="int", options="dict", log_history="list", data="str", base="str")
 
 
-def changed(tmp_path, change):
-    """The words of a checkpoint whose state is changed, without its path."""
+def load_error(tmp_path, change):
+    """The error of load, without the path, after `change` has edited the state."""
     path = save(tmp_path, 1)
     found = state(1)
     change(found)
@@ -248,26 +243,16 @@ def changed(tmp_path, change):
 
 
 @pytest.mark.parametrize("name, kind", KINDS.items())
-def test_every_field_of_a_state_is_there_and_of_its_type(tmp_path, name, kind):
-    assert changed(tmp_path, lambda found: found.pop(name)) == f"lacks {name}"
+def test_every_field_of_a_state_is_required_and_has_a_type(tmp_path, name, kind):
+    assert load_error(tmp_path, lambda found: found.pop(name)) == f"lacks {name}"
     wrong = 1.5 if kind != "int" else True
     words = f"{name} should be a {kind}, got {wrong!r}"
-    assert changed(tmp_path, lambda found: found.update({name: wrong})) == words
+    assert load_error(tmp_path, lambda found: found.update({name: wrong})) == words
 
 
-def test_a_state_that_lacks_several_fields_names_them_in_order(tmp_path):
-    assert changed(tmp_path, lambda found: [found.pop(n) for n in ("position", "base")]) == (
+def test_missing_fields_are_named_in_order_and_rows_are_objects(tmp_path):
+    assert load_error(tmp_path, lambda found: [found.pop(n) for n in ("position", "base")]) == (
         "lacks base, position"
     )
     rows = "log_history should be a list of objects"
-    assert changed(tmp_path, lambda found: found.update(log_history=[{"step": 1}, 2])) == rows
-
-
-def test_what_is_loaded_is_what_was_saved(tmp_path):
-    path = save(tmp_path, 3, log_history=[{"step": 3}])
-    found, tensors = resume.load(path)
-    assert found == state(3, log_history=[{"step": 3}]) and tensors["m.x"].tolist() == [3.0] * 3
-    for name in ("optimizer.safetensors", "trainer_state.json"):
-        os.unlink(os.path.join(path, name))
-        with pytest.raises(UserError, match=f"^{path}: is not a checkpoint: it has no {name}$"):
-            resume.load(path)
+    assert load_error(tmp_path, lambda found: found.update(log_history=[{"step": 1}, 2])) == rows

@@ -73,7 +73,7 @@ def test_the_values_are_those_of_yaml(tmp_path):
     assert config_file.read(file) == yaml.safe_load(content)
     file.write_text("# nothing\n")
     assert config_file.read(file) == {}
-    file.write_text("seed: 1\n".ljust(1 << 16, "#"))  # as large as it may be
+    file.write_text("seed: 1\n".ljust(1 << 16, "#"))  # the largest size that is accepted
     assert config_file.read(file) == dict(seed=1)
 
 

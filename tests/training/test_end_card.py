@@ -70,12 +70,12 @@ def test_a_model_without_a_tokenizer_is_refused_at_once(tmp_path):
         run(tmp_path, [], data=str(tmp_path / "missing.bin"))
 
 
-# ---- by hand -------------------------------------------------------------------------------------
+# ---- without a model -----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def measured(monkeypatch):
-    """In the place of the measurements: the calls, with results that name their model."""
+    """Replaces the measurements. Returns their calls, and a list of errors for passkey to raise."""
     calls, fails = [], []
 
     def perplexity(model, data, lengths, adapter, **how):
@@ -104,7 +104,7 @@ def measured(monkeypatch):
 
 
 def made(tmp_path, monkeypatch, old=64, new=128, **fields):
-    """Make the card of a run in tmp_path -> card.json or None, what was said."""
+    """Make the card of a run in tmp_path. Returns the content of card.json, or None, and the lines."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "held.txt").write_text("words")
@@ -116,8 +116,8 @@ def made(tmp_path, monkeypatch, old=64, new=128, **fields):
     return json.loads(file.read_text()) if file.exists() else None, said
 
 
-def test_a_card_by_hand(tmp_path, monkeypatch, measured, capsys):
-    seed = 2**24 + 5  # NumPy's generator of the prompts takes 24 bits of it
+def test_the_content_of_a_card(tmp_path, monkeypatch, measured, capsys):
+    seed = 2**24 + 5  # the prompts depend on its low 24 bits
     found, said = made(tmp_path, monkeypatch, eval_data="held.txt", seed=seed, adapter="first")
     assert found["lengths"] == [64, 128]
     assert found["perplexity"] == dict(before=[0.64, 1.28], after=[0.65, 1.29])
@@ -156,8 +156,8 @@ def test_a_card_by_hand(tmp_path, monkeypatch, measured, capsys):
         (dict(), [("base", "out"), ("base", None)]),
     ],
 )
-def test_which_models_are_asked(tmp_path, monkeypatch, measured, fields, models):
-    """At one length, if the positions are not extended; no perplexity of questions and answers."""
+def test_which_models_are_measured(tmp_path, monkeypatch, measured, fields, models):
+    """Without extended positions there is one length. Questions and answers have no perplexity."""
     for held in ({}, dict(eval_data="pairs.jsonl")):
         measured[0].clear()
         found, said = made(tmp_path, monkeypatch, old=128, **fields, **held)
@@ -169,7 +169,7 @@ def test_which_models_are_asked(tmp_path, monkeypatch, measured, fields, models)
         assert found["lengths"] == [128] and said[0] == "measuring the result at 128 tokens"
 
 
-def test_perplexity_is_measured_on_as_many_windows_as_are_evaluated(tmp_path, monkeypatch, measured):
+def test_max_eval_samples_limits_the_windows_of_perplexity(tmp_path, monkeypatch, measured):
     made(tmp_path, monkeypatch, old=128, data="pairs.jsonl", eval_data="held.txt", max_eval_samples=5)
     assert {call[5]["max_tokens"] for call in measured[0] if call[0] == "ppl"} == {5 * 128}
 
@@ -183,5 +183,3 @@ def test_a_measurement_that_fails_leaves_no_card(tmp_path, monkeypatch, measured
 def test_only_a_card_needs_a_tokenizer():
     for asked, tokenizer in ((0, None), (0, "any"), (1, "any")):
         card.check(options.TrainOptions(eval_passkey=asked), SimpleNamespace(tokenizer=tokenizer))
-    with pytest.raises(UserError, match="eval_passkey needs a model with a tokenizer"):
-        card.check(options.TrainOptions(eval_passkey=1), SimpleNamespace(tokenizer=None))

@@ -25,22 +25,6 @@ def test_a_run_or_a_model_is_never_written_over(tmp_path):
     assert tiny.listing(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "metrics.jsonl",
-        "options.yaml",
-        "adapter_config.json",
-        "config.json",
-        "checkpoint-12/trainer_state.json",
-    ],
-)
-def test_one_file_of_a_run_or_a_model_is_enough_to_refuse(tmp_path, name):
-    (tmp_path / "out" / name).parent.mkdir(parents=True)
-    (tmp_path / "out" / name).write_text("{}")
-    assert f"holds another run or a model ({name.partition('/')[0]})" in failure(tmp_path)
-
-
 def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
     message = failure(tmp_path, learning_rate=1e30, max_steps=20, save_steps=1)
     assert message.startswith("step ") and "not finite" in message and "stopped" in message

@@ -262,7 +262,7 @@ DECIDED = ("r", "lora_alpha", "target_modules", "modules_to_save", "target_lengt
 
 
 def taken(tmp_path, adapter_fields, target=None, **fields):
-    """The options that an adapter decides, with what take_over returns."""
+    """The options that an adapter decides, and the results of take_over."""
     base = tiny.model(tmp_path / "base")
     path = adapter_of(tmp_path / "adapter", base, target, **adapter_fields)
     o = options.from_dict(dict(model=str(base), adapter=str(path), **fields), planning=True)
@@ -290,8 +290,8 @@ def test_an_adapter_sets_the_options_that_it_decides(tmp_path, given):
     assert raw["max_position_embeddings"] == 256 and read_config(raw).rope.type == "yarn"
 
 
-def test_an_adapter_that_extends_nothing_leaves_the_positions_out(tmp_path):
-    """The rope type has no meaning then: any may be given."""
+def test_an_adapter_that_extends_nothing_sets_no_target_length(tmp_path):
+    """The rope type then has no effect, so any is accepted."""
     given = dict(target_modules=["all-linear"], target_length=64, rope_type="yarn")
     every = LoraConfig(target_modules="all-linear").target_modules
     found, lora, raw = taken(tmp_path, dict(target_modules=every, modules_to_save=()), **given)
@@ -299,7 +299,7 @@ def test_an_adapter_that_extends_nothing_leaves_the_positions_out(tmp_path):
     assert (found["target_length"], found["rope_type"], found["modules_to_save"]) == (None, "yarn", ())
 
 
-def test_an_adapter_of_lora_alone_saves_no_modules(tmp_path):
+def test_an_adapter_without_saved_modules_refuses_some(tmp_path):
     with pytest.raises(UserError, match="modules_to_save should be none, as in the adapter .*, got norm; "):
         taken(tmp_path, dict(modules_to_save=()), modules_to_save=["norm"])
 

@@ -1,4 +1,4 @@
-"""What a run starts from: weights and tokenizer, what the options mean for them, and the sequences."""
+"""What a run starts from: the weights and tokenizer, what the options mean for them, and the sequences."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def test_threads_are_set_if_the_options_say_how_many(monkeypatch):
 # ---- weights and tokenizer -----------------------------------------------------------------------
 
 
-def test_a_base_model_brings_its_tokenizer_and_its_storage(tmp_path):
+def test_a_base_model_gives_the_tokenizer_and_the_dtypes(tmp_path):
     o = options.from_dict(tiny.options(tmp_path))
     source, base = inputs.Source(o), open_model(tmp_path / "base")
     assert source.config == base.config and source.fingerprint == base.fingerprint()
@@ -39,7 +39,7 @@ def test_a_base_model_brings_its_tokenizer_and_its_storage(tmp_path):
     assert inputs.Source(o).tokenizer is None
 
 
-def test_an_adapter_with_other_positions_is_another_one(tmp_path):
+def test_the_fingerprint_of_an_adapter_depends_on_its_positions(tmp_path):
     base = tiny.model(tmp_path / "base")
     found = []
     for name, target in (("a", None), ("b", None), ("c", 256), ("d", 512)):
@@ -59,7 +59,7 @@ def test_an_adapter_with_other_positions_is_another_one(tmp_path):
         (dict(dtype="bfloat16", torch_dtype="float16"), "bfloat16"),
     ],
 )
-def test_a_new_model_is_stored_as_its_config_says(tmp_path, fields, dtype):
+def test_a_new_model_is_stored_in_the_dtype_of_its_config(tmp_path, fields, dtype):
     tiny.config(tmp_path / "new", **fields)
     o = options.from_dict(dict(init=str(tmp_path / "new"), full=True, seed=7), planning=True)
     source = inputs.Source(o)
@@ -89,7 +89,7 @@ def test_the_tokenizer_of_a_new_model_lies_beside_its_config(tmp_path, monkeypat
     assert inputs.Source(options.from_dict(dict(init=str(path), full=True), planning=True)).tokenizer is None
 
 
-def test_the_chat_template_goes_with_the_tokenizer(tmp_path):
+def test_the_chat_template_is_saved_with_the_tokenizer(tmp_path):
     (tmp_path / "t.jinja").write_text(TEMPLATE)
     o = options.from_dict(tiny.options(tmp_path, chat_template=str(tmp_path / "t.jinja")))
     source = inputs.Source(o)
@@ -104,19 +104,19 @@ def test_the_chat_template_goes_with_the_tokenizer(tmp_path):
 
 @pytest.fixture
 def planned(monkeypatch):
-    """The calls for a plan of memory: configs and keywords."""
+    """Replaces plan.plan. Returns its calls: config, keywords."""
     calls = []
     monkeypatch.setattr(inputs.plan, "plan", lambda config, **how: calls.append((config, how)) or "a plan")
     return calls
 
 
 def setup(*given, **fields):
-    """The Setup for a base of 64 tokens."""
+    """The Setup for a base of 64 tokens. given: further arguments of Setup."""
     o = options.from_dict(dict(model="m", **fields), planning=True)
     return inputs.Setup(o, read_config(dict(tiny.CONFIG)), *given)
 
 
-def test_the_plan_is_that_of_the_options(planned):
+def test_the_plan_gets_the_options(planned):
     fields = dict(
         target_length=128,
         dtype="bfloat16",
@@ -148,7 +148,7 @@ def test_the_plan_is_that_of_the_options(planned):
     )
 
 
-def test_what_nobody_has_set_is_planned_for_a_base_as_it_is(planned):
+def test_the_defaults_keep_the_positions_of_the_base(planned):
     found = setup()
     assert found.rope == "rope: default, as the base: 64 positions"
     assert found.config.max_position_embeddings == 64 and found.raw == tiny.CONFIG
@@ -175,13 +175,13 @@ def test_what_nobody_has_set_is_planned_for_a_base_as_it_is(planned):
         (dict(attention="dense", boundary="wrap"), None, 1),
     ],
 )
-def test_what_s2_attention_gets(planned, fields, attention, multiple):
+def test_the_options_of_s2_attention(planned, fields, attention, multiple):
     found = setup(**fields)
     assert (found.attention, found.multiple) == (attention, multiple)
 
 
-def test_an_adapter_decides_what_is_trained(tmp_path, planned):
-    """Also what is no option, such as rsLoRA."""
+def test_an_adapter_decides_lora_and_positions(tmp_path, planned):
+    """Also what no option sets, such as rsLoRA."""
     base = tiny.model(tmp_path / "base")
     for target, words in ((256, "yarn, as the adapter: 256"), (None, "default, as the base: 64")):
         fields = dict(r=4, lora_alpha=6.0, target_modules=("q_proj",), modules_to_save=(), use_rslora=True)
@@ -198,7 +198,7 @@ def test_an_adapter_decides_what_is_trained(tmp_path, planned):
 
 
 def corpus(tmp_path):
-    """Write a file of each kind -> kind, path."""
+    """Write a file of each kind. Returns kind -> path."""
     records = dict(
         words=dict(text="shift group " * 9),
         plain=dict(prompt="one two", completion=" three"),
@@ -215,6 +215,7 @@ def corpus(tmp_path):
 
 
 def read(tmp_path, said=None, data="text", **fields):
+    """Call read_data with files of corpus() as data and eval_data."""
     files = corpus(tmp_path)
     fields = {key: str(tmp_path / x) if key == "chat_template" else x for key, x in fields.items()}
     fields |= dict(data=files[data], eval_data=files[fields.pop("eval_data", "none")])
@@ -224,7 +225,7 @@ def read(tmp_path, said=None, data="text", **fields):
     return inputs.read_data(o, source, made, (said if said is not None else []).append)
 
 
-def test_what_data_are(tmp_path):
+def test_only_records_with_answers_are_instructions(tmp_path):
     files = corpus(tmp_path)
     found = {name: inputs.instructs(options.TrainOptions(data=path)) for name, path in files.items() if path}
     assert found == dict(words=False, text=False, plain=True, talk=True)
@@ -260,7 +261,7 @@ BUILT_IN = "rendered by the built-in chat template; loss and perplexity are over
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )
-def test_what_is_learned_of_records_is_said(tmp_path, fields, wanted):
+def test_the_report_names_the_form_of_records(tmp_path, fields, wanted):
     said = []
     read(tmp_path, said, **fields)
     records = [line for line in said if ": records of " in line]
@@ -270,8 +271,8 @@ def test_what_is_learned_of_records_is_said(tmp_path, fields, wanted):
     ]
 
 
-def test_what_decides_which_tokens_are_answers(tmp_path):
-    """The template counts by its text, and only for the data that are learned by it."""
+def test_the_key_of_what_decides_which_tokens_are_answers(tmp_path):
+    """The key contains the template's text, and only if the training data use a template."""
 
     def rules(**fields):
         return read(tmp_path, **fields)[3]
@@ -302,13 +303,13 @@ def test_what_decides_which_tokens_are_answers(tmp_path):
         (dict(data="words", train_on_inputs=True), "is for questions and answers; DIR/words.jsonl is text"),
     ],
 )
-def test_options_that_the_data_have_no_use_for_are_refused(tmp_path, fields, words):
+def test_options_without_effect_on_the_data_are_refused(tmp_path, fields, words):
     with pytest.raises(UserError) as caught:
         read(tmp_path, **fields)
     assert words.replace("DIR", str(tmp_path)) in str(caught.value)
 
 
-def test_prompts_that_are_plain_read_no_template(tmp_path):
+def test_only_conversations_read_the_template_of_the_base(tmp_path):
     tiny.model(tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").write_text("{% if %}")
     assert len(read(tmp_path, data="plain")[0]) == 1
@@ -344,7 +345,7 @@ ANSWERS, WHOLE = ("refuse", "document"), ("split", "none")
     ],
     ids=lambda value: "-".join(value),
 )
-def test_held_out_data_are_cut_by_their_own_form(tmp_path, monkeypatch, fields, learned, held):
+def test_held_out_data_have_the_defaults_of_their_own_form(tmp_path, monkeypatch, fields, learned, held):
     made, real = {}, inputs.Sequences
 
     def sequences(tokens, length, long, where, boundaries):
@@ -356,7 +357,15 @@ def test_held_out_data_are_cut_by_their_own_form(tmp_path, monkeypatch, fields, 
     assert made == {(fields["data"], 0): learned, (fields["eval_data"], 1): held}
 
 
-def test_what_is_held_out(tmp_path):
+def test_options_need_not_be_made_by_from_dict(tmp_path):
+    """TrainOptions that are made directly do not know which options somebody has set."""
+    corpus(tmp_path)
+    o = options.TrainOptions(**tiny.options(tmp_path), packing_boundaries="document").check()
+    source = inputs.Source(o)
+    assert inputs.read_data(o, source, inputs.Setup(o, source.config), print)[0].apart
+
+
+def test_sequences_are_held_out_by_a_share_or_a_file(tmp_path):
     whole, held, name, _ = read(tmp_path)
     assert held is None and len(whole) > 3 and name == f"{whole.tokens.fingerprint} {len(whole)}"
     rest, held, less, _ = read(tmp_path, eval_fraction=0.5)
@@ -366,13 +375,7 @@ def test_what_is_held_out(tmp_path):
 
 
 @pytest.mark.parametrize("given, place", [("elsewhere", "elsewhere"), (None, "out/cache")])
-def test_tokens_are_kept_where_the_options_say(tmp_path, given, place):
-    """What killed processes left there goes."""
+def test_tokens_are_cached_where_the_options_say(tmp_path, given, place):
     place = tmp_path / place
-    place.mkdir(parents=True)
-    left, other = (place / f".{name}.abcdefgh.partial" for name in (f"tokens-{'0' * 16}.bin", "mine.bin"))
-    left.write_text("")
-    other.write_text("")
     read(tmp_path, cache_dir=str(tmp_path / given) if given else None)
-    assert not left.exists() and other.exists()
     assert sorted(path.suffix for path in place.glob("tokens-*")) == [".bin", ".json"]

@@ -1,4 +1,4 @@
-"""metrics.jsonl: what is written, by whom, and what a file that cannot be read or written says."""
+"""metrics.jsonl: its rows, which process writes them, and the errors of reading and writing."""
 
 import json
 
@@ -10,7 +10,7 @@ from longlora.training import metrics
 ROWS = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.25}]
 
 
-def test_a_log_begins_with_the_rows_so_far_and_grows_by_lines(tmp_path):
+def test_a_log_starts_with_the_earlier_rows_and_appends_lines(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("another run's\n")
     log = metrics.Log(tmp_path, ROWS)
     lines = [json.dumps(row) for row in ROWS]

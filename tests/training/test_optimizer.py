@@ -1,4 +1,4 @@
-"""AdamW on parameters made by hand, against the reference; what it refuses, before anything changes."""
+"""AdamW against the reference, and what it refuses before anything changes."""
 
 import math
 
@@ -21,7 +21,7 @@ def tensor(array):
 
 
 class Parameter:
-    """A parameter with a random value. copy: "bfloat16", or "columns" of a wider tensor, or None."""
+    """A parameter with a random value. copy: "bfloat16", "columns" (of a wider bfloat16 tensor) or None."""
 
     def __init__(self, name, kind, shape, copy=None):
         start = np.random.default_rng(len(name)).standard_normal(shape).astype(np.float32)
@@ -67,13 +67,13 @@ def rounded(array):
         (dict(), 1.0),
         (dict(beta1=0.8, beta2=0.95, eps=1e-2, weight_decay=0.5), 1.0),
         (dict(max_grad_norm=3.0, eps=1e-2), 1.0),  # clipped
-        (dict(max_grad_norm=1e-5, eps=1e-3), 1e-5),  # clipped, where what is added to the norm counts
-        (dict(max_grad_norm=30.0, eps=1e-2), 1.0),  # above the norm
+        (dict(max_grad_norm=1e-5, eps=1e-3), 1e-5),  # clipped, and 1e-6 is not small against the norm
+        (dict(max_grad_norm=30.0, eps=1e-2), 1.0),  # not clipped
     ],
     ids=["defaults", "options", "clipped", "tiny", "whole"],
 )
-def test_steps_are_those_of_the_reference(how, size):
-    """As torch.nn.utils.clip_grad_norm_, clipping scales by the limit over the norm and 1e-6."""
+def test_steps_match_the_reference(how, size):
+    """Clipping scales by limit / (norm + 1e-6), as torch.nn.utils.clip_grad_norm_ does."""
     made, limit = parameters(), how.get("max_grad_norm", math.inf)
     optimizer = AdamW(made, **how)
     wanted = [(p.value.numpy().astype(np.float64), 0.0, 0.0) for p in made]
@@ -92,7 +92,7 @@ def test_steps_are_those_of_the_reference(how, size):
                 copy = Tensor(p.shape, "float32")
                 copy.copy_(p.copy)
                 np.testing.assert_array_equal(copy.numpy(), rounded(p.value.numpy()), p.name)
-    assert [p.published for p in made] == [0, 0, 3, 0, 0]  # the op writes the others itself
+    assert [p.published for p in made] == [0, 0, 3, 0, 0]  # the kernel writes a dense copy itself
 
 
 @pytest.mark.parametrize("kind", ["linear", "lora_A", "lora_B", "embedding", "head"])
@@ -105,15 +105,25 @@ def test_norms_and_biases_do_not_decay(kind):
     assert decay_of(kind, 0.25) == 0.0
 
 
-def test_no_parameters_and_one_have_a_norm():
+def test_the_norm_of_no_parameter_and_of_one():
     assert AdamW([]).step({}) == 0.0
     (one,) = made = parameters()[:1]
     set_gradients(made, [np.full(one.shape, 2.0, np.float32)])
     assert AdamW(made).step(RATES) == pytest.approx(2 * math.sqrt(12))
 
 
+def test_a_gradient_of_exactly_the_limit_is_not_clipped():
+    """At a norm of 2^-20, scaling by limit / (norm + 1e-6) would halve it."""
+    made = parameters()[:1]
+    grad = np.zeros(made[0].shape, np.float32)
+    grad[0, 0] = 2**-20
+    set_gradients(made, [grad])
+    AdamW(made, beta1=0.5, max_grad_norm=2**-20).step(RATES)
+    assert made[0].m.numpy()[0, 0] == 2**-21
+
+
 @pytest.mark.parametrize("wrong", [np.inf, np.nan])
-def test_a_step_that_cannot_be_made_changes_nothing(wrong):
+def test_a_refused_step_changes_nothing(wrong):
     made = parameters()
     optimizer = AdamW(made)
     set_gradients(made, gradients(1, made))
@@ -128,7 +138,7 @@ def test_a_step_that_cannot_be_made_changes_nothing(wrong):
         np.testing.assert_array_equal(x.numpy(), before[name], name)
 
 
-def test_the_state_goes_on_as_if_without_a_stop():
+def test_a_loaded_state_continues_bit_by_bit():
     whole = parameters()
     first = AdamW(whole, weight_decay=0.1)
     for step in range(2):

@@ -1,4 +1,4 @@
-"""The options of a run: flags, YAML keys and keywords are the same words, and what cannot be is named."""
+"""The options of a run: the same names as flags, YAML keys and keywords, their limits, and --help."""
 
 import argparse
 import functools
@@ -14,8 +14,6 @@ from longlora.errors import UserError
 from longlora.training import options
 
 GIVEN = dict(model="m", data="d", output_dir="o")
-
-
 HELD = dict(load_best_model_at_end=True, eval_fraction=0.1)
 
 
@@ -55,15 +53,15 @@ def test_flags_yaml_and_keywords_are_the_same_words(tmp_path):
     )
     assert parsed(*tiny.flags(fields), "--eval_data=a_file--b_c.txt").eval_data == "a_file--b_c.txt"
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump({**fields, "learning_rate": "1e-4"}))  # as YAML 1.1 reads 1e-4
+    file.write_text(yaml.safe_dump({**fields, "learning_rate": "1e-4"}))  # YAML 1.1 reads 1e-4 as a string
     assert parsed("--config", str(file)) == keywords
     assert parsed("--config", str(file), "--learning-rate", "2e-4", "--no-full").learning_rate == 2e-4
-    file.write_text(yaml.safe_dump(keywords.to_dict()))  # the options that a run writes can be read
+    file.write_text(yaml.safe_dump(keywords.to_dict()))  # a run writes its options in this form
     assert options.from_flags(argparse.Namespace(config=str(file))) == keywords
 
 
 def test_defaults():
-    """Defaults are those of the paper (arXiv 2309.12307) where it has one.
+    """The defaults are those of the paper (arXiv 2309.12307) where it has them.
 
     LoRA on attention, trained embedding and norms, half of the heads shifted, AdamW with betas 0.9 and 0.95
     and no weight decay.
@@ -124,7 +122,7 @@ def test_defaults():
         (dict(attention="dense"), 64, None),
     ],
 )
-def test_what_is_left_open_is_resolved(tmp_path, given, length, group):
+def test_lengths_and_rates_that_are_left_open_are_resolved(tmp_path, given, length, group):
     """The sequence length is the target, or the base's 64 tokens; the group is a quarter of it, made even."""
     o = options.from_dict({**GIVEN, "learning_rate": 1e-3, **given})
     o.resolve(read_config(tiny.config(tmp_path / "base")))
@@ -144,7 +142,7 @@ def test_what_is_left_open_is_resolved(tmp_path, given, length, group):
         ("chat_template_path", "chat_template", "t.jinja"),
     ],
 )
-def test_other_spellings_of_transformers_and_upstream(spelling, name, value):
+def test_names_of_transformers_and_upstream_are_accepted(spelling, name, value):
     given = {key: x for key, x in GIVEN.items() if key != name}
     assert getattr(options.from_dict({**given, spelling: value}), name) == value
     for flag in (f"--{spelling}", f"--{spelling.replace('_', '-')}"):
@@ -180,31 +178,21 @@ def test_a_flag_wins_over_the_yaml_under_any_name(tmp_path):
     "fields, words",
     [
         (dict(lerning_rate=1), "unknown option 'lerning_rate'; did you mean learning_rate?"),
-        (dict(zzz=1), "unknown option 'zzz'"),
-        (dict(learning_rate=0), "learning_rate should be above 0"),
         (dict(learning_rate="fast"), "should be a number"),
         (dict(learning_rate=float("nan")), "should be finite"),
         (dict(learning_rate=float("inf")), "should be finite"),
-        (dict(group_size=0), "group_size should be at least 2"),
         (dict(group_size=33), "group_size should be even"),
         (dict(group_size=16, attention="dense"), "group_size needs attention s2"),
-        (dict(max_steps=0), "max_steps should be"),
         (dict(max_steps=1.5), "max_steps should be int"),
         (dict(max_steps=True), "max_steps should be int"),
         (dict(full=1), "full should be bool"),
-        (dict(rope_type="alibi"), "rope_type should be one of linear, ntk, yarn, llama3"),
-        (dict(r=0), "r should be at least 1"),
-        (dict(warmup_steps=2.5), "warmup_steps should be a whole number"),
         (dict(adam_beta2=1), "adam_beta2 should be at most"),
-        (dict(model=None), "wanted one of model and init"),
-        (dict(init="x"), "wanted one of model and init"),
         (dict(model=None, init="x"), "init needs full"),
         (dict(model=None, init="x", full=True, target_length=9), "with init the length"),
         (dict(data=None), "data is missing"),
         (dict(output_dir=None), "output_dir is missing"),
         (dict(seed=None), "seed is missing"),
         (dict(eval_data="x", eval_fraction=0.1), "one of eval_data and eval_fraction"),
-        (dict(eval_fraction=0.9), "at most 0.5"),
         (dict(packing_boundaries="document", boundary="wrap"), "document needs boundary split"),
         (dict(packing_boundaries="document", boundary="swap"), "document needs boundary split"),
         (dict(sequence_length=100, target_length=50), "sequence_length should be at most target_length 50"),
@@ -217,13 +205,7 @@ def test_a_flag_wins_over_the_yaml_under_any_name(tmp_path):
         (dict(device="cuda:0", profile=True), "profile supports the CPU only"),
         (dict(target_modules=[3]), "target_modules should be a list of names"),
         (dict(lora_r=3, r=4), "r is given twice"),
-        (dict(num_threads=5000), "num_threads should be at most 4096"),
         (dict(max_memory=1e300), "max_memory should be at most 1073741824"),
-        (dict(seed=2**70), "seed should be at most 9223372036854775807"),
-        (dict(target_length=2**31), "target_length should be at most 16777216"),
-        (dict(sequence_length=2**31), "sequence_length should be at most 16777216"),
-        (dict(gradient_accumulation_steps=2**31), "gradient_accumulation_steps should be at most 65536"),
-        (dict(adam_epsilon=1e-45), "adam_epsilon should be at least 1e-38"),
         (dict(weight_decay=10**400), "weight_decay should be a number, got 1000000"),
         (dict(lora_alpha=float("-inf")), "lora_alpha should be finite"),
         (dict(data=""), "data should be the name of a file or directory, got ''"),
@@ -241,11 +223,11 @@ def test_a_flag_wins_over_the_yaml_under_any_name(tmp_path):
         (dict(adapter="a", full=True), "adapter and full exclude each other"),
     ],
 )
-def test_options_that_cannot_be_are_named(fields, words):
+def test_options_that_are_refused_are_named(fields, words):
     assert words in refusal(**fields)
 
 
-def test_a_name_that_is_near_no_option_is_all_that_is_said():
+def test_the_whole_message_of_some_errors():
     assert refusal(zzz=1) == "options: unknown option 'zzz'"
     assert refusal(model=None) == "wanted one of model and init, got neither"
     assert refusal(init="x") == "wanted one of model and init, got both"
@@ -282,8 +264,8 @@ def test_options_that_fit_each_other(fields):
     assert {name: found[name] for name in fields} == fields
 
 
-# Option: values that are allowed, and values that are not with what is said.
 LONGEST = 16_777_216
+# By option: the values at the limits, and the values beyond them with the words of the error.
 LIMITS = dict(
     target_length=([1, LONGEST], {0: "at least 1", LONGEST + 1: f"at most {LONGEST}"}),
     sequence_length=([2, LONGEST], {1: "at least 2", LONGEST + 1: f"at most {LONGEST}"}),
@@ -328,7 +310,7 @@ CHOICES = dict(
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_the_limits_of_a_number_are_allowed_and_no_more(name):
+def test_the_limits_of_a_number_are_allowed_and_nothing_beyond(name):
     allowed, refused = LIMITS[name]
     for value in allowed:
         found = getattr(options.from_dict({**GIVEN, name: value}), name)
@@ -338,7 +320,7 @@ def test_the_limits_of_a_number_are_allowed_and_no_more(name):
         assert message.startswith(f"{name} should be {words}") and str(value)[:9] in message
 
 
-def test_every_choice_is_allowed_and_no_other():
+def test_only_the_choices_of_an_option_are_allowed():
     for name, choices in CHOICES.items():
         for value in choices.split():
             assert getattr(options.from_dict({**GIVEN, name: value}), name) == value
@@ -347,8 +329,8 @@ def test_every_choice_is_allowed_and_no_other():
         assert options.from_dict({**GIVEN, "report_to": value}).report_to == (value,)
 
 
-def test_what_somebody_has_set_is_known():
-    """None leaves an option open; a default that is given is given."""
+def test_an_option_that_somebody_has_set_is_given():
+    """None leaves an option open. A default value counts as set if somebody passes it."""
     o = options.from_dict({**GIVEN, "lora_r": 8, "eval_data": None})
     assert o.given == {"model", "data", "output_dir", "r"}
     assert parsed("--no-full").given == {"model", "data", "output_dir", "full"}
@@ -377,16 +359,7 @@ def test_a_plan_needs_no_data_and_no_output(tmp_path):
             options.from_dict(fields, planning=True)
 
 
-def test_an_option_is_a_field_with_a_default():
-    known = dict(help="words", choices=None, low=1, above=None, high=None, alias=("n",))
-    for default in (3, [3], (3,)):
-        f = options.option(default, "words", low=1, alias=("n",), metavar="N")
-        wanted = default if default == 3 else (3,)
-        assert (f.default if default == 3 else f.default_factory()) == wanted
-        assert f.metadata == dict(known, metavar="N", resolved=False)
-
-
-# ---- what is left open ---------------------------------------------------------------------------
+# ---- resolve -------------------------------------------------------------------------------------
 
 
 def resolved(instructs=False, **fields):
@@ -396,8 +369,8 @@ def resolved(instructs=False, **fields):
     return o
 
 
-def test_data_decide_what_happens_to_long_documents():
-    """A question that is cut off is of no use, nor one that sees another's answer."""
+def test_the_form_of_the_data_decides_about_long_documents():
+    """Instructions are neither cut off nor do they see each other's answers."""
     names = ("long_documents", "packing_boundaries")
     for instructs, wanted in ((False, ("split", "none")), (True, ("refuse", "document"))):
         o = resolved(instructs)
@@ -422,7 +395,7 @@ def test_data_decide_what_happens_to_long_documents():
         (dict(instructs=True, boundary="wrap"), "packing_boundaries document needs boundary split"),
     ],
 )
-def test_what_does_not_fit_the_base_is_named(fields, words):
+def test_options_that_do_not_fit_the_base_are_named(fields, words):
     with pytest.raises(UserError) as caught:
         resolved(**fields)
     assert words in str(caught.value)
@@ -439,12 +412,12 @@ def test_what_does_not_fit_the_base_is_named(fields, words):
         (dict(attention="dense", boundary="wrap", sequence_length=50), None),
     ],
 )
-def test_what_fits_the_base(fields, group):
+def test_options_that_fit_the_base(fields, group):
     assert resolved(**fields).group_size == group
 
 
 def test_a_batch_has_a_limit(tmp_path):
-    """16,777,216 tokens: a larger one is a mistake, and its plan would take minutes."""
+    """16,777,216 tokens. A larger batch is a mistake, and its plan would take minutes."""
     config = read_config(tiny.config(tmp_path / "base"))
     options.from_dict({**GIVEN, "per_device_train_batch_size": 1 << 18}).resolve(config)
     with pytest.raises(
@@ -454,7 +427,7 @@ def test_a_batch_has_a_limit(tmp_path):
 
 
 def test_paths_may_begin_at_home(tmp_path, monkeypatch):
-    """No shell has expanded ~ in YAML, in keywords and in --model=~/base."""
+    """No shell expands ~ in YAML, in keywords and in --model=~/base."""
     monkeypatch.setenv("HOME", "/home/me")
     file = tmp_path / "run.yaml"
     file.write_text("model: ~/base\ndata: d~/x\noutput_dir: ~user/x\ncache_dir: ~\ninit: ~\nseed: ~\n")
@@ -512,7 +485,7 @@ def test_help_has_sections():
     ]
 
 
-def test_help_may_list_a_part_of_the_options():
+def test_help_can_list_some_options_only():
     lines = help_lines(["seed", "init"])
     assert [line.split()[0] for line in lines if line.startswith("--")] == ["--config", "--init", "--seed"]
     assert set(options.PLANNED) < set(options.TrainOptions.__dataclass_fields__)

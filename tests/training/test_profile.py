@@ -80,7 +80,7 @@ def test_flops_and_bytes_by_hand():
 
 
 def test_attention_counts_the_pairs_of_every_sequence():
-    """Forward 4 and backward 10 FLOPs for each visible pair and each of the D numbers of a head."""
+    """Each visible pair takes 4 FLOPs forward and 10 backward for each of the D numbers of a head."""
     q, k, lse = f32(3, 12, 4, 8), f32(3, 12, 2, 8), f32(3, 4, 12)
     for boundary, number in (("split", 0), ("wrap", 1), ("swap", 2)):
         for shift, kind in (("half", 0), ("none", 1), ("all", 2)):
@@ -109,25 +109,15 @@ def test_a_cache_is_read_as_far_as_it_is_filled(rows, P, lengths, S):
 
 
 def test_a_cache_of_no_rows_has_no_bytes():
-    none, lengths = f32(0, 1, 2, 5), np.zeros(0, np.int32)
-    args = (
-        f32(0, 1, 4, 5),
-        f32(0, 7, 2, 5),
-        f32(0, 7, 2, 5),
-        f32(0, 1, 4, 5),
-        none,
-        none,
-        None,
-        lengths,
-        1.0,
-    )
+    q, new, cache, lengths = f32(0, 1, 4, 5), f32(0, 1, 2, 5), f32(0, 7, 2, 5), np.zeros(0, np.int32)
+    args = (q, cache, cache, q, new, new, None, lengths, 1.0)
     assert profile.work("cached_attention", args)[1:] == (0, 0)
 
 
 @pytest.mark.parametrize(
     "wanted, u, flops",
     [
-        # dout @ b; with it the gradient of the input, through the weight and through a, or that of a
+        # du = dout @ b: N * R. dx = dout @ weight + du @ a: N * C + R * C. da = du.T @ x: R * C.
         ("dx", True, lambda N, C, R: N * R + N * C + R * C),
         ("da", True, lambda N, C, R: N * R + R * C),
         ("dx da", True, lambda N, C, R: N * R + N * C + 2 * R * C),
@@ -140,19 +130,19 @@ def test_a_cache_of_no_rows_has_no_bytes():
         ("dbias", True, lambda N, C, R: 0),
     ],
 )
-def test_a_backward_counts_the_products_that_are_wanted(wanted, u, flops):
+def test_a_backward_counts_only_the_wanted_gradients(wanted, u, flops):
     M, C, N, R = 10, 6, 8, 3
     grads = dict(dx=f32(M, C), da=f32(R, C), db=f32(N, R), dweight=f32(N, C), dbias=f32(N))
     given = [grads[name] if name in wanted.split() else None for name in grads]
     rest = (f32(M, N), f32(M, C), f32(N, C), f32(R, C), f32(N, R), f32(M, R) if u else None)
     _, found, moved = profile.work("lora_linear_backward", (*given, *rest, 1.0))
     assert found == 2 * M * flops(N, C, R)
-    # What is added to is also read: all but dx.
+    # Every gradient but dx is added to, so it is read and written.
     written = sum((1 if x.shape == (M, C) else 2) * x.size for x in given if x is not None)
     assert moved == 4 * (written + sum(x.size for x in rest if x is not None))
 
 
-def test_other_ops_by_hand():
+def test_flops_and_bytes_of_other_ops():
     M, C, N, V = 10, 6, 8, 12
     x, ids = f32(M, C), np.array([3, 3, 5, 0, 0, 0, 3, 5, 3, 11], np.int32)  # four rows of the table
     rows = profile.work("embedding_backward", (f32(V, C), x, ids, ids))[1:]

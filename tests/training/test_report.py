@@ -24,7 +24,7 @@ ROW = dict(step=3, loss=1.23456, learning_rate=2e-4, grad_norm=0.71234, tokens_p
         (90061, "25:01:01"),
     ],
 )
-def test_a_step_has_a_line(left, clock):
+def test_the_line_of_a_step(left, clock):
     line = "step 3/40  loss 1.2346  learning rate 0.0002  grad norm 0.712  12,346 tokens/s  "
     assert report.line(ROW, 40, left) == f"{line}{clock} left"
     evaluated = ROW | dict(eval_loss=2.0, eval_perplexity=7.38906)
@@ -74,7 +74,7 @@ def test_a_picture_is_drawn_once_there_is_a_loss(monkeypatch, rows, draws):
     assert drawn == [("here/loss.png", rows)] * draws and not said
 
 
-def test_a_picture_that_cannot_be_drawn_is_said(monkeypatch):
+def test_a_picture_that_cannot_be_drawn_is_reported(monkeypatch):
     monkeypatch.setattr(plots, "loss", lambda *given: 1 / 0)
     said = []
     report.draw(options(), [dict(step=1, loss=3.0)], said.append)

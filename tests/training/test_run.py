@@ -1,4 +1,4 @@
-"""The rules of a run, without one: rates, lengths, what is due, what resuming may change, what it says."""
+"""The rules of a run before its steps: rates, length, what is due, what resuming may change, what it says."""
 
 import types
 
@@ -41,11 +41,11 @@ def test_embedding_head_and_norms_have_a_rate_of_their_own(kind, rate):
         (dict(max_steps=20, warmup_steps=0.01), 1, 1, (20, 1)),
     ],
 )
-def test_steps_and_those_of_the_warm_up(fields, sequences, each, wanted):
+def test_the_number_of_steps_and_of_warm_up_steps(fields, sequences, each, wanted):
     assert length(options.TrainOptions(**fields), sequences, each) == wanted
 
 
-def test_values_are_those_of_the_optimizers_state():
+def test_values_are_taken_from_the_optimizer_state():
     assert values_of({"value.a": 1, "m.a": 2, "v.a": 3, "value.value.b": 4}) == {"a": 1, "value.b": 4}
 
 
@@ -55,7 +55,7 @@ IDENTITY = dict(template=None, data="d", base="b", adapter=None, schedule=[0, No
 
 
 def refusal(state, identity=IDENTITY, o=None):
-    """What same_run says of a checkpoint, or None."""
+    """The error of same_run for a checkpoint, or None."""
     o = o or options.TrainOptions(**options.OF_TEXT)
     try:
         same_run({"options": o.to_dict(), **IDENTITY, **state}, identity, o, "there")
@@ -80,12 +80,12 @@ def refusal(state, identity=IDENTITY, o=None):
         ),
     ],
 )
-def test_what_a_run_is_of_may_not_change(changed, words):
+def test_a_resumed_run_must_have_the_same_data_start_and_schedule(changed, words):
     assert refusal({}) is None
     assert refusal(changed) == f"there: was trained {words}"
 
 
-def test_the_words_of_questions_and_answers():
+def test_a_resumed_run_must_have_the_same_form_of_data():
     asks = IDENTITY | dict(template="t")
     assert refusal(asks, asks) is None
     assert refusal(asks | dict(template="u"), asks) == (
@@ -98,14 +98,14 @@ def test_every_option_is_compared_or_free():
     o = options.TrainOptions(**options.OF_TEXT)
     for name, value in o.to_dict().items():
         given = {"options": o.to_dict() | {name: "another"}}
-        if name in (*FREE, "chat_template"):  # a template is compared by content
+        if name in (*FREE, "chat_template"):  # the content of a template is compared
             assert refusal(given) is None, name
         else:
             assert name in (*KEPT, *OF_ANSWERS), name
             assert refusal(given) == f"there: was trained with {name} 'another', got {value!r}"
 
 
-def test_an_option_that_did_not_exist_yet_has_its_default():
+def test_an_option_that_a_checkpoint_lacks_has_its_default():
     for changed, words in (
         ({}, None),
         (dict(r=4), "r 8, got 4"),
@@ -115,11 +115,12 @@ def test_an_option_that_did_not_exist_yet_has_its_default():
         assert refusal({"options": {}}, o=o) == (words and f"there: was trained with {words}")
 
 
-# ---- a run that has not begun --------------------------------------------------------------------
+# ---- before the first step -----------------------------------------------------------------------
 
 
-def test_what_follows_a_step(tmp_path, monkeypatch):
+def test_what_is_due_after_each_step(tmp_path, monkeypatch):
     def due(**fields):
+        """For each step: e if it evaluates, s if it saves, l if it logs."""
         run, found = made(tmp_path, monkeypatch, max_steps=6, **fields), []
         for run.step in range(6):
             due = run.due()
@@ -145,7 +146,7 @@ def test_rates_are_those_of_the_next_step(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "held, most, wanted", [(0, None, 0), (0, 3, 0), (5, None, 5), (5, 2, 2), (5, 9, 5), (1, None, 1)]
 )
-def test_held_out_sequences_are_all_evaluated_or_as_many_as_wanted(tmp_path, monkeypatch, held, most, wanted):
+def test_max_eval_samples_limits_what_is_evaluated(tmp_path, monkeypatch, held, most, wanted):
     assert made(tmp_path, monkeypatch, held=held, max_eval_samples=most).evaluated == wanted
 
 
@@ -159,7 +160,7 @@ def test_a_group_of_processes_shares_the_sequences_of_a_step(tmp_path, monkeypat
     assert (alone.each, alone.processes, alone.writes) == (6, 1, True)
 
 
-def test_a_run_has_an_identity(tmp_path, monkeypatch):
+def test_the_identity_of_a_run(tmp_path, monkeypatch):
     identity = dict(template=None, data="the text", base="the base", adapter=None)
     constant = made(tmp_path, monkeypatch, warmup_steps=3)
     assert constant.identity == identity | dict(schedule=[3, None])
@@ -183,8 +184,8 @@ def test_a_run_describes_itself(tmp_path, monkeypatch):
     assert described(run) == [
         "attention: S2 split, group 32 of 128 tokens, 2/4 heads shifted by 16; evaluation is dense",
         "trainable: lora_A 6, norm 12; total 18",
-        "rope: by hand",
-        "data: 8 sequences by hand; evaluated on 1 sequence",
+        "rope: fake",
+        "data: 8 fake sequences; evaluated on 1 sequence",
         "steps: 1,200 of 2 x 3 x 128 = 768 tokens; learning rate 0.01, embedding, head and norms 0.001, "
         "constant after 1 step of warm-up",
     ]
@@ -198,8 +199,8 @@ def test_a_dense_run_of_an_adapter_in_a_group_describes_itself(tmp_path, monkeyp
         "attention: dense causal, 4 heads",
         "adapter: given is trained further, r 4, alpha 2.5",
         "trainable: lora_A 2,003, lora_B 8; total 2,011",
-        "rope: by hand",
-        "data: 8 sequences by hand",
+        "rope: fake",
+        "data: 8 fake sequences",
         "steps: 4 of 2 x 1 x 1 x 128 = 256 tokens by 2 processes; learning rate 0.01, embedding, head and "
         "norms 0.001, linear",
     ]
@@ -209,7 +210,7 @@ def test_a_dense_run_of_an_adapter_in_a_group_describes_itself(tmp_path, monkeyp
     "sequences, fields, few",
     [(9, dict(max_steps=-1), True), (10, dict(max_steps=-1), False), (50, dict(max_steps=3), False)],
 )
-def test_few_steps_of_an_epoch_are_said(tmp_path, monkeypatch, sequences, fields, few):
+def test_few_steps_get_a_hint(tmp_path, monkeypatch, sequences, fields, few):
     lines = described(made(tmp_path, monkeypatch, sequences=sequences, **fields))
     wanted = "few steps: a larger num_train_epochs or a smaller sequence_length makes more"
     assert (lines[-1] == wanted) == few
@@ -220,7 +221,7 @@ def test_a_start_says_its_memory_and_writes_options_and_metrics(tmp_path, monkey
     run.start(Engine(run), "memory: little")
     assert run.said == [*described(run), "memory: little"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.jsonl", "options.yaml"]
-    ((directory, values, home),) = run.models  # a rehearsal
+    ((directory, values, home),) = run.models  # the rehearsal
     assert values is None and home == str(tmp_path / "out" / "checkpoint-4")
     assert directory.startswith(str(tmp_path / "out" / ".rehearsal."))
     again = made(tmp_path, monkeypatch, resume_from_checkpoint="latest")
@@ -237,8 +238,8 @@ def test_one_process_of_a_group_writes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("free, fits", [(12 * 18 - 1, False), (12 * 18, True), (None, True), (0, False)])
-def test_a_checkpoint_needs_room_for_three_numbers_of_four_bytes(tmp_path, monkeypatch, free, fits):
-    """The engine has 18 numbers, each with two means."""
+def test_a_checkpoint_needs_twelve_bytes_for_each_number(tmp_path, monkeypatch, free, fits):
+    """Value, m and v of each of the 18 numbers take 4 bytes."""
     run = made(tmp_path, monkeypatch)
     monkeypatch.setattr(disk, "free", lambda folder: free)
     if fits:
@@ -248,12 +249,12 @@ def test_a_checkpoint_needs_room_for_three_numbers_of_four_bytes(tmp_path, monke
         with pytest.raises(UserError, match=words):
             run.start(Engine(run))
         run = made(tmp_path, monkeypatch)
-        run.step = run.steps  # there is none to write
+        run.step = run.steps  # no checkpoint is left to write
         run.start(Engine(run))
 
 
 @pytest.mark.parametrize("lora", [None, "lora"])
-def test_the_folder_of_positions_is_looked_at_for_an_adapter(tmp_path, monkeypatch, lora):
+def test_the_base_folder_is_checked_only_for_an_adapter(tmp_path, monkeypatch, lora):
     looked = []
     monkeypatch.setattr(base_folder, "check", looked.append)
     run = made(tmp_path, monkeypatch)

@@ -1,4 +1,4 @@
-"""The steps of a run around an engine by hand: rows, lines, checkpoints, errors and signals, the result."""
+"""The steps of a run around a fake engine: rows, lines, checkpoints, errors and signals, the result."""
 
 import math
 import os
@@ -36,8 +36,8 @@ def path(run, step):
 # ---- rows and lines ------------------------------------------------------------------------------
 
 
-def test_rows_have_what_a_step_was(tmp_path, monkeypatch):
-    """A step takes 2 s for 1,001 tokens. What is evaluated and saved between steps counts for none."""
+def test_the_rows_of_a_run(tmp_path, monkeypatch):
+    """A step takes 2 s for 1,001 tokens. The time of evaluations and checkpoints does not count."""
     fields = dict(held=3, eval_steps=2, save_steps=1, warmup_steps=2, gradient_accumulation_steps=2)
     run = made(tmp_path, monkeypatch, max_steps=3, **fields)
     result = whole(run, Engine(run, LOSSES))
@@ -65,8 +65,8 @@ def test_tokens_per_second_have_one_decimal(tmp_path, monkeypatch):
     assert metrics.read(run.o.output_dir)[0]["tokens_per_s"] == 333.3
 
 
-def test_lines_say_how_long_the_rest_takes(tmp_path, monkeypatch):
-    """A resumed run counts its own steps: 2 s each."""
+def test_lines_show_the_time_that_is_left(tmp_path, monkeypatch):
+    """A resumed run measures only its own steps, which take 2 s each."""
     first = made(tmp_path, monkeypatch, max_steps=3)
     whole(first, Engine(first))
     run = made(tmp_path, monkeypatch, max_steps=40, logging_steps=2, resume_from_checkpoint="latest")
@@ -78,7 +78,7 @@ def test_lines_say_how_long_the_rest_takes(tmp_path, monkeypatch):
 
 
 class Bar:
-    """A progress bar that a person looks at."""
+    """A progress bar on a terminal."""
 
     disable = False
 
@@ -98,7 +98,7 @@ class Bar:
         self.words.append(words)
 
 
-def test_a_bar_shows_what_lines_would(tmp_path, monkeypatch):
+def test_a_bar_replaces_the_lines(tmp_path, monkeypatch):
     bars = []
     monkeypatch.setattr(progress, "bar", lambda **how: bars.append(Bar(**how)) or bars[-1])
     first = made(tmp_path, monkeypatch, max_steps=1)
@@ -130,7 +130,7 @@ def test_a_process_that_does_not_write_shows_no_bar(tmp_path, monkeypatch):
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_says_where_the_run_is(tmp_path, monkeypatch):
+def test_the_state_and_tensors_of_a_checkpoint(tmp_path, monkeypatch):
     group = dict(processes=2)
     run = made(tmp_path, monkeypatch, save_steps=2, held=1, max_steps=3, seed=5, r=4, group=group)
     engine = Engine(run, LOSSES)
@@ -154,15 +154,6 @@ def test_a_checkpoint_says_where_the_run_is(tmp_path, monkeypatch):
     assert written == [("checkpoint-3", None), ("checkpoint-2", 2), ("checkpoint-3", 3), ("out", 3)]
 
 
-def test_rows_are_on_disk_before_their_checkpoint(tmp_path, monkeypatch):
-    events, save, sync = [], resume.save, metrics.Log.sync
-    monkeypatch.setattr(metrics.Log, "sync", lambda log: events.append("sync") or sync(log))
-    monkeypatch.setattr(resume, "save", lambda *given: events.append("save") or save(*given))
-    run = made(tmp_path, monkeypatch, max_steps=2, save_steps=1)
-    whole(run, Engine(run))
-    assert events == ["sync", "save"] * 2
-
-
 def test_a_resumed_run_goes_on(tmp_path, monkeypatch):
     first = made(tmp_path, monkeypatch, max_steps=4, save_steps=2, held=1)
     whole(first, Engine(first, LOSSES))
@@ -177,7 +168,7 @@ def test_a_resumed_run_goes_on(tmp_path, monkeypatch):
     assert result.history[:3] == first.log.rows[:3]
 
 
-def test_a_run_that_has_nothing_left_to_do_writes_no_checkpoint(tmp_path, monkeypatch):
+def test_a_finished_run_that_is_resumed_writes_no_checkpoint(tmp_path, monkeypatch):
     first = made(tmp_path, monkeypatch, max_steps=2)
     whole(first, Engine(first))
     run = made(tmp_path, monkeypatch, max_steps=2, resume_from_checkpoint="latest")
@@ -224,22 +215,15 @@ def test_the_best_checkpoint_is_the_result(tmp_path, monkeypatch):
     assert run.said[-1].startswith(f"saved {run.o.output_dir}, the best checkpoint, of step 2; ")
 
 
-@pytest.mark.parametrize("limit, kept", [(1, [2]), (2, [2, 4]), (3, [2, 3, 4])])
-def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch, limit, kept):
-    run = made(tmp_path, monkeypatch, save_total_limit=limit, **BEST)
-    whole(run, Engine(run, LOSSES))
-    assert names(run) == [f"checkpoint-{step}" for step in kept]
-
-
 def test_the_last_step_may_be_the_best(tmp_path, monkeypatch):
-    """It needs not be read again."""
+    """Its checkpoint is not read again."""
     run = made(tmp_path, monkeypatch, max_steps=2, **BEST)
     monkeypatch.setattr(resume, "load", None)
     result = whole(run, Engine(run, LOSSES))
     assert result.best_model_checkpoint == path(run, 2) and run.models[-1][1]["b"][0] == 2
 
 
-def test_without_it_the_last_step_is_the_result(tmp_path, monkeypatch):
+def test_without_load_best_model_the_last_step_is_the_result(tmp_path, monkeypatch):
     run = made(tmp_path, monkeypatch, save_total_limit=1, **BEST | dict(load_best_model_at_end=False))
     result = whole(run, Engine(run, LOSSES))
     assert result.best_model_checkpoint is None and run.models[-1][1]["b"][0] == 4
@@ -247,7 +231,7 @@ def test_without_it_the_last_step_is_the_result(tmp_path, monkeypatch):
     assert run.said[-1].startswith(f"saved {run.o.output_dir}; ")
 
 
-def test_losses_of_before_are_known_if_the_same_sequences_are_held_out(tmp_path, monkeypatch):
+def test_earlier_losses_count_only_for_the_same_held_out_sequences(tmp_path, monkeypatch):
     first = made(tmp_path, monkeypatch, max_steps=3, **BEST)
     whole(first, Engine(first, LOSSES))
     run = made(tmp_path, monkeypatch, max_steps=4, resume_from_checkpoint="latest", **BEST)
@@ -258,7 +242,7 @@ def test_losses_of_before_are_known_if_the_same_sequences_are_held_out(tmp_path,
     assert whole(run, Engine(run, LOSSES)).best_model_checkpoint == path(run, 5)
     assert "the best checkpoint so far does not count: other sequences are held out now" in run.said
     run = made(tmp_path, monkeypatch, max_steps=6, resume_from_checkpoint="latest", held=2)
-    assert run.best is None  # nobody asks for it
+    assert run.best is None  # load_best_model_at_end is off
 
 
 def test_a_best_checkpoint_of_another_run_is_not_the_result(tmp_path, monkeypatch):
@@ -276,7 +260,7 @@ def test_a_best_checkpoint_of_another_run_is_not_the_result(tmp_path, monkeypatc
 # ---- errors and signals --------------------------------------------------------------------------
 
 
-def test_an_error_saves_the_steps_before_it(tmp_path, monkeypatch):
+def test_a_user_error_saves_the_steps_before_it(tmp_path, monkeypatch):
     run = made(tmp_path, monkeypatch)
     words = f"^step 3: no; stopped, the state after step 2 is saved in {path(run, 2)}$"
     with pytest.raises(UserError, match=words):
@@ -284,8 +268,8 @@ def test_an_error_saves_the_steps_before_it(tmp_path, monkeypatch):
     assert names(run) == ["checkpoint-2"]
 
 
-def test_an_error_of_a_fault_leaves_what_there_is(tmp_path, monkeypatch):
-    """It may have changed a part of the parameters."""
+def test_an_unexpected_error_in_an_update_saves_nothing(tmp_path, monkeypatch):
+    """An update may have changed only some of the parameters."""
     run = made(tmp_path, monkeypatch, save_steps=1)
     with pytest.raises(ZeroDivisionError):
         whole(run, Engine(run, fails={3: ZeroDivisionError()}))
@@ -297,7 +281,7 @@ def test_an_error_of_a_fault_leaves_what_there_is(tmp_path, monkeypatch):
     assert run.said[-1] == "stopped by an error after step 2; nothing was saved" and not names(run)
 
 
-def test_an_error_between_the_steps_saves_them(tmp_path, monkeypatch):
+def test_an_unexpected_error_between_updates_saves_the_steps(tmp_path, monkeypatch):
     run = made(tmp_path, monkeypatch, max_steps=3)
     engine = Engine(run)
     run.start(engine)
@@ -312,7 +296,7 @@ def test_an_error_between_the_steps_saves_them(tmp_path, monkeypatch):
     assert run.said[-1] == words and names(run) == ["checkpoint-1"]
 
 
-def test_what_is_saved_is_not_saved_again(tmp_path, monkeypatch):
+def test_a_saved_step_is_not_saved_again_after_an_error(tmp_path, monkeypatch):
     run = made(tmp_path, monkeypatch, save_steps=2)
     engine = Engine(run, fails={3: UserError("no")})
     with pytest.raises(UserError, match=f"^step 3: no; stopped, the last checkpoint is {path(run, 2)}$"):
@@ -320,13 +304,13 @@ def test_what_is_saved_is_not_saved_again(tmp_path, monkeypatch):
     assert engine.saved == [2]
 
 
-def test_a_process_of_a_group_saves_nothing_alone(tmp_path, monkeypatch):
+def test_one_process_of_a_group_saves_nothing_after_an_error(tmp_path, monkeypatch):
     run = made(tmp_path, monkeypatch, group=dict(processes=2))
     with pytest.raises(UserError, match="^step 3: no; stopped, nothing was saved$"):
         whole(run, Engine(run, fails={3: UserError("no")}))
 
 
-def test_an_error_while_an_error_is_saved_is_said_too(tmp_path, monkeypatch):
+def test_an_error_while_saving_after_an_error_is_reported(tmp_path, monkeypatch):
     run = made(tmp_path, monkeypatch, save_steps=1)
     engine = Engine(run, fails={3: UserError("no")})
     save = resume.save
@@ -345,7 +329,7 @@ def test_an_error_while_an_error_is_saved_is_said_too(tmp_path, monkeypatch):
         whole(run, engine)
 
 
-def test_an_end_at_once_says_what_is_left(tmp_path, monkeypatch):
+def test_an_interrupt_reports_what_is_saved(tmp_path, monkeypatch):
     run = made(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         whole(run, Engine(run, fails={2: KeyboardInterrupt()}))
@@ -364,8 +348,8 @@ def test_a_step_whose_evaluation_fails_is_saved_with_its_row(tmp_path, monkeypat
 @pytest.mark.parametrize(
     "warmup, step", [(0, 1), (2, 1), (4, 2), (5, 3)], ids=["none", "half", "a quarter", "a fifth"]
 )
-def test_what_does_not_train_is_named_from_half_of_the_rate_on(tmp_path, monkeypatch, warmup, step):
-    """The norms never move, although they have a gradient."""
+def test_untrained_kinds_are_reported_from_half_of_the_peak_rate_on(tmp_path, monkeypatch, warmup, step):
+    """Only lora_A moves here; the norms have a gradient but stay."""
     run = made(tmp_path, monkeypatch, max_steps=6, warmup_steps=warmup)
     engine = Engine(run)
 
@@ -384,23 +368,23 @@ def test_a_signal_ends_a_run_after_its_step(tmp_path, monkeypatch, pictures):
     run = made(tmp_path, monkeypatch, save_steps=2)
     engine = Engine(run, sent={2: signal.SIGUSR1})
     result = whole(run, engine)
-    assert engine.saved == [2] and names(run) == ["checkpoint-2"]  # saved once
+    assert engine.saved == [2] and names(run) == ["checkpoint-2"]  # not again at the end
     assert (result.step, result.stopped, result.best_model_checkpoint) == (2, signal.SIGUSR1, None)
     assert run.said[-1] == (
         f"stopped by SIGUSR1 after step 2; go on with --resume-from-checkpoint {path(run, 2)}"
     )
-    assert run.models[-1][2] == path(run, 2)  # the model of the checkpoint, not of the end
+    assert run.models[-1][2] == path(run, 2)  # of the checkpoint; no final model is written
     assert pictures == [(os.path.join(run.o.output_dir, "loss.png"), 2)]
 
 
-def test_a_signal_in_the_last_step_comes_too_late(tmp_path, monkeypatch):
+def test_a_signal_in_the_last_step_changes_nothing(tmp_path, monkeypatch):
     run = made(tmp_path, monkeypatch, max_steps=2)
     result = whole(run, Engine(run, sent={2: signal.SIGTERM}))
     assert result.stopped is None and run.said[-1] == f"saved {run.o.output_dir}"
     assert run.models[-1][0] == run.o.output_dir
 
 
-def test_a_run_that_is_stopped_has_no_best_checkpoint_yet(tmp_path, monkeypatch):
+def test_a_stopped_run_reports_no_best_checkpoint(tmp_path, monkeypatch):
     run = made(tmp_path, monkeypatch, **BEST)
     result = whole(run, Engine(run, LOSSES, sent={2: signal.SIGTERM}))
     assert result.best_model_checkpoint is None and result.eval_loss == 0.5
@@ -441,14 +425,14 @@ def test_reports_get_the_rows_and_are_closed(tmp_path, monkeypatch):
 
 
 def written(tmp_path, monkeypatch, lora, base):
-    """A run that writes its model by functions that note what they get -> run, those notes."""
+    """A run, and a list of the calls that write its model: function, arguments."""
     found = []
 
-    def note(module, name):
+    def record(module, name):
         monkeypatch.setattr(module, name, lambda *given: found.append((name, *given)) or name)
 
     for module, name in ((adapter, "save"), (merge, "save_merged"), (card, "merged"), (card, "write")):
-        note(module, name)
+        record(module, name)
     source = types.SimpleNamespace(base=base, tokenizer="t", dtype="bfloat16", beside={}, fingerprint="f")
     source.adapter_fingerprint = None
     run = made(tmp_path, monkeypatch, source=source)
@@ -464,7 +448,7 @@ def test_an_adapter_is_written_with_its_home(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("home, name", [(None, "here"), ("there/checkpoint-2", "checkpoint-2")])
-def test_a_whole_model_has_a_card_by_its_name(tmp_path, monkeypatch, home, name):
+def test_the_card_of_a_whole_model_has_its_final_name(tmp_path, monkeypatch, home, name):
     base = types.SimpleNamespace(dtype=lambda name: f"dtype of {name}")
     run, found = written(tmp_path, monkeypatch, None, base)
     values = {"a": np.arange(3.0)}

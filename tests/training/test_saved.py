@@ -85,24 +85,6 @@ def test_a_checkpoint_that_cannot_be_removed_ends_no_run(tmp_path, monkeypatch):
     assert names(tmp_path / "out") == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
-@pytest.mark.parametrize(
-    "name, value, words",
-    [
-        ("global_step", "2", "should be a int, got '2'"),
-        ("global_step", True, "should be a int, got True"),
-        ("options", [], "should be a dict, got []"),
-        ("log_history", [1], "should be a list of objects"),
-        ("base", None, "should be a str, got None"),
-    ],
-)
-def test_a_state_with_other_types_is_named(tmp_path, name, value, words):
-    run(tmp_path, max_steps=1)
-    path = tmp_path / "out" / "checkpoint-1" / resume.STATE
-    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
-    message = failure(tmp_path, max_steps=2, resume_from_checkpoint="latest")
-    assert f"{path}: {name} {words}" in message
-
-
 @on_linux
 def test_metrics_are_on_disk_before_their_checkpoint(tmp_path, monkeypatch):
     events, flushed, renamed = [], os.fsync, os.rename
@@ -124,17 +106,6 @@ def test_metrics_are_on_disk_before_their_checkpoint(tmp_path, monkeypatch):
 
 
 # ---- where a run may write -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name", ["README.md", "tokenizer.json", "model.safetensors", "adapter_model.safetensors", "longlora_base"]
-)
-def test_nothing_that_the_end_of_a_run_writes_is_written_over(tmp_path, name):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / name).write_text("mine")
-    assert f"holds another run or a model ({name})" in failure(tmp_path)
-    assert f"holds {name} and no checkpoint" in failure(tmp_path, resume_from_checkpoint="latest")
-    assert (tmp_path / "out" / name).read_text() == "mine" and len(os.listdir(tmp_path / "out")) == 1
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -86,7 +87,7 @@ def test_a_later_signal_means_now(monkeypatch):
 
 @pytest.fixture
 def default():
-    """Every signal has its default handler, whatever started the tests."""
+    """Give every signal its default handler, whatever started the tests. Returns the signals."""
     numbers = (*stop.ASK, *stop.WARN)
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     yield numbers
@@ -96,7 +97,7 @@ def default():
 
 def test_signals_of_one_second_are_one_request(default, monkeypatch, capfd):
     times = iter([100.0, 100.9, 101.0, 200.0, 101.1])
-    monkeypatch.setattr(stop.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(stop, "time", types.SimpleNamespace(monotonic=lambda: next(times)))
     with stop.Stop() as s:
         for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.raise_signal(number)
@@ -108,7 +109,7 @@ def test_signals_of_one_second_are_one_request(default, monkeypatch, capfd):
     assert error.count("\n") == 2
 
 
-def test_signals_that_are_ignored_stay_so_but_for_those_that_mean_now(default):
+def test_ignored_signals_stay_ignored_except_sigint_and_sigterm(default):
     ignored = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
@@ -123,7 +124,7 @@ def test_signals_that_are_ignored_stay_so_but_for_those_that_mean_now(default):
     assert {number: signal.getsignal(number) for number in default} == before
 
 
-def test_only_the_main_thread_has_signals(default):
+def test_only_the_main_thread_handles_signals(default):
     found = []
 
     def work():
@@ -139,14 +140,14 @@ def test_only_the_main_thread_has_signals(default):
 
 @pytest.mark.parametrize("closed", [False, True])
 def test_a_signal_without_a_standard_error(default, monkeypatch, closed):
-    """Descriptor 2 is then a file of the run; or it is closed."""
+    """Without one, descriptor 2 may be a file of the run: nothing is written. A closed one is no error."""
     written = []
 
     def write(handle, data):
         written.append((handle, data))
         raise OSError(9, "Bad file descriptor")
 
-    monkeypatch.setattr(stop.os, "write", write)
+    monkeypatch.setattr(stop, "os", types.SimpleNamespace(write=write))
     if not closed:
         monkeypatch.setattr(sys, "__stderr__", None)
     with stop.Stop() as s:
