@@ -247,7 +247,7 @@ def _tie(tensors, config, path):
     head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if not config.tie_word_embeddings or head is None and embedding is None:
         return
-    if not np.array_equal(head, embedding):  # of which one may be None
+    if not np.array_equal(head, embedding):  # None, for one that is missing, equals no array
         raise UserError(
             f"{path}: the base model ties its head to the embedding, but this adapter was trained without "
             "ensure_weight_tying; this is not supported"

@@ -159,7 +159,7 @@ def _run(adapter):
 
     try:
         options = yaml.safe_load(_read(adapter, "options.yaml"))
-    except Exception:  # of a damaged file, yaml raises many kinds
+    except Exception:  # yaml raises errors of many kinds for a damaged file
         options = None
     rows: Any = [_json(line) for line in _read(adapter, "metrics.jsonl").splitlines()]
     if not isinstance(options, dict):  # a checkpoint has both in one file
@@ -189,7 +189,7 @@ def _is_number(value):
 
 
 def _is_count(value):
-    return type(value) is int and 0 <= value <= sys.maxsize  # Python refuses to write out thousands of digits
+    return type(value) is int and 0 <= value <= sys.maxsize  # Python refuses to print thousands of digits
 
 
 def _plain(text):

@@ -359,7 +359,7 @@ def _quotient(hidden, heads):
 def _llama3_factor(angle, divisor):
     """The factor of Llama 3's rule. angle, divisor: of the slowest frequency, at the original length."""
     keep = max((angle / (2 * math.pi) - 1.0) / 3.0, 0.0)
-    factor = max((1 - keep) / max(1 / divisor - keep, 1e-9), 1.0)  # below 1: not the length of this model
+    factor = max((1 - keep) / max(1 / divisor - keep, 1e-9), 1.0)  # below 1 where the length is wrong
     return float(round(factor)) if abs(factor - round(factor)) < 1e-3 else factor
 
 

@@ -111,7 +111,7 @@ class HuggingFace(ModelFile):
             self.config = read_config(raw, os.path.join(self.path, "config.json"))
 
     def _equal(self, one, other):
-        """Whether two tensors hold the same numbers. Those of wrong shapes are refused later."""
+        """Whether two tensors hold the same numbers. Their shapes are checked later, by _check."""
         places, dtypes = (self._places[one], self._places[other]), (self.dtype(one), self.dtype(other))
         arrays = [file.array(stored).reshape(-1) for file, stored in places]
 

@@ -145,7 +145,7 @@ class SafetensorsFile:
 
 
 def _bytes(shape, width):
-    """The bytes of a tensor, or None if they pass 2^63 on the way: a huge product would take long."""
+    """The bytes of a tensor, or None if they exceed 2^63: the product of many sizes would take long."""
     for size in shape:
         width *= size
         if width > 1 << 63:

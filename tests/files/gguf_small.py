@@ -1,12 +1,14 @@
-"""GGUF files of one small layer, written by the gguf library: any metadata, any tensors, without torch."""
+"""GGUF files of a model with one small layer, written by the gguf library without torch."""
 
 import functools
 import math
 
 import gguf
 import numpy as np
+from refusals import refusal
 
 from longlora.decoder.config import read_config
+from longlora.files.open_model import open_model
 
 ARCH = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 PERMUTED = ("llama", "granite", "smollm3")  # their converters derive from LlamaModel, which permutes q and k
@@ -60,7 +62,7 @@ def names_of(family):
 
 
 def stored(tensors, family="llama", heads=4, kv_heads=2):
-    """The tensors as llama.cpp's converter names and orders them."""
+    """Rename tensors, and permute q and k, as llama.cpp's converter does."""
     names, found = names_of(family), {}
     for name, array in tensors.items():
         if family in PERMUTED and ("q_proj" in name or "k_proj" in name):
@@ -76,7 +78,7 @@ def divisors(theta, size, length, factor):
         wave = 2 * math.pi * theta ** (i / size)
         if wave < length / 4:
             found.append(1)
-        elif wave > length / 1:
+        elif wave > length:
             found.append(factor)
         else:
             smooth = (length / wave - 1) / (4 - 1)
@@ -85,7 +87,7 @@ def divisors(theta, size, length, factor):
 
 
 def kind_of(value):
-    """The type that llama.cpp's converter has for a value."""
+    """The GGUF type that llama.cpp's converter gives a value."""
     if type(value) is int:
         signed, small = gguf.GGUFValueType.INT32, gguf.GGUFValueType.UINT32
         return signed if value < 0 else small if value < 1 << 32 else gguf.GGUFValueType.UINT64
@@ -95,10 +97,11 @@ def kind_of(value):
 
 
 def write(path, family="llama", keys=None, tensors=None, kinds=None):
-    """Write a GGUF file -> its path.
+    """Write a GGUF file. Returns its path.
 
-    keys: metadata beside KEYS, below the family's name unless they begin with general. or tokenizer.; None is
-    left out. tensors: as stored. kinds: name -> its type, F32 for others; raw bytes stay what they are.
+    keys: metadata added to KEYS; None leaves a key out. Keys get the family's name in front unless they start
+    with general. or tokenizer. tensors: as `stored` returns them. kinds: tensor name -> type, by default F32.
+    Only float32 arrays are converted to their type.
     """
     writer = gguf.GGUFWriter(path, family)
     for key, value in {**KEYS, **(keys or {})}.items():
@@ -116,3 +119,15 @@ def write(path, family="llama", keys=None, tensors=None, kinds=None):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def heads(key, value, turned):
+    """The keys of the head size: key_length, value_length and rope.dimension_count."""
+    names = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    return dict(zip(names, (key, value, turned), strict=True))
+
+
+def refused(path, *args, **kwargs):
+    """Write a file in `path` as `write` does. Returns the message with which open_model refuses it."""
+    file = write(path / "m.gguf", *args, **kwargs)
+    return refusal(file, lambda: open_model(file))

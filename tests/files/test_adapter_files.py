@@ -1,12 +1,14 @@
-"""The files of an adapter by hand: what saving writes, and what loading reads, ignores and refuses."""
+"""The files of an adapter: what saving writes, and what loading reads, ignores and refuses."""
 
 import json
 import os
 
+import ml_dtypes
 import numpy as np
 import peft
 import pytest
 import tiny
+from adapter_small import CONFIG, NORM, QUERY, SHAPES, SMALL, WEIGHTS, described, numbers, written
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from test_adapter_fields import INITIAL, READ, SAID
@@ -18,43 +20,11 @@ from longlora.errors import UserError
 from longlora.files import adapter
 from longlora.files.open_model import open_model
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-SMALL = LoraConfig(r=2, lora_alpha=8, target_modules=("q_proj",), modules_to_save=("model.norm",))
-QUERY = "model.layers.{}.self_attn.q_proj.lora_{}.weight"
-# The tensors of SMALL in a model of tests/tiny.py, by hand.
-SHAPES = {
-    QUERY.format(layer, side): shape for layer in (0, 1) for side, shape in (("A", (2, 32)), ("B", (32, 2)))
-}
-SHAPES |= {"model.norm.weight": (32,)}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def numbers(shapes=SHAPES, dtype=np.float32):
-    """Numbers that every dtype holds."""
-    return {
-        name: np.arange(np.prod(shape)).reshape(shape).astype(dtype) % 7 for name, shape in shapes.items()
-    }
-
-
-def described(path, **fields):
-    """Write the adapter_config.json of SMALL by hand -> its directory. A field of ... is left out."""
-    path.mkdir(exist_ok=True)
-    given = dict(
-        peft_type="LORA", r=2, lora_alpha=8, target_modules=["q_proj"], modules_to_save=["model.norm"]
-    )
-    given = {name: value for name, value in (given | fields).items() if value is not ...}
-    (path / CONFIG).write_text(json.dumps(given))
-    return path
-
-
-def written(path, tensors=None, metadata=None, **fields):
-    """Write an adapter as `described` does, with its tensors -> its directory."""
-    named = {f"base_model.model.{name}": array for name, array in (tensors or numbers()).items()}
-    save_file(named, described(path, **fields) / WEIGHTS, metadata)
-    return path
-
-
 def extended(base):
+    """The config of a base whose positions are extended to 256."""
     return rope.to_config(base.config.raw, rope.extend(base.config, "linear", 256)[0], 256)
 
 
@@ -101,9 +71,6 @@ def test_the_fields_of_a_saved_adapter(tmp_path, longer, tied):
     assert f"A context of {256 if longer else 64} tokens" in card and "~" not in card
 
 
-NORM = "model.norm.weight"
-
-
 @pytest.mark.parametrize(
     "modules, tied, whole, said",
     [
@@ -134,7 +101,7 @@ def test_an_embedding_that_is_also_the_head_is_saved_twice(tmp_path, modules, ti
     assert again.keys() == tensors.keys() and raw is None and lora.r == 2
 
 
-def test_the_weights_say_their_base_and_that_torch_reads_them(tmp_path):
+def test_the_metadata_of_the_weights(tmp_path):
     """transformers refuses weights without a format."""
     base = open_model(tiny.model(tmp_path / "base"))
     adapter.save(tmp_path / "a", numbers(), SMALL, base, base.config.raw)
@@ -142,7 +109,7 @@ def test_the_weights_say_their_base_and_that_torch_reads_them(tmp_path):
         assert file.metadata() == {"format": "pt", "longlora_base": base.fingerprint()}
 
 
-def test_everything_but_the_weights_is_written_without_tensors(tmp_path):
+def test_saving_without_tensors_writes_all_other_files(tmp_path):
     base = open_model(tiny.model(tmp_path / "base"))
     home = tmp_path / "home"
     adapter.save(tmp_path / "a", None, SMALL, base, extended(base), base.tokenizer(), home)
@@ -156,7 +123,7 @@ def test_everything_but_the_weights_is_written_without_tensors(tmp_path):
     assert tokenizer == {"eos_token": "<|end|>"}
 
 
-def test_saving_refuses_other_tensors_and_a_place_that_is_a_file(tmp_path):
+def test_saving_refuses_missing_tensors_and_a_path_that_is_a_file(tmp_path):
     base = open_model(tiny.model(tmp_path / "base"))
     tensors = {name: array for name, array in numbers().items() if name != NORM}
     with pytest.raises(UserError, match="^tensors: 1 tensors of the adapter are missing: model.norm.weight$"):
@@ -180,7 +147,7 @@ FREE -= {
     "peft_type",
     "init_lora_weights",
 }
-STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @pytest.mark.parametrize(
@@ -188,25 +155,24 @@ STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
     [
         [{name: {"a": 1}} for name in sorted(FREE)],
         [{"next_year": value} for value in (None, False, "", "none", [], {})],
-        [{"init_lora_weights": value} for value in STARTS],
+        [{"init_lora_weights": value} for value in INITIALISATIONS],
     ],
-    ids=["origin", "off", "start"],
+    ids=["origin", "unknown and off", "initialisation"],
 )
-def test_fields_that_change_nothing_are_ignored(tmp_path, cases):
-    """Those that say where the adapter comes from, and those that we do not know, switched off."""
+def test_fields_that_do_not_change_what_is_computed_are_ignored(tmp_path, cases):
     for fields in cases:
         assert adapter.read_lora(described(tmp_path, **fields)) == SMALL, fields
 
 
 @pytest.mark.parametrize("value", [True, 0, 0.0, 1, "x", "None", [0], {"a": 0}])
-def test_a_field_that_is_not_known_is_refused_unless_it_is_off(tmp_path, value):
+def test_an_unknown_field_that_is_not_off_is_refused(tmp_path, value):
     with pytest.raises(UserError) as error:
         adapter.read_lora(described(tmp_path, next_year=value))
     said = f"next_year {value!r} is not supported; supported is an adapter without it"
     assert str(error.value) == f"{tmp_path / CONFIG}: {said}"
 
 
-def test_fields_that_are_missing_or_null_have_the_defaults_of_peft(tmp_path):
+def test_missing_fields_and_null_have_the_defaults_of_peft(tmp_path):
     theirs = peft.LoraConfig()
     for value in (..., None):
         names = ("r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save")
@@ -238,7 +204,7 @@ def test_full_names_of_modules_are_shortened(tmp_path):
         (dict(target_modules=["layers.0.q_proj"]), "target_modules should be a list of"),
     ],
 )
-def test_a_field_that_is_refused_is_named_with_its_file(tmp_path, fields, message):
+def test_a_wrong_field_is_named_with_its_file(tmp_path, fields, message):
     with pytest.raises(UserError, match=f"^{tmp_path / CONFIG}: {message}"):
         adapter.read_lora(described(tmp_path, **fields))
 
@@ -254,7 +220,7 @@ def test_a_directory_without_an_adapter_is_named(tmp_path):
         adapter.read_lora(tmp_path)
 
 
-# ---- the base that it belongs to -----------------------------------------------------------------
+# ---- the base of an adapter ----------------------------------------------------------------------
 
 
 def placed(path, base, **fields):
@@ -263,7 +229,7 @@ def placed(path, base, **fields):
     return path
 
 
-def test_what_an_adapter_says_of_itself_without_its_base(tmp_path):
+def test_describe_needs_no_base(tmp_path):
     base = open_model(tiny.model(tmp_path / "base"))
     whole = ["embed_tokens", "lm_head", "model.norm"]
     path = described(tmp_path / "a", modules_to_save=whole)
@@ -282,7 +248,7 @@ def test_what_an_adapter_says_of_itself_without_its_base(tmp_path):
         (False, ["lm_head", "embed_tokens"], ("lm_head", "embed_tokens")),
     ],
 )
-def test_a_head_that_is_the_embedding_counts_once(tmp_path, tied, modules, kept):
+def test_a_tied_head_is_dropped_beside_the_embedding(tmp_path, tied, modules, kept):
     config = read_config(tiny.CONFIG | dict(tie_word_embeddings=tied))
     lora, _ = adapter.describe(described(tmp_path, modules_to_save=modules), config, "base")
     assert lora.modules_to_save == kept
@@ -307,7 +273,7 @@ def test_a_linear_that_the_base_does_not_have_is_named_with_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("says", [None, "own", "other"])
-def test_an_adapter_may_name_its_base_by_fingerprint(tmp_path, says):
+def test_the_fingerprint_of_the_base_is_checked_if_the_file_has_it(tmp_path, says):
     base = open_model(tiny.model(tmp_path / "base"))
     metadata = {"longlora_base": base.fingerprint() if says == "own" else "0"} if says else {}
     path = written(tmp_path / "a", metadata={"format": "pt", **metadata})
@@ -324,8 +290,6 @@ def test_an_adapter_may_name_its_base_by_fingerprint(tmp_path, says):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_tensors_of_any_float_dtype_become_float32(tmp_path, dtype):
-    import ml_dtypes
-
     base = open_model(tiny.model(tmp_path / "base"))
     path = written(tmp_path / "a", numbers(dtype=getattr(ml_dtypes, dtype, dtype)))
     for given in (None, base):
@@ -358,7 +322,7 @@ FIRST = QUERY.format(0, "A")
     ],
 )
 def test_a_wrong_tensor_is_named_with_its_file(tmp_path, change, message, alone):
-    """alone: also without a config, which says what there should be."""
+    """alone: whether it is found without a config, which determines names and shapes."""
     base, tensors = open_model(tiny.model(tmp_path / "base")), numbers()
     change(tensors)
     path = written(tmp_path / "a", tensors)
@@ -383,7 +347,7 @@ def test_tensors_without_the_prefix_of_peft_are_counted(tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("has", ["embedding", "head", "both", "two", "none"])
-def test_an_embedding_and_a_head_that_are_tied_should_be_one(tmp_path, tied, has):
+def test_an_adapter_of_a_tied_base_must_have_embedding_and_head_alike(tmp_path, tied, has):
     base = open_model(tiny.model(tmp_path / "base", tie_word_embeddings=tied))
     table = numbers({EMBEDDING: (260, 32)})[EMBEDDING]
     both = {EMBEDDING: table, HEAD: table + (has == "two")}
@@ -401,7 +365,7 @@ def test_an_embedding_and_a_head_that_are_tied_should_be_one(tmp_path, tied, has
     assert tensors.keys() == {*SHAPES, *given} - ({HEAD} if tied else set())
 
 
-def test_a_fingerprint_is_that_of_what_the_adapter_computes():
+def test_a_fingerprint_covers_fields_tensors_and_config():
     config = read_config(tiny.CONFIG)
     one = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float32)}
     same = {"b": one["b"].copy(), "a": np.asfortranarray(one["a"])}

@@ -1,4 +1,4 @@
-"""The folder of an adapter leads to the files of its base, and has no other file than its config.json."""
+"""The folder longlora_base of an adapter has a config.json and links to the other files of the base."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ FOLDER = "longlora_base"
 
 
 def base(path, *names):
-    """A directory with these files, each of which holds its name -> its path."""
+    """Make a directory of files that contain their own names. Returns its path."""
     path.mkdir()
     for name in names:
         (path / name).write_text(name)
@@ -20,12 +20,12 @@ def base(path, *names):
 
 
 def content(path):
-    """Name -> content of what is in a directory."""
+    """The files of a directory: name -> content."""
     return {entry.name: entry.read_text() for entry in path.iterdir()}
 
 
 def test_the_fields_name_the_folder_and_the_base(tmp_path, monkeypatch):
-    """The key is in adapters that people have, and PEFT warns with its words."""
+    """Users have adapters with this key, and PEFT shows it in a warning."""
     monkeypatch.chdir(tmp_path)
     for given, named in ((Path("b"), "b"), ("org/model", "org/model"), (None, None)):
         assert base_folder.fields("adapter", given) == {
@@ -34,7 +34,7 @@ def test_the_fields_name_the_folder_and_the_base(tmp_path, monkeypatch):
         }
 
 
-def test_the_config_is_found_in_the_folder_before_the_adapter(tmp_path):
+def test_the_config_in_the_folder_comes_before_that_of_the_adapter(tmp_path):
     assert base_folder.find(tmp_path) is None
     (tmp_path / FOLDER / "config.json").mkdir(parents=True)
     assert base_folder.find(tmp_path) is None
@@ -46,7 +46,7 @@ def test_the_config_is_found_in_the_folder_before_the_adapter(tmp_path):
 
 
 def test_the_folder_links_to_the_files_of_the_base(tmp_path, monkeypatch):
-    """Not to its config.json, hidden files, folders, and .gguf files: transformers reads their positions."""
+    """Not to config.json and .gguf files, whose positions transformers would read, nor to hidden files."""
     names = ["config.json", "model.safetensors", "tokenizer.json", ".lock", "m.gguf"]
     (base(tmp_path / "base", *names) / "onnx").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -56,8 +56,8 @@ def test_the_folder_links_to_the_files_of_the_base(tmp_path, monkeypatch):
     assert os.readlink(tmp_path / folder / "tokenizer.json") == str(tmp_path / "base" / "tokenizer.json")
 
 
-def test_links_to_an_earlier_base_go(tmp_path):
-    """The config.json stays until it is written again."""
+def test_links_to_an_earlier_base_are_removed(tmp_path):
+    """config.json stays until it is written again."""
     one = base(tmp_path / "one", "config.json", "a.safetensors", "tokenizer.json")
     other = base(tmp_path / "other", "config.json", "b.safetensors")
     folder = Path(base_folder.make(tmp_path / "adapter", one))
@@ -69,15 +69,15 @@ def test_links_to_an_earlier_base_go(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["none", "a .gguf file", "no config.json"])
-def test_a_base_that_is_no_directory_of_a_model_gets_no_links(tmp_path, monkeypatch, kind):
-    """A folder with config.json in the working directory is no base."""
+def test_only_a_directory_with_a_config_gets_links(tmp_path, monkeypatch, kind):
+    """The working directory is no base, though it has a config.json."""
     monkeypatch.chdir(base(tmp_path / "here", "config.json", "model.safetensors"))
     (tmp_path / "m.gguf").write_text("GGUF")
     given = {"none": None, "a .gguf file": tmp_path / "m.gguf", "no config.json": base(tmp_path / "x", "y")}
     assert content(Path(base_folder.make(tmp_path / "adapter", given[kind]))) == {}
 
 
-def test_a_file_system_without_links_stops_nothing(tmp_path, monkeypatch):
+def test_a_file_system_without_links_is_no_error(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
@@ -86,8 +86,8 @@ def test_a_file_system_without_links_stops_nothing(tmp_path, monkeypatch):
     assert content(Path(base_folder.make(tmp_path / "adapter", model))) == {}
 
 
-def test_a_file_that_is_not_ours_is_named(tmp_path):
-    """What killed processes left half written goes, links and config.json may be there."""
+def test_a_file_of_the_user_in_the_folder_is_refused(tmp_path):
+    """Links and config.json may be there. Partial files of killed processes are removed."""
     base_folder.check(tmp_path / "adapter")
     folder = base(tmp_path / "adapter", "other.bin") / FOLDER
     base_folder.check(tmp_path / "adapter")

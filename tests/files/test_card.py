@@ -97,14 +97,6 @@ def test_a_card_names_a_base_of_the_hub(tmp_path, raw, place, name):
     )
 
 
-def test_a_gguf_says_its_name_on_the_hub(tmp_path):
-    class Gguf:
-        path, config = "m.gguf", type("Config", (), {"raw": {}})
-        metadata = {"general.repo_url": "https://huggingface.co/org/Model", "general.source.repo_url": 3}
-
-    assert card.hub_name(Gguf) == "org/Model"
-
-
 def test_the_card_of_a_run_has_its_figures(tmp_path):
     """options.yaml and metrics.jsonl are there when a run writes its adapter."""
     (tmp_path / "adapter").mkdir()

@@ -1,4 +1,4 @@
-"""The text of a model card by hand, and what it says of runs whose files are damaged."""
+"""The text of model cards, word for word, and cards of runs whose files are damaged."""
 
 import json
 import math
@@ -19,12 +19,12 @@ LORA = dict(
 
 
 def model(path, raw=None, **fields):
-    """What a card asks of an opened model."""
+    """A stand-in for an opened model."""
     return SimpleNamespace(path=str(path), config=SimpleNamespace(raw=raw or {}), **fields)
 
 
 def run(path, options=None, rows=None, state=None):
-    """The directory of a run -> its path. str: what the file holds."""
+    """Write the files of a run. A str is written as it is, other values as YAML or JSON. Returns `path`."""
     path.mkdir(exist_ok=True)
     for name, content in (("options.yaml", options), ("trainer_state.json", state)):
         if content is not None:
@@ -140,14 +140,14 @@ def test_the_card_of_a_whole_model(tmp_path):
         "general.base_model.0.repo_url",
     ],
 )
-def test_a_gguf_says_its_name_under_any_of_its_keys(key):
-    """The keys are those of the specification of GGUF."""
+def test_a_gguf_may_have_its_hub_name_under_four_keys(key):
+    """The keys are from the specification of GGUF."""
     assert card.hub_name(model("m.gguf", metadata={key: "https://huggingface.co/org/Model"})) == "org/Model"
     assert card.hub_name(model("m.gguf", metadata={key: "https://example.com/org/Model"})) is None
 
 
-def test_the_first_name_that_can_be_one_counts():
-    metadata = {"general.repo_url": "org/Second"}
+def test_the_first_valid_hub_name_counts():
+    metadata = {"general.repo_url": "org/Second", "general.source.huggingface.repository": 3}
     for first, name in (("org/First", "org/First"), ("/models/first", "org/Second"), (3, "org/Second")):
         assert card.hub_name(model("m", dict(_name_or_path=first), metadata=metadata)) == name
 
@@ -160,7 +160,7 @@ def test_a_base_without_a_name_is_shown_by_its_folder(tmp_path, monkeypatch):
         assert "| base model | `real_one` |" in card.merged(model(path), None, PLAIN, "m", "f16", None)
 
 
-def test_the_length_is_that_of_the_sequences_or_else_the_target(tmp_path):
+def test_the_length_is_sequence_length_or_else_target_length(tmp_path):
     for options, length in (
         (dict(sequence_length=2048, target_length=8192), "2,048 tokens"),
         (dict(sequence_length=None, target_length=8192), "8,192 tokens"),
@@ -189,7 +189,7 @@ ROWS = [dict(step=0, eval_perplexity=21.5), dict(step=30, eval_perplexity=9.25),
         ("7\n", ["100 tokens"]),
     ],
 )
-def test_rows_that_are_no_metrics_are_skipped(tmp_path, rows, said):
+def test_rows_without_valid_metrics_are_skipped(tmp_path, rows, said):
     path = run(tmp_path, dict(target_length=100), rows)
     assert [value for _, value in card.run_facts(path)] == said
 
@@ -213,17 +213,17 @@ def test_rows_that_are_no_metrics_are_skipped(tmp_path, rows, said):
         "sequence_length: true",
     ],
 )
-def test_damaged_options_say_nothing(tmp_path, options):
-    """yaml has errors of its own, and passes on those of Python for values that are none."""
+def test_damaged_options_add_nothing_to_a_card(tmp_path, options):
+    """yaml raises its own errors and Python's: ValueError, KeyError, RecursionError."""
     assert list(card.run_facts(run(tmp_path, options, "\0"))) == []
 
 
 @pytest.mark.parametrize("state", ["{", "[]", "3", '{"options": [], "log_history": {}}', '{"options": 3}'])
-def test_a_damaged_checkpoint_says_nothing(tmp_path, state):
+def test_a_damaged_checkpoint_adds_nothing_to_a_card(tmp_path, state):
     assert list(card.run_facts(run(tmp_path, state=state))) == []
 
 
-def test_bytes_that_are_not_utf8_hide_nothing_else(tmp_path):
+def test_bytes_that_are_not_utf8_do_not_hide_other_options(tmp_path):
     run(tmp_path)
     (tmp_path / "options.yaml").write_bytes(b"# caf\xe9\ndata: caf\xc3\xa9\n")
     assert dict(card.run_facts(tmp_path)) == {"data": "`café`"}
@@ -235,12 +235,12 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     assert list(card.run_facts(tmp_path)) == []
 
 
-def test_a_path_shows_its_last_name_without_signs_of_markdown(tmp_path):
+def test_a_path_is_shown_by_its_last_name_without_markup(tmp_path):
     data = 'books/a`b|c"d\\e<f>g\x1b/'
     assert dict(card.run_facts(run(tmp_path, dict(data=data)))) == {"data": "`a_b_c_d_e_f_g_x1b`"}
 
 
-def test_a_card_is_written_where_none_is(tmp_path):
+def test_only_a_card_with_our_mark_is_replaced(tmp_path):
     path = tmp_path / "README.md"
     card.write(tmp_path, "one " + card.MARK)
     card.write(tmp_path, "two")
@@ -248,6 +248,6 @@ def test_a_card_is_written_where_none_is(tmp_path):
     card.write(tmp_path, "three")
     assert path.read_text() == "two"
     path.unlink()
-    path.symlink_to(tmp_path / "gone")  # somebody meant it to be elsewhere
+    path.symlink_to(tmp_path / "gone")  # a dangling link is the user's too
     card.write(tmp_path, "four")
     assert path.is_symlink() and not (tmp_path / "gone").exists()

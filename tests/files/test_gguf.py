@@ -1,7 +1,6 @@
 """GGUF files have transformers' weights, bit for bit. Metadata becomes the config. Damage is one line."""
 
 import dataclasses
-import math
 import mmap
 import os
 import subprocess
@@ -12,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_small import PERMUTED, permute
+from gguf_small import ARCH, PERMUTED, permute
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from smollm2 import converted, smollm2  # noqa: F401 (fixtures)
@@ -24,8 +23,6 @@ from longlora.files.gguf import ARCHITECTURES, Gguf
 from longlora.files.merge import save_merged
 from longlora.files.open_model import open_model
 from longlora.tools import inspect
-
-ARCH = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
 def write(path, model, kind="F32", vocab=True, extra=None, alignment=None, **keys):
@@ -172,29 +169,6 @@ def test_transformers_reads_a_phi3_gguf_as_we_do(tmp_path):
         assert ours.config.raw[name] == pytest.approx(getattr(theirs.config, name), rel=1e-6)
 
 
-def test_granite_without_scales_has_the_defaults_of_llama_cpp(tmp_path):
-    """llama.cpp takes 1 for a missing scale, and 1 / sqrt(head_dim) for a missing attention.scale."""
-    model = tiny(tmp_path / "hf", "granite")
-    model.config.embedding_multiplier = model.config.residual_multiplier = 0.0
-    model.config.attention_multiplier = 0.0
-    config = write(tmp_path / "m.gguf", model).config
-    assert (config.embedding_multiplier, config.residual_multiplier, config.logits_scaling) == (1.0, 1.0, 1.5)
-    assert config.attention_multiplier == 8**-0.5
-
-
-def test_phi3_ggufs_that_we_do_not_compute_are_refused(tmp_path):
-    model = tiny(tmp_path / "hf", "phi3")
-    factors = {"rope_factors_long.weight": np.ones(4, np.float32)}
-    with pytest.raises(UserError, match="rope_factors_long.weight asks for longrope, which is not supported"):
-        write(tmp_path / "m.gguf", model, extra=factors)
-    model.config.sliding_window = 2047
-    with pytest.raises(UserError, match="phi3.attention.sliding_window 2047 is not supported"):
-        write(tmp_path / "n.gguf", model)
-    model.config.sliding_window, model.config.head_dim = None, 6  # rope.dimension_count
-    with pytest.raises(UserError, match="rope.dimension_count 6 are not supported"):
-        write(tmp_path / "o.gguf", model)
-
-
 @pytest.mark.parametrize("alignment", [8, 256, 4096])
 def test_tensors_are_aligned_as_the_file_says(tmp_path, alignment):
     """The data and each tensor begin at a multiple of general.alignment, or of 32 without that key."""
@@ -295,87 +269,6 @@ def test_loading_is_quick(smollm2):  # noqa: F811
         count,
         faults,
     )  # 550,000 and 2,000; the file has 24,000 pages
-
-
-def test_linear_and_yarn_are_read_from_the_metadata(tmp_path):
-    model = tiny(tmp_path / "hf")
-    config = write(tmp_path / "a.gguf", model, rope__scaling__type="linear", rope__scaling__factor=4.0).config
-    assert config.rope == Rope("linear", 10000.0, 64, 4.0)
-    config = write(
-        tmp_path / "b.gguf",
-        model,
-        rope__scaling__type="yarn",
-        rope__scaling__factor=8.0,
-        rope__scaling__original_context_length=16,
-    ).config
-    assert config.rope == Rope("yarn", 10000.0, 16, 8.0)
-    more = dict(rope__scaling__factor=8.0, rope__scaling__original_context_length=16)
-    more |= dict(rope__scaling__type="yarn", rope__scaling__attn_factor=2.0)
-    rope = write(tmp_path / "d.gguf", model, **more).config.rope
-    # llama.cpp's own factor 1 + 0.1 ln 8, times the attn_factor of the file
-    assert rope == Rope("yarn", 10000.0, 16, 8.0, attention_factor=2 * (1 + 0.1 * math.log(8)))
-    assert write(tmp_path / "c.gguf", model, rope__scaling__type="none").config.rope.type == "default"
-
-
-@pytest.mark.parametrize("original", [512, 8192])
-def test_llama3_frequencies_are_found_again(tmp_path, original):
-    """llama.cpp writes the divisors of the frequencies, as its converter computes them from the config."""
-    from longlora.decoder.rope import inverse_frequencies
-
-    model = tiny(tmp_path / "hf", head_dim=64)
-    rope = Rope("llama3", 10000.0, original, 8.0, low_freq_factor=1.0, high_freq_factor=4.0)
-    factors = inverse_frequencies(Rope("default", 10000.0, 1), 64)[0] / inverse_frequencies(rope, 64)[0]
-    ours = write(tmp_path / "m.gguf", model, extra={"rope_freqs.weight": factors.astype(np.float32)})
-    assert ours.config.rope == rope and "rope_freqs.weight" not in ours.names()
-    ours = write(tmp_path / "one.gguf", model, extra={"rope_freqs.weight": np.ones(32, np.float32)})
-    assert ours.config.rope.type == "default"
-    with pytest.raises(UserError, match="rope_freqs.weight does not follow Llama 3's rule"):
-        write(tmp_path / "other.gguf", model, extra={"rope_freqs.weight": np.arange(1, 33, dtype=np.float32)})
-
-
-@pytest.mark.parametrize(
-    "keys, message",
-    [
-        (dict(expert_count=8), "llama.expert_count 8 is not supported"),
-        (dict(attention__sliding_window=64), "llama.attention.sliding_window 64 is not supported"),
-        (dict(logit_scale=0.5), "llama.logit_scale 0.5 is not supported"),
-        (
-            dict(rope__scaling__type="longrope", rope__scaling__factor=2.0),
-            "rope type 'longrope' is not supported",
-        ),
-        (
-            dict(rope__scaling__type="linear", rope__scaling__factor=2.0, rope__scaling__attn_factor=2.0),
-            "rope scaling with attn_factor",
-        ),
-        (
-            dict(rope__scaling__type="yarn", rope__scaling__factor=2.0, rope__scaling__attn_factor=2),
-            "rope scaling with attn_factor",
-        ),
-        (
-            dict(
-                rope__scaling__type="yarn", rope__scaling__factor=2.0, rope__scaling__yarn_log_multiplier=1.0
-            ),
-            "rope scaling with yarn_log_multiplier",
-        ),
-    ],
-)
-def test_unsupported_metadata_is_refused(tmp_path, keys, message):
-    with pytest.raises(UserError, match=message):
-        write(tmp_path / "m.gguf", tiny(tmp_path / "hf"), **keys)
-
-
-def test_another_architecture_is_refused(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gemma2")
-    writer.add_tensor("token_embd.weight", np.ones((4, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(
-        UserError,
-        match="'gemma2' is not supported; supported are llama, qwen2, qwen3, phi3, granite, smollm3",
-    ):
-        open_model(tmp_path / "m.gguf")
 
 
 def test_extra_missing_and_misshapen_tensors_are_named(tmp_path):

@@ -1,18 +1,20 @@
-"""The metadata of a GGUF file becomes the config.json that transformers would have."""
+"""The metadata of a GGUF file becomes the config that transformers makes of it."""
 
 import math
 
 import numpy as np
 import pytest
-from gguf_small import arrays, divisors, stored, write
+from gguf_small import SIZES, arrays, divisors, heads, refused, stored, write
 
 from longlora.decoder.rope import Rope
 from longlora.errors import UserError
+from longlora.files import gguf
 from longlora.files.open_model import open_model
 
 NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
-# What transformers has for a file with gguf_small's keys, in all families.
+# What all families have in common where transformers reads a file with gguf_small.KEYS and IDS.
 COMMON = dict(
+    **SIZES,
     hidden_act="silu",
     initializer_range=0.02,
     use_cache=True,
@@ -20,15 +22,6 @@ COMMON = dict(
     bos_token_id=1,
     eos_token_id=2,
     pad_token_id=0,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    rms_norm_eps=1e-5,
-    vocab_size=6,
-    head_dim=8,
     rope_theta=10000.0,
     rope_scaling=None,
 )
@@ -43,14 +36,6 @@ MULTIPLIERS = {
 
 def raw(path, family="llama", keys=None, tensors=None):
     return open_model(write(path / "m.gguf", family, keys, tensors)).config.raw
-
-
-def refusal(path, family="llama", keys=None, tensors=None):
-    with pytest.raises(UserError) as caught:
-        raw(path, family, keys, tensors)
-    found, start = str(caught.value), f"{path / 'm.gguf'}: "
-    assert found.startswith(start)
-    return found.removeprefix(start)
 
 
 @pytest.mark.parametrize(
@@ -81,13 +66,13 @@ def test_each_family_has_the_config_of_transformers(tmp_path, family, name, more
 
 
 @pytest.mark.parametrize("family", ["llama", "granite", "smollm3", "qwen3"])
-def test_biases_are_those_that_the_file_holds(tmp_path, family):
+def test_a_file_with_biases_has_attention_bias(tmp_path, family):
     tensors = stored(arrays(family, attention_bias=True), family)
     assert raw(tmp_path, family, tensors=tensors)["attention_bias"] is True
 
 
-def test_what_a_file_leaves_out(tmp_path):
-    """The embedding is the head. llama.cpp has as many heads for keys as for queries, and theta 10000."""
+def test_defaults_of_what_a_file_lacks(tmp_path):
+    """Without a head the embedding is tied. llama.cpp takes as many key heads as heads, and theta 10000."""
     tensors = stored(arrays(tie_word_embeddings=True, num_key_value_heads=4), kv_heads=4)
     found = raw(tmp_path, keys={"attention.head_count_kv": None, "rope.freq_base": None}, tensors=tensors)
     assert found["tie_word_embeddings"] is True and found["num_key_value_heads"] == 4
@@ -107,32 +92,30 @@ def test_what_a_file_leaves_out(tmp_path):
     ],
 )
 @pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_a_key_that_each_file_has_is_named_where_it_lacks(tmp_path, family, key):
-    assert refusal(tmp_path, family, {key: None}) == f"the metadata lacks {family}.{key}"
+def test_a_missing_key_is_named(tmp_path, family, key):
+    assert refused(tmp_path, family, {key: None}) == f"the metadata lacks {family}.{key}"
 
 
-@pytest.mark.parametrize("value", [1e-6, 1e-5, 0.1, 1 / 3])
-def test_numbers_are_the_shortest_decimals_of_a_float32(tmp_path, value):
-    """The model's config.json had 1e-05 where the file has 9.99999974737875e-06."""
-    found = raw(tmp_path, keys={"attention.layer_norm_rms_epsilon": value, "rope.freq_base": 1e5 + value})
-    assert found["rms_norm_eps"] == float(str(np.float32(value)))
-    assert found["rope_theta"] == float(str(np.float32(1e5 + value)))
-    assert len(str(found["rms_norm_eps"])) < 12
+@pytest.mark.parametrize("value, shortest", [(1e-6, 1e-6), (1e-5, 1e-5), (0.1, 0.1), (1 / 3, 0.33333334)])
+def test_numbers_are_the_shortest_decimals_of_a_float32(tmp_path, value, shortest):
+    """The file holds 9.99999974737875e-06 for the 1e-05 of a config.json."""
+    found = raw(tmp_path, keys={"attention.layer_norm_rms_epsilon": value, "rope.freq_base": 100000.1})
+    assert (found["rms_norm_eps"], found["rope_theta"]) == (shortest, 100000.1)
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_number_beyond_float32_is_refused_without_a_warning(tmp_path):
-    found = refusal(tmp_path, keys={"attention.layer_norm_rms_epsilon": np.float64(1e300)})
+    found = refused(tmp_path, keys={"attention.layer_norm_rms_epsilon": np.float64(1e300)})
     assert found == "rms_norm_eps should be a number above 0, at most 1, got inf"
 
 
-def test_the_rows_of_the_embedding_count_before_vocab_size(tmp_path):
+def test_the_rows_of_the_embedding_override_vocab_size(tmp_path):
     assert raw(tmp_path, keys={"vocab_size": 7})["vocab_size"] == 6
     tensors = stored(arrays())
     del tensors["token_embd.weight"]
-    found = refusal(tmp_path, keys={"vocab_size": 6}, tensors=tensors)
+    found = refused(tmp_path, keys={"vocab_size": 6}, tensors=tensors)
     assert found == f"1 tensors of the config are missing: {EMBEDDING}"
-    assert refusal(tmp_path, tensors=tensors) == "vocab_size is missing"
+    assert refused(tmp_path, tensors=tensors) == "vocab_size is missing"
 
 
 @pytest.mark.parametrize(
@@ -151,44 +134,38 @@ def test_the_rows_of_the_embedding_count_before_vocab_size(tmp_path):
     ],
 )
 def test_keys_that_change_what_a_model_computes_are_refused(tmp_path, key):
-    """Unless they are 0, or the architecture has them."""
-    assert refusal(tmp_path, keys={key: 2}) == f"llama.{key} 2 is not supported"
+    """A key of 0 is ignored. Granite computes its own scales."""
+    assert refused(tmp_path, keys={key: 2}) == f"llama.{key} 2 is not supported"
     assert raw(tmp_path, keys={key: 0}) == raw(tmp_path)
+    assert refused(tmp_path, "phi3", {key: 2}) == f"phi3.{key} 2 is not supported"
     if key in MULTIPLIERS:
-        raw(tmp_path, "granite", {key: 2.0})
+        assert 2.0 in raw(tmp_path, "granite", {key: 2.0}).values()
     else:
-        assert refusal(tmp_path, "granite", {key: 2}) == f"granite.{key} 2 is not supported"
+        assert refused(tmp_path, "granite", {key: 2}) == f"granite.{key} 2 is not supported"
 
 
 @pytest.mark.parametrize("name", ["rope_factors_long.weight", "rope_factors_short.weight"])
 def test_longrope_is_refused(tmp_path, name):
     tensors = stored(arrays("phi3"), "phi3") | {name: np.ones(4, np.float32)}
-    assert refusal(tmp_path, "phi3", tensors=tensors) == f"{name} asks for longrope, which is not supported"
+    assert refused(tmp_path, "phi3", tensors=tensors) == f"{name} asks for longrope, which is not supported"
 
 
 @pytest.mark.parametrize("value", [3, 3.0, True, ["llama"], None, "gemma2", "mistral", ""])
 def test_an_architecture_that_is_not_supported_is_named(tmp_path, value, monkeypatch):
-    from longlora.files import gguf as module
-
-    original = module.open_files
+    original = gguf.open_files
 
     def changed(path):
         files = original(path)
         files[0].metadata["general.architecture"] = value
         return files
 
-    monkeypatch.setattr(module, "open_files", changed)
-    assert refusal(tmp_path) == (
+    monkeypatch.setattr(gguf, "open_files", changed)
+    assert refused(tmp_path) == (
         f"architecture {value!r} is not supported; supported are llama, qwen2, qwen3, phi3, granite, smollm3"
     )
 
 
 # ---- heads ---------------------------------------------------------------------------------------
-
-
-def heads(key, value, turned):
-    names = ("attention.key_length", "attention.value_length", "rope.dimension_count")
-    return dict(zip(names, (key, value, turned), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -204,13 +181,13 @@ def heads(key, value, turned):
         ("phi3", (8, 8, 8), 8),
     ],
 )
-def test_the_head_size_is_what_any_key_says(tmp_path, family, sizes, head_dim):
-    """llama.cpp takes hidden size / heads where none says it, as transformers does."""
+def test_any_of_three_keys_gives_the_head_size(tmp_path, family, sizes, head_dim):
+    """Without any of them it is hidden size / heads, as in llama.cpp and transformers."""
     model = open_model(write(tmp_path / "m.gguf", family, heads(*sizes)))
     assert model.config.raw.get("head_dim") == head_dim and model.config.head_dim == 8
 
 
-def test_the_head_size_may_be_another_than_hidden_size_by_heads(tmp_path):
+def test_the_head_size_may_differ_from_hidden_size_divided_by_heads(tmp_path):
     tensors = stored(arrays("qwen3", head_dim=16), "qwen3")
     for sizes in ((16, 16, 16), (16, None, None), (None, None, 16)):
         assert raw(tmp_path, "qwen3", heads(*sizes), tensors)["head_dim"] == 16
@@ -234,9 +211,9 @@ def test_one_head_has_the_hidden_size(tmp_path):
         ("phi3", (8, 8, 6)),
     ],
 )
-def test_heads_that_rotate_in_part_or_have_other_values_are_refused(tmp_path, family, sizes):
+def test_heads_with_different_sizes_are_refused(tmp_path, family, sizes):
     key, value, turned = sizes
-    assert refusal(tmp_path, family, heads(*sizes)) == (
+    assert refused(tmp_path, family, heads(*sizes)) == (
         f"heads with key_length {key}, value_length {value}, rope.dimension_count {turned} are not "
         "supported; each should be the head size or absent"
     )
@@ -244,15 +221,15 @@ def test_heads_that_rotate_in_part_or_have_other_values_are_refused(tmp_path, fa
 
 @pytest.mark.parametrize("name", ["attention.key_length", "attention.value_length", "rope.dimension_count"])
 @pytest.mark.parametrize("value", [0, -8, True, 8.0, "8", [8]])
-def test_sizes_of_heads_are_integers_above_0(tmp_path, name, value):
-    found = refusal(tmp_path, keys={name: value})
+def test_a_head_size_must_be_an_integer_above_0(tmp_path, name, value):
+    found = refused(tmp_path, keys={name: value})
     assert found == f"llama.{name} should be an integer above 0, got {value!r}"
 
 
 def test_a_head_size_of_1_is_refused_as_in_a_config(tmp_path):
     message = "head_dim should be even and at least 4, got 1"
-    assert refusal(tmp_path, keys=heads(1, 1, 1)) == message
-    assert refusal(tmp_path, "phi3", {"attention.head_count": 32, **heads(None, None, 1)}) == message
+    assert refused(tmp_path, keys=heads(1, 1, 1)) == message
+    assert refused(tmp_path, "phi3", {"attention.head_count": 32, **heads(None, None, 1)}) == message
 
 
 @pytest.mark.parametrize(
@@ -270,14 +247,14 @@ def test_a_head_size_of_1_is_refused_as_in_a_config(tmp_path):
     ],
 )
 @pytest.mark.parametrize("family", ["phi3", "granite"])
-def test_sizes_that_imply_no_head_size_are_named(tmp_path, family, changes, message):
+def test_sizes_that_do_not_give_a_head_size_are_named(tmp_path, family, changes, message):
     changes = {**heads(None, None, None), "attention.head_count_kv": 1, **changes}
-    assert refusal(tmp_path, family, changes) == message
+    assert refused(tmp_path, family, changes) == message
 
 
 @pytest.mark.parametrize("sizes, size", [((16, 16, 16), 16), ((None, None, None), 8)])
 def test_granite_without_scales_has_those_of_llama_cpp(tmp_path, sizes, size):
-    """1, but 1 / sqrt(head size) for the attention. A scale of 0 is none."""
+    """They are 1, but 1 / sqrt(head size) for the attention. A scale of 0 counts as missing."""
     tensors = stored(arrays("granite", head_dim=size), "granite")
     for scales in ({}, dict.fromkeys(MULTIPLIERS, 0.0)):
         found = raw(tmp_path, "granite", {**heads(*sizes), **scales}, tensors)
@@ -336,8 +313,8 @@ def test_granite_without_scales_has_those_of_llama_cpp(tmp_path, sizes, size):
         ),
     ],
 )
-def test_how_positions_are_extended(tmp_path, keys, scaling):
-    """llama.cpp multiplies yarn's own factor by attn_factor; transformers' attention_factor is both."""
+def test_rope_scaling(tmp_path, keys, scaling):
+    """llama.cpp multiplies yarn's own factor by attn_factor. A config's attention_factor is the product."""
     assert (
         raw(tmp_path, keys={f"rope.{key}": value for key, value in keys.items()})["rope_scaling"] == scaling
     )
@@ -366,25 +343,21 @@ def test_how_positions_are_extended(tmp_path, keys, scaling):
         ({"type": "linear", "factor": "2"}, "factor should be a number from 1 to 1e+09, got '2'"),
     ],
 )
-def test_extensions_that_are_not_computed_are_refused(tmp_path, keys, message):
-    found = refusal(tmp_path, keys={f"rope.scaling.{key}": value for key, value in keys.items()})
+def test_rope_scaling_that_is_not_supported_is_refused(tmp_path, keys, message):
+    found = refused(tmp_path, keys={f"rope.scaling.{key}": value for key, value in keys.items()})
     assert found.startswith(message)
 
 
-def with_freqs(path, freqs, keys=None, size=64):
-    """The config of a file with rope_freqs.weight and heads of `size`."""
-    if not hasattr(with_freqs, "tensors"):
-        with_freqs.tensors = stored(arrays(head_dim=64))
-    tensors = with_freqs.tensors | {"rope_freqs.weight": np.asarray(freqs, np.float32)}
-    return open_model(
-        write(path / "m.gguf", "llama", {**heads(size, size, size), **(keys or {})}, tensors)
-    ).config
+def with_freqs(path, freqs, keys=None):
+    """The config of a file with rope_freqs.weight and heads of 64."""
+    tensors = stored(arrays(head_dim=64)) | {"rope_freqs.weight": np.asarray(freqs, np.float32)}
+    return open_model(write(path / "m.gguf", "llama", {**heads(64, 64, 64), **(keys or {})}, tensors)).config
 
 
 @pytest.mark.parametrize("length", [512, 8192, 1 << 16, 1 << 17])
 @pytest.mark.parametrize("factor", [1.5, 2.6, 8.0, 32.0])
-def test_the_rule_of_llama3_is_found_again(tmp_path, length, factor):
-    """For the longest two lengths even the slowest frequency is between kept and divided."""
+def test_llama3_scaling_is_recovered_from_its_divisors(tmp_path, length, factor):
+    """With the two longest lengths, no frequency is divided by the whole factor."""
     config = with_freqs(tmp_path, divisors(10000.0, 64, length, factor))
     found = config.raw["rope_scaling"]
     assert found["factor"] == (factor if factor.is_integer() else pytest.approx(factor, rel=1e-4))
@@ -399,8 +372,8 @@ def test_the_rule_of_llama3_is_found_again(tmp_path, length, factor):
 
 
 @pytest.mark.parametrize("theta, length", [(500000.0, 8192), (1e12, 1 << 20), (2.0, 512), (1000000, 8192)])
-def test_theta_may_be_any_that_a_config_has(tmp_path, theta, length):
-    """With theta 2 the slowest wave has 12 tokens, so only a length that is given fits."""
+def test_llama3_scaling_is_recovered_for_any_theta(tmp_path, theta, length):
+    """With theta 2 the longest wave has 12 tokens, too few for all lengths that are tried."""
     given = 16 if theta == 2 else None
     keys = {"rope.freq_base": theta, "rope.scaling.original_context_length": given}
     config = with_freqs(tmp_path, divisors(theta, 64, given or length, 8.0), keys)
@@ -410,8 +383,8 @@ def test_theta_may_be_any_that_a_config_has(tmp_path, theta, length):
 
 
 @pytest.mark.parametrize("length", [256, 1 << 21])
-def test_only_powers_of_2_that_models_have_are_tried(tmp_path, length):
-    """A length that the file states is taken as it is."""
+def test_a_length_below_512_or_above_2_to_the_20_must_be_in_the_file(tmp_path, length):
+    """Without original_context_length, the powers of 2 between these are tried."""
     theta, freqs = 1e9, divisors(1e9, 64, length, 8.0)
     with pytest.raises(UserError, match="rope_freqs.weight does not follow Llama 3's rule, the only one"):
         with_freqs(tmp_path, freqs, {"rope.freq_base": theta})
@@ -427,20 +400,25 @@ def test_a_stated_length_is_taken(tmp_path, stated):
 
 
 @pytest.mark.parametrize("stated", [0, -8192, (1 << 31) + 1, 1 << 40, 8192.0, "8192", [8192]])
-def test_a_stated_length_that_is_none_is_not_taken(tmp_path, stated):
+def test_an_invalid_stated_length_is_ignored(tmp_path, stated):
     freqs = divisors(10000.0, 64, 8192, 8.0)
     config = with_freqs(tmp_path, freqs, {"rope.scaling.original_context_length": stated})
     assert config.rope.original_length == 8192 and type(config.raw["rope_scaling"]) is dict
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("change", [1.001, -1, 2])
+@pytest.mark.parametrize(
+    "change",
+    [lambda freqs: freqs * 1.001, lambda freqs: freqs[::-1], lambda freqs: freqs + np.arange(32)],
+    ids=["scaled", "reversed", "added"],
+)
 def test_other_divisors_are_refused_without_a_warning(tmp_path, change):
-    freqs = divisors(10000.0, 64, 8192, 8.0)
-    freqs = freqs[::-1] if change == -1 else freqs + np.arange(32) if change == 2 else freqs * change
     with pytest.raises(UserError, match="m.gguf: rope_freqs.weight does not follow Llama 3's rule"):
-        with_freqs(tmp_path, freqs)
-    found = with_freqs(tmp_path, divisors(10000.0, 64, 8192, 8.0) * 1.00005)  # a rounding
+        with_freqs(tmp_path, change(divisors(10000.0, 64, 8192, 8.0)))
+
+
+def test_divisors_may_be_rounded(tmp_path):
+    found = with_freqs(tmp_path, divisors(10000.0, 64, 8192, 8.0) * 1.00005)
     assert (found.rope.factor, found.rope.original_length) == (8.0, 8192)
 
 
@@ -450,7 +428,7 @@ def test_divisors_of_1_change_nothing(tmp_path):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [0, -1, np.nan, np.inf, -np.inf])
-def test_divisors_are_numbers_above_0(tmp_path, value):
+def test_divisors_must_be_a_list_of_numbers_above_0(tmp_path, value):
     freqs = divisors(10000.0, 64, 8192, 8.0)
     freqs[5] = value
     for wrong in (freqs, np.ones((4, 8)), freqs.reshape(1, 32)):
@@ -458,7 +436,7 @@ def test_divisors_are_numbers_above_0(tmp_path, value):
             with_freqs(tmp_path, wrong)
 
 
-def test_there_are_half_as_many_divisors_as_numbers_in_a_head(tmp_path):
+def test_there_must_be_half_as_many_divisors_as_numbers_in_a_head(tmp_path):
     for count in (31, 33, 21, 64, 128):
         message = f"m.gguf: rope_freqs.weight has {count} numbers, heads of 64 rotate by 32"
         with pytest.raises(UserError, match=message):

@@ -1,8 +1,9 @@
-"""The header of a GGUF file is read as its specification says; what is wrong in it is named."""
+"""The headers of GGUF files are read as the specification says, and damage in them is named."""
 
 import struct
 
 import pytest
+from refusals import refusal
 
 from longlora.errors import UserError
 from longlora.files.gguf_header import open_file, open_files
@@ -26,21 +27,16 @@ def header(path, pairs=(), tensors=(), version=3, after=b""):
     return path
 
 
-def of(path, key="key"):
-    """The value of a key."""
+def value_of(path, key="key"):
+    """The value of a key of the file's metadata."""
     return open_file(path).metadata[key]
 
 
 def damage(path):
-    """What is wrong with a file, which the message names."""
-    with pytest.raises(UserError) as caught:
-        open_file(path)
-    found = str(caught.value)
-    assert found.startswith(f"{path}: ") and "\n" not in found
-    return found.removeprefix(f"{path}: ")
+    return refusal(path, lambda: open_file(path))
 
 
-# The scalar types of the specification: number, format of struct, a value that a neighbour would not give.
+# The scalar types of the specification: number, format of struct, a value that another type would misread.
 SCALARS = [
     (0, "B", 200),
     (1, "b", -100),
@@ -59,34 +55,34 @@ SCALARS = [
 @pytest.mark.parametrize("kind, code, value", SCALARS)
 def test_each_type_of_number_is_read(tmp_path, kind, code, value):
     path = tmp_path / "m.gguf"
-    found = of(header(path, [("key", kind, struct.pack(f"<{code}", value))]))
+    found = value_of(header(path, [("key", kind, struct.pack(f"<{code}", value))]))
     assert found == value and type(found) is type(value)
     for count in (0, 1, 3):
         values = [value, type(value)(0), value][:count]
         packed = struct.pack(f"<{count}{code}", *values)
-        found = of(header(path, [("key", 9, array(kind, count, packed)), ("next", 0, b"\x05")]))
-        assert found == values and of(path, "next") == 5
+        found = value_of(header(path, [("key", 9, array(kind, count, packed)), ("next", 0, b"\x05")]))
+        assert found == values and value_of(path, "next") == 5
         assert [type(x) for x in found] == [type(x) for x in values]
 
 
 @pytest.mark.parametrize("value", ["", "x", "two words", "caf\u00e9 \u65e5\u672c \U0001f642\n\0"])
 def test_texts_are_read(tmp_path, value):
     path = tmp_path / "m.gguf"
-    assert of(header(path, [("key", 8, text(value)), ("next", 0, b"\x05")])) == value
-    assert of(path, "next") == 5
+    assert value_of(header(path, [("key", 8, text(value)), ("next", 0, b"\x05")])) == value
+    assert value_of(path, "next") == 5
     for values in ([], [value], [value, "other", value]):
         packed = array(8, len(values), b"".join(map(text, values)))
-        assert of(header(path, [("key", 9, packed), ("next", 0, b"\x05")])) == values
-        assert of(path, "next") == 5
+        assert value_of(header(path, [("key", 9, packed), ("next", 0, b"\x05")])) == values
+        assert value_of(path, "next") == 5
 
 
 def test_many_empty_texts_are_read(tmp_path):
     """Each takes 8 bytes, so they are nearly the whole file."""
-    found = of(header(tmp_path / "m.gguf", [("key", 9, array(8, 500, bytes(4000)))]))
+    found = value_of(header(tmp_path / "m.gguf", [("key", 9, array(8, 500, bytes(4000)))]))
     assert found == [""] * 500
 
 
-def test_keys_may_have_any_letters(tmp_path):
+def test_keys_may_be_any_text(tmp_path):
     assert open_file(header(tmp_path / "m.gguf", [("caf\u00e9.\u65e5", 0, b"\x07")])).metadata == {
         "caf\u00e9.\u65e5": 7
     }
@@ -106,7 +102,7 @@ def test_keys_may_have_any_letters(tmp_path):
     ],
     ids=["byte", "double", "text", "empty text", "numbers", "texts", "last text is empty", "no texts"],
 )
-def test_a_header_may_end_with_the_file_but_not_after_it(tmp_path, kind, value):
+def test_a_header_that_is_cut_anywhere_is_truncated(tmp_path, kind, value):
     path = header(tmp_path / "m.gguf", [("key", kind, value)])
     open_file(path)
     whole = path.read_bytes()
@@ -126,14 +122,14 @@ def test_a_header_may_end_with_the_file_but_not_after_it(tmp_path, kind, value):
         (9, array(12, (1 << 64) - 1, bytes(8))),
     ],
 )
-def test_huge_lengths_are_past_the_end(tmp_path, kind, value):
+def test_huge_lengths_extend_past_the_end_of_the_file(tmp_path, kind, value):
     assert damage(header(tmp_path / "m.gguf", [("key", kind, value)])).startswith(
         "truncated: the header extends"
     )
 
 
 def test_tensors_are_read(tmp_path):
-    """Sizes are stored from the fastest axis on. An offset counts from the start of the data."""
+    """The file lists the fastest axis first. Offsets count from the start of the data."""
     tensors = [("a", (7,), 0, 0), ("b.weight", (5, 6), 8, 64), ("c", (2, 3, 4, 1 << 40), 30, 1 << 50)]
     path = header(tmp_path / "m.gguf", tensors=tensors)
     size = path.stat().st_size
@@ -143,9 +139,8 @@ def test_tensors_are_read(tmp_path):
         "b.weight": ((6, 5), 8, 64),
         "c": ((1 << 40, 4, 3, 2), 30, 1 << 50),
     }
-    assert [(info.shape, info.code, info.offset) for info in found.infos.values()] == list(
-        found.infos.values()
-    )
+    info = found.infos["b.weight"]
+    assert (info.shape, info.code, info.offset) == ((6, 5), 8, 64)
     assert found.path == str(path) and found.metadata == {} and found.base == -(-size // 32) * 32
     assert found.buffer[:] == path.read_bytes()
 
@@ -201,7 +196,7 @@ def test_damage_is_named(tmp_path, pairs, tensors, message):
 
 
 @pytest.mark.parametrize("start", [b"GGUE", b"FUGG", b"GGML", b"PK\3\4"])
-def test_a_file_that_begins_otherwise_is_none(tmp_path, start):
+def test_a_file_with_another_magic_is_not_a_gguf(tmp_path, start):
     path = header(tmp_path / "m.gguf")
     path.write_bytes(start + path.read_bytes()[4:])
     assert damage(path) == "not a GGUF file (and not a model directory)"
@@ -216,7 +211,7 @@ def test_a_file_of_seven_bytes_is_truncated(tmp_path):
 
 
 def part(folder, number, count, /, tensors=(), keys=(), **metadata):
-    """Write a file of a split model. metadata: other values of no, count and tensors_count; None: no key."""
+    """Write part `number` of a split model. metadata: other values of split.* keys; None leaves one out."""
     values = {"no": number, "count": count, **metadata}
     kinds = {int: (5, "i"), float: (6, "f")}
     pairs = list(keys)
@@ -230,7 +225,8 @@ def part(folder, number, count, /, tensors=(), keys=(), **metadata):
     return header(name, pairs, [(name, (32,), 0, 32 * i) for i, name in enumerate(tensors)])
 
 
-def refusal(path):
+def split_refusal(path):
+    """The message for a split model. It may start with the path of any of the files."""
     with pytest.raises(UserError) as caught:
         open_files(path)
     return str(caught.value)
@@ -250,7 +246,7 @@ def test_all_files_of_a_split_model_are_opened_in_order(tmp_path, total):
 @pytest.mark.parametrize(
     "metadata", [dict(no=None, count=None), dict(no=0), dict(no=None), dict(no=0, count=0)]
 )
-def test_a_file_of_one_part_is_a_whole_model(tmp_path, metadata):
+def test_a_single_part_is_a_whole_model(tmp_path, metadata):
     path = part(tmp_path, 0, 1, ["a"], **metadata).rename(tmp_path / "any name.gguf")
     (file,) = open_files(path)
     assert file.path == str(path) and list(file.infos) == ["a"]
@@ -260,53 +256,53 @@ def test_a_file_of_one_part_is_a_whole_model(tmp_path, metadata):
     "no, count",
     [(0, "2"), ("0", 2), (0, 2.0), (0.0, 2), (-1, 2), (2, 2), (3, 2), (0, -2), (0, 1 << 16), (-1, "x")],
 )
-def test_numbers_of_parts_that_do_not_fit_are_refused(tmp_path, no, count):
+def test_a_part_number_that_does_not_fit_the_count_is_refused(tmp_path, no, count):
     path = part(tmp_path, 0, 2, no=no, count=count)
-    assert refusal(path) == f"{path}: split.no {no!r} does not fit split.count {count!r}"
+    assert split_refusal(path) == f"{path}: split.no {no!r} does not fit split.count {count!r}"
 
 
-def test_the_most_files_that_a_model_has(tmp_path):
+def test_a_model_may_have_65535_files(tmp_path):
     path = part(tmp_path, 0, 2, count=(1 << 16) - 1)
-    assert refusal(path).endswith("so its name should end in -00001-of-65535.gguf")
+    assert split_refusal(path).endswith("so its name should end in -00001-of-65535.gguf")
 
 
-def test_a_name_that_does_not_tell_the_other_files_is_refused(tmp_path):
+def test_a_part_must_be_named_by_its_number_and_count(tmp_path):
     path = part(tmp_path, 1, 3)
     for name in ("m.gguf", "m-00002-of-00004.gguf", "m-2-of-3.gguf", "m-00002-of-00003.gguf.bak"):
         moved = path.rename(tmp_path / name)
-        assert refusal(moved) == (
+        assert split_refusal(moved) == (
             f"{moved}: is part 2 of 3 of a split model, so its name should end in -00002-of-00003.gguf"
         )
         path = moved
 
 
-def test_a_part_that_is_not_the_first_names_the_first(tmp_path):
+def test_only_the_first_part_opens_a_model(tmp_path):
     paths = [part(tmp_path, number, 2, [str(number)]) for number in (0, 1)]
-    assert refusal(paths[1]) == f"{paths[1]}: is part 2 of 2; wanted the first, {paths[0]}"
+    assert split_refusal(paths[1]) == f"{paths[1]}: is part 2 of 2; wanted the first, {paths[0]}"
     part(tmp_path, 1, 2, no=0)
-    assert refusal(paths[1]) == f"{paths[1]}: is part 1 of 2; wanted the first, {paths[0]}"
+    assert split_refusal(paths[1]) == f"{paths[1]}: is part 1 of 2; wanted the first, {paths[0]}"
     part(tmp_path, 0, 2, no=1)
-    assert refusal(paths[0]) == f"{paths[0]}: is part 2 of 2; wanted the first, {paths[0]}"
+    assert split_refusal(paths[0]) == f"{paths[0]}: is part 2 of 2; wanted the first, {paths[0]}"
 
 
 @pytest.mark.parametrize(
     "number, metadata",
     [(0, dict(no=None)), (1, dict(no=None)), (1, dict(no=2)), (1, dict(count=2)), (2, dict(count=None))],
 )
-def test_a_file_that_is_another_part_by_its_metadata_is_named(tmp_path, number, metadata):
+def test_a_part_whose_metadata_and_name_differ_is_named(tmp_path, number, metadata):
     paths = [part(tmp_path, i, 3, [str(i)], **(metadata if i == number else {})) for i in range(3)]
-    assert refusal(paths[0]) == f"{paths[number]}: should be part {number + 1} of 3 by its metadata"
+    assert split_refusal(paths[0]) == f"{paths[number]}: should be part {number + 1} of 3 by its metadata"
 
 
 @pytest.mark.parametrize("total", [None, 3, 2, 4])
 @pytest.mark.parametrize("third", ["c", "a"])
-def test_the_tensors_of_all_files_are_those_that_the_first_counts(tmp_path, total, third):
+def test_the_parts_must_hold_as_many_tensors_as_the_first_says(tmp_path, total, third):
     first = part(tmp_path, 0, 2, ["a"], tensors_count=total)
     part(tmp_path, 1, 2, ["b", third])
     if third == "c" and total in (None, 3):
         assert len(open_files(first)) == 2
     else:
         different = 3 if third == "c" else 2
-        assert refusal(first) == (
+        assert split_refusal(first) == (
             f"{first}: its 2 files hold 3 tensors, {different} different, split.tensors.count says {total}"
         )

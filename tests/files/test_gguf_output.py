@@ -1,4 +1,4 @@
-"""A GGUF file that is written: its keys, types, places and numbers, as the gguf library reads them."""
+"""The GGUF files that we write: keys, types, sizes and numbers, as the gguf library reads them."""
 
 import math
 
@@ -29,7 +29,7 @@ def config(family="llama", **fields):
 
 
 def written(path, family="llama", dtype="f32", change=None, general=None, tokenizer=(), **fields):
-    """Write a model whose arrays change(arrays) may change -> the gguf library's reader of the file."""
+    """Write a model; change(arrays) may change its arrays. Returns the gguf library's reader of the file."""
     found = arrays(family, **fields)
     found = (change and change(found)) or found
     made = GgufWriter(config(family, **fields), TOKENS | dict(tokenizer), dtype, "mine", general)
@@ -41,7 +41,7 @@ def written(path, family="llama", dtype="f32", change=None, general=None, tokeni
 
 
 def keys(reader):
-    """The keys of a file but the format's own: name -> (type, value)."""
+    """The metadata without the tokenizer and the header's own fields: name -> (type, value)."""
     return {
         name: (field.types[0].name, field.contents())
         for name, field in reader.fields.items()
@@ -111,7 +111,7 @@ def test_the_file_type_is_that_of_llama_h(tmp_path, dtype, number):
     assert keys(written(tmp_path, dtype=dtype))["general.file_type"] == (U32, number)
 
 
-def test_values_have_the_types_that_llama_cpp_reads(tmp_path):
+def test_values_are_stored_in_the_types_that_llama_cpp_reads(tmp_path):
     more = {
         "zero": 0,
         "one": 1,
@@ -160,8 +160,8 @@ def test_values_have_the_types_that_llama_cpp_reads(tmp_path):
         ),
     ],
 )
-def test_keys_of_longer_positions(tmp_path, scaling, wanted):
-    """attn_factor is there if a config has another than yarn's own, which llama.cpp multiplies by it."""
+def test_keys_of_rope_scaling(tmp_path, scaling, wanted):
+    """llama.cpp multiplies yarn's own attention factor by attn_factor, so most files need none."""
     found = keys(written(tmp_path, rope_scaling=scaling))
     prefix = "llama.rope.scaling."
     assert {key.removeprefix(prefix): x for key, x in found.items() if key.startswith(prefix)} == wanted
@@ -181,8 +181,8 @@ def test_the_divisors_of_llama3_are_a_tensor(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3"])
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
 @pytest.mark.parametrize("chunk", [50, 1 << 17])
-def test_tensors_have_their_names_types_and_numbers(tmp_path, monkeypatch, family, dtype, chunk):
-    """Matrices have the type, but float16 where their rows fill no blocks of 32. Vectors are float32."""
+def test_names_types_and_numbers_of_tensors(tmp_path, monkeypatch, family, dtype, chunk):
+    """Matrices have the file's type, or float16 if rows are not whole blocks of 32. Vectors are float32."""
     monkeypatch.setattr(gguf_writer, "CHUNK", chunk)
     reader = written(tmp_path, family, dtype, intermediate_size=48)
     stored_as = {"mistral": "llama"}.get(family, family)
@@ -201,7 +201,7 @@ def test_tensors_have_their_names_types_and_numbers(tmp_path, monkeypatch, famil
 
 
 def test_biases_are_written(tmp_path):
-    """Those of q and k in the order of their rows."""
+    """Those of q and k are permuted as their weights."""
     fields = dict(attention_bias=True, head_dim=16)
     wanted = stored(arrays(**fields))
     found = {tensor.name: tensor.data for tensor in written(tmp_path, **fields).tensors}
@@ -227,7 +227,7 @@ def test_a_few_rows_are_converted_at_a_time(tmp_path, monkeypatch, chunk, rows):
     assert found["model.norm.weight"] == ([20, 12] if chunk == 20 else [32])
 
 
-def test_an_array_of_another_shape_is_not_written(tmp_path):
+def test_an_array_of_a_wrong_shape_is_not_written(tmp_path):
     for shape in ((32, 64), (64, 31), (64, 32, 1)):
         with pytest.raises(AssertionError):
             written(tmp_path, change=lambda found: found | {UP: np.zeros(shape, np.float32)})  # noqa: B023
@@ -249,7 +249,7 @@ def test_a_weight_beyond_q8_0_is_named_without_a_warning(tmp_path, value):
 
 
 @pytest.mark.parametrize("dtype, name", [("f16", "float16"), ("bf16", "bfloat16")])
-def test_a_weight_beyond_another_type_is_named(tmp_path, dtype, name):
+def test_a_weight_beyond_float16_or_bfloat16_is_named(tmp_path, dtype, name):
     def change(found):
         found[UP][3, 5] = 3.4e38
 
@@ -302,24 +302,17 @@ def test_what_llama_cpp_does_not_compute_is_refused(family, fields, what):
 @pytest.mark.parametrize(
     "family, fields",
     [
-        ("llama", dict(rope_scaling=dict(**LLAMA3, factor=8.0))),
-        ("granite", dict(rope_scaling=dict(**LLAMA3, factor=8.0))),
         ("llama", yarn()),
         ("llama", yarn(beta_fast=32.0, beta_slow=1.0, truncate=True)),
         ("qwen3", yarn()),
-        ("llama", dict(attention_bias=True)),
-        ("granite", dict(attention_bias=True)),
-        ("llama", dict(head_dim=16)),
-        ("qwen3", dict(head_dim=16)),
         ("qwen2", dict(num_attention_heads=8, head_dim=4)),
-        ("phi3", {}),
         ("smollm3", dict(num_hidden_layers=3)),
         ("smollm3", dict(num_hidden_layers=4)),
         ("smollm3", dict(num_hidden_layers=9, no_rope_layers=[1, 1, 1, 0, 1, 1, 1, 0, 1])),
     ],
 )
 def test_what_llama_cpp_computes_is_not_refused(family, fields):
-    assert GgufWriter(config(family, **fields), TOKENS, "f32", "mine").size > 0
+    GgufWriter(config(family, **fields), TOKENS, "f32", "mine")
 
 
 LONGER = dict(rope_scaling=dict(**LLAMA3, factor=8.0, original_max_position_embeddings=32))
@@ -327,31 +320,29 @@ BIAS, HEADS = dict(attention_bias=True), dict(head_dim=16)
 
 
 @pytest.mark.parametrize(
-    "family, computed, not_computed",
+    "family, computed",
     [
-        ("llama", (LONGER, BIAS, HEADS), ()),
-        ("mistral", (LONGER, HEADS), ()),
-        ("qwen2", (), (LONGER, HEADS)),
-        ("qwen3", (HEADS,), (LONGER, BIAS)),
-        ("phi3", (), (HEADS,)),
-        ("granite", (LONGER, BIAS, HEADS), ()),
-        ("smollm3", (HEADS,), (LONGER, BIAS)),
+        ("llama", (LONGER, BIAS, HEADS)),
+        ("mistral", (LONGER, HEADS)),
+        ("qwen2", ()),
+        ("qwen3", (HEADS,)),
+        ("phi3", ()),
+        ("granite", (LONGER, BIAS, HEADS)),
+        ("smollm3", (HEADS,)),
     ],
 )
-def test_our_reader_gives_back_what_llama_cpp_computes(tmp_path, family, computed, not_computed):
-    """The rest is refused: llama.cpp's graphs of the families differ in rope_freqs, biases and head sizes."""
+def test_our_reader_gives_back_what_llama_cpp_computes(tmp_path, family, computed):
+    """llama.cpp's graphs of the families differ in rope_freqs, biases and head sizes."""
     for fields in ({}, *computed):
         written(tmp_path, family, **fields)
         found, wanted = open_model(tmp_path / "m.gguf").config, config(family, **fields)
         assert found.family == {"mistral": "llama"}.get(family, family)
         for name in ("rope", "head_dim", "o_bias", "qkv_bias", "hidden_size", "vocab_size"):
             assert getattr(found, name) == getattr(wanted, name), name
-    for fields in not_computed:
-        assert "llama.cpp does not compute that" in refusal(family, **fields)
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
-def test_a_merged_file_has_the_type_of_its_base(tmp_path, kind):
+def test_a_merged_file_has_the_types_of_its_base(tmp_path, kind):
     tensors = stored(arrays())
     names = ("model", "pre", "tokens", "token_type", "merges", "eos_token_id")
     values = ("gpt2", "gpt-2", ["a", "b", "ab", "c", "d", "e"], [1] * 6, ["a b"], 5)
@@ -366,7 +357,7 @@ def test_a_merged_file_has_the_type_of_its_base(tmp_path, kind):
         assert found[name].data.tobytes() == data.tobytes(), name
 
 
-def test_what_is_no_model_for_a_file_is_refused(monkeypatch):
+def test_wrong_arguments_of_the_writer_are_refused(monkeypatch):
     assert refusal(dtype="int4") == "dtype should be one of f32, f16, bf16, q8_0, got 'int4'"
     for count in (5, 7):
         found = refusal(tokenizer={"tokenizer.ggml.tokens": ["x"] * count})
@@ -395,8 +386,8 @@ def test_what_is_no_model_for_a_file_is_refused(monkeypatch):
         (dict(do_sample=True, top_k=20), dict(top_k=20)),
     ],
 )
-def test_what_a_generation_config_says_of_sampling(generation, wanted):
-    """The keys are those of the gguf library."""
+def test_the_sampling_keys_of_a_generation_config(generation, wanted):
+    """The gguf library names the keys."""
     found = sampling(generation)
     assert set(found) <= {name for name in vars(gguf.Keys.General).values() if isinstance(name, str)}
     assert found == {f"general.sampling.{name}": value for name, value in wanted.items()}

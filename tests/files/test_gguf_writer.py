@@ -28,9 +28,8 @@ from longlora.decoder.lora import LoraConfig
 from longlora.decoder.model import Model
 from longlora.errors import UserError
 from longlora.files import adapter, model_file
-from longlora.files.gguf import ARCHITECTURES, STORED_AS
+from longlora.files.gguf import STORED_AS
 from longlora.files.merge import merge
-from longlora.files.model_file import narrowed
 from longlora.files.open_model import open_model
 
 IDS = np.arange(LONGER // 2) * 7 % 500
@@ -385,32 +384,6 @@ def test_models_that_llama_cpp_does_not_compute(tmp_path, name, fields, words):
     refused(tmp_path, base(tmp_path / "base", name, **fields), words, "llama.cpp does not compute that")
 
 
-@pytest.mark.parametrize(
-    "name, kind, more, words",
-    [
-        ("qwen2", "llama3", {}, "a qwen2 model with rope type llama3"),
-        ("smollm3", "llama3", {}, "a smollm3 model with rope type llama3"),
-        ("llama", "yarn", dict(beta_fast=16.0), "yarn's beta_fast 16 (only 32)"),
-        ("llama", "yarn", dict(beta_slow=2.0), "yarn's beta_slow 2 (only 1)"),
-        ("llama", "yarn", dict(truncate=False), "yarn's truncate false"),
-    ],
-)
-def test_ropes_that_llama_cpp_does_not_compute(tmp_path, name, kind, more, words):
-    path = base(tmp_path / "base", name, extend=kind)
-    raw = json.loads((path / "config.json").read_text())
-    for key in ("rope_scaling", "rope_parameters"):
-        raw[key] |= more
-    (path / "config.json").write_text(json.dumps(raw))
-    refused(tmp_path, path, words)
-
-
-def test_a_family_that_llama_cpp_does_not_have(tmp_path, monkeypatch):
-    path = base(tmp_path / "base", "qwen3")
-    known = {name: row for name, row in ARCHITECTURES.items() if name != "qwen3"}
-    monkeypatch.setattr("longlora.files.gguf_writer.ARCHITECTURES", known)
-    refused(tmp_path, path, "a qwen3 model cannot be a GGUF file")
-
-
 def test_bad_input_is_found_before_anything_is_written(tmp_path, monkeypatch):
     path = base(tmp_path / "base")
     refused(tmp_path, path, "dtype should be one of auto, f32, f16, bf16, q8_0, got 'int4'", dtype="int4")
@@ -498,13 +471,6 @@ def test_weights_that_a_dtype_cannot_hold(tmp_path, value, dtype, words):
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_no_dtype_holds_a_sum_that_overflows(dtype):
-    for value in ("inf", "nan"):
-        with pytest.raises(UserError, match=f"^down_proj has a weight of {value}$"):
-            narrowed(np.array([1, float(value)], np.float32), dtype, "down_proj")
-
-
 @pytest.mark.parametrize("kind", faults.KINDS)
 @pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
 def test_a_fault_leaves_nothing_or_the_whole_file(tmp_path, kind, there):
@@ -551,17 +517,6 @@ def test_one_tensor_is_in_memory_at_a_time(smollm2, tmp_path):  # noqa: F811
 def test_a_name_that_is_no_text(tmp_path):
     file = written(base(tmp_path / "base"), os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     assert open_model(file).metadata["general.name"] == "caf\\udce9"
-
-
-def test_a_directory_in_another_dtype(tmp_path):
-    path = base(tmp_path / "base", "qwen2-tied")
-    merge(path, None, tmp_path / "half", dtype="bf16")
-    half, whole = open_model(tmp_path / "half"), open_model(path)
-    for name in whole.names():
-        assert half.dtype(name) == "bfloat16"
-        wanted = whole.read(name).astype(ml_dtypes.bfloat16).astype(np.float32)
-        np.testing.assert_array_equal(half.read(name), wanted)
-    assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
 def test_the_directory_of_a_gguf_names_the_file(tmp_path):

@@ -1,4 +1,4 @@
-"""Which files of a model directory are read, and what is said of those that are wrong."""
+"""Which files of a model directory are read, and how wrong ones are named."""
 
 import json
 import os
@@ -21,14 +21,14 @@ DTYPES = {"float32": "f4", "float16": "f2", "float64": "f8", "bfloat16": ml_dtyp
 
 
 def tensors(dtype="float32", **fields):
-    """The tensors of a tiny model, whose numbers each dtype holds."""
+    """The tensors of a tiny model: small integers, which every dtype holds."""
     shapes = read_config({**tiny.CONFIG, **fields}).tensor_shapes()
     rng = np.random.default_rng(0)
     return {name: rng.integers(-9, 9, shape).astype(DTYPES[dtype]) for name, shape in shapes.items()}
 
 
 def single(path, change=None, dtype="float32", name=SINGLE, **fields):
-    """Make a directory with one file of weights, which change(tensors) may change -> its path."""
+    """Make a directory with one file of weights; change(tensors) may change them. Returns `path`."""
     fields = {**SMALL, **fields}
     tiny.config(path, **fields)
     found = tensors(dtype, **{key: value for key, value in fields.items() if key in tiny.CONFIG})
@@ -37,7 +37,7 @@ def single(path, change=None, dtype="float32", name=SINGLE, **fields):
 
 
 def sharded(path, change=None, index=INDEX, **fields):
-    """As `single`, but in two shards; change(weight_map) may change their index -> its path."""
+    """As `single`, but with two shards; change(weight_map) may change their index."""
     single(path, name="whole.safetensors", **fields)
     found = load_file(path / "whole.safetensors")
     (path / "whole.safetensors").unlink()
@@ -52,6 +52,7 @@ def sharded(path, change=None, index=INDEX, **fields):
 
 
 def refusal(path):
+    """The message of open_model without the path of the directory."""
     with pytest.raises(UserError) as caught:
         open_model(path)
     return str(caught.value).replace(f"{path}{os.sep}", "").removeprefix(f"{path}: ")
@@ -86,14 +87,14 @@ def test_weights_of_integers_are_refused(tmp_path, dtype):
     ],
 )
 def test_buffers_of_old_files_are_left_out(tmp_path, name):
-    """transformers 4 and its forerunners saved them. A name that only begins so is not one."""
+    """transformers 4 and earlier saved them. A name that only begins with theirs is unknown."""
     path = single(tmp_path / "one", lambda found: {**found, name: np.ones(4, np.float32)})
     assert name not in open_model(path).names()
     path = single(tmp_path / "two", lambda found: {**found, f"{name}.more": np.ones(4, np.float32)})
     assert refusal(path) == f"1 tensors do not belong to a llama model: {name}.more"
 
 
-# ---- the files that count ------------------------------------------------------------------------
+# ---- which files are read ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -106,19 +107,20 @@ def test_buffers_of_old_files_are_left_out(tmp_path, name):
         ".",
         "..",
         "sub/x.safetensors",
+        "../x.safetensors",
         "/x.safetensors",
         "x.bin",
         "x.index.json",
     ],
 )
-def test_the_weights_that_a_config_names_are_a_file_beside_it(tmp_path, name):
+def test_transformers_weights_must_name_a_file_beside_the_config(tmp_path, name):
     path = single(tmp_path, transformers_weights=name)
     assert refusal(path) == (
         f"transformers_weights should name a .safetensors file or its index beside config.json, got {name!r}"
     )
 
 
-def test_the_weights_that_a_config_names_win(tmp_path):
+def test_the_weights_that_a_config_names_come_before_others(tmp_path):
     path = single(tmp_path, transformers_weights="x.safetensors")
     assert refusal(path) == "x.safetensors: No such file or directory"
     single(tmp_path, lambda found: {**found, NORM: found[NORM] + 100}, name="x.safetensors")
@@ -131,19 +133,13 @@ def test_the_weights_that_a_config_names_win(tmp_path):
     assert refusal(path) == "one.safetensors: No such file or directory"
 
 
-def test_the_single_file_wins_over_the_index(tmp_path):
-    path = sharded(tmp_path)
-    assert open_model(path).read(NORM).max() < 50
-    single(path, lambda found: {**found, NORM: found[NORM] + 100})
-    assert open_model(path).read(NORM).min() > 50
-
-
-def test_a_directory_without_weights_names_what_it_lacks(tmp_path):
+def test_a_directory_without_safetensors_is_refused(tmp_path):
     (single(tmp_path) / SINGLE).rename(tmp_path / "pytorch_model.bin")
     assert refusal(tmp_path) == f"has neither {SINGLE} nor {INDEX}; only safetensors weights are read"
 
 
 def test_one_rank_of_a_distributed_run_is_refused(tmp_path, monkeypatch):
+    """With such files in the directory, transformers reads only these, and needs as many ranks."""
     path = single(tmp_path / "model")
     (tmp_path / "shard-00000-model-00001-of-00002.safetensors").write_text("")
     monkeypatch.chdir(tmp_path)
@@ -154,7 +150,7 @@ def test_one_rank_of_a_distributed_run_is_refused(tmp_path, monkeypatch):
         assert refusal(path) == f"{name} is one rank's part of a model; wanted a whole model"
 
 
-def test_an_adapter_is_no_model(tmp_path):
+def test_an_adapter_is_refused_as_a_model(tmp_path):
     (single(tmp_path) / "adapter_config.json").write_text("{}")
     assert refusal(tmp_path) == "is an adapter; wanted the model it was trained on, or a merged model"
 
@@ -196,7 +192,7 @@ def test_a_tensor_that_no_shard_has_is_named(tmp_path):
     assert refusal(tmp_path) == f"{INDEX}: model.more should be in one.safetensors, which does not have it"
 
 
-def test_all_shards_are_read_and_only_the_tensors_that_count(tmp_path):
+def test_all_tensors_of_the_listed_shards_are_read(tmp_path):
     path = sharded(tmp_path, lambda places: {n: f for n, f in places.items() if n != NORM})
     file = path / "two.safetensors"
     save_file({**load_file(file), "unlisted": np.ones(4)}, file)
@@ -212,7 +208,7 @@ def test_all_shards_are_read_and_only_the_tensors_that_count(tmp_path):
 @pytest.mark.parametrize("place", [None, (0, 0), (0, 7), (1, 0), (4, 3), (8, 7)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_head_is_tied_if_each_number_is_that_of_the_embedding(tmp_path, monkeypatch, place, dtype):
-    """It may be stored in another dtype. Its 72 numbers are compared piece by piece."""
+    """They may be stored in different dtypes. Their 72 numbers are compared in pieces."""
 
     def change(found):
         head = found[EMBEDDING].astype(np.float32)
@@ -236,7 +232,7 @@ def test_a_head_or_an_embedding_of_another_shape_is_named(tmp_path, shape, names
     assert refusal(path) == f"{names[-1]} should have shape [9, 8] by the config, got {list(shape)}"
 
 
-def test_a_head_alone_is_also_the_embedding(tmp_path):
+def test_a_head_without_an_embedding_is_both(tmp_path):
     wanted = {}
 
     def change(found):
@@ -258,10 +254,10 @@ def test_pages_that_were_compared_are_released(tmp_path, monkeypatch):
     assert calls == [file.entries[name][2:] for name in (HEAD, EMBEDDING)]
 
 
-# ---- beside the weights --------------------------------------------------------------------------
+# ---- other files ---------------------------------------------------------------------------------
 
 
-def test_the_generation_config_goes_with_a_copy(tmp_path):
+def test_the_generation_config_is_copied_with_a_model(tmp_path):
     path = single(tmp_path)
     assert open_model(path).beside() == {}
     content = b'{\n  "temperature": 0.6\n}'
@@ -279,10 +275,10 @@ def test_a_directory_may_lack_a_tokenizer(tmp_path):
     assert ours.has_tokenizer() is False
 
 
-# ---- what is opened ------------------------------------------------------------------------------
+# ---- what is not a model -------------------------------------------------------------------------
 
 
-def test_what_is_no_model_names_the_path(tmp_path):
+def test_a_path_without_a_model_is_named(tmp_path):
     assert refusal(tmp_path).startswith("config.json: No such file")
     path = tmp_path / "nowhere"
     assert refusal(path) == (
@@ -292,7 +288,7 @@ def test_what_is_no_model_names_the_path(tmp_path):
     assert refusal(path) == "not a GGUF file (and not a model directory)"
 
 
-def test_a_directory_with_ggufs_names_the_first(tmp_path):
+def test_a_directory_of_ggufs_names_the_first(tmp_path):
     for name in ("b.gguf", "a.gguf", "a.bin"):
         (tmp_path / name).write_text("")
     wanted = f"has no config.json; give the file {os.path.join(tmp_path, 'a.gguf')}"

@@ -55,7 +55,7 @@ class Peer:
         line = self.process.stdout.readline()
         if not line:
             code, said = self.process.wait(), (self.folder / "stderr").read_text()[-2000:]
-            if code == -signal.SIGILL:  # as its int8 products do on some machines with AMX
+            if code == -signal.SIGILL:  # its int8 products do that on some machines with AMX
                 pytest.skip("this build of llama.cpp uses an instruction that the machine does not allow")
             raise AssertionError(f"llama.cpp ended with {code}: {said}")
         found = json.loads(line)

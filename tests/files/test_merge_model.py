@@ -1,12 +1,15 @@
-"""What a merged model holds, by hand: its numbers, dtypes, shards, config, chat template and name."""
+"""What a merged model holds: numbers, dtypes, shards, config, chat template and name."""
 
 import json
 import os
 
+import gguf
 import ml_dtypes
 import numpy as np
 import pytest
 import tiny
+from adapter_small import NORM, written
+from adapter_small import QUERY as LORA
 from gguf_cases import TEMPLATE
 from gguf_cases import base as gguf_base
 from safetensors.numpy import load_file, save_file
@@ -17,24 +20,16 @@ from longlora.errors import UserError
 from longlora.files import merge
 from longlora.files.open_model import open_model
 
-QUERY, NORM, HEAD = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight", "lm_head.weight"
+QUERY = "model.layers.0.self_attn.q_proj.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
 A, B = (np.arange(64, dtype=np.float32).reshape(shape) % 5 for shape in ((2, 32), (32, 2)))
 
 
-def adapter(path, template=None, **fields):
-    """Write an adapter of PEFT by hand, for one linear of each layer and the last norm -> its path."""
-    path.mkdir()
-    given = dict(
-        peft_type="LORA", r=2, lora_alpha=3, target_modules=["q_proj"], modules_to_save=["model.norm"]
-    )
-    (path / "adapter_config.json").write_text(json.dumps(given | fields))
-    tensors = {f"model.layers.{i}.self_attn.q_proj.lora_A.weight": A * (i == 0) for i in (0, 1)}
-    tensors |= {f"model.layers.{i}.self_attn.q_proj.lora_B.weight": B for i in (0, 1)}
-    tensors[NORM] = np.full(32, 2.5, np.float32)
-    save_file(
-        {f"base_model.model.{name}": x for name, x in tensors.items()}, path / "adapter_model.safetensors"
-    )
+def adapter(path, template=None):
+    """Write an adapter of scale 3 / 2 that changes q_proj of layer 0 and the last norm. Returns `path`."""
+    tensors = {LORA.format(i, "A"): A * (i == 0) for i in (0, 1)}
+    tensors |= {LORA.format(i, "B"): B for i in (0, 1)}
+    written(path, tensors | {NORM: TRAINED[NORM]}, lora_alpha=3)
     if template is not None:
         (path / "chat_template.jinja").write_bytes(template)
     return path
@@ -45,7 +40,7 @@ def config(path):
 
 
 class Stub:
-    """An opened model whose tensors are ones."""
+    """A stand-in for an opened model. Its tensors are ones."""
 
     path = "base"
 
@@ -70,7 +65,7 @@ WANTED = {QUERY: 1 + 1.5 * (B @ A), NORM: TRAINED[NORM], UP: np.ones((32, 32))}
 
 
 @pytest.mark.parametrize("name", WANTED)
-def test_a_tensor_is_merged_replaced_or_that_of_the_base(name):
+def test_a_tensor_is_merged_or_replaced_or_stays(name):
     merged = merge.Merged(Stub(), Lora, TRAINED)
     assert merged.names() == [QUERY, NORM, UP] and merged.path == "base"
     found = merged.read(name)
@@ -83,7 +78,7 @@ def test_a_tensor_is_merged_replaced_or_that_of_the_base(name):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_only_a_gpu_gets_a_copy_of_weights(monkeypatch, device):
-    """Its multiplication runs here on the CPU."""
+    """Here the copy is on the CPU, where it is multiplied too."""
     sent = []
 
     def send(array, where):
@@ -100,7 +95,7 @@ def test_only_a_gpu_gets_a_copy_of_weights(monkeypatch, device):
 
 
 def test_merging_an_adapter_of_peft(tmp_path):
-    """scale = alpha / r = 1.5, and the positions stay those of the base."""
+    """scale = alpha / r = 1.5; the rope is the base's."""
     path = tiny.model(tmp_path / "base", transformers_weights="model.safetensors", dtype="float16")
     base = open_model(path)
     merge.merge(path, adapter(tmp_path / "a"), tmp_path / "out")
@@ -109,7 +104,7 @@ def test_merging_an_adapter_of_peft(tmp_path):
     wanted = {QUERY: base.read(QUERY) + np.float32(1.5) * (B @ A), NORM: np.full(32, 2.5)}
     for name, array in found.items():
         np.testing.assert_array_equal(array, wanted.get(name, base.read(name)))
-    # Keys of transformers that tell of the base's own file.
+    # These two keys describe the file of the base.
     kept = {key: value for key, value in config(path).items() if key not in ("dtype", "transformers_weights")}
     assert config(tmp_path / "out") == kept | {"torch_dtype": "float32"}
 
@@ -127,7 +122,7 @@ def test_a_merged_model_has_the_positions_of_its_adapter(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["auto", "f32", "f16", "bf16"])
 def test_the_dtype_of_a_directory(tmp_path, dtype):
-    """auto is that of the base, tensor by tensor."""
+    """auto: each tensor keeps the dtype that it has in the base."""
     path = tiny.model(tmp_path / "base", tie_word_embeddings=False)
     stored = load_file(path / "model.safetensors")
     stored[UP] = stored[UP].astype(np.float16)
@@ -156,7 +151,7 @@ def test_the_dtype_of_a_directory(tmp_path, dtype):
         (dict(device="tpu"), "device should be auto, cpu, cuda, .*, got 'tpu'"),
     ],
 )
-def test_a_wrong_option_is_named_with_those_that_there_are(tmp_path, how, message):
+def test_a_wrong_option_is_named_with_the_supported_ones(tmp_path, how, message):
     with pytest.raises(UserError, match=f"^{message}"):
         merge.merge(tiny.model(tmp_path / "base"), None, tmp_path / "out", **how)
     assert os.listdir(tmp_path) == ["base"]
@@ -189,19 +184,18 @@ def test_a_directory_has_the_template_that_the_adapter_was_trained_with(tmp_path
 
 
 def gguf_of(path, *given, dtype="auto"):
-    """Merge to a GGUF file in the directory `path` -> its path, its keys and their values."""
-    import gguf
-
+    """Merge into a GGUF file in the directory `path`. Returns its path and its metadata."""
     found = merge.merge(*given, path, format="gguf", dtype=dtype)
     kind = "f32" if dtype == "auto" else dtype
     assert found == str(path / f"model-{kind}.gguf")
+    assert sorted(os.listdir(path)) == ["README.md", f"model-{kind}.gguf"]
     return found, {name: field.contents() for name, field in gguf.GGUFReader(found).fields.items()}
 
 
 @pytest.mark.parametrize("template", [None, "caf\xe9\r\n{{ x }}"])
 @pytest.mark.parametrize("kind", ["directory", "file"])
 def test_a_gguf_has_the_template_that_the_adapter_was_trained_with(tmp_path, kind, template):
-    """kind: of the base. The keys are those of llama.cpp's converter, line ends are those of transformers."""
+    """kind: whether the base is a directory or a file. Line ends become \\n, as in transformers."""
     base, trained = gguf_base(tmp_path / "base"), adapter(tmp_path / "a", template and template.encode())
     if kind == "file":
         base, keys = gguf_of(tmp_path / "one", base, None)
@@ -221,18 +215,6 @@ def test_a_gguf_has_the_sampling_of_the_base(tmp_path):
     assert sampling == {"general.sampling.temp": 0.5, "general.sampling.top_k": 7}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_a_gguf_has_the_dtype_of_the_embedding_unless_told(tmp_path, dtype):
-    import torch
-
-    path = gguf_base(tmp_path / "base", dtype=getattr(torch, dtype))
-    short = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[dtype]
-    for told, kind in (("auto", short), ("q8_0", "q8_0")):
-        found = merge.merge(path, None, tmp_path / told, format="gguf", dtype=told)
-        assert found == str(tmp_path / told / f"model-{kind}.gguf")
-        assert sorted(os.listdir(tmp_path / told)) == ["README.md", f"model-{kind}.gguf"]
-
-
 def test_a_model_has_the_name_of_the_directory_that_a_link_leads_to(tmp_path, monkeypatch):
     base = tiny.model(tmp_path / "base")
     (tmp_path / "real\x1b").mkdir()
@@ -249,7 +231,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def save(path, raw=RAW, **how):
-    """Save a model whose weights are 1.5 -> file name -> its tensors."""
+    """Save a model whose weights are 1.5. Returns its files of weights: name -> tensors."""
     shapes = read_config(raw).tensor_shapes()
     merge.save_merged(path, lambda name: np.full(shapes[name], 1.5, np.float32), raw, **how)
     return {file.name: load_file(file) for file in sorted(path.glob("*.safetensors"))}
@@ -277,7 +259,7 @@ REST = {name: size for shard in SHARDS[1:] for name, size in shard.items()}
     "most, dtype, shards", [(8320, "float32", SHARDS), (15552, "bfloat16", [SHARDS[0], REST])]
 )
 def test_a_shard_is_filled_up_to_its_size(tmp_path, monkeypatch, most, dtype, shards):
-    """A tensor that is larger has one for itself. Index and names are those of transformers."""
+    """A larger tensor has a shard of its own. The index and the names are as in transformers."""
     monkeypatch.setattr(merge, "SHARD", most)
     found = save(tmp_path, dtype=dtype)
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -291,7 +273,7 @@ def test_a_shard_is_filled_up_to_its_size(tmp_path, monkeypatch, most, dtype, sh
 
 
 def test_a_model_that_fits_is_one_file_of_float32(tmp_path, monkeypatch):
-    """The index of an earlier model goes: readers would follow it."""
+    """The index of an earlier model is removed: readers would follow it."""
     monkeypatch.setattr(merge, "SHARD", 64384)
     (tmp_path / INDEX).write_text("{}")
     found = save(tmp_path)
@@ -302,7 +284,7 @@ def test_a_model_that_fits_is_one_file_of_float32(tmp_path, monkeypatch):
     assert all(array.dtype == np.float32 and (array == 1.5).all() for array in arrays.values())
 
 
-def test_what_is_written_beside_the_weights(tmp_path):
+def test_files_beside_the_weights(tmp_path):
     tokenizer = open_model(tiny.model(tmp_path / "base")).tokenizer()
     tokenizer.put("tokenizer_config.json", b'{"model_max_length": 8}')
     raw = RAW | dict(dtype="float16", transformers_weights="x.safetensors", torch_dtype="float64")
@@ -316,7 +298,7 @@ def test_what_is_written_beside_the_weights(tmp_path):
     assert os.listdir(tmp_path / "bare") == ["config.json"]
 
 
-def test_errors_of_saving_name_the_place_and_the_weight(tmp_path):
+def test_errors_of_saving_name_the_path_or_the_weight(tmp_path):
     (tmp_path / "m").write_text("mine")
     with pytest.raises(UserError, match=f"^{tmp_path}/m: cannot be made: File exists$"):
         save(tmp_path / "m")

@@ -2,24 +2,20 @@
 
 import os
 
-import numpy as np
 import pytest
 import tiny
+from adapter_small import written
 
 from longlora import disk
-from longlora.decoder.lora import LoraConfig
 from longlora.errors import UserError
-from longlora.files import adapter as adapters
 from longlora.files.merge import merge
 from longlora.files.open_model import open_model
 
 
 @pytest.fixture
 def adapter(tmp_path):
-    base, lora = open_model(tiny.model(tmp_path / "base")), LoraConfig(r=1, modules_to_save=())
-    tensors = {name: np.ones(shape, np.float32) for name, shape in lora.tensor_shapes(base.config).items()}
-    adapters.save(tmp_path / "out", tensors, lora, base, base.config.raw)
-    return tmp_path / "out"
+    tiny.model(tmp_path / "base")
+    return written(tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["empty", "link", "here"])
@@ -95,7 +91,7 @@ def test_a_move_that_fails_leaves_the_directory_empty(tmp_path, adapter, monkeyp
     assert os.listdir(tmp_path / "there") == []
 
 
-# The float32 weights of tests/tiny.py: the embedding, 2 layers of attention, MLP and norms, the last norm.
+# Bytes of the float32 weights of tiny.model: embedding, 2 layers of attention, MLP and norms, last norm.
 BYTES = 4 * (260 * 32 + 2 * ((32 + 16 + 16 + 32) * 32 + 3 * 48 * 32 + 2 * 32) + 32)
 
 
@@ -114,10 +110,11 @@ def test_a_disk_without_room_is_found_before_anything_is_written(tmp_path, monke
     assert asked == [str(tmp_path)] and os.listdir(tmp_path) == ["base"]
     for enough in (size, None):
         monkeypatch.setattr(disk, "free", lambda folder, enough=enough: enough)
-        assert open_model(merge(base, None, tmp_path / str(enough), dtype=dtype)).names()
+        found = open_model(merge(base, None, tmp_path / str(enough), dtype=dtype))
+        assert found.names() == open_model(base).names()
 
 
-def test_parents_are_made_and_the_name_is_flushed_in_the_end(tmp_path, monkeypatch):
+def test_parents_are_made_and_the_new_name_is_flushed_last(tmp_path, monkeypatch):
     base, out, seen = tiny.model(tmp_path / "base"), tmp_path / "a" / "b" / "out", []
     real = disk.flush_names
     monkeypatch.setattr(disk, "flush_names", lambda path: seen.append((path, out.exists())) or real(path))
@@ -126,7 +123,7 @@ def test_parents_are_made_and_the_name_is_flushed_in_the_end(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("kind", ["file", "full", "lost+found and more"])
-def test_what_is_there_is_not_written_over(tmp_path, kind):
+def test_existing_files_are_not_overwritten(tmp_path, kind):
     base, out = tiny.model(tmp_path / "base"), tmp_path / "out"
     if kind == "file":
         out.write_text("mine")
@@ -139,7 +136,7 @@ def test_what_is_there_is_not_written_over(tmp_path, kind):
     assert tiny.listing(tmp_path) == before and len(os.listdir(tmp_path)) == 2
 
 
-def test_config_json_moves_last_into_a_directory_that_is_there(tmp_path, monkeypatch):
+def test_config_json_is_moved_last_into_an_existing_directory(tmp_path, monkeypatch):
     """Readers look for it first."""
     base, out, moved = tiny.model(tmp_path / "base"), tmp_path / "out", []
     out.mkdir()
@@ -152,8 +149,8 @@ def test_config_json_moves_last_into_a_directory_that_is_there(tmp_path, monkeyp
 
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError("odd"), KeyError("fault")])
-def test_a_merge_that_fails_leaves_no_part(tmp_path, monkeypatch, there, error):
-    """An OSError may have no number, and then no text of the system."""
+def test_a_failed_merge_leaves_no_files(tmp_path, monkeypatch, there, error):
+    """An OSError without a number has no strerror."""
     base, out = tiny.model(tmp_path / "base"), tmp_path / "out"
     if there:
         out.mkdir()

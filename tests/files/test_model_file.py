@@ -1,6 +1,7 @@
-"""What all formats of a model have in common: pieces, rounding, the check of the tensors, the fingerprint."""
+"""What all model formats share: reading in pieces, rounding, the check of the tensors, the fingerprint."""
 
 import math
+import mmap
 import types
 
 import ml_dtypes
@@ -14,7 +15,7 @@ from longlora.errors import UserError
 from longlora.files import model_file
 from longlora.files.model_file import ModelFile, finite, from_float32, narrowed, some, to_float32
 
-# Each number that a bfloat16 can be, and as float32.
+# Every bfloat16, as its bits and as float32.
 BITS = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
 ALL = (BITS.astype(np.uint32) * (1 << 16)).view(np.float32)
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -22,16 +23,17 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class Pages(bytearray):
-    """A mapped file in memory. `.released`: the bytes whose pages were released."""
+    """A stand-in for a mapped file. `.released`: the ranges of bytes that were given back to the system."""
 
     released = ()
 
     def madvise(self, option, start, length):
+        assert option == mmap.MADV_DONTNEED
         self.released = [*self.released, (start, start + length)]
 
 
 class Arrays(ModelFile):
-    """A format of arrays (bfloat16: uint16 bits). `.parts`: the rows that were read."""
+    """A model whose tensors are arrays. `.parts`: (first row, number of rows) of each piece that was read."""
 
     def __init__(self, config=None, **arrays):
         self.path, self.config, self.arrays, self.parts = "arrays", config, arrays, []
@@ -59,7 +61,7 @@ def numbers(shape, dtype=np.float32):
     return (np.arange(math.prod(shape)).reshape(shape) + 1).astype(dtype)
 
 
-def test_a_format_that_lacks_a_part_says_so():
+def test_what_a_format_does_not_implement_is_an_error():
     bare = ModelFile()
     for call in (
         lambda: bare.dtype("x"),
@@ -92,7 +94,7 @@ def test_a_format_that_lacks_a_part_says_so():
         ((3, 0), [3]),
     ],
 )
-def test_as_many_rows_are_read_at_a_time_as_a_piece_holds(shape, rows, monkeypatch):
+def test_as_many_rows_are_read_at_a_time_as_fit_into_a_chunk(shape, rows, monkeypatch):
     monkeypatch.setattr(model_file, "CHUNK", 10)
     file = Arrays(a=numbers(shape))
     np.testing.assert_array_equal(file.read("a"), numbers(shape))
@@ -100,7 +102,7 @@ def test_as_many_rows_are_read_at_a_time_as_a_piece_holds(shape, rows, monkeypat
     assert [start for start, _ in file.parts] == [sum(rows[:i]) for i in range(len(rows))]
 
 
-def test_a_small_tensor_is_read_at_once():
+def test_a_small_tensor_is_read_in_one_piece():
     file = Arrays(a=numbers((50, 20)))
     np.testing.assert_array_equal(file.read("a"), numbers((50, 20)))
     assert file.parts == [(0, 50)]
@@ -109,7 +111,7 @@ def test_a_small_tensor_is_read_at_once():
 @pytest.mark.parametrize("shape", [(7, 5), (23,), (3, 30)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stored", [*DTYPES, "float64"])
-def test_values_go_into_arrays_and_tensors_of_each_dtype(shape, dtype, stored, monkeypatch):
+def test_out_may_be_an_array_or_a_tensor_of_any_dtype(shape, dtype, stored, monkeypatch):
     """A Tensor on the CPU is written in place."""
     monkeypatch.setattr(model_file, "CHUNK", 10)
     monkeypatch.setattr(model_file, "staged", None)
@@ -125,7 +127,7 @@ def test_values_go_into_arrays_and_tensors_of_each_dtype(shape, dtype, stored, m
 
 
 class Away:
-    """A Tensor of a GPU, which only copies reach."""
+    """A stand-in for a Tensor on a GPU: only copy_ writes to it."""
 
     device = "cuda:0"
 
@@ -142,8 +144,8 @@ class Away:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_tensor_of_a_gpu_is_filled_by_copies_of_pieces(dtype, monkeypatch):
-    """The pieces are in memory of the host from which a GPU copies."""
+def test_a_tensor_on_a_gpu_is_filled_piece_by_piece(dtype, monkeypatch):
+    """Each piece is first in memory of the host."""
     pieces = []
 
     def staged(part):
@@ -165,7 +167,7 @@ def test_pages_are_released_once_a_tensor_is_read():
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 1), (1, 4), (), (4, 4)])
-def test_an_out_of_another_shape_is_refused(shape):
+def test_an_out_of_a_wrong_shape_is_refused(shape):
     file = Arrays(a=numbers((4,)))
     with pytest.raises(ValueError, match=rf"^a: out should have shape \(4,\), got \({str(shape)[1:-1]}\)$"):
         file.read("a", np.empty(shape, np.float32))
@@ -212,7 +214,7 @@ def test_each_bfloat16_becomes_the_float32_of_ml_dtypes():
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_float32_is_rounded_to_bfloat16_as_ml_dtypes_does():
-    """The numbers are near, at and between those that a bfloat16 can be."""
+    """For each bfloat16: the number itself, its neighbours, the middle to the next one and its neighbours."""
     for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
         values = (ALL.view(np.uint32) + np.uint32(low)).view(np.float32)
         found, nan = from_float32(values, "bfloat16"), np.isnan(values)
@@ -237,7 +239,7 @@ def test_float32_is_rounded_to_other_dtypes_by_numpy():
     [("float16", 65519, 65520), ("bfloat16", 3.3961e38, 3.3962e38), ("float32", 3.4e38, None)],
 )
 def test_a_weight_beyond_the_range_of_a_dtype_is_named(dtype, largest, beyond):
-    """A float16 reaches 65504, a bfloat16 3.3895e38; what is nearer to the next power of 2 is beyond."""
+    """The largest float16 is 65504, the largest bfloat16 3.3895e38. Numbers that round to these are held."""
     values = np.array([1, -largest, 0.1], np.float32)
     found = narrowed(values, dtype, "x")
     np.testing.assert_array_equal(found, from_float32(values, dtype))
@@ -255,7 +257,7 @@ def test_a_weight_beyond_the_range_of_a_dtype_is_named(dtype, largest, beyond):
 
 
 def arrays(tied, **changes):
-    """The tensors of a tiny model -> its config and its arrays, None of `changes` removed."""
+    """The config and the arrays of a tiny model. `changes` replace arrays; None removes one."""
     config = read_config({**tiny.CONFIG, "num_hidden_layers": 1, "tie_word_embeddings": tied})
     found = {name: np.zeros(shape, np.float16) for name, shape in config.tensor_shapes().items()} | changes
     return config, {name: array for name, array in found.items() if array is not None}
@@ -296,14 +298,14 @@ def test_the_names_are_those_of_the_config(tied):
         (False, {"a": np.zeros(1), "b": np.zeros(1)}, "2 tensors do not belong to a llama model: a, b"),
     ],
 )
-def test_tensors_that_are_not_those_of_the_config_are_named(tied, changes, message):
+def test_tensors_that_do_not_fit_the_config_are_named(tied, changes, message):
     config, found = arrays(tied, **changes)
     with pytest.raises(UserError) as caught:
         Arrays(config, **found)
     assert str(caught.value) == f"arrays: {message}"
 
 
-def test_a_message_names_three_of_many():
+def test_a_message_lists_three_names():
     assert [some(list("abcd")[:count]) for count in range(5)] == ["", "a", "a, b", "a, b, c", "a, b, c, ..."]
 
 
@@ -311,7 +313,7 @@ def test_a_message_names_three_of_many():
 
 
 def fingerprint(change=None, config=(), **tensors):
-    """The fingerprint of arrays; change: a byte of the file that is another one."""
+    """The fingerprint of a model of these arrays. change: the place of a byte of the file to change."""
     fields = dict(
         family="llama", rms_norm_eps=1e-5, tie_word_embeddings=True, num_attention_heads=4, rope="r"
     )
@@ -338,12 +340,12 @@ def fingerprint(change=None, config=(), **tensors):
         dict(change=6 + 31, a=numbers((2, 8), np.float16)),
     ],
 )
-def test_models_that_differ_have_other_fingerprints(other):
+def test_different_models_have_different_fingerprints(other):
     assert fingerprint(**other) != fingerprint(a=numbers((2, 8), np.float16))
 
 
-def test_a_fingerprint_is_of_the_first_and_last_4096_bytes_of_a_tensor():
-    """A base of gigabytes is not read for it, nor what lies beside a tensor."""
+def test_a_fingerprint_reads_the_first_and_last_4096_bytes_of_a_tensor():
+    """Not all of a model of gigabytes, and no bytes beside a tensor."""
     tensors = dict(a=np.zeros(2500, np.float32), b=np.ones(3, np.float32))
     begin, end = 6, 6 + 10000
     seen = [begin, begin + 4095, end - 4096, end - 1, end, end + 11]
@@ -354,15 +356,13 @@ def test_a_fingerprint_is_of_the_first_and_last_4096_bytes_of_a_tensor():
     assert len(wanted) == 64 and set(wanted) <= set("0123456789abcdef")
 
 
-def test_a_fingerprint_is_made_once_and_releases_the_pages():
+def test_a_fingerprint_is_computed_once_and_releases_the_pages():
     """Somebody may change the file during a run."""
     config, found = arrays(True)
     file = Arrays(config, **found)
     before = file.fingerprint()
     assert len(file.buffer.released) == len(found) and file.buffer.released[-1][1] == len(file.buffer) - 6
     file.buffer[6] ^= 1
-    assert (
-        file.fingerprint()
-        == before
-        != Arrays(config, **{**found, EMBEDDING: found[EMBEDDING] + 1}).fingerprint()
-    )
+    assert file.fingerprint() == before
+    other = Arrays(config, **{**found, EMBEDDING: found[EMBEDDING] + 1})
+    assert other.fingerprint() != before

@@ -1,4 +1,4 @@
-"""safetensors files have each dtype, size and place that the format allows, as for its own library."""
+"""We read and write the dtypes, sizes and offsets that the safetensors library does."""
 
 import json
 import mmap
@@ -7,15 +7,17 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
+from refusals import refusal as refusal_of
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
+from test_model_file import Pages
 from test_weights import entry, raw_file
 
 from longlora.errors import UserError
 from longlora.files import safetensors as safetensors_file
 from longlora.files.safetensors import SafetensorsFile, release
 
-# The dtypes that arrays have here: the names in the file, and bytes of an element.
+# The dtypes that we read: their names in the file, and the bytes of an element.
 ARRAYS = {
     "float32": ("F32", 4),
     "bfloat16": ("BF16", 2),
@@ -25,7 +27,7 @@ ARRAYS = {
     "int64": ("I64", 8),
     "uint8": ("U8", 1),
 }
-# Other dtypes of the format, and their bytes.
+# Other dtypes of the format, and the bytes of an element.
 OTHERS = {
     **{"BOOL": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1},
     **{"I16": 2, "U16": 2, "U32": 4, "U64": 8, "C64": 8},
@@ -37,20 +39,18 @@ def numbers(dtype, shape=(3, 2)):
 
 
 def parts(path):
-    """-> the header of a file as text, with its padding, and the data."""
+    """The header of a file with its padding, and the data behind it."""
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     return data[8 : 8 + length], data[8 + length :]
 
 
 def refusal(path):
-    with pytest.raises(UserError) as caught:
-        SafetensorsFile(path)
-    return str(caught.value).removeprefix(f"{path}: ")
+    return refusal_of(path, lambda: SafetensorsFile(path))
 
 
 @pytest.mark.parametrize("dtype", ARRAYS)
-def test_arrays_of_each_dtype_go_both_ways(tmp_path, dtype):
+def test_arrays_of_each_dtype_are_written_and_read(tmp_path, dtype):
     path, array = tmp_path / "x.safetensors", numbers(dtype)
     bits = array.view(np.uint16) if dtype == "bfloat16" else array
     tensors = {"a": array, "b": array[:1] + array[:1]}
@@ -73,7 +73,7 @@ def test_arrays_of_each_dtype_go_both_ways(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype, width", OTHERS.items())
-def test_other_dtypes_of_the_format_stand_in_a_file_but_are_no_arrays(tmp_path, dtype, width):
+def test_other_dtypes_may_be_in_a_file_but_are_not_read(tmp_path, dtype, width):
     header = {"a": entry(0, 3 * width, [3], dtype), "b": entry(3 * width, 3 * width + 8)}
     path = raw_file(tmp_path / "x.safetensors", header, bytes(3 * width) + b"\0\0\x80\x3f\0\0\0\x40")
     with safe_open(path, "np") as theirs:
@@ -94,7 +94,7 @@ def test_other_dtypes_of_the_format_stand_in_a_file_but_are_no_arrays(tmp_path, 
 
 
 def test_wide_elements_come_first_so_all_are_aligned(tmp_path):
-    """Arrays of one width stay in their order. The data begins at a multiple of 64."""
+    """Arrays of the same width keep their order. The data begins at a multiple of 64."""
     order = ["uint8", "bfloat16", "int32", "float64", "float16", "float32", "int64"]
     tensors = {f"{dtype}.{'x' * i}": numbers(dtype, (3,)) for i, dtype in enumerate(order)}
     for size in range(3, 8):
@@ -112,13 +112,15 @@ def test_wide_elements_come_first_so_all_are_aligned(tmp_path):
             start, end = found["data_offsets"]
             assert start % some[name].itemsize == 0
             assert data[start:end] == some[name].tobytes()
-        assert list(load_file(path)) and len(data) == sum(array.nbytes for array in some.values())
+        assert load_file(path).keys() == some.keys() and len(data) == sum(
+            array.nbytes for array in some.values()
+        )
 
 
 @pytest.mark.parametrize(
     "given, stored", [(None, {"format": "pt"}), ({}, {"format": "pt"}), ({"a": "b"}, None)]
 )
-def test_metadata_says_pytorch_unless_it_says_something(tmp_path, given, stored):
+def test_files_without_other_metadata_have_the_format_of_pytorch(tmp_path, given, stored):
     path = tmp_path / "x.safetensors"
     safetensors_file.save(path, {"a": numbers("float32")}, given)
     with safe_open(path, "np") as theirs:
@@ -155,7 +157,7 @@ def test_the_header_may_be_the_whole_file(tmp_path):
         )
 
 
-def test_names_may_have_any_letters(tmp_path):
+def test_names_may_be_any_text(tmp_path):
     name = "caf\u00e9 \u65e5\u672c"
     save_file({name: numbers("float32")}, tmp_path / "x.safetensors", {name: name})
     file = SafetensorsFile(tmp_path / "x.safetensors")
@@ -166,7 +168,7 @@ def test_names_may_have_any_letters(tmp_path):
 
 @pytest.mark.parametrize("size", [-1, 1 << 63, 1 << 64, 3.0, True, None, "3", [3]])
 @pytest.mark.parametrize("key", ["shape", "data_offsets"])
-def test_sizes_are_integers_of_63_bits(tmp_path, key, size):
+def test_sizes_must_be_integers_of_63_bits(tmp_path, key, size):
     header = {"a": {**entry(0, 12), key: [size] if key == "shape" else [0, size]}}
     found = refusal(raw_file(tmp_path / "x.safetensors", header, bytes(12)))
     assert found == f"a: {key} should be a list of integers from 0, got {header['a'][key]!r}"
@@ -174,13 +176,13 @@ def test_sizes_are_integers_of_63_bits(tmp_path, key, size):
 
 @pytest.mark.parametrize("value", [3, "33", None, {"0": 3}, True])
 @pytest.mark.parametrize("key", ["shape", "data_offsets"])
-def test_lists_of_sizes_are_lists(tmp_path, key, value):
+def test_shapes_and_data_offsets_must_be_lists(tmp_path, key, value):
     found = refusal(raw_file(tmp_path / "x.safetensors", {"a": {**entry(0, 12), key: value}}, bytes(12)))
     assert found == f"a: {key} should be a list of integers from 0, got {value!r}"
 
 
 @pytest.mark.parametrize("key", ["shape", "data_offsets", "dtype"])
-def test_an_entry_has_all_keys(tmp_path, key):
+def test_an_entry_must_have_all_keys(tmp_path, key):
     header = {"a": {name: value for name, value in entry(0, 12).items() if name != key}}
     found = refusal(raw_file(tmp_path / "x.safetensors", header, bytes(12)))
     should = "dtype None is not supported" if key == "dtype" else f"{key} should be a list of integers from 0"
@@ -188,7 +190,7 @@ def test_an_entry_has_all_keys(tmp_path, key):
 
 
 @pytest.mark.parametrize("offsets", [[], [0], [12], [0, 12, 12], [0, 0, 12], [12, 0], [12, 11]])
-def test_a_tensor_has_one_start_and_one_end(tmp_path, offsets):
+def test_a_tensor_must_have_one_start_and_one_end(tmp_path, offsets):
     header = {"a": {**entry(0, 12), "data_offsets": offsets}}
     found = refusal(raw_file(tmp_path / "x.safetensors", header, bytes(12)))
     assert found == f"a: data_offsets should be a start and an end, got {offsets}"
@@ -206,7 +208,7 @@ def test_a_tensor_has_one_start_and_one_end(tmp_path, offsets):
         ("F32", [3, 5], 60),
     ],
 )
-def test_the_bytes_of_a_shape_are_those_of_its_place(tmp_path, dtype, shape, needed):
+def test_data_offsets_must_span_the_bytes_of_the_shape(tmp_path, dtype, shape, needed):
     """The safetensors library refuses these files too."""
     path = raw_file(tmp_path / "x.safetensors", {"a": entry(0, 16, shape, dtype)}, bytes(16))
     assert refusal(path) == f"a: {dtype} of shape {shape} needs {needed} bytes, its data_offsets span 16"
@@ -214,7 +216,7 @@ def test_the_bytes_of_a_shape_are_those_of_its_place(tmp_path, dtype, shape, nee
         safe_open(path, "np")
 
 
-def test_the_largest_size_stands_beside_a_size_of_nothing(tmp_path):
+def test_an_empty_tensor_may_have_the_largest_size(tmp_path):
     path = raw_file(
         tmp_path / "x.safetensors", {"a": entry(0, 0, [0, (1 << 63) - 1]), "b": entry(0, 4)}, bytes(4)
     )
@@ -223,7 +225,7 @@ def test_the_largest_size_stands_beside_a_size_of_nothing(tmp_path):
     assert SafetensorsFile(path).entries["a"][1] == (0, (1 << 63) - 1)
 
 
-def test_tensors_that_do_not_fill_the_data_are_named_with_their_bytes(tmp_path):
+def test_tensors_must_fill_the_data_exactly(tmp_path):
     path, two = tmp_path / "x.safetensors", {"a": entry(0, 8), "b": entry(8, 16)}
     length = len(json.dumps(two))
     raw_file(path, two, bytes(15))
@@ -239,19 +241,9 @@ def test_tensors_that_do_not_fill_the_data_are_named_with_their_bytes(tmp_path):
         )
 
 
-class Buffer:
-    """Notes which bytes a process no longer needs in memory, as a mapped file does."""
-
-    def __init__(self):
-        self.calls = []
-
-    def madvise(self, option, start, length):
-        self.calls.append((option, start, start + length))
-
-
 def test_all_pages_of_a_tensor_are_released():
-    """From the begin of the page that holds its first byte."""
-    page, buffer = mmap.PAGESIZE, Buffer()
+    """From the start of the page that holds the first byte."""
+    page, buffer = mmap.PAGESIZE, Pages()
     spans = [
         (0, 1),
         (0, page),
@@ -263,13 +255,11 @@ def test_all_pages_of_a_tensor_are_released():
     for start, end in spans:
         release(buffer, start, end)
     firsts = [0, 0, 0, 0, page, 3 * page]
-    assert buffer.calls == [
-        (mmap.MADV_DONTNEED, first, end) for first, (_, end) in zip(firsts, spans, strict=True)
-    ]
+    assert buffer.released == [(first, end) for first, (_, end) in zip(firsts, spans, strict=True)]
 
 
 def test_no_page_of_an_empty_tensor_at_the_end_is_released(tmp_path):
-    """The system refuses a place behind the file."""
+    """madvise fails behind the end of a file."""
     (tmp_path / "file").write_bytes(bytes(mmap.PAGESIZE))
     with open(tmp_path / "file", "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
