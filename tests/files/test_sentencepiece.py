@@ -149,13 +149,13 @@ def test_a_model_without_its_library_is_copied_and_not_read(tmp_path, monkeypatc
     class Config:
         vocab_size = 3
 
-    assert tokenizer.check(Config, path) is tokenizer and tokenizer.eos_token_id is None
+    assert tokenizer.check(Config, path) is tokenizer and tokenizer.where == str(path)
+    assert tokenizer.special == {} and tokenizer.eos_token_id is None
     tokenizer.save(tmp_path / "copy")
     assert (tmp_path / "copy" / "tokenizer.model").read_bytes() == (path / "tokenizer.model").read_bytes()
     for use in (lambda: tokenizer.encode("a"), tokenizer.fingerprint, lambda: tokenizer.encode_parts(["a"])):
-        with pytest.raises(
-            reader.Missing, match="which is not installed: pip install 'longlora\\[sentencepiece\\]'"
-        ):
+        message = f"^{path}/tokenizer.model: is read by the library sentencepiece, which is not installed: "
+        with pytest.raises(reader.Missing, match=message + r"pip install 'longlora\[sentencepiece\]'"):
             use()
 
 
