@@ -202,6 +202,7 @@ def test_arguments_at_their_limits_are_accepted(base, data):
         (dict(lengths=1), "lengths should be an integer of at least 2, got 1"),
         (dict(lengths=[]), "lengths should be an integer of at least 2, got None"),
         (dict(lengths=[8, None]), "lengths should be an integer of at least 2, got None"),
+        (dict(lengths=[8, "x"]), "lengths should be an integer of at least 2, got 'x'"),
         (dict(lengths=[8.0]), "lengths should be an integer of at least 2, got 8.0"),
         (dict(lengths=(1 << 50) + 1), "lengths should be at most 1125899906842624, got 1125899906842625"),
         (dict(stride=0), "stride should be an integer of at least 1, got 0"),
@@ -214,6 +215,7 @@ def test_arguments_at_their_limits_are_accepted(base, data):
         (dict(max_tokens=1), "max_tokens should be an integer of at least 2, got 1"),
         (dict(bins=0), "bins should be an integer of at least 1, got 0"),
         (dict(protocol=""), "protocol should be authors, got ''"),
+        (dict(protocol="ours"), "protocol should be authors, got 'ours'"),
         (dict(target_length=128), "target_length needs rope_type"),
     ],
 )

@@ -144,6 +144,11 @@ def test_without_merges_each_token_needs_a_score(scores):
     )
 
 
+@pytest.mark.parametrize("scores", [["a"] * len(PIECES), [1] * len(PIECES), 3.0])
+def test_scores_are_floats(scores):
+    refused(pieces_of(scores=scores), "tokenizer.ggml.scores should be a list of float, got ")
+
+
 def test_steps_of_sentencepiece():
     """transformers ignores add_space_prefix. Only phi3 has a normalizer, as Llama once had."""
     prepend = dict(type="Prepend", prepend="▁")
@@ -208,15 +213,27 @@ def test_an_id_of_no_token_is_named(key, name, index):
         ),
         (dict(model=None), "tokenizer None is not supported"),
         (dict(model=["gpt2"]), r"tokenizer.ggml.model should be of type str, got \['gpt2'\]"),
+        (dict(model=7), "tokenizer.ggml.model should be of type str, got 7"),
         (dict(tokens=None), "the metadata lacks tokenizer.ggml.tokens"),
+        (dict(tokens=7), "tokenizer.ggml.tokens should be a list of str, got 7"),
         (dict(tokens="ab"), "tokenizer.ggml.tokens should be a list of str, got 'ab'"),
         (dict(tokens=["a", 3]), r"tokenizer.ggml.tokens should be a list of str, got \['a', 3\]"),
         (dict(merges=None), "the metadata lacks tokenizer.ggml.merges"),
         (dict(merges=["a c"]), "not a tokenizer: "),
+        (dict(merges=["a b c"]), "not a tokenizer: "),
+        (dict(merges=[["a", "b"]]), "tokenizer.ggml.merges should be a list of str"),
         (dict(pre=3), "tokenizer.ggml.pre should be of type str, got 3"),
+        (dict(pre=["", ""]), r"tokenizer.ggml.pre should be of type str, got \['', ''\]"),
+        (dict(bos_token_id="<s>"), "tokenizer.ggml.bos_token_id should be of type int, got '<s>'"),
+        (dict(bos_token_id=True), "tokenizer.ggml.bos_token_id should be of type int, got True"),
+        (dict(padding_token_id=1.0), "tokenizer.ggml.padding_token_id should be of type int, got 1.0"),
+        (dict(eos_token_id=-1), "eos_token has id -1, the tokenizer has 257 tokens$"),
+        (dict(token_type=4294967295), "tokenizer.ggml.token_type should be a list of int, got 4294967295"),
+        (dict(token_type=["a"]), "tokenizer.ggml.token_type should be a list of int"),
         (dict(token_type=[1.0]), r"tokenizer.ggml.token_type should be a list of int, got \[1.0\]"),
         (dict(token_type=[True]), "tokenizer.ggml.token_type should be a list of int"),
         (dict(add_bos_token=1), "tokenizer.ggml.add_bos_token should be of type bool, got 1"),
+        (dict(add_eos_token=[]), "tokenizer.ggml.add_eos_token should be of type bool"),
         (dict(add_eos_token="no"), "tokenizer.ggml.add_eos_token should be of type bool, got 'no'"),
     ],
 )
@@ -247,6 +264,8 @@ def test_files_give_transformers_the_same_tokenizer(tmp_path, template):
 def test_tokens_that_only_the_class_has_may_lack_a_row():
     ours = opened(bytes_of())
     assert ours.vocab_size == 258 and ours.encode(END).tolist() == [257]
+    with pytest.raises(UserError, match="^x: the tokenizer has 257 tokens, the embedding 256 rows$"):
+        ours.check(Rows(256), "x")
     assert ours.check(Rows(257), "x").encode(f"a{END}").max() < 257
     named = opened(bytes_of([END], eos_token_id=257))
     with pytest.raises(UserError, match="^x: the tokenizer has 258 tokens, the embedding 257 rows$"):

@@ -106,20 +106,6 @@ def test_vocab_and_merges_are_read_as_in_transformers(tmp_path, name):
     assert ours.encode("abc").tolist() == theirs("abc").input_ids == [33, 300, 99, 63]
 
 
-@pytest.mark.parametrize("part", [dict(model=3), dict(model=None)])
-def test_a_class_needs_a_model(tmp_path, part):
-    path = written(tmp_path / "t", {**BYTES, **part}, "GPT2Tokenizer", None, {})
-    with pytest.raises(UserError, match="t/tokenizer.json: not a tokenizer: model should be an object, got"):
-        Tokenizer.from_directory(path)
-
-
-@pytest.mark.parametrize("splits", ["yes", 1, None])
-def test_a_wrong_split_special_tokens_is_named(tmp_path, splits):
-    message = f"tokenizer_config.json: split_special_tokens should be true or false, got {splits!r}$"
-    with pytest.raises(UserError, match=message):
-        opened(tmp_path, dict(split_special_tokens=splits))
-
-
 def test_a_tokenizer_that_cannot_be_read_is_an_error_when_it_encodes():
     ours = Tokenizer(UserError("install it"), {}, {"a": b"x"}, "here")
     assert ours.check(Rows(0), "x") is ours and ours.file("a") == b"x"

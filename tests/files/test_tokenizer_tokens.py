@@ -258,28 +258,6 @@ def test_other_versions_of_tokenizer_json_are_refused(tmp_path, value):
 
 
 @pytest.mark.parametrize(
-    "files, message",
-    [
-        ({"config": dict(image_token=typed(3))}, f"{CONFIG}: image_token should be a token"),
-        ({"config": dict(extra_special_tokens={"a": 3})}, f"{CONFIG}: extra_special_tokens: a should be a"),
-        ({"config": dict(extra_special_tokens="a")}, f"{CONFIG}: extra_special_tokens should be a list or"),
-        ({"config": dict(extra_special_tokens=["a", 3])}, f"{CONFIG}: extra_special_tokens should be a tok"),
-        ({"config": dict(bos_token=3)}, f"{CONFIG}: bos_token should be a token"),
-        ({"config": dict(added_tokens_decoder="a")}, "added_tokens_decoder should be an object of tokens by"),
-        ({"config": dict(added_tokens_decoder={"1": 3})}, r"added_tokens_decoder\[1\] should be a token"),
-        ({MAP: dict(sep_token={"content": 3})}, f"{MAP}: sep_token should be a token"),
-        ({MAP: dict(extra_special_tokens={"a": 3})}, f"{MAP}: extra_special_tokens: a should be a token"),
-        ({MAP: dict(extra_special_tokens=3)}, f"{MAP}: extra_special_tokens should be a list or an object"),
-        ({ADDED: {"a\ud800": 3}}, rf"{ADDED}: a\\ud800: 'a\\ud800' holds half a character"),
-    ],
-)
-def test_wrong_tokens_are_named_by_file_and_key(tmp_path, files, message):
-    path = written(tmp_path / "t", BYTES, None, None, files)
-    with pytest.raises(UserError, match=message):
-        TokenizerFiles(path).tokens()
-
-
-@pytest.mark.parametrize(
     "listed, message",
     [
         ({}, None),
