@@ -102,7 +102,6 @@ def test_errors_of_other_files_are_named(tmp_path, file, content, message):
     refused(path, message)
 
 
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 SPECIAL = {"SpecialToken": {"id": "x", "type_id": 0}}
 
 
