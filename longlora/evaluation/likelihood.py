@@ -43,7 +43,7 @@ class Scorer:
         """Score each continuation after its context.
 
         pairs: together, without the last token, a pair fits in a row of the cache.
-        done: is called after a pass that finished pairs, with their number.
+        done: is called after each pass that completes pairs, with the number of these pairs.
         Returns for each the sum of the log-probabilities of its tokens, in nats, and whether each of them is
         the likeliest one. UserError for logits that are NaN.
         """
@@ -55,8 +55,7 @@ class Scorer:
         return [(float(logs), bool(best)) for logs, best in zip(self._logs, self._best, strict=True)]
 
     def _read(self, row, text):
-        """Read a text into a row. Tokens that the row holds are read again only from the first that is asked
-        about."""
+        """Read a text into a row. Tokens that the row holds are kept, up to the first that is asked about."""
         ids, chunk = text.ids, self._generator.chunk
         first = min([common(self._held[row], ids), *(place for place, _, _ in text.asked)])
         self._keep(row, ids[:first])
@@ -174,16 +173,11 @@ def _grouped(pairs: Sequence[Pair]) -> Iterator[_Text]:
 def _joined(texts: Iterable[_Text], longest: int) -> Iterator[_Text]:
     """Join short contexts: what they share is a trunk, and what each has more is a tail of it.
 
-    Many tokens in a pass take less time each than few. A tail has at most `longest` tokens. Where only some
-    contexts share a longer beginning, each reads it again: that is at most an eighth of what is read.
+    A pass over many tokens takes less time per token than one over few. A tail has at most `longest` tokens.
+    Where only some contexts share a longer beginning, each reads it again: at most an eighth of what is read.
     """
-    joined, shared, asked, most, total = (
-        list[_Text](),
-        0,
-        0,
-        0,
-        0,
-    )  # asked: the first place that is asked about
+    joined = list[_Text]()
+    shared = asked = most = total = 0  # asked: the first place that is asked about
     for text in texts:
         size, first = len(text.ids), min(place for place, _, _ in text.asked)
         if joined:

@@ -107,7 +107,7 @@ def post_process(backend: Any, chosen: Class, init: dict[str, Any], special: dic
 
 
 def set_template(backend: Any, bos: str | None, eos: str | None) -> None:
-    """Let `backend` put the tokens `bos` and `eos` around each text, each unless it is None."""
+    """Let `backend` put the tokens `bos` and `eos` around each text. A falsy one is left out."""
     from tokenizers import processors
 
     first, last = ([f"{token}:0"] if token else [] for token in (bos, eos))

@@ -65,7 +65,8 @@ class TokenizerFiles:
         where, init = self.name(CONFIG), found.init
         if "additional_special_tokens" in init and not init.get("extra_special_tokens"):
             init["extra_special_tokens"] = init.pop("additional_special_tokens")
-        # Those with flags come first in the end, and special_tokens_map.json may change them.
+        # Tokens with flags stay in `init`, where special_tokens_map.json may replace them. They come before
+        # these in `specific`.
         for key in [k for k, value in init.items() if isinstance(value, str) and _is_specific(k, value)]:
             found.specific[key] = token(init.pop(key), f"{where}: {key}")
         found.take_specific(where)

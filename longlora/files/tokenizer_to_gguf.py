@@ -87,6 +87,7 @@ def _tokens(tokenizer, rows):
     vocab = tokenizer.backend.get_vocab(with_added_tokens=True)
     added = tokenizer.backend.get_added_tokens_decoder()
     by_id = {index: text for text, index in vocab.items()}
+    by_id |= {index: token.content for index, token in added.items()}  # an id may have two tokens
     seen, tokens, types = set(by_id.values()), [], []
     for index in range(rows):
         text, kind = by_id.get(index), NORMAL

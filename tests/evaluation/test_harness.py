@@ -1,4 +1,4 @@
-"""Our model as lm-eval sees it: tokens, cuts and answers, with stand-ins for what is slow."""
+"""HarnessModel, the model that lm-eval calls: tokens, cuts, likelihoods and answers, mostly over fakes."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ from longlora.evaluation import harness  # noqa: E402
 
 
 class Tokenizer:
-    """A token for each character; encode puts token 1 before them."""
+    """One token per byte. `encode` puts token 1 before them."""
 
     where = "here"
 
@@ -44,7 +44,7 @@ BOTH = dict(bos_token="<s>", eos_token="</s>")
 
 
 def made(context=8, load=None, template=None, **special):
-    """A HarnessModel over stand-ins."""
+    """Make a HarnessModel of fakes."""
     base, planned = SimpleNamespace(tokenizer=lambda: Tokenizer(**special)), SimpleNamespace(context=context)
     return harness.HarnessModel(SimpleNamespace(base=base, planned=planned, load=load), template)
 
@@ -56,7 +56,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def bars(monkeypatch):
-    """Gets, for each progress bar, its total and how far it has come."""
+    """A list of all progress bars, each with its total and its count."""
     bars = []
 
     class Bar:
@@ -80,7 +80,7 @@ def bars(monkeypatch):
 # ---- tokens --------------------------------------------------------------------------------------
 
 
-def test_the_token_before_a_text_is_bos_or_else_eos():
+def test_the_prefix_token_is_bos_or_else_eos():
     assert made(**BOTH).prefix_token_id == 1 and made(bos_token="<s>").prefix_token_id == 1
     assert made(eos_token="</s>").prefix_token_id == 2
     assert made(**BOTH).eot_token_id == 2 and made(bos_token="<s>").eot_token_id is None
@@ -106,11 +106,11 @@ def test_lm_eval_runs_the_model_in_one_process():
         (BOTH, "<s>", True, [1, 60, 115, 62]),
     ],
 )
-def test_a_text_has_special_tokens_unless_it_begins_with_them(special, text, how, wanted):
+def test_special_tokens_are_added_unless_a_text_begins_with_the_prefix_token(special, text, how, wanted):
     assert made(**special).tok_encode(text, how) == wanted
 
 
-def test_the_tokens_of_a_text_are_remembered():
+def test_a_text_that_comes_again_is_not_tokenised_again():
     model = made()
     assert [model.tok_encode("ab") for _ in range(3)] == [[1, 97, 98]] * 3
     assert model._tokenizer.encoded == ["ab"]
@@ -131,7 +131,7 @@ def talk(*roles):
     return [dict(role=role, content=f" {role} ") for role in roles]
 
 
-def test_a_chat_is_rendered_and_goes_on():
+def test_a_chat_is_rendered_with_and_without_a_generation_prompt():
     model = made(template=ChatTemplate(PLAIN, {}, "here"))
     chat = talk("system", "user", "assistant")
     text = "<system> system ;<user> user ;<assistant> assistant "
@@ -142,7 +142,7 @@ def test_a_chat_is_rendered_and_goes_on():
     assert trims.apply_chat_template(talk("user", "assistant"), False) == "<user>user;<assistant>assistant"
 
 
-def test_a_system_message_that_is_refused_is_left_out_and_no_other():
+def test_only_a_system_message_is_left_out_where_the_template_refuses_it():
     model = made(template=ChatTemplate(STRICT + PLAIN, {}, "here"))
     assert model.apply_chat_template(talk("system", "user")) == "<user> user ;>"
     with pytest.raises(UserError, match="no"):
@@ -154,7 +154,7 @@ def test_a_system_message_that_is_refused_is_left_out_and_no_other():
 
 @pytest.fixture
 def scored(monkeypatch):
-    """Gets the pairs that are scored; each has a token of -1 for each of its targets."""
+    """A list that records scored pairs. Each target has the log-probability -1."""
     scored = []
 
     class Scorer:
@@ -177,8 +177,8 @@ def loaded(**fields):
     return lambda: SimpleNamespace(engine=engine, end=frozenset([9]))
 
 
-def test_a_context_loses_its_beginning_where_it_is_too_long(scored, bars):
-    """The last token of a continuation is not read: a context of four has room for five tokens."""
+def test_a_context_that_is_too_long_loses_its_beginning(scored, bars):
+    """The model does not read the last token of a continuation, so a context of 4 has room for 5 tokens."""
     model = made(4, loaded())
     asked = [
         ([1], [2]),
@@ -207,13 +207,13 @@ def test_a_context_loses_its_beginning_where_it_is_too_long(scored, bars):
         ([1, 2, 3, 4, 5], "a task asks for the likelihood of 5 tokens, the context is 4"),
     ],
 )
-def test_a_continuation_that_has_no_room_or_no_tokens_is_named(scored, rest, words):
+def test_a_continuation_that_is_empty_or_too_long_is_an_error(scored, rest, words):
     with pytest.raises(UserError, match=words):
         made(4, loaded())._loglikelihood_tokens([(("x", ""), [1], rest)])
 
 
-def test_a_long_text_is_the_sum_of_its_windows(scored):
-    """A window has one token of context, the first one BOS; lm-eval gives the last one more."""
+def test_the_likelihood_of_a_long_text_is_the_sum_over_its_windows(scored):
+    """A window has one token of context, which is BOS in the first. lm-eval gives the last window more."""
     model = made(3, loaded(), **BOTH)
     tokens = {"a long text": [5, 6, 7, 8, 9, 10, 11], "": [], "one": [4]}
     model._remembered = lambda text, special: tokens[text]
@@ -227,7 +227,7 @@ def test_a_long_text_is_the_sum_of_its_windows(scored):
 
 
 def test_answers_are_the_same_after_likelihoods(base):
-    """The engine keeps what a row holds for the next prompt, and likelihoods put other tokens there."""
+    """The engine keeps the tokens of a row for the next prompt, and likelihoods overwrite them."""
     model = harness.HarnessModel(prepare(base, rows=1, context=64))
     ask = SimpleNamespace(args=("the token of attention", dict(until=[], max_gen_toks=8)))
     before = model.generate_until([ask])
@@ -249,7 +249,7 @@ def test_a_prompt_loses_its_beginning_where_the_answer_needs_room():
         model.prompt("a", 8)
 
 
-def test_an_answer_ends_at_the_tokens_of_the_model_and_of_the_tokenizer():
+def test_the_end_tokens_are_those_of_the_model_and_of_the_tokenizer():
     assert made(load=loaded(), **BOTH).ends() == {9, 2}
     assert made(load=loaded()).ends() == {9}
 
@@ -262,7 +262,7 @@ def test_special_tokens_stop_a_text_and_are_not_part_of_it(base):
 
 
 class Engine:
-    """Has room for two requests, and gives each in a tick the next of `tokens`, and at last the end."""
+    """A fake with room for two requests. A tick gives each of them its next token of `tokens`, or the end."""
 
     def __init__(self, tokens, error=None):
         self.tokens, self.error, self.taken, self.ran = tokens, error, [], []
@@ -302,7 +302,7 @@ def answering(base, engine, **how):
     return model.generate_until([SimpleNamespace(args=(text, how)) for text in texts])
 
 
-def test_prompts_with_a_common_beginning_come_together(base, bars):
+def test_prompts_that_begin_alike_are_submitted_one_after_the_other(base, bars):
     engine = Engine(b"xyz")
     assert answering(base, engine, until=["q"], max_gen_toks=5) == ["xyz"] * 4
     assert [bytes(request.prompt.tolist()) for request in engine.taken] == [b"a", b"a", b"bb", b"bc"]
@@ -315,12 +315,12 @@ def test_an_answer_ends_before_a_stop_string(base):
     engine = Engine(b"xyzw")
     assert answering(base, engine, until="yz", max_gen_toks=9) == ["x"] * 4
     assert all(request.cancelled for request in engine.taken)
-    engine = Engine([120, 256, 121])  # the end of a text, which no task names
+    engine = Engine([120, 256, 121])  # 256 is <|end|>, which stops a text though no task names it
     assert answering(base, engine, until=[], max_gen_toks=9) == ["x"] * 4
     assert all(request.cancelled for request in engine.taken)
 
 
-def test_what_comes_after_the_end_is_no_part_of_an_answer(base):
+def test_tokens_after_the_end_are_not_part_of_an_answer(base):
     model = harness.HarnessModel(prepare(base, rows=1))
     text = harness._Text(model, 0, "a", dict(until=["y"], max_gen_toks=4))
     for event in (Event(token=120), Event(), Event(token=256), Event(token=122)):
@@ -336,12 +336,12 @@ def test_an_answer_that_fails_is_an_error(base):
         answering(base, Engine(b"x", "the logits are bad"), until=["q"], max_gen_toks=9)
 
 
-def test_an_answer_has_256_tokens_where_a_task_does_not_say(tmp_path):
+def test_an_answer_has_at_most_256_tokens_by_default(tmp_path):
     model = harness.HarnessModel(prepare(tiny.model(tmp_path / "base", max_position_embeddings=300), rows=1))
     assert harness._Text(model, 0, "a", {}).request.max_new_tokens == 256  # as lm-eval's default_max_gen_toks
 
 
-def test_tokens_are_drawn_as_a_task_asks():
+def test_the_sampling_options_of_a_task_are_used():
     drawn = dict(do_sample=True, temperature=0.5, top_p=0.9, num_beams=1)
     assert harness._sampling(drawn, 7) == Sampling(temperature=0.5, top_p=0.9, seed=7)
     assert harness._sampling(dict(do_sample=True, temperature=1.0, seed=3), 7) == Sampling(

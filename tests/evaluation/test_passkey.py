@@ -123,8 +123,8 @@ def test_what_prompts_share_is_read_once_and_changes_no_bit(model):
     assert again.read == 33 + 1  # all but the last token, which two chunks hold
 
 
-def test_a_row_takes_over_only_what_it_lacks(model):
-    """Chunks of 16 tokens: a row that has as much as another one copies nothing."""
+def test_a_row_copies_only_the_tokens_that_it_lacks(model):
+    """Chunks have 16 tokens. A row copies nothing that it holds as well as another row."""
     ours, copied, (first, second, _) = reader(model, 3), [], prompts()
     copy = ours._cache.copy
     ours._cache.copy = lambda *what: (copied.append(what), copy(*what))

@@ -1,30 +1,16 @@
-"""Passkey: prompts with tokens of several characters, what is asked of a model, the table and the picture."""
+"""Passkey: prompts whose tokens are words, the arguments of a run, the table and the picture."""
 
 import random
 
-import numpy as np
 import pytest
+from prompt_cases import Words, fake_measure
 
 from longlora import plots
 from longlora.errors import UserError
-from longlora.evaluation import passkey, retrieval
+from longlora.evaluation import passkey
 
 
-class Words:
-    """A tokenizer with a token for each word. calls: how many texts it has encoded."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def encode(self, text):
-        self.calls += 1
-        return np.arange(len(text.split()), dtype=np.int32)
-
-    def encode_parts(self, texts):
-        return [self.encode(text) for text in texts]
-
-
-def test_the_lines_of_a_prompt_have_as_much_filler_as_asked_for():
+def test_a_prompt_has_the_given_numbers_of_characters_of_filler():
     lines = passkey.prompt_text(7, 3, 95).split("\n")
     assert lines[0].endswith("quiz you about the important information there.")
     assert lines[1:] == [
@@ -39,50 +25,43 @@ def test_the_lines_of_a_prompt_have_as_much_filler_as_asked_for():
 
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("more", [0, 1, 40, 3000])
-def test_a_prompt_of_words_is_full(depth, more):
-    """A word has 4.7 characters of the filler. The search begins near its end."""
+def test_a_prompt_of_words_has_exactly_the_length(depth, more):
+    """The filler has 4.7 characters per word. The search starts from a good guess, so it makes few calls."""
     words, shortest = Words(), len(passkey.prompt_text(12, 0, 0).split())
     ids, text = passkey.make_prompt(words, shortest + more, depth, 12)
     assert len(ids) == shortest + more == len(text.split()) and words.calls < 15
     *_, before, _, after, _ = text.split("\n")
-    # A cut in the middle of a word makes one word more.
+    # A cut in the middle of a word makes two words of it.
     assert abs(len(before.split()) - depth * more) <= 1 and len(after.split()) == more - len(before.split())
 
 
-def test_a_length_below_the_shortest_prompt_is_named():
+def test_a_length_below_the_shortest_prompt_is_an_error():
     shortest = len(passkey.prompt_text(12, 0, 0).split())
     words = f"length {shortest - 1} is too short: without filler the prompt has {shortest} tokens"
     with pytest.raises(UserError, match=words):
         passkey.make_prompt(Words(), shortest - 1, 0.5, 12)
 
 
-def test_keys_are_those_of_the_authors(monkeypatch):
-    """Their script: random.randint(1, 50000)."""
+def test_keys_have_the_range_of_the_authors_script(monkeypatch):
+    """Their script calls random.randint(1, 50000)."""
     monkeypatch.setattr(random.Random, "randint", lambda self, low, high: (low, high))
     assert passkey.sample_of(0, 1, 0.5, 0) == (0.5, (1, 50000))
 
 
-# ---- what is asked -------------------------------------------------------------------------------
+# ---- arguments -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Gets what is measured. The results are in no order."""
-    asked = []
-
-    def measure(task, *model, **how):
-        asked.append((task, model, how))
-        cells = [(9, "random"), (5, 1.0), (9, 0.5), (5, 0.25)]
-        return dict(results=[dict(length=length, depth=depth) for length, depth in cells])
-
-    monkeypatch.setattr(retrieval, "measure", measure)
-    return asked
+    """A list that records the calls of measure, whose results are out of order."""
+    cells = [(9, "random"), (5, 1.0), (9, 0.5), (5, 0.25)]
+    return fake_measure(monkeypatch, [dict(length=length, depth=depth) for length, depth in cells])
 
 
 DEFAULTS = dict(samples=10, seed=0, output_dir=None, dtype="auto", cache_dtype="auto", device="auto")
 
 
-def test_depths_lie_evenly_and_the_deepest_comes_first(asked):
+def test_the_default_depths_are_even_and_the_deepest_comes_first(asked):
     found = passkey.run("m", lengths=300)
     ((task, model, how),) = asked
     assert (task.name, task.details, model) == ("passkey 1", ("depth",), ("m", None))
@@ -92,13 +71,13 @@ def test_depths_lie_evenly_and_the_deepest_comes_first(asked):
     assert cells == [(5, 0.25), (5, 1.0), (9, 0.5), (9, "random")]
 
 
-def test_what_is_given_is_measured(asked, monkeypatch):
+def test_run_passes_its_arguments_on(asked, monkeypatch):
     drawn = []
     monkeypatch.setattr(passkey, "draw", lambda *what: drawn.append(what))
     how = dict(samples=3, seed=4, output_dir="out", dtype="d", cache_dtype="c", device="x", say=len)
     found = passkey.run("m", "a", lengths=(400, 300, 400), depths=[0, "random", 1, 0.5, 0.0], **how)
-    ((task, model, had),) = asked
-    assert had == how and model == ("m", "a") and drawn == [("out/passkey.png", found, len)]
+    ((task, model, passed),) = asked
+    assert passed == how and model == ("m", "a") and drawn == [("out/passkey.png", found, len)]
     depths = ("random", 1.0, 0.5, 0.0)
     assert task.cells == [dict(length=length, depth=depth) for length in (300, 400) for depth in depths]
     assert all(type(cell["depth"]) is float for cell in task.cells[1:4])
@@ -125,14 +104,14 @@ def test_a_single_depth_is_one_cell(asked, depths, wanted):
         (dict(depths=["0.5"]), "depths .* got '0.5'"),
     ],
 )
-def test_what_cannot_be_asked_is_named(asked, given, words):
+def test_a_wrong_argument_is_an_error(asked, given, words):
     with pytest.raises(UserError, match=words):
         passkey.run("m", **dict(dict(lengths=300), **given))
     assert not asked
 
 
-def test_a_prompt_follows_from_its_cell(asked):
-    """The seed, the length, the depth and the number draw the key; a dot shows where the answer ends."""
+def test_a_prompt_is_determined_by_its_cell(asked):
+    """The seed, the length, the depth and the sample's number determine the key. A dot ends an answer."""
     passkey.run("m", lengths=300, depths="random", seed=6)
     prompt = asked[0][0].prompt(Words(), dict(length=300, depth="random"), 8)
     depth, key = passkey.sample_of(6, 300, "random", 8)
@@ -141,10 +120,10 @@ def test_a_prompt_follows_from_its_cell(asked):
     assert prompt.right(f" {key}.") and not prompt.right(f" {key + 1}.")
 
 
-# ---- what is shown -------------------------------------------------------------------------------
+# ---- output --------------------------------------------------------------------------------------
 
 
-def test_the_table_leaves_out_what_was_not_measured():
+def test_cells_without_a_result_are_empty_in_the_table():
     rows = [(70000, "random", 1 / 3, 3), (300, 0.5, 1.0, 10), (300, 0.0, 0.0, 10), (300, "random", 0.5, 4)]
     found = [dict(length=a, depth=b, accuracy=c, samples=d) for a, b, c, d in rows]
     about = dict(context_length=8192, pretrained_length=8192)
@@ -163,7 +142,7 @@ def test_a_picture_has_the_results_and_both_contexts(monkeypatch):
     assert drawn == [("x.png", [1], 2, 3)] and said == ["saved x.png"]
 
 
-def test_a_picture_that_fails_loses_no_result(monkeypatch):
+def test_an_error_of_the_picture_does_not_end_the_run(monkeypatch):
     said = []
 
     def fail(*_):

@@ -1,4 +1,4 @@
-"""Perplexity: sums by hand over losses of a stand-in for a model, arguments at their limits, the table."""
+"""Perplexity: sums over the losses of a fake model, arguments at their limits, the table."""
 
 import math
 from types import SimpleNamespace
@@ -15,8 +15,8 @@ from longlora.files.open_model import open_model
 IGNORE = -100  # as in torch and transformers
 
 
-class Given:
-    """Stands for a model: the loss of a target is the target, and 99 where there is none."""
+class Fake:
+    """A fake model. The loss of a target is the target itself; it is 99 where there is no target."""
 
     def __init__(self):
         self.windows = []
@@ -40,17 +40,17 @@ def ids(*values):
 # ---- windows -------------------------------------------------------------------------------------
 
 
-def test_a_window_has_no_target_that_an_earlier_one_had():
+def test_each_target_is_scored_in_one_window():
     assert ppl.windows(9, 4) == [(0, 4, 1), (4, 8, 5)]  # the last token has no target
     assert ppl.windows(10, 4) == [(0, 4, 1), (4, 8, 5), (8, 10, 9)]
     assert ppl.windows(9, 4, 2) == [(0, 4, 1), (2, 6, 4), (4, 8, 6), (6, 9, 8)]
-    assert ppl.windows(8, 4, 4) == ppl.windows(8, 4)  # a first target has no context
+    assert ppl.windows(8, 4, 4) == ppl.windows(8, 4)
     assert ppl.windows(1, 4) == ppl.windows(0, 4, 1) == []
     assert ppl.windows(2, 4, 1) == [(0, 2, 1)]
 
 
-def test_losses_are_summed_where_a_target_is_new():
-    model, positions = Given(), np.zeros((2, 4))
+def test_each_target_is_summed_once():
+    model, positions = Fake(), np.zeros((2, 4))
     assert ppl.score(model, ids(1, 2, 3, 4, 5, 6, 7), 4, 2, positions) == (6, 2 + 3 + 4 + 5 + 6 + 7)
     assert model.windows == [
         ([1, 2, 3, 4], [2, 3, 4, IGNORE]),
@@ -58,7 +58,7 @@ def test_losses_are_summed_where_a_target_is_new():
         ([5, 6, 7], [IGNORE, 7, IGNORE]),
     ]
     assert positions.tolist() == [[2, 3 + 5 + 7, 4 + 6, 0], [1, 3, 2, 0]]
-    model = Given()
+    model = Fake()
     assert ppl.score(model, ids(1, 2, 3, 4, 5, 6), 4) == (4, 2 + 3 + 4 + 6)
     assert model.windows == [([1, 2, 3, 4], [2, 3, 4, IGNORE]), ([5, 6], [6, IGNORE])]
     assert ppl.score(model, ids(), 4) == ppl.score(model, ids(5), 4, 1) == (0, 0.0)
@@ -70,7 +70,7 @@ def test_sums_are_exact_where_float32_is_not():
     assert ppl.score(model, ids(1, 2, 3, 4, 5), 5) == (4, (1 << 25) + 3.0)
 
 
-def test_the_exponential_of_a_loss_is_infinite_at_the_end():
+def test_the_perplexity_of_a_huge_loss_is_infinite():
     assert ppl.perplexity(2.0) == math.exp(2.0) and ppl.perplexity(0.0) == 1.0
     assert ppl.perplexity(1000.0) == math.inf
 
@@ -79,36 +79,36 @@ def test_the_exponential_of_a_loss_is_infinite_at_the_end():
 
 
 def test_documents_are_averaged_over_their_tokens():
-    """Targets 2, 0 and 1 of two documents; one of a token has none."""
+    """Two documents have the targets 2, 0 and 1. A document of one token has none."""
     parts = [ids(9, 2, 0), ids(7), ids(8, 1)]
-    whole, halves = ppl.measure(Given(), parts, [8, 2])
+    whole, halves = ppl.measure(Fake(), parts, [8, 2])
     assert whole == dict(length=8, tokens=3, loss=1.0, perplexity=math.e)
     assert halves == dict(length=2, tokens=2, loss=1.5, perplexity=math.exp(1.5))
     with pytest.raises(UserError, match="at least two tokens"):
-        ppl.measure(Given(), [ids(7), ids(8)], [8])
+        ppl.measure(Fake(), [ids(7), ids(8)], [8])
 
 
 def test_bins_are_equal_parts_of_the_window():
-    """A window of ten in three parts; no document has a target in the last."""
-    (found,) = ppl.measure(Given(), [ids(9, 1, 2, 3, 4), ids(9, 5)], [10], bins=3)
+    """A window of 10 tokens has 3 bins. No document has a target in the last."""
+    (found,) = ppl.measure(Fake(), [ids(9, 1, 2, 3, 4), ids(9, 5)], [10], bins=3)
     assert found.pop("by_position") == [
         dict(first=0, last=3, tokens=4, loss=11 / 4, perplexity=math.exp(11 / 4)),
         dict(first=3, last=6, tokens=1, loss=4.0, perplexity=math.exp(4.0)),
     ]
     assert found == dict(length=10, tokens=5, loss=3.0, perplexity=math.exp(3.0))
-    (found,) = ppl.measure(Given(), [ids(9, 1, 2)], [3], stride=1, bins=100)
+    (found,) = ppl.measure(Fake(), [ids(9, 1, 2)], [3], stride=1, bins=100)
     assert [(b["first"], b["last"], b["loss"]) for b in found["by_position"]] == [(0, 1, 1.0), (1, 2, 2.0)]
 
 
 def test_the_last_bin_ends_with_the_window():
-    (found,) = ppl.measure(Given(), [ids(*range(8))], [8], bins=2)
+    (found,) = ppl.measure(Fake(), [ids(*range(8))], [8], bins=2)
     assert [(b["first"], b["last"], b["tokens"]) for b in found["by_position"]] == [(0, 4, 4), (4, 8, 3)]
 
 
 def test_the_authors_numbers_are_means_over_windows():
-    """600 tokens: windows of 4 begin at 0 and 256; the one at 512 is the last, and left out."""
+    """Windows of 4 begin at 0, 256 and 512 of 600 tokens. The authors leave out the last."""
     stream = np.arange(600, dtype=np.int32) % 7
-    model = Given()
+    model = Fake()
     found = ppl.measure_authors(model, [stream[:100], stream[100:]], 4)
     wanted = [(stream[i : i + 4].tolist(), stream[i + 1 : i + 5].tolist()) for i in (0, 256)]
     assert model.windows == wanted
@@ -118,7 +118,7 @@ def test_the_authors_numbers_are_means_over_windows():
     assert found == dict(windows=2, loss=pytest.approx(loss), perplexity=power, accuracy=0.5)
 
 
-def test_the_authors_perplexity_is_infinite_at_the_end():
+def test_the_authors_perplexity_of_a_huge_loss_is_infinite():
     model = SimpleNamespace(scores=lambda window, targets: (np.full(4, -1000.0), np.zeros(4)))
     assert ppl.measure_authors(model, [np.zeros(300, np.int32)], 4)["perplexity"] == math.inf
 
@@ -129,7 +129,7 @@ def test_the_authors_windows_begin_every_256_tokens():
     for parts in ([], [ids(1, 2)], [np.zeros(356, np.int32)]):
         count = sum(map(len, parts))
         with pytest.raises(UserError, match=f"at least 357 tokens for windows of 100, the data has {count}$"):
-            ppl.measure_authors(Given(), parts, 100)
+            ppl.measure_authors(Fake(), parts, 100)
 
 
 # ---- a run ---------------------------------------------------------------------------------------
@@ -142,19 +142,20 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def data(tmp_path):
-    """20, 1 and 4 tokens."""
+    """Documents of 20, 1 and 4 tokens."""
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "context of the token"}\n{"text": "a"}\n{"text": "long"}\n')
     return path
 
 
-@pytest.mark.parametrize("most, sizes", [(None, [20, 1, 4]), (10, [10, 0, 0]), (20, [20, 0, 0])])
-def test_the_first_tokens_of_all_documents_are_kept(base, data, most, sizes):
+@pytest.mark.parametrize(
+    "most, sizes", [(None, [20, 1, 4]), (10, [10, 0, 0]), (20, [20, 0, 0]), (23, [20, 1, 2])]
+)
+def test_max_tokens_keeps_the_first_tokens_of_all_documents(base, data, most, sizes):
     opened, corpus = open_model(base), text.Corpus(str(data))
     parts = ppl.read_ids(corpus, opened.tokenizer(), opened.config, most)
     assert [len(part) for part in parts] == sizes
     assert bytes(parts[0].tolist()) == b"context of the token"[: sizes[0]]
-    assert [len(part) for part in ppl.read_ids(corpus, opened.tokenizer(), opened.config, 23)] == [20, 1, 2]
 
 
 def test_a_model_without_a_tokenizer_needs_token_ids(base, data, tmp_path):
@@ -166,7 +167,7 @@ def test_a_model_without_a_tokenizer_needs_token_ids(base, data, tmp_path):
     assert part.tolist() == [5, 6, 7]
 
 
-def test_a_result_says_what_it_is_of(base, data):
+def test_a_result_has_its_settings(base, data):
     found = ppl.run(base, data, 8, device="cpu")
     (result,) = found.pop("results")
     assert set(result) == {"length", "tokens", "loss", "perplexity"} and result["tokens"] == 20 - 3 + 3
@@ -183,14 +184,14 @@ def test_a_result_says_what_it_is_of(base, data):
     )
 
 
-def test_the_least_and_the_most_of_each_argument_are_fine(base, data):
+def test_arguments_at_their_limits_are_accepted(base, data):
     limit = dict(lengths=[2, 1 << 50], stride=1, max_tokens=2, device="cpu")
     two, all_of_it = ppl.run(base, data, **limit)["results"]
     assert two["tokens"] == all_of_it["tokens"] == 1
     (found,) = ppl.run(base, data, [8], stride=8, bins=1, max_tokens=1 << 50, device="cpu")["results"]
     assert [(b["first"], b["last"], b["tokens"]) for b in found["by_position"]] == [(0, 8, found["tokens"])]
     found = ppl.run(base, data, [65, 128], rope_type="linear", device="cpu")
-    assert found["rope"] == dict(type="linear", factor=2.0)  # of 64 tokens to the longest
+    assert found["rope"] == dict(type="linear", factor=2.0)  # from 64 tokens to the longest length
     found = ppl.run(base, data, 8, rope_type="linear", target_length=256, device="cpu")
     assert found["rope"] == dict(type="linear", factor=4.0)
 
@@ -201,6 +202,7 @@ def test_the_least_and_the_most_of_each_argument_are_fine(base, data):
         (dict(lengths=1), "lengths should be an integer of at least 2, got 1"),
         (dict(lengths=[]), "lengths should be an integer of at least 2, got None"),
         (dict(lengths=[8, None]), "lengths should be an integer of at least 2, got None"),
+        (dict(lengths=[8, "x"]), "lengths should be an integer of at least 2, got 'x'"),
         (dict(lengths=[8.0]), "lengths should be an integer of at least 2, got 8.0"),
         (dict(lengths=(1 << 50) + 1), "lengths should be at most 1125899906842624, got 1125899906842625"),
         (dict(stride=0), "stride should be an integer of at least 1, got 0"),
@@ -213,27 +215,28 @@ def test_the_least_and_the_most_of_each_argument_are_fine(base, data):
         (dict(max_tokens=1), "max_tokens should be an integer of at least 2, got 1"),
         (dict(bins=0), "bins should be an integer of at least 1, got 0"),
         (dict(protocol=""), "protocol should be authors, got ''"),
+        (dict(protocol="ours"), "protocol should be authors, got 'ours'"),
         (dict(target_length=128), "target_length needs rope_type"),
     ],
 )
-def test_an_argument_out_of_range_is_named_before_anything_is_opened(monkeypatch, fields, words):
+def test_an_argument_out_of_range_is_an_error_before_anything_is_opened(monkeypatch, fields, words):
     monkeypatch.setattr(ppl, "choose", None)
     with pytest.raises(UserError, match=words):
         ppl.run("m", "t.txt", **dict(dict(lengths=8), **fields))
 
 
-def test_a_target_length_of_one_is_a_length(base, data):
+def test_a_target_length_of_one_is_not_taken_for_none(base, data):
     with pytest.raises(UserError, match="target length should be above the 64 tokens"):
         ppl.run(base, data, 8, rope_type="linear", target_length=1)
 
 
-def test_a_short_text_for_the_authors_windows_is_named_before_it_is_scored(base, data, monkeypatch):
+def test_a_text_too_short_for_the_authors_windows_is_an_error_before_it_is_scored(base, data, monkeypatch):
     monkeypatch.setattr(ppl, "measure_authors", None)
     with pytest.raises(UserError, match="at least 266 tokens for windows of 9, the data has 25"):
         ppl.run(base, data, [9, 8], protocol="authors")
 
 
-def test_a_model_is_in_float32_on_the_cpu_without_other_words(base):
+def test_a_model_is_in_float32_on_the_cpu_by_default(base):
     made, opened = ppl.open_for_evaluation(base)
     assert (made.dtype, made.device) == ("float32", "cpu") and opened.config == made.config
     assert ppl.open_for_evaluation(base, dtype="bfloat16")[0].dtype == "bfloat16"
@@ -244,7 +247,7 @@ def test_a_model_is_in_float32_on_the_cpu_without_other_words(base):
 @pytest.mark.parametrize(
     "given, wanted", [({}, ("float32", "auto")), (dict(dtype="d", device="e"), ("d", "e"))]
 )
-def test_a_run_opens_what_it_is_given(data, monkeypatch, given, wanted):
+def test_run_opens_the_model_with_its_arguments(data, monkeypatch, given, wanted):
     class Opened(Exception):
         pass
 

@@ -1,4 +1,4 @@
-"""What tasks with long prompts share: the user's numbers, the search for the longest prompt, the results."""
+"""What passkey and topics share: checks of numbers, the search for the longest prompt, and results."""
 
 import json
 import math
@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import tiny
 
+from longlora import disk
 from longlora.errors import UserError
 from longlora.evaluation import retrieval
 
-MOST = 16_777_216 - 64  # what a cache holds, less an answer
+MOST = 16_777_216 - 64  # the tokens that a cache holds, less those of an answer
 
 
 # ---- numbers -------------------------------------------------------------------------------------
 
 
-def test_numbers_from_one_to_the_most_are_fine_and_a_seed_of_zero_too():
+def test_numbers_at_their_limits_are_accepted():
     retrieval.integers(lengths=[1, MOST], samples=1, seed=0)
     retrieval.integers(lengths=(300,), samples=MOST, seed=MOST)
     retrieval.integers(lengths=MOST)
@@ -35,7 +36,7 @@ def test_numbers_from_one_to_the_most_are_fine_and_a_seed_of_zero_too():
         (dict(lengths=[]), r"lengths .* got \[\]$"),
     ],
 )
-def test_another_number_is_named(given, words):
+def test_a_number_out_of_range_is_an_error(given, words):
     with pytest.raises(UserError, match=words):
         retrieval.integers(**given)
 
@@ -50,7 +51,7 @@ def test_another_number_is_named(given, words):
     + [(100_000, 200_000, 5_000_000), (4_999_990, 4_900_000, 5_000_000)],
 )
 def test_the_search_finds_the_largest_in_few_calls(answer, guess, most):
-    """Steps of 32, 64, ... go from the guess past the answer, and the last of them is halved."""
+    """Steps of 32, 64, ... lead from the guess past the answer. Then the last step is bisected."""
     calls = []
 
     def tokens(n):
@@ -67,7 +68,7 @@ def test_the_search_finds_the_largest_in_few_calls(answer, guess, most):
 # ---- words ---------------------------------------------------------------------------------------
 
 
-def test_numbers_are_said_in_words():
+def test_ranges_and_lengths_have_words():
     assert [retrieval.span(x) for x in ([3], [3, 3, 3], [4, 3, 9, 5], iter([2, 1]))] == [
         "3",
         "3",
@@ -84,7 +85,7 @@ def test_numbers_are_said_in_words():
 # ---- answers -------------------------------------------------------------------------------------
 
 
-def test_an_answer_has_as_many_tokens_as_its_prompt_asks_for_and_at_most_64():
+def test_answers_have_the_tokens_that_their_prompts_ask_for_but_at_most_64():
     asked = []
 
     def answers(ids, count, end):
@@ -111,8 +112,8 @@ def test_an_answer_has_as_many_tokens_as_its_prompt_asks_for_and_at_most_64():
     assert asked[1][1] == 64
 
 
-def test_cells_are_filled_by_as_many_prompts_at_a_time_as_there_are_rows(monkeypatch):
-    """The second cell has one answer already. The model is loaded once, and a line is said for each cell."""
+def test_cells_are_filled_in_batches_of_as_many_prompts_as_there_are_rows(monkeypatch):
+    """The second cell already has an answer. The model is loaded once, and each cell has a line of output."""
     cells, loaded, asked, said, kept = [dict(length=3, depth=0.5), dict(length=4, depth=1.0)], [], [], [], []
     rows = SimpleNamespace(rows=2)
 
@@ -146,24 +147,16 @@ def test_cells_are_filled_by_as_many_prompts_at_a_time_as_there_are_rows(monkeyp
     assert said[2:] == said[:2]
 
 
-def test_a_cell_has_the_share_of_right_answers():
+def test_the_accuracy_of_a_cell_is_its_share_of_right_answers():
     answers = [dict(right=right) for right in (True, False, False, False)]
     found = retrieval._summed(dict(length=7), answers)
     assert found == dict(length=7, samples=4, right=1, accuracy=0.25, answers=answers)
 
 
-# ---- the whole -----------------------------------------------------------------------------------
+# ---- a measurement -------------------------------------------------------------------------------
 
 
-def test_a_model_is_prepared_for_the_longest_prompt_and_its_answer(monkeypatch):
-    given = []
-    monkeypatch.setattr(retrieval, "prepare", lambda *x, **how: given.append((x, how)) or "prepared")
-    assert retrieval._prepare("m", "a", 364, dict(rows=2, dtype="auto")) == "prepared"
-    how = dict(context=364, fewest_rows=1, warns=False, rows=2, dtype="auto")
-    assert given == [(("m", "a"), how)]
-
-
-def test_what_would_make_it_fit_is_said_by_the_option_for_lengths(monkeypatch):
+def test_advice_for_a_model_that_does_not_fit_names_the_option_lengths(monkeypatch):
     def refuse(*_, **__):
         raise UserError("too large; what would make it fit: --context 364: 1 GB, --dtype bfloat16")
 
@@ -173,13 +166,13 @@ def test_what_would_make_it_fit_is_said_by_the_option_for_lengths(monkeypatch):
 
 
 def measured(monkeypatch, tmp_path, samples=2, **changes):
-    """Call measure for a real tiny model, without its answers -> what it gives, and what it asked for."""
+    """Call measure on a tiny model, with fake answers -> its result, the calls of prepare and prompt."""
     asked, filled = [], []
     prepare = retrieval.prepare
 
-    def prepared(*what, **how):
-        asked.append(how)
-        return prepare(*what, **how)
+    def prepared(model, adapter, **how):
+        asked.append((model, adapter, how))
+        return prepare(model, None, **how)  # the adapter does not exist
 
     def prompt(tokenizer, cell, sample):
         asked.append((cell, sample))
@@ -195,17 +188,18 @@ def measured(monkeypatch, tmp_path, samples=2, **changes):
     task = retrieval.Task("test 3", [dict(length=length) for length in (300, 200, 400)], prompt, ())
     said = []
     how = dict(samples=samples, seed=5, output_dir=None, dtype="auto", cache_dtype="bfloat16", device="cpu")
-    found = retrieval.measure(task, base, None, **{**how, **changes}, say=said.append)
+    found = retrieval.measure(task, base, "adapter", **{**how, **changes}, say=said.append)
     assert filled == [samples] and len(said) == 1
     return found, asked
 
 
 @pytest.mark.parametrize("samples, rows", [(2, 2), (16, 16), (40, 16)])
-def test_a_measurement_says_what_it_is_about(monkeypatch, tmp_path, samples, rows):
-    """The shortest prompt is made before the weights are read: it may be too short."""
+def test_a_measurement_has_its_settings(monkeypatch, tmp_path, samples, rows):
+    """A prompt of the shortest length is made before the weights are read: that length may be too short."""
     found, asked = measured(monkeypatch, tmp_path, samples)
     how = dict(context=464, rows=rows, dtype="auto", cache_dtype="bfloat16", device="cpu")
-    assert asked == [dict(how, fewest_rows=1, warns=False), (dict(length=200), 0)]
+    base = tmp_path / "base"
+    assert asked == [(base, "adapter", dict(how, fewest_rows=1, warns=False)), (dict(length=200), 0)]
     settings = found.pop("settings")
     assert settings["task"] == "test 3" and settings["seed"] == 5
     assert (settings["dtype"], settings["cache_dtype"]) == ("float32", "bfloat16")
@@ -213,17 +207,17 @@ def test_a_measurement_says_what_it_is_about(monkeypatch, tmp_path, samples, row
         dict(length=length, samples=1, right=1, accuracy=1.0, answers=[dict(right=True)])
         for length in (300, 200, 400)
     ]
-    about = dict(model=str(tmp_path / "base"), adapter=None, device="cpu")
+    about = dict(model=str(base), adapter="adapter", device="cpu")
     assert found == about | dict(context_length=512, pretrained_length=512, results=rows)
 
 
-def test_a_measurement_is_kept_under_the_name_of_its_task(monkeypatch, tmp_path):
+def test_the_file_of_results_has_the_name_of_the_task(monkeypatch, tmp_path):
     found, _ = measured(monkeypatch, tmp_path, output_dir=tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["test.json"]
     assert json.loads((tmp_path / "out/test.json").read_text()) == found
 
 
-def test_a_file_that_cannot_be_written_is_named_before_the_model_is_opened(monkeypatch, tmp_path):
+def test_a_file_that_cannot_be_written_is_an_error_before_the_model_is_opened(monkeypatch, tmp_path):
     def refuse(path):
         raise UserError(f"{path}: the disk is full")
 
@@ -234,8 +228,6 @@ def test_a_file_that_cannot_be_written_is_named_before_the_model_is_opened(monke
 
 
 def test_two_runs_do_not_write_to_one_directory(monkeypatch, tmp_path):
-    from longlora import disk
-
     with disk.alone(str(tmp_path / "out")), pytest.raises(UserError, match="another run is writing there"):
         measured(monkeypatch, tmp_path, output_dir=tmp_path / "out")
 
@@ -252,7 +244,7 @@ def kept(path, value, **settings):
     return retrieval._kept(str(path), settings, TASK)
 
 
-def test_a_file_holds_cells_and_their_answers(tmp_path):
+def test_a_file_of_results_is_read_as_cells_with_their_answers(tmp_path):
     path = tmp_path / "test.json"
     assert retrieval._kept(None, {}, TASK) == retrieval._kept(str(path), {}, TASK) == []
     other = dict(ROW, length=7, depth=1, answers=[ANSWER, dict(ANSWER, right=True, more=1)])
@@ -268,7 +260,7 @@ def test_a_file_without_settings_holds_no_results(tmp_path, settings):
         kept(tmp_path / "test.json", dict(settings=settings, results=[ROW]))
 
 
-def test_a_file_of_other_settings_is_named(tmp_path):
+def test_a_file_of_other_settings_is_an_error(tmp_path):
     words = "holds results of another cache dtype: 'float32', wanted 'float16'; give another output_dir"
     with pytest.raises(UserError, match=words):
         kept(
@@ -296,6 +288,6 @@ def test_a_file_of_other_settings_is_named(tmp_path):
         *([dict(ROW, answers=[{k: v for k, v in ANSWER.items() if k != name}])] for name in ANSWER),
     ],
 )
-def test_a_file_that_is_damaged_is_named(tmp_path, results):
+def test_a_damaged_file_is_an_error(tmp_path, results):
     with pytest.raises(UserError, match=r"test\.json: is damaged; remove it, or give another output_dir"):
         kept(tmp_path / "test.json", dict(settings={}, results=results))

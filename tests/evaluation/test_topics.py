@@ -3,9 +3,9 @@
 import json
 import re
 
-import numpy as np
 import pytest
 import tiny
+from prompt_cases import Words, fake_measure
 
 import longlora
 from longlora import cli
@@ -53,8 +53,8 @@ def test_a_conversation_has_the_lines_that_fit(base, length):
     assert prompt.count == max(len(name) for name in opened) + 2
 
 
-def test_words_are_plain():
-    """They stand in a sentence and in the name of a topic, which an answer repeats."""
+def test_topics_are_plain_words():
+    """A topic's name is part of a sentence, and answers repeat it."""
     assert all(re.fullmatch("[a-z]+( [a-z]+)*", words) for words in (*SUBJECTS, *ASPECTS))
     assert all(aspect.split()[-1] in ("of", "about", "for") for aspect in ASPECTS)
 
@@ -67,36 +67,22 @@ def test_each_topic_has_four_exchanges():
     assert topics.record("1") == (lines, names) and topics.record("2")[1][:5] != names[:5]
 
 
-class Words:
-    """A tokenizer with a token for each word. calls: how many texts it has encoded."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def encode(self, text):
-        self.calls += 1
-        return np.arange(len(text.split()), dtype=np.int32)
-
-    def encode_parts(self, texts):
-        return [self.encode(text) for text in texts]
-
-
-@pytest.mark.parametrize("topics_there", [1, 2, 30, 768])
-def test_a_length_that_whole_topics_fill_holds_them_all(topics_there):
-    """The search begins near its end: few conversations are tokenised."""
+@pytest.mark.parametrize("count", [1, 2, 30, 768])
+def test_a_length_that_whole_topics_fill_holds_them_all(count):
+    """The search starts from a good guess, so it tokenises few conversations."""
     words, (lines, names) = Words(), topics.record("seed")
-    length = len(topics.prompt_text(lines[: 10 * topics_there]).split())
+    length = len(topics.prompt_text(lines[: 10 * count]).split())
     prompt = topics.make_prompt(words, length, "seed")
-    assert len(prompt.ids) == length and prompt.details == {"topics": topics_there}
+    assert len(prompt.ids) == length and prompt.details == {"topics": count}
     assert prompt.expected == names[0]
-    assert prompt.count == max(len(name.split()) for name in names[:topics_there])
-    assert words.calls - topics_there < 14
-    if topics_there == 768:
+    assert prompt.count == max(len(name.split()) for name in names[:count])
+    assert words.calls - count < 14
+    if count == 768:
         assert len(topics.make_prompt(words, 10 * length, "seed").ids) == length
     else:
-        more = len(lines[10 * topics_there].split())
-        assert topics.make_prompt(words, length + more - 1, "seed").details == {"topics": topics_there}
-        assert topics.make_prompt(words, length + more, "seed").details == {"topics": topics_there + 1}
+        more = len(lines[10 * count].split())
+        assert topics.make_prompt(words, length + more - 1, "seed").details == {"topics": count}
+        assert topics.make_prompt(words, length + more, "seed").details == {"topics": count + 1}
 
 
 def test_the_shortest_conversation_names_one_topic():
@@ -120,30 +106,25 @@ def test_the_shortest_conversation_names_one_topic():
         ),
     ],
 )
-def test_each_length_is_a_cell(monkeypatch, given, how, lengths):
-    asked = []
-
-    def measure(task, *model, **how):
-        asked.append((task, model, how))
-        return dict(results=[dict(length=length) for length in (5, 9, 7)])
-
-    monkeypatch.setattr(retrieval, "measure", measure)
+def test_run_measures_a_cell_for_each_length(monkeypatch, given, how, lengths):
+    calls = fake_measure(monkeypatch, [dict(length=length) for length in (5, 9, 7)])
     found = topics.run("m", "a", **given, device="cpu", say=len)
     assert found == dict(results=[dict(length=length) for length in (5, 7, 9)])
-    ((task, model, had),) = asked
+    ((task, model, passed),) = calls
     assert (task.name, task.details, model) == ("topics 1", ("topics",), ("m", "a"))
     assert task.cells == [dict(length=length) for length in lengths]
-    assert had == dict(dict(dtype="auto", cache_dtype="auto"), **how, device="cpu", say=len)
+    assert passed == dict(dict(dtype="auto", cache_dtype="auto"), **how, device="cpu", say=len)
     one, two = (task.prompt(Words(), task.cells[0], number) for number in (1, 2))
     assert one.expected == topics.record(f"{how['seed']} 300 1")[1][0] and 250 < len(one.ids) <= 300
     assert two.expected == topics.record(f"{how['seed']} 300 2")[1][0]
-    asked.clear()
+    calls.clear()
     topics.run("m", lengths=9)
-    assert asked[0][2]["device"] == "auto" and asked[0][2]["say"] is print and asked[0][1] == ("m", None)
+    ((_, model, passed),) = calls
+    assert passed["device"] == "auto" and passed["say"] is print and model == ("m", None)
 
 
 @pytest.mark.parametrize("given", [dict(lengths=0), dict(lengths=9, samples=0), dict(lengths=9, seed=-1)])
-def test_a_number_out_of_range_is_named(monkeypatch, given):
+def test_a_number_out_of_range_is_an_error(monkeypatch, given):
     monkeypatch.setattr(retrieval, "measure", None)
     with pytest.raises(UserError, match=f"{list(given)[-1]} should be an integer from"):
         topics.run("m", **given)

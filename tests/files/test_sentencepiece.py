@@ -128,17 +128,6 @@ def test_models_of_words_and_characters_are_refused(tmp_path, kind):
         Tokenizer.from_directory(path)
 
 
-@pytest.mark.parametrize("name", ["tekken.json", "tiktoken.model", "vocab.txt", "vocab.json"])
-def test_other_vocabularies_are_refused(tmp_path, name):
-    path = written(tmp_path / "t", None, "LlamaTokenizer", "llama", {})
-    (path / name).write_text("{}")
-    assert Tokenizer.is_in(path)
-    with pytest.raises(
-        UserError, match=f"has no tokenizer.json; LlamaTokenizer reads tokenizer.model .*{name}"
-    ):
-        Tokenizer.from_directory(path)
-
-
 def test_a_model_without_its_library_is_copied_and_not_read(tmp_path, monkeypatch):
     """The files are still copied. A call that needs ids says what to install."""
     path = written(tmp_path / "t", None, "LlamaTokenizer", "llama", {})
@@ -149,13 +138,13 @@ def test_a_model_without_its_library_is_copied_and_not_read(tmp_path, monkeypatc
     class Config:
         vocab_size = 3
 
-    assert tokenizer.check(Config, path) is tokenizer and tokenizer.eos_token_id is None
+    assert tokenizer.check(Config, path) is tokenizer and tokenizer.where == str(path)
+    assert tokenizer.special == {} and tokenizer.eos_token_id is None
     tokenizer.save(tmp_path / "copy")
     assert (tmp_path / "copy" / "tokenizer.model").read_bytes() == (path / "tokenizer.model").read_bytes()
     for use in (lambda: tokenizer.encode("a"), tokenizer.fingerprint, lambda: tokenizer.encode_parts(["a"])):
-        with pytest.raises(
-            reader.Missing, match="which is not installed: pip install 'longlora\\[sentencepiece\\]'"
-        ):
+        message = f"^{path}/tokenizer.model: is read by the library sentencepiece, which is not installed: "
+        with pytest.raises(reader.Missing, match=message + r"pip install 'longlora\[sentencepiece\]'"):
             use()
 
 

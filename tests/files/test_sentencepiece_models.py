@@ -1,7 +1,6 @@
-"""SentencePiece models of a few pieces, made by hand, are converted as transformers does."""
+"""SentencePiece models of a few pieces are converted as in transformers."""
 
 import json
-import sys
 
 import pytest
 from sentencepiece import SentencePieceNormalizer, SentencePieceProcessor
@@ -15,7 +14,7 @@ from longlora.files import sentencepiece as reader
 from longlora.files.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
-UNIGRAM, BPE, WORD = 1, 2, 3
+UNIGRAM, BPE = 1, 2
 START = [("<unk>", 0.0, UNKNOWN), ("<s>", 0.0, CONTROL), ("</s>", 0.0, CONTROL)]
 BYTES = [(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
 WORDS = [("ab", -3.0), ("▁a", -1.0), ("▁ab", -2.0), ("aa", -2.0), ("▁▁", -5.0), ("▁", -9.0), ("a", -8.0)]
@@ -29,7 +28,7 @@ OWN = [
 
 
 def model(pieces, trainer=(), normalizer=()):
-    """The bytes of a SentencePiece model. pieces: text, score and type; the others: fields of its specs."""
+    """The bytes of a SentencePiece model. pieces: text, score and type. The others: fields of its specs."""
     made = protobuf.ModelProto()
     for text, score, kind in pieces:
         made.pieces.add(piece=text, score=score, type=kind)
@@ -90,7 +89,7 @@ def opened(path, content, name=None, **config):
 
 
 def alike(path, content, name, config):
-    """-> ours, which is the tokenizer.json that transformers makes, with the same special tokens."""
+    """Check that our tokenizer.json and special tokens are those of transformers -> our tokenizer."""
     ours, theirs = opened(path, content, name, **config), auto(path / "t")
     assert json.loads(ours.backend.to_str()) == json.loads(theirs.backend_tokenizer.to_str()), config
     assert ours.special == {key: str(value) for key, value in theirs.special_tokens_map.items()}, config
@@ -105,7 +104,7 @@ def test_a_model_is_converted_as_in_transformers(tmp_path, kind, name):
 
 
 def test_characters_are_replaced_as_in_transformers(tmp_path):
-    """By the table that the model holds."""
+    """The model holds the table of replacements."""
     rules = SentencePieceNormalizer(rule_name="nfkc").serialized_model_proto()
     table = protobuf.ModelProto.FromString(rules).normalizer_spec.precompiled_charsmap
     content = model(*MODELS["bytes"][:2], dict(precompiled_charsmap=table))
@@ -114,7 +113,7 @@ def test_characters_are_replaced_as_in_transformers(tmp_path):
 
 
 def test_ids_are_those_of_sentencepiece(tmp_path):
-    """Of the library itself, which knows no special tokens in a text."""
+    """No text holds a special token, which the library would not recognise."""
     content = model(*MODELS["bytes"])
     theirs, ours = SentencePieceProcessor(model_proto=content), opened(tmp_path, content)
     for text in ("", " ", "ab", "a  b", " ab aaa", "ab\n!é", "aaaa ab.c", "▁a", "abba"):
@@ -122,8 +121,8 @@ def test_ids_are_those_of_sentencepiece(tmp_path):
         assert ours.decode(theirs.encode(text)) == theirs.decode(theirs.encode(text))
 
 
-def test_a_longer_symbol_is_found_first(tmp_path):
-    """Symbols of the model are whole, and mean themselves: a dot is a dot."""
+def test_the_longest_user_defined_symbol_is_matched(tmp_path):
+    """A user-defined symbol is matched whole and literally: its dot matches only a dot."""
     ours = opened(tmp_path, model(*MODELS["own without prefix"]))
     index = {piece[0]: i for i, piece in enumerate(MODELS["own without prefix"][0])}
     wanted = [index[text] for text in ("a.c", "a.", "b", "cab", "ab", "c")]
@@ -135,35 +134,16 @@ def test_a_longer_symbol_is_found_first(tmp_path):
     [
         (b"\x0a\x05a", "tokenizer.model: is not a SentencePiece model$"),
         (model([]), "tokenizer.model: is not a SentencePiece model of kind Unigram or BPE$"),
-        (model(START, dict(model_type=WORD)), "tokenizer.model: is not a SentencePiece model of kind Uni"),
-        (b"", "tokenizer.model: is not a SentencePiece model of kind Unigram or BPE$"),
     ],
 )
-def test_what_is_no_model_is_named(content, message):
+def test_bytes_without_a_model_are_an_error(content, message):
     with pytest.raises(UserError, match=message):
         reader.read(content, "here/tokenizer.model")
 
 
-def test_without_its_library_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(
-        reader.Missing, match="^m: is read by the library sentencepiece, which is not installed"
-    ):
-        reader.read(model(START), "m")
-
-
-def test_a_directory_without_the_library_has_its_files(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    ours = opened(tmp_path, b"anything")
-    assert ours.file("tokenizer.model") == b"anything" and ours.special == {}
-    assert ours.where == str(tmp_path / "t")
-    with pytest.raises(reader.Missing, match="t/tokenizer.model: is read by the library sentencepiece"):
-        ours.encode("a")
-
-
 @pytest.mark.parametrize("scores", [None, dict(ab=-3.0, aba=-1.0, ba=-3.0, b=-9.0, abab=-1.0)])
 def test_merges_are_those_of_transformers(scores):
-    """Of merges that are as good the shorter come first, by scores the longer."""
+    """Of merges with one id the one with the shorter first part comes first; with one score, the longer."""
     vocab = {text: index for index, text in enumerate(("abab", "b", "ba", "a", "aba", "ab", "bab"))}
     wanted = generate_merges(vocab, scores)
     assert reader.merges_of(vocab, scores) == [[*pair] for pair in wanted] and len(wanted) > 5

@@ -360,38 +360,6 @@ def test_a_token_without_a_row_is_refused_if_texts_need_it(tmp_path, config):
         tokenizer.check(Rows(395), path)
 
 
-def test_half_a_character_is_refused(tmp_path):
-    path = directory(tmp_path, trained("gpt2"), eos_token="<|im_end|>")
-    tokenizer = Tokenizer.from_directory(path)
-    for encode in (tokenizer.encode, lambda text: tokenizer.encode_parts(["a", text])):
-        with pytest.raises(UserError, match=r"a text holds half a character, '\\ud83d' at 4"):
-            encode("cut \ud83d")
-
-
-def test_a_missing_tokenizer_is_named(tmp_path):
-    with pytest.raises(UserError, match="has no tokenizer.json"):
-        Tokenizer.from_directory(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "key, value, message",
-    [
-        ("tokenizer.ggml.model", "bert", "tokenizer 'bert' is not supported"),
-        ("tokenizer.ggml.pre", "falcon", "pre-tokenizer 'falcon' is not supported"),
-        ("tokenizer.ggml.tokens", 7, "tokenizer.ggml.tokens should be a list of str, got 7"),
-        ("tokenizer.ggml.merges", None, "lacks tokenizer.ggml.merges"),
-        ("tokenizer.ggml.merges", ["x y z"], "not a tokenizer"),
-        ("tokenizer.ggml.eos_token_id", 400, "eos_token has id 400, the tokenizer has 395 tokens"),
-    ],
-)
-def test_an_unsupported_tokenizer_of_a_gguf_is_refused(tmp_path, key, value, message):
-    path = gguf_file(
-        tmp_path / "model.gguf", trained("default"), "gpt2", pre="default", bos_token_id=1, eos_token_id=2
-    )
-    with pytest.raises(UserError, match=message):
-        Tokenizer.from_gguf({**open_model(path).metadata, key: value}, path)
-
-
 def test_qwen2_has_the_split_of_transformers():
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 

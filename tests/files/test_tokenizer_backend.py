@@ -1,4 +1,4 @@
-"""What is done to the library's tokenizers is what transformers does, and its failures are one line."""
+"""The library's tokenizers are changed as in transformers. Its failures are errors of one line."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import pytest
 import tiny
 from test_tokenizer import auto
 from test_tokenizer_matrix import added, written
+from tokenizer_parts import TRIMMING
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
@@ -51,7 +52,7 @@ def test_failures_of_the_library_are_named(raised, caught, message):
 
 
 def free():
-    """The next numbers of open files."""
+    """The next free file descriptors."""
     numbers = [os.dup(2) for _ in range(3)]
     for number in numbers:
         os.close(number)
@@ -80,7 +81,7 @@ class Closed:
 
 
 @pytest.mark.parametrize("stderr", [None, Closed()])
-def test_without_stderr_it_goes_on(monkeypatch, stderr):
+def test_silent_works_without_a_stderr_that_can_be_flushed(monkeypatch, stderr):
     monkeypatch.setattr(sys, "stderr", stderr)
     ran = []
     with silent():
@@ -88,15 +89,15 @@ def test_without_stderr_it_goes_on(monkeypatch, stderr):
     assert ran == [1]
 
 
-def test_text_is_flushed_before_it_is_silent(monkeypatch):
+def test_stderr_is_flushed_before_it_is_silenced(monkeypatch):
     flushed = []
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(flush=lambda: flushed.append(1)))
     with silent():
         assert flushed == [1]
 
 
-def test_truncation_and_padding_of_a_file_do_not_count(tmp_path):
-    """transformers has its own, which are off."""
+def test_truncation_and_padding_of_a_file_are_ignored(tmp_path):
+    """transformers sets its own, which are off."""
     cut = dict(direction="Right", max_length=3, strategy="LongestFirst", stride=0)
     fill = dict(strategy={"Fixed": 9}, direction="Left", pad_to_multiple_of=None)
     fill |= dict(pad_id=1, pad_type_id=0, pad_token="!")
@@ -118,7 +119,7 @@ def test_a_text_that_the_library_cannot_encode_does_not_stop_the_probe():
     "described, message",
     [(b"\xff", "here: not a tokenizer: 'utf-8'"), (b"{", "here: not a tokenizer"), ({}, "here: not a tok")],
 )
-def test_what_is_no_tokenizer_is_named(described, message):
+def test_bytes_without_a_tokenizer_are_an_error(described, message):
     with pytest.raises(UserError, match=message):
         build(described, "here")
 
@@ -141,14 +142,13 @@ def test_a_pair_of_texts_has_the_ids_and_types_of_transformers(tmp_path, bos, eo
         assert (ours.ids, ours.type_ids) == (wanted.input_ids, wanted.token_type_ids)
 
 
-TEMPLATE = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
 SPECIAL = dict(bos_token="!", eos_token="?")
 
 
 @pytest.mark.parametrize(
     "name, own, init, ids",
     [
-        # tokenizer.json's own post-processor stays, unless a flag is there
+        # None: the post-processor of tokenizer.json stays
         ("TokenizersBackend", True, {}, None),
         ("TokenizersBackend", True, dict(add_bos_token=True), [33, 97]),
         ("TokenizersBackend", True, dict(add_eos_token=True), [97, 63]),
@@ -162,12 +162,12 @@ SPECIAL = dict(bos_token="!", eos_token="?")
     ],
 )
 def test_the_tokens_around_a_text(name, own, init, ids):
-    backend = build({**BYTES, "post_processor": TEMPLATE if own else None}, "here")
+    backend = build({**BYTES, "post_processor": TRIMMING if own else None}, "here")
     post_process(backend, CLASSES[name], init, SPECIAL)
     if ids is None:
-        assert json.loads(backend.to_str())["post_processor"] == TEMPLATE
+        assert json.loads(backend.to_str())["post_processor"] == TRIMMING
     else:
-        assert json.loads(backend.to_str())["post_processor"] != TEMPLATE
+        assert json.loads(backend.to_str())["post_processor"] != TRIMMING
         assert backend.encode("a").ids == ids
 
 
@@ -178,7 +178,7 @@ def test_a_token_that_has_no_name_is_not_put_around_a_text():
 
 
 def test_tokens_that_a_model_may_lack():
-    """Those that only the class names, that only added_tokens.json has, and the one for padding."""
+    """Those that only the class has, those that only added_tokens.json has, and the padding token."""
     named = NamedTokens(dict(pad_token="<pad>", eos_token="<|end|>", bos_token="<first>"))
     named.add(300, AddedToken("<loose>", special=False))
     named.add(301, AddedToken("<kept>", special=False))
@@ -232,7 +232,7 @@ def test_the_split_of_mistral_is_repaired_where_transformers_does(tmp_path, kind
     assert state(ours) == state(theirs)
 
 
-def test_small_vocabularies_and_lone_files_are_not_repaired():
+def test_small_vocabularies_and_models_without_config_are_not_repaired():
     model, asked = dict(model_type="mistral"), {"fix_mistral_regex": True}
     for size, found in ((100_000, model), (100_001, {})):
         backend = SimpleNamespace(pre_tokenizer=steps("bytes"), get_vocab_size=lambda size=size: size)
@@ -244,14 +244,14 @@ def test_small_vocabularies_and_lone_files_are_not_repaired():
 
 
 def test_a_directory_is_repaired(tmp_path, monkeypatch):
-    """A vocabulary that is large enough would take a second."""
+    """The size is faked: a vocabulary that is large enough takes a second to build."""
     monkeypatch.setattr(Tokenizer, "get_vocab_size", lambda self: 100_001)
     path = written(tmp_path / "t", BYTES, None, "mistral", {"config": {"fix_mistral_regex": True}})
     by = json.loads(state(tokenizer.Tokenizer.from_directory(path).backend))["pretokenizers"][0]
     assert by["pattern"] == {"Regex": GGUF_PRE_TOKENIZER_SPLITS["tekken"]} and by["behavior"] == "Isolated"
 
 
-def test_an_added_token_is_special_where_a_name_is_its_own(tmp_path):
+def test_an_added_token_that_a_name_stands_for_is_special(tmp_path):
     decoder = {"300": added("<x>", special=False), "301": added("<y>", special=False), "302": added("a b")}
     config = dict(eos_token="<x>", added_tokens_decoder=decoder, extra_special_tokens=["<z>", "<y>"])
     path = written(tmp_path / "t", BYTES, None, "llama", {"config": config})

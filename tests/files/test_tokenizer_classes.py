@@ -1,4 +1,4 @@
-"""Each tokenizer class, and the choice of one, is that of transformers; on vocabularies of a few tokens."""
+"""The tokenizer classes, and the choice of one, are those of transformers."""
 
 import json
 from types import SimpleNamespace
@@ -8,6 +8,7 @@ import tiny
 import transformers
 from test_tokenizer import auto
 from test_tokenizer_matrix import FAMILIES, written
+from tokenizer_parts import TRIMMING
 from tokenizers import AddedToken
 from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
@@ -33,7 +34,7 @@ FLAGS = [
     dict(eos_token=AddedToken("b", lstrip=True), extra_special_tokens=[AddedToken("new", rstrip=True)]),
     dict(unk_token=AddedToken("ab", normalized=True), pad_token=None),
 ]
-# The classes that build a tokenizer of their own, and the vocabularies that they read in transformers.
+# Classes that build a tokenizer -> the vocabularies, beside tokenizer.json, that they read in transformers.
 BUILT = {
     "LlamaTokenizer": {"tokenizer.model"},
     "CodeLlamaTokenizer": {"tokenizer.model"},
@@ -50,13 +51,13 @@ def theirs(name):
 
 
 def files(**config):
-    """The files of a directory with this tokenizer_config.json, as a class sees them."""
+    """A fake of TokenizerFiles with this tokenizer_config.json."""
     return SimpleNamespace(config=config, model={}, bytes={}, name=lambda name: f"here/{name}")
 
 
 @pytest.mark.parametrize("name", BUILT)
 def test_a_class_builds_what_transformers_builds(name):
-    """Without tokenizer.json: the special tokens of the class, its steps and what it puts around a text."""
+    """Without tokenizer.json the class sets the special tokens, the steps and the post-processor."""
     for flags in FLAGS:
         if flags == dict(add_prefix_space=None) and name.startswith("GPT"):
             continue  # transformers fails
@@ -76,15 +77,14 @@ def test_no_class_is_forgotten():
     assert BACKEND.build is None and BACKEND.vocabulary == ("tokenizer.model",)
 
 
-def test_steps_do_not_depend_on_the_merges():
-    """A list of tokens with their scores, as of Unigram, is a vocabulary without merges."""
+def test_a_vocabulary_may_have_no_merges():
+    """A vocabulary of Unigram is a list of tokens with their scores, and has no merges."""
     tokens = [["<unk>", 0.0], ["a", -1.0], "b"]
     for model in ({"vocab": tokens}, {"vocab": tokens, "merges": None}):
         made = build(as_class(files(), CLASSES["LlamaTokenizer"], model), "here")
         assert made.get_vocab() == {"<unk>": 0, "a": 1, "b": 2} and made.encode("ab").ids == [1, 2]
-    around = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
-    made = as_class(files(), CLASSES["LlamaTokenizer"], {"vocab": VOCAB, "merges": [["a", "b"]]}, around)
-    assert json.loads(build(made, "here").to_str())["post_processor"] == around
+    made = as_class(files(), CLASSES["LlamaTokenizer"], {"vocab": VOCAB, "merges": [["a", "b"]]}, TRIMMING)
+    assert json.loads(build(made, "here").to_str())["post_processor"] == TRIMMING
 
 
 @pytest.mark.parametrize("vocab", [[3], [[]], [["a", 1.0], [3, 1.0]], [None]])
@@ -111,19 +111,18 @@ def test_a_wrong_flag_is_named(name, key):
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_what_stands_around_a_text_in_tokenizer_json_stays_where_it_does_in_transformers(tmp_path, name):
-    around = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
-    described = {**json.loads(tiny.tokenizer_json()), "post_processor": around}
+def test_the_post_processor_of_tokenizer_json_stays_where_transformers_keeps_it(tmp_path, name):
+    described = {**json.loads(tiny.tokenizer_json()), "post_processor": TRIMMING}
     path = written(tmp_path / "t", described, name, None, {})
     ours, wanted = Tokenizer.from_directory(path), auto(path)
     assert ours.special == wanted.special_tokens_map
     found = json.loads(ours.backend.to_str())["post_processor"]
     assert found == json.loads(wanted.backend_tokenizer.to_str())["post_processor"]
-    assert (found == around) == (name not in ("CodeLlamaTokenizer", "GPTNeoXTokenizer"))
+    assert (found == TRIMMING) == (name not in ("CodeLlamaTokenizer", "GPTNeoXTokenizer"))
 
 
 @pytest.mark.parametrize("place", ["config", "model"])
-def test_a_class_is_a_name(place):
+def test_a_class_that_is_not_a_name_is_an_error(place):
     found = SimpleNamespace(config={}, model={}, bytes={}, name=lambda name: name)
     setattr(found, place, {"tokenizer_class": 5})
     with pytest.raises(UserError, match="^tokenizer_config.json: tokenizer_class should be a name, got 5$"):
@@ -152,8 +151,8 @@ CODE = ["their.Slow", "their.Fast"]
     ],
 )
 @pytest.mark.parametrize("code", [CODE, {"AutoTokenizer": CODE}, {"AutoConfig": "their.Config"}, None])
-def test_code_of_the_authors_counts_where_no_class_is_known(family, name, wanted, code):
-    """The classes that transformers has itself, it takes. Else it would run the code."""
+def test_auto_map_is_an_error_where_no_class_is_known(family, name, wanted, code):
+    """transformers takes a class of its own where it has one. Otherwise it runs the authors' code."""
     named = {} if name is None else {"tokenizer_class": name}
     found = SimpleNamespace(
         config={**named, "auto_map": code}, model={"model_type": family}, bytes={}, name=lambda name: name
@@ -168,7 +167,7 @@ def test_code_of_the_authors_counts_where_no_class_is_known(family, name, wanted
 
 
 @pytest.mark.parametrize("name", ["OfNobody", None])
-def test_code_of_the_authors_does_not_count_for_a_family_with_a_class(name):
+def test_auto_map_is_ignored_for_a_family_with_a_class(name):
     config = {"auto_map": CODE, "tokenizer_class": name}
     for family, wanted in (("qwen3", "Qwen2Tokenizer"), ("mistral", "TokenizersBackend")):
         model = {"model_type": family}
@@ -180,14 +179,14 @@ def test_code_of_the_authors_does_not_count_for_a_family_with_a_class(name):
     "name, wanted",
     [("Bert", "TokenizersBackend"), ("BertTokenizerSlow", "TokenizersBackend"), ("", "TokenizersBackend")],
 )
-def test_other_names_take_tokenizer_json_as_it_is(name, wanted):
-    """Names of classes end in Tokenizer, or in TokenizerFast."""
+def test_other_names_leave_tokenizer_json_as_it_is(name, wanted):
+    """The names of classes end in Tokenizer or TokenizerFast; these do not."""
     assert choose(files(tokenizer_class=name)).name == wanted
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_class_is_the_one_that_transformers_chooses(tmp_path, family):
-    """By tokenizer_config.json, config.json, the family, and whether tokenizer.json spells in bytes."""
+    """It depends on both configs, the family, and whether tokenizer.json is byte-level."""
     spelt = json.loads(tiny.tokenizer_json())
     other = {**spelt, "pre_tokenizer": {"type": "Whitespace"}, "decoder": None}
     llama, gpt2, neox = "LlamaTokenizer", "GPT2TokenizerFast", "GPTNeoXTokenizer"

@@ -51,6 +51,8 @@ def refused(path, message):
         ),
         (dict(tokenizer_class=5), "tokenizer_class should be a name, got 5"),
         (dict(split_special_tokens="yes"), "split_special_tokens should be true or false, got 'yes'"),
+        (dict(split_special_tokens=1), "split_special_tokens should be true or false, got 1"),
+        (dict(split_special_tokens=None), "split_special_tokens should be true or false, got None"),
         (dict(tokenizer_class="LlamaTokenizer", legacy="no"), "legacy should be true or false, got 'no'"),
         (
             dict(tokenizer_class="GPT2Tokenizer", add_prefix_space=1),
@@ -76,12 +78,20 @@ def test_errors_of_tokenizer_config_are_named(tmp_path, config, message):
         (
             MAP,
             dict(extra_special_tokens=True),
-            "extra_special_tokens should be a list or an object, got True",
+            "special_tokens_map.json: extra_special_tokens should be a list or an object, got True",
+        ),
+        (
+            MAP,
+            dict(extra_special_tokens={"a": 3}),
+            "special_tokens_map.json: extra_special_tokens: a should be a token",
         ),
         (MAP, [], "special_tokens_map.json: should hold a JSON object, got list"),
         ("added_tokens.json", {"a": "b"}, "added_tokens.json: an added token's id .*, got 'b'"),
-        ("added_tokens.json", {"a": 1.5}, "added_tokens.json: an added token's id .*, got 1.5"),
-        ("added_tokens.json", {"a": True}, "added_tokens.json: an added token's id .*, got True"),
+        (
+            "added_tokens.json",
+            {"a\ud800": 3},
+            r"added_tokens.json: a\\ud800: 'a\\ud800' holds half a character",
+        ),
         (CONFIG, 3, "tokenizer_config.json: should hold a JSON object, got int"),
         ("config.json", "x", "config.json: should hold a JSON object, got str"),
     ],
@@ -92,7 +102,6 @@ def test_errors_of_other_files_are_named(tmp_path, file, content, message):
     refused(path, message)
 
 
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 SPECIAL = {"SpecialToken": {"id": "x", "type_id": 0}}
 
 
@@ -128,7 +137,12 @@ def test_errors_of_tokenizer_json_are_named(tmp_path, capfd, part, message):
 
 
 @pytest.mark.parametrize(
-    "model, message", [(5, "model should be an object, got 5"), ({"vocab": [3]}, "vocab should be tokens")]
+    "model, message",
+    [
+        (5, "not a tokenizer: model should be an object, got 5"),
+        (None, "not a tokenizer: model should be an object, got None"),
+        ({"vocab": [3]}, "vocab should be tokens"),
+    ],
 )
 def test_a_class_refuses_models_that_it_cannot_build_from(tmp_path, model, message):
     described = {**json.loads(trained("llama").to_str()), "model": model}

@@ -7,7 +7,6 @@ from test_tokenizer import UGLY, auto, gguf_file, trained
 from test_tokenizer_matrix import TEXTS, part
 
 from longlora.disk import map_file
-from longlora.errors import UserError
 from longlora.files.gguf import ARCHITECTURES
 from longlora.files.gguf_header import read_header
 from longlora.files.tokenizer import Tokenizer
@@ -84,53 +83,3 @@ def test_a_line_break_gets_a_space_before_it(tmp_path):
     path = gguf_file(tmp_path / "m.gguf", trained("llama"), "llama", add_space_prefix=False, **IDS)
     ours = same(path, "line break", ["\n", *UGLY])
     assert ours.decode(ours.encode("\n")[1:]) == "\n" and ours.encode("\n").size == 3
-
-
-def test_a_token_of_the_class_alone_may_lack_a_row(tmp_path):
-    """GPT2Tokenizer has <|endoftext|>. Without a row of the embedding it is text like any other."""
-    tok = trained("gpt2")
-    path = gguf_file(tmp_path / "m.gguf", tok, "gpt2", types={"more": 1}, **IDS)
-    metadata = metadata_of(path)
-    tokens = ["other" if token == "<|endoftext|>" else token for token in metadata["tokenizer.ggml.tokens"]]
-    ours = Tokenizer.from_gguf({**metadata, "tokenizer.ggml.tokens": tokens}, path)
-    rows = len(tokens)
-    assert ours.encode("a<|endoftext|>")[-1] == rows
-
-    class Config:
-        vocab_size = rows
-
-    assert ours.check(Config, path).encode("a<|endoftext|>").max() < rows
-    Config.vocab_size = rows - 1
-    with pytest.raises(UserError, match=f"the tokenizer has {rows} tokens, the embedding {rows - 1} rows"):
-        ours.check(Config, path)
-
-
-@pytest.mark.parametrize(
-    "key, value, message",
-    [
-        ("pre", ["", ""], "ggml.pre should be of type str, got \\['', ''\\]"),
-        ("model", 7, "ggml.model should be of type str, got 7"),
-        ("tokens", [1, 2], "ggml.tokens should be a list of str, got \\[1, 2\\]"),
-        ("tokens", None, "the metadata lacks tokenizer.ggml.tokens"),
-        ("merges", [["a", "b"]], "ggml.merges should be a list of str"),
-        ("token_type", 4294967295, "ggml.token_type should be a list of int, got 4294967295"),
-        ("token_type", ["a"], "ggml.token_type should be a list of int"),
-        ("bos_token_id", "<s>", "ggml.bos_token_id should be of type int, got '<s>'"),
-        ("bos_token_id", True, "ggml.bos_token_id should be of type int, got True"),
-        ("eos_token_id", -1, "eos_token has id -1, the tokenizer has"),
-        ("padding_token_id", 1.0, "ggml.padding_token_id should be of type int"),
-        ("add_bos_token", 1, "ggml.add_bos_token should be of type bool, got 1"),
-        ("add_eos_token", [], "ggml.add_eos_token should be of type bool"),
-    ],
-)
-def test_wrong_keys_are_named(tmp_path, key, value, message):
-    path = gguf_file(tmp_path / "m.gguf", trained("gpt2"), "gpt2", **IDS)
-    with pytest.raises(UserError, match=f"m.gguf: .*{message}"):
-        Tokenizer.from_gguf({**metadata_of(path), f"tokenizer.ggml.{key}": value}, path)
-
-
-@pytest.mark.parametrize("scores", [None, [1.0], ["a"] * 500, [1] * 500, 3.0])
-def test_wrong_scores_are_named(tmp_path, scores):
-    path = gguf_file(tmp_path / "m.gguf", trained("llama"), "llama", **IDS)
-    with pytest.raises(UserError, match="m.gguf: .*(score for each token|scores should be a list of float)"):
-        Tokenizer.from_gguf({**metadata_of(path), "tokenizer.ggml.scores": scores}, path)

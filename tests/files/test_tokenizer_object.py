@@ -1,4 +1,4 @@
-"""The calls of a Tokenizer, on one with a token for each byte: places, affixes, templates, saved files."""
+"""The methods of a Tokenizer with one token per byte: ids, places, affixes, templates, saved files."""
 
 import json
 
@@ -7,6 +7,7 @@ import pytest
 import tiny
 from test_tokenizer import Rows, auto
 from test_tokenizer_matrix import added, written
+from tokenizer_parts import METASPACE, around
 
 from longlora.errors import UserError
 from longlora.files.tokenizer import Tokenizer
@@ -22,16 +23,7 @@ def opened(path, config=None, described=None, **parts):
     )
 
 
-def around(first, last=None):
-    """A post-processor that puts tokens, pairs of text and id, before and after a text."""
-    steps = [{"SpecialToken": {"id": first[0], "type_id": 0}}] if first else []
-    steps += [{"Sequence": {"id": "A", "type_id": 0}}]
-    steps += [{"SpecialToken": {"id": last[0], "type_id": 0}}] if last else []
-    ids = {x[0]: {"id": x[0], "ids": [x[1]], "tokens": [x[0]]} for x in (first, last) if x}
-    return {"type": "TemplateProcessing", "single": steps, "pair": steps, "special_tokens": ids}
-
-
-# ---- what a directory holds ----------------------------------------------------------------------
+# ---- files of a directory ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -97,14 +89,14 @@ def test_special_tokens_are_split_only_where_the_file_says_so(tmp_path):
     assert opened(tmp_path, dict(split_special_tokens=True)).encode(END).tolist() == letters
 
 
-def test_flags_of_a_config_do_not_count_beside_tokenizer_json(tmp_path):
+def test_flags_of_a_config_are_ignored_beside_tokenizer_json(tmp_path):
     config = dict(bos_token="!", eos_token="?", add_bos_token=True, add_eos_token=True)
     assert opened(tmp_path, config).encode("a").tolist() == [97]
 
 
 @pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2Tokenizer"])
 def test_vocab_and_merges_are_read_as_in_transformers(tmp_path, name):
-    """There the flags count."""
+    """Without tokenizer.json the flags of the config are used."""
     config = dict(bos_token="!", eos_token="?", add_bos_token=True, add_eos_token=True)
     path = written(tmp_path / "t", None, name, "llama", {"config": config})
     (path / "vocab.json").write_text(json.dumps({**BYTES["model"]["vocab"], "ab": 300}))
@@ -114,26 +106,7 @@ def test_vocab_and_merges_are_read_as_in_transformers(tmp_path, name):
     assert ours.encode("abc").tolist() == theirs("abc").input_ids == [33, 300, 99, 63]
 
 
-def test_a_class_keeps_the_post_processor_of_tokenizer_json(tmp_path):
-    path = written(tmp_path / "t", {**BYTES, "post_processor": around(("!", 33))}, "GPT2Tokenizer", None, {})
-    assert Tokenizer.from_directory(path).encode("a").tolist() == auto(path)("a").input_ids == [33, 97]
-
-
-@pytest.mark.parametrize("part", [dict(model=3), dict(model=None)])
-def test_a_class_needs_a_model(tmp_path, part):
-    path = written(tmp_path / "t", {**BYTES, **part}, "GPT2Tokenizer", None, {})
-    with pytest.raises(UserError, match="t/tokenizer.json: not a tokenizer: model should be an object, got"):
-        Tokenizer.from_directory(path)
-
-
-@pytest.mark.parametrize("splits", ["yes", 1, None])
-def test_a_wrong_split_special_tokens_is_named(tmp_path, splits):
-    message = f"tokenizer_config.json: split_special_tokens should be true or false, got {splits!r}$"
-    with pytest.raises(UserError, match=message):
-        opened(tmp_path, dict(split_special_tokens=splits))
-
-
-def test_what_cannot_be_read_is_an_error_when_ids_are_asked_for():
+def test_a_tokenizer_that_cannot_be_read_is_an_error_when_it_encodes():
     ours = Tokenizer(UserError("install it"), {}, {"a": b"x"}, "here")
     assert ours.check(Rows(0), "x") is ours and ours.file("a") == b"x"
     with pytest.raises(UserError, match="^install it$"):
@@ -143,8 +116,10 @@ def test_what_cannot_be_read_is_an_error_when_ids_are_asked_for():
 # ---- ids -----------------------------------------------------------------------------------------
 
 
-def test_ids_are_int32_without_and_with_what_is_put_around_a_text(tmp_path):
-    ours = opened(tmp_path, dict(eos_token=END, bos_token="!"), post_processor=around(("!", 33), (END, 256)))
+def test_ids_are_int32_and_parts_have_no_tokens_around_them(tmp_path):
+    ours = opened(
+        tmp_path, dict(eos_token=END, bos_token="!"), post_processor=around(("!", 33), None, (END, 256))
+    )
     whole, parts = ours.encode("ab"), ours.encode_parts(["ab", "", END])
     assert whole.dtype == np.int32 and whole.tolist() == [33, 97, 98, 256]
     assert [part.tolist() for part in parts] == [[97, 98], [], [256]]
@@ -162,10 +137,11 @@ def test_unnamed_tokens_have_no_id(tmp_path):
 @pytest.mark.parametrize(
     "first, last", [(None, None), (("!", 33), None), (None, (END, 256)), (("a", 97), ("a", 97))]
 )
-def test_affixes_are_what_is_put_around_a_text(tmp_path, first, last):
-    before, after = opened(tmp_path, post_processor=around(first, last)).affixes()
+def test_affixes_are_the_tokens_around_a_text(tmp_path, first, last):
+    tokens = [*([first] if first else []), None, *([last] if last else [])]
+    before, after = opened(tmp_path, post_processor=around(*tokens)).affixes()
     assert before.dtype == after.dtype == np.int32
-    if first and first[0] == "a":  # the text itself is "a": which of three does not matter
+    if first and first[0] == "a":  # the probe is "a" too: any of the three may be it
         assert before.size + after.size == 2
     else:
         assert before.tolist() == ([first[1]] if first else [])
@@ -173,11 +149,10 @@ def test_affixes_are_what_is_put_around_a_text(tmp_path, first, last):
 
 
 def test_affixes_of_a_text_of_two_tokens(tmp_path):
-    """SentencePiece without merges: the text is a space and a letter."""
-    space = dict(type="Metaspace", replacement="▁", prepend_scheme="first", split=False)
+    """Without merges SentencePiece makes two tokens of a letter: a space and the letter."""
     model = dict(type="BPE", vocab={"<s>": 0, "▁": 1, "a": 2, "</s>": 3}, merges=[])
-    described = dict(version="1.0", added_tokens=[], normalizer=None, pre_tokenizer=space, decoder=None)
-    for post in (around(("<s>", 0), ("</s>", 3)), around(("▁", 1), ("a", 2)), around(None, None)):
+    described = dict(version="1.0", added_tokens=[], normalizer=None, pre_tokenizer=METASPACE, decoder=None)
+    for post in (around(("<s>", 0), None, ("</s>", 3)), around(("▁", 1), None, ("a", 2)), None):
         ours = Tokenizer(build({**described, "model": model, "post_processor": post}, "x"), {}, {}, "x")
         before, after = ours.affixes()
         whole = ours.encode("a").tolist()
@@ -218,8 +193,8 @@ def places(ours, text):
 
 
 def test_places_are_characters(tmp_path):
-    """The two bytes of a letter share it. What is put around a text has no place, and is left out."""
-    ours = opened(tmp_path, post_processor=around(("!", 33)))
+    """Both bytes of a letter have its place. Tokens that are put around a text are left out."""
+    ours = opened(tmp_path, post_processor=around(("!", 33), None))
     found = [(97, 0, 1), (32, 1, 2), (0xC3, 2, 3), (0xA9, 2, 3), (256, 3, 10)]
     assert places(ours, f"a é{END}") == found
     assert places(ours, "") == []
@@ -227,8 +202,8 @@ def test_places_are_characters(tmp_path):
     assert places(ours, f"a é{END}") == found
 
 
-def test_added_tokens_have_no_spaces_beside_them(tmp_path):
-    """Not though they strip them from a text. One that is nothing but spaces keeps them."""
+def test_the_place_of_an_added_token_leaves_out_the_spaces_beside_it(tmp_path):
+    """Even if the token strips them from the text. A token of nothing but spaces has their place."""
     tokens = [
         *BYTES["added_tokens"],
         {**added("<x>"), "id": 257},
@@ -243,7 +218,7 @@ def test_added_tokens_have_no_spaces_beside_them(tmp_path):
 
 
 def test_other_tokens_keep_their_spaces(tmp_path):
-    """A post-processor that trims them does not count."""
+    """A post-processor that trims spaces is ignored."""
     trims = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     model = {**BYTES["model"], "vocab": {**BYTES["model"]["vocab"], "Ġa": 257}, "merges": [["Ġ", "a"]]}
     ours = opened(tmp_path, post_processor=trims, model=model)
@@ -259,7 +234,7 @@ def test_places_are_those_of_a_tokenizer_that_splits_special_tokens(tmp_path):
 # ---- rows of the embedding -----------------------------------------------------------------------
 
 
-def test_no_tokens_fit_every_embedding():
+def test_a_tokenizer_without_tokens_fits_every_embedding():
     described = {**BYTES, "added_tokens": [], "model": {**BYTES["model"], "vocab": {}}}
     ours = Tokenizer(build(described, "x"), {}, {}, "x")
     assert ours.vocab_size == 0
@@ -271,7 +246,7 @@ def test_the_size_is_one_more_than_the_largest_id(tmp_path):
     assert opened(tmp_path, dict(pad_token="<pad>")).vocab_size == 258
 
 
-def test_a_token_is_dropped_from_the_first_id_without_a_row_on(tmp_path):
+def test_a_token_without_a_row_is_dropped(tmp_path):
     """The padding token has id 257, so 258 rows keep it."""
     config = dict(pad_token="<pad>", eos_token=END)
     kept = opened(tmp_path, config).check(Rows(258), "x")
@@ -284,14 +259,14 @@ def test_a_token_is_dropped_from_the_first_id_without_a_row_on(tmp_path):
         opened(tmp_path, config).check(Rows(256), "here")
 
 
-def test_a_tokenizer_that_splits_special_tokens_still_does_without_one(tmp_path):
+def test_special_tokens_are_still_split_after_one_is_dropped(tmp_path):
     ours = opened(tmp_path, dict(pad_token="<pad>", split_special_tokens=True)).check(Rows(257), "x")
     assert ours.encode(END).tolist() == [*END.encode()]
 
 
 @pytest.mark.parametrize("index, rows", [(257, 258), (257, 257), (300, 257)])
 def test_a_token_around_each_text_needs_a_row(tmp_path, index, rows):
-    ours = opened(tmp_path, post_processor=around(("x", index)))
+    ours = opened(tmp_path, post_processor=around(("x", index), None))
     if index < rows:
         assert ours.check(Rows(rows), "x") is ours
     else:
@@ -305,7 +280,7 @@ def test_a_token_around_each_text_needs_a_row(tmp_path, index, rows):
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def test_files_are_bytes_or_made_when_they_are_asked_for(tmp_path):
+def test_files_are_bytes_or_functions_that_make_them(tmp_path):
     ours = Tokenizer(None, {}, {"a.json": b"one", "b.json": lambda: b"two"}, "x")
     assert ours.names() == ["a.json", "b.json"]
     assert [ours.file(name) for name in ours.names()] == [b"one", b"two"]
@@ -335,7 +310,7 @@ def test_files_are_bytes_or_made_when_they_are_asked_for(tmp_path):
     ],
 )
 def test_a_smaller_model_max_length_is_raised(tmp_path, known, length, wanted):
-    """The file is changed for nothing else."""
+    """Otherwise the file stays as it is, byte by byte."""
     content = json.dumps({"model_max_length": known, "é": [1]}).encode()
     other = b'{"model_max_length": 10}'
     ours = Tokenizer(None, {}, {"tokenizer_config.json": content, "tokenizer.json": other}, "x")
@@ -392,7 +367,7 @@ def config_with(template):
     ],
 )
 def test_chat_templates_come_from_files_and_then_from_the_config(tmp_path, files, wanted):
-    """In a directory a template's place is its file; a GGUF is one file."""
+    """The place of a template is its file in a directory, or the GGUF."""
     found = Tokenizer(None, {}, files, str(tmp_path)).chat_templates()
     assert found == {name: (text, str(tmp_path / place)) for name, (text, place) in wanted.items()}
     found = Tokenizer(None, {}, files, "m.gguf").chat_templates()
@@ -413,7 +388,7 @@ def test_wrong_chat_templates_are_named(tmp_path, files, message):
         Tokenizer(None, {}, files, str(tmp_path)).chat_templates()
 
 
-def test_a_fingerprint_is_that_of_the_ids(tmp_path):
+def test_a_fingerprint_changes_with_the_ids_only(tmp_path):
     plain = opened(tmp_path).fingerprint()
     assert len(plain) == 64 and int(plain, 16)
     assert opened(tmp_path, dict(model_max_length=9)).fingerprint() == plain

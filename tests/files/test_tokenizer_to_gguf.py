@@ -1,4 +1,4 @@
-"""The keys of a GGUF that a tokenizer of a few tokens becomes, key by key, under the names of gguf-py."""
+"""The GGUF keys that a tokenizer becomes, under the names of gguf-py."""
 
 import copy
 import json
@@ -8,6 +8,7 @@ import pytest
 import tiny
 from gguf import TokenType
 from gguf.constants import Keys
+from tokenizer_parts import BYTE_LEVEL, METASPACE, around
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS as SPLITS
 
 from longlora.errors import UserError
@@ -16,8 +17,7 @@ from longlora.files.tokenizer_backend import build
 from longlora.files.tokenizer_to_gguf import kept, keys
 
 KEY = Keys.Tokenizer
-LETTERS = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-FLAGS = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+PLAIN = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
 BYTES = json.loads(tiny.tokenizer_json())
 BYTES["model"]["vocab"]["ab"] = 257
 BYTES["model"]["merges"] = [["a", "b"]]
@@ -37,37 +37,22 @@ def refused(described, message, **kwargs):
 
 
 def added(index, content, special):
-    return dict(id=index, content=content, special=special, **FLAGS)
-
-
-def around(*tokens):
-    """A post-processor: pairs of text and id, and None for the text itself."""
-    steps = [
-        {"SpecialToken": {"id": x[0], "type_id": 0}} if x else {"Sequence": {"id": "A", "type_id": 0}}
-        for x in tokens
-    ]
-    ids = {x[0]: {"id": x[0], "ids": [x[1]], "tokens": [x[0]]} for x in tokens if x}
-    return {"type": "TemplateProcessing", "single": steps, "pair": steps, "special_tokens": ids}
+    return dict(id=index, content=content, special=special, **PLAIN)
 
 
 def test_keys_of_byte_level_bpe():
     """A row without a token is unused, and has a name that no other token has."""
-    more = [added(258, "[PAD259]", False), added(260, "<x>", True)]
+    more = [added(258, "[PAD260]", False), added(259, "<x>", True)]
     described = {**BYTES, "added_tokens": [*BYTES["added_tokens"], *more]}
     got = found(described, rows=263, special=dict(eos_token=END))
     letters = {index: text for text, index in BYTES["model"]["vocab"].items()}
-    end = ["[PAD259]", "[PAD259]_", "<x>", "[PAD261]", "[PAD262]"]
-    # The library gives an added token the next free id.
-    index = build(described, "x").token_to_id("<x>")
-    assert index in (259, 260)
-    if index == 259:
-        end = ["[PAD259]", "<x>", "[PAD260]", "[PAD261]", "[PAD262]"]
-    unused = [TokenType.UNUSED if text.startswith("[PAD") else TokenType.CONTROL for text in end[1:]]
     assert got == {
         KEY.MODEL: "gpt2",
         KEY.PRE: "gpt-2",
-        KEY.LIST: [*(letters[i] for i in range(258)), *end],
-        KEY.TOKEN_TYPE: [1] * 256 + [TokenType.CONTROL, 1, TokenType.USER_DEFINED, *unused],
+        KEY.LIST: [*(letters[i] for i in range(258)), "[PAD260]", "<x>", "[PAD260]_", "[PAD261]", "[PAD262]"],
+        KEY.TOKEN_TYPE: [TokenType.NORMAL] * 256
+        + [TokenType.CONTROL, TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.CONTROL]
+        + [TokenType.UNUSED] * 3,
         KEY.MERGES: ["a b"],
         KEY.EOS_ID: 256,
         KEY.ADD_BOS: False,
@@ -75,7 +60,20 @@ def test_keys_of_byte_level_bpe():
     }
 
 
-def test_a_name_of_an_unused_row_is_no_other_tokens():
+def test_an_id_of_an_added_and_a_plain_token_is_the_added_ones():
+    """As in id_to_token. The vocabulary lacks an id, so the library gives <new> the id of another token."""
+    vocab = {**BYTES["model"]["vocab"], "xy": 259}
+    more = [*BYTES["added_tokens"], added(260, "<new>", False)]
+    described = {**BYTES, "added_tokens": more, "model": {**BYTES["model"], "vocab": vocab}}
+    backend = build(described, "x")
+    assert backend.token_to_id("<new>") == 259 and backend.id_to_token(259) == "<new>"
+    for _ in range(9):  # the order of the library's vocabulary is random
+        got = found(described, rows=260)
+        assert got[KEY.LIST][258:] == ["[PAD258]", "<new>"]
+        assert got[KEY.TOKEN_TYPE][258:] == [TokenType.UNUSED, TokenType.USER_DEFINED]
+
+
+def test_an_unused_row_has_a_name_that_no_token_has():
     vocab = {**BYTES["model"]["vocab"], "[PAD259]": 258, "[PAD259]_": 260, "[PAD261]": 262}
     got = found({**BYTES, "model": {**BYTES["model"], "vocab": vocab}}, rows=263)
     assert got[KEY.LIST][258:] == ["[PAD259]", "[PAD259]__", "[PAD259]_", "[PAD261]_", "[PAD261]"]
@@ -91,14 +89,14 @@ def by(pattern, **changes):
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False} | changes
 
 
-PLAIN = {**LETTERS, "use_regex": False}
+ALONE = {**BYTE_LEVEL, "use_regex": False}
 
 
 @pytest.mark.parametrize("name", ["llama-bpe", "smaug-bpe", "qwen2", "qwen35", "tekken", "gpt-4o"])
-def test_a_regular_expression_has_a_name(name):
-    """llama.cpp ignores merges for two of the names: then a whole word that is a token is not split."""
+def test_a_regular_expression_has_a_name_in_llama_cpp(name):
+    """For two of the names llama.cpp does not apply merges to a word that is a token."""
     described, ignores = copy.deepcopy(BYTES), name in ("llama-bpe", "tekken")
-    described["pre_tokenizer"] = dict(type="Sequence", pretokenizers=[by(SPLITS[name]), PLAIN])
+    described["pre_tokenizer"] = dict(type="Sequence", pretokenizers=[by(SPLITS[name]), ALONE])
     described["model"]["ignore_merges"] = ignores
     assert found(described)[KEY.PRE] == name
     described["model"]["ignore_merges"] = not ignores
@@ -117,22 +115,22 @@ def in_turn(*steps):
 @pytest.mark.parametrize(
     "pre, name",
     [
-        (LETTERS, "gpt-2"),
-        (in_turn(LETTERS), "gpt-2"),
-        (in_turn(DIGITS, LETTERS), "smollm"),
-        (in_turn(DIGITS, in_turn(LETTERS)), "smollm"),
-        (in_turn(by(r"\p{N}"), LETTERS), "smollm"),
-        (in_turn(LETTERS, DIGITS), "llama.cpp has no name for texts split by"),
-        (in_turn({**DIGITS, "individual_digits": False}, LETTERS), "llama.cpp does not split texts by"),
-        (in_turn(by(SPLITS["qwen2"], invert=True), PLAIN), "llama.cpp does not split texts by .*Split"),
+        (BYTE_LEVEL, "gpt-2"),
+        (in_turn(BYTE_LEVEL), "gpt-2"),
+        (in_turn(DIGITS, BYTE_LEVEL), "smollm"),
+        (in_turn(DIGITS, in_turn(BYTE_LEVEL)), "smollm"),
+        (in_turn(by(r"\p{N}"), BYTE_LEVEL), "smollm"),
+        (in_turn(BYTE_LEVEL, DIGITS), "llama.cpp has no name for texts split by"),
+        (in_turn({**DIGITS, "individual_digits": False}, BYTE_LEVEL), "llama.cpp does not split texts by"),
+        (in_turn(by(SPLITS["qwen2"], invert=True), ALONE), "llama.cpp does not split texts by .*Split"),
         (
-            in_turn(by(SPLITS["qwen2"], behavior="Removed"), PLAIN),
+            in_turn(by(SPLITS["qwen2"], behavior="Removed"), ALONE),
             "llama.cpp does not split texts by .*Split",
         ),
-        (in_turn({**by(""), "pattern": {"String": " "}}, PLAIN), "llama.cpp does not split texts by .*Split"),
-        (in_turn(dict(type="WhitespaceSplit"), PLAIN), "llama.cpp does not split texts by .*WhitespaceSplit"),
-        ({**LETTERS, "add_prefix_space": True}, "llama.cpp does not split texts by .*ByteLevel"),
-        (PLAIN, "llama.cpp has no name for texts split by"),
+        (in_turn({**by(""), "pattern": {"String": " "}}, ALONE), "llama.cpp does not split texts by .*Split"),
+        (in_turn(dict(type="WhitespaceSplit"), ALONE), "llama.cpp does not split texts by .*WhitespaceSplit"),
+        ({**BYTE_LEVEL, "add_prefix_space": True}, "llama.cpp does not split texts by .*ByteLevel"),
+        (ALONE, "llama.cpp has no name for texts split by"),
         (dict(type="Whitespace"), "BPE without bytes cannot go into a GGUF file: llama.cpp does not have it"),
         (None, "BPE without bytes cannot go into a GGUF file"),
     ],
@@ -158,9 +156,12 @@ def test_the_way_a_text_is_split_has_a_name(pre, name):
         ),
     ],
 )
-def test_only_nfc_is_left_out(normalizer, message):
+def test_nfc_is_the_only_normalizer_that_is_ignored(normalizer, message):
     described = {**BYTES, "normalizer": normalizer}
-    refused(described, message) if message else found(described)
+    if message:
+        refused(described, message)
+    else:
+        assert found(described) == found(BYTES)
 
 
 @pytest.mark.parametrize(
@@ -189,14 +190,13 @@ def test_another_kind_of_model_is_named():
 
 PIECES = ("<unk>", "<s>", "</s>", "<0x0A>", "<0x123>", "[0x0B>", "<0x0C)", "▁", "a", "b", "ab", "▁a", "▁ab")
 MERGES = [["a", "b"], ["▁", "a"], ["▁", "ab"], ["▁a", "b"]]
-SPACES = dict(type="Metaspace", replacement="▁", prepend_scheme="first", split=False)
 
 
 def pieces(merges=MERGES, more=(), **parts):
     model = dict(type="BPE", unk_token="<unk>", fuse_unk=True, byte_fallback=True, merges=merges)
     model["vocab"] = {piece: index for index, piece in enumerate(PIECES)}
     tokens = [added(0, "<unk>", True), added(1, "<s>", True), added(2, "</s>", True), *more]
-    described = dict(version="1.0", added_tokens=tokens, normalizer=None, pre_tokenizer=SPACES)
+    described = dict(version="1.0", added_tokens=tokens, normalizer=None, pre_tokenizer=METASPACE)
     return described | dict(post_processor=None, decoder=None, model=model) | parts
 
 
@@ -213,7 +213,7 @@ def test_keys_of_sentencepiece():
     assert got == {
         KEY.MODEL: "llama",
         KEY.PRE: "default",
-        # Their spaces are spaces, unless that is a second token.
+        # In added tokens ▁ becomes a space, unless another token has that text.
         KEY.LIST: [*PIECES, " x", "a x", "ab x", "ab▁x", "[PAD17]"],
         KEY.TOKEN_TYPE: [2, 3, 3, 6, 1, 1, 1, 1, 1, 1, 1, 1, 1, 4, 4, 4, 4, 5],
         KEY.SCORES: [0.0] * 4 + [-4.0] * 6 + [0.0, -1.0, -2.0] + [0.0] * 5,
@@ -238,12 +238,12 @@ def test_keys_of_sentencepiece():
         ([MERGES[1], MERGES[2], MERGES[3]], "its merges are not those of SentencePiece, .* .ab.$"),
     ],
 )
-def test_merges_that_sentencepiece_would_not_have_are_refused(merges, message):
+def test_merges_that_sentencepiece_would_not_make_are_refused(merges, message):
     refused(pieces(merges), message, rows=13, eos=2)
 
 
 def test_only_plain_tokens_are_merged():
-    """The parts of an added token are not its merges."""
+    """An added token has no merge, though its parts are tokens."""
     got = found(pieces(more=[added(13, "aa", False), added(14, "bb", True)]), rows=15, eos=2)
     assert got[KEY.TOKEN_TYPE][13:] == [4, 3] and got[KEY.SCORES][13:] == [0.0, 0.0]
 
@@ -270,22 +270,22 @@ GEMMA = dict(type="Split", pattern={"String": " "}, behavior="MergedWithPrevious
 @pytest.mark.parametrize(
     "normalizer, pre, prefix",
     [
-        (None, SPACES, True),
-        (None, {**SPACES, "prepend_scheme": "always"}, True),
-        (None, {**SPACES, "prepend_scheme": "never"}, False),
-        (None, in_turn(SPACES), True),
+        (None, METASPACE, True),
+        (None, {**METASPACE, "prepend_scheme": "always"}, True),
+        (None, {**METASPACE, "prepend_scheme": "never"}, False),
+        (None, in_turn(METASPACE), True),
         (None, None, False),
         (norm(PREPEND, put()), None, True),
         (PREPEND, None, True),
         (put(), GEMMA, False),
-        (norm(put(), put(pattern={"Regex": r"\A▁"}, content="▁▁")), SPACES, True),
-        (norm(put(pattern={"Regex": r"\A▁"}, content="▁")), SPACES, None),
-        (norm(put(pattern={"Regex": " {2,}"}, content="▁▁")), SPACES, None),
+        (norm(put(), put(pattern={"Regex": r"\A▁"}, content="▁▁")), METASPACE, True),
+        (norm(put(pattern={"Regex": r"\A▁"}, content="▁")), METASPACE, None),
+        (norm(put(pattern={"Regex": " {2,}"}, content="▁▁")), METASPACE, None),
         (put(content="_"), None, None),
         (put(pattern={"String": "a"}), None, None),
         (dict(type="Prepend", prepend="_"), None, None),
         (dict(type="NFC"), None, None),
-        (None, {**SPACES, "replacement": "_"}, None),
+        (None, {**METASPACE, "replacement": "_"}, None),
         (None, dict(type="Whitespace"), None),
     ],
 )
@@ -320,14 +320,14 @@ def test_special_tokens_have_their_keys():
         (dict(bos_token="none such", eos_token="none such"), 7, 8, (7, 8)),
     ],
 )
-def test_ids_of_the_config_count_where_the_tokenizer_has_none(special, bos, eos, wanted):
-    """And those beyond the embedding do not."""
+def test_ids_of_the_config_are_used_where_the_tokenizer_names_no_token(special, bos, eos, wanted):
+    """Ids beyond the embedding are left out."""
     got = found(BYTES, special=special, bos=bos, eos=eos)
     assert (got.get(KEY.BOS_ID), got.get(KEY.EOS_ID)) == wanted
 
 
 @pytest.mark.parametrize("eos", [None, 258])
-def test_a_token_must_end_a_text(eos):
+def test_a_tokenizer_without_an_end_token_is_refused(eos):
     refused(BYTES, "names no token that ends a text; llama.cpp would use token 11$", bos=3, eos=eos)
 
 
@@ -347,7 +347,7 @@ def test_a_token_must_end_a_text(eos):
         (around(("b", 98), None), ALL, r"\[98\]"),
     ],
 )
-def test_what_is_put_around_a_text(post, special, wanted):
+def test_only_bos_and_eos_may_be_put_around_a_text(post, special, wanted):
     described = {**BYTES, "post_processor": post}
     if isinstance(wanted, str):
         message = f"puts the tokens {wanted} around each text; llama.cpp has only bos and eos$"
@@ -369,7 +369,7 @@ def test_what_is_put_around_a_text(post, special, wanted):
         (dict(eos_token_id=[True, -1, 258, "7", 1.0, 257]), [257]),
     ],
 )
-def test_more_tokens_that_end_a_text(generation, wanted):
+def test_further_end_tokens_of_a_generation_config_have_keys(generation, wanted):
     got = found(BYTES, special=ALL, generation=generation)
     assert [got[key] for key in (KEY.EOT_ID, KEY.EOM_ID) if key in got] == wanted
     assert (KEY.EOM_ID in got) == (len(wanted) == 2)
@@ -413,8 +413,8 @@ def test_half_a_character_is_named(templates, key):
     refused(BYTES, f"{key} holds half a character$", special=ALL, files=files(templates))
 
 
-def test_keys_of_another_file_are_kept():
-    """Not an empty list, which GGUF cannot hold, nor what is not of the tokenizer."""
+def test_the_tokenizer_keys_of_a_gguf_are_kept():
+    """Only keys of the tokenizer, and no empty list, which GGUF cannot hold."""
     metadata = {
         "tokenizer.ggml.tokens": ["a", "b"],
         "tokenizer.ggml.scores": [-1.5, 2.0**31 - 1],
