@@ -38,7 +38,7 @@ def peak_memory() -> int:
 
 
 def limit_memory(size: int) -> None:
-    """A limit of address space. A lower one stays."""
+    """Limit the address space to `size` bytes. A lower hard limit stays."""
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     least = size if most == resource.RLIM_INFINITY else min(size, most)
     resource.setrlimit(resource.RLIMIT_AS, (least, least))
