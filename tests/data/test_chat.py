@@ -234,7 +234,7 @@ def test_a_template_that_shows_no_answer_is_named_with_the_place(tmp_path, templ
 
 
 def test_an_assistant_may_speak_first(tmp_path):
-    """In the first template nothing comes before the answer, and the prompt for it is a "?"."""
+    """In the first template the prompt for an answer is a "?", with which no answer begins."""
     made, rows = KINDS["llama3"], [{"messages": TALK[1:]}, {"messages": TALK[1:2]}]
     template = (
         "{% for m in messages %}{{ m.content | trim }}</s>{% endfor %}{{ '?' if add_generation_prompt }}"

@@ -57,9 +57,9 @@ class Session:
         self._work(self)
         return True
 
-    def changes(self, path: Path, line: int, source: str) -> list[tuple[FunctionType, CodeType]] | None:
+    def changes(self, path: Path, line: int, source: bytes) -> list[tuple[FunctionType, CodeType]] | None:
         """The functions that a new text of the file changes, and their new code. None: it needs an import."""
-        node = outermost(ast.parse(path.read_text()), line)
+        node = outermost(ast.parse(path.read_bytes()), line)
         if not node:
             return None
         first = min(part.lineno for part in (node, *node.decorator_list))

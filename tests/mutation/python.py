@@ -218,10 +218,10 @@ def verdict(function: Callable[[], int], tests: Tests, order: list[str]) -> str:
     return "timeout" if code is None else "survived" if code == 0 else "noticed"
 
 
-def replaced(path: Path, mutant: operators.Mutant) -> str:
-    """The text of the file with the mutant."""
+def replaced(path: Path, mutant: operators.Mutant) -> bytes:
+    """The content of the file with the mutant."""
     data = path.read_bytes()
-    return (data[: mutant.begin] + mutant.now.encode() + data[mutant.end :]).decode()
+    return data[: mutant.begin] + mutant.now.encode() + data[mutant.end :]
 
 
 @contextlib.contextmanager
@@ -229,7 +229,7 @@ def written(path: Path, mutant: operators.Mutant) -> Iterator[None]:
     """Write the mutant into the file, also for processes that tests start. Restore it afterwards."""
     data = path.read_bytes()
     try:
-        path.write_text(replaced(path, mutant))
+        path.write_bytes(replaced(path, mutant))
         yield
     finally:
         path.write_bytes(data)

@@ -40,9 +40,9 @@ def test_every_option_changes_the_plan(tmp_path):
     assert plan.generation(tmp_path, max_memory=0.5, device="cpu").memory == 1 << 29
 
 
-@pytest.mark.parametrize("extend, positions", [(False, 64), (True, 256)])
-def test_the_context_is_that_of_the_adapter(tmp_path, extend, positions):
-    made = plan.generation(*saved(tmp_path, extend=extend), device="cpu")
+@pytest.mark.parametrize("length, positions", [(None, 64), (256, 256)])
+def test_the_context_is_that_of_the_adapter(tmp_path, length, positions):
+    made = plan.generation(*saved(tmp_path, length), device="cpu")
     assert made.context == made.config.max_position_embeddings == positions
 
 
