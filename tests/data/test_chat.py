@@ -246,7 +246,7 @@ def test_an_assistant_may_speak_first(tmp_path):
         assert TALK[1]["content"].strip() in said[1][0]
 
 
-TOOLS = [{"name": "f"}]  # also the calls of an answer
+TOOLS = [{"name": "f"}]  # also the tool calls of an answer
 WITH_TOOLS = "{{ tools | tojson if tools }}"
 LINES = (
     "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"

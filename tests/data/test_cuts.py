@@ -175,5 +175,5 @@ def test_memory_limits_a_document_that_cannot_be_cut(monkeypatch):
                 "do not fit in memory; split it into several files, or into the lines of a .jsonl" in message
             )
     monkeypatch.setattr(parts, "available_memory", lambda: 0)
-    lines = ["x" * 600 + "\n"] * 4  # can be cut
+    lines = ["x" * 600 + "\n"] * 4  # it can be cut at its line breaks
     assert cut(Words("."), lines) == lines

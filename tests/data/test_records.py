@@ -150,7 +150,7 @@ def test_fields_of_a_dataset_that_are_none_are_left_out(monkeypatch):
         ("folder/there", ""),
     ],
 )
-def test_the_kind_of_a_path_or_a_datasets_name(tmp_path, monkeypatch, path, kind):
+def test_the_kind_of_a_path_or_dataset_name(tmp_path, monkeypatch, path, kind):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "there").write_text("")

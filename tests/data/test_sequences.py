@@ -1,5 +1,6 @@
 """How documents and samples are cut and packed into sequences, and the sentence that counts them."""
 
+import json
 import re
 
 import numpy as np
@@ -161,13 +162,13 @@ def test_the_first_document_that_is_too_long_is_refused(sizes):
     )
 
 
-def test_an_order_is_resumed_in_any_epoch():
-    """Epoch e is NumPy's permutation by the seed [seed, e]. A run may be resumed by a later version of
-    longlora, so this never changes.
-    """
-    epochs = [np.random.default_rng([3, epoch]).permutation(5).tolist() for epoch in range(4)]
+@pytest.mark.parametrize("n, seed", [(5, 3), (7, 42)])
+def test_the_order_of_each_epoch_is_a_permutation_by_numpy(n, seed):
+    """A run may be resumed years later, so this never changes."""
+    epochs = [np.random.default_rng([seed, epoch]).permutation(n).tolist() for epoch in range(4)]
     whole = [i for epoch in epochs for i in epoch]
-    assert Order(5, 3).take(20) == whole
-    for position in (0, 1, 4, 5, 6, 10, 11):
-        order = Order(5, 3, position)
+    assert Order(n, seed).take(4 * n) == whole
+    for position in (0, 1, n - 1, n, n + 1, 2 * n, 2 * n + 1):
+        order = Order(n, seed, position)
         assert order.take(4) == whole[position : position + 4] and order.position == position + 4
+    assert json.dumps(order.take(1))  # plain integers

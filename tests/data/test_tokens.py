@@ -24,7 +24,7 @@ END = 256
 
 
 def made(template=None, eos="<|end|>"):
-    """The tokenizer of tiny models. template: adds special tokens to a text, $A."""
+    """The tokenizer of tiny models. template: where special tokens go around a text, $A."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import processors
 
@@ -163,6 +163,7 @@ def test_a_header_decides_the_size_of_a_token(tmp_path, kind):
         (headed(1, 2, [1, 2], "<u4") + b"ab", "10 bytes are not a whole number of uint32 tokens"),
         (array([1, 100, 101], "<u2"), "token 1 is 100, the model has 100 tokens"),
         (array([100], "<u2"), "token 0 is 100, the model has 100 tokens"),
+        (headed(1, 2, [1, 70_000], "<u4"), "token 1 is 70000, the model has 100 tokens"),
     ],
 )
 def test_a_wrong_token_file_is_refused(tmp_path, content, words):

@@ -201,7 +201,7 @@ def test_one_step_is_enough(calls):
 
 @pytest.mark.parametrize("module, last", [(demo, "ppl"), (demo_answers, "attention")])
 def test_a_run_that_is_stopped_stops_the_demo(calls, monkeypatch, module, last):
-    """The training that is stopped is the last step. The next demo may replace the files."""
+    """Nothing runs after a training that was stopped. The next demo may replace its files."""
     stopped = SimpleNamespace(stopped=2, history=[])
     with monkeypatch.context() as patch:
         patch.setattr(module, "train", lambda **options: stopped)
