@@ -22,6 +22,15 @@ GROWING = ("mkdir", "fsync", "symlink", "truncate")  # these fail on a full disk
 KILLED, REFUSED, CRASHED = 9, 2, 3  # exit codes of the fork, besides 0
 
 
+class Unreadable(io.BytesIO):
+    """A file that can be opened, but not read."""
+
+    def read(self, *_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    read1 = read
+
+
 class Faults:
     """Counts operations and meets number `at`, from 1, with a fault. `met` is called before the fault."""
 

@@ -1,5 +1,5 @@
-"""The command line: what its help lists, and its commands. An error is one line with exit code 2; it touches
-no file.
+"""The command line: its help and its commands. An error prints one line, exits with code 2 and touches no
+file.
 """
 
 import argparse

@@ -73,7 +73,7 @@ def test_the_faults_of_a_line():
     assert changes('"""Words."""') == set() and changes('raise E("words")') == {"pass"}
 
 
-def test_every_equivalent_mutant_is_one_of_todays(monkeypatch):
+def test_equivalent_txt_lists_only_mutants_of_the_current_code(monkeypatch):
     monkeypatch.chdir(TOOL.parents[2])
     lines = results.EQUIVALENT.read_text().splitlines()
     assert lines == sorted(lines) and all(line.partition("  # ")[2] for line in lines)

@@ -351,7 +351,7 @@ class Instructions:
             return prompt + completion, [(len(prompt), len(prompt) + len(completion))]
         assert self.template is not None
         if self.everything:
-            return self.template.render(sample.messages, **sample.extra), []
+            return self.template.render(sample.messages, **sample.extra), []  # _encoded marks every token
         return answers(self.template, sample, ends)
 
     def _encoded(self, waiting, tokenizer):

@@ -73,7 +73,7 @@ class Parts:
         """
         low = max(0, seen - NEIGHBOURS)
         at, text = len(held) - low, held[low:] + piece[:NEIGHBOURS]
-        if text[at : at + 1] != " ":
+        if text[at : at + 1] != " ":  # the last line break, which may be just before `at`
             at = text.rfind("\n", 0, at) + 1
         for _ in range(8):
             if at <= 0:

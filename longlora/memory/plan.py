@@ -166,5 +166,5 @@ def what_would_fit(
         size = total(**changed)
         if size <= memory:
             return (f"{' and '.join(texts.values())}: {size / 2**30:.3f} GiB",)
-    least = " and ".join(texts.values()) or "the least choices"
+    least = " and ".join(texts.values()) or "the smallest settings"
     return (f"nothing: {least} still need {size / 2**30:.3f} GiB",)

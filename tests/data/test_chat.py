@@ -234,7 +234,7 @@ def test_a_template_that_shows_no_answer_is_named_with_the_place(tmp_path, templ
 
 
 def test_an_assistant_may_speak_first(tmp_path):
-    """Here the prompt for an answer differs from the answer's own beginning, and nothing is before it."""
+    """In the first template the prompt for an answer is a "?", with which no answer begins."""
     made, rows = KINDS["llama3"], [{"messages": TALK[1:]}, {"messages": TALK[1:2]}]
     template = (
         "{% for m in messages %}{{ m.content | trim }}</s>{% endfor %}{{ '?' if add_generation_prompt }}"
@@ -246,10 +246,8 @@ def test_an_assistant_may_speak_first(tmp_path):
         assert TALK[1]["content"].strip() in said[1][0]
 
 
-TOOLS = [{"name": "f"}]
+TOOLS = [{"name": "f"}]  # also the tool calls of an answer
 WITH_TOOLS = "{{ tools | tojson if tools }}"
-
-
 LINES = (
     "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
     "{{ 'assistant:' if add_generation_prompt }}"
@@ -270,7 +268,9 @@ def test_answers_are_found_in_conversations_with_tools(tmp_path, template, row):
 
 
 def test_a_marked_answer_begins_after_the_prompt_for_it(tmp_path):
-    """The end of all messages is no part of the prompt. A text that the prompt does not begin is refused."""
+    """What a template adds after the last message is not in the prompt. The whole text must begin with the
+    prompt.
+    """
     row = {"prompt": TALK[:1], "completion": TALK[1:2]}
     source = SHAPES["generation"] + "{{ '!' if not add_generation_prompt }}"
     ((ids, learned),) = encoded(tmp_path, KINDS["llama3"], [row], source)
@@ -280,7 +280,7 @@ def test_a_marked_answer_begins_after_the_prompt_for_it(tmp_path):
     assert "in message 2: it writes \"1user: What's" in words and "and \"2user: What's" in words
 
 
-def test_both_texts_are_shown_from_20_characters_before_they_part(tmp_path):
+def test_an_error_shows_both_texts_from_20_characters_before_they_differ(tmp_path):
     source = "{{ 'a' * 30 }}{{ ('1' if messages | length == 1 else '2') * 30 }}"
     one, two = ("a" * 20 + digit * 20 for digit in "12")
     words = f"in message 2: it writes '{one}' up to there, and '{two}' with what follows; mark answers with"
@@ -291,34 +291,31 @@ QUESTION = (
     "{% for m in messages %}{{ m.content + ('' if loop.last else '</s>') if m.role == 'user' }}{% endfor %}"
 )
 CALLS = "{% for m in messages %}{{ m.content }}</s>{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
-CALL = [{"name": "f"}]
 
 
 @pytest.mark.parametrize(
     "template, question, answer",
     [
-        (QUESTION, "x", {"content": "x"}),  # what is found is the question
+        (QUESTION, "x", {"content": "x"}),  # only the question holds "x"
         ("</s>" + QUESTION, "y", {"content": "x"}),
-        (QUESTION, "x", {"content": None, "tool_calls": CALL}),
-        (CALLS, "x", {"content": "y", "tool_calls": CALL}),  # the call comes after the end
+        (QUESTION, "x", {"content": None, "tool_calls": TOOLS}),
+        (CALLS, "x", {"content": "y", "tool_calls": TOOLS}),  # the call comes after the end token
         (
             "{% for m in messages %}{{ m.content + ('</s>' if m.role == 'user' else '!') }}{% endfor %}",
             "x",
-            {"content": "y"},  # which has no end token
+            {"content": "y"},  # no end token follows
         ),
     ],
 )
-def test_an_answer_that_the_template_does_not_show_is_not_looked_for_elsewhere(
-    tmp_path, template, question, answer
-):
+def test_an_answer_that_the_template_leaves_out_is_not_found_elsewhere(tmp_path, template, question, answer):
     talk = [{"role": "user", "content": question}, {"role": "assistant", **answer}]
     source = template + "{{ '?' if add_generation_prompt }}"
     message = failure(encoded, tmp_path, KINDS["llama3"], [{"messages": talk}], source)
     assert "the template does not show which tokens are the answer in message 2" in message
 
 
-def test_an_answer_may_begin_like_the_prompt_for_one(tmp_path):
-    """Only its last letter differs from the words that ask for it."""
+def test_an_answer_may_begin_like_the_prompt_for_it(tmp_path):
+    """The answer "<x" and the prompt "<think>" have the first character in common."""
     source = CALLS + "{{ '<think>' if add_generation_prompt }}"
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<x"}]
     ((ids, learned),) = encoded(tmp_path, KINDS["llama3"], [{"messages": talk}], source)
@@ -389,16 +386,16 @@ def test_a_post_processor_that_takes_spaces_off_changes_no_target(tmp_path, prom
     [
         ((0, 1), [1, 0, 0, 0, 0, 0]),
         ((1, 2), [0, 1, 0, 0, 0, 0]),
-        ((1, 3), [0, 1, 0, 0, 0, 0]),  # a part of a token
+        ((1, 3), [0, 1, 0, 0, 0, 0]),  # one of the token's two characters
         ((3, 4), [0, 0, 1, 0, 0, 0]),
         ((4, 5), [0, 0, 0, 1, 1, 0]),
         ((5, 6), [0, 0, 0, 0, 0, 1]),
         ((0, 6), [1, 1, 1, 1, 1, 1]),
-        ((2, 2), [0, 0, 0, 0, 0, 0]),  # an answer of no character, inside a token
+        ((2, 2), [0, 0, 0, 0, 0, 0]),  # an empty answer, inside a token
     ],
 )
-def test_targets_by_hand(span, wanted):
-    """Tokens of 1, 2 and 1 characters, one of none, which lies before the next, and two of 1."""
+def test_targets_of_six_tokens(span, wanted):
+    """They have 1, 2, 1, 0, 1 and 1 characters. The empty token counts as part of the next one."""
     first, last = np.array([0, 1, 3, 4, 4, 5]), np.array([1, 3, 4, 4, 5, 6])
     assert chat.targets(first, last, [span]).tolist() == [bool(x) for x in wanted]
     assert not chat.targets(first, last, []).any()
@@ -413,9 +410,7 @@ def test_targets_by_hand(span, wanted):
         ([0, 30, 29, 40, 41], [1, 31, 40, 41, 42], "token 3 is made of, after 'klmnopqrstuvwxyzABCDE'"),
     ],
 )
-def test_a_tokenizer_that_goes_back_in_the_text_is_named_with_the_place(
-    tmp_path, monkeypatch, first, last, words
-):
+def test_tokens_that_go_back_in_the_text_are_refused(tmp_path, monkeypatch, first, last, words):
     made, text = tokenizer("llama3"), "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
     monkeypatch.setattr(made, "encode_places", lambda _: [(np.arange(5), np.array(first), np.array(last))])
     message = failure(encoded, tmp_path, made, [{"prompt": "", "completion": text}])
@@ -426,7 +421,7 @@ def test_a_tokenizer_that_goes_back_in_the_text_is_named_with_the_place(
 @pytest.mark.parametrize(
     "at_once, sizes, groups",
     [
-        (65, [3] * 5, [2, 2, 1]),  # a short text counts as 64
+        (65, [3] * 5, [2, 2, 1]),  # a short text counts as 64 characters
         (128, [3] * 5, [2, 2, 1]),
         (140, [70, 70, 3, 70, 100], [2, 3]),
         (9, [3] * 2, [1, 1]),
@@ -450,7 +445,7 @@ def test_records_are_tokenised_in_groups(tmp_path, monkeypatch, at_once, sizes, 
 
 
 def test_equal_instructions_have_equal_keys():
-    """The key finds tokenised data again."""
+    """Tokenised data are cached under this key. The file that a template comes from is not in it."""
     forms = {form.name: form for form in chat.FORMS}
 
     def key(name, template=None, everything=False):

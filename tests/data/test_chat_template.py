@@ -7,6 +7,7 @@ import json
 import math
 import os
 
+import faults
 import pytest
 import tiny
 import transformers
@@ -254,20 +255,14 @@ def test_a_template_comes_from_adapter_model_or_gguf(tmp_path):
     assert find_template(files_of(path)).render([USER]) == "<s>[INST] " + USER["content"] + " [/INST]"
 
 
-def test_the_file_of_a_template_is_utf_8_on_every_machine(tmp_path, monkeypatch):
+def test_a_template_file_is_utf_8_in_every_locale(tmp_path, monkeypatch):
     (tmp_path / "mine").write_text("\u00e9", encoding="utf-8")
     monkeypatch.setattr(io, "TextIOWrapper", functools.partial(io.TextIOWrapper, encoding="ascii"))
     assert find_template(None, tmp_path / "mine").source == "\u00e9"
 
 
-def test_a_template_that_the_disk_does_not_give_is_named(monkeypatch):
-    class Broken(io.BytesIO):
-        def read(self, *_):
-            raise OSError(5, "Input/output error")
-
-        read1 = read
-
-    monkeypatch.setattr(chat_template, "open_file", lambda path: Broken())
+def test_a_template_file_that_cannot_be_read_is_named(monkeypatch):
+    monkeypatch.setattr(chat_template, "open_file", lambda path: faults.Unreadable())
     with pytest.raises(UserError, match="^mine: cannot be read: Input/output error$"):
         find_template(None, "mine")
 

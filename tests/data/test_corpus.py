@@ -130,7 +130,7 @@ def test_files_without_text_are_left_out_of_a_directory(tmp_path):
         *[("vocab.txt", beside) for beside in ("config.json", "tokenizer_config.json")],
     ],
 )
-def test_a_file_of_a_run_or_a_model_is_told_by_what_lies_beside_it(tmp_path, name, beside):
+def test_a_file_of_a_run_or_a_model_is_known_by_the_file_beside_it(tmp_path, name, beside):
     write(tmp_path / "a.txt", "a")
     write(tmp_path / name, '{"text": "a"}')
     assert names(Corpus(str(tmp_path)), tmp_path) == ["a.txt", name]

@@ -1,4 +1,4 @@
-"""A long text is cut at the places that are worked out by hand, with 4 characters looked at on each side."""
+"""Where a long text is cut, with 4 characters compared on each side of a cut instead of 256."""
 
 import re
 
@@ -28,13 +28,13 @@ class Words:
 
 @pytest.fixture
 def few(monkeypatch):
-    """Looks at 4 characters beside a cut, and at 2 places inside a text without spaces."""
+    """Compare 4 characters on each side of a cut, and try 2 places in a text without spaces."""
     monkeypatch.setattr(parts, "NEIGHBOURS", 4)
     monkeypatch.setattr(parts, "TRIES", 2)
 
 
 def cut(tokenizer, pieces):
-    """The parts of the text that comes in these pieces."""
+    """The parts of the text that is read in these pieces."""
     found = list(Parts(tokenizer).of(pieces))
     assert [last for _, last in found] == [False] * (len(found) - 1) + [True]
     return [part for part, _ in found]
@@ -51,18 +51,18 @@ def cut(tokenizer, pieces):
         (["ab", " cd", " ef"], ["ab", " cd", " ef"]),
         (["a", " b"], ["a", " b"]),
         (["a\nb", " c"], ["a\nb", " c"]),
-        # after the last line break that has come, not one in the piece that follows
+        # after the last line break of the text so far, not of the next piece
         (["ab\ncd", "ef\ngh", "ij"], ["ab\n", "cdef\n", "ghij"]),
         (["a\nb\ncd", "e"], ["a\nb\n", "cde"]),
         (["ab", "cd\nef"], ["abcd\nef"]),
         (["ab\nc", "", "d"], ["ab\n", "cd"]),
-        # not beside nothing but spaces
+        # not where one side has only spaces
         (["ab", "  cd"], ["ab  cd"]),
         (["ab\n", "\n cd"], ["ab\n\n cd"]),
         (["  \n", "ab"], ["  \nab"]),
         (["ab\n", " cd"], ["ab\n", " cd"]),
         (["ab\ncd\n", "  ef"], ["ab\n", "cd\n  ef"]),
-        # further on than was looked at before
+        # in text that came after the last search
         (["abcdefgh", "ij\nk", "lm"], ["abcdefghij\n", "klm"]),
         (["abcdefgh", "ijkl", " mn"], ["abcdefghijkl", " mn"]),
         (["abcdefg", "\n", "hi"], ["abcdefg\n", "hi"]),
@@ -98,33 +98,33 @@ BYTES = ("bytes", "")
         (BYTES, ["abcdefgh", "i"], ["abcdefghi"]),
         (PLAIN, ["xyzxyzxyz", "x"], ["xyzxy", "zxyzx"]),
         ((*BYTES, [("x", "y")]), ["z" * 9, "z"], ["z" * 5, "z" * 5]),
-        # after 9 characters without a place it looks again at twice as many
+        # a search that fails at 9 characters is repeated at twice as many
         (BYTES, ["1"] * 9 + ["a"] * 20, ["1" * 9 + "a" * 6, "a" * 5, "a" * 9]),
-        # the second place
+        # at the second of the 2 places
         (BYTES, ["aaaaa11111", "1"], ["aaaaa", "111111"]),
         (BYTES, ["aaaaaa1111", "1"], ["aaaaaa", "11111"]),
         (BYTES, ["aaaa111111", "1"], ["aaaa1111111"]),
-        # NFC makes one letter of an e and the accent that follows
+        # NFC joins an e and the accent after it
         ((*BYTES, [], "NFC"), ["e\u0301" * 5 + "e", "\u0301"], ["e\u0301" * 3, "e\u0301" * 3]),
-        # tokens that may lie across, whether or not one does
+        # a token of the vocabulary could lie across each place
         ((*BYTES, [("a", "a")]), ["a" * 9, "a", "a"], ["a" * 11]),
         ((*BYTES, [("1", "a"), ("a", "1a")]), ["a1" * 5, "a1"], ["a1" * 6]),
-        # a token as long as what is looked at, and one that is longer
+        # a token of 4 characters, as many as are compared, and a longer one
         ((*BYTES, [("a", "b"), ("c", "d"), ("ab", "cd")]), ["z" * 9, "z"], ["z" * 5, "z" * 5]),
         ((*BYTES, [("a", "b"), ("c", "d"), ("ab", "cd"), ("abcd", "a")]), ["z" * 9, "z"], ["z" * 10]),
     ],
 )
-def test_a_text_without_spaces_is_cut_where_no_token_can_lie(few, tokenizer, pieces, wanted):
+def test_a_text_without_spaces_is_cut_where_no_token_can_lie_across(few, tokenizer, pieces, wanted):
     assert cut(made(*tokenizer), pieces) == wanted
 
 
-def test_an_added_token_counts_as_a_token(few):
+def test_an_added_token_may_lie_across_a_cut(few):
     tokenizer = made("bytes", "")
     tokenizer.backend.add_tokens(["<|end|>"])
     assert cut(tokenizer, ["z" * 9, "z"]) == ["z" * 10]
 
 
-def test_only_a_bpe_text_is_cut_inside(few):
+def test_only_bpe_tokenizers_allow_cuts_without_spaces(few):
     from tokenizers import Tokenizer as Backend
     from tokenizers import models
 
@@ -139,7 +139,7 @@ def test_only_a_bpe_text_is_cut_inside(few):
     [
         *[(left, right, True) for left, right in ("ab", "\u6f22\u5b57", "a1", "1a", "a.", ".a", ".1", "1.")],
         *[(left, right, False) for left, right in ("11", "1\u00b2", "..", "-=")],
-        # before a space, and beside no other
+        # before a space, but beside no other white space
         *[(left, " ", True) for left in "a1."],
         *[
             (left, right, False)
@@ -152,7 +152,7 @@ def test_runs_that_a_regular_expression_may_count_are_not_cut(left, right, allow
 
 
 def test_memory_limits_a_document_that_cannot_be_cut(monkeypatch):
-    """What is large is more than LARGE bytes; less is never refused."""
+    """Only documents of more than LARGE bytes can be refused."""
     monkeypatch.setattr(parts, "available_memory", lambda: 0)
     assert cut(Words("."), ["a text"]) == ["a text"]
     monkeypatch.setattr(parts, "LARGE", 1000)
@@ -175,5 +175,5 @@ def test_memory_limits_a_document_that_cannot_be_cut(monkeypatch):
                 "do not fit in memory; split it into several files, or into the lines of a .jsonl" in message
             )
     monkeypatch.setattr(parts, "available_memory", lambda: 0)
-    lines = ["x" * 600 + "\n"] * 4  # they can be cut
+    lines = ["x" * 600 + "\n"] * 4  # it can be cut at its line breaks
     assert cut(Words("."), lines) == lines

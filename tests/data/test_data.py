@@ -1,7 +1,6 @@
 """Text becomes sequences with the ids of the whole text. Lost tokens are counted, errors are named."""
 
 import gc
-import json
 import os
 import resource
 import subprocess
@@ -18,7 +17,7 @@ from test_tokenizer import UGLY, trained
 
 from longlora.data import text, tokens
 from longlora.data.sequences import Order, Sequences, batch
-from longlora.data.tokens import Tokens, encode_documents, read_bin, tokenise
+from longlora.data.tokens import Tokens, encode_documents, tokenise
 from longlora.errors import UserError
 from longlora.files.tokenizer import Tokenizer
 
@@ -216,37 +215,6 @@ def test_a_tokenisation_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert "cannot be written" in message and not tiny.listing(cache)
 
 
-# ---- token files ---------------------------------------------------------------------------------
-
-
-def test_token_files_of_both_kinds_are_read(tmp_path):
-    ids = np.array([1, 2, 65535, 7] * 300)
-    small = write(tmp_path / "s.bin", ids.astype("<u2").tobytes())
-    large = write(tmp_path / "l.bin", ids.astype("<u4").tobytes())
-    np.testing.assert_array_equal(read_bin(small, 1 << 16).ids, ids)
-    np.testing.assert_array_equal(read_bin(large, 1 << 17).ids, ids)
-    for magic, kind in ((20240520, "<u2"), (20240801, "<u4")):
-        head = np.zeros(256, np.int32)
-        head[:3] = magic, 1, len(ids)
-        path = write(tmp_path / "h.bin", head.tobytes() + ids.astype(kind).tobytes())
-        np.testing.assert_array_equal(read_bin(path, 1 << 17).ids, ids)
-        write(tmp_path / "h.bin", head.tobytes() + ids[:-1].astype(kind).tobytes())
-        assert "should hold 1200 tokens by its header, holds 1199" in failure(read_bin, path, 1 << 17)
-    assert "token 2 is 65535, the model has 100 tokens" in failure(read_bin, small, 100)
-    assert "token 0 is 1, the model has 1 tokens" in failure(read_bin, small, 1)
-    assert "not a whole number of uint16" in failure(read_bin, write(tmp_path / "odd.bin", b"123"), 100)
-    assert "not a whole number" in failure(read_bin, write(tmp_path / "none.bin", b""), 100)
-
-
-@pytest.mark.parametrize("vocab_size", [100, 70_000])
-def test_the_first_id_that_the_model_does_not_have_is_refused(tmp_path, vocab_size):
-    kind = "<u2" if vocab_size < 1 << 16 else "<u4"
-    path = write(tmp_path / "a.bin", np.array([1, vocab_size - 1], kind).tobytes())
-    np.testing.assert_array_equal(read_bin(path, vocab_size).ids, [1, vocab_size - 1])
-    write(tmp_path / "a.bin", np.array([1, vocab_size], kind).tobytes())
-    assert f"token 1 is {vocab_size}, the model has {vocab_size}" in failure(read_bin, path, vocab_size)
-
-
 # ---- sequences -----------------------------------------------------------------------------------
 
 
@@ -300,22 +268,6 @@ def test_a_sentence_says_in_numbers_what_becomes_of_documents(rule, sequences, e
     assert len(found) == int(sequences.split()[0]) and found.sentence == (
         f"3 documents, 63 tokens (shortest 5, median 20, longest 38) -> {sequences} of 10; {end}"
     )
-
-
-def test_long_documents_are_refused_by_name():
-    message = failure(Sequences, tokens_of([5, 20, 30]), 10, "refuse", "some.txt")
-    assert message.startswith(
-        "some.txt: document 1 has 20 tokens, more than the 10 of a sequence (2 are too long)"
-    )
-    assert len(Sequences(tokens_of([5, 10, 3]), 10, "refuse")) == 2
-
-
-def test_holding_out_takes_the_last_sequences():
-    found = Sequences(tokens_of([100]), 10)
-    held = found.hold_out(0.2)
-    assert len(found) == 8 and len(held) == 2 and held.get(0)[0] == 80
-    assert len(Sequences(tokens_of([100]), 10).hold_out(0.001)) == 1
-    assert "leaves none to train on" in failure(Sequences(tokens_of([10]), 10).hold_out, 0.5)
 
 
 def test_a_batch_has_the_next_tokens_as_targets_and_no_target_in_padding():
@@ -400,16 +352,6 @@ def test_the_order_is_a_permutation_in_each_epoch_and_can_be_resumed(n, seed, ta
         assert sorted(order[start : start + n]) == list(range(n))
     resumed = Order(n, seed, sum(takes[:stop]))
     assert [resumed.take(count) for count in takes[stop:]] == taken[stop:]
-
-
-def test_each_seed_and_epoch_has_its_own_order():
-    """NumPy defines the order, so a run can be resumed years later."""
-    assert Order(50, 1).take(50) != Order(50, 2).take(50)
-    epochs = Order(50, 1).take(150)
-    assert epochs[:50] != epochs[50:100] != epochs[100:] != epochs[:50]
-    wanted = [np.random.default_rng([42, epoch]).permutation(7).tolist() for epoch in (0, 1)]
-    assert Order(7, 42).take(14) == wanted[0] + wanted[1]
-    assert json.dumps(Order(50, 1).take(3))  # they are plain integers
 
 
 @on_linux

@@ -1,7 +1,6 @@
-"""A text is read in pieces that are joined to the whole, and what cannot be read is named."""
+"""How text is read from files: in which pieces, and the errors for what cannot be read."""
 
-import io
-
+import faults
 import pytest
 from test_corpus import texts
 from test_data import failure, write
@@ -23,9 +22,9 @@ from longlora.data.text import Corpus
         (4, "a\u00e9\u6f22\U0001f642", ["a\u00e9", "\u6f22", "\U0001f642"]),
         (3, "\u6f22\u5b57", ["\u6f22", "\u5b57"]),
         (1, "\U0001f642\U0001f642", ["\U0001f642", "\U0001f642"]),
-        # a line break of Windows is never cut
+        # CRLF is never cut in two
         (4, "abc\r\ndef\r\n", ["abc", "\n", "def\n"]),
-        # a mark of the byte order is taken off once
+        # one byte order mark is removed, at the beginning
         (4, "\ufeffab\n\ufeffcd", ["ab\n", "\ufeffc", "d"]),
         (100, "\ufeff\ufeffa", ["\ufeff", "a"]),
     ],
@@ -48,12 +47,8 @@ def test_the_first_byte_that_is_not_utf_8_is_named(tmp_path, monkeypatch, block,
 
 
 def test_a_text_that_cannot_be_read_is_named(tmp_path, monkeypatch):
-    class Broken(io.BytesIO):
-        def read(self, size=-1):
-            raise OSError(5, "Input/output error")
-
     path = write(tmp_path / "a.txt", "text")
-    monkeypatch.setattr(text, "open_file", lambda path: Broken())
+    monkeypatch.setattr(text, "open_file", lambda path: faults.Unreadable())
     assert failure(texts, Corpus(path)) == f"{path}: cannot be read: Input/output error"
 
 
@@ -70,13 +65,13 @@ def test_a_text_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         (['{"text": ""}', "", '{"text": ""}'], "holds no text"),
     ],
 )
-def test_what_is_wrong_with_the_text_of_a_record_is_named(tmp_path, lines, words):
+def test_a_record_with_a_wrong_text_is_named(tmp_path, lines, words):
     path = write(tmp_path / "a.jsonl", "\n".join(lines))
     message = failure(texts, Corpus(path))
     assert message.startswith(f"{path}: {words}")
 
 
-def test_texts_of_records_are_read_as_they_are(tmp_path):
+def test_texts_of_records_are_not_changed(tmp_path):
     lines = ['{"text": "a\\r\\n"}', '{"text": ""}', '{"other": 1, "text": " "}', '{"text": "\\ud83d\\ude42"}']
     found = Corpus(write(tmp_path / "a.jsonl", "\n".join(lines)))
     assert texts(found) == ["a\r\n", " ", "\U0001f642"] and found.sentence() is None

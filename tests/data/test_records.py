@@ -96,7 +96,7 @@ def test_a_dataset_is_read_by_its_name(tmp_path, monkeypatch):
 
 
 class Library:
-    """The datasets library, as far as it is used here: it loads `rows`, and notes what it is asked for."""
+    """A fake of the datasets library. It loads `rows`, and records the arguments of each call in `asked`."""
 
     def __init__(self, rows):
         self.rows, self.asked = rows, []
@@ -106,8 +106,8 @@ class Library:
         return self.rows
 
 
-def test_the_rows_of_a_dataset_lack_what_is_none(monkeypatch):
-    """A table has every field in every row. A None in a list stays: it has a place."""
+def test_fields_of_a_dataset_that_are_none_are_left_out(monkeypatch):
+    """A table has every field in every row. A None in a list stays, so that places do not change."""
     library = Library([{"a": None, "b": [{"c": None, "d": [None, 1]}], "e": {"f": None}}, {"a": 0, "b": ""}])
     monkeypatch.setitem(sys.modules, "datasets", library)
     wanted = [("row 1", {"b": [{"d": [None, 1]}], "e": {}}), ("row 2", {"a": 0, "b": ""})]
@@ -129,14 +129,14 @@ def test_the_rows_of_a_dataset_lack_what_is_none(monkeypatch):
         ("owner/name", "dataset"),
         ("owner/name:some.split-1", "dataset"),
         ("1own.er-/na-me_1.5", "dataset"),
-        # a path by its suffix
+        # a path, because of its suffix
         ("owner/name.txt", ".txt"),
         ("owner/name.bin", ".bin"),
         ("owner/name.json", ".json"),
         ("owner/name.jsonl", ".jsonl"),
         ("owner/name.jsonl.gz", ".jsonl.gz"),
         ("owner/name.Parquet", ".parquet"),
-        # no name of a dataset
+        # not a dataset's name
         ("owner/name/more", ""),
         ("./owner/name", ""),
         ("/owner/name", ""),
@@ -144,13 +144,13 @@ def test_the_rows_of_a_dataset_lack_what_is_none(monkeypatch):
         ("owner/name-", ""),
         ("owner/name:", ""),
         ("own er/name", ""),
-        # a path in a folder that is there
+        # a path, because its folder exists
         ("folder/name", ""),
         ("folder/name.v1", ".v1"),
         ("folder/there", ""),
     ],
 )
-def test_a_path_or_name_says_what_it_holds(tmp_path, monkeypatch, path, kind):
+def test_the_kind_of_a_path_or_dataset_name(tmp_path, monkeypatch, path, kind):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "there").write_text("")
@@ -161,7 +161,7 @@ def test_a_path_or_name_says_what_it_holds(tmp_path, monkeypatch, path, kind):
     "name, place",
     [("a.jsonl", "line"), ("a.jsonl.gz", "line"), ("list.json", "record"), ("a.parquet", "row")],
 )
-def test_a_record_has_its_place(tmp_path, name, place):
+def test_each_record_comes_with_its_place(tmp_path, name, place):
     """Rows of a .parquet are read 64 at a time."""
     rows = [{"a": i} for i in range(130)]
     path = contain(tmp_path / name, rows)
@@ -223,12 +223,13 @@ def test_the_values_of_json_are_read_one_by_one(tmp_path, text, found):
         ("a.json", b"1\xff", 0, "is not UTF-8 at byte 1"),
     ],
 )
-def test_what_is_before_a_fault_is_read_and_the_fault_is_named(tmp_path, name, content, good, words):
-    """The words are those of Python's json, without its line and column: they count in one record."""
+def test_the_records_before_a_fault_are_read_and_the_fault_is_named(tmp_path, name, content, good, words):
+    """The messages of Python's json come without their line and column, which count within one record."""
     path = tmp_path / name
     path.write_bytes(content)
     found = records.read(str(path))
-    assert len([next(found) for _ in range(good)]) == good
+    for _ in range(good):
+        next(found)
     message = failure(next, found)
     assert message.startswith(f"{path}: {words}") and "column" not in message
 
@@ -380,7 +381,7 @@ def test_strings_are_tokenised_as_one_text_with_an_end(tmp_path, kind, front, ba
     assert same.tolist() == ids.tolist() and everything.all()
 
 
-def test_one_token_and_the_end_are_enough_to_learn(tmp_path):
+def test_a_record_needs_one_token_to_learn_besides_its_first(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "", "completion": "x"}])
     ((ids, learned, size),) = Instructions(form_of(path), None).encode([path], KINDS["llama3"])
     assert ids.tolist() == [*KINDS["llama3"].encode("x").tolist(), KINDS["llama3"].eos_token_id]

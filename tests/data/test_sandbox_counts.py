@@ -1,4 +1,4 @@
-"""What a rendering counts, to the character: the sizes are worked out by hand."""
+"""The limits of a rendering: what it counts, exact to one character, step or call."""
 
 import json
 
@@ -24,8 +24,8 @@ NAMES = dict(
     half=0.5,
     given={"a": "xy", "5": "z"},
 )
-# Name, expression, and the size that is foreseen: characters that are made, or steps, or bits of a product.
-# A number, or None, counts 8. A list counts 8, and 8 more for each item beside the item itself.
+# Name, expression, and the size that is counted before it is computed: characters of the result, steps, or
+# bits of a product. A number or None counts 8. A list counts 8, and for each item 8 and the item's size.
 FORESEEN = [
     ("*", "'ab' * 3", 6),
     ("*", "3 * 'ab'", 6),
@@ -86,17 +86,17 @@ FORESEEN = [
     ("join", "words | join", 1 + 2),
     ("join", "rows | join('---', 'n')", (1 + 2) + 2 * 3),
     ("join", "less.join(words)", (1 + 2) + 2 * 1000),
-    ("sum", "lists | sum(start=two)", 2 * 2 * (8 + 8 + 8)),  # each step copies all of them
+    ("sum", "lists | sum(start=two)", 2 * 2 * (8 + 8 + 8)),  # each step copies all items
     ("sum", "tuples | sum(start=pair)", 2 * 2 * (8 + 8 + 8)),
     ("sum", "rows | sum('l', two)", 2 * 2 * (8 + 8 + 8)),
-    ("tojson", "two | tojson(indent=3)", 3000),  # a thousand levels
+    ("tojson", "two | tojson(indent=3)", 3000),  # up to a thousand levels deep
     ("tojson", "two | tojson(indent='abc')", 3000),
     ("tojson", "two | tojson", 0),
 ]
 
 
 def refusal(monkeypatch, source, most, calls=9):
-    """What is said when a rendering may count `most` and make a few calls, or nothing."""
+    """Render with a limit of `most` characters and max(most, calls) steps -> the error, or ""."""
     monkeypatch.setattr(sandbox, "MOST", max(most, calls))
     monkeypatch.setattr(sandbox, "MOST_TEXT", most)
     try:
@@ -107,8 +107,8 @@ def refusal(monkeypatch, source, most, calls=9):
 
 
 @pytest.mark.parametrize("name, source, size", FORESEEN)
-def test_the_size_of_a_result_is_foreseen(monkeypatch, name, source, size):
-    """A result of the largest size is made, and one character more is not."""
+def test_a_result_that_is_too_large_is_refused_before_it_is_computed(monkeypatch, name, source, size):
+    """A limit of exactly its size allows it, and a limit of one less does not. Operators are no calls."""
     source, calls = "{% set x = " + source + " %}", 0 if "*" in name else 1
     message = refusal(monkeypatch, source, size, calls)
     assert "a result of" not in message and "fails" not in message
@@ -117,13 +117,13 @@ def test_the_size_of_a_result_is_foreseen(monkeypatch, name, source, size):
         assert message == (f"here: the chat template refuses these messages: a result of {name} is too large")
 
 
-# Source, the characters that it makes and writes, and its calls, filters and rounds of loops.
+# Source, the characters that it makes and writes, and the number of calls, filters and rounds of loops.
 USED = [
     ("", 0, 0),
     ("abc", 3, 0),
     ("abc{{ s }}d", 10 + 4, 0),
     ("{{ 1 }}", 8, 0),
-    ("{{ s ~ 'ab' }}", 12 + 12, 0),  # the joined text, which is then written
+    ("{{ s ~ 'ab' }}", 12 + 12, 0),  # joined, then written
     ("{% set x = [s, s] %}", 3 * 8, 0),
     ("{% set x = (s, s) %}", 3 * 8, 0),
     ("{% set x = {'a': s} %}", 2 * 8, 0),
@@ -154,7 +154,7 @@ USED = [
 
 
 @pytest.mark.parametrize("source, text, rounds", USED)
-def test_what_a_rendering_uses_is_counted_once(monkeypatch, source, text, rounds):
+def test_a_rendering_counts_everything_once(monkeypatch, source, text, rounds):
     used = sandbox.Used()
     monkeypatch.setattr(chat_template, "Used", lambda: used)
     ChatTemplate(source, {}, "here").render([], **NAMES)
@@ -166,11 +166,11 @@ def test_what_a_rendering_uses_is_counted_once(monkeypatch, source, text, rounds
     [
         ("{{ s }}", 10, "it writes more than 10 characters"),
         ("{% set x = [long, long] %}", 24 + 2 * 1001, "it makes a list of more than 2,026 characters"),
-        # a sum of lists counts as both
+        # the sum of two lists counts the items of both
         ("{% set x = [less] + [less] %}", 2 * (16 + 1000), "it makes a list of more than 2,032 characters"),
     ],
 )
-def test_exactly_as_much_as_is_allowed_is_made(monkeypatch, source, most, words):
+def test_a_rendering_may_reach_its_limit_but_not_exceed_it(monkeypatch, source, most, words):
     assert refusal(monkeypatch, source, most) == ""
     message = refusal(monkeypatch, source, most - 1)
     assert message.endswith(words.replace(f"{most:,}", f"{most - 1:,}"))
@@ -194,14 +194,14 @@ def test_exactly_as_much_as_is_allowed_is_made(monkeypatch, source, most, words)
         ([["abc"] * 99] * 2, 8 + 2 * (8 + (8 + 99 * (8 + 3)))),
     ],
 )
-def test_the_size_of_a_value_is_that_of_all_it_holds(value, size):
+def test_the_size_of_a_value_includes_all_that_it_holds(value, size):
     used = sandbox.Used()
     assert used.size(value) == used.size(value) == used.sizes([value]) == size
     assert used.sizes([value, value]) == 2 * size
 
 
 def test_a_list_is_measured_once():
-    """Each of 200 lists holds the one before: to measure them all again for each takes 20,000 steps."""
+    """Each of 200 lists holds the one before. Measuring all of them for each would take 20,000 steps."""
     used, value, seen = sandbox.Used(), ["x" * 300], 0
     measure = used.size
 
@@ -218,7 +218,7 @@ def test_a_list_is_measured_once():
     assert seen < 1000
 
 
-def test_the_time_of_a_rendering_is_that_since_its_start(monkeypatch):
+def test_the_time_of_a_rendering_counts_from_its_start(monkeypatch):
     now = iter([100.0, 107.0, 107.5])
     monkeypatch.setattr(sandbox, "MOST_SECONDS", 7.0)
     monkeypatch.setattr(sandbox.time, "thread_time", lambda: next(now))
@@ -228,7 +228,7 @@ def test_the_time_of_a_rendering_is_that_since_its_start(monkeypatch):
         used.count()
 
 
-def test_two_million_rounds_and_calls_are_the_most():
+def test_a_rendering_may_make_two_million_calls_and_rounds():
     used = sandbox.Used()
     used.rounds = 1_999_999
     used.count()

@@ -1,5 +1,6 @@
-"""Documents and samples are cut and packed as worked out by hand, and the sentence counts them."""
+"""How documents and samples are cut and packed into sequences, and the sentence that counts them."""
 
+import json
 import re
 
 import numpy as np
@@ -11,13 +12,11 @@ from longlora.data.sequences import Order, Sequences, batch
 from longlora.ops import IGNORE
 
 APART = "document"
-
-
 DOCUMENTS, SAMPLES = "; documents do not see each other", "; samples do not see each other"
 
 
 def packed(tokens, length, rule, boundaries):
-    """The pieces, how many tokens of each sequence are targets, and the end of the sentence."""
+    """The pieces, the number of targets of each sequence, and the end of the sentence."""
     found = Sequences(tokens, length, rule, packing_boundaries=boundaries)
     ids = [[index for first, last in piece for index in range(first, last)] for piece in found.pieces]
     assert [found.get(i).tolist() for i in range(len(found))] == ids
@@ -34,7 +33,7 @@ def packed(tokens, length, rule, boundaries):
     "sizes, rule, pieces, end",
     [
         ([3, 3], "split", [[(0, 3), (3, 4)], [(4, 6)]], ""),
-        ([4, 4], "drop", [[(0, 4)], [(4, 8)]], ""),  # as long as a sequence is not longer
+        ([4, 4], "drop", [[(0, 4)], [(4, 8)]], ""),  # a document of 4 tokens just fits
         ([4, 4], "truncate", [[(0, 4)], [(4, 8)]], ""),
         ([4, 4], "refuse", [[(0, 4)], [(4, 8)]], ""),
         ([4, 1], "split", [[(0, 4)]], ""),  # a single token has no target
@@ -80,7 +79,7 @@ def test_documents_that_do_not_see_each_other_fill_sequences_of_4(sizes, rule, p
     [
         ([5, 3, 5, 3], "split", [[(0, 5), (5, 8)], [(8, 13), (13, 16)]], "", ""),
         ([3, 5, 6, 2], "split", [[(0, 3), (3, 8)], [(8, 14), (14, 16)]], "", ""),
-        # 2 tokens go where 2 are left, not where 3 are
+        # 2 tokens go where there is room for 2, not for 3
         ([5, 6, 2, 3], "split", [[(0, 5), (13, 16)], [(5, 11), (11, 13)]], "", ""),
         ([7, 2], "split", [[(0, 7)], [(7, 9)]], "", ""),
         ([8, 1, 8], "drop", [[(0, 8)], [(9, 17)]], "", ", 1 single token left out"),
@@ -98,14 +97,14 @@ def test_documents_that_do_not_see_each_other_fill_sequences_of_4(sizes, rule, p
     ],
 )
 def test_samples_stay_whole_in_sequences_of_8(sizes, rule, pieces, long, single):
-    """Each goes where it leaves the least room. All but the first token of each is a target."""
+    """Each goes where it leaves the least room. All of its tokens but the first are targets."""
     targets = [sum(last - first - 1 for first, last in piece) for piece in pieces]
     samples = samples_of(sizes, [0] * len(sizes))
     assert packed(samples, 8, rule, APART) == (pieces, targets, long + SAMPLES + single)
 
 
 def test_answers_of_joined_samples_are_the_targets():
-    """Samples of 5 and 6 tokens, the answers 3 4 and 6 to 10. A sequence's first token is no target."""
+    """The answers are the tokens 3, 4 and 6 to 10. The first token of a sequence is never a target."""
     found = Sequences(samples_of([5, 6], [3, 1]), 4)
     assert found.sentence == (
         "2 samples, 11 tokens (5 of them targets, shortest 5, median 5, longest 6) -> 3 sequences of 4; "
@@ -129,7 +128,7 @@ def test_sequences_without_an_answer_are_left_out(boundaries):
     assert failure(Sequences, silent, 4) == "data: leaves no sequence of 4 tokens"
 
 
-def test_what_is_held_out_is_rounded_and_never_all():
+def test_the_held_out_share_is_rounded_and_never_all():
     for fraction, count in ((0.26, 1), (0.5, 2), (0.7, 3), (0.01, 1)):
         found = Sequences(tokens_of([16]), 4)
         held = found.hold_out(fraction)
@@ -142,7 +141,7 @@ def test_what_is_held_out_is_rounded_and_never_all():
 
 
 def test_a_batch_counts_the_borders_of_all_its_texts():
-    """Rows of 7 and 5 tokens, rounded up to 8: each padding is a piece of its own."""
+    """Rows of 7 and 5 tokens are padded to 8. The padding of each row is a piece of its own."""
     found = Sequences(tokens_of([3, 4, 5]), 8, packing_boundaries=APART)
     ids, targets, cu_seqlens = batch(found, [0, 1], 4)
     assert ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 0], [7, 8, 9, 10, 11, 0, 0, 0]]
@@ -163,10 +162,13 @@ def test_the_first_document_that_is_too_long_is_refused(sizes):
     )
 
 
-def test_an_order_is_resumed_in_a_later_epoch():
-    epochs = [np.random.default_rng([3, epoch]).permutation(5).tolist() for epoch in range(4)]
+@pytest.mark.parametrize("n, seed", [(5, 3), (7, 42)])
+def test_the_order_of_each_epoch_is_a_permutation_by_numpy(n, seed):
+    """A run may be resumed years later, so this never changes."""
+    epochs = [np.random.default_rng([seed, epoch]).permutation(n).tolist() for epoch in range(4)]
     whole = [i for epoch in epochs for i in epoch]
-    assert Order(5, 3).take(20) == whole
-    for position in (0, 1, 4, 5, 6, 10, 11):
-        order = Order(5, 3, position)
+    assert Order(n, seed).take(4 * n) == whole
+    for position in (0, 1, n - 1, n, n + 1, 2 * n, 2 * n + 1):
+        order = Order(n, seed, position)
         assert order.take(4) == whole[position : position + 4] and order.position == position + 4
+    assert json.dumps(order.take(1))  # plain integers

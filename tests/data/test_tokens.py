@@ -1,4 +1,4 @@
-"""Token files and the cache hold the tokens worked out by hand. A token is a byte, 256 ends a text."""
+"""Tokenising, token files and the cache. Each byte of a text is a token here, and 256 ends a text."""
 
 import contextlib
 import hashlib
@@ -6,12 +6,12 @@ import json
 import os
 import re
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 from test_data import failure, write
+from test_records import Library
 
 from longlora import progress
 from longlora.data import text, tokens
@@ -24,7 +24,7 @@ END = 256
 
 
 def made(template=None, eos="<|end|>"):
-    """The tokenizer of tiny models. template: what is put around a text, $A."""
+    """The tokenizer of tiny models. template: where special tokens go around a text, $A."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import processors
 
@@ -68,7 +68,7 @@ def test_special_tokens_stand_around_a_document_and_not_between_its_parts(templa
         (3, 100, 100, [3, 3, 3, 1]),
     ],
 )
-def test_texts_are_tokenised_together_up_to_a_size(monkeypatch, at_once, block, size, counts):
+def test_texts_are_tokenised_in_groups_up_to_a_size(monkeypatch, at_once, block, size, counts):
     monkeypatch.setattr(tokens, "AT_ONCE", at_once)
     monkeypatch.setattr(text, "BLOCK", block)
     tokenizer, seen = made(), []
@@ -94,8 +94,8 @@ def test_a_file_of_ids_is_read_like_an_array(tmp_path):
     assert FileIds(write(tmp_path / "b.bin", array([1, 2])), "<i4")[:].tolist() == [1, 2]
 
 
-def test_a_read_may_give_less_than_was_asked_for(tmp_path, monkeypatch):
-    """As the system does at a signal, and for more than 2 GiB."""
+def test_a_short_read_is_continued(tmp_path, monkeypatch):
+    """Linux returns at most 2 GiB at once, and less after a signal."""
     ids = FileIds(write(tmp_path / "a.bin", array(range(10))), "<i4")
     preadv, sizes = os.preadv, []
 
@@ -128,7 +128,7 @@ def test_a_file_of_ids_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 
 def headed(version, count, ids, kind):
-    """A token file of llm.c: 256 int32, of them a magic number, a version and the number of tokens."""
+    """A token file of llm.c. Its header has 256 int32: a magic number, a version, the number of tokens."""
     magic = {"<u2": 20240520, "<u4": 20240801}[kind]
     return array([magic, version, count, *[0] * 253]) + array(ids, kind)
 
@@ -136,7 +136,7 @@ def headed(version, count, ids, kind):
 @pytest.mark.parametrize(
     "vocab_size, kind", [(256, "<u2"), (65_536, "<u2"), (65_537, "<u4"), (131_072, "<u4"), (200_000, "<u4")]
 )
-def test_the_size_of_the_vocabulary_says_how_large_a_token_is(tmp_path, vocab_size, kind):
+def test_without_a_header_the_vocabulary_decides_the_size_of_a_token(tmp_path, vocab_size, kind):
     ids = [0, 255, vocab_size - 1]
     found = read_bin(write(tmp_path / "a.bin", array(ids, kind)), vocab_size)
     assert found.ids[:].tolist() == found.document(0).tolist() == ids
@@ -144,7 +144,7 @@ def test_the_size_of_the_vocabulary_says_how_large_a_token_is(tmp_path, vocab_si
 
 
 @pytest.mark.parametrize("kind", ["<u2", "<u4"])
-def test_a_header_says_how_large_a_token_is(tmp_path, kind):
+def test_a_header_decides_the_size_of_a_token(tmp_path, kind):
     ids = [7, 8, 9]
     for vocab_size in (100, 100_000):
         found = read_bin(write(tmp_path / "a.bin", headed(1, 3, ids, kind)), vocab_size)
@@ -163,15 +163,16 @@ def test_a_header_says_how_large_a_token_is(tmp_path, kind):
         (headed(1, 2, [1, 2], "<u4") + b"ab", "10 bytes are not a whole number of uint32 tokens"),
         (array([1, 100, 101], "<u2"), "token 1 is 100, the model has 100 tokens"),
         (array([100], "<u2"), "token 0 is 100, the model has 100 tokens"),
+        (headed(1, 2, [1, 70_000], "<u4"), "token 1 is 70000, the model has 100 tokens"),
     ],
 )
-def test_what_is_wrong_with_a_token_file_is_named(tmp_path, content, words):
+def test_a_wrong_token_file_is_refused(tmp_path, content, words):
     path = write(tmp_path / "a.bin", content)
     assert failure(read_bin, path, 100) == f"{path}: {words}"
 
 
 def test_a_large_token_file_is_read_in_parts(tmp_path):
-    """Every part counts. A run that is resumed compares the fingerprint, so it may never change."""
+    """The last part is checked too. A resumed run compares the fingerprint, so it must never change."""
     size = (1 << 22) + 3
     path = write(tmp_path / "a.bin", array([1, 2, 3], "<u2"))
     os.truncate(path, 2 * size)
@@ -198,7 +199,7 @@ def test_a_token_file_needs_no_tokenizer_and_no_cache(tmp_path):
 
 
 def test_the_cache_holds_the_documents_and_their_borders(tmp_path):
-    """A run that is resumed compares the fingerprint, so it may never change."""
+    """A resumed run compares the fingerprint, so it must never change."""
     path, cache, said = texts(tmp_path / "a.jsonl", "ab", "", "c"), tmp_path / "cache", []
     ids, borders = [*b"ab", END, *b"c", END], [0, 3, 5]
     for _ in range(2):
@@ -229,7 +230,7 @@ def test_the_cache_holds_a_long_document_in_one_piece(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "what, row", [("document", {"text": "abc"}), ("sample", {"prompt": "ab", "completion": "c"})]
 )
-def test_what_a_folder_holds_besides_is_said_with_the_tokens(tmp_path, what, row):
+def test_files_that_are_left_out_of_a_folder_are_reported(tmp_path, what, row):
     data, said = tmp_path / "data", []
     data.mkdir()
     path = write(data / "a.jsonl", json.dumps(row) + "\n")
@@ -245,7 +246,7 @@ def test_what_a_folder_holds_besides_is_said_with_the_tokens(tmp_path, what, row
     assert said[1:] == [f"{data}: {besides}"]
 
 
-def test_the_cache_holds_what_is_learned(tmp_path):
+def test_the_cache_holds_which_tokens_are_learned(tmp_path):
     rows = [{"prompt": "ab", "completion": "c"}, {"prompt": "d", "completion": "e"}]
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     cache, said = tmp_path / "cache", []
@@ -264,7 +265,7 @@ def test_the_cache_holds_what_is_learned(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".bin", ".mask"])
 @pytest.mark.parametrize("change", [os.unlink, lambda path: os.truncate(path, os.path.getsize(path) - 1)])
-def test_a_cache_that_lost_something_is_named(tmp_path, suffix, change):
+def test_a_cache_with_a_lost_or_short_file_is_refused(tmp_path, suffix, change):
     path = write(tmp_path / "a.jsonl", json.dumps({"prompt": "ab", "completion": "c"}) + "\n")
     arguments = path, made(), 257, str(tmp_path / "cache"), str, Instructions(form_of(path), None)
     tokenise(*arguments)
@@ -294,7 +295,7 @@ def test_a_link_to_nothing_is_named(tmp_path):
 
 
 class Rows(list):
-    """A datasets.Dataset, as far as it is read here."""
+    """A fake of datasets.Dataset."""
 
     def __init__(self, *words):
         super().__init__({"text": word} for word in words)
@@ -304,15 +305,14 @@ class Rows(list):
 def test_a_dataset_that_changed_is_tokenised_anew(tmp_path, monkeypatch):
     said = []
     for words in ("ab", "c", "ab"):
-        library = SimpleNamespace(load_dataset=lambda name, split, words=words: Rows(words))
-        monkeypatch.setitem(sys.modules, "datasets", library)
+        monkeypatch.setitem(sys.modules, "datasets", Library(Rows(words)))
         found = tokenise("someone/texts", made(), 257, str(tmp_path / "cache"), said.append)
         assert found.ids[:].tolist() == [*words.encode(), END]
     assert said == ["tokenised 1 document, 3 tokens", "tokenised 1 document, 2 tokens"]
 
 
 class Bar:
-    """What is done with a progress bar."""
+    """A fake progress bar. It adds up its updates."""
 
     def __init__(self, total, **_):
         self.total, self.count = total, 0
@@ -321,7 +321,7 @@ class Bar:
         self.count += count
 
 
-def test_the_progress_bar_is_for_terminals(tmp_path, capsys):
+def test_without_a_terminal_there_is_no_progress_bar(tmp_path, capsys):
     tokenise(write(tmp_path / "a.txt", "text"), made(), 257, str(tmp_path / "cache"), str)
     assert capsys.readouterr() == ("", "")
 
@@ -340,7 +340,6 @@ def test_the_progress_bar_counts_the_text(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", json.dumps({"prompt": "ab", "completion": "c"}) + "\n")
     tokenise(path, made(), 257, str(tmp_path / "cache"), str, Instructions(form_of(path), None))
     assert bars[1].total == os.path.getsize(path) and bars[1].count == 3
-    library = SimpleNamespace(load_dataset=lambda name, split: Rows("ab"))
-    monkeypatch.setitem(sys.modules, "datasets", library)
+    monkeypatch.setitem(sys.modules, "datasets", Library(Rows("ab")))
     tokenise("someone/texts", made(), 257, str(tmp_path / "cache"), str)
-    assert bars[2].total is None  # it is not known
+    assert bars[2].total is None  # the size of a dataset is not known

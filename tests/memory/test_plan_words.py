@@ -1,4 +1,4 @@
-"""Plans of memory by pencil: their sums and texts, the first choice that fits, and the changes that would."""
+"""Memory plans of round sizes: totals, texts, the first choice that fits, and the changes that would help."""
 
 import pytest
 import tiny
@@ -23,13 +23,13 @@ def training(**fields):
     return Plan(**{**given, "checkpointing": "full", "memory": 3 << 29, "parts": PARTS, **fields})
 
 
-def test_what_just_fits_fits():
+def test_a_plan_that_needs_all_the_memory_fits():
     assert generation().total == 3 << 29
     for memory, fits in ((3 << 29, True), ((3 << 29) - 1, False)):
         assert generation(memory=memory).fits is training(memory=memory).fits is fits
 
 
-def test_the_table():
+def test_the_text_of_a_plan():
     assert generation().text().splitlines() == [
         "weights            1.000 GiB",
         "a longer name      0.500 GiB",
@@ -44,7 +44,7 @@ def test_the_table():
     ]
 
 
-def test_the_dict_for_json():
+def test_a_plan_as_json():
     sizes = dict(parts=PARTS, total=3 << 29, memory=GIB, fits=False, changes=["this"])
     plan = generation(memory=GIB, changes=("this",), device="cuda:0")
     how = dict(dtype="bfloat16", cache_dtype="float16", context=100, rows=3)
@@ -60,7 +60,7 @@ def test_a_plan_does_not_print_its_config():
         assert plan.fits and "config" not in repr(plan)
 
 
-def test_the_first_choice_that_fits_else_the_last():
+def test_the_first_choice_that_fits_is_taken_or_else_the_last():
     choices = [("none", {"a": 6, "b": 4}), ("minimal", {"a": 5}), ("full", {"a": 2, "b": 1})]
     for memory, name in (
         (11, "none"),
@@ -73,7 +73,7 @@ def test_the_first_choice_that_fits_else_the_last():
         assert choose(iter(choices), memory) == (name, dict(choices)[name])
 
 
-def test_choices_behind_the_first_that_fits_are_not_computed():
+def test_choices_after_the_first_that_fits_are_not_computed():
     def alternatives():
         yield "first", {"a": 1}
         raise AssertionError("computed")
@@ -94,29 +94,32 @@ def test_choices_behind_the_first_that_fits_are_not_computed():
     ],
 )
 def test_what_would_fit(memory, changes):
-    """8 rows of 100 tokens in float32 take 800 GiB. What is enough alone comes before what is together."""
+    """8 rows of 100 tokens in float32 take 800 GiB. Changes are combined only if no single one is enough."""
 
     def total(rows=8, dtype="float32", context=100):
         return rows * context * {"float32": GIB, "bfloat16": GIB // 2}[dtype]
 
     steps = [
-        *(("4 rows", "rows", 4), ("2 rows", "rows", 2)),
-        *(("--dtype bfloat16", "dtype", "bfloat16"), ("--context 50", "context", 50)),
+        ("4 rows", "rows", 4),
+        ("2 rows", "rows", 2),
+        ("--dtype bfloat16", "dtype", "bfloat16"),
+        ("--context 50", "context", 50),
     ]
     assert what_would_fit(total, iter(steps), memory * GIB) == tuple(changes)
 
 
 def test_nothing_is_left_to_change():
-    assert what_would_fit(lambda: 2 * GIB, [], GIB) == ("nothing: the least choices still need 2.000 GiB",)
+    wanted = "nothing: the smallest settings still need 2.000 GiB"
+    assert what_would_fit(lambda: 2 * GIB, [], GIB) == (wanted,)
 
 
-def test_what_a_process_has_is_asked_once(monkeypatch):
+def test_the_memory_of_the_process_is_measured_once(monkeypatch):
+    before = plan_.own_memory()
     monkeypatch.setattr(job, "resident_memory", lambda: 12345)
-    assert plan_.own_memory.__wrapped__() == 12345
-    assert plan_.own_memory() == plan_.own_memory()
+    assert plan_.own_memory() == before and plan_.own_memory.__wrapped__() == 12345
 
 
-def test_growth_is_a_few_mebibytes():
-    """Of threads and modules, beside what the process has. More would refuse runs that fit."""
+def test_the_process_may_grow_by_a_few_mebibytes():
+    """Threads and modules take them. A plan with more would refuse runs that fit."""
     plan = generation_plan.plan(read_config(tiny.CONFIG), context=8, memory=1 << 40)
     assert 4 << 20 < plan.parts["runtime"] - plan_.own_memory() < 24 << 20 and plan.fits

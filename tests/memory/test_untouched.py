@@ -1,4 +1,4 @@
-"""Memory that nobody touches, also where the system gives none: Tensors at addresses that no process has."""
+"""untouched(): Tensors that cost no memory, with made-up addresses where the system refuses the memory."""
 
 import itertools
 import mmap
@@ -11,13 +11,12 @@ from longlora.errors import UserError
 from longlora.memory import dry_run
 from longlora.memory.dry_run import untouched
 
-# Bits of an address of a process: 57 with the largest tables of pages on x86-64, 56 on arm64.
-PROCESS = 1 << 57
+PROCESS = 1 << 57  # above all addresses of a process: they have up to 57 bits on x86-64, 56 on arm64
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The sizes and the options of mmap, which fails as under `ulimit -v`."""
+    """Let mmap fail as under `ulimit -v`. Returns the arguments of its calls."""
     found = []
 
     def fails(*args, **options):
@@ -33,15 +32,14 @@ def address(tensor):
     return tensor.numpy().__array_interface__["data"][0]
 
 
-def test_memory_without_reserve_is_asked_for(asked):
-    """Private, of no file, and not counted by the system."""
+def test_memory_is_requested_without_reserving_it(asked):
     untouched(100)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | job.NORESERVE
     assert asked == [((-1, 100), {"flags": flags})]
 
 
-def test_places_that_no_process_has(asked):
-    """They stay apart, since ops refuse outputs that overlap."""
+def test_made_up_addresses_are_outside_every_process_and_apart(asked):
+    """Ops refuse outputs that overlap."""
     tensors = [untouched(1 << 40) for _ in range(5)]
     assert {(tensor.shape, tensor.dtype) for tensor in tensors} == {((1 << 40,), "uint8")}
     places = sorted(map(address, tensors))
@@ -51,7 +49,7 @@ def test_places_that_no_process_has(asked):
     assert address(rows) == address(tensors[0]) + (1 << 30)
 
 
-def test_places_have_a_largest_size(asked):
+def test_made_up_addresses_have_a_largest_size(asked):
     most = 1 << 46  # bytes, more than any machine has
     assert untouched(most).shape == (most,)
     first, second = sorted(map(address, (untouched(most), untouched(most))))
@@ -60,11 +58,11 @@ def test_places_have_a_largest_size(asked):
         untouched(most + 1)
 
 
-def test_a_tensor_of_no_size_has_a_byte():
+def test_a_tensor_of_size_0_has_one_byte():
     assert untouched(0).shape == (1,) and untouched(1).shape == (1,) and untouched(2).shape == (2,)
 
 
-def test_a_recorder_has_the_ops_and_nothing_else(monkeypatch):
+def test_a_recorder_has_a_method_for_each_op_and_no_other(monkeypatch):
     noted = []
     monkeypatch.setattr(_C, "workspace", lambda op, *args: noted.append((op, args)) or 5)
     gpu = dry_run.Recorder("cuda:0")

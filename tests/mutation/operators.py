@@ -27,7 +27,7 @@ OTHER: dict[type, Any] = {
 }
 # Annotations change nothing at run time. The words of messages, also other strings of three words, are free.
 LEFT_OUT = {"annotation", "returns", "decorator_list", "type_params"}
-GUARDS = {"strict"}  # keywords that find faults of ours only
+GUARDS = {"strict"}  # keywords that only detect our own bugs
 MESSAGES = {"warn", "print", "write", "UserError"}
 
 

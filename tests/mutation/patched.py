@@ -1,6 +1,6 @@
 """Mutants of functions, each in a fork of one pytest session that has collected all tests.
 
-A mutant replaces the code of the function that it is in. What the session has imported and collected stays,
+A mutant replaces the code of its function in the running session. Nothing is imported or collected again,
 so a mutant costs little more than its tests. A mutant outside of functions, or of a line that no test runs,
 needs a new import: python.py tries it.
 """
@@ -25,7 +25,7 @@ def flat(code: CodeType) -> list[CodeType]:
 
 
 def outermost(node: Any, line: int) -> Any:
-    """The outermost function whose body has the line; None outside of functions."""
+    """The outermost function with this line in its body; None if there is none."""
     for child in node.body:
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and (
             child.body[0].lineno <= line <= (child.end_lineno or 0)
@@ -35,7 +35,7 @@ def outermost(node: Any, line: int) -> Any:
 
 
 class Session:
-    """A plugin of pytest. Once the tests are collected it calls `work`, which calls run()."""
+    """A plugin of pytest. It calls `work` with itself after the tests are collected. `work` calls run()."""
 
     def __init__(self, paths: list[Path], work: Callable[["Session"], None]):
         self._paths, self._work, self.failed = {str(p.absolute()): p for p in paths}, work, False
@@ -57,9 +57,9 @@ class Session:
         self._work(self)
         return True
 
-    def changes(self, path: Path, line: int, source: str) -> list[tuple[FunctionType, CodeType]] | None:
-        """The functions that get other code if `source` is the file's text. None: it takes a new import."""
-        node = outermost(ast.parse(path.read_text()), line)
+    def changes(self, path: Path, line: int, source: bytes) -> list[tuple[FunctionType, CodeType]] | None:
+        """The functions that a new text of the file changes, and their new code. None: it needs an import."""
+        node = outermost(ast.parse(path.read_bytes()), line)
         if not node:
             return None
         first = min(part.lineno for part in (node, *node.decorator_list))
@@ -74,7 +74,7 @@ class Session:
         return found if all(f.__code__.co_freevars == code.co_freevars for f, code in found) else None
 
     def run(self, order: list[str], changed: list[tuple[FunctionType, CodeType]]) -> int:
-        """In a fork: run the tests until one fails -> 1 if one did."""
+        """Run the tests of `order` with the changed code until one fails -> 1 if one did. In a fork."""
         for function, code in changed:
             function.__code__ = code
         items = [self.items[name] for name in order]

@@ -38,7 +38,8 @@ import pytest
 import results
 
 WHOLE = {"training", "data", "files"}
-# Seconds of processor time, traced, of one test and of all tests for a mutant. A quick one should notice.
+# The most processor time, in seconds and with tracing, of one test and of all tests for a mutant. Quick tests
+# should notice.
 LONGEST, TOGETHER = 10.0, 5.0
 MAP_LIMIT = 900  # seconds of processor time for a test file
 MEMORY = 6 << 30  # bytes of a mutant at most
@@ -111,8 +112,11 @@ def resident(pid: int) -> int:
 
 
 def forked(function: Callable[[], int], limit: float, log: Path | None, waits: float = 20) -> int | None:
-    """Call the function in a fork, its output in `log` -> its result, None if it took more than MEMORY, than
-    `limit` seconds of processor time, or `waits` times as long by the clock."""
+    """Call the function in a fork, with its output in `log` -> its result.
+
+    None if it took more memory than MEMORY, more than `limit` seconds of processor time, or `waits` times as
+    long by the clock.
+    """
     code: int | None = 3
     pid = os.fork()
     if not pid:
@@ -187,7 +191,7 @@ def load(modules: list[str]) -> None:
 
 
 def choose(tests: Tests, file: str, line: int, most: float) -> list[str]:
-    """The tests that may notice a fault in a line, the quickest first, of about `most` seconds together."""
+    """The tests that may notice a fault in a line, the quickest first, up to about `most` seconds."""
     quick = {name: test for name, test in tests.items() if test["seconds"] < LONGEST}
     runs = {name for name, test in quick.items() if [file, line] in test["lines"]}
     if not runs:  # a constant of the module, a default, a line that only other processes run
@@ -199,7 +203,7 @@ def choose(tests: Tests, file: str, line: int, most: float) -> list[str]:
 
 
 def try_mutant(path: Path, mutant: operators.Mutant, tests: Tests, most: float) -> str:
-    """-> one of results.KINDS. most: seconds of tests."""
+    """-> one of results.KINDS. most: seconds of tests, about."""
     order = choose(tests, str(path), mutant.line, most)
     if not order:
         return "no test"
@@ -214,18 +218,18 @@ def verdict(function: Callable[[], int], tests: Tests, order: list[str]) -> str:
     return "timeout" if code is None else "survived" if code == 0 else "noticed"
 
 
-def replaced(path: Path, mutant: operators.Mutant) -> str:
-    """The text of the file with the mutant."""
+def replaced(path: Path, mutant: operators.Mutant) -> bytes:
+    """The content of the file with the mutant."""
     data = path.read_bytes()
-    return (data[: mutant.begin] + mutant.now.encode() + data[mutant.end :]).decode()
+    return data[: mutant.begin] + mutant.now.encode() + data[mutant.end :]
 
 
 @contextlib.contextmanager
 def written(path: Path, mutant: operators.Mutant) -> Iterator[None]:
-    """The file has the mutant, also for processes that tests start."""
+    """Write the mutant into the file, also for processes that tests start. Restore it afterwards."""
     data = path.read_bytes()
     try:
-        path.write_text(replaced(path, mutant))
+        path.write_bytes(replaced(path, mutant))
         yield
     finally:
         path.write_bytes(data)
@@ -234,7 +238,7 @@ def written(path: Path, mutant: operators.Mutant) -> Iterator[None]:
 def try_functions(
     keys: dict[str, tuple[Path, operators.Mutant]], tests: Tests, most: float, log: Path
 ) -> list[str]:
-    """Try the mutants of functions on one session -> those that it cannot try."""
+    """Try the mutants inside functions, all in one session -> the mutants that need a new import."""
     left = Path("left.json")
 
     def attempt(session: patched.Session, path: Path, mutant: operators.Mutant) -> str:

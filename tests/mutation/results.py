@@ -31,20 +31,22 @@ def sample(keys: set[str], count: int | None, seed: int) -> list[str]:
 
 
 def read(log: Path) -> dict[str, str]:
-    """What became of the mutants in `log`: key -> one of KINDS, by the last try."""
+    """The results in `log`: key -> one of KINDS, from the last attempt."""
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return {row["key"]: row["result"] for row in rows}
 
 
 def to_try(log: Path, wanted: list[str], again: bool) -> list[str]:
-    """The mutants that `log` does not have; with `again` those that no test noticed."""
+    """The mutants that are not in `log`; with `again`, those in it that no test noticed."""
     known = read(log)
     return [key for key in wanted if (known.get(key) in MISSED if again else key not in known)]
 
 
 def try_all(log: Path, wanted: list[str], attempt: Callable[[str], str]) -> list[str]:
-    """Append what becomes of each mutant to `log` -> those that stay untried, for which an attempt returns ""
-    instead of one of KINDS. A key: file:function: was -> then."""
+    """Try each mutant and append the result to `log` -> the mutants that were not tried.
+
+    attempt: returns one of KINDS, or "" if it cannot try the mutant. A key: file:function: was -> then.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     untried = []
     with log.open("a") as out:
@@ -62,7 +64,7 @@ def try_all(log: Path, wanted: list[str], attempt: Callable[[str], str]) -> list
 
 
 def show(log: Path, wanted: list[str]) -> None:
-    """Print what no test noticed, and the counts."""
+    """Print the mutants that no test noticed, and the counts."""
     all_known = read(log)
     known = {key: all_known[key] for key in sorted(wanted) if key in all_known}
     print("\nNot noticed:")

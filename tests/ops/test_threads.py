@@ -203,8 +203,8 @@ print(small())
 
 
 @on_linux
-def test_threads_live_on_between_loops_of_different_sizes():
-    """GCC's OpenMP ends the threads that a smaller team leaves out."""
+def test_threads_survive_between_loops_of_different_sizes():
+    """GCC's OpenMP ends idle threads when a smaller team starts, so all teams have one size."""
     out = python(
         """
 import os, numpy as np

@@ -1,4 +1,4 @@
-"""`longlora demo` step by step: what it asks of train, merge, ppl and Session, which do not run here."""
+"""The steps of `longlora demo`. Fakes replace train, merge, ppl, Session and plots, so they take no time."""
 
 import io
 import itertools
@@ -12,7 +12,7 @@ from longlora.errors import UserError
 from longlora.tools import demo, demo_answers
 
 PAGE = Path(__file__).parents[2] / "docs/demo.md"
-# The figures of docs/demo.md, and curves of four points by position.
+# Perplexities, losses, and sizes of prompts with their answers, as docs/demo.md shows them.
 FIGURES = {
     None: (34.7, 41.9, 55.6, 68.0),
     "linear": (79.9, 79.7, 79.1, 79.0),
@@ -27,15 +27,15 @@ SAID = {
 }
 
 
-class Said(list):
-    """An answer: pieces of text, and the size of the prompt."""
+class Answer(list):
+    """A fake of Session.chat's answer: pieces of text, and the size of the prompt."""
 
     prompt_tokens = 0
 
 
 @pytest.fixture
 def calls(monkeypatch, tmp_path):
-    """The calls of a demo in tmp_path that takes no time: (name, arguments...), in order."""
+    """Replace the slow parts of the demo by fakes, in tmp_path. Returns their calls: (name, arguments...)."""
     found = []
 
     def ppl(model, data, lengths, **options):
@@ -66,7 +66,7 @@ def calls(monkeypatch, tmp_path):
             assert role == "user"
             words = "The" if "Theophilus" in text else "And"
             tokens, said = SAID[adapter.name, words]
-            answer = Said([said[:5], said[5:], " \n"])
+            answer = Answer([said[:5], said[5:], " \n"])
             answer.prompt_tokens = tokens
             return answer
 
@@ -89,9 +89,9 @@ def calls(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not PAGE.exists(), reason="this test needs the source tree")
-def test_it_prints_what_the_page_shows(calls, capsys):
+def test_the_demo_prints_what_its_page_shows(calls, capsys):
     demo.run()
-    page = PAGE.read_text()
+    page = PAGE.read_text(encoding="utf-8")
     block = page[page.index("    A model of") : page.index("The picture shows")].rstrip()
     shown = [line.removeprefix("    ") for line in block.splitlines()]
     steps = ("   step ", "   attention:", "   ...")
@@ -100,13 +100,14 @@ def test_it_prints_what_the_page_shows(calls, capsys):
     assert printed == "\n".join([*wanted, "", demo.NEXT, ""])
 
 
-def test_steps_are_said_below_their_heading(calls):
+def test_the_reports_of_training_are_indented(calls):
     lines = []
     demo.run(say=lines.append)
     assert lines.count("   a step") == 2
 
 
-def test_what_it_asks_for(calls):
+def test_the_settings_of_the_extension(calls):
+    """docs/demo.md shows the results of these settings."""
     demo.run()
     out = Path("longlora-demo")
     lengths, device = (256, 512, 1024, 2048), {"device": "auto"}
@@ -144,7 +145,8 @@ def test_what_it_asks_for(calls):
     assert plots[2][2:] == (2048, 512, {})
 
 
-def test_what_the_answers_ask_for(calls):
+def test_the_settings_of_the_questions(calls):
+    """docs/demo.md shows the results of these settings."""
     demo.run(device="cuda:3")
     out = Path("longlora-demo")
     teach, *asked = calls[8:]
@@ -159,7 +161,10 @@ def test_what_the_answers_ask_for(calls):
     assert [call[1:] for call in asked if call[0] == "session"] == [
         (demo.MODEL, out / name, "cuda:3") for name in ("adapter", "taught")
     ]
-    books = [(demo.HELD_OUT / name).read_text() for name in ("austen-persuasion.txt", "kjv-44-acts.txt")]
+    books = [
+        (demo.HELD_OUT / name).read_text(encoding="utf-8")
+        for name in ("austen-persuasion.txt", "kjv-44-acts.txt")
+    ]
     chats = [call[1:] for call in asked if call[0] == "chat"]
     assert len(chats) == 4
     for book, (messages, how) in zip([*books, *books], chats):
@@ -196,7 +201,7 @@ def test_one_step_is_enough(calls):
 
 @pytest.mark.parametrize("module, last", [(demo, "ppl"), (demo_answers, "attention")])
 def test_a_run_that_is_stopped_stops_the_demo(calls, monkeypatch, module, last):
-    """Before anything else is made of what it left. The next demo may replace it."""
+    """Nothing runs after a training that was stopped. The next demo may replace its files."""
     stopped = SimpleNamespace(stopped=2, history=[])
     with monkeypatch.context() as patch:
         patch.setattr(module, "train", lambda **options: stopped)
@@ -207,7 +212,7 @@ def test_a_run_that_is_stopped_stops_the_demo(calls, monkeypatch, module, last):
     demo.run()
 
 
-def test_where_it_may_write(calls, tmp_path):
+def test_the_demo_writes_only_to_a_new_or_empty_directory(calls, tmp_path):
     (tmp_path / "empty").mkdir()
     for path in ("empty", "new/below"):
         assert demo._prepared(tmp_path / path) == tmp_path / path
@@ -224,9 +229,14 @@ def test_a_passage_has_whole_words():
     assert demo_answers.passage("one two\nthree four", 0, 17) == "two\nthree"
 
 
-def test_questions_about_both_kinds_of_books_in_turn(tmp_path, monkeypatch):
-    """Each book has letters of its own, beyond ASCII, and is little longer than a passage may be."""
-    monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "ascii")  # of files without one
+@pytest.fixture
+def ascii_locale(monkeypatch):
+    """Files that are opened without an encoding are ASCII."""
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "ascii")
+
+
+def test_questions_about_both_kinds_of_books_in_turn(tmp_path, ascii_locale):
+    """Each book has its own word, which is not ASCII, and is little longer than the longest passage."""
     letters = {"austen-a": "éa", "austen-b": "éb", "kjv-1": "éc", "kjv-2": "éd", "other": "ée"}
     books = {name: f"{word * 4} " * 700 for name, word in letters.items()}
     for name, book in books.items():
@@ -251,8 +261,7 @@ def test_questions_about_both_kinds_of_books_in_turn(tmp_path, monkeypatch):
     assert demo_answers.records(tmp_path) == found
 
 
-def test_books_to_ask_about_are_utf_8(calls, tmp_path, monkeypatch):
-    monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "ascii")  # of files without one
+def test_books_to_ask_about_are_utf_8(calls, tmp_path, ascii_locale):
     (tmp_path / "book.txt").write_text("Title été dans And", encoding="utf-8")
     (tmp_path / "page.html").write_text("no book")
     found = demo_answers.ask(demo.MODEL, {"now": tmp_path / "taught"}, tmp_path, print, "cpu")

@@ -1,4 +1,4 @@
-"""longlora.doctor: what it finds, with and without a GPU, and its text."""
+"""longlora.doctor: what it finds on machines with and without a GPU, and how it prints that."""
 
 import importlib.metadata
 import platform
@@ -33,10 +33,10 @@ NO_CUDA = {"available": False, "reason": "built without CUDA", "built_for": None
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """A build for CUDA, on a machine whose second GPU is too old."""
+    """A fake build for CUDA, on a machine with two GPUs. The second one is too old."""
 
     def memory(i):
-        assert i == 0, "a GPU that is refused has no memory to ask for"
+        assert i == 0, "the memory of a refused GPU was queried"
         return 1 << 30, 4 << 30
 
     fakes = dict(
@@ -54,7 +54,7 @@ def gpus(monkeypatch):
         monkeypatch.setattr(cuda, name, fake)
 
 
-def test_what_it_finds(monkeypatch):
+def test_what_doctor_finds(monkeypatch):
     monkeypatch.setattr(job, "processor_name", lambda: "Some CPU")
     monkeypatch.setattr(job, "available_memory", lambda: 12345)
     monkeypatch.setattr(job, "processors", lambda: 7)
@@ -74,9 +74,8 @@ def test_what_it_finds(monkeypatch):
         "processors": 7,
         "memory_available": 12345,
     }
-    assert gpu["available"] == cuda.is_available() and versions["numpy"] == importlib.metadata.version(
-        "numpy"
-    )
+    assert gpu["available"] == cuda.is_available()
+    assert versions["numpy"] == importlib.metadata.version("numpy")
 
 
 def test_a_processor_without_a_name(monkeypatch):
@@ -88,7 +87,7 @@ def test_a_processor_without_a_name(monkeypatch):
 
 
 @pytest.mark.skipif(not PROJECT.exists(), reason="this test needs the source tree")
-def test_it_names_every_library_that_the_package_needs():
+def test_doctor_lists_every_library_that_the_package_needs():
     project = tomllib.loads(PROJECT.read_text())["project"]
     needed = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
     assert set(doctor.examine()["versions"]) == needed | {"ml_dtypes", "torch", "transformers", "peft"}
@@ -129,7 +128,7 @@ def test_a_build_without_cublas(gpus, monkeypatch):
 
 
 def test_a_build_without_cuda(gpus, monkeypatch):
-    """cuBLAS is not looked for."""
+    """doctor does not look for cuBLAS."""
     monkeypatch.setattr(cuda, "built_for", lambda: None)
     monkeypatch.setattr(cuda, "device_count", lambda: 0)
     found = doctor.examine()["cuda"]

@@ -1,17 +1,15 @@
-"""longlora.inspect: sizes by pencil, of models, adapters and checkpoints without torch, and its text."""
+"""longlora.inspect: what it says about models, adapters and checkpoints, and its text."""
 
 import json
 import re
 
 import gguf_small
-import numpy as np
 import pytest
 import tiny
+from runs import adapter_of
 
-from longlora.decoder import rope
 from longlora.decoder.lora import LoraConfig
 from longlora.errors import UserError
-from longlora.files import adapter
 from longlora.files.open_model import open_model
 from longlora.tools import inspect
 
@@ -34,18 +32,13 @@ LORA = 2 * 8 * (64 + 48 + 48 + 64)
 NORMS = (2 * 2 + 1) * 32
 
 
-def saved(tmp_path, lora=None, extend=True, **fields):
-    """Save a tiny model, and an adapter for it -> their paths."""
-    base, lora = open_model(tiny.model(tmp_path / "base", **fields)), lora or LoraConfig()
-    tensors = {name: np.ones(shape, np.float32) for name, shape in lora.tensor_shapes(base.config).items()}
-    raw = base.config.raw
-    if extend:
-        raw = rope.to_config(raw, rope.extend(base.config, "linear", 256)[0], 256)
-    adapter.save(tmp_path / "adapter", tensors, lora, base, raw)
-    return tmp_path / "base", tmp_path / "adapter"
+def saved(tmp_path, length=256, tied=True, **fields):
+    """Write a tiny model, and an adapter that extends it to `length` tokens, if any -> their paths."""
+    base = tiny.model(tmp_path / "base", tie_word_embeddings=tied)
+    return base, adapter_of(tmp_path / "adapter", base, length, "linear", **fields)
 
 
-def test_a_model_by_pencil(tmp_path):
+def test_a_model(tmp_path):
     path = tiny.model(tmp_path)
     assert inspect.describe(path) == {
         "kind": "model",
@@ -83,11 +76,9 @@ def test_a_gguf_file(tmp_path):
     ],
     ids=["tied", "untied"],
 )
-def test_an_adapter_by_pencil(tmp_path, tied, modules, whole):
-    lora = LoraConfig(lora_alpha=24.0, modules_to_save=modules)
-    base, path = saved(tmp_path, lora, tie_word_embeddings=tied)
+def test_an_adapter(tmp_path, tied, modules, whole):
+    base, path = saved(tmp_path, tied=tied, lora_alpha=24.0, modules_to_save=modules)
     found = inspect.describe(path)
-    assert set(found.pop("modules_to_save")) - {"lm_head"} == set(modules) - {"lm_head"}
     assert found == {
         "kind": "adapter",
         "path": str(path),
@@ -100,6 +91,7 @@ def test_an_adapter_by_pencil(tmp_path, tied, modules, whole):
         "r": 8,
         "lora_alpha": 24.0,
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "modules_to_save": [*modules, *(["lm_head"] if tied else [])],  # PEFT names both of the tied ones
         "trained": {"lora": LORA, **whole},
         "bytes": (path / "adapter_model.safetensors").stat().st_size,
         "base_fingerprint": open_model(base).fingerprint(),
@@ -108,8 +100,8 @@ def test_an_adapter_by_pencil(tmp_path, tied, modules, whole):
 
 
 def test_an_adapter_with_the_positions_of_its_base(tmp_path):
-    """It has no config.json. PEFT's key names the base."""
-    base, path = saved(tmp_path, extend=False)
+    """Such an adapter has no config.json. PEFT's key names the base."""
+    base, path = saved(tmp_path, None)
     found = inspect.describe(path)
     assert found["kind"] == "adapter" and found["base"] == str(base) and "family" not in found
     assert found["trained"]["lora"] == LORA and found["trained"]["head"] == 260 * 32
@@ -121,10 +113,11 @@ def test_a_checkpoint_has_a_step(tmp_path, key):
         (path / "trainer_state.json").write_text(json.dumps({key: 70}))
         found = inspect.describe(path)
         assert (found["kind"], found["step"]) == ("checkpoint", 70)
-        assert found["bytes"] > 1000
+        (weights,) = path.glob("*.safetensors")
+        assert found["bytes"] == weights.stat().st_size
 
 
-def test_what_is_none_of_the_three(tmp_path):
+def test_a_folder_that_is_none_of_the_three_is_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"is neither a model \(config.json\) nor an adapter \(adapter_config"
     ):

@@ -1,68 +1,49 @@
-"""longlora.plan: the arguments of generation reach its plan, and the dtype is that of the weights."""
+"""longlora.plan for generation: its options, and the dtype with and without weights."""
 
 import json
 
 import gguf_small
 import pytest
 import tiny
+from test_tools_inspect import saved
 
-from longlora.decoder import generation_plan, rope
-from longlora.decoder.lora import LoraConfig
+from longlora import job
 from longlora.errors import UserError
-from longlora.files import adapter
 from longlora.files.open_model import open_model
 from longlora.tools import plan
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """The arguments of generation_plan.plan, which is not run."""
-    found = {}
-
-    def noted(config, **keywords):
-        found.clear()
-        found.update(keywords, config=config)
-        return "a plan"
-
-    monkeypatch.setattr(generation_plan, "plan", noted)
-    return found
+def choices(made):
+    return made.context, made.rows, made.dtype, made.cache_dtype, made.device, made.memory
 
 
-def test_what_is_planned_by_default(tmp_path, asked):
-    """tiny.CONFIG is made for 64 tokens."""
-    assert plan.plan(generate=True, model=tiny.config(tmp_path), device="cpu") == "a plan"
-    config = asked.pop("config")
-    assert config.max_position_embeddings == 64 and config.hidden_size == 32
-    wanted = dict(context=64, rows=1, dtype="float32", cache_dtype=None, device="cpu", memory=None)
-    assert asked == wanted
+def test_the_plan_without_options(tmp_path, monkeypatch):
+    """tiny.CONFIG is for 64 tokens."""
+    monkeypatch.setattr(job, "memory", lambda own: 12345)  # what a process may take
+    made = plan.plan(generate=True, model=tiny.config(tmp_path), device="cpu")
+    assert choices(made) == (64, 1, "float32", "float32", "cpu", 12345)
+    assert made.config.max_position_embeddings == 64 and made.config.hidden_size == 32
 
 
-def test_the_device_is_chosen_with_the_memory(tmp_path, asked, monkeypatch):
-    monkeypatch.setattr(plan, "choose_to_plan", lambda *given: (given, "what it says"))
+def test_the_choice_of_the_device_depends_on_max_memory(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(plan, "choose_to_plan", lambda *given: asked.append(given) or ("cpu", "a sentence"))
     plan.generation(tiny.config(tmp_path))
-    assert asked["device"] == ("auto", None)
-    plan.generation(tmp_path, device="cuda:1", max_memory=80)
-    assert asked["device"] == ("cuda:1", 80)
+    assert plan.generation(tmp_path, device="cuda:1", max_memory=80).device == "cpu"
+    assert asked == [("auto", None), ("cuda:1", 80)]
 
 
-def test_every_argument_reaches_the_plan(tmp_path, asked):
-    how = dict(context=100, rows=3, dtype="float16", cache_dtype="bfloat16", device="cpu")
-    plan.generation(tiny.config(tmp_path), **how, max_memory=1.5)
-    del asked["config"]
-    assert asked == {**how, "memory": 3 << 29}
-    plan.generation(tiny.config(tmp_path), max_memory=0.5, device="cpu")
-    assert asked["memory"] == 1 << 29
+def test_every_option_changes_the_plan(tmp_path):
+    how = dict(context=100, rows=3, dtype="float16", cache_dtype="bfloat16", device="cpu", max_memory=1.5)
+    made = plan.generation(tiny.config(tmp_path), **how)
+    assert choices(made) == (100, 3, "float16", "bfloat16", "cpu", 3 << 29)
+    assert plan.generation(tmp_path, max_memory=0.5, device="cpu").memory == 1 << 29
 
 
-def test_the_positions_are_those_of_the_adapter(tmp_path, asked):
-    base = open_model(tiny.model(tmp_path / "base"))
-    for name, positions in (("plain", 64), ("longer", 256)):
-        raw = base.config.raw
-        if positions > 64:
-            raw = rope.to_config(raw, rope.extend(base.config, "linear", positions)[0], positions)
-        adapter.save(tmp_path / name, None, LoraConfig(), base, raw)
-        plan.generation(base.path, tmp_path / name, device="cpu")
-        assert asked["context"] == asked["config"].max_position_embeddings == positions
+@pytest.mark.parametrize("length, positions", [(None, 64), (256, 256)])
+def test_the_context_is_that_of_the_adapter(tmp_path, length, positions):
+    made = plan.generation(*saved(tmp_path, length), device="cpu")
+    assert made.context == made.config.max_position_embeddings == positions
 
 
 @pytest.mark.parametrize("wrong", [True, "8", 0, -1.0, float("inf"), float("nan")])
@@ -71,7 +52,7 @@ def test_max_memory_is_a_number_above_0(tmp_path, wrong):
         plan.generation(tiny.config(tmp_path), max_memory=wrong)
 
 
-def test_without_generate_it_is_a_training_run(tmp_path, monkeypatch):
+def test_without_generate_a_training_run_is_planned(tmp_path, monkeypatch):
     monkeypatch.setattr(plan.driver, "plan", lambda **keywords: keywords)
     assert plan.plan(model="m", target_length=9) == dict(model="m", target_length=9)
     assert plan.plan(generate=False, r=4) == dict(r=4)
@@ -89,14 +70,13 @@ def test_without_generate_it_is_a_training_run(tmp_path, monkeypatch):
         ({}, "float32"),
     ],
 )
-def test_without_weights_the_dtype_is_that_of_the_config(tmp_path, asked, fields, dtype):
-    plan.generation(tiny.config(tmp_path, **fields), device="cpu")
-    assert asked["dtype"] == dtype
+def test_without_weights_the_dtype_is_that_of_the_config(tmp_path, fields, dtype):
+    assert plan.generation(tiny.config(tmp_path, **fields), device="cpu").dtype == dtype
 
 
 @pytest.mark.parametrize("index", [False, True])
-def test_the_dtype_is_that_of_the_weights(tmp_path, asked, index):
-    """Whatever config.json says, and if the weights have several files."""
+def test_the_dtype_is_that_of_the_weights(tmp_path, index):
+    """config.json names another dtype. index: the weights are listed in an index file."""
     path = tiny.model(tmp_path)
     raw = json.loads((path / "config.json").read_text())
     assert open_model(path).dtype("model.embed_tokens.weight") == "float32"
@@ -105,13 +85,12 @@ def test_the_dtype_is_that_of_the_weights(tmp_path, asked, index):
         names = dict.fromkeys(open_model(path).names(), "part-1.safetensors")
         (path / "model.safetensors").rename(path / "part-1.safetensors")
         (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    plan.generation(path, device="cpu")
-    assert asked["dtype"] == "float32"
+    assert plan.generation(path, device="cpu").dtype == "float32"
 
 
-def test_a_gguf_file(tmp_path, asked):
+def test_a_plan_for_a_gguf_file(tmp_path):
     path = gguf_small.write(tmp_path / "m.gguf", kinds={"token_embd.weight": "F16"})
-    plan.generation(path, device="cpu")
-    assert asked["dtype"] == "float16" and asked["config"].num_hidden_layers == 1
+    made = plan.generation(path, device="cpu")
+    assert made.dtype == "float16" and made.config.num_hidden_layers == 1
     with pytest.raises(UserError, match="has no config.json; give the file .*m.gguf"):
         plan.generation(tmp_path)

@@ -1,4 +1,4 @@
-"""Runs of tiny models for the tests of this folder, and what they leave."""
+"""Runs of tiny models, and what they leave."""
 
 import os
 
