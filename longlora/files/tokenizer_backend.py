@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from longlora.errors import UserError
 from longlora.files.tokenizer_class import TEKKEN, Class, Described
@@ -106,7 +106,7 @@ def post_process(backend: Any, chosen: Class, init: dict[str, Any], special: dic
     set_template(backend, bos, eos)
 
 
-def set_template(backend: Any, bos: str | None, eos: str | None) -> None:
+def set_template(backend: Any, bos: str | Literal[False] | None, eos: str | Literal[False] | None) -> None:
     """Let `backend` put the tokens `bos` and `eos` around each text. A falsy one is left out."""
     from tokenizers import processors
 

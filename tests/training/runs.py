@@ -49,16 +49,17 @@ def equal(a, b):
         np.testing.assert_array_equal(a[name], b[name], name)
 
 
-def adapter_of(path, base, target_length=None, **fields):
+def adapter_of(path, base, target_length=None, method="yarn", **fields):
     """Write an adapter filled with ones for the model at `base`. Returns the adapter's path.
 
-    fields: those of LoraConfig. target_length: the adapter extends the model to it, with YaRN.
+    fields: those of LoraConfig. target_length: the adapter extends the model to it, with the
+    positions of `method`.
     """
     base, lora = open_model(base), LoraConfig(**fields)
     tensors = {name: np.ones(shape, np.float32) for name, shape in lora.tensor_shapes(base.config).items()}
     raw = base.config.raw
     if target_length is not None:
-        raw = rope.to_config(raw, rope.extend(base.config, "yarn", target_length)[0], target_length)
+        raw = rope.to_config(raw, rope.extend(base.config, method, target_length)[0], target_length)
     adapter.save(path, tensors, lora, base, raw)
     return path
 
