@@ -229,11 +229,12 @@ def _check_text(found, where):
 
 
 def kept(metadata: Mapping[str, Any], where: str) -> Keys:
-    """Give the keys of another GGUF file as they are there. where: its name in messages.
+    """Give the keys of another GGUF file's tokenizer and sampling, unchanged. where: its name in messages.
 
     UserError for numbers that no tokenizer has: they are written with 32 bits.
     """
-    found = {key: value for key, value in metadata.items() if key.startswith("tokenizer.") and value != []}
+    ours = ("tokenizer.", "general.sampling.")
+    found = {key: value for key, value in metadata.items() if key.startswith(ours) and value != []}
     for key, value in found.items():
         numbers = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, (int, float))]
         if any(-(2**31) > x or x >= 2**31 for x in numbers):

@@ -210,9 +210,10 @@ def test_a_gguf_has_the_template_that_the_adapter_was_trained_with(tmp_path, kin
 def test_a_gguf_has_the_sampling_of_the_base(tmp_path):
     path = gguf_base(tmp_path / "base")
     (path / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.5, "top_k": 7}')
-    _, keys = gguf_of(tmp_path / "out", path, None)
-    sampling = {name: value for name, value in keys.items() if name.startswith("general.sampling.")}
-    assert sampling == {"general.sampling.temp": 0.5, "general.sampling.top_k": 7}
+    first, keys = gguf_of(tmp_path / "out", path, None)
+    for keys in keys, gguf_of(tmp_path / "again", first, None)[1]:
+        sampling = {name: value for name, value in keys.items() if name.startswith("general.sampling.")}
+        assert sampling == {"general.sampling.temp": 0.5, "general.sampling.top_k": 7}
 
 
 def test_a_model_has_the_name_of_the_directory_that_a_link_leads_to(tmp_path, monkeypatch):
