@@ -211,8 +211,8 @@ def test_a_gguf_has_the_sampling_of_the_base(tmp_path):
     path = gguf_base(tmp_path / "base")
     (path / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.5, "top_k": 7}')
     first, keys = gguf_of(tmp_path / "out", path, None)
-    for keys in keys, gguf_of(tmp_path / "again", first, None)[1]:
-        sampling = {name: value for name, value in keys.items() if name.startswith("general.sampling.")}
+    for found in keys, gguf_of(tmp_path / "again", first, None)[1]:
+        sampling = {name: value for name, value in found.items() if name.startswith("general.sampling.")}
         assert sampling == {"general.sampling.temp": 0.5, "general.sampling.top_k": 7}
 
 
