@@ -25,8 +25,8 @@ EMULATED = CUDA and longlora.cuda.built_for() == "emulation"  # a GPU that is a 
 
 
 def fewer(n):
-    """n, or a third of it where the GPU is emulated: examples, or a size that only blocks of the CPU need."""
-    return -(-n // 3) if EMULATED else n
+    """n, or a fifth of it where the GPU is emulated: examples, or a size that only blocks of the CPU need."""
+    return -(-n // 5) if EMULATED else n
 
 
 def random(shape, dtype="float32", seed=0, scale=1.0):

@@ -117,16 +117,27 @@ ISAS = [name for name, there in zip(_C.isa_names, _C.isa_supported) if there]
 CUDA = ["cuda"] if checks.CUDA else []
 
 
+def on(name, monkeypatch):
+    """Run ops with an instruction set, or on CUDA, for as long as a fixture lasts."""
+    before = _C.get_isa()
+    if name == "cuda":
+        mirror.install(monkeypatch, "cuda:0")
+    else:
+        _C.set_isa(_C.isa_names.index(name))
+    yield name
+    _C.set_isa(before)
+
+
 @pytest.fixture(params=ISAS + CUDA)
 def isa(request, monkeypatch):
     """Each instruction set, then CUDA, which mirrors the NumPy arrays of ops to the device."""
-    before = _C.get_isa()
-    if request.param == "cuda":
-        mirror.install(monkeypatch, "cuda:0")
-    else:
-        _C.set_isa(_C.isa_names.index(request.param))
-    yield request.param
-    _C.set_isa(before)
+    yield from on(request.param, monkeypatch)
+
+
+@pytest.fixture(params=ISAS)
+def cpu_isa(request, monkeypatch):
+    """Each instruction set, for what a GPU does not have, such as blocks that fit a cache."""
+    yield from on(request.param, monkeypatch)
 
 
 @pytest.fixture(params=["cpu"] + CUDA)

@@ -159,8 +159,11 @@ def test_import_is_quick():
 
 
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
-def test_no_warning(compiler, tmp_path):
-    """Both compilers compile every file with -Wall -Wextra, kernels as portable C and with AVX-512."""
+def test_no_warning(compiler):
+    """Both compilers take every file with -Wall -Wextra, kernels as portable C and with AVX-512.
+
+    .ci/run has the warnings that come with optimisation: it builds with -Werror.
+    """
     if not shutil.which(compiler):
         pytest.skip(f"{compiler} is not installed")
     include = sysconfig.get_paths()["include"]
@@ -170,7 +173,7 @@ def test_no_warning(compiler, tmp_path):
     avx512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq".split()
     common = [
         compiler,
-        *"-std=c11 -Wall -Wextra -Werror -O1 -fPIC -fopenmp -Icsrc -c".split(),
+        *"-std=c11 -Wall -Wextra -Werror -fsyntax-only -fopenmp -Icsrc".split(),
         *["-DLONGLORA_X86"] * x86,
     ]
     jobs = []
@@ -181,9 +184,9 @@ def test_no_warning(compiler, tmp_path):
         if x86 and source.name != "parallel.c":
             jobs.append([source, "-DISA=avx512", *avx512])
 
-    def compile_(numbered):
-        number, (source, *flags) = numbered
-        command = [*common, *flags, str(source), "-o", str(tmp_path / f"{number}.o")]
+    def compile_(job):
+        source, *flags = job
+        command = [*common, *flags, str(source)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         return done.stderr if done.returncode else ""
 
@@ -191,7 +194,7 @@ def test_no_warning(compiler, tmp_path):
     if subprocess.run(probe, input="#include <omp.h>\n", capture_output=True, text=True).returncode:
         pytest.skip(f"{compiler} has no omp.h here (clang's is in the package libomp-dev)")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        assert "".join(pool.map(compile_, enumerate(jobs))) == ""
+        assert "".join(pool.map(compile_, jobs)) == ""
 
 
 LONGEST_FILE, LONGEST_FUNCTION = 600, 80  # lines

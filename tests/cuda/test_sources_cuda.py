@@ -17,12 +17,12 @@ FILES = sorted(p for p in ROOT.glob("cuda/**/*") if p.suffix in (".cu", ".cuh", 
 CODE = {path: re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.S) for path in FILES}
 NVCC = shutil.which(os.environ.get("NVCC") or "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 ARCHS = "sm_80", "sm_90a", "sm_100", "sm_120"  # the GPUs of setup.py
-# Files whose kernels come close to spilling, and the GPUs that the suite compiles them for. It compiles the
-# others for sm_90a alone. LONGLORA_WHOLE=1 compiles every file for every GPU, in minutes.
+# Files whose kernels come close to spilling, and the GPUs that the suite compiles them for. .ci/run compiles
+# every file for sm_90a as strictly. LONGLORA_WHOLE=1 compiles every file for every GPU, in minutes.
 NEAR_SPILLING = {
-    "s2_attention_forward.cu": ARCHS[:2],
-    "s2_attention_backward.cu": ARCHS[:2],
-    "lora_linear.cu": ARCHS,
+    "s2_attention_forward.cu": ("sm_80",),
+    "s2_attention_backward.cu": ("sm_80",),
+    "lora_linear.cu": ("sm_80", "sm_100", "sm_120"),
 }
 WHOLE = os.environ.get("LONGLORA_WHOLE")
 
@@ -85,7 +85,7 @@ def test_what_nvcc_says(tmp_path):
     jobs = [
         (path, arch)
         for path in sorted(ROOT.glob("cuda/**/*.cu"), key=os.path.getsize, reverse=True)
-        for arch in (ARCHS if WHOLE else NEAR_SPILLING.get(path.name, ("sm_90a",)))
+        for arch in (ARCHS if WHOLE else NEAR_SPILLING.get(path.name, ()))
     ]
 
     def compile_(job):
@@ -103,6 +103,7 @@ def test_what_nvcc_says(tmp_path):
         for *where, line in lines
     ]
     spills = [(*where, m[0]) for *where, m in spills if m]
-    assert {where[0] for where in spills} > {*NEAR_SPILLING, "swiglu.cu"}, "ptxas reported nothing"
+    near = {(path.name, arch) for path, arch in jobs if path.name in NEAR_SPILLING}
+    assert {where[:2] for where in spills} >= near, "ptxas reported nothing"
     assert not [where for where in spills if where[2] != "0 bytes spill stores, 0 bytes spill loads"]
     assert not [line for line in lines if re.search("warning|wgmma|serializ", line[2])]

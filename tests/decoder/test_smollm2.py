@@ -45,7 +45,7 @@ def peer(converted):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def acts(base):
-    return base.tokenizer().encode(HELD_OUT.read_text())[:2048]
+    return base.tokenizer().encode(HELD_OUT.read_text())[:1024]
 
 
 def test_logits_and_perplexity_equal_those_of_transformers(base, peer, acts):
@@ -59,7 +59,7 @@ def test_logits_and_perplexity_equal_those_of_transformers(base, peer, acts):
         .exp()
         .item()
     )
-    tokens, loss = ppl.score(model, acts, 2048)
+    tokens, loss = ppl.score(model, acts, 1024)
     assert tokens == len(acts) - 1
     assert abs(math.exp(loss / tokens) / want - 1) < 1e-3
 
@@ -183,7 +183,7 @@ def test_extension_lowers_the_perplexity(base, smollm2, converted, acts, tmp_pat
     """Steps of one sequence, in four groups, AdamW at 2e-3 for LoRA and 1e-4 for embedding and norms; dense
     evaluation."""
     held_out = tmp_path / "held_out.txt"
-    held_out.write_text(HELD_OUT.read_text()[: 12 * LENGTH])
+    held_out.write_text(HELD_OUT.read_text()[: 6 * LENGTH])
     native = ppl.run(smollm2, held_out, [LENGTH])["results"][0]["perplexity"]
     before = ppl.run(smollm2, held_out, [LENGTH], rope_type="linear", target_length=32768)["results"][0][
         "perplexity"

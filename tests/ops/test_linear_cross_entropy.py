@@ -107,7 +107,7 @@ def chunk_bytes(M, C, V, dtype, trained):
 
 
 @pytest.mark.parametrize("M,V,trained", [(237, 70001, True), (1099, 2500, False)])
-def test_more_than_one_chunk(M, V, trained, isa):
+def test_more_than_one_chunk(M, V, trained, cpu_isa):
     """237 rows of a trained head: 112 in the first chunk, 125 in the second. A unit has 16 rows.
 
     1099 rows of a frozen head: three chunks of at most 512 rows.
@@ -125,7 +125,7 @@ def test_more_rows_than_a_gpu_takes_at_once(dtype, place):
     check_rounded(x, w, targets_of(2100, 37), dtype)
 
 
-def test_more_than_one_chunk_of_kept_bfloat16(isa):
+def test_more_than_one_chunk_of_kept_bfloat16(cpu_isa):
     """A chunk keeps the exponentials of the whole vocabulary in 16 bits. Here 128 of the 133 rows fit."""
     M, C, V = 133, 8, 200001
     rows, kept = chunk_bytes(128, C, V, "bfloat16", True), 2 * M * V

@@ -1,9 +1,9 @@
 """Every example runs unchanged, made short by STEPS. Examples on arrays compare their results themselves."""
 
 import ast
-import os
-import subprocess
+import runpy
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -30,20 +30,16 @@ def test_there_are_examples():
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_runs(path, tmp_path):
+def test_runs(path, tmp_path, monkeypatch, capsys):
     source = path.read_text()
     assert ast.get_docstring(ast.parse(source)), "an example begins with what it shows"
     assert 10 <= len(source.splitlines()) <= 30
     for peer in PEERS:
         if peer in needed(source):
             pytest.importorskip(peer, reason=f"the example uses {peer}")
-    done = subprocess.run(
-        [sys.executable, path],
-        cwd=tmp_path,
-        env={**os.environ, "STEPS": "3", "TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=3600,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip(), "an example prints what it found"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STEPS", "3")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out.strip(), "an example prints what it found"

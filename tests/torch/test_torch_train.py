@@ -199,8 +199,8 @@ def test_bfloat16_learns_as_the_driver_does(tmp_path):
     assert all(array.dtype == np.float32 for array in trained(tmp_path / "mine").values())
 
 
-def test_ten_steps_of_smollm2_are_the_drivers(tmp_path, converted):  # noqa: F811
-    """The medians of ten steps count: a step of this model may be ill-conditioned, and then a rounding moves
+def test_steps_of_smollm2_are_the_drivers(tmp_path, converted):  # noqa: F811
+    """The medians of five steps count: a step of this model may be ill-conditioned, and then a rounding moves
     its loss and its gradient ten times as far. Losses are 2e-6 apart in the median and 1e-5 in one step,
     gradient norms up to 3e-4.
 
@@ -215,7 +215,7 @@ def test_ten_steps_of_smollm2_are_the_drivers(tmp_path, converted):  # noqa: F81
         target_length=32768,
         sequence_length=128,
         group_size=32,
-        max_steps=10,
+        max_steps=5,
         learning_rate=1e-4,
         embedding_learning_rate=1e-5,
         num_threads=None,
@@ -225,7 +225,7 @@ def test_ten_steps_of_smollm2_are_the_drivers(tmp_path, converted):  # noqa: F81
         for train, name in ((ours.train, "mine"), (driver.train, "theirs"))
     )
     assert (
-        [row["step"] for row in mine.history] == [row["step"] for row in theirs.history] == list(range(1, 11))
+        [row["step"] for row in mine.history] == [row["step"] for row in theirs.history] == list(range(1, 6))
     )
 
     def apart(key):
