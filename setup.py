@@ -224,7 +224,7 @@ class Emulation:
         return [
             os.environ.get("CXX") or "c++",
             *CXX_FLAGS,
-            "-O2",
+            "-O3",
             *["-march=native", "-ffp-contract=off"] * X86,
             *SANITIZERS,
             "-Wno-unknown-pragmas",

@@ -46,10 +46,9 @@ LORA = LoraConfig()
 PACKAGE = os.path.dirname(os.path.dirname(longlora.__file__))  # the package under test, installed or not
 
 CASES = [
-    dict(dtype=dtype, checkpointing=c, sequence_length=length, batch_size=1, full=full)
-    for dtype in ("float32", "bfloat16")
+    dict(dtype=dtype, checkpointing=c, sequence_length=512 if full else 1600, batch_size=1, full=full)
     for c in RECOMPUTE
-    for length, full in ((1600, False), (512, True))
+    for dtype, full in (("float32", c == "full"), ("bfloat16", c != "full"))
 ]
 CASES += [
     dict(dtype="float32", checkpointing="full", sequence_length=3000, batch_size=1, full=False),
