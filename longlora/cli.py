@@ -4,14 +4,13 @@ A command is one row of COMMANDS. A user's error is one line on stderr and exit 
 """
 
 import argparse
-import difflib
 import json
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from longlora import cli_eval
-from longlora.errors import UserError
+from longlora.errors import UserError, did_you_mean
 from longlora.flags import DTYPES, Command, Help, device_flag, json_flag, lengths, model_flags, show
 from longlora.guard import guarded
 from longlora.training import options
@@ -386,8 +385,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     args, unknown = p.parse_known_args(argv)
     if unknown:
         known = [flag for action in chosen._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(unknown[0].partition("=")[0], known)
         chosen.error(f"{' '.join(words)}: unknown option {unknown[0]!r}{hint}")
     return args
 
