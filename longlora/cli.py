@@ -284,12 +284,18 @@ def _merge_flags(parser: argparse.ArgumentParser) -> None:
 def _merge(args: argparse.Namespace) -> int:
     import longlora
     from longlora.device import CPU, choose
+    from longlora.files.open_model import open_model
 
     device, chosen = choose(args.device)
     if args.device != CPU:
         print(chosen)
     given = (args.model, args.adapter, args.output_dir, device, args.format, args.dtype)
-    print(f"saved {longlora.merge(*given)}")
+    path, expanded = longlora.merge(*given), ""
+    if args.dtype == "auto":
+        base = open_model(args.model)
+        if any(base.storage(name) not in DTYPES for name in base.names()):
+            expanded = "; its quantised weights are float32 now, --dtype chooses another"
+    print(f"saved {path}{expanded}")
     return 0
 
 
