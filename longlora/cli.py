@@ -4,14 +4,13 @@ A command is one row of COMMANDS. A user's error is one line on stderr and exit 
 """
 
 import argparse
-import difflib
 import json
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from longlora import cli_eval
-from longlora.errors import UserError
+from longlora.errors import UserError, did_you_mean
 from longlora.flags import DTYPES, Command, Help, device_flag, json_flag, lengths, model_flags, show
 from longlora.guard import guarded
 from longlora.training import options
@@ -285,12 +284,18 @@ def _merge_flags(parser: argparse.ArgumentParser) -> None:
 def _merge(args: argparse.Namespace) -> int:
     import longlora
     from longlora.device import CPU, choose
+    from longlora.files.open_model import open_model
 
     device, chosen = choose(args.device)
     if args.device != CPU:
         print(chosen)
     given = (args.model, args.adapter, args.output_dir, device, args.format, args.dtype)
-    print(f"saved {longlora.merge(*given)}")
+    path, expanded = longlora.merge(*given), ""
+    if args.dtype == "auto":
+        base = open_model(args.model)
+        if any(base.storage(name) not in DTYPES for name in base.names()):
+            expanded = "; its quantised weights are float32 now, --dtype chooses another"
+    print(f"saved {path}{expanded}")
     return 0
 
 
@@ -386,8 +391,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     args, unknown = p.parse_known_args(argv)
     if unknown:
         known = [flag for action in chosen._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(unknown[0].partition("=")[0], known)
         chosen.error(f"{' '.join(words)}: unknown option {unknown[0]!r}{hint}")
     return args
 

@@ -1,7 +1,9 @@
 """Errors that the user can correct, and how messages write what they name. The command line prints such an
 error in one line and exits with code 2."""
 
+import difflib
 import reprlib
+from collections.abc import Iterable
 
 LONGEST = 2000  # characters of a message; what a file holds may be longer than any screen
 
@@ -34,6 +36,13 @@ def _escaped(letter):
 def counted(count: int, noun: str) -> str:
     """1 thread, 2 threads, 1,000 threads."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the known one that is like it, or nothing."""
+    plain = {name.lstrip("-"): name for name in known}  # dashes would make all flags look alike
+    near = difflib.get_close_matches(word[:64].lstrip("-"), plain, 1, cutoff=0.7)
+    return f"; did you mean {plain[near[0]]}?" if near else ""
 
 
 class _Short(reprlib.Repr):

@@ -207,6 +207,8 @@ def newest_checkpoint(directory: Path) -> str:
 def read_lora(directory: Path) -> LoraConfig:
     """Read the LoraConfig in a PEFT adapter's adapter_config.json. UserError names what is not supported."""
     path = os.path.join(directory, CONFIG)
+    if not os.path.exists(directory):
+        raise UserError(f"{directory}: no such directory; wanted an adapter")
     if not os.path.exists(path):
         raise UserError(f"{directory}: is not an adapter: it has no {CONFIG}{newest_checkpoint(directory)}")
     found = read_json(path)

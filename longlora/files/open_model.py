@@ -1,6 +1,7 @@
 """Opens a model of any supported format."""
 
 import os
+import re
 
 from longlora.errors import UserError
 from longlora.files.gguf import Gguf
@@ -16,8 +17,17 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
     if not os.path.exists(path):
         raise UserError(
             f"{path}: no such file or directory; wanted a model directory with config.json, or a .gguf file"
+            + _download(os.fspath(path))
         )
     return Gguf(path)
+
+
+def _download(path):
+    """How to get a model whose name on the Hugging Face Hub was given as a path, or "" for another path."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or os.path.exists(path.partition("/")[0]):
+        return ""
+    name = path.partition("/")[2]
+    return f"; to fetch it from the Hugging Face Hub: hf download {path} --local-dir {name}"
 
 
 def refuse_folder_of_gguf(path: str | os.PathLike[str]) -> None:

@@ -61,7 +61,7 @@ def generate(
     UserError for files that cannot be read or do not fit in memory, before any weight is read.
     """
     if (prompt is None) == (question is None):
-        raise UserError("generate needs a prompt, or a question about a material")
+        raise UserError("generate needs a prompt, or a question; not both")
     if prompt is not None and material is not None:
         raise UserError("material goes with a question, not with a prompt")
     if prompt is not None and options.get("chat_template") is not None:

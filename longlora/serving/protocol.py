@@ -4,7 +4,6 @@ A body may come from anyone. What a field may hold is said once, in CHAT and COM
 neither there nor in HARMLESS is refused by its name.
 """
 
-import difflib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from longlora.decoder.sampling import Sampling
-from longlora.errors import UserError, shown
+from longlora.errors import UserError, did_you_mean, shown
 
 # Fields that change nothing here, and that clients send without being asked.
 HARMLESS = frozenset(
@@ -355,8 +354,7 @@ def _fields(
             if value is not None and not any(type(value) is type(x) and value == x for x in NOTHING[name]):
                 raise Refused(f"{name} is not supported, got {shown(value)}", param=name)
         elif name not in HARMLESS:
-            near = difflib.get_close_matches(name[:64], table, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, table)
             raise Refused(f"unknown field {shown(name)}{hint}", param=str(UserError(name[:64])))
     if found.get("model", limits.model) != limits.model:
         raise Refused(

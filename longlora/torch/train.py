@@ -175,7 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m longlora.torch.train",
         allow_abbrev=False,
         description="extend a model with longlora's kernels in torch; for torchrun and accelerate launch",
-        epilog="--checkpointing minimal and a --device other than auto and cpu are refused here",
+        epilog="--checkpointing auto means none here; minimal, and a --device other than auto and cpu,"
+        " are refused",
     )
     options.add_flags(parser, set(TrainOptions.__dataclass_fields__) - set(REFUSED))
 

@@ -4,7 +4,6 @@ The names are those of transformers' TrainingArguments and PEFT's LoraConfig whe
 """
 
 import argparse
-import difflib
 import functools
 import math
 import os
@@ -14,7 +13,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
-from longlora.errors import UserError, shown
+from longlora.errors import UserError, did_you_mean, shown
 
 LONGEST = 1 << 24  # tokens of a sequence, and of a batch
 
@@ -447,8 +446,7 @@ def from_dict(values: dict[str, Any], where: str = "options", planning: bool = F
     for key, value in values.items():
         name = other.get(key, key)
         if name not in names:
-            near = difflib.get_close_matches(shown(key).strip("'"), names + list(other), 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(shown(key).strip("'"), names + list(other))
             raise UserError(f"{where}: unknown option {shown(key)}{hint}")
         if name in found:
             raise UserError(f"{where}: {name} is given twice")

@@ -211,10 +211,12 @@ def test_a_wrong_field_is_named_with_its_file(tmp_path, fields, message):
 
 def test_a_directory_without_an_adapter_is_named(tmp_path):
     (tmp_path / "checkpoint-x").mkdir()
-    for path in (tmp_path, tmp_path / "gone", tmp_path / "checkpoint-x"):
+    for name in ("", "checkpoint-x"):
         with pytest.raises(UserError) as error:
-            adapter.read_lora(path)
-        assert str(error.value) == f"{path}: is not an adapter: it has no {CONFIG}"
+            adapter.read_lora(tmp_path / name)
+        assert str(error.value) == f"{tmp_path / name}: is not an adapter: it has no {CONFIG}"
+    with pytest.raises(UserError, match="gone: no such directory"):
+        adapter.read_lora(tmp_path / "gone")
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(UserError, match=f"{CONFIG}; a run was stopped here, its newest .*/checkpoint-3$"):
         adapter.read_lora(tmp_path)

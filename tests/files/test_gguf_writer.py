@@ -539,3 +539,6 @@ def test_the_command(tmp_path, capsys):
     assert capsys.readouterr().out == f"saved {tmp_path / 'out' / 'model-q8_0.gguf'}\n"
     assert cli.main(["merge", *flags]) == 2
     assert "exists and is not an empty directory" in capsys.readouterr().err
+    flags = ["--model", str(tmp_path / "out" / "model-q8_0.gguf"), "--output-dir", str(tmp_path / "plain")]
+    assert cli.main(["merge", *flags]) == 0
+    assert capsys.readouterr().out.startswith(f"saved {tmp_path / 'plain'}; its quantised weights are")

@@ -202,7 +202,7 @@ def test_the_adapter_is_a_part_of_the_runs_identity(first, tmp_path):
         (dict(sequence_length=512), "sequence_length should be at most target_length 256, got 512"),
         (dict(full=True), "adapter and full exclude each other"),
         (dict(model=None, init="base", full=True), "adapter and full exclude each other"),
-        (dict(adapter="nowhere"), "nowhere: is not an adapter: it has no adapter_config.json"),
+        (dict(adapter="nowhere"), "nowhere: no such directory; wanted an adapter"),
         (dict(target_modules=["q"]), "target_modules should be a list of q_proj"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
