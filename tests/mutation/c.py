@@ -5,8 +5,8 @@
 It works on a copy of the working directory, which is built for portable instructions alone: one object is
 compiled for each mutant. A mutant with an object that is the same to the byte computes the same. --cuda takes
 cuda/*.cu, compiled for the emulated GPU, in place of csrc, and tests/cuda in place of tests/binding. The test
-files run once, to see how long each test takes. A mutant costs the tests of its op, the quickest first, then
-others, until one fails or they have taken ten seconds. --again tries only what survived, with all tests.
+files run once, to see how long each test takes. A mutant costs the tests of its op, the quickest first, until
+one fails or five seconds are over. --again tries only what survived, with all tests of all files that use it.
 Results: build/mutation/c.jsonl and cuda.jsonl.
 """
 
@@ -16,8 +16,8 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +26,6 @@ import python
 import results
 
 LIMIT = 900  # seconds of processor time for a test file
-TOGETHER = 10.0  # the most processor time of all tests for a mutant, about: those of its own op come first
 # Tests of other builds and of the reference; what begins the whole package.
 LEFT_OUT = {"test_wide", "test_pool", "test_reference", "test_build_cuda", "test_cuda_emulation"}
 LEFT_OUT |= {"test_cuda_generate", "test_cuda_train", "test_mirror", "test_sources_cuda"}
@@ -79,9 +78,13 @@ class Extension:
             built.unlink()
 
     def build(self) -> bool:
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--build-temp"]
-        wanted = os.environ | {"LONGLORA_CUDA": "emulation" if self._cuda else "0"}
-        return not subprocess.run([*command, self._objects], env=wanted, capture_output=True).returncode
+        def setup() -> int:
+            os.environ["LONGLORA_CUDA"] = "emulation" if self._cuda else "0"
+            sys.argv = ["setup.py", "-q", "build_ext", "--inplace", "--build-temp", str(self._objects)]
+            runpy.run_path("setup.py", run_name="__main__")
+            return 0
+
+        return python.forked(setup, 600, Path("build.log")) == 0
 
     def try_mutant(self, place: Place, own: list[str], tests: python.Tests, most: float) -> str:
         """-> one of results.KINDS. most: seconds of tests, about."""
@@ -156,28 +159,25 @@ def main() -> None:
     parser.add_argument("--cuda", action="store_true", help="cuda/*.cu, emulated")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    os.environ |= {"OMP_WAIT_POLICY": "passive"}  # threads that wait cost processor time
+    # Threads that wait cost processor time; plugins have nothing to do.
+    os.environ |= {"OMP_WAIT_POLICY": "passive", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     name, store = "cuda" if args.cuda else "c", python.ROOT / "build/mutation"
     with python.scratch():
         pattern = "cuda/*.cu" if args.cuda else "csrc/**/*.c"
         paths = [path for path in sorted(Path().glob(pattern)) if args.only in str(path)]
         keys = dict(found for path in paths for found in mutants(path))
         wanted = results.sample(set(keys), args.count, args.seed)
+        python.load(["numpy", "hypothesis", "torch", "jax", "setuptools.command.build_ext"])
         extension = Extension(args.cuda)
         if not extension.build():
             raise SystemExit("the extension cannot be built")
-        python.load(["numpy", "hypothesis", "torch", "jax"])
-        files = {path: tests_of(path, args.cuda) for path in {keys[key][0] for key in wanted}}
-        every = sorted({file for own, others in files.values() for file in own + others})
-        every = times(every, args.cuda, store / f"{name}.times.json")
-        log, most = store / f"{name}.jsonl", math.inf if args.again else TOGETHER
-
-        def attempt(key: str) -> str:
-            own, others = files[keys[key][0]]
-            tests = {test: facts for test, facts in every.items() if test.partition("::")[0] in own + others}
-            return extension.try_mutant(keys[key], own, tests, most)
-
-        results.try_all(log, results.to_try(log, wanted, args.again), attempt)
+        log, most = store / f"{name}.jsonl", math.inf if args.again else python.TOGETHER
+        todo, known = results.to_try(log, wanted, args.again), store / f"{name}.times.json"
+        chosen = {}
+        for path in {keys[key][0] for key in todo}:
+            own, others = tests_of(path, args.cuda)
+            chosen[path] = own, times(own + others * (args.again or not own), args.cuda, known)
+        results.try_all(log, todo, lambda key: extension.try_mutant(keys[key], *chosen[keys[key][0]], most))
         results.show(log, wanted)
 
 
