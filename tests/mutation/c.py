@@ -38,7 +38,10 @@ SWAPS = {
 SWAP = re.compile("|".join(map(re.escape, SWAPS)))
 NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
 STATEMENT = re.compile(r"(?<=    )[\w\[\]().>*-]+(?: [+*|-]?= .*|\(.*\));(?=\s*$)")
-FUNCTION = re.compile(r"\w[^=;(]*?(?:__attribute__\(\(\w+\)\)[^=;(]*?)?(?:CPU\()?(\w+)\)?\(")
+FUNCTION = re.compile(
+    r"(?=\w)[^=;(]*?(?:(?:__attribute__\(\(\w+\)\)|__launch_bounds__\([^)]*\))[^=;(]*?)?"
+    r"(?:CPU\()?(?<!\w)(\w+)\)?\("
+)
 TEXT = re.compile(r'/\*.*?\*/|//[^\n]*|"(?:\\.|[^"\\\n])*"', re.DOTALL)
 STAGE = re.compile("_(forward|backward)$")
 Place = tuple[Path, int, int, str]  # bytes from begin to end of a file become these
