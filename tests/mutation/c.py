@@ -1,6 +1,6 @@
 """Puts one fault at a time into a file of C or CUDA, and runs tests/ops and tests/binding on the extension.
 
-    python tests/mutation/c.py [--count N] [--seed S] [--again] [--only WORDS] [--cuda]
+    python tests/mutation/c.py [--count N] [--seed S] [--again] [--only EXPRESSION] [--cuda]
 
 It works on a copy of the working directory, which is built for portable instructions alone: one object is
 compiled for each mutant. A mutant with an object that is the same to the byte computes the same. --cuda takes
@@ -167,7 +167,7 @@ def main() -> None:
     name, store = "cuda" if args.cuda else "c", python.ROOT / "build/mutation"
     with python.scratch():
         pattern = "cuda/*.cu" if args.cuda else "csrc/**/*.c"
-        paths = [path for path in sorted(Path().glob(pattern)) if args.only in str(path)]
+        paths = [path for path in sorted(Path().glob(pattern)) if re.search(args.only, str(path))]
         keys = dict(found for path in paths for found in mutants(path))
         wanted = results.sample(set(keys), args.count, args.seed)
         python.load(["numpy", "hypothesis", "torch", "jax", "setuptools.command.build_ext"])
