@@ -178,6 +178,9 @@ def test_tensor_copy_and_fill():
             t.copy_(source)
             np.testing.assert_array_equal(t.numpy(), np.asarray(source).astype(t.numpy().dtype))
         Tensor((5, 9), dtype)[:, 1:7].copy_(x)
+        long, rows = Tensor((2, 2500), dtype), f32(2, 2500)  # converted in pieces of 1024
+        long.copy_(rows)
+        np.testing.assert_array_equal(long.numpy(), rows.astype(t.numpy().dtype))
     for dtype in ("uint8", "float16", "float32", "int64"):
         large = Tensor((3, 87383), dtype)  # 262,149 elements: 2**18 and a rest
         for number in (7, 0, 2):

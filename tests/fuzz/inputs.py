@@ -405,7 +405,8 @@ def main():
     o = parser.parse_args()
     signal.signal(signal.SIGPROF, late)
     signal.signal(signal.SIGALRM, late)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    if "ASAN_OPTIONS" not in os.environ:  # that sanitizer reserves terabytes of addresses
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     outcomes = collections.Counter()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         tempfile.tempdir = os.environ["HOME"] = folder

@@ -1,16 +1,23 @@
 """Puts one fault at a time into a file of C or CUDA, and runs tests/ops and tests/binding on the extension.
 
-    python tests/mutation/c.py [--count N] [--seed S] [--again] [--only WORDS] [--cuda]
+    python tests/mutation/c.py [--count N] [--seed S] [--again] [--only EXPRESSION] [--cuda]
 
 It works on a copy of the working directory, which is built for portable instructions alone: one object is
-compiled for each mutant. --cuda takes cuda/*.cu instead of csrc, compiled for the emulated GPU. A mutant with
-an object that is the same to the byte computes the same. Results: build/mutation/c.jsonl and cuda.jsonl.
+compiled for each mutant. A mutant with an object that is the same to the byte computes the same. --cuda takes
+cuda/*.cu, compiled for the emulated GPU, in place of csrc, and tests/cuda in place of tests/binding. The test
+files run once, to see how long each test takes. A mutant costs the tests of its op, the quickest first, until
+one fails or five seconds are over. --again tries only what survived, with all tests of all files that use it.
+Results: build/mutation/c.jsonl and cuda.jsonl.
 """
 
+import hashlib
+import itertools
+import json
+import math
 import os
 import re
+import runpy
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +25,10 @@ from pathlib import Path
 import python
 import results
 
-LIMIT = 900  # seconds for the tests of a mutant
+LIMIT = 900  # seconds of processor time for a test file
+# Tests of other builds and of the reference; what begins the whole package.
+LEFT_OUT = {"test_wide", "test_pool", "test_reference", "test_build_cuda", "test_cuda_emulation"}
+LEFT_OUT |= {"test_cuda_generate", "test_cuda_train", "test_mirror", "test_sources_cuda"}
 SWAPS = {
     **{" < ": " <= ", " <= ": " < ", " > ": " >= ", " >= ": " > ", " == ": " != ", " != ": " == "},
     **{" && ": " || ", " || ": " && ", " + ": " - ", " - ": " + ", " * ": " + ", " / ": " * ", " % ": " / "},
@@ -28,7 +38,10 @@ SWAPS = {
 SWAP = re.compile("|".join(map(re.escape, SWAPS)))
 NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
 STATEMENT = re.compile(r"(?<=    )[\w\[\]().>*-]+(?: [+*|-]?= .*|\(.*\));(?=\s*$)")
-FUNCTION = re.compile(r"\w[^=;(]*?(?:__attribute__\(\(\w+\)\)[^=;(]*?)?(?:CPU\()?(\w+)\)?\(")
+FUNCTION = re.compile(
+    r"(?=\w)[^=;(]*?(?:(?:__attribute__\(\(\w+\)\)|__launch_bounds__\([^)]*\))[^=;(]*?)?"
+    r"(?:CPU\()?(?<!\w)(\w+)\)?\("
+)
 TEXT = re.compile(r'/\*.*?\*/|//[^\n]*|"(?:\\.|[^"\\\n])*"', re.DOTALL)
 STAGE = re.compile("_(forward|backward)$")
 Place = tuple[Path, int, int, str]  # bytes from begin to end of a file become these
@@ -68,12 +81,16 @@ class Extension:
             built.unlink()
 
     def build(self) -> bool:
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--build-temp"]
-        wanted = os.environ | {"LONGLORA_CUDA": "emulation" if self._cuda else "0"}
-        return not subprocess.run([*command, self._objects], env=wanted, capture_output=True).returncode
+        def setup() -> int:
+            os.environ["LONGLORA_CUDA"] = "emulation" if self._cuda else "0"
+            sys.argv = ["setup.py", "-q", "build_ext", "--inplace", "--build-temp", str(self._objects)]
+            runpy.run_path("setup.py", run_name="__main__")
+            return 0
 
-    def try_mutant(self, place: Place, tests: list[str]) -> str:
-        """-> one of results.KINDS."""
+        return python.forked(setup, 600, Path("build.log")) == 0
+
+    def try_mutant(self, place: Place, own: list[str], tests: python.Tests, most: float) -> str:
+        """-> one of results.KINDS. most: seconds of tests, about."""
         path, begin, end, now = place
         text, when = path.read_text(), path.stat()
         objects = {made: made.read_bytes() for made in self._objects.rglob(f"{path.stem}.*o")}
@@ -83,30 +100,61 @@ class Extension:
                 return "not compiled"
             if all(made.read_bytes() == data for made, data in objects.items()):
                 return "equivalent"
-            return self.run(tests)
+            return run(own, tests, most)
         finally:
             path.write_text(text)
             os.utime(path, ns=(when.st_atime_ns, when.st_mtime_ns))
             for made, data in objects.items():
                 made.write_bytes(data)
 
-    def run(self, tests: list[str]) -> str:
-        chosen = ["-x", "-k", "cuda"] if self._cuda else ["-x"]
-        log = Path("mutant.log")
-        code = python.forked(lambda: python.run_tests(tests, None, *chosen), LIMIT, log, waits=1)
-        return "timeout" if code is None else "survived" if code == 0 else "noticed"
+
+def run(own: list[str], tests: python.Tests, most: float) -> str:
+    """Run the tests of the file's own test files, the quickest first, then the others in the same way."""
+    rank = [test for test, facts in sorted(tests.items(), key=lambda pair: pair[1]["seconds"])]
+    rank.sort(key=lambda test: test.partition("::")[0] not in own)
+    before = itertools.accumulate((tests[test]["seconds"] for test in rank), initial=0.0)
+    order = [test for test, seconds in zip(rank, before) if seconds < most]
+    chosen = python.Chosen(order)
+    limit = 10 + 3 * sum(tests[test]["seconds"] for test in order)
+    command = (sorted({test.partition("::")[0] for test in order}), chosen, "-x", "--assert=plain")
+    code = python.forked(lambda: python.run_tests(*command), limit, Path("mutant.log"), waits=5)
+    return "timeout" if code is None else "survived" if code == 0 else "noticed"
 
 
-def tests_of(path: Path, cuda: bool) -> list[str]:
-    """The test files of an op, its own first; of the binding; or all of both for what serves all ops."""
-    ops, binding = (sorted(Path("tests", folder).glob("test_*.py")) for folder in ("ops", "binding"))
-    ops = [file for file in ops if file.name not in ("test_wide.py", "test_reference.py")]
-    if path.parent.name == "python":
-        return list(map(str, binding))
+def times(files: list[str], cuda: bool, store: Path) -> python.Tests:
+    """-> the tests of the files, and how long each takes. Files that did not change: from `store`."""
+    known = json.loads(store.read_text()) if store.exists() else {}
+    for path in files:
+        key = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        if known.get(path, {}).get("key") != key:
+            print(f"runs {path}", flush=True)
+
+            def measure(path: str = path, key: str = key) -> int:
+                plugin = python.Map("none of the lines")
+                code = python.run_tests([path], plugin, *["-k", "cuda"] * (cuda and "/ops/" in path))
+                Path("times.json").write_text(json.dumps(dict(key=key, tests=plugin.tests)))
+                return code
+
+            if python.forked(measure, LIMIT, Path("times.log")) not in (0, 5):
+                raise SystemExit(f"{path} fails without a fault:\n{Path('times.log').read_text()[-4000:]}")
+            known[path] = json.loads(Path("times.json").read_text())
+            store.parent.mkdir(parents=True, exist_ok=True)
+            store.write_text(json.dumps(known))
+    return {test: facts for path in files for test, facts in known[path]["tests"].items()}
+
+
+def tests_of(path: Path, cuda: bool) -> tuple[list[str], list[str]]:
+    """The test files that try a file itself, and others that use it."""
+    folders = ("ops", "cuda") if cuda else ("ops", "binding")
+    ops, others = (sorted(Path("tests", folder).glob("test_*.py")) for folder in folders)
+    ops = [file for file in ops if file.stem not in LEFT_OUT]
+    others = [file for file in others if file.stem not in LEFT_OUT]
     words = "matmul|lora_linear|linear_cross_entropy" if "gemm" in str(path) else STAGE.sub("", path.stem)
     own = [file for file in ops if re.search(words, file.name)]
-    others = [file for file in ops if file not in own and (not own or re.search(words, file.read_text()))]
-    return list(map(str, own + others + ([] if own or cuda else binding)))
+    ops = [file for file in ops if file not in own and (not own or re.search(words, file.read_text()))]
+    if cuda and not own or path.parent.name == "python":
+        own, ops, others = others, ops * cuda, []
+    return list(map(str, own)), list(map(str, ops + others * (cuda or not own)))
 
 
 def main() -> None:
@@ -114,25 +162,25 @@ def main() -> None:
     parser.add_argument("--cuda", action="store_true", help="cuda/*.cu, emulated")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    # Threads that wait cost processor time; plugins have nothing to do.
+    os.environ |= {"OMP_WAIT_POLICY": "passive", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    name, store = "cuda" if args.cuda else "c", python.ROOT / "build/mutation"
     with python.scratch():
         pattern = "cuda/*.cu" if args.cuda else "csrc/**/*.c"
-        paths = [path for path in sorted(Path().glob(pattern)) if args.only in str(path)]
+        paths = [path for path in sorted(Path().glob(pattern)) if re.search(args.only, str(path))]
         keys = dict(found for path in paths for found in mutants(path))
         wanted = results.sample(set(keys), args.count, args.seed)
+        python.load(["numpy", "hypothesis", "torch", "jax", "setuptools.command.build_ext"])
         extension = Extension(args.cuda)
         if not extension.build():
             raise SystemExit("the extension cannot be built")
-        python.load(["numpy", "hypothesis", "torch", "jax"])
-        tests = {keys[key][0]: tests_of(keys[key][0], args.cuda) for key in wanted}
-        for files in {tuple(files) for files in tests.values()}:
-            if extension.run(list(files)) != "survived":
-                raise SystemExit(f"tests fail without a fault:\n{Path('mutant.log').read_text()[-4000:]}")
-        log = python.ROOT / f"build/mutation/{'cuda' if args.cuda else 'c'}.jsonl"
-        results.try_all(
-            log,
-            results.to_try(log, wanted, args.again),
-            lambda key: extension.try_mutant(keys[key], tests[keys[key][0]]),
-        )
+        log, most = store / f"{name}.jsonl", math.inf if args.again else python.TOGETHER
+        todo, known = results.to_try(log, wanted, args.again), store / f"{name}.times.json"
+        chosen = {}
+        for path in {keys[key][0] for key in todo}:
+            own, others = tests_of(path, args.cuda)
+            chosen[path] = own, times(own + others * (args.again or not own), args.cuda, known)
+        results.try_all(log, todo, lambda key: extension.try_mutant(keys[key], *chosen[keys[key][0]], most))
         results.show(log, wanted)
 
 

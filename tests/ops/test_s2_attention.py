@@ -377,6 +377,14 @@ def test_bad_arguments_are_named_before_anything_is_written(change, message, pla
         ops.s2_attention_forward(q, k, v, **{"group_size": 8, **change})
 
 
+@pytest.mark.parametrize("boundary,shift", [(-1, 0), (3, 0), (0, -1), (0, 3)])
+def test_numbers_that_name_no_boundary_and_no_shift_are_refused(boundary, shift):
+    q, k, v, out = inputs(1, 24, 4, 2, 8)
+    lse = np.zeros((1, 4, 24), np.float32)
+    with pytest.raises(ValueError, match="should be 0"):
+        ops._C.s2_attention_forward(out, lse, q, k, v, None, 8, boundary, shift, 1.0)
+
+
 BAD_BOUNDARIES = [
     ([0, 20], "begin with 0 and end with T=24"),
     ([0, 9, 8, 24], "should not decrease, got 8 after 9"),
