@@ -135,11 +135,12 @@ def test_quotas_of_every_group(system, monkeypatch):
 
 
 def test_groups_of_a_folder_with_a_space(system):
+    other = "29 25 0:25 / GROUPS/cpu rw - cgroup cgroup rw,cpu\nshort - cgroup2\n"
     line = "30 25 0:26 /out\\040side GROUPS/my\\040groups rw - cgroup2 cgroup2 rw\n"
     system(
         {
             "proc/self/cgroup": "7:memory:/other\n0::/out side/job\n",
-            "proc/self/mountinfo": f"29 25 0:25 / GROUPS/cpu rw - cgroup cgroup rw,cpu\nshort - cgroup2\n{line}",
+            "proc/self/mountinfo": other + line,
             "groups/my groups/job/memory.max": "5000\n",
             "groups/my groups/job/memory.current": "1000\n",
             "groups/my groups/memory.max": "9000\n",

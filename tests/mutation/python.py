@@ -206,6 +206,7 @@ def choose(tests: Tests, file: str, line: int, most: float) -> list[str]:
     runs = {name for name, test in quick.items() if [file, line] in test["lines"]}
     if not runs:  # a constant of the module, a default, a line that only other processes run
         runs = {name for name, test in quick.items() if any(there == file for there, _ in test["lines"])}
+        runs = runs or set(quick)  # a file of names, which only an import runs
         runs |= {name for name, test in quick.items() if test["starts"]}
     order = sorted(runs, key=lambda name: quick[name]["seconds"])
     total = itertools.accumulate((quick[name]["seconds"] for name in order), initial=0.0)
