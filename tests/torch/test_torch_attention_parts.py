@@ -227,6 +227,17 @@ def test_masks_that_are_documents():
     assert not found.packed
 
 
+def test_masks_of_transformers_4(monkeypatch):
+    """It passes cache_position in place of the number of queries and their offset."""
+    positions = torch.arange(8)
+    found = attention.mask(batch_size=1, kv_length=8, cache_position=positions)
+    assert isinstance(found, Documents) and found.length == 8
+    monkeypatch.setattr(attention, "sdpa_mask", lambda **how: how)
+    how = attention.mask(batch_size=1, kv_length=9, cache_position=positions)
+    assert how["cache_position"] is positions and how["kv_length"] == 9
+    assert how.keys().isdisjoint(("q_length", "q_offset", "device"))
+
+
 @new
 @pytest.mark.parametrize(
     "how",
