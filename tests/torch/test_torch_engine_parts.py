@@ -82,13 +82,13 @@ def test_a_model_is_extended(built):
     assert lora.task_type == "CAUSAL_LM" and set(lora.target_modules) == {"q_proj"}
     assert lora.modules_to_save == ["norm"] and not lora.ensure_weight_tying
     assert found.named == (("extended", found.setup), {})
-    # PEFT draws A uniformly from -1 / sqrt(16) to 1 / sqrt(16). B is 0 in a new adapter, norms are the base's.
+    # PEFT draws A uniformly, up to 1 / sqrt(16). B is 0 in a new adapter, and norms are the base's.
     assert found.drawn == [(A, 5, 0.25)]
     assert (found.values[A] == 2).all() and (found.values[B] == 9).all() and (found.values[NORM] == 9).all()
 
 
 def test_a_model_keeps_its_positions(built):
-    """Without a target length, or those of the adapter that is trained further. Dense attention is one group."""
+    """Without a target length, or those of an adapter. Dense attention is one group."""
     for fields in (dict(target_length=None), dict(adapter="an adapter")):
         found = built(**fields)
         assert found.model == "wrapped" and found.wrapped[0][0] == "configured"
