@@ -162,7 +162,7 @@ def test_gradients_from_other_ranks_are_rounded_once():
 @pytest.mark.parametrize("shift", ["half", "none", "all"])
 @pytest.mark.parametrize("H, K", [(4, 2), (6, 2), (4, 4), (3, 1)])
 @pytest.mark.parametrize(
-    "lengths, G", [((5, 0, 7, 3), 4), ((4, 8), 4), ((1, 1, 9), 6), ((12,), 5), ((6, 6), 9)]
+    "lengths, G", [((5, 0, 7, 3), 4), ((4, 8), 4), ((1, 1, 9), 6), ((2, 6), 4), ((12,), 5), ((6, 6), 9)]
 )
 def test_the_calls_of_all_ranks_are_the_pattern(lengths, G, H, K, shift):
     """Every query is in one call, with the keys that the reference gives it, own or received."""

@@ -218,10 +218,11 @@ def test_the_positions_of_an_adapter(tmp_path, monkeypatch):
         "from_pretrained",
         lambda *args, **how: asked.append((args, how)) or read(args[0]),
     )
-    positions_of(adapter, str(base), dict(trust_remote_code=True, revision="main", dtype="float32"))
+    where = dict(revision="main", token="t", cache_dir="c", subfolder="s", local_files_only=True)
+    positions_of(adapter, str(base), dict(trust_remote_code=True, dtype="float32") | where)
     folder = str(adapter / "longlora_base")
     code = dict(trust_remote_code=True)
-    assert asked == [((folder,), code), ((str(base),), code | dict(revision="main"))]
+    assert asked == [((folder,), code), ((str(base),), code | where)]
     asked.clear()
     positions_of(adapter, str(base), dict(gguf_file="x.gguf"))
     assert asked == [((folder,), dict(trust_remote_code=None))]

@@ -93,6 +93,18 @@ class Dropped(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("name", op_cases.CASES)
+def test_the_gradient_of_one_input_alone(name):
+    """It is that of a call in which all inputs train, and the others get none."""
+    inputs = [x.requires_grad_() for x in op_cases.given(name)[1]]
+    wanted = torch.autograd.grad(op_cases.CASES[name][1](*inputs).square().sum(), inputs)
+    for i, want in enumerate(wanted):
+        given = [x.detach().requires_grad_(i == j) for j, x in enumerate(inputs)]
+        op_cases.CASES[name][1](*given).square().sum().backward()
+        assert [x.grad is not None for x in given] == [i == j for j in range(len(given))]
+        torch.testing.assert_close(given[i].grad, want)
+
+
+@pytest.mark.parametrize("name", op_cases.CASES)
 def test_a_result_without_a_gradient(name):
     inputs = [x.requires_grad_() for x in op_cases.given(name)[1]]
     out = op_cases.CASES[name][1](*inputs)
