@@ -56,7 +56,8 @@ def test_only_regular_files_are_read(here):
         disk.map_file("short", "a thing")
     (here / "short").write_bytes(b"01234567")
     assert disk.map_file("short", "a thing")[:] == b"01234567"
-    assert not os.get_inheritable(disk.open_file("file").fileno())
+    with disk.open_file("file") as file:
+        assert not os.get_inheritable(file.fileno())
 
 
 def test_a_pipe_is_read_to_its_end(here, monkeypatch):
