@@ -144,6 +144,28 @@ def test_the_code_of_a_run_is_that_of_its_signal(monkeypatch, stopped, code):
     assert cli.main() == code and runs[1].max_steps == 4
 
 
+def test_names_of_the_package():
+    names = {"Tensor", "get_num_threads", "set_num_threads", "Session", "cuda", "ops"}
+    assert set(longlora.__all__) == names | {command.name for command in cli.COMMANDS} - {"eval"}
+    assert set(longlora.__all__) <= set(dir(longlora))
+    for name in (*longlora.__all__, "eval", "_C"):
+        assert longlora.__getattr__(name) is getattr(longlora, name)
+    with pytest.raises(AttributeError, match="module 'longlora' has no attribute 'missing'"):
+        longlora.missing  # noqa: B018
+
+
+def test_the_process_returns_the_code_of_its_command(monkeypatch):
+    from longlora import __main__, interrupt
+
+    did = []
+    monkeypatch.setattr(__main__, "end_quietly", lambda: did.append("quiet"))
+    monkeypatch.setattr(cli, "main", lambda: did.append("ran") or 5)
+    assert __main__.main() == 5 and did == ["quiet", "ran"]
+    monkeypatch.setattr(interrupt.os, "_exit", did.append)
+    interrupt.end(2, None)
+    assert did[2:] == [130]
+
+
 # ---- what is printed -----------------------------------------------------------------------------
 
 

@@ -96,11 +96,12 @@ def test_attention_is_what_the_reference_attends_to(figures, boundary, shift):
     for axes, row in zip(figures[1].axes, reference.attention_mask(256, 2, 64, boundary, shift)):
         np.testing.assert_array_equal(axes.images[0].get_array(), row)
         assert list(axes.images[0].get_extent()) == [0, 1024, 1024, 0]
+        assert axes.images[0].get_cmap().name == "Blues"
 
 
 def test_the_heat_map_has_a_block_for_each_cell(figures):
     """Depths 0.2 and 0.6 meet at 0.4. A length may have its own depths. Marks lie after columns."""
-    cells = [(64, 0.2, 1.0), (64, 0.6, 0.5), (128, 0.5, 0.0), (256, "random", 0.25)]
+    cells = [(64, 0.2, 1.0), (64, 0.6, 0.5), (128, 0.5, 0.0), (256, "random", 0.25), (128, "random", 0.9)]
     rows = [dict(zip(("length", "depth", "accuracy"), cell)) for cell in cells]
     plots.passkey("x", rows, context=200, pretrained=64)
     axes = figures[0].axes[0]
@@ -124,6 +125,9 @@ def test_the_heat_map_has_a_block_for_each_cell(figures):
     assert greens[0] > greens[1] > greens[3] > greens[2]  # from green to red
     plots.passkey("x", rows, context=64, pretrained=64)
     assert [text.get_text() for text in figures[1].axes[0].texts[4:]] == ["made for 64"]
-    figures.pop(1)
+    plots.passkey("x", rows, context=256, pretrained=32)
+    assert [text.get_text() for text in figures[2].axes[0].texts[4:]] == ["made for 256"]
+    assert list(figures[0].get_size_inches()) == [5, 4.6]
+    del figures[1:]
     plots.passkey("x", rows, context=512, pretrained=32)
     assert not figures[1].axes[0].get_lines()  # both lie outside
