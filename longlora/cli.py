@@ -228,8 +228,8 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 listens at all")
     add("--port", type=int, default=8000, help="the port; 0 takes a free one")
-    add("--rows", type=int, default=4, metavar="N", help="answers that advance side by side")
-    add("--queue", type=int, default=64, metavar="N", help="requests that may wait")
+    add("--rows", type=int, default=4, help="answers that advance side by side")
+    add("--queue", type=int, default=64, help="requests that may wait")
     add(
         "--api-key",
         help="the key that clients must give; LONGLORA_API_KEY in the environment hides it from other users",

@@ -65,7 +65,7 @@ def _tasks_flags(parser: argparse.ArgumentParser) -> None:
     add("--lengths", type=lengths, help="tokens of a prompt with its answer, for tasks such as RULER's")
     add("--context", type=int, help="tokens that are read at most (default: what the model was made for)")
     add("--limit", type=int, help="use only the first N samples of each task")
-    add("--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
+    add("--num-fewshot", type=int, help="examples before each question (default: the task's)")
     add("--task-dir", metavar="DIR", help="a directory with tasks of your own")
     add("--apply-chat-template", action="store_true", help="make each prompt a message to an assistant")
     add("--chat-template", metavar="FILE", help="a chat template (default: the model's own)")

@@ -10,7 +10,7 @@ import resource
 from collections.abc import Iterator
 
 PROC = "/proc"  # tests put files of their own in its place
-UNLIMITED = 1 << 60  # version 1 writes a number like 2^63 for "no limit"
+UNLIMITED = 1 << 60  # bytes; version 1 writes a number like 2^63 for "no limit"
 NORESERVE = 0x4000  # MAP_NORESERVE, which Python's mmap does not name
 LIMITS_MEMORY = True
 
@@ -57,7 +57,7 @@ def _left_in_groups() -> Iterator[int]:
     for folder in _groups("memory"):
         limit = _number(folder, "memory.max", "memory.limit_in_bytes")
         used = _number(folder, "memory.current", "memory.usage_in_bytes")
-        if limit is None or limit >= UNLIMITED or used is None:
+        if limit is None or used is None:
             continue
         cached = _table(os.path.join(folder, "memory.stat"), 1)
         # Version 1 counts a group with its children under total_*; version 2 always does.
@@ -98,7 +98,7 @@ def _groups(controller: str) -> Iterator[str]:
         for root, where in _mounts(controller if controllers else None):
             # Inside a container the mount may begin at the container's own group.
             inside = os.path.relpath(path, root) if path.startswith(root.rstrip("/") + "/") else "."
-            folder = os.path.normpath(os.path.join(where, inside if path != root else "."))
+            folder = os.path.normpath(os.path.join(where, inside))
             if not os.path.isdir(folder):
                 folder = where
             while True:

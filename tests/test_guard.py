@@ -1,5 +1,6 @@
 """What a command line does with what it did not expect: one line, the right exit code, never a traceback."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -71,6 +72,50 @@ def test_one_process_of_a_group_tells_a_users_error_and_each_its_own_fault(capsy
     assert capsys.readouterr().err == ""
     assert guard.guarded(raising(ValueError("odd")), speaks=False) == 1
     assert "please report" in capsys.readouterr().err
+
+
+class Stream:
+    """Standard output that fails: at a write, or not before it is flushed."""
+
+    def __init__(self, error, at):
+        self.error, self.at, self.closed = error, at, False
+
+    def write(self, text):
+        if self.at == "write":
+            raise self.error
+        return len(text)
+
+    def flush(self):
+        if self.at == "flush":
+            raise self.error
+
+    def fileno(self):
+        raise ValueError("it has none")
+
+
+@pytest.mark.parametrize("at", ["write", "flush", "never"])
+def test_output_that_fails_in_the_process(capsys, monkeypatch, tmp_path, at):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    full = "longlora: error: standard output cannot be written: No space left on device\n"
+    for error, failed in (
+        (OSError(28, "No space left on device"), (2, full)),
+        (BrokenPipeError(), (141, "")),
+    ):
+        stream = Stream(error, at)
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert guard.guarded(lambda: print("text") or 0) == (failed[0] if at != "never" else 0)
+        assert sys.stdout is stream and capsys.readouterr().err == (failed[1] if at != "never" else "")
+
+        def swallows():
+            with contextlib.suppress(OSError):
+                print("text")
+            return 7
+
+        # A command that has failed by itself keeps its code; a reader that has gone is one all the same.
+        code = 141 if at != "never" and isinstance(error, BrokenPipeError) else 7
+        assert guard.guarded(swallows) == code and capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "stdout", Stream(ValueError("closed"), at if at == "flush" else "never"))
+    assert guard.guarded(lambda: 0) == 0  # one that is closed has nothing left to say
 
 
 def shell(line, **environment):

@@ -106,3 +106,93 @@ def test_a_limit_of_address_space(system, monkeypatch):
 def test_damaged_files_count_as_none(system):
     system({"proc/self/cgroup": "nonsense\n::\n", "proc/self/mountinfo": "x\n- \n", "proc/meminfo": "?"})
     assert job.available_memory() > 0 and job.processors() >= 1
+
+
+def test_quotas_of_every_group(system, monkeypatch):
+    """Of 8 processors, the least quota counts, rounded up. -1, max, 0 and words are none."""
+    monkeypatch.setattr(linux.os, "sched_getaffinity", lambda pid: set(range(8)) if pid == 0 else set())
+    v1 = {"proc/self/cgroup": "3:cpuset:/\n4:cpu,cpuacct:/a/b\n", "proc/self/mountinfo": V1}
+    v2 = {"proc/self/cgroup": "0::/a/b\n", "proc/self/mountinfo": V2}
+    for inner, outer, count in (
+        ("250000 100000", "max 100000", 3),
+        ("250000 100000", "150000 100000", 2),
+        ("1000 100000", "max 100000", 1),
+        ("900000 100000", "", 8),
+        ("100000 0", "100000", 8),
+        ("100000 100000 1", "-1 100000", 8),
+    ):
+        system({**v2, "groups/a/b/cpu.max": inner, "groups/a/cpu.max": outer})
+        assert job.processors() == count, inner
+    for quota, period, count in (("250000", "100000", 3), ("-1", "100000", 8), ("100000", "", 8)):
+        system(
+            {
+                **v1,
+                "groups/cpu/a/b/cpu.cfs_quota_us": f"{quota}\n",
+                "groups/cpu/a/b/cpu.cfs_period_us": f"{period}\n",
+            }
+        )
+        assert job.processors() == count, quota
+
+
+def test_groups_of_a_folder_with_a_space(system):
+    other = "29 25 0:25 / GROUPS/cpu rw - cgroup cgroup rw,cpu\nshort - cgroup2\n"
+    line = "30 25 0:26 /out\\040side GROUPS/my\\040groups rw - cgroup2 cgroup2 rw\n"
+    system(
+        {
+            "proc/self/cgroup": "7:memory:/other\n0::/out side/job\n",
+            "proc/self/mountinfo": other + line,
+            "groups/my groups/job/memory.max": "5000\n",
+            "groups/my groups/job/memory.current": "1000\n",
+            "groups/my groups/memory.max": "9000\n",
+            "groups/my groups/memory.current": "8000\n",
+        }
+    )
+    assert job.available_memory() == 1000 and job.memory(100) == 1100 and job.memory(4500) == 5000
+    assert linux._plain("a\\011b\\134c\\040d") == "a\tb\\c d"
+
+
+def test_a_full_group_leaves_nothing(system, monkeypatch):
+    group = {"proc/self/cgroup": "0::/\n", "proc/self/mountinfo": V2, "groups/memory.max": "5000\n"}
+    for used, left in (("9000", 0), ("4999", 1), ("", 20000000 * 1024)):
+        system({**group, "groups/memory.current": used})
+        assert job.available_memory() == left
+    system({**group, "groups/memory.max": str(1 << 60), "groups/memory.current": "0"})
+    assert job.available_memory() == 20000000 * 1024
+
+
+def test_limits_of_the_process(system, monkeypatch):
+    """ulimit -d counts data alone; what is above a limit leaves nothing."""
+    system({"proc/self/status": "VmSize:\t1000 kB\nVmData:\t10 kB\nVmRSS:\t7 kB\nVmHWM:\t8 kB\nName: x\n"})
+    limits = {resource.RLIMIT_AS: (-1, -1), resource.RLIMIT_DATA: (50 * 1024, -1)}
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits[which])
+    assert job.available_memory() == 40 * 1024
+    limits[resource.RLIMIT_AS] = (900 * 1024, -1)
+    assert job.available_memory() == 0
+    assert (job.resident_memory(), job.peak_memory()) == (7 * 1024, 8 * 1024)
+    put = []
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: put.append((kind, pair)))
+    for there, asked, least in (((-1, -1), 5, 5), ((4, -1), 5, 4), ((7, 3), 5, 3), ((9, 9), 5, 5)):
+        limits[resource.RLIMIT_AS] = limits[resource.RLIMIT_CPU] = there
+        put.clear()
+        job.limit_memory(asked)
+        job.limit_processor_time(asked)
+        assert put == [(kind, (least, least)) for kind in (resource.RLIMIT_AS, resource.RLIMIT_CPU)]
+    monkeypatch.setattr(linux, "LIMITS_MEMORY", False)
+    put.clear()
+    job.limit_memory(5)
+    assert put == []
+
+
+def test_without_a_status_the_peak_is_that_of_the_system(system, monkeypatch):
+    system({"proc/self/status": ""})
+    monkeypatch.setattr(
+        resource, "getrusage", {resource.RUSAGE_SELF: type("Used", (), {"ru_maxrss": 3})}.__getitem__
+    )
+    assert job.resident_memory() == 0 and job.peak_memory() == 3 * 1024
+
+
+def test_the_name_of_the_processor(system):
+    system({"proc/cpuinfo": "processor\t: 0\nmodel name\t: A CPU: 3 GHz\nmodel name\t: Another\n"})
+    assert job.processor_name() == "A CPU: 3 GHz"
+    system({"proc/cpuinfo": "processor\t: 0\n"})
+    assert job.processor_name() == ""

@@ -440,9 +440,8 @@ def loss_flow(forward: Any) -> LossFlow | None:
     for node in read.uses[logits.id]:
         if isinstance(node.ctx, ast.Store) and not read.skipped(node):
             heads.append(read.head(node))
-        elif node is not logits and isinstance(node.ctx, ast.Load):
-            if not read.returned(node) and not read.skipped(node):
-                return None
+        elif node is not logits and not read.returned(node) and not read.skipped(node):
+            return None
     labels = read.uses["labels"]
     others = read.uses.get(tree.args.kwarg.arg, []) if tree.args.kwarg else []
     if (

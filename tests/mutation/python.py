@@ -2,6 +2,8 @@
 
     python tests/mutation/python.py FOLDER [--count N] [--seed S] [--again] [--only WORDS] [--tests WORDS]
 
+FOLDER can be `.` for the files of longlora/ itself: the tests are then those of all folders.
+
 It works on a copy of the working directory. First it runs each test file once, and notes the lines that each
 test runs and how long it takes: the map. Each mutant then costs a fork of a process that has loaded all
 libraries: the tests that run the line, the quickest first, until one fails. --again tries only what
@@ -44,6 +46,8 @@ LONGEST, TOGETHER = 10.0, 5.0
 MAP_LIMIT = 900  # seconds of processor time for a test file
 MEMORY = 6 << 30  # bytes of a mutant at most
 ROOT = Path.cwd()
+# A fork waits for ever in OpenMP if the process before it has used more than one thread.
+os.environ["OMP_NUM_THREADS"] = "1"
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", ".*_cache", ".hypothesis")
 Tests = dict[str, dict[str, Any]]
 
@@ -51,9 +55,9 @@ Tests = dict[str, dict[str, Any]]
 class Map:
     """A plugin of pytest. tests: name -> its lines, its processor time, whether it starts processes."""
 
-    def __init__(self, folder: str):
+    def __init__(self, files: set[str]):
         self.tests: Tests = {}
-        self._prefix, self._started = folder, False
+        self._files, self._started = files, False
         self._sink: set[tuple[str, int]] = set()
         self._of_fixture: dict[object, set[tuple[str, int]]] = defaultdict(set)
         sys.addaudithook(self._audit)
@@ -63,7 +67,7 @@ class Map:
         self._started |= event in ("subprocess.Popen", "os.fork", "os.posix_spawn")
 
     def _trace(self, frame: Any, event: str, _: object) -> Any:
-        return self._line if frame.f_code.co_filename.startswith(self._prefix) else None
+        return self._line if frame.f_code.co_filename in self._files else None
 
     def _line(self, frame: Any, event: str, _: object) -> Any:
         self._sink.add((frame.f_code.co_filename, frame.f_lineno))
@@ -152,19 +156,25 @@ def run_tests(files: list[str], plugin: object | None, *options: str) -> int:
     return pytest.main([*command, *files], plugins=[plugin] if plugin else [])
 
 
+def sources_of(folder: str) -> list[Path]:
+    return sorted(Path("longlora", folder).glob("*.py" if folder == "." else "**/*.py"))
+
+
 def make_map(folder: str, words: str, store: Path) -> tuple[Tests, list[str]]:
     """-> the tests of the folder, and the modules that they load. Files that did not change: from `store`."""
-    sources = b"".join(path.read_bytes() for path in sorted(Path("longlora", folder).rglob("*.py")))
+    paths = sources_of(folder)
+    sources = b"".join(path.read_bytes() for path in paths)
     known = json.loads(store.read_text()) if store.exists() else {}
     tests: Tests = {}
     loaded: dict[str, None] = {}
-    for path in [str(p) for p in sorted(Path("tests", folder).glob("test_*.py")) if words in p.name]:
+    files = sorted(Path("tests", folder).glob("**/test_*.py" if folder == "." else "test_*.py"))
+    for path in [str(p) for p in files if any(word in str(p) for word in words.split(","))]:
         key = hashlib.sha256(sources + Path(path).read_bytes()).hexdigest()
         if known.get(path, {}).get("key") != key:
             print(f"runs {path}", flush=True)
 
             def trace(path: str = path, key: str = key) -> int:
-                plugin = Map(os.path.abspath(f"longlora/{folder}") + os.sep)
+                plugin = Map({os.path.abspath(source) for source in paths})
                 code = run_tests([path], plugin)
                 found = dict(key=key, tests=plugin.tests, loaded=list(sys.modules))
                 Path("map.json").write_text(json.dumps(found))
@@ -196,6 +206,7 @@ def choose(tests: Tests, file: str, line: int, most: float) -> list[str]:
     runs = {name for name, test in quick.items() if [file, line] in test["lines"]}
     if not runs:  # a constant of the module, a default, a line that only other processes run
         runs = {name for name, test in quick.items() if any(there == file for there, _ in test["lines"])}
+        runs = runs or set(quick)  # a file of names, which only an import runs
         runs |= {name for name, test in quick.items() if test["starts"]}
     order = sorted(runs, key=lambda name: quick[name]["seconds"])
     total = itertools.accumulate((quick[name]["seconds"] for name in order), initial=0.0)
@@ -287,12 +298,12 @@ def scratch() -> Iterator[None]:
 def main() -> None:
     parser = results.parser(__doc__)
     parser.add_argument("folder", help="training, data and files are tried whole, 100 mutants of the others")
-    parser.add_argument("--tests", default="", metavar="WORDS", help="test files whose name has these words")
+    parser.add_argument("--tests", default="", metavar="WORDS", help="test files whose path has one of these")
     args = parser.parse_args()
     folder, store = args.folder, ROOT / "build/mutation"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends with the copy removed
     with scratch():
-        paths = [path for path in sorted(Path("longlora", folder).rglob("*.py")) if args.only in path.name]
+        paths = [path for path in sources_of(folder) if args.only in path.name]
         found = [(path, mutant) for path in paths for mutant in operators.mutants(path.read_text())]
         keys = {f"{path}:{m.function}: {m.was} -> {m.then}": (path, m) for path, m in found}
         count = args.count or (None if folder in WHOLE else 100)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import reference
 import torch
 import torch.distributed as dist
 
@@ -156,6 +157,43 @@ def test_gradients_from_other_ranks_are_rounded_once():
     arrived = [(small, Message(0, target, kv, 1, 3)) for target in (1, 2, 3)]
     inside._add_arrived(dkv, plan, arrived)
     assert dkv[0, 0, :, 0, 0].tolist() == dkv[1, 0, :, 0, 0].tolist() == [1, 1 + 2.0**-6, 1 + 2.0**-6]
+
+
+@pytest.mark.parametrize("shift", ["half", "none", "all"])
+@pytest.mark.parametrize("H, K", [(4, 2), (6, 2), (4, 4), (3, 1)])
+@pytest.mark.parametrize(
+    "lengths, G", [((5, 0, 7, 3), 4), ((4, 8), 4), ((1, 1, 9), 6), ((2, 6), 4), ((12,), 5), ((6, 6), 9)]
+)
+def test_the_calls_of_all_ranks_are_the_pattern(lengths, G, H, K, shift):
+    """Every query is in one call, with the keys that the reference gives it, own or received."""
+    mask = reference.attention_mask(sum(lengths), H, G, "split", shift)
+    sent, arrived = [], []
+    for rank, T in enumerate(lengths):
+        plan, seen = plan_of(lengths, rank, G, H, K, shift), np.zeros_like(mask)
+        assert plan.begin == sum(lengths[:rank])
+        rows = [[] for _ in plan.kinds]
+        for m in plan.receives:
+            rows[plan.kinds.index(m.kv)] += range(m.first, m.last)
+        for found, count in zip(rows, plan.prefix, strict=True):
+            assert found == list(range(plan.begin - count, plan.begin))
+        for c in plan.cut + plan.local:
+            assert (c.prefix > 0) == (c in plan.cut) and c.first < c.last
+            kv = plan.kinds[c.kv]
+            assert c.prefix == 0 or (kv.first, kv.last) == (c.k0, c.k1) and c.prefix <= plan.prefix[c.kv]
+            assert (c.h1 - c.h0) % (c.k1 - c.k0) == 0
+            each = (c.h1 - c.h0) // (c.k1 - c.k0)
+            assert all(c.k0 + (h - c.h0) // each == h // (H // K) for h in range(c.h0, c.h1))
+            assert c.again == (c.k0 == plan.shared and c.h0 > c.k0 * (H // K))  # the other heads of a KV head
+            begin = plan.begin + c.first - c.prefix
+            inner = reference.attention_mask(c.prefix + c.last - c.first, c.h1 - c.h0, G, "split", c.shift)
+            place = seen[c.h0 : c.h1, plan.begin + c.first : plan.begin + c.last, begin : plan.begin + c.last]
+            assert not place.any()
+            place |= inner[:, c.prefix :]
+        piece = slice(plan.begin, plan.begin + T)
+        assert np.array_equal(seen[:, piece], mask[:, piece])
+        sent += plan.sends
+        arrived += plan.receives
+    assert sorted(sent) == sorted(arrived) and all(m.first < m.last for m in sent)
 
 
 # ---- ranks ---------------------------------------------------------------------------------------

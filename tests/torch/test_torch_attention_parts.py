@@ -164,7 +164,9 @@ def test_arguments_without_effect_are_accepted(monkeypatch):
     monkeypatch.setattr(watch, "is_argument", lambda name: name == "mine")
     layer = plain_layer()
     want = attention.attention(layer, *qkv(), None)[0]
-    harmless = dict(softcap=None, output_attentions=False, mine=torch.ones(1), cache_position=torch.arange(8))
+    harmless = dict(softcap=None, output_attentions=False, mine=torch.ones(1))
+    flash = "cu_seq_lens_k max_length_q max_length_k cache_position".split()  # for other functions
+    harmless |= dict.fromkeys(flash, torch.arange(8))
     out = attention.attention(layer, *qkv(), None, unknown=7, sliding_window=8, **harmless)[0]
     assert torch.equal(out, want)
 
@@ -225,6 +227,17 @@ def test_masks_that_are_documents():
         found.cu_seqlens.tolist() == [[0, 2, 7, 8]] and found.seen.tolist() == padding[:, :8].bool().tolist()
     )
     assert not found.packed
+
+
+def test_masks_of_transformers_4(monkeypatch):
+    """It passes cache_position in place of the number of queries and their offset."""
+    positions = torch.arange(8)
+    found = attention.mask(batch_size=1, kv_length=8, cache_position=positions)
+    assert isinstance(found, Documents) and found.length == 8
+    monkeypatch.setattr(attention, "sdpa_mask", lambda **how: how)
+    how = attention.mask(batch_size=1, kv_length=9, cache_position=positions)
+    assert how["cache_position"] is positions and how["kv_length"] == 9
+    assert how.keys().isdisjoint(("q_length", "q_offset", "device"))
 
 
 @new
@@ -299,6 +312,18 @@ def test_devices_and_starts_of_documents():
     assert starts.int().tolist() == [[1, 0, 1, 0], [1, 0, 0, 0]]
     starts = Documents(4, torch.tensor([0, 3, 4])).starts(2, torch.device("cpu"))
     assert starts.int().tolist() == [[1, 0, 0, 1]] * 2
+
+
+def test_documents_are_on_the_device_of_their_mask():
+    """Not on torch's default device, which no tensor of a model need be on."""
+    seen = torch.ones(2, 8, dtype=torch.bool)
+    fourd = torch.ones(8, 8, dtype=torch.bool).tril().expand(2, 1, 8, 8)
+    with torch.device("meta"):
+        for how in ({}, dict(attention_mask=seen)):
+            assert isinstance(masked(batch_size=2, **how), Documents)
+        assert documents.of_4d(fourd, 2, 8, "a", "b").cu_seqlens is None
+        found = Documents(8).restarted(RESTARTED, 1)
+    assert found.cu_seqlens.device.type == "cpu"
 
 
 def test_documents_of_position_ids_are_cached():
@@ -477,3 +502,21 @@ def test_an_interrupted_pass_leaves_no_state():
     model = Watched(Watched(TinyAttention()))
     model(1)
     assert not watch._passes.stack
+    for _ in range(2):  # a pass of which no hook has seen the end
+        watch._before(model, (), {})
+        assert len(watch._passes.stack) == 1
+    watch._after(model, (), 1)
+    assert not watch._passes.stack
+
+
+def test_a_pass_that_fails_has_not_been_checked():
+    class Fails(TinyAttention):
+        def forward(self, x):
+            raise KeyError("mine")
+
+    model = Watched(TinyAttention(), Fails())
+    with pytest.raises(KeyError, match="mine"):
+        model(1)
+    model.layers[1] = TinyAttention(None)
+    with pytest.raises(ValueError, match="TinyAttention of Watched attends by itself"):
+        model(1)

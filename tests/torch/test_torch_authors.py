@@ -177,6 +177,10 @@ A = f"{adapter.PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
             "trainable_params.bin: 1 tensors do not belong to the base model",
         ),
         (
+            lambda lora, whole, config: whole.update({f"base_model.model.{NORM}": torch.ones(32)}),
+            "trainable_params.bin: 1 tensors do not belong to the base model: base_model",
+        ),
+        (
             lambda lora, whole, config: lora.update({"lm_head.weight": torch.ones(3)}),
             "do not belong to a PEFT LoRA: lm_head.weight",
         ),

@@ -218,13 +218,50 @@ def test_the_positions_of_an_adapter(tmp_path, monkeypatch):
         "from_pretrained",
         lambda *args, **how: asked.append((args, how)) or read(args[0]),
     )
-    positions_of(adapter, str(base), dict(trust_remote_code=True, revision="main", dtype="float32"))
+    where = dict(revision="main", token="t", cache_dir="c", subfolder="s", local_files_only=True)
+    positions_of(adapter, str(base), dict(trust_remote_code=True, dtype="float32") | where)
     folder = str(adapter / "longlora_base")
     code = dict(trust_remote_code=True)
-    assert asked == [((folder,), code), ((str(base),), code | dict(revision="main"))]
+    assert asked == [((folder,), code), ((str(base),), code | where)]
     asked.clear()
     positions_of(adapter, str(base), dict(gguf_file="x.gguf"))
     assert asked == [((folder,), dict(trust_remote_code=None))]
+
+
+def test_the_class_of_a_loaded_model(tmp_path, monkeypatch):
+    """AutoModelForCausalLM knows no models that also take images: these are of the class that they name."""
+    module, asked = sys.modules["longlora.torch.extend"], []
+    (tmp_path / "adapter_config.json").write_text("{}")
+
+    class Opened(Exception):
+        pass
+
+    def opens(name):
+        def from_pretrained(place, **how):
+            asked.append((name, place, how))
+            raise Opened
+
+        return SimpleNamespace(from_pretrained=from_pretrained)
+
+    monkeypatch.setattr(module, "opened", lambda base: (f"place of {base}", {"gguf_file": "f"}))
+    monkeypatch.setattr(module, "AutoModelForCausalLM", opens("auto"))
+    monkeypatch.setattr(module, "transformers", SimpleNamespace(Llava=opens("llava")))
+    llama = transformers.LlamaConfig(architectures=["Llava"])
+    for config, kind in (
+        (None, "auto"),
+        (llama, "auto"),
+        (SimpleNamespace(architectures=None), "auto"),
+        (SimpleNamespace(architectures=["NoSuchClass"]), "auto"),
+        (SimpleNamespace(architectures=["Llava"]), "llava"),
+    ):
+        monkeypatch.setattr(module, "positions", lambda adapter, place, how, found=config: found)
+        with pytest.raises(Opened):
+            module.load(tmp_path, "base", dtype="float32")
+        how = dict(gguf_file="f", dtype="float32", attn_implementation="longlora_s2")
+        how |= {} if config is None else dict(config=config)
+        assert asked.pop() == (kind, "place of base", how)
+    with pytest.raises(UserError, match="nowhere is not the directory of an adapter"):
+        module.load("nowhere", "base")
 
 
 def test_an_adapter_with_longer_positions_is_refused(tmp_path):

@@ -7,6 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="longlora.torch is for torch")
 
+import op_cases  # noqa: E402
+
 import longlora.torch  # noqa: E402
 from longlora.torch import ops  # noqa: E402
 from longlora.torch.ops import attention, layout, linear, register, vocabulary  # noqa: E402
@@ -76,6 +78,38 @@ def test_needed_gradients_are_cast():
     ctx, grad = SimpleNamespace(needs_input_grad=(False, True)), torch.ones(2)
     assert layout.cast_gradient(ctx, 0, grad, grad) is None
     assert layout.cast_gradient(ctx, 1, grad, grad.bfloat16()).dtype == torch.bfloat16
+
+
+class Dropped(torch.autograd.Function):
+    """Gives a result that needs gradients, and none of it to its input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("name", op_cases.CASES)
+def test_the_gradient_of_one_input_alone(name):
+    """It is that of a call in which all inputs train, and the others get none."""
+    inputs = [x.requires_grad_() for x in op_cases.given(name)[1]]
+    wanted = torch.autograd.grad(op_cases.CASES[name][1](*inputs).square().sum(), inputs)
+    for i, want in enumerate(wanted):
+        given = [x.detach().requires_grad_(i == j) for j, x in enumerate(inputs)]
+        op_cases.CASES[name][1](*given).square().sum().backward()
+        assert [x.grad is not None for x in given] == [i == j for j in range(len(given))]
+        torch.testing.assert_close(given[i].grad, want)
+
+
+@pytest.mark.parametrize("name", op_cases.CASES)
+def test_a_result_without_a_gradient(name):
+    inputs = [x.requires_grad_() for x in op_cases.given(name)[1]]
+    out = op_cases.CASES[name][1](*inputs)
+    Dropped.apply(out).sum().backward()
+    assert all(x.grad is None or not x.grad.any() for x in inputs)
 
 
 # ---- calls ---------------------------------------------------------------------------------------

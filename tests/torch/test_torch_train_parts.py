@@ -235,6 +235,14 @@ def test_a_process_has_one_gpu(stubbed):
     assert ours.run(asked(), lambda line: None) == "the result"
 
 
+def test_keywords_are_the_options_of_a_run(monkeypatch):
+    ran = []
+    monkeypatch.setattr(ours, "run", lambda o, say: ran.append((o.model, o.max_steps, say)) or "the result")
+    given = dict(model="base", data="text.txt", output_dir="out", max_steps=3)
+    assert ours.train("say", **given) == ours.train(**given) == "the result"
+    assert ran == [("base", 3, "say"), ("base", 3, print)]
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 FLAGS = ["--model", "base", "--data", "text.txt", "--output_dir", "out"]

@@ -280,7 +280,7 @@ def test_processes_share_the_evaluation(monkeypatch, index, wanted):
 
     def batch(corpus, indices, multiple):
         made.append((corpus, indices, multiple))
-        return {"labels": torch.tensor([labels[indices[0]]])}
+        return {"labels": torch.tensor([labels[indices[0]]], device="cpu")}
 
     class Model:
         training = True
@@ -293,16 +293,17 @@ def test_processes_share_the_evaluation(monkeypatch, index, wanted):
 
         def __call__(self, labels, num_items_in_batch, skip_logits):
             assert num_items_in_batch == 1 and skip_logits is True and modes == [False]
-            return SimpleNamespace(loss=torch.tensor(10.0 * len(made)))
+            return SimpleNamespace(loss=torch.tensor(10.0 * len(made), device="cpu"))
 
     def gather(mine):
         assert mine.shape == (1, 2) and mine.dtype == torch.float64
-        return torch.cat([mine, torch.tensor([[7.0, 3.0]], dtype=torch.float64)])
+        return torch.cat([mine, torch.tensor([[7.0, 3.0]], dtype=torch.float64, device="cpu")])
 
     monkeypatch.setattr(ours, "batch", batch)
     run = SimpleNamespace(held_out="held out", evaluated=3, setup=SimpleNamespace(multiple=4))
     trainer = SimpleNamespace(model=Model(), accelerator=SimpleNamespace(gather=gather))
-    loss = engine(2, index, run=run, trainer=trainer).evaluate()
+    with torch.device("meta"):  # a default device, which is not that of the run
+        loss = engine(2, index, run=run, trainer=trainer).evaluate()
     assert made == [("held out", [i], 4) for i in wanted] and modes == [False, True]
     assert loss == ((10 + 20 + 7) / (2 + 2 + 3) if index == 0 else (10 + 7) / (1 + 3))
 
