@@ -38,8 +38,10 @@ def run(tree, *options):
 
 def test_a_gap_is_found_and_nothing_changes(tmp_path):
     package, tests = tmp_path / "longlora/toy", tmp_path / "tests/toy"
-    for folder, name, text in ((package, "clip.py", TOY), (tests, "test_clip.py", TESTS)):
-        folder.mkdir(parents=True)
+    first = "def test_it():\n    import longlora.toy.clip"  # it alone runs the line of `def`
+    files = (package, "clip.py", TOY), (tests, "test_clip.py", TESTS), (tests, "test_a.py", first)
+    for folder, name, text in files:
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     (tmp_path / "longlora/__init__.py").write_text("")  # it comes before an installed package
     out = run(tmp_path)

@@ -118,7 +118,7 @@ def _scaled(kind, found, theta, original, where):
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
     """Give float64 inverse frequencies [head_dim / 2] and the factor on cosines and sines (yarn: not 1)."""
-    exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    exponent = np.arange(0, head_dim, 2) / head_dim
     frequency = rope.theta**-exponent
     if rope.type in ("default", "ntk"):
         return frequency, 1.0
@@ -166,7 +166,7 @@ def tables(rope: Rope, head_dim: int, length: int, first: int = 0) -> tuple[np.n
     frequency, factor = inverse_frequencies(rope, head_dim)
     cos, sin = np.empty((2, length, head_dim // 2), np.float32)
     for start in range(0, length, 8192):
-        positions = first + np.arange(start, min(start + 8192, length), dtype=np.float64)
+        positions = first + np.arange(start, min(start + 8192, length))
         angle = positions[:, None] * frequency
         cos[start : start + 8192] = np.cos(angle) * factor
         sin[start : start + 8192] = np.sin(angle) * factor

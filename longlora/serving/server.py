@@ -367,8 +367,8 @@ def _page() -> tuple[bytes, str]:
     page = resources.files("longlora.serving").joinpath("page.html").read_bytes()
 
     def hashed(tag):
-        found = re.findall(rb"<%s>(.*?)</%s>" % (tag, tag), page, re.S)
-        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(x).digest()).decode()}'" for x in found)
+        (found,) = re.findall(rb"<%s>(.*?)</%s>" % (tag, tag), page, re.S)
+        return f"'sha256-{base64.b64encode(hashlib.sha256(found).digest()).decode()}'"
 
     policy = (
         f"default-src 'none'; script-src {hashed(b'script')}; style-src {hashed(b'style')}; "

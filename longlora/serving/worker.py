@@ -84,7 +84,7 @@ class Choice:
             self._scores.append(Score(int(token or 0), event.logprob, event.top, ends))
         if event.reason is not None:
             self._send(self._stream.finish(), self._stream.reason(event.reason), event.error)
-        elif event.token is not None and not event.prompt and not self._stream.stopped:
+        elif not event.prompt and not self._stream.stopped:
             self._tokens += 1
             text = self._stream.add(event.token)
             if self._stream.stopped:

@@ -142,14 +142,18 @@ def test_contexts_that_share_nothing_are_read_side_by_side_if_they_are_short(mod
 
 
 def test_little_is_read_again_for_a_context_that_shares_less(model):
-    """Two contexts share 20 tokens, a third shares 19. 2 of 12 tokens would be read again; 2 of 30 are."""
+    """Two contexts share 20 tokens, a third shares 19. 2 of 12 tokens would be read again; 2 of 16 are."""
     ours = scorer(model)
     passes = counted(ours)
-    for size, wanted in ((3, [(1, 20), (2, 3), (1, 4)]), (9, [(1, 19), (3, 10)])):
+    for size, third, wanted in (
+        (3, 4, [(1, 20), (2, 3), (1, 4)]),
+        (4, 6, [(1, 19), (3, 6)]),
+        (9, 10, [(1, 19), (3, 10)]),
+    ):
         start = 100 + size + np.arange(20)
         near = [np.concatenate([start, np.arange(i, i + size)]) for i in (0, 50)]
         passes.clear()
-        ours.score(letters(*near, np.concatenate([start[:19], 200 + np.arange(size + 1)])))
+        ours.score(letters(*near, np.concatenate([start[:19], 200 + np.arange(third)])))
         assert passes == wanted
 
 

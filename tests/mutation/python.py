@@ -12,6 +12,7 @@ Results are appended to build/mutation/FOLDER.jsonl, and a run that was stopped 
 equivalent.txt lists mutants that compute the same, with the reason; they are not tried.
 """
 
+import ast
 import compileall
 import contextlib
 import gc
@@ -203,7 +204,9 @@ def load(modules: list[str]) -> None:
 def choose(tests: Tests, file: str, line: int, most: float) -> list[str]:
     """The tests that may notice a fault in a line, the quickest first, up to about `most` seconds."""
     quick = {name: test for name, test in tests.items() if test["seconds"] < LONGEST}
-    runs = {name for name, test in quick.items() if [file, line] in test["lines"]}
+    # The first test that imports a module runs the lines outside of functions. It tells little about them.
+    inside = patched.outermost(ast.parse(Path(file).read_bytes()), line)
+    runs = {name for name, test in quick.items() if inside and [file, line] in test["lines"]}
     if not runs:  # a constant of the module, a default, a line that only other processes run
         runs = {name for name, test in quick.items() if any(there == file for there, _ in test["lines"])}
         runs = runs or set(quick)  # a file of names, which only an import runs

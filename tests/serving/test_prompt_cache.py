@@ -1,5 +1,6 @@
 """Saved prompt caches, with keys and values that are random numbers; the options of a session."""
 
+import json
 import zlib
 from types import SimpleNamespace
 
@@ -74,7 +75,11 @@ def test_the_contents_of_a_file(saved, engine):
 
 @pytest.mark.parametrize("block, context", [(4096, 64), (25, 64), (8, 25), (1, 26)])
 def test_a_file_is_read_in_blocks(saved, engine, base, monkeypatch, block, context):
+    data, released = saved.read_bytes(), []
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:begin])
     monkeypatch.setattr(prompt_cache, "BLOCK", block)
+    monkeypatch.setattr(prompt_cache, "release", lambda _, *place: released.append(place))
     other = fresh(base, context)
     assert prompt_cache.load(saved, other, WHO) == len(TOKENS)
     np.testing.assert_array_equal(other.tokens(0), TOKENS)
@@ -82,6 +87,7 @@ def test_a_file_is_read_in_blocks(saved, engine, base, monkeypatch, block, conte
     for array, wanted in zip(arrays(other).values(), arrays(engine).values(), strict=True):
         np.testing.assert_array_equal(array[: len(TOKENS)], wanted[: len(TOKENS)])
         assert not array[len(TOKENS) :].any()
+    assert released == [tuple(begin + x for x in header[name]["data_offsets"]) for name in NAMES]
 
 
 def test_a_cache_of_one_token(base, tmp_path):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import operator
 import random
 import re
 import socket
@@ -28,6 +29,7 @@ from longlora.serving.text import TextStream
 HELLO = [{"role": "user", "content": "hello"}]
 # Only printable ASCII is drawn, and no end token.
 ASCII = {str(token): -100 for token in (*range(32), *range(127, 260))}
+ENDS = operator.methodcaller("stop")  # for a server that should be refused, so that no test waits for it
 
 
 @pytest.fixture(scope="module")
@@ -568,14 +570,14 @@ def test_stopping_finishes_what_runs_and_refuses_the_rest(path, monkeypatch):
 )
 def test_wrong_options_are_named(path, running, how, words):
     with pytest.raises(UserError, match=words):
-        longlora.serve(path, **{"port": 0, **how})
+        longlora.serve(path, **{"port": 0, "ready": ENDS, **how})
 
 
 def test_a_port_that_is_taken(path, running):
     with pytest.raises(
         UserError, match="cannot listen at 127.0.0.1, port .*: Address already in use; --port 0"
     ):
-        longlora.serve(path, port=int(running.url.rpartition(":")[2]))
+        longlora.serve(path, port=int(running.url.rpartition(":")[2]), ready=ENDS)
 
 
 def test_a_missing_library_is_named(path, monkeypatch):
@@ -583,4 +585,4 @@ def test_a_missing_library_is_named(path, monkeypatch):
     monkeypatch.delitem(sys.modules, "longlora.serving.listen")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(UserError, match=r"serving needs uvicorn: pip install 'longlora\[serve\]'"):
-        longlora.serve(path, port=0)
+        longlora.serve(path, port=0, ready=ENDS)
