@@ -118,6 +118,8 @@ def test_flags_are_the_keywords_of_the_function(called, line):
 
 
 def test_merge_and_demo_are_called_with_their_flags(called, monkeypatch, capsys):
+    base = SimpleNamespace(names=lambda: [])
+    monkeypatch.setattr("longlora.files.open_model.open_model", lambda path: base)
     monkeypatch.setattr(longlora, "merge", lambda *given: called.append(given) or "the result")
     monkeypatch.setattr(longlora, "demo", lambda *given, **more: called.append((*given, more)))
     assert cli.main("merge --model m --output-dir o".split()) == 0
