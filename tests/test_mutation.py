@@ -79,7 +79,8 @@ def test_equivalent_txt_lists_only_mutants_of_the_current_code(monkeypatch):
     monkeypatch.chdir(TOOL.parents[2])
     lines = results.EQUIVALENT.read_text().splitlines()
     assert lines == sorted(lines) and all(line.partition("  # ")[2] for line in lines)
-    keys = {key for path in Path("csrc").rglob("*.c") for key, _ in c.mutants(path)}
+    sources = [*Path("csrc").rglob("*.c"), *Path("cuda").glob("*.cu")]
+    keys = {key for path in sources for key, _ in c.mutants(path)}
     for path in Path("longlora").rglob("*.py"):
         keys |= {f"{path}:{m.function}: {m.was} -> {m.then}" for m in operators.mutants(path.read_text())}
     assert {line.partition("  # ")[0] for line in lines} <= keys

@@ -57,7 +57,7 @@ def test_dense_and_strided_rows(M, C, kind, dtype, isa):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("M,C", [(4000, 16), (34000, 8)])
+@pytest.mark.parametrize("M,C", [(4000, 16), (66000, 4)])
 def test_runs_over_many_pieces(M, C, kind, dtype, isa):
     dense_rows(M, C, kind, dtype)
 
