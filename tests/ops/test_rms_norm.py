@@ -133,3 +133,9 @@ def test_a_residual_needs_a_sum(place):
     with pytest.raises(ValueError, match="sum must be given"):
         _C.rms_norm_forward(out, np.empty(2, np.float32), None, x, x.copy(), weight, 1e-6)
     assert np.isnan(out).all()
+
+
+def test_the_default_eps():
+    """The mean square of zeros is 0: rstd is 1 / sqrt(1e-6)."""
+    x, weight = np.zeros((1, 4), np.float32), np.ones(4, np.float32)
+    assert ops.rms_norm_forward(x, weight)[1].tolist() == pytest.approx([1000.0])

@@ -1,6 +1,7 @@
 """Context parallelism in one process: errors, what ranks compare, and messages to other ranks."""
 
 import math
+import runpy
 import struct
 from types import SimpleNamespace
 
@@ -194,6 +195,11 @@ def test_the_calls_of_all_ranks_are_the_pattern(lengths, G, H, K, shift):
         sent += plan.sends
         arrived += plan.receives
     assert sorted(sent) == sorted(arrived) and all(m.first < m.last for m in sent)
+
+
+def test_the_program_prints_the_table(capsys):
+    runpy.run_module("longlora.torch.context_parallel", run_name="__main__")
+    assert capsys.readouterr().out == f"{cp.table()}\n"
 
 
 # ---- ranks ---------------------------------------------------------------------------------------

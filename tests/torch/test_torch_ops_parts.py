@@ -130,6 +130,14 @@ def test_the_scale_of_a_cached_attention():
         assert out.flatten().tolist() == pytest.approx([want] * 4, rel=1e-5)
 
 
+def test_the_default_pattern_is_the_papers():
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 8, 2, 4), torch.randn(1, 8, 1, 4)
+    for function in (ops.s2_attention, lambda *x, **how: ops.s2_attention_with_lse(*x, **how)[0]):
+        want = function(q, k, k, group_size=4, boundary="split", shift="half")
+        assert torch.equal(function(q, k, k, group_size=4), want)
+
+
 def test_boundaries_of_another_batch_size_are_refused():
     q, k = torch.zeros(2, 4, 2, 4), torch.zeros(2, 4, 1, 4)
     with pytest.raises(ValueError, match="cu_seqlens axis 0 should be B=2, got 3"):
