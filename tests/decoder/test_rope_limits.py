@@ -119,7 +119,7 @@ def test_wrong_rope_fields_are_named():
 
 YARNS = {
     "low below 0": dict(original_max_position_embeddings=64),
-    "high above the last": dict(rope_theta=10.0, original_max_position_embeddings=4096),
+    "high above the last": dict(rope_theta=10.0, original_max_position_embeddings=1024),
     "low above high": dict(rope_theta=2.0, original_max_position_embeddings=1 << 20),
     "low is high": dict(beta_fast=8, beta_slow=8, truncate=False, original_max_position_embeddings=4096),
     "not truncated": dict(truncate=False, original_max_position_embeddings=4096),

@@ -286,7 +286,7 @@ def test_a_host_that_others_can_reach_gets_a_warning(run, host, local, capsys):
         (dict(max_new_tokens=0), "^max_new_tokens should be an integer of at least 1, got 0$"),
         (dict(max_new_tokens=1.0), "^max_new_tokens should be an integer of at least 1, got 1.0$"),
         (dict(top_k=-1), "^top_k should be an integer from 0"),
-        *((dict(api_key=key), "^the API key should be") for key in ("", " a", "a ", "a\n", "\u00e9")),
+        *((dict(api_key=key), "^the API key should be") for key in ("", " a", "a ", "a\nb", "\u00e9")),
         *((dict(cors_origin=[site]), "^cors_origin should be") for site in ("", "a", "http://", "http://a/")),
         *((dict(cors_origin=[site]), "^cors_origin should be") for site in ("**", "http://a b", "1a://b")),
     ],
