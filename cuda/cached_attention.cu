@@ -44,7 +44,7 @@ static __device__ __forceinline__ Place place_of(const Shape &s, int64_t b) {
     return { row, length, row >= 0 && row < s.N && length >= 0 && length + s.S <= s.P };
 }
 
-static __host__ __device__ int64_t part_keys(int64_t keys) {
+static __device__ int64_t part_keys(int64_t keys) {
     int64_t parts = ceil_div(keys, (int64_t)CACHE_PART_KEYS * CACHE_PARTS);
     return CACHE_PART_KEYS * (parts > 1 ? parts : 1);
 }
@@ -69,7 +69,7 @@ __global__ void append_kernel(Shape s, Array<C> k_cache, Array<C> v_cache, Array
 /* What a block keeps in shared memory: queries [ROWS,pitch], weights [ROWS,THREADS], sums of groups of
  * threads [THREADS / columns, ROWS, columns], and the maximum, the sum and the factor of each row. */
 static __host__ __device__ int64_t pitch_of(int64_t D) { return ceil_div(D, 8) * 8; }
-static __host__ __device__ int columns_of(int64_t D) {
+static __device__ int columns_of(int64_t D) {
     int columns = 8;
     while (columns < THREADS && columns < D) columns *= 2;
     return columns;

@@ -152,7 +152,7 @@ extern "C" int describe_device(CudaCall *call) {
     CUDA_TRY(cudaGetDevice(&call->device));
     uint64_t *both = &known[call->device];
     if (!*both) {
-        int sm, bytes;
+        int sm = 0, bytes = 0;
         if (sm_of(call->device, &sm)) return -1;
         CUDA_TRY(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, call->device));
         *both = (uint64_t)sm << 32 | (uint32_t)bytes;

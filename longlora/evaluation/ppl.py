@@ -277,6 +277,7 @@ def run(
         "data": os.fspath(data),
         "left_out": corpus.sentence(),
         "longest_document": max(map(len, parts)),
+        "max_tokens": max_tokens,
         "attention": "dense",
         "device": device,
         "stride": stride,
@@ -304,4 +305,6 @@ def text(results: dict) -> str:
             )
     beyond = [f"{r['length']:,}" for r in results["results"] if r["length"] > longest]
     short = f"no document has {', '.join(beyond)} tokens; the longest has {longest:,}" if beyond else None
+    if short and results["max_tokens"] is not None:
+        short += f" (max_tokens is {results['max_tokens']:,})"
     return "\n".join([*lines, *filter(None, [results["left_out"], short])])

@@ -177,6 +177,7 @@ def test_a_result_has_its_settings(base, data):
         data=str(data),
         left_out=None,
         longest_document=20,
+        max_tokens=None,
         attention="dense",
         device="cpu",
         stride=None,
@@ -267,7 +268,7 @@ def test_run_opens_the_model_with_its_arguments(data, monkeypatch, given, wanted
 def test_the_table_has_a_line_for_each_length():
     rows = [(8, 1234, 1.5), (20, 56, 2.25), (21, 56, 2.25)]
     results = [dict(length=n, tokens=k, loss=x, perplexity=math.exp(x)) for n, k, x in rows]
-    found = dict(results=results, longest_document=20, left_out=None)
+    found = dict(results=results, longest_document=20, max_tokens=None, left_out=None)
     lines = [
         "  length     tokens     loss  perplexity",
         "       8      1,234   1.5000       4.482",
@@ -276,6 +277,7 @@ def test_the_table_has_a_line_for_each_length():
     ]
     note = "no document has 21 tokens; the longest has 20"
     assert ppl.text(found).splitlines() == [*lines, note]
+    assert ppl.text({**found, "max_tokens": 1020}).splitlines()[-1] == f"{note} (max_tokens is 1,020)"
     found = dict(found, results=results[:2], left_out="left out 1 hidden (x)")
     assert ppl.text(found).splitlines() == [*lines[:3], "left out 1 hidden (x)"]
     found["results"][0]["authors"] = dict(windows=1000, loss=0.5, perplexity=1.6487, accuracy=0.25)
