@@ -1,6 +1,7 @@
 """Runs the suite in parallel. Has the fixtures of op tests: dtypes, instruction sets, GPU, outputs."""
 
 import os
+import signal
 
 import checks
 import mirror
@@ -13,6 +14,10 @@ from longlora import _C, job
 # Processes started by tests import the package under test, not the sources of their working directory.
 os.environ["PYTHONSAFEPATH"] = "1"
 os.environ["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(longlora.__file__)))
+
+# A shell starts background commands with Ctrl-C ignored, and what they start ignores it too. Tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A disk takes milliseconds to flush, and a run flushes often. No test looks at what outlives a crash of the
 # machine; those of the order of flushes and names see the calls all the same.
