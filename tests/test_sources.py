@@ -160,10 +160,7 @@ def test_import_is_quick():
 
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 def test_no_warning(compiler):
-    """Both compilers take every file with -Wall -Wextra, kernels as portable C and with AVX-512.
-
-    .ci/run has the warnings that come with optimisation: it builds with -Werror.
-    """
+    """Both compilers compile every file with -Wall -Wextra. They read the kernels with AVX-512, too."""
     if not shutil.which(compiler):
         pytest.skip(f"{compiler} is not installed")
     include = sysconfig.get_paths()["include"]
@@ -173,7 +170,7 @@ def test_no_warning(compiler):
     avx512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq".split()
     common = [
         compiler,
-        *"-std=c11 -Wall -Wextra -Werror -fsyntax-only -fopenmp -Icsrc".split(),
+        *"-std=c11 -Wall -Wextra -Werror -O1 -fPIC -fopenmp -Icsrc -S -o -".split(),
         *["-DLONGLORA_X86"] * x86,
     ]
     jobs = []
@@ -182,7 +179,7 @@ def test_no_warning(compiler):
     for source in ROOT.glob("csrc/cpu/**/*.c"):
         jobs.append([source, "-DISA=portable"])
         if x86 and source.name != "parallel.c":
-            jobs.append([source, "-DISA=avx512", *avx512])
+            jobs.append([source, "-DISA=avx512", "-fsyntax-only", *avx512])
 
     def compile_(job):
         source, *flags = job
