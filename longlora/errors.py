@@ -39,7 +39,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown word: the known one that is like it, or nothing."""
+    """Give "; did you mean X?", where X is the known word most like `word`; "" if none is like it."""
     plain = {name.lstrip("-"): name for name in known}  # dashes would make all flags look alike
     near = difflib.get_close_matches(word[:64].lstrip("-"), plain, 1, cutoff=0.7)
     return f"; did you mean {plain[near[0]]}?" if near else ""

@@ -10,7 +10,7 @@ import resource
 from collections.abc import Iterator
 
 PROC = "/proc"  # tests put files of their own in its place
-UNLIMITED = 1 << 60  # bytes; version 1 writes a number like 2^63 for "no limit"
+UNLIMITED = 1 << 60  # bytes, where the system does not say how much is available
 NORESERVE = 0x4000  # MAP_NORESERVE, which Python's mmap does not name
 LIMITS_MEMORY = True
 

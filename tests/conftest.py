@@ -183,7 +183,7 @@ def poison(monkeypatch):
 
 @pytest.fixture
 def each_thread_count():
-    """A function that calls a function with 1, 2 and 3 threads -> its results. All threads take part."""
+    """Returns a function that calls another one with 1, 2 and 3 threads and returns all results."""
     before, grain = _C.get_num_threads(), _C.get_grain()
     _C.set_grain(0)
 

@@ -41,7 +41,7 @@ def written(path, family="llama", dtype="f32", change=None, general=None, tokeni
 
 
 def keys(reader):
-    """The metadata without the tokenizer and the header's own fields: name -> (type, value)."""
+    """Map each name of the metadata to (type, value), except those of the tokenizer and of the header."""
     return {
         name: (field.types[0].name, field.contents())
         for name, field in reader.fields.items()

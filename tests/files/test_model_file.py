@@ -145,7 +145,7 @@ class Away:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_tensor_on_a_gpu_is_filled_piece_by_piece(dtype, monkeypatch):
-    """Each piece is first in memory of the host."""
+    """Each piece is converted in host memory, then copied to the GPU."""
     pieces = []
 
     def staged(part):

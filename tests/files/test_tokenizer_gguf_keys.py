@@ -87,7 +87,8 @@ def test_bytes_and_merges_have_their_ids():
 
 
 def test_tokens_that_are_matched_before_bpe():
-    """Control tokens are special. One that is not spelt in GPT-2's letters is a mistake of the converter."""
+    """Control tokens become special tokens. One that is not written in GPT-2's byte letters is left out: the
+    program that wrote the file made a mistake."""
     more = ["<c>", "<日>", "<u>", "<語>", "<n>"]
     types = {257: CONTROL, 258: CONTROL, 259: USER_DEFINED, 260: USER_DEFINED}
     got = described(bytes_of(more, types))["added_tokens"]

@@ -178,7 +178,7 @@ def test_which_tokens_end_an_answer(tmp_path, generation, config, tokenizer, end
 
 @pytest.fixture
 def run(base, monkeypatch):
-    """A function that calls longlora.serve without serving -> the arguments that its parts got."""
+    """A function that calls longlora.serve without serving, and returns what its parts were given."""
 
     def called(**how):
         found = SimpleNamespace()

@@ -80,7 +80,7 @@ def request(service, method, path, parts, headers, read):
 
 
 def call(service, method, path, body=b"", read=None, **headers):
-    """Call a route -> status, headers, and the JSON or the bytes of the response.
+    """Call a route. Returns the status, the headers, and the response as JSON or bytes.
 
     body: bytes, a list of parts, or what becomes JSON.
     """

@@ -28,7 +28,7 @@ class Lora(LoraConfig):
 
 @pytest.fixture
 def built(monkeypatch):
-    """A function that builds a model of these options -> what was called. No weight is read."""
+    """A function that builds a model with fakes, and returns what was called. No weight is read."""
     parameters = [(name, torch.nn.Parameter(torch.full(shape, 9.0))) for name, shape in SHAPES.items()]
     config = SimpleNamespace(tie_word_embeddings=False)
     lora = dict(r=3, lora_alpha=7, target_modules=("q_proj",), modules_to_save=("norm",), use_rslora=True)
@@ -131,7 +131,7 @@ class Policy:
 
 @pytest.fixture
 def engine(monkeypatch):
-    """A function that makes the engine of a run with these fields -> the engine, what was called."""
+    """A function that makes the engine of a run. It returns the engine and what was called."""
 
     def make(fsdp=False, dtype="float32", **fields):
         called, did = {}, []

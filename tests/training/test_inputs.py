@@ -358,7 +358,7 @@ def test_held_out_data_have_the_defaults_of_their_own_form(tmp_path, monkeypatch
 
 
 def test_options_need_not_be_made_by_from_dict(tmp_path):
-    """TrainOptions that are made directly do not know which options somebody has set."""
+    """Only from_dict records which options the user has set."""
     corpus(tmp_path)
     o = options.TrainOptions(**tiny.options(tmp_path), packing_boundaries="document").check()
     source = inputs.Source(o)
