@@ -42,12 +42,12 @@ def shapes(smoke):
 
 def ours(smoke, context, dtype):
     from longlora.decoder.cache import Cache
-    from longlora.decoder.generate import Generator
+    from longlora.decoder.generate import LONG_CHUNK, Generator
     from longlora.decoder.model import Model
 
     config = read_config(shapes(smoke))
     model = Model(config, dtype=dtype).init_random(0)
-    generator = Generator(model, Cache(config, 1, context + STEPS, dtype))
+    generator = Generator(model, Cache(config, 1, context + STEPS, dtype), LONG_CHUNK)
 
     def read(ids):
         generator.cache.keep(0, 0)

@@ -14,7 +14,9 @@ from longlora.decoder.network import Batch
 from longlora.decoder.scores import score
 from longlora.device import CPU, Inputs, host, send
 
-CHUNK = 512  # tokens of a prompt in one pass: the activations of a pass are bounded, whatever the prompt
+# Tokens of a prompt in one pass: the activations of a pass are bounded, whatever the prompt. A long pass
+# packs the weights less often. After a short one others advance, and prompts share what they begin with.
+CHUNK, LONG_CHUNK = 512, 2048
 # Sequences of a pass with one token each. Up to 16 rows, a product computes each row as it does alone.
 TOGETHER = 16
 BATCHES = 8  # shapes whose views are remembered

@@ -25,13 +25,15 @@ def plan(
     rows: int = 1,
     dtype: str = "float32",
     cache_dtype: str | None = None,
+    chunk: int = CHUNK,
     device: str = CPU,
     memory: int | None = None,
 ) -> GenerationPlan:
     """Plan the memory of generation with `rows` sequences of up to `context` tokens. It reads no weight.
 
     context: or the Window of a sequence without end.
-    cache_dtype: of keys and values, by default dtype. memory: bytes, by default what `device` has now.
+    cache_dtype: of keys and values, by default dtype. chunk: tokens of a pass, unless there is a Window.
+    memory: bytes, by default what `device` has now.
     UserError for a choice that does not exist.
     """
     for name, value in (("dtype", dtype), ("cache_dtype", cache_dtype or dtype)):
@@ -48,7 +50,7 @@ def plan(
     def parts_of(**changes: Any) -> Parts:
         changed = {**asked, **changes}
         changed["cache_dtype"] = changed["cache_dtype"] or changed["dtype"]
-        return _parts(config, device=device, **changed)
+        return _parts(config, chunk=chunk, device=device, **changed)
 
     parts = parts_of()
     changes: tuple[str, ...] = ()
@@ -70,12 +72,12 @@ def plan(
     return GenerationPlan(config, dtype, cache_dtype, tokens, rows, device, memory, parts, changes)
 
 
-def _parts(config, *, context, rows, dtype, cache_dtype, device):
+def _parts(config, *, context, rows, dtype, cache_dtype, chunk, device):
     parts = dict(Network(config).lay_out(dtype, training=False).parts)
     if isinstance(context, Window):
         places, chunk, table_rows, sinks = context.places, context.chunk, context.chunk, context.start
     else:
-        places, chunk, table_rows, sinks = context, min(CHUNK, context), context, 0
+        places, chunk, table_rows, sinks = context, min(chunk, context), context, 0
     shapes = (1, chunk), (min(TOGETHER, rows), 1)
     network = Network(config, layers=range(min(2, config.num_hidden_layers)))
     weights = network.lay_out(dtype, training=False)

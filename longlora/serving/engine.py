@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from longlora.decoder.cache import Cache, common
-from longlora.decoder.generate import Generator
+from longlora.decoder.generate import CHUNK, Generator
 from longlora.decoder.model import Model
 from longlora.decoder.sampling import NAN, Sampler, Sampling, largest, log_probabilities
 from longlora.errors import UserError
@@ -78,11 +78,14 @@ class _Slot:
 
 
 class Engine:
-    """Serves requests by `model` in the rows of `cache`. queue: requests that may wait for a row."""
+    """Serves requests by `model` in the rows of `cache`.
 
-    def __init__(self, model: Model, cache: Cache, queue: int = 64):
+    queue: requests that may wait for a row. chunk: tokens of a prompt in one pass.
+    """
+
+    def __init__(self, model: Model, cache: Cache, queue: int = 64, chunk: int = CHUNK):
         self.model, self.cache, self.queue = model, cache, queue
-        self.generator = Generator(model, cache)
+        self.generator = Generator(model, cache, chunk)
         self._slots = [_Slot(row) for row in range(cache.rows)]
         self._waiting: deque[Request] = deque()
         self._lock, self._clock = threading.Lock(), 0

@@ -7,6 +7,7 @@ from typing import Any
 
 from longlora.decoder.cache import Cache
 from longlora.decoder.config import ModelConfig, read_config
+from longlora.decoder.generate import CHUNK
 from longlora.decoder.generation_plan import plan
 from longlora.decoder.model import Model
 from longlora.decoder.streaming import StreamingCache, Window
@@ -46,12 +47,14 @@ class Prepared:
     """A model that was checked and fits in memory, before its weights are read.
 
     config: with the adapter's longer positions. weights: what Model.load takes. size: of the cache.
+    chunk: tokens of a prompt in one pass.
     """
 
     base: Any
     config: ModelConfig
     weights: Any
     size: int | Window
+    chunk: int
     planned: GenerationPlan
     identity: dict[str, str]
 
@@ -66,7 +69,7 @@ class Prepared:
         else:
             cache = Cache(config, planned.rows, self.size, *kind)
         end = end_tokens(self.base, tokenizer)
-        return Opened(Engine(made, cache), tokenizer, config, end, self.base, self.identity)
+        return Opened(Engine(made, cache, chunk=self.chunk), tokenizer, config, end, self.base, self.identity)
 
 
 def open_engine(model: Path, adapter: Path | None = None, **how: Any) -> Opened:
@@ -84,6 +87,7 @@ def prepare(
     fewest_rows: int | None = None,
     dtype: str = "auto",
     cache_dtype: str = "auto",
+    chunk: int = CHUNK,
     device: str = "cpu",
     memory: int | None = None,
     warns: bool = True,
@@ -95,6 +99,7 @@ def prepare(
         8192 or what the model was made for.
     rows: answers that advance side by side. fewest_rows: take fewer where memory is short, down to this many.
     dtype: of the weights; "auto" is that of the files. cache_dtype: of keys and values; "auto" is dtype.
+    chunk: tokens of a prompt in one pass, unless there is a window.
     device: "cpu" or "cuda:N". memory: bytes, by default what the device has.
     warns: a context that is longer than the model was made for gets a warning on standard error.
 
@@ -123,7 +128,14 @@ def prepare(
     def plan_of(rows: int) -> GenerationPlan:
         kind = None if cache_dtype == "auto" else cache_dtype
         return plan(
-            config, context=size, rows=rows, dtype=dtype, cache_dtype=kind, device=device, memory=memory
+            config,
+            context=size,
+            rows=rows,
+            dtype=dtype,
+            cache_dtype=kind,
+            chunk=chunk,
+            device=device,
+            memory=memory,
         )
 
     planned = plan_of(rows)
@@ -142,7 +154,7 @@ def prepare(
             "for; beyond them its answers get poor (longlora train --target-length extends a model)\n"
         )
     identity |= {"dtype": dtype, "cache_dtype": planned.cache_dtype}
-    return Prepared(base, config, weights, size, planned, identity)
+    return Prepared(base, config, weights, size, chunk, planned, identity)
 
 
 def end_tokens(base: Any, tokenizer: Tokenizer) -> frozenset[int]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from longlora.data.chat_template import find_template
+from longlora.decoder.generate import LONG_CHUNK
 from longlora.decoder.sampling import Sampling
 from longlora.device import choose
 from longlora.errors import UserError
@@ -73,6 +74,7 @@ class Session:
             window=window,
             dtype=dtype,
             cache_dtype=cache_dtype,
+            chunk=LONG_CHUNK,  # no other request waits
             device=device,
         )
         self._chat_template, self._adapter = chat_template, adapter

@@ -6,6 +6,7 @@ from typing import Any
 
 from longlora.decoder import generation_plan
 from longlora.decoder.config import ModelConfig, read_config
+from longlora.decoder.generate import CHUNK, LONG_CHUNK
 from longlora.device import choose_to_plan
 from longlora.errors import UserError
 from longlora.files.adapter import describe
@@ -57,6 +58,7 @@ def generation(
         rows=rows,
         dtype=stored if dtype == "auto" else dtype,
         cache_dtype=None if cache_dtype == "auto" else cache_dtype,
+        chunk=LONG_CHUNK if rows == 1 else CHUNK,  # as Session, and as the server
         device=device,
         memory=None if max_memory is None else int(max_memory * 2**30),
     )

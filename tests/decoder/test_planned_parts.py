@@ -291,6 +291,9 @@ def test_a_pass_has_a_chunk_of_512_tokens_or_16_rows():
     long = generation(context=4096).parts
     assert long["a pass"] == 4 * 512 * PASS + padded(4 * 513) + 2 * 64 + 4 * V
     assert long["tables"] == 2 * 4 * 4096 * D // 2
+    longer = generation(context=4096, chunk=2048).parts
+    assert longer["a pass"] == 4 * 2048 * PASS + padded(4 * 2049) + 2 * 64 + 4 * V
+    assert generation(context=100, chunk=2048).parts == generation(context=100).parts
     many = generation(context=1, rows=20).parts
     assert many["a pass"] == 4 * 16 * PASS + padded(4 * 17) + 2 * 64 + 4 * 16 * V
     assert many["cache of keys and values"] == 2 * LAYERS * padded(4 * 20 * K * D)

@@ -42,7 +42,7 @@ def test_the_options_of_a_plan(base, monkeypatch):
         return real(config, **{**how, "device": "cpu", "memory": None})
 
     monkeypatch.setattr(opening, "plan", plan)
-    options = dict(dtype="bfloat16", cache_dtype="float16", device="cuda:1", memory=1 << 40)
+    options = dict(dtype="bfloat16", cache_dtype="float16", chunk=7, device="cuda:1", memory=1 << 40)
     made = prepare(base, context=9, rows=3, **options)
     assert given == dict(context=9, rows=3, **options)
     assert made.identity["dtype"] == "bfloat16" and made.identity["cache_dtype"] == "float16"
@@ -136,15 +136,15 @@ def test_model_and_cache_go_to_the_planned_device(monkeypatch, size):
     monkeypatch.setattr(opening, "Model", Model)
     monkeypatch.setattr(opening, "Cache", lambda *how: ("cache", *how))
     monkeypatch.setattr(opening, "StreamingCache", lambda *how: ("streaming", *how))
-    monkeypatch.setattr(opening, "Engine", lambda *how: how)
+    monkeypatch.setattr(opening, "Engine", lambda *made, chunk: (*made, chunk))
     monkeypatch.setattr(opening, "end_tokens", lambda base, tokenizer: (base, tokenizer))
     base, config = SimpleNamespace(tokenizer=lambda: "tokenizer"), SimpleNamespace(rope="rope")
     planned = SimpleNamespace(dtype="float16", cache_dtype="bfloat16", device="cuda:1", rows=3)
-    opened = Prepared(base, config, "weights", size, planned, {"a": "b"}).load()
+    opened = Prepared(base, config, "weights", size, 7, planned, {"a": "b"}).load()
     assert made == dict(model=(config, dict(dtype="float16", device="cuda:1")), weights="weights")
     kind = ("bfloat16", "cuda:1")
     cache = ("cache", config, 3, 9, *kind) if size == 9 else ("streaming", config, size, "rope", *kind)
-    assert opened.engine == ("loaded", cache) and opened.end == (base, "tokenizer")
+    assert opened.engine == ("loaded", cache, 7) and opened.end == (base, "tokenizer")
     assert (opened.tokenizer, opened.config, opened.base) == ("tokenizer", config, base)
     assert opened.identity == {"a": "b"}
 

@@ -12,6 +12,7 @@ import longlora
 from longlora import cli
 from longlora.decoder.model import Model
 from longlora.errors import UserError
+from longlora.serving.open import open_engine
 from longlora.training import driver
 
 TEXT = "A long document, which takes its time to read. "
@@ -37,6 +38,12 @@ def test_what_a_prompt_shares_with_the_last_is_read_once(base):
     assert again == text and third.reused == len(TEXT) + 2
     assert session.held == third.prompt_tokens + 7  # the last token is chosen and not read
     assert "".join(session.chat([dict(role="user", content="x")], max_new_tokens=2)) is not None
+
+
+def test_a_prompt_is_read_in_passes_of_2048_tokens(base):
+    """A server's passes are shorter, because other requests wait for them."""
+    assert longlora.Session(base, context=4096, device="cpu").opened.engine.generator.chunk == 2048
+    assert open_engine(base, context=4096).engine.generator.chunk == 512
 
 
 @pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", "float16"])

@@ -8,6 +8,7 @@ import tiny
 from test_tools_inspect import saved
 
 from longlora import job
+from longlora.decoder import generation_plan
 from longlora.errors import UserError
 from longlora.files.open_model import open_model
 from longlora.tools import plan
@@ -38,6 +39,13 @@ def test_every_option_changes_the_plan(tmp_path):
     made = plan.generation(tiny.config(tmp_path), **how)
     assert choices(made) == (100, 3, "float16", "bfloat16", "cpu", 3 << 29)
     assert plan.generation(tmp_path, max_memory=0.5, device="cpu").memory == 1 << 29
+
+
+@pytest.mark.parametrize("rows, chunk", [(1, 2048), (2, 512)])
+def test_one_answer_is_planned_with_long_passes(tmp_path, rows, chunk):
+    """As longlora.generate reads its prompt, and as a server does."""
+    made = plan.generation(tiny.config(tmp_path), context=4096, rows=rows, device="cpu")
+    assert made.parts == generation_plan.plan(made.config, context=4096, rows=rows, chunk=chunk).parts
 
 
 @pytest.mark.parametrize("length, positions", [(None, 64), (256, 256)])
