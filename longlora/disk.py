@@ -15,7 +15,7 @@ import stat
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
-from longlora.errors import UserError
+from longlora.errors import UserError, reason
 
 Path = str | os.PathLike[str]
 ASIDE = ".partial"  # ends the names of what is being written
@@ -94,7 +94,7 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
     try:
         found = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+        raise UserError(f"{path}: not JSON: {reason(error)}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: should hold a JSON object, got {type(found).__name__}")
     return found

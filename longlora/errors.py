@@ -33,6 +33,11 @@ def _escaped(letter):
     return letter.encode("unicode_escape").decode("ascii")
 
 
+def reason(error: Exception) -> str:
+    """What a parser says about a file. "it is nested too deeply" for the RecursionError that ends some."""
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
 def counted(count: int, noun: str) -> str:
     """1 thread, 2 threads, 1,000 threads."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -109,7 +109,7 @@ def test_json_objects(here):
     for text, words in (
         (b"{", "not JSON: "),
         (b'{"a": "\xe9"}', "not JSON: .*utf-8"),
-        (b"[" * 100_000, "not JSON: "),
+        (b"[" * 100_000, "not JSON: it is nested too deeply"),
         (b"[]", "should hold a JSON object, got list"),
     ):
         with pytest.raises(UserError, match=f"^a.json: {words}"):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from longlora.disk import open_file, read_bytes
-from longlora.errors import UserError
+from longlora.errors import UserError, reason
 
 KINDS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 HUB = "dataset"  # the kind of a dataset's name
@@ -66,7 +66,7 @@ def _lines(path):
             try:
                 yield f"line {number}", json.loads(text)
             except (ValueError, RecursionError) as error:
-                why = getattr(error, "msg", error)
+                why = getattr(error, "msg", reason(error))
                 raise UserError(f"{path}: line {number} is not JSON: {why}") from None
 
 
@@ -99,7 +99,8 @@ def _values(path):
         try:
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: record {number} is not JSON: {getattr(error, 'msg', error)}") from None
+            why = getattr(error, "msg", reason(error))
+            raise UserError(f"{path}: record {number} is not JSON: {why}") from None
         yield f"record {number}", value
     if skip_spaces(text, at + 1) < len(text):
         raise UserError(f"{path}: is not JSON: there is more after the list")

@@ -17,7 +17,7 @@ import numpy as np
 
 from longlora.device import host
 from longlora.disk import map_file, replacing
-from longlora.errors import UserError
+from longlora.errors import UserError, reason
 
 Path = str | os.PathLike[str]
 
@@ -78,7 +78,7 @@ class SafetensorsFile:
         except UserError:
             raise
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.path}: the header is not JSON: {error}") from None
+            raise UserError(f"{self.path}: the header is not JSON: {reason(error)}") from None
         if not isinstance(header, dict):
             raise UserError(f"{self.path}: the header should be a JSON object, got {type(header).__name__}")
         metadata = header.pop("__metadata__", {})

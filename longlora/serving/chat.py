@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from longlora.disk import read_bytes, write_json
-from longlora.errors import UserError
+from longlora.errors import UserError, reason
 from longlora.serving.generate import read_material
 from longlora.serving.session import Session, check, open_session
 
@@ -107,7 +107,7 @@ def read_conversation(path: str) -> list[dict[str, str]]:
     try:
         found = json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+        raise UserError(f"{path}: not JSON: {reason(error)}") from None
     keys = {"role", "content"}
     if not isinstance(found, list) or not all(
         isinstance(x, dict) and x.keys() == keys and all(isinstance(x[key], str) for key in keys)

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from longlora.disk import open_file
-from longlora.errors import UserError
+from longlora.errors import UserError, reason
 
 LARGEST = 1 << 16  # bytes; the options of a run take 3 KB
 
@@ -54,5 +54,5 @@ def _attempt(call: Callable[[], Any], where: str) -> Any:
         return call()
     except Exception as error:
         is_key = isinstance(error, KeyError)
-        said = f"{error.args[0]!r} does not fit its YAML tag" if is_key else error
-        raise UserError(f"{where}: {' '.join(str(said).split())}") from None
+        said = f"{error.args[0]!r} does not fit its YAML tag" if is_key else reason(error)
+        raise UserError(f"{where}: {' '.join(said.split())}") from None

@@ -211,6 +211,8 @@ def test_the_values_of_json_are_read_one_by_one(tmp_path, text, found):
         ("a.json", b"[1, x]", 1, "record 2 is not JSON: Expecting value"),
         ("a.json", b"[1, , 2]", 1, "record 2 is not JSON: Expecting value"),
         ("a.json", b"[1,]", 1, "record 2 is not JSON: Expecting value"),
+        ("a.jsonl", b"1\n" + b"[" * 100_000, 1, "line 2 is not JSON: it is nested too deeply"),
+        ("a.json", b"[" * 100_000, 0, "record 1 is not JSON: it is nested too deeply"),
         ("a.json", b"[,1]", 0, "record 1 is not JSON: Expecting value"),
         ("a.json", b"1, 2", 1, "record 2 is not JSON: Expecting value"),
         ("a.json", b"1 ]", 1, "record 2 is not JSON: Expecting value"),

@@ -107,7 +107,7 @@ def entry(shape, size):
         ('{"a": {"shape": [' + "9" * 1_700_000 + "]}}", "the header is not JSON"),
         ('{"__metadata__": [' + "1," * 500_000 + "1]}", "__metadata__ should be a JSON object"),
         ("{" + ", ".join(f'"{i}": 1' for i in range(100_000)) + ', "99999": 1}', "names '99999' twice"),
-        ('{"a":' * 100_000, "the header is not JSON"),
+        ('{"a":' * 100_000, "the header is not JSON: it is nested too deeply"),
     ],
     ids=["large sizes", "many sizes", "large numbers", "one number", "metadata", "twice", "deep"],
 )

@@ -296,7 +296,7 @@ NO_CONVERSATION = "should be a list of messages"
     "text, words",
     [
         ("{", "not JSON: "),
-        ("[" * 100_000, "not JSON: "),
+        ("[" * 100_000, "not JSON: it is nested too deeply"),
         ("{}", NO_CONVERSATION),
         ("[1]", NO_CONVERSATION),
         ('[{"role": "user"}]', NO_CONVERSATION),

@@ -37,7 +37,7 @@ MERGES = "a0: &a0 {r: 4}\n" + "".join(
         ("seed: !!bool x", ["c.yaml: seed: 'x' does not fit its YAML tag"]),
         ("seed: " + "9" * 5000, ["c.yaml: seed: Exceeds the limit"]),
         ("seed: 2026-11-29", ["seed should be int, got datetime.date(2026, 11, 29)"]),
-        ("seed: " + "[" * 1000, ["c.yaml: is not YAML: maximum recursion depth"]),
+        ("seed: " + "[" * 1000, ["c.yaml: is not YAML: it is nested too deeply"]),
         ("seed: '\\x", ["is not YAML"]),
         ('seed: "\\U00110000"', ["is not YAML"]),
         ("seed: !!python/object:os.system {}", ["seed should be a value or a list of values"]),
