@@ -35,6 +35,11 @@ def peak_memory() -> int:
     return system.peak_memory()
 
 
+def trim_heap() -> None:
+    """Give memory that was freed, but that the C library keeps, back to the system, where it can."""
+    system.trim_heap()
+
+
 def limit_memory(size: int) -> None:
     """Let this process map `size` bytes at most, or fewer if that is its limit, where the system can."""
     if system.LIMITS_MEMORY:

@@ -4,6 +4,7 @@ A batch system, a container or systemd puts a job into a control group, which is
 limits of every group from the job's own up to the root count, in version 1 and version 2 of control groups.
 """
 
+import ctypes
 import math
 import os
 import resource
@@ -36,6 +37,13 @@ def peak_memory() -> int:
     """VmHWM. Without /proc it is getrusage's, which may be that of the program that started this one."""
     peak = _table(f"{PROC}/self/status").get("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if peak is None else peak
+
+
+def trim_heap() -> None:
+    """malloc_trim, which glibc has and other C libraries lack."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def processors() -> int:

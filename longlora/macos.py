@@ -58,6 +58,10 @@ def peak_memory() -> int:
     return _task().resident_size_max
 
 
+def trim_heap() -> None:
+    """Nothing: the allocator of macOS gives freed pages back by itself."""
+
+
 def processors() -> int:
     """All processors, fast and slow ones. macOS binds no process to some of them."""
     return os.cpu_count() or 1

@@ -1,6 +1,7 @@
 """Memory and processors of the job, from files of /proc and of control groups as systems write them."""
 
 import resource
+from types import SimpleNamespace
 
 import pytest
 
@@ -189,6 +190,15 @@ def test_without_a_status_the_peak_is_that_of_the_system(system, monkeypatch):
         resource, "getrusage", {resource.RUSAGE_SELF: type("Used", (), {"ru_maxrss": 3})}.__getitem__
     )
     assert job.resident_memory() == 0 and job.peak_memory() == 3 * 1024
+
+
+def test_the_heap_is_trimmed_where_the_library_can(monkeypatch):
+    kept = []
+    glibc = SimpleNamespace(malloc_trim=lambda size: kept.append(size.value))
+    for library, wanted in ((glibc, [0]), (SimpleNamespace(), [0])):
+        monkeypatch.setattr(linux.ctypes, "CDLL", {None: library}.__getitem__)
+        job.trim_heap()
+        assert kept == wanted
 
 
 def test_the_name_of_the_processor(system):

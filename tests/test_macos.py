@@ -67,6 +67,8 @@ def test_what_a_job_may_use(kernel):
     job.available_memory()
     assert kernel.rights == 1
     job.limit_memory(1)  # has no effect, or this process would end
+    job.trim_heap()
+    assert kernel.rights == 1
 
 
 def test_a_kernel_that_does_not_answer(kernel):

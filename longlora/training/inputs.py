@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from longlora import disk
+from longlora import disk, job
 from longlora.data import records
 from longlora.data.chat import Instructions, form_of
 from longlora.data.chat_template import ChatTemplate, find_template
@@ -189,4 +189,5 @@ def read_data(
     key = template.key() if template and form and not form.plain else None
     decides = json.dumps([key, o.train_on_inputs])
     rules = hashlib.sha256(decides.encode()).hexdigest() if form else None
+    job.trim_heap()  # tokenising leaves tens of MB of freed pieces, which the plan does not count
     return corpus, held_out, f"{corpus.tokens.fingerprint} {len(corpus)}", rules

@@ -225,6 +225,13 @@ def read(tmp_path, said=None, data="text", **fields):
     return inputs.read_data(o, source, made, (said if said is not None else []).append)
 
 
+def test_the_heap_is_trimmed_after_the_text_was_tokenised(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(inputs.job, "trim_heap", lambda: said.append("trimmed"))
+    read(tmp_path, said)
+    assert said[0].startswith("tokenised") and said[-1] == "trimmed" and said.count("trimmed") == 1
+
+
 def test_only_records_with_answers_are_instructions(tmp_path):
     files = corpus(tmp_path)
     found = {name: inputs.instructs(options.TrainOptions(data=path)) for name, path in files.items() if path}
