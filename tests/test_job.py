@@ -196,3 +196,12 @@ def test_the_name_of_the_processor(system):
     assert job.processor_name() == "A CPU: 3 GHz"
     system({"proc/cpuinfo": "processor\t: 0\n"})
     assert job.processor_name() == ""
+
+
+def test_bytes_that_are_no_utf_8(system, tmp_path):
+    """A process can give itself any name, and its status begins with it."""
+    system({"proc/cpuinfo": ""})
+    (tmp_path / "proc/self").mkdir()
+    (tmp_path / "proc/self/status").write_bytes(b"Name:\t\xff\xfe\nVmRSS:\t7 kB\n")
+    (tmp_path / "proc/cpuinfo").write_bytes(b"model name\t: A\xff CPU\n")
+    assert job.resident_memory() == 7 * 1024 and job.processor_name() == "A\ufffd CPU"

@@ -92,6 +92,7 @@ def test_attention_is_what_the_reference_attends_to(figures, boundary, shift):
     mask = np.broadcast_to(reference.attention_mask(32, 2, 8, boundary, shift), (2, 32, 32))
     np.testing.assert_array_equal(np.stack([left, right]), mask)
     assert words(figures[0]) == [[f"{kind} heads, group 8", "key", "query"] for kind in ("plain", "shifted")]
+    assert list(figures[0].get_size_inches()) == [8, 4.2]  # two squares side by side
     plots.attention("x", 1024, 256, boundary, shift)  # every fourth token is drawn
     for axes, row in zip(figures[1].axes, reference.attention_mask(256, 2, 64, boundary, shift)):
         np.testing.assert_array_equal(axes.images[0].get_array(), row)
@@ -131,3 +132,6 @@ def test_the_heat_map_has_a_block_for_each_cell(figures):
     del figures[1:]
     plots.passkey("x", rows, context=512, pretrained=32)
     assert not figures[1].axes[0].get_lines()  # both lie outside
+    more = [dict(length=length, depth=0.5, accuracy=1.0) for length in range(1, 6)]
+    plots.passkey("x", more, context=512, pretrained=32)
+    np.testing.assert_allclose(figures[2].get_size_inches(), [6.2, 4.6])  # 0.8 inches for each length
