@@ -472,6 +472,11 @@ def test_a_swapped_class_keeps_its_name():
         )
     assert swap._class_of(nn.Conv1d) is None
 
+    class Inner(type(made)):
+        pass
+
+    assert swap._class_of(Inner).__qualname__ == Inner.__qualname__ != Inner.__name__
+
 
 def test_swap_and_unswap_a_norm():
     made = norm()
