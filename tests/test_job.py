@@ -106,6 +106,8 @@ def test_a_limit_of_address_space(system, monkeypatch):
 def test_damaged_files_count_as_none(system):
     system({"proc/self/cgroup": "nonsense\n::\n", "proc/self/mountinfo": "x\n- \n", "proc/meminfo": "?"})
     assert job.available_memory() > 0 and job.processors() >= 1
+    system({"proc/self/cgroup": "4:memory:/\n", "proc/self/mountinfo": "1 2 3 / GROUPS - cgroup memory\n"})
+    assert job.available_memory() == 20000000 * 1024
 
 
 def test_quotas_of_every_group(system, monkeypatch):
@@ -118,6 +120,7 @@ def test_quotas_of_every_group(system, monkeypatch):
         ("250000 100000", "150000 100000", 2),
         ("1000 100000", "max 100000", 1),
         ("900000 100000", "", 8),
+        ("3 1", "max 100000", 3),
         ("100000 0", "100000", 8),
         ("100000 100000 1", "-1 100000", 8),
     ):

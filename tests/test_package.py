@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,21 @@ def test_a_module_is_imported_at_its_first_use(monkeypatch):
     monkeypatch.setattr(longlora.importlib, "import_module", lambda *asked: asked)
     for name in ("cuda", "eval", "ops", "torch"):
         assert longlora.__getattr__(name) == (f".{name}", "longlora")
+
+
+def test_a_tree_without_an_extension_takes_the_package_that_was_installed_from_it(monkeypatch, tmp_path):
+    folders = [tmp_path / name / "longlora" for name in ("tree", "other", "installed")]
+    tree, other, installed = folders
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("other" if folder == other else "equal")
+        (folder / f"_C{EXTENSION_SUFFIXES[0]}").touch()
+    monkeypatch.setattr(sys, "path", [str(folder.parent) for folder in folders])
+    assert longlora._installed(str(tree)) == [str(tree)]
+    (tree / f"_C{EXTENSION_SUFFIXES[0]}").unlink()
+    assert longlora._installed(str(tree)) == [str(installed)]
+    (installed / f"_C{EXTENSION_SUFFIXES[0]}").unlink()
+    assert longlora._installed(str(tree)) == [str(tree)]
 
 
 @pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}], ids=str)

@@ -383,6 +383,15 @@ def test_bad_arguments_are_named_before_anything_is_written(change, message, pla
         ops.s2_attention_forward(q, k, v, **{"group_size": 8, **change})
 
 
+def test_an_error_begins_with_the_function():
+    q, k, v, dout = inputs(1, 24, 4, 2, 8)
+    with pytest.raises(ValueError, match="^s2_attention_forward: boundary should be one of"):
+        ops.s2_attention_forward(q, k, v, group_size=8, boundary="roll")
+    out, lse = ops.s2_attention_forward(q, k, v, group_size=8)
+    with pytest.raises(ValueError, match="^s2_attention_backward: boundary should be one of"):
+        ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=8, boundary="roll")
+
+
 @pytest.mark.parametrize("boundary,shift", [(-1, 0), (3, 0), (0, -1), (0, 3)])
 def test_numbers_that_name_no_boundary_and_no_shift_are_refused(boundary, shift):
     q, k, v, out = inputs(1, 24, 4, 2, 8)

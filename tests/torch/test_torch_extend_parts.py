@@ -168,6 +168,13 @@ def test_the_directory_of_a_base(tmp_path, monkeypatch):
     assert _directory("base") == str(tmp_path / "base") and _directory(None) is None
     assert _directory("not/here/at/all") is None
     asked = []
+    base = SimpleNamespace(config=SimpleNamespace(_name_or_path=""))  # made from a config alone
+    made = SimpleNamespace(get_base_model=lambda: base)
+    ExtendedModel._note_base(made)
+    assert (made._base, made._base_directory) == (None, None)
+    base.config = SimpleNamespace(_name_or_path="base")
+    ExtendedModel._note_base(made)
+    assert (made._base, made._base_directory) == ("base", str(tmp_path / "base"))
 
     def cached_file(*args, **how):
         asked.append((args, how))

@@ -247,7 +247,9 @@ def test_parts_of_a_lora_linear(bias):
     weight, b, a, up, scale = swap._lora_of(made, rand(3, 8))
     assert weight is made.base_layer.weight and b is made.base_layer.bias and scale == 1.5
     assert torch.equal(a, made.lora_A["default"].weight) and torch.equal(up, made.lora_B["default"].weight)
-    close(swapped(made)(rand(3, 8)), made(rand(3, 8)))
+    ours = swapped(made)
+    assert isinstance(ours, swap.Swapped)
+    close(ours(rand(3, 8)), made(rand(3, 8)))
 
 
 def hooked(part):
