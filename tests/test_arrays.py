@@ -114,3 +114,10 @@ def test_results_go_back_without_a_copy():
         assert arrays.give_back(other, result, None) == (result, None)
     torch = pytest.importorskip("torch")
     assert arrays.give_back(torch.zeros(1), result) is result
+
+
+def test_zeros_of_a_tensor_overwrite_what_its_memory_held(monkeypatch):
+    used = Tensor((2,), "float32")
+    used.fill(7)
+    monkeypatch.setattr(arrays, "empty", lambda *given: used)
+    assert arrays.zeros((2,), "float32", used) is used and used.numpy().tolist() == [0, 0]

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import io
 import json
+import runpy
 import sys
 from types import SimpleNamespace
 
@@ -163,6 +164,10 @@ def test_the_process_returns_the_code_of_its_command(monkeypatch):
     monkeypatch.setattr(__main__, "end_quietly", lambda: did.append("quiet"))
     monkeypatch.setattr(cli, "main", lambda: did.append("ran") or 5)
     assert __main__.main() == 5 and did == ["quiet", "ran"]
+    monkeypatch.setattr(sys, "argv", ["longlora", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(cli.__file__, run_name="__main__")
+    assert ended.value.code == 0
     monkeypatch.setattr(interrupt.os, "_exit", did.append)
     interrupt.end(2, None)
     assert did[2:] == [130]
@@ -356,6 +361,7 @@ def test_help_says_what_each_flag_takes(capsys, monkeypatch):
         "": "usage: longlora [-h] [--version] COMMAND ...",
         "eval": "usage: longlora eval [-h] TASK ...",
         "generate": "[--prompt-cache FILE]",
+        "chat": "[--dtype {auto,float32,bfloat16,float16}] [--cache-dtype {auto,float32,bfloat16,float16}]",
         "serve": "[--cors-origin ORIGIN] [--served-model-name NAME]",
         "merge": "[--format {huggingface,gguf}] [--dtype {auto,f32,f16,bf16,q8_0}]",
         "demo": "[--device auto|cpu|cuda|cuda:N]",

@@ -72,6 +72,8 @@ def test_one_process_of_a_group_tells_a_users_error_and_each_its_own_fault(capsy
     assert capsys.readouterr().err == ""
     assert guard.guarded(raising(ValueError("odd")), speaks=False) == 1
     assert "please report" in capsys.readouterr().err
+    (details,) = tmp_path.iterdir()
+    assert details.match("longlora-error-*.txt")
 
 
 class Stream:

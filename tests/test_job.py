@@ -107,6 +107,8 @@ def test_a_limit_of_address_space(system, monkeypatch):
 def test_damaged_files_count_as_none(system):
     system({"proc/self/cgroup": "nonsense\n::\n", "proc/self/mountinfo": "x\n- \n", "proc/meminfo": "?"})
     assert job.available_memory() > 0 and job.processors() >= 1
+    system({"proc/self/cgroup": "4:memory:/\n", "proc/self/mountinfo": "1 2 3 / GROUPS - cgroup memory\n"})
+    assert job.available_memory() == 20000000 * 1024
 
 
 def test_quotas_of_every_group(system, monkeypatch):
@@ -119,6 +121,7 @@ def test_quotas_of_every_group(system, monkeypatch):
         ("250000 100000", "150000 100000", 2),
         ("1000 100000", "max 100000", 1),
         ("900000 100000", "", 8),
+        ("3 1", "max 100000", 3),
         ("100000 0", "100000", 8),
         ("100000 100000 1", "-1 100000", 8),
     ):
@@ -206,3 +209,12 @@ def test_the_name_of_the_processor(system):
     assert job.processor_name() == "A CPU: 3 GHz"
     system({"proc/cpuinfo": "processor\t: 0\n"})
     assert job.processor_name() == ""
+
+
+def test_bytes_that_are_no_utf_8(system, tmp_path):
+    """A process can give itself any name, and its status begins with it."""
+    system({"proc/cpuinfo": ""})
+    (tmp_path / "proc/self").mkdir()
+    (tmp_path / "proc/self/status").write_bytes(b"Name:\t\xff\xfe\nVmRSS:\t7 kB\n")
+    (tmp_path / "proc/cpuinfo").write_bytes(b"model name\t: A\xff CPU\n")
+    assert job.resident_memory() == 7 * 1024 and job.processor_name() == "A\ufffd CPU"

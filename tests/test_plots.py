@@ -72,7 +72,7 @@ def test_perplexity_has_its_curves_and_the_native_length(figures):
     before, after, native = figures[0].axes[0].get_lines()
     assert [line.get_label() for line in (before, after)] == ["before", "after"]
     assert after.get_xydata().tolist() == [[1, 7], [2, 6]] and list(native.get_xdata()) == [2, 2]
-    assert before.get_marker() == "o" and native.get_linestyle() == ":"
+    assert before.get_marker() == "o" and native.get_linestyle() == ":" and native.get_color() == "black"
     axes = figures[0].axes[0]
     assert words(figures[0]) == [["perplexity by position", "tokens", "perplexity", "before", "after"]]
     assert axes.get_yscale() == "log" and [text.get_text() for text in axes.texts] == [" native length"]
@@ -92,6 +92,7 @@ def test_attention_is_what_the_reference_attends_to(figures, boundary, shift):
     mask = np.broadcast_to(reference.attention_mask(32, 2, 8, boundary, shift), (2, 32, 32))
     np.testing.assert_array_equal(np.stack([left, right]), mask)
     assert words(figures[0]) == [[f"{kind} heads, group 8", "key", "query"] for kind in ("plain", "shifted")]
+    assert list(figures[0].get_size_inches()) == [8, 4.2]  # two squares side by side
     plots.attention("x", 1024, 256, boundary, shift)  # every fourth token is drawn
     for axes, row in zip(figures[1].axes, reference.attention_mask(256, 2, 64, boundary, shift)):
         np.testing.assert_array_equal(axes.images[0].get_array(), row)
@@ -117,7 +118,7 @@ def test_the_heat_map_has_a_block_for_each_cell(figures):
         axes.get_xlim() == (-0.5, 2.5) and axes.get_ylim() == (1, 0) and list(axes.get_xticks()) == [0, 1, 2]
     )
     assert [text.get_text() for text in axes.get_xticklabels()] == ["64", "128", "256"]
-    assert [text.get_position()[:1] for text in axes.texts[4:]] == [(0.5,), (1.5,)]
+    assert [text.get_position() for text in axes.texts[4:]] == [(0.5, -0.02), (1.5, -0.02)]  # above it
     assert [text.get_position() for text in axes.texts[:4]] == [(0, 0.2), (0, 0.7), (1, 0.5), (2, 0.5)]
     assert axes.texts[3].get_text() == "25\nat random"
     assert [line.get_linestyle() for line in axes.get_lines()] == [":", "-"]
@@ -131,3 +132,6 @@ def test_the_heat_map_has_a_block_for_each_cell(figures):
     del figures[1:]
     plots.passkey("x", rows, context=512, pretrained=32)
     assert not figures[1].axes[0].get_lines()  # both lie outside
+    more = [dict(length=length, depth=0.5, accuracy=1.0) for length in range(1, 6)]
+    plots.passkey("x", more, context=512, pretrained=32)
+    np.testing.assert_allclose(figures[2].get_size_inches(), [6.2, 4.6])  # 0.8 inches for each length

@@ -56,7 +56,7 @@ def test_tensors_have_the_names_and_shapes_of_transformers(tmp_path, family, tie
     assert ours.rope == Rope("default", row.theta, 64)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if "vocab_size" in FAMILIES[name].defaults])
+@pytest.mark.parametrize("family", ["phi3", "granite", "smollm3"])  # every size of theirs has a default
 @pytest.mark.parametrize("given", [{}, SIZES, dict(num_key_value_heads=None), dict(num_hidden_layers=9)])
 def test_a_missing_key_has_the_default_of_transformers(family, given):
     import transformers

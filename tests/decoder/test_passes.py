@@ -1,5 +1,7 @@
 """A pass over a cache gives the logits of a pass without one, however the tokens are split into pieces."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tiny
@@ -102,6 +104,16 @@ def test_the_first_pass_of_a_shape_is_recorded_and_eight_recordings_are_kept(mod
         assert len(generator._batches) <= 8
     assert recorded == [(1, size) for size in (1, 2, 3, 4, 5, 6, 7, 8, 9, 1)]
     assert set(generator._batches) == {(1, 9), (1, 1)}
+
+
+def test_a_gpu_computes_each_pass_without_a_recording():
+    """A recording is of calls with memory of the CPU."""
+    passes, batch = [], SimpleNamespace(ops=None)
+    generator = object.__new__(Generator)
+    generator.model = SimpleNamespace(device="cuda:0", network=SimpleNamespace(forward=passes.append))
+    generator._forward(batch)
+    generator._forward(batch)
+    assert passes == [batch, batch] and batch.ops is None
 
 
 def test_a_pass_of_many_rows_may_need_a_larger_arena(model):

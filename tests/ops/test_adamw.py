@@ -53,6 +53,8 @@ def test_against_torch(place):
         optimizer.step()
         ops.adamw(param, m, v, grad, lr=1e-2, step=step, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
     np.testing.assert_allclose(param, theirs.detach().numpy(), rtol=1e-5, atol=1e-7)
+    for got, name in ((m, "exp_avg"), (v, "exp_avg_sq")):  # a factor on all gradients shows only here
+        np.testing.assert_allclose(got, optimizer.state[theirs][name].numpy(), rtol=1e-5, atol=1e-7)
 
 
 def test_step_counts_from_one(place):

@@ -48,3 +48,7 @@ def test_it_is_a_type_error(wrong):
         ops.rms_norm_forward(wrong, np.ones(4, np.float32))
     with pytest.raises(TypeError, match="weight: wanted an array"):
         ops.lora_linear_forward(np.ones((2, 4), np.float32), wrong)
+    with pytest.raises(TypeError, match="embedding_backward: dout: wanted an array"):
+        ops.embedding_backward(wrong, IDS, IDS, 4)
+    with pytest.raises(TypeError, match="rms_norm_backward: weight: wanted an array"):
+        ops.rms_norm_backward(FLOAT, FLOAT, FLOAT[..., 0], wrong)

@@ -208,6 +208,12 @@ def test_causality(boundary, shift, place):
     assert leaked == (boundary == "wrap" and shift != "none")
 
 
+def test_the_default_group_is_a_quarter_made_even():
+    """At least 2, and never more than a quarter else. The paper trains 8192 tokens in groups of 2048."""
+    lengths = (1, 8, 15, 16, 72, 8192, 100_000)
+    assert [ops.quarter_group(length) for length in lengths] == [2, 2, 2, 4, 18, 2048, 25_000]
+
+
 def test_wrap_is_the_papers_algorithm(place):
     """Roll half of the heads by -G/2, attend causally inside groups, roll back (LongLoRA, Algorithm 1)."""
     B, T, H, D, G = 2, 48, 4, 8, 16
@@ -375,6 +381,15 @@ def test_bad_arguments_are_named_before_anything_is_written(change, message, pla
     q, k, v, _ = inputs(1, 24, 4, 2, 8)
     with pytest.raises((ValueError, TypeError), match=message):
         ops.s2_attention_forward(q, k, v, **{"group_size": 8, **change})
+
+
+def test_an_error_begins_with_the_function():
+    q, k, v, dout = inputs(1, 24, 4, 2, 8)
+    with pytest.raises(ValueError, match="^s2_attention_forward: boundary should be one of"):
+        ops.s2_attention_forward(q, k, v, group_size=8, boundary="roll")
+    out, lse = ops.s2_attention_forward(q, k, v, group_size=8)
+    with pytest.raises(ValueError, match="^s2_attention_backward: boundary should be one of"):
+        ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=8, boundary="roll")
 
 
 @pytest.mark.parametrize("boundary,shift", [(-1, 0), (3, 0), (0, -1), (0, 3)])

@@ -23,6 +23,12 @@ def qkv(T=8, H=4, K=2, D=8, B=1, dtype=torch.float32):
     return [torch.randn(B, T, heads, D, generator=draw).to(dtype) for heads in (H, K, K)]
 
 
+def test_public_names():
+    names = "all_to_all_bytes bytes_sent disable enable exchange lengths loss next_tokens pieces positions"
+    assert cp.__all__ == [*names.split(), "ring_bytes", "s2_attention", "split", "table"]
+    assert all(callable(getattr(cp, name)) for name in cp.__all__)
+
+
 # ---- attention -----------------------------------------------------------------------------------
 
 

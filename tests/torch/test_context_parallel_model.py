@@ -173,6 +173,19 @@ def test_checkpointed_layers_give_the_same_gradients(group, monkeypatch):
     assert sorted(T for T, *_ in counted) == [8, 8, 13, 13] and counted[0][1] is group
 
 
+def test_a_layer_is_recomputed_in_the_first_backward_pass(group, monkeypatch):
+    """Backward passes are numbered from 0, and outside of them the number is -1."""
+    state, x = inside._Parallel(group), torch.ones(1, 4, 2, 8)
+    state.seen = {(4,)}
+    module = SimpleNamespace(training=True, config=SimpleNamespace(longlora_group_size=4))
+    how = dict(documents=Documents(4), boundary="split", shift="half", scale=1.0, window=None)
+    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 0)
+    torch.testing.assert_close(state(module, x, x, x, **how), x)  # a mean of ones
+    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: -1)
+    with pytest.raises(RuntimeError, match=r"call the model that enable\(\) was given"):
+        state(module, x, x, x, **how)
+
+
 def test_documents_and_windows_are_refused(group):
     state = inside._Parallel(group)
     state.lengths = (4, 4)

@@ -79,7 +79,7 @@ def test_the_default_settings_are_the_papers(monkeypatch):
     assert attention.attention(layer, *qkv(1), Documents(1))[0].shape == (1, 1, 2, 4)
 
 
-@pytest.mark.parametrize("widths", [(4, 6), (6, 4)])
+@pytest.mark.parametrize("widths", [(4, 6), (6, 4), (10, 8)])
 def test_heads_of_k_and_v_of_different_sizes(widths):
     D, E = widths
     layer, (q, k, v) = plain_layer(), qkv(D=D, E=E)
@@ -148,6 +148,7 @@ def test_sdpa_of_transformers_serves_other_attention():
             "0 where a token is seen and at most -10000",
         ),
         (dict(softcap=30.0), r"soft-capped scores \(softcap\) of Layer is not supported"),
+        (dict(cache=None, softcap=30.0), r"soft-capped scores \(softcap\)"),
         (dict(head_mask=torch.ones(2)), r"a head mask \(head_mask\) of Layer"),
         (dict(sieve=torch.ones(2)), r"a tensor that is unknown here \(sieve\) of Layer"),
     ],
@@ -209,6 +210,14 @@ def test_packed_documents_beside_bidirectional_attention(monkeypatch):
 
 def masked(T=8, kv=None, **how):
     return attention.mask(**{**dict(batch_size=1, kv_length=kv or T, q_length=T, device="cpu"), **how})
+
+
+def test_a_mask_without_documents_stops_a_compiled_model(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(RuntimeError, match="longlora_s2: this mask is not causal attention within documents"):
+        documents.of_function(
+            lambda b, h, q, k: (k <= q) & (k > q - 2), None, 1, 8, torch.device("cpu"), "tiny"
+        )
 
 
 @new

@@ -255,6 +255,7 @@ def test_the_command_line(monkeypatch, capsys):
     help = " ".join(capsys.readouterr().out.split())
     assert help.startswith("usage: python -m longlora.torch.authors [-h]") and " DIR OUT " in help
     assert "Import the adapter that the LongLoRA authors' scripts wrote." in help
+    assert f"DIR adapter_config.json, adapter_model.bin, {authors.PARAMETERS} OUT the adapter" in help
     assert len(calls) == 2
 
 

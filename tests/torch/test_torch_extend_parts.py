@@ -168,6 +168,13 @@ def test_the_directory_of_a_base(tmp_path, monkeypatch):
     assert _directory("base") == str(tmp_path / "base") and _directory(None) is None
     assert _directory("not/here/at/all") is None
     asked = []
+    base = SimpleNamespace(config=SimpleNamespace(_name_or_path=""))  # made from a config alone
+    made = SimpleNamespace(get_base_model=lambda: base)
+    ExtendedModel._note_base(made)
+    assert (made._base, made._base_directory) == (None, None)
+    base.config = SimpleNamespace(_name_or_path="base")
+    ExtendedModel._note_base(made)
+    assert (made._base, made._base_directory) == ("base", str(tmp_path / "base"))
 
     def cached_file(*args, **how):
         asked.append((args, how))
@@ -352,6 +359,31 @@ def test_the_partial_rotary_factor_is_removed_from_a_copy():
     assert positions._without_partial({partial: 0.5, "rope_scaling": None}) == ({"rope_scaling": None}, 0.5)
     assert positions._without_partial({"rope_scaling": {partial: 0.1}}) == ({"rope_scaling": {}}, None)
     assert positions._without_partial({"rope_parameters": None}) == ({"rope_parameters": None}, None)
+
+
+class Config(SimpleNamespace):
+    """A config of 64 positions with heads of 4 dimensions, as transformers 5 has it."""
+
+    def __init__(self, **more):
+        super().__init__(**{"model_type": "llama", "max_position_embeddings": 64, **more})
+
+    def to_dict(self):
+        return dict(vars(self))
+
+
+def test_parameters_of_other_rules_are_kept():
+    """A model of pictures has sections there, and some families scale queries by a length."""
+    rotary = SimpleNamespace(inv_freq=torch.ones(2))
+    own = {"rope_type": "default", "rope_theta": 5.0, "sections": [1, 1], "partial_rotary_factor": 0.5}
+    extended, sentence = positions._extended(Config(rope_parameters=own), rotary, "linear", 256)
+    assert extended.rope_parameters == own | {"rope_type": "linear", "factor": 4.0}
+    assert sentence == "rope: linear, factor ceil(256 / 64) = 4"
+    assert (extended.max_position_embeddings, extended.original_max_position_embeddings) == (256, 64)
+    own = {"rope_theta": 5.0, positions.ORIGINAL: 32}
+    extended, _ = positions._extended(Config(rope_parameters=own), rotary, "linear", 256)
+    assert extended.rope_parameters == own | {"rope_type": "linear", "factor": 8.0}
+    extended, _ = positions._extended(Config(rope_parameters=None, rope_theta=5.0), rotary, "linear", 128)
+    assert extended.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}
 
 
 def test_config_fields_of_linear_interpolation():

@@ -31,7 +31,7 @@ def test_public_names():
 def test_a_tensor_is_copied_only_where_its_last_axis_is_not_dense():
     x = torch.arange(24.0).reshape(4, 6)
     assert layout.dense(None) is None and layout.dense(x) is x
-    for view in (x[:, :3], x[:, :1].expand(4, 1), x.t()[:, :1]):
+    for view in (x[:, :3], x[:, :1].expand(4, 1), x.t()[:, :1], x.t()[::2, :1]):
         assert layout.dense(view) is view
     copied = layout.dense(x.t())
     assert copied.is_contiguous() and torch.equal(copied, x.t())
@@ -138,6 +138,12 @@ def test_the_default_pattern_is_the_papers():
         assert torch.equal(function(q, k, k, group_size=4), want)
 
 
+def test_the_logarithms_of_the_sums_have_no_gradient():
+    q, k = torch.randn(1, 8, 2, 4, requires_grad=True), torch.randn(1, 8, 1, 4)
+    out, lse = ops.s2_attention_with_lse(q, k, k, group_size=4)
+    assert out.requires_grad and not lse.requires_grad
+
+
 def test_boundaries_of_another_batch_size_are_refused():
     q, k = torch.zeros(2, 4, 2, 4), torch.zeros(2, 4, 1, 4)
     with pytest.raises(ValueError, match="cu_seqlens axis 0 should be B=2, got 3"):
@@ -181,7 +187,7 @@ def test_the_loss_computes_gradients_only_if_they_are_needed(monkeypatch):
         ops.linear_cross_entropy(x, weight, targets, reduction="max")
 
 
-def test_plain_tensors_skip_the_dispatcher():
+def test_plain_tensors_skip_the_dispatcher(monkeypatch):
     """The arguments decide whether a call runs the kernel, the autograd function or the operator."""
     taken = []
 
@@ -214,6 +220,9 @@ def test_plain_tensors_skip_the_dispatcher():
         assert call(x) == "operator"
     torch.vmap(lambda row: call(row) and row)(torch.ones(2, 2))
     assert taken[-1] == "operator"
+    assert call(x) == "kernel"
+    monkeypatch.setattr(register, "is_compiling", lambda: True)
+    assert call(x) == "operator"
 
 
 def test_shapes_and_dtypes_on_the_meta_device():

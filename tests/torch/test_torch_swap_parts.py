@@ -247,7 +247,9 @@ def test_parts_of_a_lora_linear(bias):
     weight, b, a, up, scale = swap._lora_of(made, rand(3, 8))
     assert weight is made.base_layer.weight and b is made.base_layer.bias and scale == 1.5
     assert torch.equal(a, made.lora_A["default"].weight) and torch.equal(up, made.lora_B["default"].weight)
-    close(swapped(made)(rand(3, 8)), made(rand(3, 8)))
+    ours = swapped(made)
+    assert isinstance(ours, swap.Swapped)
+    close(ours(rand(3, 8)), made(rand(3, 8)))
 
 
 def hooked(part):
@@ -471,6 +473,11 @@ def test_a_swapped_class_keeps_its_name():
             type(again) is kind and torch.equal(again.weight, ours.weight) and again.weight is not ours.weight
         )
     assert swap._class_of(nn.Conv1d) is None
+
+    class Inner(type(made)):
+        pass
+
+    assert swap._class_of(Inner).__qualname__ == Inner.__qualname__ != Inner.__name__
 
 
 def test_swap_and_unswap_a_norm():

@@ -106,6 +106,28 @@ def test_sequences_come_in_the_order_of_the_driver():
     assert len(places) == 9 and [places[i] for i in range(9)] == want == places.places
 
 
+def test_labels_are_targets_one_place_later(monkeypatch):
+    """The label of a token is the token itself, because the losses of transformers compare with the next."""
+    ids = np.array([[5, 6, 7, 8], [9, 10, 11, 0]], np.int32)
+    targets = np.array([[6, 7, 8, -100], [10, 11, -100, -100]], np.int32)
+    boundaries = np.array([0, 2, 4, 7, 8], np.int32)
+    asked = []
+
+    def made(*given):
+        asked.append(given)
+        return ids, targets, boundaries if given[2] == 4 else None
+
+    monkeypatch.setattr(ours.sequences, "batch", made)
+    found = ours.batch("corpus", [3, 1], 1)
+    assert {name: x.tolist() for name, x in found.items()} == {
+        "input_ids": ids.tolist(),
+        "labels": [[-100, 6, 7, 8], [-100, 10, 11, -100]],
+    }
+    assert all(x.dtype == torch.int64 for x in found.values())
+    assert ours.batch("corpus", [3, 1], 4)["position_ids"].tolist() == [[0, 1, 0, 1], [0, 1, 2, 0]]
+    assert asked == [("corpus", [3, 1], 1), ("corpus", [3, 1], 4)]
+
+
 # ---- the steps -----------------------------------------------------------------------------------
 
 
