@@ -83,7 +83,7 @@ class Buffer:
     def __init__(self, low, high, device):
         self.host, shift = raw(low, high), low % ALIGNMENT
         self.whole = Tensor(shift + self.host.size, "uint8", **device)
-        self.whole.fill(255)  # NaN around the copy, up to multiples of 256 bytes
+        self.whole[:shift].fill(255)  # NaN before the copy
         self.copy = self.whole[shift : shift + self.host.size]
         self.like = dlpack.tensor_of(self.whole)
         self.offset = self.like.data + shift - low

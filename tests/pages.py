@@ -19,6 +19,7 @@ import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
+import forked
 import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -233,7 +234,9 @@ class Runner:
                 text = text.replace(wide, narrow)
             Path("script.py").write_text(GIVEN + text)
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
-            subprocess.run([sys.executable, *launch], check=True, timeout=1200)
+            done = forked.run(launch)
+            print(done.stdout, done.stderr)
+            done.check_returncode()
             return
         program = compile(fewer(self.at_the_server(text)), "the page", "exec")
         exec(program, {"__name__": "__main__", "MODEL": "MODEL"})

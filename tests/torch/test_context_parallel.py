@@ -5,13 +5,11 @@ Cases that need processes are in context_parallel_worker.py, which is started on
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import checks
 import context_parallel_worker as worker
+import forked
 import numpy as np
 import pytest
 import torch
@@ -31,29 +29,12 @@ REPORTS = {}
 def report(world, directory):
     """Case -> what went wrong on each rank."""
     if world not in REPORTS:
-        path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ["PYTHONPATH"]])
         env = {
-            **os.environ,
-            "PYTHONPATH": path,
-            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), os.environ["PYTHONPATH"]]),
             "GLOO_SOCKET_IFNAME": "lo",
-            "HF_HUB_OFFLINE": "1",
         }
-        command = [sys.executable, str(HERE / "context_parallel_worker.py"), str(world), str(directory)]
-        ranks = subprocess.Popen(
-            command,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            printed, _ = ranks.communicate(timeout=1200)
-        except subprocess.TimeoutExpired:
-            os.killpg(ranks.pid, signal.SIGKILL)
-            raise
-        assert ranks.returncode == 0, printed
+        ranks = forked.run([HERE / "context_parallel_worker.py", world, directory], env=env)
+        assert ranks.returncode == 0, ranks.stdout + ranks.stderr
         REPORTS[world] = [json.loads((directory / f"{rank}.json").read_text()) for rank in range(world)]
     return REPORTS[world]
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import tiny
@@ -53,8 +54,10 @@ DEEPSPEED = {
 }
 
 
-def launched(tmp_path, output, config=None, **fields):
-    """A run by two processes: by torchrun, or by accelerate launch with `config` -> what it said."""
+def launched(tmp_path, output, config=None, fork=True, **fields):
+    """A run by two processes: by torchrun, or by accelerate launch with `config` -> what it said.
+
+    fork: the launcher and the processes are forked (forked.py), not started as users start them."""
     fields = tiny.options(tmp_path, output_dir=str(tmp_path / output), **fields)
     if config is None:
         command = [
@@ -69,13 +72,13 @@ def launched(tmp_path, output, config=None, **fields):
         file = tmp_path / "accelerate.yaml"
         file.write_text(json.dumps(config))
         command = ["accelerate.commands.launch", "--config_file", str(file), str(HERE / "torch_worker.py")]
-    done = subprocess.run(
-        [sys.executable, "-m", *command, *tiny.flags(fields)],
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-    )
+    words, env = ["-m", *command, *tiny.flags(fields)], {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    if fork:
+        done = forked.run(words, env=env)
+    else:
+        done = subprocess.run(
+            [sys.executable, *words], capture_output=True, text=True, timeout=1200, env={**os.environ, **env}
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -95,7 +98,9 @@ def two_equal_one(tmp_path, config):
         per_device_train_batch_size=2,
     )
     one = run(ours.train, tmp_path, "one", gradient_accumulation_steps=4, save_steps=2, **fields)
-    said = launched(tmp_path, "two", config, gradient_accumulation_steps=2, save_steps=2, **fields)
+    said = launched(
+        tmp_path, "two", config, fork=False, gradient_accumulation_steps=2, save_steps=2, **fields
+    )
     assert said.count("step 5/5") == 1 and "2 x 2 x 2 x 128 = 1,024 tokens by 2 processes" in said
     assert "device: cpu, 1 thread, in the first of 2 processes" in said
     same_rows(metrics.read(tmp_path / "two"), one.history, rel=2e-5)
@@ -129,21 +134,10 @@ def test_two_go_on_for_one_by_fsdp2(tmp_path):
 
 
 def test_swapped_layers_under_fsdp2(tmp_path):
-    command = [sys.executable, str(HERE / "swap_fsdp2_worker.py")]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=1200) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], said
-    for out, _ in said:
-        for case in json.loads(out):
+    worker = HERE / "swap_fsdp2_worker.py"
+    for done in forked.together([[worker, rank, tmp_path] for rank in range(2)]):
+        assert done.returncode == 0, done
+        for case in json.loads(done.stdout):
             parts = dict(rms_norm=10, swiglu=2, lora_linear=8, rope=2, linear_cross_entropy=1)
             assert case["counts"] == parts, case["case"]
             assert case["losses"] == pytest.approx(case["alone"], rel=1e-5), case["case"]
