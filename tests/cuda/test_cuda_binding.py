@@ -102,6 +102,13 @@ print(longlora.tools.doctor.text(longlora.tools.doctor.examine()))
     )
 
 
+@needs_emulation
+def test_the_oldest_gpu_is_supported():
+    code = "from longlora import cuda; assert cuda.is_available(), cuda.reason()"
+    environment = {**os.environ, "LONGLORA_EMULATION_SM": "80"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
 # ---- Tensors -------------------------------------------------------------------------------------
 
 
@@ -189,6 +196,17 @@ def test_copies_between_devices(source, to):
         z = Tensor((9, 5, 9), dtype)
         z[1:7].copy_(y)
         np.testing.assert_array_equal(z.numpy()[1:7], x)
+
+
+@needs_cuda
+def test_copies_of_a_column():
+    """Its elements lie apart in one of the two tensors."""
+    x, column = f32(7, 2), Tensor(7, "float32", "cuda")
+    wide = tensor(x)
+    column.copy_(wide[:, 1])
+    np.testing.assert_array_equal(back(column), x[:, 1])
+    wide[:, 0].copy_(column)
+    np.testing.assert_array_equal(back(wide), x[:, [1, 1]])
 
 
 @needs_cuda

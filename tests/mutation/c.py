@@ -4,10 +4,11 @@
 
 It works on a copy of the working directory, which is built for portable instructions alone: one object is
 compiled for each mutant, of a header those of all files that include it. A mutant with objects that are the
-same to the byte computes the same. --cuda takes cuda/*.cu and *.cuh, compiled for the emulated GPU, in place
-of csrc, and tests/cuda in place of tests/binding. The test files run once, to see how long each test takes. A
-mutant costs the tests of its op, the quickest first, until one fails or five seconds are over. --again tries
-only what survived, with all tests of all files that use it. Results: build/mutation/c.jsonl and cuda.jsonl.
+same to the byte computes the same. --cuda takes cuda/*.cu and *.cuh and csrc/workspace.*, compiled for the
+emulated GPU, in place of csrc, and tests/cuda in place of tests/binding. The test files run once, to see how
+long each test takes. A mutant costs the tests of its op, the quickest first, until one fails or five seconds
+are over. --again tries only what survived, with all tests of all files that use it. Results:
+build/mutation/c.jsonl and cuda.jsonl.
 """
 
 import hashlib
@@ -113,7 +114,8 @@ class Extension:
                 file.unlink()
             if not self.build():
                 return "not compiled"
-            if all(file.read_bytes() == data for file, data in objects.items()):
+            # Objects of builds with other flags lie beside them, and are not made again.
+            if all(file.read_bytes() == data for file, data in objects.items() if file.exists()):
                 return "equivalent"
             return run(own, tests, most)
         finally:
@@ -178,15 +180,16 @@ def tests_of(path: Path, cuda: bool) -> tuple[list[str], list[str]]:
 
 def main() -> None:
     parser = results.parser(__doc__)
-    parser.add_argument("--cuda", action="store_true", help="cuda/*.cu and *.cuh, emulated")
+    parser.add_argument("--cuda", action="store_true", help="the files of a GPU, emulated")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     # Threads that wait cost processor time; plugins have nothing to do.
     os.environ |= {"OMP_WAIT_POLICY": "passive", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     name, store = "cuda" if args.cuda else "c", python.ROOT / "build/mutation"
     with python.scratch():
-        pattern = "cuda/*.cu*" if args.cuda else "csrc/**/*.[ch]"
-        paths = [path for path in sorted(Path().glob(pattern)) if re.search(args.only, str(path))]
+        gpu = sorted([*Path("cuda").glob("*.cu*"), *Path("csrc").glob("workspace.*")])
+        paths = gpu if args.cuda else sorted({*Path("csrc").rglob("*.[ch]")}.difference(gpu))
+        paths = [path for path in paths if re.search(args.only, str(path))]
         keys = dict(found for path in paths for found in mutants(path))
         wanted = results.sample(set(keys), args.count, args.seed)
         python.load(["numpy", "hypothesis", "torch", "jax", "setuptools.command.build_ext"])
