@@ -80,6 +80,7 @@ def test_devices_are_named():
             "the NVIDIA driver is too old: it supports CUDA 12.2, this build needs CUDA 13.0",
         ),
         (dict(SM="75"), "the GPU is an sm_75, the oldest supported one is sm_80"),
+        (dict(LOST="1"), "CUDA: an illegal memory access was encountered"),
     ],
 )
 def test_what_a_machine_may_lack(variables, words):
@@ -133,6 +134,15 @@ def test_a_tensor_on_a_gpu():
             refused()
     with pytest.raises(BufferError, match="on a GPU, .* use cpu()"):
         memoryview(t)
+
+
+@needs_cuda
+def test_the_number_of_devices_is_named():
+    count = cuda.device_count()
+    words = f"there {'is' if count == 1 else 'are'} {count} CUDA device"
+    for index in count, count + 1:
+        with pytest.raises(RuntimeError, match=f"Tensor: cuda:{index} cannot be used: {words}"):
+            Tensor(3, "float32", f"cuda:{index}")
 
 
 @needs_cuda

@@ -170,9 +170,11 @@ def tests_of(path: Path, cuda: bool) -> tuple[list[str], list[str]]:
     ops, others = (sorted(Path("tests", folder).glob("test_*.py")) for folder in folders)
     ops = [file for file in ops if file.stem not in LEFT_OUT]
     others = [file for file in others if file.stem not in LEFT_OUT]
-    words = "matmul|lora_linear|linear_cross_entropy" if "gemm" in str(path) else STAGE.sub("", path.stem)
-    own = [file for file in ops if re.search(words, file.name)]
-    ops = [file for file in ops if file not in own and (not own or re.search(words, file.read_text()))]
+    gemm = "matmul|lora_linear|linear_cross_entropy|cublas"
+    words = gemm if "gemm" in str(path) else STAGE.sub("", path.stem)
+    own = [file for file in ops + others * cuda if re.search(words, file.name)]
+    ops, others = ([file for file in files if file not in own] for files in (ops, others))
+    ops = [file for file in ops if not own or re.search(words, file.read_text())]
     if cuda and not own or path.parent.name == "python":
         own, ops, others = others, ops * cuda, []
     return list(map(str, own)), list(map(str, ops + others * (cuda or not own)))
