@@ -79,7 +79,7 @@ def test_equivalent_txt_lists_only_mutants_of_the_current_code(monkeypatch):
     monkeypatch.chdir(TOOL.parents[2])
     lines = results.EQUIVALENT.read_text().splitlines()
     assert lines == sorted(lines) and all(line.partition("  # ")[2] for line in lines)
-    sources = [*Path("csrc").rglob("*.c"), *Path("cuda").glob("*.cu")]
+    sources = [*Path("csrc").rglob("*.[ch]"), *Path("cuda").glob("*.cu*")]
     keys = {key for path in sources for key, _ in c.mutants(path)}
     for path in Path("longlora").rglob("*.py"):
         keys |= {f"{path}:{m.function}: {m.was} -> {m.then}" for m in operators.mutants(path.read_text())}
@@ -98,3 +98,16 @@ def test_the_faults_of_c(tmp_path):
         "y[2] = a < *b;",
     ]
     assert [now for *_, now in found] == [";", " <= ", "3", ";"]
+
+
+def test_a_header_costs_the_files_that_include_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts = {"csrc/a.h": "", "csrc/in/b.h": '#include "../a.h"\n', "csrc/in/x.c": '#include "b.h"\n'}
+    texts |= {"cuda/y.cu": '#include "c.cuh" /* why */\n#include "../csrc/a.h"\n', "csrc/z.c": "int a;\n"}
+    for name, text in texts.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text)
+    users = {name: list(map(str, c.users(Path(name)))) for name in texts}
+    assert users.pop("csrc/a.h") == ["csrc/in/x.c", "cuda/y.cu"]
+    assert users.pop("csrc/in/b.h") == ["csrc/in/x.c"]
+    assert all(by == [name] for name, by in users.items())

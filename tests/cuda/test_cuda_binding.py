@@ -80,6 +80,7 @@ def test_devices_are_named():
             "the NVIDIA driver is too old: it supports CUDA 12.2, this build needs CUDA 13.0",
         ),
         (dict(SM="75"), "the GPU is an sm_75, the oldest supported one is sm_80"),
+        (dict(LOST="1"), "CUDA: an illegal memory access was encountered"),
     ],
 )
 def test_what_a_machine_may_lack(variables, words):
@@ -100,6 +101,13 @@ print(longlora.tools.doctor.text(longlora.tools.doctor.examine()))
     assert (
         f"False {words}\nTensor: cuda cannot be used: {words}\n" in done and f"not available: {words}" in done
     )
+
+
+@needs_emulation
+def test_the_oldest_gpu_is_supported():
+    code = "from longlora import cuda; assert cuda.is_available(), cuda.reason()"
+    environment = {**os.environ, "LONGLORA_EMULATION_SM": "80"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 # ---- Tensors -------------------------------------------------------------------------------------
@@ -126,6 +134,15 @@ def test_a_tensor_on_a_gpu():
             refused()
     with pytest.raises(BufferError, match="on a GPU, .* use cpu()"):
         memoryview(t)
+
+
+@needs_cuda
+def test_the_number_of_devices_is_named():
+    count = cuda.device_count()
+    words = f"there {'is' if count == 1 else 'are'} {count} CUDA device"
+    for index in count, count + 1:
+        with pytest.raises(RuntimeError, match=f"Tensor: cuda:{index} cannot be used: {words}"):
+            Tensor(3, "float32", f"cuda:{index}")
 
 
 @needs_cuda
@@ -189,6 +206,17 @@ def test_copies_between_devices(source, to):
         z = Tensor((9, 5, 9), dtype)
         z[1:7].copy_(y)
         np.testing.assert_array_equal(z.numpy()[1:7], x)
+
+
+@needs_cuda
+def test_copies_of_a_column():
+    """Its elements lie apart in one of the two tensors."""
+    x, column = f32(7, 2), Tensor(7, "float32", "cuda")
+    wide = tensor(x)
+    column.copy_(wide[:, 1])
+    np.testing.assert_array_equal(back(column), x[:, 1])
+    wide[:, 0].copy_(column)
+    np.testing.assert_array_equal(back(wide), x[:, [1, 1]])
 
 
 @needs_cuda

@@ -103,6 +103,43 @@ def test_what_cublas_has_no_algorithm_for(answer, dtype, cuda, poison, monkeypat
 
 
 @needs_emulation
+def test_which_products_cublas_does(cuda, monkeypatch):
+    """Those of one dtype with a dense axis each, into that or float32. A cuBLAS that fails tells which."""
+    monkeypatch.setenv("LONGLORA_EMULATION_CUBLAS", "fails")
+
+    def does(call, *args):
+        try:
+            call(*args)
+        except RuntimeError as error:
+            assert str(error).endswith("cuBLAS: product: error")
+            return True
+        return False
+
+    def multiplies(a, b, dtype="float32"):
+        return does(_C.matmul, np.empty((len(a), b.shape[1]), checks.DTYPES[dtype]), a, b, 1.0, 0.0)
+
+    K = 179  # shapes that no other test uses, because plans are kept
+    long, wide, tall = (checks.random(shape) for shape in ((14, 2 * K), (K, 9), (2 * K, 10)))
+    a, b = np.ascontiguousarray(long[:7, :K]), np.ascontiguousarray(tall[:K, :5])
+    for x in (a, a.T.copy().T, long[:7, :K], long[::2, :K], wide[:, :7].T):
+        for y in (b, b.T.copy().T, tall[:K, :5], tall[::2, :5], long[:5, :K].T):
+            assert multiplies(x, y)
+    assert does(_C.matmul, np.empty((7, 9), np.float32)[:, :5], a, b, 1.0, 0.0)
+    # An axis of one element may have any step.
+    for x, y in ((long[:1, ::2], b), (a, tall[::2, :1]), (long[::2, :1], b[:1]), (a[:, :1], tall[:1, ::2])):
+        assert multiplies(x, y)
+    for x in (long[:7, ::2], a[::-1], np.broadcast_to(a[:1], (7, K))):
+        assert not multiplies(x, b) and not multiplies(a, tall[:K, ::2]) and not multiplies(x[:, :0], b[:0])
+    for dtype in ("bfloat16", "float16"):
+        x, y = a.astype(checks.DTYPES[dtype]), b.astype(checks.DTYPES[dtype])
+        assert multiplies(x, y) and multiplies(x, y, dtype)
+        assert not multiplies(x, b) and not multiplies(a, y) and not multiplies(a, b, dtype)
+    bias, weight = checks.random((8,), seed=2), np.ascontiguousarray(b.T)
+    for first in range(3):  # it may read the bias in vectors of 16 bytes
+        assert does(ops.lora_linear_forward, a, weight, bias[first:][:5]) == (first == 0)
+
+
+@needs_emulation
 def test_a_product_that_fails(monkeypatch):
     a, out = Tensor((5, 177), "float32", "cuda"), Tensor((5, 5), "float32", "cuda")
     a.fill(1)

@@ -104,7 +104,7 @@ int emulation::check_call(const CudaCall *call) {
 cudaError_t cudaGetDeviceCount(int *count) {
     *count = devices();
     if (number("LONGLORA_EMULATION_DRIVER", 13000) < 13000) return note(cudaErrorInsufficientDriver);
-    return *count ? cudaSuccess : note(cudaErrorNoDevice);
+    return *count ? lost() : note(cudaErrorNoDevice);
 }
 cudaError_t cudaGetDevice(int *device) {
     *device = the_device;
@@ -234,7 +234,9 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return lost(); }
 cudaError_t cudaStreamQuery(cudaStream_t) { return lost(); }
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned flags) {
+    return flags ? note(cudaErrorInvalidValue) : cudaSuccess; /* flags are for events of captured graphs */
+}
 cudaError_t cudaStreamGetDevice(cudaStream_t stream, int *device) {
     *device = stream == nullptr || stream == cudaStreamLegacy || stream == cudaStreamPerThread
                   ? the_device

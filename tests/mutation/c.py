@@ -3,11 +3,12 @@
     python tests/mutation/c.py [--count N] [--seed S] [--again] [--only EXPRESSION] [--cuda]
 
 It works on a copy of the working directory, which is built for portable instructions alone: one object is
-compiled for each mutant. A mutant with an object that is the same to the byte computes the same. --cuda takes
-cuda/*.cu, compiled for the emulated GPU, in place of csrc, and tests/cuda in place of tests/binding. The test
-files run once, to see how long each test takes. A mutant costs the tests of its op, the quickest first, until
-one fails or five seconds are over. --again tries only what survived, with all tests of all files that use it.
-Results: build/mutation/c.jsonl and cuda.jsonl.
+compiled for each mutant, of a header those of all files that include it. A mutant with objects that are the
+same to the byte computes the same. --cuda takes cuda/*.cu and *.cuh and csrc/workspace.*, compiled for the
+emulated GPU, in place of csrc, and tests/cuda in place of tests/binding. The test files run once, to see how
+long each test takes. A mutant costs the tests of its op, the quickest first, until one fails or five seconds
+are over. --again tries only what survived, with all tests of all files that use it. Results:
+build/mutation/c.jsonl and cuda.jsonl.
 """
 
 import hashlib
@@ -44,6 +45,7 @@ FUNCTION = re.compile(
 )
 TEXT = re.compile(r'/\*.*?\*/|//[^\n]*|"(?:\\.|[^"\\\n])*"', re.DOTALL)
 STAGE = re.compile("_(forward|backward)$")
+INCLUDE = re.compile(r'^#include "(?:.*/)?(.*)"', re.MULTILINE)
 Place = tuple[Path, int, int, str]  # bytes from begin to end of a file become these
 
 
@@ -64,6 +66,16 @@ def mutants(path: Path) -> Iterator[tuple[str, Place]]:
                 then = was[:begin] + now + was[end:]
                 yield f"{path}:{function}: {was.strip()} -> {then.strip()}", (path, at + begin, at + end, now)
         at += len(line)
+
+
+def users(path: Path) -> list[Path]:
+    """The sources that are compiled again for a change of a file: itself, or all that include the header."""
+    if path.suffix in (".c", ".cu"):
+        return [path]
+    files = [file for top in ("csrc", "cuda") for file in sorted(Path(top).rglob("*.*"))]
+    includes = {file: INCLUDE.findall(file.read_text()) for file in files}  # no two headers have one name
+    by = [file for file in files if path.name in includes[file]]
+    return sorted({user for file in by for user in users(file)})
 
 
 class Extension:
@@ -93,19 +105,24 @@ class Extension:
         """-> one of results.KINDS. most: seconds of tests, about."""
         path, begin, end, now = place
         text, when = path.read_text(), path.stat()
-        objects = {made: made.read_bytes() for made in self._objects.rglob(f"{path.stem}.*o")}
+        made = [file for user in users(path) for file in self._objects.glob(f"*/{user.with_suffix('')}.*o")]
+        objects = {file: file.read_bytes() for file in made}
         try:
             path.write_text(text[:begin] + now + text[end:])
+            os.utime(path, ns=(when.st_atime_ns, when.st_mtime_ns))  # only what is removed is compiled
+            for file in objects:
+                file.unlink()
             if not self.build():
                 return "not compiled"
-            if all(made.read_bytes() == data for made, data in objects.items()):
+            # Objects of builds with other flags lie beside them, and are not made again.
+            if all(file.read_bytes() == data for file, data in objects.items() if file.exists()):
                 return "equivalent"
             return run(own, tests, most)
         finally:
             path.write_text(text)
             os.utime(path, ns=(when.st_atime_ns, when.st_mtime_ns))
-            for made, data in objects.items():
-                made.write_bytes(data)
+            for file, data in objects.items():
+                file.write_bytes(data)
 
 
 def run(own: list[str], tests: python.Tests, most: float) -> str:
@@ -144,14 +161,20 @@ def times(files: list[str], cuda: bool, store: Path) -> python.Tests:
 
 
 def tests_of(path: Path, cuda: bool) -> tuple[list[str], list[str]]:
-    """The test files that try a file itself, and others that use it."""
+    """The test files that try a file itself, or the files that include it, and others that use it."""
+    if path.suffix in (".h", ".cuh"):
+        found = [tests_of(user, cuda) for user in users(path)]
+        own, others = (sorted({test for pair in found for test in pair[i]}) for i in range(2))
+        return own, [test for test in others if test not in own]
     folders = ("ops", "cuda") if cuda else ("ops", "binding")
     ops, others = (sorted(Path("tests", folder).glob("test_*.py")) for folder in folders)
     ops = [file for file in ops if file.stem not in LEFT_OUT]
     others = [file for file in others if file.stem not in LEFT_OUT]
-    words = "matmul|lora_linear|linear_cross_entropy" if "gemm" in str(path) else STAGE.sub("", path.stem)
-    own = [file for file in ops if re.search(words, file.name)]
-    ops = [file for file in ops if file not in own and (not own or re.search(words, file.read_text()))]
+    gemm = "matmul|lora_linear|linear_cross_entropy|cublas"
+    words = gemm if "gemm" in str(path) else STAGE.sub("", path.stem)
+    own = [file for file in ops + others * cuda if re.search(words, file.name)]
+    ops, others = ([file for file in files if file not in own] for files in (ops, others))
+    ops = [file for file in ops if not own or re.search(words, file.read_text())]
     if cuda and not own or path.parent.name == "python":
         own, ops, others = others, ops * cuda, []
     return list(map(str, own)), list(map(str, ops + others * (cuda or not own)))
@@ -159,15 +182,16 @@ def tests_of(path: Path, cuda: bool) -> tuple[list[str], list[str]]:
 
 def main() -> None:
     parser = results.parser(__doc__)
-    parser.add_argument("--cuda", action="store_true", help="cuda/*.cu, emulated")
+    parser.add_argument("--cuda", action="store_true", help="the files of a GPU, emulated")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     # Threads that wait cost processor time; plugins have nothing to do.
     os.environ |= {"OMP_WAIT_POLICY": "passive", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     name, store = "cuda" if args.cuda else "c", python.ROOT / "build/mutation"
     with python.scratch():
-        pattern = "cuda/*.cu" if args.cuda else "csrc/**/*.c"
-        paths = [path for path in sorted(Path().glob(pattern)) if re.search(args.only, str(path))]
+        gpu = sorted([*Path("cuda").glob("*.cu*"), *Path("csrc").glob("workspace.*")])
+        paths = gpu if args.cuda else sorted({*Path("csrc").rglob("*.[ch]")}.difference(gpu))
+        paths = [path for path in paths if re.search(args.only, str(path))]
         keys = dict(found for path in paths for found in mutants(path))
         wanted = results.sample(set(keys), args.count, args.seed)
         python.load(["numpy", "hypothesis", "torch", "jax", "setuptools.command.build_ext"])

@@ -51,9 +51,18 @@ def test_forward_and_backward(shape, dtype, isa, poison):
 
 
 # Rows aligned to 16 bytes. Shapes with more rows than one part of a sum over rows, with more ranks than one
-# block of it, and with one rank.
+# block of it, with one rank, and with one more than half a block.
 @pytest.mark.parametrize(
-    "shape", [(300, 136, 264, 72), (257, 64, 40, 8), (33, 512, 256, 64), (600, 40, 24, 1)], ids=str
+    "shape",
+    [
+        (300, 136, 264, 72),
+        (257, 64, 40, 8),
+        (33, 512, 256, 64),
+        (600, 40, 24, 1),
+        (40, 24, 16, 17),
+        (40, 24, 16, 9),
+    ],
+    ids=str,
 )
 def test_dense_rows(shape, dtype, isa):
     x, w, bias, a, b, residual, dout = parts(*shape, dtype)
@@ -125,6 +134,17 @@ def test_gradients_of_parameters_accumulate_and_dx_is_set(place):
     np.testing.assert_allclose(out[0], dx, rtol=1e-5, atol=1e-5)
     for twice, once in zip(out[1:], (da, db, dw, dbias), strict=True):
         np.testing.assert_allclose(twice, 2 * once, rtol=1e-5, atol=1e-5)
+
+
+def test_each_gradient_alone(dtype, place):
+    """What is not wanted is not computed, and changes nothing else."""
+    x, w, _, a, b, _, dout = parts(37, 40, 48, 8, dtype)
+    wanted = dict(train_weight=True, train_bias=True)
+    for i, want in enumerate(ops.lora_linear_backward(dout, x, w, a, b, 2.0, **wanted)):
+        out = [None] * 5
+        out[i] = np.full_like(want, 0 if i else np.nan)
+        _C.lora_linear_backward(*out, dout, x, w, a, b, None, 2.0)
+        checks.compare(out[i], want.astype(np.float64), want, floor=4)
 
 
 def test_residual_may_be_the_output(place):

@@ -89,6 +89,12 @@ def test_the_rule_is_on_query_heads(H, K, isa):
     both(q, k, v, dout, group_size=8)
 
 
+def test_more_query_heads_on_a_kv_head_than_a_task_has(isa):
+    """A task of the CPU's forward pass has at most 8 heads."""
+    q, k, v, dout = inputs(1, 20, 20, 1, 8)
+    both(q, k, v, dout, group_size=16)
+
+
 @pytest.mark.parametrize("G", [1, 2, 3, 8, 145])
 def test_every_length(G, place):
     for T in (0, 1, 2, 7, G // 2, G // 2 + 1, G - 1, G, G + 1, 3 * G // 2, 5 * G // 2, 4 * G + 3):
