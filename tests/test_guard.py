@@ -120,6 +120,28 @@ def test_output_that_fails_in_the_process(capsys, monkeypatch, tmp_path, at):
     assert guard.guarded(lambda: 0) == 0  # one that is closed has nothing left to say
 
 
+def test_the_first_error_of_the_output_counts(capsys, monkeypatch):
+    """A reader that has gone is no error, even if the disk is full afterwards."""
+    stream = Stream(BrokenPipeError(), "write")
+    stream.flush = raising(OSError(28, "No space left on device"))
+    monkeypatch.setattr(sys, "stdout", stream)
+
+    def swallows():
+        with contextlib.suppress(OSError):
+            print("text")
+        return 0
+
+    assert guard.guarded(swallows) == 141 and capsys.readouterr().err == ""
+
+
+def test_streams_that_the_process_lacks_are_opened(monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    guard._open_standard_streams()
+    with sys.stdin as source, sys.stdout as output, sys.stderr as errors:
+        assert source.read() == "" and output.write("text") == errors.write("text") == 4
+
+
 def shell(line, **environment):
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", line.replace("longlora", f"{sys.executable} -m longlora")],

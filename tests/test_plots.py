@@ -47,6 +47,7 @@ def test_the_smoothed_loss_is_the_mean_with_weights_that_fall_by_a_tenth(figures
     ]
     plots.loss("x", rows)
     logged, smooth, held = figures[0].axes[0].get_lines()
+    assert {line.get_alpha() for line in figures[0].axes[0].get_xgridlines()} == {0.3}
     np.testing.assert_array_equal(logged.get_xydata(), np.stack([np.arange(1, 31), values], 1))
     wanted = [np.average(values[:n], weights=0.9 ** np.arange(n)[::-1]) for n in range(1, 31)]
     np.testing.assert_allclose(smooth.get_ydata(), wanted, rtol=1e-12)
@@ -82,6 +83,14 @@ def test_perplexity_has_its_curves_and_the_native_length(figures):
     many, *others = figures[1].axes[0].get_lines()
     assert many.get_marker() == "None" and len({line.get_color() for line in (many, *others)}) == 3
     assert words(figures[1]) == [["mine", "tokens", "perplexity", "a", "b", "c"]]
+
+
+def test_the_settings_of_the_user_do_not_change_the_size(figures):
+    import matplotlib
+
+    with matplotlib.rc_context({"figure.dpi": 50}):
+        plots.loss("x", [{"step": 1, "loss": 2.0}])
+    assert figures[0].get_dpi() == 100 and list(figures[0].get_size_inches()) == [7, 4]
 
 
 @pytest.mark.parametrize("boundary", ["split", "wrap", "swap"])

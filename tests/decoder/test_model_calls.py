@@ -11,7 +11,7 @@ from longlora import _C
 from longlora.decoder import rope as rope_
 from longlora.decoder.config import read_config
 from longlora.decoder.lora import LoraConfig
-from longlora.decoder.model import Model
+from longlora.decoder.model import Model, _scalars
 from longlora.decoder.plan import plan
 from longlora.errors import UserError
 from longlora.ops import BOUNDARIES, SHIFTS
@@ -208,6 +208,7 @@ def test_attention_has_split_boundaries_and_shifts_half_of_the_heads_by_default(
         return trained(attention={"group_size": 8, **attention}).train_microbatch(ids, ids, 0.01)
 
     losses = {(b, s): loss(boundary=b, shift=s) for b in BOUNDARIES for s in SHIFTS}
+    assert _scalars({"group_size": 8}) == (8, BOUNDARIES["split"], SHIFTS["half"])
     assert loss() == losses["split", "half"] == loss(shift="half") == loss(boundary="split")
     assert len({losses[b, "none"] for b in BOUNDARIES}) == 1
     assert len(set(losses.values())) == len(BOUNDARIES) * (len(SHIFTS) - 1) + 1
@@ -324,6 +325,8 @@ def test_packed_documents_do_not_see_each_other():
     for start, stop in ((0, 5), (5, 6), (6, 16)):
         alone = made.logits(ids.reshape(-1)[start:stop])
         np.testing.assert_allclose(found[start:stop], alone, atol=1e-4)
+    positions = made._forward(ids, None, [0, 5, 5, 6, 16]).positions
+    assert values(positions).tolist() == [[*range(5), 0, *range(10)]]
     # rope is relative, so positions that do not restart give the same logits
     shifted = made.logits(ids, cu_seqlens=[0, 5, 6, 16], positions=np.arange(16))
     np.testing.assert_allclose(shifted.reshape(16, V), found, atol=1e-3)

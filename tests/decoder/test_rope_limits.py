@@ -1,6 +1,7 @@
 """Rope fields of a config and their limits, edge cases of yarn and llama3, and the texts of an extension."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -231,6 +232,17 @@ def test_a_target_is_longer_than_the_original_length_or_llama3s_whole_length():
     assert rope_.extend(again, "linear", 513)[0] == Rope("linear", 10000.0, 512, 2.0)
     with pytest.raises(UserError, match="should be above the 512 tokens of the base model, got 512"):
         rope_.extend(again, "linear", 512)
+
+
+def test_ntk_needs_more_than_one_pair_of_dimensions():
+    """Such heads are those of a model of transformers that rotates a part of them."""
+    rope = Rope("default", 1e4, 64)
+    base = SimpleNamespace(family="llama", rope=rope, max_position_embeddings=64, head_dim=2)
+    with pytest.raises(UserError, match="should not be ntk for a model that rotates 2 dimensions"):
+        rope_.extend(base, "ntk", 128)
+    assert rope_.extend(base, "linear", 128)[0] == Rope("linear", 1e4, 64, 2.0)
+    base.head_dim = 4
+    assert rope_.extend(base, "ntk", 128)[0].theta == 4e4  # 2 to the power 4 / 2
 
 
 def test_a_saved_config_has_the_rope_keys_of_transformers_4_and_5_only():

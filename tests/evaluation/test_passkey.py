@@ -123,6 +123,14 @@ def test_what_prompts_share_is_read_once_and_changes_no_bit(model):
     assert again.read == 33 + 1  # all but the last token, which two chunks hold
 
 
+def test_a_new_reader_holds_no_token(model):
+    """Not even token 0, with which the prompt begins."""
+    prompt, small = np.array([0, 7, 9], np.int32), reader(model, 2, chunk=1)
+    logits = small.extend(0, prompt)
+    assert (small.read, small.reused) == (3, 0)
+    np.testing.assert_allclose(logits, model.logits(prompt)[-1], atol=1e-4)
+
+
 def test_a_row_copies_only_the_tokens_that_it_lacks(model):
     """Chunks have 16 tokens. A row copies nothing that it holds as well as another row."""
     ours, copied, (first, second, _) = reader(model, 3), [], prompts()

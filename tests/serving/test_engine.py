@@ -102,6 +102,17 @@ def test_a_prompt_of_several_requests_is_read_once(opened):
     assert [tokens(events), tokens(seen), tokens(found)] == [alone[0], *alone]
 
 
+def test_what_two_rows_hold_of_a_prompt_counts_once(opened):
+    """The second row has 1 token of the prompt, and takes over the next 4 from the first row."""
+    engine, asked = opened(rows=2).engine, []
+    for prompts in (([5, 6], [5, 99]), (PROMPTS[3], PROMPTS[3])):
+        asked += [request(prompt, 1) for prompt in prompts]
+        engine.submit(*(one for one, _ in asked[-2:]))
+        finish(engine)
+    assert [one.reused for one, _ in asked] == [0, 1, 2, 5]
+    assert tokens(asked[2][1]) == tokens(asked[3][1])
+
+
 def test_answers_end_by_a_token_by_cancelling_or_at_once(opened):
     engine = opened().engine
     asked, events = request(PROMPTS[0], 8)

@@ -265,6 +265,8 @@ def test_lengths_pieces_and_positions(group, monkeypatch):
     assert cp.lengths(7, group) == (7,) and cp.lengths(0, group) == (0,)
     with pytest.raises(ValueError, match="lengths: length should be at least 0, got -1"):
         cp.lengths(-1, group)
+    with pytest.raises(TypeError, match="^lengths: group should be"):
+        cp.lengths(7, None)
     monkeypatch.setattr(dist, "get_rank", lambda group: 2)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 3)
     assert cp.positions((4, 5, 3), group).tolist() == [9, 10, 11]

@@ -203,6 +203,7 @@ def test_packed_documents_beside_bidirectional_attention(monkeypatch):
         attention.attention(layer, *qkv(3, S=8), None, is_causal=False)
     layer.num_key_value_groups = 2
     assert attention.attention(layer, *qkv(), None, is_causal=False)[0].shape == (1, 8, 2, 4)
+    assert attention.attention(layer, *qkv(3, S=8), None)[0].shape == (1, 3, 2, 4)  # after cached tokens
 
 
 # ---- the mask of a forward pass ------------------------------------------------------------------
@@ -274,6 +275,13 @@ def test_masks_that_transformers_makes(how):
         assert found is None
     else:
         assert torch.equal(found, want)
+
+
+@new
+def test_the_keys_of_a_cache_may_begin_after_the_first_token():
+    """Tokens 3 and 4, and the keys of tokens 2 to 5."""
+    found = masked(2, 4, q_offset=3, kv_offset=2)
+    assert found[0, 0].int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
 
 
 class Model(torch.nn.Module):

@@ -87,6 +87,15 @@ def test_a_model_is_extended(built):
     assert (found.values[A] == 2).all() and (found.values[B] == 9).all() and (found.values[NORM] == 9).all()
 
 
+@pytest.mark.parametrize(
+    "version, name", [("4.55.4", "torch_dtype"), ("4.56.0", "dtype"), ("5.0.0", "dtype")]
+)
+def test_the_name_of_the_dtype_depends_on_the_version(built, monkeypatch, version, name):
+    monkeypatch.setattr(ours.transformers, "__version__", version)
+    _, how = built().opened
+    assert how.keys() & {"dtype", "torch_dtype"} == {name}
+
+
 def test_a_model_keeps_its_positions(built):
     """Without a target length, or those of an adapter. Dense attention is one group."""
     for fields in (dict(target_length=None), dict(adapter="an adapter")):
