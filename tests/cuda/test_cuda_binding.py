@@ -139,7 +139,7 @@ def test_a_tensor_on_a_gpu():
 @needs_cuda
 def test_the_number_of_devices_is_named():
     count = cuda.device_count()
-    words = f"there {'is' if count == 1 else 'are'} {count} CUDA device"
+    words = f"there {'is' if count == 1 else 'are'} {count} CUDA device{'s' * (count > 1)}$"
     for index in count, count + 1:
         with pytest.raises(RuntimeError, match=f"Tensor: cuda:{index} cannot be used: {words}"):
             Tensor(3, "float32", f"cuda:{index}")
@@ -217,6 +217,19 @@ def test_copies_of_a_column():
     np.testing.assert_array_equal(back(column), x[:, 1])
     wide[:, 0].copy_(column)
     np.testing.assert_array_equal(back(wide), x[:, [1, 1]])
+
+
+@needs_cuda
+def test_copies_of_half_of_each_matrix():
+    """The rows of a half follow each other, its matrices do not."""
+    x, half = f32(4, 6, 5), Tensor((4, 3, 5), "float32", "cuda")
+    wide, want = tensor(x), x.copy()
+    half.copy_(wide[:, :3])
+    np.testing.assert_array_equal(back(half), x[:, :3])
+    wide[:, 3:].copy_(half)
+    wide[:, 1:3].fill(7)
+    want[:, 3:], want[:, 1:3] = x[:, :3], 7
+    np.testing.assert_array_equal(back(wide), want)
 
 
 @needs_cuda

@@ -128,6 +128,8 @@ def test_which_products_cublas_does(cuda, monkeypatch):
     # An axis of one element may have any step.
     for x, y in ((long[:1, ::2], b), (a, tall[::2, :1]), (long[::2, :1], b[:1]), (a[:, :1], tall[:1, ::2])):
         assert multiplies(x, y)
+    odd_a, odd_b = (np.append(0, x).astype(x.dtype)[1:].reshape(x.shape) for x in (a, b))
+    assert multiplies(odd_a, b) and multiplies(a, odd_b) and multiplies(odd_a, odd_b)
     for x in (long[:7, ::2], a[::-1], np.broadcast_to(a[:1], (7, K))):
         assert not multiplies(x, b) and not multiplies(a, tall[:K, ::2]) and not multiplies(x[:, :0], b[:0])
     for dtype in ("bfloat16", "float16"):

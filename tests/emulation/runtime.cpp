@@ -90,8 +90,10 @@ cudaError_t give(Block **list, void *p) {
 
 }  // namespace
 
-/* The binding fills in a call's device, so a wrong one means that it has not. */
+/* The binding fills in a call's device, so a wrong one means that it has not. A launch reports an earlier
+ * error that nobody has taken. */
 int emulation::check_call(const CudaCall *call) {
+    if (cudaError_t left = cudaGetLastError()) return fail("CUDA: %s", cudaGetErrorString(left));
     if (call->device == the_device && call->sm == compute_capability() &&
         call->shared_bytes == emulation::SHARED)
         return 0;

@@ -138,12 +138,13 @@ def test_gradients_of_parameters_accumulate_and_dx_is_set(place):
 
 def test_each_gradient_alone(dtype, place):
     """What is not wanted is not computed, and changes nothing else."""
-    x, w, _, a, b, _, dout = parts(37, 40, 48, 8, dtype)
-    wanted = dict(train_weight=True, train_bias=True)
-    for i, want in enumerate(ops.lora_linear_backward(dout, x, w, a, b, 2.0, **wanted)):
-        out = [None] * 5
-        out[i] = np.full_like(want, 0 if i else np.nan)
+    x, w, _, a, b, _, _ = parts(37, 40, 48, 8, dtype)
+    shapes = (37, 40), (8, 40), (48, 8), (48, 40), (48,)
+    for i, shape in enumerate(shapes):
+        dout, out = checks.random((37, 48), dtype, 10 + i), [None] * 5  # another one: nothing old will do
+        out[i] = np.full(shape, np.nan, x.dtype) if i == 0 else np.zeros(shape, np.float32)
         _C.lora_linear_backward(*out, dout, x, w, a, b, None, 2.0)
+        want = ops.lora_linear_backward(dout, x, w, a, b, 2.0, train_weight=True, train_bias=True)[i]
         checks.compare(out[i], want.astype(np.float64), want, floor=4)
 
 
