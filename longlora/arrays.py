@@ -36,7 +36,8 @@ def shape(x: Any, name: str, axes: int = 0) -> tuple[int, ...]:
     if not hasattr(x, "shape"):
         raise TypeError(f"{name}: {no_array(x)}")
     if len(x.shape) < axes:
-        raise ValueError(f"{name} should have at least {axes} axes, got {len(x.shape)}")
+        wanted = "1 axis" if axes == 1 else f"{axes} axes"
+        raise ValueError(f"{name} should have at least {wanted}, got {len(x.shape)}")
     return tuple(x.shape)
 
 
@@ -92,12 +93,10 @@ def zeros(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
     return out
 
 
-def empty_like(x: Any) -> Any:
-    """Like `empty`, with the shape and dtype of x."""
-    if type(x) is np.ndarray:
-        return np.empty(x.shape, x.dtype)
-    dtype = dtype_name(x)
-    return empty(tuple(x.shape), dtype, x)
+def empty_like(x: Any, name: str, axes: int = 0) -> Any:
+    """Like `empty`, with the shape and dtype of x, the argument `name`. Errors as for `shape`."""
+    found = shape(x, name, axes)
+    return np.empty(found, x.dtype) if type(x) is np.ndarray else empty(found, dtype_name(x), x)
 
 
 def give_back(like: Any, *results: Any) -> Any:

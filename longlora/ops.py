@@ -43,17 +43,23 @@ def _choice(op: str, name: str, value: str, choices: dict[str, int]) -> int:
     return choices[value]
 
 
-def _four(op: str, q: Array) -> tuple[int, ...]:
-    """The shape of the queries, [B,T,H,D]."""
-    found = shape(q, f"{op}: q")
+def _four(x: Array, name: str) -> tuple[int, ...]:
+    """The shape of heads, [B,T,H,D]."""
+    found = shape(x, name)
     if len(found) != 4:
-        raise ValueError(f"{op}: q should have 4 axes, got {len(found)}")
+        raise ValueError(f"{name} should have 4 axes, got {len(found)}")
     return found
+
+
+def _like_four(x: Array, name: str) -> Array:
+    """empty_like for heads, [B,T,H,D]."""
+    _four(x, name)
+    return empty_like(x, name)
 
 
 def cast(x: Array, dtype: str) -> Array:
     """Convert x [M,N] to `dtype` ("float32", "bfloat16", "float16"), rounded to nearest even -> out [M,N]."""
-    out = empty(shape(x, "cast: x"), dtype, x)
+    out = empty(shape(x, "cast: x", 2), dtype, x)
     _C.cast(out, x)
     return give_back(x, out)
 
@@ -66,7 +72,7 @@ def accumulate(out: Array, x: Array, scale: float = 1.0) -> Array:
 
 def scale(x: Array, scale: float) -> Array:
     """Multiply x [M,N] by a number -> out [M,N] of x's dtype."""
-    out = empty_like(x)
+    out = empty_like(x, "scale: x", 2)
     _C.scale(out, x, scale)
     return give_back(x, out)
 
@@ -108,8 +114,9 @@ def rms_norm_forward(
     sum = x + residual; rstd = 1/sqrt(mean(sum^2) + eps); out = sum rstd weight. weight [C]. Without a
     residual, sum is x itself. RMSNorm, arXiv 1910.07467.
     """
-    out, rstd = empty_like(x), empty(shape(x, "rms_norm_forward: x", 1)[:-1], "float32", x)
-    total = None if residual is None else empty_like(x)
+    name = "rms_norm_forward: x"
+    out, rstd = empty_like(x, name, 2), empty(shape(x, name)[:-1], "float32", x)
+    total = None if residual is None else empty_like(x, name)
     _C.rms_norm_forward(out, rstd, total, x, residual, weight, eps)
     return give_back(x, out, rstd, x if total is None else total)
 
@@ -121,7 +128,8 @@ def rms_norm_backward(
 
     x [M,C] is the forward's sum, rstd [M] its statistic. dresidual [M,C], if given, is added to dx.
     """
-    dx, dweight = empty_like(x), zeros(shape(weight, "rms_norm_backward: weight"), "float32", x)
+    dx = empty_like(x, "rms_norm_backward: x", 2)
+    dweight = zeros(shape(weight, "rms_norm_backward: weight", 1), "float32", x)
     _C.rms_norm_backward(dx, dweight, dout, x, rstd, weight, dresidual)
     return give_back(x, dx, dweight)
 
@@ -132,14 +140,14 @@ def rope_forward(x: Array, cos: Array, sin: Array, positions: Array | None = Non
     cos and sin [P,D/2] are float32 tables; positions [B,T] int32 selects their rows (default: 0..T-1).
     RoFormer, arXiv 2104.09864.
     """
-    out = empty_like(x)
+    out = _like_four(x, "rope_forward: x")
     _C.rope_forward(out, x, cos, sin, positions)
     return give_back(x, out)
 
 
 def rope_backward(dout: Array, cos: Array, sin: Array, positions: Array | None = None) -> Array:
     """Rotate dout [B,T,H,D] back -> dx [B,T,H,D]. Arguments as in rope_forward."""
-    dx = empty_like(dout)
+    dx = _like_four(dout, "rope_backward: dout")
     _C.rope_backward(dx, dout, cos, sin, positions)
     return give_back(dout, dx)
 
@@ -159,7 +167,7 @@ def lora_linear_forward(
     b [N,R], residual [M,N]. LoRA, arXiv 2106.09685 section 4.1.
     """
     op = "lora_linear_forward"
-    rows, N = shape(x, f"{op}: x", 1)[:-1], shape(weight, f"{op}: weight", 1)[0]
+    rows, N = shape(x, f"{op}: x", 2)[:-1], shape(weight, f"{op}: weight", 1)[0]
     out = empty((*rows, N), dtype_name(x), x)
     u = None if a is None else empty((*rows, shape(a, f"{op}: a", 1)[0]), "float32", x)
     _C.lora_linear_forward(out, u, x, weight, bias, a, b, residual, scale)
@@ -184,7 +192,8 @@ def lora_linear_backward(
     da and db are None without a and b; dweight and dbias are None unless train_weight and train_bias are set.
     All four are float32. u is the forward's result; without it, u is computed again from x.
     """
-    dx, op = empty_like(x), "lora_linear_backward"
+    op = "lora_linear_backward"
+    dx = empty_like(x, f"{op}: x", 2)
     of_weight = shape(weight, f"{op}: weight", 1)
     da = None if a is None else zeros(shape(a, f"{op}: a"), "float32", x)
     db = None if b is None else zeros(shape(b, f"{op}: b"), "float32", x)
@@ -218,8 +227,8 @@ def s2_attention_forward(
         document.
     scale: factor of q k^T (default: 1/sqrt(D)). lse is the log-sum-exp of the scaled scores.
     """
-    B, T, H, _ = _four("s2_attention_forward", q)
-    out, lse = empty_like(q), empty((B, H, T), "float32", q)
+    B, T, H, _ = _four(q, "s2_attention_forward: q")
+    out, lse = empty_like(q, "s2_attention_forward: q"), empty((B, H, T), "float32", q)
     _C.s2_attention_forward(
         out,
         lse,
@@ -250,7 +259,7 @@ def s2_attention_backward(
 
     q, k, v and the keywords are the forward's arguments, out and lse its results.
     """
-    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
+    dq, dk, dv = (_like_four(x, f"s2_attention_backward: {name}") for name, x in zip("qkv", (q, k, v)))
     _C.s2_attention_backward(
         dq,
         dk,
@@ -305,22 +314,22 @@ def cached_attention(
     A sequence's result depends on its own queries, keys and length alone, bit by bit. ValueError for a row
     or length outside the cache; on a GPU such a sequence gives NaN.
     """
-    D = _four("cached_attention", q)[3]
-    out, factor = empty_like(q), 1 / math.sqrt(max(D, 1)) if scale is None else scale
+    D = _four(q, "cached_attention: q")[3]
+    out, factor = empty_like(q, "cached_attention: q"), 1 / math.sqrt(max(D, 1)) if scale is None else scale
     _C.cached_attention(out, k_cache, v_cache, q, k, v, rows, lengths, factor)
     return give_back(q, out)
 
 
 def swiglu_forward(gate: Array, up: Array) -> Array:
     """silu(gate) up, element by element, for gate and up [M,F] -> out [M,F]. SwiGLU, arXiv 2002.05202."""
-    out = empty_like(gate)
+    out = empty_like(gate, "swiglu_forward: gate", 2)
     _C.swiglu_forward(out, gate, up)
     return give_back(gate, out)
 
 
 def swiglu_backward(dout: Array, gate: Array, up: Array) -> tuple[Array, Array]:
     """Gradients of swiglu_forward for dout [M,F] -> dgate, dup [M,F]."""
-    dgate, dup = empty_like(gate), empty_like(up)
+    dgate, dup = empty_like(gate, "swiglu_backward: gate", 2), empty_like(up, "swiglu_backward: up", 2)
     _C.swiglu_backward(dgate, dup, dout, gate, up)
     return give_back(gate, dgate, dup)
 
@@ -333,7 +342,7 @@ def linear_cross_entropy_forward(
     x [M,C], weight [V,C], targets [M] int32. losses = lse - logit of the target, and 0 where the target is
     ignore_index. The logits [M,V] are never in memory as a whole.
     """
-    rows = shape(x, "linear_cross_entropy_forward: x", 1)[:-1]
+    rows = shape(x, "linear_cross_entropy_forward: x", 2)[:-1]
     losses, lse = empty(rows, "float32", x), empty(rows, "float32", x)
     _C.linear_cross_entropy_forward(losses, lse, x, weight, targets, ignore_index)
     return give_back(x, losses, lse)
@@ -353,7 +362,7 @@ def linear_cross_entropy_backward(
     other arguments are those of linear_cross_entropy_forward, which a training step does not need to call.
     """
     op = "linear_cross_entropy_backward"
-    losses, dx = empty(shape(x, f"{op}: x", 1)[:-1], "float32", x), empty_like(x)
+    losses, dx = empty(shape(x, f"{op}: x", 2)[:-1], "float32", x), empty_like(x, f"{op}: x")
     dweight = zeros(shape(weight, f"{op}: weight"), "float32", x) if train_weight else None
     _C.linear_cross_entropy_backward(losses, dx, dweight, x, weight, targets, dlosses, ignore_index)
     return give_back(x, losses, dx, dweight)

@@ -92,7 +92,7 @@ def poisoned(monkeypatch):
     """From here on every output of longlora.ops is poisoned and guarded -> Outputs."""
     outputs = Outputs()
     monkeypatch.setattr(ops, "empty", outputs.empty)
-    monkeypatch.setattr(ops, "empty_like", lambda x: outputs.empty(x.shape, x.dtype, x))
+    monkeypatch.setattr(ops, "empty_like", lambda x, *named: outputs.empty(x.shape, x.dtype, x))
 
     def zeros(shape, dtype, like):
         out = outputs.empty(shape, dtype, like)

@@ -43,6 +43,8 @@ def test_names_and_shapes():
     assert arrays.shape(Foreign(shape=[4]), "op: x") == (4,)
     with pytest.raises(ValueError, match="^op: x should have at least 3 axes, got 2$"):
         arrays.shape(x, "op: x", 3)
+    with pytest.raises(ValueError, match="^op: x should have at least 1 axis, got 0$"):
+        arrays.shape(np.float32(1), "op: x", 1)
     for call, words in ((arrays.dtype_name, ""), (lambda x: arrays.shape(x, "op: x"), "op: x: ")):
         with pytest.raises(TypeError, match=f"^{words}wanted an array .*, got list$"):
             call([1])
@@ -56,13 +58,13 @@ def test_results_of_each_library(monkeypatch, made):
     for dtype, wanted in (("float32", np.float32), ("bfloat16", ml_dtypes.bfloat16)):
         found = arrays.empty((4, 5), dtype, like)
         assert type(found) is np.ndarray and found.shape == (4, 5) and found.dtype == wanted
-    assert arrays.empty_like(like).dtype == np.float16 and arrays.empty_like(like).shape == (2, 3)
+    assert arrays.empty_like(like, "x").dtype == np.float16 and arrays.empty_like(like, "x").shape == (2, 3)
     mine = like.view(type("Mine", (np.ndarray,), {}))
-    assert type(arrays.empty_like(mine)) is np.ndarray
+    assert type(arrays.empty_like(mine, "x")) is np.ndarray
     for device in ("cpu", "meta"):
         found = arrays.empty((4, 5), "bfloat16", torch.zeros(2, device=device))
         assert (found.shape, found.dtype, found.device.type) == ((4, 5), torch.bfloat16, device)
-    assert arrays.empty_like(torch.zeros(2, 3, dtype=torch.int64)).dtype == torch.int64
+    assert arrays.empty_like(torch.zeros(2, 3, dtype=torch.int64), "x").dtype == torch.int64
     tensor = made()
     tensor.device = "cuda:3"
     assert arrays.empty((4, 5), "int32", tensor).call == ((4, 5), "int32", "cuda:3")
@@ -72,7 +74,7 @@ def test_results_of_each_library(monkeypatch, made):
         (dict(__dlpack_device__=lambda: (2, 1)), "cuda:1"),
     ):
         assert arrays.empty((4,), "int32", Foreign(**fields)).call == ((4,), "int32", device)
-        assert arrays.empty_like(Foreign(**fields)).call == ((2, 3), "float32", device)
+        assert arrays.empty_like(Foreign(**fields), "x").call == ((2, 3), "float32", device)
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     with pytest.raises(TypeError, match="bfloat16 in NumPy needs the package ml_dtypes"):
         arrays.empty((1,), "bfloat16", like)

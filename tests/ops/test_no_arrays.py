@@ -52,3 +52,21 @@ def test_it_is_a_type_error(wrong):
         ops.embedding_backward(wrong, IDS, IDS, 4)
     with pytest.raises(TypeError, match="rms_norm_backward: weight: wanted an array"):
         ops.rms_norm_backward(FLOAT, FLOAT, FLOAT[..., 0], wrong)
+
+
+# The argument that gives the result its shape.
+WAYS = "forward", "backward"
+LIKE = {name: "x" for name in ("cast", "scale", "rms_norm_forward", "rms_norm_backward", "rope_forward")}
+LIKE |= {f"{op}_{way}": "x" for op in ("lora_linear", "linear_cross_entropy") for way in WAYS}
+LIKE |= dict(matmul="a", rope_backward="dout", swiglu_forward="gate", swiglu_backward="gate")
+LIKE |= dict(s2_attention_forward="q", s2_attention_backward="q", cached_attention="q")
+
+
+@pytest.mark.parametrize("name", LIKE)
+def test_the_argument_that_is_wrong_is_named_and_not_the_result(name):
+    ((_, function, parameters, _),) = (found for found in functions() if found[0] == name)
+    argument = LIKE[name]
+    with pytest.raises(ValueError, match=f"^{name}: {argument} should have (at least 2|4) axes, got 1$"):
+        call(function, parameters, **{argument: np.ones(4, np.float32)})
+    with pytest.raises(TypeError, match=f"^{name}: {argument}: wanted an array"):
+        call(function, parameters, **{argument: "x"})
