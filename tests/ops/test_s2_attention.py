@@ -189,6 +189,17 @@ def test_packed_documents_of_several_tiles(D, dtype, place):
     )
 
 
+def test_many_documents_in_a_group_longer_than_all(place):
+    """They may also be the sequences of a batch. The number of a GPU's blocks does not grow with G."""
+    T, L = 1 << 15, 64
+    q, k, v, _ = inputs(1, T, 1, 1, 1)
+    cu = np.arange(0, T + 1, L, dtype=np.int32)
+    out, lse = ops.s2_attention_forward(q, k, v, group_size=10**6, cu_seqlens=cu)
+    want = ops.s2_attention_forward(*(x.reshape(T // L, L, 1, 1) for x in (q, k, v)), group_size=10**6)
+    np.testing.assert_array_equal(out.reshape(-1), want[0].reshape(-1))
+    np.testing.assert_array_equal(lse.reshape(-1), want[1].reshape(-1))
+
+
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_causality(boundary, shift, place):
