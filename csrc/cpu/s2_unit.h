@@ -11,7 +11,8 @@
 #include "s2_block.h"
 
 #if MATRIX_UNIT
-static inline int64_t unit_width(int64_t D) { return round_up(D, UNIT_K); }
+/* For D = 0 too, a register: the sizes of buffers rely on it. */
+static inline int64_t unit_width(int64_t D) { return round_up(max64(D, 1), UNIT_K); }
 
 /* out[padded,wide]: rows first .. first+n-1 of a segment; zeros beyond n and D. */
 static void load_halves(uint16_t *out, int64_t wide, const Tensor *x, const Segment *s, int64_t head,
