@@ -217,13 +217,15 @@ def main(argv=None):
     if bench.gpu is not None:
         raise SystemExit("generate: is measured on the CPU only")
     smoke, config = bench.options.smoke, read_config(shapes(bench.options.smoke))
-    bandwidth = read_bandwidth(bench.options.threads)
-    print(f"  reading: {bandwidth:.1f} GB/s")
+    threads = bench.options.threads
     for context in (32,) if smoke else CONTEXTS:
         for dtype in DTYPES:
             if not bench.wants(f"context {context}", dtype):
                 continue
+            before = read_bandwidth(threads)
             found = measured(bench, ["ours", *([] if smoke else peers())], context, dtype)
+            bandwidth = max(before, read_bandwidth(threads))  # a machine's bandwidth changes over time, too
+            print(f"  reading: {bandwidth:.1f} GB/s")
             flops, bytes = floors(config, context, dtype)
             peaks = bench.flops_peak * 1e9 / flops * context, bandwidth * 1e9 / bytes
             for part, name in enumerate(("prefill", "decode")):

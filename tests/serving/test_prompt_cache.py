@@ -227,13 +227,14 @@ def asked(monkeypatch):
 
 def test_the_options_of_a_session(asked):
     session = Session("m")
-    wanted = dict(context=None, window=None, dtype="auto", cache_dtype="auto", device="chosen auto")
-    assert asked.paths == ("m", None) and asked.how == wanted
+    wanted = dict(context=None, window=None, dtype="auto", cache_dtype="auto", chunk=2048)
+    assert asked.paths == ("m", None) and asked.how == wanted | {"device": "chosen auto"}
     assert session.chosen == "a sentence" and session.context == 7
     assert session.template == ("tokenizer", None, None) and session.template is session.template
     session = Session("m", "a", context=9, dtype="d", cache_dtype="c", chat_template="t", device="cpu")
     assert asked.paths == ("m", "a")
-    assert asked.how == dict(context=9, window=None, dtype="d", cache_dtype="c", device="chosen cpu")
+    wanted |= dict(context=9, dtype="d", cache_dtype="c", device="chosen cpu")
+    assert asked.how == wanted
     assert session.template == ("tokenizer", "t", "a")
     Session("m", streaming=True)
     assert asked.how["window"] == (4, None)
