@@ -56,10 +56,20 @@ LONGEST = [
 NOT_QUICK = {
     *LONGEST,
     "test_adapter.py",
+    "test_adapter_fields.py",
     "test_best.py",
     "test_build_cuda.py",
+    "test_changed_indices.py",
+    "test_chat.py",
+    "test_cli.py",
+    "test_corpus.py",
+    "test_cuda_check.py",
     "test_data.py",
+    "test_dlpack.py",
+    "test_end_card.py",
     "test_eval_tasks.py",
+    "test_failures.py",
+    "test_from_adapter.py",
     "test_fuzz_files.py",
     "test_fuzz_inputs.py",
     "test_gguf.py",
@@ -67,21 +77,30 @@ NOT_QUICK = {
     "test_guard.py",
     "test_instructions.py",
     "test_interrupt.py",
+    "test_linear_cross_entropy.py",
+    "test_mutation.py",
     "test_page.py",
     "test_paper.py",
     "test_parts.py",
+    "test_passkey.py",
     "test_pool.py",
+    "test_ppl.py",
+    "test_questions.py",
+    "test_reporters.py",
     "test_resume.py",
     "test_saved.py",
     "test_scratch.py",
     "test_sentencepiece.py",
+    "test_serve_command.py",
     "test_server.py",
+    "test_sources.py",
     "test_stop.py",
     "test_threads.py",
     "test_tokenizer.py",
     "test_tokenizer_gguf.py",
     "test_tokenizer_matrix.py",
     "test_train.py",
+    "test_weights.py",
 }
 
 
@@ -111,12 +130,22 @@ def pytest_cmdline_main(config):
         os.environ.update({name: value for name, value in share.items() if name not in os.environ})
 
 
+def is_quick(path):
+    return path.name not in NOT_QUICK and path.parent.name != "torch"
+
+
+def pytest_ignore_collect(collection_path, config):
+    """`pytest -m quick` does not import the files that it leaves out."""
+    left_out = config.option.markexpr == "quick" and collection_path.suffix == ".py"
+    return True if left_out and not is_quick(collection_path) else None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     rank = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
     for item in items:
-        if item.path.name not in NOT_QUICK and item.path.parent.name != "torch":
+        if is_quick(item.path):
             item.add_marker(pytest.mark.quick)
 
 
