@@ -43,17 +43,11 @@ def _choice(op: str, name: str, value: str, choices: dict[str, int]) -> int:
     return choices[value]
 
 
-def _four(x: Array, name: str) -> tuple[int, ...]:
-    """The shape of heads, [B,T,H,D]."""
+def _like_heads(x: Array, name: str) -> Array:
+    """empty_like for x [B,T,H,D]."""
     found = shape(x, name)
     if len(found) != 4:
         raise ValueError(f"{name} should have 4 axes, got {len(found)}")
-    return found
-
-
-def _like_four(x: Array, name: str) -> Array:
-    """empty_like for heads, [B,T,H,D]."""
-    _four(x, name)
     return empty_like(x, name)
 
 
@@ -140,14 +134,14 @@ def rope_forward(x: Array, cos: Array, sin: Array, positions: Array | None = Non
     cos and sin [P,D/2] are float32 tables; positions [B,T] int32 selects their rows (default: 0..T-1).
     RoFormer, arXiv 2104.09864.
     """
-    out = _like_four(x, "rope_forward: x")
+    out = _like_heads(x, "rope_forward: x")
     _C.rope_forward(out, x, cos, sin, positions)
     return give_back(x, out)
 
 
 def rope_backward(dout: Array, cos: Array, sin: Array, positions: Array | None = None) -> Array:
     """Rotate dout [B,T,H,D] back -> dx [B,T,H,D]. Arguments as in rope_forward."""
-    dx = _like_four(dout, "rope_backward: dout")
+    dx = _like_heads(dout, "rope_backward: dout")
     _C.rope_backward(dx, dout, cos, sin, positions)
     return give_back(dout, dx)
 
@@ -227,8 +221,9 @@ def s2_attention_forward(
         document.
     scale: factor of q k^T (default: 1/sqrt(D)). lse is the log-sum-exp of the scaled scores.
     """
-    B, T, H, _ = _four(q, "s2_attention_forward: q")
-    out, lse = empty_like(q, "s2_attention_forward: q"), empty((B, H, T), "float32", q)
+    out = _like_heads(q, "s2_attention_forward: q")
+    B, T, H, _ = out.shape
+    lse = empty((B, H, T), "float32", q)
     _C.s2_attention_forward(
         out,
         lse,
@@ -259,7 +254,7 @@ def s2_attention_backward(
 
     q, k, v and the keywords are the forward's arguments, out and lse its results.
     """
-    dq, dk, dv = (_like_four(x, f"s2_attention_backward: {name}") for name, x in zip("qkv", (q, k, v)))
+    dq, dk, dv = (_like_heads(x, f"s2_attention_backward: {name}") for name, x in zip("qkv", (q, k, v)))
     _C.s2_attention_backward(
         dq,
         dk,
@@ -314,8 +309,8 @@ def cached_attention(
     A sequence's result depends on its own queries, keys and length alone, bit by bit. ValueError for a row
     or length outside the cache; on a GPU such a sequence gives NaN.
     """
-    D = _four(q, "cached_attention: q")[3]
-    out, factor = empty_like(q, "cached_attention: q"), 1 / math.sqrt(max(D, 1)) if scale is None else scale
+    out = _like_heads(q, "cached_attention: q")
+    factor = 1 / math.sqrt(max(out.shape[3], 1)) if scale is None else scale
     _C.cached_attention(out, k_cache, v_cache, q, k, v, rows, lengths, factor)
     return give_back(q, out)
 

@@ -1,4 +1,4 @@
-"""Runs Python programs that would take most of their time to import torch, transformers and PEFT.
+"""Runs Python programs without the seconds that importing torch, transformers and PEFT takes.
 
 `run` is subprocess.run for `python WORDS`, but the program is forked from a process that has imported these
 packages, the server. Each program imports longlora anew. Ranks that a launcher of torch starts are forked

@@ -107,7 +107,7 @@ def test_the_first_pass_of_a_shape_is_recorded_and_eight_recordings_are_kept(mod
 
 
 def test_a_gpu_computes_each_pass_without_a_recording():
-    """A recording is of calls with memory of the CPU."""
+    """A recording holds calls whose arrays are on the CPU."""
     passes, batch = [], SimpleNamespace(ops=None)
     generator = object.__new__(Generator)
     generator.model = SimpleNamespace(device="cuda:0", network=SimpleNamespace(forward=passes.append))

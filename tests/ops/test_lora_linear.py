@@ -50,8 +50,8 @@ def test_forward_and_backward(shape, dtype, isa, poison):
     )
 
 
-# Rows aligned to 16 bytes. Shapes with more rows than one part of a sum over rows, with more ranks than one
-# block of it, with one rank, and with one more than half a block.
+# Rows are aligned to 16 bytes. A GPU sums over rows in parts, for a block of ranks at a time. Some shapes
+# have more rows than a part or more ranks than a block; others have one rank, or one more than half a block.
 @pytest.mark.parametrize(
     "shape",
     [

@@ -190,7 +190,7 @@ def test_packed_documents_of_several_tiles(D, dtype, place):
 
 
 def test_many_documents_in_a_group_longer_than_all(place):
-    """They may also be the sequences of a batch. The number of a GPU's blocks does not grow with G."""
+    """As packed documents and as the sequences of a batch. G is much longer than each of them."""
     T, L = 1 << 15, 64
     q, k, v, _ = inputs(1, T, 1, 1, 1)
     cu = np.arange(0, T + 1, L, dtype=np.int32)
