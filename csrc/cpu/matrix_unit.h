@@ -1,10 +1,16 @@
-/* matrix_unit.h --- products of bfloat16 on the processor's matrix unit (AMX): eight registers of 16 rows of
- * 64 bytes. A register holds 16 x 32 bfloat16 of a left factor, as many of a right factor in pairs (row k has
- * elements 2k and 2k + 1 of 16 columns), or 16 x 16 sums in float32.
+/* matrix_unit.h --- products on the processor's matrix unit (AMX): eight registers of 16 rows of 64 bytes. A
+ * register holds 16 x 32 bfloat16 of a left factor, as many of a right factor in pairs (row k has elements 2k
+ * and 2k + 1 of 16 columns), or 16 x 16 sums in float32.
  *
  * One instruction adds 16 x 32 by 32 x 16 to the sums of a register: the products of even k and those of odd
  * k are added up apart, then together, then to the sum. Subnormal numbers count as 0. In a WIDE=2 build (see
- * setup.py) plain C takes the place of the instructions, so that any processor can test what uses them. */
+ * setup.py) plain C takes the place of the instructions, so that any processor can test what uses them.
+ *
+ * float32 and float16 are multiplied in parts. A float32 is the exact sum of three bfloat16 of 8 bits each, a
+ * float16 of two. The product of two numbers is the sum of the products of part i of one and part j of the
+ * other, counted from 0, for i + j < UNIT_PARTS. What is left out is less than 2^-22 of the product, and sums
+ * are rounded less often, so results are as exact as those of multiply-adds. Six products of bfloat16 are
+ * still faster than one of float32 in vectors, because the unit does 16 times as many in a second. */
 #ifndef LONGLORA_MATRIX_UNIT_H
 #define LONGLORA_MATRIX_UNIT_H
 
@@ -21,7 +27,11 @@ enum {
     UNIT = 16,            /* rows and columns of the sums of a register */
     UNIT_K = 32,          /* elements along k of a register */
     UNIT_BYTES = 16 * 64, /* of a register */
+    UNIT_PARTS = 3,       /* of a float32 */
 };
+
+/* The parts of an element. */
+static inline int parts_of_dtype(int32_t dtype) { return dtype == F32 ? UNIT_PARTS : dtype == F16 ? 2 : 1; }
 
 typedef uint16_t halves __attribute__((vector_size(64), may_alias));
 
@@ -38,6 +48,21 @@ static inline halves round_two(vf a, vf b) {
     return both;
 #endif
 }
+
+/* out[p] = part p of two vectors, as pairs of their elements. The first part is cut off and not rounded, so
+ * that it is finite where the number is. An infinity or a NaN has it as its first part; then the others may
+ * be anything. */
+static inline __attribute__((always_inline)) void split(vu out[UNIT_PARTS], vf a, vf b, int parts) {
+    UNROLLED
+    for (int p = 0; p < UNIT_PARTS; p++) {
+        out[p] = (vu){ 0 };
+        if (p >= parts) continue;
+        vu x = (vu)a + (p ? 0x8000 : 0), y = ((vu)b + (p ? 0x8000 : 0)) & 0xffff0000;
+        out[p] = x >> 16 | y;
+        a -= (vf)(x & 0xffff0000), b -= (vf)y;
+    }
+}
+
 /* Every thread does this before its first product, and unit_end() after its last one: a thread that holds
  * registers of the unit is slower to switch. */
 static inline void unit_begin(void) {
@@ -59,30 +84,46 @@ static inline void unit_end(void) {
 }
 
 /* Where registers of one factor lie: the first row or column of 16, the bytes to the next 16, from row to row
- * of a register, and to the register of the next 32 k. */
+ * of a register, to the register of the next 32 k, and to the next part of the same numbers. */
 typedef struct {
     const char *data;
-    int64_t next, row, step;
+    int64_t next, row, step, part;
+    int parts;
     int fetch; /* the next rows that will be read are far from the cache */
 } UnitFactor;
 
+/* What unit_multiply() fetches for later use: lines at `next` and in rows `row` bytes apart; NULL for none.
+ */
+typedef struct {
+    char *next;
+    int64_t row;
+} UnitFetch;
+
+/* The parts of a left and of a right factor that are multiplied, the small ones first. Each step keeps one of
+ * the two in its registers. */
+enum { UNIT_STEPS = 6 };
+static const int unit_steps[UNIT_STEPS][2] = { { 2, 0 }, { 1, 0 }, { 1, 1 }, { 0, 1 }, { 0, 0 }, { 0, 2 } };
+
 #if !defined __AMX_BF16__
 /* What unit_multiply() does, a row of 16 sums at a time. */
-static void unit_multiply_row(float *c, const char *a, int64_t a_step, const char *b, UnitFactor of_b,
+static void unit_multiply_row(float *c, const char *a, UnitFactor of_a, const char *b, UnitFactor of_b,
                               int64_t count, int add) {
     vf sum = add ? vf_load(c) : (vf){ 0 };
-    for (int64_t i = 0; i < count; i++) {
-        vf even = { 0 }, odd = { 0 };
-        for (int64_t k = 0; k < UNIT; k++) {
-            uint16_t x[2];
-            vu y;
-            memcpy(x, a + i * a_step + 4 * k, sizeof x);
-            memcpy(&y, b + i * of_b.step + k * of_b.row, sizeof y);
-            even += bf16_to_float(x[0]) * (vf)(y << 16);
-            odd += bf16_to_float(x[1]) * (vf)(y & 0xffff0000);
+    for (int64_t i = 0; i < count; i++)
+        for (int step = 0; step < UNIT_STEPS; step++) {
+            int p = unit_steps[step][0], q = unit_steps[step][1];
+            if (p >= of_a.parts || q >= of_b.parts) continue;
+            vf even = { 0 }, odd = { 0 };
+            for (int64_t k = 0; k < UNIT; k++) {
+                uint16_t x[2];
+                vu y;
+                memcpy(x, a + i * of_a.step + p * of_a.part + 4 * k, sizeof x);
+                memcpy(&y, b + i * of_b.step + q * of_b.part + k * of_b.row, sizeof y);
+                even += bf16_to_float(x[0]) * (vf)(y << 16);
+                odd += bf16_to_float(x[1]) * (vf)(y & 0xffff0000);
+            }
+            sum += even + odd;
         }
-        sum += even + odd;
-    }
     vf_store(c, sum);
 }
 #endif
@@ -91,11 +132,12 @@ static void unit_multiply_row(float *c, const char *a, int64_t a_step, const cha
  * floats apart. */
 static inline __attribute__((always_inline)) void unit_multiply(float *c, int64_t c_row, UnitFactor a,
                                                                 UnitFactor b, int64_t count, int rows,
-                                                                int cols, int add) {
+                                                                int cols, int add, UnitFetch fetch) {
 #if !defined __AMX_BF16__
+    (void)fetch;
     for (int64_t r = 0; r < rows * UNIT; r++)
         for (int64_t j = 0; j < cols; j++)
-            unit_multiply_row(c + r * c_row + j * UNIT, a.data + r / UNIT * a.next + r % UNIT * a.row, a.step,
+            unit_multiply_row(c + r * c_row + j * UNIT, a.data + r / UNIT * a.next + r % UNIT * a.row, a,
                               b.data + j * b.next, b, count, add);
 #else
     int64_t c_bytes = c_row * 4;
@@ -118,17 +160,29 @@ static inline __attribute__((always_inline)) void unit_multiply(float *c, int64_
             __builtin_prefetch(pa + rows * a.next + r * a.row);
             if (rows == 2) __builtin_prefetch(pa + 3 * a.next + r * a.row);
         }
-        _tile_loadd(6, pb, b.row);
-        _tile_loadd(4, pa, a.row);
-        _tile_dpbf16ps(0, 4, 6);
-        if (rows == 2) {
-            _tile_loadd(5, pa + a.next, a.row);
-            _tile_dpbf16ps(2, 5, 6);
+        if (fetch.next && i < rows * UNIT / 2) UNROLLED
+        for (int r = 0; r < 2; r++, fetch.next += fetch.row) {
+            __builtin_prefetch(fetch.next, 1);
+            if (cols == 2) __builtin_prefetch(fetch.next + 64, 1);
         }
-        if (cols == 2) {
-            _tile_loadd(7, pb + b.next, b.row);
-            _tile_dpbf16ps(1, 4, 7);
-            if (rows == 2) _tile_dpbf16ps(3, 5, 7);
+        UNROLLED
+        for (int step = 0, p = -1, q = -1; step < UNIT_STEPS; step++) {
+            int new_p = unit_steps[step][0] != p, new_q = unit_steps[step][1] != q;
+            if (unit_steps[step][0] >= a.parts || unit_steps[step][1] >= b.parts) continue;
+            p = unit_steps[step][0], q = unit_steps[step][1];
+            const char *x = pa + p * a.part, *y = pb + q * b.part;
+            if (new_q) _tile_loadd(6, y, b.row);
+            if (new_p) _tile_loadd(4, x, a.row);
+            _tile_dpbf16ps(0, 4, 6);
+            if (rows == 2) {
+                if (new_p) _tile_loadd(5, x + a.next, a.row);
+                _tile_dpbf16ps(2, 5, 6);
+            }
+            if (cols == 2) {
+                if (new_q) _tile_loadd(7, y + b.next, b.row);
+                _tile_dpbf16ps(1, 4, 7);
+                if (rows == 2) _tile_dpbf16ps(3, 5, 7);
+            }
         }
     }
     _tile_stored(0, c, c_bytes);

@@ -111,7 +111,7 @@ int CPU(s2_attention_backward)(const void *args, void *stream) {
     int narrow = a->q.dtype != F32, status = 0;
     int64_t threads = min64(get_threads(), b.w.count), pairs = p->B * p->K;
     int64_t at_once = narrow ? attention_heads_at_once(p->B, p->T, p->H, p->K, p->D) : pairs;
-    b.floats = attention_backward_floats(p->D);
+    b.floats = attention_backward_floats(a);
     b.memory = scratch(threads * b.floats * (int64_t)sizeof(float));
     if (narrow) b.sums = scratch(at_once * attention_head_sums(p->T, p->H, p->K, p->D));
     if (!b.memory || (narrow && !b.sums)) status = -1;
@@ -139,5 +139,5 @@ Scratch CPU(s2_attention_backward_scratch)(const void *args) {
     if (H == 0) return (Scratch){ 0 };
     int64_t sums =
         a->q.dtype == F32 ? 0 : attention_heads_at_once(B, T, H, K, D) * attention_head_sums(T, H, K, D);
-    return (Scratch){ { get_threads() * attention_backward_floats(D) * (int64_t)sizeof(float), sums } };
+    return (Scratch){ { get_threads() * attention_backward_floats(a) * (int64_t)sizeof(float), sums } };
 }

@@ -1,9 +1,12 @@
-/* s2_unit.h --- what attention's tasks on the matrix unit share: rows of bfloat16, transposed and in pairs,
- * and products of them.
+/* s2_unit.h --- what attention's tasks on the matrix unit share: rows of bfloat16, transposed and in pairs;
+ * rows of float32 in parts; and products of them.
  *
- * As in s2_block.h, scores are kept transposed. Weights and gradients of scores are rounded to bfloat16
- * before the unit multiplies them. All sums and the running maximum are float32. Rows of a head have `wide`
- * elements here: D rounded up to what a register holds. */
+ * As in s2_block.h, scores are kept transposed. Where all arrays are bfloat16, weights and gradients of
+ * scores are rounded to bfloat16 before the unit multiplies them. float16 is multiplied in parts, where all
+ * numbers are finite: the lower part of an infinity is a NaN. float32 is left to vectors: six products, and
+ * the weights in parts, take as long there. All sums and the running maximum are float32.
+ *
+ * Rows of a head have `wide` elements here: D rounded up to what a register holds. */
 #ifndef LONGLORA_S2_UNIT_H
 #define LONGLORA_S2_UNIT_H
 
@@ -72,6 +75,59 @@ static void pair_keys(uint16_t *out, const float *p, int64_t keys) {
         }
 }
 
+/* ---- parts: `part` elements lie between the parts of a number --------------------------------- */
+
+/* out[parts][n,wide]: rows [n,wide] as a left factor, along their elements. Pair d of 32 has elements d and
+ * d + 16. */
+static void split_rows(uint16_t *out, int64_t part, int parts, const float *rows, int64_t wide, int64_t n) {
+    for (int64_t i = 0; i < n * wide; i += UNIT_K) {
+        vu x[UNIT_PARTS];
+        split(x, vf_load(rows + i), vf_load(rows + i + VW), parts);
+        for (int p = 0; p < parts; p++) memcpy(out + p * part + i, &x[p], sizeof x[p]);
+    }
+}
+
+/* out[parts][n/2,wide] words: rows [n,wide] as a right factor, along the rows. Pair r of 32 has rows r and
+ * r + 16. */
+static void split_pairs(uint16_t *out, int64_t part, int parts, const float *rows, int64_t wide, int64_t n) {
+    for (int64_t r = 0; r < n / 2; r++, out += 2 * wide) {
+        const float *low = rows + (r / UNIT * UNIT_K + r % UNIT) * wide;
+        for (int64_t d = 0; d < wide; d += VW) {
+            vu x[UNIT_PARTS];
+            split(x, vf_load(low + d), vf_load(low + UNIT * wide + d), parts);
+            for (int p = 0; p < parts; p++) memcpy(out + p * part + 2 * d, &x[p], sizeof x[p]);
+        }
+    }
+}
+
+/* Each part of in[M,N], words, transposed. */
+static void transpose_parts(uint16_t *out, int64_t part, int parts, const uint16_t *in, int64_t M,
+                            int64_t N) {
+    for (int p = 0; p < parts; p++)
+        transpose((float *)(out + p * part), (const float *)(in + p * part), M, N);
+}
+
+/* A register of words, transposed. Rows lie out_row and in_row elements apart. */
+static inline void turn_register(uint16_t *out, int64_t out_row, const uint16_t *in, int64_t in_row) {
+    vf x[VW];
+    UNROLLED
+    for (int r = 0; r < VW; r++) x[r] = vf_load((const float *)(in + r * in_row));
+    transpose_square(x);
+    UNROLLED
+    for (int r = 0; r < VW; r++) vf_store((float *)(out + r * out_row), x[r]);
+}
+
+/* Loads rows as load_rows() does. Returns whether all are finite. */
+static int load_finite_rows(float *out, int64_t wide, const Tensor *x, const Segment *s, int64_t head,
+                            int64_t first, int64_t n, int64_t padded) {
+    vf zeros = { 0 };
+    load_rows(out, wide, x, s, head, first, n, padded, 1);
+    for (int64_t i = 0; i < n * wide; i += VW) zeros += 0 * vf_load(out + i);
+    return vf_sum(zeros) == 0;
+}
+
+/* ---- products -------------------------------------------------------------------------------- */
+
 /* c[M,N] (+)= a b. M and N are multiples of 32. */
 static inline void unit_product(float *c, int64_t c_row, UnitFactor a, UnitFactor b, int64_t M, int64_t N,
                                 int64_t registers, int add) {
@@ -79,16 +135,20 @@ static inline void unit_product(float *c, int64_t c_row, UnitFactor a, UnitFacto
         for (int64_t m = 0; m < M; m += 2 * UNIT) {
             UnitFactor x = a, y = b;
             x.data += m / UNIT * a.next, y.data += n / UNIT * b.next;
-            unit_multiply(c + m * c_row + n, c_row, x, y, registers, 2, 2, add);
+            unit_multiply(c + m * c_row + n, c_row, x, y, registers, 2, 2, add, (UnitFetch){ 0 });
         }
 }
 
 /* Rows of `row` elements as a left factor; words in rows of BQ as a right factor. */
 static inline UnitFactor rows_of_16(const uint16_t *x, int64_t row) {
-    return (UnitFactor){ (const char *)x, UNIT * row * 2, row * 2, UNIT_K * 2, 0 };
+    return (UnitFactor){ (const char *)x, UNIT * row * 2, row * 2, UNIT_K * 2, .parts = 1 };
 }
 static inline UnitFactor words_of_16(const void *x, int64_t row) {
-    return (UnitFactor){ x, UNIT * 4, row * 4, UNIT * row * 4, 0 };
+    return (UnitFactor){ x, UNIT * 4, row * 4, UNIT * row * 4, .parts = 1 };
+}
+static inline UnitFactor in_parts(UnitFactor x, int64_t part, int parts) {
+    x.part = part * 2, x.parts = parts;
+    return x;
 }
 
 #endif

@@ -2,6 +2,7 @@
 leave float32's range."""
 
 import checks
+import ml_dtypes
 import numpy as np
 import pytest
 import reference
@@ -148,3 +149,37 @@ def test_attention_where_one_score_is_far_above_all(size, dtype, isa):
     got = ops.s2_attention_backward(dout, q, k, v, out, lse, group_size=32)
     exact = reference.s2_attention_backward(dout, q, k, v, want, want_lse, group_size=32)
     close(got[2], exact[2], dtype, floor=1e-5)
+
+
+# Where a matrix unit multiplies, the second is cut along C, and the last is computed as its transpose.
+@pytest.mark.filterwarnings("ignore:.*encountered")
+@pytest.mark.parametrize("shape", [(520, 100, 70), (520, 1000, 40), (70, 100, 130)], ids=str)
+@pytest.mark.parametrize("transposed", ["NT", "NN", "TN"])
+def test_products_with_infinities(shape, transposed, dtype, isa):
+    """Sums with an infinity, a NaN or the largest numbers are what float64 says. Others keep their error."""
+    M, C, N = shape
+    a, b = checks.random((M, C), dtype), checks.random((C, N), dtype, 1)
+    most = float(ml_dtypes.finfo(checks.DTYPES[dtype]).max)
+    a[3, 5], a[33, 0], a[41, C - 1], b[9, 11], b[50] = np.inf, -np.inf, np.nan, np.inf, 0.0
+    a[20, 50] = np.inf  # times 0
+    a[60], b[70] = 0.0, 0.25
+    a[60, 70] = most
+    out = np.zeros((M, N), np.float32)
+    stored_a = np.ascontiguousarray(a.T).T if transposed[0] == "T" else a
+    stored_b = np.ascontiguousarray(b.T).T if transposed[1] == "T" else b
+    _C.matmul(out, stored_a, stored_b, 1.0, 0.0)
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    want = a @ b
+    terms = np.abs(np.where(np.isfinite(a), a, 0)) @ np.abs(np.where(np.isfinite(b), b, 0))
+    close(out, want, "float32", floor=1e-5 * np.where(np.isfinite(want), terms, 0))
+    assert (~np.isfinite(want)).any(axis=1).sum() >= 5 and np.isfinite(want[:, 0]).sum() >= M - 4
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20, 1e30])
+def test_products_of_small_and_of_large_numbers(size, isa):
+    """They keep all of float32's bits."""
+    a, b = checks.random((96, 100)), checks.random((100, 64), seed=1)
+    out = np.zeros((96, 64), np.float32)
+    _C.matmul(out, (a.astype(np.float64) * size).astype(np.float32), b, 1.0, 0.0)
+    want = (a.astype(np.float64) * size).astype(np.float32).astype(np.float64) @ b.astype(np.float64)
+    assert np.abs(out - want).max() < 3e-7 * size * np.abs(a).sum(axis=1).max()

@@ -20,10 +20,12 @@ typedef struct {
 /* c[M,N] = alpha (a[M,K] b[K,N] + scale2 u[M,R] b2[R,N]) + beta c + bias[N] + residual[M,N], u = a a2[K,R].
  *
  * The second product continues the sums of the first, and each task makes u from the rows of a that it
- * multiplies anyway: that is how LoRA costs no pass of its own. R is 0 without it. c is not read when beta is
- * 0. It may be the memory of residual. Arithmetic is float32, with one exception: where the CPU multiplies
- * bfloat16, a product of two bfloat16 matrices rounds u and b2 to bfloat16 before it multiplies them. The
- * order of each sum depends on the sizes alone, so any number of threads gives the same bits. */
+ * multiplies anyway: that is how LoRA costs no pass of its own. Where a2.data is NULL, u is made already. R
+ * is 0 without it. c is not read when beta is 0. It may be the memory of residual. Arithmetic is float32,
+ * with two exceptions: where the CPU multiplies bfloat16, a product of two bfloat16 matrices rounds u and b2
+ * to bfloat16 before it multiplies them; and where its matrix unit multiplies float16 in parts, u is rounded
+ * to 16 bits. The order of each sum depends on the sizes alone, so any number of threads gives the same bits.
+ */
 typedef struct {
     int64_t M, N, K, R;
     Matrix a, b, a2, b2;
@@ -39,7 +41,8 @@ typedef struct {
 /* Returns 0, or -1 after fail(). */
 int CPU(gemm)(const Gemm *g);
 
-/* Bytes of the one block of scratch that CPU(gemm)(g) takes. It reads sizes, strides and dtypes only. */
+/* Bytes of the one block of scratch that CPU(gemm)(g) takes, with as many threads as there are now. It reads
+ * sizes, strides and dtypes only. */
 int64_t CPU(gemm_scratch)(const Gemm *g);
 
 static inline Matrix matrix(const Tensor *t) {

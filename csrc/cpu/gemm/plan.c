@@ -15,6 +15,9 @@ Gemm CPU(gemm_of_u)(const Gemm *g) {
                    .c_dtype = F32 };
 }
 
+/* Whether tasks make u along with c. */
+int CPU(gemm_makes_u)(const Gemm *g, const Plan *p) { return g->R && g->a2.data && !p->swapped; }
+
 /* Columns of a panel for N of them: NR, or two vectors where N is four. */
 static int64_t panel_columns(int64_t N) { return NV == 3 && ceil_div(N, VW) == 4 ? 2 * VW : NR; }
 
@@ -22,6 +25,10 @@ static int64_t panel_columns(int64_t N) { return NV == 3 && ceil_div(N, VW) == 4
  * to 16 rows it is the narrow product for every dtype, which sums each row as if it were alone: generation
  * relies on that. Few columns and a dense along m: as rows they fill the vectors. */
 static int swapping_pays(const Gemm *g, int32_t unit) {
+#if MATRIX_UNIT
+    int few = g->M > FEW_ROWS && g->M <= UNIT_FEW && g->M < g->N;
+    if (few && unit == F32 && g->K >= 2 * UNIT_K) return 1;
+#endif
     int few_rows = g->M <= 128 && g->M < g->N && g->b.row == 1;
     int few_columns = g->N <= 64 && g->N < g->M && g->a.row == 1;
     return (few_rows && (g->b.dtype == unit || (g->M <= 16 && g->R == 0))) || few_columns;
@@ -91,25 +98,67 @@ static Plan plan_of_u(const Plan *parent, const Gemm *g) {
     return u;
 }
 
+/* float32 in parts takes much of the cache: long sums are cut, so that as many rows fit it. */
+int64_t CPU(gemm_pieces)(const Gemm *g) {
 #if MATRIX_UNIT
+    int large = g->M > FEW_ROWS && g->N >= 2 * UNIT && g->c_dtype == F32;
+    if (large && (g->a.dtype == F32 || g->b.dtype == F32)) return max64(1, ceil_div(g->K, UNIT_DEPTH));
+#endif
+    (void)g;
+    return 1;
+}
+
+Gemm CPU(gemm_piece)(const Gemm *g, int64_t i, int64_t pieces) {
+    Gemm piece = *g;
+    int64_t k = i * g->K / pieces / 64 * 64, end = i + 1 < pieces ? (i + 1) * g->K / pieces / 64 * 64 : g->K;
+    piece.K = end - k;
+    piece.a = rows_from(transposed(g->a), k), piece.b = rows_from(g->b, k);
+    piece.a = transposed(piece.a);
+    piece.a2.data = NULL;
+    if (i) piece.R = 0, piece.beta = 1, piece.bias = piece.residual = NULL;
+    return piece;
+}
+
+#if MATRIX_UNIT
+/* Whether the matrix unit is faster. It always is for bfloat16. Numbers in parts take several products, which
+ * short sums and few rows or columns do not fill. */
+static int unit_pays(const Plan *p) {
+    int large = p->K >= 2 * UNIT_K && p->M >= 2 * UNIT && p->N >= 2 * UNIT;
+    return p->way == BLOCKS && p->K && (p->step == PAIRS || large);
+}
+
+/* Rows of a task that packs its own: at least four tasks for each thread, as many for each. 0 if they would
+ * be too few to repay reading b. `bytes`: of 16 rows. */
+static int64_t own_rows(const Plan *p, int64_t bytes) {
+    int64_t most = min64(UNIT_ROWS, max64(2, UNIT_TASK_BYTES / bytes / 2 * 2) * UNIT);
+    int64_t tasks = max64(4, ceil_div(p->M, most * p->threads)) * p->threads;
+    return p->M < 16 * UNIT * p->threads ? 0 : ceil_div(p->M, tasks * 2 * UNIT) * 2 * UNIT;
+}
+
 /* Chooses the slices and the scratch of a product on the matrix unit. Every slice has all of k. */
-static void plan_unit(Plan *p) {
-    int64_t of_k = ceil_div(p->steps, UNIT), all = of_k + ceil_div(p->steps2, UNIT);
-    int64_t bytes = max64(1, all) * UNIT_BYTES; /* of 16 rows or columns */
-    int in_place = p->a.col == 1 && p->K % UNIT_K == 0 && p->M % UNIT == 0 && p->R == 0 && p->N <= 128;
+static void plan_unit(Plan *p, const Gemm *g) {
+    int64_t of_k = ceil_div(p->K, UNIT_K), all = max64(1, of_k + ceil_div(p->R, UNIT_K));
+    p->parts_a = parts_of_dtype(p->a.dtype), p->parts_b = parts_of_dtype(p->b.dtype);
+    if (p->R && p->step == FLOATS) p->parts_a = p->parts_b = max64(p->parts_a, p->parts_b); /* u too */
+    int64_t a = all * p->parts_a * UNIT_BYTES, b = all * p->parts_b * UNIT_BYTES; /* 16 rows or columns */
+    int in_place = p->step == PAIRS && p->a.col == 1 && p->K % UNIT_K == 0 && p->M % UNIT == 0 && p->R == 0 &&
+                   p->N <= 128;
     p->way = UNITS, p->rows_of_a = in_place ? IN_PLACE : PACKED;
-    p->wide_n = min64(ceil_div(p->N, 2 * UNIT), max64(1, PACK_BYTES / bytes / 2)) * 2 * UNIT;
-    p->wide_m = min64(ceil_div(p->M, 2 * UNIT), max64(1, PACK_BYTES / bytes)) * 2 * UNIT;
-    p->floats.b = p->wide_n / UNIT * bytes / 4;
-    p->floats.a = in_place ? 0 : p->wide_m / UNIT * bytes / 4;
-    p->floats.u = p->R && !p->swapped ? ceil_div(p->R, UNIT) * of_k * UNIT_BYTES / 4 : 0;
+    p->threads = get_threads();
+    p->own_rows = in_place ? 0 : own_rows(p, a);
+    p->wide_n = min64(ceil_div(p->N, 2 * UNIT), max64(1, PACK_BYTES * p->parts_b / (2 * b))) * 2 * UNIT;
+    p->wide_m = min64(ceil_div(p->M, 2 * UNIT), max64(1, PACK_BYTES * p->parts_a / a)) * 2 * UNIT;
+    if (p->own_rows) p->wide_m = p->M;
+    p->floats.b = p->wide_n / UNIT * b / 4;
+    p->floats.a = in_place ? 0 : (p->own_rows ? p->threads * p->own_rows : p->wide_m) / UNIT * a / 4;
+    p->floats.u = CPU(gemm_makes_u)(g, p) ? ceil_div(p->R, UNIT) * of_k * p->parts_b * UNIT_BYTES / 4 : 0;
 }
 #endif
 
-static void count_floats(Plan *p, const Plan *of_u) {
+static void count_floats(Plan *p, const Gemm *g, const Plan *of_u) {
     int64_t depth_b = p->depth + p->steps2;
     if (p->panels_of_b == SHARED) p->floats.b = depth_b * p->wide_n;
-    if (p->R && !p->swapped)
+    if (CPU(gemm_makes_u)(g, p))
         p->floats.u = of_u->way == NARROW ? narrow_columns(of_u) * narrow_depth(of_u)
                                           : p->depth * ceil_div(p->R, NR) * NR;
     if (reads_rows(p)) p->floats.a2 = p->steps2 * p->wide_m + VW;
@@ -142,12 +191,12 @@ void CPU(gemm_plan)(const Gemm *g, Plan *plan, Plan *of_u) {
     p.way = choose_way(&p);
     p.writes_of_c = choose_writes_of_c(&p, g);
 #if MATRIX_UNIT
-    if (p.step == PAIRS && p.way == BLOCKS && p.K) plan_unit(&p);
+    if (unit_pays(&p)) plan_unit(&p, g);
 #endif
     if (p.way == BLOCKS) {
         choose_slice(&p);
-        if (p.R && !p.swapped) *of_u = plan_of_u(&p, g);
-        count_floats(&p, of_u);
+        if (CPU(gemm_makes_u)(g, &p)) *of_u = plan_of_u(&p, g);
+        count_floats(&p, g, of_u);
     }
     if (p.way == NARROW) p.floats.b = narrow_columns(&p) * narrow_depth(&p);
     *plan = p;

@@ -55,9 +55,11 @@ enum {
     NARROW_COLUMNS = VW / 2,                 /* columns that narrow.c multiplies at a time */
 
     /* On the matrix unit. */
-    UNIT_BLOCK = 18,             /* registers along k: 32 columns of b fit the L1 cache */
-    UNIT_ROWS = 256,             /* rows of a task, at most */
-    UNIT_TASK_BYTES = 768 << 10, /* rows of a of a task, at most */
+    UNIT_BLOCK = 18,              /* registers along k: 32 columns of b fit the L1 cache */
+    UNIT_ROWS = 256,              /* rows of a task, at most */
+    UNIT_TASK_BYTES = 1152 << 10, /* rows of a of a task, at most */
+    UNIT_DEPTH = 896,             /* k of a product of float32; a longer one is cut into several */
+    UNIT_FEW = 512,               /* rows up to which the transpose of such a product is computed */
 };
 _Static_assert((int)PAIRS_KC <= KC && (int)FEW_KC <= KC && 2 * (MID_KC + MID_KC / EXTRA) <= KC + KC / EXTRA,
                "the panels of b of a task fit NEAR_B");
@@ -66,7 +68,7 @@ typedef enum {
     BLOCKS, /* tiles on packed panels of b: blocks.c */
     NARROW, /* at most 16 columns: vectors along k: narrow.c */
     SWEEP,  /* at most FEW_ROWS rows: b is read once, where it lies: sweep.c */
-    UNITS,  /* bfloat16 on the matrix unit: unit.c */
+    UNITS,  /* on the matrix unit: unit.c */
 } Way;
 
 typedef enum {
@@ -99,6 +101,10 @@ typedef struct {
     WritesOfC writes_of_c;
     int swapped;    /* c is computed as its transpose: the letters below are those of that product */
     int keeps_sums; /* in memory between slices of steps, because c cannot hold them */
+
+    /* On the matrix unit: parts of each number; threads; and the rows of a task that packs its own rows of a,
+     * 0 where all are packed before the tasks. */
+    int64_t parts_a, parts_b, threads, own_rows;
 
     int64_t M, N, K, R;    /* K and R in elements */
     Matrix a, b, a2, b2;   /* a2 is u: the second product is a2 b2 */
@@ -163,7 +169,12 @@ static inline int64_t narrow_depth(const Plan *plan) { return ceil_div(plan->ste
 
 /* u = a a2, the product that g needs first. */
 Gemm CPU(gemm_of_u)(const Gemm *g);
-/* `of_u` is set where tasks make u along with c: g->R is not 0 and the product is not swapped. */
+/* The products that g is cut into along k, once u is made: how many, and number i, which adds to those
+ * before. */
+int64_t CPU(gemm_pieces)(const Gemm *g);
+Gemm CPU(gemm_piece)(const Gemm *g, int64_t i, int64_t pieces);
+int CPU(gemm_makes_u)(const Gemm *g, const Plan *plan);
+/* `of_u` is set where tasks make u along with c. */
 void CPU(gemm_plan)(const Gemm *g, Plan *plan, Plan *of_u);
 int64_t CPU(gemm_plan_bytes)(const Plan *plan);
 /* Sizes of the tasks of a slice whose m0 .. s1 are set. `packs_a`: rows of a are not packed yet. */
