@@ -73,7 +73,7 @@ static void unit_score_gradients(const Block *block, float scale, const UnitBuff
                 int64_t at = (j + n) * BQ + i * VW;
                 e[n] = d[n] = (vf){ 0 };
                 if (j + n >= block->keys) continue;
-                e[n] = vf_exp_below(scale * vf_load(m->p + at) - vf_load(m->lse + i * VW));
+                e[n] = vf_exp_score(scale * vf_load(m->p + at) - vf_load(m->lse + i * VW));
                 d[n] = e[n] * (vf_load(m->ds + at) - vf_load(m->delta + i * VW));
                 if (!any_hidden(block, j + n, i)) continue;
                 vi mask = hidden(block, j + n, i);

@@ -8,10 +8,10 @@
 #include "s2_unit.h"
 
 #if MATRIX_UNIT
-/* Floats that a task takes. */
-static inline int64_t unit_forward_floats(int64_t D) {
+/* Floats that a task of `rows` query rows takes. */
+static inline int64_t unit_forward_floats(int64_t D, int64_t rows) {
     int64_t wide = unit_width(D);
-    return ROWS * wide / 2 + ROWS * wide + 2 * ROWS + BQ + BQ * wide + BK * wide + BK * BQ + BK * BQ / 2;
+    return rows * wide / 2 + rows * wide + 2 * rows + BQ + BQ * wide + BK * wide + BK * BQ + BK * BQ / 2;
 }
 
 static void unit_forward_task(const S2AttentionForward *a, const Task *task, float *memory) {
@@ -42,11 +42,9 @@ static void unit_forward_task(const S2AttentionForward *a, const Task *task, flo
             int64_t padded = round_up(b.keys, UNIT_K);
             unit_product(p, BQ, rows_of_16(k, wide), words_of_16(qt + i * wide / 2, BQ), padded, BQ,
                          wide / UNIT_K, 0);
-            softmax(p, &b, (float)a->scale, maximum + i, sum + i, shrink);
+            int shrinks = softmax(p, &b, (float)a->scale, maximum + i, sum + i, shrink);
             pair_keys(pairs, p, keys_of(&b, 0, BQ / VW));
             float *o = out + i * wide;
-            int shrinks = 0;
-            for (int64_t r = 0; r < BQ; r++) shrinks |= shrink[r] != 1.0f;
             for (int64_t d = 0; d < wide && shrinks; d++)
                 for (int64_t r = 0; r < BQ; r += VW)
                     vf_store(o + d * BQ + r, vf_load(o + d * BQ + r) * vf_load(shrink + r));
@@ -63,11 +61,11 @@ static void unit_forward_task(const S2AttentionForward *a, const Task *task, flo
 }
 #endif
 
-/* What a forward task takes, in floats, whichever way it goes; and the task. */
-static inline int64_t attention_floats(const S2AttentionForward *a) {
-    int64_t floats = forward_floats(round_up(a->q.shape[3], VW));
+/* What a forward task of `rows` query rows takes, in floats, whichever way it goes; and the task. */
+static inline int64_t attention_floats(int64_t D, int64_t rows) {
+    int64_t floats = forward_floats(round_up(D, VW), rows);
 #if MATRIX_UNIT
-    floats = max64(floats, round_up(unit_forward_floats(a->q.shape[3]), VW));
+    floats = max64(floats, round_up(unit_forward_floats(D, rows), VW));
 #endif
     return floats;
 }
