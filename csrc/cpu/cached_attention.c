@@ -25,8 +25,8 @@ enum {
 
 typedef struct {
     const CachedAttention *a;
-    int64_t S, H, K, D, each, rows; /* query heads and query rows of a KV head; row r is query r / each */
-    int64_t pitch, parts;
+    int64_t S, H, K, D, each, rows;  /* query heads and query rows of a KV head; row r is query r / each */
+    int64_t pitch, parts, task_rows; /* query rows of a task, if they are many */
     const int64_t *row, *length; /* [B], read once: another thread may change the arrays during the call */
     float *partial;              /* [B, parts, K, rows (pitch + 2)]: weighted values, maxima, sums */
     float *memory;               /* `floats` for each thread */
@@ -154,11 +154,11 @@ static void weigh(const Call *c, float *p, int64_t p_row, int64_t length, int64_
         /* A row that has seen no key: exp(-inf - 0) is 0, exp(-inf + inf) is not. */
         float base = most == -INFINITY ? 0 : most;
         for (int64_t j = 0; j < padded; j += VW) {
-            vf e = vf_exp_below(vf_load(row + j) - base);
+            vf e = vf_exp_score(vf_load(row + j) - base);
             vf_store(row + j, e);
             total += e;
         }
-        float less = vf_exp_below(vf_set1(maximum[r] - base))[0];
+        float less = vf_exp_score(vf_set1(maximum[r] - base))[0];
         if (less != 1.0f)
             for (int64_t d = 0; d < pitch; d += VW)
                 vf_store(out + r * pitch + d, vf_load(out + r * pitch + d) * less);
@@ -398,7 +398,7 @@ static int add_parts(int64_t i, void *context) {
     if (most == -INFINITY) most = 0;
     for (int64_t part = 0; part < parts; part++) {
         const float *from = partial_at(c, b, part, head), *y = from + r * pitch;
-        float factor = vf_exp_below(vf_set1(from[last] - most))[0];
+        float factor = vf_exp_score(vf_set1(from[last] - most))[0];
         total += factor * from[last + c->rows];
         for (int64_t d = 0; d < pitch; d += VW)
             vf_store(x + d, part ? vf_load(x + d) + factor * vf_load(y + d) : factor * vf_load(y + d));
@@ -415,12 +415,17 @@ static int add_parts(int64_t i, void *context) {
 
 /* Query heads of a task, groups of them in a KV head, and rows of a task. */
 static inline int64_t heads_of_task(const Call *c) {
-    int64_t groups = (c->each + ROWS / BQ - 1) / (ROWS / BQ);
+    int64_t groups = (c->each + c->task_rows / BQ - 1) / (c->task_rows / BQ);
     return (c->each + groups - 1) / groups;
 }
 static inline int64_t groups_of(const Call *c) { return (c->each + heads_of_task(c) - 1) / heads_of_task(c); }
-static inline int64_t rows_of_task(const Call *c) { return ROWS / heads_of_task(c) / BQ * BQ; }
-static inline int64_t chunks_of(const Call *c) { return (c->S + rows_of_task(c) - 1) / rows_of_task(c); }
+static inline int64_t chunks_of(const Call *c) {
+    int64_t most = c->task_rows / heads_of_task(c) / BQ * BQ;
+    return (c->S + most - 1) / most;
+}
+static inline int64_t rows_of_task(const Call *c) {
+    return round_up((c->S + chunks_of(c) - 1) / chunks_of(c), BQ);
+}
 
 static int chunk_thread(int64_t index, void *context) {
     Call *c = context;
@@ -458,10 +463,11 @@ static Call call_of(const CachedAttention *a) {
     c.rows = c.S * c.each;
     c.pitch = round_up(c.D, VW);
     c.parts = most_parts(a->k_cache.shape[1]);
+    c.task_rows = rows_of_tasks(&a->q);
     S2AttentionForward f = { .q = a->q, .k = a->k_cache, .v = a->v_cache };
     int64_t converted = (FEW + 2 * KEYS) * c.pitch + FEW * KEYS;
     int64_t in_place = c.K * c.rows * (c.pitch + BLOCK) + VW * c.pitch;
-    if (c.rows > FEW) c.floats = attention_floats(&f);
+    if (c.rows > FEW) c.floats = attention_floats(&f, c.task_rows);
     else c.floats = round_up(c.rows > IN_PLACE ? converted : max64(converted, in_place), VW);
     return c;
 }

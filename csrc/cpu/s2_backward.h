@@ -126,7 +126,7 @@ static void score_gradients(const Block *block, const Buffers *m) {
         int any = any_hidden(block, j, 0);
         for (int64_t i = first_vector(block, j); i < BQ / VW; i++) {
             float *p = m->p + j * BQ + i * VW, *ds = m->ds + j * BQ + i * VW;
-            vf e = vf_exp_below(vf_load(p) - vf_load(m->lse + i * VW)),
+            vf e = vf_exp_score(vf_load(p) - vf_load(m->lse + i * VW)),
                d = e * (vf_load(ds) - vf_load(m->delta + i * VW));
             if (any) {
                 vi mask = hidden(block, j, i);

@@ -20,10 +20,12 @@
 #endif
 enum {
     MR = 6,
-    DEPTH = 128, /* products summed in registers before they are added to memory */
-    SHORT = 32,  /* the same for scores, whose errors exp() enlarges */
-    FETCH = 16,  /* a row is prefetched this many rows ahead */
-    ROWS = 512,  /* query rows of a forward task, all heads together */
+    DEPTH = 128,      /* products summed in registers before they are added to memory */
+    SHORT = 32,       /* the same for scores, whose errors exp() enlarges */
+    FETCH = 16,       /* a row is prefetched this many rows ahead */
+    LEAST_ROWS = 512, /* query rows of a forward task, all heads together, */
+    MOST_ROWS = 1536, /* and at most, at D = 64 */
+    TASKS = 3,        /* forward tasks for each thread, unless they would have fewer rows */
 };
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -50,6 +52,16 @@ typedef struct {
     const Segment *segment;
     int64_t kv_head, from, to, first, last;
 } Task;
+
+/* Query rows of a forward task of these queries, all heads together. Every task copies keys and values, so
+ * long tasks copy less; but they take more of the cache, and there should be enough for all threads. No
+ * result depends on this number: the blocks of keys, and of BQ rows, are the same for any. */
+static inline int64_t rows_of_tasks(const Tensor *q) {
+    int64_t most = MOST_ROWS * 64 / max64(q->shape[3], 64);
+    int64_t threads = get_threads(),
+            share = q->shape[0] * q->shape[1] * q->shape[2] / (TASKS * max64(threads, 1));
+    return max64(LEAST_ROWS, threads > 1 ? min64(most, share) : most);
+}
 
 /* ---- products -------------------------------------------------------------------------------- */
 
@@ -167,6 +179,15 @@ static void load_rows(float *out, int64_t pitch, const Tensor *x, const Segment 
     memset(out + n * pitch, 0, (size_t)((padded - n) * pitch) * sizeof(float));
 }
 
+/* Fetches rows first .. last-1 of a segment into the second cache, for load_rows(). */
+static void fetch_rows(const Tensor *x, const Segment *s, int64_t head, int64_t first, int64_t last) {
+    int64_t bytes = x->shape[3] * dtype_size(x->dtype);
+    for (int64_t i = first; i < last; i++) {
+        const char *row = row_at(x, s, i, head);
+        for (int64_t d = 0; d < bytes; d += 64) __builtin_prefetch(row + d, 0, 2);
+    }
+}
+
 /* The elements of two vectors in turn: of their first halves, of their second halves. */
 #if VW == 16
 #define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
@@ -220,10 +241,13 @@ typedef struct {
 /* out[keys,BQ] = k[keys,D] qt[D,BQ]. Vectors whose queries all come before the key are left as they are. */
 static void scores(float *out, const Block *b, const float *k, int64_t pitch, const float *qt, int64_t D) {
     int64_t vecs = (b->rows + VW - 1) / VW;
-    for (int64_t j = 0; j < b->keys; j += MR) {
+    /* First all keys that every vector needs, then a tile of keys at a time. Where the vectors are more than
+     * a strip, always a tile of keys, so that all strips find them in the first cache. */
+    int64_t n = min64(b->keys, vecs > NV ? MR : max64(MR, round_up(b->row - b->key + VW, MR)));
+    for (int64_t j = 0; j < b->keys; j += n, n = min64(MR, b->keys - j)) {
         int64_t skip = max64(0, b->key + j - b->row) / VW;
-        multiply(NORMAL, out + j * BQ + skip * VW, BQ, k + j * pitch, pitch, qt + skip * VW, BQ,
-                 min64(MR, b->keys - j), vecs - skip, D, SHORT, 0, -FAR, FAR);
+        multiply(NORMAL, out + j * BQ + skip * VW, BQ, k + j * pitch, pitch, qt + skip * VW, BQ, n,
+                 vecs - skip, D, SHORT, 0, -FAR, FAR);
     }
 }
 

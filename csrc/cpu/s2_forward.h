@@ -5,11 +5,16 @@
 
 #include "s2_block.h"
 
+/* A running maximum may be less than the greatest score, by at most this. It grows seldom then, so that what
+ * a row has summed before seldom has to be scaled. */
+#define SLACK 8.0f
+
 /* Turns products [keys,BQ] of queries and keys into exp(scale product - maximum) in place, 0 where hidden,
  * and updates the running maximum and sum of each row. shrink is the factor for what the row has summed
- * before. */
-static inline __attribute__((always_inline)) void softmax(float *p, const Block *b, float scale,
-                                                          float *maximum, float *sum, float *shrink) {
+ * before. Returns whether it differs from 1 in any row. */
+static inline __attribute__((always_inline)) int softmax(float *p, const Block *b, float scale,
+                                                         float *maximum, float *sum, float *shrink) {
+    int shrinks = 0;
     for (int64_t v = 0; v * VW < b->rows; v += NV) {
         float *column = p + v * VW;
         int64_t keys = keys_of(b, v, NV),
@@ -28,6 +33,9 @@ static inline __attribute__((always_inline)) void softmax(float *p, const Block 
         for (int64_t j = 0; j < keys; j++)
             for (int i = 0; i < NV; i++) top[i] = vf_max(top[i], scale * vf_load(column + j * BQ + i * VW));
         for (int i = 0; i < NV; i++) {
+            vi grown = top[i] > old[i] + SLACK;
+            top[i] = vf_select(grown, top[i], old[i]);
+            shrinks |= vf_any_from(vf_select(grown, vf_set1(1), (vf){ 0 }), 1);
             vf_store(maximum + (v + i) * VW, top[i]);
             /* A row that has seen no key: exp(-inf - 0) is 0, exp(-inf + inf) is not. */
             top[i] = vf_select(top[i] == -INFINITY, (vf){ 0 }, top[i]);
@@ -35,16 +43,17 @@ static inline __attribute__((always_inline)) void softmax(float *p, const Block 
         for (int64_t j = 0; j < keys; j++)
             for (int i = 0; i < NV; i++) {
                 float *x = column + j * BQ + i * VW;
-                vf e = vf_exp_below(scale * vf_load(x) - top[i]);
+                vf e = vf_exp_score(scale * vf_load(x) - top[i]);
                 vf_store(x, e);
                 total[i] += e;
             }
         for (int i = 0; i < NV; i++) {
-            vf less = vf_exp_below(old[i] - top[i]);
+            vf less = vf_exp_score(old[i] - top[i]);
             vf_store(shrink + (v + i) * VW, less);
             vf_store(sum + (v + i) * VW, vf_load(sum + (v + i) * VW) * less + total[i]);
         }
     }
+    return shrinks;
 }
 
 /* The sums of `rows` rows, before they have seen a key: `out` has `floats` floats for all of them. */
@@ -65,9 +74,9 @@ static inline void finish_row(const S2AttentionForward *a, const Segment *s, int
     if (given(&a->lse)) *lse_at(&a->lse, s, row, head) = maximum + logf(sum);
 }
 
-/* Floats that a task takes, in rows of `pitch`. */
-static inline int64_t forward_floats(int64_t pitch) {
-    return round_up(2 * (ROWS + BK) * pitch + 2 * ROWS + BQ + BK * BQ, VW);
+/* Floats that a task of `rows` query rows takes, in rows of `pitch`. */
+static inline int64_t forward_floats(int64_t pitch, int64_t rows) {
+    return round_up(2 * (rows + BK) * pitch + 2 * rows + BQ + BK * BQ, VW);
 }
 
 static void forward_task(const S2AttentionForward *a, const Task *task, float *memory) {
@@ -91,10 +100,15 @@ static void forward_task(const S2AttentionForward *a, const Task *task, float *m
         for (int64_t i = 0; i < all; i += BQ) {
             int64_t row = task->first + i % size, rows = min64(BQ, task->last - row);
             Block b = { s, row, rows, key, min64(keys, row + rows - key) };
+            if (key + BK < task->last) { /* a share of the next block, so that all of it has come in time */
+                int64_t from = key + BK + i * BK / all, to = key + BK + (i + BQ) * BK / all;
+                fetch_rows(&a->k, s, task->kv_head, from, to);
+                fetch_rows(&a->v, s, task->kv_head, from, to);
+            }
             if (b.keys <= 0) continue;
             scores(p, &b, k, pitch, qt + i * pitch, D);
-            softmax(p, &b, 1, maximum + i, sum + i, shrink);
-            for (int64_t r = 0; r < rows; r++)
+            int shrinks = softmax(p, &b, 1, maximum + i, sum + i, shrink);
+            for (int64_t r = 0; shrinks && r < rows; r++)
                 if (shrink[r] != 1.0f) {
                     float *x = out + (i + r) * pitch;
                     for (int64_t d = 0; d < pitch; d += VW) vf_store(x + d, vf_load(x + d) * shrink[r]);

@@ -130,7 +130,7 @@ key_gradients(const Block *block, float scale, const UnitBackward *m, int64_t ke
     int64_t at = key * BQ + i * VW;
     *e = *d = (vf){ 0 };
     if (key >= block->keys) return;
-    *e = vf_exp_below(scale * vf_load(m->p + at) - vf_load(m->lse + i * VW));
+    *e = vf_exp_score(scale * vf_load(m->p + at) - vf_load(m->lse + i * VW));
     *d = *e * (vf_load(m->ds + at) - vf_load(m->delta + i * VW));
     if (!any_hidden(block, key, i)) return;
     vi mask = hidden(block, key, i);

@@ -38,10 +38,10 @@ static int64_t unit_forward_in(UnitForward *m, float *memory, int64_t all, int64
     m->pairs = (uint16_t *)end, end += parts * BK * BQ / 2;
     return end - memory;
 }
-static inline int64_t unit_forward_floats(int64_t D, int parts) {
+static inline int64_t unit_forward_floats(int64_t D, int64_t rows, int parts) {
     UnitForward m;
     float none;
-    return unit_forward_in(&m, &none, ROWS, unit_width(D), parts);
+    return unit_forward_in(&m, &none, rows, unit_width(D), parts);
 }
 
 /* BQ rows of q from row `first` on, to qt. Returns whether they may be multiplied in parts. */
@@ -84,11 +84,9 @@ static void unit_pair_weights(const UnitForward *m, int64_t seen, int64_t padded
     split_pairs(m->pairs, BK * BQ, parts, m->p, BQ, padded);
 }
 
-/* o^T [wide,BQ], times shrink where that is not 1 everywhere. */
+/* o^T [wide,BQ], times shrink. */
 static void shrink_columns(float *o, const float *shrink, int64_t wide) {
-    int shrinks = 0;
-    for (int64_t r = 0; r < BQ; r++) shrinks |= shrink[r] != 1.0f;
-    for (int64_t d = 0; d < wide && shrinks; d++)
+    for (int64_t d = 0; d < wide; d++)
         for (int64_t r = 0; r < BQ; r += VW)
             vf_store(o + d * BQ + r, vf_load(o + d * BQ + r) * vf_load(shrink + r));
 }
@@ -120,9 +118,9 @@ static int unit_forward_task(const S2AttentionForward *a, const Task *task, floa
                        qt = in_parts(words_of_16(m.qt + parts * i * wide, BQ), BQ * wide, parts),
                        pairs = in_parts(words_of_16(m.pairs, BQ), BK * BQ, parts);
             unit_product(m.p, BQ, k, qt, padded, BQ, wide / UNIT_K, 0);
-            softmax(m.p, &b, (float)a->scale, m.maximum + i, m.sum + i, m.shrink);
+            int shrinks = softmax(m.p, &b, (float)a->scale, m.maximum + i, m.sum + i, m.shrink);
             unit_pair_weights(&m, keys_of(&b, 0, BQ / VW), padded, parts);
-            shrink_columns(o, m.shrink, wide);
+            if (shrinks) shrink_columns(o, m.shrink, wide);
             unit_product(o, BQ, vt, pairs, wide, BQ, padded / UNIT_K, 1);
         }
     }
@@ -137,12 +135,12 @@ static int unit_forward_task(const S2AttentionForward *a, const Task *task, floa
 }
 #endif
 
-/* What a forward task takes, in floats, whichever way it goes; and the task. */
-static inline int64_t attention_floats(const S2AttentionForward *a) {
-    int64_t floats = forward_floats(round_up(a->q.shape[3], VW));
+/* What a forward task of `rows` query rows takes, in floats, whichever way it goes; and the task. */
+static inline int64_t attention_floats(const S2AttentionForward *a, int64_t rows) {
+    int64_t D = a->q.shape[3], floats = forward_floats(round_up(D, VW), rows);
 #if MATRIX_UNIT
     int parts = forward_parts(a);
-    if (parts < UNIT_PARTS) floats = max64(floats, round_up(unit_forward_floats(a->q.shape[3], parts), VW));
+    if (parts < UNIT_PARTS) floats = max64(floats, round_up(unit_forward_floats(D, rows, parts), VW));
 #endif
     return floats;
 }

@@ -8,7 +8,7 @@ int64_t CPU(gemm_scratch)(const Gemm *g) {
     Gemm u = CPU(gemm_of_u)(g);
     CPU(gemm_plan)(g, &plan, &of_u);
     /* The memory of one product is given back before the next begins. */
-    if ((plan.swapped || pieces > 1) && g->R && g->a2.data) most = CPU(gemm_scratch)(&u);
+    if (g->R && g->a2.data && (pieces > 1 || !CPU(gemm_makes_u)(g, &plan))) most = CPU(gemm_scratch)(&u);
     if (pieces == 1) return max64(most, CPU(gemm_plan_bytes)(&plan));
     for (int64_t i = 0; i < pieces; i++) {
         Gemm piece = CPU(gemm_piece)(g, i, pieces);
@@ -23,7 +23,8 @@ int CPU(gemm)(const Gemm *g) {
     int64_t pieces = CPU(gemm_pieces)(g);
     Gemm of_u = CPU(gemm_of_u)(g);
     CPU(gemm_plan)(g, &plan, &plan_u);
-    if ((plan.swapped || pieces > 1) && g->R && g->a2.data && CPU(gemm)(&of_u)) return -1;
+    int u_before = g->R && g->a2.data && (pieces > 1 || !CPU(gemm_makes_u)(g, &plan));
+    if (u_before && CPU(gemm)(&of_u)) return -1;
     for (int64_t i = 0; i < pieces && pieces > 1; i++) {
         Gemm piece = CPU(gemm_piece)(g, i, pieces);
         if (CPU(gemm)(&piece)) return -1;

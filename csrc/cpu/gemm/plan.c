@@ -15,8 +15,10 @@ Gemm CPU(gemm_of_u)(const Gemm *g) {
                    .c_dtype = F32 };
 }
 
-/* Whether tasks make u along with c. */
-int CPU(gemm_makes_u)(const Gemm *g, const Plan *p) { return g->R && g->a2.data && !p->swapped; }
+/* In parts, u would have other bits than the product that makes it alone. */
+int CPU(gemm_makes_u)(const Gemm *g, const Plan *p) {
+    return g->R && g->a2.data && !p->swapped && (p->way != UNITS || p->step == PAIRS);
+}
 
 /* Columns of a panel for N of them: NR, or two vectors where N is four. */
 static int64_t panel_columns(int64_t N) { return NV == 3 && ceil_div(N, VW) == 4 ? 2 * VW : NR; }

@@ -173,6 +173,7 @@ Gemm CPU(gemm_of_u)(const Gemm *g);
  * before. */
 int64_t CPU(gemm_pieces)(const Gemm *g);
 Gemm CPU(gemm_piece)(const Gemm *g, int64_t i, int64_t pieces);
+/* Whether tasks make u along with c; else it is a product before. */
 int CPU(gemm_makes_u)(const Gemm *g, const Plan *plan);
 /* `of_u` is set where tasks make u along with c. */
 void CPU(gemm_plan)(const Gemm *g, Plan *plan, Plan *of_u);

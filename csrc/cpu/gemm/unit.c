@@ -213,7 +213,6 @@ static void ready_rows(const Job *job, float *out, int64_t m, int64_t m_end) {
             UnitFactor a = packed(out, 0, p->parts_a),
                        a2 = packed(job->of_u->packed_b + r * of_k(p) * p->parts_b * UNIT, 0, p->parts_b);
             multiply(u, UNIT, a, a2, of_k(p), 1, 1, 0, (UnitFetch){ 0 });
-            settle(u, UNIT, a, a2, of_k(p), 1, 1);
             for (int64_t i = 0; i < min64(UNIT, p->M - m); i++)
                 memcpy(g->u + (m + i) * g->u_row + r, u + i * UNIT, (size_t)columns * 4);
         }
