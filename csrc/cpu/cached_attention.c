@@ -25,8 +25,8 @@ enum {
 
 typedef struct {
     const CachedAttention *a;
-    int64_t S, H, K, D, each, rows;  /* query heads and query rows of a KV head; row r is query r / each */
-    int64_t pitch, parts, task_rows; /* query rows of a task, if they are many */
+    int64_t S, H, K, D, each, rows; /* query heads and query rows of a KV head; row r is query r / each */
+    int64_t pitch, parts;
     const int64_t *row, *length; /* [B], read once: another thread may change the arrays during the call */
     float *partial;              /* [B, parts, K, rows (pitch + 2)]: weighted values, maxima, sums */
     float *memory;               /* `floats` for each thread */
@@ -415,12 +415,12 @@ static int add_parts(int64_t i, void *context) {
 
 /* Query heads of a task, groups of them in a KV head, and rows of a task. */
 static inline int64_t heads_of_task(const Call *c) {
-    int64_t groups = (c->each + c->task_rows / BQ - 1) / (c->task_rows / BQ);
+    int64_t most = rows_of_tasks(c->S, c->H, c->D) / BQ, groups = (c->each + most - 1) / most;
     return (c->each + groups - 1) / groups;
 }
 static inline int64_t groups_of(const Call *c) { return (c->each + heads_of_task(c) - 1) / heads_of_task(c); }
 static inline int64_t chunks_of(const Call *c) {
-    int64_t most = c->task_rows / heads_of_task(c) / BQ * BQ;
+    int64_t most = rows_of_tasks(c->S, c->H, c->D) / heads_of_task(c) / BQ * BQ;
     return (c->S + most - 1) / most;
 }
 static inline int64_t rows_of_task(const Call *c) {
@@ -463,11 +463,10 @@ static Call call_of(const CachedAttention *a) {
     c.rows = c.S * c.each;
     c.pitch = round_up(c.D, VW);
     c.parts = most_parts(a->k_cache.shape[1]);
-    c.task_rows = rows_of_tasks(&a->q);
     S2AttentionForward f = { .q = a->q, .k = a->k_cache, .v = a->v_cache };
     int64_t converted = (FEW + 2 * KEYS) * c.pitch + FEW * KEYS;
     int64_t in_place = c.K * c.rows * (c.pitch + BLOCK) + VW * c.pitch;
-    if (c.rows > FEW) c.floats = attention_floats(&f, c.task_rows);
+    if (c.rows > FEW) c.floats = attention_floats(&f);
     else c.floats = round_up(c.rows > IN_PLACE ? converted : max64(converted, in_place), VW);
     return c;
 }

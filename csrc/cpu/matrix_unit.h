@@ -4,13 +4,14 @@
  *
  * One instruction adds 16 x 32 by 32 x 16 to the sums of a register: the products of even k and those of odd
  * k are added up apart, then together, then to the sum. Subnormal numbers count as 0. In a WIDE=2 build (see
- * setup.py) plain C takes the place of the instructions, so that any processor can test what uses them.
+ * setup.py) plain C replaces the instructions, so any processor can test the code that uses them.
  *
- * float32 and float16 are multiplied in parts. A float32 is the exact sum of three bfloat16 of 8 bits each, a
- * float16 of two. The product of two numbers is the sum of the products of part i of one and part j of the
- * other, counted from 0, for i + j < UNIT_PARTS. What is left out is less than 2^-22 of the product, and sums
- * are rounded less often, so results are as exact as those of multiply-adds. Six products of bfloat16 are
- * still faster than one of float32 in vectors, because the unit does 16 times as many in a second. */
+ * float32 and float16 are multiplied in parts. A float32 is the exact sum of three bfloat16, of 8 bits each.
+ * A float16 is the sum of two. The product of two numbers is the sum of the products of their parts: part i
+ * of one and part j of the other, counted from 0, for all i + j < UNIT_PARTS. The products that are left out
+ * are at most about 2^-22 of the whole. The unit also rounds sums less often than multiply-adds do, so
+ * results are at least as exact. A float32 takes six products of bfloat16. That is still faster than one
+ * product in vectors, because the unit multiplies bfloat16 16 times as fast as vectors multiply float32. */
 #ifndef LONGLORA_MATRIX_UNIT_H
 #define LONGLORA_MATRIX_UNIT_H
 
@@ -49,9 +50,9 @@ static inline halves round_two(vf a, vf b) {
 #endif
 }
 
-/* out[p] = part p of two vectors, as pairs of their elements. The first part is cut off and not rounded, so
- * that it is finite where the number is. An infinity or a NaN has it as its first part; then the others may
- * be anything. */
+/* out[p] = part p of two vectors, as pairs of their elements. The first part is truncated, not rounded: so
+ * the largest numbers do not become infinities. The first part of an infinity or a NaN is the number itself.
+ * Its other parts may be anything. */
 static inline __attribute__((always_inline)) void split(vu out[UNIT_PARTS], vf a, vf b, int parts) {
     UNROLLED
     for (int p = 0; p < UNIT_PARTS; p++) {
@@ -92,15 +93,15 @@ typedef struct {
     int fetch; /* the next rows that will be read are far from the cache */
 } UnitFactor;
 
-/* What unit_multiply() fetches for later use: lines at `next` and in rows `row` bytes apart; NULL for none.
- */
+/* Memory that unit_multiply() fetches for later use: two lines of each row, and `row` bytes from row to row.
+ * It fetches nothing if `next` is NULL. */
 typedef struct {
     char *next;
     int64_t row;
 } UnitFetch;
 
-/* The parts of a left and of a right factor that are multiplied, the small ones first. Each step keeps one of
- * the two in its registers. */
+/* Which part of a left factor is multiplied by which part of a right one. From step to step only one of the
+ * two changes, so the other one stays in its registers. */
 enum { UNIT_STEPS = 6 };
 static const int unit_steps[UNIT_STEPS][2] = { { 2, 0 }, { 1, 0 }, { 1, 1 }, { 0, 1 }, { 0, 0 }, { 0, 2 } };
 

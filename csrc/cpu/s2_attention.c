@@ -42,7 +42,7 @@ int CPU(s2_attention_forward)(const void *args, void *stream) {
         make_work(&f.p, forward_tasks, &f.w))
         return free_work(&f.p, &f.w), -1;
     int64_t threads = min64(get_threads(), f.w.count);
-    f.floats = attention_floats(a, f.p.task_rows);
+    f.floats = attention_floats(a);
     f.memory = scratch(threads * f.floats * (int64_t)sizeof(float));
     int status =
         f.memory ? parallel_for(threads, work_of(&f.w, f.p.D) / max64(threads, 1), forward_thread, &f) : -1;
@@ -130,8 +130,7 @@ int CPU(s2_attention_backward)(const void *args, void *stream) {
 /* The blocks of all threads, and the sums; not the lists of segments and tasks, which are small. */
 Scratch CPU(s2_attention_forward_scratch)(const void *args) {
     const S2AttentionForward *a = args;
-    return (
-        Scratch){ { get_threads() * attention_floats(a, rows_of_tasks(&a->q)) * (int64_t)sizeof(float) } };
+    return (Scratch){ { get_threads() * attention_floats(a) * (int64_t)sizeof(float) } };
 }
 
 Scratch CPU(s2_attention_backward_scratch)(const void *args) {

@@ -16,7 +16,6 @@ typedef struct {
     int64_t G;
     int boundary, shift;
     int64_t B, T, H, K, D;
-    int64_t task_rows; /* of the forward pass */
     int32_t
         *starts; /* of the documents, and T: the caller's cu_seqlens may change. NULL without cu_seqlens */
     int64_t documents;
@@ -53,15 +52,8 @@ static int check_documents(const char *op, const Pattern *p) {
  * allows, or if there is no memory. */
 static int make_pattern(const char *op, Pattern *p, const Tensor *q, const Tensor *k,
                         const Tensor *cu_seqlens, double group_size, double boundary, double shift) {
-    *p = (Pattern){ .G = (int64_t)group_size,
-                    .boundary = (int)boundary,
-                    .shift = (int)shift,
-                    .B = q->shape[0],
-                    .T = q->shape[1],
-                    .H = q->shape[2],
-                    .K = k->shape[2],
-                    .D = q->shape[3],
-                    .task_rows = rows_of_tasks(q) };
+    *p = (Pattern){ (int64_t)group_size, (int)boundary, (int)shift,  q->shape[0], q->shape[1],
+                    q->shape[2],         k->shape[2],   q->shape[3], NULL,        0 };
     if (!given(cu_seqlens)) return 0;
     p->documents = cu_seqlens->shape[0] - 1;
     p->starts = scratch((p->documents + 1) * (int64_t)sizeof *p->starts);
@@ -122,15 +114,15 @@ typedef struct {
 typedef int64_t ListTasks(const Pattern *p, const Segment *segments, int64_t segment_count, Task *tasks);
 
 static int64_t forward_tasks(const Pattern *p, const Segment *segments, int64_t segment_count, Task *tasks) {
-    int64_t count = 0;
+    int64_t count = 0, rows = rows_of_tasks(p->T, p->H, p->D);
     for (int64_t i = 0; i < segment_count; i++)
         for (int64_t k = 0; k < p->K; k++) {
             const Segment *s = &segments[i];
             int64_t from, to, n = rows_of(s);
             heads_of(p, k, s->shifted, &from, &to);
             for (int64_t h = from, heads; h < to; h += heads) {
-                heads = min64(to - h, p->task_rows / BQ);
-                int64_t size = p->task_rows / heads / BQ * BQ;
+                heads = min64(to - h, rows / BQ);
+                int64_t size = rows / heads / BQ * BQ;
                 /* The last rows see the most keys, so they go first. */
                 for (int64_t first = (n - 1) / size * size; first >= 0; first -= size, count++)
                     if (tasks) tasks[count] = (Task){ s, k, h, h + heads, first, min64(first + size, n) };

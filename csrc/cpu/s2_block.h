@@ -25,7 +25,7 @@ enum {
     FETCH = 16,       /* a row is prefetched this many rows ahead */
     LEAST_ROWS = 512, /* query rows of a forward task, all heads together, */
     MOST_ROWS = 1536, /* and at most, at D = 64 */
-    TASKS = 3,        /* forward tasks for each thread, unless they would have fewer rows */
+    TASKS = 24,       /* forward tasks of a sequence, unless they would have fewer or more rows */
 };
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -53,14 +53,12 @@ typedef struct {
     int64_t kv_head, from, to, first, last;
 } Task;
 
-/* Query rows of a forward task of these queries, all heads together. Every task copies keys and values, so
- * long tasks copy less; but they take more of the cache, and there should be enough for all threads. No
- * result depends on this number: the blocks of keys, and of BQ rows, are the same for any. */
-static inline int64_t rows_of_tasks(const Tensor *q) {
-    int64_t most = MOST_ROWS * 64 / max64(q->shape[3], 64);
-    int64_t threads = get_threads(),
-            share = q->shape[0] * q->shape[1] * q->shape[2] / (TASKS * max64(threads, 1));
-    return max64(LEAST_ROWS, threads > 1 ? min64(most, share) : most);
+/* Query rows of a forward task, all heads together. A task copies all keys and values that it needs, so long
+ * tasks copy less. But they take more of the cache, and all threads should have some. The number of threads
+ * does not count: on a matrix unit, an infinity changes how all rows of its task are multiplied. */
+static inline int64_t rows_of_tasks(int64_t T, int64_t H, int64_t D) {
+    int64_t most = MOST_ROWS * 64 / max64(D, 64);
+    return max64(LEAST_ROWS, min64(most, T * H / TASKS));
 }
 
 /* ---- products -------------------------------------------------------------------------------- */

@@ -5,8 +5,9 @@
 
 #include "s2_block.h"
 
-/* A running maximum may be less than the greatest score, by at most this. It grows seldom then, so that what
- * a row has summed before seldom has to be scaled. */
+/* A running maximum grows only if a score exceeds it by more than this. So the sums of a row are seldom
+ * scaled.
+ */
 #define SLACK 8.0f
 
 /* Turns products [keys,BQ] of queries and keys into exp(scale product - maximum) in place, 0 where hidden,

@@ -2,9 +2,9 @@
  * rows of float32 in parts; and products of them.
  *
  * As in s2_block.h, scores are kept transposed. Where all arrays are bfloat16, weights and gradients of
- * scores are rounded to bfloat16 before the unit multiplies them. float16 is multiplied in parts, where all
- * numbers are finite: the lower part of an infinity is a NaN. float32 is left to vectors: six products, and
- * the weights in parts, take as long there. All sums and the running maximum are float32.
+ * scores are rounded to bfloat16 before the unit multiplies them. float16 is multiplied in parts. If a task
+ * has an infinity or a NaN, vectors compute it, because the lower part of an infinity is a NaN. Vectors also
+ * compute float32, because the unit is no faster at it. All sums and the running maximum are float32.
  *
  * Rows of a head have `wide` elements here: D rounded up to what a register holds. */
 #ifndef LONGLORA_S2_UNIT_H
@@ -107,7 +107,7 @@ static void transpose_parts(uint16_t *out, int64_t part, int parts, const uint16
         transpose((float *)(out + p * part), (const float *)(in + p * part), M, N);
 }
 
-/* A register of words, transposed. Rows lie out_row and in_row elements apart. */
+/* Transposes a register of words. out_row and in_row: elements from row to row. */
 static inline void turn_register(uint16_t *out, int64_t out_row, const uint16_t *in, int64_t in_row) {
     vf x[VW];
     UNROLLED

@@ -7,11 +7,13 @@
 #include "s2_unit.h"
 
 #if MATRIX_UNIT
-/* A thread's memory. Factors of products have their parts one behind the other: keys and values have CHUNK
- * rows of `wide` elements, kt is k transposed; q_rows and g_rows are BQ rows in pairs of rows, qt and gt
- * those rows transposed, in pairs of elements; p16 and ds16 are weights and gradients of scores [BK,BQ],
- * ds_pairs the second in pairs of keys. dqt is dq transposed. `rows` and `halves` are what is not transposed
- * yet. */
+/* A thread's memory. These are factors of products, with all parts of their numbers:
+ *   k, v, kt         [CHUNK,wide], and k transposed
+ *   q_rows, g_rows   BQ rows of q and of dout, in pairs of rows
+ *   qt, gt           the same rows transposed, in pairs of elements
+ *   p16, ds16        [BK,BQ]: weights, and gradients of scores
+ *   ds_pairs         the gradients in pairs of keys
+ * dqt is dq transposed. `rows` and `halves` hold rows that are not transposed yet. */
 typedef struct {
     uint16_t *k, *v, *kt, *q_rows, *g_rows, *qt, *gt, *p16, *ds16, *ds_pairs, *halves;
     float *dk, *dv, *dqt, *rows, *p, *ds, *lse, *delta;
@@ -23,7 +25,7 @@ static int64_t unit_backward_in(UnitBackward *m, float *memory, int64_t wide, in
     m->dk = end, end += CHUNK * wide;
     m->dv = end, end += CHUNK * wide;
     m->dqt = end, end += BQ * wide;
-    m->rows = end, end += 2 * BK * wide;
+    m->rows = end, end += 2 * BQ * wide;
     m->p = end, end += BK * BQ;
     m->ds = end, end += BK * BQ;
     m->lse = end, end += BQ;
@@ -32,7 +34,7 @@ static int64_t unit_backward_in(UnitBackward *m, float *memory, int64_t wide, in
              **of_rows[] = { &m->q_rows, &m->g_rows, &m->qt, &m->gt, &m->halves };
     for (int i = 0; i < 3; i++) *of_chunk[i] = (uint16_t *)end, end += parts * CHUNK * wide / 2;
     for (int i = 0; i < 3; i++) *of_block[i] = (uint16_t *)end, end += parts * BK * BQ / 2;
-    for (int i = 0; i < 5; i++) *of_rows[i] = (uint16_t *)end, end += parts * BK * wide / 2;
+    for (int i = 0; i < 5; i++) *of_rows[i] = (uint16_t *)end, end += parts * BQ * wide / 2;
     return end - memory;
 }
 
@@ -232,8 +234,7 @@ static int rows_are_finite(const UnitBackward *m, const Tensor *x, const Segment
     return 1;
 }
 
-/* Whether the unit can compute the task: its queries and keys, where they are multiplied in parts, are
- * finite. */
+/* Whether the unit can compute the task. Numbers in parts must be finite. */
 static int unit_can(const Backward *b, const Task *task, float *memory, int parts) {
     const Segment *s = task->segment;
     int64_t n = task->last - task->first, key0, keys = keys_in_phase(b, task, &key0),

@@ -7,16 +7,18 @@
 #include "s2_unit.h"
 
 #if MATRIX_UNIT
-/* The parts of the widest of q, k and v. Products of narrower ones have parts that are 0. */
+/* The most parts that an element of q, k or v has. Where others have fewer, the rest of their parts are 0. */
 static inline int forward_parts(const S2AttentionForward *a) {
     int of_q = parts_of_dtype(a->q.dtype), of_k = parts_of_dtype(a->k.dtype),
         of_v = parts_of_dtype(a->v.dtype);
     return (int)max64(of_q, max64(of_k, of_v));
 }
 
-/* A task's memory. qt has the queries in pairs of their elements, out is transposed, k and vt are BK keys and
- * their values transposed, pairs the weights in pairs of keys. Each of the four factors has its parts one
- * behind the other. `rows` are floats, `halves` what they become before they are transposed. */
+/* A task's memory. These are factors of products, with all parts of their numbers:
+ *   qt      queries, transposed, in pairs of their elements
+ *   k, vt   BK keys; their values, transposed
+ *   pairs   weights in pairs of keys
+ * `out` is transposed. `rows` and `halves` hold rows that are not transposed yet. */
 typedef struct {
     float *out, *maximum, *sum, *shrink, *rows, *p;
     uint16_t *qt, *k, *vt, *pairs, *halves;
@@ -135,9 +137,10 @@ static int unit_forward_task(const S2AttentionForward *a, const Task *task, floa
 }
 #endif
 
-/* What a forward task of `rows` query rows takes, in floats, whichever way it goes; and the task. */
-static inline int64_t attention_floats(const S2AttentionForward *a, int64_t rows) {
-    int64_t D = a->q.shape[3], floats = forward_floats(round_up(D, VW), rows);
+/* What a forward task takes, in floats, whichever way it goes; and the task. */
+static inline int64_t attention_floats(const S2AttentionForward *a) {
+    int64_t D = a->q.shape[3], rows = rows_of_tasks(a->q.shape[1], a->q.shape[2], D);
+    int64_t floats = forward_floats(round_up(D, VW), rows);
 #if MATRIX_UNIT
     int parts = forward_parts(a);
     if (parts < UNIT_PARTS) floats = max64(floats, round_up(unit_forward_floats(D, rows, parts), VW));

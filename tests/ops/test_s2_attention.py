@@ -496,3 +496,18 @@ def test_a_document_of_a_wrong_length_is_nan(boundary, dtype, cuda):
     for x in results:
         x = x.astype(np.float32)
         assert np.isnan(x[:, 12:28]).all() and np.isfinite(x[:, :12]).all() and np.isfinite(x[:, 28:]).all()
+
+
+@pytest.mark.parametrize("bad", [None, np.inf])
+def test_rows_have_the_same_bits_for_any_number_of_threads(bad, dtype, isa, each_thread_count):
+    """Also where other rows of a task have an infinity, which a matrix unit does not multiply in parts."""
+    T = checks.fewer(700)
+    q, k, v, dout = inputs(1, T, 6, 3, 32, dtype)
+    if bad:
+        q[0, T // 2], k[0, T // 2 + 60], v[0, T - 100] = bad, bad, bad
+    out, *results = each_thread_count(lambda: ops.s2_attention_forward(q, k, v, group_size=q.shape[1]))
+    assert all(got.tobytes() == want.tobytes() for result in results for got, want in zip(result, out))
+    out, *results = each_thread_count(
+        lambda: ops.s2_attention_backward(dout, q, k, v, *out, group_size=q.shape[1])
+    )
+    assert all(got.tobytes() == want.tobytes() for result in results for got, want in zip(result, out))

@@ -1,35 +1,42 @@
 /* gemm.c --- a product from its plan: takes the memory and runs the way that plan.c chose. */
 #include "plan.h"
 
+/* Whether u is a product of its own, made before. */
+static int u_is_before(const Gemm *g, const Plan *plan) {
+    return g->R && g->a2.data && !CPU(gemm_makes_u)(g, plan);
+}
+
+/* The memory of one product is given back before the next begins. */
 int64_t CPU(gemm_scratch)(const Gemm *g) {
     Plan plan, of_u;
     if (g->M == 0 || g->N == 0) return 0;
     int64_t pieces = CPU(gemm_pieces)(g), most = 0;
-    Gemm u = CPU(gemm_of_u)(g);
-    CPU(gemm_plan)(g, &plan, &of_u);
-    /* The memory of one product is given back before the next begins. */
-    if (g->R && g->a2.data && (pieces > 1 || !CPU(gemm_makes_u)(g, &plan))) most = CPU(gemm_scratch)(&u);
-    if (pieces == 1) return max64(most, CPU(gemm_plan_bytes)(&plan));
-    for (int64_t i = 0; i < pieces; i++) {
+    for (int64_t i = 0; i < pieces && pieces > 1; i++) {
         Gemm piece = CPU(gemm_piece)(g, i, pieces);
         most = max64(most, CPU(gemm_scratch)(&piece));
     }
-    return most;
+    CPU(gemm_plan)(g, &plan, &of_u);
+    Gemm u = CPU(gemm_of_u)(g);
+    if (pieces == 1) most = CPU(gemm_plan_bytes)(&plan);
+    return u_is_before(g, &plan) ? max64(most, CPU(gemm_scratch)(&u)) : most;
+}
+
+static int multiply_pieces(const Gemm *g, int64_t pieces) {
+    for (int64_t i = 0; i < pieces; i++) {
+        Gemm piece = CPU(gemm_piece)(g, i, pieces);
+        if (CPU(gemm)(&piece)) return -1;
+    }
+    return 0;
 }
 
 int CPU(gemm)(const Gemm *g) {
     Plan plan, plan_u;
     if (g->M == 0 || g->N == 0) return 0;
-    int64_t pieces = CPU(gemm_pieces)(g);
-    Gemm of_u = CPU(gemm_of_u)(g);
     CPU(gemm_plan)(g, &plan, &plan_u);
-    int u_before = g->R && g->a2.data && (pieces > 1 || !CPU(gemm_makes_u)(g, &plan));
-    if (u_before && CPU(gemm)(&of_u)) return -1;
-    for (int64_t i = 0; i < pieces && pieces > 1; i++) {
-        Gemm piece = CPU(gemm_piece)(g, i, pieces);
-        if (CPU(gemm)(&piece)) return -1;
-    }
-    if (pieces > 1) return 0;
+    Gemm of_u = CPU(gemm_of_u)(g);
+    if (u_is_before(g, &plan) && CPU(gemm)(&of_u)) return -1;
+    int64_t pieces = CPU(gemm_pieces)(g);
+    if (pieces > 1) return multiply_pieces(g, pieces);
     Job job = { .g = g, .plan = &plan }, job_u = { .g = &of_u, .plan = &plan_u };
     if (plan.way == SWEEP) return CPU(gemm_sweep)(&job);
     float *memory = scratch(CPU(gemm_plan_bytes)(&plan));

@@ -15,7 +15,8 @@ Gemm CPU(gemm_of_u)(const Gemm *g) {
                    .c_dtype = F32 };
 }
 
-/* In parts, u would have other bits than the product that makes it alone. */
+/* Tasks that multiply in parts would give u other bits than a product of its own does. Then a gradient of
+ * LoRA would depend on whether dx is computed with it. */
 int CPU(gemm_makes_u)(const Gemm *g, const Plan *p) {
     return g->R && g->a2.data && !p->swapped && (p->way != UNITS || p->step == PAIRS);
 }
@@ -25,7 +26,8 @@ static int64_t panel_columns(int64_t N) { return NV == 3 && ceil_div(N, VW) == 4
 
 /* Few rows: the transposed product reads the larger matrix where it lies, which packing would not repay. Up
  * to 16 rows it is the narrow product for every dtype, which sums each row as if it were alone: generation
- * relies on that. Few columns and a dense along m: as rows they fill the vectors. */
+ * relies on that. Few columns and a dense along m: as rows they fill the vectors. On a matrix unit, few rows
+ * of float32: each task packs its share of the larger matrix in the cache. */
 static int swapping_pays(const Gemm *g, int32_t unit) {
 #if MATRIX_UNIT
     int few = g->M > FEW_ROWS && g->M <= UNIT_FEW && g->M < g->N;
@@ -100,7 +102,7 @@ static Plan plan_of_u(const Plan *parent, const Gemm *g) {
     return u;
 }
 
-/* float32 in parts takes much of the cache: long sums are cut, so that as many rows fit it. */
+/* The parts of a float32 take more of the cache. So long sums are cut, and a task still has enough rows. */
 int64_t CPU(gemm_pieces)(const Gemm *g) {
 #if MATRIX_UNIT
     int large = g->M > FEW_ROWS && g->N >= 2 * UNIT && g->c_dtype == F32;
@@ -112,18 +114,17 @@ int64_t CPU(gemm_pieces)(const Gemm *g) {
 
 Gemm CPU(gemm_piece)(const Gemm *g, int64_t i, int64_t pieces) {
     Gemm piece = *g;
-    int64_t k = i * g->K / pieces / 64 * 64, end = i + 1 < pieces ? (i + 1) * g->K / pieces / 64 * 64 : g->K;
-    piece.K = end - k;
-    piece.a = rows_from(transposed(g->a), k), piece.b = rows_from(g->b, k);
-    piece.a = transposed(piece.a);
+    int64_t k = i * g->K / pieces / 64 * 64, end = (i + 1) * g->K / pieces / 64 * 64; /* whole registers */
+    piece.K = (i + 1 < pieces ? end : g->K) - k;
+    piece.a = transposed(rows_from(transposed(g->a), k)), piece.b = rows_from(g->b, k);
     piece.a2.data = NULL;
     if (i) piece.R = 0, piece.beta = 1, piece.bias = piece.residual = NULL;
     return piece;
 }
 
 #if MATRIX_UNIT
-/* Whether the matrix unit is faster. It always is for bfloat16. Numbers in parts take several products, which
- * short sums and few rows or columns do not fill. */
+/* Whether the matrix unit is faster. For bfloat16 it always is. For numbers in parts it is if the matrices
+ * are large enough: an element takes several products, and packing takes more time. */
 static int unit_pays(const Plan *p) {
     int large = p->K >= 2 * UNIT_K && p->M >= 2 * UNIT && p->N >= 2 * UNIT;
     return p->way == BLOCKS && p->K && (p->step == PAIRS || large);

@@ -1,10 +1,10 @@
 /* unit.c --- a product on the matrix unit.
  *
  * Both factors are packed in registers of the unit, one behind the other along k, so each is read as one run
- * of memory. The parts of a register (see matrix_unit.h) follow each other. 32 columns of b stay in the first
- * cache while the rows of a task pass by, and the rows of a task in the second while the columns do. The unit
- * sums up 32 products before it adds them to a sum, so sums of any length stay exact enough, and k is cut
- * only for the sake of the caches.
+ * of memory. The parts of a register (see matrix_unit.h) follow each other. A task multiplies all of its rows
+ * by 32 columns of b, then by the next 32. Meanwhile the rows stay in the second cache, and the columns in
+ * the first one, or in the second if they are in parts. The unit adds up 32 products before it adds them to a
+ * sum. So sums of any length are exact enough, and k is cut only for the sake of the caches.
  *
  * LoRA: u, scaled and rounded, continues the rows of a, and b2 the columns of b. What was tried, with
  * figures, is in docs/tuning/gemm.md. */
@@ -29,44 +29,38 @@ static int64_t b_pitch(const Plan *p) { return of_all(p) * p->parts_b * UNIT_BYT
 
 /* ---- packing --------------------------------------------------------------------------------- */
 
-/* Up to 32 k of a line, from `p` on; zeros behind `count`. */
-static inline __attribute__((always_inline)) void load_k(vf x[2], const char *p, int64_t count, float scale,
-                                                         int32_t dtype) {
+/* The parts of up to 32 k of a line, from `p` on; zeros behind `count`. */
+static inline __attribute__((always_inline)) void split_k(vu out[UNIT_PARTS], const char *p, int64_t count,
+                                                          float scale, int64_t parts, int32_t dtype) {
     char part[4 * UNIT_K];
     if (count < UNIT_K) {
         memset(part, 0, sizeof part);
         memcpy(part, p, (size_t)(max64(count, 0) * dtype_size(dtype)));
         p = part;
     }
-    x[0] = vf_load_any(p, dtype) * scale, x[1] = vf_load_any(p + VW * dtype_size(dtype), dtype) * scale;
+    vf low = vf_load_any(p, dtype) * scale, high = vf_load_any(p + VW * dtype_size(dtype), dtype) * scale;
+    split(out, low, high, (int)parts);
 }
 
 /* What pack_parts() does where k is dense, `line` bytes from line to line. */
 static inline __attribute__((always_inline)) void split_dense(float *out, const char *p, int64_t line,
                                                               int64_t K, int64_t lines, float scale,
                                                               int64_t parts, int left, int32_t dtype) {
-    int64_t registers = ceil_div(K, UNIT_K), size = dtype_size(dtype);
-    vu words[UNIT_PARTS][UNIT];
-    vf x[2];
-    if (left) { /* a line at a time, because memory gives long runs faster */
-        for (int64_t i = 0; i < UNIT; i++)
-            for (int64_t r = 0; r < registers; r++) {
-                load_k(x, p + i * line + r * UNIT_K * size, i < lines ? K - r * UNIT_K : 0, scale, dtype);
-                vu part[UNIT_PARTS];
-                split(part, x[0], x[1], parts);
-                for (int q = 0; q < parts; q++)
-                    memcpy(out + (r * parts + q) * WORDS + i * UNIT, &part[q], sizeof part[q]);
-            }
-        return;
-    }
-    for (int64_t r = 0; r < registers; r++) {
-        for (int64_t i = 0; i < UNIT; i++) {
-            load_k(x, p + i * line + r * UNIT_K * size, i < lines ? K - r * UNIT_K : 0, scale, dtype);
-            vu part[UNIT_PARTS];
-            split(part, x[0], x[1], parts);
-            for (int q = 0; q < parts; q++) words[q][i] = part[q];
+    int64_t registers = ceil_div(K, UNIT_K), bytes = UNIT_K * dtype_size(dtype);
+    vu x[UNIT_PARTS], words[UNIT_PARTS][UNIT];
+    /* Rows go a line at a time, because memory gives long runs faster. */
+    for (int64_t i = 0; i < UNIT && left; i++)
+        for (int64_t r = 0; r < registers; r++) {
+            split_k(x, p + i * line + r * bytes, i < lines ? K - r * UNIT_K : 0, scale, parts, dtype);
+            for (int64_t q = 0; q < parts; q++)
+                memcpy(out + (r * parts + q) * WORDS + i * UNIT, &x[q], sizeof x[q]);
         }
-        for (int q = 0; q < parts; q++, out += WORDS) {
+    for (int64_t r = 0; r < registers && !left; r++) {
+        for (int64_t i = 0; i < UNIT; i++) {
+            split_k(x, p + i * line + r * bytes, i < lines ? K - r * UNIT_K : 0, scale, parts, dtype);
+            for (int64_t q = 0; q < parts; q++) words[q][i] = x[q];
+        }
+        for (int64_t q = 0; q < parts; q++, out += WORDS) {
             transpose((vf *)words[q]);
             memcpy(out, words[q], sizeof words[q]);
         }
@@ -74,8 +68,8 @@ static inline __attribute__((always_inline)) void split_dense(float *out, const 
 }
 
 /* Packs the parts of 16 lines, from line n of N, each with K elements along k: rows of a left factor or
- * columns of a right one. `b` has k along its rows. Pair k of a register has elements k and k + 16: both
- * factors are packed here, so any order serves, and this one needs no shuffle. */
+ * columns of a right one. `b` is [K,N]. Pair k of a register has elements k and k + 16, not 2k and 2k + 1:
+ * that needs no shuffles, and sums are right as long as both factors have the same order. */
 static void pack_parts(float *out, Matrix b, int64_t K, int64_t n, int64_t N, float scale, int64_t parts,
                        int left) {
     int64_t lines = min64(UNIT, N - n), line = b.col * dtype_size(b.dtype);
@@ -188,8 +182,8 @@ static int finite(const float *c, int64_t c_row, int rows, int cols) {
     return vf_sum(zeros) == 0;
 }
 
-/* Mends sums of products in parts that infinities and NaNs took part in: the lower parts of an infinity are
- * NaNs. The first parts alone give what float32 would. */
+/* Mends sums that are not finite, where numbers are in parts. An infinity's lower parts are NaNs, so they
+ * make its sums NaNs. The product of the first parts alone gives what float32 gives. */
 static void settle(float *c, int64_t c_row, UnitFactor a, UnitFactor b, int64_t count, int rows, int cols) {
     float first[WIDE_SUMS * WIDE_SUMS] __attribute__((aligned(64)));
     if ((a.parts == 1 && b.parts == 1) || finite(c, c_row, rows, cols)) return;
@@ -200,8 +194,8 @@ static void settle(float *c, int64_t c_row, UnitFactor a, UnitFactor b, int64_t 
             if (!isfinite(first[i * WIDE_SUMS + j])) c[i * c_row + j] = first[i * WIDE_SUMS + j];
 }
 
-/* Packs rows m .. m_end of a to `out`; computes u for them, unless earlier columns have, and packs it behind
- * them. */
+/* Packs rows m .. m_end of a to `out`, and u behind them. Computes u first if there is a product for it, with
+ * the first columns only. */
 static void ready_rows(const Job *job, float *out, int64_t m, int64_t m_end) {
     const Plan *p = job->plan;
     const Gemm *g = job->g;
@@ -325,8 +319,8 @@ static int multiply_task(int64_t i, void *context) {
     return 0;
 }
 
-/* A product whose tasks pack their own rows of a, all in the same memory of a thread: it stays in the cache.
- */
+/* A product whose tasks pack their own rows of a. Each thread packs them into memory of its own, which stays
+ * in the cache. */
 typedef struct {
     const Job *job;
     atomic_llong next; /* the first row that no thread has taken */
