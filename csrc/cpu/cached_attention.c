@@ -16,7 +16,7 @@ enum {
     FEW_KEYS = 4096, /* a sequence with at most this many keys has parts of half a block */
     IN_PLACE = 8,    /* query rows of a KV head up to which keys and values are read where they lie */
     BLOCK = 512,     /* in place: all scores of this many keys are computed, then their values are added */
-    GROUP = 4,       /* in place: query rows that share one reading of a key or value */
+    GROUP = 4,       /* in place: query rows that share one reading of keys or values */
     KEYS = 64,       /* otherwise: keys that are converted to float32 at a time */
     RUNS = 4,        /* tasks for each thread, where there are enough parts */
     LINE = 64,       /* bytes of a cache line */
@@ -91,49 +91,64 @@ static inline void after_rows(Ahead *ahead) {
     if (ahead->end && ahead->line >= ahead->end) ahead->line = ahead->next, ahead->end = NULL;
 }
 
-/* VW scores: a query [pitch] times VW rows of k, `step` bytes apart. Several queries may use the same rows:
- * there are `shares` calls then, and each fetches its share of the lines.
+/* x[j] = sums of two lanes each of x[j] and x[j + half], interleaved. */
+static inline __attribute__((always_inline)) void add_halves(vf *x, int half) {
+    UNROLLED
+    for (int j = 0; j < half; j++) x[j] = ZIP_LOW(x[j], x[j + half]) + ZIP_HIGH(x[j], x[j + half]);
+}
+
+/* Scores p [rows,p_row] of VW keys: queries [rows,pitch] times rows of k, `step` bytes apart. A key is loaded
+ * and converted once for all queries. If there are several calls for the same keys, `shares` in all, each
+ * fetches its share of the lines.
  *
- * Each row leaves a vector of partial sums. A round interleaves the first half of these vectors with the
- * second half and adds them, so half as many are left. After log2(VW) rounds lane j holds the score of row j.
- */
-static inline __attribute__((always_inline)) vf dot_rows(const float *q, const char *k, int64_t step,
-                                                         int64_t pitch, int32_t dtype, Ahead *ahead,
-                                                         int share, int shares) {
-    const int bytes = VW * (int)dtype_size(dtype);
-    /* Four rows for a pointer: with one for each there would be too few registers. */
-    const char *four[VW / 4];
-    int64_t third = 3 * step;
-    vf sum[VW];
+ * One query takes all keys at a time. Several take four in a pass, because there are no more registers: those
+ * that are `passes` apart. Each key leaves a vector of partial sums. A round interleaves the first half of
+ * these vectors with the second half and adds them, so half as many are left. The last rounds do so with the
+ * vectors of the passes. In the end lane j holds the score of key j. */
+static inline __attribute__((always_inline)) void dot_rows(float *p, int64_t p_row, const float *queries,
+                                                           const char *k, int64_t step, int64_t pitch,
+                                                           int32_t dtype, int rows, Ahead *ahead, int share,
+                                                           int shares) {
+    const int keys = rows == 1 ? VW : 4, passes = VW / keys, bytes = VW * (int)dtype_size(dtype);
+    vf found[GROUP][VW];
+    Ahead lines = *ahead; /* in registers */
     UNROLLED
-    for (int i = 0; i < VW / 4; i++) four[i] = k + 4 * i * step;
-    UNROLLED
-    for (int j = 0; j < VW; j++) sum[j] = (vf){ 0 };
-    for (int64_t d = 0; d < pitch; d += VW) {
-        vf x = vf_load(q + d);
+    for (int pass = 0; pass < passes; pass++) {
+        /* Four keys for a pointer: with one for each there would be too few registers. */
+        const char *four[VW / 4];
+        int64_t apart = passes * step, third = 3 * apart;
+        vf sum[GROUP][VW];
         UNROLLED
-        for (int j = 0; j < VW; j++) {
-            if (ahead && j * bytes % LINE == 0 && j * bytes / LINE % shares == share) fetch_line(ahead);
-            const char *row = four[j / 4] + (j % 4 == 3 ? third : j % 4 * step);
-            sum[j] += x * vf_load_any(row, dtype);
+        for (int i = 0; i < keys / 4; i++) four[i] = k + pass * step + 4 * i * apart;
+        UNROLLED
+        for (int i = 0; i < rows * keys; i++) sum[i / keys][i % keys] = (vf){ 0 };
+        /* With a loop that may not run at all, the compiler keeps the sums in memory too. */
+        int64_t d = 0;
+        do {
+            UNROLLED
+            for (int j = 0; j < keys; j++) {
+                if (j * bytes % LINE == 0 && j * bytes / LINE % shares == share) fetch_line(&lines);
+                vf y = vf_load_any(four[j / 4] + (j % 4 == 3 ? third : j % 4 * apart), dtype);
+                UNROLLED
+                for (int r = 0; r < rows; r++) sum[r][j] += vf_load(queries + r * pitch + d) * y;
+            }
+            UNROLLED
+            for (int i = 0; i < keys / 4; i++) four[i] += bytes;
+        } while ((d += VW) < pitch);
+        UNROLLED
+        for (int r = 0; r < rows; r++) {
+            UNROLLED
+            for (int half = keys / 2; half > 0; half /= 2) add_halves(sum[r], half);
+            found[r][pass] = sum[r][0];
         }
-        UNROLLED
-        for (int i = 0; i < VW / 4; i++) four[i] += bytes;
     }
-#define ADD_HALVES(half)             \
-    UNROLLED                         \
-    for (int j = 0; j < (half); j++) \
-        sum[j] = ZIP_LOW(sum[j], sum[j + (half)]) + ZIP_HIGH(sum[j], sum[j + (half)]);
-#if VW == 16
-    ADD_HALVES(8)
-#endif
-#if VW >= 8
-    ADD_HALVES(4)
-#endif
-    ADD_HALVES(2)
-    ADD_HALVES(1)
-#undef ADD_HALVES
-    return sum[0];
+    UNROLLED
+    for (int r = 0; r < rows; r++) {
+        UNROLLED
+        for (int half = passes / 2; half > 0; half /= 2) add_halves(found[r], half);
+        vf_store(p + r * p_row, found[r][0]);
+    }
+    ahead->line = lines.line;
 }
 
 /* Turns p [rows,p_row], scores of n keys from key `first` on, into exp(score - maximum), 0 where a row does
@@ -198,14 +213,15 @@ static void part_of_head(const Call *c, int64_t b, int64_t part, int64_t head, f
     float *queries = memory, *k = queries + FEW * pitch, *v = k + KEYS * pitch, *p = v + KEYS * pitch;
     float *out = partial_at(c, b, part, head), *maximum = out + c->rows * pitch, *sum = maximum + c->rows;
     load_queries(c, queries, b, head);
+    Ahead none = { .line = (const char *)k };
     for (int64_t key = first; key < last; key += KEYS) {
         int64_t n = min64(KEYS, last - key);
         load_keys(c, k, &c->a->k_cache, c->row[b], head, key, n);
         load_keys(c, v, &c->a->v_cache, c->row[b], head, key, n);
         for (int64_t r = 0; r < c->rows; r++)
             for (int64_t j = 0; j < n; j += VW)
-                vf_store(p + r * KEYS + j, dot_rows(queries + r * pitch, (const char *)(k + j * pitch),
-                                                    pitch * (int64_t)sizeof(float), pitch, F32, NULL, 0, 1));
+                dot_rows(p + r * KEYS + j, KEYS, queries + r * pitch, (const char *)(k + j * pitch),
+                         pitch * (int64_t)sizeof(float), pitch, F32, 1, &none, 0, 1);
         weigh(c, p, KEYS, c->length[b], key, n, out, maximum, sum);
         multiply(NORMAL, out, pitch, p, KEYS, v, pitch, c->rows, pitch / VW, n, DEPTH, 1, -FAR, FAR);
     }
@@ -230,12 +246,17 @@ typedef void Score(float *p, const float *queries, const char *k, int64_t step, 
 typedef void AddValues(float *out, const float *p, const char *v, int64_t step, int64_t n, int64_t pitch,
                        Ahead *ahead);
 
+/* float32 is not converted, and with vectors of 16 it does not pay for two or three queries to share keys.
+ * With vectors of 8 there are registers for three queries, not for four. */
 static inline __attribute__((always_inline)) void score(float *p, const float *queries, const char *k,
                                                         int64_t step, int64_t pitch, Ahead *ahead,
                                                         int32_t dtype, int rows) {
+    const int alone = VW == 16 && dtype == F32 && rows < 4;
+    const int shares = alone ? rows : VW == 8 && rows == 4 ? 2 : 1, together = rows / shares;
     UNROLLED
-    for (int r = 0; r < rows; r++)
-        vf_store(p + r * BLOCK, dot_rows(queries + r * pitch, k, step, pitch, dtype, ahead, r, rows));
+    for (int i = 0; i < shares; i++)
+        dot_rows(p + i * together * BLOCK, BLOCK, queries + i * together * pitch, k, step, pitch, dtype,
+                 together, ahead, i, shares);
 }
 
 static inline __attribute__((always_inline)) void add_values(float *out, const float *p, const char *v,
@@ -461,7 +482,7 @@ static Call call_of(const CachedAttention *a) {
     Call c = { .a = a, .S = a->q.shape[1], .H = a->q.shape[2], .K = a->k_cache.shape[2], .D = a->q.shape[3] };
     c.each = c.K ? c.H / c.K : 0;
     c.rows = c.S * c.each;
-    c.pitch = round_up(c.D, VW);
+    c.pitch = round_up(max64(c.D, 1), VW);
     c.parts = most_parts(a->k_cache.shape[1]);
     S2AttentionForward f = { .q = a->q, .k = a->k_cache, .v = a->v_cache };
     int64_t converted = (FEW + 2 * KEYS) * c.pitch + FEW * KEYS;

@@ -24,6 +24,7 @@ enum {
     SHORT = 32,       /* the same for scores, whose errors exp() enlarges */
     FETCH = 16,       /* a row is prefetched this many rows ahead */
     LEAST_ROWS = 512, /* query rows of a forward task, all heads together, */
+    SHORT_ROWS = 768, /* in a short sequence, at most D = 128, */
     MOST_ROWS = 1536, /* and at most, at D = 64 */
     TASKS = 24,       /* forward tasks of a sequence, unless they would have fewer or more rows */
 };
@@ -58,7 +59,7 @@ typedef struct {
  * does not count: on a matrix unit, an infinity changes how all rows of its task are multiplied. */
 static inline int64_t rows_of_tasks(int64_t T, int64_t H, int64_t D) {
     int64_t most = MOST_ROWS * 64 / max64(D, 64);
-    return max64(LEAST_ROWS, min64(most, T * H / TASKS));
+    return max64(LEAST_ROWS, min64(most, max64(SHORT_ROWS, T * H / TASKS)));
 }
 
 /* ---- products -------------------------------------------------------------------------------- */

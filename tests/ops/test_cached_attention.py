@@ -60,6 +60,13 @@ def test_groups_of_query_heads(H, K, isa):
         both(*inputs(S, [70, 3], H, K, 16))
 
 
+@pytest.mark.parametrize("cache", list(checks.DTYPES))
+@pytest.mark.parametrize("rows", range(1, 10))
+def test_every_number_of_query_rows(rows, cache, isa):
+    """Up to 8 rows read keys in place, up to four at a time."""
+    both(*inputs(1, [70, 3], 2 * rows, 2, 64, "bfloat16", cache))
+
+
 @pytest.mark.parametrize("D", [1, 7, 16, 33, 64, 96, 128, 256])
 def test_every_head_size(D, isa):
     both(*inputs(1, [67], 3, 1, D))
