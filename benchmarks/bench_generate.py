@@ -7,9 +7,10 @@ speed changes over time. The first round is not counted.
 
 `of_peak` compares with a floor. For prefill that is the multiply-adds at the machine's float32 peak: all
 products, the head for one token, and causal attention. For decode it is the bytes of weights and cache that a
-token reads, at the read bandwidth that this run measures.
+token reads, at the machine's read bandwidth. The machine is a side of its own: it does these multiply-adds
+and reads these bytes in all threads, and takes its turn like the others.
 
---smoke runs our side alone on a tiny model; its figures mean nothing.
+--smoke runs our side and the machine on a tiny model; its figures mean nothing.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from longlora import _C
 from longlora.decoder.config import read_config
 
 from . import harness
@@ -30,6 +32,7 @@ from .bench_train_step import CONFIG, PAUSE, SMALL
 CONTEXTS = (512, 2048, 8000)
 DTYPES = ("float32", "bfloat16", "float16")
 STEPS = 16  # tokens of a round's decode
+PIECES = 32  # of a thread's multiply-adds, so that a thread that is slowed down gets fewer
 LLAMA_CPP = {"float32": 0, "float16": 1, "bfloat16": 30}  # ggml's numbers of the dtypes
 
 
@@ -140,7 +143,21 @@ def write_gguf(path, config, dtype):
     writer.close()
 
 
-SIDES = {"ours": ours, "transformers": transformers, "llama.cpp": llama_cpp}
+def machine(smoke, context, dtype):
+    """The floor: multiply-adds in registers, and NumPy's "or" over arrays that no cache holds."""
+    flops, bytes = floors(read_config(shapes(smoke)), context, dtype)
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    rounds = max(1, round(flops / _C.peak(1) / threads / PIECES))
+    arrays = [np.ones(round(bytes / 8 / threads), np.uint64) for _ in range(threads)]
+    pool = ThreadPoolExecutor(threads)
+
+    def read(ids):
+        list(pool.map(_C.peak, [rounds] * (threads * PIECES)))
+
+    return read, lambda token: list(pool.map(np.bitwise_or.reduce, arrays))
+
+
+SIDES = {"machine": machine, "ours": ours, "transformers": transformers, "llama.cpp": llama_cpp}
 
 
 def one_side(side, context, dtype, smoke):
@@ -181,22 +198,6 @@ def floors(config, context, dtype):
     return flops, width * (layers + C * V + 2 * L * K * D * (context + STEPS / 2))
 
 
-def read_bandwidth(threads):
-    """GB/s that `threads` threads read from memory, at best: NumPy's "or" over arrays that no cache holds."""
-    parts = [np.ones(32 << 20, np.uint64) for _ in range(threads)]
-
-    def read(i):
-        np.bitwise_or.reduce(parts[i])
-
-    with ThreadPoolExecutor(threads) as pool:
-        seconds = []
-        for _ in range(9):
-            start = time.perf_counter()
-            list(pool.map(read, range(threads)))
-            seconds.append(time.perf_counter() - start)
-    return sum(part.nbytes for part in parts) / min(seconds) / 1e9
-
-
 def peers():
     import importlib.util
 
@@ -217,17 +218,16 @@ def main(argv=None):
     if bench.gpu is not None:
         raise SystemExit("generate: is measured on the CPU only")
     smoke, config = bench.options.smoke, read_config(shapes(bench.options.smoke))
-    threads = bench.options.threads
     for context in (32,) if smoke else CONTEXTS:
         for dtype in DTYPES:
             if not bench.wants(f"context {context}", dtype):
                 continue
-            before = read_bandwidth(threads)
-            found = measured(bench, ["ours", *([] if smoke else peers())], context, dtype)
-            bandwidth = max(before, read_bandwidth(threads))  # a machine's bandwidth changes over time, too
-            print(f"  reading: {bandwidth:.1f} GB/s")
+            sides = ["machine", "ours", *([] if smoke else peers())]
+            found = measured(bench, sides, context, dtype)
+            floor = found.pop("machine")
             flops, bytes = floors(config, context, dtype)
-            peaks = bench.flops_peak * 1e9 / flops * context, bandwidth * 1e9 / bytes
+            print(f"  multiply-adds {floor[0] * flops / context / 1e9:.0f} GF/s, ", end="")
+            print(f"reading {floor[1] * bytes / 1e9:.1f} GB/s")
             for part, name in enumerate(("prefill", "decode")):
                 us, others = (
                     found["ours"][part],
@@ -242,7 +242,7 @@ def main(argv=None):
                         dtype=dtype,
                         peer_name=side,
                         ratio=them and us / them,
-                        peak=peaks[part],
+                        peak=floor[part],
                     )
 
 

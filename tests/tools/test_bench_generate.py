@@ -1,6 +1,7 @@
 """benchmarks/bench_generate.py: our side runs on a tiny model, and the floors are right."""
 
 import os
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +24,24 @@ def generate(monkeypatch):
 
 def test_a_round_of_our_side(generate):
     bench = SimpleNamespace(benchmark="generate", options=SimpleNamespace(threads=1, seconds=0.1, smoke=True))
-    ((side, (prefill, decode)),) = generate.measured(bench, ["ours"], 32, "bfloat16").items()
-    assert side == "ours" and prefill > 0 and decode > 0
+    found = generate.measured(bench, ["machine", "ours"], 32, "bfloat16")
+    assert list(found) == ["machine", "ours"]
+    assert all(prefill > 0 and decode > 0 for prefill, decode in found.values())
+
+
+def test_the_machine_does_the_work_of_the_floor(generate, monkeypatch):
+    """Its threads do all multiply-adds of the prompt, and its arrays are what a token reads."""
+    flops, bytes = generate.floors(read_config(generate.CONFIG), 512, "float16")
+    each, rounds = generate._C.peak(1), []
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    tracemalloc.start()
+    read, step = generate.machine(False, 512, "float16")
+    assert tracemalloc.get_traced_memory()[0] == pytest.approx(bytes, rel=1e-3)
+    tracemalloc.stop()
+    monkeypatch.setattr(generate._C, "peak", rounds.append)
+    read(None)
+    assert len(rounds) == 2 * generate.PIECES and each * sum(rounds) == pytest.approx(flops, rel=1e-3)
+    assert step(None) == [1, 1]
 
 
 def test_the_floors_are_the_sums_by_pencil(generate):
