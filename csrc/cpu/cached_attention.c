@@ -91,20 +91,20 @@ static inline void after_rows(Ahead *ahead) {
     if (ahead->end && ahead->line >= ahead->end) ahead->line = ahead->next, ahead->end = NULL;
 }
 
-/* x[j] = sums of two lanes each of x[j] and x[j + half], interleaved. */
+/* Halves the number of vectors: x[j] becomes x[j] and x[j + half], interleaved and added up in pairs. */
 static inline __attribute__((always_inline)) void add_halves(vf *x, int half) {
     UNROLLED
     for (int j = 0; j < half; j++) x[j] = ZIP_LOW(x[j], x[j + half]) + ZIP_HIGH(x[j], x[j + half]);
 }
 
-/* Scores p [rows,p_row] of VW keys: queries [rows,pitch] times rows of k, `step` bytes apart. A key is loaded
- * and converted once for all queries. If there are several calls for the same keys, `shares` in all, each
- * fetches its share of the lines.
+/* p [rows,p_row] = scores of VW keys: queries [rows,pitch] times rows of k, which lie `step` bytes apart. A
+ * key is loaded and converted once for all queries. If `shares` calls read the same keys, each of them
+ * fetches one share of the lines.
  *
- * One query takes all keys at a time. Several take four in a pass, because there are no more registers: those
- * that are `passes` apart. Each key leaves a vector of partial sums. A round interleaves the first half of
- * these vectors with the second half and adds them, so half as many are left. The last rounds do so with the
- * vectors of the passes. In the end lane j holds the score of key j. */
+ * One query is multiplied by all VW keys at once. For several queries there are not enough registers, so a
+ * pass takes four keys: keys `pass`, `pass` + `passes`, and so on. Each key leaves a vector of partial sums.
+ * add_halves() turns two vectors into one until each pass has one vector left, and then joins the vectors of
+ * the passes. In the end lane j holds the score of key j. */
 static inline __attribute__((always_inline)) void dot_rows(float *p, int64_t p_row, const float *queries,
                                                            const char *k, int64_t step, int64_t pitch,
                                                            int32_t dtype, int rows, Ahead *ahead, int share,
@@ -114,7 +114,7 @@ static inline __attribute__((always_inline)) void dot_rows(float *p, int64_t p_r
     Ahead lines = *ahead; /* in registers */
     UNROLLED
     for (int pass = 0; pass < passes; pass++) {
-        /* Four keys for a pointer: with one for each there would be too few registers. */
+        /* One pointer for four keys: with one for each key there would be too few registers. */
         const char *four[VW / 4];
         int64_t apart = passes * step, third = 3 * apart;
         vf sum[GROUP][VW];
@@ -213,7 +213,7 @@ static void part_of_head(const Call *c, int64_t b, int64_t part, int64_t head, f
     float *queries = memory, *k = queries + FEW * pitch, *v = k + KEYS * pitch, *p = v + KEYS * pitch;
     float *out = partial_at(c, b, part, head), *maximum = out + c->rows * pitch, *sum = maximum + c->rows;
     load_queries(c, queries, b, head);
-    Ahead none = { .line = (const char *)k };
+    Ahead none = { .line = (const char *)k }; /* fetches nothing new */
     for (int64_t key = first; key < last; key += KEYS) {
         int64_t n = min64(KEYS, last - key);
         load_keys(c, k, &c->a->k_cache, c->row[b], head, key, n);
@@ -246,8 +246,8 @@ typedef void Score(float *p, const float *queries, const char *k, int64_t step, 
 typedef void AddValues(float *out, const float *p, const char *v, int64_t step, int64_t n, int64_t pitch,
                        Ahead *ahead);
 
-/* float32 is not converted, and with vectors of 16 it does not pay for two or three queries to share keys.
- * With vectors of 8 there are registers for three queries, not for four. */
+/* float32 is not converted. With vectors of 16, two or three queries are faster one by one. With vectors of
+ * 8, there are registers for three queries, but not for four. */
 static inline __attribute__((always_inline)) void score(float *p, const float *queries, const char *k,
                                                         int64_t step, int64_t pitch, Ahead *ahead,
                                                         int32_t dtype, int rows) {

@@ -50,9 +50,9 @@ static inline halves round_two(vf a, vf b) {
 #endif
 }
 
-/* out[p] = part p of two vectors, as pairs of their elements. The first part is truncated, not rounded: so
- * the largest numbers do not become infinities. The first part of an infinity or a NaN is the number itself.
- * Its other parts may be anything. */
+/* out[p] = part p of two vectors, as pairs of their elements. The first part is truncated. If it
+ * were rounded, the largest numbers would become infinities. The first part of an infinity or a NaN is the
+ * number itself. Its other parts may be anything. */
 static inline __attribute__((always_inline)) void split(vu out[UNIT_PARTS], vf a, vf b, int parts) {
     UNROLLED
     for (int p = 0; p < UNIT_PARTS; p++) {
@@ -100,8 +100,8 @@ typedef struct {
     int64_t row;
 } UnitFetch;
 
-/* Which part of a left factor is multiplied by which part of a right one. From step to step only one of the
- * two changes, so the other one stays in its registers. */
+/* Which part of a left factor is multiplied by which part of a right one. Each step changes only one of the
+ * two, so only that one is loaded. */
 enum { UNIT_STEPS = 6 };
 static const int unit_steps[UNIT_STEPS][2] = { { 2, 0 }, { 1, 0 }, { 1, 1 }, { 0, 1 }, { 0, 0 }, { 0, 2 } };
 

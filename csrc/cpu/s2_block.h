@@ -23,10 +23,10 @@ enum {
     DEPTH = 128,      /* products summed in registers before they are added to memory */
     SHORT = 32,       /* the same for scores, whose errors exp() enlarges */
     FETCH = 16,       /* a row is prefetched this many rows ahead */
-    LEAST_ROWS = 512, /* query rows of a forward task, all heads together, */
-    SHORT_ROWS = 768, /* in a short sequence, at most D = 128, */
-    MOST_ROWS = 1536, /* and at most, at D = 64 */
-    TASKS = 24,       /* forward tasks of a sequence, unless they would have fewer or more rows */
+    LEAST_ROWS = 512, /* query rows of a forward task, all heads together: at least, for a large D */
+    SHORT_ROWS = 768, /* at least, for D up to 128 */
+    MOST_ROWS = 1536, /* at most, for D up to 64 */
+    TASKS = 24,       /* forward tasks that a sequence is cut into, within these limits */
 };
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -55,8 +55,8 @@ typedef struct {
 } Task;
 
 /* Query rows of a forward task, all heads together. A task copies all keys and values that it needs, so long
- * tasks copy less. But they take more of the cache, and all threads should have some. The number of threads
- * does not count: on a matrix unit, an infinity changes how all rows of its task are multiplied. */
+ * tasks copy less. But they take more of the cache, and every thread should have some. Tasks must not depend
+ * on the number of threads: on a matrix unit, one infinity changes the bits of all rows of its task. */
 static inline int64_t rows_of_tasks(int64_t T, int64_t H, int64_t D) {
     int64_t most = MOST_ROWS * 64 / max64(D, 64);
     return max64(LEAST_ROWS, min64(most, max64(SHORT_ROWS, T * H / TASKS)));

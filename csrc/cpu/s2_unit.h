@@ -2,8 +2,8 @@
  * rows of float32 in parts; and products of them.
  *
  * As in s2_block.h, scores are kept transposed. Where all arrays are bfloat16, weights and gradients of
- * scores are rounded to bfloat16 before the unit multiplies them. float16 is multiplied in parts. If a task
- * has an infinity or a NaN, vectors compute it, because the lower part of an infinity is a NaN. Vectors also
+ * scores are rounded to bfloat16 before the unit multiplies them. float16 is multiplied in parts. Vectors
+ * compute tasks that contain an infinity or a NaN, because the second part of an infinity is a NaN. They also
  * compute float32, because the unit is no faster at it. All sums and the running maximum are float32.
  *
  * Rows of a head have `wide` elements here: D rounded up to what a register holds. */

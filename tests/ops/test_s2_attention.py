@@ -500,7 +500,7 @@ def test_a_document_of_a_wrong_length_is_nan(boundary, dtype, cuda):
 
 @pytest.mark.parametrize("bad", [None, np.inf])
 def test_rows_have_the_same_bits_for_any_number_of_threads(bad, dtype, isa, each_thread_count):
-    """Also where other rows of a task have an infinity, which a matrix unit does not multiply in parts."""
+    """One infinity takes a whole task off a matrix unit. So tasks must not depend on threads."""
     T = checks.fewer(700)
     q, k, v, dout = inputs(1, T, 6, 3, 32, dtype)
     if bad:

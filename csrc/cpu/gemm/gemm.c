@@ -1,12 +1,12 @@
 /* gemm.c --- a product from its plan: takes the memory and runs the way that plan.c chose. */
 #include "plan.h"
 
-/* Whether u is a product of its own, made before. */
+/* Whether u is computed first, as a product of its own. */
 static int u_is_before(const Gemm *g, const Plan *plan) {
     return g->R && g->a2.data && !CPU(gemm_makes_u)(g, plan);
 }
 
-/* The memory of one product is given back before the next begins. */
+/* Products run one after the other, and each frees its memory. So the largest one counts. */
 int64_t CPU(gemm_scratch)(const Gemm *g) {
     Plan plan, of_u;
     if (g->M == 0 || g->N == 0) return 0;

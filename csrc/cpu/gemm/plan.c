@@ -26,8 +26,8 @@ static int64_t panel_columns(int64_t N) { return NV == 3 && ceil_div(N, VW) == 4
 
 /* Few rows: the transposed product reads the larger matrix where it lies, which packing would not repay. Up
  * to 16 rows it is the narrow product for every dtype, which sums each row as if it were alone: generation
- * relies on that. Few columns and a dense along m: as rows they fill the vectors. On a matrix unit, few rows
- * of float32: each task packs its share of the larger matrix in the cache. */
+ * relies on that. Few columns and a dense along m: as rows they fill the vectors. A float32
+ * product with few rows, on a matrix unit: each task packs its share of the larger matrix in the cache. */
 static int swapping_pays(const Gemm *g, int32_t unit) {
 #if MATRIX_UNIT
     int few = g->M > FEW_ROWS && g->M <= UNIT_FEW && g->M < g->N;
@@ -102,7 +102,7 @@ static Plan plan_of_u(const Plan *parent, const Gemm *g) {
     return u;
 }
 
-/* The parts of a float32 take more of the cache. So long sums are cut, and a task still has enough rows. */
+/* The parts of a float32 take more of the cache. With a large K, few rows of a would fit. So K is cut. */
 int64_t CPU(gemm_pieces)(const Gemm *g) {
 #if MATRIX_UNIT
     int large = g->M > FEW_ROWS && g->N >= 2 * UNIT && g->c_dtype == F32;
@@ -123,8 +123,9 @@ Gemm CPU(gemm_piece)(const Gemm *g, int64_t i, int64_t pieces) {
 }
 
 #if MATRIX_UNIT
-/* Whether the matrix unit is faster. For bfloat16 it always is. For numbers in parts it is if the matrices
- * are large enough: an element takes several products, and packing takes more time. */
+/* Whether the matrix unit is faster than vectors. For bfloat16 it always is. float32 and float16 are
+ * multiplied in parts: an element takes several products, and packing takes longer. So the unit is faster
+ * only if the matrices are large. */
 static int unit_pays(const Plan *p) {
     int large = p->K >= 2 * UNIT_K && p->M >= 2 * UNIT && p->N >= 2 * UNIT;
     return p->way == BLOCKS && p->K && (p->step == PAIRS || large);

@@ -55,11 +55,11 @@ enum {
     NARROW_COLUMNS = VW / 2,                 /* columns that narrow.c multiplies at a time */
 
     /* On the matrix unit. */
-    UNIT_BLOCK = 18,              /* registers along k: 32 columns of bfloat16 fit the L1 cache */
+    UNIT_BLOCK = 18,              /* registers along k in a block: 32 columns of bfloat16 fit the L1 cache */
     UNIT_ROWS = 256,              /* rows of a task, at most */
     UNIT_TASK_BYTES = 1152 << 10, /* rows of a of a task, at most */
-    UNIT_DEPTH = 896,             /* k of a product of float32, at most: a longer one is cut into several */
-    UNIT_FEW = 512,               /* rows of float32 up to which the transposed product is computed */
+    UNIT_DEPTH = 896,             /* largest K of a float32 product; a longer one is cut along k */
+    UNIT_FEW = 512,               /* float32 products of at most this many rows are transposed */
 };
 _Static_assert((int)PAIRS_KC <= KC && (int)FEW_KC <= KC && 2 * (MID_KC + MID_KC / EXTRA) <= KC + KC / EXTRA,
                "the panels of b of a task fit NEAR_B");
@@ -102,8 +102,8 @@ typedef struct {
     int swapped;    /* c is computed as its transpose: the letters below are those of that product */
     int keeps_sums; /* in memory between slices of steps, because c cannot hold them */
 
-    /* On the matrix unit: the parts of a number of a and of b; the number of threads; and the rows of a task,
-     * if tasks pack their own rows of a. own_rows is 0 where all rows are packed before the tasks. */
+    /* On the matrix unit. parts_a, parts_b: parts of each number. own_rows: rows of a task that packs its own
+     * rows of a; 0 if all rows are packed before the tasks begin. */
     int64_t parts_a, parts_b, threads, own_rows;
 
     int64_t M, N, K, R;    /* K and R in elements */
